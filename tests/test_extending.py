@@ -16,7 +16,7 @@ from tiny_tasks import texts
 from tunesmith import types
 from tunesmith.data import formats
 from tunesmith.data.completion import CompletionEncoder
-from tunesmith.data.drafts import EncoderSettings, RowEncoder
+from tunesmith.data.renderer import EncoderSettings, RowEncoder
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.load import validate
 from tunesmith.tasks import TASKS, register

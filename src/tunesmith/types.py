@@ -276,7 +276,7 @@ class Task:
     measure: Callable[..., Measured]
     """(model, batch) -> the same losses one by one, without gradient, and the model's outputs."""
     encoder: Callable[[Any], Any]
-    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.drafts`."""
+    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.renderer`."""
     record: Callable[..., dict[str, Any]]
     """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
     is_chat: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from typing import Any
 
-from tunesmith.data import chat_template
+from tunesmith.data import chat_template, encode
 from tunesmith.data.renderer import Renderer
 
 
@@ -20,4 +20,10 @@ class Hungry(Renderer):
 
 def render_in_a_daemon(template: chat_template.ChatTemplate, to: Any) -> None:
     text = template.render([{"role": "user", "content": "Hi"}], prompt=True)
-    to.send((text, chat_template.PROCESS._child.process.pid, multiprocessing.current_process().daemon))
+    to.send((text, chat_template.PROCESS.process.pid, multiprocessing.current_process().daemon))
+
+
+def work_soon(connection: Any, renderer: Renderer) -> None:
+    """A process of a pool whose template may take half a second."""
+    chat_template.RENDER_S = 0.25
+    encode._work(connection, renderer)

@@ -184,8 +184,7 @@ def test_a_process_that_was_killed_is_started_again() -> None:
     good = ChatTemplate(tiny_tokenizer(template("qwen3"), eos="</s>"))
     messages = [{"role": "user", "content": "Hi"}]
     before = good.render(messages, prompt=True)
-    child = template_module.PROCESS._child
-    child.process.kill()
+    template_module.PROCESS.process.kill()
     assert good.render(messages, prompt=True) == before
 
 
@@ -301,7 +300,7 @@ class Named:
 
 made = template.ChatTemplate(Named())
 made.render([{"role": "user", "content": "a"}], prompt=False)
-print(template.PROCESS._child.process.pid, flush=True)
+print(template.PROCESS.process.pid, flush=True)
 made.render([{"role": "user", "content": "a"}] * 2, prompt=False)
 """
 

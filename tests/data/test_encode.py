@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -17,10 +18,12 @@ from typing import Any
 
 import pytest
 
+from data import other_processes
 from data.families import bert_like
 from data.other_processes import Hungry
 from data.test_chat_template import is_there, wait_until
 from tiny import CHATML, chat, tiny_tokenizer
+from tunesmith.data import chat_template
 from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
@@ -89,7 +92,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     close = encode_module._Pool.close
 
     def noting(self: Any) -> None:
-        found.update(self._executor._processes)
+        found.update({process.pid: process for process, _ in self.workers})
         close(self)
 
     monkeypatch.setattr(encode_module._Pool, "close", noting)
@@ -157,57 +160,56 @@ def test_an_error_comes_back_from_a_process_as_it_is(tmp_path: Path) -> None:
     assert list((tmp_path / "rows").iterdir()) == []
 
 
-@pytest.mark.parametrize("is_writing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_rows_of_a_process_that_dies_are_encoded_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_writing: bool
-) -> None:
-    monkeypatch.setattr(encode_module, "GRACE_S", 1.0)
+def test_rows_of_a_process_that_dies_are_encoded_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
-    submit = encode_module._Pool._submit
-    submitted = []
+    send = encode_module._Pool._send
+    sent = []
 
-    def killing(self: Any, chunk: Any) -> Any:
-        submitted.append(submit(self, chunk))
-        if len(submitted) == 8:
-            if is_writing:
-                half_written(self._executor)
-            os.kill(min(self._executor._processes), signal.SIGKILL)
-        return submitted[-1]
+    def killing(self: Any, number: int, chunk: Any) -> int:
+        sent.append(send(self, number, chunk))
+        if len(sent) == 8:
+            os.kill(self.workers[0][0].pid, signal.SIGKILL)
+        return sent[-1]
 
-    monkeypatch.setattr(encode_module._Pool, "_submit", killing)
+    monkeypatch.setattr(encode_module._Pool, "_send", killing)
     store = same(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), "a.jsonl")
     assert store.notes[1:] == (encode_module.ENDED,)
 
 
-def half_written(executor: Any) -> None:
-    """What a process that is killed in the middle of writing leaves: the start of a result."""
-    os.write(executor._result_queue._writer.fileno(), struct.pack("!i", 10_000_000) + b"half of it")
+def test_half_a_result_is_the_end_of_its_process() -> None:
+    """A process can be killed in the middle of writing one: nobody waits for the rest."""
+    pool = encode_module._Pool(Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), 0)
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 10_000_000) + b"half of it")
+    theirs.close()
+    pool.workers = [(None, ours)]
+    read = encode_module._Read([], (), 0)
+    assert pool._result(read, 0) == (read, None)
+    assert pool.note == encode_module.ENDED
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="other pipes")
-def test_closing_waits_for_no_result_and_ends_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[int, Any]
-) -> None:
+def test_closing_waits_for_no_result_and_ends_processes(tmp_path: Path, started: dict[int, Any]) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
-    managers = []
-    close = encode_module._Pool.close
-
-    def closing_it(self: Any) -> None:
-        managers.append(self._executor._executor_manager_thread)
-        half_written(self._executor)
-        close(self)
-
-    monkeypatch.setattr(encode_module._Pool, "close", closing_it)
 
     def stop(rows: int, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path, Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), progress=stop)
-    assert not managers[0].is_alive()  # or Python would wait for it at its end
     assert len(started) == 2
     assert not any(is_there(pid) for pid in started)
     assert list((tmp_path / "rows").iterdir()) == []
+
+
+def test_a_template_that_hangs_in_a_process_ends_it_and_is_named_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_S", 0.5)
+    hangs = "{% if 'question 9' in messages[0].content %}{{ 9**(9**9) }}{% endif %}"
+    (tmp_path / "a.jsonl").write_text("\n".join(chats(20)), "utf-8")
+    monkeypatch.setattr(encode_module, "_work", other_processes.work_soon)
+    with pytest.raises(ModelError, match=r"chat template did not finish one row in 0\.5 s"):
+        built(tmp_path, Renderer(tiny_tokenizer(hangs + CHATML), TASKS["chat"], **CHATS))
 
 
 def test_rows_that_a_process_has_no_memory_for_are_encoded_here(tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_processes_end_with_the_one_that_started_them_however_that_ends(tmp_path
         assert "encoding\n" in iter(process.stdout.readline, "")
         listed = Path(f"/proc/{process.pid}/task")
         children = [int(pid) for path in listed.glob("*/children") for pid in path.read_text().split()]
-        assert len(children) >= 4  # two that encode, one that renders, one of multiprocessing's own
+        assert len(children) >= 3  # two that encode and one that renders
         process.kill()
     wait_until(lambda: not any(is_there(pid) for pid in children), seconds=60)
 
@@ -324,5 +326,5 @@ def test_reading_is_at_most_a_few_chunks_ahead() -> None:
     with closing(encode_module._Pool(Renderer(tiny_tokenizer(), TASKS["chat"], **CHATS), 2)) as pool:
         for i, (found, encoded) in enumerate(pool.in_order(reads())):
             assert (found.done_bytes, encoded is None) == (i, False)
-            assert len(read) <= i + 6
+            assert len(read) <= i + 5
     assert len(read) == 40

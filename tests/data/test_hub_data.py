@@ -13,9 +13,8 @@ from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import addresses, hub, remote
-from tunesmith.data.addresses import fetch, members, pin, pin_path
+from tunesmith.data.addresses import HubAddress, fetch, members, pin, pin_path
 from tunesmith.data.dataset import build
-from tunesmith.data.hub import HubAddress
 from tunesmith.data.read import read
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
@@ -160,26 +159,17 @@ def test_forms_of_data_files_in_a_readme(server, form):
     assert [prompt for _, prompt in rows_of("hf://datasets/acme/forms")] == ["0", "1"]
 
 
-def test_without_a_list_of_splits_the_converted_branch_is_read(server):
+def test_converted_branch_is_read_where_it_is_named_and_named_where_there_are_no_rows(server):
     repo = server.dataset("acme/old", {"old.py": b"x", "archive.tar": b"x"})
     repo.push({"default/train/0000.parquet": parquet([chat(1)]), "default/test/0000.parquet": parquet([chat(2)])},
               branch="refs/convert/parquet")  # fmt: skip
-    commit = repo.branches["refs/convert/parquet"]
-    pinned, notes = pin_path("hf://datasets/acme/old", offline=False)
-    assert pinned == f"hf://datasets/acme/old@{commit}/default/train/*.parquet"
-    assert "its branch refs/convert/parquet" in notes[1]
-    assert [prompt for _, prompt in rows_of(pinned)] == ["1"]
-    assert [prompt for _, prompt in rows_of("hf://datasets/acme/old?split=test")] == ["2"]
+    with pytest.raises(DataError, match=r"no file of rows.*hf://datasets/acme/old@refs/convert/parquet"):
+        pin_path("hf://datasets/acme/old", offline=False)
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/old@refs/convert/parquet")] == ["1"]
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/old@refs/convert/parquet?split=test")] == ["2"]
 
 
-def test_partly_converted_split_says_so(server):
-    repo = server.dataset("acme/huge", {"x.tar": b"x"})
-    repo.push({"default/partial-train/0000.parquet": parquet([chat(1)])}, branch="refs/convert/parquet")
-    _, notes = pin_path("hf://datasets/acme/huge", offline=False)
-    assert any("has only the beginning of the split train" in note for note in notes)
-
-
-def test_without_both_the_names_of_files_say_the_splits(server):
+def test_without_a_list_of_splits_the_names_of_files_say_them(server):
     files = {"train.jsonl": json_lines([chat(1)]), "dev/rows.jsonl": json_lines([chat(2)]), "notes.csv": b"a,b\n1,2\n"}
     server.dataset("acme/plain", files)
     assert [prompt for _, prompt in rows_of("hf://datasets/acme/plain")] == ["1"]

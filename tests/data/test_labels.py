@@ -33,8 +33,7 @@ class FakeStore:
         lists = [[row] if isinstance(row, str) else list(row) for row in rows]
         self.vocabulary = tuple(dict.fromkeys(itertools.chain(*lists)))
         ids = [[self.vocabulary.index(name) for name in row] for row in lists]
-        batches = (pa.record_batch([pa.array([row], pa.list_(pa.int64()))], ["labels"]) for row in ids)
-        self.labels = LabelColumn(list(batches), self.vocabulary)
+        self.labels = LabelColumn(pa.table({"labels": pa.array(ids, pa.list_(pa.int64()))}), self.vocabulary)
         self._num = len(lists)
         self.summary = SimpleNamespace(many=any(not isinstance(row, str) for row in rows))
         self._path = path

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.rows_of import examples_in, json_lines, put, rows_in, said
+from tunesmith.data import read_text
 from tunesmith.data.read import expand_folders, read
-from tunesmith.data.read_text import _Sentence
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Source
@@ -233,16 +233,8 @@ def test_marks_end_sentences_and_a_first_line_can_be_a_word(payload: bytes, word
     no_sentence_is_lost(payload, words, tmp_path)
 
 
-def test_a_mark_that_swallows_the_open_sentence_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begin = _Sentence.begin
-
-    def forgets(sentence: _Sentence, raw: bytes) -> bool:
-        if raw.startswith(b"-DOCSTART-"):
-            begin(sentence, len(raw))
-            return True
-        return False
-
-    monkeypatch.setattr(_Sentence, "is_mark", forgets)
+def test_a_reader_that_takes_marks_for_words_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(read_text, "_is_mark", lambda raw, num_columns, *, is_first: False)
     with pytest.raises(AssertionError):
         no_sentence_is_lost(*LOST[0], tmp_path)
 

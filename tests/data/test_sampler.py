@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.sampler import POOL_STEPS, StepSampler, in_line, pool_of, sort_keys
+from tunesmith.data.sampler import POOL_STEPS, StepSampler, pool_of, sort_keys
 
 PAIRS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=90)
 
@@ -133,23 +133,6 @@ def test_the_short_step_stands_last_and_is_of_any_length():
     means = [np.mean([(row - 1) // 2 for row in rows]) for rows in shorts]
     assert min(means) < 100
     assert max(means) > 300
-
-
-def neighbours_differ(sides, side: int) -> float:
-    """In the mean, as a share of what random neighbours do."""
-    line = in_line(sides, num_steps=128)
-    return float(np.abs(np.diff(sides[line, side])).mean() / np.abs(np.diff(sides[:, side])).mean())
-
-
-def test_of_an_encoder_decoder_both_sides_count():
-    rng = np.random.default_rng(0)
-    sides = np.stack([rng.integers(10, 500, 2048), rng.integers(10, 500, 2048)], axis=1).astype(np.int32)
-    assert neighbours_differ(sides, 0) < 0.15
-    assert neighbours_differ(sides, 1) < 0.15
-    sides[:, 1] = 7  # all alike: then sources alone, and the other way round
-    assert (np.diff(sides[in_line(sides, num_steps=128), 0]) >= 0).all()
-    flipped = sides[:, ::-1]
-    assert (np.diff(flipped[in_line(flipped, num_steps=128), 1]) >= 0).all()
 
 
 def test_places_of_an_encoder_decoder_are_those_of_both_sides():

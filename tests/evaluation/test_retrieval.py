@@ -18,7 +18,7 @@ from tunesmith.evaluation.predict_rows import Predictions
 from tunesmith.evaluation.retrieval import K1, B, Bm25, MeasuredRows, other_rows, settled
 from tunesmith.evaluation.retrieval_scores import by_bm25, rank_statistics
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.retrieval import Embed
+from tunesmith.recipe.objectives import Embed
 from tunesmith.training.resolve import resolve_run
 
 TEXTS = ["the red apple", "a red pear eats a red plum", "Rome", "the the the old", "Ada sells plum"]

@@ -53,6 +53,9 @@ def test_asked_precision_is_taken_and_its_price_said(monkeypatch):
     choice = choose_precision("bfloat16", "cpu")
     assert choice.value == "bfloat16"
     assert choice.reason == "as given, though this processor does not multiply bfloat16 in hardware"
+    choice = choose_precision("float16", "cpu")
+    assert choice.value == "float32"
+    assert choice.reason.startswith("float16 takes a processor ten times as long or more; this processor")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from shape.tree import ROOT
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.errors import RecipeError
 from tunesmith.parallel.world import World
-from tunesmith.recipe.retrieval import Embed
+from tunesmith.recipe.objectives import Embed
 from tunesmith.tasks import embedding_losses
 from tunesmith.tasks.embedding_losses import Texts, look, text_losses
 from tunesmith.training.setup import Setup, prepare

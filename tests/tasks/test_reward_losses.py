@@ -24,7 +24,7 @@ from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.models.modes import eval_mode
-from tunesmith.recipe.preferences import Reward
+from tunesmith.recipe.objectives import Reward
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
 from tunesmith.tasks.reward_losses import reward_losses

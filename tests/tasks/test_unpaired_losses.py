@@ -21,7 +21,7 @@ from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import row_baseline
 from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
-from tunesmith.recipe.preferences import Prefer
+from tunesmith.recipe.objectives import Prefer
 from tunesmith.runs.folder import runs
 from tunesmith.tasks import unpaired_losses
 from tunesmith.tasks.unpaired_losses import kto_losses

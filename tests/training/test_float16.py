@@ -13,17 +13,10 @@ from torch import nn
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import NonFiniteError
-from tunesmith.planning import devices
 from tunesmith.training import state
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.state import LossScale
-
-
-@pytest.fixture(autouse=True)
-def quickly_measured(monkeypatch):
-    """A product of the usual size takes seconds in float16 on processors that do not multiply it."""
-    monkeypatch.setattr(devices, "CPU_PRODUCT", (64, 64, 64))
 
 
 def setup_of(folder: Path, precision: str = "float16", **sections: Any) -> Setup:

@@ -21,7 +21,7 @@ from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wa
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
-from tunesmith.data.drafts import LengthLimit
+from tunesmith.data.renderer import LengthLimit
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
 from tunesmith.evaluation.scores import score
@@ -32,7 +32,7 @@ from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.docs import as_yaml
-from tunesmith.recipe.preferences import Prefer
+from tunesmith.recipe.objectives import Prefer
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
 from tunesmith.training import reference

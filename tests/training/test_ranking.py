@@ -19,7 +19,7 @@ from tunesmith.data.examples import examples
 from tunesmith.evaluation.retrieval import _in_list
 from tunesmith.inference.load import load_any
 from tunesmith.inference.predict import Predictor, predict_list
-from tunesmith.recipe.retrieval import Rank
+from tunesmith.recipe.objectives import Rank
 from tunesmith.recipe.schema import Data
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.registry import open_registry

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft
+from tunesmith.data.renderer import Draft
 from tunesmith.types import LEAST_PREFIX, Row
 
 
@@ -106,53 +105,53 @@ def partners_of(
     return Partners(found, max_tokens)
 
 
-class BranchColumns:
-    """The branches and values of the rows of a store, memory-mapped."""
+ListColumn = tuple[NDArray[Any], NDArray[Any]]
+"""Offsets [I + 1] and the values between them."""
 
-    def __init__(self, batches: Sequence[Any]) -> None:
-        columns = [[batch.column(name) for batch in batches] for name in ("branches", "values")]
-        self._sizes, self._values = ([(one.offsets.to_numpy(), one.values.to_numpy()) for one in of] for of in columns)
-        self.has_any = any(len(sizes) for _, sizes in self._sizes)
+
+class BranchColumns:
+    """The branches and values of the rows of a store."""
+
+    def __init__(self, sizes: ListColumn, values: ListColumn) -> None:
+        self._sizes, self._values = sizes, values
+        self.has_any = len(sizes[1]) > 0
         self.reference: NDArray[np.float64] | None = None
         """[I, K], the log-probability of each branch's trained tokens under the model of step 1, then of the partner's;
         None: not computed."""
         self.partners: Partners | None = None
 
-    @cached_property
+    @property
     def counts(self) -> NDArray[np.int64]:
         """[I], branches of each row."""
-        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for offsets, _ in self._sizes)])
+        return np.diff(self._sizes[0]).astype(np.int64)
 
-    @cached_property
+    @property
     def firsts(self) -> NDArray[np.float64]:
         """[I], the first number of each row, where every row has one."""
-        return np.concatenate([np.empty(0), *(values[offsets[:-1]] for offsets, values in self._values)])
+        offsets, values = self._values
+        return np.asarray(values[offsets[:-1]])
 
-    @cached_property
+    @property
     def value_counts(self) -> NDArray[np.int64]:
         """[I], numbers of each row."""
-        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for offsets, _ in self._values)])
+        return np.diff(self._values[0]).astype(np.int64)
 
-    def sizes(self, batch: int, place: int) -> tuple[int, ...]:
-        """Tokens of each branch of a row behind its stem, by its record batch and its place there."""
-        return tuple(_at(self._sizes, batch, place)) if self.has_any else ()
+    def sizes(self, row: int) -> tuple[int, ...]:
+        """Tokens of each branch of a row behind its stem."""
+        return _at(self._sizes, row) if self.has_any else ()
 
-    def values(self, batch: int, place: int) -> tuple[float, ...]:
+    def values(self, row: int) -> tuple[float, ...]:
         """The numbers of a row."""
-        return tuple(_at(self._values, batch, place)) if self.has_any else ()
+        return _at(self._values, row) if self.has_any else ()
 
     def padded_lengths(self, lengths_I: NDArray[np.int32]) -> NDArray[np.int32]:
         """[I], tokens of each row where its lines are padded to the longest, by those of all its lines."""
-        parts, first = [np.empty(0, np.int32)], 0
-        for offsets, sizes in self._sizes:
-            counts, starts = np.diff(offsets), offsets[:-1]
-            stems = (lengths_I[first : first + len(counts)] - np.add.reduceat(sizes, starts)) // counts
-            parts.append((counts * (stems + np.maximum.reduceat(sizes, starts))).astype(np.int32))
-            first += len(counts)
-        return np.concatenate(parts)
+        offsets, sizes = self._sizes
+        counts_I, starts_I = np.diff(offsets), offsets[:-1]
+        stems_I = (lengths_I - np.add.reduceat(sizes, starts_I)) // counts_I
+        return (counts_I * (stems_I + np.maximum.reduceat(sizes, starts_I))).astype(np.int32)
 
 
-def _at(columns: Sequence[tuple[NDArray[Any], NDArray[Any]]], batch: int, place: int) -> list[Any]:
-    offsets, values = columns[batch]
-    found: list[Any] = values[offsets[place] : offsets[place + 1]].tolist()
-    return found
+def _at(column: ListColumn, row: int) -> tuple[Any, ...]:
+    offsets, values = column
+    return tuple(values[offsets[row] : offsets[row + 1]].tolist())

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source

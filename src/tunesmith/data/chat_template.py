@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import gc
 import json
 import multiprocessing
@@ -16,8 +17,7 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -39,6 +39,8 @@ RENDER_S = 10.0
 """Longest time for one render; common templates need about 20 µs."""
 GROWTH_BYTES = 1024**3
 """Most memory for templates, where the platform has such a limit (Linux)."""
+POOL_GROWTH_BYTES = 2 * GROWTH_BYTES
+"""The same in a process that encodes rows too."""
 START_S = 120.0
 """Longest time for the process to start; it needs half a second."""
 TICK_S, END_S = 0.1, 5.0
@@ -46,9 +48,8 @@ MOST_REASON = 10_000
 PR_SET_PDEATHSIG = 1
 """From prctl.h of Linux."""
 
-FLUSH_S = 0.05
-MOST_TOGETHER = 256
-"""Answers that are ready wait at most this long for others, and for so many."""
+MOST_TOGETHER = 64
+"""Texts that the process renders before it answers, in at most `RENDER_S` together."""
 MOST_BYTES = 16 * OUTPUT_CHARS
 """Largest message of answers."""
 
@@ -56,6 +57,8 @@ Kind = Literal["text", "refused", "long", "memory", "deep"]
 """A text; the template raised, and its message; a text that is too long, and its number of characters; memory ran out;
 calls or brackets nest too deeply."""
 Answer = tuple[Kind, str]
+Item = tuple[list[Message], "list[Mapping[str, Any]] | None", bool]
+"""Messages, tools, and whether to open the assistant's next turn."""
 
 
 class TemplateRefusal(Exception):
@@ -130,16 +133,13 @@ class ChatTemplate:
     def _texts(self, requests: Sequence[Request]) -> list[str | TemplateRefusal]:
         """Each text. Raises `ModelError` where one exceeds a limit."""
         items = [(list(messages), list(tools) or None, prompt) for messages, prompt, tools in requests]
+        found: list[Answer] = []
         try:
-            answers = PROCESS.send(_as_bytes([{**self._settings, "most_chars": OUTPUT_CHARS}, items]), len(items))
-        except _Ended as ended:
+            for at in range(0, len(items), MOST_TOGETHER):
+                found += PROCESS.answers({**self._settings, "most_chars": OUTPUT_CHARS}, items[at : at + MOST_TOGETHER])
+        except (_Ended, _Late) as ended:
             raise self._refused(str(ended)) from ended
-        kinds = {kind for kind, _ in answers}
-        if "memory" in kinds:
-            raise self._refused(f"took more than {GROWTH_BYTES // 1024**2:,} MiB of memory")
-        if "deep" in kinds:
-            raise self._refused("nests or calls itself more deeply than Python can follow")
-        return [_outcome(*answer) for answer in answers]
+        return [_outcome(*answer) for answer in found]
 
     def _refused(self, what: str) -> ModelError:
         return ModelError(
@@ -185,11 +185,11 @@ def _text(tokenizer: Any) -> str:
 
 
 class _Ended(Exception):
-    """The process ended before it answered; its text continues "its chat template"."""
+    """The process ended, or gave up, before it answered; its text continues "its chat template"."""
 
 
-class _Late(_Ended):
-    """It was killed because an answer took too long."""
+class _Late(Exception):
+    """The process was killed because an answer took too long."""
 
 
 class _Process:
@@ -197,46 +197,34 @@ class _Process:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._owner = 0
+        self.process: Any = None
+        self._connection: Any = None
 
-    def send(self, request: bytes, num: int) -> list[Answer]:
-        """Its answers. Raises `_Ended`.
+    def answers(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
+        """The answer to each item. Raises `_Ended`, `_Late`.
 
         A process that has served before may have run out of the memory that earlier rows left: a new one tries again.
         """
         with self._lock:
-            if self._child is not None and self._child.owner == os.getpid() and self._child.process.is_alive():
-                try:
-                    answers = self._answers(self._child, request, num)
-                    if self._child is not None:
-                        return answers
-                except _Late:
-                    raise
-                except _Ended:
-                    pass
-            self._child = _Child()
-            return self._answers(self._child, request, num)
+            if self.process is not None and self._owner == os.getpid() and self.process.is_alive():
+                with suppress(_Ended):
+                    return self._ask(settings, items)
+            self._start()
+            return self._ask(settings, items)
 
-    def _answers(self, child: _Child, request: bytes, num: int) -> list[Answer]:
+    def _ask(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
+        request = _as_bytes([settings, items])
         try:
-            answers = child.answers(request, num)
+            with suppress(OSError):  # that it ended is seen below
+                self._connection.send_bytes(request)
+            return _checked(self._receive(RENDER_S))
         except BaseException:  # Ctrl-C too: the next answer would be that of this request
             self.end()
             raise
-        if any(kind == "memory" for kind, _ in answers):
-            self.end()
-        return answers
 
-    def end(self) -> None:
-        """Kill it; it is started again at the next request."""
-        child, self._child = self._child, None
-        if child is not None and child.owner == os.getpid():
-            child.end()
-
-
-class _Child:
-    def __init__(self) -> None:
-        self.owner = os.getpid()
+    def _start(self) -> None:
+        self._owner = os.getpid()
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self.process = context.Process(
@@ -247,7 +235,7 @@ class _Child:
                 self.process.start()
             theirs.close()
             failure = self._receive(START_S)
-        except _Ended as ended:
+        except (_Ended, _Late) as ended:
             failure = str(ended)
         except BaseException:
             self.end()
@@ -256,20 +244,6 @@ class _Child:
             self.end()
             raise ModelError(f"the process that renders chat templates does not start: {failure}")
 
-    def answers(self, request: bytes, num: int) -> list[Answer]:
-        """Raises `_Ended`."""
-        # A thread sends: a long request would wait for a process that waits to send its first answers.
-        sender = threading.Thread(target=self._send, args=(request,), daemon=True)
-        sender.start()
-        answers: list[Answer] = []
-        while len(answers) < num:
-            answers += self._receive(RENDER_S)
-        return answers
-
-    def _send(self, request: bytes) -> None:
-        with suppress(OSError, ValueError):  # the reader will see that it ended
-            self._connection.send_bytes(request)
-
     def _receive(self, limit_s: float) -> Any:
         # Ticks are counted, since clocks run on while this process is stopped or the machine sleeps.
         for _ in range(max(1, round(limit_s / TICK_S))):
@@ -277,20 +251,50 @@ class _Child:
                 if self._connection.poll(TICK_S):
                     return _from_bytes(self._connection.recv_bytes(MOST_BYTES))
             except (OSError, EOFError) as error:
-                self.end()
+                self.process.join(END_S)
                 raise _Ended(f"ended the process that renders it (code {self.process.exitcode})") from error
-        self.end()
         raise _Late(f"did not finish one row in {limit_s:g} s")
 
     def end(self) -> None:
-        if self.process.pid is not None:
-            self.process.kill()
-            self.process.join(END_S)
-        self._connection.close()
+        """Kill it; it is started again at the next request."""
+        process, self.process = self.process, None
+        if process is not None and self._owner == os.getpid():
+            if process.pid is not None:
+                process.kill()
+                process.join(END_S)
+            self._connection.close()
 
 
-PROCESS = _Process()
-atexit.register(PROCESS.end)
+class _ThisProcess:
+    """Renders where the request is made: in a process of a pool, which its parent replaces if a template ends it."""
+
+    def __init__(self) -> None:
+        _limit_memory(POOL_GROWTH_BYTES)
+
+    def answers(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
+        """The answer to each item. Raises `_Ended`."""
+        return _checked(_answers(settings, items, cpu_s=2 * RENDER_S))
+
+
+_OWN = _Process()
+atexit.register(_OWN.end)
+PROCESS: _Process | _ThisProcess = _OWN
+
+
+def render_here() -> None:
+    """Let this process render by itself from now on, and end when a text takes too long. Windows cannot end it."""
+    global PROCESS  # noqa: PLW0603 (there is one a process)
+    if sys.platform != "win32":
+        PROCESS = _ThisProcess()
+
+
+def _checked(answers: list[Answer]) -> list[Answer]:
+    kinds = {kind for kind, _ in answers}
+    if "memory" in kinds:
+        raise _Ended(f"took more than {GROWTH_BYTES // 1024**2:,} MiB of memory")
+    if "deep" in kinds:
+        raise _Ended("nests or calls itself more deeply than Python can follow")
+    return answers
 
 
 def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
@@ -305,7 +309,7 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)  # warnings of libraries
     try:
-        run = _runner()
+        _template_class()
         _limit_memory(growth)
         _end_with_parent()
         gc.freeze()  # the collector need not look through the libraries again and again
@@ -316,30 +320,28 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
     with suppress(EOFError, OSError):
         while True:
             settings, items = _from_bytes(connection.recv_bytes())
-            answers, flushed = [], time.monotonic()
-            for item in items:
-                _limit_time(cpu_s)
-                answers.append(_answer(run, settings, *item))
-                _limit_time(0)
-                if time.monotonic() - flushed > FLUSH_S or len(answers) == MOST_TOGETHER:
-                    _send_answers(connection, answers)
-                    answers, flushed = [], time.monotonic()
-            if answers:
-                _send_answers(connection, answers)
+            answers = _answers(settings, items, cpu_s=cpu_s)
+            try:
+                content = _as_bytes(answers)
+            except MemoryError:
+                content = _as_bytes([("memory", "")])
+            connection.send_bytes(content)
 
 
-def _send_answers(connection: Connection, answers: Sequence[Answer]) -> None:
+def _answers(settings: Mapping[str, Any], items: Sequence[Item], *, cpu_s: float) -> list[Answer]:
+    render = _renderer(settings)
+    found = []
+    for item in items:
+        _limit_time(cpu_s)
+        found.append(_answer(render, settings["most_chars"], *item))
+    _limit_time(0)
+    return found
+
+
+def _answer(render: Any, most_chars: int, messages: Sequence[Any], tools: Any, prompt: bool) -> Answer:
     try:
-        content = _as_bytes(answers)
-    except MemoryError:
-        content = _as_bytes([("memory", "")] * len(answers))
-    connection.send_bytes(content)
-
-
-def _answer(run: Any, settings: Mapping[str, Any], messages: Sequence[Any], tools: Any, prompt: bool) -> Answer:
-    try:
-        text = run(settings, messages, tools, prompt)
-        return ("long", str(len(text))) if len(text) > settings["most_chars"] else ("text", text)
+        text = render(messages, tools, prompt)
+        return ("long", str(len(text))) if len(text) > most_chars else ("text", text)
     except MemoryError:
         return "memory", ""
     except RecursionError:
@@ -348,14 +350,12 @@ def _answer(run: Any, settings: Mapping[str, Any], messages: Sequence[Any], tool
         return "refused", str(error)[:MOST_REASON] or type(error).__name__
 
 
-def _runner() -> Any:
-    """A function that renders as transformers does: (settings, messages, tools, prompt) -> text."""
+@functools.cache
+def _template_class() -> Any:
+    """As much of a tokenizer as transformers needs to run a chat template."""
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-    from transformers.utils import chat_template_utils
 
     class Templates(PreTrainedTokenizerBase):  # type: ignore[misc]
-        """As much of a tokenizer as transformers needs to run a chat template."""
-
         def __init__(self, template: str | dict[str, str], special_tokens: dict[str, Any]) -> None:
             # Not the base's: it would want a vocabulary.
             self.chat_template = template
@@ -365,20 +365,31 @@ def _runner() -> Any:
         def special_tokens_map(self) -> dict[str, Any]:
             return self._named
 
-    def run(settings: Mapping[str, Any], messages: Sequence[Any], tools: Any, prompt: bool) -> str:
-        templates = Templates(settings["template"], settings["special_tokens"])
-        compiled = chat_template_utils._compile_jinja_template(templates.get_chat_template(None, tools))
+    return Templates
+
+
+def _renderer(settings: Mapping[str, Any]) -> Callable[[Sequence[Any], Any, bool], str]:
+    """A function that renders as transformers does: (messages, tools, prompt) -> text."""
+    from transformers.utils import chat_template_utils
+
+    named, date = settings["special_tokens"], settings["date"]
+    templates = _template_class()(settings["template"], named)
+
+    @functools.cache
+    def compiled(has_tools: bool) -> Any:
+        found = chat_template_utils._compile_jinja_template(templates.get_chat_template(None, has_tools or None))
         # Its own `strftime_now` gives today, which is another day tomorrow.
-        date = settings["date"]
-        compiled.environment.globals["strftime_now"] = (
-            datetime.fromisoformat(date) if date else datetime.now()
-        ).strftime
+        found.environment.globals["strftime_now"] = (datetime.fromisoformat(date) if date else datetime.now()).strftime
+        return found
+
+    def render(messages: Sequence[Any], tools: Any, prompt: bool) -> str:
+        template = compiled(tools is not None)
         if messages and tools is None and all(map(_is_plain, messages)):  # half the time of apply_chat_template
             given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
-            return str(compiled.render(**given, **settings["special_tokens"]))
+            return str(template.render(**given, **named))
         return str(templates.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
 
-    return run
+    return render
 
 
 def _is_plain(message: Any) -> bool:

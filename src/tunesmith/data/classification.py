@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, RowEncoder
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, RowEncoder
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Problem

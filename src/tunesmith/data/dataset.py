@@ -26,7 +26,7 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.branches import BranchColumns
+from tunesmith.data.branches import BranchColumns, ListColumn
 from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProblem, OnProgress, complete, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.parts import encoding_of, one_at_a_time
@@ -70,72 +70,53 @@ class Summary:
 
 
 class LabelColumn:
-    """The column `labels` of record batches, memory-mapped. A row without an answer holds `IGNORE`."""
+    """The column `labels` of a table of rows. A row without an answer holds `IGNORE`."""
 
-    def __init__(self, batches: Sequence[Any], vocabulary: Sequence[str]) -> None:
+    def __init__(self, table: pa.Table, vocabulary: Sequence[str]) -> None:
         self.vocabulary = tuple(vocabulary)
-        self._offsets = [batch.column("labels").offsets.to_numpy() for batch in batches]
-        self._ids = [batch.column("labels").values.to_numpy() for batch in batches]
+        self._offsets, self._ids = list_column(table, "labels")
 
-    def at(self, batch: int, place: int) -> NDArray[np.int64]:
+    def at(self, row: int) -> NDArray[np.int64]:
         """Ids of one row, in the order of its targets."""
-        start, end = self._offsets[batch][place : place + 2]
-        ids_N: NDArray[np.int64] = self._ids[batch][start:end]
+        ids_N: NDArray[np.int64] = self._ids[self._offsets[row] : self._offsets[row + 1]]
         return ids_N
 
     def firsts(self) -> NDArray[np.int64]:
         """[I], the first id of each row; -1: it has none."""
-        return np.concatenate(
-            [
-                np.empty(0, np.int64),
-                *(
-                    np.where(np.diff(offsets) > 0, np.maximum(np.append(ids, -1)[offsets[:-1]], -1), -1)
-                    for offsets, ids in zip(self._offsets, self._ids, strict=True)
-                ),
-            ]
-        )
+        first_I = np.append(self._ids, -1)[self._offsets[:-1]]
+        return np.where(np.diff(self._offsets) > 0, np.maximum(first_I, -1), -1)
 
     def counts(self, times_I: NDArray[np.int64]) -> NDArray[np.int64]:
         """[V], how often each id occurs in the rows, row i counted `times_I[i]` times."""
-        total_V = np.zeros(len(self.vocabulary), np.int64)
-        for ids_N, rows_N in self._flat():
-            is_known_N = (ids_N >= 0) & (times_I[rows_N] > 0)
-            weights_N = times_I[rows_N[is_known_N]]
-            found_V = np.bincount(ids_N[is_known_N], weights_N, minlength=len(total_V))
-            total_V += found_V.astype(np.int64)  # whole numbers far below 2**53: nothing is rounded
-        return total_V
+        times_N = times_I[self._rows]
+        is_known_N = self._ids >= 0
+        found_V = np.bincount(self._ids[is_known_N], times_N[is_known_N], minlength=len(self.vocabulary))
+        return found_V.astype(np.int64)  # whole numbers far below 2**53: nothing is rounded
 
     def first_row(self, label: int, times_I: NDArray[np.int64]) -> int:
-        """The first row with an id, among those with `times_I` above 0. Raises StopIteration if none has it."""
-        found = (rows_N[(ids_N == label) & (times_I[rows_N] > 0)] for ids_N, rows_N in self._flat())
-        return int(next(rows_N[0] for rows_N in found if len(rows_N)))
+        """The first row with an id, among those with `times_I` above 0. Raises IndexError if none has it."""
+        return int(self._rows[(self._ids == label) & (times_I[self._rows] > 0)][0])
 
-    def _flat(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """The ids of each record batch, and the row of each id."""
-        first = 0
-        for offsets, ids in zip(self._offsets, self._ids, strict=True):
-            num_rows = len(offsets) - 1
-            yield ids[offsets[0] : offsets[-1]], np.repeat(np.arange(first, first + num_rows), np.diff(offsets))
-            first += num_rows
-
-    def targets_at(self, batch: int, place: int, labels: Labels) -> NDArray[np.generic]:
+    def targets_at(self, row: int, labels: Labels) -> NDArray[np.generic]:
         """Targets of one row."""
-        ids_N = self.at(batch, place)
+        ids_N = self.at(row)
         return ids_N if IGNORE in ids_N else targets(labels, ids_N, self.vocabulary)
 
     def denominators(self, labels: Labels) -> NDArray[np.float64]:
         """[I], the share of each row in the denominator of the loss."""
         if labels.kind == "many":
-            return np.full(sum(len(offsets) - 1 for offsets in self._offsets), float(labels.num_outputs))
+            return np.full(len(self._offsets) - 1, float(labels.num_outputs))
         weights_V = np.ones(len(self.vocabulary))
         if labels.weights_C is not None:
             classes_V = targets(replace(labels, kind="tags"), np.arange(len(self.vocabulary)), self.vocabulary)
             weights_V = labels.weights_C[classes_V.astype(np.int64)]
-        sums = [np.empty(0)]
-        for offsets, ids in zip(self._offsets, self._ids, strict=True):
-            running = np.concatenate([[0.0], np.cumsum(np.append(weights_V, 0.0)[np.maximum(ids, -1)])])
-            sums.append(np.diff(running[offsets]))
-        return np.concatenate(sums)
+        weights_N = np.append(weights_V, 0.0)[np.maximum(self._ids, -1)]
+        return np.bincount(self._rows, weights_N, minlength=len(self._offsets) - 1).astype(np.float64)
+
+    @cached_property
+    def _rows(self) -> NDArray[np.int64]:
+        """[N], the row of each id."""
+        return np.repeat(np.arange(len(self._offsets) - 1), np.diff(self._offsets))
 
 
 class RowStore:
@@ -153,30 +134,27 @@ class RowStore:
         """Messages about how they were encoded."""
         self.paths = tuple(paths)
         self.folder = folder
-        batches = list(self.batches())
-        self.lengths: NDArray[np.int32] = _column(batches, "length", np.int32)
+        table = pa.Table.from_batches(self.batches(), SCHEMA)
+        self._ids, self._trained = table["ids"], table["trained"]
+        self.lengths: NDArray[np.int32] = table["length"].to_numpy()
         """Tokens of each row; of a row with branches those of all its lines."""
-        self.targets: NDArray[np.int32] = _column(batches, "targets", np.int32)
+        self.targets: NDArray[np.int32] = table["targets"].to_numpy()
         """Trained tokens of each row."""
-        self.file_index: NDArray[np.int32] = _column(batches, "file", np.int32)
-        self.lines: NDArray[np.int64] = _column(batches, "line", np.int64)
-        self.hashes: NDArray[np.uint64] = _column(batches, "hash", np.uint64)
-        self.inputs: NDArray[np.uint64] = _column(batches, "input", np.uint64)
+        self.file_index: NDArray[np.int32] = table["file"].to_numpy()
+        self.lines: NDArray[np.int64] = table["line"].to_numpy()
+        self.hashes: NDArray[np.uint64] = table["hash"].to_numpy()
+        self.inputs: NDArray[np.uint64] = table["input"].to_numpy()
         """`examples.input_hash` of each row."""
-        self._first_rows = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self._offsets = [batch.column("ids").offsets.to_numpy() for batch in batches]
-        self._ids = [batch.column("ids").values.to_numpy() for batch in batches]
-        self._second: NDArray[np.int32] = _column(batches, "second", np.int32)
-        self.num_bytes: NDArray[np.int32] = _column(batches, "bytes", np.int32)
-        self.branches = BranchColumns(batches)
+        self._second: NDArray[np.int32] = table["second"].to_numpy()
+        self.num_bytes: NDArray[np.int32] = table["bytes"].to_numpy()
+        self.branches = BranchColumns(list_column(table, "branches"), list_column(table, "values"))
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """The share of each row in the denominator of the loss."""
         if self.branches.has_any:
             self.denominators = np.ones(len(self))
-        self.labels = LabelColumn(batches, summary.labels)
+        self.labels = LabelColumn(table, summary.labels)
         """Classes of the rows, by the store's own ids."""
         self._learnt: Labels | None = None
-        self._bits = [np.frombuffer(batch.column("trained").values.buffers()[1], np.uint8) for batch in batches]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -192,23 +170,21 @@ class RowStore:
 
     def row(self, index: int) -> Row:
         """One row; its ids are a read-only view of the file. Raises IndexError."""
-        batch, place = self._place(index)
-        start, end = self._offsets[batch][place : place + 2]
-        bits = np.unpackbits(self._bits[batch][start // 8 : (end + 7) // 8], bitorder="little")
-        trained = bits[start % 8 :][: end - start].astype(np.bool_)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a store of {len(self)}")
         labels: NDArray[np.generic] | None = None
         if self.summary.many is not None:
             learnt = self._learnt
-            labels = self.labels.at(batch, place) if learnt is None else self.labels.targets_at(batch, place, learnt)
+            labels = self.labels.at(index) if learnt is None else self.labels.targets_at(index, learnt)
         return Row(
-            self._ids[batch][start:end],
-            trained,
+            self._ids[index].values.to_numpy(),
+            self._trained[index].values.to_numpy(zero_copy_only=False),
             self.source(index),
             labels=labels,
             second=int(self._second[index]),
             num_bytes=int(self.num_bytes[index]),
-            branches=self.branches.sizes(batch, place),
-            values=self.branches.values(batch, place),
+            branches=self.branches.sizes(index),
+            values=self.branches.values(index),
         )
 
     def lengths_in(self, layout: Layout) -> NDArray[np.int32]:
@@ -223,7 +199,7 @@ class RowStore:
 
     def label_ids(self, index: int) -> NDArray[np.int64]:
         """The classes of one row, in the order of its targets. Raises IndexError."""
-        return self.labels.at(*self._place(index))
+        return self.labels.at(index)
 
     def count_labels(self, rows_I: NDArray[np.int64] | None = None) -> LabelCounts:
         """The labels of some rows, or of all."""
@@ -237,8 +213,9 @@ class RowStore:
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
         """Ids that occur in any row, ascending, each once."""
-        seen_V = np.zeros(1 + max((int(ids.max()) for ids in self._ids if len(ids)), default=0), np.bool_)
-        for ids in self._ids:  # flags, where sorting tens of millions of tokens would take seconds
+        chunks = [chunk.values.to_numpy() for chunk in self._ids.chunks]
+        seen_V = np.zeros(1 + max((int(ids.max()) for ids in chunks if len(ids)), default=0), np.bool_)
+        for ids in chunks:  # flags, where sorting tens of millions of tokens would take seconds
             seen_V[ids] = True
         return np.flatnonzero(seen_V)
 
@@ -264,13 +241,6 @@ class RowStore:
     def use_masks(self, share: float) -> None:
         """Count this share of a row's trained tokens as learnt, at least one; see `collate.Masking`."""
         self.denominators = np.maximum(1.0, np.round(share * self.targets))
-
-    def _place(self, index: int) -> tuple[int, int]:
-        """The record batch of a row, and its place there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a store of {len(self)}")
-        batch = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        return batch, index - int(self._first_rows[batch])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows as they are on disk; columns that an earlier version did not write are empty."""
@@ -483,5 +453,7 @@ def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int,
             raise DataError(f"{file.path}: it changed while it was read. Start again when nothing writes to it.")
 
 
-def _column(batches: Sequence[Any], name: str, dtype: Any) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype), *(batch.column(name).to_numpy() for batch in batches)]).astype(dtype)
+def list_column(table: pa.Table, name: str) -> ListColumn:
+    """Where the list of each row begins in the values of a column, with the end of the last, and these values."""
+    column = table[name].combine_chunks()
+    return column.offsets.to_numpy(), column.values.to_numpy()

@@ -19,7 +19,6 @@ from tunesmith.data.problems import refusal
 from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
 from tunesmith.formatting import near_file
-from tunesmith.types import Problem, Source
 
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
 
@@ -220,8 +219,8 @@ def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, 
     return tuple(columns)
 
 
-def inspect_file(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
-    """Detect the format of a file and warn if its name says otherwise. `at`: where it is read, if not at its path.
+def inspect_file(path: str, at: str = "") -> FileFacts:
+    """Detect the format of a file by its content. `at`: where it is read, if not at its path.
 
     Raises:
         DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
@@ -243,8 +242,7 @@ def inspect_file(path: str, at: str = "") -> tuple[FileFacts, list[Problem]]:
     if gzipped:
         head = _unpacked_head(path, head)
     kind, delimiter = detect_format(path, head)
-    facts = FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=num_bytes, at=at)
-    return facts, list(_misnamed(facts))
+    return FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=num_bytes, at=at)
 
 
 def _size_of_file(path: str, at: str) -> int:
@@ -351,19 +349,3 @@ def _unpacked_head(path: str, packed: bytes) -> bytes:
     if not head and not unpacker.eof:
         raise damaged_gzip(path, 1, EOFError())
     return head
-
-
-def _misnamed(facts: FileFacts) -> Iterator[Problem]:
-    """Warnings: the name says another format than the content has, which was believed."""
-    suffix = suffix_of(facts.path)
-    is_tabs = facts.kind == "CSV" and facts.delimiter == "\t"
-    expected = SUFFIXES.get(suffix, (facts.kind,))
-    if facts.kind not in expected or (suffix in (".tsv", ".csv") and is_tabs != (suffix == ".tsv")):
-        yield _renamed(facts, f"the name ends in {suffix}, but this is {facts}, and was read as that.")
-    if facts.gzipped != facts.path.lower().endswith(".gz"):
-        is_packed = "is gzipped" if facts.gzipped else "is not gzipped"
-        yield _renamed(facts, f"by its name one would not think so, but the file {is_packed}, and was read as that.")
-
-
-def _renamed(facts: FileFacts, message: str) -> Problem:
-    return Problem(Source(facts.path, 1), "misnamed", message, "Rename it.", severity="warning")

@@ -12,12 +12,11 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from operator import attrgetter
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens
+from tunesmith.data.chat_template import render_here
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.renderer import Renderer
@@ -45,9 +45,8 @@ MOST_PROCESSES = 8
 """One process reads for them and writes, and cannot feed more."""
 COLLECT_AFTER = 100_000
 """Threshold of the garbage collector while rows are encoded; the default costs a fifth of the time."""
-TICK_S = 0.5
-GRACE_S = 3.0
-"""Time in which an executor notices that a process ended: it does not where it waits for the rest of a result."""
+AHEAD = 2
+"""Chunks that wait for each process, and are memory."""
 END_S = 5.0
 SCHEMA = pa.schema(
     [
@@ -66,7 +65,7 @@ SCHEMA = pa.schema(
         ("values", pa.list_(pa.float64())),
     ]
 )
-ENDED = "a process that encodes rows ended: the others are encoded by one process"
+ENDED = "a process that encodes rows ended: rows that it had are encoded by this one"
 Chunk = Sequence[tuple[int, Example]]
 """Examples, each with the index of its file."""
 OnProblem = Callable[[Problem], None]
@@ -345,115 +344,87 @@ for _cls in (Source, Part, Example):
 
 
 class _Pool:
-    """Processes that encode chunks. They end when it is closed, and when this process ends in whatever way."""
+    """Processes that encode chunks, each with a pipe of its own: process and pipe end together, however that comes."""
 
     def __init__(self, renderer: Renderer, num_proc: int) -> None:
         context = multiprocessing.get_context("spawn")
-        theirs, self._lifeline = context.Pipe(duplex=False)
-        self._most_ahead = 2 * num_proc
-        self._is_broken = False
         self.note = ""
         """The reason of the first chunk that was not encoded by a process."""
-        self._executor = ProcessPoolExecutor(num_proc, context, initializer=_start_worker, initargs=(renderer, theirs))
+        self.workers: list[tuple[Any, Connection]] = []
+        try:
+            for _ in range(num_proc):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, renderer), daemon=True)
+                with closing(theirs), spawning():
+                    process.start()
+                self.workers.append((process, ours))
+        except Exception as error:  # an encoder that cannot be pickled, no memory for a process, ...
+            self.note = f"no process starts to encode rows, which one process does: {_line(error)}"
+            self.close()
 
     def in_order(self, reads: Iterator[_Read]) -> Iterator[tuple[_Read, Encoded | None]]:
-        """Each chunk that is read and its rows; None for a chunk that the caller has to encode: no process is left, or
-        the one that had it failed, as for want of memory.
-
-        Raises the TunesmithError that `encode` raised in a process.
-        """
-        ahead: deque[tuple[_Read, Future[Encoded] | None]] = deque()
-        for read in reads:
-            ahead.append((read, self._submit(read.chunk)))
-            if len(ahead) > self._most_ahead:
+        """Each chunk that is read and its rows; None for a chunk that the caller has to encode, where the process that
+        had it ended or failed: an error is raised there."""
+        num, ahead = len(self.workers), deque[tuple[_Read, int]]()
+        for i, read in enumerate(reads):
+            ahead.append((read, self._send(i % num, read.chunk) if num else -1))
+            if len(ahead) > AHEAD * num:
                 yield self._result(*ahead.popleft())
         while ahead:
             yield self._result(*ahead.popleft())
 
     def close(self) -> None:
-        """Kill the processes. No wait is without end: one may have been killed in the middle of writing a result."""
-        processes = list((self._executor._processes or {}).values())
-        results: Any = self._executor._result_queue
-        manager: Any = self._executor._executor_manager_thread
-        try:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-        finally:
-            self._lifeline.close()
-            for process in processes:
-                process.kill()
-            if results is not None:
-                results._writer.close()  # the last one: the thread that waits for the rest of a result sees an end
-            if manager is not None:
-                manager.join(END_S)
-            for process in processes:
-                process.join(END_S)
+        """Kill the processes."""
+        for process, connection in self.workers:
+            connection.close()
+            process.kill()
+        for process, _ in self.workers:
+            process.join(END_S)
+        self.workers = []
 
-    def _submit(self, chunk: Chunk) -> Future[Encoded] | None:
-        if self._is_broken:
-            return None
+    def _send(self, number: int, chunk: Chunk) -> int:
         try:
-            with spawning():
-                return self._executor.submit(_encode_there, chunk)
-        except BrokenProcessPool:
-            self._give_up(ENDED)
-        except Exception as error:  # an encoder that cannot be pickled, no memory for a process, ...
-            self._give_up(f"no process starts to encode rows, which one process does: {_line(error)}")
-        return None
+            self.workers[number][1].send(chunk)
+        except OSError:
+            return -1
+        return number
 
-    def _result(self, read: _Read, future: Future[Encoded] | None) -> tuple[_Read, Encoded | None]:
-        if future is None or not self._is_done(future):
-            return read, None
-        try:
-            return read, future.result()
-        except TunesmithError:
-            raise
-        except BrokenProcessPool:
-            self._give_up(ENDED)
-        except Exception as error:  # what is wrong with the rows is raised again where they are encoded next
-            self.note = self.note or f"rows that a process did not encode are encoded by this one: {_line(error)}"
+    def _result(self, read: _Read, number: int) -> tuple[_Read, Encoded | None]:
+        found: Encoded | str = ENDED
+        with suppress(OSError, EOFError):
+            found = self.workers[number][1].recv() if number >= 0 else ENDED
+        if isinstance(found, Encoded):
+            return read, found
+        self.note = self.note or found
         return read, None
-
-    def _is_done(self, future: Future[Encoded]) -> bool:
-        """Wait for it, but not for ever: a process that dies in the middle of writing a result leaves the executor
-        waiting for the rest."""
-        num_ticks = 0
-        while not self._is_broken and not wait([future], TICK_S).done:
-            has_ended = not all(process.is_alive() for process in list(self._executor._processes.values()))
-            num_ticks = num_ticks + 1 if has_ended else 0
-            if num_ticks * TICK_S >= GRACE_S:
-                self._give_up(ENDED)
-        return future.done() and not future.cancelled()
-
-    def _give_up(self, note: str) -> None:
-        if not self._is_broken:
-            self._is_broken = True
-            self.note = self.note or note
-            self.close()
 
 
 def _line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-_RENDERER: list[Renderer] = []
-"""In a process of a pool, its renderer."""
-
-
-def _start_worker(renderer: Renderer, lifeline: Connection) -> None:
+def _work(connection: Connection, renderer: Renderer) -> None:
+    """The work of a process of a pool: each chunk that comes is encoded, or why it is not is sent back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    _RENDERER.append(renderer)
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    render_here()
+    waiting: SimpleQueue[Chunk] = SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, waiting), daemon=True).start()
     gc.collect()
     gc.freeze()  # what is there now stays
     gc.set_threshold(COLLECT_AFTER)
+    while True:
+        chunk = waiting.get()
+        try:
+            found: Encoded | str = encode(renderer, chunk)
+        except Exception as error:  # what is wrong with the rows is raised again where they are encoded next
+            found = f"rows that a process did not encode are encoded by this one: {_line(error)}"
+        connection.send(found)
 
 
-def _end_with(lifeline: Connection) -> None:
-    with suppress(OSError):
-        lifeline.poll(None)
+def _receive(connection: Connection, waiting: SimpleQueue[Chunk]) -> None:
+    """Take in chunks while others are encoded, so that the parent need not wait; end with the parent."""
+    with suppress(OSError, EOFError):
+        while True:
+            waiting.put(connection.recv())
     os._exit(1)
-
-
-def _encode_there(chunk: Chunk) -> Encoded:
-    return encode(_RENDERER[0], chunk)

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from tunesmith.data.branches import join
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import CompletionEncoder
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.examples import hash_of
 from tunesmith.data.formats.preference import SIDES
 from tunesmith.data.hold_out import conflicts
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.types import Example, Part, Problem
 

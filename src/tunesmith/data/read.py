@@ -21,8 +21,7 @@ from tunesmith.data.detect_format import (
 )
 from tunesmith.data.problems import describe_type, names, refusal
 from tunesmith.data.read_json import BadRow, json_array, json_lines
-from tunesmith.data.read_parquet import parquet_rows
-from tunesmith.data.read_table import csv_rows
+from tunesmith.data.read_table import csv_rows, parquet_rows
 from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.data.remote import is_address, known
 from tunesmith.errors import DataError
@@ -135,9 +134,7 @@ def read(
     for index, found in inspect_files(files, on_problem):
         of_file = found
         if is_address(found.at):  # opened now, not before: there may be thousands
-            of_file, warnings = inspect_file(found.path, found.at)
-            for warning in warnings:
-                on_problem(warning)
+            of_file = inspect_file(found.path, found.at)
         if facts is not None:
             facts.append(of_file)
         yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
@@ -159,13 +156,9 @@ def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tupl
                 found.append((index, facts))
                 continue
             try:
-                facts, warnings = inspect_file(member.path, member.at)
+                found.append((index, inspect_file(member.path, member.at)))
             except DataError as error:
                 refused.append(error)
-            else:
-                found.append((index, facts))
-                for warning in warnings:
-                    on_problem(warning)
     if refused:
         raise DataError("\n".join(map(str, refused)), [problem for error in refused for problem in error.problems])
     return found

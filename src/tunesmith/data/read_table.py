@@ -1,13 +1,19 @@
-"""CSV and TSV: every value stays text; a broken quote ends the file, since nobody knows where the next row begins."""
+"""Tables, row by row: CSV and TSV, whose every value stays text, and Parquet with its stored types.
+
+A broken quote ends a CSV file, since nobody knows where the next row begins."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from typing import Any
 
-from tunesmith.data.detect_format import ByteStream, FileFacts, distinct
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_parquet
 from tunesmith.data.problems import refusal
-from tunesmith.data.read_json import BadRow, OnBadRow, invalid_utf8, nul_character, too_long
+from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, strings, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 
@@ -18,24 +24,8 @@ def csv_rows(
     """Each row's first line and values by column; blank lines are counted and left out.
 
     Raises:
-        DataError: the header is unusable, or a quote is broken: nothing then says where the next row begins.
+        DataError: the header is unusable, a quote is broken or a row too long: nothing says where the next row begins.
     """
-    for line, values in _records(stream, facts, limits=limits, on_bad=on_bad):
-        if facts.columns is None:
-            facts.columns = distinct(facts, values, line)
-            continue
-        facts.rows += 1
-        if len(values) == len(facts.columns):
-            yield line, dict(zip(facts.columns, values, strict=True))
-        else:
-            message = f"it has {len(values)} values, the header names {len(facts.columns)}"
-            fix = "Put text that contains the separator or a line break in double quotes."
-            on_bad(line, BadRow("ragged_row", message, fix), 0)
-
-
-def _records(
-    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
-) -> Iterator[tuple[int, list[str]]]:
     # The csv module knows one limit for the whole process; ours is kept by _Lines.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
     lines = _Lines(stream, facts, limits.line_bytes)
@@ -46,24 +36,29 @@ def _records(
             values = next(reader)
         except StopIteration:
             return
-        except _TooLong:
-            lines.bad = too_long(lines.skip_row(), limits.line_bytes)
-            if lines.at_end:
-                raise _broken_quote(facts, lines) from None
         except csv.Error as error:
             raise _broken_quote(facts, lines, str(error)) from None
-        if lines.bad is not None:
-            if facts.columns is None:
-                raise refusal(facts.path, lines.first, lines.bad.code, f"the header: {lines.bad}.", lines.bad.fix)
-            facts.rows += 1
-            on_bad(lines.first, lines.bad, lines.offset)
-        elif not values or (len(values) == 1 and not values[0].strip()):
-            facts.blank += lines.line - lines.first + 1
+        bad = lines.finding()
+        if bad is None and (not values or (len(values) == 1 and not values[0].strip())):
+            facts.blank += facts.line - lines.first + 1
+            continue
+        if facts.columns is None:
+            if bad is not None:
+                raise refusal(facts.path, lines.first, bad.code, f"the header: {bad}.", bad.fix)
+            facts.columns = distinct(facts, values, lines.first)
+            continue
+        facts.rows += 1
+        if bad is None and len(values) != len(facts.columns):
+            message = f"it has {len(values)} values, the header names {len(facts.columns)}"
+            fix = "Put text that contains the separator or a line break in double quotes."
+            bad = BadRow("ragged_row", message, fix)
+        if bad is None:
+            yield lines.first, dict(zip(facts.columns, values, strict=True))
         else:
-            yield lines.first, values
+            on_bad(lines.first, bad, lines.offset)
 
 
-def _broken_quote(facts: FileFacts, lines: _Lines, reason: str = "") -> DataError:
+def _broken_quote(facts: FileFacts, lines: _Lines, reason: str) -> DataError:
     if lines.at_end:
         code, message = "unclosed_quote", "a double quote opens here and is never closed."
         fix = "Close it; write a quote in text twice."
@@ -75,82 +70,157 @@ def _broken_quote(facts: FileFacts, lines: _Lines, reason: str = "") -> DataErro
     return refusal(facts.path, lines.first, code, message, f"{fix} Nothing after it was read.")
 
 
-class _TooLong(Exception):
-    """The row has more bytes than the limit."""
-
-
 class _Lines:
-    """The lines of a file for the csv module, as text; what is wrong with the current row is kept in `bad`."""
+    """The lines of a file for the csv module, as text."""
 
     def __init__(self, stream: ByteStream, facts: FileFacts, limit: int) -> None:
         self.first = 1
         """Line on which the current row begins."""
-        self.offset = 0
+        self.offset = 3 if facts.has_bom else 0
         """Byte at which it begins."""
-        self.line = 0
         self.at_end = False
-        self.bad: BadRow | None = None
-        self._stream = stream
-        self._facts = facts
-        self._limit = limit
-        self._read = 3 if facts.has_bom else 0
+        self._stream, self._facts, self._limit = stream, facts, limit
+        self._raw: list[bytes] = []
+        """The lines of the current row."""
         self._size = 0
-        self._num_quotes = 0
 
     def begin(self) -> None:
-        self.first = self.line + 1
-        self.offset = self._read
-        self.bad = None
-        self._size = self._num_quotes = 0
+        self.first = self._facts.line + 1
+        self.offset += self._size
+        self._raw, self._size = [], 0
+
+    def finding(self) -> BadRow | None:
+        """What is wrong with the bytes of the current row."""
+        raw = b"".join(self._raw)
+        try:
+            decode(raw)
+        except BadRow as bad:
+            return bad
+        return nul_character(raw.find(b"\0")) if b"\0" in raw else None
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        raw = self._take(self._limit + 2)
+        raw = self._stream.readline(self._limit + 2)
         if not raw:
             self.at_end = True
             raise StopIteration
-        if self._size > self._limit + 2 or len(raw.rstrip(b"\r\n")) > self._limit:
-            self._end_line(raw)
-            raise _TooLong
-        at = self._size - len(raw)
-        if b"\0" in raw:
-            self.bad = self.bad or nul_character(at + raw.find(b"\0"))
-            raw = raw.replace(b"\0", b"")
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            bad = invalid_utf8(raw, error.start)
-            bad.at = at + error.start
-            self.bad = self.bad or bad
-            # Only the row's structure is still wanted: the row itself is left out.
-            return raw.decode("utf-8", "replace")
-
-    def skip_row(self) -> int:
-        """Skip to the end of a row that is too long: the first line end outside quotes. Returns the row's bytes."""
-        while self._num_quotes % 2:
-            raw = self._take(self._limit)
-            if not raw:
-                self.at_end = True
-                break
-            self._end_line(raw)
-        return self._size
-
-    def _take(self, size: int) -> bytes:
-        raw = self._stream.readline(size)
-        if raw:
-            self.line += 1
-            self._facts.line = self.line
-        self._count(raw)
-        return raw
-
-    def _count(self, raw: bytes) -> None:
+        self._facts.line += 1
+        self._raw.append(raw)
         self._size += len(raw)
-        self._read += len(raw)
-        self._num_quotes += raw.count(b'"')
+        if self._size - len(raw) + len(raw.rstrip(b"\r\n")) > self._limit:
+            message = f"it has more bytes than data.limits.line_bytes, which is {self._limit:,}."
+            fix = "Close a double quote that is open, split the row, or raise the limit. Nothing after it was read."
+            raise refusal(self._facts.path, self.first, "line_too_long", message, fix)
+        return raw.replace(b"\0", b"").decode("utf-8", "replace")  # a row with either is left out
 
-    def _end_line(self, raw: bytes) -> None:
-        while raw and not raw.endswith(b"\n"):
-            raw = self._stream.readline(self._limit)
-            self._count(raw)
+
+BATCH_BYTES = 16 * 1024 * 1024
+MOST_ROWS = 64
+"""Rows read at once. A text that repeats is stored once: a file of a kilobyte can hold rows of gigabytes."""
+_BROKEN = (pa.ArrowException, OSError, ValueError)
+"""Errors of pyarrow for a damaged file; ValueError for a column name that is not text."""
+_UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
+
+
+def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row's number, from 1, and values by column. Raises `DataError` when the file is damaged."""
+    with open_parquet(facts) as stream:
+        try:
+            table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        except _BROKEN as error:
+            raise _damaged(facts, error) from None
+        facts.columns = distinct(facts, table.schema_arrow.names, 1)
+        _check_depth(facts, table.schema_arrow, limits.depth)
+        has_structs = any(pa.types.is_nested(field.type) for field in table.schema_arrow)
+        for record in _records(table, facts):
+            facts.line += 1
+            facts.rows += 1
+            bad = record if isinstance(record, BadRow) else _finding(record, limits)
+            if bad is not None:
+                on_bad(facts.line, bad, 0)
+            elif not isinstance(record, BadRow):
+                # Nested objects without nulls: a column gives every object the keys of all.
+                yield facts.line, {k: _dense(v) for k, v in record.items()} if has_structs else record
+
+
+def _check_depth(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
+    nesting, types = 1, [field.type for field in schema]
+    while types := [kind.field(i).type for kind in types for i in range(kind.num_fields)]:
+        nesting += 1
+        if nesting > depth:
+            message = f"its columns nest deeper than {depth}, which is data.limits.depth."
+            raise refusal(facts.path, 1, "too_deep", message, "Flatten them, or raise the limit.")
+
+
+def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any] | BadRow]:
+    metadata = table.metadata
+    num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    num_rows = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, num_bytes // max(1, metadata.num_rows))))
+    batches = table.iter_batches(batch_size=num_rows, use_threads=False)
+    while True:
+        try:
+            batch = next(batches, None)
+        except _BROKEN as error:
+            raise _damaged(facts, error) from None
+        if batch is None:
+            return
+        facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
+        try:
+            records = _in_microseconds(batch).to_pylist()
+        except _UNHOLDABLE:
+            yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
+        else:
+            yield from records
+
+
+def _in_microseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch without nanoseconds, which Python's times do not have. No time is text, so none is ever used."""
+    for i, field in enumerate(batch.schema):
+        if getattr(field.type, "unit", "") == "ns":
+            in_us = {
+                pa.types.is_timestamp: pa.timestamp("us", getattr(field.type, "tz", None)),
+                pa.types.is_duration: pa.duration("us"),
+                pa.types.is_time: pa.time64("us"),
+            }
+            kind = next(kind for is_it, kind in in_us.items() if is_it(field.type))
+            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
+    return batch
+
+
+def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
+    """The row of a batch that may hold what Python cannot: text that is not UTF-8, a date before the year 1."""
+    try:
+        return _in_microseconds(batch).to_pylist()[0]  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        message = f"byte 0x{error.object[error.start]:02X} of a text is not UTF-8"
+        return BadRow("invalid_utf8", message, "Write the file again from the text.")
+    except _UNHOLDABLE as error:
+        return BadRow("wrong_type", f"one of its values cannot be read: {str(error)[:120]}", "Write it as text.")
+
+
+def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
+    size = 0
+    for text in strings(list(record.values())):
+        size += len(text) if text.isascii() else len(text.encode())
+        if "\0" in text:
+            return nul_character(text.find("\0"))
+    return too_long(size, limits.line_bytes) if size > limits.line_bytes else None
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_dense(item) for item in value]
+    return value
+
+
+def _damaged(facts: FileFacts, error: Exception) -> DataError:
+    if isinstance(error, ConnectionError):
+        return cannot_open(facts.path, error, facts.line + 1)
+    reason = str(error).partition("\n")[0][:120]
+    return refusal(
+        facts.path, facts.line + 1, "damaged_parquet", f"the Parquet file is damaged ({reason}).", "Write it again."
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tunesmith.data.detect_format import BOM, HEAD_BYTES, TAGGED, ByteStream, FileFacts, no_text
-from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, rest_of_line, too_long
+from tunesmith.data.problems import refusal
+from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character
 from tunesmith.recipe.schema import Limits
 
 
@@ -43,93 +44,66 @@ def conll_sentences(
     Columns are separated by tabs, or else by spaces. Lines of -DOCSTART-, which end a sentence, and comments
     before one are counted.
     """
-    sentence = _Sentence(len(BOM) if facts.has_bom else 0)
-    while True:
+    sentence: list[bytes] = []
+    first, num_columns, size = 1, 0, 0
+    offset, is_over = len(BOM) if facts.has_bom else 0, False
+    while not is_over:
         raw = stream.readline(limits.line_bytes + 2)
-        is_blank, is_mark = not raw.strip(), sentence.is_mark(raw)
-        if sentence.size and (is_blank or is_mark):
+        is_over, is_blank = not raw, not raw.strip()
+        facts.line += not is_over
+        is_mark = not is_blank and _is_mark(raw, num_columns, is_first=not sentence)
+        if not (is_blank or is_mark):
+            first = first if sentence else facts.line
+            sentence.append(raw)
+            size += len(raw)
+            if size > limits.line_bytes:
+                message = f"its sentence has more than {limits.line_bytes:,} bytes, which is data.limits.line_bytes."
+                fix = "Write a blank line between sentences. Nothing after it was read."
+                raise refusal(facts.path, first, "line_too_long", message, fix)
+            continue
+        facts.marks += is_mark
+        facts.blank += is_blank and not sentence and not is_over
+        if sentence:
             facts.rows += 1
             try:
-                yield sentence.first, sentence.record(limits.line_bytes)
+                record, num_columns = _sentence(sentence, first, num_columns)
+                yield first, record
             except BadRow as bad:
-                on_bad(sentence.first, bad, sentence.offset)
-        elif raw and is_blank:
-            facts.blank += 1
-        if not raw:
-            return
-        facts.line += 1
-        size = len(raw) + (rest_of_line(stream, raw) if len(raw) > limits.line_bytes and not is_blank else 0)
-        if is_blank or is_mark:
-            facts.marks += is_mark
-            sentence.begin(size)
-        else:
-            sentence.add(raw, facts.line, size, limits.line_bytes)
+                on_bad(first, bad, offset)
+        offset += size + len(raw)
+        sentence, size = [], 0
 
 
-class _Sentence:
-    """The lines of a sentence as they are read; what is wrong with one is kept until its end."""
+def _is_mark(raw: bytes, num_columns: int, *, is_first: bool) -> bool:
+    """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have.
 
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        """Byte at which it begins."""
-        self.first = 1
-        """Line on which it begins."""
-        self.size = 0
-        self._words: list[str] = []
-        self._tags: list[str] = []
-        self._num_columns = 0
-        """Columns of the lines before, in this sentence and earlier ones."""
-        self._bad: BadRow | None = None
+    Before any word was read, a comment is what does not end with the tag of a span.
+    """
+    if not is_first or not raw.startswith(b"# "):
+        return raw.startswith(b"-DOCSTART-")
+    return len(_columns(raw)) != num_columns if num_columns else TAGGED.fullmatch(raw.rstrip()) is None
 
-    def begin(self, skipped: int) -> None:
-        """Forget this sentence. `skipped`: bytes between it and the next."""
-        self.offset += self.size + skipped
-        self.size = 0
-        self._words, self._tags, self._bad = [], [], None
 
-    def is_mark(self, raw: bytes) -> bool:
-        """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have.
-
-        Before any word was read, a comment is what does not end with the tag of a span.
-        """
-        if raw.startswith(b"-DOCSTART-"):
-            return True
-        if self.size or not raw.startswith(b"# "):
-            return False
-        if not self._num_columns:
-            return TAGGED.fullmatch(raw.rstrip()) is None
-        return len(_columns(raw)) != self._num_columns
-
-    def add(self, raw: bytes, line: int, size: int, limit: int) -> None:
-        if not self.size:
-            self.first = line
-        at, self.size = self.size, self.size + size
-        if self._bad is not None or self.size > limit:
-            return
+def _sentence(lines: list[bytes], first: int, num_columns: int) -> tuple[dict[str, list[str]], int]:
+    """Words and tags of a sentence, and its number of columns, which is that of those before. Raises `BadRow`."""
+    words, tags, at = [], [], 0
+    for number, raw in enumerate(lines, start=first):
         try:
             if b"\0" in raw:
                 raise nul_character(raw.find(b"\0"))
             columns = [decode(column) for column in _columns(raw)]
-            if self._num_columns and len(columns) != self._num_columns:
-                message = f"line {line} has {len(columns)} columns, the lines before it have {self._num_columns}"
-                raise BadRow(
-                    "ragged_row", message, "Write a word and its tag on each line, a blank line between sentences."
-                )
         except BadRow as bad:
             bad.at = None if bad.at is None else at + bad.at
-            self._bad = bad
-            return
-        self._num_columns = len(columns)
-        self._words.append(columns[0])
-        self._tags += columns[1:][-1:]
-
-    def record(self, limit: int) -> dict[str, list[str]]:
-        """Raises `BadRow`."""
-        if self.size > limit:
-            raise too_long(self.size, limit)
-        if self._bad is not None:
-            raise self._bad
-        return {"tokens": self._words, "tags": self._tags}
+            raise
+        if num_columns and len(columns) != num_columns:
+            message = f"line {number} has {len(columns)} columns, the lines before it have {num_columns}"
+            fix = "Write a word and its tag on each line, a blank line between sentences."
+            raise BadRow("ragged_row", message, fix)
+        num_columns = len(columns)
+        words.append(columns[0])
+        tags += columns[1:][-1:]
+        at += len(raw)
+    return {"tokens": words, "tags": tags}, num_columns
 
 
 def _columns(raw: bytes) -> list[bytes]:

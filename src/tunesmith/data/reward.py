@@ -1,4 +1,4 @@
-"""Answers to token ids for a model that scores them: each with its prompt, read at one token."""
+"""Answers and documents to token ids for a model that scores them: each with its prompt or query, read at one token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from tunesmith.data.branches import join
 from tunesmith.data.classification import ClassificationEncoder
-from tunesmith.data.drafts import Draft, Drafts, LengthLimit, RowEncoder
 from tunesmith.data.preference import side_encoder
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, RowEncoder
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.types import Example, ModelKind, Part, Problem
 
@@ -69,3 +69,28 @@ class RewardEncoder(RowEncoder):
 
 def _scores(example: Example) -> tuple[str, ...]:
     return example.labels or (("1", "0") if example.branches else ("0",))
+
+
+class RankingEncoder(RewardEncoder):
+    """Query and document as the two texts that the model knows; where both are too long the document is cut."""
+
+    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
+        self._is_causal, self._fast, self._limit = kind == "causal", fast, limit
+        self._side = ClassificationEncoder(tokenizer, fast, limit, kind)
+        self._frame = fast.causal_frame(closed=False) if self._is_causal else fast.frame(2)
+        self.control, self.template_text = self._side.control, ""
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        found = super().encode(examples)
+        queries = self._fast.ids([example.parts[0].text for example in examples])
+        for i, (drafts, query) in enumerate(zip(found, queries, strict=True)):
+            if isinstance(drafts, Problem):
+                continue
+            drafts[0].values = (float(len(self._frame.before_ids) + len(query)),)  # where its documents begin
+            if self._limit.excess(2 * len(query) + self._frame.num_added(2)):
+                message = f"the {len(query)} tokens of its query are more than half of data.max_tokens."
+                found[i] = Problem(examples[i].source, "too_long", message, "Shorten it, or raise the limit.")
+        return found
+
+    def _line(self, example: Example, score: str) -> Example:
+        return replace(example, labels=(score,))

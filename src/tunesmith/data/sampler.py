@@ -8,7 +8,6 @@ without replaying those before it.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -386,7 +385,7 @@ def grouped(
     """Indices of the rows of each step of a pool: rows of similar length make a step, steps are in random order.
 
     `sides_RS`: tokens of the pool's rows in shuffled order, so that rows of one length are divided at random; [R, 2]
-    for an encoder–decoder. If rows are missing, the last step is the short one.
+    for an encoder–decoder, by source and then by target. If rows are missing, the last step is the short one.
     """
     steps = np.arange(pool.start, pool.stop)
     turn = np.argsort(sort_keys(steps, seed, epoch, salt=2), kind="stable")
@@ -394,39 +393,9 @@ def grouped(
     sizes[turn[-1]] -= len(pool) * rows_per_step - len(sides_RS)
     # An epoch may be one pool: steps start at another row in each epoch, so that the same rows do not always meet.
     shifts = np.argsort(sort_keys(np.arange(rows_per_step), seed, epoch // rows_per_step, salt=3), kind="stable")
-    places_R = np.roll(in_line(sides_RS, num_steps=len(pool)), shifts[epoch % rows_per_step])
+    places_R = np.roll(np.lexsort(sides_RS.T[::-1]), shifts[epoch % rows_per_step])
     steps_of_places = np.split(places_R, np.cumsum(sizes)[:-1])
     return [steps_of_places[i] for i in turn]
-
-
-def in_line(sides_RS: NDArray[np.int32], *, num_steps: int) -> NDArray[np.int64]:
-    """[R], rows in an order in which neighbours cost about the same.
-
-    With one side: by length. With two: strips of similar source, each sorted by target, up and down in turn, so many
-    that a step is about as wide in sources as in targets, each as a share of its spread.
-    """
-    by_source_R = np.argsort(sides_RS[:, 0], kind="stable")
-    if sides_RS.shape[1] == 1:
-        return by_source_R
-    strips_R = np.empty(len(sides_RS), np.int64)
-    strips_R[by_source_R] = np.arange(len(sides_RS)) * _num_strips(sides_RS, num_steps) // len(sides_RS)
-    targets_R = sides_RS[:, 1]
-    return np.lexsort((np.where(strips_R % 2, -targets_R, targets_R), strips_R))
-
-
-def _num_strips(sides_RS: NDArray[np.int32], num_steps: int) -> int:
-    """√(steps · spread of sources / what is left of the spread of targets once the source is known).
-
-    In whole numbers, so that no rounding makes another order elsewhere.
-    """
-    num = len(sides_RS)
-    sources, targets = sides_RS.astype(np.int64).T
-    source, target = int(sources.sum()), int(targets.sum())
-    of_sources = num * int(sources @ sources) - source**2
-    of_targets = num * int(targets @ targets) - target**2
-    of_both = num * int(sources @ targets) - source * target
-    left = math.sqrt(max(1, of_sources * of_targets - of_both**2))
-    return min(num, max(1, int(math.sqrt(num_steps * of_sources / left))))
 
 
 def micro_batches_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[MicroBatch]:

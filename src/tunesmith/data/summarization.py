@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
-from tunesmith.data.drafts import Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Part, Problem

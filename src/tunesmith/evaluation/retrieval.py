@@ -24,7 +24,7 @@ from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import RowStore
 from tunesmith.evaluation.predict_rows import Predictions, sample_rows
 from tunesmith.evaluation.scores import WordTokenizer
-from tunesmith.recipe.retrieval import Embed
+from tunesmith.recipe.objectives import Embed
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
 
 K1, B = 1.2, 0.75

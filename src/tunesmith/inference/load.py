@@ -334,9 +334,10 @@ def _load(
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
     device = machine.choose_device(recipe.device).value
-    precision = machine.choose_precision(recipe.precision, device).value
+    chosen = machine.choose_precision(recipe.precision, device)
+    precision = chosen.value
     tokenizer = tokenizer or files.load_tokenizer(located, None)
-    notes: list[str] = []
+    notes = [f"precision: {chosen}"] if precision != recipe.precision != "auto" else []
     method = recipe.method
     packing = METHODS[method.name].packing(method) if as_trained else None
     model = files.load_model(

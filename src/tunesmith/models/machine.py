@@ -49,8 +49,11 @@ def _present(name: str) -> str:
 
 
 def choose_precision(name: str, device: str) -> Choice:
-    """ "float32", "bfloat16" or "float16" for weights and activations on `device`; with "auto", what is fast there."""
+    """ "float32", "bfloat16" or "float16" for weights and activations on `device`; with "auto", what is fast there, and
+    on a processor instead of float16 too."""
     fast, why = _fast_precision(torch.device(device))
+    if name == "float16" and device == "cpu":
+        return Choice("precision", fast, f"float16 takes a processor ten times as long or more; {why}")
     if name != "auto":
         slow = name == "bfloat16" and fast != "bfloat16"
         return Choice("precision", name, f"as given, though {why}" if slow else "as given")

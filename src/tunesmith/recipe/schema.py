@@ -26,8 +26,7 @@ from tunesmith.recipe.methods import (
     Positive,
     Words,
 )
-from tunesmith.recipe.preferences import Prefer, Reward
-from tunesmith.recipe.retrieval import Embed, Rank
+from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
 from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")

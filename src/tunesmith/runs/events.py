@@ -50,57 +50,37 @@ def read(path: Path) -> Iterator[Event]:
 
 @dataclass
 class Tail:
-    """The events of a log that grows; reads what is new at each call, all of it again where the log was replaced."""
+    """The events of a log that grows, each once. Those that a resumed run takes back (`truncate_after`) come again when
+    they are written again."""
 
     path: Path
-    _file: int = -1
+    _file: BinaryIO | None = None
     _offset: int = 0
 
     def __call__(self) -> list[Event]:
         """The events since the last call."""
-        try:
-            file = open(self.path, "rb")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:
+        if _is_elsewhere(self.path, self._file):
+            newer = open(self.path, "rb")  # noqa: SIM115 (held from call to call, so that a swap shows)
+            if self._file is not None:
+                self._offset = _end_of_seen(newer, self._file, self._offset)
+                self._file.close()
+            self._file = newer
+        if self._file is None:
             return []
-        with file:
-            there = os.fstat(file.fileno())
-            if there.st_ino != self._file or there.st_size < self._offset:
-                self._file, self._offset = there.st_ino, 0
-            file.seek(self._offset)
-            lines = [line for line in file if line.endswith(b"\n")]
+        self._file.seek(self._offset)
+        lines = [line for line in self._file if line.endswith(b"\n")]
         self._offset += sum(map(len, lines))
         return [_event(line, str(self.path)) for line in lines]
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
-    """Yield every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left.
-
-    Events that a resumed run takes back (`truncate_after`) come again when they are written again.
-    """
-    file: BinaryIO | None = None
-    offset = 0
-    try:
-        while True:
-            stopping = stop()
-            if _is_elsewhere(path, file):
-                newer = open(path, "rb")  # noqa: SIM115 (held over many rounds, so that a swap shows)
-                if file is not None:
-                    offset = _end_of_seen(newer, file, offset)
-                    file.close()
-                file = newer
-            if file is not None:
-                file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    offset += len(line)
-                    yield _event(line, str(path))
-            if stopping:
-                return
+    """Yield every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left."""
+    tail, stopping = Tail(path), False
+    while not stopping:
+        stopping = stop()
+        yield from tail()
+        if not stopping:
             time.sleep(poll_s)
-    finally:
-        if file is not None:
-            file.close()
 
 
 def truncate_after(path: Path, step: int) -> int:

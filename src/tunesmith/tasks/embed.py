@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tunesmith.data.dataset import RowStore
-    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+    from tunesmith.data.renderer import EncoderSettings, RowEncoder
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe

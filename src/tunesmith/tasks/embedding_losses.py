@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tunesmith.recipe.retrieval import Embed
+from tunesmith.recipe.objectives import Embed
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:

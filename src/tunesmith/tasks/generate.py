@@ -8,7 +8,7 @@ from tunesmith.tasks.losses import token_loss_sum, token_measure
 from tunesmith.types import Task
 
 if TYPE_CHECKING:
-    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+    from tunesmith.data.renderer import EncoderSettings, RowEncoder
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:

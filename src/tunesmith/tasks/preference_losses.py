@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.recipe.preferences import Prefer
+from tunesmith.recipe.objectives import Prefer
 from tunesmith.types import Batch, Measured, required
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from tunesmith.tasks.ranking_losses import ranking_loss_sum, ranking_measure
 from tunesmith.types import Task
 
 if TYPE_CHECKING:
-    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+    from tunesmith.data.renderer import EncoderSettings, RowEncoder
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.ranking import RankingEncoder
+    from tunesmith.data.reward import RankingEncoder
 
     return RankingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tunesmith.recipe.preferences import Reward
-from tunesmith.recipe.retrieval import Rank
+from tunesmith.recipe.objectives import Rank, Reward
 from tunesmith.tasks.reward_losses import reward_losses
 from tunesmith.types import Batch, Measured
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.recipe.preferences import Reward
+from tunesmith.recipe.objectives import Reward
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from tunesmith.tasks.losses import word_loss_sum, word_measure
 from tunesmith.types import Task
 
 if TYPE_CHECKING:
-    from tunesmith.data.drafts import EncoderSettings, RowEncoder
+    from tunesmith.data.renderer import EncoderSettings, RowEncoder
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.recipe.preferences import Prefer
+from tunesmith.recipe.objectives import Prefer
 from tunesmith.tasks.preference_losses import line_logps, measured, values_of
 from tunesmith.types import Batch, Measured, required
 

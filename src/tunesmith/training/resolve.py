@@ -25,11 +25,10 @@ from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.planning.defaults import HELD, Facts, RunSize, decide, decide_measuring, total_steps, with_choice
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fit import fill_card, fit, gib, refuse
+from tunesmith.planning.fit import fill_card, fit, gib, refuse, refuse_shard, split_choice, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import DTYPES
 from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
-from tunesmith.planning.sharding import refuse_shard, split_choice, why_whole
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -195,6 +194,9 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         recipe = with_choice(recipe, Choice("shard", False, ""))
     if device is None:
         threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+        if recipe.device == "cpu" and recipe.precision == "float16":
+            slow = "a processor takes ten times as long as in float32 or more, whose time is foreseen. Leave it out"
+            found.notes.append(f"precision: float16: {slow}")
         device = devices.here(recipe.device, threads=threads, dtype=dtype)
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
