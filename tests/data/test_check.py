@@ -331,17 +331,16 @@ def test_rows_are_encoded_a_few_at_a_time(tmp_path: Path):
         tokenizer = tiny_tokenizer()
         largest = 0
 
-        def encode(self, examples: Sequence[Example], *, on_warning: Any = None) -> list[list[Row]]:
+        def encode(self, examples: Sequence[Example], **options: Any) -> list[list[Row]]:
             self.largest = max(self.largest, len(examples))
-            one = np.ones(2, np.int32)
-            return [[Row(one, one.astype(np.bool_), example.source)] for example in examples]
+            return [[Row(np.ones(2, np.int32), np.array([False, True]), one.source)] for one in examples]
 
     counting = Counting()
     report = check(
         data_of(put(tmp_path, "a.jsonl", json_lines([pair(str(i)) for i in range(2000)]))), renderer=counting
     )
     assert counting.largest == 512
-    assert report.tokens["train"].trained == 2000  # the first token of a row is no target
+    assert report.tokens["train"].trained == 2000
 
 
 def test_spans_join_to_the_text_of_the_row():

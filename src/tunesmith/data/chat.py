@@ -156,7 +156,7 @@ class ChatEncoder(RowEncoder):
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
     def _row(self, text: _Text, tokens: Tokens) -> _Row:
-        places = self.control.places(tokens.ids)
+        places = self.control.places(tokens.ids_T)
         openings = {}
         for turn in text.turns:
             if turn.prompt is not None:

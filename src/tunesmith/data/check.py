@@ -1,24 +1,26 @@
-"""Everything that is wrong with the data, at once: a dry run of reading and encoding, with statistics."""
+"""Everything that is wrong with the data, at once: a dry run of encoding, with statistics."""
 
 # I rows, K bins
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.branches import line_tokens, lines_of
+from tunesmith.data.branches import lines_of
 from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
+from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import chunks, rare_collection
-from tunesmith.data.examples import both_hashes, examples
+from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, joined, rare_collection
+from tunesmith.data.examples import examples
 from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
@@ -42,8 +44,9 @@ PAIRS_LISTED = 20
 """Repeated rows listed one by one; all are counted."""
 FIRST_BIN = 32
 """Tokens that the first bin of the length histogram holds; each further bin is twice as wide."""
-MOST_LABELS = 100_000
-"""Different labels remembered: numbers can be as many as rows."""
+LABELLED: tuple[Shape, ...] = ("text_label", "tokens_tags")
+KEPT = ["file", "line", "hash", "input", "length", "targets", "labels"]
+"""Columns of rows that are kept: about 50 bytes a row."""
 
 OnProgress = Callable[[int, int], None]
 """Bytes read and bytes in total."""
@@ -139,7 +142,7 @@ def check(
     task: TaskName | None = None,
     progress: OnProgress = lambda done, total: None,
 ) -> CheckReport:
-    """Read and encode all rows as training would, keep about 40 bytes of each, and report every problem.
+    """Read and encode all rows as training would, keep about 50 bytes of each, and report every problem.
 
     Without a renderer nothing is said about tokens; without a task the fields of rows decide what they are for. Nothing
     is written.
@@ -151,53 +154,55 @@ def check(
     return _Check(data, renderer, task, progress).report()
 
 
+class _Unread:
+    """Stands for a renderer where there is no model: each example is a row without tokens."""
+
+    def encode(self, examples: Sequence[Example], *, on_warning: Any, vocabulary: dict[str, int]) -> list[list[Row]]:
+        nothing, found = np.empty(0, np.int32), []
+        for example in examples:
+            ids = [vocabulary.setdefault(name, len(vocabulary)) for name in example.labels]
+            labels = np.array(ids, np.int64) if example.shape in LABELLED else None
+            found.append([Row(nothing, nothing.astype(np.bool_), example.source, labels=labels)])
+        return found
+
+
 class _Side:
-    """Facts kept of the usable rows of one side."""
+    """The usable rows of one side, without their tokens."""
 
     def __init__(self) -> None:
-        self.hashes, self.inputs = array("Q"), array("Q")
-        self.files, self.lines = array("i"), array("q")
-        self.lengths, self.targets = array("i"), array("i")
-        self.first_labels = array("i")
-        """First label of each row of the shape text_label; -1: none, or one too many to be remembered."""
-        self.names: dict[str, int] = {}
+        self.vocabulary: dict[str, int] = {}
         """Labels by first appearance."""
-        self.counts: list[int] = []
-        self.firsts: list[Source] = []
         self.many = False
+        self.shape: Shape | None = None
         self.preferences = Preferences()
+        self._batches: list[pa.RecordBatch] = []
 
-    def add_labels(self, example: Example) -> None:
-        if example.shape not in ("text_label", "tokens_tags"):
-            return
-        ids = [self._id(name, example.source) for name in example.labels]
-        for label in ids:
-            if label >= 0:
-                self.counts[label] += 1
-        self.many |= example.many
-        if example.shape == "text_label":
-            self.first_labels.append(ids[0] if ids else -1)
+    def add(self, encoded: Encoded) -> None:
+        self._batches.append(joined([encoded], self.vocabulary).select(KEPT))
+        self.many |= bool(encoded.many)
 
-    def _id(self, name: str, source: Source) -> int:
-        if name not in self.names:
-            if len(self.names) == MOST_LABELS:
-                return -1
-            self.names[name] = len(self.names)
-            self.counts.append(0)
-            self.firsts.append(source)
-        return self.names[name]
+    def done(self) -> None:
+        """Look at all rows together: the first of each example, if it has several."""
+        self.rows = pa.Table.from_batches(self._batches, pa.schema([SCHEMA.field(name) for name in KEPT]))
+        file_I, line_I = (self.rows[name].to_numpy() for name in ("file", "line"))
+        is_first = np.diff(file_I, prepend=-1).astype(np.bool_) | np.diff(line_I, prepend=-1).astype(np.bool_)
+        examples = self.rows.filter(is_first)
+        self.hashes, self.inputs, self.files, self.lines = (
+            examples[name].to_numpy() for name in ("hash", "input", "file", "line")
+        )
+        self.labels = LabelColumn(examples, tuple(self.vocabulary))
 
-    def label_counts(self) -> LabelCounts:
-        counts_V = np.array(self.counts, np.int64)
-        return LabelCounts(tuple(self.names), counts_V, self.many, lambda label: self.firsts[label])
-
-    def array(self, name: str, dtype: Any) -> NDArray[Any]:
-        return np.frombuffer(getattr(self, name), dtype)
+    def label_counts(self, place: Callable[[int], Source]) -> LabelCounts:
+        every_I = np.ones(len(self.hashes), np.int64)
+        counts_V = self.labels.counts(every_I)
+        return LabelCounts(
+            self.labels.vocabulary, counts_V, self.many, lambda label: place(self.labels.first_row(label, every_I))
+        )
 
     def conflict(self, there: Source, row: int, other: int) -> str:
         """The message about two rows with one text and two labels."""
-        here, that = self.first_labels[row], self.first_labels[other]
-        names = tuple(self.names)
+        here, that = self.labels.firsts()[[row, other]].tolist()
+        names = self.labels.vocabulary
         is_known = not self.many and min(here, that) >= 0
         which = f" ({names[that][:40]!r} there, {names[here][:40]!r} here)" if is_known else ""
         return f"the text is also at {there}, with another label{which}: one of them is likely wrong."
@@ -226,9 +231,10 @@ class _Check:
         entries = [(side, file, self._members(file)) for side in SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
+        for one in self._sides.values():
+            one.done()
         train, held = self._sides["train"], self._sides["eval"]
-        train_I, held_I = (side.array("hashes", np.uint64) for side in (train, held))
-        inputs_I, held_inputs_I = (side.array("inputs", np.uint64) for side in (train, held))
+        train_I, held_I = train.hashes, held.hashes
         repeated = self._pairs(duplicates(train_I), "train", "duplicate", lambda there, *_: f"the row repeats {there}.")
         shared = self._pairs(
             overlap(train_I, held_I),
@@ -237,10 +243,10 @@ class _Check:
             lambda there, *_: f"this held-out row is also at {there}, where it is trained.",
             is_error=self._data.overlap == "error",
         )
-        self._notes += input_overlap(np.isin(held_I, train_I), inputs_I, held_inputs_I)
+        self._notes += input_overlap(np.isin(held_I, train_I), train.inputs, held.inputs)
         conflicting = RepeatedRows(0, ())
-        if len(train.first_labels) == len(train_I):
-            pairs_I = conflicts(inputs_I, train_I)
+        if train.shape == "text_label":
+            pairs_I = conflicts(train.inputs, train_I)
             conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
         self._pairs(train.preferences.flipped(len(train_I)), "train", "flipped_pair", flipped_message)
         self._notes += train.preferences.notes()
@@ -256,9 +262,9 @@ class _Check:
             held_out=held_out,
             notes=tuple(self._notes),
             tokens={
-                side: token_stats(rows.array("lengths", np.int32), rows.array("targets", np.int32))
-                for side, rows in self._sides.items()
-                if len(rows.lengths)
+                side: token_stats(one.rows["length"].to_numpy(), one.rows["targets"].to_numpy())
+                for side, one in self._sides.items()
+                if self._renderer is not None and len(one.hashes)
             },
             first_rows=tuple(self._first_rows),
             refusals=(*self._refusals(files), *label_refusals),
@@ -314,40 +320,27 @@ class _Check:
 
     def _chunk(self, side: Side, chunk: Sequence[Example]) -> int:
         """Encode examples and remember those that can be used. Returns how many can."""
-        rows = self._sides[side]
-        encoded: Sequence[Sequence[Row] | Sequence[Problem]] = [()] * len(chunk)
-        if self._renderer is not None:
-            encoded = self._renderer.encode(chunk, on_warning=self._hear)
-        usable = 0
-        for example, result in zip(chunk, encoded, strict=True):
-            bad = [problem for problem in result if isinstance(problem, Problem)]
-            for problem in bad:
-                self._hear(problem)
-            if bad:
-                continue
-            usable += 1
-            rows.add_labels(example)
+        rows, stand_in = self._sides[side], cast("Renderer", _Unread())
+        encoded = encode(self._renderer or stand_in, [(len(self._paths) - 1, example) for example in chunk])
+        for problem in encoded.problems:
+            self._hear(problem)
+        lines = set(encoded.rows.column("line").to_pylist())
+        usable = [example for example in chunk if example.source.line in lines]
+        rows.add(encoded)
+        for example in usable:
+            rows.shape = example.shape
             if example.shape in COMPARED:
                 rows.preferences.add(example)
-            content, read = both_hashes(example)
-            rows.hashes.append(content)
-            rows.inputs.append(read)
-            rows.files.append(len(self._paths) - 1)
-            rows.lines.append(example.source.line)
-            made = [row for row in result if isinstance(row, Row)]
-            for row in made:
-                rows.lengths.append(line_tokens(row))
-                rows.targets.append(int((row.trained if row.labels is not None else row.trained[1:]).sum()))
-            if side == "train":
-                self._show(example, made)
-        return usable
+            if side == "train" and len(self._first_rows) < FIRST_ROWS:
+                self._show(example)
+        return len(usable)
 
-    def _show(self, example: Example, rows: Sequence[Row]) -> None:
-        num = FIRST_ROWS - len(self._first_rows)
-        if num > 0 and example.labels:
+    def _show(self, example: Example) -> None:
+        if example.labels:
             self._first_rows.append(_labelled_spans(example))
-        elif num > 0 and self._renderer is not None:
-            lines = [line for row in rows[:num] for line in lines_of(row)]
+        elif self._renderer is not None:
+            made = [row for row in self._renderer.encode([example])[0] if isinstance(row, Row)]
+            lines = [line for row in made for line in lines_of(row)]
             self._first_rows += [spans_of(line, self._renderer.tokenizer.decode) for line in lines]
 
     def _hear(self, problem: Problem) -> None:
@@ -376,15 +369,15 @@ class _Check:
 
     def _source(self, side: Side, row: int) -> Source:
         rows = self._sides[side]
-        return Source(self._paths[rows.files[row]], rows.lines[row])
+        return Source(self._paths[int(rows.files[row])], int(rows.lines[row]))
 
     def _labels(self) -> tuple[tuple[tuple[str, int], ...], list[str]]:
         """Classes and their counts if training accepts the labels, else why it refuses them."""
-        train = self._sides["train"]
-        if not train.names and not train.many:
+        shape = self._sides["train"].shape
+        if shape not in LABELLED:
             return (), []
-        seen = [self._sides[side].label_counts() for side in (("train", "eval") if self._data.eval else ("train",))]
-        shape: Shape = "text_label" if train.first_labels else "tokens_tags"
+        given: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
+        seen = [self._sides[side].label_counts(partial(self._source, side)) for side in given]
         task = next(task for task, shapes in SHAPES.items() if shape in shapes)
         try:
             labels, _ = resolve_labels(task=task, data=self._data, class_weights="equal", trained=seen[0], sides=seen)
@@ -405,10 +398,8 @@ class _Check:
         if not self._data.eval:
             share = self._data.held_out
             part = float(choose_share(len(rows.inputs)).value) if share == "auto" else share
-            hashes_I, inputs_I = rows.array("hashes", np.uint64), rows.array("inputs", np.uint64)
-            is_one = self._label_kind == "one"
-            classes_I = rows.array("first_labels", np.int32).astype(np.int64) if is_one else None
-            mask_I, notes = hold_out(inputs_I, hashes_I, classes_I, part)
+            classes_I = rows.labels.firsts() if self._label_kind == "one" else None
+            mask_I, notes = hold_out(rows.inputs, rows.hashes, classes_I, part)
             num = int(mask_I.sum())
         self._notes += [*notes, few] if (few := few_note(num)) else notes
         return num

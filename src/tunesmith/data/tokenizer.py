@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,14 +29,14 @@ PROBE = (
 """Text on which tokenizers, and releases of one library, are known to differ."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tokens:
     """The tokens of one text, each with its characters [start, end): white space at its sides may be left out."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
-    @property
+    @cached_property
     def ids_T(self) -> NDArray[np.int32]:
         return np.array(self.ids, np.int32)
 
@@ -164,9 +165,10 @@ class ControlTokens:
         self._closing_re = _alternatives(self.closing.values())
         self._known = frozenset(known)
         self._cuts = _cuts(added)
-        self._any = self._known | self.closing.keys() | self._cuts
         self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry is for every id beyond
         self._is_reserved[list(known)] = True
+        self._is_control = self._is_reserved.copy()
+        self._is_control[[*self.closing, *self._cuts]] = True
 
     def in_text(self, text: str) -> str | None:
         """The first control token in a text."""
@@ -181,9 +183,10 @@ class ControlTokens:
         """Control tokens among the ids of texts that these do not spell out."""
         return int(self.are_reserved(ids_T).sum()) - sum(self.count(text) for text in texts)
 
-    def places(self, ids: Sequence[int]) -> ControlPlaces:
+    def places(self, ids_T: NDArray[np.int32]) -> ControlPlaces:
         """The control tokens among the ids of a text."""
-        found = [(place, token_id) for place, token_id in enumerate(ids) if token_id in self._any]
+        places_K = np.flatnonzero(self._is_control[np.minimum(ids_T, len(self._is_control) - 1)])
+        found = list(zip(places_K.tolist(), ids_T[places_K].tolist(), strict=True))
         return ControlPlaces(
             cuts=[place for place, token_id in found if token_id in self._cuts],
             closing=[place for place, token_id in found if token_id in self.closing],
