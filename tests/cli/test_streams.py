@@ -65,8 +65,9 @@ def trained(folder: Path, name: str, stdout: int) -> fresh.Process:
     return fresh.Process("-m", "tunesmith", *given, *SETTINGS, cwd=folder, stdout=stdout)
 
 
-def test_streams_that_nobody_reads_leave_the_run_done(folder: Path) -> None:
-    """stdin and stderr are closed, stdout takes ASCII alone; then the reader of stdout has left."""
+@pytest.mark.slow
+def test_closed_streams_and_another_encoding_leave_the_run_done(folder: Path) -> None:
+    """stdin and stderr are closed, stdout takes ASCII alone: a process of its own, since Python starts otherwise."""
     given = ["train", "model", "chats.jsonl", "--eval", "held.jsonl", "--offline", "--out", "runs/closed", *SETTINGS]
     closed = ["sh", "-c", '"$0" "$@" <&- 2>&-', *words(*given)]
     env = environment(PYTHONIOENCODING="ascii")
@@ -75,6 +76,8 @@ def test_streams_that_nobody_reads_leave_the_run_done(folder: Path) -> None:
     assert b"The result is in runs/closed" in ended.stdout
     assert ended.stdout.isascii()
 
+
+def test_a_reader_of_stdout_that_leaves_leaves_the_run_done(folder: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = trained(folder, "pipe", writer)

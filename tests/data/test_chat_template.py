@@ -221,7 +221,7 @@ def hostile_model(folder: Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_a_command_while_a_template_runs(tmp_path: Path) -> None:
     code = (
-        "from tunesmith.data import chat_template; chat_template.RENDER_S = 4; from tunesmith.cli import main; main()"
+        "from tunesmith.data import chat_template; chat_template.RENDER_S = 2.5; from tunesmith.cli import main; main()"
     )
     data = str(chats(tmp_path / "chats.jsonl", 12))
     command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]

@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_
     same_run(run, straight)
 
 
-KILLS = int(os.environ.get("TUNESMITH_KILLS", "4"))
+KILLS = int(os.environ.get("TUNESMITH_KILLS", "2"))
 KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
 RUN = """
