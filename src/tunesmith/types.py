@@ -176,7 +176,7 @@ LEAST_PREFIX = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """A stretch of tokens in a packed micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
 
     tokens: int
@@ -220,7 +220,7 @@ class Batch:
     """For each row, how many copies of it precede it in its step; empty: each occurs once."""
     types_BT: Tensor | None = None
     """int64, 1 in the second text of a pair; None for models without token types."""
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Segment, ...] = ()
     """Segments of a packed micro-batch whose rows share prefixes, in order; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""

@@ -21,7 +21,7 @@ from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.cuda_attention import KERNELS, AttentionCase, AttentionKernel, choose_kernel, probe
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.segments import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
-from tunesmith.types import Piece
+from tunesmith.types import Segment
 
 CPU = torch.device("cpu")
 PLAIN = AttentionCase(
@@ -277,7 +277,9 @@ def dense(rows: Segments, *, causal: bool, window: int | None) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("pieces", [[Piece(n) for n in LENGTHS], [Piece(300), Piece(200, 300, 0), Piece(1, 300, 0)]])
+@pytest.mark.parametrize(
+    "pieces", [[Segment(n) for n in LENGTHS], [Segment(300), Segment(200, 300, 0), Segment(1, 300, 0)]]
+)
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 100), (True, 1), (False, None)])
 def test_the_mask_of_documents_is_laid_out_in_blocks(monkeypatch, pieces, causal, window):
     """A block is left out only if nothing in it is read, and taken whole only if all of it is."""

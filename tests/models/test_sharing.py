@@ -17,7 +17,7 @@ from tunesmith.models import segments, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.modes import checkpoint_layers
-from tunesmith.types import LEAST_PREFIX, Batch, Piece, Row, Source
+from tunesmith.types import LEAST_PREFIX, Batch, Row, Segment, Source
 
 
 def rows_of(*families: tuple[int, list[int]], seed: int = 0) -> list[Row]:
@@ -192,6 +192,6 @@ def test_the_test_catches_another_familys_beginning():
     model = sharp("llama")
     use_packed_attention(model)
     plain, shared = shared_batch(rows_of((10, [9, 5]), (10, [7, 3])))
-    wrong = [Piece(piece.tokens, piece.prefix, 0) for piece in shared.pieces]
+    wrong = [Segment(piece.tokens, piece.prefix, 0) for piece in shared.pieces]
     found = answers(model, replace(shared, pieces=tuple(wrong)))
     assert (found[0] - answers(model, plain)[0]).abs().max() > 0.5

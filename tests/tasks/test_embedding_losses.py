@@ -147,7 +147,7 @@ def gradients(setup: Setup) -> tuple[int, float, torch.Tensor]:
     setup.model.train()
     done = compute_gradients(setup, setup.plan, 1)
     grads = [tensor.grad.flatten() for tensor in setup.attachment.trained.values() if tensor.grad is not None]
-    return len(done.own.passes), sum(done.own.losses) / done.num_targets, torch.cat(grads)
+    return len(done.own.micro_batches), sum(done.own.losses) / done.num_targets, torch.cat(grads)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:

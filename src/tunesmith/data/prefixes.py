@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.types import LEAST_PREFIX, Batch, Piece
+from tunesmith.types import LEAST_PREFIX, Batch, Segment
 
 MOST_ROWS = 512
 """Rows looked at together: the search for the best groups costs their square."""
@@ -42,7 +42,7 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
     places = [np.arange(0)] * len(rows)
     """Positions of the tokens of each row."""
 
-    def place(tokens: NDArray[np.int32], piece: Piece) -> NDArray[np.int64]:
+    def place(tokens: NDArray[np.int32], piece: Segment) -> NDArray[np.int64]:
         nonlocal end
         ids.append(tokens)
         positions.append(np.arange(piece.prefix, piece.keys))
@@ -52,10 +52,10 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
 
     for group in prefix_groups(rows):
         start, prefix = end, group.prefix
-        first = place(rows[group.members[0]][:prefix], Piece(prefix)) if prefix else np.arange(0)
+        first = place(rows[group.members[0]][:prefix], Segment(prefix)) if prefix else np.arange(0)
         for i in group.members:
             rest = rows[i][prefix:]
-            places[i] = np.concatenate([first, place(rest, Piece(len(rest), prefix, start if prefix else 0))])
+            places[i] = np.concatenate([first, place(rest, Segment(len(rest), prefix, start if prefix else 0))])
     if len(pieces) == len(rows):
         return batch
     assert batch.layout == "packed"

@@ -38,7 +38,7 @@ from tunesmith.models.segments import (
     explicit_attention,
 )
 from tunesmith.runs.background import BackgroundCall
-from tunesmith.types import Piece
+from tunesmith.types import Segment
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -49,8 +49,8 @@ BLOCK = 128
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
 PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
-PROBE_PIECES = (Piece(70), Piece(33), Piece(33), Piece(1), Piece(128), Piece(5))
-PROBE_SHARING = (Piece(70), Piece(33, 70, 0), Piece(1, 70, 0), Piece(128), Piece(5))
+PROBE_PIECES = (Segment(70), Segment(33), Segment(33), Segment(1), Segment(128), Segment(5))
+PROBE_SHARING = (Segment(70), Segment(33, 70, 0), Segment(1, 70, 0), Segment(128), Segment(5))
 
 Run = Callable[[Tensor, Tensor, Tensor, Segments, AttentionOptions], Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.models.attention import packed_forward
 from tunesmith.models.heads import pools_last
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
-from tunesmith.types import Batch, Piece
+from tunesmith.types import Batch, Segment
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
@@ -67,7 +67,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 def _segments(batch: Batch) -> Segments:
     device, filling = batch.ids_BT.device, [batch.filling] if batch.filling else []
     if batch.pieces:
-        return Segments.sharing([*batch.pieces, *map(Piece, filling)], device=device)
+        return Segments.sharing([*batch.pieces, *map(Segment, filling)], device=device)
     return Segments.of([*batch.lengths, *filling], device=device)
 
 

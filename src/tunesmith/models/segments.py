@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tunesmith.models.machine import to_device
-from tunesmith.types import Piece
+from tunesmith.types import Segment
 
 
 class UnsupportedAttentionError(Exception):
@@ -48,10 +48,10 @@ class Segments:
     @classmethod
     def of(cls, lengths: Sequence[int], *, device: torch.device) -> Segments:
         """Whole rows."""
-        return cls.sharing([Piece(length) for length in lengths], device=device)
+        return cls.sharing([Segment(length) for length in lengths], device=device)
 
     @classmethod
-    def sharing(cls, pieces: Sequence[Piece], *, device: torch.device) -> Segments:
+    def sharing(cls, pieces: Sequence[Segment], *, device: torch.device) -> Segments:
         """Pieces, some of which read a prefix."""
         shared = SharedPrefixes.of(pieces, device) if any(piece.prefix for piece in pieces) else None
         sizes = [(piece.tokens, piece.keys) for piece in pieces]
@@ -94,7 +94,7 @@ class SharedPrefixes:
     """For each prefix its first token, and [C, P] the keys of its tokens in the pieces that read it."""
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], device: torch.device) -> SharedPrefixes:
+    def of(cls, pieces: Sequence[Segment], device: torch.device) -> SharedPrefixes:
         index, own = [], []
         readers: dict[tuple[int, int], list[Tensor]] = {}
         first_token = first_key = 0

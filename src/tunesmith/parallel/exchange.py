@@ -28,7 +28,7 @@ class Exhausted:
 class Computed:
     """What a rank, or all of them, computed in a step."""
 
-    passes: list[tuple[int, ...]]
+    micro_batches: list[tuple[int, ...]]
     """Rows of each micro-batch, in order of ranks."""
     losses: list[float]
     """Loss sum of each micro-batch."""
@@ -69,7 +69,7 @@ def _together(ranks: list[dict[str, Any]]) -> Computed:
     smaller = [one["tokens_per_pass"] for one in ranks if one["tokens_per_pass"] is not None]
     ended = [Exhausted(**{**one["exhausted"], "rank": at}) for at, one in enumerate(ranks) if one["exhausted"]]
     return Computed(
-        passes=[tuple(rows) for one in ranks for rows in one["passes"]],
+        micro_batches=[tuple(rows) for one in ranks for rows in one["micro_batches"]],
         losses=[loss for one in ranks for loss in one["losses"]],
         targets=math.fsum(one["targets"] for one in ranks),
         computed=sum(one["computed"] for one in ranks),

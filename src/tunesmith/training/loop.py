@@ -51,13 +51,13 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         grad_norm = done.norm
         if grad_norm is None or penalty is not None or state.world.size > 1:
             grad_norm = step_norm(state)
-        _require_finite(state, step, passes=met.passes, losses=met.losses, grad_norm=grad_norm, lr=lr)
+        _require_finite(state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
         with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
             optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - started
-        row_ids = [i for rows in met.passes for i in rows]
+        row_ids = [i for rows in met.micro_batches for i in rows]
         tokens = sum(int(state.store.lengths[i]) for i in row_ids)
         yield Event(
             kind="step",
@@ -70,7 +70,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
                 "tokens": tokens,
                 "computed": met.computed,
                 "targets": done.num_targets,
-                "passes": len(met.passes),
+                "passes": len(met.micro_batches),
                 "rows": row_ids,
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"penalty": penalty} if penalty is not None else {}),

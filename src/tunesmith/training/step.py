@@ -93,7 +93,7 @@ def _own(
     state: TrainState, plan: StepSampler, passes: list[MicroBatch], losses: list[float], computed: int, *, halved: bool
 ) -> Computed:
     return Computed(
-        passes=passes,
+        micro_batches=passes,
         losses=losses,
         targets=sum(float(state.store.denominators[i]) for rows in passes for i in rows),
         computed=computed,
