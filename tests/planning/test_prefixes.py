@@ -9,7 +9,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.models import segments
-from tunesmith.planning.prefixes import KEY
+from tunesmith.planning.forecast import KEY
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 

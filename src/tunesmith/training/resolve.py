@@ -26,9 +26,8 @@ from tunesmith.planning import devices
 from tunesmith.planning.defaults import HELD, Facts, RunSize, decide, decide_measuring, total_steps, with_choice
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fill_card, fit, gib, refuse, refuse_shard, split_choice, why_whole
-from tunesmith.planning.forecast import Forecast, Forecaster
+from tunesmith.planning.forecast import Forecast, Forecaster, decide_sharing, shared_prefixes
 from tunesmith.planning.memory import DTYPES
-from tunesmith.planning.prefixes import decide_sharing, shared_prefixes
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run

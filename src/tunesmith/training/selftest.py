@@ -25,7 +25,7 @@ from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.resolve_model import resolve_base
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.child import train_in_child
-from tunesmith.planning.prefixes import random_option
+from tunesmith.planning.forecast import random_option
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import EvaluationOptions, Recipe
 from tunesmith.runs import checkpoint

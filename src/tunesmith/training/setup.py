@@ -43,9 +43,8 @@ from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.duration import kept_checkpoints
-from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.forecast import KEY, Forecast, filled_by, shared_prefixes
 from tunesmith.planning.memory import DTYPES
-from tunesmith.planning.prefixes import KEY, filled_by, shared_prefixes
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
