@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
@@ -114,9 +114,7 @@ class ChatEncoder(RowEncoder):
             for example, row in zip(examples, rows, strict=True)
         ]
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids that serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
         messages = [as_message(part) for part in parts]
         try:

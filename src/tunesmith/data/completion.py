@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem
@@ -59,9 +59,7 @@ class CompletionEncoder(RowEncoder):
             for example, pair in zip(examples, pairs, strict=True)
         ]
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The tokenizer's ids of the text, BOS included if it adds one. `tools` have no meaning."""
         text = "".join(part.text for part in parts)
         return [int(token_id) for token_id in self._fast.ids([text], add_special_tokens=True)[0]]
@@ -115,9 +113,7 @@ class Seq2SeqEncoder(RowEncoder):
             for example, pair in zip(examples, pairs, strict=True)
         ]
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids for the encoder, cut as in training. `tools` and `max_tokens` have no meaning."""
         text_T = self._fast.ids([self._prompt.replace(PLACEHOLDER, "".join(part.text for part in parts))])[0]
         source_S = self._source(text_T)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
@@ -48,9 +48,7 @@ class DocumentEncoder(_WindowEncoder):
         self._width = limit.max_tokens
         self._stride = _checked_stride(stride, width=self._width, num_read=1)
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids of a text that is to be continued. `tools` have no meaning."""
         ids_T = self._fast.ids([parts[0].text])[0]
         return [int(token_id) for token_id in np.concatenate([self._frame.before_ids, ids_T])]

@@ -19,7 +19,7 @@ from tunesmith.data.completion import CompletionEncoder
 from tunesmith.data.examples import hash_of
 from tunesmith.data.formats.preference import SIDES
 from tunesmith.data.hold_out import conflicts
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.types import Example, Part, Problem
 
@@ -52,11 +52,9 @@ class PreferenceEncoder(RowEncoder):
         drafted = iter(self._side.encode(sides))
         return [self._row(example, [next(drafted) for _ in example.branches]) for example in examples]
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids that serving feeds, see `RowEncoder.prompt_ids`."""
-        return self._side.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
+        return self._side.prompt_ids(parts, tools, max_tokens, on_cut)
 
     def _row(self, example: Example, sides: Sequence[Drafts]) -> Drafts:
         if not sides:

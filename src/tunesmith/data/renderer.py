@@ -79,9 +79,7 @@ class RowEncoder:
         """Aligned with `examples`."""
         raise NotImplementedError
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids that serving feeds to have `parts` answered, see `Renderer.prompt_ids`."""
         raise AssertionError("a model of this task writes nothing")
 
@@ -227,7 +225,7 @@ class Renderer:
         leaves room for the summary, and the source of an encoder–decoder as in training; `on_cut` receives the number
         of tokens that were cut off. Raises `DataError` when the template refuses the parts.
         """
-        return self._encoder.prompt_ids(parts, tools, max_tokens=max_tokens, on_cut=on_cut)
+        return self._encoder.prompt_ids(parts, tools, max_tokens, on_cut)
 
     def control_problems(self, example: Example) -> Iterator[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""

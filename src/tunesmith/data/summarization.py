@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
-from tunesmith.data.renderer import Drafts, LengthLimit, OnCut, RowEncoder, Tools, ignore_cut
+from tunesmith.data.renderer import Drafts, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Part, Problem
@@ -60,14 +60,12 @@ class SummarizationEncoder(RowEncoder):
                 result[0].warnings.append(self._limit.cut_warning(examples[i].source, what, cost=cost))
         return results
 
-    def prompt_ids(
-        self, parts: Sequence[Part], tools: Tools, *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
-    ) -> list[int]:
+    def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids of a document to be summarized; `data.too_long: cut` cuts its end down to `max_tokens`."""
         document = parts[0].text
         num_tokens = 0
         while True:
-            ids = self._inner.prompt_ids([Part("user", self._question(document), False)], tools)
+            ids = self._inner.prompt_ids([Part("user", self._question(document), False)], tools, None, on_cut)
             num_tokens = num_tokens or len(ids)
             excess = LengthLimit(max_tokens, self._limit.too_long).excess(len(ids))
             if not excess or not document or self._limit.too_long != "cut":

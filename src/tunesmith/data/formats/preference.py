@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.formats.prompt_completion import prompt_alone
 from tunesmith.data.formats.sharegpt import as_messages
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
@@ -42,7 +43,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     found = RowProblems(source)
     tools = tools_of(_tools_in(record), found)
     if not answered:
-        return _prompt_alone(record, tools, found)
+        return prompt_alone(record.get("prompt"), tools, found, NAME)
     margin = _margin(record, found)
     prompt, sides = _read(record, found)
     if found.problems:
@@ -211,16 +212,6 @@ def differ_in_space_alone(example: Example) -> bool:
     """Whether the sides of a preference are the same but for white space."""
     a, b = ([(part.role, "".join(part.text.split()), part.fields) for part in branch] for branch in example.branches)
     return a == b
-
-
-def _prompt_alone(record: dict[str, Any], tools: Any, found: RowProblems) -> Example | list[Problem]:
-    prompt = record.get("prompt")
-    if isinstance(prompt, list):
-        before = parts_of(prompt, found, place="prompt", trained=False)
-        check_order(before, found, place="prompt", answered=False)
-        return found.problems or Example(tuple(before), found.source, NAME, tools)
-    parts = (Part("user", found.text({"prompt": prompt}, "prompt"), False),)
-    return found.problems or Example(parts, found.source, NAME, tools, plain=True)
 
 
 def _transcript(text: str) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     prompt, completion = record.get("prompt"), record.get("completion")
     tools = tools_of(record, found)
     if not answered:
-        return _prompt(prompt, tools, found)
+        return prompt_alone(prompt, tools, found, NAME)
     if isinstance(prompt, list) and isinstance(completion, list):
         before = parts_of(prompt, found, place="prompt", trained=False)
         answers = parts_of(completion, found, place="completion")
@@ -42,11 +42,13 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return found.problems or Example(parts, source, NAME, tools, plain=True)
 
 
-def _prompt(prompt: Any, tools: tuple[Mapping[str, Any], ...], found: RowProblems) -> Example | list[Problem]:
-    """The example of a prompt that waits for its completion."""
+def prompt_alone(
+    prompt: Any, tools: tuple[Mapping[str, Any], ...], found: RowProblems, shape: Shape
+) -> Example | list[Problem]:
+    """The example of a prompt that waits for its answer."""
     if isinstance(prompt, list):
         before = parts_of(prompt, found, place="prompt", trained=False)
         check_order(before, found, place="prompt", answered=False)
-        return found.problems or Example(tuple(before), found.source, NAME, tools)
+        return found.problems or Example(tuple(before), found.source, shape, tools)
     parts = (Part("user", found.text({"prompt": prompt}, "prompt"), False),)
-    return found.problems or Example(parts, found.source, NAME, tools, plain=True)
+    return found.problems or Example(parts, found.source, shape, tools, plain=True)
