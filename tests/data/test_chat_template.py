@@ -288,30 +288,3 @@ def test_a_daemonic_process_renders_too() -> None:
     assert text == ChatTemplate(tiny_tokenizer()).render([{"role": "user", "content": "Hi"}], prompt=True)
     assert is_daemonic
     wait_until(lambda: not is_there(pid))
-
-
-PARENT = """
-import sys
-from tunesmith.data import chat_template as template
-
-class Named:
-    name_or_path, special_tokens_map = "named", {}
-    chat_template = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (9 ** 9) }}{% endif %}a"
-
-made = template.ChatTemplate(Named())
-made.render([{"role": "user", "content": "a"}], prompt=False)
-print(template.PROCESS.process.pid, flush=True)
-made.render([{"role": "user", "content": "a"}] * 2, prompt=False)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere its processor time ends it")
-def test_a_busy_template_does_not_outlive_a_parent_that_is_killed() -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env=for_child()) as parent:
-        child = Path(f"/proc/{int(parent.stdout.readline())}/stat")
-        time.sleep(0.5)
-        parent.kill()
-    begun = time.monotonic()
-    while child.exists() and child.read_text("ascii").split()[2] != "Z":
-        assert time.monotonic() - begun < 5
-        time.sleep(0.05)

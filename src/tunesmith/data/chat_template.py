@@ -8,7 +8,6 @@ process that is killed when it exceeds a time, a memory or an output limit; Ctrl
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import gc
 import json
@@ -45,8 +44,6 @@ START_S = 120.0
 """Longest time for the process to start; it needs half a second."""
 TICK_S, END_S = 0.1, 5.0
 MOST_REASON = 10_000
-PR_SET_PDEATHSIG = 1
-"""From prctl.h of Linux."""
 
 MOST_TOGETHER = 64
 """Texts that the process renders before it answers, in at most `RENDER_S` together."""
@@ -298,7 +295,7 @@ def _checked(answers: list[Answer]) -> list[Answer]:
 
 
 def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
-    """The work of the process: it answers each request, and ends when the connection or its parent does.
+    """The work of the process: it answers each request, and ends with the connection.
 
     It has `growth` bytes of memory above what it starts with, and ends itself after `cpu_s` seconds of processor time
     for one item. It never imports torch.
@@ -311,7 +308,6 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
     try:
         _template_class()
         _limit_memory(growth)
-        _end_with_parent()
         gc.freeze()  # the collector need not look through the libraries again and again
     except Exception as error:
         connection.send_bytes(_as_bytes(repr(error)[:MOST_REASON]))
@@ -407,14 +403,6 @@ def _limit_memory(growth: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _end_with_parent() -> None:
-    """On Linux at once, whatever runs here; elsewhere a template in a loop ends by its time. The kernel means the
-    thread that started this process: when that thread ends, a new process is started at the next request."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_time(cpu_s: float) -> None:
