@@ -39,7 +39,7 @@ RENDER_S = 10.0
 GROWTH_BYTES = 1024**3
 """Most memory for templates, where the platform has such a limit (Linux)."""
 POOL_GROWTH_BYTES = 2 * GROWTH_BYTES
-"""The same in a process that encodes rows too."""
+"""Most memory in a process that encodes rows too."""
 START_S = 120.0
 """Longest time for the process to start; it needs half a second."""
 TICK_S, END_S = 0.1, 5.0

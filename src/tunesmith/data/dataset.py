@@ -454,6 +454,6 @@ def _check_unchanged(files: Sequence[DataFile], before: Sequence[tuple[int, int,
 
 
 def list_column(table: pa.Table, name: str) -> ListColumn:
-    """Where the list of each row begins in the values of a column, with the end of the last, and these values."""
+    """Offsets of the lists of a column in its values, with the end of the last, and these values."""
     column = table[name].combine_chunks()
     return column.offsets.to_numpy(), column.values.to_numpy()

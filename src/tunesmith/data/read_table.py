@@ -90,7 +90,7 @@ class _Lines:
         self._raw, self._size = [], 0
 
     def finding(self) -> BadRow | None:
-        """What is wrong with the bytes of the current row."""
+        """The first problem of the bytes of the current row."""
         raw = b"".join(self._raw)
         try:
             decode(raw)

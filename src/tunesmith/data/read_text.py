@@ -75,7 +75,7 @@ def conll_sentences(
 
 
 def _is_mark(raw: bytes, num_columns: int, *, is_first: bool) -> bool:
-    """Whether a line holds no word: -DOCSTART-, or a comment, which has other columns than words have.
+    """Recognize a line without a word: -DOCSTART-, or a comment, which has other columns than words have.
 
     Before any word was read, a comment is what does not end with the tag of a span.
     """
