@@ -21,8 +21,8 @@ from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wa
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
-from tunesmith.data.renderer import LengthLimit
 from tunesmith.data.prefixes import share_prefixes
+from tunesmith.data.renderer import LengthLimit
 from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
 from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import preference_notes, row_baseline
