@@ -40,7 +40,7 @@ from tunesmith.models.attention import Segments, packed_attention
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
 from tunesmith.training.trainer import resume, train
-from tunesmith.types import Piece
+from tunesmith.types import Segment
 
 LARGEST_ERROR = {torch.bfloat16: 0.02, torch.float16: 0.004, torch.float32: 2e-5}
 """Norm of a difference, in norms of the right answer."""
@@ -73,9 +73,9 @@ def plan(bench: Bench) -> dict[str, Any]:
 
 def attention(bench: Bench) -> dict[str, Any]:
     """Every shape that can reach packed attention, forward and backward, against float32 on a processor."""
-    whole = [Piece(n) for n in (70, 33, 33, 1, 128, 5)]
-    shared = [Piece(40), Piece(20, 40, 0), Piece(7, 40, 0), Piece(1, 40, 0), Piece(90)]
-    kinds: list[tuple[str, list[Piece], bool, dict[str, Any]]] = [
+    whole = [Segment(n) for n in (70, 33, 33, 1, 128, 5)]
+    shared = [Segment(40), Segment(20, 40, 0), Segment(7, 40, 0), Segment(1, 40, 0), Segment(90)]
+    kinds: list[tuple[str, list[Segment], bool, dict[str, Any]]] = [
         ("causal", whole, True, {}),
         ("window", whole, True, {"sliding_window": 16}),
         ("prefix", shared, True, {}),
@@ -107,7 +107,7 @@ def attention(bench: Bench) -> dict[str, Any]:
 def _attended(  # noqa: PLR0917 — one case, in the order of its name
     device: str,
     dtype: torch.dtype,
-    pieces: list[Piece],
+    pieces: list[Segment],
     shape: tuple[int, int, int],
     causal: bool,
     how: dict[str, Any],

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data import addresses, hub, remote
+from tunesmith.data import addresses, remote
 from tunesmith.data.addresses import HubAddress, fetch, members, pin, pin_path
 from tunesmith.data.dataset import build
 from tunesmith.data.read import read
@@ -130,7 +130,7 @@ def test_pinned_address_reads_the_same_rows_after_a_push(chats):
     pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
     before = rows_of(pinned)
     chats.push({"data/train-00000-of-00001.parquet": parquet([chat(7)])})
-    hub._listing_path(pinned).unlink()  # so that the hub is asked again
+    addresses._listing_path(pinned).unlink()  # so that the hub is asked again
     assert rows_of(pinned) == before
     assert [int(prompt) for _, prompt in rows_of("hf://datasets/acme/chats")] == [7]
 
