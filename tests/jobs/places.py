@@ -66,10 +66,12 @@ class FakeRun:
             Run.create(self.path.parent, "x", json.dumps(recipe), out=self.path)
             plan = {"steps": STEPS, "choices": [{"key": "optim.lr", "value": 0.1, "reason": "usual"}]}
             run.append(Event("plan", 0, 1.0, plan, {}))
+        done = sum(event.kind == "step" for event in run.events())
         if self.stops:
             self.is_dead = True
+            if done:
+                run.append(Event("snapshot", done, 2.5 + done, {"path": f"snapshots/step-{done}"}, {}))
             return False
-        done = sum(event.kind == "step" for event in run.events())
         if done < STEPS:
             run.append(Event("step", done + 1, 2.0 + done, {"loss": 1.0 / (done + 1), "tokens": 10}, {}))
             if done + 1 == SNAPSHOT:

@@ -15,6 +15,7 @@ from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.objects import checkpoint_object, job_object
 from tunesmith.jobs.run_events import EventTranslator, results_file
 from tunesmith.jobs.store import Store
+from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
 
@@ -99,6 +100,24 @@ def test_ends_of_epochs_are_checkpoints(tmp_path: Path) -> None:
     assert first["metrics"] == {"step": 4, "train_loss": 0.25}
     assert (last["step_number"], last["fine_tuned_model_checkpoint"]) == (STEPS, store.job(name)["tuned_name"])
     assert first["id"] != last["id"]
+    store.close()
+
+
+def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
+    store, models = Store(tmp_path), FakeModels()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, FakeLauncher(), models)
+    while not any(event.kind == "step" for event in Run(store.runs_path / name).events()):
+        working.round()
+    store.act(name, "pause", "Fine-tuning job paused")
+    while working.active:
+        working.round()
+    [paused] = store.tuned(job=name)
+    assert (paused["step"], paused["metrics"]) == (1, {"step": 1, "train_loss": 1.0})
+    assert models.served == {paused["name"]: str(store.runs_path / name / "snapshots" / "step-1")}
+    store.act(name, "resume", "Fine-tuning job resumed")
+    work(store, working.launcher, models)
+    assert [row["step"] for row in store.tuned(job=name)] == [1, SNAPSHOT, STEPS]
     store.close()
 
 

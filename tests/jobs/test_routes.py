@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -207,3 +209,27 @@ def test_a_repeated_request_whose_answer_was_lost_makes_nothing_twice(served: Se
     assert served.client.fine_tuning.jobs.cancel(first, **again).status == "cancelled"
     with pytest.raises(openai.BadRequestError, match="is already cancelled"):
         served.client.fine_tuning.jobs.cancel(first)
+
+
+def test_one_job_is_made_with_one_key_however_often_it_is_sent(served: Served, file: str) -> None:
+    client, path = served.running.client(), "/v1/fine_tuning/jobs"
+    before = len(list(client.fine_tuning.jobs.list()))
+
+    def made(number: int = 0, **body: Any) -> str:
+        headers = {"Idempotency-Key": "one" if number >= 0 else "another"}
+        return client.fine_tuning.jobs.create(model="tiny", training_file=file, extra_headers=headers, **body).id
+
+    with ThreadPoolExecutor(50) as pool:
+        [one] = set(pool.map(made, range(50)))
+    assert len(list(client.fine_tuning.jobs.list())) == before + 1
+    assert [event.message for event in client.fine_tuning.jobs.list_events(one)].count(
+        f"Created fine-tuning job: {one}"
+    ) == 1
+    assert made(-1) != one
+    with pytest.raises(openai.UnprocessableEntityError, match="says something else"):
+        made(seed=1)
+    assert client.fine_tuning.jobs.cancel(one).status == "cancelled"
+    assert made() == one, "its job, whatever has become of it"
+    body = {"model": "tiny", "training_file": file}
+    status, answer, _ = served.running.ask("POST", path, body, headers={"Idempotency-Key": "x" * 300})
+    assert (status, answer["status"]) == (200, "validating_files")

@@ -89,6 +89,9 @@ class FakeEngine:
     async def embed(self, model: str, texts: Sequence[str], **how: object) -> tuple[list[list[float]], int]:
         return [[float(len(text)), 0.5] for text in texts], sum(len(text.split()) for text in texts)
 
+    async def detach(self, name: str) -> None:
+        self.served = tuple(card for card in self.served if card.name != name)
+
     def state(self) -> EngineState:
         return EngineState(self.alive, self.open, 0, 3, 100, 200, 1 << 20)
 

@@ -45,8 +45,13 @@ def test_ends_of_epochs_are_measured_and_kept(tmp_path: Path) -> None:
 
     with pytest.raises(Stopped):
         train(recipe, root=tmp_path / "runs", out=tmp_path / "cut", listener=stop_at(2 * STEPS - 1))
+    cut = 2 * STEPS - 1
+    stopped = Run(Run(tmp_path / "cut").snapshots_path / f"step-{cut}")
+    now = state_dict(load_run(stopped, offline=True).attachment)
+    then = checkpoint.load(run.checkpoints_path / f"step-{cut}").weights
     again = resume(Run(tmp_path / "cut"))
-    assert steps_of(again, "snapshot") == [2 * STEPS, 3 * STEPS]
+    assert steps_of(again, "snapshot") == [cut, 2 * STEPS, 3 * STEPS], "where it was stopped, too"
+    assert all(torch.equal(now[name], then[name]) for name in then)
     same, other = (adapter(Run(one.snapshots_path / f"step-{2 * STEPS}")) for one in (run, again))
     assert all(torch.equal(same[name], other[name]) for name in same)
 

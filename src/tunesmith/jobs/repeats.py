@@ -1,4 +1,7 @@
-"""Requests that a client sends again because their answer was lost: OpenAI's clients count them in a header."""
+"""Requests that a client sends again because their answer was lost: OpenAI's clients count them in a header.
+
+A client that sends an Idempotency-Key gets one job for it, however often and from however many places it is sent.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import time
 from fastapi import Request
 
 from tunesmith.jobs.job_request import JobBody
+from tunesmith.jobs.names import DEFAULT_PROJECT, derived_id
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record, files, jobs
+from tunesmith.serve.middleware import PROJECT
+from tunesmith.serve.protocol import RequestError
 
 LOST_S = 120
 """Longest time between a request and the last one of its repeats."""
@@ -24,6 +30,20 @@ def retry_count(request: Request) -> int:
 def digest_of(body: JobBody) -> str:
     """SHA-256 of what a request says."""
     return hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+
+
+def keyed_id(key: str) -> str:
+    """The id of the one job of this project that a client makes with an Idempotency-Key."""
+    return derived_id("ftjob-", PROJECT.get() or DEFAULT_PROJECT, "key", key)
+
+
+def job_made_with(store: Store, key: str, body: JobBody) -> Record | None:
+    """The job that was made with this key. Raises RequestError if another request made it."""
+    row = store.job(keyed_id(key))
+    if row is not None and row["request"].get("sent") != digest_of(body):
+        message = "Idempotency-Key: was used for a job that says something else. Use a new one for each job."
+        raise RequestError(message, status=422, code="idempotency_error", headers={"x-should-retry": "false"})
+    return row
 
 
 def job_made_before(store: Store, body: JobBody, retry: int) -> Record | None:

@@ -21,7 +21,7 @@ from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
-from tunesmith.jobs.repeats import digest_of, job_made_before, retry_count
+from tunesmith.jobs.repeats import digest_of, job_made_before, job_made_with, keyed_id, retry_count
 from tunesmith.jobs.states import Action, JobState
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, events, files, is_live, jobs
@@ -195,9 +195,10 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
     def create(body: JobBody, request: Request) -> Response:
         """Put a job into the queue."""
         read_query(request)
-        retry = retry_count(request)
-        earlier = job_made_before(store, body, retry)
-        return json_response(objects.job_object(earlier or create_job(store, bases, body, retry=retry)))
+        retry, key = retry_count(request), request.headers.get("idempotency-key")
+        earlier = job_made_with(store, key, body) if key else job_made_before(store, body, retry)
+        row = earlier or create_job(store, bases, body, retry=retry, key=key)
+        return json_response(objects.job_object(row))
 
     @router.get("")
     def listed(request: Request) -> Response:
@@ -269,15 +270,18 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
         return json_response(objects.list_with_ends(found[:limit], has_more=limit > 0 and len(found) > limit))
 
 
-def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0) -> Record:
-    """The row of a new job. Raises RequestError for a model, a file or a service that is not there."""
+def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key: str | None = None) -> Record:
+    """The row of a new job, or of the one that a request with the same key has just made.
+
+    Raises RequestError for a model, a file or a service that is not there.
+    """
     base, shown, parent = _start(store, bases, body.model)
     for param in ("training_file", "validation_file"):
         _check_file(store, param, getattr(body, param))
     integrations = [one.model_dump(exclude_none=True) for one in body.integrations or ()]
     if integrations:
         _check_wandb()
-    name, numbers = new_id("ftjob-"), body.chosen
+    name, numbers = keyed_id(key) if key else new_id("ftjob-"), body.chosen
     request = {
         "model": body.model, "training_file": body.training_file, "validation_file": body.validation_file,
         "suffix": body.suffix, "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
@@ -297,7 +301,8 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0) -> 
     said.append(event(name, which))
     project = PROJECT.get() or DEFAULT_PROJECT
     row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, project, body.suffix, name)}
-    return store.create_job({**row, "request": request, "numbers": numbers}, said)
+    made = store.create_job({**row, "request": request, "numbers": numbers}, said)
+    return (job_made_with(store, key, body) if key else None) or made
 
 
 def _start(store: Store, bases: Bases, name: str) -> tuple[str, str, str | None]:

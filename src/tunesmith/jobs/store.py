@@ -278,7 +278,7 @@ class Store:
     # Jobs
 
     def create_job(self, row: Record, messages: Sequence[Record]) -> Record:
-        """Raises RequestError if too many jobs of the project wait."""
+        """The row of a new job, or the one that has its id. Raises RequestError if too many of the project wait."""
         with self.writing() as connection:
             now = int(time.time())
             most = self.rules.of(PROJECT.get() or DEFAULT_PROJECT).jobs_waiting
@@ -286,8 +286,9 @@ class Store:
             if (connection.scalar(waiting) or 0) >= most:
                 message = f"{most} jobs of this project wait, and no more are taken. Try again when some have ended."
                 raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "60"})
-            connection.execute(sa.insert(jobs).values(created_at=now, status="validating_files", **row))
-            self._add_events(connection, messages)
+            new = self.insert_new(jobs).values(created_at=now, status="validating_files", **row)
+            if connection.execute(new).rowcount:
+                self._add_events(connection, messages)
         return self.job(row["id"]) or {}
 
     def job(self, name: str) -> Record | None:

@@ -107,7 +107,9 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
     sizes = [path.stat().st_size for path in folder.iterdir()]
     if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
-    await receive_form(request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES)
+    await receive_form(
+        request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True
+    )
     return part
 
 
@@ -162,7 +164,7 @@ def _part(store: Store, upload: str, part: str) -> Path:
 
 def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> str:
     """Write the parts behind one another, a block at a time; returns their SHA-256."""
-    digests = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    digests = [hashlib.sha256(), *([] if md5 is None else [hashlib.md5(usedforsecurity=False)])]
     with open(out, "xb") as joined:
         for part in parts:
             with open(part, "rb") as content:
@@ -172,8 +174,7 @@ def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> st
                         digest.update(block)
         joined.flush()
         os.fsync(joined.fileno())
-    found = digests[1].hexdigest()
-    if md5 is not None and md5.lower() != found:
+    if md5 is not None and md5.lower() != (found := digests[1].hexdigest()):
         raise RequestError(
             f"md5: the parts have {found}. Send the wrong ones again, or create the upload anew.", param="md5"
         )

@@ -55,7 +55,8 @@ class Form:
     num_bytes: int = 0
     head: bytearray = field(default_factory=bytearray)
     is_complete: bool = False
-    digest: Any = field(default_factory=hashlib.sha256)
+    digest: Any = None
+    """SHA-256 of the content so far; None: it is not computed."""
     _header: list[bytearray] = field(default_factory=lambda: [bytearray(), bytearray()])
     _headers: dict[bytes, bytes] = field(default_factory=dict)
     _num_parts: int = 0
@@ -116,7 +117,8 @@ class Form:
             raise RequestError(message, status=413, code="file_too_large", param=self.content)
         if len(self.head) < FIRST_LOOK_BYTES and b"\n" not in self.head.lstrip():
             self.head += data
-        self.digest.update(data)
+        if self.digest is not None:
+            self.digest.update(data)
         self.out.write(data)
 
     def _end(self) -> None:
@@ -172,8 +174,12 @@ async def receive_form(
     texts: tuple[str, ...],
     max_bytes: int,
     optional: tuple[str, ...] = (),
+    is_part: bool = False,
 ) -> Form:
-    """A form whose field `content` was written to `target`, complete or not at all. Raises RequestError."""
+    """A form whose field `content` was written to `target`, complete or not at all. Raises RequestError.
+
+    `is_part`: neither hashed nor synced. The end reads it again, and refuses what a power cut has left too short.
+    """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not 0 < len(options.get(b"boundary", b"")) <= 256:
         message = "A file has to be sent as Content-Type: multipart/form-data."
@@ -181,7 +187,8 @@ async def receive_form(
     temporary = target.with_name(f".{target.name}")
     try:
         with storing_upload(), open(temporary, "xb") as out:
-            form = Form(out, content, (*texts, *optional), max_bytes)
+            digest = None if is_part else hashlib.sha256()
+            form = Form(out, content, (*texts, *optional), max_bytes, digest=digest)
             await _feed(request, MultipartParser(options[b"boundary"], form.callbacks()))
             if not form.is_complete:
                 raise RequestError("The form stops before its end.", code="invalid_form")
@@ -192,9 +199,11 @@ async def receive_form(
                 raise RequestError("The file is empty.", param=content)
             check(form)
             out.flush()
-            await asyncio.to_thread(os.fsync, out.fileno())
+            if not is_part:
+                await asyncio.to_thread(os.fsync, out.fileno())
             os.replace(temporary, target)
-            fsync_dir(target.parent)
+            if not is_part:
+                fsync_dir(target.parent)
     except BaseException:
         with suppress(OSError):
             target.unlink(missing_ok=True)

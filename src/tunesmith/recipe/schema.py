@@ -313,7 +313,7 @@ class CheckpointOptions(OptionGroup):
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
     snapshots: Annotated[int, Field(ge=0)] = 0
     """Ends of so many epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N:
-    each is a run's folder for predict, chat, serve and export."""
+    each is a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
 
 
 class ResultExportOptions(OptionGroup):

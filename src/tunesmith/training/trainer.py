@@ -413,11 +413,13 @@ def _weights_of(session: Session, step: int) -> dict[str, Tensor] | None:
 
 
 def _stop_if_requested(session: Session, *, saved: bool) -> None:
-    world = session.setup.world
-    if world.stops if world.size > 1 else world.wants_stop():
+    setup, step = session.setup, session.progress.step
+    if setup.world.stops if setup.world.size > 1 else setup.world.wants_stop():
         if not saved:
             _save(session)
-        done = f"stopped after step {session.progress.step} of {session.setup.total_steps}"
+        if step and setup.recipe.checkpoint.snapshots and step not in _snapshot_steps(setup):
+            _keep_snapshot(session)
+        done = f"stopped after step {step} of {setup.total_steps}"
         raise Stopped(f"{done}; resume with: {command('resume', session.run.path)}")
 
 
