@@ -32,8 +32,8 @@ class Live:
     client: openai.OpenAI
 
     @classmethod
-    def start(cls, folder: Path) -> Live:
-        words = ["serve", "--jobs", "tiny", "--port", "0", "--json", "--threads", "1", "--offline"]
+    def start(cls, folder: Path, *bases: str) -> Live:
+        words = ["serve", "--jobs", *(bases or ["tiny"]), "--port", "0", "--json", "--threads", "1", "--offline"]
         out = folder / "out"
         with open(out, "wb") as file:
             popen = subprocess.Popen(
