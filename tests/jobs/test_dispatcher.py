@@ -147,6 +147,26 @@ def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_
     store.close()
 
 
+@pytest.mark.parametrize(("num", "status"), [(2, "succeeded"), (3, "failed")])
+def test_an_engine_that_is_killed_while_a_result_is_put_on_it_is_no_fault_of_the_job(
+    opened: Opened, tmp_path: Path, num: int, status: str
+) -> None:
+    """The third time it is: then the result itself ends the engine."""
+    store, models = opened(tmp_path), FakeModels()
+    name = put_job(store, put_file(store, rows(12)))
+    attach, crashes = models.attach, [500] * num
+
+    def crashing(base: str, tuned: str, run: Path) -> None:
+        if crashes and tuned == store.job(name)["tuned_name"]:
+            raise RequestError("the engine ended", status=crashes.pop(), code="engine_crashed")
+        attach(base, tuned, run)
+
+    models.attach = crashing
+    work(store, FakeLauncher(), models, num=20)
+    assert (store.job(name)["status"], crashes) == (status, [])
+    store.close()
+
+
 def test_what_a_run_says_while_the_store_fails_is_taken_over_later(opened: Opened, tmp_path: Path) -> None:
     store = opened(tmp_path)
     name = put_job(store, put_file(store, rows(12)))

@@ -40,8 +40,9 @@ SNAPSHOTS = 2
 """Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
 EXPIRE_S = 60.0
 MOST_ATTEMPTS = 3
-"""Starts without a new checkpoint between them."""
+"""Starts without a new checkpoint between them, or ends of an engine on which a result was being put."""
 UNAVAILABLE = 503
+CRASHED = "engine_crashed"
 RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
 
 
@@ -347,8 +348,9 @@ class Dispatcher:
             self._serve_snapshots(name, run)
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
-            if _is_unavailable(error):
-                self.store.change_job(name, if_status=["running"], status="queued")
+            attempts = job["attempts"] + (getattr(error, "code", "") == CRASHED)
+            if _is_unavailable(error) and attempts < MOST_ATTEMPTS:
+                self.store.change_job(name, if_status=["running"], status="queued", attempts=attempts)
                 return None
             return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
         said = [
@@ -367,8 +369,8 @@ class Dispatcher:
 
 
 def _is_unavailable(error: Exception) -> bool:
-    """Whether an engine is being started again."""
-    return isinstance(error, RequestError) and error.status == UNAVAILABLE
+    """Whether an engine is being started again, or was killed meanwhile."""
+    return isinstance(error, RequestError) and (error.status == UNAVAILABLE or error.code == CRASHED)
 
 
 def environment_of(job: Record) -> dict[str, str]:

@@ -67,7 +67,7 @@ class ChildProcess:
     def stop(self) -> None:
         if (self.run / "run.json").exists():
             Run(self.run).ask_stop()
-        elif (pid := self.popen.pid if self.popen is not None else _holder(self.run)) is not None:
+        elif pid := self.popen.pid if self.popen is not None else _holder(self.run):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it has not made its folder yet: nothing is lost
 
@@ -118,7 +118,7 @@ def _beside(run: Path, what: str) -> Path:
 
 
 def _holder(run: Path) -> int | None:
-    """Process id of the child that holds the lock file of a run."""
+    """Process id of the child that holds the lock file of a run, 0 if its server was killed before it wrote that."""
     try:
         lock = os.open(_beside(run, "lock"), os.O_RDONLY)
     except OSError:
@@ -126,7 +126,7 @@ def _holder(run: Path) -> int | None:
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(os.pread(lock, 20, 0) or b"0") or None
+        return int(os.pread(lock, 20, 0) or b"0")
     else:
         return None
     finally:
