@@ -1,14 +1,12 @@
-"""`python -m benchmarks.jobs --model FOLDER`: what a server of fine-tuning jobs costs, beside copying and `tunesmith train`.
+"""`python -m benchmarks.jobs --model FOLDER`: what a server of fine-tuning jobs costs, beside a copy and `tunesmith train`.
 
-One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; each prints a line for each bound
-of docs/performance.md.
-"""
+One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; docs/performance.md has the table.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import http.client
 import json
 import os
 import statistics
@@ -17,106 +15,99 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
+from http.client import HTTPConnection, HTTPResponse
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from tunesmith.environment import for_child
+from tunesmith.jobs import tables
 from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import events, files, jobs, models
 from tunesmith.runs.folder import Run
 
-EVENTS = 20
-"""Of each job that is there from the start."""
-BLOCK = 1 << 20
-PART_BYTES = 64 << 20
-ROW = {
-    "messages": [
-        {"role": "user", "content": "Where is my order?"},
-        {"role": "assistant", "content": "On its way. " * 8},
-    ]
-}
-Words = tuple[str, ...]
+BLOCK, PART_BYTES = 1 << 20, 64 << 20
+ASK = [{"role": "user", "content": "Where is my order?"}]
+ROW = {"messages": [*ASK, {"role": "assistant", "content": "On its way. " * 8}]}
+JSON = "application/json"
+PYTHON = [sys.executable, "-m", "tunesmith"]
 
 
 def fill(folder: Path, num: int) -> None:
-    """A store of `num` files, and as many jobs that have succeeded, each with a model that was deleted."""
+    """A store of `num` files, and as many jobs that have succeeded, with 20 events and a deleted model each."""
     store, now = Store(folder), int(time.time())
-    request = {"training_file": "file-a", "validation_file": None, "seed": 1, "metadata": {"team": "a"}, "suffix": None,
-               "integrations": [], "method": "supervised", "hyperparameters": {}}  # fmt: skip
-    numbers = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
-    names = [derived_id("ftjob-", i) for i in range(num)]
+    sent = dict.fromkeys(("training_file", "validation_file", "suffix"), None)
+    request = {**sent, "seed": 1, "metadata": {"team": "a"}, "integrations": [], "hyperparameters": {}}
+    file = {"created_at": now, "purpose": "fine-tune", "filename": "a.jsonl", "bytes": 1000, "sha256": ""}
+    job = {"created_at": now, "status": "succeeded", "finished_at": now, "base": "a", "model": "a", "is_checked": True}
+    model = {"created_at": now, "base": "a", "step": 9, "metrics": {}, "deleted_at": now}
+    ids = [derived_id("ftjob-", i) for i in range(num)]
+    rows = {
+        tables.files: [{"id": derived_id("file-", i), **file} for i in range(num)],
+        tables.jobs: [{"id": one, "tuned_name": one, "request": request, "numbers": {}, **job} for one in ids],
+        tables.models: [{"name": one, "job": one, **model} for one in ids],
+        tables.events: [event(one, f"Step {i}", once=i, data={"step": i}) for one in ids for i in range(20)],
+    }
     with store.writing() as connection:
-        connection.execute(sa.insert(files), [
-            {"id": derived_id("file-", i), "created_at": now, "purpose": "fine-tune", "filename": f"{i}.jsonl",
-             "bytes": 1000, "sha256": ""} for i in range(num)
-        ])  # fmt: skip
-        connection.execute(sa.insert(jobs), [
-            {"id": name, "created_at": now, "status": "succeeded", "finished_at": now, "base": "a", "model": "a",
-             "tuned_name": f"ft:{name}", "request": request, "numbers": numbers, "is_checked": True} for name in names
-        ])  # fmt: skip
-        connection.execute(sa.insert(models), [
-            {"name": f"ft:{name}", "created_at": now, "job": name, "base": "a", "step": 9, "metrics": {}, "deleted_at": now}
-            for name in names
-        ])  # fmt: skip
-        for name in names:
-            connection.execute(
-                sa.insert(events), [event(name, f"Step {i}", once=i, data={"step": i}) for i in range(EVENTS)]
-            )
+        for table, content in rows.items():
+            connection.execute(sa.insert(table), content)
     store.close()
 
 
 class Server:
-    """`tunesmith serve --jobs` in a folder, and connections to it."""
+    """`tunesmith serve --jobs` in a folder, and a connection to it."""
 
-    def __init__(self, folder: Path, words: Words) -> None:
-        started = time.perf_counter()
-        with open(folder / "server", "wb") as out:
-            serve = [sys.executable, "-m", "tunesmith", "serve", "--jobs", *words, "--port", "0", "--json", "--offline"]
-            self.process = subprocess.Popen(serve, cwd=folder, stdout=out, env=for_child())
-        while b'"serving"' not in (said := (folder / "server").read_bytes()):
+    def __init__(self, folder: Path, *words: str) -> None:
+        started, out = time.perf_counter(), folder / "server"
+        serve = [*PYTHON, "serve", "--jobs", *words, "--port", "0", "--json", "--offline"]
+        with open(out, "wb") as file:
+            self.process = subprocess.Popen(serve, cwd=folder, stdout=file, env=for_child())
+        while b'"serving"' not in (said := out.read_bytes()):
             assert self.process.poll() is None, said.decode()
             time.sleep(0.01)
         url = next(json.loads(line)["url"] for line in said.splitlines() if b'"serving"' in line)
-        self.host, self.start_s = url.removeprefix("http://"), time.perf_counter() - started
-        self.connection = http.client.HTTPConnection(self.host, timeout=300)
+        self.start_s = time.perf_counter() - started
+        self.connection = HTTPConnection(url.removeprefix("http://"), timeout=300)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
 
     def memory_mb(self) -> float:
-        """Most memory of the process without the model."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+        """Most memory of the process that has no model."""
+        return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
 
-    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        raw = body if body is None or hasattr(body, "read") or isinstance(body, bytes) else json.dumps(body).encode()
-        self.connection.request(method, f"/v1{path}", raw, {"Content-Type": "application/json", **headers})
-        answer = self.connection.getresponse()
-        found = json.loads(answer.read())
-        assert answer.status == 200, found
-        return found
+    def send(
+        self, method: str, path: str, body: Any = None, kind: str = "application/json", **more: str
+    ) -> HTTPResponse:
+        self.connection.request(method, f"/v1{path}", body, {"Content-Type": kind, **more})
+        return self.connection.getresponse()
+
+    def ask(self, method: str, path: str, body: Any = None) -> Any:
+        return read(self.send(method, path, None if body is None else json.dumps(body)))
 
     def upload(self, path: str, content: bytes | Path, name: str, **fields: str) -> Any:
         """A form with a file, streamed from the disk."""
-        head = "".join(
-            f'--b\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{text}\r\n' for key, text in fields.items()
-        )
-        head += f'--b\r\nContent-Disposition: form-data; name="{name}"; filename="f"\r\n\r\n'
+        form = "--b\r\nContent-Disposition: form-data; name="
+        head = "".join(f'{form}"{key}"\r\n\r\n{text}\r\n' for key, text in fields.items())
+        head += f'{form}"{name}"; filename="f"\r\n\r\n'
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         pieces = blocks(content) if isinstance(content, Path) else iter([content])
-        sent = (piece for part in ([head.encode()], pieces, [b"\r\n--b--\r\n"]) for piece in part)
-        self.connection.request("POST", f"/v1{path}", sent, {
-            "Content-Type": "multipart/form-data; boundary=b", "Content-Length": str(len(head.encode()) + size + 9)
-        })  # fmt: skip
-        answer = self.connection.getresponse()
-        found = json.loads(answer.read())
-        assert answer.status == 200, found
-        return found
+        body = (piece for part in ([head.encode()], pieces, [b"\r\n--b--\r\n"]) for piece in part)
+        length = {"Content-Length": str(len(head) + size + 9)}
+        return read(self.send("POST", path, body, "multipart/form-data; boundary=b", **length))
 
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+
+def read(answer: HTTPResponse) -> Any:
+    found = json.loads(answer.read())
+    assert answer.status == 200, found
+    return found
 
 
 def blocks(path: Path) -> Iterator[bytes]:
@@ -125,169 +116,123 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-@contextmanager
-def serving(folder: Path, words: Words) -> Iterator[Server]:
-    server = Server(folder, words)
-    try:
-        yield server
-    finally:
-        server.end()
+def timed(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
-def timed(what: str, call: Callable[[], Any], num: int) -> None:
-    seconds = []
-    for _ in range(num):
-        begun = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begun)
-    p99 = sorted(seconds)[int(0.99 * num)]
-    print(f"{what}: p50 {1000 * statistics.median(seconds):.1f} ms, p99 {1000 * p99:.1f} ms", flush=True)
+def say_latency(what: str, call: Callable[[], Any], num: int = 1000) -> None:
+    seconds = sorted(timed(call) for _ in range(num))
+    print(f"{what}: p50 {1000 * seconds[num // 2]:.1f} ms, p99 {1000 * seconds[num * 99 // 100]:.1f} ms", flush=True)
 
 
-def lists(folder: Path, words: Words, num: int) -> None:
+def lists(folder: Path, options: argparse.Namespace) -> None:
     """Latencies, start and memory with a full store."""
-    with serving(folder, (*words, "--store", "empty")) as server:
+    with Server(folder, options.model, "--store", "empty") as server:
         empty = server.start_s
-    fill(folder / "jobs", num)
-    with serving(folder, words) as server:
-        print(f"start with {num:,} jobs: {server.start_s - empty:+.2f} s beside {empty:.2f} s with none", flush=True)
-        job = server.ask("GET", "/fine_tuning/jobs?limit=1")["data"][0]["id"]
-        timed("GET jobs (20)", lambda: server.ask("GET", "/fine_tuning/jobs"), 1000)
-        timed("GET job", lambda: server.ask("GET", f"/fine_tuning/jobs/{job}"), 1000)
-        timed("GET events (20)", lambda: server.ask("GET", f"/fine_tuning/jobs/{job}/events"), 1000)
-        file = server.upload("/files", json.dumps(ROW).encode(), "file", purpose="fine-tune")[
-            "id"
-        ]  # too few rows to run
+    fill(folder / "jobs", options.jobs)
+    with Server(folder, options.model) as server:
+        print(f"start with {options.jobs:,} jobs: {server.start_s - empty:+.2f} s beside {empty:.2f} s with none")
+        path = "/fine_tuning/jobs"
+        job = server.ask("GET", path)["data"][0]["id"]
+        file = server.upload("/files", json.dumps(ROW).encode(), "file", purpose="fine-tune")["id"]  # too few rows
         body = {"model": server.ask("GET", "/models")["data"][0]["id"], "training_file": file}
-        timed("POST jobs", lambda: server.ask("POST", "/fine_tuning/jobs", body), 300)
+        say_latency("GET jobs (20)", lambda: server.ask("GET", path))
+        say_latency("GET job", lambda: server.ask("GET", f"{path}/{job}"))
+        say_latency("GET events (20)", lambda: server.ask("GET", f"{path}/{job}/events"))
+        say_latency("POST jobs", lambda: server.ask("POST", path, body), 300)
         begun = time.perf_counter()
-        server.connection.request("GET", "/v1/files")
-        answer = server.connection.getresponse()
-        answer.read(1)
+        answer = server.send("GET", "/files")
         first = time.perf_counter() - begun
-        answer.read()
-        print(f"GET files, all: {time.perf_counter() - begun:.2f} s, first byte {first:.2f} s; "
-              f"memory {server.memory_mb():.0f} MB", flush=True)  # fmt: skip
+        num = len(read(answer)["data"])
+        print(f"GET files: {num:,} in {time.perf_counter() - begun:.2f} s, first byte after {first:.2f} s")
+        print(f"memory without the model: {server.memory_mb():.0f} MB")
 
 
-def uploads(folder: Path, words: Words, num_bytes: int, rounds: int = 3) -> None:
+def uploads(folder: Path, options: argparse.Namespace) -> None:
     """A file whole and in parts beside a copy with SHA-256 and fsync, in turns."""
-    source = folder / "source"
+    source, target, num_bytes = folder / "source", folder / "copy", int(options.gib * 2**30) // BLOCK * BLOCK
     with open(source, "wb") as file:
         for _ in range(num_bytes // BLOCK):
             file.write(os.urandom(BLOCK))
 
     def copy() -> None:
-        digest, target = hashlib.sha256(), folder / "copy"
+        digest = hashlib.sha256()
         with open(target, "wb") as out:
             for block in blocks(source):
                 digest.update(block)
                 out.write(block)
             out.flush()
             os.fsync(out.fileno())
-        target.unlink()
 
-    def whole() -> None:
-        made = server.upload("/files", source, "file", purpose="user_data")
-        assert made["bytes"] == num_bytes
-        server.ask("DELETE", f"/files/{made['id']}")
+    def whole() -> str:
+        return str(server.upload("/files", source, "file", purpose="user_data")["id"])
 
-    def parts() -> None:
+    def parts() -> str:
         body = {"bytes": num_bytes, "filename": "f", "mime_type": "text/plain", "purpose": "user_data"}
-        upload, ids = server.ask("POST", "/uploads", body)["id"], []
+        path, ids = f"/uploads/{server.ask('POST', '/uploads', body)['id']}", []
         with open(source, "rb") as file:
             while piece := file.read(PART_BYTES):
-                ids.append(server.upload(f"/uploads/{upload}/parts", piece, "data")["id"])
-        made = server.ask("POST", f"/uploads/{upload}/complete", {"part_ids": ids})
-        server.ask("DELETE", f"/files/{made['file']['id']}")
+                ids.append(server.upload(f"{path}/parts", piece, "data")["id"])
+        return str(server.ask("POST", f"{path}/complete", {"part_ids": ids})["file"]["id"])
 
-    with serving(folder, words) as server:
-        before, seconds = server.memory_mb(), {}
-        for _ in range(rounds):
-            for way in (copy, whole, parts):
-                begun = time.perf_counter()
-                way()
-                seconds.setdefault(way.__name__, []).append(time.perf_counter() - begun)
-        usual = {name: statistics.median(found) for name, found in seconds.items()}
-        for name, found in usual.items():
-            print(f"{name}: {num_bytes / found / 1e6:.0f} MB/s, {usual['copy'] / found:.2f} of a copy", flush=True)
-        print(f"memory: {server.memory_mb() - before:+.0f} MB", flush=True)
-    source.unlink()
+    seconds: dict[str, list[float]] = {"copy": [], "whole": [], "in parts": []}
+    with Server(folder, options.model) as server:
+        before = server.memory_mb()
+        for _ in range(options.rounds):
+            for name, way in zip(seconds, (copy, whole, parts), strict=True):
+                seconds[name].append(timed(way))
+                for one in server.ask("GET", "/files")["data"]:
+                    server.ask("DELETE", f"/files/{one['id']}")
+                target.unlink(missing_ok=True)
+        for name, found in seconds.items():
+            share = statistics.median(a / b for a, b in zip(seconds["copy"], found, strict=True))
+            print(f"{name}: {num_bytes / statistics.median(found) / 1e6:.0f} MB/s, {share:.2f} of a copy")
+        print(f"memory: {server.memory_mb() - before:+.0f} MB")
 
 
-def training(folder: Path, words: Words, rounds: int, steps: int) -> None:
+def training(folder: Path, options: argparse.Namespace) -> None:
     """A job under a server that is asked ten times a second beside `tunesmith train` of its recipe, in turns."""
-    batch = 4
-    rows = b"".join(json.dumps({**ROW, "n": i}).encode() + b"\n" for i in range(batch * steps))
+    rows = b"".join(json.dumps({**ROW, "n": i}).encode() + b"\n" for i in range(4 * options.steps))
     ratios, starts, answers = [], [], []
-    for num in range(rounds):
-        with serving(folder, (*words, "--store", f"store-{num}")) as server:
-            file = server.upload("/files", rows, "file", purpose="fine-tune")["id"]
-            how = {"n_epochs": 1, "batch_size": batch}
-            body = {
-                "model": server.ask("GET", "/models")["data"][0]["id"],
-                "training_file": file,
-                "hyperparameters": how,
-            }
-            begun = time.time()
-            job = server.ask("POST", "/fine_tuning/jobs", {**body, "seed": 1})["id"]
+    for num in range(options.rounds):
+        there, alone = folder / f"store-{num}", folder / f"alone-{num}"
+        with Server(folder, options.model, "--store", there.name) as server:
+            body = {"hyperparameters": {"n_epochs": 1, "batch_size": 4}, "seed": 1}
+            body["training_file"] = server.upload("/files", rows, "file", purpose="fine-tune")["id"]
+            body["model"], begun = server.ask("GET", "/models")["data"][0]["id"], time.time()
+            job = server.ask("POST", "/fine_tuning/jobs", body)["id"]
             while (state := server.ask("GET", f"/fine_tuning/jobs/{job}"))["status"] != "succeeded":
                 assert state["status"] != "failed", state
                 server.ask("GET", f"/fine_tuning/jobs/{job}/events")
                 time.sleep(0.1)
-            asked = time.perf_counter()
-            ask = {"model": state["fine_tuned_model"], "messages": ROW["messages"][:1], "max_tokens": 1}
-            server.ask("POST", "/chat/completions", ask)
-            answers.append(time.perf_counter() - asked)
-        there = folder / f"store-{num}"
-        recipe = there / "recipes" / f"{job}.yaml"
-        train = [
-            sys.executable,
-            "-m",
-            "tunesmith",
-            "train",
-            "--recipe",
-            str(recipe),
-            "--out",
-            f"alone-{num}",
-            "--offline",
-        ]
-        subprocess.run([*train, "--json"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=for_child())
-        served, alone = (step_seconds(Run(path)) for path in (there / "runs" / job, folder / f"alone-{num}"))
-        first = next(one.time for one in Run(there / "runs" / job).events() if one.kind == "step")
-        starts.append(first - begun)
-        ratios.append(alone / served)
-        print(f"round {num + 1}: a step takes {served:.3f} s under the server, {alone:.3f} s alone", flush=True)
-    print(f"speed beside `tunesmith train`: {statistics.median(ratios):.3f}; create → first step "
-          f"{statistics.median(starts):.1f} s; succeeded → answer {statistics.median(answers):.2f} s")  # fmt: skip
-
-
-def step_seconds(run: Run) -> float:
-    """Median of all steps but the first three."""
-    times = [one.time for one in run.events() if one.kind == "step"]
-    return statistics.median(b - a for a, b in zip(times[3:], times[4:], strict=False))
+            ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
+            answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))
+        train = [*PYTHON, "train", "--recipe", str(there / "recipes" / f"{job}.yaml"), "--out", str(alone), "--json"]
+        subprocess.run([*train, "--offline"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=for_child())
+        times = [[one.time for one in Run(run).events() if one.kind == "step"] for run in (alone, there / "runs" / job)]
+        ours, theirs = (statistics.median(b - a for a, b in pairwise(found[3:])) for found in times)
+        ratios.append(ours / theirs)
+        starts.append(times[1][0] - begun)
+        print(f"round {num + 1}: a step takes {theirs:.3f} s under the server, {ours:.3f} s alone", flush=True)
+    print(f"training beside `tunesmith train`: {statistics.median(ratios):.3f} of its speed")
+    print(f"create → first step: {statistics.median(starts):.1f} s; succeeded → answer: {max(answers):.2f} s at most")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of a chat model")
-    parser.add_argument("--only", choices=["lists", "uploads", "training"], action="append")
+    parser.add_argument("--model", required=True, type=lambda text: str(Path(text).resolve()), help="of a chat")
+    parser.add_argument("--only", choices=(parts := {one.__name__: one for one in (lists, uploads, training)}))
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the upload")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--work", help="folder on the disk that is measured; default: a temporary one")
+    parser.add_argument("--work", help="a folder on the disk that is measured; else a temporary one")
     options = parser.parse_args()
-    words = (str(Path(options.model).resolve()),)
-    with tempfile.TemporaryDirectory(dir=options.work) as place:
-        for name in options.only or ("lists", "uploads", "training"):
-            (folder := Path(place, name)).mkdir()
-            if name == "lists":
-                lists(folder, words, options.jobs)
-            elif name == "uploads":
-                uploads(folder, words, int(options.gib * 2**30), options.rounds)
-            else:
-                training(folder, words, options.rounds, options.steps)
+    for name in [options.only] if options.only else parts:
+        with tempfile.TemporaryDirectory(dir=options.work) as folder:
+            parts[name](Path(folder), options)
 
 
 if __name__ == "__main__":

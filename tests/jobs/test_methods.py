@@ -113,11 +113,11 @@ def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
     while working.active:
         working.round()
     [paused] = store.tuned(job=name)
-    assert (paused["step"], paused["metrics"]) == (1, {"step": 1, "train_loss": 1.0})
-    assert models.served == {paused["name"]: str(store.runs_path / name / "snapshots" / "step-1")}
+    assert (paused["step"], paused["metrics"]) == (2, {"step": 2, "train_loss": 0.5})
+    assert models.served == {paused["name"]: str(store.runs_path / name / "snapshots" / "step-2")}
     store.act(name, "resume", "Fine-tuning job resumed")
     work(store, working.launcher, models)
-    assert [row["step"] for row in store.tuned(job=name)] == [1, SNAPSHOT, STEPS]
+    assert [row["step"] for row in store.tuned(job=name)] == [2, SNAPSHOT, STEPS]
     store.close()
 
 
