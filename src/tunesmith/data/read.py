@@ -21,7 +21,6 @@ from tunesmith.data.detect_format import (
 )
 from tunesmith.data.problems import describe_type, names, refusal
 from tunesmith.data.read_json import BadRow, json_array, json_lines
-from tunesmith.data.read_table import csv_rows, parquet_rows
 from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.data.remote import is_address, known
 from tunesmith.errors import DataError
@@ -188,16 +187,19 @@ def _rows(
 
 
 def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, int], None]) -> Iterator[tuple[int, Any]]:
-    if facts.kind == "Parquet":
-        yield from parquet_rows(facts, limits=limits, on_bad=on_bad)
-        return
     readers: dict[FileFormat, Callable[..., Iterator[tuple[int, Any]]]] = {
         "JSON lines": json_lines,
         "JSON array": json_array,
-        "CSV": csv_rows,
         "CoNLL": conll_sentences,
         "text": document,
     }
+    if facts.kind in ("CSV", "Parquet"):
+        from tunesmith.data.read_table import csv_rows, parquet_rows  # pyarrow: a server of jobs saves its 40 MB
+
+        if facts.kind == "Parquet":
+            yield from parquet_rows(facts, limits=limits, on_bad=on_bad)
+            return
+        readers["CSV"] = csv_rows
     reader = readers[facts.kind]
     with open_text(facts) as stream:
         yield from reader(stream, facts, limits=limits, on_bad=on_bad)
