@@ -1,4 +1,4 @@
-"""`python -m benchmarks.jobs --model FOLDER`: what a server of fine-tuning jobs costs, beside a copy and `tunesmith train`.
+"""`python -m benchmarks.jobs --model FOLDER`: a server of fine-tuning jobs, beside a copy and `tunesmith train`.
 
 One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; docs/performance.md has the table.
 """  # noqa: E501
@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from http.client import HTTPConnection, HTTPResponse
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,31 @@ from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.store import Store, event
 from tunesmith.runs.folder import Run
 
-BLOCK, PART_BYTES = 1 << 20, 64 << 20
+BLOCK, PART_BYTES, NUM_JOBS, NUM_EVENTS = 1 << 20, 64 << 20, 10_000, 20
 ASK = [{"role": "user", "content": "Where is my order?"}]
 ROW = {"messages": [*ASK, {"role": "assistant", "content": "On its way. " * 8}]}
-JSON = "application/json"
+JOBS = "/fine_tuning/jobs"
 PYTHON = [sys.executable, "-m", "tunesmith"]
 
 
-def fill(folder: Path, num: int) -> None:
-    """A store of `num` files, and as many jobs that have succeeded, with 20 events and a deleted model each."""
+def fill(folder: Path) -> None:
+    """A store of files, and as many jobs that have succeeded, each with events and a model that was deleted."""
     store, now = Store(folder), int(time.time())
-    sent = dict.fromkeys(("training_file", "validation_file", "suffix"), None)
-    request = {**sent, "seed": 1, "metadata": {"team": "a"}, "integrations": [], "hyperparameters": {}}
-    file = {"created_at": now, "purpose": "fine-tune", "filename": "a.jsonl", "bytes": 1000, "sha256": ""}
-    job = {"created_at": now, "status": "succeeded", "finished_at": now, "base": "a", "model": "a", "is_checked": True}
-    model = {"created_at": now, "base": "a", "step": 9, "metrics": {}, "deleted_at": now}
-    ids = [derived_id("ftjob-", i) for i in range(num)]
-    rows = {
-        tables.files: [{"id": derived_id("file-", i), **file} for i in range(num)],
-        tables.jobs: [{"id": one, "tuned_name": one, "request": request, "numbers": {}, **job} for one in ids],
-        tables.models: [{"name": one, "job": one, **model} for one in ids],
-        tables.events: [event(one, f"Step {i}", once=i, data={"step": i}) for one in ids for i in range(20)],
+    request = dict.fromkeys(("training_file", "validation_file", "suffix", "seed", "metadata"))
+    file = {"purpose": "fine-tune", "filename": "a.jsonl", "bytes": 1000, "sha256": ""}
+    job = {"status": "succeeded", "finished_at": now, "base": "a", "model": "a", "is_checked": True, "numbers": {}}
+    job["request"] = {**request, "integrations": []}
+    model = {"base": "a", "step": 9, "metrics": {}, "deleted_at": now}
+    ids = [derived_id("ftjob-", i) for i in range(NUM_JOBS)]
+    rows: dict[sa.Table, Iterable[dict[str, Any]]] = {
+        tables.files: ({"id": derived_id("file-", one), **file} for one in ids),
+        tables.jobs: ({"id": one, "tuned_name": one, **job} for one in ids),
+        tables.models: ({"name": one, "job": one, **model} for one in ids),
+        tables.events: (event(one, f"Step {i}", once=i, data={"step": i}) for one in ids for i in range(NUM_EVENTS)),
     }
     with store.writing() as connection:
         for table, content in rows.items():
-            connection.execute(sa.insert(table), content)
+            connection.execute(sa.insert(table), [{"created_at": now, **row} for row in content])
     store.close()
 
 
@@ -83,25 +83,22 @@ class Server:
         """Most memory of the process that has no model."""
         return int(Path(f"/proc/{self.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
 
-    def send(
-        self, method: str, path: str, body: Any = None, kind: str = "application/json", **more: str
-    ) -> HTTPResponse:
-        self.connection.request(method, f"/v1{path}", body, {"Content-Type": kind, **more})
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> HTTPResponse:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.connection.request(method, f"/v1{path}", body, {"Content-Type": "application/json", **named})
         return self.connection.getresponse()
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         return read(self.send(method, path, None if body is None else json.dumps(body)))
 
-    def upload(self, path: str, content: bytes | Path, name: str, **fields: str) -> Any:
-        """A form with a file, streamed from the disk."""
+    def upload(self, path: str, name: str, size: int, pieces: Iterable[bytes], purpose: str = "") -> Any:
+        """A form with a file, as it is read."""
         form = "--b\r\nContent-Disposition: form-data; name="
-        head = "".join(f'{form}"{key}"\r\n\r\n{text}\r\n' for key, text in fields.items())
+        head = f'{form}"purpose"\r\n\r\n{purpose}\r\n' if purpose else ""
         head += f'{form}"{name}"; filename="f"\r\n\r\n'
-        size = content.stat().st_size if isinstance(content, Path) else len(content)
-        pieces = blocks(content) if isinstance(content, Path) else iter([content])
-        body = (piece for part in ([head.encode()], pieces, [b"\r\n--b--\r\n"]) for piece in part)
-        length = {"Content-Length": str(len(head) + size + 9)}
-        return read(self.send("POST", path, body, "multipart/form-data; boundary=b", **length))
+        body, length = chain([head.encode()], pieces, [b"\r\n--b--\r\n"]), str(len(head) + size + 9)
+        kind = "multipart/form-data; boundary=b"
+        return read(self.send("POST", path, body, **{"Content-Type": kind, "Content-Length": length}))
 
 
 def read(answer: HTTPResponse) -> Any:
@@ -110,9 +107,9 @@ def read(answer: HTTPResponse) -> Any:
     return found
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def blocks(path: Path, size: int = BLOCK) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(size):
             yield block
 
 
@@ -122,31 +119,28 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def say_latency(what: str, call: Callable[[], Any], num: int = 1000) -> None:
-    seconds = sorted(timed(call) for _ in range(num))
-    print(f"{what}: p50 {1000 * seconds[num // 2]:.1f} ms, p99 {1000 * seconds[num * 99 // 100]:.1f} ms", flush=True)
-
-
 def lists(folder: Path, options: argparse.Namespace) -> None:
     """Latencies, start and memory with a full store."""
     with Server(folder, options.model, "--store", "empty") as server:
         empty = server.start_s
-    fill(folder / "jobs", options.jobs)
+    fill(folder / "jobs")
     with Server(folder, options.model) as server:
-        print(f"start with {options.jobs:,} jobs: {server.start_s - empty:+.2f} s beside {empty:.2f} s with none")
-        path = "/fine_tuning/jobs"
-        job = server.ask("GET", path)["data"][0]["id"]
-        file = server.upload("/files", json.dumps(ROW).encode(), "file", purpose="fine-tune")["id"]  # too few rows
+        print(f"start with {NUM_JOBS:,} jobs: {server.start_s - empty:+.2f} s beside {empty:.2f} s with none")
+        job = server.ask("GET", JOBS)["data"][0]["id"]
+        few = json.dumps(ROW).encode()  # too few rows for a run
+        file = server.upload("/files", "file", len(few), [few], "fine-tune")["id"]
         body = {"model": server.ask("GET", "/models")["data"][0]["id"], "training_file": file}
-        say_latency("GET jobs (20)", lambda: server.ask("GET", path))
-        say_latency("GET job", lambda: server.ask("GET", f"{path}/{job}"))
-        say_latency("GET events (20)", lambda: server.ask("GET", f"{path}/{job}/events"))
-        say_latency("POST jobs", lambda: server.ask("POST", path, body), 300)
+        asks = [("GET", path, None, 1000) for path in (JOBS, f"{JOBS}/{job}", f"{JOBS}/{job}/events")]
+        for method, path, sent, num in (*asks, ("POST", JOBS, body, 300)):
+            seconds = sorted(timed(partial(server.ask, method, path, sent)) for _ in range(num))
+            p50, p99 = 1000 * seconds[num // 2], 1000 * seconds[num * 99 // 100]
+            print(f"{method} {path.replace(job, 'ID')}: p50 {p50:.1f} ms, p99 {p99:.1f} ms", flush=True)
         begun = time.perf_counter()
         answer = server.send("GET", "/files")
         first = time.perf_counter() - begun
-        num = len(read(answer)["data"])
-        print(f"GET files: {num:,} in {time.perf_counter() - begun:.2f} s, first byte after {first:.2f} s")
+        print(
+            f"GET files: {len(read(answer)['data']):,} in {time.perf_counter() - begun:.2f} s, first after {first:.2f} s"
+        )
         print(f"memory without the model: {server.memory_mb():.0f} MB")
 
 
@@ -166,21 +160,17 @@ def uploads(folder: Path, options: argparse.Namespace) -> None:
             out.flush()
             os.fsync(out.fileno())
 
-    def whole() -> str:
-        return str(server.upload("/files", source, "file", purpose="user_data")["id"])
-
-    def parts() -> str:
+    def parts() -> None:
         body = {"bytes": num_bytes, "filename": "f", "mime_type": "text/plain", "purpose": "user_data"}
-        path, ids = f"/uploads/{server.ask('POST', '/uploads', body)['id']}", []
-        with open(source, "rb") as file:
-            while piece := file.read(PART_BYTES):
-                ids.append(server.upload(f"{path}/parts", piece, "data")["id"])
-        return str(server.ask("POST", f"{path}/complete", {"part_ids": ids})["file"]["id"])
+        path = f"/uploads/{server.ask('POST', '/uploads', body)['id']}"
+        sent = (server.upload(f"{path}/parts", "data", len(part), [part]) for part in blocks(source, PART_BYTES))
+        server.ask("POST", f"{path}/complete", {"part_ids": [part["id"] for part in sent]})
 
     seconds: dict[str, list[float]] = {"copy": [], "whole": [], "in parts": []}
     with Server(folder, options.model) as server:
         before = server.memory_mb()
         for _ in range(options.rounds):
+            whole = partial(server.upload, "/files", "file", num_bytes, blocks(source), "user_data")
             for name, way in zip(seconds, (copy, whole, parts), strict=True):
                 seconds[name].append(timed(way))
                 for one in server.ask("GET", "/files")["data"]:
@@ -200,12 +190,11 @@ def training(folder: Path, options: argparse.Namespace) -> None:
         there, alone = folder / f"store-{num}", folder / f"alone-{num}"
         with Server(folder, options.model, "--store", there.name) as server:
             body = {"hyperparameters": {"n_epochs": 1, "batch_size": 4}, "seed": 1}
-            body["training_file"] = server.upload("/files", rows, "file", purpose="fine-tune")["id"]
+            body["training_file"] = server.upload("/files", "file", len(rows), [rows], "fine-tune")["id"]
             body["model"], begun = server.ask("GET", "/models")["data"][0]["id"], time.time()
-            job = server.ask("POST", "/fine_tuning/jobs", body)["id"]
-            while (state := server.ask("GET", f"/fine_tuning/jobs/{job}"))["status"] != "succeeded":
+            job = server.ask("POST", JOBS, body)["id"]
+            while (state := server.ask("GET", f"{JOBS}/{job}"))["status"] != "succeeded":
                 assert state["status"] != "failed", state
-                server.ask("GET", f"/fine_tuning/jobs/{job}/events")
                 time.sleep(0.1)
             ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
             answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))
@@ -224,14 +213,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, type=lambda text: str(Path(text).resolve()), help="of a chat")
     parser.add_argument("--only", choices=(parts := {one.__name__: one for one in (lists, uploads, training)}))
-    parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--gib", type=float, default=2.0, help="size of the upload")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--work", help="a folder on the disk that is measured; else a temporary one")
     options = parser.parse_args()
     for name in [options.only] if options.only else parts:
-        with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        with tempfile.TemporaryDirectory() as folder:
             parts[name](Path(folder), options)
 
 
