@@ -138,9 +138,8 @@ def lists(folder: Path, options: argparse.Namespace) -> None:
         begun = time.perf_counter()
         answer = server.send("GET", "/files")
         first = time.perf_counter() - begun
-        print(
-            f"GET files: {len(read(answer)['data']):,} in {time.perf_counter() - begun:.2f} s, first after {first:.2f} s"
-        )
+        num = len(read(answer)["data"])
+        print(f"GET files: {num:,} in {time.perf_counter() - begun:.2f} s, first byte after {first:.2f} s")
         print(f"memory without the model: {server.memory_mb():.0f} MB")
 
 
