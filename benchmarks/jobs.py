@@ -184,7 +184,7 @@ def uploads(folder: Path, options: argparse.Namespace) -> None:
 def training(folder: Path, options: argparse.Namespace) -> None:
     """A job under a server that is asked ten times a second beside `tunesmith train` of its recipe, in turns."""
     rows = b"".join(json.dumps({**ROW, "n": i}).encode() + b"\n" for i in range(4 * options.steps))
-    ratios, starts, answers = [], [], []
+    ratios, starts, answers, polls = [], [], [], list[float]()
     for num in range(options.rounds):
         there, alone = folder / f"store-{num}", folder / f"alone-{num}"
         with Server(folder, options.model, "--store", there.name) as server:
@@ -194,6 +194,7 @@ def training(folder: Path, options: argparse.Namespace) -> None:
             job = server.ask("POST", JOBS, body)["id"]
             while (state := server.ask("GET", f"{JOBS}/{job}"))["status"] != "succeeded":
                 assert state["status"] != "failed", state
+                polls.append(timed(partial(server.ask, "GET", JOBS)))
                 time.sleep(0.1)
             ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
             answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))
@@ -205,6 +206,7 @@ def training(folder: Path, options: argparse.Namespace) -> None:
         starts.append(times[1][0] - begun)
         print(f"round {num + 1}: a step takes {theirs:.3f} s under the server, {ours:.3f} s alone", flush=True)
     print(f"training beside `tunesmith train`: {statistics.median(ratios):.3f} of its speed")
+    print(f"GET jobs with a run under way: p99 {1000 * sorted(polls)[len(polls) * 99 // 100]:.1f} ms")
     print(f"create → first step: {statistics.median(starts):.1f} s; succeeded → answer: {max(answers):.2f} s at most")
 
 
