@@ -1,7 +1,7 @@
 """`python -m benchmarks.jobs --model FOLDER`: a server of fine-tuning jobs, beside a copy and `tunesmith train`.
 
-One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; docs/performance.md has the table.
-"""  # noqa: E501
+One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; docs/jobs.md has the results.
+"""
 
 from __future__ import annotations
 
