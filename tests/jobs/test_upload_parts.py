@@ -76,7 +76,7 @@ def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:
 @pytest.mark.parametrize(
     ("content", "num_bytes", "more", "words"),
     [
-        (WHOLE, len(WHOLE) + 1, {}, "was created with"),
+        (WHOLE, len(WHOLE) + 1, {}, "and not the"),
         (WHOLE, len(WHOLE), {"md5": "0" * 32}, f"md5: the parts have {hashlib.md5(WHOLE).hexdigest()}"),
         (WHOLE, len(WHOLE), {"part_ids": ["part_none"]}, "is no part of this upload"),
         (WHOLE, len(WHOLE), {"part_ids": ["../../jobs.sqlite"]}, "is no part of this upload"),

@@ -25,14 +25,7 @@ from tunesmith.jobs.repeats import digest_of, job_made_before, job_made_with, ke
 from tunesmith.jobs.states import Action, JobState
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, events, files, is_live, jobs
-from tunesmith.jobs.upload_parts import (
-    JoinBody,
-    UploadBody,
-    add_part,
-    cancel_upload,
-    complete_upload,
-    create_upload,
-)
+from tunesmith.jobs.upload_parts import JoinBody, UploadBody, add_part, cancel_upload, complete_upload, create_upload
 from tunesmith.jobs.uploads import receive_file
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError

@@ -97,9 +97,8 @@ def find_upload(store: Store, name: str) -> Record:
 def _pending(store: Store, name: str) -> Record:
     row = find_upload(store, name)
     if row["status"] != "pending":
-        raise RequestError(
-            f"Upload {name} is {row['status']}: only a pending one can be changed.", code="invalid_state"
-        )
+        message = f"Upload {name} is {row['status']}: only a pending one can be changed."
+        raise RequestError(message, code="invalid_state")
     return row
 
 
@@ -126,10 +125,9 @@ def cancel_upload(store: Store, name: str) -> Record:
 
 
 def _end(store: Store, name: str, **values: Any) -> None:
+    matches = sa.update(uploads).where(uploads.c.id == name, uploads.c.status == "pending")
     with store.writing() as connection:
-        connection.execute(
-            sa.update(uploads).where(uploads.c.id == name, uploads.c.status == "pending").values(**values)
-        )
+        connection.execute(matches.values(**values))
 
 
 def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
@@ -143,9 +141,7 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     row = _pending(store, name)
     parts = [_part(store, name, part) for part in body.part_ids]
     if (num := sum(path.stat().st_size for path in parts)) != row["bytes"] or len(set(parts)) < len(parts):
-        message = (
-            f"part_ids: these parts have {num:,} bytes, each once, and the upload was created with {row['bytes']:,}."
-        )
+        message = f"part_ids: these parts have {num:,} bytes, each once, and not the {row['bytes']:,} of the upload."
         raise RequestError(message, param="part_ids")
     file = new_id("file-")
     temporary = store.content_path(f".{file}")
@@ -193,10 +189,8 @@ def _append(source: FileIO, out: BinaryIO) -> None:
     try:
         while os.copy_file_range(source.fileno(), out.fileno(), MAX_PART_BYTES):
             pass
-    except AttributeError:  # macOS
-        pass
-    except OSError as error:
-        if error.errno not in _NO_COPY:
+    except (AttributeError, OSError) as error:  # macOS has no such call
+        if getattr(error, "errno", errno.ENOSYS) not in _NO_COPY:
             raise
     shutil.copyfileobj(source, out, _BLOCK)  # what is left
     out.flush()
@@ -206,12 +200,8 @@ def _publish(store: Store, row: Record, file: str, found: Record) -> None:
     """The file, its row and the state of the upload in one transaction; RequestError if it has ended meanwhile."""
     matches = sa.update(uploads).where(uploads.c.id == row["id"], uploads.c.status == "pending")
     now, lifetime = int(time.time()), row["expires_after_s"]
-    facts = {
-        "id": file,
-        "sha256": found["sha256"],
-        "expires_at": lifetime and now + lifetime,
-        **{key: row[key] for key in ("purpose", "filename", "bytes")},
-    }
+    facts = {key: row[key] for key in ("purpose", "filename", "bytes")}
+    facts |= {"id": file, "sha256": found["sha256"], "expires_at": lifetime and now + lifetime}
     with store.writing() as connection:
         done = connection.execute(matches.values(status="completed", file=file, part_ids=found["part_ids"]))
         if not done.rowcount:
