@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiny_run import values_of
+import fresh
+from tiny_run import same_run, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import DataError, ModelError, Stopped
 from tunesmith.evaluation.metrics import METRICS
+from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks import TASKS
 from tunesmith.training.setup import prepare
@@ -83,7 +86,7 @@ RESUMED = [
     ("text", "encoder"), ("classify", "causal"), ("tag", "encoder"), ("generate", "encoder_decoder"),
     ("summarize", "causal"),
 ]  # fmt: skip
-"""Every task and every kind of model once; chats: test_resume, preferences: test_preferences."""
+"""Every kind of model once; chats: test_resume, comparisons: below."""
 
 
 @pytest.mark.parametrize(("task", "kind"), RESUMED)
@@ -98,6 +101,42 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, task, kind):
     assert values_of(halting.events()) == values_of(straight.events())
     weights = "adapter/adapter_model.safetensors"
     assert (halting.path / weights).read_bytes() == (straight.path / weights).read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tunesmith.recipe.load import load
+from tunesmith.training.trainer import Listener, train
+
+def on_event(event):
+    if event.kind == "step" and event.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(load(sys.argv[1]), root=Path(sys.argv[2]), listener=Listener(on_event=on_event))
+"""
+
+
+@pytest.mark.parametrize("task", ["prefer", "kto", "reward", "embed", "rank"])
+def test_killed_in_a_step_it_ends_with_the_same_bits(tmp_path, task):
+    kind = "encoder" if task in ("embed", "rank") else "causal"
+    recipe = task_recipe(tmp_path, "prefer" if task == "kto" else task, kind, method="lora")
+    if task == "kto":
+        pairs = rows_of("prefer", 24)
+        sides = [("rejected", "chosen")[i % 3 > 0] for i in range(24)]
+        write(tmp_path / "prefer.jsonl", [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+            for pair, side in zip(pairs, sides, strict=True)
+        ])  # fmt: skip
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": (), "held_out": 0.2})})
+    straight = train(recipe, root=tmp_path / "straight")
+    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
+    killed = fresh.Process("-c", KILLED, tmp_path / "recipe.yaml", tmp_path / "runs")
+    _, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
+    (run,) = runs(tmp_path / "runs")
+    assert run.state() != "done"
+    same_run(resume(run), straight)
 
 
 @pytest.mark.parametrize("task", [task for task, kind in EVERY if kind == "causal" and task not in ("chat", "reward")])

@@ -23,7 +23,7 @@ from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.renderer import LengthLimit
-from tunesmith.errors import DataError, InputError, RecipeError, RunError, Stopped
+from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped
 from tunesmith.evaluation.scores import score
 from tunesmith.evaluation.verdicts import preference_notes, row_baseline
 from tunesmith.export.export_run import export_run
@@ -331,6 +331,14 @@ def test_both_sides_end_with_the_token_that_ends_a_turn(tmp_path):
     broken = replace(lines[0], trained=np.append(lines[0].trained[:-2], [False, False]))
     with pytest.raises(AssertionError):
         assert int(broken.ids[np.flatnonzero(broken.trained)[-1]]) in setup.renderer.stop_ids
+
+
+def test_a_template_that_ends_no_answer_is_refused(tmp_path):
+    recipe = recipe_of(tmp_path)
+    template = Path(recipe.model) / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8").replace("<|im_end|>", ""), "utf-8")
+    with pytest.raises(ModelError, match="would never stop"):
+        prepare(recipe, root=tmp_path / "runs")
 
 
 # trap: P13
