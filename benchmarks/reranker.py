@@ -30,9 +30,10 @@ def add_reranker(verbs: Any) -> None:
     add("--model", type=Path, required=True, help="a folder of an encoder")
     add("--work", type=Path, required=True, help="a folder for rows and the run; a run that was cut off goes on")
     add("--python", type=Path, default=ROOT / ".peers" / "st" / "bin" / "python", help="one with simple-icd-10-cm")
-    add("--terms", type=int, default=2000, help="terms to learn from")
-    add("--negatives", type=int, default=5, help="wrong descriptions of each")
-    add("--lr", type=float, default=1e-4)
+    add("--terms", type=int, default=3200, help="terms to learn from")
+    add("--negatives", type=int, default=3, help="wrong descriptions of each")
+    add("--held-out", type=int, default=400, help="terms to measure on")
+    add("--lr", type=float, default=3e-4)
     add("--threads", type=int, default=2)
     parser.set_defaults(run=run)
 
@@ -57,9 +58,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _train_words(options: argparse.Namespace, work: Path, out: Path) -> list[Any]:
     settings = {
-        "ranking.loss": "pairwise", "optim.lr": options.lr, "train.rows_per_step": 32,
+        "ranking.loss": "pairwise", "optim.lr": options.lr, "train.rows_per_step": 16,
         "train.epochs": 1, "threads": options.threads, "precision": "float32", "evaluation.max_rows": "null",
-        "evaluation.surprising": 0, "checkpoint.every": 8,
+        "evaluation.surprising": 0, "checkpoint.every": 50,
     }  # fmt: skip
     files = ["train", options.model, work / "train.jsonl", "--eval", work / "held.jsonl", "--out", out]
     how = ["--task", "rank", "--method", "full"]
@@ -88,7 +89,7 @@ def _write_lists(work: Path, options: argparse.Namespace) -> None:
             yield {"query": row["anchor"], "positive": row["positive"], "negatives": wrong[: options.negatives]}
 
     held, ranks = [], []
-    for row in others:
+    for row in others[: options.held_out]:
         shown = best(row, SHOWN)
         labels = [int(text == row["positive"]) for text in shown]
         if any(labels):
@@ -108,8 +109,7 @@ def report(by_model: Sequence[Any], ranks: Sequence[int]) -> int:
     from tunesmith.evaluation.retrieval_scores import rank_statistics
 
     by_bm25 = [{"rank": rank, "ndcg": float(rank <= SHOWN) / np.log2(1 + rank)} for rank in ranks]
-    own, other = rank_statistics(by_model), rank_statistics(by_bm25)
-    num = len(ranks)
+    own, other, num = rank_statistics(by_model), rank_statistics(by_bm25), len(ranks)
     moved = {key: value_of(own[key], num) - value_of(other[key], num) for key in own}
     changes, sides = paired_intervals(num, other, own, moved), [intervals(num, of) for of in (own, other)]
     print(f"{num:,} held-out terms; BM25's {SHOWN} have the right one of {sum(rank <= SHOWN for rank in ranks):,}")
