@@ -106,7 +106,7 @@ def report(by_model: Sequence[Any], ranks: Sequence[int]) -> int:
     import numpy as np
 
     from tunesmith.evaluation.bootstrap import intervals, paired_intervals, value_of
-    from tunesmith.evaluation.retrieval_scores import rank_statistics
+    from tunesmith.evaluation.branch_scores import rank_statistics
 
     by_bm25 = [{"rank": rank, "ndcg": float(rank <= SHOWN) / np.log2(1 + rank)} for rank in ranks]
     own, other, num = rank_statistics(by_model), rank_statistics(by_bm25), len(ranks)

@@ -17,7 +17,7 @@ from rich.text import Text
 from tunesmith.cli.live import Live
 from tunesmith.cli.story import Story
 
-from tunesmith.cli.conversation import STYLES, open_speakers
+from tunesmith.cli.chat import STYLES, open_speakers
 from tunesmith.evaluation.generate import Sampling
 from tunesmith.runs.folder import Run
 from tunesmith.types import Part

@@ -17,16 +17,15 @@ import pytest
 from evaluation.fake_runs import CHAPTERS, HOSTILE, TASKS, fake_run, report_of
 from shape.tree import ROOT
 from tunesmith.errors import RunError
-from tunesmith.evaluation import verdicts
 from tunesmith.evaluation.bootstrap import intervals, ratio
+from tunesmith.evaluation.compare import changes
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.report import redraw, write_report
-from tunesmith.evaluation.report.build import RunSeries, flips, regressions, rows_of
-from tunesmith.evaluation.report.markdown import fenced
+from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.report.build import RunSeries, flips, kept_report, regressions, rows_of
+from tunesmith.evaluation.report.pages import fenced
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.text import (
     confused_pairs,
-    differences,
     headline,
     headline_lines,
     one_line,
@@ -137,17 +136,8 @@ def test_equal_runs_give_equal_bytes(pages, tmp_path):
     assert str(tmp_path) not in str(returned)
 
 
-def test_a_finished_run_is_drawn_again_from_its_folder_alone(pages):
-    folder = pages["number"][1]
-    first = files_of(folder)
-    for name in ("report.html", "report.md"):
-        (folder / name).unlink()
-    redraw(Run(folder))
-    assert files_of(folder) == first
-
-
 def test_drawing_again_needs_no_torch():
-    modules = ", ".join(f"tunesmith.evaluation.report{name}" for name in ("", ".html", ".plots", ".markdown"))
+    modules = ", ".join(f"tunesmith.evaluation.report{name}" for name in ("", ".pages", ".plots"))
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -174,11 +164,11 @@ def test_a_change_is_judged_by_the_paired_interval_of_its_difference():
     separate = [resampled_mean([row["loss"] for row in rows]) for rows in (before, after)]
     assert separate[0]["low"] < separate[1]["high"], "the two intervals meet"
 
-    def check(changes):
-        assert info_of("loss").verdict(changes["loss"]) == "better"
-        assert info_of("loss").difference(changes["loss"]) == "−0.0500 (−0.0500 to −0.0500)"
+    def check(found):
+        assert info_of("loss").verdict(found["loss"]) == "better"
+        assert info_of("loss").difference(found["loss"]) == "−0.0500 (−0.0500 to −0.0500)"
 
-    check(verdicts.changes(before, after, [], []))
+    check(changes(before, after, [], []))
     with pytest.raises(AssertionError):  # as if the rows of both sides had nothing to do with each other
         check({"loss": unpaired(*separate)})
 
@@ -233,15 +223,12 @@ def test_the_summary_names_what_its_measure_was_counted_on(pages):
         assert line in (pages[kind][1] / "report.md").read_text()
 
 
-def test_a_page_is_drawn_again_and_one_of_an_early_form_is_refused(tmp_path):
+def test_a_report_of_an_early_form_is_refused(tmp_path):
     run, facts, progress = fake_run(tmp_path / "run", "chat")
     report = write_report(run, facts, progress)
-    (run.path / "report.html").unlink()
-    redraw(run)
-    assert "it was not trained on" in (run.path / "report.html").read_text()
     run.write_json("report.json", {key: value for key, value in report.items() if key != "headline"})
     with pytest.raises(RunError, match="an early version wrote it"):
-        redraw(run)
+        kept_report(run)
 
 
 def test_the_headline_is_by_a_measure_that_both_sides_have():
@@ -380,17 +367,6 @@ def test_many_classes_are_a_list_of_pairs_and_not_a_matrix(tmp_path, num, has_ma
     page = Page((run.path / "report.html").read_text())
     assert ("confusion-title" in page.ids) == has_matrix
     assert "Confused most" in page.text
-
-
-def test_differences_are_marked_by_words():
-    before, after = differences("the blue whale is large", "the sperm whale is very  large")
-    assert [text for text, marked in before if marked] == ["blue"]
-    assert "".join(text for text, _ in before) == "the blue whale is large"
-    assert [text for text, marked in after if marked] == ["sperm", "very"]
-    assert "".join(text for text, _ in after) == "the sperm whale is very  large"
-    assert differences("nothing in common", "at all with this") is None
-    assert differences("", "words") is None
-    assert differences("w " * 3000, "w " * 3000) is None  # difflib would take a minute
 
 
 def test_what_cannot_be_seen_is_shown_by_a_sign():

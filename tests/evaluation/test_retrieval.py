@@ -14,9 +14,9 @@ from tiny_tasks import encoder_folder, word_tokenizer, write
 from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import RowStore
 from tunesmith.evaluation.bootstrap import value_of
+from tunesmith.evaluation.branch_scores import by_bm25, rank_statistics
 from tunesmith.evaluation.predict_rows import Predictions
 from tunesmith.evaluation.retrieval import K1, B, Bm25, MeasuredRows, other_rows, settled
-from tunesmith.evaluation.retrieval_scores import by_bm25, rank_statistics
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.objectives import Embed
 from tunesmith.training.resolve import resolve_run

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.verdicts import (
+from tunesmith.evaluation.compare import (
     answer_baseline,
     baseline_sentence,
     never_right,
     row_baseline,
     too_few,
 )
+from tunesmith.evaluation.metrics import info_of
 
 
 def rows_of(kind: str, pairs: list[tuple[Any, Any]]) -> list[dict[str, Any]]:

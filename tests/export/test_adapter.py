@@ -10,19 +10,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from export.exports import card_head, finished, quick
-from tiny_model import tiny_model
 from tunesmith.errors import RunError
-from tunesmith.export.adapter import ADAPTER, bake_scale, compatibility, not_for_vllm
+from tunesmith.export.adapter import ADAPTER, compatibility, not_for_vllm
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result
-from tunesmith.export.target import ExportOptions
-from tunesmith.methods import METHODS
-from tunesmith.methods.adapter_format import WEIGHTS, save_adapter
 from tunesmith.models.resolve_model import ModelRef
-from tunesmith.recipe.methods import LoraMethod
 from tunesmith.runs.atomic import sha256_file
 
 
@@ -89,62 +83,6 @@ def test_a_full_run_has_no_adapter(tmp_path: Path) -> None:
         exported("full", tmp_path)
 
 
-def test_baking_a_plain_scale_changes_nothing_and_says_so(tmp_path: Path) -> None:
-    done = exported("chat", tmp_path, proof=False, options=ExportOptions(bake_scale=True))
-    ours = json.loads((finished("chat").adapter_path / "adapter_config.json").read_text())
-    theirs = json.loads((done.path / "adapter_config.json").read_text())
-    assert {**theirs, "base_model_name_or_path": ""} == {**ours, "base_model_name_or_path": ""}
-    assert any("--bake-scale changed nothing" in note for note in done.notes)
-
-
-def test_a_baked_scale_is_right_where_rslora_is_ignored(tmp_path: Path) -> None:  # trap: A7
-    assert_ignoring_is_harmless(bake_scale, tmp_path / "bake_scale")
-    with pytest.raises(AssertionError):
-        assert_ignoring_is_harmless(lambda config, weights: config, tmp_path / "not")
-
-
-def assert_ignoring_is_harmless(bake: Any, folder: Path) -> None:
-    """A server that does not know use_rslora computes what peft computes with it."""
-    done = exported("chat", folder, proof=False)
-    path = done.path / "adapter_config.json"
-    rslora = {**json.loads(path.read_text()), "use_rslora": True, "lora_alpha": 3}
-
-    def logits(config: dict[str, Any]) -> torch.Tensor:
-        path.write_text(json.dumps(config))
-        base = AutoModelForCausalLM.from_pretrained(finished("chat").recipe().model)
-        with torch.no_grad():
-            out: torch.Tensor = peft.PeftModel.from_pretrained(base, str(done.path))(torch.arange(20, 30)[None]).logits
-        return out
-
-    ignoring = {**bake(rslora, done.path / WEIGHTS), "use_rslora": False}
-    assert torch.allclose(logits(ignoring), logits(rslora), atol=1e-5)  # float32: another order of two factors
-
-
-@pytest.mark.parametrize("is_planted", [False, True])
-def test_a_baked_scale_is_right_with_ranks_and_alphas_by_pattern(tmp_path: Path, is_planted: bool) -> None:
-    """trap A7, on an adapter whose layers have scales of their own; planted: the patterns are forgotten."""
-    settings = LoraMethod(rank=4, alpha=3, rslora=True, rank_pattern={"mlp": 2}, alpha_pattern={"attention": 5.5})
-    attachment = METHODS["lora"].attach(tiny_model(vocab_size=64), settings, seed=0)
-    for name, tensor in attachment.trained.items():
-        tensor.data.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
-    save_adapter(attachment, tmp_path / "adapter", base="x")
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-
-    def logits(config: dict[str, Any]) -> torch.Tensor:
-        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-        model = peft.PeftModel.from_pretrained(tiny_model(vocab_size=64), str(tmp_path / "adapter")).eval()
-        with torch.no_grad():
-            out: torch.Tensor = model(torch.arange(20, 30)[None]).logits
-        return out
-
-    right, made = logits(config), bake_scale(config, tmp_path / "adapter" / WEIGHTS)
-    if is_planted:
-        made["alpha_pattern"] = config["alpha_pattern"]
-    # float32, in another order of two factors; a forgotten pattern changes them by more than a tenth.
-    assert torch.allclose(logits(made), right, atol=1e-5) != is_planted
-    assert made["use_rslora"] is False
-
-
 def lines(name: str, **config: Any) -> dict[str, str]:
     source = open_result(finished(name), offline=True)
     whole = {
@@ -164,7 +102,6 @@ def test_where_it_loads_is_known_before_it_is_tried() -> None:
     assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
     assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
     assert lines("chat", target_modules="model.*_proj") == lines("chat")  # an expression
-    assert "--bake-scale" in lines("chat", use_rslora=True)["vLLM"]
     assert "convert_lora_to_gguf.py" in lines("chat", use_rslora=True)["llama.cpp"]
     assert lines("chat", use_dora=True)["vLLM"].startswith("no: it rescales rows of weights (DoRA)")
     assert lines("classify-encoder")["llama.cpp"].startswith("no: it is tuned for the task classify")

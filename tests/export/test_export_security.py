@@ -13,7 +13,7 @@ from export.exports import as_if_tuned, chat_recipe, finished, of_architecture
 from tiny import CHATML, tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.export import push as push_module
+from tunesmith.export import hub as push_module
 from tunesmith.export.export_run import export_run
 from tunesmith.export.target import ExportOptions
 from tunesmith.export.targets import TARGETS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export import gguf_models
 from tunesmith.export.export_run import Exported, export_run
-from tunesmith.export.gguf import load_model
+from tunesmith.export.gguf import QUANT_TYPES, load_model
 from tunesmith.export.gguf_models import ARCHITECTURES, interleave
 from tunesmith.export.gguf_tokenizer import HASHES, find_pre_tokenizer, pre_tokenizer_of_steps, probe_hash
 from tunesmith.export.run_result import open_result
@@ -70,19 +71,22 @@ def no_norm_offset(self: Any, name: str, tensor: torch.Tensor, config: Any) -> t
 
 
 @pytest.mark.parametrize(
-    ("arch", "planted", "worst"),
+    ("arch", "planted"),
     [
-        ("llama", (gguf_models, "interleave", halves), r"(q|k)_proj\.weight differs by"),
-        ("gemma2", (gguf_models.Architecture, "to_gguf", no_norm_offset), r"norm\.weight differs by"),
+        ("llama", (gguf_models, "interleave", halves)),
+        ("gemma2", (gguf_models.Architecture, "to_gguf", no_norm_offset)),
     ],
 )
-def test_a_wrong_layout_fails_names_the_tensor_and_leaves_nothing(
-    arch: str, planted: Any, worst: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_layout_fails_and_leaves_nothing(
+    arch: str, planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(monkeypatch)
     run = of_architecture(arch)
+    # The right file has 7e-9 at most; attention is weak in a model that is not trained.
+    exact = dataclasses.replace(QUANT_TYPES["f16"].tolerances, kl=1e-7)
+    monkeypatch.setitem(QUANT_TYPES, "f16", dataclasses.replace(QUANT_TYPES["f16"], tolerances=exact))
     monkeypatch.setattr(*planted)
-    with pytest.raises(ExportError, match=worst):
+    with pytest.raises(ExportError, match="nothing was kept: its KL divergence"):
         written(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -207,45 +211,34 @@ def smollm_like() -> Any:
 def test_the_rule_of_splitting_text_is_found_and_never_overridden_in_silence() -> None:  # trap: A13
     assert_rule_is_found(find_pre_tokenizer)
     with pytest.raises(AssertionError):
-        assert_rule_is_found(
-            lambda tokenizer, *, given, of_gguf: find_pre_tokenizer(tiny_tokenizer(), given=None, of_gguf=None)
-        )
+        assert_rule_is_found(lambda tokenizer, *, of_gguf: find_pre_tokenizer(tiny_tokenizer(), of_gguf=None))
 
 
 def assert_rule_is_found(find: Any) -> None:
     tokenizer = smollm_like()
-    assert find(tokenizer, given=None, of_gguf=None).name == "smollm"
+    assert find(tokenizer, of_gguf=None).name == "smollm"
     tokenizer.add_tokens([AddedToken("<new>", special=True)])  # which changes the hash, and not the rule
-    found = find(tokenizer, given=None, of_gguf=None)
+    found = find(tokenizer, of_gguf=None)
     assert (found.name, found.how) == ("smollm", "by the steps in its file")
 
 
 def test_a_rule_that_contradicts_the_tokenizer_is_refused() -> None:
-    with pytest.raises(ModelError, match="--pre: gpt-2: by its file this tokenizer splits text by smollm"):
-        find_pre_tokenizer(smollm_like(), given="gpt-2", of_gguf=None)
     with pytest.raises(ModelError, match="names the pre-tokenizer llama-bpe, but its tokenizer follows smollm"):
-        find_pre_tokenizer(smollm_like(), given=None, of_gguf="llama-bpe")
+        find_pre_tokenizer(smollm_like(), of_gguf="llama-bpe")
 
 
-def test_an_unknown_rule_has_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
+def test_an_unknown_rule_is_refused_with_a_way_out() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    with pytest.raises(ModelError, match="is unknown"):
-        find_pre_tokenizer(tokenizer, given=None, of_gguf=None)
+    with pytest.raises(ModelError, match=r"is unknown .* convert_hf_to_gguf\.py"):
+        find_pre_tokenizer(tokenizer, of_gguf=None)
     assert pre_tokenizer_of_steps(tokenizer) is None
-    assert find_pre_tokenizer(tokenizer, given="gpt-2", of_gguf=None).how == "given by --pre"
-    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "m" / "model")
-    tokenizer.save_pretrained(tmp_path / "m" / "model")
-    run = as_if_tuned(chat_recipe(tmp_path / "m"), tmp_path / "m" / "run")
-    with pytest.raises(ExportError, match="its tokens differ: fixed text 1 at token"):  # the proof finds it out
-        written(run, tmp_path, pre="gpt-2")
 
 
 def test_a_published_tokenizer_is_known_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     monkeypatch.setitem(HASHES, probe_hash(tokenizer), "llama-bpe")
-    found = find_pre_tokenizer(tokenizer, given=None, of_gguf=None)
+    found = find_pre_tokenizer(tokenizer, of_gguf=None)
     assert (found.name, found.how) == ("llama-bpe", "by the hash of its tokens")

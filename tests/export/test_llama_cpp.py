@@ -54,8 +54,8 @@ def test_rows_in_another_order_are_seen_there(tmp_path: Path, monkeypatch: pytes
         assert_agrees(exported("llama", "gguf", tmp_path))
 
 
-def judged_right(result: Any, tuned: Any, base: Any, exported: Any, **words: Any) -> Any:
-    return verify.compare(tuned, exported, base=base, labels=None)
+def judged_right(result: Any, seen: verify.TunedOutputs, exported: Any, **words: Any) -> Any:
+    return verify.compare(seen.tuned, exported, base=seen.base, labels=None)
 
 
 def test_without_it_nothing_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from export.exports import SHORT, card_head, finished, quick
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
-from tunesmith.export import card, merged, verify
 from tunesmith.export import export_run as export_run_module
+from tunesmith.export import hub, merged, verify
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result, tuned_tensors
 from tunesmith.export.target import ExportOptions
@@ -114,7 +114,7 @@ def test_a_measure_without_an_interval_stands_in_the_card() -> None:
             },
         },
     }
-    table = card._results(report)
+    table = hub._results(report)
     assert "| 3.5000 | 3.2500 | – |" in table
     assert "| – | 2.0000 | 1.5000 to 2.5000 |" in table
 
@@ -151,7 +151,7 @@ REAL_MERGE = LoraAttachment.merge
     [
         (lost, "it carries 0.0% of the tuning effect"),
         (doubled, "of the tuning effect"),
-        (one_layer_lost, "1.mlp.down_proj"),
+        (one_layer_lost, "its KL divergence from the tuned model"),
     ],
 )
 def test_a_wrong_merge_fails_and_leaves_nothing(
@@ -159,10 +159,9 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
 ) -> None:  # trap: A1
     quick(monkeypatch)
     monkeypatch.setattr(LoraAttachment, "merge", bug)
-    with pytest.raises(ExportError, match=r"nothing was kept: .*differs by .* of its norm") as error:
+    with pytest.raises(ExportError, match=r"nothing was kept: ") as error:
         exported("chat", tmp_path)
     assert says in str(error.value)
-    assert "_proj.weight differs by" in str(error.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError):  # and without the proof the bug would have gone out
         assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))
@@ -224,7 +223,9 @@ def test_rows_for_the_proof_are_found_without_the_data(name: str) -> None:
 
 def test_an_adapter_that_does_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(verify, "tuned_outputs", lambda *given: (REAL_LOOK(*given)[0],) * 2)
+    monkeypatch.setattr(
+        verify, "tuned_outputs", lambda *given: REAL_LOOK(*given)._replace(base=REAL_LOOK(*given).tuned)
+    )
     done = exported("classify-encoder", tmp_path)
     assert "the adapter changes nothing on these rows" in done.notes
 
@@ -266,5 +267,5 @@ def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
 ) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
-    with pytest.raises(ExportError, match=r"Every weight is as near as rounding allows: try --dtype float32\."):
+    with pytest.raises(ExportError, match=r"If rounding is the cause, --dtype float32 has less of it\."):
         exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"))

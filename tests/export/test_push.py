@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from export.exports import finished
 from tunesmith.cli.app import app
 from tunesmith.errors import ExportError, InputError
-from tunesmith.export import push as push_module
+from tunesmith.export import hub as push_module
 from tunesmith.export.export_run import Exported, export_run
 
 

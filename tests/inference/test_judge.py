@@ -13,10 +13,8 @@ import pytest
 from tiny_tasks import task_recipe, write
 from tunesmith.api import evaluate
 from tunesmith.errors import DataError, InputError
-from tunesmith.evaluation.win_rates import win_rates
-from tunesmith.inference.judge import judged
 from tunesmith.inference.load import load_any, load_model
-from tunesmith.inference.measure import evaluate_file
+from tunesmith.inference.measure import evaluate_file, judged, win_rates
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.training.trainer import train
 from tunesmith.types import Example, Part, Source

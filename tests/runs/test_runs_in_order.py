@@ -37,7 +37,6 @@ def chosen(*where: str, sort: str | None = None) -> str:
         (["task!=chat"], "c"),
         (["task=c*"], "abc"),
         (["loss<1.7"], "a"),
-        (["eval_loss<1.7"], "a"),
         (["loss>=1.5", "steps>10"], "b"),
         (["loss!=1.5"], "b"),
         (["optim.lr=0.001"], "b"),
@@ -59,8 +58,8 @@ def test_runs_are_sorted_and_those_without_a_value_come_last(sort, names):
     [
         ("tusk=chat", "no run has a field tusk. Did you mean task"),
         ("task", "not of the form FIELD=VALUE"),
-        ("task<chat", "task is text, such as 'chat'"),
-        ("loss<low", "loss is a number, such as 1.5"),
+        ("task<chat", "it is text, such as 'chat'"),
+        ("loss<low", "it is a number, such as 1.5"),
         ("__import__('os')=1", "not of the form"),
     ],
 )

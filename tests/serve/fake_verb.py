@@ -26,7 +26,7 @@ sys.modules["tunesmith.serve.engine"] = module
 
 def plant(bug: str) -> None:
     """What a server must not do, for tests that have to see it: PLANTED names such bugs."""
-    from tunesmith.cli import server
+    from tunesmith.cli import serve as server
     from tunesmith.serve import middleware
 
     if bug == "faults tell what was asked":

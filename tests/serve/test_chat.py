@@ -11,7 +11,7 @@ import pytest
 from serve.batches import Heard, sharp
 from tiny_run import model_folder
 from tiny_tasks import task_recipe
-from tunesmith.cli.conversation import ChatSettings, ChatSpeaker, Conversation, open_speakers
+from tunesmith.cli.chat import ChatSettings, ChatSpeaker, Conversation, open_speakers
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference import load as loading

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from serve.fake import MODELS
 from tunesmith.cli.app import app
-from tunesmith.cli.server import ServerOutput
+from tunesmith.cli.serve import ServerOutput
 from tunesmith.errors import InputError
 from tunesmith.serve.http import bind
 

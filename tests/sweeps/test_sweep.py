@@ -14,7 +14,7 @@ import pytest
 
 from sweeps.fake_trials import FakeTrials, event, grid_file, measured
 from tunesmith.errors import InputError, RunError, Stopped
-from tunesmith.evaluation.report.html import as_html
+from tunesmith.evaluation.report.pages import as_html
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.grid import read_grid
 from tunesmith.sweeps.page import sweep_page

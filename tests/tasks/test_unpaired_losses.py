@@ -16,9 +16,9 @@ from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of, partners_of
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import DataError, RecipeError, Stopped
+from tunesmith.evaluation.compare import row_baseline
 from tunesmith.evaluation.report.plots import answer_plots
 from tunesmith.evaluation.scores import score
-from tunesmith.evaluation.verdicts import row_baseline
 from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.recipe.objectives import Prefer

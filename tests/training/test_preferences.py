@@ -24,8 +24,8 @@ from tunesmith.data.branches import lines_of
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.renderer import LengthLimit
 from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped
+from tunesmith.evaluation.compare import preference_notes, row_baseline
 from tunesmith.evaluation.scores import score
-from tunesmith.evaluation.verdicts import preference_notes, row_baseline
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file

@@ -10,27 +10,19 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import errors, jobs, keys
+from tunesmith.cli import errors, jobs
 from tunesmith.cli.chat import chat
-from tunesmith.cli.check import check
-from tunesmith.cli.compare import compare
-from tunesmith.cli.doctor import doctor
-from tunesmith.cli.eval import evaluate
-from tunesmith.cli.export import export
+from tunesmith.cli.check import check, plan, recipe
+from tunesmith.cli.doctor import doctor, selftest
+from tunesmith.cli.eval import compare, evaluate
+from tunesmith.cli.export import export, push
 from tunesmith.cli.options import OPTIONS
-from tunesmith.cli.plan import plan
 from tunesmith.cli.predict import predict
-from tunesmith.cli.push import push
-from tunesmith.cli.recipe import recipe
-from tunesmith.cli.resume import resume
-from tunesmith.cli.runs import prune, rm, runs
-from tunesmith.cli.selftest import selftest
+from tunesmith.cli.runs import prune, rm, runs, show
 from tunesmith.cli.serve import serve
-from tunesmith.cli.show import show
 from tunesmith.cli.signals import interruptible, was_interrupted
 from tunesmith.cli.sweep import sweep
-from tunesmith.cli.track import track
-from tunesmith.cli.train import train
+from tunesmith.cli.train import resume, track, train
 from tunesmith.errors import TunesmithError
 
 
@@ -151,9 +143,9 @@ for command in (rm, prune):
     of_runs.command(cls=Command)(command)
 app.add_typer(of_runs, name="runs", rich_help_panel="Look and talk")
 of_keys = typer.Typer(cls=Subcommands, no_args_is_help=True, help="Keys of a server of jobs.", context_settings=HELP)
-of_keys.command("create", cls=Command)(keys.create)
-of_keys.command("list", cls=Command)(keys.listed)
-of_keys.command("revoke", cls=Command)(keys.revoke)
+of_keys.command("create", cls=Command)(jobs.make_key)
+of_keys.command("list", cls=Command)(jobs.list_keys)
+of_keys.command("revoke", cls=Command)(jobs.end_key)
 app.add_typer(of_keys, name="keys", rich_help_panel="Use and measure")
 of_jobs = typer.Typer(cls=Subcommands, invoke_without_command=True, callback=jobs.jobs, context_settings=HELP)
 for command in (jobs.list_jobs, jobs.show, jobs.follow, jobs.cancel, jobs.pause, jobs.resume):

@@ -1,18 +1,33 @@
-"""tunesmith chat"""
+"""tunesmith chat: a conversation with one model, or with the tuned and the untouched one side by side"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Root
+from tunesmith.cli.render import visible
+from tunesmith.cli.signals import forget_interrupt
+from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
+from tunesmith.formatting import command, plural
+from tunesmith.runs.folder import Run, is_run
+from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
+
+if TYPE_CHECKING:
+    from tunesmith.inference.load import LoadedModel
+    from tunesmith.serve.registry import LocalEngine
 
 
 def chat(
-    ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     base: Annotated[bool, typer.Option("--base", help="Talk to the untouched model of the run.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Let both answer, before and after.")] = False,
@@ -32,11 +47,6 @@ def chat(
 
     tunesmith chat last --once "My screen is flickering."
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.conversation import ChatSettings, Conversation, open_speakers
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
-    from tunesmith.serve.protocol import RequestError
 
     def note(text: str) -> None:
         console(stderr=True).print(visible(text), style="bright_black")
@@ -51,3 +61,183 @@ def chat(
         conversation.send(once)
     except RequestError as error:
         raise InputError(f"--once: {error}.") from error
+
+
+HELP = """/reset  forget the conversation
+/help   these lines
+/exit   leave; so do /quit and Ctrl-D
+//text  send something that begins with a slash"""
+STYLES = {"before": "default", "after": "green", "": "default"}
+_COMMAND = re.compile(r"/[A-Za-z]*(\s.*)?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ChatSpeaker:
+    """A model that answers, and the name shown before its answers ("" if it is the only one)."""
+
+    name: str
+    engine: LocalEngine
+    mode: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def open_speakers(
+    target: str,
+    *,
+    root: Path,
+    base: bool,
+    compare: bool,
+    model: str | None = None,
+    offline: bool,
+    note: Callable[[str], None],
+) -> list[ChatSpeaker]:
+    """The models that answer, in order; the last one's answers continue the conversation."""
+    from tunesmith.inference import load as loading
+    from tunesmith.serve.registry import LocalEngine
+
+    run = Run.open(target, root, base=model) if is_run(target, root) else None
+    if run is None:
+        loading.refuse_needless(model, target)
+        loading.refuse_unknown(target, root, offline=offline)
+    models = _load(target, run, base=base, compare=compare, offline=offline, note=note)
+    last = models[-1][1]
+    if last.head != "next_token":
+        verb = "eval" if last.head == "masked_token" else "predict"
+        way = command(verb, target, "FILE")
+        raise InputError(f"{target}: a model for the task {last.renderer.task_name} does not write text. Use: {way}")
+    if compare and last.has_base:  # one model, with its adapter and without
+        engine = LocalEngine(last, note)
+        return [ChatSpeaker("before", engine, last.adapter_disabled), ChatSpeaker("after", engine)]
+    return [ChatSpeaker(name, LocalEngine(one, note)) for name, one in models]
+
+
+def _load(
+    target: str, run: Run | None, *, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
+) -> list[tuple[str, LoadedModel]]:
+    from tunesmith.inference import load as loading
+
+    if run is None:
+        if base or compare:
+            raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version.")
+        note(f"loading {target}")
+        return [("", loading.load_model(target, offline=offline))]
+    note(f"loading {run.path}")
+    if base:
+        return [("", loading.load_base(run, offline=offline))]
+    is_whole = compare and run.model_path.exists()  # its base is loaded for the other answers only
+    tuned = loading.load_run(replace(run, base=None) if is_whole else run, offline=offline)
+    if tuned.note:
+        note(tuned.note)
+    if not compare:
+        return [("", tuned)]
+    before = [] if tuned.has_base else [("before", loading.load_base(run, offline=offline))]
+    return [*before, ("after", tuned)]
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Sampling of answers."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+class Conversation:
+    """Turns of one conversation, or single prompts if the task is no conversation."""
+
+    def __init__(
+        self, speakers: list[ChatSpeaker], settings: ChatSettings, *, system: str | None = None, as_json: bool = False
+    ) -> None:
+        from tunesmith.tasks import TASKS
+
+        self.speakers = speakers
+        self.settings = settings
+        self.as_json = as_json
+        self.is_chat = TASKS[speakers[-1].engine.model.renderer.task_name].is_chat
+        if system and not self.is_chat:
+            raise InputError("--system: only conversations have one, and this model was tuned for single prompts.")
+        self.start = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.start)
+        self.screen = console(stderr=as_json)
+
+    def send(self, text: str) -> dict[str, str]:
+        """Every model's answer, shown as it is written. After a RequestError the conversation is as before."""
+        messages = [*(self.messages if self.is_chat else []), {"role": "user", "content": text}]
+        answers = {speaker.name or "answer": self._answer(speaker, messages) for speaker in self.speakers}
+        self.messages = [*messages, {"role": "assistant", "content": list(answers.values())[-1]}]
+        if self.as_json:
+            json_line({"prompt": text, **answers})
+        refuse_lost()
+        return answers
+
+    def _answer(self, speaker: ChatSpeaker, messages: Sequence[Mapping[str, str]]) -> str:
+        # No max_tokens: an answer is cut where the context window ends, and that is shown.
+        options = EngineOptions(max_new_tokens=self.settings.max_new_tokens, streams=1)
+        temperature, top_p = self.settings.temperature, self.settings.top_p
+        request = GenerationRequest("", messages=tuple(messages), temperature=temperature, top_p=top_p)
+        pieces, finished = [], None
+        with closing(speaker.engine.generate(request, options, speaker.mode)) as events:
+            if speaker.name:
+                self.screen.print(f"{speaker.name:>6}: ", end="", style="bright_black")
+            for event in events:
+                if isinstance(event, Delta):
+                    pieces.append(event.text)
+                    self._show(event.text, speaker)
+                elif isinstance(event, Finished):
+                    finished = event
+        if not self.as_json:
+            self.screen.print()
+        if finished is not None and finished.reason == "length":
+            way_out = "the model's context window is full; /reset forgets the conversation"
+            if finished.completion_tokens >= self.settings.max_new_tokens:
+                way_out = "--max-tokens for more"
+            cut = f"(cut after {plural(finished.completion_tokens, 'token')}: {way_out})"
+            self.screen.print(cut, style="bright_black")
+        return "".join(pieces)
+
+    def _show(self, piece: str, speaker: ChatSpeaker) -> None:
+        if not self.as_json:
+            self.screen.print(visible(piece), end="", style=STYLES[speaker.name], soft_wrap=True)
+            self.screen.file.flush()
+
+    def run(self) -> None:
+        """Answer what is typed, or piped in line by line, until it ends."""
+        typed = sys.stdin.isatty()
+        if typed:
+            self.screen.print("/help lists the commands\n", style="bright_black")
+        for text in self._lines(typed):
+            if text in ("/exit", "/quit"):
+                return
+            if text == "/reset":
+                self.messages = list(self.start)
+            elif text == "/help":
+                self.screen.print(HELP, style="bright_black")
+            elif _COMMAND.fullmatch(text):
+                self._refuse(f"{text.split()[0]}: no such command. /help lists them.", typed)
+            elif text:
+                try:
+                    self.send(text.removeprefix("/") if text.startswith("//") else text)
+                except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
+                    forget_interrupt()
+                    self.screen.print("\n(answer stopped)", style="bright_black")
+                except RequestError as error:
+                    is_full = typed and error.code == "context_length_exceeded"
+                    way_out = ". /reset forgets the conversation." if is_full else "." if typed else ""
+                    self._refuse(f"{error}{way_out}", typed)
+
+    def _refuse(self, message: str, typed: bool) -> None:
+        if not typed:
+            raise InputError(message)
+        self.screen.print(visible(message), style="red")
+
+    def _lines(self, typed: bool) -> Iterator[str]:
+        if typed:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 (arrow keys and history)
+        while True:
+            try:
+                yield (input("you ▸ ") if typed else input()).strip()
+            except (EOFError, KeyboardInterrupt) as end:
+                if typed or isinstance(end, KeyboardInterrupt):
+                    self.screen.print()
+                return

@@ -1,22 +1,33 @@
-"""tunesmith eval"""
+"""tunesmith eval, compare"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task
+from tunesmith.cli.render import comparison_table, loss, metrics_table, one_line, runs_table, visible, with_bounds
+from tunesmith.cli.streams import console, json_line
+from tunesmith.errors import InputError, RunError
+from tunesmith.evaluation.metrics import info_of
+from tunesmith.formatting import PHASES, plural
+from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
+from tunesmith.runs.folder import Run, is_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from rich.console import Console
+
+    from tunesmith.evaluation.compare import Comparison, Difference
     from tunesmith.inference.measure import EvaluationResult
 
 
 def evaluate(
-    ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="Data file with labels or answers.")],
     task: TaskOf = None,
@@ -42,9 +53,6 @@ def evaluate(
 
     tunesmith eval HuggingFaceTB/SmolLM2-135M-Instruct held-out.jsonl --samples 8 --json
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import json_line
-    from tunesmith.runs.atomic import to_json, writing
 
     def keep(lines: Iterator[dict[str, Any]]) -> None:
         if out is not None:
@@ -77,9 +85,6 @@ def measured(
 ) -> EvaluationResult:
     """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows."""
     from tunesmith.cli.display import phases
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
-    from tunesmith.formatting import PHASES
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
 
@@ -96,11 +101,6 @@ def measured(
 
 
 def _draw(found: EvaluationResult, out: Path | None) -> None:
-    from tunesmith.cli.render import metrics_table, visible, with_bounds
-    from tunesmith.cli.streams import console
-    from tunesmith.evaluation.metrics import info_of
-    from tunesmith.formatting import plural
-
     screen = console()
     title = f"{found.task}: {plural(found.num_rows, 'row')}; each value with its 95 % interval"
     if screen.is_terminal:
@@ -113,3 +113,248 @@ def _draw(found: EvaluationResult, out: Path | None) -> None:
         screen.print(visible(sentence))
     if out is not None:
         screen.print(f"rows in {out}")
+
+
+SHOWN = 10
+"""Rows listed on which one is better, of each side; all with --json."""
+Targets = Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs; with --data also models.")]
+
+
+def compare(
+    targets: Targets,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Evaluate all on this data file first.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH", help="With --data: place of the base of the runs; give it once for each, or once."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page with the table and a picture of differences.")
+    ] = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Compare runs on the rows they share: metrics, clear differences, and of two the rows that one gets right.
+
+    tunesmith compare support-3f2a support-77b0
+
+    tunesmith compare support-3f2a support-77b0 support-19c4 --out compared.html
+
+    tunesmith compare last HuggingFaceTB/SmolLM2-135M-Instruct --data held-out.jsonl
+    """
+    from tunesmith.evaluation.compare import compare_runs
+
+    if len(targets) < 2:
+        raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
+    bases = _bases(model or [], data, targets, root)
+    named = targets if data is not None or out is not None else ()
+    tasks = [task for name in named if (task := _task_of(name, root))]
+    if data is None:
+        sides = [_kept(name, root) for name in targets]
+    else:
+        options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline}
+        sides = [_measured(name, data, base, **options) for name, base in zip(targets, bases, strict=True)]
+    try:
+        found = compare_runs([side.rows for side in sides])
+    except InputError as error:
+        names = " ".join(targets)
+        raise InputError(
+            f"{' and '.join(targets)}: {error} Or measure now: tunesmith compare {names} --data FILE"
+        ) from error
+    if len(targets) == 2:
+        _show_two(found[0], (targets[0], targets[1]), sides, as_json=as_json)
+    else:
+        _show_many(found, targets, as_json=as_json)
+    if out is not None:
+        from tunesmith.evaluation.report.pages import as_html
+        from tunesmith.evaluation.report.sections import comparison_page
+
+        write_atomic(out, as_html(comparison_page(targets, found, next(iter(tasks), ""))).encode())
+        console(stderr=True).print(f"a page with the table and a picture: {out}")
+
+
+def _show_two(found: Comparison, names: tuple[str, str], sides: Sequence[_Side], *, as_json: bool) -> None:
+    from tunesmith.evaluation.compare import compare_answers
+
+    num_answers, of_answers = compare_answers(*(side.answers for side in sides))
+    if as_json:
+        values = {
+            "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
+            "answers": {"num": num_answers, "measures": _as_values(of_answers)},
+        }
+        json_line({"kind": "compare", "a": names[0], "b": names[1], **as_values(found), **values})
+    else:
+        _print(found, names, sides, num_answers, of_answers)
+
+
+def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bool) -> None:
+    """A row for each run: its values, and how they differ from those of the first run."""
+    if as_json:
+        runs = [{"name": name, "measures": _as_values(one.metrics)} for name, one in zip(names[1:], found, strict=True)]
+        json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
+        return
+    screen, unit = console(), "document" if found[0].are_documents else "row"
+    screen.print(
+        f"{plural(found[0].num_rows, unit)} in common; differences from A with 95 % intervals, ~ may be chance"
+    )
+    rows = runs_table(names, [one.metrics for one in found])
+    if screen.is_terminal:
+        screen.print(rows)
+    else:
+        typer.echo("\t".join(str(column.header) for column in rows.columns))
+        for cells in zip(*(column.cells for column in rows.columns), strict=True):
+            typer.echo("\t".join(map(str, cells)))
+
+
+@dataclass
+class _Side:
+    """One of the evaluations."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    baseline: Mapping[str, Any] | None = None
+
+
+def _kept(name: str, root: Path) -> _Side:
+    """The evaluation that a run made of its held-out rows when it ended."""
+    from tunesmith.evaluation.report.build import kept_report
+
+    run = Run.open(name, root)
+    paths = [run.path / "evaluation" / f"{file}.jsonl" for file in ("after", "answers-after")]
+    if not paths[0].exists():
+        raise RunError(
+            f"{run.path}: it has not measured held-out rows: no {paths[0].name} in its folder evaluation. Compare on a "
+            "file with --data FILE, or continue it with `tunesmith resume`."
+        )
+    lines = [[from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else [] for path in paths]
+    if not run.report_path.exists():
+        return _Side(lines[0], lines[1])
+    report = kept_report(run)
+    return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
+
+
+def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
+    side = _Side()
+    found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
+    side.metrics, side.baseline = found.measures, found.baseline
+    return side
+
+
+def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
+    """Place of the base of each run. Raises InputError where nothing is loaded, or for one too many."""
+    if given and data is None:
+        raise InputError("--model: what the runs have measured is compared, and no model is loaded. Leave it out.")
+    runs = [is_run(name, root) for name in names]
+    if len(given) > max(1, sum(runs)) or (given and not any(runs)):
+        raise InputError(f"--model: given {len(given)} times, and {sum(runs)} of {' and '.join(names)} are runs.")
+    left = [*given, *given[-1:]]
+    return [left.pop(0) if is_one and left else None for is_one in runs]
+
+
+def _task_of(name: str, root: Path) -> str | None:
+    """The task of a run: a model that it is compared with is measured on the same."""
+    return Run.open(name, root).recipe().task if is_run(name, root) else None
+
+
+def as_values(found: Comparison) -> dict[str, Any]:
+    """All of a comparison, JSON-ready."""
+    return {
+        "rows": found.num_rows,
+        "are_documents": found.are_documents,
+        "only_a": found.only_a,
+        "only_b": found.only_b,
+        "same_targets": found.same_targets,
+        "loss_note": found.loss_note,
+        "measures": _as_values(found.metrics),
+        "ties": found.num_ties,
+        "won": [{"a": was, "b": now} for was, now in found.won],
+        "lost": [{"a": was, "b": now} for was, now in found.lost],
+    }
+
+
+def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
+    return {
+        key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
+        for key, differs in measures.items()
+    }
+
+
+def _print(
+    found: Comparison,
+    names: tuple[str, str],
+    sides: Sequence[_Side],
+    num_answers: int,
+    of_answers: Mapping[str, Difference],
+) -> None:
+    from tunesmith.evaluation.compare import baseline_sentence, too_few
+
+    screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
+    only = [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
+    screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
+    if not found.same_targets:
+        still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
+        words = "loss, perplexity and token accuracy do not compare"
+        screen.print(f"the two split the text into different tokens: {words}{still}")
+    if found.loss_note:
+        screen.print(found.loss_note)
+    _print_metrics(screen, found.metrics, names)
+    for name, side in zip(names, sides, strict=True):
+        if side.baseline is not None:
+            screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
+    for sentence in too_few(found.num_rows, unit):
+        screen.print(sentence)
+    if num_answers:
+        screen.print(f"{plural(num_answers, 'prompt')} answered by both")
+        _print_metrics(screen, of_answers, names)
+    screen.print(
+        f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
+        f"and as good on {found.num_ties:,}"
+    )
+    for what, pairs in (("worse", found.lost), ("better", found.won)):
+        for was, now in pairs[:SHOWN]:
+            screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
+        if len(pairs) > SHOWN:
+            screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
+
+
+def _print_metrics(screen: Console, metrics: Mapping[str, Difference], names: tuple[str, str]) -> None:
+    if screen.is_terminal:
+        screen.print(comparison_table(metrics, *names))
+        return
+    for line in difference_lines(metrics):
+        screen.print(line)
+
+
+def difference_lines(metrics: Mapping[str, Difference]) -> Iterator[str]:
+    """Each metric as a line: both values, and the paired difference with its interval."""
+    for key, differs in metrics.items():
+        info = info_of(key)
+        chance = "" if differs.is_clear else ", may be chance"
+        difference = info.difference(differs.b_minus_a)
+        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {difference}{chance}"
+
+
+def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A row in both evaluations: bad → good, right is good; or the loss of both."""
+    text = one_line(str(now.get("text", "")), 60)
+    if "label" in now:
+        words = f"{_named(was['predicted'])} → {_named(now['predicted'])}, right is {_named(now['label'])}"
+    elif "value" in now:
+        words = f"{was['predicted']:g} → {now['predicted']:g}, right is {now['value']:g}"
+    elif "tags" in now:
+        hits = [
+            sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True)) for row in (was, now)
+        ]
+        words = f"{hits[0]} → {hits[1]} of {len(now['tags'])} words right"
+    else:
+        words = f"loss {loss(was['loss'] / was['count'])} → {loss(now['loss'] / now['count'])}"
+    return f"{words}: {text}" if text else words
+
+
+def _named(label: str | Sequence[str]) -> str:
+    return label if isinstance(label, str) else " + ".join(label) or "none"

@@ -1,4 +1,4 @@
-"""tunesmith export"""
+"""tunesmith export, push"""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName
+from tunesmith.cli.render import visible
+from tunesmith.cli.streams import console, json_line
+from tunesmith.formatting import plural, size
+from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
     from tunesmith.export.export_run import Exported
     from tunesmith.runs.folder import Run
 
+
 PHASES = {"tuned": "running the tuned model", "write": "writing", "verify": "comparing in a new process"}
 
 
 def export(
-    ctx: typer.Context,
     run: RunName,
     to: Annotated[str, typer.Option("--to", metavar="TARGET", help="merged, adapter, gguf, ollama, onnx.")],
     out: Annotated[
@@ -34,15 +38,6 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="float32|bfloat16|float16", help="merged: dtype of the weights.")
     ] = "auto",
-    bake_scale: Annotated[
-        bool, typer.Option("--bake-scale", help="adapter: for servers that ignore rank-stabilized scaling.")
-    ] = False,
-    pre: Annotated[
-        str | None, typer.Option(metavar="NAME", help="gguf, ollama: llama.cpp's name of the pre-tokenizer.")
-    ] = None,
-    merge_into: Annotated[
-        str, typer.Option(metavar="original|dequantized", help="qlora: weights of the base to merge into.")
-    ] = "original",
     license: Annotated[str | None, typer.Option(metavar="ID", help="License in the model card.")] = None,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the comparison with the tuned model; the card says so.")
@@ -56,17 +51,12 @@ def export(
 
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
-    remember_json(ctx, as_json)
     from tunesmith.cli.display import phases
-    from tunesmith.cli.streams import console
     from tunesmith.export.export_run import export_run
     from tunesmith.export.target import ExportOptions
-    from tunesmith.runs.folder import Run
 
     found = Run.open(run, root, base=model)
-    options = ExportOptions(
-        dtype=dtype, quant=quant, bake_scale=bake_scale, pre=pre, merge_into=merge_into, license=license
-    )
+    options = ExportOptions(dtype=dtype, quant=quant, license=license)
     with phases(console(stderr=True), PHASES) as progress:
         done = export_run(
             found, to, out=out, options=options, proof=not no_verify, offline=offline, on_progress=progress
@@ -77,7 +67,6 @@ def export(
 def make_planned(run: Run, *, as_json: bool) -> None:
     """Make the exports of a finished run's recipe, and report each."""
     from tunesmith.cli.display import phases
-    from tunesmith.cli.streams import console
     from tunesmith.export.export_run import export_planned
 
     for word in run.recipe().export.to:
@@ -89,8 +78,6 @@ def make_planned(run: Run, *, as_json: bool) -> None:
 def _report(done: Exported, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from tunesmith.cli.streams import json_line
-
     if not as_json:
         _print(done)
         return
@@ -100,9 +87,7 @@ def _report(done: Exported, *, as_json: bool) -> None:
 
 
 def _print(done: Exported) -> None:
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
-    from tunesmith.export.card import comparison_lines
+    from tunesmith.export.hub import comparison_lines
 
     screen = console()
     for note in done.notes:
@@ -114,3 +99,47 @@ def _print(done: Exported) -> None:
         for what, value, bound in comparison_lines(done.found, done.allowed):
             screen.print(f"  {what}: {value}" + (f" (allowed {bound})" if bound else ""))
     screen.print(f"{done.target} in {done.path}")
+
+
+def push(
+    run: RunName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name on the hub: owner/name.")],
+    folder: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="Exported folder (default: the run's export of --to).")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="TARGET", help="Export of the run; made if it does not exist.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make it public (default: private).")] = False,
+    root: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Upload an export to the Hugging Face hub. No other command uploads anything.
+
+    tunesmith push last me/support-lora
+
+    tunesmith push last me/support --to merged --public
+    """
+    from dataclasses import asdict
+
+    from tunesmith.cli.display import phases
+    from tunesmith.export.export_run import export_run
+    from tunesmith.export.hub import push as upload
+    from tunesmith.export.targets import default_folder
+
+    found = Run.open(run, root)
+    if folder is None:
+        target = to or ("adapter" if found.adapter_path.exists() else "merged")
+        folder = default_folder(found, target)
+        if not folder.exists():
+            with phases(console(stderr=True), PHASES) as progress:
+                folder = export_run(found, target, on_progress=progress).path
+    done = upload(folder, name, private=not public)
+    if as_json:
+        json_line({"kind": "push", "folder": str(folder), "name": name, "private": not public, **asdict(done)})
+        return
+    screen = console()
+    if not done.is_proven:
+        screen.print("note: it was exported with --no-verify, and its card says so", style="yellow")
+    whose = "everybody can see it" if public else "only you can see it (--public shows it to all)"
+    screen.print(f"{plural(done.num_files, 'file')}, {size(done.num_bytes)}, at {done.url}; {whose}")

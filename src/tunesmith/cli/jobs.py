@@ -1,4 +1,4 @@
-"""tunesmith jobs: fine-tuning jobs of a running server, over HTTP."""
+"""tunesmith jobs and keys: fine-tuning jobs of a running server over HTTP, and the keys of its store"""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Json, remember_json
-from tunesmith.cli.render import age, visible
+from tunesmith.cli.options import Json
+from tunesmith.cli.render import age, print_table, visible
+from tunesmith.cli.serve import JobPlace, StorePlace, import_jobs
+from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, Stopped, TunesmithError
+
+if TYPE_CHECKING:
+    from tunesmith.jobs.store import Store
+
 
 DEFAULT = "http://127.0.0.1:8000/v1"
 TIMEOUT_S = 30.0
@@ -89,7 +96,6 @@ def _refusal(error: urllib.error.HTTPError, address: str) -> TunesmithError:
 
 
 def list_jobs(
-    ctx: typer.Context,
     limit: Annotated[int, typer.Option(min=1, max=PAGE, help="Most jobs.")] = 20,
     url: Url = DEFAULT,
     as_json: Json = False,
@@ -98,24 +104,14 @@ def list_jobs(
 
     tunesmith jobs list --url http://trainer:8000/v1
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import console, json_page
-
     found = JobServerClient(url).ask("GET", "", limit=limit)["data"]
     if as_json:
         typer.echo(json_page(found))
         return
-    screen = console()
-    if not screen.is_terminal:
-        for cells in (COLUMNS, *map(_cells, found)):
-            typer.echo("\t".join(cells))
-        return
-    from rich.table import Table
-
-    table = Table(*COLUMNS, box=None, pad_edge=False, header_style="bold")
-    for job in found:
-        table.add_row(*map(visible, _cells(job)))
-    screen.print(table if found else "no jobs yet")
+    if found or not console().is_terminal:
+        print_table(console(), COLUMNS, map(_cells, found))
+    else:
+        console().print("no jobs yet")
 
 
 def _cells(job: dict[str, Any]) -> tuple[str, ...]:
@@ -124,14 +120,11 @@ def _cells(job: dict[str, Any]) -> tuple[str, ...]:
     return (job["id"], job["status"], job["model"], job["method"]["type"], made, " ".join(model.split())[:120])
 
 
-def show(ctx: typer.Context, job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
+def show(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
     """Show a job: its state, numbers, files, checkpoints and newest events.
 
     tunesmith jobs show ftjob-8Hd2...
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import console, json_page
-
     client = JobServerClient(url)
     path = client.name(job)
     found = client.ask("GET", path)
@@ -164,14 +157,11 @@ def _line(event: dict[str, Any]) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))} {mark}{event['message']}"
 
 
-def follow(ctx: typer.Context, job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
+def follow(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
     """Print the events of a job until it ends. Exit code 0 if it succeeded, 3 if it is paused, else 1.
 
     tunesmith jobs follow last
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import console, json_line
-
     client, seen, screen = JobServerClient(url), set[str](), console()
     path = client.name(job)
     while True:
@@ -191,10 +181,7 @@ def follow(ctx: typer.Context, job: Job = "last", url: Url = DEFAULT, as_json: J
         raise TunesmithError(f"{found['id']}: {found['status']}{why}")
 
 
-def _act(ctx: typer.Context, job: str, action: str, url: str, *, as_json: bool) -> None:
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import console, json_line
-
+def _act(job: str, action: str, url: str, *, as_json: bool) -> None:
     client = JobServerClient(url)
     found = client.ask("POST", f"{client.name(job)}/{action}")
     if as_json:
@@ -203,28 +190,28 @@ def _act(ctx: typer.Context, job: str, action: str, url: str, *, as_json: bool) 
         console().print(visible(f"{found['id']}: {found['status']}"), soft_wrap=True)
 
 
-def cancel(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+def cancel(job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
     """Cancel a job for good. Its run stops after its step; checkpoints that it made stay.
 
     tunesmith jobs cancel ftjob-8Hd2...
     """
-    _act(ctx, job, "cancel", url, as_json=as_json)
+    _act(job, "cancel", url, as_json=as_json)
 
 
-def pause(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+def pause(job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
     """Pause a job. Its run stops after its step, and the next job may begin.
 
     tunesmith jobs pause last
     """
-    _act(ctx, job, "pause", url, as_json=as_json)
+    _act(job, "pause", url, as_json=as_json)
 
 
-def resume(ctx: typer.Context, job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
+def resume(job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
     """Let a paused job go on where it stopped, with the same result.
 
     tunesmith jobs resume last
     """
-    _act(ctx, job, "resume", url, as_json=as_json)
+    _act(job, "resume", url, as_json=as_json)
 
 
 def jobs(ctx: typer.Context) -> None:
@@ -236,3 +223,87 @@ def jobs(ctx: typer.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
+
+
+Project = Annotated[str, typer.Option(metavar="NAME", help="What the key's requests belong to; [a-z0-9-].")]
+Scopes = Annotated[
+    list[str] | None,
+    typer.Option("--scope", metavar="SCOPE", help="What it may do (default: admin, which is all). Repeatable."),
+]
+Days = Annotated[float | None, typer.Option(min=0.01, metavar="N", help="Time until it ends (default: never).")]
+Label = Annotated[str, typer.Option(metavar="TEXT", help="Who or what has it.")]
+KeyName = Annotated[str, typer.Argument(metavar="KEY", help="The key's id, as `keys list` shows it.")]
+KEY_COLUMNS = ("id", "project", "state", "scopes", "created_at", "expires_at", "used_at", "label")
+
+
+def _open(place: str, *, is_new: bool = False) -> Store:
+    """The store, also while a server works on it. Raises InputError where none is, unless it may be a new one."""
+    import_jobs()
+    if not is_new and "://" not in place and not Path(place).is_dir():
+        raise InputError(f"--store {place}: there is no store. Name the folder that `tunesmith serve --jobs` uses.")
+    return JobPlace(place, None).open(lambda text: None, is_server=False)
+
+
+def make_key(
+    project: Project = "tunesmith",
+    scope: Scopes = None,
+    days: Days = None,
+    label: Label = "",
+    store: StorePlace = "jobs",
+    as_json: Json = False,
+) -> None:
+    """Make a key for a server of jobs. It is printed once and kept nowhere.
+
+    tunesmith keys create --project support --scope jobs.write --scope files.write --days 90
+    """
+    opened = _open(store, is_new=True)
+    from tunesmith.jobs.access import create_key
+
+    try:
+        row, key = create_key(opened, project=project, scopes=scope or (), days=days, label=label)
+    finally:
+        opened.close()
+    if as_json:
+        typer.echo(json_page({**_shown(row), "key": key}))
+    else:
+        typer.echo(key)
+        typer.echo(f"{row['id']}, project {project}: {', '.join(row['scopes'])}. It is not shown again.", err=True)
+
+
+def list_keys(store: StorePlace = "jobs", as_json: Json = False) -> None:
+    """List keys, newest first, without the keys themselves."""
+    opened = _open(store)
+    from tunesmith.jobs.tables import keys
+
+    try:
+        rows = [_shown(row) for row in opened.page(keys, limit=100_000)[0]]
+    finally:
+        opened.close()
+    if as_json:
+        typer.echo(json_page(rows))
+    else:
+        print_table(console(), KEY_COLUMNS, [[_cell(name, row[name]) for name in KEY_COLUMNS] for row in rows])
+
+
+def end_key(key: KeyName, store: StorePlace = "jobs", as_json: Json = False) -> None:
+    """End a key at once, also of a server that runs."""
+    opened = _open(store)
+    from tunesmith.jobs.access import revoke_key
+
+    try:
+        revoke_key(opened, key)
+    finally:
+        opened.close()
+    typer.echo(f"{key}: revoked", err=as_json)
+
+
+def _shown(row: Any) -> dict[str, Any]:
+    from tunesmith.jobs.access import state_of
+
+    return {**{name: row[name] for name in KEY_COLUMNS if name != "state"}, "state": state_of(row)}
+
+
+def _cell(name: str, value: Any) -> str:
+    if name.endswith("_at"):
+        return "-" if value is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+    return ",".join(value) if isinstance(value, list) else value or "-"

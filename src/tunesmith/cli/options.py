@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.errors import InputError, RecipeError
+from tunesmith.runs.atomic import to_json
 from tunesmith.types import TASK_NAMES, TaskName
 
 if TYPE_CHECKING:
@@ -22,7 +23,18 @@ Root = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, its name, the beginning of its name, or [bold]last[/].")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything for people on stderr.")]
+
+
+def _remember_json(ctx: typer.Context, as_json: bool) -> bool:
+    """Report errors as JSON too."""
+    ctx.find_root().meta["json"] = as_json
+    return as_json
+
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_remember_json, help="Print JSON on stdout, and everything for people on stderr."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
 Base = Annotated[bool, typer.Option("--base", help="Use the untouched base of the run.")]
@@ -119,8 +131,6 @@ def to_overrides(values: Mapping[str, Any]) -> list[str]:
 
     Values are JSON, which a recipe reads as YAML. None and empty lists are left out.
     """
-    from tunesmith.runs.atomic import to_json
-
     given = {key: value for key, value in values.items() if value not in (None, [])}
     whole = {key: int(value) for key, value in given.items() if isinstance(value, float) and value.is_integer()}
     return [f"{key}={to_json(value).decode()}" for key, value in {**given, **whole}.items()]
@@ -174,11 +184,6 @@ def as_task(name: str | None) -> TaskName | None:
     if name is not None and name not in TASKS:
         raise InputError(f"--task: {name}: there is no such task. One of {', '.join(TASKS)}.")
     return name
-
-
-def remember_json(ctx: typer.Context, as_json: bool) -> None:
-    """Report errors as JSON too, if --json is given."""
-    ctx.find_root().meta["json"] = as_json
 
 
 def files(paths: Sequence[str] | None) -> list[dict[str, Any]]:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, remember_json
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task
+from tunesmith.cli.render import visible
+from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
+from tunesmith.formatting import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def predict(
-    ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     data: Annotated[
         str | None,
@@ -58,11 +60,7 @@ def predict(
 
     tunesmith predict last --text "The parcel never came."
     """
-    remember_json(ctx, as_json)
     _refuse_mixed(data, text, pair, keep)
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
-
     screen = console(stderr=True)
 
     def say(words: str) -> None:
@@ -120,7 +118,6 @@ def _predictor(
 
 
 def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
-    from tunesmith.cli.streams import data_line
     from tunesmith.inference.predict import predict_list
     from tunesmith.inference.rows import record_of
     from tunesmith.tasks import TASKS
@@ -137,7 +134,6 @@ def _file(
     predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
 ) -> Counts:
     from tunesmith.cli.display import progress_bar
-    from tunesmith.cli.streams import console, data_line
     from tunesmith.inference.predict import predict_file, predict_to
 
     with progress_bar(console(stderr=True), "answering rows") as progress:
@@ -157,9 +153,6 @@ def _file(
 
 def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:
     """Print counts and warnings; exit code 2 if no row could be answered."""
-    from tunesmith.cli.streams import json_line
-    from tunesmith.formatting import plural
-
     for note in counts.notes():
         say(f"note: {note}")
     if out is not None and as_json:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.box import ROUNDED, SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -146,6 +147,20 @@ def _table(title: str, *, columns: Sequence[str] = ()) -> Table:
     for name in columns or [""]:
         table.add_column(name, justify="right", overflow="fold")
     return table
+
+
+def print_table(screen: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns on a terminal, tab-separated lines elsewhere."""
+    if not screen.is_terminal:
+        for row in (heads, *rows):
+            typer.echo("\t".join(map(visible, row)))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(visible, row))
+    screen.print(table)
 
 
 def metrics_table(metrics: Mapping[str, Interval], *, title: str) -> Table:

@@ -1,28 +1,45 @@
-"""tunesmith runs, runs rm, runs prune"""
+"""tunesmith runs, runs rm, runs prune, show"""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import operator
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
-from tunesmith.cli.options import Json, Root, remember_json
-from tunesmith.errors import InputError
-from tunesmith.formatting import listed
+from tunesmith.cli.history import RunHistory
+from tunesmith.cli.options import Json, Root, RunName
+from tunesmith.cli.render import (
+    age,
+    answers_table,
+    headline_metric,
+    loss,
+    plan_facts,
+    plan_panel,
+    print_table,
+    result,
+    sparkline,
+    visible,
+)
+from tunesmith.cli.streams import console, json_line, json_page
+from tunesmith.errors import InputError, TunesmithError
+from tunesmith.formatting import command, did_you_mean, duration, listed, plural, size
+from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from tunesmith.cli.history import RunHistory
     from tunesmith.runs.folder import Run
     from tunesmith.runs.prune import Prunable
 
@@ -63,9 +80,6 @@ def runs(
     """
     if ctx.invoked_subcommand is not None:
         return
-    remember_json(ctx, as_json)
-    from tunesmith.cli.streams import console, json_page
-
     rows = _selected(root, where, sort or "-created")
     screen = console()
     if as_json:
@@ -76,22 +90,15 @@ def runs(
     elif screen.is_terminal:
         _draw(screen, rows)
     else:
-        typer.echo("\t".join(COLUMNS))
-        for row in rows:
-            typer.echo("\t".join(_cells(row)))
+        print_table(screen, COLUMNS, map(_cells, rows))
 
 
-def rm(
-    ctx: typer.Context, names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False
-) -> None:
+def rm(names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False) -> None:
     """Remove runs with everything in their folders, after asking.
 
     tunesmith runs rm support-3f2a support-77b0
     """
-    remember_json(ctx, as_json)
-    from tunesmith.errors import InputError
     from tunesmith.runs import prune as removal
-    from tunesmith.runs.folder import Run
 
     if not names:
         raise InputError("RUN: nothing was given. Write: tunesmith runs rm RUN, or tunesmith runs to list them.")
@@ -105,7 +112,6 @@ def rm(
 
 
 def prune(
-    ctx: typer.Context,
     names: Names = None,
     where: Where = None,
     yes: Yes = False,
@@ -118,11 +124,7 @@ def prune(
 
     tunesmith runs prune --where "loss>2" --yes
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
     from tunesmith.runs import prune as removal
-    from tunesmith.runs.folder import Run
 
     if names:
         chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
@@ -144,11 +146,6 @@ def prune(
 
 def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_json: bool, verb: str) -> bool:
     """Say what each run would free, and ask. Raises InputError where nobody can answer."""
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console
-    from tunesmith.errors import InputError
-    from tunesmith.formatting import plural, size
-
     screen = console(stderr=as_json)
     if not lines:
         screen.print("nothing to remove")
@@ -168,9 +165,6 @@ def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_js
 
 
 def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Prunable]]], *, as_json: bool) -> None:
-    from tunesmith.cli.streams import console, json_line
-    from tunesmith.formatting import size
-
     if as_json:
         removed = [{"path": str(part.path), "bytes": part.num_bytes} for _, parts in lines for part in parts]
         json_line({"kind": kind, "removed": removed, "bytes": _sum(lines)})
@@ -196,8 +190,6 @@ def facts(run: Run) -> dict[str, Any]:
 
     `fields`: what it can be filtered and sorted by.
     """
-    from tunesmith.cli.history import RunHistory
-    from tunesmith.errors import TunesmithError
     from tunesmith.recipe.docs import flat
 
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
@@ -224,8 +216,6 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    from tunesmith.cli.render import age, headline_metric, loss, visible
-
     if "problem" in row:
         return [row["name"], row["state"], visible(row["problem"]), "", "", "", "", "", ""]
     return [
@@ -245,8 +235,6 @@ def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:
     """As many columns as fit; below them why a run cannot be read."""
     from rich.measure import Measurement
 
-    from tunesmith.cli.render import visible
-
     shown = list(COLUMNS)
     anything = screen.options.update(width=100_000)
     for name in DROPPED:
@@ -260,10 +248,6 @@ def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def _table(rows: list[dict[str, Any]], shown: Sequence[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=SIMPLE_HEAD, header_style="bold")
     for name in shown:
         table.add_column(name, justify="left" if name in COLUMNS[:5] else "right", no_wrap=True, overflow="ellipsis")
@@ -275,59 +259,14 @@ def _table(rows: list[dict[str, Any]], shown: Sequence[str]) -> Table:
     return table
 
 
-_CONDITION = re.compile(r"\s*(?P<field>[\w.]+)\s*(?P<operator><=|>=|!=|==|=|<|>)\s*(?P<value>.*?)\s*", re.DOTALL)
-_ORDERS: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+_CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|!=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "!=": operator.ne, "=": operator.eq,
+    "==": operator.eq,
+}  # fmt: skip
 EXAMPLE = '--where "task=chat", --where "loss<1.7", --where "model=*SmolLM*"'
 PLAIN = ("name", "state", "model", "task", "method", "step", "steps", "created")
 """Fields of every run. Its metrics (`loss`, before training `before.loss`) and the options of its recipe are others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """One `FIELD OPERATOR VALUE`."""
-
-    text: str
-    field: str
-    operator: str
-    value: str
-
-    @classmethod
-    def parse(cls, text: str) -> Condition:
-        """Raises InputError for text of another form."""
-        match = _CONDITION.fullmatch(text)
-        if match is None:
-            raise InputError(f"--where {text}: not of the form FIELD=VALUE. Such as: {EXAMPLE}.")
-        return cls(text, match["field"], match["operator"].replace("==", "="), match["value"])
-
-    def holds(self, fields: Mapping[str, Any]) -> bool:
-        """Whether it is true of a run; never of one without the field.
-
-        Raises InputError where a number is compared with text, or text by size.
-        """
-        found = fields.get(self.field)
-        if found is None:
-            return False
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            return self._of_text(str(found).lower() if isinstance(found, bool) else str(found))
-        try:
-            value = float(self.value)
-        except ValueError:
-            raise InputError(f"--where {self.text}: {self.field} is a number, such as {found:g}.") from None
-        if self.operator in _ORDERS:
-            return _ORDERS[self.operator](found, value)
-        return (found == value) == (self.operator == "=")
-
-    def _of_text(self, found: str) -> bool:
-        if self.operator in _ORDERS:
-            raise InputError(
-                f"--where {self.text}: {self.field} is text, such as {found!r}: use = or !=, and * for any text."
-            )
-        return fnmatch.fnmatchcase(found, self.value) == (self.operator == "=")
 
 
 def select(rows: Sequence[Mapping[str, Any]], where: Iterable[str], sort: str | None) -> list[int]:
@@ -336,14 +275,15 @@ def select(rows: Sequence[Mapping[str, Any]], where: Iterable[str], sort: str | 
     `sort`: a field, with a minus in front from large to small; runs without it come last.
     Raises InputError for a condition that cannot be read, or a field that no run has.
     """
-    if not rows:
-        return []
     known = {*PLAIN, *(name for row in rows for name in row["fields"])}
-    conditions = [_as_known(Condition.parse(text), known) for text in where]
-    for condition in conditions:
-        _refuse_unknown(f"--where {condition.text}", condition.field, known)
-    chosen = [i for i, row in enumerate(rows) if all(one.holds(row["fields"]) for one in conditions)]
-    if sort is None:
+    chosen = list(range(len(rows)))
+    for text in where if rows else ():
+        match = _CONDITION.fullmatch(text)
+        if match is None:
+            raise InputError(f"--where {text}: not of the form FIELD=VALUE. Such as: {EXAMPLE}.")
+        _refuse_unknown(f"--where {text}", match[1], known)
+        chosen = [i for i in chosen if _holds(text, rows[i]["fields"].get(match[1]), match[2], match[3])]
+    if sort is None or not rows:
         return chosen
     field = sort.removeprefix("-")
     _refuse_unknown(f"--sort {sort}", field, known)
@@ -354,20 +294,115 @@ def select(rows: Sequence[Mapping[str, Any]], where: Iterable[str], sort: str | 
     return [*has_value, *(i for i in chosen if values[i] is None)]
 
 
-def _as_known(condition: Condition, known: set[str]) -> Condition:
-    """The condition on our own name of a metric that was given another tool's name, such as eval_loss."""
-    ours = condition.field.removeprefix("eval_")
-    return condition if condition.field in known or ours not in known else replace(condition, field=ours)
+def _holds(text: str, found: Any, sign: str, value: str) -> bool:
+    """Whether `found sign value` is true, never without the field. Raises InputError for text compared by size."""
+    if found is None:
+        return False
+    try:
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            return _OPERATORS[sign](found, float(value))
+    except ValueError:
+        raise InputError(f"--where {text}: it is a number, such as {found:g}.") from None
+    if sign in ("<", "<=", ">", ">="):
+        raise InputError(f"--where {text}: it is text, such as {found!r}: use = or !=, and * for any text.")
+    given = str(found).lower() if isinstance(found, bool) else str(found)
+    return fnmatch.fnmatchcase(given, value) == (sign != "!=")
 
 
 def _refuse_unknown(place: str, field: str, known: set[str]) -> None:
-    if field in known:
+    if field not in known:
+        metrics = sorted(name.removeprefix("before.") for name in known if name.startswith("before."))
+        raise InputError(
+            f"{place}: no run has a field {field}.{did_you_mean(field, sorted(known))} There are: {', '.join(PLAIN)}; "
+            f"metrics such as {listed(metrics or ['loss'])} (before.loss: before training); and options of the recipe, "
+            "such as optim.lr."
+        )
+
+
+MOST_ANSWERS = 16
+"""Shown."""
+
+
+def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False) -> None:
+    """Show a run: plan, loss curves, metrics and answers.
+
+    tunesmith show last
+    """
+    found = Run.open(run, root)
+    if as_json:
+        typer.echo(json_page(facts(found) | {"report": _report(found)}))
         return
-    near = difflib.get_close_matches(field, sorted(known), n=2)
-    metrics = sorted(name.removeprefix("before.") for name in known if name.startswith("before."))
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    such = listed(metrics or ["loss"])
-    raise InputError(
-        f"{place}: no run has a field {field}.{hint} There are: {', '.join(PLAIN)}; metrics such as "
-        f"{such} (before.loss: before training); and options of the recipe, such as optim.lr."
-    )
+    screen = console()
+    _head(screen, found)
+    history = RunHistory.of(found.events())
+    report = _report(found)
+    if history.plan:
+        _plan(screen, history, report)
+    _measures(screen, history, report)
+    _tail(screen, found)
+
+
+def _report(run: Run) -> dict[str, Any] | None:
+    """The report of a finished run, or None before there is one."""
+    if not run.report_path.exists():
+        return None
+    from tunesmith.evaluation.report.build import kept_report
+
+    return kept_report(run)
+
+
+def _head(screen: Console, run: Run) -> None:
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
+    screen.print(f"{visible(str(run.path))}: {run.state()}, made {made}")
+
+
+def _plan(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
+    """The plan; of a finished run with the time and memory it took instead of the forecast."""
+    plan = history.plan if report is None else {**history.plan, "forecast": None, "took": took(report)}
+    if screen.is_terminal:
+        screen.print(plan_panel(plan))
+        return
+    for name, text in plan_facts(plan):
+        screen.print(f"{name}: {visible(text)}")
+
+
+def took(report: Mapping[str, Any]) -> str:
+    """The time and memory that a finished run took."""
+    parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
+    spans = [f"{duration(report['seconds'][part])} {words}" for part, words in parts.items()]
+    return f"{', '.join(spans)}; at most {size(report['peak_memory_bytes'])} of memory"
+
+
+def _measures(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
+    if history.losses:
+        first, last = history.losses[min(history.losses)], history.losses[max(history.losses)]
+        screen.print(
+            f"training loss {loss(first)} {sparkline(history.smoothed())} {loss(last)}, {plural(history.step, 'step')}"
+        )
+    if len(history.curve) > 1:
+        kept = history.report.get("kept", {}).get("step", history.step)
+        aside = "" if kept == history.step else f", kept: step {kept:,}"
+        screen.print(
+            f"held-out loss {loss(history.curve[0])} {sparkline(history.curve)} {loss(history.curve[-1])}{aside}"
+        )
+    if report is not None and report["metrics"]["after"] is not None:
+        screen.print(result(report))
+    if history.samples:
+        if len(history.samples) > MOST_ANSWERS:
+            screen.print(f"{MOST_ANSWERS} of {len(history.samples):,} answers; the report has all")
+        screen.print(answers_table(history.samples, width=min(screen.width, 120), most=MOST_ANSWERS))
+
+
+def _tail(screen: Console, run: Run) -> None:
+    """The error, if there was one, and what to do next."""
+    last = None
+    for event in run.events():
+        last = event
+    if last is not None and last.kind == "failed":
+        screen.print(f"failed after step {last.step}: {visible(str(last.values.get('message', '')))}")
+    state = run.state()
+    if state in ("stopped", "interrupted", "failed"):
+        screen.print(f"continue with: {command('resume', run.path)}", soft_wrap=True)
+    elif state == "done":
+        kind = "adapter" if run.adapter_path.exists() else "model"
+        screen.print(f"{kind} in {run.path / kind}, report in {run.path / 'report.html'}")

@@ -1,14 +1,38 @@
-"""tunesmith serve"""
+"""tunesmith serve: the command, a server from its start to its end, and its output"""
 
 from __future__ import annotations
 
+import os
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, remember_json
+from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root
+from tunesmith.cli.render import one_line, visible
+from tunesmith.cli.signals import stopping_on_signals
+from tunesmith.cli.streams import console, json_line
+from tunesmith.environment import install_command
 from tunesmith.errors import InputError
+from tunesmith.formatting import plural
+from tunesmith.runs.folder import is_run
+from tunesmith.serve.protocol import EngineOptions, ModelCard
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter
+
+    from tunesmith.jobs.bases import Bases
+    from tunesmith.jobs.store import Store
+    from tunesmith.serve.http import BoundSocket
+    from tunesmith.serve.middleware import AccessPolicy, RequestLog
+    from tunesmith.serve.protocol import Engine
+
 
 Targets = Annotated[
     list[str] | None,
@@ -45,7 +69,6 @@ Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web pa
 
 
 def serve(
-    ctx: typer.Context,
     targets: Targets = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -79,11 +102,6 @@ def serve(
 
     tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    remember_json(ctx, as_json)
-    from tunesmith.cli.server import Access, JobPlace, ServerOutput, serve_own
-    from tunesmith.cli.streams import console
-    from tunesmith.serve.protocol import EngineOptions
-
     names = _named(targets, jobs=jobs, bases=bases, ray=ray)
     access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
     memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
@@ -102,3 +120,260 @@ def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None, ray: st
     if not targets and bases is None:
         raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
     return targets or []
+
+
+PATH_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class Access:
+    """The address of a server and who may use it, from the command line."""
+
+    host: str
+    port: int
+    key_file: Path | None = None
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobPlace:
+    """The store of a server that takes jobs, and the file of the models they may tune."""
+
+    store: str
+    """A folder, or postgresql://…"""
+    bases: Path | None
+    files: Path = Path("jobs")
+    """Folder of contents and runs, if the store is no folder."""
+    may_upgrade: bool = False
+    ray: str | None = None
+    """Address of the cluster that runs are started on; None: on this machine."""
+
+    def cluster(self) -> AbstractContextManager[Any]:
+        """Ray, or None. Raises InputError if it is not reached."""
+        from tunesmith.parallel.cluster import connected
+
+        return nullcontext() if self.ray is None else connected(self.ray)
+
+    def open(self, on_note: Callable[[str], None], *, is_server: bool = True) -> Store:
+        """Raises InputError."""
+        from tunesmith.jobs.store import Store
+
+        folder, url = (self.files, self.store) if "://" in self.store else (Path(self.store), None)
+        return Store(folder, url, is_server=is_server, may_upgrade=self.may_upgrade, on_note=on_note)
+
+
+@dataclass
+class ServerOutput:
+    """Output of a server: lines for people, or JSON lines."""
+
+    screen: Console
+    quiet: bool
+    as_json: bool
+    has_started: bool = False
+
+    def note(self, text: str) -> None:
+        if self.as_json:
+            json_line({"kind": "note", "message": text})
+        elif not self.quiet:
+            self.screen.print(visible(text), style="bright_black")
+
+    def serving(self, bound: BoundSocket, served: Sequence[ModelCard], *, has_key: bool) -> None:
+        self.has_started = True
+        if self.as_json:
+            json_line({"kind": "serving", "url": bound.url, "key": has_key, "models": [asdict(one) for one in served]})
+            return
+        if self.quiet:
+            self.screen.print(bound.url)
+            return
+        width = max(len(one.name) for one in served)
+        for one in served:
+            what = "the untouched base" if one.is_base else "tuned"
+            self.screen.print(
+                f"  {visible(one.name):<{width}}  {one.task}, {what}, answers with {one.answers}, "
+                f"{plural(one.max_tokens, 'token')} at most"
+            )
+        who = "only this machine" if bound.is_loopback else "every machine that reaches it"
+        key = "with a key" if has_key else "without a key"
+        self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
+        # Not wrapped, so that a line can be copied at any width.
+        self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n", soft_wrap=True)
+        if any(one.answers == "text" for one in served):
+            self.screen.print(
+                f"Or open {bound.url}/ in a browser.\nA request without a temperature has 1, as in OpenAI's API, at "
+                "which small models ramble; tunesmith chat has 0.\n",
+                soft_wrap=True,
+            )
+
+    def request(self, log: RequestLog) -> None:
+        """A line for each request, with nothing of its content or its answer."""
+        path, usage = one_line(log.path, PATH_WIDTH), log.usage
+        milliseconds = round(log.seconds * 1000)
+        if self.as_json:
+            json_line({
+                "kind": "request", "id": log.id, "method": log.method, "path": log.route or path, "status": log.status,
+                "ms": milliseconds, "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+                "failed": usage.failed, "fault": log.fault,
+            })  # fmt: skip
+        elif log.fault:
+            self.screen.print(f"{log.id}: {log.fault}. This is a fault in tunesmith; please report it.", style="red")
+        elif not self.quiet:
+            failed = f", {usage.failed}" if usage.failed else ""
+            tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens{failed}"
+            self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms, {tokens}")
+
+
+def to_try(url: str, served: Sequence[ModelCard], *, has_key: bool) -> list[str]:
+    """A line for a shell, and lines of Python for the openai package, about the first model."""
+    import orjson
+
+    name, answers, text = served[0].name, served[0].answers, "The parcel never came."
+    messages = [{"role": "user", "content": "Hello"}]
+    path, body, call, result = {
+        "text": (
+            "/v1/chat/completions", {"model": name, "messages": messages},
+            f"chat.completions.create(model={name!r}, messages={messages!r})", "choices[0].message.content",
+        ),
+        "embeddings": (
+            "/v1/embeddings", {"model": name, "input": text},
+            f"embeddings.create(model={name!r}, input={text!r})", "data[0].embedding",
+        ),
+        "labels": ("/v1/classify", {"model": name, "input": text}, "", ""),
+    }[answers]  # fmt: skip
+    key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
+    data = shlex.quote(orjson.dumps(body).decode())
+    curl = f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d {data}"
+    api_key = 'os.environ["TUNESMITH_API_KEY"]' if has_key else '"none"'
+    python = (
+        ("  import os\n" if has_key else "")
+        + "  from openai import OpenAI\n"
+        + f'  client = OpenAI(base_url="{url}/v1", api_key={api_key})\n'
+        + f"  print(client.{call}.{result})"
+    )
+    return [curl, python] if call else [curl]
+
+
+def check_extra() -> None:
+    """Raises InputError naming a missing package of the extra `serve`."""
+    try:
+        from tunesmith.serve import app, http  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"serve needs the package {error.name}, which is not installed. Run {install_command('serve')}"
+        ) from None
+
+
+def import_jobs() -> None:
+    """Raises InputError naming a missing package of the extra `jobs`."""
+    if os.name != "posix":
+        raise InputError("--jobs: runs on Linux and macOS only.")
+    try:
+        from tunesmith.jobs import access, server  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the server of jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
+        ) from None
+
+
+def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
+    """The models that jobs may tune, and the paths that read a query. Raises InputError."""
+    import_jobs()
+    from tunesmith.jobs.bases import bases_of_file, bases_of_model
+    from tunesmith.jobs.routes import QUERIES
+
+    if jobs.bases is not None:
+        if targets:
+            raise InputError(f"{targets[0]}: --bases {jobs.bases} names the models already. Give one of the two.")
+        return bases_of_file(jobs.bases), QUERIES
+    if len(targets) != 1 or is_run(targets[0], root):
+        raise InputError(f"{', '.join(targets)}: --jobs takes one MODEL, no run; several models: --bases FILE.")
+    return bases_of_model(targets[0]), QUERIES
+
+
+def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> None:
+    """Raises InputError for an address that other machines reach, without a key."""
+    from tunesmith.serve.middleware import KEY_VARIABLE
+
+    if not has_key and not bound.is_loopback:
+        raise InputError(
+            f"--host {access.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
+            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. "
+            f'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+        )
+
+
+def names_and_origins(access: Access, bound: BoundSocket) -> tuple[frozenset[str], frozenset[str]]:
+    """The names by which this server may be called, and the web pages that may call it."""
+    machine = () if bound.is_loopback else (socket.gethostname(),)
+    hosts = (name.lower() for name in ("localhost", access.host, *machine, *access.names))
+    return frozenset(hosts), frozenset(origin.rstrip("/") for origin in access.origins)
+
+
+def with_projects(policy: AccessPolicy, store: Store, bound: BoundSocket) -> AccessPolicy:
+    """The policy with the keys of a store, which say the project of a request."""
+    from tunesmith.jobs.access import ProjectKeys
+
+    admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback)
+    return replace(policy, keys=None, admission=admission)
+
+
+def serve_own(
+    targets: Sequence[str],
+    access: Access,
+    options: EngineOptions,
+    *,
+    root: Path,
+    grace_s: float,
+    output: ServerOutput,
+    jobs: JobPlace | None = None,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
+    check_extra()
+    import asyncio
+
+    from tunesmith.serve import http
+    from tunesmith.serve.app import make_app
+    from tunesmith.serve.engine import start_engine
+    from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
+
+    bases, queries = (None, ()) if jobs is None else read_bases(jobs, targets, root)
+    keys, notes = read_keys(access.key_file, os.environ)
+    for note in notes:
+        output.note(f"note: {note}")
+    bound = http.bind(access.host, access.port)
+    policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
+    store = None if jobs is None else jobs.open(output.note)
+    policy = policy if store is None else with_projects(policy, store, bound)
+    refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.has_keys())))
+    output.note(f"loading {', '.join(targets if bases is None else bases.by_name)}")
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            routers: Sequence[APIRouter] = ()
+            engine: Engine
+            if bases is not None and store is not None and jobs is not None:
+                from tunesmith.jobs.server import JobServer
+
+                stack.callback(store.close)
+                ray = stack.enter_context(jobs.cluster())
+                working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
+                stack.push_async_callback(working.close)
+                engine, routers = working.engines, working.routers
+            else:
+                engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+            try:
+                server = http.make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
+                output.serving(bound, engine.served, has_key=has_key)
+            except BaseException:
+                await engine.close(0)
+                raise
+            await http.serve(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
+
+    words = f"stopping: what is under way has {grace_s:g} s to end. Once more to leave at once."
+    with (
+        bound.socket,
+        stopping_on_signals(has_begun=lambda: output.has_started, say=output.note, words=words) as should_stop,
+    ):
+        asyncio.run(run())
+    if not output.as_json and not output.quiet:
+        output.screen.print("ended")

@@ -16,19 +16,6 @@ from typing import IO, Any
 import orjson
 from rich.console import Console
 
-ERRORS = "tunesmith.symbols"
-"""Name of the error handler for characters that a stream's encoding lacks."""
-_SYMBOLS = {
-    **dict.fromkeys("–—−─━═╌╴╶╸╺", "-"),
-    **dict.fromkeys("│┃║╎", "|"),
-    **dict.fromkeys("╭╮╰╯┌┐└┘├┤┬┴┼╞╡╪┏┓┗┛┡┩╇╈", "+"),
-    **dict.fromkeys("‘’", "'"),
-    **dict.fromkeys("“”", '"'),
-    **dict(zip("▁▂▃▄▅▆▇█", "_..--==#", strict=True)),
-    **{"→": "->", "…": "...", "✓": "+", "✗": "x", "▸": ">", "·": ".", "×": "x", "±": "+/-", "≥": ">=", "≤": "<="},
-}
-"""Replacements of the program's own symbols; anything else is escaped, as \\u4f60."""
-
 
 class _Lasting(io.FileIO):
     """A descriptor whose errors are remembered instead of raised; output that it cannot take is dropped."""
@@ -47,7 +34,6 @@ class _Lasting(io.FileIO):
 
 def prepare_streams() -> None:
     """Put streams that cannot fail in place of Python's, and the null device where one was closed."""
-    codecs.register_error(ERRORS, _written_otherwise)
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would take what is printed
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -82,19 +68,9 @@ def _lasting(stream: IO[str] | None, descriptor: int) -> IO[str]:
         return stream
     raw = _Lasting(descriptor, "w", closefd=False)
     by_line = is_drawn or descriptor == 2
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=ERRORS, line_buffering=by_line)
-
-
-def _written_otherwise(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end]
-    return "".join(_SYMBOLS.get(character) or _spelled(character) for character in text), error.end
-
-
-def _spelled(character: str) -> str:
-    if "\u2800" <= character <= "\u28ff":  # a spinner's
-        return "*"
-    return character.encode("ascii", "backslashreplace").decode("ascii")
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=by_line
+    )
 
 
 PLAIN_WIDTH = 100_000

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Quiet, Root, remember_json
+from tunesmith.cli.options import Json, Offline, Quiet, Root
+from tunesmith.cli.render import print_table, visible
+from tunesmith.cli.signals import stopping_on_signals
+from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import for_child, refuse_ranks
 from tunesmith.errors import DoesNotFitError, InputError, Stopped
+from tunesmith.evaluation.metrics import info_of
+from tunesmith.formatting import command, plural, size
+from tunesmith.runs.atomic import from_json, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +34,6 @@ COLUMNS = ("trial", "options", "measure", "steps", "state")
 
 
 def sweep(
-    ctx: typer.Context,
     grid: Annotated[Path, typer.Argument(metavar="GRID", help="File with base, grid and, if wanted, asha.")],
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the sweep's folder and of its runs (default: GRID's).")
@@ -52,11 +57,7 @@ def sweep(
 
     The same command goes on with a sweep that was stopped or killed.
     """
-    remember_json(ctx, as_json)
     refuse_ranks(os.environ)
-    from tunesmith.cli.signals import stopping_on_signals
-    from tunesmith.cli.streams import console
-    from tunesmith.formatting import command
     from tunesmith.sweeps.grid import read_grid
     from tunesmith.sweeps.sweep import Sweep
 
@@ -98,7 +99,6 @@ def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
 
 @contextmanager
 def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
-    from tunesmith.cli.render import visible
     from tunesmith.sweeps.sweep import Watch
 
     if quiet:
@@ -112,8 +112,6 @@ def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
 
 def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
     """Say how many trials there are and what disk they take; refuse what will not fit."""
-    from tunesmith.cli.render import visible
-    from tunesmith.formatting import plural, size
     from tunesmith.training.setup import free_bytes
 
     grid, needed = found.grid, 0
@@ -143,7 +141,6 @@ def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
 def _disk_of(found: Sweep, trial: Trial) -> int:
     """Bytes that a trial takes, by `tunesmith plan`. Raises InputError with its words if it cannot be run."""
     from tunesmith.recipe.docs import as_yaml
-    from tunesmith.runs.atomic import from_json
 
     with TemporaryDirectory(prefix="tunesmith-") as folder:
         file = Path(folder) / "recipe.yaml"
@@ -170,11 +167,7 @@ def _options(trial: Trial) -> str:
 
 def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     """The table, the page, and the best run with what to do next."""
-    from tunesmith.cli.render import visible
-    from tunesmith.cli.streams import console, json_line
-    from tunesmith.evaluation.report.html import as_html
-    from tunesmith.formatting import command
-    from tunesmith.runs.atomic import write_atomic
+    from tunesmith.evaluation.report.pages import as_html
     from tunesmith.sweeps.page import sweep_page
     from tunesmith.sweeps.sweep import best_of
 
@@ -188,7 +181,8 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
         best_of(outcomes)
         return
     if not quiet:
-        _print_table(screen, outcomes, found.grid.metric)
+        heads = [info_of(found.grid.metric).label if head == "measure" else head for head in COLUMNS]
+        print_table(screen, heads, [_cells(outcome, found.grid.metric) for outcome in outcomes])
     best = best_of(outcomes)
     run = found.root / best.trial.name
     if quiet:
@@ -218,29 +212,7 @@ def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _print_table(screen: Console, outcomes: Sequence[Outcome], metric: str) -> None:
-    from rich.table import Table
-
-    from tunesmith.cli.render import visible
-    from tunesmith.evaluation.metrics import info_of
-
-    rows = [_cells(outcome, metric) for outcome in outcomes]
-    heads = [info_of(metric).label if head == "measure" else head for head in COLUMNS]
-    if not screen.is_terminal:
-        for row in (heads, *rows):
-            typer.echo("\t".join(map(visible, row)))
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*map(visible, row))
-    screen.print(table)
-
-
 def _cells(outcome: Outcome, metric: str) -> list[str]:
-    from tunesmith.evaluation.metrics import info_of
-
     info, measure, measured = info_of(metric), outcome.measure, "–"
     if measure is not None:
         bounds = info.bounds(measure)

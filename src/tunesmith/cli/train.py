@@ -1,15 +1,17 @@
-"""tunesmith train"""
+"""tunesmith train, resume, track"""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tunesmith.cli.options import (
+    BaseAt,
     BatchSize,
     Data,
     Epochs,
@@ -24,20 +26,22 @@ from tunesmith.cli.options import (
     Rate,
     RecipeFile,
     Root,
+    RunName,
     Settings,
     Task,
     Track,
     build_recipe,
-    remember_json,
 )
 from tunesmith.cli.render import visible
+from tunesmith.cli.streams import console, json_line
+from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
+from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
 
 
 def train(
-    ctx: typer.Context,
     model: Model = None,
     data: Data = None,
     eval_: Eval = None,
@@ -79,7 +83,6 @@ def train(
 
     tunesmith train --recipe runs/support-3f2a/recipe.yaml
     """
-    remember_json(ctx, as_json)
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
@@ -91,7 +94,6 @@ def train(
 
 def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
-    from tunesmith.errors import RecipeError
     from tunesmith.sweeps.ray_engine import train_on_ray
 
     if out is None:
@@ -130,10 +132,106 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
 
 def launch_ranks(recipe: Recipe) -> None:
     """Run this command line in one process a device if there are several, and exit with their code."""
-    from tunesmith.cli.streams import console
     from tunesmith.parallel.launch import devices_of, launch
 
     devices = devices_of(recipe)
     if devices > 1:
         screen = console(stderr=True)
         raise typer.Exit(launch(devices, sys.argv[1:], say=lambda text: screen.print(visible(text), style="bold red")))
+
+
+def resume(
+    run: RunName,
+    settings: Settings = None,
+    model: BaseAt = None,
+    track: Track = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a run that was stopped, failed or killed, with the same result as if it had not been.
+
+    tunesmith resume runs/support-3f2a
+
+    tunesmith resume last --track mlflow    (those of the recipe continue by themselves; --track none: without any)
+
+    tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
+    """
+    from tunesmith.cli.display import run_display
+    from tunesmith.cli.export import make_planned
+    from tunesmith.parallel.world import place_of
+    from tunesmith.recipe import load
+    from tunesmith.tracking.sender import tracked
+
+    found = Run.open(run, root, base=model)
+    try:
+        earlier = list(found.events())
+    except RunError:  # a damaged log, which training.resume puts right or refuses
+        earlier = []
+    recipe = load.load(str(found.recipe_path), settings or [])
+    alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
+    launch_ranks(alone)
+    first = place_of(os.environ).rank == 0
+    trackers = [*found.recipe().track, *(track or [])] if first else []
+    with (
+        run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,
+        tracked(trackers, offline=offline, say=display.tracked) as on_run,
+    ):
+        from tunesmith.training import trainer as training
+
+        done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener(on_run))
+        if first:
+            display.done(done)
+            make_planned(done, as_json=as_json)
+
+
+POLL_S = 0.5
+
+
+def track(
+    run: RunName,
+    to: Annotated[
+        list[str], typer.Option("--to", metavar="TRACKER", help="tensorboard, wandb, mlflow or trackio. Repeatable.")
+    ],
+    follow: Annotated[bool, typer.Option("--follow", help="Keep sending until the run ends.")] = False,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Send a run that is done or under way to an experiment tracker: what it does not have yet, and nothing twice.
+
+    tunesmith track last --to mlflow
+
+    tunesmith track runs/support-3f2a --to wandb --follow
+    """
+    from tunesmith.tracking.sender import SenderProcess, read_state, state_path
+    from tunesmith.tracking.tracker import check_names
+
+    names = check_names(to)
+    if not names:
+        raise InputError("--to: none: names no tracker. Give tensorboard, wandb, mlflow or trackio.")
+    found = Run.open(run, root)
+    screen = console(stderr=as_json)
+    failed = []
+    for name in names:
+        if read_state(found, name).get("done"):
+            place, path = read_state(found, name)["place"], state_path(found, name)
+            screen.print(f"{name} has everything: {place}. To send all again, remove {path}.", soft_wrap=True)
+            continue
+        process = SenderProcess(name, offline=offline)
+        try:
+            process.wait_ready()
+            process.begin(found)
+            with screen.status(f"sending {found.path.name} to {name}"):
+                while follow and found.state() in ("new", "running"):
+                    time.sleep(POLL_S)
+                is_sent, line = process.finish(None)
+        finally:
+            process.kill()
+        screen.print(line, soft_wrap=True)
+        failed += [] if is_sent else [line]
+        if as_json:
+            json_line({"kind": "track", "tracker": name, "sent": is_sent, **read_state(found, name)})
+    if failed:
+        raise TunesmithError("\n".join(failed))

@@ -26,9 +26,8 @@ import orjson
 from tunesmith.data import remote
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
 from tunesmith.data.remote import PART_BYTES, RemoteFile, is_address, reason
-from tunesmith.errors import DataError, StorageError
+from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
 from tunesmith.formatting import listed, plural, size
-from tunesmith.hub_errors import hub_failures, why_refused
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
-from tunesmith.evaluation import bootstrap, preference_scores, retrieval_scores
+from tunesmith.evaluation import bootstrap, branch_scores
 from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
-from tunesmith.evaluation.preference_scores import HABITS, MOST_DOTS, column
+from tunesmith.evaluation.branch_scores import HABITS, MOST_DOTS, column
 
 RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
@@ -63,9 +63,9 @@ def score(
     statistics = statistics_of(kind, units, classes, complete=True)
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
     if kind in HABITS:
-        details["constant"] = {"answer": preference_scores.better_habit(kind, units), "from": "the rows measured"}
+        details["constant"] = {"answer": branch_scores.better_habit(kind, units), "from": "the rows measured"}
     elif kind == "ranks":
-        details["constant"] = {"answer": retrieval_scores.BM25, "from": "the rows measured"}
+        details["constant"] = {"answer": branch_scores.BM25, "from": "the rows measured"}
     elif constant is not None:
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
@@ -280,11 +280,11 @@ _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool
     "sets": _set_statistics,
     "numbers": _number_statistics,
     "tags": _tag_statistics,
-    "pairs": preference_scores.pair_statistics,
-    "answers": preference_scores.answer_statistics,
-    "rewards": preference_scores.reward_statistics,
-    "ranks": retrieval_scores.rank_statistics,
-    "similarities": retrieval_scores.similarity_statistics,
+    "pairs": branch_scores.pair_statistics,
+    "answers": branch_scores.answer_statistics,
+    "rewards": branch_scores.reward_statistics,
+    "ranks": branch_scores.rank_statistics,
+    "similarities": branch_scores.similarity_statistics,
 }
 
 
@@ -342,11 +342,11 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[s
     "sets": _set_details,
     "numbers": _number_details,
     "tags": _tag_details,
-    "pairs": preference_scores.pair_details,
-    "answers": preference_scores.answer_details,
-    "rewards": preference_scores.reward_details,
-    "ranks": retrieval_scores.rank_details,
-    "similarities": retrieval_scores.similarity_details,
+    "pairs": branch_scores.pair_details,
+    "answers": branch_scores.answer_details,
+    "rewards": branch_scores.reward_details,
+    "ranks": branch_scores.rank_details,
+    "similarities": branch_scores.similarity_details,
 }
 
 

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RunError
-from tunesmith.export.card import base_id
 from tunesmith.export.gguf_models import ARCHITECTURES
+from tunesmith.export.hub import base_id
 from tunesmith.export.run_result import RunResult, auto_class, read_config
 from tunesmith.export.target import EXACT, ROUNDED, ExportedModel, ExportOptions, ExportTarget, TorchModel, run_dtype
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
-from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS, by_patterns, check_patterns
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, check_patterns
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES, load_model, load_tokenizer, model_kind, new_tokens_of
 from tunesmith.models.modes import eval_mode, silence_transformers
@@ -51,8 +50,6 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
     if result.base.kind != "hub":
         name = result.base.path.name
         notes.append(f"the base is not on the hub: others need the same {name}; its SHA-256 is in {BASE_FILE}")
-    if options.bake_scale and not result.adapter_config.get("use_rslora"):
-        notes.append("--bake-scale changed nothing: the scale already is alpha / rank, which every program computes")
     if result.planned_config is not None:
         return notes
     _copied(result)
@@ -78,8 +75,6 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     config["base_model_name_or_path"] = base_id(result) or result.base.path.name
     if config.get("tokenizer_name_or_path"):  # a prompt that was initialized from a text
         config["tokenizer_name_or_path"] = config["base_model_name_or_path"]
-    if options.bake_scale:
-        config = bake_scale(config, result.folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if result.renderer.stop_ids:
         save_generation_config(result.without_weights(), folder, stop_ids=result.renderer.stop_ids)
@@ -92,23 +87,6 @@ def write_base_facts(result: RunResult, folder: Path) -> None:
     name = base_id(result) or result.base.path.name
     facts = {"model": name, "revision": result.base.revision, "sha256": result.base_hashes}
     (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
-
-
-def bake_scale(config: dict[str, Any], weights: Path) -> dict[str, Any]:
-    """The config with the same scale but without use_rslora: alpha / √rank = alpha' / rank with alpha' = alpha · √rank.
-
-    `weights`: the adapter's file, which names its layers. Two patterns for one layer may be written differently.
-    """
-    if not config.get("use_rslora"):
-        return config
-    rank, alpha = config["r"], config["lora_alpha"]
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    with safe_open(weights, "pt") as file:
-        names = list(file.keys())
-    layers = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names if ".lora_" in name}
-    scaled = {name: by_patterns(alphas, name, alpha) * by_patterns(ranks, name, rank) ** 0.5 for name in layers}
-    own = {f"^{name}": value for name, value in sorted(scaled.items()) if value != alpha * rank**0.5}
-    return {**config, "lora_alpha": alpha * rank**0.5, "alpha_pattern": own, "use_rslora": False}
 
 
 @dataclass(frozen=True)
@@ -147,15 +125,15 @@ def _load(folder: Path, recipe: Recipe) -> TorchModel:
     resize_embeddings(model, new_tokens_of(recipe, located))
     if find_spec("peft") is None:
         METHODS["lora"].load_result(model, folder)
-        return TorchModel(tokenizer, kind, head, "tunesmith (peft is not installed)", model, is_plain=False)
+        return TorchModel(tokenizer, kind, head, "tunesmith (peft is not installed)", model)
     from peft import PeftModel
 
     with silence_transformers():
         wrapped = PeftModel.from_pretrained(model, str(folder)).eval()  # puts its layers into the model itself
     by = f"peft {version('peft')}"
     if wrapped.active_peft_config.is_prompt_learning:
-        return PromptModel(tokenizer, kind, head, by, model, is_plain=False, wrapped=wrapped)
-    return TorchModel(tokenizer, kind, head, by, model, is_plain=False)
+        return PromptModel(tokenizer, kind, head, by, model, wrapped=wrapped)
+    return TorchModel(tokenizer, kind, head, by, model)
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
@@ -182,8 +160,6 @@ def compatibility(result: RunResult, config: Mapping[str, Any]) -> list[str]:
             f"yes: `vllm serve {config['base_model_name_or_path']} --enable-lora --max-lora-rank {vllm_rank(config)} "
             "--lora-modules tuned=PATH`."
         )
-        if config.get("use_rslora"):
-            vllm += " Old versions ignore use_rslora (vLLM #10798): for them use --bake-scale."
     if why := more_than_low_rank(result, config):
         cpp = f"no: {why}. Export merged or gguf."
     elif result.config.model_type not in ARCHITECTURES:
@@ -242,5 +218,5 @@ ADAPTER = ExportTarget(
     num_bytes=lambda result, options: (result.folder / WEIGHTS).stat().st_size,
     tolerances=lambda result, options: EXACT if result.recipe.precision == "float32" else ROUNDED,
     card=_card,
-    reads=("bake_scale",),
+    reads=(),
 )

@@ -12,11 +12,11 @@ from typing import Any
 from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError, StorageError
 from tunesmith.export import verify
-from tunesmith.export.card import comparison_section, in_brief, write_card
+from tunesmith.export.hub import CHECK_FILE, comparison_section, in_brief, write_card
 from tunesmith.export.run_result import RunResult, open_result
-from tunesmith.export.target import ROUNDED, UNQUANTIZED_KL, ExportOptions, ExportTarget, Tolerances
+from tunesmith.export.target import ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.targets import check, check_options, default_folder, parse_export
-from tunesmith.export.verify import ExportComparison, Outputs
+from tunesmith.export.verify import ExportComparison, Outputs, TunedOutputs
 from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
@@ -32,8 +32,6 @@ from tunesmith.runs.atomic import (
 )
 from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import find_inputs
-
-CHECK_FILE = "verify.json"
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -85,13 +83,6 @@ def export_run(
             f"{out}: already exists, and is no earlier export: it has no {CHECK_FILE}. Name another folder with --out."
         )
     result = open_result(run, offline=offline)
-    if options.merge_into == "dequantized":
-        if result.quant is None:
-            raise InputError(
-                f"--merge-into: dequantized: {run.path} was not tuned on a quantized base (method "
-                f"{result.recipe.method.name}), so there is nothing to dequantize. Leave it out."
-            )
-        result = replace(result, merges_dequantized=True)
     notes = [*filter(None, [result.unchecked]), *check(result, target, options)]
     _clean_up(out)
     _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result, chosen) if proof else 0))
@@ -118,14 +109,14 @@ def _export(
     if proof:
         on_progress("tuned", 0, 1)
         rows = verify.find_rows(result)
-        tuned, base = verify.tuned_outputs(result, rows)
+        seen = verify.tuned_outputs(result, rows)
     on_progress("write", 0, 1)
     with storing(folder, num_bytes=target.num_bytes(result, options)):
         notes = [*notes, *target.write(result, folder, options)]
     done = Exported(folder, target.name, _tolerances(target, result, options), None, "", "", notes)
     if proof:
         on_progress("verify", 0, 1)
-        done = _verified(result, target, options, done, rows, tuned=tuned, base=base, work=work)
+        done = _verified(result, target, options, done, rows, seen=seen, work=work)
     with storing(folder):
         _describe(result, target, options, done)
     return done
@@ -133,47 +124,36 @@ def _export(
 
 def _verified(
     result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported, rows: verify.CheckRows, *,
-    tuned: Outputs, base: Outputs | None, work: Path,
+    seen: TunedOutputs, work: Path,
 ) -> Exported:  # fmt: skip
     """The export with the numbers of its check. Raises ExportError past the tolerances."""
     name, finer = f"{result.run.path.name} to {target.name}", target.finer(options)
     exported = verify.exported_outputs(result, target, done.path, rows, work=work)
-    found = judge(result, tuned, base, exported, allowed=done.allowed, name=name, finer=finer)
+    found = judge(result, seen, exported, allowed=done.allowed, name=name, finer=finer)
     notes = [*done.notes]
-    if result.is_off_its_base:
-        losses = ""
-        if found.loss_tuned is not None and found.loss_exported is not None:
-            change = found.loss_exported - found.loss_tuned
-            losses = f": held-out loss {found.loss_exported:.4f}, {change:+.4f} from the tuned model's"
-        notes.append(f"trained on its base in {result.quant}, exported on the original base{losses}")
     done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described)
     theirs = verify.llama_cpp_outputs(result, target, done.path, rows, work=work / "llama.cpp")
     if theirs is not None:
         where = f"{name}, in {theirs.loaded_by}"
-        other = judge(result, tuned, base, theirs, allowed=done.allowed, name=where, finer=finer)
+        other = judge(result, seen, theirs, allowed=done.allowed, name=where, finer=finer)
         notes.append(f"the same in {theirs.loaded_by}: {in_brief(other)}")
         done = replace(done, in_llama_cpp=other)
-    if base is not None and found.carried is None:
+    if seen.base is not None and found.carried is None:
         notes.append("the adapter changes nothing on these rows")
+    if seen.quantized_loss is not None and found.loss_exported is not None:
+        change = f"held-out loss {found.loss_exported - seen.quantized_loss:+.4f}"
+        notes.append(f"trained on its base in {result.quant}, exported on the original base: {change}")
     return replace(done, notes=notes)
 
 
 def judge(
-    result: RunResult, tuned: Outputs, base: Outputs | None, exported: Outputs, *, allowed: Tolerances, name: str,
-    finer: str,
-) -> ExportComparison:  # fmt: skip
-    """Compare an export with the tuned model. Raises ExportError past the tolerances, naming the worst weight; `finer`:
-    the option to try if rounding alone is the cause."""
-    found = verify.compare(tuned, exported, base=base, labels=result.labels)
+    result: RunResult, seen: TunedOutputs, exported: Outputs, *, allowed: Tolerances, name: str, finer: str
+) -> ExportComparison:
+    """Compare an export with the tuned model. Raises ExportError past the tolerances. `finer`: the option that rounds
+    less."""
+    found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
     if problems := found.problems(allowed):
-        way_out = ""
-        if result.is_off_its_base and found.distance <= allowed.weights:
-            way_out = (
-                " It was tuned on a quantized base and does worse on the original one: --merge-into dequantized takes "
-                "the weights it was tuned on."
-            )
-        elif found.same_ids and found.distance <= allowed.weights and finer:
-            way_out = f" Every weight is as near as rounding allows: try {finer}."
+        way_out = f" If rounding is the cause, {finer} has less of it." if found.same_ids and finer else ""
         raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     return found
 
@@ -194,15 +174,9 @@ def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, d
 
 
 def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions) -> Tolerances:
-    """The target's tolerances; at least those of 16 bits if the run computed in 16 bits, or on another base."""
+    """The target's tolerances; at least those of 16 bits if the run computed in 16 bits."""
     allowed = target.tolerances(result, options)
-    weights = max(allowed.weights, ROUNDED.weights)
-    if result.is_off_its_base:
-        kl, loss = max(allowed.kl, UNQUANTIZED_KL), max(allowed.loss, ROUNDED.loss)
-        return replace(allowed, kl=kl, loss=loss, weights=weights, loss_may_fall=True)
-    if result.recipe.precision == "float32":
-        return allowed
-    return replace(allowed, kl=max(allowed.kl, ROUNDED.kl), weights=weights)
+    return allowed if result.recipe.precision == "float32" else replace(allowed, kl=max(allowed.kl, ROUNDED.kl))
 
 
 def _clean_up(out: Path) -> None:

@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export import llama_cpp
-from tunesmith.export.card import base_id
 from tunesmith.export.gguf_models import ROPE_FACTORS, find_architecture, model_names, rope_factors
 from tunesmith.export.gguf_tokenizer import add_vocabulary, find_vocabulary, read_tokenizer
+from tunesmith.export.hub import base_id
 from tunesmith.export.run_result import RunResult, tuned_tensors
 from tunesmith.export.target import (
     FIVE_BITS,
@@ -138,7 +138,7 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
             f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it "
             f"by `{install_command('llama-cpp')}`, or use one of {ours}."
         )
-    pre = find_vocabulary(result, options.pre).pre
+    pre = find_vocabulary(result).pre
     notes = [f"llama.cpp's pre-tokenizer is {pre.name}: {pre.how}"]
     if isinstance(result.tokenizer.chat_template, dict):
         raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
@@ -197,7 +197,7 @@ def _write_file(
     with gguf_writer(path, result, options, architecture=architecture.name) as writer:
         for key, value in architecture.facts(config).items():
             _ADD[type(value)](writer, f"{architecture.name}.{key}", value)
-        add_vocabulary(writer, find_vocabulary(result, options.pre), result, num_rows=num_embeddings(model))
+        add_vocabulary(writer, find_vocabulary(result), result, num_rows=num_embeddings(model))
         float32 = np.dtype(np.float32)
         for name, (shape, number) in layout.items():
             writer.add_tensor_info(names[name], shape, float32, stored_bytes(shape, number), raw_dtype=number)
@@ -322,7 +322,7 @@ GGUF = ExportTarget(
     num_bytes=num_bytes,
     tolerances=lambda result, options: QUANT_TYPES[options.quant].tolerances,
     card=_card,
-    reads=("quant", "pre", "merge_into"),
+    reads=("quant",),
     quants=tuple(QUANT_TYPES),
     in_llama_cpp=True,
     finer=finer,

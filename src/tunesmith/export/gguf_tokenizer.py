@@ -81,32 +81,24 @@ def probe_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.encode(PROBE)).encode()).hexdigest()
 
 
-def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, given: str | None, of_gguf: str | None) -> PreTokenizer:
-    """The pre-tokenizer of a byte-level tokenizer: `given`, else that of the GGUF it came from, else by hash or steps.
+def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | None) -> PreTokenizer:
+    """The pre-tokenizer of a byte-level tokenizer: that of the GGUF it came from, else by hash or steps.
 
-    Raises ModelError if none is found, or if the tokenizer contradicts the given one.
+    Raises ModelError if none is found, or if the tokenizer contradicts the GGUF.
     """
     by_hash, by_steps = HASHES.get(probe_hash(tokenizer)), pre_tokenizer_of_steps(tokenizer)
     found = by_hash or by_steps
-    if given is not None:
-        if found not in (None, given):
-            raise ModelError(
-                f"--pre: {given}: by its {'tokens' if by_hash else 'file'} this tokenizer splits text by {found}, and "
-                "under another name llama.cpp would make other tokens. Leave --pre out."
-            )
-        return PreTokenizer(given, "given by --pre")
+    way_out = "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
     if of_gguf is not None and found in (None, of_gguf):
         return PreTokenizer(of_gguf, "named in the GGUF that was tuned")
     if of_gguf is not None:
         raise ModelError(
-            f"gguf: the file that was tuned names the pre-tokenizer {of_gguf}, but its tokenizer follows {found}. Name "
-            f"the right one, for example with --pre {found}."
+            f"gguf: the file that was tuned names the pre-tokenizer {of_gguf}, but its tokenizer follows {found}. "
+            f"{way_out}"
         )
     if found is None:
-        raise ModelError(
-            f"gguf: the pre-tokenizer of {tokenizer.name_or_path} is unknown (hash {probe_hash(tokenizer)[:16]}). If "
-            "llama.cpp has it, name it with --pre; the check compares its tokens."
-        )
+        name, digest = tokenizer.name_or_path, probe_hash(tokenizer)[:16]
+        raise ModelError(f"gguf: the pre-tokenizer of {name} is unknown (hash {digest}). {way_out}")
     return PreTokenizer(found, "by the hash of its tokens" if by_hash else "by the steps in its file")
 
 
@@ -138,7 +130,7 @@ def _step(step: dict[str, Any]) -> tuple[str, Any] | None:
     return None
 
 
-def find_vocabulary(result: RunResult, pre: str | None) -> GgufVocabulary:
+def find_vocabulary(result: RunResult) -> GgufVocabulary:
     """The tokenizer in llama.cpp's terms. Raises ModelError if llama.cpp has no such tokenizer."""
     tokenizer = result.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -152,7 +144,7 @@ def find_vocabulary(result: RunResult, pre: str | None) -> GgufVocabulary:
         return GgufVocabulary("llama", PreTokenizer("default", "sentencepiece has no pre-tokenizer"), backend)
     base = result.base
     of_gguf = read_gguf(base.path).metadata.get("tokenizer.ggml.pre") if base.is_gguf else None
-    return GgufVocabulary("gpt2", find_pre_tokenizer(tokenizer, given=pre, of_gguf=of_gguf), backend)
+    return GgufVocabulary("gpt2", find_pre_tokenizer(tokenizer, of_gguf=of_gguf), backend)
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GgufVocabulary, result: RunResult, *, num_rows: int) -> None:

@@ -1,4 +1,9 @@
-"""llama.cpp through llama-cpp-python: its quantizer, which alone makes K types, and its own answers to a GGUF."""
+"""llama.cpp through llama-cpp-python: its quantizer, which alone makes K types, and its own answers to a GGUF.
+
+    python -m tunesmith.export.llama_cpp SOURCE OUT FILE_TYPE THREADS
+
+quantizes the GGUF file SOURCE into OUT: in a process of its own, because the quantizer ends the process when it fails.
+"""
 
 # N targets, V vocabulary
 
@@ -34,6 +39,8 @@ _MAX_BATCH = 512
 """Tokens of one decoding, which bounds its memory."""
 _MAX_TOKENS = 8192
 _ANSWER_ROOM = 64
+_LOG_ERROR = 4
+"""ggml's number of this log level."""
 
 
 def is_installed() -> bool:
@@ -61,13 +68,30 @@ def requantize(source: Path, out: Path, *, file_type: int, threads: int) -> None
     """
     words = (str(source), str(out), str(file_type), str(threads))
     try:
-        run_module("tunesmith.export.quantizer", *words, what="llama.cpp's quantizer failed")
+        run_module("tunesmith.export.llama_cpp", *words, what="llama.cpp's quantizer failed")
     except ExportError as error:
         written = out.stat().st_size if out.exists() else 0
         # The quantizer says only that writing failed. Its output is at most as large as its input.
         if shutil.disk_usage(out.parent).free < source.stat().st_size - written:
             raise OSError(ENOSPC, os.strerror(ENOSPC), str(out)) from error
         raise
+
+
+def _quantize(source: str, out: str, file_type: str, threads: str) -> None:
+    import llama_cpp
+
+    errors: list[str] = []
+
+    def keep(level: int, text: bytes, data: object) -> None:
+        if level == _LOG_ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    callback = llama_cpp.llama_log_callback(keep)
+    llama_cpp.llama_log_set(callback, None)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = int(file_type), int(threads)
+    if code := llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings):
+        sys.exit("; ".join(errors) or f"it stopped with code {code}")
 
 
 @dataclass(frozen=True)
@@ -151,3 +175,7 @@ def load_in_llama_cpp(folder: Path, recipe: Recipe) -> LlamaCppModel:
     with silence_transformers():
         tokenizer = read_tokenizer(resolve_model(str(path), offline=True))
     return LlamaCppModel(tokenizer, "causal", "next_token", by, llama)
+
+
+if __name__ == "__main__":
+    _quantize(*sys.argv[1:])

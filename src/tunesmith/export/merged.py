@@ -96,6 +96,6 @@ MERGED = ExportTarget(
     num_bytes=lambda result, options: model_size(result.weights).num_params * _dtype(result, options).itemsize,
     tolerances=_tolerances,
     card=_card,
-    reads=("dtype", "merge_into"),
+    reads=("dtype",),
     finer=lambda options: "" if options.dtype == "float32" else "--dtype float32",
 )

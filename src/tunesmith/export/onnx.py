@@ -197,5 +197,5 @@ ONNX = ExportTarget(
     num_bytes=lambda result, options: model_size(result.weights).num_params * 4,
     tolerances=lambda result, options: EXACT,
     card=_card,
-    reads=("merge_into",),
+    reads=(),
 )

@@ -20,7 +20,6 @@ from tunesmith.formatting import command
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS
-from tunesmith.methods.qlora import unpack_base
 from tunesmith.models import load
 from tunesmith.models.folder import read_safetensors, read_tensors
 from tunesmith.models.load import model_kind, new_tokens_of
@@ -28,7 +27,7 @@ from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.defaults import find_head
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.types import Attachment, HeadName, Labels, ModelKind
 
@@ -54,8 +53,6 @@ class RunResult:
     labels: Labels | None
     base_hashes: dict[str, str]
     """SHA-256 of the base's files, by name; empty if every weight was tuned."""
-    merges_dequantized: bool = False
-    """Whether a base that was quantized for training is exported as its dequantized weights."""
     unchecked: str = ""
     """Note about a result whose run recorded no hashes."""
     planned_config: dict[str, Any] | None = None
@@ -70,11 +67,6 @@ class RunResult:
         """Quantization type of the base during training; None: not quantized."""
         method = self.recipe.method
         return METHODS[method.name].base_format(method).partition(" ")[0] or None
-
-    @property
-    def is_off_its_base(self) -> bool:
-        """Whether the export uses the original base instead of the quantized one of training."""
-        return self.quant is not None and not self.merges_dequantized
 
     @property
     def weights(self) -> ModelRef:
@@ -120,19 +112,14 @@ class RunResult:
 
     def load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Attachment | None]:
         """The tuned model on the CPU with weights in `dtype`, and the adapter on it."""
-        method = METHODS[self.recipe.method.name]
-        trained_dtype = getattr(torch, resolved(self.recipe.precision))
         model = load.load_model(
-            self.weights, dtype=trained_dtype if self.merges_dequantized else dtype, device="cpu", head=self.head,
-            labels=self.labels, seed=self.recipe.seed, tokenizer=self.tokenizer,
+            self.weights, dtype=dtype, device="cpu", head=self.head, labels=self.labels, seed=self.recipe.seed,
+            tokenizer=self.tokenizer,
         )  # fmt: skip
         if not self.is_adapter:
             return model, None
         resize_embeddings(model, new_tokens_of(self.recipe, self.base))
-        if self.merges_dequantized:
-            method.prepare_base(model, self.recipe.method, device="cpu")
-            unpack_base(model).to(dtype)
-        return model, method.load_result(model, self.folder)
+        return model, METHODS[self.recipe.method.name].load_result(model, self.folder)
 
     def without_weights(self) -> PreTrainedModel:
         """The model on the meta device, with the generation config of its base."""

@@ -12,7 +12,7 @@ from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.onnx import ONNX
 from tunesmith.export.run_result import RunResult
-from tunesmith.export.target import DTYPES, MERGE_INTO, ExportOptions, ExportTarget
+from tunesmith.export.target import DTYPES, ExportOptions, ExportTarget
 from tunesmith.methods import METHODS
 from tunesmith.runs.folder import Run
 
@@ -28,7 +28,7 @@ def check_options(target: str, options: ExportOptions) -> ExportTarget:
         if key not in (*chosen.reads, "license") and getattr(options, key) != default:
             readers = ", ".join(name for name, other in TARGETS.items() if key in other.reads)
             raise InputError(f"--{key.replace('_', '-')}: is not for --to {chosen.name}, only for {readers}.")
-    for key, known in {"merge_into": MERGE_INTO, "dtype": DTYPES, "quant": chosen.quants}.items():
+    for key, known in {"dtype": DTYPES, "quant": chosen.quants}.items():
         value = getattr(options, key)
         if key in chosen.reads and value not in known:
             raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")

@@ -1,7 +1,5 @@
 """Metrics of a model on any file of labelled rows, as a run measures its held-out rows."""
 
-# I rows
-
 from __future__ import annotations
 
 import heapq
@@ -26,7 +24,15 @@ from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.read import expand_folders
 from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
-from tunesmith.evaluation.bootstrap import Interval
+from tunesmith.evaluation.bootstrap import Floats, Interval, intervals, ratio
+from tunesmith.evaluation.compare import (
+    answer_baseline,
+    baseline_sentence,
+    capitalized,
+    never_right,
+    row_baseline,
+    too_few,
+)
 from tunesmith.evaluation.generate import (
     MOST_SHORT,
     PromptLimit,
@@ -37,20 +43,19 @@ from tunesmith.evaluation.generate import (
     sample_notes,
     sample_prompts,
 )
-from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
+from tunesmith.evaluation.predict_rows import (
+    Predictions,
+    constant_answer,
+    predict_rows,
+    row_lines,
+    row_results,
+    sigmoid,
+)
 from tunesmith.evaluation.retrieval import settled, settled_lists
 from tunesmith.evaluation.scores import answer_scores, score, score_answers
-from tunesmith.evaluation.verdicts import (
-    answer_baseline,
-    baseline_sentence,
-    capitalized,
-    never_right,
-    row_baseline,
-    too_few,
-)
 from tunesmith.formatting import plural
-from tunesmith.inference.judge import judged
 from tunesmith.inference.load import LoadedModel, load_base
+from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer
 from tunesmith.planning.defaults import with_choice
@@ -58,6 +63,9 @@ from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.types import Example, Layout, Part, Problem, TaskName
+
+# I rows
+
 
 OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
@@ -364,3 +372,77 @@ def _answer(
     }
     notes = [note, *sample_notes(prompts, num_rows=len(rows))]
     return sampled, [prompted[sample["source"]] for sample in sampled], notes
+
+
+QUESTION = (
+    "Here are a request and two answers to it.\n\n{request}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
+    "Which answer is better? Reply with A or B alone."
+)
+
+
+def judged(
+    judge: LoadedModel, prompts: Sequence[Example], before: Sequence[str], after: Sequence[str]
+) -> tuple[dict[str, Interval], str]:
+    """Win rates of the answers after against those before, and a note. A judge that writes sees both orders; if
+    it contradicts itself, or says neither, that is a tie. Raises InputError for a judge that can do neither."""
+    if judge.labels is not None and judge.labels.kind == "number":
+        sides: list[Sequence[float]] = [_rewards(judge, prompts, answers) for answers in (before, after)]
+    elif judge.head == "next_token":
+        sides = [_choices(judge, prompts, *answers) for answers in ((after, before), (before, after))]
+    else:
+        raise InputError(f"--judge: {judge.located.name} neither gives rewards nor writes. Use a run of task reward.")
+    longer_I = [len(new.split()) - len(old.split()) for old, new in zip(before, after, strict=True)]
+    won = (1 + np.sign(np.subtract(sides[1], sides[0]))) / 2
+    note = f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}"
+    return win_rates(won, np.array(longer_I, np.float64)), f"{note}; {plural(int((won == 0.5).sum()), 'tie')}"
+
+
+def _rewards(judge: LoadedModel, prompts: Sequence[Example], answers: Sequence[str]) -> list[float]:
+    given = [Part("assistant", answer or " ", True) for answer in answers]  # templates refuse an empty one
+    rows = [replace(example, parts=(*example.parts, part)) for example, part in zip(prompts, given, strict=True)]
+    return list(map(float, _values(judge, rows)))
+
+
+def _choices(judge: LoadedModel, prompts: Sequence[Example], first: Sequence[str], second: Sequence[str]) -> list[int]:
+    """1 where the second answer is chosen, -1 where the first is, else 0."""
+    rows = []
+    for example, a, b in zip(prompts, first, second, strict=True):
+        request = "\n\n".join(f"{part.role}: {part.text}" for part in example.parts)
+        parts = (Part("user", QUESTION.format(request=request, a=a, b=b), False),)
+        rows.append(replace(example, parts=parts, tools=()))
+    return [{"A": -1, "B": 1}.get(str(said).strip()[:1].upper(), 0) for said in _values(judge, rows)]
+
+
+def _values(judge: LoadedModel, rows: Sequence[Example]) -> Iterator[Any]:
+    """The judge's answer to each row. Raises DataError for a row that it cannot read."""
+    for line in Predictor(judge, max_new_tokens=4)(rows, lambda done: None, lambda warning: None):
+        if isinstance(line, Problem):
+            raise DataError(f"--judge: {line}", [line])
+        yield next(iter(line.values()))
+
+
+# I prompts, R resamples, 2: constant, length
+
+
+RIDGE = (1e-3, 1.0)  # penalties of a² and b²: they stay finite where one side always wins
+
+
+def win_rates(won_I: Floats, longer_I: Floats) -> dict[str, Interval]:
+    """`win_rate`, and `win_rate_alike`, what it would be for answers as long as those before.
+
+    `won_I`: 1 where the later answer is better, 0.5 a tie. `longer_I`: words that it has more. The second is σ(a) of
+    P(won) = σ(a + b tanh(longer / spread)) (Dubois et al. 2024, arXiv 2404.04475, section 3, without the term of the
+    prompt's difficulty).
+    """
+    given_I2 = np.stack([np.ones_like(longer_I), np.tanh(longer_I / (longer_I.std() or 1.0))], axis=1)
+
+    def alike(weights_RI: Floats) -> Floats:
+        ab_R2 = np.zeros((len(weights_RI), 2))
+        for _ in range(20):  # Newton's method
+            p_RI = sigmoid(ab_R2 @ given_I2.T)
+            slope_R2 = (weights_RI * (won_I - p_RI)) @ given_I2 - RIDGE * ab_R2
+            curve_R22 = np.einsum("ri,ij,ik->rjk", weights_RI * p_RI * (1 - p_RI), given_I2, given_I2) + np.diag(RIDGE)
+            ab_R2 += np.linalg.solve(curve_R22, slope_R2[..., None])[..., 0]
+        return sigmoid(ab_R2[:, 0])
+
+    return intervals(len(won_I), {"win_rate": ratio(won_I), "win_rate_alike": alike})

@@ -27,8 +27,7 @@ from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
-from tunesmith.inference.output import OutputFile
-from tunesmith.inference.rows import Answered, Counts, Line, RowStream, read_file, read_list, read_pipe
+from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list, read_pipe
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
@@ -274,10 +273,6 @@ def predict_to(
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
     output = OutputFile(out, fingerprint(predictor, path, bare=bare, keep=keep), kept=keep, overwrite=overwrite)
-    if output.is_complete:
-        output.close()
-        say(f"{out}: complete already")
-        return Counts(answered=output.num_lines - output.num_errors, errors=output.num_errors)
     try:
         if output.num_lines:
             say(f"{out}: continues after {output.num_lines:,} rows")

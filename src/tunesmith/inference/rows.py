@@ -1,20 +1,31 @@
-"""Rows to be answered, from a file, a pipe or a list, and a line for each in their order, in bounded memory."""
+"""Rows to be answered, from a file, a pipe or a list, and a line for each in their order, in bounded memory.
+
+`predict --out FILE` is resumable by whole lines, and has its own name only when it is complete:
+
+FILE.part            a line for each row so far
+FILE.progress.json   the identity of model, rows and options, until FILE is complete
+"""
 
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
+from pathlib import Path
 from typing import Any, cast
+
+import orjson
 
 from tunesmith.data.detect_format import BOM, ByteStream, FileFacts
 from tunesmith.data.examples import FileExamples, examples
 from tunesmith.data.problems import describe_type, refusal
 from tunesmith.data.read_json import BadRow, json_lines, rest_of_line, too_long
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, StorageError
 from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.runs import atomic
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
@@ -280,3 +291,108 @@ class _Pipe(io.RawIOBase):
 
     def tell(self) -> int:
         return self._num_bytes
+
+
+class OutputFile:
+    """An open file of answers. `num_lines` were written before, `num_errors` of these without an answer."""
+
+    def __init__(
+        self, path: Path, identity: Mapping[str, str], *, kept: Sequence[str] = (), overwrite: bool = False
+    ) -> None:
+        """Open the file to continue it, without its half last line, or a new one.
+
+        `kept` are columns that lines without an answer have too. Raises InputError where the file is complete, was
+        started with another identity, or is being written by another process; StorageError.
+        """
+        self.path, self.part = path, path.with_name(path.name + ".part")
+        self._progress = path.with_name(path.name + ".progress.json")
+        self._unanswered = {"source", "error", "reference", *kept}
+        self.num_lines, self.num_errors, self.last_source = 0, 0, ""
+        if path.exists() and not overwrite:
+            raise InputError(f"{path}: is there already. Choose another --out, or write over it with --overwrite.")
+        with atomic.storing(path):
+            self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115 (`close` closes it)
+        try:
+            _lock(self._file.fileno(), path)
+            with atomic.storing(path):
+                atomic.clean(path.parent, name=self._progress.name)
+                if overwrite:
+                    self._file.truncate(0)
+                if os.fstat(self._file.fileno()).st_size:
+                    self._refuse_changes(identity)
+                else:
+                    atomic.write_atomic(self._progress, atomic.to_json(identity, indent=True) + b"\n")
+                self._read_lines()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _refuse_changes(self, now: Mapping[str, str]) -> None:
+        then = atomic.from_json(self._progress.read_bytes()) if self._progress.exists() else {}
+        changed = [
+            f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}"
+            for key in sorted({*now, *then})
+            if now.get(key) != then.get(key)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path}: was started with something else: {'; '.join(changed)}. Put it back, choose another "
+                "--out, or start again with --overwrite."
+            )
+
+    def _read_lines(self) -> None:
+        """Count the lines, and drop what a killed process left behind the last line end."""
+        end = 0
+        with open(self.part, "rb") as reader:
+            for line in reader:
+                if not line.endswith(b"\n"):
+                    break
+                end += len(line)
+                value = orjson.loads(line)
+                self.num_lines += 1
+                self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
+                self.last_source = str(value.get("source", ""))
+        self._file.truncate(end)
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines that are on the disk when this returns. Where the disk refuses them, none of them is there."""
+        # Plain JSON, in which a number that is none is null.
+        content = memoryview(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            with atomic.storing(self.path, num_bytes=len(content)):
+                while content:
+                    content = content[self._file.write(content) :]
+                os.fsync(self._file.fileno())
+        except StorageError:
+            self._file.truncate(start)
+            raise
+
+    def finish(self) -> None:
+        """Give the complete file its name."""
+        self.close()  # not everywhere can an open file be renamed
+        with atomic.storing(self.path):
+            os.replace(self.part, self.path)
+            self._progress.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file, to be continued by a later call."""
+        self._file.close()
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Raise InputError where another process writes the file: the lines of both would be mixed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing it. Wait for it, or choose another --out.") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _short(value: str | None) -> str:
+    return "absent" if value is None else value if len(value) <= 40 else f"{value[:12]}…"

@@ -30,8 +30,8 @@ from tunesmith.methods.adapter_format import (
     writing_adapter,
 )
 from tunesmith.methods.master_weights import MasterWeights
-from tunesmith.methods.prompt_tuning import VirtualTokens
 from tunesmith.methods.targets import Target, refuse_frozen_new, tied_reasons
+from tunesmith.methods.virtual_tokens import VirtualTokens
 from tunesmith.models import heads
 from tunesmith.models.forward import body_of
 from tunesmith.models.modes import silence_transformers

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,8 +31,6 @@ from tunesmith.serve.scheduler import PreparedRequest
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
 
-MAX_LOGPROBS = 20
-
 
 @dataclass
 class ServedModel:
@@ -50,7 +47,8 @@ class ServedModel:
 
     def prepare(self, key: int, request: GenerationRequest, options: EngineOptions) -> PreparedRequest:
         """The request as the scheduler takes it. Raises RequestError."""
-        _check_ranges(request, options)
+        if request.n > options.streams:
+            raise RequestError(f"n is {request.n}; it has to be from 1 to {options.streams}", param="n")
         prompt = self.prompt_ids(request)
         max_new_tokens = self._max_new_tokens(request, len(prompt), options)
         grammar = None
@@ -155,22 +153,6 @@ def _content(message: Mapping[str, Any]) -> str:
     if not isinstance(content, str | None):
         raise RequestError("the content of a message has to be one text", param="messages")
     return content or ""
-
-
-def _check_ranges(request: GenerationRequest, options: EngineOptions) -> None:
-    ranges: list[tuple[str, float | None, float, float]] = [
-        ("temperature", request.temperature, 0, math.inf),
-        ("top_p", request.top_p, 0, 1),
-        ("n", request.n, 1, options.streams),
-        ("max_tokens", 1 if request.max_tokens is None else request.max_tokens, 1, math.inf),
-        ("logprobs", request.logprobs or 0, 0, MAX_LOGPROBS),
-        ("presence_penalty", request.presence_penalty, -2, 2),
-        ("frequency_penalty", request.frequency_penalty, -2, 2),
-    ]
-    for name, value, low, high in ranges:
-        if value is None or not (low <= value <= high and math.isfinite(value)):  # JSON turns infinity into null
-            limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"a number from {low:g} up"
-            raise RequestError(f"{name} is {value}; it has to be {limit}", param=name)
 
 
 @dataclass

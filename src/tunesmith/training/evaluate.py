@@ -19,6 +19,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
+from tunesmith.evaluation.compare import preference_notes
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, answer_samples
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
@@ -32,7 +33,6 @@ from tunesmith.evaluation.predict_rows import (
 )
 from tunesmith.evaluation.retrieval import other_rows, settled, settled_lists
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
-from tunesmith.evaluation.verdicts import preference_notes
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.progress import Session

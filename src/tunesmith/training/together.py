@@ -177,7 +177,7 @@ def broadcast(setup: Setup, tensors: Mapping[str, Tensor] | None) -> dict[str, T
 
 
 def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
-    """What this rank keeps of a tensor of a checkpoint."""
+    """The piece of a tensor of a checkpoint that this rank keeps."""
     if not setup.attachment.shards:
         return tensor
     from tunesmith.parallel.sharding import piece_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.report.build import RunSeries, build, kept_report
+from tunesmith.evaluation.report.build import RunSeries, build
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import Run
 
@@ -25,23 +25,14 @@ def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]
 def smoke_test(lengths: Mapping[str, Any]) -> None:
     """Import everything that a report needs and draw one of its plots: most of the time that it takes. `lengths` is the
     histogram of the report."""
-    from tunesmith.evaluation.report.html import as_html  # noqa: F401
+    from tunesmith.evaluation.report.pages import as_html  # noqa: F401
     from tunesmith.evaluation.report.plots import length_plot
 
     length_plot(lengths)
 
 
-def redraw(run: Run) -> None:
-    """Write report.html and report.md again from report.json, the events and each row's result.
-
-    Raises RunError where the run has no report.
-    """
-    _write_pages(run, RunSeries.of(run.events()), kept_report(run))
-
-
 def _write_pages(run: Run, series: RunSeries, report: Mapping[str, Any]) -> None:
-    from tunesmith.evaluation.report.html import as_html
-    from tunesmith.evaluation.report.markdown import as_markdown
+    from tunesmith.evaluation.report.pages import as_html, as_markdown
     from tunesmith.evaluation.report.sections import make_page
 
     page = make_page(run, series, report)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.errors import RunError
+from tunesmith.evaluation.compare import answer_baseline, changes, row_baseline
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report.text import headline
 from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, sureness
-from tunesmith.evaluation.verdicts import answer_baseline, changes, row_baseline
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event, has_new_head

@@ -1,20 +1,22 @@
-"""The page of a report as sections of blocks: one value, from which both renderers write."""
+"""The pages of a report and of a comparison as sections of blocks: one value, from which both renderers write."""
 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tunesmith.evaluation.metrics import METRICS, VERDICTS
+import tunesmith
+from tunesmith.evaluation.compare import Comparison, Difference
+from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import text
 from tunesmith.evaluation.report.build import MOST_LISTED, RunSeries, label_text, target_of
-from tunesmith.evaluation.report.plots import Plot, answer_plots, length_plot, training_plots
+from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, answer_plots, draw, length_plot, training_plots
+from tunesmith.evaluation.report.text import one_line
 from tunesmith.formatting import duration, option, plural, size
 from tunesmith.runs.folder import Run
-
-Whiskers = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,6 @@ class Cell:
     """An interval, in small print."""
     mark: str = ""
     """right, wrong, better, worse, unclear, or none."""
-    whiskers: Whiskers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Column:
     """One column; `kind` says how its cells are set: text of the data, a class, a number, or a drawing."""
 
     title: str
-    kind: Literal["text", "name", "source", "number", "result", "head", "verdict", "whiskers"] = "text"
+    kind: Literal["text", "name", "source", "number", "result", "head", "verdict"] = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class SampleAnswers:
-    """Prompts with their answers before and after, differences marked."""
+    """Prompts with their answers before and after."""
 
     samples: Sequence[Mapping[str, Any]]
     kind: str = "answers"
@@ -158,18 +159,17 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
             " Both sides are measured on the same rows: a difference is called better or worse where its paired "
             "interval excludes 0."
         )
-    circles = " ○ before, ● after." if report["metrics"]["before"] else ""
-    yield Paragraph(f"{text.sample_text(report)} {reading}{circles}")
+    yield Paragraph(f"{text.sample_text(report)} {reading}")
     compared = [Column(other, "number")] if other else []
     columns = [Column("measure", "head"), *compared, Column(ours, "result")]
-    columns += [Column("difference", "number"), Column("", "whiskers"), Column("", "verdict")] if other else []
+    columns += [Column("difference", "number"), Column("", "verdict")] if other else []
     rows = []
     for line in lines:
         cells = [Cell(line.label), *([Cell(line.other, line.other_bounds)] if other else [])]
         cells.append(Cell(line.after, line.after_bounds))
         if other:
             verdict = Cell(VERDICTS[line.verdict], mark=line.verdict)
-            cells += [Cell(line.change), Cell("", whiskers=line.whiskers), verdict]
+            cells += [Cell(line.change), verdict]
         rows.append(cells)
     yield Table(columns, rows, "stack")
     yield Fold("What each measure is", [FactList([(line.label, line.doc) for line in lines])])
@@ -227,10 +227,7 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block]:
     if not samples:
         return
     if not report.get("short_answers"):
-        yield Paragraph(
-            "Held-out prompts, answered before and after. Words that are gone are struck out, new ones underlined; "
-            "✓ is equal to the reference."
-        )
+        yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference.")
         yield SampleAnswers(samples)
         return
     yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
@@ -339,3 +336,53 @@ def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[
     yield Fold("Recipe", [Code(run.recipe_path.read_text("utf-8"))])
     yield Fold("Versions", [FactList(list(report["versions"].items()))])
     yield Fold("Hashes of model, data and tokenizer", [FactList(hashes)])
+
+
+def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str) -> Page:
+    """The page of `evaluation.compare.compare_runs`; `names`: of all runs, the first one first."""
+    keys, unit = list(found[0].metrics), "document" if found[0].are_documents else "row"
+    plots = [_plot(key, names, [one.metrics[key] for one in found if key in one.metrics]) for key in keys]
+    summary = f"{plural(len(names), 'run')} on the {plural(found[0].num_rows, unit)} that all have; A is {names[0]}."
+    versions = {"tunesmith": tunesmith.__version__}
+    report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
+    sections = [
+        PageSection("values", "Values", [_table(names, found, keys)]),
+        PageSection("differences", "Differences from A", [Figures(plots)]),
+    ]
+    return Page(report, time.time(), summary, [], ("", ""), sections)
+
+
+def _table(names: Sequence[str], found: Sequence[Comparison], keys: Sequence[str]) -> Table:
+    columns = [Column("run", "name"), *(Column(info_of(key).label, "number") for key in keys)]
+    first = [Cell(f"A: {names[0]}"), *(Cell(info_of(key).text(found[0].metrics[key].a)) for key in keys)]
+    rows = [first]
+    for name, one in zip(names[1:], found, strict=True):
+        differs = [one.metrics.get(key) for key in keys]
+        rows.append([Cell(name), *(_cell(key, each) for key, each in zip(keys, differs, strict=True))])
+    return Table(columns, rows)
+
+
+def _cell(key: str, differs: Difference | None) -> Cell:
+    if differs is None:
+        return Cell("–")
+    chance = "" if differs.is_clear else ", may be chance"
+    return Cell(info_of(key).text(differs.b), f"{info_of(key).difference(differs.b_minus_a)}{chance}")
+
+
+def _plot(key: str, names: Sequence[str], differences: Sequence[Difference]) -> Plot:
+    info, others = info_of(key), [one_line(name, 30) for name in names[1:]]
+
+    def paint(axes: Any) -> None:
+        axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        for y, differs in enumerate(differences):
+            interval, colour = differs.b_minus_a, ACCENT if differs.is_clear else MUTED
+            marker = "o" if differs.is_clear else "$\\sim$"
+            axes.plot([interval["low"], interval["high"]], [y, y], color=colour, linewidth=1.6)
+            axes.plot(interval["value"], y, color=colour, marker=marker, linestyle="")
+        axes.set_yticks(range(len(differences)), others[: len(differences)])
+        axes.set_ylim(len(differences) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+
+    better = "" if info.better == "neither" else f"; {info.better} is better"
+    text = f"Difference from A with its 95 % interval{better}. A dot: clear; a wave: may be chance."
+    return draw(f"difference-{key}", info.label.capitalize(), text, paint, height=70 + 24 * len(differences))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.evaluation.compare import baseline_sentence, capitalized, never_right, too_few, verdict_words
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
 from tunesmith.evaluation.scores import is_short
-from tunesmith.evaluation.verdicts import baseline_sentence, capitalized, never_right, too_few, verdict_words
 from tunesmith.formatting import duration, plural
 from tunesmith.tasks import TASKS
 
@@ -34,8 +33,6 @@ class MetricLine:
     change: str
     """The paired difference with its interval."""
     verdict: Verdict
-    whiskers: tuple[tuple[float, float, float], tuple[float, float, float]] | None
-    """(low, value, high) of both on a scale from 0 to 1 that both fill; None without intervals."""
 
 
 def sides(report: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,7 +77,7 @@ def _is_shown(report: Mapping[str, Any], key: str) -> bool:
 
 
 def _line(report: Mapping[str, Any], key: str) -> MetricLine:
-    info, after, before = info_of(key), report["metrics"]["after"]["measures"][key], report["metrics"]["before"]
+    info, after = info_of(key), report["metrics"]["after"]["measures"][key]
     other, change = _compared(report, key)
     return MetricLine(
         label=info.label,
@@ -91,7 +88,6 @@ def _line(report: Mapping[str, Any], key: str) -> MetricLine:
         after_bounds=info.bounds(after),
         change=_change(info, after, other, change),
         verdict="" if change is None else info.verdict(change),
-        whiskers=None if before is None or other is None else _whiskers(other, after),
     )
 
 
@@ -109,17 +105,6 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: M
     if difference == 0 or (change is not None and change["value"] == 0):
         return "same"
     return info.difference(change or {"value": difference})
-
-
-def _whiskers(
-    before: Interval, after: Interval
-) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-    ends = [one.get(end, math.nan) for one in (before, after) for end in ("low", "value", "high")]
-    low, high = min(ends), max(ends)
-    if not (all(map(math.isfinite, ends)) and high > low):
-        return None
-    a, b, c, d, e, f = ((end - low) / (high - low) for end in ends)
-    return (a, b, c), (d, e, f)
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -254,12 +239,6 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_WORDS = re.compile(r"\s*\S+\s*")
-_MOST_WORDS = 2000
-_SAME_ENOUGH = 0.2
-
-Marked = list[tuple[str, bool]]
-"""Spans of a text, and whether the other text lacks them."""
 
 
 def visible(text: str) -> str:
@@ -278,29 +257,3 @@ def one_line(text: str, width: int) -> str:
     """The text on one line, at most `width` characters."""
     flat = " ".join(visible(text[: 8 * width]).split())
     return flat if len(flat) <= width and len(text) <= 8 * width else flat[: width - 1].rstrip() + "…"
-
-
-def differences(before: str, after: str) -> tuple[Marked, Marked] | None:
-    """Both texts as spans of words, those that only one text has marked (difflib).
-
-    None where they have so little in common, or are so long, that marks would not help.
-    """
-    words, others = _WORDS.findall(before), _WORDS.findall(after)
-    if max(len(words), len(others)) > _MOST_WORDS:
-        return None
-    matcher = difflib.SequenceMatcher(None, [w.strip() for w in words], [w.strip() for w in others], autojunk=False)
-    if matcher.ratio() < _SAME_ENOUGH or not words or not others:
-        return None
-    codes = matcher.get_opcodes()
-    left = _joined((words[a:b], tag != "equal") for tag, a, b, _, _ in codes)
-    right = _joined((others[a:b], tag != "equal") for tag, _, _, a, b in codes)
-    return left, right
-
-
-def _joined(stretches: Iterator[tuple[list[str], bool]]) -> Marked:
-    joined = []
-    for words, marked in stretches:
-        text = "".join(words)
-        end = len(text.rstrip())
-        joined += [(text[:end], marked), (text[end:], False)]
-    return [(text, marked) for text, marked in joined if text]

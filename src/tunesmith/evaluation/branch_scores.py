@@ -1,6 +1,8 @@
-"""Metrics of preferences: of pairs of answers, and of answers that are wanted or not."""
+"""Metrics of rows with branches: answers that are preferred or not, documents that are ranked, scored pairs.
 
-# I rows
+An anchor has one right document, so that recall is the share of rows that find it, and nDCG@10 is 1 / log2(1 + rank)
+(Järvelin and Kekäläinen 2002); a list brings its own. A result holds the rank by the model and that by BM25.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ import numpy as np
 
 from tunesmith.evaluation import bootstrap
 from tunesmith.evaluation.bootstrap import Floats, Statistic, ratio
+
+# I rows
 
 Results = Sequence[Mapping[str, Any]]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
@@ -153,3 +157,50 @@ def _by_length(margins_I: Floats, longer_I: Floats) -> dict[str, Any]:
         "margins": [[float(longer_I[i]), float(margins_I[i])] for i in _spread(len(margins_I))],
         "by_length": of_length,
     }
+
+
+# I rows
+
+
+CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
+"""Ranks at which recall is drawn."""
+BM25 = "bm25"
+
+
+def by_bm25(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows as if BM25 had ranked their documents."""
+    return [{**row, "rank": row[BM25], **({"ndcg": row["bm25_ndcg"]} if "ndcg" in row else {})} for row in rows]
+
+
+def rank_statistics(
+    rows: Sequence[Mapping[str, Any]], _: Sequence[str] = (), complete: bool = True
+) -> dict[str, Statistic]:
+    """recall@1, recall@10, MRR@10 and nDCG@10."""
+    rank_I = column(rows, "rank")
+    near_I = rank_I <= 10
+    return {
+        "recall_1": ratio(rank_I <= 1),
+        "recall_10": ratio(near_I),
+        "mrr_10": ratio(near_I / rank_I),
+        "ndcg_10": ratio(column(rows, "ndcg") if "ndcg" in rows[0] else near_I / np.log2(1 + rank_I)),
+    }
+
+
+def rank_details(rows: Sequence[Mapping[str, Any]], _: Sequence[str] = ()) -> dict[str, Any]:
+    """Recall over ranks, of the model, of BM25, and of vectors that are cut."""
+    ranks = {"model": column(rows, "rank"), "BM25": column(rows, BM25)}
+    for dim in rows[0].get("dims", {}):
+        ranks[f"{dim} numbers"] = np.array([row["dims"][dim] for row in rows])
+    recall = {name: [float((rank_I <= k).mean()) for k in CURVE] for name, rank_I in ranks.items()}
+    return {"recall": {"at": list(CURVE), **recall}, "documents": int(column(rows, "documents").max())}
+
+
+def similarity_statistics(
+    rows: Sequence[Mapping[str, Any]], _: Sequence[str] = (), complete: bool = True
+) -> dict[str, Statistic]:
+    """Rank correlation of cosine and score."""
+    return {"spearman": bootstrap.spearman(column(rows, "value"), column(rows, "similarity"))}
+
+
+def similarity_details(rows: Sequence[Mapping[str, Any]], _: Sequence[str] = ()) -> dict[str, Any]:
+    return {"scatter": [[rows[i]["value"], rows[i]["similarity"]] for i in _spread(len(rows))]}
