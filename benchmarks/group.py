@@ -10,7 +10,8 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def add_group(verbs: Any) -> None:
         default=[2, 4],
         help="processes of the twelve runs, beside one; none: no such runs",
     )
+    add("--folder", type=Path, help="keeps what the twelve runs found; a second call goes on there")
     add("--kills", type=int, default=50, help="ranks killed; 0: none")
     add("--seed", type=int, default=0, help="of the moments and ranks of kills")
     group.set_defaults(run=_group)
@@ -42,7 +44,7 @@ def _group(options: argparse.Namespace, words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.sizes:
-            _compare(many, folder, options.sizes)
+            _compare(many, options.folder or folder, options.sizes)
         if options.kills:
             made = many.killed_run(folder, kills=options.kills, seed=options.seed)
             is_same = many.values_of(made.killed.events()) == many.values_of(made.straight.events())
@@ -53,11 +55,27 @@ def _group(options: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
+def _of_group(many: Any, folder: Path, size: int) -> Any:
+    return many.start(folder, "twelve", size=size, limit_s=400)[0]["twelve"]
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier call found, else what `make` finds."""
+    if not path.exists():
+        found = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), "utf-8")
+        print(f"{path.stem}: done", file=sys.stderr, flush=True)
+    return json.loads(path.read_text("utf-8"))
+
+
 def _compare(many: Any, folder: Path, sizes: Sequence[int]) -> None:
     """Print the largest difference of a step's loss from that of one process, for each run and number of processes."""
-    recipes = many.write_twelve(folder)
-    alone = many.steps_alone(folder, recipes)
-    found = {size: many.start(folder / f"of-{size}", "twelve", size=size)[0]["twelve"] for size in sizes}
+    recipes = kept(folder / many.TWELVE, lambda: many.write_twelve(folder))
+    alone = kept(folder / "alone.json", lambda: many.steps_alone(folder, recipes))
+    found = {
+        size: kept(folder / f"{size}.json", partial(_of_group, many, folder / f"of-{size}", size)) for size in sizes
+    }
     print(f"| run | first loss | {' | '.join(f'{size} processes: first step, all steps' for size in sizes)} |")
     print(f"|{'---|' * (2 + len(sizes))}")
     for run, one in alone.items():

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -87,29 +89,38 @@ class Process:
     Errors are kept in a file until the end. Attributes: `pid`, `stdout`, and after the end `returncode`.
     """
 
-    def __init__(self, *words: str | Path, cwd: Path | None = None, stdout: int | None = None) -> None:
+    def __init__(
+        self,
+        *words: str | Path,
+        cwd: Path | None = None,
+        stdout: int | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.stdout: IO[str] | None = None
         self.returncode: int | None = None
         self._errors = TemporaryFile("w+")  # noqa: SIM115
         ends, theirs = socket.socketpair()
         read, write = (None, stdout) if stdout is not None else os.pipe()
-        what = {"words": [*map(str, words)], "cwd": str(cwd or Path.cwd()), "env": dict(os.environ)}
+        what = {"words": [*map(str, words)], "cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
         with open(os.devnull) as nothing, theirs:
             fds = [nothing.fileno(), write, self._errors.fileno(), theirs.fileno()]
             socket.send_fds(_server(), [json.dumps(what).encode()], fds)
         if read is not None:
             os.close(write)
             self.stdout = open(read)  # noqa: SIM115
-        self._end = ends.makefile()
+        self._ends, self._end = ends, ends.makefile()
         self.pid = int(self._end.readline())
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def wait(self) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
+            if not select.select([self._ends], [], [], timeout)[0]:
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s")
             self.returncode = int(self._end.readline())
             self._end.close()
+            self._ends.close()
         return self.returncode
 
     def communicate(self) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Starts a group of gloo processes for tests, without an agent: each runs scenarios, and writes what it found.
 
-    python group.py FOLDER MODULE SCENARIO ...
+    python -m parallel.group FOLDER MODULE SCENARIO ...
 
-is one rank. A rank that takes longer than a minute is killed, so that nothing hangs.
+is one rank, forked from a process that has imported everything. One that takes too long is
+killed, so that nothing hangs.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
+from fresh import Process
+from tunesmith.evaluation import report
+
 LIMIT_S = 150
 """Seconds for all scenarios of one start, on a busy machine."""
 
 
 def start(
-    folder: Path, *names: str, size: int = 2, module: str = "parallel.scenarios", killed: tuple[int, ...] = ()
+    folder: Path,
+    *names: str,
+    size: int = 2,
+    module: str = "parallel.scenarios",
+    killed: tuple[int, ...] = (),
+    limit_s: float = LIMIT_S,
 ) -> list[dict[str, Any]]:
     """What each rank found, by scenario: its value, or {"error", "text"}. `killed`: ranks that the last one kills."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,23 +42,25 @@ def start(
         more = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
         more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         more |= {"KILLED": json.dumps(killed)}
-        words = [sys.executable, __file__, str(folder), module, *names]
+        environment = {**os.environ, **{key: str(value) for key, value in more.items()}}
         with open(folder / f"rank-{rank}.log", "wb") as log:
-            environment = {**os.environ, **{key: str(value) for key, value in more.items()}}
-            ranks.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            words = ("-m", "parallel.group", folder, module, *names)
+            ranks.append(Process(*words, env=environment, stdout=log.fileno()))
     try:
-        codes = [rank.wait(LIMIT_S) for rank in ranks]
+        codes = [rank.wait(limit_s) for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()
+            if rank.returncode is None:
+                rank.send_signal(signal.SIGKILL)
     assert codes == [-9 if rank in killed else 0 for rank in range(size)], "".join(
-        (folder / f"rank-{rank}.log").read_text() for rank in range(size)
+        rank.communicate()[1] for rank in ranks
     )
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
 
 
 def main() -> None:
-    sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
+    os.fsync = lambda descriptor: None  # as in conftest.py, and no pages
+    report._write_pages = lambda *given, **how: None  # type: ignore[attr-defined]
     scenarios = importlib.import_module(sys.argv[2])
     from torch.distributed.rendezvous import rendezvous
 

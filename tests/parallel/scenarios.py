@@ -27,11 +27,12 @@ from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import DataFile, Recipe
-from tunesmith.training import loop, setup, step, together, trainer
+from tunesmith.runs.folder import Run
+from tunesmith.training import loop, resolve, setup, step, together, trainer
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.together import digest, joined, refuse_other_inputs
-from tunesmith.training.trainer import Listener, train
+from tunesmith.training.trainer import Listener, resume, train
 
 QUIET = {"evaluation": {"samples": 0, "general": False, "surprising": 0}}
 
@@ -40,6 +41,14 @@ def make_inputs(folder: Path) -> None:
     """A two-layer model, twenty chats and their recipe, for all ranks."""
     recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 3}, **QUIET)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    write_alike(folder / "alike.jsonl")
+
+
+def write_alike(path: Path) -> None:
+    """The chats again, each after the same system prompt, so that most of their tokens are shared."""
+    rows = [json.loads(line) for line in (path.parent / "chats.jsonl").read_text().splitlines()]
+    prompt = {"role": "system", "content": "the quick brown fox jumps over a lazy dog " * 2}
+    path.write_text("".join(json.dumps({"messages": [prompt, *row["messages"]]}) + "\n" for row in rows))
 
 
 def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
@@ -48,7 +57,7 @@ def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
     if method == "full":
         recipe["method"] = {"name": "full"}
     for name, values in sections.items():
-        recipe[name] |= values
+        recipe[name] = recipe[name] | values if isinstance(values, dict) else values
     return validate(recipe)
 
 
@@ -89,6 +98,24 @@ def full(folder: Path) -> Any:
 def few_rows(folder: Path) -> Any:
     """A step of one row: a rank has none."""
     return steps(folder, "lora", train={"epochs": 1, "rows_per_step": 1, "max_steps": 4})
+
+
+def alike(folder: Path, recipe: Recipe | None = None) -> Any:
+    """Rows with one beginning, which is computed once."""
+    recipe = recipe or recipe_of(folder, "lora", data={"train": [str(folder / "alike.jsonl")]}, train={"epochs": 1})
+    with together_as(recipe, folder) as made:
+        return {"shares": made.collator.shares, **steps_of(made)}
+
+
+def alike_planted(folder: Path) -> Any:
+    """Each rank decides by its own part of the steps."""
+    right = setup.shared_prefixes
+
+    def own(plan: StepSampler, store: Any) -> Any:
+        return replace(right(plan, store), saved=0.0) if plan.part[0] else right(plan, store)
+
+    with patch.object(setup, "shared_prefixes", own), patch.object(resolve, "shared_prefixes", own):
+        return alike(folder)
 
 
 def _meet(change: Callable[..., Any]) -> Any:
@@ -232,12 +259,14 @@ def not_finite_planted(folder: Path) -> Any:
         return not_finite(folder)
 
 
-def _whole(folder: Path, name: str, listener: Listener | None = None, **sections: Any) -> dict[str, Any]:
+def _whole(
+    folder: Path, name: str, listener: Listener | None = None, inputs: Path | None = None, **sections: Any
+) -> dict[str, Any]:
     sections.setdefault("evaluation", {"samples": 9, "sample_tokens": 2, "surprising": 8, "every": 4})
     sections.setdefault("checkpoint", {"every": 2, "keep": 9})
     out = folder / name
     try:
-        run = train(recipe_of(folder, **sections), root=folder / "root", out=out, listener=listener)
+        run = train(recipe_of(inputs or folder, **sections), root=folder / "root", out=out, listener=listener)
     except Stopped as stopped:
         return {"error": "Stopped", "text": str(stopped)}
     return {"run": str(run.path), "type": type(run).__name__}
@@ -245,6 +274,18 @@ def _whole(folder: Path, name: str, listener: Listener | None = None, **sections
 
 def straight(folder: Path) -> Any:
     return _whole(folder, "straight")
+
+
+LONG: dict[str, Any] = {"train": {"epochs": 25}, "checkpoint": {"every": 20}}
+"""150 steps: a second or two."""
+
+
+def long(folder: Path) -> Any:
+    return _whole(folder, "straight", **LONG, evaluation={})
+
+
+def goes_on(folder: Path) -> Any:
+    return str(resume(Run(folder / "killed")).path)
 
 
 def _after(number: int, rank: int) -> Listener:
@@ -276,6 +317,25 @@ def stopped_planted(folder: Path) -> Any:
 def resumed(folder: Path) -> Any:
     """The rule for a group that is started again: the same words go on with the run."""
     return _whole(folder, "stopped")
+
+
+def _apart(folder: Path, ranks: tuple[int, ...], listener: Listener | None = None) -> Any:
+    """Two machines without a common disk; `ranks`: the machine of each rank."""
+    machine = f"machine-{ranks[int(os.environ['RANK'])]}"
+    return _whole(folder / machine, "run", listener, evaluation={"samples": 0}, inputs=folder)
+
+
+def apart(folder: Path) -> Any:
+    return _apart(folder, (0, 1), _after(3, rank=0))
+
+
+def apart_swapped(folder: Path) -> Any:
+    """Rank 0 is on the other machine after the restart."""
+    return _apart(folder, (1, 0))
+
+
+def apart_again(folder: Path) -> Any:
+    return {**_apart(folder, (0, 1)), "left": sorted(path.name for path in (folder / "machine-1").rglob("*"))}
 
 
 def started_again(folder: Path) -> Any:

@@ -16,13 +16,14 @@ from unittest.mock import patch
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from parallel.scenarios import QUIET, steps_of, together_as
+from parallel.scenarios import QUIET, steps_of, together_as, write_alike
+from parallel.scenarios import alike as whole_alike
 from parallel.scenarios import recipe_of as whole_recipe_of
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.data.sampler import StepSampler
-from tunesmith.parallel import world
+from tunesmith.parallel import sharding, world
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
@@ -38,6 +39,7 @@ def make_inputs(folder: Path) -> None:
     recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 3}, **QUIET)
     tiny_model(vocab_size=len(tiny_tokenizer()), intermediate_size=768).save_pretrained(recipe.model)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    write_alike(folder / "alike.jsonl")
 
 
 def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
@@ -72,6 +74,29 @@ def lora(folder: Path) -> Any:
 
 def full(folder: Path) -> Any:
     return steps(folder, "full")
+
+
+def alike(folder: Path) -> Any:
+    """The probe and the passes of shared beginnings are meetings too."""
+    sections = {"data": {"train": [str(folder / "alike.jsonl")]}, "train": {"epochs": 1}}
+    return whole_alike(folder, recipe_of(folder, "full", **sections))
+
+
+def plain(folder: Path) -> Any:
+    """Without the nodes that read weights by themselves."""
+    return steps(folder, "full", kernels="plain")
+
+
+def unhooked_planted(folder: Path) -> Any:
+    """A layer that computes with its pieces."""
+    right = sharding.shard_layers
+
+    def shard(found: Any, model: Any, body: Any, layers: Any, **how: Any) -> None:
+        right(found, model, body, layers, **how)
+        layers[-1]._forward_pre_hooks.clear()
+
+    with patch.object(sharding, "shard_layers", shard):
+        return steps(folder, "full")
 
 
 def recomputed(folder: Path) -> Any:
@@ -152,7 +177,20 @@ def resumed_by_two(folder: Path) -> Any:
     return str(resume(Run(folder / "from-one"), settings=["shard=true"]).path)
 
 
-def killed(folder: Path) -> Any:
+def killed_planted(folder: Path) -> Any:
+    """A checkpoint is written where it will lie."""
+
+    def in_place(among: Path, name: str) -> Path:
+        (among / name).mkdir(exist_ok=True)
+        return among / name
+
+    def moved(source: Path, target: Path, **how: Any) -> None: ...
+
+    with patch.multiple(checkpoint, temporary_folder=in_place, replace_folder=moved, remove=lambda path: None):
+        return killed(folder, "killed-planted")
+
+
+def killed(folder: Path, name: str = "killed") -> Any:
     """Rank 1 is killed while it gives its pieces to the checkpoint of a step. The last scenario of its process."""
     right, steps_saved = checkpoint._whole, []
 
@@ -168,6 +206,6 @@ def killed(folder: Path) -> Any:
             steps_saved.append(1)
         right_save(session)
 
-    right_save = trainer._save
-    with patch.object(checkpoint, "_whole", whole), patch.object(trainer, "_save", save):
-        return _train(folder, "killed", "full")
+    right_save = trainer.save
+    with patch.object(checkpoint, "_whole", whole), patch.object(trainer, "save", save):
+        return _train(folder, name, "full")

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,9 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import tunesmith
-from parallel.scenarios import make_inputs, recipe_of
+from fresh import Process
+from parallel.group import start
+from parallel.scenarios import LONG, make_inputs, recipe_of
 from tiny_run import values_of
 from tunesmith.environment import for_child
 from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, RunError, Stopped
@@ -27,39 +28,37 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.selftest import selftest
 from tunesmith.training.together import take_card
 from tunesmith.training.trainer import Listener, train
+from tunesmith.types import Event
 
-TUNESMITH = (sys.executable, "-m", "tunesmith")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
-LONG = {"epochs": 60}
-"""360 steps: some seconds."""
+TUNESMITH = ("-m", "tunesmith")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("agent")
     make_inputs(made)
-    recipe = recipe_of(made, train=LONG, checkpoint={"every": 20})
+    recipe = recipe_of(made, **LONG)
     (made / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
     return made
 
 
-def begin(*words: str | Path) -> subprocess.Popen[str]:
-    environment = for_child(OMP_NUM_THREADS="1")
-    pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, words)), stdout=pipe, stderr=pipe, text=True, env=environment)
+def begin(*words: str | Path) -> Process:
+    return Process(*words, env=for_child(OMP_NUM_THREADS="1"))
 
 
 def train_words(folder: Path, out: Path, *more: str) -> list[str]:
     return ["train", "--recipe", str(folder / "recipe.yaml"), "--out", str(out), "--quiet", *more]
 
 
-def end(started: subprocess.Popen[str], limit_s: float = 90) -> tuple[int, str]:
+def end(started: Process, limit_s: float = 90) -> tuple[int, str]:
     """Exit code, and what was printed to stderr."""
     try:
-        _, said = started.communicate(timeout=limit_s)
-    finally:
-        started.kill()
-    return started.returncode, said
+        code = started.wait(limit_s)
+    except TimeoutError:
+        started.send_signal(signal.SIGKILL)
+        raise
+    return code, started.communicate()[1]
 
 
 def ranks_of(out: Path) -> dict[int, int]:
@@ -87,43 +86,54 @@ def wait_for_step(out: Path, step: int, limit_s: float = 90) -> None:
 
 
 @pytest.fixture(scope="module")
-def heard() -> list[str]:
-    """Kinds of the events that Python heard of the run `straight`."""
-    return []
+def straight(folder: Path) -> Run:
+    """The run that nothing happens to, of two ranks without an agent."""
+    start(folder, "long")
+    return Run(folder / "straight")
 
 
-@pytest.fixture(scope="module")
-def straight(folder: Path, heard: list[str]) -> Run:
-    recipe = recipe_of(folder, train=LONG, checkpoint={"every": 20})
-    out = folder / "straight"
-    return tunesmith.train(
-        recipe=recipe, out=out, devices=2, progress=False, on_event=lambda event: heard.append(event.kind)
-    )
-
-
-def assert_went_on(run: Run, straight: Run) -> None:
+def assert_went_on(run: Run, straight: Run, times: int = 1) -> None:
     """From a checkpoint, and to the bits of the run that nothing happened to."""
     assert run.state() == "done"
-    assert [event.values["from_step"] >= 20 for event in run.events() if event.kind == "resume"] == [True]
+    assert [event.values["from_step"] >= 20 for event in run.events() if event.kind == "resume"] == [True] * times
     assert values_of(run.events()) == values_of(straight.events())
 
 
-# trap: D12
+KILLED = "rank 1: it was ended by Signal 9 (SIGKILL)"
+
+
+# trap: D12, D18
 def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, straight: Run) -> None:
-    out = folder / "killed"
-    started = begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))
-    wait_for_step(out, 45)
-    os.kill(ranks_of(out)[1], signal.SIGKILL)
-    killed = time.monotonic()
-    code, said = end(started, 60)
-    assert time.monotonic() < killed + 30
-    assert code == 1
-    assert "error: rank 1: it was ended by Signal 9 (SIGKILL)" in " ".join(said.split())
-    assert f"tunesmith resume {out}" in " ".join(said.split())
-    assert Run(out).state() == "failed"
-    code, said = end(begin(*TUNESMITH, "resume", out, "--quiet"))
-    assert (code, said) == (0, "")
-    assert_went_on(Run(out), straight)
+    """From Python, where its events are heard; then on the command line, where Ctrl-C stops all ranks together."""
+    out, heard, killed = folder / "killed", list[str](), list[float]()
+
+    def hear(event: Event) -> None:
+        heard.append(event.kind)
+        if event.step == 30 and not killed:
+            os.kill(ranks_of(out)[1], signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    with pytest.raises(GroupError) as raised:
+        tunesmith.train(
+            recipe=str(folder / "recipe.yaml"), out=out, devices=2, offline=True, progress=False, on_event=hear
+        )
+    assert time.monotonic() < killed[0] + 30
+    said = " ".join(str(raised.value).split())
+    assert said.startswith(KILLED)
+    assert f"tunesmith resume {out}" in said
+    run = Run(out)
+    assert run.state() == "failed"
+    assert run.recipe().devices == 2
+    assert heard == [event.kind for event in run.events()]
+    started = begin(*TUNESMITH, "resume", out, "--quiet")
+    wait_for_step(out, 60)
+    started.send_signal(signal.SIGINT)
+    code, said = end(started)
+    assert code == Stopped.exit_code
+    assert "stopped after step" in said
+    assert run.state() == "stopped"
+    start(folder, "goes_on")
+    assert_went_on(run, straight, times=2)
 
 
 def test_the_test_sees_a_run_that_did_not_go_on(straight: Run) -> None:
@@ -136,23 +146,11 @@ def test_torchrun_starts_it_again_and_it_goes_on(folder: Path, straight: Run) ->
     out = folder / "again"
     words = ["--standalone", "-m", "tunesmith", *train_words(folder, out)]
     started = begin(*TORCHRUN, *words)
-    wait_for_step(out, 45)
+    wait_for_step(out, 30)
     os.kill(ranks_of(out)[1], signal.SIGKILL)
     code, said = end(started, 120)
     assert code == 0, said
     assert_went_on(Run(out), straight)
-
-
-# trap: D18
-def test_ctrl_c_stops_all_ranks_after_the_same_step_and_ends_with_3(folder: Path) -> None:
-    out = folder / "stopped"
-    started = begin(*TUNESMITH, *train_words(folder, out, "--set", "devices=2"))
-    wait_for_step(out, 25)
-    started.send_signal(signal.SIGINT)
-    code, said = end(started, 60)
-    assert code == Stopped.exit_code
-    assert "stopped after step" in said
-    assert Run(out).state() == "stopped"
 
 
 def test_rows_that_cannot_be_used_end_with_2_and_are_named_once(folder: Path) -> None:
@@ -165,12 +163,6 @@ def test_rows_that_cannot_be_used_end_with_2_and_are_named_once(folder: Path) ->
     assert said.count("Correct the data") <= 1
     assert "Traceback" not in said
     assert not (folder / "bad").exists()
-
-
-def test_python_hears_the_run(folder: Path, straight: Run, heard: list[str]) -> None:
-    assert straight.path == folder / "straight"
-    assert heard == [event.kind for event in straight.events()]
-    assert straight.recipe().devices == 2
 
 
 @pytest.mark.slow
@@ -231,6 +223,15 @@ def test_the_words_of_the_rank_that_failed_are_said_once(
     heard: list[str] = []
     assert report_failure(failures, tmp_path, heard.append) == code
     assert heard == said
+
+
+def test_the_test_sees_the_words_of_a_rank_that_only_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [GroupError("lost the others"), ValueError("odd")]
+    failures = {rank: failure_of(tmp_path, error, rank, monkeypatch) for rank, error in enumerate(errors)}
+    heard: list[str] = []
+    monkeypatch.setattr("tunesmith.parallel.launch.GroupError", type("Other", (Exception,), {}))
+    report_failure(failures, tmp_path, heard.append)
+    assert heard != ["error: rank 1: odd"]
 
 
 def test_one_process_that_is_started_again_finds_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,16 +317,14 @@ def test_more_processes_than_cards_are_refused() -> None:
 def unmet(folder: Path, **more: str) -> tuple[int, str, float]:
     """One of two ranks, started by nobody."""
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    code = (
+    program = (
         "import tunesmith.parallel.world as world, sys; world.JOIN_S = 3.0\n"
         f"sys.argv = ['tunesmith', *{train_words(folder, folder / 'unmet')}]\n"
         "from tunesmith.cli import main; main()"
     )
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=for_child(**environ, **more), capture_output=True, text=True, check=False
-    )
-    return done.returncode, " ".join(done.stderr.split()), time.monotonic() - began
+    code, said = end(Process("-c", program, env=for_child(**environ, **more)))
+    return code, " ".join(said.split()), time.monotonic() - began
 
 
 @pytest.fixture

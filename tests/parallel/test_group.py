@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from parallel.group import start
 from parallel.scenarios import make_inputs, recipe_of, steps_of
 from tiny_run import values_of
+from tunesmith.data.sampler import StepSampler
+from tunesmith.recipe.load import validate
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.same_run import SAME_UPDATE
@@ -25,7 +28,8 @@ SCENARIOS = (
     "seeds", "seeds_planted", "memory_ends", "memory_is_gone", "memory_is_gone_planted", "not_finite",
     "not_finite_planted", "straight", "stopped", "stopped_planted", "another_recipe", "resumed", "started_again",
     "without_folder", "two_writers_planted", "padded_planted", "less_memory", "less_memory_planted", "slow_rows",
-    "slow_rows_planted", "other_data", "other_version", "saved_by_the_library",
+    "slow_rows_planted", "other_data", "other_version", "saved_by_the_library", "alike", "alike_planted",
+    "apart", "apart_swapped", "apart_again",
 )  # fmt: skip
 Found = list[dict[str, Any]]
 
@@ -42,8 +46,13 @@ def found(folder: Path) -> Found:
     return start(folder, *SCENARIOS)
 
 
+@cache
+def _alone(folder: Path, recipe: str) -> dict[str, Any]:
+    return steps_of(prepare(validate(json.loads(recipe)), root=folder / "alone"))
+
+
 def alone(folder: Path, method: str = "lora", **sections: Any) -> dict[str, Any]:
-    return steps_of(prepare(recipe_of(folder, method, **sections), root=folder / "alone"))
+    return _alone(folder, recipe_of(folder, method, **sections).model_dump_json())
 
 
 def both(found: Found, name: str) -> list[Any]:
@@ -76,6 +85,13 @@ def test_the_test_sees_another_divisor(found: Found, folder: Path, bug: str) -> 
 def test_a_rank_may_have_no_rows(found: Found, folder: Path) -> None:
     expected = alone(folder, train={"epochs": 1, "rows_per_step": 1, "max_steps": 4})
     assert_same_steps(both(found, "few_rows"), expected)
+
+
+def test_beginnings_that_rows_share_are_computed_once_by_all_or_none(found: Found, folder: Path) -> None:
+    data = {"train": [str(folder / "alike.jsonl")]}
+    assert all(rank.pop("shares") for rank in both(found, "alike"))
+    assert_same_steps(both(found, "alike"), alone(folder, data=data, train={"epochs": 1}))
+    assert "shared prefixes is False, on rank 0 True" in both(found, "alike_planted")[1]["text"]
 
 
 # trap: L3b
@@ -163,6 +179,17 @@ def test_a_group_that_is_started_again_goes_on_bit_for_bit(found: Found, folder:
     assert both(found, "started_again") == both(found, "resumed")
 
 
+def test_machines_without_a_common_disk_need_rank_0_where_the_run_lies(found: Found, folder: Path) -> None:
+    assert [rank["error"] for rank in both(found, "apart")] == ["Stopped"] * 2
+    swapped = both(found, "apart_swapped")
+    assert swapped[0]["error"] == "InputError"
+    assert f"{folder / 'machine-1' / 'run'}: rank 1 on " in swapped[0]["text"]
+    assert "has a run there, rank 0 on " in swapped[1]["text"]
+    run = Run(folder / "machine-0" / "run")
+    assert (run.state(), [event.kind for event in run.events()].count("resume")) == ("done", 1)
+    assert "run" not in both(found, "apart_again")[1]["left"]
+
+
 def test_another_recipe_is_refused_where_a_run_lies(found: Found, folder: Path) -> None:
     refused = both(found, "another_recipe")
     assert refused[0]["error"] == "RunError"
@@ -189,6 +216,16 @@ def test_a_run_of_two_goes_on_alone(found: Found, folder: Path, tmp_path: Path) 
     notes = [event.values["text"] for event in run.events() if event.kind == "note"]
     assert any("devices=1" in note for note in notes)
     assert run.recipe().devices == 1
+
+
+def test_the_test_sees_steps_that_depend_on_the_number_of_ranks(
+    found: Found, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = StepSampler.rows
+    monkeypatch.setattr(StepSampler, "rows", lambda plan, step: right(plan, step + 2 - plan.part[1]))
+    run = _copy_until(folder / "straight", tmp_path / "alone", step=10)
+    resume(run, settings=["devices=1"])
+    assert losses(run) != pytest.approx(losses(Run(folder / "straight")), abs=1e-6)
 
 
 def _copy_until(source: Path, target: Path, *, step: int) -> Run:

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,13 @@ def twelve(folder: Path) -> dict[str, Recipe]:
 
     def of(name: str, task: str, kind: str, **sections: Any) -> Recipe:
         own = folder / name
-        own.mkdir()
+        own.mkdir(parents=True, exist_ok=True)
         given = {"optim": {"lr": 1e-3}, **sections}
         return task_recipe(own, task, kind, dropout=0.0, rows=24, **given)
 
     adapter = {"name": "lora", "rank": 4, "dropout": 0.0}
     ada = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
-    (folder / "chats").mkdir()
+    (folder / "chats").mkdir(parents=True, exist_ok=True)
     return {
         "chats": tiny_recipe(folder / "chats", optim={"lr": 1e-3}),
         "chat-full": of("chat-full", "chat", "causal"),
@@ -180,7 +179,7 @@ def test_two_agents_are_two_machines(tmp_path: Path) -> None:
     )  # fmt: skip
     roots = [tmp_path / f"machine-{number}" for number in range(2)]
     words = train_words(tmp_path, tmp_path / "run")
-    agents = [begin(sys.executable, *agent, *words, "--runs", root) for root in roots]
+    agents = [begin(*agent, *words, "--runs", root) for root in roots]
     assert [end(started, 200)[0] for started in agents] == [0, 0]
     assert all(list((root / ".rows").glob("*.arrow")) for root in roots)
     found = [event.values["loss"] for event in Run(tmp_path / "run").events() if event.kind == "step"]

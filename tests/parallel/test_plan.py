@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AlbertConfig, AlbertForMaskedLM
 from typer.testing import CliRunner
 
+from tiny_model import tiny_model
 from tiny_run import tiny_recipe
+from tiny_tasks import task_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import NVLINK, PCIE, link, named, named_group
 from tunesmith.planning.forecast import Forecast, heaviest, mean_balance
+from tunesmith.planning.memory import layers_to_split
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import load
 from tunesmith.training.resolve import ResolvedRun, resolve_run
@@ -147,3 +151,20 @@ def test_what_cannot_be_split_is_refused_by_its_option(folder: Path, settings: s
     recipe = load(str(folder / "recipe.yaml"), ["devices=2", "shard=true", *settings.split()])
     with pytest.raises(RecipeError, match=f"shard: true: not with {REFUSED[settings]}"):
         resolve_run(recipe, root=folder)
+
+
+def test_a_model_without_layers_of_their_own_is_not_split(tmp_path: Path) -> None:
+    """ALBERT runs one layer again and again; Zamba's layers have a block in common."""
+    recipe = task_recipe(tmp_path, "text", "encoder", devices=2, shard=True)
+    config = AlbertConfig(
+        vocab_size=64, embedding_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    AlbertForMaskedLM(config).save_pretrained(recipe.model)
+    with pytest.raises(RecipeError, match=r"shard: true: not with model: .*: it has no list of layers"):
+        resolve_run(recipe, root=tmp_path)
+    model = tiny_model(vocab_size=64)
+    assert len(layers_to_split(model, recipe)) == 2
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(RecipeError, match="its layers share weights"):
+        layers_to_split(model, recipe)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from parallel.group import start
 from parallel.scenarios import steps_of
 from parallel.split_scenarios import KILLED_AT, make_inputs, run_recipe, whole_recipe_of
-from parallel.test_group import Found, _copy_until, both, losses
+from parallel.test_agent import KILLED
+from parallel.test_group import Found, _copy_until, alone, both, losses
 from tunesmith.data.sampler import StepSampler
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
@@ -24,7 +25,8 @@ from tunesmith.training.trainer import resume, train
 
 SCENARIOS = (
     "lora", "full", "recomputed", "few_rows", "rounded", "counted_planted", "averaged_planted",
-    "own_norm_planted", "memory_ends", "run_lora", "run_full", "resumed_by_two", "killed",
+    "own_norm_planted", "alike", "plain", "unhooked_planted", "memory_ends", "run_lora",
+    "run_full", "resumed_by_two", "killed",
 )  # fmt: skip
 
 
@@ -44,11 +46,6 @@ def run_alone(folder: Path) -> Run:
 def found(folder: Path, run_alone: Run) -> Found:
     _copy_until(run_alone.path, folder / "from-one", step=10)
     return start(folder, *SCENARIOS, module="parallel.split_scenarios", killed=(1,))
-
-
-def alone(folder: Path, method: str, **sections: Any) -> dict[str, Any]:
-    made = prepare(whole_recipe_of(folder, method, **sections), root=folder / "alone")
-    return {**steps_of(made), "weights": {}}  # of those that are split a rank has only pieces
 
 
 def assert_same_losses(rank: dict[str, Any], one: dict[str, Any]) -> None:
@@ -95,6 +92,21 @@ def test_the_test_sees_passes_that_count_and_means_over_ranks(found: Found, fold
 def test_gradients_are_clipped_by_the_norm_of_all_pieces(found: Found, folder: Path) -> None:
     for rank in both(found, "own_norm_planted"):
         assert rank["norms"] != pytest.approx(alone(folder, "full")["norms"], rel=1e-2)
+
+
+# trap: D15
+def test_nodes_that_read_weights_find_them_whole(found: Found, folder: Path) -> None:
+    """With the nodes of this package and without; pieces of a layer would not go through unnoticed."""
+    for rank in both(found, "plain"):
+        assert_same_losses(rank, alone(folder, "full"))
+    assert all(rank["error"] in ("RuntimeError", "GroupError") for rank in both(found, "unhooked_planted"))
+
+
+def test_beginnings_that_rows_share_are_computed_once(found: Found, folder: Path) -> None:
+    one = alone(folder, "full", data={"train": [str(folder / "alike.jsonl")]}, train={"epochs": 1})
+    for rank in both(found, "alike"):
+        assert rank["shares"]
+        assert_same_losses(rank, one)
 
 
 # trap: D15
@@ -155,14 +167,25 @@ def test_a_run_of_two_goes_on_alone_and_that_of_one_as_two(
     assert Run(folder / "from-one").recipe().devices == 2
 
 
+def assert_whole(run: Run) -> None:
+    assert checkpoint.steps(run.checkpoints_path) == [0, KILLED_AT - 2]
+    assert not list(run.checkpoints_path.glob(f"step-{KILLED_AT}*"))
+
+
+def test_the_test_sees_a_checkpoint_that_is_half_there(folder: Path) -> None:
+    start(folder, "killed_planted", module="parallel.split_scenarios", killed=(1,))
+    with pytest.raises(AssertionError):
+        assert_whole(Run(folder / "killed-planted"))
+
+
 # trap: D11
 def test_a_rank_that_is_killed_while_it_saves_leaves_the_checkpoint_before(
     found: Found, folder: Path, run_alone: Run, tmp_path: Path
 ) -> None:
     assert found[0]["killed"]["error"] == "GroupError"
+    assert KILLED not in found[0]["killed"]["text"]  # without an agent nobody knows why: trap D12, planted
     run = Run(folder / "killed")
-    assert checkpoint.steps(run.checkpoints_path) == [0, KILLED_AT - 2]
-    assert not list(run.checkpoints_path.glob(f"step-{KILLED_AT}*"))
+    assert_whole(run)
     shutil.copytree(run.path, tmp_path / "goes-on")
     resume(Run(tmp_path / "goes-on"), settings=["devices=1"])
     assert losses(Run(tmp_path / "goes-on")) == pytest.approx(losses(run_alone), abs=1e-6)

@@ -9,7 +9,7 @@ from shape.tree import ROOT
 REQUIRED = {
     *(f"L{n}" for n in range(1, 18)),
     "L3b",
-    *(f"D{n}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 19)),  # several devices, each with the whole model
+    *(f"D{n}" for n in range(1, 20)),  # several devices
     *(f"T{n}" for n in range(1, 19)),
     *(f"R{n}" for n in range(1, 9)),
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters

@@ -13,7 +13,6 @@ from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import RunError, Stopped
 from tunesmith.runs.folder import Run, runs
-from tunesmith.training import trainer as training
 from tunesmith.training.trainer import Listener, resume, train
 
 Damage = Callable[[list[bytes]], bytes]
@@ -135,7 +134,7 @@ def test_killed_between_new_settings_and_their_checkpoint_it_goes_on(run: Run, m
     def killed(session: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(training, "_write_checkpoint", killed)
+    monkeypatch.setattr("tunesmith.training.saving._write", killed)
     with pytest.raises(Killed):
         resume(run, settings=["train.tokens_per_pass=64"])
     monkeypatch.undo()

@@ -13,6 +13,7 @@ al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import MicroBatch
+from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS, attach
 from tunesmith.methods.targets import LINEARS, inner_linears
 from tunesmith.models.fused_loss import (
@@ -207,11 +209,21 @@ def sizes_of(
     ), model
 
 
+def layers_to_split(model: nn.Module, recipe: Recipe) -> Sequence[nn.Module]:
+    """The layers of a model, each with weights of its own. Raises RecipeError for a model that has none."""
+    layers = layers_of(model)
+    weights = [id(weight) for layer in layers for weight in layer.parameters()]
+    if 0 < len(weights) == len(set(weights)):
+        return layers
+    why = "its layers share weights" if weights else "it has no list of layers that could be split"
+    raise RecipeError(f"shard: true: not with model: {recipe.model}: {why}. Leave shard out.")
+
+
 def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
     """Bytes of each weight, by name, that the recipe splits over its devices: those of the layers."""
     if recipe.shard is not True:
         return {}
-    inside = {id(weight) for layer in layers_of(model) for weight in layer.parameters()}
+    inside = {id(weight) for layer in layers_to_split(model, recipe) for weight in layer.parameters()}
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -82,7 +83,7 @@ def resolve_run(
     inputs = find_inputs(recipe, root=root, offline=offline)
     refuse_shard(inputs.recipe, inputs.located, inputs.kind)
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
-    if run is not None:
+    if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     else:  # a run has its rows
         fetch(inputs.recipe.data, on_progress)
@@ -221,13 +222,13 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     longest = int(rows.store.lengths[rows.train_rows].max())
     whole = recipe
     recipe, fitted, forecast = _fitted(whole, forecaster, longest=longest, free_tokens=free_tokens)
-    if not forecast.fits and can_split and forecast.num_layers:
+    if not forecast.fits and can_split:
         choice = split_choice(recipe, needed=gib(forecast.memory.total), room=gib(device.room))
-        split, others, other = _fitted(with_choice(whole, choice), forecaster, longest=longest, free_tokens=free_tokens)
-        if other.fits:
-            recipe, fitted, forecast = split, [choice, *others], other
-    if recipe.shard is True and not forecast.num_layers:
-        raise RecipeError("shard: true: the model has no list of layers that could be split. Leave shard out.")
+        split = with_choice(whole, choice)
+        with suppress(RecipeError):  # of a model whose layers cannot be split
+            split, others, other = _fitted(split, forecaster, longest=longest, free_tokens=free_tokens)
+            if other.fits:
+                recipe, fitted, forecast = split, [choice, *others], other
     if not forecast.fits:
         refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
         if recipe.memory == "refuse":

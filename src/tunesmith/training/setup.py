@@ -32,7 +32,7 @@ from tunesmith.models import attention, load, machine
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode, layers_of
+from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
 from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES, PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
@@ -44,7 +44,7 @@ from tunesmith.parallel.world import World
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.duration import kept_checkpoints
 from tunesmith.planning.forecast import KEY, Forecast, filled_by, shared_prefixes
-from tunesmith.planning.memory import DTYPES
+from tunesmith.planning.memory import DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
@@ -230,7 +230,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     if recipe.shard is True:
         from tunesmith.parallel.sharding import shard_layers
 
-        shard_layers(world, model, model.base_model, layers_of(model), device=recipe.device)
+        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if not TASKS[resolved(recipe.task)].draws:

@@ -6,12 +6,10 @@ Everything that happens becomes an event; `train` and `resume` differ only in wh
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,18 @@ from torch import Tensor
 
 from tunesmith.data.addresses import short_name
 from tunesmith.environment import in_force
-from tunesmith.errors import CheckpointError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
+from tunesmith.errors import CheckpointError, InputError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.formatting import command
-from tunesmith.methods import METHODS, restore
+from tunesmith.methods import restore
 from tunesmith.models.modes import count_layers
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
-from tunesmith.runs.atomic import fsync_file, remove, replace_folder, storing, temporary_folder, write_atomic
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.atomic import storing, write_atomic
 from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
@@ -45,6 +42,7 @@ from tunesmith.training.same_run import (
     settings_of_group,
     with_settings,
 )
+from tunesmith.training.saving import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.together import (
@@ -54,11 +52,9 @@ from tunesmith.training.together import (
     own_piece,
     receive_start,
     recipe_digest,
-    refuse_drift,
     refuse_other_inputs,
     share_start,
     unfinished,
-    whole_state,
 )
 from tunesmith.types import Event
 
@@ -120,10 +116,19 @@ def _found_again(world: World, recipe: Recipe, out: Path | None) -> Run | None:
         if world.size == 1:
             return None
         raise RecipeError("--out: is needed where another program starts the processes: a restart finds its run there.")
-    if world.is_first:
-        world.publish("found", unfinished(out, recipe) is not None)
-        return unfinished(out, recipe)
-    return Run(out) if world.wait_for("found") else None
+    found = unfinished(out, recipe) if world.is_first else None
+    if world.size == 1:
+        return found
+    world.publish(f"found/{world.rank}", (out / "run.json").is_file())
+    here = world.wait_for("found/0")
+    if world.is_first and not here:
+        for rank in range(1, world.size):
+            if world.wait_for(f"found/{rank}", rank):
+                raise InputError(
+                    f"{out}: rank {rank} on {world.joined[rank]['host']} has a run there, rank 0 on "
+                    f"{world.joined[0]['host']} has none. Give all machines one disk for --out."
+                )
+    return found or (Run(out) if here else None)
 
 
 def _follow(setup: Setup, listener: Listener) -> Run:
@@ -135,7 +140,7 @@ def _follow(setup: Setup, listener: Listener) -> Run:
     _fit_memory(setup, start.progress)
     session = Session(setup, run, start.progress, Listener(should_stop=listener.should_stop))
     if start.saves:
-        _save(session)
+        save(session)
     _drive(session, fresh=start.is_fresh)
     return start.run
 
@@ -219,7 +224,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
             write_atomic(run.recipe_path, as_yaml(setup.recipe, comments=False).encode())
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
-                _save(session)  # what the next resume finds goes with the recipe that it finds
+                save(session)  # what the next resume finds goes with the recipe that it finds
         _drive(session, fresh=newest is None, planned=planned)
     return run
 
@@ -284,7 +289,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     if fresh:
         check_start(setup)
         evaluate_run(session, "before")
-        _save_and_try(session)
+        save_and_try(session)
     _take_steps(session)
     _keep_best(session)
     evaluate_run(session, "after")
@@ -292,7 +297,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     weights = setup.whole_weights()
     if not setup.world.is_first:
         return
-    _save_result(setup, run, weights)
+    save_result(setup, run, weights)
     session.listener.on_progress("report", 0, 1)
     session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
 
@@ -334,13 +339,13 @@ def _take_steps(session: Session) -> None:
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
-        if event.step in _snapshot_steps(setup):
-            _keep_snapshot(session)
+        if event.step in snapshot_steps(setup):
+            keep_snapshot(session)
         over = not last and _patience_is_over(session)
         is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
         due = last or over or is_best or event.step % save_every == 0
         if due:
-            _save(session)
+            save(session)
         if over:
             patience = setup.recipe.evaluation.patience
             why = f"{patience} evaluations without a new best (evaluation.patience)"
@@ -355,7 +360,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
     try:
         yield from training_steps(session.setup, start=session.progress.step)
     except OutOfMemoryError as error:
-        _save(session)
+        save(session)
         num_layers = count_layers(session.setup.model)
         settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
         way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
@@ -416,85 +421,8 @@ def _stop_if_requested(session: Session, *, saved: bool) -> None:
     setup, step = session.setup, session.progress.step
     if setup.world.stops if setup.world.size > 1 else setup.world.wants_stop():
         if not saved:
-            _save(session)
-        if step and setup.recipe.checkpoint.snapshots and step not in _snapshot_steps(setup):
-            _keep_snapshot(session)
+            save(session)
+        if step and setup.recipe.checkpoint.snapshots and step not in snapshot_steps(setup):
+            keep_snapshot(session)
         done = f"stopped after step {step} of {setup.total_steps}"
         raise Stopped(f"{done}; resume with: {command('resume', session.run.path)}")
-
-
-def _save(session: Session) -> None:
-    refuse_drift(session)
-    if session.setup.world.is_first:
-        _write_checkpoint(session)
-    elif session.setup.attachment.shards:
-        for part in whole_state(session.setup):
-            checkpoint.gather(part)
-
-
-def _save_and_try(session: Session) -> None:
-    """Save the first checkpoint, and on the first rank the result, which reads what is saved and writes elsewhere."""
-    setup = session.setup
-    weights = setup.whole_weights()
-    trial = BackgroundCall(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None
-    try:
-        _save(session)
-    finally:
-        if trial is not None:
-            trial.result()
-
-
-def _write_checkpoint(session: Session) -> None:
-    setup, run, step = session.setup, session.run, session.progress.step
-    fsync_file(run.events_path)  # a checkpoint must not contain steps that its log has lost
-    weights, optimizer = whole_state(setup)
-    folder = checkpoint.save(
-        run.checkpoints_path,
-        step,
-        weights=weights,
-        optimizer=optimizer,
-        state={"progress": asdict(session.progress), "identity": setup.identity},
-        log=run.events_path,
-    )
-    session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
-    checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
-
-
-def _try_saving(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
-    """Save the result once and remove it, so that saving cannot fail for the first time after the last step."""
-    folder = temporary_folder(run.path, "trial-result")
-    try:
-        setup.save_result(folder, **weights)
-    finally:
-        remove(folder)
-
-
-def _snapshot_steps(setup: Setup) -> range:
-    """Ends of the newest epochs before the last step."""
-    steps, num = setup.plan.steps_per_epoch, setup.recipe.checkpoint.snapshots
-    last = (setup.total_steps - 1) // steps * steps
-    return range(last, max(0, last - num * steps), -steps)
-
-
-def _keep_snapshot(session: Session) -> None:
-    """The result as it is now in a run's folder of its own: complete or absent."""
-    run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
-    if not session.setup.world.is_first:
-        return
-    temporary = temporary_folder(run.snapshots_path, name)
-    try:
-        with storing(temporary):
-            for path in (run.recipe_path, run.path / "run.json", run.events_path):
-                shutil.copyfile(path, temporary / path.name)
-        _save_result(session.setup, Run(temporary), weights)
-        replace_folder(temporary, run.snapshots_path / name, swap=True)
-    except BaseException:
-        remove(temporary)
-        raise
-    session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}"})
-
-
-def _save_result(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
-    folder = run.adapter_path if METHODS[setup.recipe.method.name].is_adapter else run.model_path
-    setup.save_result(folder, **weights)
-    run.keep_hashes(folder)

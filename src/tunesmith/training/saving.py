@@ -1,0 +1,97 @@
+"""What a run saves: checkpoints, snapshots of its result, and the result; each is complete or absent."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from tunesmith.methods import METHODS
+from tunesmith.runs import checkpoint
+from tunesmith.runs.atomic import fsync_file, remove, replace_folder, storing, temporary_folder
+from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.folder import Run
+from tunesmith.training.progress import Session
+from tunesmith.training.setup import Setup
+from tunesmith.training.together import refuse_drift, whole_state
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint, on every rank at once. Raises GroupError if the weights of a rank have drifted."""
+    refuse_drift(session)
+    if session.setup.world.is_first:
+        _write(session)
+    elif session.setup.attachment.shards:
+        for part in whole_state(session.setup):
+            checkpoint.gather(part)
+
+
+def save_and_try(session: Session) -> None:
+    """Save the first checkpoint, and on the first rank the result, which reads what is saved and writes elsewhere."""
+    setup = session.setup
+    weights = setup.whole_weights()
+    trial = BackgroundCall(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None
+    try:
+        save(session)
+    finally:
+        if trial is not None:
+            trial.result()
+
+
+def _write(session: Session) -> None:
+    setup, run, step = session.setup, session.run, session.progress.step
+    fsync_file(run.events_path)  # a checkpoint must not contain steps that its log has lost
+    weights, optimizer = whole_state(setup)
+    folder = checkpoint.save(
+        run.checkpoints_path,
+        step,
+        weights=weights,
+        optimizer=optimizer,
+        state={"progress": asdict(session.progress), "identity": setup.identity},
+        log=run.events_path,
+    )
+    session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
+    checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
+
+
+def _try_saving(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
+    """Save the result once and remove it, so that saving cannot fail for the first time after the last step."""
+    folder = temporary_folder(run.path, "trial-result")
+    try:
+        setup.save_result(folder, **weights)
+    finally:
+        remove(folder)
+
+
+def snapshot_steps(setup: Setup) -> range:
+    """Ends of the newest epochs before the last step."""
+    steps, num = setup.plan.steps_per_epoch, setup.recipe.checkpoint.snapshots
+    last = (setup.total_steps - 1) // steps * steps
+    return range(last, max(0, last - num * steps), -steps)
+
+
+def keep_snapshot(session: Session) -> None:
+    """The result as it is now in a run's folder of its own: complete or absent."""
+    run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
+    if not session.setup.world.is_first:
+        return
+    temporary = temporary_folder(run.snapshots_path, name)
+    try:
+        with storing(temporary):
+            for path in (run.recipe_path, run.path / "run.json", run.events_path):
+                shutil.copyfile(path, temporary / path.name)
+        save_result(session.setup, Run(temporary), weights)
+        replace_folder(temporary, run.snapshots_path / name, swap=True)
+    except BaseException:
+        remove(temporary)
+        raise
+    session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}"})
+
+
+def save_result(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
+    """Save the tuned adapter or model in its run. `weights`: see `Setup.whole_weights`."""
+    folder = run.adapter_path if METHODS[setup.recipe.method.name].is_adapter else run.model_path
+    setup.save_result(folder, **weights)
+    run.keep_hashes(folder)
