@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -70,10 +71,10 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
 
 
 def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
-    """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its `text` and
-    exit code."""
+    """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its `text`,
+    after what it said of its progress, and its exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
-    message = str(last.get("message", "")) if kind is not None else text.removeprefix("error: ")
+    message = str(last.get("message", "")) if kind is not None else re.split(r"^error: ", text, flags=re.M)[-1]
     message = message or f"the process of the run ended with code {code}"
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
         kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
