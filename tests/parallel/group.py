@@ -14,6 +14,8 @@ import os
 import signal
 import socket
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,35 @@ from tunesmith.evaluation import report
 
 LIMIT_S = 150
 """Seconds for all scenarios of one start, on a busy machine."""
+
+
+def begin(folder: Path, *names: str, size: int = 2, module: str = "parallel.scenarios", **more: Any) -> list[Process]:
+    """The processes of a group. `more`: variables of their environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(size):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1, "KILLED": "[]", **more}
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        with open(folder / f"rank-{rank}.log", "ab") as log:
+            words = ("-m", "parallel.group", folder, module, *names)
+            ranks.append(Process(*words, env=environment, stdout=log.fileno()))
+    return ranks
+
+
+def finish(ranks: list[Process], limit_s: float) -> None:
+    """Wait for all; whoever takes longer is killed."""
+    until = time.monotonic() + limit_s
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                rank.send_signal(signal.SIGKILL)
+            rank.wait()
 
 
 def start(
@@ -33,25 +64,9 @@ def start(
     limit_s: float = LIMIT_S,
 ) -> list[dict[str, Any]]:
     """What each rank found, by scenario: its value, or {"error", "text"}. `killed`: ranks that the last one kills."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(size):
-        more = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        more |= {"KILLED": json.dumps(killed)}
-        environment = {**os.environ, **{key: str(value) for key, value in more.items()}}
-        with open(folder / f"rank-{rank}.log", "wb") as log:
-            words = ("-m", "parallel.group", folder, module, *names)
-            ranks.append(Process(*words, env=environment, stdout=log.fileno()))
-    try:
-        codes = [rank.wait(limit_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            if rank.returncode is None:
-                rank.send_signal(signal.SIGKILL)
+    ranks = begin(folder, *names, size=size, module=module, KILLED=json.dumps(killed))
+    finish(ranks, limit_s)
+    codes = [rank.returncode for rank in ranks]
     assert codes == [-9 if rank in killed else 0 for rank in range(size)], "".join(
         rank.communicate()[1] for rank in ranks
     )

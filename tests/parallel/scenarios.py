@@ -284,6 +284,18 @@ def long(folder: Path) -> Any:
     return _whole(folder, "straight", **LONG, evaluation={})
 
 
+LONGER: dict[str, Any] = {"train": {"epochs": 60}, "checkpoint": {"every": 20}, "evaluation": {}}
+
+
+def longer(folder: Path) -> Any:
+    return _whole(folder, "straight", **LONGER)
+
+
+def longer_killed(folder: Path) -> Any:
+    """Begun, or gone on with."""
+    return _whole(folder, "killed", **LONGER)
+
+
 def goes_on(folder: Path) -> Any:
     return str(resume(Run(folder / "killed")).path)
 

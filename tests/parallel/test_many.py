@@ -8,15 +8,17 @@ import random
 import signal
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from parallel.group import start
+from parallel.group import begin, finish, start
 from parallel.scenarios import SPLIT, TWELVE, make_inputs, recipe_of, steps_of
-from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
+from parallel.test_agent import begin as begin_agent
+from parallel.test_agent import end, train_words, wait_for_step
 from tiny_run import tiny_recipe, values_of
 from tiny_tasks import task_recipe
 from tunesmith.recipe.docs import as_yaml
@@ -122,31 +124,32 @@ class KilledRun:
     kills: int
 
 
-def killed_run(tmp_path: Path, *, kills: int, seed: int) -> KilledRun:
-    """A run of two whose ranks are killed at random moments until it is done, and one that nothing happens to."""
-    make_inputs(tmp_path)
-    recipe = recipe_of(tmp_path, train={"epochs": 60}, checkpoint={"every": 20})
-    (tmp_path / "recipe.yaml").write_text(as_yaml(recipe, comments=False))
-    straight, out = tmp_path / "straight", tmp_path / "killed"
-    assert end(begin(*TUNESMITH, *train_words(tmp_path, straight, "--set", "devices=2")))[0] == 0
-    total = max(event.step for event in Run(straight).events() if event.kind == "step")
-    draw, done = random.Random(seed), 0
+def killed_run(folder: Path, *, kills: int, seed: int) -> KilledRun:
+    """A run of two whose ranks are killed at random moments until it is done, and one that nothing happens to.
+
+    As an agent does, the rank that is left is ended if it does not end by itself, and both are started again.
+    """
+    make_inputs(folder)
+    start(folder, "longer")
+    out, draw, done = folder / "killed", random.Random(seed), 0
+    total = _steps(folder / "straight")
     for _ in range(4 * kills):
-        is_made = (out / "run.json").exists()
-        words = ["resume", str(out), "--quiet"] if is_made else train_words(tmp_path, out, "--set", "devices=2")
-        started, reached = begin(*TUNESMITH, *words), _steps(out)
-        if draw.random() < 0.3:  # while they start, load and connect
-            time.sleep(draw.uniform(3, 12))
+        ranks, reached = begin(folder, "longer_killed", KILLED="[0, 1]"), _steps(out)
+        if done < kills:
+            if draw.random() < 0.3:  # while they start, load and connect
+                time.sleep(draw.uniform(0, 2))
+            else:
+                wait_for_step(out, min(total - 1, reached + draw.randint(1, max(1, 2 * total // kills))))
+            killed = ranks[draw.randint(0, 1)]
+            with suppress(ProcessLookupError):
+                killed.send_signal(signal.SIGKILL)
+            finish(ranks, 10)
+            done += killed.returncode == -signal.SIGKILL
         else:
-            wait_for_step(out, min(total - 1, reached + draw.randint(1, max(1, 2 * total // kills))))
-        pid = ranks_of(out).get(draw.randint(0, 1))
-        if done < kills and pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            done += 1
-        end(started, 200)
+            finish(ranks, 200)
         if (out / "run.json").exists() and Run(out).state() == "done":
             break
-    return KilledRun(Run(straight), Run(out), done)
+    return KilledRun(Run(folder / "straight"), Run(out), done)
 
 
 @pytest.mark.slow
@@ -179,7 +182,7 @@ def test_two_agents_are_two_machines(tmp_path: Path) -> None:
     )  # fmt: skip
     roots = [tmp_path / f"machine-{number}" for number in range(2)]
     words = train_words(tmp_path, tmp_path / "run")
-    agents = [begin(*agent, *words, "--runs", root) for root in roots]
+    agents = [begin_agent(*agent, *words, "--runs", root) for root in roots]
     assert [end(started, 200)[0] for started in agents] == [0, 0]
     assert all(list((root / ".rows").glob("*.arrow")) for root in roots)
     found = [event.values["loss"] for event in Run(tmp_path / "run").events() if event.kind == "step"]
