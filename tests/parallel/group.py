@@ -83,11 +83,13 @@ def main() -> None:
     folder, found = Path(sys.argv[1]), {}
     for attempt, name in enumerate(sys.argv[3:]):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # each scenario is a group of its own
+        began = time.process_time()
         try:
             found[name] = getattr(scenarios, name)(folder)
         except Exception as error:
             found[name] = {"error": type(error).__name__, "text": str(error)}
         (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        print(f"{name}: {time.process_time() - began:.1f} s of a processor", flush=True)
     kept[0].set(f"done/{os.environ['RANK']}", "")
     if kept[1] == 0:  # whose store it is
         kept[0].wait([f"done/{rank}" for rank in range(kept[2]) if rank not in json.loads(os.environ["KILLED"])])

@@ -181,7 +181,7 @@ def killed_planted(folder: Path) -> Any:
     """A checkpoint is written where it will lie."""
 
     def in_place(among: Path, name: str) -> Path:
-        (among / name).mkdir(exist_ok=True)
+        (among / name).mkdir(parents=True, exist_ok=True)
         return among / name
 
     def moved(source: Path, target: Path, **how: Any) -> None: ...
