@@ -81,6 +81,8 @@ def main() -> None:
 
     kept = next(rendezvous("env://"))  # one store for all scenarios
     folder, found = Path(sys.argv[1]), {}
+    own = folder / f"rank-{os.environ['RANK']}.json"
+    own.write_text("{}")  # of one that is killed in the first
     for attempt, name in enumerate(sys.argv[3:]):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)  # each scenario is a group of its own
         began = time.process_time()
@@ -88,7 +90,7 @@ def main() -> None:
             found[name] = getattr(scenarios, name)(folder)
         except Exception as error:
             found[name] = {"error": type(error).__name__, "text": str(error)}
-        (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+        own.write_text(json.dumps(found))
         print(f"{name}: {time.process_time() - began:.1f} s of a processor", flush=True)
     kept[0].set(f"done/{os.environ['RANK']}", "")
     if kept[1] == 0:  # whose store it is
