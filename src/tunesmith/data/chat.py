@@ -15,7 +15,7 @@ A template that allows neither is an error.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -105,7 +105,7 @@ class ChatEncoder(RowEncoder):
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         texts = self._template.render_all([self._render(example) for example in examples])
-        tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)]))
+        tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)], with_offsets=False))
         rows = [self._row(text, next(tokens)) if isinstance(text, _Text) else text for text in texts]
         prompts = sorted({text for row in rows if isinstance(row, _Row) for text, _ in row.openings.values()})
         prompt_ids = {text: ids_T.tolist() for text, ids_T in zip(prompts, self._fast.ids(prompts), strict=True)}
@@ -154,14 +154,15 @@ class ChatEncoder(RowEncoder):
         return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
 
     def _row(self, text: _Text, tokens: Tokens) -> _Row:
-        places = self.control.places(tokens.ids_T)
+        places = self.control.places(text.whole, tokens)
+        ends = [end for _, (_, end) in places.cuts]
         openings = {}
         for turn in text.turns:
             if turn.prompt is not None:
-                last = bisect_left(places.cuts, tokens.num_until(turn.prompt)) - 1
-                at, start = (places.cuts[last], tokens.offsets[places.cuts[last]][0]) if last >= 0 else (0, 0)
+                last = bisect_right(ends, turn.prompt) - 1
+                at, (start, _) = places.cuts[last] if last >= 0 else (0, (0, 0))
                 openings[turn.index] = text.whole[start : turn.prompt], at
-        return _Row(text, tokens, places, [tokens.offsets[place][1] for place in places.closing], openings)
+        return _Row(text, tokens, places, [end for _, (_, end) in places.closing], openings)
 
     def _draft(self, source: Source, row: _Row, prompt_ids: Mapping[str, list[int]]) -> Drafts:
         if self._starts_with_two_bos(row.tokens.ids):
@@ -171,7 +172,7 @@ class ChatEncoder(RowEncoder):
         draft = Draft(
             ids_T,
             np.zeros(len(ids_T), np.bool_),
-            num_unspelled=row.places.num_reserved - self.control.count(whole),
+            num_unspelled=row.places.num_unspelled,
             warnings=list(row.text.warnings),
         )
         for turn in row.text.turns:
@@ -202,8 +203,7 @@ class ChatEncoder(RowEncoder):
         at = behind - 1 if turn.close is None else behind
         if not 0 <= at < len(closing):
             return None
-        last = closing[at]
-        start, end = row.tokens.offsets[last]
+        last, (start, end) = closing[at]
         if turn.close is not None:
             between = whole[turn.close : start]
         else:
@@ -226,6 +226,8 @@ def _first_token(
 
     `served`: tokens of the prompt that serving feeds, where the whole text begins with them.
     """
+    if served is not None and turn.start == turn.prompt and not whole[turn.start : turn.start + 1].isspace():
+        return served  # nearly always: the answer begins behind the prompt's own tokens
     first = tokens.num_until(turn.start)
     first_start = tokens.offsets[first][0] if first < len(tokens.offsets) else turn.start
     straddles = first_start < turn.start and bool(whole[first_start : turn.start].strip())
