@@ -140,19 +140,13 @@ def _memory_free() -> int:
 
 def _group_free() -> int:
     """Bytes that the control group of this process (a container) leaves; cached files can be given up."""
-    for limit, used, stat, cached in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-    ):
-        group = Path("/sys/fs/cgroup")
-        try:
-            most, now = (int((group / name).read_text("ascii")) for name in (limit, used))
-            lines = (group / stat).read_text("ascii").splitlines()
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-        files = next((int(line.split()[1]) for line in lines if line.split()[0] == cached), 0)
-        return most - now + files
-    return 2**63
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, now = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+    except (OSError, ValueError):  # no such limit, or "max"
+        return 2**63
+    return most - now + int(stat.get("inactive_file", 0))
 
 
 @cache
