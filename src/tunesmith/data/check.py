@@ -192,13 +192,6 @@ class _Side:
         )
         self.labels = LabelColumn(examples, tuple(self.vocabulary))
 
-    def label_counts(self, place: Callable[[int], Source]) -> LabelCounts:
-        every_I = np.ones(len(self.hashes), np.int64)
-        counts_V = self.labels.counts(every_I)
-        return LabelCounts(
-            self.labels.vocabulary, counts_V, self.many, lambda label: place(self.labels.first_row(label, every_I))
-        )
-
     def conflict(self, there: Source, row: int, other: int) -> str:
         """The message about two rows with one text and two labels."""
         here, that = self.labels.firsts()[[row, other]].tolist()
@@ -377,7 +370,7 @@ class _Check:
         if shape not in LABELLED:
             return (), []
         given: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
-        seen = [self._sides[side].label_counts(partial(self._source, side)) for side in given]
+        seen = [self._label_counts(side) for side in given]
         task = next(task for task, shapes in SHAPES.items() if shape in shapes)
         try:
             labels, _ = resolve_labels(task=task, data=self._data, class_weights="equal", trained=seen[0], sides=seen)
@@ -391,6 +384,11 @@ class _Check:
             return (), []
         self._notes += similar_names_notes(labels.names)
         return tuple((name, counts.get(name, 0)) for name in labels.names), []
+
+    def _label_counts(self, side: Side) -> LabelCounts:
+        rows = self._sides[side]
+        every_I = np.ones(len(rows.hashes), np.int64)
+        return rows.labels.label_counts(every_I, many=rows.many, source=partial(self._source, side))
 
     def _held_out(self) -> int:
         """Number of rows that training would hold out."""

@@ -93,6 +93,12 @@ class LabelColumn:
         found_V = np.bincount(self._ids[is_known_N], times_N[is_known_N], minlength=len(self.vocabulary))
         return found_V.astype(np.int64)  # whole numbers far below 2**53: nothing is rounded
 
+    def label_counts(self, times_I: NDArray[np.int64], *, many: bool, source: Callable[[int], Source]) -> LabelCounts:
+        """The labels of rows, row i counted `times_I[i]` times; `source` returns the place of a row."""
+        return LabelCounts(
+            self.vocabulary, self.counts(times_I), many, lambda label: source(self.first_row(label, times_I))
+        )
+
     def first_row(self, label: int, times_I: NDArray[np.int64]) -> int:
         """The first row with an id, among those with `times_I` above 0. Raises IndexError if none has it."""
         return int(self._rows[(self._ids == label) & (times_I[self._rows] > 0)][0])
@@ -204,11 +210,7 @@ class RowStore:
     def count_labels(self, rows_I: NDArray[np.int64] | None = None) -> LabelCounts:
         """The labels of some rows, or of all."""
         times_I = np.ones(len(self), np.int64) if rows_I is None else np.bincount(rows_I, minlength=len(self))
-
-        def place(label: int) -> Source:
-            return self.source(self.labels.first_row(label, times_I))
-
-        return LabelCounts(self.vocabulary, self.labels.counts(times_I), bool(self.summary.many), place)
+        return self.labels.label_counts(times_I, many=bool(self.summary.many), source=self.source)
 
     @cached_property
     def tokens(self) -> NDArray[np.int64]:
