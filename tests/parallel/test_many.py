@@ -85,8 +85,7 @@ def alone(folder: Path) -> dict[str, Any]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("size", [2, 4])
 def test_twelve_runs_take_the_same_steps(folder: Path, alone: dict[str, Any], size: int) -> None:
-    """float32: losses of about 5 to 1e-6 at the first step; later ones follow weights that differ by rounding, which
-    Muon's products in bfloat16 make larger."""
+    """float32: losses of about 5 to 1e-6; weights differ by rounding, which Muon's products in bfloat16 make larger."""
     ranks = start(folder / f"of-{size}", "twelve", size=size)
     away = {name: _away(ranks[0]["twelve"][name], expected) for name, expected in alone.items()}
     print(json.dumps({name: f"{one:.1e}" for name, one in away.items()}))
@@ -95,7 +94,7 @@ def test_twelve_runs_take_the_same_steps(folder: Path, alone: dict[str, Any], si
         assert all(one == found[0] for one in found), name
         assert list(map(sorted, found[0]["rows"])) == list(map(sorted, expected["rows"])), name
         assert found[0]["losses"][0] == pytest.approx(expected["losses"][0], abs=1e-6), name
-        largest = 1e-4 if name == "muon" else 1e-5
+        largest = 1e-4 if name == "muon" else 1e-6
         assert found[0]["losses"] == pytest.approx(expected["losses"], abs=largest), name
 
 
