@@ -134,7 +134,7 @@ def test_killed_between_new_settings_and_their_checkpoint_it_goes_on(run: Run, m
     def killed(session: object) -> None:
         raise Killed
 
-    monkeypatch.setattr("tunesmith.training.saving._write", killed)
+    monkeypatch.setattr("tunesmith.training.artifacts._write", killed)
     with pytest.raises(Killed):
         resume(run, settings=["train.tokens_per_pass=64"])
     monkeypatch.undo()

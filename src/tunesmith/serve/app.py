@@ -186,7 +186,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
             message = f"{body.model} answers with classes: /v1/rerank needs a model that gives one number"
             raise RequestError(message, code="wrong_route", param="model")
         lines = await engine.classify(body.model, [(body.query, text) for text in body.documents])
-        values = [float(next(line[key] for key in ("score", "reward", "label") if key in line)) for line in lines]
+        values = [next(float(one) for one in line.values() if isinstance(one, int | float)) for line in lines]
         results = [
             {
                 "index": i,

@@ -30,6 +30,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import storing, write_atomic
 from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
+from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session
@@ -42,7 +43,6 @@ from tunesmith.training.same_run import (
     settings_of_group,
     with_settings,
 )
-from tunesmith.training.saving import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.together import (
