@@ -53,11 +53,12 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     job |= {"beta": BETA, "folder": str(folder), "seed": SEED}
     (folder / "given.json").write_text(json.dumps(job), "utf-8")
     for name, python, script in (
+        ("start", sys.executable, "prefer_start.py"),
         ("ours", sys.executable, "prefer_ours.py"),
         ("trl", options.peer, "trl_prefer.py"),
     ):
         if not (folder / f"{name}.json").exists():
-            given = folder / ("given.json" if name == "ours" else "job.json")
+            given = folder / ("job.json" if name == "trl" else "given.json")
             log = folder / f"{name}.log"
             command = [python, str(ROOT / "benchmarks" / "peers" / script), str(given), str(folder / f"{name}.part")]
             child = run_child(command, log=log, settings={"OMP_NUM_THREADS": str(options.threads)})
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 print(f"{name} failed:\n{child.tail}", file=sys.stderr)
                 return 1
             found = json.loads((folder / f"{name}.part").read_text("utf-8"))
-            if "tuned" in found:
+            if name == "ours":
                 known = json.loads((folder / "job.json").read_text("utf-8"))
                 (folder / "job.json").write_text(json.dumps({**known, "tuned": found["tuned"]}), "utf-8")
             found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}

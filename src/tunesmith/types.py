@@ -175,20 +175,22 @@ LEAST_PREFIX = 8
 """Tokens of the shortest shared prefix that is worth computing once."""
 
 
+Span = tuple[int, int]
+"""(index of the first, number) of tokens in a packed micro-batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of tokens in a packed micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
 
     tokens: int
-    prefix: int = 0
-    """Tokens that precede these in their row and are computed elsewhere."""
-    start: int = 0
-    """Index of the first of those tokens."""
+    before: tuple[Span, ...] = ()
+    """Tokens that precede these in their row and are computed by other pieces."""
 
     @property
     def keys(self) -> int:
         """Number of tokens that the last of these attends to."""
-        return self.prefix + self.tokens
+        return self.tokens + sum(num for _, num in self.before)
 
 
 @dataclass(frozen=True, slots=True)

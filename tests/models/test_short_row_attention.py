@@ -15,7 +15,7 @@ from packed import batch_of, rows_of, sharp
 from tunesmith.models import short_row_attention
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.short_row_attention import BlockLayout, dropout_mask, is_supported, kept_share
+from tunesmith.models.short_row_attention import BlockLayout, dropout_mask, kept_share, longest
 from tunesmith.models.short_row_attention import short_row_attention as attend
 
 
@@ -106,18 +106,18 @@ def test_with_dropout_it_is_attention_with_the_weights_that_are_left(causal, p):
 
 
 def test_where_it_is_the_faster_way():
-    """float32 without dropout is left to torch's kernel, which has none of the operations that dropout asks for."""
+    """Long rows in float32 are left to torch's kernel, which has none of the operations that dropout asks for."""
     query = torch.zeros(1, 2, 3, 4)
     for dtype, dropout, cap, expected in (
-        (torch.float32, 0.0, None, False),
-        (torch.float32, 0.1, None, True),
-        (torch.bfloat16, 0.0, None, True),
-        (torch.bfloat16, 0.1, None, True),
-        (torch.bfloat16, 0.0, 30.0, False),
-        (torch.float64, 0.1, None, False),
+        (torch.float32, 0.0, None, 96),
+        (torch.float32, 0.1, None, 1024),
+        (torch.bfloat16, 0.0, None, 512),
+        (torch.bfloat16, 0.1, None, 1024),
+        (torch.bfloat16, 0.0, 30.0, 0),
+        (torch.float64, 0.1, None, 0),
     ):
         given = query.to(dtype)
-        assert is_supported(given, given, dropout=dropout, softcap=cap) == expected
+        assert longest(given, given, dropout=dropout, softcap=cap) == expected
 
 
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
@@ -168,14 +168,14 @@ def test_models_in_bfloat16_run_on_it(arch, monkeypatch):
         assert all(block.keys <= (8 if arch == "mistral" else 23) for layout in seen for block in layout.blocks)
 
 
-@pytest.mark.parametrize("longest", [0, 7, 11, 256])
-def test_short_and_long_rows_of_one_pass_answer_alike(longest, monkeypatch):
+@pytest.mark.parametrize("most", [7, 11, 256])
+def test_short_and_long_rows_of_one_pass_answer_alike(most, monkeypatch):
     """Whichever way a row is attended to: float32 through both, 1e-4 on logits of several units."""
     model, rows = sharp("llama"), rows_of()
     use_packed_attention(model)
+    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", 0)
     expected = logits_at_targets(model, batch_of(rows))
-    monkeypatch.setattr(short_row_attention, "is_supported", lambda *args, **how: True)
-    monkeypatch.setattr(short_row_attention, "LONGEST", longest)
+    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", most)
     assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,11 +182,14 @@ def test_gradients_are_those_of_finite_differences(loss):
     assert torch.autograd.gradcheck(total, start, eps=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("trained", [False, True])
-def test_log_probabilities_in_pieces_are_those_of_the_logits(trained, monkeypatch):
+def test_log_probabilities_in_pieces_are_those_of_the_logits(trained, cap, monkeypatch):
+    """Also where each target weighs otherwise; of a frozen layer the gradient is made in the forward pass."""
     model = tiny_model("llama", vocab_size=97)
     output = find_output_layer(model)
     assert output is not None
+    output = replace(output, cap=cap)
     monkeypatch.setattr(type(output), "chunk_size", lambda self, trained: 5)
     weight = output.layer.weight.requires_grad_(trained)
     draw = torch.Generator().manual_seed(0)

@@ -18,19 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunesmith.types import LEAST_PREFIX, Batch, Segment
+from tunesmith.types import LEAST_PREFIX, Batch, Segment, Span
 
 MOST_ROWS = 512
 """Rows looked at together: the search for the best groups costs their square."""
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixGroup:
-    """Rows of a micro-batch that begin with the same tokens."""
+class Stretch:
+    """Tokens that are computed once."""
 
-    prefix: int
-    """Number of shared tokens; 0 for a row on its own."""
+    start: int
+    """The first of them in their rows."""
+    stop: int
     members: tuple[int, ...]
+    """The rows, which are alike up to `stop`."""
 
 
 def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
@@ -38,26 +40,21 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
 
     Rows, targets and their order stay; only positions change. For causal models.
     """
-    ids, positions, pieces, end = [], [], [], 0
-    places = [np.arange(0)] * len(rows)
-    """Positions of the tokens of each row."""
-
-    def place(tokens: NDArray[np.int32], piece: Segment) -> NDArray[np.int64]:
-        nonlocal end
-        ids.append(tokens)
-        positions.append(np.arange(piece.prefix, piece.keys))
-        pieces.append(piece)
-        end += piece.tokens
-        return np.arange(end - piece.tokens, end)
-
-    for group in prefix_groups(rows):
-        start, prefix = end, group.prefix
-        first = place(rows[group.members[0]][:prefix], Segment(prefix)) if prefix else np.arange(0)
-        for i in group.members:
-            rest = rows[i][prefix:]
-            places[i] = np.concatenate([first, place(rest, Segment(len(rest), prefix, start if prefix else 0))])
-    if len(pieces) == len(rows):
+    found = stretches(rows)
+    if len(found) == len(rows):
         return batch
+    ids, positions, pieces, end = [], [], [], 0
+    spans: list[tuple[Span, ...]] = [()] * len(rows)
+    """Where the tokens of each row are."""
+    for one in found:
+        first, num = one.members[0], one.stop - one.start
+        ids.append(rows[first][one.start : one.stop])
+        positions.append(np.arange(one.start, one.stop))
+        pieces.append(Segment(num, spans[first]))
+        for i in one.members:
+            spans[i] = (*spans[i], (end, num))
+        end += num
+    places = [np.arange(start, start + num) for row in spans for start, num in row]
     assert batch.layout == "packed"
     assert batch.types_BT is None
 
@@ -74,13 +71,14 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
     )
 
 
-def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[PrefixGroup]:
-    """Group rows by prefix so that the fewest tokens are computed; every row is longer than its group's prefix.
+def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
+    """Group rows by prefix so that the fewest tokens are computed; every row is longer than its group's prefix, which
+    is empty for a row on its own.
 
     A function of the rows alone. Groups are in the order of their first member, members in the order given.
     """
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].astype(">i4").tobytes(), i))
-    found: list[PrefixGroup] = []
+    order = _sorted(rows)
+    found: list[Stretch] = []
     for at in range(0, len(order), MOST_ROWS):
         found += _best(rows, order[at : at + MOST_ROWS])
     return sorted(found, key=lambda group: group.members)
@@ -88,10 +86,49 @@ def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[PrefixGroup]:
 
 def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
     """Tokens that a micro-batch of these rows computes."""
-    return sum(group.prefix + sum(len(rows[i]) - group.prefix for i in group.members) for group in prefix_groups(rows))
+    return _total(stretches(rows))
 
 
-def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[PrefixGroup]:
+def stretches(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
+    """What a micro-batch of these rows computes, each prefix before what follows it; as many as rows if none share.
+
+    Groups as `prefix_groups` finds them, or prefixes within prefixes where that computes fewer tokens: a system prompt
+    that all rows begin with, then the prompts of two answers each.
+    """
+    flat = []
+    for group in prefix_groups(rows):
+        flat += [group] if group.stop else []
+        flat += [Stretch(group.stop, len(rows[i]), (i,)) for i in group.members]
+    return min(flat, _nested(rows), key=_total)
+
+
+def _total(found: Sequence[Stretch]) -> int:
+    return sum(one.stop - one.start for one in found)
+
+
+def _nested(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
+    """The tree of the sorted rows' prefixes, of which each is LEAST_PREFIX longer than the one before it."""
+    order = _sorted(rows)
+    common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+
+    def cut(first: int, stop: int, depth: int) -> list[tuple[int, int, int]]:
+        ends = [at + 1 for at in range(first, stop - 1) if common[at] < depth + LEAST_PREFIX]
+        return [(*some, depth) for some in pairwise([first, *ends, stop])][::-1]
+
+    found, left = [], cut(0, len(order), 0)
+    while left:
+        first, stop, depth = left.pop()
+        prefix = min(common[first : stop - 1], default=len(rows[order[first]]))
+        found.append(Stretch(depth, prefix, tuple(sorted(order[first:stop]))))
+        left += cut(first, stop, prefix) if stop - first > 1 else []
+    return found
+
+
+def _sorted(rows: Sequence[NDArray[np.int32]]) -> list[int]:
+    return sorted(range(len(rows)), key=lambda i: (rows[i].astype(">i4").tobytes(), i))
+
+
+def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Stretch]:
     """The way to cut sorted rows into groups of neighbours that saves the most tokens."""
     common = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
     saved, cuts = [0], [(0, 0)]
@@ -100,7 +137,7 @@ def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Prefi
         best, cut = saved[stop - 1], (stop - 1, 0)
         prefix = len(rows[order[stop - 1]]) - 1
         for start in range(stop - 2, -1, -1):
-            prefix = min(prefix, common[start], len(rows[order[start]]) - 1)
+            prefix = min(prefix, common[start])
             if prefix < LEAST_PREFIX:
                 break
             if (saves := saved[start] + (stop - start - 1) * prefix) > best:
@@ -110,13 +147,13 @@ def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Prefi
     found, stop = [], len(order)
     while stop:
         start, prefix = cuts[stop]
-        found.append(PrefixGroup(prefix, tuple(sorted(order[start:stop]))))
+        found.append(Stretch(0, prefix, tuple(sorted(order[start:stop]))))
         stop = start
     return found
 
 
 def _common(a_T: NDArray[np.int32], b_T: NDArray[np.int32]) -> int:
-    """Length of the common prefix."""
-    shorter = min(len(a_T), len(b_T))
+    """Length of the common prefix, without the last token of either row."""
+    shorter = min(len(a_T), len(b_T)) - 1
     different = np.flatnonzero(a_T[:shorter] != b_T[:shorter])
     return int(different[0]) if len(different) else shorter

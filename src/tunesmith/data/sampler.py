@@ -141,7 +141,7 @@ class StepSampler:
             members = [alone[i] for i in group.members]
             tokens = sum(cost for cost, _ in members)
             places = [at for _, some in members for at in some]
-            tokens -= group.prefix * (len(places) - 1) if group.prefix else 0
+            tokens -= group.stop * (len(places) - 1) if group.stop else 0
             is_large = tokens * self.part[1] > sum(lengths)
             units += members if is_large else [(tokens, places)]
         return units
@@ -257,9 +257,9 @@ def make_sharing_micro_batches(
     units: list[tuple[int, list[int]]] = []
     """(tokens, indices into `order`)."""
     for group in prefix_groups([ids[i] for i in order]):
-        computed, read, unit = group.prefix, 0, list[int]()
+        computed, read, unit = group.stop, 0, list[int]()
         for member in group.members:
-            more = computed + lengths[member] - group.prefix, read + lengths[member]
+            more = computed + lengths[member] - group.stop, read + lengths[member]
             if unit and _size(*more) > tokens_per_pass:
                 units.append((_size(computed, read), unit))
                 unit, more = [], (lengths[member], lengths[member])

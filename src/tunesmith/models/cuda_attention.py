@@ -50,7 +50,7 @@ SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
 PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
 PROBE_PIECES = (Segment(70), Segment(33), Segment(33), Segment(1), Segment(128), Segment(5))
-PROBE_SHARING = (Segment(70), Segment(33, 70, 0), Segment(1, 70, 0), Segment(128), Segment(5))
+PROBE_SHARING = (Segment(70), Segment(33, ((0, 70),)), Segment(1, ((0, 70), (70, 33))), Segment(128), Segment(5))
 
 Run = Callable[[Tensor, Tensor, Tensor, Segments, AttentionOptions], Tensor]
 

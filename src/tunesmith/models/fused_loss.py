@@ -75,8 +75,8 @@ class OutputLayer:
         return out
 
     def log_probs(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """[N] float32, the log-probability of each target. The logits of a chunk are computed again for the gradient,
-        since how much each target weighs is known only after the pass."""
+        """[N] float32, the log-probability of each target. How much each weighs is known only after the pass: its
+        gradient is scaled then; where the layer is trained, the logits of a chunk are computed again for it."""
         weight, bias = self.layer.weight, self.layer.bias
         out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self)  # type: ignore[no-untyped-call]
         return out
@@ -141,8 +141,8 @@ class _LossSum(torch.autograd.Function):
         for start in range(0, len(targets_N), rows):
             here = slice(start, start + rows)
             logits_NV = output.logits(hidden_ND[here])
-            loss, glogits_NV = _loss_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
-            total += loss
+            losses_N, glogits_NV = _losses_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
+            total += losses_N.sum()
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
@@ -168,15 +168,22 @@ class _LogProbs(torch.autograd.Function):
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, output: OutputLayer
     ) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
         ctx.output, ctx.needs = output, ctx.needs_input_grad[:3]
+        needs_hidden, *needs_layer = ctx.needs
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         found_N = hidden_ND.new_empty(len(targets_N), dtype=wide)
+        ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not any(needs_layer) else None
         size = output.chunk_size(trained=False)
         for start in range(0, len(targets_N), size):
             here = slice(start, start + size)
-            logits_NV = output.logits(hidden_ND[here]).to(wide)
-            found_N[here] = -F.cross_entropy(logits_NV, targets_N[here], reduction="none")
+            logits_NV = output.logits(hidden_ND[here])
+            losses_N, glogits_NV = _losses_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=0, z=0)
+            found_N[here] = -losses_N
+            if ghidden_ND is not None:
+                glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
+                torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
+        kept = (hidden_ND, weight_VD, targets_N) if any(needs_layer) else (ghidden_ND, None, None)
+        ctx.save_for_backward(*kept)
         return found_N
 
     @staticmethod
@@ -184,6 +191,8 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> Any:
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         output, (needs_hidden, needs_weight, needs_bias) = ctx.output, ctx.needs
+        if weight_VD is None:  # what is kept is the gradient of each target's loss
+            return (hidden_ND * -grad_N[:, None]).to(hidden_ND.dtype), None, None, None, None
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if needs_weight else None
         gbias_V = grad_N.new_zeros(len(weight_VD)) if needs_bias else None
@@ -211,8 +220,8 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
     return (saved.to(factor) * factor).to(saved.dtype)
 
 
-def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and its gradient [N, V]."""
+def _losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> tuple[Tensor, Tensor]:
+    """[N], the losses, and [N, V], the gradient of each."""
     picked_N1 = targets_N[:, None]
     largest_N = logits_NV.amax(-1)
     at_target_N = logits_NV.gather(1, picked_N1)[:, 0]
@@ -228,7 +237,7 @@ def _loss_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float
     if smoothing:
         p_NV.sub_(smoothing / p_NV.shape[1])
     p_NV.scatter_add_(1, picked_N1, torch.full_like(at_target_N, smoothing - 1)[:, None])
-    return losses_N.sum(), p_NV
+    return losses_N, p_NV
 
 
 def _before_scale(glogits_NV: Tensor, logits_NV: Tensor, output: OutputLayer) -> Tensor:

@@ -1,7 +1,7 @@
 """Where the pieces of a packed batch are, and attention of rows of equal length.
 
 A packed batch consists of pieces: a piece is a row; or where rows share a prefix, the prefix or the rest of one of the
-rows. A piece reads its prefix, which another piece computes, and itself.
+rows. A piece reads what is before it in its row, which other pieces compute, and itself.
 """
 
 # T tokens, H heads, D head size, S rows of equal length, Q queries, K keys (of all pieces in a row), B rows,
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tunesmith.models.machine import to_device
-from tunesmith.types import Segment
+from tunesmith.types import Segment, Span
 
 
 class UnsupportedAttentionError(Exception):
@@ -53,7 +53,7 @@ class Segments:
     @classmethod
     def sharing(cls, pieces: Sequence[Segment], *, device: torch.device) -> Segments:
         """Pieces, some of which read a prefix."""
-        shared = SharedPrefixes.of(pieces, device) if any(piece.prefix for piece in pieces) else None
+        shared = SharedPrefixes.of(pieces, device) if any(piece.before for piece in pieces) else None
         sizes = [(piece.tokens, piece.keys) for piece in pieces]
 
         if device.type != "cuda":
@@ -96,17 +96,17 @@ class SharedPrefixes:
     @classmethod
     def of(cls, pieces: Sequence[Segment], device: torch.device) -> SharedPrefixes:
         index, own = [], []
-        readers: dict[tuple[int, int], list[Tensor]] = {}
+        readers: dict[Span, list[Tensor]] = {}
         first_token = first_key = 0
         for piece in pieces:
-            if piece.prefix:
-                index.append(torch.arange(piece.start, piece.start + piece.prefix))
-                places = torch.arange(first_key, first_key + piece.prefix)
-                readers.setdefault((piece.start, piece.prefix), []).append(places)
+            for start, num in piece.before:
+                index.append(torch.arange(start, start + num))
+                readers.setdefault((start, num), []).append(torch.arange(first_key, first_key + num))
+                first_key += num
             index.append(torch.arange(first_token, first_token + piece.tokens))
-            own.append(torch.arange(first_key + piece.prefix, first_key + piece.keys))
+            own.append(torch.arange(first_key, first_key + piece.tokens))
             first_token += piece.tokens
-            first_key += piece.keys
+            first_key += piece.tokens
         families = tuple((start, to_device(torch.stack(places), device)) for (start, _), places in readers.items())
         return cls(to_device(torch.cat(index), device), to_device(torch.cat(own), device), families)
 

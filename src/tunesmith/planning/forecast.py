@@ -13,7 +13,7 @@ from torch import nn
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.prefixes import prefix_groups
+from tunesmith.data.prefixes import stretches
 from tunesmith.data.sampler import MicroBatch, StepSampler, micro_batches_of, padded_size
 from tunesmith.data.splits import Splits
 from tunesmith.methods import METHODS
@@ -326,10 +326,10 @@ def shared_prefixes(plan: StepSampler, store: RowStore) -> CommonPrefixes:
         for members in plan.step(step):
             rows = [line for i in members for line in lines_of(store.row(i))]
             tokens += sum(len(row.ids) for row in rows)
-            for family in prefix_groups([row.ids for row in rows]):
-                computed += family.prefix + sum(len(rows[i].ids) - family.prefix for i in family.members)
-                if family.prefix and not probe:
-                    probe = tuple(rows[i] for i in family.members[:PROBE_ROWS])
+            for one in stretches([row.ids for row in rows]):
+                computed += one.stop - one.start
+                if len(one.members) > 1 and not probe:
+                    probe = tuple(rows[i] for i in one.members[:PROBE_ROWS])
     return CommonPrefixes(1 - computed / tokens, probe)
 
 
