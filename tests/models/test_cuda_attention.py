@@ -278,7 +278,8 @@ def dense(rows: Segments, *, causal: bool, window: int | None) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "pieces", [[Segment(n) for n in LENGTHS], [Segment(300), Segment(200, ((0, 300),)), Segment(1, ((0, 300), (300, 200)))]]
+    "pieces",
+    [[Segment(n) for n in LENGTHS], [Segment(300), Segment(200, ((0, 300),)), Segment(1, ((0, 300), (300, 200)))]],
 )
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 100), (True, 1), (False, None)])
 def test_the_mask_of_documents_is_laid_out_in_blocks(monkeypatch, pieces, causal, window):

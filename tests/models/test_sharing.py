@@ -17,7 +17,7 @@ from tunesmith.models import segments, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.modes import checkpoint_layers
-from tunesmith.types import LEAST_PREFIX, Batch, Segment, Row, Source
+from tunesmith.types import LEAST_PREFIX, Batch, Row, Segment, Source
 
 
 def rows_of(*families: tuple[int, list[int]], seed: int = 0, system: int = 0) -> list[Row]:
