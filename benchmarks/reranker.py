@@ -30,10 +30,10 @@ def add_reranker(verbs: Any) -> None:
     add("--model", type=Path, required=True, help="a folder of an encoder")
     add("--work", type=Path, required=True, help="a folder for rows and the run; a run that was cut off goes on")
     add("--python", type=Path, default=ROOT / ".peers" / "st" / "bin" / "python", help="one with simple-icd-10-cm")
-    add("--terms", type=int, default=3200, help="terms to learn from")
-    add("--negatives", type=int, default=3, help="wrong descriptions of each")
+    add("--terms", type=int, default=4000, help="terms to learn from")
+    add("--negatives", type=int, default=5, help="wrong descriptions of each")
     add("--held-out", type=int, default=400, help="terms to measure on")
-    add("--lr", type=float, default=3e-4)
+    add("--lr", type=float, default=1e-4)
     add("--threads", type=int, default=2)
     parser.set_defaults(run=run)
 
