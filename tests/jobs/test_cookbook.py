@@ -93,7 +93,7 @@ NOTEBOOKS: dict[str, tuple[dict[str, Any], list[str]]] = {
              "fine_tune_results.finished_at": "wait(fine_tuning_job.id)",
              "ft_model = ": "fine_tune_results = client.fine_tuning.jobs.retrieve(fine_tuning_job.id)",
          }},
-        ["model='babbage-002'", "train_loss", "###", "' '"],
+        ["model='babbage-002'", "train_loss", "###", "[{' "],
     ),
     "Fine_tuning_direct_preference_optimization_guide": (
         # Cells that have the hosted service write pairs and judge answers, by Responses and Evals.

@@ -22,7 +22,7 @@ from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.webhooks import WebhookSender
 from tunesmith.serve.engine import start_engine
-from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.protocol import Engine, EngineOptions
 
 ATTACH_TIMEOUT_S = 600.0
 
@@ -67,7 +67,13 @@ class JobServer:
     ) -> JobServer:
         """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
         store.rules = bases.rules
-        started = {}
+        started: dict[str, Engine] = {}
+        engines, loop = Engines(started, bases), asyncio.get_running_loop()
+        local = LocalLauncher(offline=options.offline)
+        launcher = local if ray is None else RayLauncher(ray, offline=options.offline)
+        slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
+        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note, slots)
+        await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
         try:
             for name, base in bases.by_name.items():
                 attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
@@ -80,22 +86,11 @@ class JobServer:
             for engine in started.values():
                 await engine.close(0)
             raise
-        engines, loop = Engines(started, bases), asyncio.get_running_loop()
         engines.readers = store.readers()
-
-        local = LocalLauncher(offline=options.offline)
-        launcher = local if ray is None else RayLauncher(ray, offline=options.offline)
-        slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
-        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note, slots)
         stop = threading.Event()
-
-        def work() -> None:
-            dispatcher.recover()
-            dispatcher.run(stop)
-
         routers = make_routers(store, bases, engines)
         sender = WebhookSender(store, on_note)
-        threads = tuple(threading.Thread(target=one, daemon=True) for one in (work, lambda: sender.run(stop)))
+        threads = tuple(threading.Thread(target=one.run, args=(stop,), daemon=True) for one in (dispatcher, sender))
         for thread in threads:
             thread.start()
         return cls(store, engines, routers, stop, threads)
