@@ -14,7 +14,9 @@ from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events
 from tunesmith.jobs.training_files import rounds
+from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Event
 
 TRANSACTIONS = 12
 """From the first round to the model."""
@@ -111,16 +113,48 @@ def test_a_server_killed_at_any_transaction_goes_on(
     store.close()
 
 
-def test_a_run_that_is_killed_thrice_without_a_checkpoint_fails(opened: Opened, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_checkpoint", [False, True])
+def test_a_run_that_is_killed_thrice_without_a_new_checkpoint_fails(
+    opened: Opened, tmp_path: Path, with_checkpoint: bool
+) -> None:
     store, launcher = opened(tmp_path), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
-    for _ in range(3):
+    for start in range(3):
         working.round()
+        if with_checkpoint:
+            working.round()
+            if not start:  # every run has the one of step 0, which each start reads again
+                Run(store.runs_path / name).append(Event("checkpoint", 0, 1.0, {"path": "checkpoints/step-0"}, {}))
+                working.round()
         launcher.started[-1].is_dead = True
         working.round()
     job = store.job(name)
     assert (job["status"], job["error"]["code"], len(launcher.started)) == ("failed", "run_crashed", 3)
+    store.close()
+
+
+@pytest.mark.parametrize("status", ["paused", "cancelled"])
+def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_where_it_was_cancelled_none(
+    opened: Opened, tmp_path: Path, status: str
+) -> None:
+    store, models, refusals = opened(tmp_path), FakeModels(), [503, 503, 503]
+    attach = models.attach
+
+    def refusing(base: str, name: str, run: Path) -> None:
+        if refusals:
+            raise RequestError("no engine", status=refusals.pop())
+        attach(base, name, run)
+
+    models.attach = refusing
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, FakeLauncher(), models)
+    for _ in range(3):
+        working.round()
+    store.change_job(name, if_status=["running"], status=status)
+    for _ in range(8):
+        working.round()
+    assert len(store.tuned(job=name)) == len(models.served) == (status == "paused")
     store.close()
 
 

@@ -52,7 +52,7 @@ def test_parts_are_joined_in_the_order_of_the_end(served: Served) -> None:
             call()
 
 
-@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.ENOSYS])
+@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.EPERM])
 def test_parts_are_joined_where_the_system_cannot_copy(
     served: Served, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:

@@ -40,7 +40,7 @@ SNAPSHOTS = 2
 """Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
 EXPIRE_S = 60.0
 MOST_ATTEMPTS = 3
-"""Starts without a new checkpoint between them, or ends of an engine on which a result was being put."""
+"""Starts without a new checkpoint between them, or crashes of the engine while a result was attached."""
 UNAVAILABLE = 503
 CRASHED = "engine_crashed"
 RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
@@ -86,12 +86,15 @@ class Dispatcher:
     """The number of the last start of a project."""
     num_started: int = 0
     expires_next: float = 0.0
+    unserved: set[str] = field(default_factory=set)
+    """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
         self.store.sweep(with_uploads=True)
         self.store.sweep_models()
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
+            self.unserved.add(job["id"])
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
                 self._follow_new(job, process)
 
@@ -114,6 +117,10 @@ class Dispatcher:
         """Follow every run, then start what there is room for."""
         for one in list(self.active.values()):
             self._follow(one)
+        for name in list(self.unserved):
+            with suppress(RequestError):  # no engine now
+                self._serve_snapshots(name, Run(self._run_path(name)))
+                self.unserved.discard(name)
         for job in self.store.with_status("running"):
             if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
@@ -236,13 +243,13 @@ class Dispatcher:
 
     def _take_over(self, one: _Active, found: Sequence[Event]) -> None:
         self.store.add_events(one.translate(found))
-        if saved := [event.step for event in found if event.kind == "checkpoint"]:
+        job, saved = self.store.job(one.job), [event.step for event in found if event.kind == "checkpoint"]
+        if job is not None and max(saved, default=-1) > job["last_checkpoint"]:  # each start reads all
             self.store.change_job(one.job, if_status=["running"], last_checkpoint=max(saved), attempts=0)
         if any(event.kind == "plan" for event in found):
             self._take_numbers(one)
         if any(event.kind == "snapshot" for event in found):
-            with suppress(RequestError):  # no engine now: `_finish` serves what is not served yet
-                self._serve_snapshots(one.job, one.run)
+            self.unserved.add(one.job)
 
     def _take_numbers(self, one: _Active) -> None:
         """The hyperparameters that were chosen."""
@@ -296,8 +303,10 @@ class Dispatcher:
 
     def _serve_snapshots(self, name: str, run: Run) -> None:
         """Put results at ends of epochs on their base, once each. Raises RequestError while there is no engine."""
-        job, found = self.store.job(name), list(run.events())
+        job, found = self.store.job(name), list(run.events()) if run.events_path.exists() else []
         assert job is not None, "rows of jobs are never removed"
+        if job["status"] == "cancelled":
+            return
         metrics = metrics_by_step(found)
         for one in (one for one in found if one.kind == "snapshot"):
             tuned = snapshot_name(job["model"], job["project"], job["request"]["suffix"], name, one.step)

@@ -96,13 +96,13 @@ class LocalLauncher:
         lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
             with open(_beside(run, "output"), "wb") as out:
                 popen = subprocess.Popen(
                     ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
                     env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
                 )  # fmt: skip
-            os.ftruncate(lock, 0)
             os.pwrite(lock, str(popen.pid).encode(), 0)
         finally:
             os.close(lock)

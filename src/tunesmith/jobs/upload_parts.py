@@ -1,7 +1,8 @@
 """Uploads in parts: parts arrive in any order and at the same time, and are joined in the order that the end names.
 
-A part is a file parts/UPLOAD/PART of the store, complete or absent. The joined file appears with its row and the state
-of its upload in one transaction, so that a kill leaves a pending upload or a whole file.
+A part is a file parts/UPLOAD/PART of the store, complete or absent after a kill; it is not written through to the disk,
+so that after a power cut parts may be short, which `complete` refuses by their sizes or MD5. The joined file appears
+with its row and the state of its upload in one transaction, so that a kill leaves a pending upload or a whole file.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
 LIFETIME_S = 3600
 _BLOCK = 1 << 20
-_NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP)
+_NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO)
+"""Errors of file systems and containers without the call; a disk's own EIO comes again from the plain copy."""
 _PART = re.compile(r"part_[0-9A-Za-z]+")
 
 

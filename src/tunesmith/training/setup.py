@@ -307,7 +307,8 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     )
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = _num_bytes(folder / "checkpoints")
-    needed = checkpoints + result * (1 + setup.recipe.checkpoint.snapshots) - min(checkpoints, held)
+    snapshots = setup.recipe.checkpoint.snapshots
+    needed = checkpoints + result * (1 + snapshots + bool(snapshots)) - min(checkpoints, held)  # one for a stop
     free = free_bytes(folder)
     if free is None or needed <= free:
         return
