@@ -49,7 +49,7 @@ def test_a_side_that_always_wins_has_a_rate_that_is_finite():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judges")
-    for task in ("chat", "reward"):
+    for task in ("chat", "reward", "prefer"):
         recipe = task_recipe(folder, task, "causal", **SHORT)
         train(recipe.model_copy(update={"name": task}), root=folder / "runs")
     return folder
@@ -113,6 +113,14 @@ def test_prompts_alone_are_judged_and_nothing_else_is_measured(root, tmp_path):
     answered = evaluate_file(run, str(write(tmp_path / "rows.jsonl", rows)), samples=8, judge=judge)
     alone = evaluate(run.run, prompts, samples=8, judge=judge.run, root=root / "runs")
     assert alone["win_rate"]["value"] == answered.measures["win_rate"]["value"]
+
+
+def test_chats_are_prompts_to_a_run_of_preferences_and_pairs_are_measured(root):
+    run, judge = run_of(root, "prefer"), run_of(root, "reward")
+    found = evaluate_file(run, str(root / "chat-held.jsonl"), samples=4, judge=judge)
+    assert found.measures.keys() == {"win_rate", "win_rate_alike"}
+    pairs = evaluate_file(run, str(root / "prefer-held.jsonl"), samples=4, judge=judge)
+    assert {"preference_accuracy", "win_rate"} <= pairs.measures.keys()
 
 
 def test_a_file_with_prompts_and_one_answer_is_measured_as_ever(root, tmp_path):

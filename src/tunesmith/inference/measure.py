@@ -217,14 +217,14 @@ def _answered(
 
 
 def _prompts_alone(data: Data, task: TaskName) -> list[Example]:
-    """The prompts of a file none of whose rows has an answer, each with an empty one; none of other files; in the
-    order of their content hashes. Raises DataError for one that cannot be read."""
-    problems: list[Problem] = []
-    how: dict[str, Any] = {"task": task, "answered": False, "keep": ()}
-    found = [example for _, example in examples(data.train, data, problems.append, **how)]
-    if not found or any("reference" in example.kept for example in found):
+    """The prompts of a file none of whose rows can be measured, each with an empty answer, by content hash; else none.
+    To a task that compares answers, chats are prompts. Raises DataError for one that cannot be read."""
+    if any(one.branches or not TASKS[task].compares for _, one in examples(data.train, data, ignore, task=task)):
         return []
-    if bad := [problem for problem in problems if problem.severity == "error"]:
+    problems: list[Problem] = []
+    found = [one for _, one in examples(data.train, data, problems.append, task=task, answered=False)]
+    bad = [problem for problem in problems if problem.severity == "error"]
+    if found and bad:
         raise DataError(f"{plural(len(bad), 'prompt')} cannot be answered", bad)
     empty = Part("assistant", "", True)
     return [replace(one, parts=(*one.parts, empty)) for one in sorted(found, key=content_hash)]
