@@ -78,6 +78,18 @@ def test_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "runs" / "b").exists()
 
 
+def test_rows_that_no_trial_can_use_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path, "[1e-2]")
+    (tmp_path / "chats.jsonl").write_text('{"messages": 3}\n' * 30)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline"])
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "trial lr-01 (optim.lr=0.01) cannot be run: 30 problems make rows unusable" in said
+    assert "chats.jsonl:5: " in said
+    assert "chats.jsonl:6: " not in said
+
+
 @pytest.mark.slow
 def test_four_runs_on_a_local_ray_are_those_of_one_after_the_other(tmp_path: Path) -> None:
     pytest.importorskip("ray")

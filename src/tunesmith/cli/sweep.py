@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
     from tunesmith.sweeps.trial import TrialRunner
 
+MOST_PROBLEMS = 5
+"""Rows that a refusal names."""
 COLUMNS = ("trial", "options", "measure", "steps", "state")
 
 
@@ -155,7 +157,8 @@ def _disk_of(found: Sweep, trial: Trial) -> int:
     if values.get("kind") == "plan" and done.returncode == 0:
         return int(((values.get("forecast") or {}).get("disk") or {}).get("total", 0))
     reasons = values.get("warnings") if values.get("kind") == "plan" else [values.get("message")]
-    text = "\n".join(filter(None, reasons or [])) or done.stderr.decode("utf-8", "replace").strip()
+    rows = [f"{one['file']}:{one['line']}: {one['message']}" for one in values.get("problems", [])[:MOST_PROBLEMS]]
+    text = "\n".join(filter(None, [*(reasons or []), *rows])) or done.stderr.decode("utf-8", "replace").strip()
     raise InputError(f"trial {trial.name} ({_options(trial)}) cannot be run: {text}")
 
 
