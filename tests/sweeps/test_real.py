@@ -85,7 +85,7 @@ def test_rows_that_no_trial_can_use_are_named(tmp_path: Path, monkeypatch: pytes
     result = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline"])
     assert result.exit_code == 2
     said = " ".join(result.output.split())
-    assert "trial lr-01 (optim.lr=0.01) cannot be run: 30 problems make rows unusable" in said
+    assert "trial lr-01 (optim.lr=0.01) cannot be run: data.train: no row can be read chats.jsonl:1: " in said
     assert "chats.jsonl:5: " in said
     assert "chats.jsonl:6: " not in said
 
