@@ -8,19 +8,17 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
-from tunesmith.cli.live import Live
-from tunesmith.cli.story import Story
 
-from tunesmith.cli.chat import STYLES, open_speakers
-from tunesmith.evaluation.generate import Sampling
+from tunesmith.cli.display import Live
+from tunesmith.cli.history import RunHistory
 from tunesmith.runs.folder import Run
-from tunesmith.types import Part
 
 WIDTH = 100
 MOMENT = 0.6
@@ -67,11 +65,11 @@ def main(run_path: str, target: str, question: str = "") -> None:
     if not re.search("-[0-9a-f]{4}$", run.path.name):
         words += ["--out", run_path]
     console.print(Text.assemble(("$ ", "green"), (shlex.join(words), "bold")))
-    live = Live(console, Story())
+    live = Live(console, RunHistory())
     drawn = False
     for event in events:
         live.event(event)
-        if event.kind == "step" and not drawn and event.step >= MOMENT * live.story.total_steps:
+        if event.kind == "step" and not drawn and event.step >= MOMENT * live.history.total_steps:
             console.print(live.moving())
             console.print("⋮", style="bright_black")
             drawn = True
@@ -82,13 +80,11 @@ def main(run_path: str, target: str, question: str = "") -> None:
 
 
 def ask(console: Console, run_path: str, question: str) -> None:
-    words = f"tunesmith chat {run_path} --compare --once {shlex.quote(question)}"
-    console.print("", Text.assemble(("$ ", "green"), (words, "bold")), sep="\n")
-    how = Sampling(max_new_tokens=60)
-    parts = [Part("user", question, trained=False)]
-    for voice in open_speakers(run_path, root=Path("runs"), base=False, compare=True, offline=True, note=print):
-        said = "".join(voice.answer(parts, how)).strip()
-        console.print(Text.assemble((f"{voice.name:>6}: ", "bright_black"), (said, STYLES[voice.name])))
+    words = ["chat", run_path, "--compare", "--once", question]
+    console.print("", Text.assemble(("$ ", "green"), (shlex.join(["tunesmith", *words]), "bold")), sep="\n")
+    command = [sys.executable, "-m", "tunesmith", *words, "--max-tokens", "60", "--offline"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    console.print(said.strip())
 
 
 if __name__ == "__main__":

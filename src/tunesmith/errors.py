@@ -173,5 +173,6 @@ def _revisions(repo: str, kind: Kind) -> str:
 
     with suppress(Exception):  # which only adds to a message
         refs = HfApi().list_repo_refs(repo, repo_type=kind)
-        return ", ".join([ref.name for ref in (*refs.branches, *refs.tags)][:20])
+        names = [ref.name for ref in (*refs.branches, *refs.tags)]
+        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return "branches, tags and commits"

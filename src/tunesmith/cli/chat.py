@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ def chat(
         console(stderr=True).print(visible(text), style="bright_black")
 
     speakers = open_speakers(target, root=root, base=base, compare=compare, model=model, offline=offline, note=note)
+    if not (math.isfinite(temperature) and math.isfinite(top_p)):
+        raise InputError(f"--temperature {temperature}, --top-p {top_p}: both are finite numbers.")
     settings = ChatSettings(max_new_tokens, temperature, top_p)
     conversation = Conversation(speakers, settings, system=system, as_json=as_json)
     if once is None:

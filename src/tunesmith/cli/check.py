@@ -73,7 +73,7 @@ def check(
     from tunesmith.recipe import load
 
     for path in data or ():
-        if (Path(path) / "config.json").is_file():
+        if (Path(path) / "config.json").is_file() and (Path(path) / "tokenizer_config.json").is_file():
             raise InputError(f"{path}: a model folder, not data. Write: tunesmith check DATA --model {path}")
     train = files(data)
     explicit = {"model": model, "data.train": train, "data.eval": files(eval_), "data.mix": mix_of(train), "task": task}

@@ -445,5 +445,9 @@ def _is_rows(path: str) -> bool:
 
 def _no_rows(address: HubAddress, seen: Sequence[RemoteFile]) -> DataError:
     held = f" It holds {listed(file.path for file in seen)}." if seen else ""
-    way = f" The hub may have converted it: {HubAddress(address.repo, CONVERTED)}" if not address.path else ""
+    way = (
+        f" The hub may have converted it: {HubAddress(address.repo, CONVERTED)}/SUBSET/SPLIT"
+        if not address.path
+        else ""
+    )
     return DataError(f"{address}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}{way}")

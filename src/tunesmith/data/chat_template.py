@@ -250,7 +250,7 @@ class _Process:
             except (OSError, EOFError) as error:
                 self.process.join(END_S)
                 raise _Ended(f"ended the process that renders it (code {self.process.exitcode})") from error
-        raise _Late(f"did not finish one row in {limit_s:g} s")
+        raise _Late(f"did not finish one row, or {MOST_TOGETHER} together, in {limit_s:g} s")
 
     def end(self) -> None:
         """Kill it; it is started again at the next request."""

@@ -334,7 +334,8 @@ class _Check:
         elif self._renderer is not None:
             made = [row for row in self._renderer.encode([example])[0] if isinstance(row, Row)]
             lines = [line for row in made for line in lines_of(row)]
-            self._first_rows += [spans_of(line, self._renderer.tokenizer.decode) for line in lines]
+            some = lines[: FIRST_ROWS - len(self._first_rows)]
+            self._first_rows += [spans_of(line, self._renderer.tokenizer.decode) for line in some]
 
     def _hear(self, problem: Problem) -> None:
         self._counts[problem.severity][problem.code] += 1

@@ -424,7 +424,8 @@ def _work(connection: Connection, renderer: Renderer) -> None:
 
 def _receive(connection: Connection, waiting: SimpleQueue[Chunk]) -> None:
     """Take in chunks while others are encoded, so that the parent need not wait; end with the parent."""
-    with suppress(OSError, EOFError):
+    try:
         while True:
             waiting.put(connection.recv())
-    os._exit(1)
+    finally:  # also where memory ends: the parent would wait
+        os._exit(1)

@@ -59,6 +59,10 @@ class Tail:
 
     def __call__(self) -> list[Event]:
         """The events since the last call."""
+        return list(self.read())
+
+    def read(self) -> Iterator[Event]:
+        """Yield the events since the last call, up to a line that is no event."""
         if _is_elsewhere(self.path, self._file):
             newer = open(self.path, "rb")  # noqa: SIM115 (held from call to call, so that a swap shows)
             if self._file is not None:
@@ -66,11 +70,13 @@ class Tail:
                 self._file.close()
             self._file = newer
         if self._file is None:
-            return []
+            return
         self._file.seek(self._offset)
-        lines = [line for line in self._file if line.endswith(b"\n")]
-        self._offset += sum(map(len, lines))
-        return [_event(line, str(self.path)) for line in lines]
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                return
+            self._offset += len(line)
+            yield _event(line, str(self.path))
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
@@ -78,7 +84,7 @@ def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iter
     tail, stopping = Tail(path), False
     while not stopping:
         stopping = stop()
-        yield from tail()
+        yield from tail.read()
         if not stopping:
             time.sleep(poll_s)
 

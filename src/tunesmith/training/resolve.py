@@ -195,8 +195,10 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     if device is None:
         threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
         if recipe.device == "cpu" and recipe.precision == "float16":
-            slow = "a processor takes ten times as long as in float32 or more, whose time is foreseen. Leave it out"
-            found.notes.append(f"precision: float16: {slow}")
+            slow = (
+                "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
+            )
+            found.notes.append(f"precision: float16: {slow}. Leave precision out.")
         device = devices.here(recipe.device, threads=threads, dtype=dtype)
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took

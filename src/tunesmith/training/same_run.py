@@ -24,6 +24,8 @@ NAMED_LATER = {
     "setting optim.lr_times": "1.0",
     "setting prefer.desirable": "None",
     "setting prefer.undesirable": "None",
+    "setting embed.include_prompt": "None",
+    "setting checkpoint.snapshots": "0",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 

@@ -423,6 +423,9 @@ def _stop_if_requested(session: Session, *, saved: bool) -> None:
         if not saved:
             save(session)
         if step and setup.recipe.checkpoint.snapshots and step not in snapshot_steps(setup):
-            keep_snapshot(session)
+            try:
+                keep_snapshot(session)
+            except StorageError as error:  # the checkpoint is there, and nothing is lost
+                session.emit("note", {"text": f"the result at the stop is not kept: {error}"})
         done = f"stopped after step {step} of {setup.total_steps}"
         raise Stopped(f"{done}; resume with: {command('resume', session.run.path)}")
