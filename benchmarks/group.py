@@ -64,7 +64,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     if not path.exists():
         found = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), "utf-8")
+        write_atomic(path, json.dumps(found).encode())
         print(f"{path.stem}: done", file=sys.stderr, flush=True)
     return json.loads(path.read_text("utf-8"))
 

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     """0: nDCG@10 is above that of BM25's order by its paired interval; else 1."""
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "held.jsonl").exists():
+    if not (work / "ranks.json").exists():
         subprocess.run([options.python, PEER, "rows", work / "terms.jsonl", work / "others.jsonl"], check=True)
         _write_lists(work, options)
     ours, begun = work / "run", time.perf_counter()
