@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tunesmith.runs.atomic import write_atomic
+
 TESTS = Path(__file__).parents[1] / "tests"
 
 
