@@ -1,4 +1,4 @@
-"""The table of traps in docs/correctness.md and the markers in the tests agree, and each bug has been planted."""
+"""The table of traps in docs/correctness.md and the markers in the tests agree, and the files of each plant bugs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_trap_that_exists_here_is_held() -> None:
     assert set(marked()) >= REQUIRED
 
 
-def test_every_trap_has_been_planted() -> None:
+def test_the_files_of_every_trap_plant_a_bug() -> None:
     for trap, files in marked().items():
         texts = [(ROOT / file).read_text("utf-8") for file in files]
         assert any(PLANTED.search(text) for text in texts), f"{trap}: no test in {sorted(files)} is seen to fail"

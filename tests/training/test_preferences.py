@@ -341,6 +341,12 @@ def test_a_template_that_ends_no_answer_is_refused(tmp_path):
         prepare(recipe, root=tmp_path / "runs")
 
 
+# trap: P20
+def test_sums_of_a_batch_are_made_in_float64(tmp_path):
+    setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
+    assert setup.collator.batch([int(setup.rows.train_rows[0])], draw=1).values_BV.dtype == torch.float64
+
+
 # trap: P13
 def test_the_same_prompt_is_on_one_side_whatever_its_answers(tmp_path):
     rows = [row for row in rows_of("prefer", 20) for _ in range(3)]
