@@ -74,7 +74,7 @@ def plan(bench: Bench) -> dict[str, Any]:
 def attention(bench: Bench) -> dict[str, Any]:
     """Every shape that can reach packed attention, forward and backward, against float32 on a processor."""
     whole = [Segment(n) for n in (70, 33, 33, 1, 128, 5)]
-    shared = [Segment(40), Segment(20, 40, 0), Segment(7, 40, 0), Segment(1, 40, 0), Segment(90)]
+    shared = [Segment(40), *(Segment(n, ((0, 40),)) for n in (20, 7, 1)), Segment(90)]
     kinds: list[tuple[str, list[Segment], bool, dict[str, Any]]] = [
         ("causal", whole, True, {}),
         ("window", whole, True, {"sliding_window": 16}),
