@@ -32,6 +32,6 @@ def test_both_ways_train_alike_and_fast_is_what_runs_by_default(tmp_path, monkey
     plain = losses(tmp_path / "plain", kernels="plain", precision=precision)
     assert not seen
     fast = losses(tmp_path / "fast", precision=precision)
-    assert seen
+    assert bool(seen) == (precision == "bfloat16")
     assert fast == pytest.approx(plain, abs=tolerance)
     assert plain[-1] < plain[0] - 0.1  # it learns: equal losses of a model that stands still prove nothing

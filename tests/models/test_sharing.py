@@ -66,14 +66,14 @@ def both_are_alike(model, rows: list[Row], *, tolerance: float) -> None:
 def test_every_model_answers_and_learns_alike(arch, products, monkeypatch):
     """By torch's kernel and by grouped products. float32: 1e-4 of the largest is rounding through a model of such
     weights."""
-    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", 512 if products else 0)
+    monkeypatch.setattr(short_row_attention, "LONGEST_SHARED", 512 if products else 0)
     both_are_alike(sharp(arch), MIXED + PAIRS, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("longest", [15, 24])
 def test_long_and_short_pieces_of_one_family(longest, monkeypatch):
     """Some through products, some through torch's kernel, reading the same beginning."""
-    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", longest)
+    monkeypatch.setattr(short_row_attention, "LONGEST_SHARED", longest)
     both_are_alike(sharp("llama"), MIXED + PAIRS, tolerance=1e-4)
 
 

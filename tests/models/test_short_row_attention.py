@@ -106,10 +106,10 @@ def test_with_dropout_it_is_attention_with_the_weights_that_are_left(causal, p):
 
 
 def test_where_it_is_the_faster_way():
-    """Long rows in float32 are left to torch's kernel, which has none of the operations that dropout asks for."""
+    """Whole rows in float32 are left to torch's kernel, which has none of the operations that dropout asks for."""
     query = torch.zeros(1, 2, 3, 4)
     for dtype, dropout, cap, expected in (
-        (torch.float32, 0.0, None, 96),
+        (torch.float32, 0.0, None, 0),
         (torch.float32, 0.1, None, 1024),
         (torch.bfloat16, 0.0, None, 512),
         (torch.bfloat16, 0.1, None, 1024),
@@ -117,7 +117,8 @@ def test_where_it_is_the_faster_way():
         (torch.float64, 0.1, None, 0),
     ):
         given = query.to(dtype)
-        assert longest(given, given, dropout=dropout, softcap=cap) == expected
+        assert longest(given, given, dropout=dropout, softcap=cap, shared=False) == expected
+    assert longest(query, query, dropout=0.0, softcap=None, shared=True) == 96
 
 
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_torchs_kernel():
@@ -173,9 +174,8 @@ def test_short_and_long_rows_of_one_pass_answer_alike(most, monkeypatch):
     """Whichever way a row is attended to: float32 through both, 1e-4 on logits of several units."""
     model, rows = sharp("llama"), rows_of()
     use_packed_attention(model)
-    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", 0)
     expected = logits_at_targets(model, batch_of(rows))
-    monkeypatch.setattr(short_row_attention, "LONGEST_FLOAT32", most)
+    monkeypatch.setattr(short_row_attention, "longest", lambda *args, **how: most)
     assert (logits_at_targets(model, batch_of(rows)) - expected).abs().max() <= 1e-4
 
 

@@ -172,7 +172,10 @@ def _by_pieces(
     """[1, T, H, D]: stretches of short pieces by block products, others by one kernel call for each run of equals."""
     longest = 0
     if options.short_products:
-        most = short_rows.longest(query_1HTD, value_1GKD, dropout=options.dropout, softcap=options.softcap)
+        shared = segments.shared is not None
+        most = short_rows.longest(
+            query_1HTD, value_1GKD, dropout=options.dropout, softcap=options.softcap, shared=shared
+        )
         longest = min(most, options.window or most)
     stretches = [tuple(some) for _, some in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
     # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.

@@ -35,8 +35,8 @@ from torch.autograd.function import once_differentiable
 
 LONGEST = 512
 """Keys of a row up to which this is faster than torch's kernel on a CPU in bfloat16."""
-LONGEST_FLOAT32 = 96
-"""`LONGEST` in float32."""
+LONGEST_SHARED = 96
+"""`LONGEST` in float32 where rows share prefixes; torch's kernel is faster for whole rows."""
 LONGEST_DROPPED = 1024
 """`LONGEST` with dropout, in either precision."""
 WIDE = 32
@@ -52,13 +52,13 @@ RowSize = tuple[int, int]
 """(queries, keys). A causal row with more keys than queries reads a prefix: its queries are the last of its keys."""
 
 
-def longest(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None) -> int:
+def longest(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None, shared: bool) -> int:
     """Keys of a row up to which this is the faster way; 0: on other devices, in other precisions, with unequal head
-    sizes or a softcap."""
-    usual = {torch.bfloat16: LONGEST, torch.float32: LONGEST_FLOAT32}.get(query_1HTD.dtype, 0)
+    sizes or a softcap. `shared`: rows share prefixes, so that many short segments have lengths of their own."""
     if query_1HTD.device.type != "cpu" or query_1HTD.shape[-1] != value_1GTD.shape[-1] or softcap is not None:
         return 0
-    return LONGEST_DROPPED if usual and dropout else usual
+    usual = {torch.bfloat16: LONGEST, torch.float32: LONGEST_SHARED if shared else 0}.get(query_1HTD.dtype)
+    return LONGEST_DROPPED if usual is not None and dropout else usual or 0
 
 
 def short_row_attention(
