@@ -45,7 +45,7 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
         return batch
     ids, positions, pieces, end = [], [], [], 0
     spans: list[tuple[Span, ...]] = [()] * len(rows)
-    """Where the tokens of each row are."""
+    """Places of the tokens of each row."""
     for one in found:
         first, num = one.members[0], one.stop - one.start
         ids.append(rows[first][one.start : one.stop])
@@ -90,7 +90,7 @@ def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
 
 
 def stretches(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
-    """What a micro-batch of these rows computes, each prefix before what follows it; as many as rows if none share.
+    """Stretches that a micro-batch of these rows computes, prefixes before what follows; as many as rows if none share.
 
     Groups as `prefix_groups` finds them, or prefixes within prefixes where that computes fewer tokens: a system prompt
     that all rows begin with, then the prompts of two answers each.

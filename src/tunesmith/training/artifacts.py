@@ -1,4 +1,4 @@
-"""What a run saves: checkpoints, snapshots of its result, and the result; each is complete or absent."""
+"""Artifacts of a run: checkpoints, snapshots of its result, and the result; each is complete or absent."""
 
 from __future__ import annotations
 
