@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +16,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,18 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
+import fresh  # noqa: E402
+from faults import tree  # noqa: E402
 from jobs import killed  # noqa: E402
-from jobs.places import rows  # noqa: E402
+from jobs.places import FakeModels, put_file, rows  # noqa: E402
 from serve.running import wait_for  # noqa: E402
-from tunesmith.jobs.launcher import _holder  # noqa: E402
+from tiny_run import chats, model_folder  # noqa: E402
+from tunesmith.jobs.bases import Bases, PublicBase  # noqa: E402
+from tunesmith.jobs.dispatcher import Dispatcher  # noqa: E402
+from tunesmith.jobs.job_request import JobBody  # noqa: E402
+from tunesmith.jobs.launcher import ChildProcess, _holder  # noqa: E402
+from tunesmith.jobs.routes import create_job  # noqa: E402
+from tunesmith.jobs.states import ENDED  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
 from tunesmith.jobs.tables import events, files, jobs  # noqa: E402
 from tunesmith.runs.folder import Run  # noqa: E402
@@ -138,3 +150,135 @@ def check(folder: Path, made: list[str]) -> None:
     assert {path.name for path in store.files_path.iterdir()} == known
     assert {path.name for path in store.runs_path.iterdir() if path.name[0] != "."} == set(made)
     store.close()
+
+
+# A run at each of its writes
+
+RUN = """
+import os, runpy, time
+while not os.path.exists({go!r}):
+    time.sleep(0.002)
+runpy.run_module("tunesmith", run_name="__main__", alter_sys=True)
+"""
+WRITES = "write,pwrite64,fdatasync,fsync,rename,unlink,unlinkat,ftruncate,mkdir"
+REAL = Bases({"tiny": PublicBase(model="tiny", recipe={"checkpoint": {"every": 3}})})
+STRIDE = int(os.environ.get("TUNESMITH_KILL_STRIDE", "7"))
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None or sys.platform != "linux", reason="strace is missing")
+
+
+def traced(process: int, num: int) -> subprocess.Popen[bytes]:
+    """strace, which kills a process at its write number `num`; returns when it watches."""
+    words = ["strace", "-f", "-q", "-o", "/dev/null", "-p", str(process), "-e", f"trace={WRITES}"]
+    tracer = subprocess.Popen([*words, "-e", f"inject={WRITES}:signal=SIGKILL:when={num}"], stderr=subprocess.DEVNULL)
+    while "TracerPid:\t0\n" in Path(f"/proc/{process}/status").read_text():
+        assert tracer.poll() is None, "strace may not trace here"
+        time.sleep(0.002)
+    return tracer
+
+
+@dataclass
+class ForkedRun:
+    """`tunesmith train` or `resume` in a process that has imported torch already."""
+
+    run: Path
+    process: fresh.Process
+
+    def is_alive(self) -> bool:
+        return Path(f"/proc/{self.process.pid}").exists()
+
+    def stop(self) -> None:
+        Run(self.run).ask_stop()
+
+    def error(self) -> dict[str, Any] | None:
+        return ChildProcess(self.run).error()
+
+
+@dataclass
+class KillingLauncher:
+    """Kills the first run that it starts at its write number `num`; 0: none."""
+
+    num: int
+    tracer: subprocess.Popen[bytes] | None = None
+    started: int = 0
+
+    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> ForkedRun:
+        words = ["train", "--recipe", str(recipe), "--out", str(run)]
+        if (run / "run.json").exists():
+            words = ["resume", str(run)]
+        go = run.parent / f".{run.name}.go{self.started}"
+        with open(run.parent / f".{run.name}.output", "wb") as out:
+            code = RUN.format(go=str(go))
+            process = fresh.Process("-c", code, *words, "--json", "--offline", cwd=run.parents[2], stdout=out.fileno())
+        if self.num and not self.started:
+            self.tracer = traced(process.pid, self.num)
+        self.started += 1
+        go.touch()
+        return ForkedRun(run, process)
+
+    def find(self, run: Path) -> None:
+        return None
+
+
+def real_outcome(folder: Path, num: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    """(number of starts, everything that a client and the disk have of a real job whose run is killed at a write)."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("tunesmith.jobs.routes.new_id", lambda kind: kind + "A" * 24)
+    model_folder(folder / "tiny")
+    store = Store(folder / "store")
+    store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
+    file = put_file(store, chats(folder / "rows.jsonl", 18).read_bytes())
+    valid = put_file(store, chats(folder / "valid.jsonl", 4, seed=4).read_bytes(), "file-b")
+    how = {"n_epochs": 2, "batch_size": 3}
+    body = JobBody(model="tiny", training_file=file, validation_file=valid, seed=3, hyperparameters=how)
+    name = str(create_job(store, REAL, body)["id"])
+    models, launcher = FakeModels(), KillingLauncher(num)
+    working = Dispatcher(store, REAL, launcher, models)
+    while (job := store.job(name) or {})["status"] not in ENDED:
+        working.round()
+        time.sleep(0.02)
+    run = Run(store.runs_path / name)
+    said = store.page(events, events.c.job == name, limit=100)[0]
+    assert len({row["id"] for row in said}) == len(said)
+    kept = [row for row in said if not re.search(r"again|goes on after|^Created|^Validating", row["message"])]
+    found = {
+        "job": {key: job[key] for key in ("status", "error", "numbers", "trained_tokens")},
+        "events": sorted((row["id"], row["message"].partition("steps.")[0], str(row["data"])) for row in kept),
+        "results": store.content_path(job["result_file"]).read_bytes(),
+        "served": sorted(models.served),
+        "weights": {path: one for path, one in tree(run.path).items() if path.endswith(".safetensors")},
+        "files": sorted(tree(run.path)),
+        "left": sorted(path.name for path in store.runs_path.iterdir() if path.name[0] != "."),
+    }
+    store.close()
+    if launcher.tracer is not None:
+        launcher.tracer.wait()
+    return launcher.started, found
+
+
+@needs_strace
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_a_run_killed_at_its_writes_ends_as_the_same_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """TUNESMITH_KILL_STRIDE=1 for each of them."""
+
+    def made(num: int) -> tuple[int, dict[str, Any]]:
+        (folder := tmp_path / str(num)).mkdir()
+        try:
+            return real_outcome(folder, num, monkeypatch)
+        finally:
+            shutil.rmtree(folder)
+
+    starts, whole = made(0)
+    assert (starts, whole["job"]["status"]) == (1, "succeeded")
+    num, killed = 1 + part * STRIDE, 0
+    while True:
+        starts, found = made(num)
+        for key in whole:
+            assert found[key] == whole[key], f"{key}, killed at write {num}"
+        if starts == 1:
+            break
+        killed, num = killed + 1, num + 4 * STRIDE
+    print(f"{killed} kills, the last at write {num - 4 * STRIDE}")
+    assert killed > 2
