@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,3 +239,13 @@ def test_signal_before_the_run_has_begun_interrupts(stoppable: Start) -> None:
     process.send_signal(2)
     process.communicate(timeout=20)
     assert process.returncode in (1, -2)  # an uncaught KeyboardInterrupt, as the interpreter ends with it
+
+
+def test_a_signal_in_the_middle_of_a_line_asks_to_stop_and_is_said_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
+    def say(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name=1>")
+
+    with signals.stopping_on_signals(has_begun=lambda: True, say=say) as should_stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop()
+    assert capfd.readouterr().err.startswith("stopping: a checkpoint is written")

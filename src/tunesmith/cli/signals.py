@@ -68,7 +68,10 @@ def stopping_on_signals(
             os.kill(os.getpid(), number)
         elif has_begun():
             requested.set()
-            say(words)
+            try:
+                say(words)
+            except RuntimeError:  # the signal came while a line was being written: streams are not reentrant
+                os.write(2, f"{words}\n".encode())
         else:
             _interrupt(number, frame)
 

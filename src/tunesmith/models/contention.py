@@ -21,7 +21,7 @@ from tunesmith.environment import num_cpus
 INTERVAL_S = 0.5
 BUSY_SHARE = 0.10
 """Seconds that the threads of this process waited for a core, per second, from which on the machine is busy."""
-QUIET_SHARE, QUIET_INTERVALS = 0.03, 8
+QUIET_SHARE, QUIET_INTERVALS = 0.06, 8
 """After so many intervals in a row below this share threads spin again."""
 TASKS = "/proc/self/task"
 
