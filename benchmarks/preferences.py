@@ -26,6 +26,12 @@ WARM_UP = 3
 def add_preferences(verbs: Any) -> None:
     """The verb's own words."""
     parser = verbs.add_parser("preferences", help="DPO and TRL's DPO: losses, tokens a second, memory, accuracy")
+    add_pair_options(parser, held_out=40, lr=2e-4)
+    parser.set_defaults(run=run)
+
+
+def add_pair_options(parser: argparse.ArgumentParser, *, held_out: int, lr: float) -> None:
+    """Options of a comparison with TRL on pairs made from chats."""
     add = parser.add_argument
     add("--model", required=True, help="a folder of a chat model")
     add("--chats", required=True, nargs=2, metavar="FILE", help="JSONL of chats with a topic, to train and to test on")
@@ -33,12 +39,11 @@ def add_preferences(verbs: Any) -> None:
     add("--steps", type=int, default=20)
     add("--pairs-per-step", type=int, default=8)
     add("--pairs-per-batch", type=int, default=2, help="TRL's, which accumulates them to a step")
-    add("--held-out", type=int, default=40, help="pairs that both results are measured on, one by one")
-    add("--lr", type=float, default=2e-4, help="constant")
+    add("--held-out", type=int, default=held_out, help="pairs that both results are measured on")
+    add("--lr", type=float, default=lr, help="constant")
     add("--precision", default="float32")
     add("--threads", type=int, default=1)
     add("--work", type=Path, required=True, metavar="FOLDER", help="pairs, runs and results; what is there is kept")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import ROOT, machine, run_child, versions
+from benchmarks.preferences import add_pair_options
 
 CENTER, SEED, WARM_UP = 0.01, 0, 3
 PEERS = ROOT / "benchmarks" / "peers"
@@ -25,18 +26,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 def add_rewards(verbs: Any) -> None:
     """The verb's own words."""
     parser = verbs.add_parser("rewards", help="a reward model and TRL's: losses, tokens a second, memory, accuracy")
-    add = parser.add_argument
-    add("--model", required=True, help="a folder of a chat model")
-    add("--chats", required=True, nargs=2, metavar="FILE", help="JSONL of chats with a topic, to train and to test on")
-    add("--peer", default=str(ROOT / ".peers" / "trl" / "bin" / "python"), help="TRL's Python")
-    add("--steps", type=int, default=20)
-    add("--pairs-per-step", type=int, default=8)
-    add("--pairs-per-batch", type=int, default=2, help="TRL's, which accumulates them to a step")
-    add("--held-out", type=int, default=100, help="pairs that both results are measured on")
-    add("--lr", type=float, default=1e-4, help="constant")
-    add("--precision", default="float32")
-    add("--threads", type=int, default=1)
-    add("--work", type=Path, required=True, metavar="FOLDER", help="pairs, runs and results; what is there is kept")
+    add_pair_options(parser, held_out=100, lr=1e-4)
     parser.set_defaults(run=run)
 
 

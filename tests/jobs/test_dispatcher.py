@@ -134,19 +134,24 @@ def test_a_run_that_is_killed_thrice_without_a_new_checkpoint_fails(
     store.close()
 
 
+class RefusingModels(FakeModels):
+    """Refuses the next calls with these status codes, the last first."""
+
+    def __init__(self, refusals: list[int]) -> None:
+        super().__init__()
+        self.refusals = refusals
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        if self.refusals:
+            raise RequestError("no engine", status=self.refusals.pop())
+        super().attach(base, name, run)
+
+
 @pytest.mark.parametrize("status", ["paused", "cancelled"])
 def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_where_it_was_cancelled_none(
     opened: Opened, tmp_path: Path, status: str
 ) -> None:
-    store, models, refusals = opened(tmp_path), FakeModels(), [503, 503, 503]
-    attach = models.attach
-
-    def refusing(base: str, name: str, run: Path) -> None:
-        if refusals:
-            raise RequestError("no engine", status=refusals.pop())
-        attach(base, name, run)
-
-    models.attach = refusing
+    store, models = opened(tmp_path), RefusingModels([503, 503, 503])
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), models)
     for _ in range(3):
@@ -159,15 +164,8 @@ def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_
 
 
 def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_path: Path) -> None:
-    store, models, refusals = opened(tmp_path), FakeModels(), [503, 503]
-    attach = models.attach
-
-    def refusing(base: str, name: str, run: Path) -> None:
-        if refusals:
-            raise RequestError("no engine", status=refusals.pop())
-        attach(base, name, run)
-
-    models.attach = refusing
+    refusals = [503, 503]
+    store, models = opened(tmp_path), RefusingModels(refusals)
     name = put_job(store, put_file(store, rows(12)))
     work(store, FakeLauncher(), models)
     assert (store.job(name)["status"], refusals) == ("succeeded", [])
