@@ -96,7 +96,7 @@ class Setup(TrainState):
         """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
         if not self.attachment.shards:
             return {}
-        from tunesmith.parallel.sharding import whole_weights
+        from tunesmith.parallel.fsdp import whole_weights
 
         return {"weights": whole_weights(self.world, self.model)}
 
@@ -228,7 +228,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     resize_embeddings(model, inputs.added)
     num_parameters = num_weights(model)
     if recipe.shard is True:
-        from tunesmith.parallel.sharding import shard_layers
+        from tunesmith.parallel.fsdp import shard_layers
 
         shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
