@@ -32,7 +32,7 @@ from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.sender import tracked
+from tunesmith.trackers.sender import tracked
 from tunesmith.training import trainer as training
 from tunesmith.types import Event, TaskName
 
