@@ -26,7 +26,7 @@ import filelock
 
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError
-from tunesmith.formatting import command, size
+from tunesmith.phrases import command, size
 from tunesmith.runs import events
 from tunesmith.runs.atomic import clean, from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run

@@ -25,7 +25,6 @@ from tunesmith.data.splits import Splits
 from tunesmith.errors import DoesNotFitError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
-from tunesmith.formatting import size
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
@@ -41,6 +40,7 @@ from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
+from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.duration import kept_checkpoints
 from tunesmith.planning.forecast import KEY, Forecast, filled_by, shared_prefixes
