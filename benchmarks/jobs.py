@@ -191,10 +191,11 @@ def training(folder: Path, options: argparse.Namespace) -> None:
             body = {"hyperparameters": {"n_epochs": 1, "batch_size": 4}, "seed": 1}
             body["training_file"] = server.upload("/files", "file", len(rows), [rows], "fine-tune")["id"]
             body["model"], begun = server.ask("GET", "/models")["data"][0]["id"], time.time()
-            job = server.ask("POST", JOBS, body)["id"]
+            job, count = server.ask("POST", JOBS, body)["id"], 0
             while (state := server.ask("GET", f"{JOBS}/{job}"))["status"] != "succeeded":
                 assert state["status"] != "failed", state
-                polls.append(timed(partial(server.ask, "GET", JOBS)))
+                if (count := count + 1) % 10 == 0:
+                    polls.append(timed(partial(server.ask, "GET", JOBS)))
                 time.sleep(0.1)
             ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
             answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.phrases import command
+from tunesmith.formatting import command
 
 
 def started(monkeypatch: pytest.MonkeyPatch, script: Path | str, *, path: Path | str = "") -> None:

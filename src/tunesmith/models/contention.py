@@ -19,9 +19,10 @@ from pathlib import Path
 from tunesmith.environment import num_cpus
 
 INTERVAL_S = 0.5
-BUSY_SHARE = 0.10
-"""Seconds that the threads of this process waited for a core, per second, from which on the machine is busy."""
-QUIET_SHARE, QUIET_INTERVALS = 0.06, 8
+BUSY_SHARE, BUSY_INTERVALS = 0.25, 2
+"""Seconds that the threads of this process waited for a core, per second; after so many intervals in a row above it
+threads sleep. One busy loop gives 0.3 and more, a server that answers ten requests a second less than 0.11."""
+QUIET_SHARE, QUIET_INTERVALS = 0.15, 8
 """After so many intervals in a row below this share threads spin again."""
 TASKS = "/proc/self/task"
 
@@ -64,14 +65,15 @@ class IdleTeam:
 
 def _watch() -> None:
     team: IdleTeam | None = None
-    before, at, quiet = _seconds_waited(), time.monotonic(), 0
+    before, at, busy, quiet = _seconds_waited(), time.monotonic(), 0, 0
     while True:
         time.sleep(INTERVAL_S)
         now, waited = time.monotonic(), _seconds_waited()
         share = sum(total - before.get(thread, 0.0) for thread, total in waited.items()) / (now - at)
         before, at = waited, now
+        busy = busy + 1 if share > BUSY_SHARE else 0
         quiet = quiet + 1 if share < QUIET_SHARE else 0
-        if team is None and share > BUSY_SHARE:
+        if team is None and busy >= BUSY_INTERVALS:
             team = IdleTeam()
         elif team is not None and quiet >= QUIET_INTERVALS:
             team.end()
