@@ -22,7 +22,7 @@ import psutil
 
 from tunesmith.environment import for_child
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.sender import SenderProcess
+from tunesmith.trackers.sender import SenderProcess
 from tunesmith.types import Event
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on",

@@ -21,18 +21,18 @@ from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.export.export_run import check_planned, export_planned
-from tunesmith.formatting import PHASES
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
 from tunesmith.parallel.launch import devices_of
 from tunesmith.parallel.world import place_of
+from tunesmith.phrases import PHASES
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.sender import tracked
+from tunesmith.trackers.sender import tracked
 from tunesmith.training import trainer as training
 from tunesmith.types import Event, TaskName
 

@@ -373,7 +373,7 @@ class Attachment(Protocol):
     rate_factors: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
     shards: Mapping[str, Size] = MappingProxyType({})
-    """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.sharding`."""
+    """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.fsdp`."""
     step_hook: StepHook | None = None
     """None: training follows from gradients of the rows alone."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.formatting import command
+from tunesmith.phrases import command
 
 
 def started(monkeypatch: pytest.MonkeyPatch, script: Path | str, *, path: Path | str = "") -> None:

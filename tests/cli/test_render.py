@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith import formatting as values
+from tunesmith import phrases as values
 from tunesmith.cli import render
 from tunesmith.evaluation.metrics import METRICS
 

@@ -11,7 +11,7 @@ import pytest
 from tunesmith.data.sampler import StepSampler, copies
 from tunesmith.data.splits import mix, source_ids, times_per_epoch
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.formatting import mix_text
+from tunesmith.phrases import mix_text
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Data, DataFile
 

@@ -23,7 +23,7 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.data.sampler import StepSampler
-from tunesmith.parallel import sharding, world
+from tunesmith.parallel import fsdp, world
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
@@ -89,13 +89,13 @@ def plain(folder: Path) -> Any:
 
 def unhooked_planted(folder: Path) -> Any:
     """A layer that computes with its pieces."""
-    right = sharding.shard_layers
+    right = fsdp.shard_layers
 
     def shard(found: Any, model: Any, body: Any, layers: Any, **how: Any) -> None:
         right(found, model, body, layers, **how)
         layers[-1]._forward_pre_hooks.clear()
 
-    with patch.object(sharding, "shard_layers", shard):
+    with patch.object(fsdp, "shard_layers", shard):
         return steps(folder, "full")
 
 

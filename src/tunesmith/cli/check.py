@@ -38,7 +38,7 @@ from tunesmith.cli.render import ACCENT, MUTED, percent, plan_panel, sample_row,
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
-from tunesmith.formatting import mix_text, plural, size
+from tunesmith.phrases import mix_text, plural, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -37,8 +37,8 @@ from tunesmith.cli.render import (
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import Stopped
-from tunesmith.formatting import PHASES, command, duration, size
 from tunesmith.parallel.world import place_of
+from tunesmith.phrases import PHASES, command, duration, size
 from tunesmith.types import Event
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import typer
 from tunesmith.cli.options import Json, Offline, Root, Settings, to_overrides
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.environment import default_threads, install_command
-from tunesmith.formatting import plural, size
+from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run
 
 if TYPE_CHECKING:

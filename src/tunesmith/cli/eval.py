@@ -14,7 +14,7 @@ from tunesmith.cli.render import comparison_table, loss, metrics_table, one_line
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.formatting import PHASES, plural
+from tunesmith.phrases import PHASES, plural
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
 

@@ -10,7 +10,7 @@ import typer
 from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName
 from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, json_line
-from tunesmith.formatting import plural, size
+from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
-from tunesmith.formatting import plural
+from tunesmith.phrases import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,10 +14,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith import formatting
+from tunesmith import phrases
 from tunesmith.cli.history import RunHistory, measures_of
 from tunesmith.evaluation.metrics import VERDICTS, info_of
-from tunesmith.formatting import duration, mix_text, plural, size, span
+from tunesmith.phrases import duration, mix_text, plural, size, span
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def percent(share: float) -> str:
 
 def option(value: Any) -> str:
     """The value of an option as text, without control characters."""
-    return visible(formatting.option(value))
+    return visible(phrases.option(value))
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:

@@ -32,7 +32,7 @@ from tunesmith.cli.render import (
 )
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.formatting import command, did_you_mean, duration, listed, plural, size
+from tunesmith.phrases import command, did_you_mean, duration, listed, plural, size
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError
-from tunesmith.formatting import plural
+from tunesmith.phrases import plural
 from tunesmith.runs.folder import is_run
 from tunesmith.serve.protocol import EngineOptions, ModelCard
 

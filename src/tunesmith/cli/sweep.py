@@ -20,7 +20,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import for_child, refuse_ranks
 from tunesmith.errors import DoesNotFitError, InputError, Stopped
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.formatting import command, plural, size
+from tunesmith.phrases import command, plural, size
 from tunesmith.runs.atomic import from_json, write_atomic
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
     from tunesmith.parallel.world import place_of
-    from tunesmith.tracking.sender import tracked
+    from tunesmith.trackers.sender import tracked
 
     launch_ranks(recipe)
     first = place_of(os.environ).rank == 0
@@ -162,7 +162,7 @@ def resume(
     from tunesmith.cli.export import make_planned
     from tunesmith.parallel.world import place_of
     from tunesmith.recipe import load
-    from tunesmith.tracking.sender import tracked
+    from tunesmith.trackers.sender import tracked
 
     found = Run.open(run, root, base=model)
     try:
@@ -205,8 +205,8 @@ def track(
 
     tunesmith track runs/support-3f2a --to wandb --follow
     """
-    from tunesmith.tracking.sender import SenderProcess, read_state, state_path
-    from tunesmith.tracking.tracker import check_names
+    from tunesmith.trackers.sender import SenderProcess, read_state, state_path
+    from tunesmith.trackers.tracker import check_names
 
     names = check_names(to)
     if not names:

@@ -27,7 +27,7 @@ from tunesmith.data import remote
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
 from tunesmith.data.remote import PART_BYTES, RemoteFile, is_address, reason
 from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
-from tunesmith.formatting import listed, plural, size
+from tunesmith.phrases import listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
 

@@ -16,7 +16,7 @@ from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
 from tunesmith.data.problems import names
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.formatting import did_you_mean
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 

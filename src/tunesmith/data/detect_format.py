@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 from tunesmith.data.problems import refusal
 from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
-from tunesmith.formatting import near_file
+from tunesmith.phrases import near_file
 
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
 

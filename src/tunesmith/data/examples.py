@@ -17,7 +17,7 @@ from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import read
 from tunesmith.errors import InputError
-from tunesmith.formatting import did_you_mean
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tunesmith.data.columns import paste
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.formatting import did_you_mean
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 

@@ -29,7 +29,7 @@ from tunesmith.data.problems import num_refused, refused
 from tunesmith.data.remote import PART_BYTES, is_address, local
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
-from tunesmith.formatting import plural
+from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import storing
 

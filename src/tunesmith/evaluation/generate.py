@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
-from tunesmith.formatting import plural
 from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.modes import eval_mode, generating_by
+from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example
 

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RunError
-from tunesmith.formatting import command
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS
@@ -26,6 +25,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.special_tokens import resize_embeddings
+from tunesmith.phrases import command
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.formatting import command
 from tunesmith.methods import METHODS, attach, method_of, restore, state_dict
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
@@ -25,6 +24,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings
+from tunesmith.phrases import command
 from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head, with_choice
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint

@@ -53,11 +53,11 @@ from tunesmith.evaluation.predict_rows import (
 )
 from tunesmith.evaluation.retrieval import settled, settled_lists
 from tunesmith.evaluation.scores import answer_scores, score, score_answers
-from tunesmith.formatting import plural
 from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer
+from tunesmith.phrases import plural
 from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run

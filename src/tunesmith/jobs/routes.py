@@ -31,7 +31,7 @@ from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
-from tunesmith.tracking.tracker import check_names
+from tunesmith.trackers.tracker import check_names
 
 QUERIES = ("/v1/files", "/v1/fine_tuning")
 """Beginnings of paths whose routes read a query."""

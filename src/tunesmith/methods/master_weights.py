@@ -74,7 +74,7 @@ class MasterWeights:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether this process has only a piece of a tensor, see `parallel.sharding`."""
+    """Whether this process has only a piece of a tensor, see `parallel.fsdp`."""
     return hasattr(tensor, "to_local")
 
 

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import InputError, ModelError, RecipeError
-from tunesmith.formatting import did_you_mean
 from tunesmith.methods import adalora
 from tunesmith.methods.adapter_format import (
     WEIGHTS,
@@ -37,6 +36,7 @@ from tunesmith.models.forward import body_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.save import writing_weights
 from tunesmith.optim import OPTIMIZERS
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Optim
 from tunesmith.types import Attachment

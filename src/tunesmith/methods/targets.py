@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.formatting import did_you_mean
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.methods import Bias
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)

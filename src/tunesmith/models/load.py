@@ -42,7 +42,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tunesmith.errors import ModelError
-from tunesmith.formatting import listed
 from tunesmith.models import contention, heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
@@ -50,6 +49,7 @@ from tunesmith.models.modes import silence_transformers
 from tunesmith.models.quantized import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
+from tunesmith.phrases import listed
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.types import HeadName, Labels, ModelKind

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from tunesmith.errors import ModelError, hub_failures, why_refused
-from tunesmith.formatting import near_file
 from tunesmith.models.folder import INDEX, PICKLES, SINGLE, check_code, check_folder, refuse_pickles, shards
 from tunesmith.models.gguf import read_gguf
+from tunesmith.phrases import near_file
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import storing
 

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.environment import for_child, num_cpus
 from tunesmith.errors import GroupError, RecipeError, Stopped, TunesmithError
-from tunesmith.formatting import command, plural
 from tunesmith.parallel.world import AGREED, OWN_AGENT, place_of
+from tunesmith.phrases import command, plural
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

@@ -105,7 +105,7 @@ class World:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every pass through the model is a meeting of all ranks, see `sharding`."""
+        """Whether every pass through the model is a meeting of all ranks, see `fsdp`."""
         return self.mesh is not None
 
     def join(self, facts: Mapping[str, Any]) -> None:

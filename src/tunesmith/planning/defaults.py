@@ -20,12 +20,12 @@ from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, FEW_ANSWERS, MOST_SHORT, has_short_answers
-from tunesmith.formatting import plural
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import UNBOUNDED, ModelSize
 from tunesmith.optim import OPTIMIZERS
+from tunesmith.phrases import plural
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.recipe.schema import Recipe, resolved

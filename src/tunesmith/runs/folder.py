@@ -33,7 +33,7 @@ import filelock
 
 import tunesmith
 from tunesmith.errors import RunError
-from tunesmith.formatting import listed
+from tunesmith.phrases import listed
 from tunesmith.runs import events
 from tunesmith.runs.atomic import (
     clean,

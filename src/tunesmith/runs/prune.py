@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunesmith.errors import InputError, RunError
-from tunesmith.formatting import listed
+from tunesmith.phrases import listed
 from tunesmith.recipe.origin import typed_places
 from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing
 from tunesmith.runs.folder import Run, made_from, runs

@@ -14,7 +14,7 @@ from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw
 from tunesmith.evaluation.report.sections import Cell, Column, Figures, Page, PageSection, Paragraph, Table
 from tunesmith.evaluation.report.text import one_line
-from tunesmith.formatting import option, plural
+from tunesmith.phrases import option, plural
 from tunesmith.sweeps.grid import Grid
 from tunesmith.sweeps.sweep import Outcome
 

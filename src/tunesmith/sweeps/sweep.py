@@ -20,7 +20,7 @@ import filelock
 
 from tunesmith.errors import InputError, RunError, Stopped
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.formatting import plural
+from tunesmith.phrases import plural
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.atomic import from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run

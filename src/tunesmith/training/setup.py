@@ -25,7 +25,6 @@ from tunesmith.data.splits import Splits
 from tunesmith.errors import DoesNotFitError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
-from tunesmith.formatting import size
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
@@ -41,6 +40,7 @@ from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
+from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.duration import kept_checkpoints
 from tunesmith.planning.forecast import KEY, Forecast, filled_by, shared_prefixes
@@ -96,7 +96,7 @@ class Setup(TrainState):
         """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
         if not self.attachment.shards:
             return {}
-        from tunesmith.parallel.sharding import whole_weights
+        from tunesmith.parallel.fsdp import whole_weights
 
         return {"weights": whole_weights(self.world, self.model)}
 
@@ -228,7 +228,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     resize_embeddings(model, inputs.added)
     num_parameters = num_weights(model)
     if recipe.shard is True:
-        from tunesmith.parallel.sharding import shard_layers
+        from tunesmith.parallel.fsdp import shard_layers
 
         shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))

@@ -180,7 +180,7 @@ def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
     """The piece of a tensor of a checkpoint that this rank keeps."""
     if not setup.attachment.shards:
         return tensor
-    from tunesmith.parallel.sharding import piece_of
+    from tunesmith.parallel.fsdp import piece_of
 
     return piece_of(name, tensor, setup.attachment.shards, setup.world.part)
 
@@ -190,7 +190,7 @@ def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     parts = state_dict(setup.attachment), setup.optimizer.state()
     if not setup.attachment.shards:
         return parts
-    from tunesmith.parallel.sharding import as_whole
+    from tunesmith.parallel.fsdp import as_whole
 
     weights, optimizer = (as_whole(part, setup.attachment.shards, setup.world.mesh) for part in parts)
     return weights, optimizer

@@ -20,11 +20,11 @@ from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, InputError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
-from tunesmith.formatting import command
 from tunesmith.methods import restore
 from tunesmith.models.modes import count_layers
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
+from tunesmith.phrases import command
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.evaluation.compare import baseline_sentence, capitalized, never_right, too_few, verdict_words
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
 from tunesmith.evaluation.scores import is_short
-from tunesmith.formatting import duration, plural
+from tunesmith.phrases import duration, plural
 from tunesmith.tasks import TASKS
 
 NUM_HEADLINE = 3

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.errors import InputError
 from tunesmith.recipe.docs import flat
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import PATIENCE_S, RunReader, StepMetrics, refuse_offline, refuse_unreachable
+from tunesmith.trackers.tracker import PATIENCE_S, RunReader, StepMetrics, refuse_offline, refuse_unreachable
 
 MOST_VALUES, MOST_PARAMS, LONGEST_PARAM, LONGEST_TAG = 1000, 100, 6000, 5000
 """Bounds of one call and one value, see MLflow's REST API."""

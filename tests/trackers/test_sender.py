@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tracking.logs import ending, event, new_run, opening, trained, with_results, write
+from trackers.logs import ending, event, new_run, opening, trained, with_results, write
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.tracking import sender
-from tunesmith.tracking.sender import read_state
-from tunesmith.tracking.tracker import TRACKERS, RunReader, StepMetrics, check_names
+from tunesmith.trackers import sender
+from tunesmith.trackers.sender import read_state
+from tunesmith.trackers.tracker import TRACKERS, RunReader, StepMetrics, check_names
 
 
 class MemoryTracker:

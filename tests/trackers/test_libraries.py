@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tracking.logs import ending, event, new_run, opening, trained, with_results, write
-from tracking.stores import READ, in_tensorboard, logged, missing, wandb_records
+from trackers.logs import ending, event, new_run, opening, trained, with_results, write
+from trackers.stores import READ, in_tensorboard, logged, missing, wandb_records
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.sender import SenderProcess, read_state, state_path
-from tunesmith.tracking.tracker import TRACKERS
+from tunesmith.trackers.sender import SenderProcess, read_state, state_path
+from tunesmith.trackers.tracker import TRACKERS
 
 STEPS = 30
 NAMES = [pytest.param(name, marks=pytest.mark.skipif(missing(name), reason="not installed")) for name in TRACKERS]

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tiny_run import tiny_recipe
-from tracking.stores import READ, Points, logged, missing
+from trackers.stores import READ, Points, logged, missing
 from tunesmith.environment import for_child
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.sender import read_state
+from tunesmith.trackers.sender import read_state
 
 TIMED = {"train/seconds", "train/tokens_per_second", "train/peak_bytes"}
 KILLS = (40, 90, 170)

@@ -1,6 +1,6 @@
 """The process that sends a run's events to one tracker, and its parent's side, which waits no longer than promised.
 
-    python -m tunesmith.tracking.sender NAME
+    python -m tunesmith.trackers.sender NAME
 
 reads one line of JSON from its parent, {"run", "offline"}, and works until the parent closes the pipe or dies. It
 writes one line once the tracker can be used, and one when everything is sent. events.jsonl is the queue: what fails is
@@ -26,11 +26,11 @@ import filelock
 
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError
-from tunesmith.formatting import command, size
+from tunesmith.phrases import command, size
 from tunesmith.runs import events
 from tunesmith.runs.atomic import clean, from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import (
+from tunesmith.trackers.tracker import (
     QUIET,
     TRACKERS,
     RunReader,
@@ -231,7 +231,7 @@ class SenderProcess:
         self.name = name
         self.run: Run | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith.tracking.sender", name],
+            [sys.executable, "-m", "tunesmith.trackers.sender", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("TUNESMITH_DEBUG") == "1" else subprocess.DEVNULL,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunesmith.recipe.yaml_io import dump
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import RunReader, StepMetrics
+from tunesmith.trackers.tracker import RunReader, StepMetrics
 
 
 def check(offline: bool) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tracking.logs import draw, ending, evaluation, event, new_run, opening, trained
-from tunesmith.tracking.tracker import RunReader, StepMetrics, metrics_of
+from trackers.logs import draw, ending, evaluation, event, new_run, opening, trained
+from tunesmith.trackers.tracker import RunReader, StepMetrics, metrics_of
 from tunesmith.types import Event
 
 

@@ -12,9 +12,9 @@ from unittest.mock import MagicMock, call
 
 import pytest
 
-from tracking.logs import ending, new_run, opening, trained, with_results, write
+from trackers.logs import ending, new_run, opening, trained, with_results, write
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import RunReader, StepMetrics, artifacts_of
+from tunesmith.trackers.tracker import RunReader, StepMetrics, artifacts_of
 
 STEPS = 4
 
@@ -37,7 +37,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
 def send(run: Run, module: str) -> list[StepMetrics]:
     reader = RunReader(run)
     steps = [step for event in run.events() for step in reader.add(event)]
-    tracker = importlib.import_module(f"tunesmith.tracking.{module}").open_run(run, reader, -1)
+    tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader, -1)
     assert tracker.last_step == -1
     tracker.log(steps)
     tracker.finish(reader, artifacts_of(run))
@@ -68,7 +68,7 @@ def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init.return_value.settings.mode, wandb.init.return_value.resumed = "online", True
     wandb.init.return_value.step = 3
-    module = importlib.import_module("tunesmith.tracking.wandb_run")
+    module = importlib.import_module("tunesmith.trackers.wandb_run")
     assert module.open_run(run, RunReader(run), -1).last_step == 2
 
 

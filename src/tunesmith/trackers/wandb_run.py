@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import RunReader, StepMetrics, refuse_unreachable
+from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_unreachable
 
 OFFLINE = ("offline", "dryrun")
 _WAY_OUT = "Set WANDB_API_KEY, call `wandb login`, or work without the network: WANDB_MODE=offline."

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import RunReader, StepMetrics, refuse_offline, refuse_unreachable
+from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_offline, refuse_unreachable
 
 
 def check(offline: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.runs.folder import Run
-from tunesmith.tracking.tracker import TRACKERS, RunReader
+from tunesmith.trackers.tracker import TRACKERS, RunReader
 
 Points = Counter[tuple[str, int, float]]
 

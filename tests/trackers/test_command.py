@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tracking.logs import new_run
+from trackers.logs import new_run
 from tunesmith.cli.app import app
 from tunesmith.recipe.docs import as_yaml, changed
 from tunesmith.recipe.load import load, validate
-from tunesmith.tracking.sender import state_path
+from tunesmith.trackers.sender import state_path
 
 
 def test_a_run_is_not_sent_to_none() -> None:
@@ -25,7 +25,7 @@ def test_a_run_is_not_sent_to_none() -> None:
 def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
     words: list[str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.tracking.tracker.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.trackers.tracker.importlib.util.find_spec", lambda name: None)
     run = str(new_run(tmp_path).path)
     found = CliRunner().invoke(app, [run if word == "RUN" else word for word in words] + [name])
     assert found.exit_code == 2

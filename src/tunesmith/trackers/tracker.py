@@ -65,7 +65,7 @@ class TrackerInfo:
     `kept` is a step that is surely stored, for trackers that cannot be asked."""
 
     def load(self) -> Any:
-        return importlib.import_module(f"tunesmith.tracking.{self.module}")
+        return importlib.import_module(f"tunesmith.trackers.{self.module}")
 
 
 TRACKERS = {
