@@ -1,14 +1,16 @@
 """New processes in a tenth of the time: forked from one that has imported torch and tunesmith, and nothing of a test.
 
 Each has arguments, environment, folder and streams of its own, and ends alone. What is decided while Python starts or
-libraries are imported needs a process of its own.
+libraries are imported needs a process of its own. `python` is for programs that start processes by `sys.executable`.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,19 +18,21 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, mkdtemp
 from typing import IO
 
 SERVER = """
-import gc, json, os, runpy, signal, socket, sys, traceback
+import gc, json, os, runpy, select, signal, socket, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
 import tunesmith.inference.measure, tunesmith.evaluation.report.plots, tunesmith.training.trainer
 torch.set_num_threads(1)
 gc.freeze()
 
-def run(words, cwd, env):
+def run(words, cwd, env, nice=0):
     os.chdir(cwd)
+    os.nice(nice)
+    sys.executable = env.pop("FRESH_PYTHON", sys.executable)
     os.environ.clear()
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -46,41 +50,83 @@ def run(words, cwd, env):
     sys.stdout.flush()
     os._exit(code)
 
-requests = socket.socket(fileno=int(sys.argv[2]))
+def end_with(fd, pid):
+    os.read(fd, 1)
+    os.kill(pid, signal.SIGKILL)
+
+requests, others = socket.socket(fileno=int(sys.argv[2])), socket.socket(fileno=int(sys.argv[3]))
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 while True:
-    words, fds, *_ = socket.recv_fds(requests, 1 << 20, 4)
+    is_other = requests not in select.select([requests, others], [], [])[0]
+    source = others.accept()[0] if is_other else requests
+    words, fds, *_ = socket.recv_fds(source, 1 << 20, 16)
     if not words:
+        if is_other:
+            continue
         break
+    if is_other:
+        fds.insert(3, source.detach())
     if os.fork() == 0:  # one that waits for the process, and says how it ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         requests.close()
+        others.close()
         pid = os.fork()
         if pid == 0:
             for number, fd in enumerate(fds[:3]):
                 os.dup2(fd, number)
-            for fd in fds:
+            for fd in fds[:4]:
                 os.close(fd)
             run(**json.loads(words))
-        for fd in fds[:3]:
+        for fd in (*fds[:3], *fds[4:]):
             os.close(fd)
         os.write(fds[3], f"{pid}\\n".encode())
+        if is_other:
+            threading.Thread(target=end_with, args=(fds[3], pid), daemon=True).start()
         os.write(fds[3], f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
         os._exit(0)
     for fd in fds:
         os.close(fd)
 """
+PYTHON = """#!{python} -IS
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+fds = [fd for fd in range(64) if fd != server.fileno() and os.path.exists(f"/dev/fd/{{fd}}")]
+server.connect({place!r})
+what = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), "nice": os.nice(0)}}
+socket.send_fds(server, [json.dumps(what).encode()], fds)
+said = server.makefile()
+pid = int(said.readline())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+code = int(said.readline())
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
 
 
 @lru_cache
-def _server() -> socket.socket:
-    """It ends with this process, which alone has the other end."""
+def _server() -> tuple[socket.socket, Path]:
+    """Its socket, and the executable `python`. It ends with this process, which alone has the other end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    words = [sys.executable, "-c", SERVER, json.dumps([path for path in sys.path if path]), str(theirs.fileno())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-    theirs.close()
-    return ours
+    folder = Path(mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "python").write_text(PYTHON.format(python=sys.executable, place=str(folder / "socket")))
+    (folder / "python").chmod(0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as others, theirs:
+        others.bind(str(folder / "socket"))
+        others.listen(16)
+        fds = [theirs.fileno(), others.fileno()]
+        words = [sys.executable, "-c", SERVER, json.dumps([path for path in sys.path if path]), *map(str, fds)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        subprocess.Popen(words, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+    return ours, folder / "python"
+
+
+def python() -> Path:
+    """An executable that is `python` for `-m` and `-c`. Its process is another, which ends with it."""
+    return _server()[1]
 
 
 class Process:
@@ -104,12 +150,16 @@ class Process:
         what = {"words": [*map(str, words)], "cwd": str(cwd or Path.cwd()), "env": dict(env or os.environ)}
         with open(os.devnull) as nothing, theirs:
             fds = [nothing.fileno(), write, self._errors.fileno(), theirs.fileno()]
-            socket.send_fds(_server(), [json.dumps(what).encode()], fds)
+            socket.send_fds(_server()[0], [json.dumps(what).encode()], fds)
         if read is not None:
             os.close(write)
             self.stdout = open(read)  # noqa: SIM115
         self._ends, self._end = ends, ends.makefile()
         self.pid = int(self._end.readline())
+
+    def poll(self) -> int | None:
+        """See subprocess.Popen."""
+        return self.wait() if self.returncode is not None or select.select([self._ends], [], [], 0)[0] else None
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

@@ -70,7 +70,9 @@ class FakeRun:
         if self.stops:
             self.is_dead = True
             if done:
-                run.append(Event("snapshot", done, 2.5 + done, {"path": f"snapshots/step-{done}"}, {}))
+                (run.snapshots_path / f"step-{done}" / "adapter").mkdir(parents=True, exist_ok=True)
+                facts = {"path": f"snapshots/step-{done}", "at": "stop"}
+                run.append(Event("snapshot", done, 2.5 + done, facts, {}))
             return False
         if done < STEPS:
             run.append(Event("step", done + 1, 2.0 + done, {"loss": 1.0 / (done + 1), "tokens": 10}, {}))

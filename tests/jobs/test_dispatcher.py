@@ -67,6 +67,8 @@ def test_a_job_becomes_a_model(opened: Opened, tmp_path: Path) -> None:
     columns = "train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
     assert results[0] == f"step,{columns},full_valid_loss,full_valid_mean_token_accuracy"
     assert results[1] == "1,1.0,,,,,"
+    said = [row["message"] for row in store.page(events, newest_first=False, limit=100)[0]]
+    assert said[said.index("Plan: 6 steps") + 1] == "Chosen: optim.lr = 0.1: usual"
     assert len(results) == STEPS + 1
     store.close()
 
@@ -255,6 +257,9 @@ def test_faults_of_rows_are_the_jobs_error(
     job = store.job(name)
     assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", code, "training_file")
     assert words in job["error"]["message"]
+    [last] = [row["message"] for row in store.page(events, events.c.job == name, limit=1)[0]]
+    assert last.count("The job failed") == 1
+    assert last.removeprefix("The job failed: ") == job["error"]["message"]
     assert str(tmp_path) not in job["error"]["message"]
     assert job["finished_at"] is not None
     assert launcher.started == []

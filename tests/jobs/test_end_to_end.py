@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,11 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
+import fresh  # noqa: E402
 from serve.running import wait_for  # noqa: E402
 from tiny_run import chats, model_folder  # noqa: E402
+from tunesmith.jobs.launcher import _holder  # noqa: E402
 
-SOURCE = str(Path(__file__).parents[2] / "src")
 SECRETS = {name: f"planted-{name}" for name in ("WANDB_API_KEY", "PGPASSWORD", "HF_TOKEN", "OPENAI_API_KEY")}
 """Which no file, row, report or line of the server may hold."""
 HOW = {"n_epochs": 12, "batch_size": 3, "learning_rate_multiplier": 4.0}
@@ -30,18 +35,16 @@ HOW = {"n_epochs": 12, "batch_size": 3, "learning_rate_multiplier": 4.0}
 class Live:
     """A server process and its client."""
 
-    popen: subprocess.Popen[bytes]
+    popen: fresh.Process
     client: openai.OpenAI
 
     @classmethod
     def start(cls, folder: Path, *bases: str) -> Live:
         words = ["serve", "--jobs", *(bases or ["tiny"]), "--port", "0", "--json", "--threads", "1", "--offline"]
         out = folder / "out"
+        own = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "FRESH_PYTHON": str(fresh.python())}
         with open(out, "wb") as file:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith", *words], stdout=file, cwd=folder,
-                env={**os.environ, **SECRETS, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
+            popen = fresh.Process("-m", "tunesmith", *words, stdout=file.fileno(), cwd=folder, env=own)
 
         def url() -> str:
             assert popen.poll() is None, "it has ended"
@@ -60,6 +63,17 @@ class Live:
         answer = self.answer(job.fine_tuned_model)
         assert time.monotonic() - started < 1
         return job, answer
+
+    def engine(self) -> list[int]:
+        """Its process, if it has one now."""
+        children = Path(f"/proc/{self.popen.pid}/task").glob("*/children")
+        found = [int(pid) for one in children for pid in one.read_text().split()]
+        return [pid for pid in found if b"tunesmith.serve.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def answers(self) -> bool:
+        with suppress(openai.InternalServerError):
+            return self.answer("tiny") is not None
+        return False
 
     def answer(self, model: str) -> str | None:
         messages = [{"role": "user", "content": "hello"}]
@@ -96,7 +110,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         log = tmp_path / "jobs" / "runs" / killed.id / "events.jsonl"
         wait_for(lambda: log.exists() and b'"kind":"step"' in log.read_bytes(), timeout_s=60)
         os.kill(int((log.parents[1] / f".{killed.id}.lock").read_text()), signal.SIGKILL)
-        live.popen.kill()
+        live.popen.send_signal(signal.SIGKILL)
         live.popen.wait()
         live = Live.start(tmp_path)
         client = live.client
@@ -111,10 +125,62 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert job.fine_tuned_model not in [model.id for model in client.models.list()]
         assert live.answer(again.fine_tuned_model) == tuned
     finally:
-        live.popen.terminate()
+        live.popen.send_signal(signal.SIGTERM)
         assert live.popen.wait(60) == 0
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in written if b"planted-" in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_path: Path) -> None:
+    """The server, a run or the engine, all of them real. Two minutes."""
+    model_folder(tmp_path / "tiny")
+    (tmp_path / "bases.yaml").write_text("bases: {tiny: {model: tiny, recipe: {checkpoint: {every: 3}}}}")
+    draw, kills = random.Random(3), Counter[str]()
+    live = Live.start(tmp_path, "--bases", "bases.yaml")
+    try:
+        file = live.client.files.create(file=chats(tmp_path / "rows.jsonl", 18), purpose="fine-tune").id
+        body: dict[str, Any] = {"model": "tiny", "training_file": file, "hyperparameters": {**HOW, "n_epochs": 4}}
+        whole = [live.finished(live.client.fine_tuning.jobs.create(seed=seed, **body)) for seed in range(2)]
+        said = [usual_events(live.client, job) for job, _ in whole]
+        made = [live.client.fine_tuning.jobs.create(seed=i % 2, **body).id for i in range(10)]
+        runs, started = tmp_path / "jobs" / "runs", time.monotonic()
+        while unfinished := [name for name in made if not (runs / name / "report.html").exists()]:
+            assert time.monotonic() - started < 300, f"{len(unfinished)} of 10 are left, killed: {kills}"
+            time.sleep(draw.uniform(1, 2))
+            under_way = {f"run {name}": pid for name in unfinished if (pid := _holder(runs / name))}
+            found = {what: pid for what, pid in under_way.items() if kills[what] < 2}  # the third would be its error
+            found["server"] = live.popen.pid
+            if engine := live.engine():
+                found["engine"] = engine[0]
+            what = draw.choice([*found])
+            kills[what] += 1
+            with suppress(ProcessLookupError):
+                os.kill(found[what], signal.SIGKILL)
+            if what == "server":
+                live.popen.wait()
+                live = Live.start(tmp_path, "--bases", "bases.yaml")
+        for i, name in enumerate(made):
+            wait_for(live.answers, timeout_s=60)
+            job, answer = live.finished(live.client.fine_tuning.jobs.retrieve(name))
+            assert adapter(tmp_path, job) == adapter(tmp_path, whole[i % 2][0])
+            assert answer == whole[i % 2][1]
+            assert usual_events(live.client, job) == said[i % 2]
+        num = Counter(what.partition(" ")[0] for what in kills.elements())
+        print(f"10 jobs in {time.monotonic() - started:.0f} s; killed: {dict(num)}")
+    finally:
+        live.popen.send_signal(signal.SIGTERM)
+        assert live.popen.wait(60) == 0
+
+
+def usual_events(client: openai.OpenAI, job: Any) -> list[str]:
+    """What is said of a job without a kill; AssertionError if anything is said twice."""
+    found = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+    assert len({one.id for one in found}) == len(found)
+    messages = [one.message.replace(job.id, "JOB").replace(job.fine_tuned_model, "MODEL") for one in found]
+    return sorted(
+        re.sub(r":\w{8}:ckpt", ":ckpt", one) for one in messages if "again" not in one and "goes on" not in one
+    )
 
 
 @pytest.mark.slow
@@ -139,13 +205,13 @@ def test_a_job_by_dpo_tunes_a_tuned_model_further(tmp_path: Path) -> None:
         step = list(client.fine_tuning.jobs.checkpoints.list(second.id))[-1].fine_tuned_model_checkpoint
         third, last = live.finished(client.fine_tuning.jobs.create(model=step, training_file=rows, **OLD))
         assert client.models.delete(first.fine_tuned_model).deleted
-        live.popen.terminate()
+        live.popen.send_signal(signal.SIGTERM)
         assert live.popen.wait(60) == 0
         live = Live.start(tmp_path)
         assert live.answer(second.fine_tuned_model) == other, "it needs the adapter of the deleted model"
         assert live.answer(third.fine_tuned_model) == last
     finally:
-        live.popen.terminate()
+        live.popen.send_signal(signal.SIGTERM)
         assert live.popen.wait(60) == 0
 
 
@@ -165,7 +231,7 @@ def test_other_versions_of_the_client_go_from_upload_to_chat(tmp_path: Path) -> 
             assert done.returncode == 0, done.stderr
             print(done.stdout, end="")
     finally:
-        live.popen.terminate()
+        live.popen.send_signal(signal.SIGTERM)
         assert live.popen.wait(60) == 0
 
 

@@ -45,9 +45,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_a_page_that_is_allowed_may_delete_and_no_other() -> None:
     page = "https://tune.example"
     with running(AccessPolicy(origins=frozenset({page}))) as server:
-        asked = {"Access-Control-Request-Method": "DELETE"}
+        names = "authorization,idempotency-key,openai-organization,openai-project,x-stainless-retry-count"
+        asked = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": names}
         status, _, head = server.ask("OPTIONS", "/v1/files/file-x", headers={"Origin": page, **asked})
         assert (status, "DELETE" in head.partition("access-control-allow-methods:")[2].splitlines()[0]) == (204, True)
+        assert f"access-control-allow-headers: {names}\r\n" in head
+        assert "access-control-expose-headers: *\r\n" in head, "clients read Retry-After and x-should-retry"
         status, _, head = server.ask(
             "OPTIONS", "/v1/files/file-x", headers={"Origin": "https://other.example", **asked}
         )

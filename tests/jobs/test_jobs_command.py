@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
@@ -15,6 +19,8 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows  # noqa: E402
 from jobs.served import Served, serving  # noqa: E402
 from tunesmith.cli.app import app  # noqa: E402
+from tunesmith.cli.serve import ServerOutput  # noqa: E402
+from tunesmith.jobs.store import Store  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +115,39 @@ def test_the_report_is_a_page_that_runs_nothing(served: Served, job: str) -> Non
     status, body, head = served.running.ask("GET", path)
     assert (status, body) == (200, "<p>report</p>")
     assert "content-security-policy: sandbox; default-src 'none'" in head.lower()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_server_prints_a_line_for_each_state_of_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    store = Store(tmp_path)
+    output = ServerOutput(screen := Console(file=io.StringIO(), width=80), quiet=False, as_json=as_json)
+    store.on_job = partial(output.job, store.runs_path)
+    good, bad = put_job(store, put_file(store, rows(12))), put_job(store, put_file(store, rows(9), "file-b"))
+    working = dispatcher(store, FakeLauncher(), FakeModels())
+    for _ in range(12):
+        working.round()
+    gone = put_job(store, "file-a")
+    store.act(gone, "pause", "paused")
+    store.act(gone, "cancel", "cancelled")
+    run, tuned, error = store.runs_path / good, store.job(good)["tuned_name"], store.job(bad)["error"]
+    if as_json:
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {line["kind"] for line in lines} == {"job"}
+        assert [(line["run"], line["fine_tuned_model"]) for line in lines if line["status"] == "succeeded"] == [
+            (str(run), tuned)
+        ]
+        assert [line["error"] for line in lines if line["id"] == bad] == [None, error]
+    else:
+        said = screen.file.getvalue().splitlines()
+        assert [line for line in said if line.startswith(good)] == [
+            f"{good} on tiny: validating_files",
+            f"{good} on tiny: queued",
+            f"{good} on tiny: running in {os.path.relpath(run)}",
+            f"{good} on tiny: succeeded: {tuned}",
+        ]
+        failed = [line for line in said if line.startswith(bad)][1]
+        assert failed.startswith(f"{bad} on tiny: failed: Training file has 9 example(s)"), said
+        assert [line.rpartition(": ")[2] for line in said[-3:]] == ["validating_files", "paused", "cancelled"]
+    store.close()

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
 from tunesmith.jobs import routes
+from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.objects import checkpoint_object, job_object
 from tunesmith.jobs.run_events import EventTranslator, results_file
@@ -121,6 +122,79 @@ def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
     store.close()
 
 
+def pause(store: Store, working: Dispatcher, name: str) -> None:
+    """Let a job begin or go on, and pause it after its second or next step."""
+    if store.job(name)["status"] == "paused":
+        store.act(name, "resume", "Fine-tuning job resumed")
+    working.round()
+    if not store.tuned(job=name):
+        working.round()
+    store.act(name, "pause", "Fine-tuning job paused")
+    while working.active:
+        working.round()
+    working.round()
+
+
+def kept_steps(store: Store, name: str) -> list[str]:
+    run = Run(store.runs_path / name)
+    return sorted(path.parent.name for path in run.snapshots_path.glob("*/adapter"))
+
+
+def test_of_the_results_at_stops_the_newest_is_kept(tmp_path: Path) -> None:
+    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, models)
+    pause(store, working, name)
+    assert kept_steps(store, name) == ["step-2"]
+    pause(store, working, name)
+    [paused] = store.tuned(job=name)
+    assert (paused["step"], kept_steps(store, name), list(models.served)) == (3, ["step-3"], [paused["name"]])
+    store.act(name, "resume", "Fine-tuning job resumed")
+    work(store, launcher, models)
+    assert [row["step"] for row in store.tuned(job=name)] == [3, SNAPSHOT, STEPS]
+    assert set(models.served) == {row["name"] for row in store.tuned()}
+    store.close()
+
+
+def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_ended(tmp_path: Path) -> None:
+    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, models)
+    pause(store, working, name)
+    [paused] = store.tuned(job=name)
+    further = put_job(store, "file-a", model=paused["name"])
+    store.act(further, "pause", "Fine-tuning job paused")
+    pause(store, working, name)
+    assert [row["step"] for row in store.tuned(job=name)] == [3]
+    assert kept_steps(store, name) == ["step-2", "step-3"]
+    store.act(further, "cancel", "Fine-tuning job cancelled")
+    work(store, launcher, models, num=1)
+    assert kept_steps(store, name) == ["step-3"]
+    store.close()
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_job_that_is_cancelled_in_its_pause_keeps_results_and_what_can_be_asked(
+    tmp_path: Path, is_restarted: bool
+) -> None:
+    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, models)
+    pause(store, working, name)
+    run = Run(store.runs_path / name)
+    for path in (run.checkpoints_path, run.rows_path):
+        path.mkdir()
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    if is_restarted:
+        working = dispatcher(store, launcher, models)
+        working.recover()
+    working.round()
+    assert (kept_steps(store, name), len(models.served)) == (["step-2"], 1)
+    assert store.file(store.job(name)["result_file"])["purpose"] == "fine-tune-results"
+    assert {run.checkpoints_path, run.rows_path}.isdisjoint(run.path.iterdir()), "nothing goes on from them"
+    store.close()
+
+
 def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(tmp_path: Path) -> None:
     store, models = Store(tmp_path), FakeModels()
     file = put_file(store, rows(12))
@@ -201,6 +275,7 @@ def test_a_cancelled_job_keeps_the_results_of_its_steps(tmp_path: Path) -> None:
     for _ in range(3):
         working.round()
     job = store.job(name)
+    assert (kept_steps(store, name), store.tuned(job=name)) == ([], []), "of the stop nothing is left"
     [file] = job_object(job)["result_files"]
     lines = base64.b64decode(store.content_path(file).read_bytes()).decode().splitlines()
     assert 1 < len(lines) < STEPS + 1

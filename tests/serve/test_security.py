@@ -163,6 +163,7 @@ def test_a_page_that_is_allowed_may_ask() -> None:
     page = "https://chat.example"
     with running(AccessPolicy(origins=frozenset({page}), keys=ApiKeys((b"no key has this hash",)))) as server:
         asked = {"Origin": page, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,content-type"
         status, _, head = server.ask("OPTIONS", "/v1/chat/completions", headers=asked)
         assert status == 204
         assert f"access-control-allow-origin: {page}" in head

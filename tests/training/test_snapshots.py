@@ -51,6 +51,7 @@ def test_ends_of_epochs_are_measured_and_kept(tmp_path: Path) -> None:
     then = checkpoint.load(run.checkpoints_path / f"step-{cut}").weights
     again = resume(Run(tmp_path / "cut"))
     assert steps_of(again, "snapshot") == [cut, 2 * STEPS, 3 * STEPS], "where it was stopped, too"
+    assert [event.values["at"] for event in again.events() if event.kind == "snapshot"] == ["stop", "epoch", "epoch"]
     assert all(torch.equal(now[name], then[name]) for name in then)
     same, other = (adapter(Run(one.snapshots_path / f"step-{2 * STEPS}")) for one in (run, again))
     assert all(torch.equal(same[name], other[name]) for name in same)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -122,7 +123,7 @@ def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None, ray: st
     return targets or []
 
 
-PATH_WIDTH = 60
+PATH_WIDTH, ERROR_WIDTH = 60, 300
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,18 @@ class ServerOutput:
                 soft_wrap=True,
             )
 
+    def job(self, runs: Path, job: Mapping[str, Any]) -> None:
+        """A line for each state that a job comes to."""
+        status, run = job["status"], runs / job["id"]
+        tuned, error = job["tuned_name"] if status == "succeeded" else None, job["error"]
+        if self.as_json:
+            shown = {"id": job["id"], "model": job["model"], "status": status, "run": str(run)}
+            json_line({"kind": "job", **shown, "fine_tuned_model": tuned, "error": error})
+        elif not self.quiet:
+            more = {"running": f" in {os.path.relpath(run)}", "succeeded": f": {tuned}"}.get(status, "")
+            more = one_line(f": {error['message']}", ERROR_WIDTH) if status == "failed" else more
+            self.screen.print(f"{job['id']} on {visible(job['model'])}: {status}{more}", soft_wrap=True)
+
     def request(self, log: RequestLog) -> None:
         """A line for each request, with nothing of its content or its answer."""
         path, usage = one_line(log.path, PATH_WIDTH), log.usage
@@ -218,9 +231,10 @@ class ServerOutput:
         elif log.fault:
             self.screen.print(f"{log.id}: {log.fault}. This is a fault in tunesmith; please report it.", style="red")
         elif not self.quiet:
+            counts = (usage.prompt_tokens, usage.completion_tokens)
+            tokens = f", {counts[0]} + {counts[1]} tokens" if any(counts) else ""
             failed = f", {usage.failed}" if usage.failed else ""
-            tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens{failed}"
-            self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms, {tokens}")
+            self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
 
 
 def to_try(url: str, served: Sequence[ModelCard], *, has_key: bool) -> list[str]:
@@ -355,6 +369,7 @@ def serve_own(
                 from tunesmith.jobs.server import JobServer
 
                 stack.callback(store.close)
+                store.on_job = partial(output.job, store.runs_path)
                 ray = stack.enter_context(jobs.cluster())
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)

@@ -88,6 +88,8 @@ class Dispatcher:
     expires_next: float = 0.0
     unserved: set[str] = field(default_factory=set)
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
+    paused: set[str] = field(default_factory=set)
+    """Jobs that were paused at the last round."""
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
@@ -97,6 +99,9 @@ class Dispatcher:
             self.unserved.add(job["id"])
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
                 self._follow_new(job, process)
+        for path in self.store.runs_path.glob("ftjob-*/checkpoints"):  # of jobs that ended in the last moment
+            if path.parent.name not in self.active:
+                self._tidy(path.parent.name)
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop`. Runs under way then stop after their step, and go on under the next server."""
@@ -124,6 +129,10 @@ class Dispatcher:
         for job in self.store.with_status("running"):
             if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
+        paused = {job["id"] for job in self.store.with_status("paused")}
+        for name in self.paused - paused - self.active.keys():
+            self._tidy(name)
+        self.paused = paused
         for job in self._in_turn():
             if len(self.active) < self.parallel and self._may_run(job):
                 self._begin(job)
@@ -227,8 +236,7 @@ class Dispatcher:
             del self.active[one.job]
             if job["status"] == "running":
                 self._end(job, one)
-            elif job["status"] == "cancelled":
-                self._keep_results(job, one.run)
+            self._tidy(one.job)
 
     def _relay(self, one: _Active) -> None:
         """Take over what the run says. If the store fails in between, all of it is taken over again."""
@@ -297,20 +305,27 @@ class Dispatcher:
 
     def _fail(self, job: Record, code: str, message: str, param: str | None, lines: Any = ()) -> None:
         said = [event(job["id"], line, level="error") for line in lines]
-        said.append(event(job["id"], f"The job failed: {message}", level="error"))
+        text = message if message.startswith("The job failed") else f"The job failed: {message}"
+        said.append(event(job["id"], text, level="error"))
         error = {"code": code, "message": message, "param": param}
         self.store.change_job(job["id"], said, if_status=[*WAITING, "running"], status="failed", error=error)
 
     def _serve_snapshots(self, name: str, run: Run) -> None:
-        """Put results at ends of epochs on their base, once each. Raises RequestError while there is no engine."""
+        """Put results at ends of epochs and at the newest stop on their base, once each; remove those at earlier stops.
+
+        Raises RequestError while there is no engine.
+        """
         job, found = self.store.job(name), list(run.events()) if run.events_path.exists() else []
         assert job is not None, "rows of jobs are never removed"
         if job["status"] == "cancelled":
             return
-        metrics = metrics_by_step(found)
-        for one in (one for one in found if one.kind == "snapshot"):
-            tuned = snapshot_name(job["model"], job["project"], job["request"]["suffix"], name, one.step)
-            if self.store.one(models, name=tuned) is not None:
+        metrics, snapshots = metrics_by_step(found), _snapshots(job, found)
+        stops = [tuned for tuned, one in snapshots.items() if one.values.get("at") == "stop"]
+        for tuned, one in snapshots.items():
+            row = self.store.one(models, name=tuned)
+            if is_old := tuned in stops[:-1]:
+                self._remove_snapshot(row, run.path / one.values["path"])
+            if row is not None or is_old:
                 continue
             try:
                 self.models.attach(job["base"], tuned, run.path / one.values["path"])
@@ -335,13 +350,32 @@ class Dispatcher:
         facts = {"purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content)}
         return {"id": file, **facts, "sha256": sha256_file(path)}
 
-    def _keep_results(self, job: Record, run: Run) -> None:
-        """Results of the steps that a cancelled job made."""
-        found = list(run.events()) if run.events_path.exists() else []
-        if any(event.kind == "step" for event in found):
-            row = self._write_results(job["id"], found)
-            self.store.insert(files, {**row, "project": job["project"]})
-            self.store.update(jobs, {"result_file": row["id"]}, id=job["id"])
+    def _remove_snapshot(self, row: Record | None, path: Path) -> None:
+        if row is None:  # it was never served
+            remove(path)
+        elif row["deleted_at"] is None:
+            self.models.detach(row["name"])
+            self.store.delete_model(row["name"])
+            self.store.sweep_models()
+
+    def _tidy(self, name: str) -> None:
+        """Remove what only a further step would need of a job that has succeeded, or was cancelled: then the results
+        of its steps are written, and what it made at its stop goes."""
+        job, run = self.store.job(name), Run(self._run_path(name))
+        if job is None or job["status"] not in ("succeeded", "cancelled"):
+            return
+        if job["status"] == "cancelled":
+            found = list(run.events()) if run.events_path.exists() else []
+            if any(event.kind == "step" for event in found):
+                row = self._write_results(name, found)
+                self.store.insert(files, {**row, "project": job["project"]})
+                self.store.update(jobs, {"result_file": row["id"]}, id=name)
+            for tuned, one in _snapshots(job, found).items():
+                if self.store.one(models, name=tuned) is None:
+                    remove(run.path / one.values["path"])
+        with suppress(OSError, RunError, StorageError):
+            for path in (run.rows_path, run.checkpoints_path):  # the result and the report stay
+                remove(path)
 
     def _finish(self, name: str, run: Run) -> None:
         """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""
@@ -369,12 +403,16 @@ class Dispatcher:
         ]
         if not self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found)):
             return self.models.detach(tuned)  # it was paused or cancelled in the last moment
-        with suppress(OSError, RunError, StorageError):
-            for path in (run.checkpoints_path, run.rows_path):  # the result and the report stay
-                remove(path)
+        self._tidy(name)
         self.store.sweep()
         self.store.sweep_models()
         return None
+
+
+def _snapshots(job: Record, found: Iterable[Event]) -> dict[str, Event]:
+    """Results of a run before its last step, by the names that they are served by, oldest first."""
+    start, suffix = (job["model"], job["project"]), job["request"]["suffix"]
+    return {snapshot_name(*start, suffix, job["id"], one.step): one for one in found if one.kind == "snapshot"}
 
 
 def _is_unavailable(error: Exception) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tunesmith.jobs.store import event
@@ -25,19 +25,21 @@ class EventTranslator:
         self.last_loss: float | None = None
 
     def __call__(self, found: Iterable[Event]) -> list[dict[str, Any]]:
-        return [{**row, "created_at": int(one.time)} for one in found if (row := self._row(one)) is not None]
+        return [{**row, "created_at": int(one.time)} for one in found for row in self._rows(one)]
 
-    def _row(self, one: Event) -> dict[str, Any] | None:
+    def _rows(self, one: Event) -> Iterator[dict[str, Any]]:
         values = one.values
         if one.kind == "plan":
             self.total_steps = values["steps"]
-            choices = "; ".join(f"{one['key']} {one['value']}: {one['reason']}" for one in values["choices"])
-            return event(self.job, f"Plan: {self.total_steps} steps. {choices}", once=f"plan {self.total_steps}")
+            yield event(self.job, f"Plan: {self.total_steps} steps", once=f"plan {self.total_steps}")
+            for choice in values["choices"]:
+                text = f"Chosen: {choice['key']} = {choice['value']}: {choice['reason']}"
+                yield event(self.job, text, once=f"choice {choice['key']}")
         if one.kind == "step":
             self.last_loss = _number(values["loss"])
             data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
             text = f"Step {one.step}/{self.total_steps}: training loss={values['loss']:.2f}"
-            return event(self.job, text, data=data, once=f"step {one.step}")
+            yield event(self.job, text, data=data, once=f"step {one.step}")
         if one.kind == "evaluation" and values["name"] != "before":
             loss = _number(values["loss"])
             data = {
@@ -46,13 +48,12 @@ class EventTranslator:
             }  # fmt: skip
             text = f"Step {one.step}/{self.total_steps}: training loss={self.last_loss or 0:.2f}"
             text += f", validation loss={loss or 0:.2f}, full validation loss={loss or 0:.2f}"
-            return event(self.job, text, data=data, once=f"measured {one.step}")
+            yield event(self.job, text, data=data, once=f"measured {one.step}")
         if one.kind == "resume":
             text = f"Fine-tuning job goes on after step {values['from_step']}"
-            return event(self.job, text, once=f"resume {values['from_step']} {one.time}")
+            yield event(self.job, text, once=f"resume {values['from_step']} {one.time}")
         if one.kind == "note":
-            return event(self.job, values["text"], level="warn", once=f"note {one.step} {values['text']}")
-        return None
+            yield event(self.job, values["text"], level="warn", once=f"note {one.step} {values['text']}")
 
 
 def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ class Store:
         """
         self.folder = folder.resolve()
         self.rules = Rules()
+        self.on_job: Callable[[Record], None] = lambda job: None
+        """Gets each job that is made or comes to another state."""
         if is_server or url is None:
             for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -287,8 +289,10 @@ class Store:
                 message = f"{most} jobs of this project wait, and no more are taken. Try again when some have ended."
                 raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "60"})
             new = self.insert_new(jobs).values(created_at=now, status="validating_files", **row)
-            if connection.execute(new).rowcount:
+            if is_new := connection.execute(new).rowcount:
                 self._add_events(connection, messages)
+        if is_new:
+            self._announce(row["id"])
         return self.job(row["id"]) or {}
 
     def job(self, name: str) -> Record | None:
@@ -314,6 +318,8 @@ class Store:
                 connection.execute(sa.update(jobs).where(jobs.c.id == name).values(status=after, **ended))
                 self._queue_webhook(connection, name, after)
                 self._add_events(connection, [event(name, message)])
+        if after != row.status:
+            self._announce(name)
         return self.job(name)
 
     def change_job(
@@ -328,6 +334,8 @@ class Store:
             if done:
                 self._queue_webhook(connection, name, values.get("status"))
                 self._add_events(connection, messages)
+        if done and "status" in values:
+            self._announce(name)
         return bool(done)
 
     def succeed(
@@ -345,7 +353,12 @@ class Store:
             connection.execute(self.insert_new(models).values(created_at=now, project=project, **model))
             self._add_events(connection, messages)
             self._queue_webhook(connection, name, "succeeded")
+        self._announce(name)
         return True
+
+    def _announce(self, name: str) -> None:
+        if (job := self.job(name)) is not None:
+            self.on_job(job)
 
     def _queue_webhook(self, connection: sa.Connection, job: str, state: str | None) -> None:
         """Called in the transaction that ends a job, so that neither is there without the other."""
@@ -413,8 +426,9 @@ class Store:
         in_use = {row["request"].get("starts_from") for row in self.open_jobs()}
         for name, row in everything.items():
             run = Run(self.model_path(row))
+            weights = run.adapter_path if snapshot_step(name) is None else run.path
             for path in (
-                *(() if name in needed else (run.adapter_path,)),
+                *(() if name in needed else (weights,)),
                 *(() if name in in_use else (run.merged_path,)),
             ):
                 remove(path)

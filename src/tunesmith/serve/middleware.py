@@ -36,7 +36,6 @@ _MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _PREFLIGHT = (
     (b"access-control-allow-methods", b"GET, POST, DELETE"),
-    (b"access-control-allow-headers", b"authorization, content-type, x-requested-with"),
     (b"access-control-max-age", b"600"),
 )
 
@@ -202,7 +201,9 @@ class AccessMiddleware:
         if error is not None:
             await error_response(error)(scope, receive, send)
         elif _is_preflight(scope):
-            await send({"type": "http.response.start", "status": 204, "headers": list(_PREFLIGHT)})
+            wanted = _headers(scope, b"access-control-request-headers")  # of an origin that is allowed
+            headers = [*_PREFLIGHT, *((b"access-control-allow-headers", names) for names in wanted)]
+            await send({"type": "http.response.start", "status": 204, "headers": headers})
             await send({"type": "http.response.body", "body": b""})
         else:
             await self.app(scope, receive, send)
@@ -296,6 +297,7 @@ class _Response:
                 headers.append((b"cache-control", b"no-store"))
             if self._origin is not None:
                 headers += [(b"access-control-allow-origin", self._origin.encode("latin-1")), (b"vary", b"Origin")]
+                headers.append((b"access-control-expose-headers", b"*"))
             message = {**message, "headers": headers}
         await self._send(message)
         self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)

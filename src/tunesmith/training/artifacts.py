@@ -72,8 +72,8 @@ def snapshot_steps(setup: Setup) -> range:
     return range(last, max(0, last - num * steps), -steps)
 
 
-def keep_snapshot(session: Session) -> None:
-    """The result as it is now in a run's folder of its own: complete or absent."""
+def keep_snapshot(session: Session, *, at: str) -> None:
+    """The result as it is now in a run's folder of its own: complete or absent. `at`: epoch or stop."""
     run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
     if not session.setup.world.is_first:
         return
@@ -87,7 +87,7 @@ def keep_snapshot(session: Session) -> None:
     except BaseException:
         remove(temporary)
         raise
-    session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}"})
+    session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}", "at": at})
 
 
 def save_result(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:

@@ -340,7 +340,7 @@ def _take_steps(session: Session) -> None:
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
         if event.step in snapshot_steps(setup):
-            keep_snapshot(session)
+            keep_snapshot(session, at="epoch")
         over = not last and _patience_is_over(session)
         is_best = progress.best.get("step") == event.step  # the best is kept only if it was saved
         due = last or over or is_best or event.step % save_every == 0
@@ -424,7 +424,7 @@ def _stop_if_requested(session: Session, *, saved: bool) -> None:
             save(session)
         if step and setup.recipe.checkpoint.snapshots and step not in snapshot_steps(setup):
             try:
-                keep_snapshot(session)
+                keep_snapshot(session, at="stop")
             except StorageError as error:  # the checkpoint is there, and nothing is lost
                 session.emit("note", {"text": f"the result at the stop is not kept: {error}"})
         done = f"stopped after step {step} of {setup.total_steps}"
