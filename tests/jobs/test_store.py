@@ -16,6 +16,7 @@ from jobs.postgres import Cluster, cluster
 from tunesmith.errors import InputError
 from tunesmith.jobs import migrations
 from tunesmith.jobs.database import LOCK
+from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import DATABASE_FILE, Store, event
 from tunesmith.jobs.tables import TABLES, events
 from tunesmith.serve.protocol import RequestError
@@ -200,7 +201,7 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(opened: Opened, tmp_pat
 
         with pytest.raises(RequestError) as caught:
             fill()
-        before = len(store.waiting())
+        before = len(store.with_status(*WAITING))
         assert (caught.value.status, caught.value.code) == (507, "storage_full")
         assert caught.value.headers == {"x-should-retry": "false"}
         assert before == len(store.page(events, events.c.message.like("Created%"), limit=1000)[0])

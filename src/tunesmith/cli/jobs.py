@@ -17,7 +17,7 @@ import typer
 
 from tunesmith.cli.options import Json
 from tunesmith.cli.render import age, print_table, visible
-from tunesmith.cli.serve import JobPlace, StorePlace, import_jobs
+from tunesmith.cli.serve import JobPlace, StorePlace, check_extra
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, Stopped, TunesmithError
 
@@ -238,7 +238,7 @@ KEY_COLUMNS = ("id", "project", "state", "scopes", "created_at", "expires_at", "
 
 def _open(place: str, *, is_new: bool = False) -> Store:
     """The store, also while a server works on it. Raises InputError where none is, unless it may be a new one."""
-    import_jobs()
+    check_extra("jobs")
     if not is_new and "://" not in place and not Path(place).is_dir():
         raise InputError(f"--store {place}: there is no store. Name the folder that `tunesmith serve --jobs` uses.")
     return JobPlace(place, None).open(lambda text: None, is_server=False)

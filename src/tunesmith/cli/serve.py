@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -267,31 +267,23 @@ def to_try(url: str, served: Sequence[ModelCard], *, has_key: bool) -> list[str]
     return [curl, python] if call else [curl]
 
 
-def check_extra() -> None:
-    """Raises InputError naming a missing package of the extra `serve`."""
-    try:
-        from tunesmith.serve import app, http  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"serve needs the package {error.name}, which is not installed. Run {install_command('serve')}"
-        ) from None
-
-
-def import_jobs() -> None:
-    """Raises InputError naming a missing package of the extra `jobs`."""
-    if os.name != "posix":
+def check_extra(extra: Literal["serve", "jobs"]) -> None:
+    """Raises InputError naming a missing package of an extra."""
+    if extra == "jobs" and os.name != "posix":
         raise InputError("--jobs: runs on Linux and macOS only.")
     try:
-        from tunesmith.jobs import access, server  # noqa: F401
+        from tunesmith.serve import app, http  # noqa: F401
+
+        if extra == "jobs":
+            from tunesmith.jobs import access, server  # noqa: F401
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"the server of jobs needs the package {error.name}, which is not installed. Run {install_command('jobs')}"
-        ) from None
+        message = f"{extra} needs the package {error.name}, which is not installed. Run {install_command(extra)}"
+        raise InputError(message) from None
 
 
 def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
     """The models that jobs may tune, and the paths that read a query. Raises InputError."""
-    import_jobs()
+    check_extra("jobs")
     from tunesmith.jobs.bases import bases_of_file, bases_of_model
     from tunesmith.jobs.routes import QUERIES
 
@@ -342,7 +334,7 @@ def serve_own(
     jobs: JobPlace | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
-    check_extra()
+    check_extra("serve")
     import asyncio
 
     from tunesmith.serve import http

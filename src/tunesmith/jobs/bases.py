@@ -51,7 +51,8 @@ class Bases:
     rules: Rules = field(default_factory=Rules)
     results_encoding: Literal["base64", "csv"] = "base64"
     """Form of results files: base64 as OpenAI has sent it since 2024, or plain text as before."""
-    _names: dict[str, tuple[str, str]] = field(default_factory=dict)
+    names: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
+    """(public name of the base, name that a job shows), by every name that a request may use."""
 
     def __post_init__(self) -> None:
         for name, base in self.by_name.items():
@@ -65,13 +66,8 @@ class Bases:
                         f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no colon "
                         "and no slash: programs split names of tuned models there."
                     )
-                if self._names.setdefault(other, (name, shown))[0] != name:
-                    raise InputError(f"{other}: a name of two bases, {self._names[other][0]} and {name}. Remove one.")
-
-    @property
-    def names(self) -> Mapping[str, tuple[str, str]]:
-        """(public name of the base, name that a job shows), by every name that a request may use."""
-        return self._names
+                if self.names.setdefault(other, (name, shown))[0] != name:
+                    raise InputError(f"{other}: a name of two bases, {self.names[other][0]} and {name}. Remove one.")
 
 
 def bases_of_file(path: Path) -> Bases:

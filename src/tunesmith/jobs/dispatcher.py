@@ -144,7 +144,7 @@ class Dispatcher:
     def _in_turn(self) -> list[Record]:
         """Jobs that wait, the projects in turn, and each project's oldest first."""
         places = Counter(one.project for one in self.active.values())
-        waiting = [job for job in self.store.waiting() if job["id"] not in self.active]
+        waiting = [job for job in self.store.with_status(*WAITING) if job["id"] not in self.active]
         order = {}
         for job in waiting:
             order[job["id"]] = (places[job["project"]], self.last_start.get(job["project"], 0), job["seq"])
@@ -323,9 +323,13 @@ class Dispatcher:
         stops = [tuned for tuned, one in snapshots.items() if one.values.get("at") == "stop"]
         for tuned, one in snapshots.items():
             row = self.store.one(models, name=tuned)
-            if is_old := tuned in stops[:-1]:
-                self._remove_snapshot(row, run.path / one.values["path"])
-            if row is not None or is_old:
+            if tuned in stops[:-1] and row is None:  # it was never served
+                remove(run.path / one.values["path"])
+            elif tuned in stops[:-1] and row is not None and row["deleted_at"] is None:
+                self.models.detach(tuned)
+                self.store.delete_model(tuned)
+                self.store.sweep_models()
+            if row is not None or tuned in stops[:-1]:
                 continue
             try:
                 self.models.attach(job["base"], tuned, run.path / one.values["path"])
@@ -349,14 +353,6 @@ class Dispatcher:
         write_atomic(path, content)
         facts = {"purpose": "fine-tune-results", "filename": "step_metrics.csv", "bytes": len(content)}
         return {"id": file, **facts, "sha256": sha256_file(path)}
-
-    def _remove_snapshot(self, row: Record | None, path: Path) -> None:
-        if row is None:  # it was never served
-            remove(path)
-        elif row["deleted_at"] is None:
-            self.models.detach(row["name"])
-            self.store.delete_model(row["name"])
-            self.store.sweep_models()
 
     def _tidy(self, name: str) -> None:
         """Remove what only a further step would need of a job that has succeeded, or was cancelled: then the results

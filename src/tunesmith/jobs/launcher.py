@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +90,7 @@ class LocalLauncher:
         words = ["train", "--recipe", str(recipe), "--out", str(run)]
         if (run / "run.json").exists():
             words = ["resume", str(run)]
-        return self._start(run, [*words, "--json", *(["--offline"] if self._offline else [])], environment)
-
-    def _start(self, run: Path, words: Sequence[str], environment: Mapping[str, str]) -> ChildProcess:
+        words += ["--json", *(["--offline"] if self._offline else [])]
         lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

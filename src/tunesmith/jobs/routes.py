@@ -168,9 +168,9 @@ def after(store: Store, table: Any, query: dict[str, str], **is_: str) -> int | 
     """The number of the row that a page follows. Raises RequestError for one that is not there."""
     if "after" not in query:
         return None
-    if (seq := store.seq(table, query["after"], **is_)) is None:
+    if (row := store.one(table, id=query["after"], **is_)) is None:
         raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
-    return seq
+    return int(row["seq"])
 
 
 def find_job(store: Store, name: str) -> Record:

@@ -74,11 +74,13 @@ class Store:
         Raises InputError if another server uses the store, and for a version that cannot be used.
         """
         self.folder = folder.resolve()
+        paths = [self.folder / name for name in ("files", "parts", "runs", "recipes")]
+        self.files_path, self.parts_path, self.runs_path, self.recipes_path = paths
         self.rules = Rules()
         self.on_job: Callable[[Record], None] = lambda job: None
         """Gets each job that is made or comes to another state."""
         if is_server or url is None:
-            for path in (self.folder, self.files_path, self.parts_path, self.runs_path, self.recipes_path):
+            for path in (self.folder, *paths):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
         try:
@@ -110,22 +112,6 @@ class Store:
             raise InputError(message)
         if there != own["id"]:
             write_atomic(mark, own["id"].encode())
-
-    @property
-    def files_path(self) -> Path:
-        return self.folder / "files"
-
-    @property
-    def parts_path(self) -> Path:
-        return self.folder / "parts"
-
-    @property
-    def runs_path(self) -> Path:
-        return self.folder / "runs"
-
-    @property
-    def recipes_path(self) -> Path:
-        return self.folder / "recipes"
 
     def content_path(self, file: str) -> Path:
         """The content of a file, by an id of ours."""
@@ -302,10 +288,6 @@ class Store:
         """Jobs in some states, oldest first."""
         return self._read(sa.select(jobs).where(jobs.c.status.in_(states)).order_by(jobs.c.seq))
 
-    def waiting(self) -> list[Record]:
-        """Jobs that wait for their turn, oldest first."""
-        return self.with_status(*WAITING)
-
     def act(self, name: str, action: Action, message: str) -> Record | None:
         """A client's action on a job; None: there is no such job. Raises RequestError if its state forbids it."""
         with self.writing() as connection:
@@ -385,11 +367,6 @@ class Store:
     def _add_events(self, connection: sa.Connection, messages: Sequence[Record]) -> None:
         if messages:
             connection.execute(self.insert_new(events), [dict(one) for one in messages])
-
-    def seq(self, table: sa.Table, name: str, **is_: Any) -> int | None:
-        """The number of a row, for pages after it."""
-        row = self.one(table, id=name, **is_)
-        return None if row is None else int(row["seq"])
 
     def tuned(self, **is_: Any) -> list[Record]:
         """Tuned models that were not deleted, oldest first."""
