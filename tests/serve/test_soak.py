@@ -104,11 +104,11 @@ def serving(root: Path, log: Path) -> Iterator[Live]:
 class Client(threading.Thread):
     """Asks one thing after the other until nothing is left to do."""
 
-    def __init__(self, url: str, known: list[Case], todo: Iterator[int], counts: Counter[str]) -> None:
+    def __init__(self, url: str, known: list[Case], todo: Iterator[int], counts: Counter[str], watch: Watch) -> None:
         super().__init__()
         self._openai = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=1200)
         self._http = httpx.Client(base_url=url, timeout=1200)
-        self._known, self._todo, self._counts = known, todo, counts
+        self._known, self._todo, self._counts, self._watch = known, todo, counts, watch
         self.wrong: list[str] = []
 
     def warm_up(self) -> None:
@@ -125,6 +125,7 @@ class Client(threading.Thread):
             except Exception as error:
                 self.wrong.append(f"{kind} ({number}): {type(error).__name__}: {error}")
             self._counts[kind] += 1
+            self._watch.look()
 
     def _create(self, case: Case, **how: Any) -> Any:
         messages = [{"role": "user", "content": case.text}]
@@ -175,16 +176,14 @@ def soak(live: Live, known: list[Case], num: int) -> Counter[str]:
     """How many requests of which kind there were."""
     counts: Counter[str] = Counter()
     todo = iter(range(num))  # next() of it is one step of the interpreter: no number is taken twice
-    clients = [Client(live.url, known, todo, counts) for _ in range(CLIENTS)]
+    watch = Watch({"the server": live.popen.pid, "the child": live.child()}, lambda: sum(counts.values()) / num)
+    clients = [Client(live.url, known, todo, counts, watch) for _ in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(Client.warm_up, clients))
-    pids = {"the server": live.popen.pid, "the child": live.child()}
-    watch = Watch(pids, lambda: sum(counts.values()) / num)
-    with watch.watching():
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
     wrong = [line for client in clients for line in client.wrong]
     assert not wrong, f"{len(wrong)} of {num}: " + "\n".join(wrong[:10])
     wait_for(lambda: (live.health()["running"], live.health()["waiting"]) == (0, 0), timeout_s=300)
