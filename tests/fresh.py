@@ -29,9 +29,8 @@ import tunesmith.inference.measure, tunesmith.evaluation.report.plots, tunesmith
 torch.set_num_threads(1)
 gc.freeze()
 
-def run(words, cwd, env, nice=0):
+def run(words, cwd, env):
     os.chdir(cwd)
-    os.nice(nice)
     sys.executable = env.pop("FRESH_PYTHON", sys.executable)
     os.environ.clear()
     os.environ.update(env)
@@ -92,7 +91,7 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 fds = [fd for fd in range(64) if fd != server.fileno() and os.path.exists(f"/dev/fd/{{fd}}")]
 server.connect({place!r})
-what = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ), "nice": os.nice(0)}}
+what = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
 socket.send_fds(server, [json.dumps(what).encode()], fds)
 said = server.makefile()
 pid = int(said.readline())

@@ -28,7 +28,7 @@ from tunesmith.jobs.launcher import _holder  # noqa: E402
 
 SECRETS = {name: f"planted-{name}" for name in ("WANDB_API_KEY", "PGPASSWORD", "HF_TOKEN", "OPENAI_API_KEY")}
 """Which no file, row, report or line of the server may hold."""
-HOW = {"n_epochs": 12, "batch_size": 3, "learning_rate_multiplier": 4.0}
+HOW = {"n_epochs": 4, "batch_size": 3, "learning_rate_multiplier": 12.0}
 
 
 @dataclass
@@ -119,7 +119,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert adapter(tmp_path, again) == adapter(tmp_path, job)
         assert answer == tuned
         steps = [one.data["step"] for one in client.fine_tuning.jobs.list_events(again.id) if one.type == "metrics"]
-        assert sorted(steps) == sorted([*range(1, 73), *range(6, 73, 6)]), "each, and each end of an epoch measured"
+        assert sorted(steps) == sorted([*range(1, 25), *range(6, 25, 6)]), "each, and each end of an epoch measured"
 
         assert client.models.delete(job.fine_tuned_model).deleted
         assert job.fine_tuned_model not in [model.id for model in client.models.list()]
@@ -140,7 +140,7 @@ def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_
     live = Live.start(tmp_path, "--bases", "bases.yaml")
     try:
         file = live.client.files.create(file=chats(tmp_path / "rows.jsonl", 18), purpose="fine-tune").id
-        body: dict[str, Any] = {"model": "tiny", "training_file": file, "hyperparameters": {**HOW, "n_epochs": 4}}
+        body: dict[str, Any] = {"model": "tiny", "training_file": file, "hyperparameters": HOW}
         whole = [live.finished(live.client.fine_tuning.jobs.create(seed=seed, **body)) for seed in range(2)]
         said = [usual_events(live.client, job) for job, _ in whole]
         made = [live.client.fine_tuning.jobs.create(seed=i % 2, **body).id for i in range(10)]
@@ -193,7 +193,7 @@ def test_a_job_by_dpo_tunes_a_tuned_model_further(tmp_path: Path) -> None:
         rows = client.files.create(file=chats(tmp_path / "rows.jsonl", 18), purpose="fine-tune").id
         first, answer = live.finished(client.fine_tuning.jobs.create(model="tiny", training_file=rows, **OLD))
         liked = client.files.create(file=("pairs.jsonl", pairs(answer)), purpose="fine-tune").id
-        how = {"beta": 0.05, **HOW, "learning_rate_multiplier": 50.0}
+        how = {"beta": 0.05, **HOW, "n_epochs": 12, "learning_rate_multiplier": 50.0}
         body: dict[str, Any] = {"method": {"type": "dpo", "dpo": {"hyperparameters": how}}, "seed": 1}
         second, other = live.finished(
             client.fine_tuning.jobs.create(model=first.fine_tuned_model, training_file=liked, suffix="liked", **body)
@@ -255,15 +255,15 @@ def look_at(client: openai.OpenAI, job: Any) -> None:
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=2))
     assert checkpoints[0].fine_tuned_model_checkpoint == job.fine_tuned_model
-    assert [one.step_number for one in checkpoints] == [72, 66, 60]
-    assert checkpoints[1].fine_tuned_model_checkpoint.endswith(":ckpt-step-66")
+    assert [one.step_number for one in checkpoints] == [24, 18, 12]
+    assert checkpoints[1].fine_tuned_model_checkpoint.endswith(":ckpt-step-18")
     for one in checkpoints:
         assert one.metrics.step == one.step_number
         assert one.metrics.full_valid_loss > 0
         assert one.metrics.full_valid_mean_token_accuracy >= 0
     lines = base64.b64decode(client.files.content(job.result_files[0]).read()).decode().splitlines()
-    assert len(lines) == 73
-    assert [line.split(",")[0] for line in lines[1:] if line.split(",")[3]] == [str(i) for i in range(6, 73, 6)]
+    assert len(lines) == 25
+    assert [line.split(",")[0] for line in lines[1:] if line.split(",")[3]] == [str(i) for i in range(6, 25, 6)]
     said = [one.message for one in client.fine_tuning.jobs.list_events(job.id, limit=10)]
     assert said[-1] == f"Created fine-tuning job: {job.id}"
     assert said[0] == "The job has successfully completed"
