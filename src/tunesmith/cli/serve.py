@@ -349,7 +349,8 @@ def serve_own(
     bound = http.bind(access.host, access.port)
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
     store = None if jobs is None else jobs.open(output.note)
-    policy = policy if store is None else with_projects(policy, store, bound)
+    if store is not None:
+        policy, store.on_job = with_projects(policy, store, bound), partial(output.job, store.runs_path)
     refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.has_keys())))
     output.note(f"loading {', '.join(targets if bases is None else bases.by_name)}")
 
@@ -361,7 +362,6 @@ def serve_own(
                 from tunesmith.jobs.server import JobServer
 
                 stack.callback(store.close)
-                store.on_job = partial(output.job, store.runs_path)
                 ray = stack.enter_context(jobs.cluster())
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)
