@@ -46,7 +46,7 @@ def seed(store: Store) -> None:
         put_file(store, rows(12), name)
     made = put_job(store, "file-abc123")
     for name in (JOB, "after"):
-        job = {key: value for key, value in (store.job(made) or {}).items() if key != "seq"}
+        job = {key: value for key, value in (store.job(made) or {}).items() if key not in ("seq", "created_at")}
         store.insert(jobs, {**job, "id": name, "tuned_name": name})
         store.add_events([{**event(JOB, name), "id": name}])
     for name in MODELS:

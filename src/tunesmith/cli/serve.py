@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tunesmith.jobs.store import Store
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import AccessPolicy, RequestLog
-    from tunesmith.serve.protocol import Engine
 
 
 Targets = Annotated[
@@ -357,8 +356,9 @@ def serve_own(
     async def run() -> None:
         async with AsyncExitStack() as stack:
             routers: Sequence[APIRouter] = ()
-            engine: Engine
-            if bases is not None and store is not None and jobs is not None:
+            if bases is None or store is None or jobs is None:
+                engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+            else:
                 from tunesmith.jobs.server import JobServer
 
                 stack.callback(store.close)
@@ -366,8 +366,6 @@ def serve_own(
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)
                 engine, routers = working.engines, working.routers
-            else:
-                engine = await start_engine(targets, root=root, options=options, on_note=output.note)
             try:
                 server = http.make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
                 output.serving(bound, engine.served, has_key=has_key)
