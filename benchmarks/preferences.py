@@ -12,13 +12,14 @@ import random
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import ROOT, machine, run_child, versions
 
 BETA, SEED = 0.1, 0
+SIDES = ("chosen", "rejected")
 WARM_UP = 3
 """First steps whose seconds do not count."""
 
@@ -27,6 +28,10 @@ def add_preferences(verbs: Any) -> None:
     """The verb's own words."""
     parser = verbs.add_parser("preferences", help="DPO and TRL's DPO: losses, tokens a second, memory, accuracy")
     add_pair_options(parser, held_out=40, lr=2e-4)
+    words = "ours; auto or a number, as train.tokens_per_pass"
+    parser.add_argument(
+        "--tokens-per-pass", type=lambda word: word if word == "auto" else int(word), default="auto", help=words
+    )
     parser.set_defaults(run=run)
 
 
@@ -47,7 +52,7 @@ def add_pair_options(parser: argparse.ArgumentParser, *, held_out: int, lr: floa
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    """0: the losses agree to 1e-3; 1: they do not, or someone failed."""
+    """0: the losses agree to 1e-3, as they have to in float32; 1: they do not, or someone failed."""
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in zip(("train", "test"), options.chats, strict=True):
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
                 (folder / "job.json").write_text(json.dumps({**known, "tuned": found["tuned"]}), "utf-8")
             found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
             (folder / f"{name}.json").write_text(json.dumps(found), "utf-8")
-    return report(*(json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("ours", "trl")))
+    return report(*(json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("ours", "trl", "job")))
 
 
 def pairs_of(path: Path) -> list[dict[str, Any]]:
@@ -97,20 +102,42 @@ def pairs_of(path: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def report(ours: dict[str, Any], theirs: dict[str, Any]) -> int:
+def report(ours: dict[str, Any], theirs: dict[str, Any], job: dict[str, Any]) -> int:
     """Print what was found."""
     worst = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    speeds = [ours["tokens"] / statistics.median(one["seconds"][WARM_UP:]) for one in (ours, theirs)]
-    with_reference = ours["tokens"] / (statistics.median(ours["seconds"][WARM_UP:]) + ours["reference_seconds"])
+    tokens, own, other = (one[WARM_UP:] for one in (ours["tokens"], ours["seconds"], theirs["seconds"]))
+    speeds = [sum(tokens) / sum(seconds) for seconds in (own, other)]
+    with_reference = sum(tokens) / (sum(own) + ours["reference_seconds"] * len(own))
+    medians = [statistics.median(seconds) for seconds in (own, other)]
     peaks = [one["peak_bytes"] / 2**30 for one in (ours, theirs)]
     print(f"first loss {ours['losses'][0]:.6f} and {theirs['losses'][0]:.6f}, last {ours['losses'][-1]:.6f} and")
     print(f"{theirs['losses'][-1]:.6f}; of {len(ours['losses'])} steps they differ by {worst:.2e} at most")
     print(f"tokens/s {speeds[0]:,.0f} and {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} times")
+    print(f"median step {medians[0]:.2f} and {medians[1]:.2f} s: {medians[1] / medians[0]:.2f} times")
     print(f"the first epoch, in which ours computes the reference: {with_reference / speeds[1]:.2f} times")
     print(f"memory {peaks[0]:.2f} GiB and {peaks[1]:.2f} GiB: {peaks[0] / peaks[1]:.2f}")
-    right = theirs["won"]
-    num, other = len(right["ours"]), sum(a != b for a, b in zip(right["ours"], right["trl"], strict=True))
-    print(f"held-out pairs right, of {num}: {sum(right['ours'])} and {sum(right['trl'])}; {other} decided otherwise")
+    for line in accuracies(job["held_out"], theirs["held_out"]):
+        print(line)
     print(json.dumps({"machine": machine(), "ours": versions(), "TRL": theirs["versions"],
                       "load": [ours["load_before"], theirs["load_before"]]}))  # fmt: skip
-    return int(worst > 1e-3)
+    return int(worst > 1e-3 and job["precision"] == "float32")
+
+
+def accuracies(pairs: Sequence[dict[str, list[int]]], logps: dict[str, list[list[float]]]) -> Iterator[str]:
+    """How many pairs both results get right, and how far they are above two habits and each other, paired."""
+    import numpy as np
+
+    from tunesmith.evaluation.bootstrap import interval, ratio, resamples
+
+    base_I2 = np.array(logps["base"])
+    lengths_I2 = np.array([[len(pair[f"{side}_ids"]) for side in SIDES] for pair in pairs])
+    by = {name: np.array(logps[name]) - base_I2 for name in ("ours", "trl")}
+    by |= {"the longer answer": lengths_I2, "the likelier answer": base_I2 / lengths_I2}
+    right = {name: (1 + np.sign(of_I2[:, 0] - of_I2[:, 1])) / 2 for name, of_I2 in by.items()}
+    sums, other = (right["ours"].sum(), right["trl"].sum()), int((right["ours"] != right["trl"]).sum())
+    yield f"held-out pairs right, of {len(pairs)}: {sums[0]:g} and {sums[1]:g}; {other} decided otherwise"
+    for name in ("trl", "the longer answer", "the likelier answer"):
+        above_I = right["ours"] - right[name]
+        drawn = np.concatenate([ratio(above_I)(weights) for weights in resamples(len(pairs))])
+        low, high = (interval(above_I.mean(), drawn)[end] for end in ("low", "high"))
+        yield f"ours above {name} ({right[name].mean():.1%}): {above_I.mean():+.1%} ({low:+.1%} to {high:+.1%})"

@@ -32,7 +32,8 @@ def add_reranker(verbs: Any) -> None:
     add("--python", type=Path, default=ROOT / ".peers" / "st" / "bin" / "python", help="one with simple-icd-10-cm")
     add("--terms", type=int, default=4000, help="terms to learn from")
     add("--negatives", type=int, default=5, help="wrong descriptions of each")
-    add("--held-out", type=int, default=400, help="terms to measure on")
+    add("--held-out", type=int, default=400, help="terms to measure on, at most 1,000")
+    add("--first", type=int, default=0, help="number of the first of them, in the order of a hash")
     add("--lr", type=float, default=1e-4)
     add("--threads", type=int, default=2)
     parser.set_defaults(run=run)
@@ -43,7 +44,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "ranks.json").exists():
-        subprocess.run([options.python, PEER, "rows", work / "terms.jsonl", work / "others.jsonl"], check=True)
+        words = [options.python, PEER, "rows", work / "terms.jsonl", work / "others.jsonl", str(options.first)]
+        subprocess.run(words, check=True)
         _write_lists(work, options)
     ours, begun = work / "run", time.perf_counter()
     if not (ours / "report.json").exists():

@@ -6,7 +6,6 @@ python prefer_ours.py GIVEN.json RESULT.json
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from tunesmith.environment import prepare_environment
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """RESULT.json: {"losses", "seconds" of each step, "reference_seconds" a step, "tokens" a step, "tuned"}."""
+    """RESULT.json: {"losses", "seconds" of each step, "reference_seconds" a step, "tokens" of
+    each, "tuned"}."""
     prepare_environment(os.environ)  # as the command line does for its runs
     from tunesmith.training import trainer
 
@@ -44,7 +44,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": [event.timing["seconds"] for event in steps],
         "reference_seconds": (clock["reference"] - clock["plan"]) / pairs * job["pairs_per_step"],
         "run_seconds": time.perf_counter() - begun,
-        "tokens": statistics.mean(event.values["tokens"] for event in steps),
+        "tokens": [event.values["tokens"] for event in steps],
         "tuned": str(tuned.adapter_path),
     }
 

@@ -28,7 +28,8 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
         "threads": job["threads"], "seed": job["seed"], "prefer": {"beta": job["beta"]},
         "data": {"train": [str(folder / "train.jsonl")], "eval": [str(folder / "test.jsonl")], "bad_rows": "skip"},
         "optim": {"lr": job["lr"], "schedule": "constant", "warmup": 0},
-        "train": {"rows_per_step": job["pairs_per_step"], "max_steps": job["steps"], "epochs": 9},
+        "train": {"rows_per_step": job["pairs_per_step"], "max_steps": job["steps"], "epochs": 9,
+                  "tokens_per_pass": job["tokens_per_pass"]},
         "evaluation": {"samples": 0, "general": False, "surprising": 0, "max_rows": 1},
     })  # fmt: skip
 

@@ -1,6 +1,6 @@
 """sentence-transformers' CachedMultipleNegativesRankingLoss on given steps. Run by the Python of its environment:
 
-    python st_embed.py rows TRAIN.jsonl HELD.jsonl      terms of ICD-10-CM and the descriptions of their codes
+    python st_embed.py rows TRAIN.jsonl HELD.jsonl [FIRST]      terms of ICD-10-CM and the descriptions of their codes
     python st_embed.py train JOB.json RESULT.json
 
 JOB.json: "model", "steps" (a list of [anchor, positive] a step), "lr", "mini_batch", "threads". RESULT.json: "losses",
@@ -19,8 +19,9 @@ from typing import Any
 HELD = 1000
 
 
-def write_rows(train: Path, held: Path) -> None:
-    """Each term once. Trained is one term of each code, so that no step has a text twice; held out are others."""
+def write_rows(train: Path, held: Path, start: int) -> None:
+    """Each term once. Trained is one term of each code, so that no step has a text twice; held out are others, from the
+    one at `start` on."""
     import simple_icd_10_cm as icd
 
     seen: set[str] = set()
@@ -39,7 +40,7 @@ def write_rows(train: Path, held: Path) -> None:
             described.add(row["positive"].lower())
             (first if is_first else others).append(row)
     others.sort(key=lambda row: hashlib.sha256(row["anchor"].encode()).digest())
-    for path, rows in ((train, first), (held, others[:HELD])):
+    for path, rows in ((train, first), (held, others[start : start + HELD])):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
@@ -73,9 +74,9 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    verb, first_path, second_path = sys.argv[1:]
+    verb, first_path, second_path, *start = sys.argv[1:]
     if verb == "rows":
-        write_rows(Path(first_path), Path(second_path))
+        write_rows(Path(first_path), Path(second_path), int(*start))
     else:
         found = train(json.loads(Path(first_path).read_text("utf-8")))
         Path(second_path).write_text(json.dumps(found), "utf-8")

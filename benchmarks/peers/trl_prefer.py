@@ -46,26 +46,20 @@ class Notes(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(logs["loss"]))
 
 
-def won(model: Any, pairs: list[dict[str, list[int]]]) -> list[bool]:
-    """Whether the chosen answer of each pair gained more under the active adapter than the rejected one."""
+def logps(model: Any, pairs: list[dict[str, list[int]]]) -> list[list[float]]:
+    """Log-probability of the chosen and the rejected answer of each pair under the active adapter."""
 
-    def logp(prompt: list[int], answer: list[int]) -> float:
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    def of(prompt: list[int], answer: list[int]) -> float:
+        logits = model(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits[0, :-1]
         return float(torch.log_softmax(logits.double(), -1).gather(1, torch.tensor(answer)[:, None]).sum())
 
-    found = []
     with torch.no_grad():
-        for pair in pairs:
-            sides = [(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")]
-            tuned = [logp(*side) for side in sides]
-            with model.disable_adapter():
-                base = [logp(*side) for side in sides]
-            found.append(tuned[0] - base[0] > tuned[1] - base[1])
-    return found
+        return [[of(pair["prompt_ids"], pair[f"{side}_ids"]) for side in ("chosen", "rejected")] for pair in pairs]
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """RESULT.json: {"losses", "seconds" of each step, "won": held-out pairs by each tuned adapter, "versions"}."""
+    """RESULT.json: {"losses", "seconds" of each step, "held_out": log-probabilities of both answers of held-out pairs
+    by the base and by each tuned adapter, "versions"}."""
     torch.set_num_threads(job["threads"])
     base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["precision"]))
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
@@ -91,12 +85,14 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     seconds = [after - before for before, after in zip(notes.ends, notes.ends[1:], strict=False)]
     model.eval()
-    found = {"trl": won(model, job["held_out"])}
+    held_out = {"trl": logps(model, job["held_out"])}
+    with model.disable_adapter():
+        held_out["base"] = logps(model, job["held_out"])
     model.load_adapter(job["tuned"], "ours")
     model.set_adapter("ours")
-    found["ours"] = won(model, job["held_out"])
+    held_out["ours"] = logps(model, job["held_out"])
     of = versions("torch", "transformers", "trl", "peft")
-    return {"losses": notes.losses, "seconds": seconds, "won": found, "versions": of}
+    return {"losses": notes.losses, "seconds": seconds, "held_out": held_out, "versions": of}
 
 
 if __name__ == "__main__":

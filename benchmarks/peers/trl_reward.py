@@ -27,6 +27,19 @@ class GivenIds(RewardTrainer):  # type: ignore[misc]
         return SequentialSampler(self.train_dataset)
 
 
+def with_token_types(model: Any, tokenizer: Any) -> None:
+    """An encoder with two types of tokens gets those of a pair: 1 behind the first mark between texts. RewardTrainer
+    gives none."""
+
+    def add(_: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        ids = given["input_ids"] if "input_ids" in given else args[0]
+        marks = (ids == tokenizer.sep_token_id).long()
+        return args, {**given, "token_type_ids": ((marks.cumsum(1) - marks) > 0).long()}
+
+    if "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1:
+        model.register_forward_pre_hook(add, with_kwargs=True)
+
+
 def margins(model: Any, pairs: list[dict[str, list[int]]]) -> list[float]:
     """By how much the chosen answer of each pair has the higher reward; a pair at a time, without padding."""
     with torch.no_grad():
@@ -39,9 +52,10 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """RESULT.json: {"losses", "seconds" of each step, "margins" of held-out pairs by each adapter, "versions"}."""
     torch.set_num_threads(job["threads"])
     how = {"num_labels": 1, "dtype": getattr(torch, job["precision"])}
-    model = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(job["model"], **how), job["adapter"], is_trainable=True
-    )
+    base = AutoModelForSequenceClassification.from_pretrained(job["model"], **how)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    with_token_types(base, tokenizer)
+    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
     notes = Notes()
     arguments = RewardConfig(
         output_dir=job["folder"], learning_rate=job["lr"], lr_scheduler_type="constant",
@@ -54,7 +68,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(job["pairs"]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        processing_class=tokenizer,
         callbacks=[notes],
     )
     trainer.train()

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
+from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.export.export_run import check_planned, export_planned
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
@@ -182,6 +183,7 @@ def evaluate(
         raise InputError(
             f"tunesmith.evaluate: data: {data!r:.60} is neither a path nor rows. Give one file, or a list of rows."
         )
+    refuse_no_answers(samples, judge)
     where = _where(target, model)
     speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     arbiter = None if judge is None else load_any(_name(judge), root=Path(root), offline=offline)

@@ -1,4 +1,4 @@
-"""Rows and pages of `python -m benchmarks rewards` and `reranker`: what is a pair, what is alike, what is better."""
+"""Rows and pages of `python -m benchmarks preferences`, `rewards` and `reranker`: pairs, what is alike and better."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import reranker, rewards
+from benchmarks import preferences, reranker, rewards
 
 
 def test_of_two_answers_the_one_rated_higher_is_chosen(tmp_path):
@@ -26,6 +26,19 @@ def test_of_two_answers_the_one_rated_higher_is_chosen(tmp_path):
         chosen, rejected = (ratings.get(pair[side], 0) for side in ("chosen", "rejected"))
         assert (chosen, rejected) == (pair["score_chosen"], pair["score_rejected"])
         assert chosen > rejected
+
+
+def test_results_are_above_both_habits_by_their_paired_intervals():
+    pairs = [{"chosen_ids": [1] * (3 if i % 2 else 5), "rejected_ids": [1] * 4} for i in range(40)]
+    base = [[-3.0, -8.0] if i % 4 == 0 else [-8.0, -3.0] for i in range(40)]
+    ours, theirs = ([[c + 1, r - 1] if i != 7 or i == miss else [c - 1, r] for i, (c, r) in enumerate(base)]
+                    for miss in (0, 7))  # fmt: skip
+    lines = list(preferences.accuracies(pairs, {"base": base, "ours": ours, "trl": theirs}))
+    assert lines[0] == "held-out pairs right, of 40: 39 and 40; 1 decided otherwise"
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        "ours above trl (100.0%)", "ours above the longer answer (50.0%)", "ours above the likelier answer (25.0%)"
+    ]  # fmt: skip
+    assert "+47.5% (+32" in lines[2]
 
 
 def rewards_page(*, loss: float = 0.5, won: int = 5, loaded: float = 1.0) -> int:

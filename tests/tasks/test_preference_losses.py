@@ -112,6 +112,9 @@ def test_the_numbers_of_trl_are_made_anew(tmp_path):
     assert found["losses"].keys() == PEER["losses"].keys()
     for loss, values in found["losses"].items():
         assert values == pytest.approx(PEER["losses"][loss], rel=1e-9), loss
+    for task in ("kto", "reward"):
+        values, kept = ([case["loss"] for case in of[task]] for of in (found, PEER))
+        assert values == pytest.approx(kept, rel=1e-9), task
 
 
 def test_the_margin_of_a_row_adds_to_that_of_the_recipe():

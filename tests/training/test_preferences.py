@@ -20,7 +20,8 @@ import tunesmith
 from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
-from tunesmith.data.branches import lines_of
+from tunesmith.data.branches import join, lines_of
+from tunesmith.data.formats.preference import SIDES
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.renderer import LengthLimit
 from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped
@@ -68,7 +69,7 @@ def by_memory(folder: Any, *sizes: int, **more: Any) -> list[list[tuple[float, f
     found = []
     for tokens in sizes:
         (folder / str(tokens)).mkdir()
-        sections = {"train": {"rows_per_step": 6, "max_steps": 2, "tokens_per_pass": tokens}, **more}
+        sections = {"train": {"rows_per_step": 8, "max_steps": 2, "tokens_per_pass": tokens}, **more}
         run = train(recipe_of(folder / str(tokens), **sections), root=folder / "runs")
         found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps_of(run)])
     return found
@@ -134,7 +135,7 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, layout, monkey
         refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
         monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
     found = by_memory(tmp_path, 4096, 120, 1, prefer={"nll": 1.0})
-    assert [steps[0][2] for steps in found][::2] == [1 if layout == "packed" else 2, 6]
+    assert [steps[0][2] for steps in found][::2] == [1 if layout == "packed" else 2, 8]
     assert_alike(found)
 
 
@@ -145,7 +146,7 @@ OFTEN = ("dpo", "ipo", "orpo", "apo_zero")
 @pytest.mark.parametrize(
     "loss", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in OBJECTIVES]
 )
-def test_one_pass_is_six_passes_for_every_loss(tmp_path, loss):
+def test_one_pass_is_eight_passes_for_every_loss(tmp_path, loss):
     assert_alike(by_memory(tmp_path, 4096, 1, prefer={"loss": loss}))
 
 
@@ -321,16 +322,78 @@ def test_a_pair_of_which_one_side_is_too_long_is_dropped_whole(tmp_path):
     assert len(store) == sum(length <= limit for length in longest)
 
 
-# trap: P6
-def test_both_sides_end_with_the_token_that_ends_a_turn(tmp_path):
-    setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
-    for i in setup.rows.train_rows:
-        lines = lines_of(setup.store.row(int(i)))
-        ends = {int(line.ids[np.flatnonzero(line.trained)[-1]]) for line in lines}
-        assert ends <= set(setup.renderer.stop_ids)
-    broken = replace(lines[0], trained=np.append(lines[0].trained[:-2], [False, False]))
+def not_learnt(drafts: Any, values: Any) -> Any:
+    """The rejected answer's end is read and not trained: the model would learn which side goes on."""
+    drafts[1].trained_T[np.flatnonzero(drafts[1].trained_T)[-1]] = False
+    return join(drafts, values)
+
+
+def left_out(drafts: Any, values: Any) -> Any:
+    """The rejected answer has no end: the model would know the chosen one by its end."""
+    last = int(np.flatnonzero(drafts[1].trained_T)[-1])
+    drafts[1] = replace(drafts[1], ids_T=drafts[1].ids_T[:last], trained_T=drafts[1].trained_T[:last])
+    return join(drafts, values)
+
+
+def twice(drafts: Any, values: Any) -> Any:
+    """The chosen answer ends, and ends."""
+    last = int(np.flatnonzero(drafts[0].trained_T)[-1])
+    ids, trained = (np.insert(of, last, of[last]) for of in (drafts[0].ids_T, drafts[0].trained_T))
+    return join([replace(drafts[0], ids_T=ids, trained_T=trained), *drafts[1:]], values)
+
+
+def newline(drafts: Any, values: Any) -> Any:
+    """As TRL has it: the newline that a template writes behind the end of a turn is learnt too."""
+    for draft in drafts:
+        draft.trained_T[np.flatnonzero(draft.trained_T)[0] :] = True
+    return join(drafts, values)
+
+
+# trap: P6, P7
+@pytest.mark.parametrize("is_plain", [False, True], ids=["template", "plain"])
+def test_an_answer_is_learnt_with_one_end_and_nothing_behind_it(tmp_path, is_plain):
+    assert_learnt_with_one_end(answers_to_learn(tmp_path, is_plain=is_plain))
+
+
+@pytest.mark.parametrize(
+    ("planted", "is_plain"), [(not_learnt, False), (left_out, False), (left_out, True), (twice, False), (twice, True),
+                              (newline, False)]
+)  # fmt: skip
+def test_another_end_would_be_seen(tmp_path, monkeypatch, planted, is_plain):
+    monkeypatch.setattr("tunesmith.data.preference.join", planted)
     with pytest.raises(AssertionError):
-        assert int(broken.ids[np.flatnonzero(broken.trained)[-1]]) in setup.renderer.stop_ids
+        assert_learnt_with_one_end(answers_to_learn(tmp_path, is_plain=is_plain))
+
+
+def answers_to_learn(folder: Path, *, is_plain: bool) -> Any:
+    """A recipe; plain rows are of a model without a template, and some of their answers have their end already."""
+    recipe = recipe_of(folder)
+    if not is_plain:
+        return recipe
+    (Path(recipe.model) / "chat_template.jinja").unlink()
+    rows = rows_of("prefer", 24)
+    for i, row in enumerate(rows):
+        row["prompt"] = row["prompt"][0]["content"]
+        for side in ("chosen", "rejected"):
+            row[side] = f" {row[side][0]['content']}" + ("<|im_end|>" if i % 3 == 0 and side == "chosen" else "")
+    write(folder / "prefer.jsonl", rows)
+    data = recipe.data.model_copy(update={"eval": (), "held_out": 0.2, "control_tokens": "allow"})
+    return recipe.model_copy(update={"data": data})
+
+
+def assert_learnt_with_one_end(recipe: Any) -> None:
+    """The trained tokens of both sides are those of the answer as it is written and one end, which counts."""
+    setup = prepare(recipe, root=Path(recipe.model).parent / "runs")
+    (stop,), tokenizer = setup.renderer.stop_ids, setup.renderer.tokenizer
+    records = [json.loads(line) for line in Path(recipe.data.train[0].path).read_text("utf-8").splitlines()]
+    rows = [int(i) for i in setup.rows.train_rows]
+    results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
+    for i, result in zip(rows, results, strict=True):
+        record, lines = records[setup.store.source(i).line - 1], lines_of(setup.store.row(i))
+        said = [record[side] if isinstance(record[side], str) else record[side][0]["content"] for side in SIDES]
+        expected = [[*tokenizer(text.removesuffix("<|im_end|>"))["input_ids"], stop] for text in said]
+        assert [line.ids[line.trained].tolist() for line in lines] == expected
+        assert result["lengths"] == list(map(len, expected))
 
 
 def test_a_template_that_ends_no_answer_is_refused(tmp_path):
@@ -398,26 +461,6 @@ def test_a_result_of_full_tuning_is_measured_against_its_base(tmp_path):
         assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
     alone = evaluate_file(replace(loaded, run=None), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
     assert alone["margin"]["value"] == 0  # against itself nothing has moved
-
-
-# trap: P7
-def test_an_answer_ends_with_one_token_and_nothing_behind_it_is_learnt(tmp_path):
-    """As TRL has it, the newline that a template writes behind the end of a turn would be learnt too."""
-    setup = prepare(recipe_of(tmp_path), root=tmp_path / "runs")
-    lines = [line for i in setup.rows.train_rows[:6] for line in lines_of(setup.store.row(int(i)))]
-    for line in lines:
-        learnt = line.ids[line.trained].tolist()
-        assert_ends_once(learnt, setup.renderer.stop_ids)
-        behind = line.ids[np.flatnonzero(line.trained)[-1] + 1 :].tolist()
-        for wrong in ([*learnt, *behind], [*learnt, learnt[-1]]):
-            if len(wrong) > len(learnt):
-                with pytest.raises(AssertionError):
-                    assert_ends_once(wrong, setup.renderer.stop_ids)
-
-
-def assert_ends_once(learnt: list[int], stop_ids: Any) -> None:
-    assert sum(token in stop_ids for token in learnt) == 1
-    assert learnt[-1] in stop_ids
 
 
 # trap: P15

@@ -13,7 +13,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 from tunesmith.cli.render import comparison_table, loss, metrics_table, one_line, runs_table, visible, with_bounds
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
-from tunesmith.evaluation.metrics import info_of
+from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, plural
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
@@ -88,6 +88,7 @@ def measured(
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
 
+    refuse_no_answers(samples, judge)
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)

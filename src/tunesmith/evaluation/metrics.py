@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tunesmith.errors import InputError
+
 Verdict = Literal["better", "worse", "unclear", ""]
 VERDICTS: Mapping[Verdict, str] = {"better": "better", "worse": "worse", "unclear": "may be chance", "": ""}
 """Words for a verdict in a table."""
@@ -161,3 +163,9 @@ byte documents, ROC AUC two classes, span metrics tags that mark spans."""
 def info_of(key: str) -> MetricInfo:
     """The metric of that key; one of a newer version is shown under its key."""
     return METRICS.get(key) or MetricInfo(key, "number", "neither", "")
+
+
+def refuse_no_answers(samples: int | None, judge: object) -> None:
+    """Raise InputError for a judge that would have no answers to compare."""
+    if judge is not None and samples == 0:
+        raise InputError("--judge: compares answers, and with --samples 0 there are none. Leave --samples out.")

@@ -153,7 +153,7 @@ def evaluate_file(
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
         raise InputError(f"--samples: a model of task {task} has no head for writing answers. Leave it out.")
-    if judge and (loaded.run is None or loaded.is_base or loaded.head != "next_token"):
+    if judge and (loaded.run is None or loaded.is_base or not TASKS[task].writes_answers):
         raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
     if judge and (prompts := _prompts_alone(data, task)):
