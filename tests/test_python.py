@@ -185,6 +185,7 @@ def test_a_refusal_from_python_names_the_row_and_what_is_wrong(tmp_path: Path) -
     with pytest.raises(DataError, match=r"jsonl:9: empty_answer: completion is empty") as refused:
         tunesmith.train(model_folder(tmp_path / "model"), rows, root=tmp_path, offline=True)
     assert refused.value.problems
+    assert 'leave such rows out: recipe=tunesmith.Recipe(data={"bad_rows": "skip"}).' in str(refused.value)
 
 
 def test_an_option_of_the_command_line_is_named_as_python_writes_it() -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.in_memory import is_rows, write_rows
+from tunesmith.data.problems import SKIP
 from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
@@ -229,15 +230,14 @@ def _warn(is_sent: bool, text: str) -> None:
 
 @contextmanager
 def _problems_named() -> Iterator[None]:
-    """A refusal of rows names the first of them, as the command line does."""
+    """A refusal of rows names the first of them, as the command line does, and options as they are written here."""
     try:
         yield
     except DataError as error:
-        listed = [str(problem) for problem in error.problems if str(problem) not in str(error)]
-        if not listed:
-            raise
+        text = str(error).replace(SKIP, 'recipe=tunesmith.Recipe(data={"bad_rows": "skip"})')
+        listed = [str(problem) for problem in error.problems if str(problem) not in text]
         more = [f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems"] if len(listed) > MOST_PROBLEMS else []
-        raise DataError("\n".join([str(error), *listed[:MOST_PROBLEMS], *more]), error.problems) from None
+        raise DataError("\n".join([text, *listed[:MOST_PROBLEMS], *more]), error.problems) from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ PHASES = {
     "probe": "trying the heaviest step",
     "train": "training",
     "evaluate": "measuring held-out rows",
+    "reference": "measuring rows with the untouched model",
     "documents": "reading documents",
     "answer": "answering held-out prompts",
     "check": "checking rows",
@@ -33,21 +34,20 @@ PHASES = {
 """Words for the phases whose progress is reported; an unknown phase is shown by its key."""
 
 
-def duration(seconds: float) -> str:
-    """A time span: 42 s, 3:05 min, 2:10:00 h."""
+def duration(seconds: float, unit: str = "") -> str:
+    """A time span: 42 s, 3:05 min, 2:10:00 h; in `unit` or a larger one."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
-    if not minutes:
+    if not minutes and unit in ("", "s"):
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours or unit == "h" else f"{minutes}:{rest:02d} min"
 
 
 def span(low: float, high: float) -> str:
-    """From one time span to another, the unit once where both have it: 14:12 to 19:12 min."""
-    (first, unit), (last, other) = (duration(seconds).split() for seconds in (low, high))
-    if (first, unit) == (last, other):
-        return f"about {last} {other}"
-    return f"{first} to {last} {other}" if unit == other else f"{first} {unit} to {last} {other}"
+    """From one time span to another, both in the unit of the longer one: 0:36 to 1:49 min."""
+    last, unit = duration(high).split()
+    first, _ = duration(low, unit).split()
+    return f"about {last} {unit}" if first == last else f"{first} to {last} {unit}"
 
 
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:

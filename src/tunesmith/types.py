@@ -78,13 +78,13 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The file and 1-based line that a row was read from (JSON arrays and Parquet: 1-based row)."""
+    """The file and 1-based line that a row was read from (JSON arrays and Parquet: 1-based row; 0: the whole file)."""
 
     path: str
     line: int
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}"
+        return f"{self.path}:{self.line}" if self.line else self.path
 
 
 @dataclass(frozen=True, slots=True)

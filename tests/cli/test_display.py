@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from cli import fake_events
 from tunesmith.cli import runs as cli_runs
-from tunesmith.cli.display import Live, Plain, Silent, display_for
+from tunesmith.cli.display import PLAIN_WAIT_S, Live, Plain, Silent, display_for, phases, plan_lines
 from tunesmith.cli.history import RunHistory, alone
 from tunesmith.cli.render import headline_metric, with_bounds
 from tunesmith.types import Event
@@ -280,3 +281,26 @@ def test_runs_keep_name_and_state_on_any_terminal(width: int) -> None:
     assert any(line[:2] == ["bbc-2", "interrupted"] for line in words)
     assert len([line for line in words if line]) == 4  # the header, its rule, a line for each run
     assert ("made" in lines[1]) == (width == 150)
+
+
+def test_runs_name_the_run_that_another_one_starts_from() -> None:
+    assert [cli_runs._cells(listed(model=model))[2] for model in ("runs/first/merged", "runs/a/model", "b/c")] == [
+        "first", "a", "c",
+    ]  # fmt: skip
+
+
+def test_work_outside_a_terminal_is_told_if_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = plain_console()
+    with phases(screen) as progress:
+        progress("evaluate", 1, 4)  # at once
+        later = time.monotonic() + PLAIN_WAIT_S
+        monkeypatch.setattr("time.monotonic", lambda: later)
+        for done in (2, 3):  # within PLAIN_SECONDS
+            progress("evaluate", done, 4)
+    assert isinstance(screen.file, io.StringIO)
+    assert screen.file.getvalue() == "measuring held-out rows: 50 %\n"
+
+
+def test_a_plan_counts_its_steps_in_epochs() -> None:
+    for of, said in ((40, "12 steps (0.3 epochs)"), (12, "12 steps (1 epoch)")):
+        assert f"work: {said}, 34,567 tokens an epoch" in plan_lines({**fake_events.plan(), "steps_per_epoch": of})

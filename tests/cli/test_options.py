@@ -167,6 +167,20 @@ def test_an_option_and_a_setting_of_the_same_key_are_an_error(option: str, setti
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--lr", "abc"), "'--lr': it is abc, and must be a number."),
+        (("train", "--batch-size", "1.5"), "'--batch-size': it is 1.5, and must be a whole number."),
+        (("eval", "--samples", "-1"), "'--samples': it is -1, and must be greater than or equal to 0."),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_the_rule(words: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
     ("unknown", "meant"),
     [
         ("--learning-rate", "--lr (optim.lr)"),

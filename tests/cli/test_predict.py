@@ -118,6 +118,18 @@ def test_a_column_that_is_not_there_or_is_the_answers_own_cannot_be_kept(one: Pa
     assert "each line has a field of this name already" in predict(one, path, "--keep", "label", code=2).stderr
 
 
+@pytest.mark.parametrize("wrong", ["out", "rows"])
+def test_a_file_that_is_in_the_way_or_missing_is_refused_before_anything_is_loaded(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr("tunesmith.inference.load.load_any", lambda *rest, **options: pytest.fail("loaded"))
+    out, none = write(tmp_path / "out.jsonl", []), tmp_path / "none.jsonl"
+    words = (rows, "--out", out) if wrong == "out" else (none,)
+    error = predict("model", *words, code=2).stderr
+    expected = f"{out}: is there already" if wrong == "out" else f"{none}: no_such_file: there is no such file."
+    assert expected in error.replace("\n", " ")
+
+
 def test_other_rows_or_another_model_are_not_gone_on_with(one: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     _begin(one, rows, out, [b'{"source":"x"}\n'])
@@ -334,6 +346,12 @@ def test_eval_names_a_label_that_the_model_does_not_know(run: Run, tmp_path: Pat
     assert "Did you mean fruit?" in error
 
 
+def test_eval_advises_only_what_it_has(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", [*rows_of("classify", 3), {"text": "a pear", "label": ""}])
+    error = tunesmith("eval", run.path, path, "--offline", code=2).stderr
+    assert "1 problem makes its row unusable. Correct the data, or remove these rows from it." in error
+
+
 def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
     import tunesmith as package
 
@@ -355,8 +373,12 @@ def test_compare_of_a_run_with_itself_finds_no_difference(run: Run) -> None:
     [found] = told(tunesmith("compare", run.path, run.path, "--json"))
     assert (found["rows"], found["won"], found["lost"]) == (8, [], [])
     assert all(measure["b_minus_a"]["value"] == 0 for measure in found["measures"].values())
-    plain = tunesmith("compare", run.path, run.path, "--data", held_out(run), "--offline").stdout
-    assert plain.startswith("8 rows in common\n")
+    rows = [{**row, "unused": 1} for row in map(json.loads, Path(held_out(run)).read_text().splitlines())]
+    result = tunesmith("compare", run.path, run.path, "--data", write(run.path / "more.jsonl", rows), "--offline")
+    plain = result.stdout
+    assert plain.startswith(f"8 rows in common\nA is {run.path}, B is {run.path}; B − A: their difference on the same")
+    assert (result.stderr.count("ignored_fields"), "--eval" in plain) == (1, False)
+    assert "8 rows are few: on other rows of the same kind this may turn out differently. A larger file" in plain
     assert "is better on 0 rows, worse on 0, and as good on 8" in plain
 
 
@@ -383,7 +405,7 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     assert lines[-3] == r"worse: a.jsonl:1: fruit → none, right is fruit: row \x1b[2J 1"
     assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
     accuracy = next(line for line in lines if line.startswith("accuracy: "))
-    assert accuracy.startswith("accuracy: 60.0% and 80.0%, B - A +20.0 (")
+    assert accuracy.startswith("accuracy: 60.0% and 80.0%, B − A +20.0 (")
     assert accuracy.endswith("points, may be chance")
 
 
@@ -394,9 +416,9 @@ def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) 
     a, b = (fake_run(tmp_path / name, [window(n)] * 3) for name, n in (("a", 4), ("b", 5)))
     lines = tunesmith("compare", a, b).stdout.splitlines()
     assert lines[0] == "1 document in common"
-    assert lines[1].endswith("token accuracy do not compare; bits per byte do")
+    assert lines[2].endswith("token accuracy do not compare; bits per byte do")
     bits = next(line for line in lines if line.startswith("bits per byte: "))
-    assert bits.startswith(f"bits per byte: {4 / 9 / math.log(2):.4f} and {4 / 9 / math.log(2):.4f}, B - A +0.0000")
+    assert bits.startswith(f"bits per byte: {4 / 9 / math.log(2):.4f} and {4 / 9 / math.log(2):.4f}, B − A +0.0000")
 
 
 def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
@@ -407,7 +429,7 @@ def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
         write(run / "evaluation" / "answers-after.jsonl", lines)
     lines = tunesmith("compare", *runs).stdout.splitlines()
     assert "3 prompts answered by both" in lines
-    assert "ROUGE-L: 0.2500 and 0.7500, B - A +0.5000 (+0.5000 to +0.5000), may be chance" in lines
+    assert "ROUGE-L: 0.2500 and 0.7500, B − A +0.5000 (+0.5000 to +0.5000), may be chance" in lines
     [found] = told(tunesmith("compare", *runs, "--json"))
     told_of = found["answers"]["measures"]["rougeL"]
     assert (found["answers"]["num"], told_of["b_minus_a"]["low"], told_of["is_clear"]) == (3, 0.5, False)

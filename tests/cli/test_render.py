@@ -75,9 +75,10 @@ def test_options_as_they_would_be_written(value: object, shown: str) -> None:
     ("low", "high", "shown"),
     [
         (852, 1152, "14:12 to 19:12 min"),
-        (40, 80, "40 s to 1:20 min"),
+        (40, 80, "0:40 to 1:20 min"),
+        (4, 3700, "0:00:04 to 1:01:40 h"),
         (0, 0.2, "about 0 s"),
-        (3500, 3700, "58:20 min to 1:01:40 h"),
+        (3500, 3700, "0:58:20 to 1:01:40 h"),
     ],
 )
 def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:

@@ -62,7 +62,7 @@ def test_problems_of_all_files_are_said_in_the_order_of_files_and_lines(tmp_path
         ("z.jsonl", 3, "empty_answer"),
         ("z.jsonl", 4, "ignored_fields"),
         ("a.csv", 3, "ragged_row"),
-        ("gone.jsonl", 1, "no_such_file"),
+        ("gone.jsonl", 0, "no_such_file"),
         ("held.jsonl", 1, "wrong_type"),
         ("held.jsonl", 1, "missing_field"),
     ]
@@ -268,7 +268,7 @@ def test_documents_of_a_folder_are_reported_together(tmp_path: Path):
     report = check(data_of(folder, tmp_path / "none"))
     file = report.files[0]
     assert (file.path, file.format, file.shape, file.rows, file.usable) == (str(folder), "3 documents", "text", 3, 2)
-    assert places(report.problems) == [("books", 1, "left_out"), ("c.txt", 1, "no_text"), ("none", 1, "no_such_file")]
+    assert places(report.problems) == [("books", 0, "left_out"), ("c.txt", 1, "no_text"), ("none", 0, "no_such_file")]
     empty = tmp_path / "empty"
     empty.mkdir()
     report = check(data_of(empty))

@@ -80,7 +80,7 @@ def test_a_line_over_the_limit_is_one_bad_row(row: bytes) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_a_pipe_without_rows_is_an_error(content: bytes) -> None:
-    with pytest.raises(DataError, match="stdin:1: empty_dataset"):
+    with pytest.raises(DataError, match="stdin: empty_dataset"):
         piped(content)
 
 

@@ -48,6 +48,7 @@ class Command(PlainFlags, TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # typer's own copy of click has it, where older ones use click itself
+            _explain(error)
             if type(error).__name__ == "NoSuchOption" and any("--set" in param.opts for param in self.params):
                 _suggest(error, {name for param in self.params for name in param.opts})
             raise
@@ -68,6 +69,17 @@ class Commands(TyperGroup):
             if was_interrupted() and not isinstance(error, TunesmithError):
                 raise typer.Exit(errors.report(KeyboardInterrupt())) from None
             raise typer.Exit(errors.report(error, as_json=bool(ctx.meta.get("json")))) from None
+
+
+_NUMBERS = {"float_parsing": "a number", "int_parsing": "a whole number", "int_from_float": "a whole number"}
+
+
+def _explain(error: Any) -> None:
+    """Put a value that typer's checks refuse into plain words."""
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
+    expected = _NUMBERS.get(found[0]["type"]) or found[0]["msg"].removeprefix("Input should be ") if found else None
+    if expected is not None and found[0]["msg"].startswith("Input should be "):
+        error.message = f"it is {found[0]['input']}, and must be {expected}. Correct it, or leave the option out."
 
 
 def _suggest(error: Any, flags: set[str]) -> None:

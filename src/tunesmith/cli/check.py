@@ -32,6 +32,7 @@ from tunesmith.cli.options import (
     build_recipe,
     files,
     mix_of,
+    refuse_unreadable,
     to_overrides,
 )
 from tunesmith.cli.render import ACCENT, MUTED, percent, plan_panel, sample_row, visible
@@ -245,6 +246,7 @@ def plan(
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
     found = build_recipe("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    refuse_unreadable([*found.data.train, *found.data.replay, *found.data.eval])
 
     values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody

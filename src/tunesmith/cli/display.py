@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 PLAIN_STEP_LINES = 50
 """Most step lines of a plain log, besides one every PLAIN_SECONDS."""
 PLAIN_SECONDS = 30.0
+PLAIN_WAIT_S = 2.0
+"""Seconds before the first line on the progress of a command that is no run."""
 MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8
 MEASURED = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
@@ -90,7 +92,7 @@ class Plain(Silent):
             self.say(words)
         elif now - self.last_line >= PLAIN_SECONDS and total:
             self.last_line = now
-            self.say(f"{words}: {done / total:.0%}")
+            self.say(f"{words}: {100 * done / total:.0f} %")
 
     def event(self, event: Event) -> None:
         super().event(event)
@@ -256,16 +258,24 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def progress_bar(screen: Console, words: str) -> Iterator[Callable[[int, int], None]]:
-    """The progress of one thing, on a terminal and nowhere else."""
+    """The progress of one thing, see `phases`."""
     with phases(screen, {words: words}) as progress:
         yield lambda done, total: progress(words, done, total)
 
 
 @contextmanager
 def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar that moves from each phase to the next, on a terminal and nowhere else."""
+    """One bar that moves from each phase to the next; not on a terminal a line now and then, of what takes long."""
     if not screen.is_terminal:
-        yield lambda what, done, total: None
+        due = time.monotonic() + PLAIN_WAIT_S
+
+        def line(what: str, done: int, total: int) -> None:
+            nonlocal due
+            if time.monotonic() >= due:
+                due = time.monotonic() + PLAIN_SECONDS
+                screen.print(visible(words.get(what, what) + (f": {100 * done / total:.0f} %" if total > 1 else "")))
+
+        yield line
         return
     columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:.0f} %")
     with Progress(*columns, TimeRemainingColumn(), console=screen, transient=True) as progress:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
 from tunesmith.cli.render import comparison_table, loss, metrics_table, one_line, runs_table, visible, with_bounds
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, plural
+from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
 
@@ -82,13 +83,16 @@ def measured(
     judge: str | None = None,
     offline: bool,
     keep: Callable[[Iterator[dict[str, Any]]], None],
+    said: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows."""
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes, which
+    are not repeated."""
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
 
     refuse_no_answers(samples, judge)
+    refuse_unreadable([DataFile(path=data)])
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
@@ -96,7 +100,9 @@ def measured(
         arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
         how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
-    for note in filter(None, [loaded.note, *found.notes]):
+    said = set() if said is None else said
+    for note in [note for note in (loaded.note, *found.notes) if note and note not in said]:
+        said.add(note)
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found
 
@@ -157,7 +163,7 @@ def compare(
     if data is None:
         sides = [_kept(name, root) for name in targets]
     else:
-        options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline}
+        options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline, "said": set()}
         sides = [_measured(name, data, base, **options) for name, base in zip(targets, bases, strict=True)]
     try:
         found = compare_runs([side.rows for side in sides])
@@ -292,11 +298,12 @@ def _print(
     num_answers: int,
     of_answers: Mapping[str, Difference],
 ) -> None:
-    from tunesmith.evaluation.compare import baseline_sentence, too_few
+    from tunesmith.evaluation.compare import MEASURE_MORE, baseline_sentence, too_few
 
     screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
     only = [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
+    screen.print(visible(f"A is {names[0]}, B is {b}; B − A: their difference on the same {unit}s, 95 % interval"))
     if not found.same_targets:
         still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
         words = "loss, perplexity and token accuracy do not compare"
@@ -307,7 +314,7 @@ def _print(
     for name, side in zip(names, sides, strict=True):
         if side.baseline is not None:
             screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
-    for sentence in too_few(found.num_rows, unit):
+    for sentence in too_few(found.num_rows, unit, MEASURE_MORE):
         screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
@@ -337,7 +344,7 @@ def difference_lines(metrics: Mapping[str, Difference]) -> Iterator[str]:
         info = info_of(key)
         chance = "" if differs.is_clear else ", may be chance"
         difference = info.difference(differs.b_minus_a)
-        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B - A {difference}{chance}"
+        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B − A {difference}{chance}"
 
 
 def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

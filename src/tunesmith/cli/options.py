@@ -15,7 +15,7 @@ from tunesmith.runs.atomic import to_json
 from tunesmith.types import TASK_NAMES, TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.schema import Recipe
+    from tunesmith.recipe.schema import DataFile, Recipe
 
 Root = Annotated[
     Path, typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs.")
@@ -168,6 +168,14 @@ def build_recipe(
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
     return found
+
+
+def refuse_unreadable(given: Sequence[DataFile]) -> None:
+    """Raise DataError for local files of rows that cannot be read, before anything heavy is loaded."""
+    from tunesmith.data.read import inspect_files
+    from tunesmith.data.remote import is_address
+
+    inspect_files([file for file in given if not is_address(file.at)], lambda problem: None)
 
 
 def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:

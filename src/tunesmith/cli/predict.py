@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
 from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural
+from tunesmith.recipe.schema import DataFile
+from tunesmith.runs.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +63,10 @@ def predict(
     tunesmith predict last --text "The parcel never came."
     """
     _refuse_mixed(data, text, pair, keep)
+    if out is not None and str(out) != data:
+        refuse_existing(out, overwrite=overwrite)
+    if data not in (None, "-"):
+        refuse_unreadable([DataFile(path=str(data))])
     screen = console(stderr=True)
 
     def say(words: str) -> None:

@@ -235,7 +235,8 @@ def metric_lines(report: Mapping[str, Any]) -> Iterator[str]:
             continue
         other = text.with_bounds(line.other, line.other_bounds)
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
-        yield f"{line.label}: {columns[0]} {other}, {columns[1]} {after}" + (f"; difference {words}" if words else "")
+        words = f"; {'' if words == 'unchanged' else 'difference '}{words}" if words else ""
+        yield f"{line.label}: {columns[0]} {other}, {columns[1]} {after}{words}"
 
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
@@ -277,7 +278,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
         ("task", f"{plan['task']}, by {plan['method']}: {share}"),
         ("rows", held_out + skipped),
-        ("work", f"{plural(plan['steps'], 'step')}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
+        ("work", f"{_steps(plan)}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
     ]
     if plan.get("mix"):
         facts.append(("mix", visible(mix_text(plan["mix"]))))
@@ -297,6 +298,13 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = probe_facts(plan["probe"], plan.get("forecast"), plan["tokens_per_step"])
         facts += [(f"measured {name}", text) for name, text in found]
     return [fact for fact in facts if fact[1]]
+
+
+def _steps(plan: Mapping[str, Any]) -> str:
+    """The steps, and in epochs, which a plan of an earlier version cannot say: 30 steps (1.5 epochs)."""
+    steps = plural(plan["steps"], "step")
+    epochs = plan["steps"] / plan.get("steps_per_epoch", math.inf)
+    return f"{steps} ({epochs:.2g} {'epoch' if epochs == 1 else 'epochs'})" if epochs else steps
 
 
 def given_options(given: Mapping[str, Any]) -> str:
@@ -370,6 +378,8 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
 
 
 Facts = list[tuple[str, str]]
+LEAST_PART = 2**20 / 10
+"""Bytes of a part of the memory that is named at least."""
 SETTLED = 8
 """Steps of usual size that count in a probe, the last ones."""
 
@@ -442,7 +452,8 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
 
 def _measured(measured: str, where: str, predicted: str, found: float, expected: float) -> str:
     of = f" ({where})" if where else ""
-    return f"{measured}{of}" + (f", estimated {predicted} ({expected / found - 1:+.0%})" if expected and found else "")
+    away = f", estimated {predicted} ({100 * expected / found - 100:+.0f} %)" if expected and found else ""
+    return f"{measured}{of}{away}"
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:
@@ -450,14 +461,14 @@ def _memory(forecast: Mapping[str, Any]) -> str:
     where = _PHASES[memory["phase"]].format(step=one["step"])
     of = plural(one["rows"], "row")
     heavy = f" ({of}, {one['tokens']:,} tokens, {one['targets']:,} targets)" if memory["phase"] == "step" else ""
-    parts = ", ".join(f"{name} {size(num)}" for name, num in memory["parts"].items() if num)
+    parts = ", ".join(f"{name} {size(num)}" for name, num in memory["parts"].items() if num > LEAST_PART)
     each = " on each device" if forecast.get("group") else ""
     return f"{size(memory['total'])}{each} at most, of {size(forecast['room'])}, {where}{heavy}: {parts}"
 
 
 def _group(group: Mapping[str, Any]) -> str:
     summed = f"sums of gradients take {group['sum_seconds']:.2g} s a step"
-    busy = f"a device has {group['balance']:.0%} of the busiest one's work on average"
+    busy = f"a device has {100 * group['balance']:.0f} % of the busiest one's work on average"
     if "split" not in group:
         return f"{group['devices']}, each with the whole model and a part of each step: {busy}, {summed}"
     split = f"layers of {size(group['split'])} are split, {size(group['split'] // group['devices'])} a device"

@@ -25,7 +25,7 @@ from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.preference import Preferences, flipped_message
-from tunesmith.data.problems import num_refused, unusable
+from tunesmith.data.problems import SKIP, num_refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import local, size_of
 from tunesmith.errors import DataError
@@ -412,7 +412,7 @@ class _Check:
         refusals = [f"{file.path} cannot be used as it is" for file in files if not file.is_readable]
         of_rows = {code: num for code, num in self._counts["error"].items() if code not in ("overlap", "unknown_label")}
         if not refusals and (num_bad := num_refused(self._data, of_rows)):
-            refusals.append(f"{unusable(num_bad)}; --set data.bad_rows=skip leaves such rows out")
+            refusals.append(f"{unusable(num_bad)}; {SKIP} leaves such rows out")
         if self._counts["error"]["overlap"]:
             refusals.append("held-out rows are also in the training files, and data.overlap is error")
         for side in ("train", "eval") if self._data.eval else ("train",):

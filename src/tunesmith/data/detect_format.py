@@ -91,9 +91,9 @@ def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
         return "Parquet", ","
     if reason := no_text(head):
         code, message, fix = reason
-        raise refusal(path, 1, code, message, _OFFICE.get(suffix_of(path), fix))
+        raise refusal(path, 0, code, message, _OFFICE.get(suffix_of(path), fix))
     if not text and len(head) < HEAD_BYTES:
-        raise refusal(path, 1, "empty_dataset", "it holds no row.")
+        raise refusal(path, 0, "empty_dataset", "it holds no row.")
     if "CoNLL" in SUFFIXES.get(suffix_of(path), ()) or _is_tagged(text):
         return "CoNLL", " "
     if text[:1] in (b"{", b""):
@@ -157,7 +157,7 @@ def _table(path: str, text: bytes) -> tuple[FileFormat, str]:
     """CSV by its header; JSON lines that begin wrongly where the name says so; else a refusal."""
     named = SUFFIXES.get(suffix_of(path), ())
     if _num_controls(text) and not named:
-        raise refusal(path, 1, "binary", "this is not text.", SAVE_AS)
+        raise refusal(path, 0, "binary", "this is not text.", SAVE_AS)
     delimiter, cells = _header(text, prefer="\t" if suffix_of(path) == ".tsv" else ",")
     has_columns = len(cells) > 1
     if "JSON lines" in named and not (has_columns and _KNOWN_COLUMNS.intersection(cells)):
@@ -165,7 +165,7 @@ def _table(path: str, text: bytes) -> tuple[FileFormat, str]:
     if "CSV" in named or has_columns:
         return "CSV", delimiter
     message = f"it begins with {text[:30].decode('utf-8', 'replace')!r}, which is no JSON and no header of a table."
-    raise refusal(path, 1, "unknown_format", message, SAVE_AS)
+    raise refusal(path, 0, "unknown_format", message, SAVE_AS)
 
 
 def _header(text: bytes, prefer: str = ",") -> tuple[str, list[bytes]]:
@@ -233,11 +233,11 @@ def inspect_file(path: str, at: str = "") -> FileFacts:
         if at in ("", path):
             raise cannot_open(path, error) from None
         message = f"this run was made with {at}, and it is not there now."
-        raise refusal(path, 1, "no_such_file", message, "Put the file back there.") from None
+        raise refusal(path, 0, "no_such_file", message, "Put the file back there.") from None
     except OSError as error:
         raise cannot_open(path, error) from None
     except ValueError:  # a path with a NUL in it
-        raise refusal(path, 1, "no_such_file", "there is no such file.", "Look at the path.") from None
+        raise refusal(path, 0, "no_such_file", "there is no such file.", "Look at the path.") from None
     gzipped = head.startswith(GZIP)
     if gzipped:
         head = _unpacked_head(path, head)
@@ -248,9 +248,9 @@ def inspect_file(path: str, at: str = "") -> FileFacts:
 def _size_of_file(path: str, at: str) -> int:
     status = os.stat(at or path)
     if stat.S_ISDIR(status.st_mode):
-        raise refusal(path, 1, "is_folder", "this is a folder.", "Give a file in it.")
+        raise refusal(path, 0, "is_folder", "this is a folder.", "Give a file in it.")
     if not stat.S_ISREG(status.st_mode):
-        raise refusal(path, 1, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
+        raise refusal(path, 0, "not_a_file", "this is a device or a pipe, which can be read only once.", SAVE_AS)
     return status.st_size
 
 
@@ -271,7 +271,7 @@ def open_text(facts: FileFacts) -> Iterator[ByteStream]:
 def open_parquet(facts: FileFacts) -> BinaryIO:
     """A Parquet file. Raises `DataError` when it cannot be read, or is gzipped: parts of it could not be read then."""
     if facts.gzipped:
-        raise refusal(facts.path, 1, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
+        raise refusal(facts.path, 0, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
     return _packed(facts)
 
 
@@ -319,7 +319,7 @@ class ByteStream:
         return damaged_gzip(self._facts.path, line, error)
 
 
-def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
+def cannot_open(path: str, error: OSError, line: int = 0) -> DataError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         way = near_file(path).strip() or _of_hub(path) or "Look at the path."
         return refusal(path, line, "no_such_file", "there is no such file.", way)
@@ -330,7 +330,8 @@ def cannot_open(path: str, error: OSError, line: int = 1) -> DataError:
 
 def _of_hub(path: str) -> str:
     """The address that a path without a suffix may have been meant for."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", path) or suffix_of(path) in SUFFIXES:
+    is_like_one = re.fullmatch(r"[\w-][\w.-]*/[\w.-]*[\w-]", path) and not os.path.isdir(os.path.dirname(path))
+    if not is_like_one or suffix_of(path) in SUFFIXES:
         return ""
     return f"Look at the path; a data set of the hub is hf://datasets/{path}."
 

@@ -208,7 +208,7 @@ class FileExamples:
         if self.data.columns and not self.is_mapped and self.facts.rows:
             theirs = ", ".join(self.data.columns.values())
             message = f"data.columns names {theirs}, which no row of this file has: it was read without."
-            self._note(Source(self.facts.path, 1), "columns_unused", message, "")
+            self._note(Source(self.facts.path, 0), "columns_unused", message, "")
 
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))

@@ -25,7 +25,7 @@ from tunesmith.data.encode import (
     joined,
     num_processes,
 )
-from tunesmith.data.problems import num_refused, refused
+from tunesmith.data.problems import SKIP, num_refused, refused
 from tunesmith.data.remote import PART_BYTES, is_address, local
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
@@ -140,7 +140,7 @@ class JoinedParts(EncodingCounts):
         """Raise DataError if the data will be refused for rows of the parts so far: the others may take days."""
         if num_bad := num_refused(self._data, self.errors):
             what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(num_files, 'file')}"
-            way = "Correct the data, or leave such rows out: --set data.bad_rows=skip."
+            way = f"Correct the data, or leave such rows out: {SKIP}."
             raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
 
     def _count(self, store: RowStore) -> None:

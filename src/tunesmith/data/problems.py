@@ -10,6 +10,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Source
 
+SKIP = "--set data.bad_rows=skip"
 MOST_NAMES = 20
 """Fields named in one line."""
 MOST = 50

@@ -20,7 +20,7 @@ from tunesmith.data.detect_format import (
     suffix_of,
 )
 from tunesmith.data.problems import describe_type, names, refusal
-from tunesmith.data.read_json import BadRow, json_array, json_lines
+from tunesmith.data.read_json import BadRow, OnBadRow, json_array, json_lines
 from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.data.remote import is_address, known
 from tunesmith.errors import DataError
@@ -56,7 +56,7 @@ def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], No
                 found.append(document.at_place(os.path.join(file.at, name)))
         except DataError as error:
             refused += error.problems or [
-                Problem(Source(file.path, 1), "not_here", str(error).removeprefix(f"{file.path}: "))
+                Problem(Source(file.path, 0), "not_here", str(error).removeprefix(f"{file.path}: "))
             ]
     if refused:
         raise DataError("\n".join(map(str, refused)), refused)
@@ -77,11 +77,11 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> l
     if not chosen:
         held = f"It holds {names(others)}." if others else "It is empty."
         message = "this is a folder without a document (.txt, .md) or a file of rows (.jsonl, .csv, .parquet, ...)."
-        raise refusal(folder, 1, "is_folder", f"{message} {held}", "Give files by their names.")
+        raise refusal(folder, 0, "is_folder", f"{message} {held}", "Give files by their names.")
     if others:
         counted = "1 file was" if len(others) == 1 else f"{len(others):,} files were"
         message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
-        on_problem(Problem(Source(folder, 1), "left_out", message, "Give files of rows by name.", severity="warning"))
+        on_problem(Problem(Source(folder, 0), "left_out", message, "Give files of rows by name.", severity="warning"))
     return chosen
 
 
@@ -92,14 +92,14 @@ def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
         message = f"by their names, files of this folder are held-out rows: {names(held)}. They would be trained."
         others = " ".join(shlex.quote(os.path.join(folder, name)) for name in rows if name not in held)
         fix = f"Give the files by name: {others} --eval {shlex.quote(os.path.join(folder, held[0]))}"
-        raise refusal(folder, 1, "is_folder", message, fix)
+        raise refusal(folder, 0, "is_folder", message, fix)
 
 
 def _walk(folder: str) -> Iterator[str]:
     """Every file that is not hidden, by its path from the folder on."""
 
     def refuse(error: OSError) -> None:
-        raise refusal(str(error.filename), 1, "unreadable", f"the folder cannot be listed: {error.strerror}.")
+        raise refusal(str(error.filename), 0, "unreadable", f"the folder cannot be listed: {error.strerror}.")
 
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -163,13 +163,20 @@ def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tupl
     return found
 
 
+_UNITS: dict[FileFormat, str] = {
+    "JSON lines": "line", "JSON array": "row", "CSV": "row", "CoNLL": "sentence", "text": "document",
+}  # fmt: skip
+"""A row in the words of its format, where its bytes can be counted."""
+
+
 def _rows(
     index: int, facts: FileFacts, *, limits: Limits, on_problem: OnProblem
 ) -> Iterator[tuple[int, dict[str, Any], Source]]:
     path = facts.path
 
-    def on_bad(line: int, bad: BadRow, begin: int) -> None:
-        place = "" if bad.at is None or facts.kind == "Parquet" else f" (byte {begin + bad.at})"
+    def on_bad(line: int, bad: BadRow) -> None:
+        unit = _UNITS.get(facts.kind)
+        place = "" if bad.at is None or unit is None else f" (byte {bad.at + 1:,} of the {unit})"
         on_problem(Problem(Source(path, line), bad.code, f"{bad.message}{place}.", bad.fix))
 
     for line, record in _records(facts, limits, on_bad):
@@ -181,12 +188,12 @@ def _rows(
     facts.done_bytes = facts.total_bytes
     if facts.marks:
         message = f"{facts.marks:,} lines hold no word (-DOCSTART- or a comment) and were left out."
-        on_problem(Problem(Source(path, 1), "document_marks", message, severity="warning"))
+        on_problem(Problem(Source(path, 0), "document_marks", message, severity="warning"))
     if facts.rows == 0:
-        raise refusal(path, 1, "empty_dataset", "it holds no row.")
+        raise refusal(path, 0, "empty_dataset", "it holds no row.")
 
 
-def _records(facts: FileFacts, limits: Limits, on_bad: Callable[[int, BadRow, int], None]) -> Iterator[tuple[int, Any]]:
+def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
     readers: dict[FileFormat, Callable[..., Iterator[tuple[int, Any]]]] = {
         "JSON lines": json_lines,
         "JSON array": json_array,

@@ -199,8 +199,8 @@ def _hint(rest: str, reason: str) -> str:
     return ""
 
 
-OnBadRow = Callable[[int, BadRow, int], None]
-"""Line, what is wrong with it, and the byte at which the row begins."""
+OnBadRow = Callable[[int, BadRow], None]
+"""Gets the line of a row and its problem."""
 
 CHUNK_BYTES = 256 * 1024
 MOST_ARRAY_BYTES = 2**30
@@ -210,14 +210,12 @@ MOST_ARRAY_BYTES = 2**30
 def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
     """Each line's number and value; blank lines are counted and left out."""
     limit, depth = limits.line_bytes, limits.depth
-    offset = 3 if facts.has_bom else 0
     while raw := stream.readline(limit + 2):
         facts.line += 1
         if len(raw) > limit and len(raw.rstrip(b"\r\n")) > limit:
             size = len(raw) + rest_of_line(stream, raw)
             facts.rows += 1
-            on_bad(facts.line, too_long(size, limit), offset)
-            offset += size
+            on_bad(facts.line, too_long(size, limit))
             continue
         if raw.isspace():
             facts.blank += 1
@@ -226,8 +224,7 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             try:
                 yield facts.line, loads(raw, depth=depth)
             except BadRow as bad:
-                on_bad(facts.line, bad, offset)
-        offset += len(raw)
+                on_bad(facts.line, bad)
 
 
 def rest_of_line(stream: ByteStream, raw: bytes) -> int:
@@ -256,16 +253,16 @@ def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
         facts.line += 1
         facts.rows += 1
         if len(raw) > limits.line_bytes:
-            on_bad(facts.line, too_long(len(raw), limits.line_bytes), offset)
+            on_bad(facts.line, too_long(len(raw), limits.line_bytes))
             continue
         if not raw.strip():
-            raise _broken(facts, f"there is no value next to a comma (byte {offset}).", "Remove the comma.")
+            raise _broken(facts, f"there is no value next to a comma (byte {offset + 1:,}).", "Remove the comma.")
         try:
             value = loads(raw, depth=limits.depth)
         except BadRow as bad:
             if bad.code in ("bad_json", "truncated_json"):
-                raise _broken(facts, f"{bad.message} (byte {offset + (bad.at or 0)}).", bad.fix) from None
-            on_bad(facts.line, bad, offset)
+                raise _broken(facts, f"{bad.message} (byte {offset + 1 + (bad.at or 0):,}).", bad.fix) from None
+            on_bad(facts.line, bad)
         else:
             yield facts.line, value
 
@@ -279,7 +276,7 @@ def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[tuple[bytes, int
     raw, offset = stream.read(MOST_ARRAY_BYTES + 1), 3 if facts.has_bom else 0
     if len(raw) > MOST_ARRAY_BYTES:
         message = f"the array has more than {MOST_ARRAY_BYTES:,} bytes, which is the most that is held at once."
-        raise refusal(facts.path, 1, "array_too_large", message, "Write it as JSON lines, one object a line.")
+        raise refusal(facts.path, 0, "array_too_large", message, "Write it as JSON lines, one object a line.")
     depth = begin = at = 0
     is_first = True
     while match := (_DEEP if depth > 1 else _FLAT).search(raw, at):

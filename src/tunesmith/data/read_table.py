@@ -55,7 +55,7 @@ def csv_rows(
         if bad is None:
             yield lines.first, dict(zip(facts.columns, values, strict=True))
         else:
-            on_bad(lines.first, bad, lines.offset)
+            on_bad(lines.first, bad)
 
 
 def _broken_quote(facts: FileFacts, lines: _Lines, reason: str) -> DataError:
@@ -76,8 +76,6 @@ class _Lines:
     def __init__(self, stream: ByteStream, facts: FileFacts, limit: int) -> None:
         self.first = 1
         """Line on which the current row begins."""
-        self.offset = 3 if facts.has_bom else 0
-        """Byte at which it begins."""
         self.at_end = False
         self._stream, self._facts, self._limit = stream, facts, limit
         self._raw: list[bytes] = []
@@ -86,7 +84,6 @@ class _Lines:
 
     def begin(self) -> None:
         self.first = self._facts.line + 1
-        self.offset += self._size
         self._raw, self._size = [], 0
 
     def finding(self) -> BadRow | None:
@@ -139,7 +136,7 @@ def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Itera
             facts.rows += 1
             bad = record if isinstance(record, BadRow) else _finding(record, limits)
             if bad is not None:
-                on_bad(facts.line, bad, 0)
+                on_bad(facts.line, bad)
             elif not isinstance(record, BadRow):
                 # Nested objects without nulls: a column gives every object the keys of all.
                 yield facts.line, {k: _dense(v) for k, v in record.items()} if has_structs else record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunesmith.data.detect_format import BOM, HEAD_BYTES, TAGGED, ByteStream, FileFacts, no_text
+from tunesmith.data.detect_format import HEAD_BYTES, TAGGED, ByteStream, FileFacts, no_text
 from tunesmith.data.problems import refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character
 from tunesmith.recipe.schema import Limits
@@ -18,7 +18,6 @@ def document(
     while raw and len(raw) <= limits.line_bytes and (more := stream.read(limits.line_bytes + 1 - len(raw))):
         raw += more
     facts.line = facts.rows = 1
-    offset = len(BOM) if facts.has_bom else 0
     try:
         if len(raw) > limits.line_bytes:
             size, limit = len(raw), limits.line_bytes
@@ -33,7 +32,7 @@ def document(
             raise nul_character(raw.find(b"\0"))
         yield 1, {"text": decode(raw)}
     except BadRow as bad:
-        on_bad(1, bad, offset)
+        on_bad(1, bad)
 
 
 def conll_sentences(
@@ -46,7 +45,7 @@ def conll_sentences(
     """
     sentence: list[bytes] = []
     first, num_columns, size = 1, 0, 0
-    offset, is_over = len(BOM) if facts.has_bom else 0, False
+    is_over = False
     while not is_over:
         raw = stream.readline(limits.line_bytes + 2)
         is_over, is_blank = not raw, not raw.strip()
@@ -69,8 +68,7 @@ def conll_sentences(
                 record, num_columns = _sentence(sentence, first, num_columns)
                 yield first, record
             except BadRow as bad:
-                on_bad(first, bad, offset)
-        offset += size + len(raw)
+                on_bad(first, bad)
         sentence, size = [], 0
 
 

@@ -75,7 +75,7 @@ def known(address: str) -> RemoteFile:
     """Facts about a registered file. Raises DataError for another address."""
     if address not in _KNOWN:
         message = "it is not on this machine, and nothing is fetched here."
-        raise refusal(address, 1, "not_here", message, "Download it, and use the local file.")
+        raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
     return _KNOWN[address]
 
 
@@ -102,7 +102,7 @@ def verified(file: DataFile) -> str:
         return digest
     if _SHA256.fullmatch(remote.version) and digest != remote.version:
         message = f"the copy at {file.at} has the SHA-256 {digest[:16]}, the file of the hub {remote.version[:16]}."
-        raise refusal(file.path, 1, "damaged_copy", message, "Remove the copy, and start again.")
+        raise refusal(file.path, 0, "damaged_copy", message, "Remove the copy, and start again.")
     return remote.version
 
 
@@ -143,7 +143,7 @@ def open_remote(address: str) -> BinaryIO:
     except DataError:
         raise
     except Exception as error:
-        raise refusal(address, 1, "unreadable", f"it cannot be opened: {reason(error)}.", "Start again.") from error
+        raise refusal(address, 0, "unreadable", f"it cannot be opened: {reason(error)}.", "Start again.") from error
     return cast(BinaryIO, io.BufferedReader(_Ranges(address, opened), 1 << 20))
 
 
@@ -214,7 +214,7 @@ def download(file: RemoteFile, folder: Path | None, on_bytes: OnBytes) -> Path:
             f"it cannot be downloaded: {reason(error)}.",
             "Start again: what has arrived is not fetched twice.",
         )
-        raise refusal(file.address, 1, "unreadable", message, way) from error
+        raise refusal(file.address, 0, "unreadable", message, way) from error
 
 
 def _bar(on_bytes: OnBytes) -> Any:

@@ -19,7 +19,7 @@ from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SEARCHED, SHAPES
 from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, never_trained, overlap_notes, split
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
-from tunesmith.data.problems import num_refused, refused, unusable
+from tunesmith.data.problems import SKIP, num_refused, refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import is_address
 from tunesmith.data.renderer import Renderer
@@ -195,12 +195,13 @@ def _labels(
     return resolve_labels(task=task, data=data, trained=stores[0].count_labels(train_rows), sides=sides, **how)
 
 
-def refuse_bad(data: Data, stores: Sequence[RowStore], problems: Sequence[Problem]) -> None:
+def refuse_bad(
+    data: Data, stores: Sequence[RowStore], problems: Sequence[Problem], way: str = f"leave such rows out: {SKIP}"
+) -> None:
     """Raise for rows that cannot be used, unless the recipe says that they are left out."""
     errors = refused(data, problems)
     if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
-        way = "Correct the data, or leave such rows out: --set data.bad_rows=skip."
-        raise DataError(f"{unusable(num_bad)}. {way}", errors)
+        raise DataError(f"{unusable(num_bad)}. Correct the data, or {way}.", errors)
     for store in stores:
         if len(store) == 0:
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)

@@ -227,6 +227,8 @@ def rows_against_constant(
     return paired(len(units), of_constant, of_model)
 
 
+HOLD_OUT_MORE = "Hold out more: data.held_out, or a file with --eval."
+MEASURE_MORE = "A larger file would say more."
 MOST_NAMED = 3
 """Classes without a right row that are named; of more the number is said."""
 LIKE_A_CLASS = 0.1
@@ -330,7 +332,7 @@ def verdict_words(key: str, change: Mapping[str, Any]) -> str:
     info = info_of(key)
     verdict = info.verdict(change)
     if change["value"] == 0:
-        return "the same"
+        return "unchanged"
     words = {"better": ", better", "worse": ", worse", "unclear": ", which may be chance"}
     return info.difference(change) + words.get(verdict, "")
 
@@ -354,10 +356,9 @@ def never_right(details: Mapping[str, Any]) -> Iterator[str]:
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
 
 
-def too_few(num: int, unit: str) -> Iterator[str]:
+def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:
     """A sentence that warns of few rows, if they are few."""
     count = f"{num:,} {unit}{'' if num == 1 else 's'} {'is' if num == 1 else 'are'}"
-    way = "Hold out more: data.held_out, or a file with --eval."
     if num < FEWEST_ROWS:
         yield f"{count} too few to conclude anything: below {FEWEST_ROWS} nothing is called better or worse. {way}"
     elif num < FEW_ROWS:

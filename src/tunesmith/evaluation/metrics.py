@@ -32,11 +32,8 @@ class MetricInfo:
         """A value as it is printed."""
         if math.isnan(value):
             return "–"
-        if self.form == "percent":
-            return f"{value:.1%}"
-        if self.form == "ratio":
-            return f"{value:.2f}"
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+        form = {"percent": ".1%", "ratio": ".2f"}.get(self.form) or (".4f" if abs(value) < 100 else ",.1f")
+        return f"{value:{form}}".replace("-", "−")
 
     def bounds(self, interval: Mapping[str, Any]) -> str:
         """The ends of an interval, in fewer digits than its value; empty where there is none, or a point."""
@@ -131,7 +128,9 @@ METRICS: Mapping[str, MetricInfo] = {
     "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
     "reward_spread": MetricInfo("spread of rewards", "number", "neither", "Mean distance of rewards from their mean."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
-    "win_rate_alike": MetricInfo("win rate alike", "percent", "higher", "The same, for answers as long as before."),
+    "win_rate_alike": MetricInfo(
+        "length-controlled win rate", "percent", "higher", "For answers as long as those before."
+    ),
     "recall_1": MetricInfo("recall@1", "percent", "higher", "Anchors whose positive is the nearest of all documents."),
     "recall_10": MetricInfo("recall@10", "percent", "higher", "Anchors whose positive is among the ten nearest."),
     "mrr_10": MetricInfo("MRR@10", "number", "higher", "Mean of 1 / rank of the positive, 0 beyond the tenth."),

@@ -26,6 +26,7 @@ from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Floats, Interval, intervals, ratio
 from tunesmith.evaluation.compare import (
+    MEASURE_MORE,
     answer_baseline,
     baseline_sentence,
     capitalized,
@@ -280,7 +281,7 @@ def _headline(
     sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
     are_documents = "text" in TASKS[task].shapes
     num, unit = (len(np.unique(store.hashes)), "document") if are_documents else (len(store), "row")
-    return [*sentence, *never_right(details), *too_few(num, unit)]
+    return [*sentence, *never_right(details), *too_few(num, unit, MEASURE_MORE)]
 
 
 def ignore(problem: Problem) -> None:
@@ -299,7 +300,7 @@ def _encoded(
         on_problem=problems.append,
         progress=lambda rows, done, total: on_progress("encode", done, total),
     )
-    refuse_bad(data, [store], problems)
+    refuse_bad(data, [store], problems, way="remove these rows from it")
     if loaded.labels is not None:
         find_kind(loaded.renderer.task_name, data, [store.count_labels()])
         refuse_unknown(loaded.labels, store.count_labels())

@@ -22,7 +22,7 @@ import orjson
 from tunesmith.data.detect_format import BOM, ByteStream, FileFacts
 from tunesmith.data.examples import FileExamples, examples
 from tunesmith.data.problems import describe_type, refusal
-from tunesmith.data.read_json import BadRow, json_lines, rest_of_line, too_long
+from tunesmith.data.read_json import BadRow, OnBadRow, json_lines, rest_of_line, too_long
 from tunesmith.errors import InputError, StorageError
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.runs import atomic
@@ -210,7 +210,7 @@ def read_pipe(
         reader.read(len(BOM))
     opened = ByteStream(cast(Any, reader), cast(Any, pipe), facts)
 
-    def on_bad(line: int, bad: BadRow, begin: int) -> None:
+    def on_bad(line: int, bad: BadRow) -> None:
         stream.report(Problem(Source(PIPE, line), bad.code, f"{bad.message}.", bad.fix))
 
     if head.removeprefix(BOM).lstrip()[:1] in (b"{", b""):
@@ -221,7 +221,7 @@ def read_pipe(
         records = ((number, record_of(task, text)) for number, text in texts)
     _read_records(records, data, task, stream, facts=facts, keep=keep)
     if facts.rows == 0:
-        raise refusal(PIPE, 1, "empty_dataset", "it holds no row.")
+        raise refusal(PIPE, 0, "empty_dataset", "it holds no row.")
 
 
 def read_list(rows: Iterable[str | Mapping[str, Any]], data: Data, task: TaskName, stream: RowStream) -> None:
@@ -253,7 +253,7 @@ def _read_records(
 
 
 def _plain_lines(
-    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: Callable[[int, BadRow, int], None]
+    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
 ) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is not blank."""
     limit = limits.line_bytes
@@ -264,12 +264,12 @@ def _plain_lines(
             continue
         facts.rows += 1
         if len(text) > limit:
-            on_bad(facts.line, too_long(len(raw) + rest_of_line(stream, raw), limit), 0)
+            on_bad(facts.line, too_long(len(raw) + rest_of_line(stream, raw), limit))
             continue
         try:
             yield facts.line, text.decode("utf-8")
         except UnicodeDecodeError as error:
-            on_bad(facts.line, BadRow("wrong_encoding", f"it is not UTF-8 ({error})", "Convert it with iconv."), 0)
+            on_bad(facts.line, BadRow("wrong_encoding", f"it is not UTF-8 ({error})", "Convert it with iconv."))
 
 
 class _Pipe(io.RawIOBase):
@@ -308,8 +308,7 @@ class OutputFile:
         self._progress = path.with_name(path.name + ".progress.json")
         self._unanswered = {"source", "error", "reference", *kept}
         self.num_lines, self.num_errors, self.last_source = 0, 0, ""
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: is there already. Choose another --out, or write over it with --overwrite.")
+        atomic.refuse_existing(path, overwrite=overwrite)
         with atomic.storing(path):
             self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115 (`close` closes it)
         try:

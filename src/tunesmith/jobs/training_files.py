@@ -79,7 +79,9 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
 
 def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
     """All faulty rows by their lines."""
-    lines = [f"Line {one.source.line}: {one.message} {one.fix}".strip() for one in problems]
+    lines = [
+        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip() for one in problems
+    ]
     more = f" And {len(lines) - MAX_NAMED:,} more." if len(lines) > MAX_NAMED else ""
     message = f"{FAILED.format(which=which)} Invalid file format. {' '.join(lines[:MAX_NAMED])}{more}"
     return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines[:MAX_LISTED])
@@ -91,7 +93,7 @@ def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
 
     for one in error.get("problems", ()):
         if Path(one["file"]).name == path.name and one["severity"] == "error":
-            yield Problem(Source(one["file"], one["line"]), one["code"], one["message"], one["fix"])
+            yield Problem(Source(one["file"], one["line"] or 0), one["code"], one["message"], one["fix"])
 
 
 def _plain(text: str, path: Path) -> str:

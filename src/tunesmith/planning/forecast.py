@@ -337,8 +337,8 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
     """For packed batches of a causal model without token types. Whether the model then gives the same answers is not
     checked here: it may have no weights yet."""
     if shared.saved < LEAST_SAVED:
-        return Choice(KEY, False, f"what rows of a step begin with alike is {shared.saved:.0%} of their tokens")
-    what = f"rows of a step begin alike: {shared.saved:.0%} of their tokens"
+        return Choice(KEY, False, f"what rows of a step begin with alike is {100 * shared.saved:.0f} % of their tokens")
+    what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
     if recipe.kernels == "plain":
         return Choice(KEY, False, f"{what} could be computed once, but kernels: plain leaves them")
     if TASKS[resolved(recipe.task)].draws and (random := random_option(model, recipe)):

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import filelock
 import orjson
 
-from tunesmith.errors import StorageError
+from tunesmith.errors import InputError, StorageError
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are being written; worthless once their writer is dead."""
@@ -107,6 +107,12 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a restart, finds the old bytes or the new, never a part."""
     with writing(path, num_bytes=len(content)) as file:
         file.write(content)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError for an output file that is there already, unless it may be overwritten."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: is there already. Choose another --out, or write over it with --overwrite.")
 
 
 def temporary_folder(parent: Path, name: str) -> Path:

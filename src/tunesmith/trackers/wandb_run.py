@@ -56,9 +56,12 @@ class WandbRun:
             settings=settings,
         )
         if self._run.settings.mode in OFFLINE:
-            self.place = str(Path(self._run.dir).parent)
-            sessions = Path(self.place).parent.glob(f"offline-run-*-{reader.key}/run-{reader.key}.wandb")
-            self.last_step = max([kept, *map(_last_step, sessions)])
+            folder = Path(self._run.dir).parent
+            parts = list(folder.parent.glob(f"offline-run-*-{reader.key}"))  # wandb makes a new one each time
+            joined = f"{folder.parent / f'offline-run-*-{reader.key}'}, {len(parts)} parts of one run"
+            self.place = str(folder) if len(parts) < 2 else joined
+            files = folder.parent.glob(f"offline-run-*-{reader.key}/run-{reader.key}.wandb")
+            self.last_step = max([kept, *map(_last_step, files)])
         else:
             self.place = str(self._run.url)
             self.last_step = int(self._run.step) - 1 if self._run.resumed else -1

@@ -260,7 +260,7 @@ def _few_rows(recipe: Recipe, forecast: Forecast) -> str:
     rows, size = resolved(recipe.train.rows_per_step), forecast.plan.part[1]
     if size == 1 or rows >= ROWS_OF_A_DEVICE * size:
         return ""
-    busy = f"they are busy {forecast.balance:.0%} of the time of the busiest"
+    busy = f"they are busy {100 * forecast.balance:.0f} % of the time of the busiest"
     return (
         f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: {busy}. {ROWS_OF_A_DEVICE * size} "
         "would fill them, but are another update: fewer steps, each of more rows"

@@ -363,7 +363,7 @@ def collators(
     if choice is not None and choice.value:
         shared = shared_prefixes(plan, rows.store)
         if problem := disagreement(model, shared.probe):
-            what = f"rows of a step begin alike: {shared.saved:.0%} of their tokens"
+            what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
             choice = Choice(KEY, False, f"{what} could be computed once, but the model then {problem}")
 
     def collator(store: Any, seed: int, *, shares: bool) -> Collator:

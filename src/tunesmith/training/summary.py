@@ -102,6 +102,7 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
         "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         **padding,
         "steps": total_steps(recipe, plan.steps_per_epoch),
+        "steps_per_epoch": plan.steps_per_epoch,
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
         "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),

@@ -22,9 +22,5 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     found = RowProblems(source)
     text = found.text(record, "text")
     if answered and isinstance(record.get("text"), str) and not text.strip():
-        found.add(
-            "no_text",
-            "it holds no text: there is nothing to learn.",
-            "Remove it, or --set data.bad_rows=skip.",
-        )
+        found.add("no_text", "it holds no text: there is nothing to learn.", "Remove it.")
     return found.problems or Example((Part("text", text, True),), source, NAME, plain=True)

@@ -103,7 +103,7 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: M
     if other is None or not math.isfinite(difference := after["value"] - other["value"]):
         return ""
     if difference == 0 or (change is not None and change["value"] == 0):
-        return "same"
+        return "unchanged"
     return info.difference(change or {"value": difference})
 
 
