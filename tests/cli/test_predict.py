@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,20 @@ def test_eval_names_a_label_that_the_model_does_not_know(run: Run, tmp_path: Pat
     error = tunesmith("eval", run.path, path, "--offline", code=2).stderr
     assert f"{path}:4: unknown_label: " in error
     assert "Did you mean fruit?" in error
+
+
+def test_eval_says_why_its_measures_are_not_those_of_the_report(run: Run) -> None:
+    from tunesmith.inference.load import load_any
+    from tunesmith.inference.measure import evaluate_file
+    from tunesmith.recipe.load import validate
+
+    loaded = load_any(str(run.path), root=run.path.parent, offline=True)
+    assert not evaluate_file(loaded, held_out(run)).notes
+    changed = {"precision": "bfloat16", "evaluation": {**loaded.recipe.evaluation.model_dump(), "max_rows": 5}}
+    recipe = validate({**loaded.recipe.model_dump(), **changed})
+    rows, batch = evaluate_file(replace(loaded, recipe=recipe), held_out(run)).notes
+    assert rows == "all 8 rows are measured; the run's report is of at most 5 (evaluation.max_rows)"
+    assert batch.startswith("in bfloat16 a row's result depends on its batch")
 
 
 def test_eval_advises_only_what_it_has(run: Run, tmp_path: Path) -> None:

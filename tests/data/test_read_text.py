@@ -131,6 +131,16 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
     assert expand_folders(found, heard.append) == found
 
 
+def test_a_folder_of_held_out_documents_is_not_trained_with_those_next_to_it(tmp_path: Path):
+    for name in ("train/a.txt", "test/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("Text.")
+    with pytest.raises(DataError) as refused:
+        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
+    fix = f"Give the folders by name: {tmp_path / 'train'} --eval {tmp_path / 'test'}"
+    assert str(refused.value).endswith(f"test in it holds held-out rows. They would be trained. {fix}")
+
+
 def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = a_folder(tmp_path)
     straight = expand_folders([DataFile(path=str(folder))], lambda problem: None)

@@ -73,6 +73,7 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> l
         _refuse_held_out(folder, rows)
     else:
         chosen, what = documents, "documents (.txt, .md)"
+    _refuse_held_out_folder(folder, chosen)
     others = [os.fsencode(name).decode("utf-8", "replace") for name in listed if name not in set(chosen)]
     if not chosen:
         held = f"It holds {names(others)}." if others else "It is empty."
@@ -93,6 +94,16 @@ def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
         others = " ".join(shlex.quote(os.path.join(folder, name)) for name in rows if name not in held)
         fix = f"Give the files by name: {others} --eval {shlex.quote(os.path.join(folder, held[0]))}"
         raise refusal(folder, 0, "is_folder", message, fix)
+
+
+def _refuse_held_out_folder(folder: str, names: Sequence[str]) -> None:
+    """Raise `DataError` where files lie in a folder train and in one of held-out rows next to it."""
+    tops = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
+    held = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
+    if held and "train" in tops:
+        fix = " --eval ".join(shlex.quote(os.path.join(folder, name)) for name in ("train", held[0]))
+        message = f"by its name, {held[0]} in it holds held-out rows. They would be trained."
+        raise refusal(folder, 0, "is_folder", message, f"Give the folders by name: {fix}")
 
 
 def _walk(folder: str) -> Iterator[str]:

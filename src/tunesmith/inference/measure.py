@@ -182,7 +182,7 @@ def evaluate_file(
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
-    notes += [*counted([store], problems), *_trained_on(loaded, num_trained, len(rows_I))]
+    notes += [*counted([store], problems), *_beside_report(loaded, num_trained, len(rows_I))]
     sampled, of_answers, more = _answered(loaded, *_chosen(loaded, data, store, samples), judge, on_progress)
     measures, baseline = measures | of_answers, row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
@@ -316,7 +316,13 @@ def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:
         )
 
 
-def _trained_on(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> Iterator[str]:
+def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> Iterator[str]:
+    """Notes on why these measures are not those of a run's report."""
+    most = loaded.recipe.evaluation.max_rows
+    if loaded.run is not None and isinstance(most, int) and num_rows > most:
+        yield f"all {num_rows:,} rows are measured; the run's report is of at most {most:,} (evaluation.max_rows)"
+    if loaded.run is not None and loaded.recipe.precision == "bfloat16":
+        yield "in bfloat16 a row's result depends on its batch: rows on the border can differ from the run's report"
     if num_trained:
         were = "was" if num_trained == 1 else "were"
         yield f"{num_trained:,} of {plural(num_rows, 'row')} {were} trained on by this run: the measures flatter it"
