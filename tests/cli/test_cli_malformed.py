@@ -42,7 +42,7 @@ def test_check_names_the_line(case: Case, place: Path) -> None:
     (place / case.filename).write_bytes(case.payload)
     result = CliRunner().invoke(app, ["check", case.filename])
     assert result.exit_code == 2
-    assert f"{case.filename}:{case.line}: {case.code}: " in result.stdout
+    assert f"{case.place}: {case.code}: " in result.stdout
     assert "Traceback" not in result.output
     assert "\x1b" not in result.output
     assert written(place, case) == []
@@ -53,7 +53,7 @@ def test_train_refuses_before_anything_is_written(case: Case, place: Path, model
     (place / case.filename).write_bytes(case.payload)
     result = CliRunner().invoke(app, ["train", str(model), case.filename, "--offline"])
     assert result.exit_code == 2, result.output
-    assert f"{case.filename}:{case.line}: {case.code}: " in result.stderr
+    assert f"{case.place}: {case.code}: " in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout.replace("encoding rows\n", "") == ""
     assert written(place, case) == []
@@ -75,7 +75,7 @@ def test_a_real_process_ends_the_same_way(case: Case, place: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert f"{case.filename}:{case.line}: {case.code}: " in done.stdout
+    assert f"{case.place}: {case.code}: " in done.stdout
     assert "Traceback" not in done.stderr
 
 

@@ -25,6 +25,11 @@ class Case:
     payload: bytes
     code: str
     line: int
+    """0: the whole file."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.filename}:{self.line}" if self.line else self.filename
 
 
 GOOD = b'{"prompt": "What is 2 + 2?", "completion": "4"}'
@@ -32,8 +37,12 @@ GOOD_CHAT = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assista
 CASES: list[Case] = []
 
 
+OF_A_FILE = ("empty_dataset", "archive", "binary", "wrong_encoding", "unknown_format")
+"""What is wrong with a whole file has no line, except in a document, whose text is a row."""
+
+
 def _case(name: str, filename: str, payload: bytes, code: str, line: int) -> None:
-    CASES.append(Case(name, filename, payload, code, line))
+    CASES.append(Case(name, filename, payload, code, 0 if code in OF_A_FILE and ".txt" not in filename else line))
 
 
 def _as_json(value: Any) -> bytes:

@@ -352,7 +352,7 @@ def test_download_that_failed_goes_on_with_the_files_that_are_missing(chats, ser
         return real(file, folder, on_bytes)
 
     monkeypatch.setattr(remote, "download", failing)
-    with pytest.raises(DataError, match=r"train-00002\S*:1: unreadable: it cannot be downloaded: .* not fetched twice"):
+    with pytest.raises(DataError, match=r"train-00002\S*: unreadable: it cannot be downloaded: .* not fetched twice"):
         fetch(data, lambda what, done, total: None)
     monkeypatch.setattr(remote, "download", real)
     server.down = False

@@ -91,7 +91,7 @@ def as_values(error: BaseException) -> dict[str, Any]:
 def problem_values(problem: Problem) -> dict[str, Any]:
     return {
         "file": problem.source.path,
-        "line": problem.source.line or None,
+        "line": problem.source.line,
         "code": problem.code,
         "severity": problem.severity,
         "message": problem.message,

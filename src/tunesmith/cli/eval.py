@@ -85,8 +85,8 @@ def measured(
     keep: Callable[[Iterator[dict[str, Any]]], None],
     said: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes, which
-    are not repeated."""
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: those
+    on the data are not repeated."""
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
@@ -101,7 +101,9 @@ def measured(
         how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     said = set() if said is None else said
-    for note in [note for note in (loaded.note, *found.notes) if note and note not in said]:
+    for note in filter(None, (loaded.note, *found.notes)):
+        if note.startswith(data) and note in said:
+            continue
         said.add(note)
         screen.print(visible(f"note: {note}"), style="bright_black")
     return found

@@ -93,7 +93,7 @@ def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
 
     for one in error.get("problems", ()):
         if Path(one["file"]).name == path.name and one["severity"] == "error":
-            yield Problem(Source(one["file"], one["line"] or 0), one["code"], one["message"], one["fix"])
+            yield Problem(Source(one["file"], one["line"]), one["code"], one["message"], one["fix"])
 
 
 def _plain(text: str, path: Path) -> str:
