@@ -12,7 +12,8 @@ from cli import fake_events
 from tunesmith.cli import runs as cli_runs
 from tunesmith.cli.display import PLAIN_WAIT_S, Live, Plain, Silent, display_for, phases, plan_lines
 from tunesmith.cli.history import RunHistory, alone
-from tunesmith.cli.render import headline_metric, with_bounds
+from tunesmith.cli.render import headline_metric
+from tunesmith.evaluation.metrics import info_of
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"
@@ -214,10 +215,15 @@ def test_a_new_head_has_no_before() -> None:
 
 
 def test_measures_are_written_with_their_intervals() -> None:
-    assert with_bounds("accuracy", {"value": 0.7123, "low": 0.69, "high": 0.731}) == "71.2% (69.0–73.1)"
-    assert with_bounds("bleu", {"value": 31.234, "low": 29.0, "high": 33.5}) == "31.23 (29.00–33.50)"
-    assert with_bounds("macro_f1", {"value": 0.5, "low": 0.5, "high": 0.5}) == "0.5000"
-    assert with_bounds("a_newer_one", {"value": 0.5, "low": 0.4, "high": 0.6}) == "0.5000 (0.400–0.600)"
+    def shown(key: str, value: float, low: float, high: float) -> tuple[str, str]:
+        info, interval = info_of(key), {"value": value, "low": low, "high": high}
+        return info.text(value), info.bounds(interval)
+
+    assert shown("accuracy", 0.7123, 0.69, 0.731) == ("71.2%", "69.0–73.1")
+    assert shown("bleu", 31.234, 29.0, 33.5) == ("31.23", "29.00–33.50")
+    assert shown("macro_f1", 0.5, 0.5, 0.5) == ("0.5000", "")
+    assert shown("a_newer_one", 0.5, 0.4, 0.6) == ("0.5000", "0.400–0.600")
+    assert shown("margin", -0.5, -0.7, -0.3) == ("−0.5000", "−0.700 to −0.300")  # one minus sign
 
 
 def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:

@@ -230,8 +230,8 @@ def test_eval_finds_what_the_run_found(run: Run, tmp_path: Path) -> None:
     kept = {line["hash"]: line["predicted"] for line in _lines(run.path / "evaluation" / "after.jsonl")}
     assert {line["hash"]: line["predicted"] for line in _lines(out)} == kept
     plain = tunesmith("eval", run.path, held_out(run), "--offline").stdout
-    assert plain.startswith(f"classify: {after['rows']} rows\nheld-out loss: ")
-    assert "accuracy: " in plain
+    assert plain.startswith(f"classify: {after['rows']} rows\nmetric\tvalue\t95 % interval\nheld-out loss\t")
+    assert "\naccuracy\t" in plain
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -420,8 +420,8 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     assert f"{b} is better on 2 rows, worse on 1, and as good on 2" in lines
     assert lines[-3] == r"worse: a.jsonl:1: fruit → none, right is fruit: row \x1b[2J 1"
     assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
-    accuracy = next(line for line in lines if line.startswith("accuracy: "))
-    assert accuracy.startswith("accuracy: 60.0% and 80.0%, B − A +20.0 (")
+    accuracy = next(line for line in lines if line.startswith("accuracy"))
+    assert accuracy.startswith("accuracy\t60.0%\t80.0%\t+20.0 (")
     assert accuracy.endswith("points, may be chance")
 
 
@@ -433,8 +433,8 @@ def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) 
     lines = tunesmith("compare", a, b).stdout.splitlines()
     assert lines[0] == "1 document in common"
     assert lines[2].endswith("token accuracy do not compare; bits per byte do")
-    bits = next(line for line in lines if line.startswith("bits per byte: "))
-    assert bits.startswith(f"bits per byte: {4 / 9 / math.log(2):.4f} and {4 / 9 / math.log(2):.4f}, B − A +0.0000")
+    bits = next(line for line in lines if line.startswith("bits per byte\t"))
+    assert bits.startswith(f"bits per byte\t{4 / 9 / math.log(2):.4f}\t{4 / 9 / math.log(2):.4f}\t+0.0000")
 
 
 def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
         write(run / "evaluation" / "answers-after.jsonl", lines)
     lines = tunesmith("compare", *runs).stdout.splitlines()
     assert "3 prompts answered by both" in lines
-    assert "ROUGE-L: 0.2500 and 0.7500, B − A +0.5000 (+0.5000 to +0.5000), may be chance" in lines
+    assert "ROUGE-L\t0.2500\t0.7500\t+0.5000 (+0.5000 to +0.5000), may be chance" in lines
     [found] = told(tunesmith("compare", *runs, "--json"))
     told_of = found["answers"]["measures"]["rougeL"]
     assert (found["answers"]["num"], told_of["b_minus_a"]["low"], told_of["is_clear"]) == (3, 0.5, False)

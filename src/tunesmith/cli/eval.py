@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
-from tunesmith.cli.render import comparison_table, loss, metrics_table, one_line, runs_table, visible, with_bounds
+from tunesmith.cli.render import loss, one_line, print_table, visible
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of, refuse_no_answers
@@ -111,13 +111,10 @@ def measured(
 
 def _draw(found: EvaluationResult, out: Path | None) -> None:
     screen = console()
-    title = f"{found.task}: {plural(found.num_rows, 'row')}; each value with its 95 % interval"
-    if screen.is_terminal:
-        screen.print(metrics_table(found.measures, title=title))
-    else:
-        screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
-        for key, interval in found.measures.items():
-            screen.print(f"{info_of(key).label}: {with_bounds(key, interval)}")
+    screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
+    shown = [(info_of(key), interval) for key, interval in found.measures.items()]
+    rows = [[info.label, info.text(interval["value"]), info.bounds(interval)] for info, interval in shown]
+    print_table(screen, ["metric", "value", "95 % interval"], rows)
     for sentence in found.headline:
         screen.print(visible(sentence))
     if out is not None:
@@ -134,12 +131,7 @@ def compare(
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Evaluate all on this data file first.")
     ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH", help="With --data: place of the base of the runs; give it once for each, or once."
-        ),
-    ] = None,
+    model: BaseAt = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write a page with the table and a picture of differences.")
     ] = None,
@@ -159,14 +151,15 @@ def compare(
 
     if len(targets) < 2:
         raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
-    bases = _bases(model or [], data, targets, root)
+    if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
+        raise InputError("--model: is where the base of runs is that are measured on --data now. Leave it out.")
     named = targets if data is not None or out is not None else ()
     tasks = [task for name in named if (task := _task_of(name, root))]
     if data is None:
         sides = [_kept(name, root) for name in targets]
     else:
         options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline, "said": set()}
-        sides = [_measured(name, data, base, **options) for name, base in zip(targets, bases, strict=True)]
+        sides = [_measured(name, data, model if is_run(name, root) else None, **options) for name in targets]
     try:
         found = compare_runs([side.rows for side in sides])
     except InputError as error:
@@ -207,16 +200,22 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bo
         json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
         return
     screen, unit = console(), "document" if found[0].are_documents else "row"
-    screen.print(
-        f"{plural(found[0].num_rows, unit)} in common; differences from A with 95 % intervals, ~ may be chance"
-    )
-    rows = runs_table(names, [one.metrics for one in found])
-    if screen.is_terminal:
-        screen.print(rows)
-    else:
-        typer.echo("\t".join(str(column.header) for column in rows.columns))
-        for cells in zip(*(column.cells for column in rows.columns), strict=True):
-            typer.echo("\t".join(map(str, cells)))
+    counted = plural(found[0].num_rows, unit)
+    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals, ~ may be chance"))
+    keys = list(found[0].metrics)
+    rows = [[names[0], *(info_of(key).text(found[0].metrics[key].a) for key in keys)]]
+    rows += [
+        [name, *(_difference(key, one.metrics.get(key)) for key in keys)]
+        for name, one in zip(names[1:], found, strict=True)
+    ]
+    print_table(screen, ["run", *(info_of(key).label for key in keys)], rows)
+
+
+def _difference(key: str, differs: Difference | None) -> str:
+    if differs is None:
+        return "–"
+    info, chance = info_of(key), "" if differs.is_clear else " ~"
+    return f"{info.text(differs.b)} {info.difference(differs.b_minus_a)}{chance}"
 
 
 @dataclass
@@ -252,17 +251,6 @@ def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
     found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
     side.metrics, side.baseline = found.measures, found.baseline
     return side
-
-
-def _bases(given: Sequence[str], data: str | None, names: Sequence[str], root: Path) -> list[str | None]:
-    """Place of the base of each run. Raises InputError where nothing is loaded, or for one too many."""
-    if given and data is None:
-        raise InputError("--model: what the runs have measured is compared, and no model is loaded. Leave it out.")
-    runs = [is_run(name, root) for name in names]
-    if len(given) > max(1, sum(runs)) or (given and not any(runs)):
-        raise InputError(f"--model: given {len(given)} times, and {sum(runs)} of {' and '.join(names)} are runs.")
-    left = [*given, *given[-1:]]
-    return [left.pop(0) if is_one and left else None for is_one in runs]
 
 
 def _task_of(name: str, root: Path) -> str | None:
@@ -312,7 +300,7 @@ def _print(
         screen.print(f"the two split the text into different tokens: {words}{still}")
     if found.loss_note:
         screen.print(found.loss_note)
-    _print_metrics(screen, found.metrics, names)
+    _print_metrics(screen, found.metrics)
     for name, side in zip(names, sides, strict=True):
         if side.baseline is not None:
             screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
@@ -320,7 +308,7 @@ def _print(
         screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
-        _print_metrics(screen, of_answers, names)
+        _print_metrics(screen, of_answers)
     screen.print(
         f"{visible(b)} is better on {plural(len(found.won), unit)}, worse on {len(found.lost):,}, "
         f"and as good on {found.num_ties:,}"
@@ -332,21 +320,13 @@ def _print(
             screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
 
 
-def _print_metrics(screen: Console, metrics: Mapping[str, Difference], names: tuple[str, str]) -> None:
-    if screen.is_terminal:
-        screen.print(comparison_table(metrics, *names))
-        return
-    for line in difference_lines(metrics):
-        screen.print(line)
-
-
-def difference_lines(metrics: Mapping[str, Difference]) -> Iterator[str]:
-    """Each metric as a line: both values, and the paired difference with its interval."""
+def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
+    rows = []
     for key, differs in metrics.items():
-        info = info_of(key)
-        chance = "" if differs.is_clear else ", may be chance"
-        difference = info.difference(differs.b_minus_a)
-        yield f"{info.label}: {info.text(differs.a)} and {info.text(differs.b)}, B − A {difference}{chance}"
+        info, chance = info_of(key), "" if differs.is_clear else ", may be chance"
+        difference = f"{info.difference(differs.b_minus_a)}{chance}"
+        rows.append([info.label, info.text(differs.a), info.text(differs.b), difference])
+    print_table(screen, ["metric", "A", "B", "B − A"], rows)
 
 
 def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -22,7 +22,6 @@ from tunesmith.types import Event
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
-    from tunesmith.evaluation.compare import Difference
 
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -133,13 +132,6 @@ def rows_and_targets(values: Mapping[str, Any]) -> str:
     return rows if values["targets"] == values["rows"] else f"{rows}, {values['targets']:,.0f} targets"
 
 
-def with_bounds(key: str, interval: Interval) -> str:
-    """A value and its 95 % interval: 71.2% (69.0–73.1)."""
-    info = info_of(key)
-    value, ends = info.text(interval["value"]), info.bounds(interval)
-    return f"{value} ({ends})" if ends else value
-
-
 def _table(title: str, *, columns: Sequence[str] = ()) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, show_header=bool(columns))
     table.title, table.title_style, table.title_justify = title or None, MUTED, "left"
@@ -161,47 +153,6 @@ def print_table(screen: Console, heads: Sequence[str], rows: Iterable[Sequence[s
     for row in rows:
         table.add_row(*map(visible, row))
     screen.print(table)
-
-
-def metrics_table(metrics: Mapping[str, Interval], *, title: str) -> Table:
-    """A row for each metric of one model."""
-    table = _table(title)
-    for key, interval in metrics.items():
-        info = info_of(key)
-        table.add_row(info.label, _value(info.text(interval["value"]), info.bounds(interval), "bold"))
-    return table
-
-
-def comparison_table(metrics: Mapping[str, Difference], a: str, b: str) -> Table:
-    """A row for each metric of two evaluations, and the paired difference."""
-    table = _table("", columns=(f"A: {one_line(a, 30)}", f"B: {one_line(b, 30)}", "B − A, 95 %"))
-    for key, differs in metrics.items():
-        info = info_of(key)
-        colour = COLOURS.get(info.verdict(differs.as_change()), MUTED)
-        table.add_row(
-            info.label, info.text(differs.a), info.text(differs.b), Text(info.difference(differs.b_minus_a), colour)
-        )
-    return table
-
-
-def runs_table(names: Sequence[str], others: Sequence[Mapping[str, Difference]]) -> Table:
-    """A row for each run, a column for each metric; `others`: the differences of all but the first from the first."""
-    keys = list(others[0])
-    table = _table("", columns=["run", *(info_of(key).label for key in keys)])
-    table.columns[0].header, table.columns[1].justify = "", "left"
-    table.add_row("A", one_line(names[0], 30), *(info_of(key).text(others[0][key].a) for key in keys))
-    for i, (name, of_run) in enumerate(zip(names[1:], others, strict=True), start=1):
-        cells = []
-        for key in keys:
-            differs, info = of_run.get(key), info_of(key)
-            text = Text("–")
-            if differs is not None:
-                colour = COLOURS.get(info.verdict(differs.as_change()), MUTED)
-                chance = "" if differs.is_clear else " ~"
-                text = Text(info.text(differs.b)).append(f" {info.difference(differs.b_minus_a)}{chance}", colour)
-            cells.append(text)
-        table.add_row(chr(ord("A") + i) if i < 26 else str(i), one_line(name, 30), *cells)
-    return table
 
 
 def _result_table(report: Mapping[str, Any], title: str) -> Table:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_unreachabl
 
 OFFLINE = ("offline", "dryrun")
 _WAY_OUT = "Set WANDB_API_KEY, call `wandb login`, or work without the network: WANDB_MODE=offline."
-_BLOCK = 32768
 
 
 def check(offline: bool) -> None:
@@ -87,33 +87,10 @@ class WandbRun:
 
 
 def _last_step(path: Path) -> int:
-    """Newest step in a .wandb file of an offline run; -1: none."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    last = -1
-    for content in _records(path.read_bytes()):
-        record = Record.FromString(content)
-        if record.HasField("history"):
-            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-            last = max(last, json.loads(items.get("_step", str(record.history.step.num))))
-    return last
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    """Records of a LevelDB log with W&B's header of 7 bytes; a partial last one, of a killed writer, is none."""
-    at, record = 7, b""
-    while at + 7 <= len(content):
-        if _BLOCK - at % _BLOCK < 7:
-            at += _BLOCK - at % _BLOCK
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        chunk = content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind == 0 or len(chunk) < length:
-            return
-        record = chunk if kind in (1, 2) else record + chunk  # whole, first | middle, last
-        if kind in (1, 4):
-            yield record
+    """Newest step in a .wandb file of an offline run, as wandb reads it; -1: none."""
+    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
+    step = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["step"]
+    return -1 if step is None else int(step)
 
 
 open_run = WandbRun
