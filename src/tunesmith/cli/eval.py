@@ -15,7 +15,6 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, plural
-from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
 
@@ -92,7 +91,7 @@ def measured(
     from tunesmith.inference.measure import evaluate_file
 
     refuse_no_answers(samples, judge)
-    refuse_unreadable([DataFile(path=data)])
+    refuse_unreadable([data])
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)

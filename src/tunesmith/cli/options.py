@@ -15,7 +15,7 @@ from tunesmith.runs.atomic import to_json
 from tunesmith.types import TASK_NAMES, TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.schema import DataFile, Recipe
+    from tunesmith.recipe.schema import Recipe
 
 Root = Annotated[
     Path, typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs.")
@@ -170,12 +170,15 @@ def build_recipe(
     return found
 
 
-def refuse_unreadable(given: Sequence[DataFile]) -> None:
-    """Raise DataError for local files of rows that cannot be read, before anything heavy is loaded."""
+def refuse_unreadable(given: Sequence[Any]) -> None:
+    """Raise DataError for local files of rows, paths or those of a recipe, that cannot be read: before anything heavy
+    is loaded."""
     from tunesmith.data.read import inspect_files
     from tunesmith.data.remote import is_address
+    from tunesmith.recipe.schema import DataFile
 
-    inspect_files([file for file in given if not is_address(file.at)], lambda problem: None)
+    files = [DataFile(path=one) if isinstance(one, str) else one for one in given]
+    inspect_files([file for file in files if not is_address(file.at)], lambda problem: None)
 
 
 def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:

@@ -12,7 +12,6 @@ from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural
-from tunesmith.recipe.schema import DataFile
 from tunesmith.runs.atomic import refuse_existing
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ def predict(
     _refuse_mixed(data, text, pair, keep)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    if data not in (None, "-"):
-        refuse_unreadable([DataFile(path=str(data))])
+    refuse_unreadable([data] if data not in (None, "-") else [])
     screen = console(stderr=True)
 
     def say(words: str) -> None:
