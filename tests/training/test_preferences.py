@@ -442,6 +442,13 @@ def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tm
     exported = export_run(second, "merged", out=tmp_path / "merged").path
     merged = predict_list(Predictor(load_any(str(exported), root=root, task="chat")), ["the big apple"])
     assert merged == [answer]
+    chats = str(tmp_path / "chat-held.jsonl")  # its answers are measured as those of a run of chats
+    measures = evaluate_file(load_any(str(second.path), root=root, task="chat"), chats, samples=2).measures
+    same = evaluate_file(load_any(str(exported), root=root, task="chat"), chats, samples=0).measures
+    assert measures["loss"]["value"] == pytest.approx(same["loss"]["value"], rel=1e-3)
+    assert {"perplexity", "exact_match"} <= measures.keys()
+    with pytest.raises(InputError, match="--task classify is for models"):
+        load_any(str(second.path), root=root, task="classify")
 
 
 def test_measured_again_a_result_is_as_its_run_said(tmp_path):

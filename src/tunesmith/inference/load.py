@@ -135,11 +135,15 @@ def load_any(
         refuse_unknown(target, root, offline=offline)
         return load_model(target, task=task, offline=offline)
     run = Run.open(target, root, base=model)
-    learnt = run.recipe().task
-    if task not in (None, learnt):
+    learnt = resolved(run.recipe().task)
+    answers_too = task is not None and TASKS[learnt].compares and TASKS[task].writes_answers
+    if task not in (None, learnt) and not answers_too:
         raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
-    loaded = load_base(run, offline=offline) if base else load_run(run, offline=offline)
-    return replace(loaded, run=run, is_base=base)
+    loaded = replace(load_base(run, offline=offline) if base else load_run(run, offline=offline), run=run, is_base=base)
+    if task in (None, learnt):
+        return loaded
+    recipe, renderer = loaded.recipe.model_copy(update={"task": task}), loaded.renderer  # it answers as before
+    return replace(loaded, recipe=recipe, renderer=make_renderer(recipe, renderer.tokenizer, renderer.kind))
 
 
 def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> LoadedModel:
