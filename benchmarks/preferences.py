@@ -57,8 +57,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in zip(("train", "test"), options.chats, strict=True):
         if not (folder / f"{name}.jsonl").exists():
-            text = "".join(json.dumps(pair) + "\n" for pair in pairs_of(Path(path)))
-            (folder / f"{name}.jsonl").write_text(text, "utf-8")
+            size = options.pairs_per_step if name == "train" else 1
+            write_pairs(folder / f"{name}.jsonl", pairs_of(Path(path)), size)
     job = {key: value for key, value in vars(options).items() if isinstance(value, str | int | float)}
     job |= {"beta": BETA, "folder": str(folder), "seed": SEED}
     (folder / "given.json").write_text(json.dumps(job), "utf-8")
@@ -82,6 +82,12 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
             found |= {"peak_bytes": child.peak_bytes, "load_before": child.load_before}
             (folder / f"{name}.json").write_text(json.dumps(found), "utf-8")
     return report(*(json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("ours", "trl", "job")))
+
+
+def write_pairs(place: Path, pairs: Sequence[Any], size: int) -> None:
+    """As many as make whole steps of `size`: an epoch that ends with fewer is nothing that TRL knows."""
+    whole = pairs[: len(pairs) // size * size]
+    place.write_text("".join(json.dumps(pair) + "\n" for pair in whole), "utf-8")
 
 
 def pairs_of(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measured import ROOT, machine, run_child, versions
-from benchmarks.preferences import add_pair_options
+from benchmarks.preferences import add_pair_options, write_pairs
 
 CENTER, SEED, WARM_UP = 0.01, 0, 3
 PEERS = ROOT / "benchmarks" / "peers"
@@ -35,8 +35,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> int:
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in zip(("train", "test"), options.chats, strict=True):
-        text = "".join(json.dumps(pair) + "\n" for pair in rated_pairs(Path(path)))
-        (folder / f"{name}.jsonl").write_text(text, "utf-8")
+        size = options.pairs_per_step if name == "train" else 1
+        write_pairs(folder / f"{name}.jsonl", list(rated_pairs(Path(path))), size)
     job = {key: value for key, value in vars(options).items() if isinstance(value, str | int | float)}
     (folder / "given.json").write_text(json.dumps({**job, "center": CENTER, "folder": str(folder), "seed": SEED}))
     results = []
