@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -460,9 +460,16 @@ def twelve(folder: Path, **changes: Any) -> Any:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = name
         if changes and name not in SPLIT:
             continue
-        with together_as(validate({**given, **changes}), folder) as made:
+        with in_float32(name), together_as(validate({**given, **changes}), folder) as made:
             found[name] = steps_of(made)
     return found
+
+
+@contextmanager
+def in_float32(name: str) -> Iterator[None]:
+    """The run named muon with its products in float32 instead of bfloat16: torch rounds the gradient by this method."""
+    with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone) if name == "muon" else nullcontext():
+        yield
 
 
 def twelve_split(folder: Path) -> Any:
