@@ -27,7 +27,7 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.objectives import Reward
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
-from tunesmith.tasks.reward_losses import reward_losses
+from tunesmith.tasks.reward import reward_losses
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
@@ -188,7 +188,7 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
         losses, moved = reward_losses(*given)
         return losses.mean().expand(len(losses)) / len(losses), moved
 
-    monkeypatch.setattr("tunesmith.tasks.reward_losses.reward_losses", of_the_pass)
+    monkeypatch.setattr("tunesmith.tasks.reward.reward_losses", of_the_pass)
     planted = by_memory(tmp_path / "planted", 4096, 1)
     with pytest.raises(AssertionError):
         assert_alike(planted)

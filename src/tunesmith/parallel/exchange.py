@@ -1,17 +1,24 @@
-"""The one meeting of a step: every rank learns what the others computed, and gradients are summed."""
+"""The one meeting of a step: every rank learns what the others computed, and gradients are summed, through flat pieces
+of at most 64 MiB."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from tunesmith.errors import GroupError
 from tunesmith.parallel.world import World
 
-if TYPE_CHECKING:
-    from torch import Tensor
+BUCKET = 16 * 2**20
+"""Numbers in a bucket: 64 MiB of float32."""
+LARGE = 2**20
+"""Numbers from which a float32 piece is summed where it lies; smaller ones are copied together first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +88,6 @@ def _together(ranks: list[dict[str, Any]]) -> Computed:
 
 
 def _sum(world: World, trained: Mapping[str, Tensor], ungraded: set[int]) -> None:
-    from tunesmith.parallel.sums import sum_over_ranks
-
     gradients = []
     for i, tensor in enumerate(trained.values()):
         if i in ungraded:
@@ -92,3 +97,42 @@ def _sum(world: World, trained: Mapping[str, Tensor], ungraded: set[int]) -> Non
         gradients.append(tensor.grad)
     with world.reaching():
         sum_over_ranks(gradients)
+
+
+@torch.no_grad()
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace every tensor by its sum over all ranks, computed in float32; the bits are the same on every rank.
+
+    All ranks pass tensors of the same shapes in the same order.
+    """
+    small: list[Tensor] = []
+    waiting = 0
+    for piece in (piece for tensor in tensors for piece in _pieces(tensor)):
+        if piece.numel() >= LARGE and piece.dtype == torch.float32:
+            dist.all_reduce(piece)
+            continue
+        if waiting + piece.numel() > BUCKET:
+            _sum_together(small)
+            small, waiting = [], 0
+        small.append(piece)
+        waiting += piece.numel()
+    _sum_together(small)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Flat views of at most a bucket. A tensor that cannot be viewed so is summed here."""
+    if tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), BUCKET)
+        return
+    whole = tensor.float().contiguous()
+    dist.all_reduce(whole)
+    tensor.copy_(whole)
+
+
+def _sum_together(pieces: list[Tensor]) -> None:
+    if not pieces:
+        return
+    bucket = torch.cat([piece.float() for piece in pieces])
+    dist.all_reduce(bucket)
+    for piece, summed in zip(pieces, torch.split(bucket, [piece.numel() for piece in pieces]), strict=True):
+        piece.copy_(summed)

@@ -43,7 +43,7 @@ from tunesmith.types import Choice, HeadName, Layout, ModelKind, Row
 BALANCE_STEPS = 64
 """Steps whose shares are compared, the first ones."""
 BUCKET = 64 * 2**20
-"""Bytes of gradients that are summed together, see `parallel.sums`."""
+"""Bytes of gradients that are summed together, see `parallel.exchange`."""
 MOST_STEPS, MOST_SHARING_STEPS = 1000, 64
 """Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share prefixes, which
 take long to find."""

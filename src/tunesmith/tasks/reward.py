@@ -1,4 +1,9 @@
-"""Reward: a number for an answer to a prompt, higher for the better of several."""
+"""Reward: a number for an answer to a prompt, higher for the better of several.
+
+A target is a row: the mean over its pairs of a better and a worse answer, which the step divides by its rows.
+"""
+
+# B rows, L lines (one an answer), P pairs of lines
 
 from __future__ import annotations
 
@@ -7,20 +12,75 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
+from tunesmith.recipe.objectives import Reward
 from tunesmith.tasks.prefer import LARGE, check_compared
-from tunesmith.tasks.reward_losses import reward_loss_sum, reward_measure
-from tunesmith.types import Choice, Task
+from tunesmith.types import Batch, Choice, Measured, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor, nn
 
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
+
+
+def reward_losses(
+    rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward
+) -> tuple[Tensor, Tensor]:
+    """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row, and [B] the mean of r_i − r_j.
+
+    m is the row's own margin and that of the recipe times the difference of both scores. Bradley–Terry: Stiennon et al.
+    2020, arXiv 2009.01325; m: Touvron et al. 2023, arXiv 2307.09288, section 3.2.2; c: Eisenstein et al. 2023, arXiv
+    2312.09244, eq. 2. Equal scores make no pair.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    better_LL = (row_of_L[:, None] == row_of_L) & (scores_L[:, None] > scores_L)
+    better_P, worse_P = better_LL.nonzero(as_tuple=True)
+    row_P = row_of_L[better_P]
+    moved_P = rewards_L[better_P] - rewards_L[worse_P]
+    margin_P = margin_B[row_P] + options.margin * (scores_L[better_P] - scores_L[worse_P])
+    losses_P = -F.logsigmoid(moved_P - margin_P)
+    losses_P = losses_P + options.center * (rewards_L[better_P] + rewards_L[worse_P]).square()
+    share_P = torch.bincount(row_P, minlength=len(margin_B))[row_P].to(losses_P).reciprocal()
+    empty_B = torch.zeros_like(margin_B)
+    return empty_B.index_add(0, row_P, losses_P * share_P), empty_B.index_add(0, row_P, moved_P * share_P)
+
+
+def _found(model: nn.Module, batch: Batch, options: Reward) -> tuple[Tensor, Tensor, Tensor]:
+    """[L] rewards, [B] losses, [B] mean differences; float32."""
+    from tunesmith.models.forward import sequence_logits
+
+    assert batch.values_BV is not None, "rows of rewards have branches"
+    rewards_L = sequence_logits(model, batch)[:, 0].float()
+    margin_B = batch.values_BV[:, 0].float()
+    return rewards_L, *reward_losses(rewards_L, batch.targets_N.float(), batch.row_of_N, margin_B, options)
+
+
+def reward_loss_sum(model: nn.Module, batch: Batch, *, options: Reward) -> Tensor:
+    """Sum of the rows' losses, float32."""
+    return _found(model, batch, options)[1].sum()
+
+
+def reward_measure(model: nn.Module, batch: Batch, *, options: Reward) -> Measured:
+    """The loss of each row and what was found of it, without gradient."""
+    import torch
+
+    with torch.no_grad():
+        rewards_L, losses_B, moved_B = _found(model, batch, options)
+    lines: list[dict[str, Any]] = [{"rewards": [], "scores": [], "lengths": []} for _ in batch.row_indices]
+    columns = (batch.row_of_N.tolist(), rewards_L.tolist(), batch.targets_N.tolist(), batch.lengths)
+    for row, *found in zip(*columns, strict=True):
+        for key, value in zip(lines[row], found, strict=True):
+            lines[row][key].append(value)
+    results = tuple({**line, "margin": value} for line, value in zip(lines, moved_B.tolist(), strict=True))
+    return Measured(losses_N=losses_B, outputs_N=losses_B.new_empty(0), results=results)
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
