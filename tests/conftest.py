@@ -1,10 +1,9 @@
 """What every test may rely on: one thread, no network, no chatter of transformers."""
 
-from __future__ import annotations
-
 import gc
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,8 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers.utils import logging
 
+from tunesmith.evaluation import report
+
 os.fsync = lambda descriptor: None
 """A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
+WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
+"""Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -33,11 +36,15 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # so that libraries find nothing left over at the end
 
 
-@pytest.fixture(autouse=True)
-def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
-    if request.node.get_closest_marker("pages") is None:
-        monkeypatch.setattr("tunesmith.evaluation.report._write_pages", lambda *args, **kwargs: None)
+def draws_pages(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("pages") is not None:
+            patch.setattr(report, "_write_pages", WRITE_PAGES)
+        yield
+
+
+pages_of_module = pytest.fixture(draws_pages, scope="module", autouse=True)
+pages_of_test = pytest.fixture(draws_pages, autouse=True)
 
 
 @pytest.fixture

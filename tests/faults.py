@@ -1,7 +1,5 @@
 """Faults of disk and machine, at the n-th call that touches a file: an errno, or the end of the process."""
 
-from __future__ import annotations
-
 import builtins
 import errno
 import io
@@ -32,7 +30,7 @@ class Faults(AbstractContextManager["Faults"]):
         self.failed: str | None = None
         self._patches = ExitStack()
 
-    def __enter__(self) -> Faults:
+    def __enter__(self):
         for name in CALLS:
             self._patches.enter_context(mock.patch.object(os, name, self._guarded(name, getattr(os, name))))
         opened = self._opened(builtins.open)
@@ -92,7 +90,7 @@ class _Written:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __enter__(self) -> _Written:
+    def __enter__(self):
         self._file.__enter__()
         return self
 

@@ -4,8 +4,6 @@ Each has arguments, environment, folder and streams of its own, and ends alone. 
 libraries are imported needs a process of its own. `python` is for programs that start processes by `sys.executable`.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os
@@ -27,6 +25,8 @@ sys.path[:0] = json.loads(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
 import tunesmith.inference.measure, tunesmith.evaluation.report.plots, tunesmith.training.trainer
 torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # as in conftest.py, and no pages
+tunesmith.evaluation.report._write_pages = lambda *args, **kwargs: None
 gc.freeze()
 
 def run(words, cwd, env):

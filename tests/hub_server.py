@@ -1,7 +1,5 @@
 """A stand-in of the hub: the endpoints that huggingface_hub calls, over repositories in memory; links may fail."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

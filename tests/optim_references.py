@@ -1,7 +1,5 @@
 """Each optimizer written out in float64 from its paper, one tensor at a time: slow, and easy to compare with it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

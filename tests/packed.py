@@ -1,7 +1,5 @@
 """Rows, batches and models for tests of packing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

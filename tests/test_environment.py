@@ -1,7 +1,5 @@
 """What the command line sets for torch: memory that does not grow with shapes, and threads that fit the machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A task is a file and a row of TASKS, a data format a file and a row of FORMATS: here both come from outside."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is missing is named with a command that installs it as the person runs tunesmith."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The calls from Python: rows in memory, a progress line, measures of a run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokenizers and conversations small enough to be made inside a test."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """A GGUF file of a tiny llama model, as llama.cpp's converter writes it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Models small enough to be made inside a test, one for each architecture the project is known to meet."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A run small enough for a test: a two-layer model, a dozen chats, a recipe."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Models of every kind with their tokenizers, and rows of every task, small enough for a test."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence

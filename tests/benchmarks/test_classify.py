@@ -1,7 +1,5 @@
 """`python -m benchmarks classify`: both sides on the same rows, measured from outside, and told without loss."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

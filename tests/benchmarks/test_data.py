@@ -1,7 +1,5 @@
 """`python -m benchmarks.data`: every row is another, encoded once and then found."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page of `python -m benchmarks embeddings`: what counts as the same losses, and as better."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

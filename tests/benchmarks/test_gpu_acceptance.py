@@ -1,7 +1,5 @@
 """`python -m benchmarks.gpu_acceptance` where no card is: the cheap checks run, and a wrong answer is found."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

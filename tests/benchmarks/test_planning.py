@@ -1,7 +1,5 @@
 """The table of predictions beside measurements."""
 
-from __future__ import annotations
-
 import pytest
 from benchmarks.planning import errors, markdown
 

@@ -1,7 +1,5 @@
 """Rows and pages of `python -m benchmarks preferences`, `rewards` and `reranker`: pairs, what is alike and better."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`python -m benchmarks serve` on a tiny model: both contestants answer alike, and the page says what was run."""
 
-from __future__ import annotations
-
 import pytest
 from benchmarks.__main__ import main
 

@@ -1,7 +1,5 @@
 """`python -m benchmarks train`: the same tokens for all, results that outlive an interruption, one judge."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The time of whole runs beside what was foreseen."""
 
-from __future__ import annotations
-
 from benchmarks.whole import PARTS, foreseen, markdown, taken_by_part
 
 from tunesmith.planning.duration import KINDS

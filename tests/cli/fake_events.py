@@ -1,7 +1,5 @@
 """A run as its events tell it, written by hand: what displays are drawn from without training anything."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

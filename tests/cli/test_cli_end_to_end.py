@@ -1,7 +1,5 @@
 """The whole way of a person at the terminal, with a model of two layers."""
 
-from __future__ import annotations
-
 import json
 import signal
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Every malformed file ends in a named error with its line and exit code 2; no traceback, and nothing is written."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Commands that are printed can be pasted: the program as it was started, words quoted for a shell."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """tunesmith plan, and the forecast on the first screen of a run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

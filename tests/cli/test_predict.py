@@ -1,7 +1,5 @@
 """predict, eval and compare as they are typed: on models with heads, on a run of classes, on rows that went wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
@@ -204,14 +202,11 @@ def test_what_does_not_go_together_is_refused(one: Path, rows: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from tunesmith.evaluation import report
     from tunesmith.training import trainer as training
 
     folder = tmp_path_factory.mktemp("run")
     recipe = task_recipe(folder, "classify", "encoder", rows=40)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_write_pages", lambda *arguments: None)  # whose drawing takes longer than all the rest
-        return training.train(recipe, root=folder / "runs", offline=True)
+    return training.train(recipe, root=folder / "runs", offline=True)
 
 
 def held_out(run: Run) -> str:
@@ -287,14 +282,11 @@ def test_eval_says_how_many_rows_the_run_was_trained_on(run: Run, tmp_path: Path
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that held out rows of its training file."""
-    from tunesmith.evaluation import report
     from tunesmith.training import trainer as training
 
     folder = tmp_path_factory.mktemp("writer")
     sections = {"train": {"max_steps": 1}, "data": {"eval": [], "held_out": 0.3}, "evaluation": {"samples": 0}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_write_pages", lambda *arguments: None)
-        return training.train(task_recipe(folder, "generate", "causal", **sections), root=folder / "runs", offline=True)
+    return training.train(task_recipe(folder, "generate", "causal", **sections), root=folder / "runs", offline=True)
 
 
 def test_rows_that_were_held_out_are_not_among_those_trained_on(writer: Run) -> None:

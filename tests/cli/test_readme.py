@@ -1,7 +1,5 @@
 """What README shows can be typed."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

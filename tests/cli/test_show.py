@@ -1,7 +1,5 @@
 """tunesmith show: what a run took, what came of it, and its answers beside the right ones."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
@@ -18,9 +16,8 @@ from tunesmith.types import Event
 
 
 @pytest.fixture
-def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def shown(tmp_path: Path):
     """What is printed of a finished run, and the run."""
-    monkeypatch.setattr(report, "_write_pages", lambda *arguments: None)
 
     def show(kind: str) -> tuple[str, Run]:
         run, facts, progress = fake_run(tmp_path / kind, kind)

@@ -1,7 +1,5 @@
 """What is printed never decides how a run ends: other encodings, full disks, closed and broken pipes."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Files with weights on the command line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokenizers of every family, made in a moment: how each splits text, and what it puts around it."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

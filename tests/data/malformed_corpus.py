@@ -1,7 +1,5 @@
 """Files that are wrong, each with the code and line of what has to be said about it."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

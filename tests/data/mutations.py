@@ -1,7 +1,5 @@
 """Files and recipes changed at random, from a seed: what a disk, an editor or a script may make of good ones."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """What other processes import: without torch, transformers or pytest, so that they start soon."""
 
-from __future__ import annotations
-
 import multiprocessing
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files for tests, and what is read from them."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

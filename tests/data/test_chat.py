@@ -1,7 +1,5 @@
 """Which tokens of a conversation are trained, for each family of chat templates, against texts written by hand."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

@@ -1,7 +1,5 @@
 """A chat template writes what transformers makes of it; a hostile one ends soon, with the limit that it met."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -225,7 +223,7 @@ def hostile_model(folder: Path) -> str:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_ends_a_command_while_a_template_runs(tmp_path: Path) -> None:
     code = (
-        "from tunesmith.data import chat_template; chat_template.RENDER_S = 2.5; from tunesmith.cli import main; main()"
+        "from tunesmith.data import chat_template; chat_template.RENDER_S = 1.5; from tunesmith.cli import main; main()"
     )
     data = str(chats(tmp_path / "chats.jsonl", 12))
     command = [sys.executable, "-c", code, "check", data, "--model", hostile_model(tmp_path), "--offline"]
@@ -239,7 +237,7 @@ def test_ctrl_c_ends_a_command_while_a_template_runs(tmp_path: Path) -> None:
     )
     try:
         child = the_renderer_of(process)
-        time.sleep(1.0)  # at the power by now
+        time.sleep(0.5)  # at the power by now
         process.send_signal(signal.SIGINT)
         process.wait(12)
         assert process.returncode != 0

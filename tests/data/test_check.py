@@ -1,7 +1,5 @@
 """A check says everything at once, counts all of it, and lists no more than it was asked to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What `check` finds in files of preferences."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts with classes: the tokenizer's own frame, cut by a stated rule, learnt at one token."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Batches of every layout, labels that are not shifted, and masked tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast

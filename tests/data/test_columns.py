@@ -1,7 +1,5 @@
 """Columns that were named and are not there are refused; text beside classes is asked about."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Encoded rows on disk: what goes in comes out, once, complete or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Rows with classes in a store: by the store's own ids until it is known what is learnt, then as targets."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter

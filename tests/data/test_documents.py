@@ -1,7 +1,5 @@
 """Plain text: every token is learnt once, whatever the length of a document and of a window."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

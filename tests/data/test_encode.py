@@ -1,7 +1,5 @@
 """Rows encoded by processes are those of one process: rows, problems, counts, errors and the bytes of the store."""
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Files to examples: shapes found and held to, fields renamed, and a split that depends on what rows say alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

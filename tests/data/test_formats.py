@@ -1,7 +1,5 @@
 """Each shape of row becomes the same kind of example, and everything that is wrong with a row is said at once."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

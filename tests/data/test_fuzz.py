@@ -3,8 +3,6 @@
 `TUNESMITH_FUZZ_SEED=7 pytest -m slow tests/data/test_fuzz.py -s` tries others and prints the counts.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """Data sets of the hub by address, over HTTP against a stand-in: what is read, refused, and fetched once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Classes keep their ids whatever the order of rows, and labels that cannot be learnt are named with their place."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

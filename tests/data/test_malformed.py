@@ -1,7 +1,5 @@
 """Every malformed file ends in a finding with its code and its line, and nothing else happens."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Order, passes, and the one shift."""
 
-from __future__ import annotations
-
 import itertools
 import time
 

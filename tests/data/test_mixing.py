@@ -1,7 +1,5 @@
 """Weights of data files: times per epoch, and shares that hold over a run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

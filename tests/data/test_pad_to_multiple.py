@@ -1,7 +1,5 @@
 """Filling a pass up to a whole size changes what it costs, and nothing of what it answers or teaches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

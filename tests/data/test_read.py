@@ -1,7 +1,5 @@
 """Rows are read byte for byte, whatever the file is called and however it arrives."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -293,7 +291,7 @@ def test_a_disk_that_fails_while_reading_is_named_with_its_line(tmp_path: Path, 
                 raise OSError(5, "Input/output error")
             return json_lines([PAIR])
 
-        def __enter__(self) -> Failing:
+        def __enter__(self):
             return self
 
         def __exit__(self, *args: object) -> None:

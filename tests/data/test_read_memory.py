@@ -1,7 +1,5 @@
 """Memory does not grow with a file or a line. Measured in processes of their own, where nothing else was in memory."""
 
-from __future__ import annotations
-
 import gzip
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Documents are read whole and byte for byte, folders in an order of their own, CoNLL files sentence by sentence."""
 
-from __future__ import annotations
-
 import gzip
 import os
 from pathlib import Path

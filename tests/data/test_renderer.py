@@ -1,7 +1,5 @@
 """Rows: lengths, BOS, control tokens, plain text pairs, and tokenizers that cannot be trusted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Steps of rows of like length: still a permutation, still a pure function, and little padding."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """Rows are encoded once and split: every class on both sides, documents whole, replay never held out."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Summaries: asked for in a chat, as plain text, or of an encoder–decoder; what is cut is the document."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

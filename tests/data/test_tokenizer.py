@@ -1,7 +1,5 @@
 """Control tokens are found in texts as tokenizers match them."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """Words with tags: each learns at the first token that is its own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

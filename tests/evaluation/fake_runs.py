@@ -1,7 +1,5 @@
 """Run folders as training leaves them, written by hand: what reports are made of without training anything."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

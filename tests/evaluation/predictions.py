@@ -1,7 +1,5 @@
 """Predictions by hand: the outputs and targets of a model, row by row, and the results that follow from them."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

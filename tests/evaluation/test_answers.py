@@ -1,7 +1,5 @@
 """Measures of answers: by hand, and equal to rouge-score and sacrebleu."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Intervals of the bootstrap: as wide as theory says, the same every time, and undefined where nothing is."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

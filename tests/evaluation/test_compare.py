@@ -1,7 +1,5 @@
 """Two evaluations side by side: matched by content, wins counted by hand, differences beyond chance told from noise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

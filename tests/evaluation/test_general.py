@@ -1,7 +1,5 @@
 """The forgetting probe: every token of the general text counts once, the same on every machine; the bound is said."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """Answers are the same in a batch as alone, with the cache as without it, and hold nothing of the prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a report says first: of new heads, of short answers, of what the log or the folder lost."""
 
-from __future__ import annotations
-
 import pytest
 
 from evaluation.fake_runs import fake_run, report_of

@@ -1,7 +1,5 @@
 """Predictions of held-out rows: independent of batching and of dropout, equal to a sum by hand, written row by row."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Reports of made-up runs of every kind: what is in them, that they repeat, and that no row can write into them."""
 
-from __future__ import annotations
-
 import math
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Reports opened in a real browser: nothing is asked of the network, plots are there, hostile text is only text."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

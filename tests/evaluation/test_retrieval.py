@@ -1,7 +1,5 @@
 """Ranks among documents, by vectors and by BM25, against definitions counted by hand and scikit-learn."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

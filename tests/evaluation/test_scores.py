@@ -1,7 +1,5 @@
 """Every metric against a case counted by hand, and every resampled one against its library on the drawn rows."""
 
-from __future__ import annotations
-
 import math
 import time
 

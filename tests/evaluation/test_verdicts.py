@@ -1,7 +1,5 @@
 """What is proved against one answer to every row, counted by hand; what is never right; how few rows say so."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finished runs to export, made once, and the proof without the cost of a new process."""
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path

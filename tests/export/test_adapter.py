@@ -1,7 +1,5 @@
 """An adapter that others can load: whose base it needs, how it is scaled, and where it loads."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

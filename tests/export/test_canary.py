@@ -1,7 +1,5 @@
 """A phrase that was tuned in survives every hop: adapter, merged model, GGUF, and llama.cpp."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

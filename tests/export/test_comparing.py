@@ -1,7 +1,5 @@
 """What chance does to few rows is no fault of an export; what every row shows is."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The verb: every target is documented and in its help; what it prints, for people and for machines."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

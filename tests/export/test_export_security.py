@@ -1,7 +1,5 @@
 """What a model of somebody else's, or a name, could make of an export: nothing is run, and nothing else goes out."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

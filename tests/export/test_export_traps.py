@@ -1,7 +1,5 @@
 """Traps of docs/correctness.md on the way out: what each export must not lose, and a planted copy of each bug."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whatever happens while an export is written, there is all of it or nothing, and what stood there before is kept."""
 
-from __future__ import annotations
-
 import errno
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A GGUF is what was tuned: weights of every architecture, tokens, template; what cannot be written is said before."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

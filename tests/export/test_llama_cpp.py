@@ -1,7 +1,5 @@
 """llama.cpp itself computes what was tuned, where llama-cpp-python is installed; without it nothing asks for it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

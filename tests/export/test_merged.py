@@ -1,7 +1,5 @@
 """A merged model stands by itself and is what was tuned; what is not is found out, and nothing is left of it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import replace

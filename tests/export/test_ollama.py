@@ -1,7 +1,5 @@
 """A Modelfile asks the model as it was tuned: its template is rendered and compared, its stops are its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

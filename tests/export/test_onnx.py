@@ -1,7 +1,5 @@
 """An ONNX model is what was tuned: every head, every architecture, large ones too; what does not go is said before."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Exports that a recipe asks for: what cannot be is said before the first step, what can be is there after the last."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

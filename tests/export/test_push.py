@@ -1,7 +1,5 @@
 """Pushing to a hub of our own on this machine: one commit of what was exported, private unless said otherwise."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Every kind of number of a GGUF: made, read back, held to its bound; where the llama_cpp fails, nothing is left."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

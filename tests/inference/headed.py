@@ -1,7 +1,5 @@
 """Folders of tiny models with heads, as a person would have them on disk."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tiny_model import tiny_model

@@ -1,7 +1,5 @@
 """A judge of answers before and after: win rates, both orders, length, and who may judge what."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One rule says how long a prompt may be: rows to predict, samples of a run and of an evaluation are asked alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A result is what its run left, or is refused; a foreign run folder neither hangs anything nor writes elsewhere."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A file of answers is a file of rows: it can be read, encoded and learnt from as it is, for every task."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Our adapter folders read by peft, peft's read by us, and everything that does not fit refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

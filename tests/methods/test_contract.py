@@ -1,7 +1,5 @@
 """What holds for every method, and for each of its settings that changes what is trained or how it computes."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Full tuning of an embedding by the rows that can learn: held to full tuning of all of it, bit for bit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Full fine-tuning keeps float32 masters and frees what it can."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

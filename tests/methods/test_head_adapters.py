@@ -1,7 +1,5 @@
 """A head is trained whole beside the adapters, saved with them in peft's format, and found again."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

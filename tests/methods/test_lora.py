@@ -1,7 +1,5 @@
 """Adapters on whole models: fresh, trained, merged."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

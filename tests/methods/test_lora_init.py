@@ -1,7 +1,5 @@
 """First matrices: drawn by name, of the properties that their papers state, and undone where they are not zero."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft

@@ -2,8 +2,6 @@
 
 # T tokens, I inputs, O outputs, R rank
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """MasterWeights begin anywhere in their cells of bfloat16: the model is the same, and its first updates reach it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

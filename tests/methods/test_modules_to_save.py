@@ -1,7 +1,5 @@
 """Modules and biases trained as they are beside adapters, tied ones above all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

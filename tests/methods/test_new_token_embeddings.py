@@ -1,7 +1,5 @@
 """Rows of new tokens: held to whole tables trained by plain autograd, and nothing else in the tables moves."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every kind of the installed peft library: trained by our loop as by peft's own model, or refused by name and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

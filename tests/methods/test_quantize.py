@@ -1,7 +1,5 @@
 """Which weights of a base are quantised, what is said of it, and that nothing is ever merged into them."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

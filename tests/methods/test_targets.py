@@ -1,7 +1,5 @@
 """From the words of a recipe to modules."""
 
-from __future__ import annotations
-
 import pytest
 from torch import nn
 

@@ -1,7 +1,5 @@
 """A method is one file, one row of METHODS and one class of settings: this one trains the norms alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Full tuning of a part of a model: the words mean what they say, or are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Folders with tiny models, made once."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Rows end to end in one pass answer as each alone: for every architecture that can, and seen to fail where it must."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace

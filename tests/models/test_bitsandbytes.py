@@ -1,7 +1,5 @@
 """bitsandbytes comes in without fetching code from the hub."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Gradient checkpointing of exactly k layers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

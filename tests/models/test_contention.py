@@ -1,7 +1,5 @@
 """While other programs want the cores, threads that wait for each other sleep; with the machine to itself they spin."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Kernels of CUDA devices: which one is taken for which call, and that each computes attention, seen on a processor."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The output layer and its loss in one node: losses and gradients of logits spelled out, and the model's own layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

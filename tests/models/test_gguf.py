@@ -1,7 +1,5 @@
 """A GGUF file is a model like any other: its weights, its tokens, its template, and a folder when it is saved."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

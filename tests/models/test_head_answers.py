@@ -2,8 +2,6 @@
 
 # B rows, T tokens, N targets, C classes, V vocabulary
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A head that fits is kept, any other is drawn from the seed alone, and nothing else may be missing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hub ids: the cache first, no socket when offline or cached, refusals before any weight is downloaded."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil

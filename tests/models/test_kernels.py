@@ -1,7 +1,5 @@
 """`kernels: fast` and `kernels: plain` are one training: the option says how, not what."""
 
-from __future__ import annotations
-
 import pytest
 
 from tiny_run import tiny_recipe

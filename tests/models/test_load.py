@@ -1,7 +1,5 @@
 """Weights come from the file, all of them; tokenizer and template are the model's unless the person says otherwise."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

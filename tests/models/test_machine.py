@@ -1,7 +1,5 @@
 """Device and precision, chosen with a reason that names the hardware."""
 
-from __future__ import annotations
-
 import os
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What stands beside a row in its pass changes nothing of it: models where it would are known, and run apart."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

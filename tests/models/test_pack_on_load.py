@@ -1,7 +1,5 @@
 """Weights that are packed as they are read are those that are packed afterwards, and never all there unpacked."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

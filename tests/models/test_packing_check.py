@@ -1,7 +1,5 @@
 """The self-check: passes where packing is right, fails where it is not, whatever the precision."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Encoders whose tokens read their neighbours, padding among them: trained as transformers trains them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,8 +2,6 @@
 
 # T tokens, I inputs, O outputs
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models are found, or what is wrong is said with a way out; nothing that could run code is opened."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -1,7 +1,5 @@
 """A saved model is whole, equal bit for bit, stops where it should, and carries the tokenizer it came with."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

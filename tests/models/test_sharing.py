@@ -1,7 +1,5 @@
 """What rows begin with alike is computed once, and nothing else changes: logits, losses, every gradient."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

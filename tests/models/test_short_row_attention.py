@@ -1,7 +1,5 @@
 """Attention by block products is attention: forward and every gradient, against torch's kernel one row at a time."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Weight files that lie about themselves are named before a loader believes them."""
 
-from __future__ import annotations
-
 import json
 import random
 import struct

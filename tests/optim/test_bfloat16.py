@@ -1,7 +1,5 @@
 """Weights kept in bfloat16 alone: rounded at random, on average nothing is lost, and a run repeats bit for bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

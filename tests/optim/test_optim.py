@@ -1,7 +1,5 @@
 """The rate of every step, what decays, clipping, and AdamW's kernels; optimizers one by one: test_optimizers.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What holds for every optimizer of the table: its step, its state, what it refuses, that a model learns."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from pathlib import Path

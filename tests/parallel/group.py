@@ -6,8 +6,6 @@ is one rank, forked from a process that has imported everything. One that takes 
 killed, so that nothing hangs.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from fresh import Process
-from tunesmith.evaluation import report
 
 LIMIT_S = 150
 """Seconds for all scenarios of one start, on a busy machine."""
@@ -74,8 +71,6 @@ def start(
 
 
 def main() -> None:
-    os.fsync = lambda descriptor: None  # as in conftest.py, and no pages
-    report._write_pages = lambda *given, **how: None  # type: ignore[attr-defined]
     scenarios = importlib.import_module(sys.argv[2])
     from torch.distributed.rendezvous import rendezvous
 

@@ -3,8 +3,6 @@
 A name that ends in `_planted` is the same with a bug, for a test to see.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

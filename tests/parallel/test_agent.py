@@ -1,7 +1,5 @@
 """Several devices from the command line: the agent, kills, signals, exit codes and the words of what failed."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -10,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -30,8 +29,8 @@ from tunesmith.training.together import take_card
 from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event
 
-TUNESMITH = ("-m", "tunesmith")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
+TUNESMITH = ("-m", "parallel.forked_ranks", "tunesmith")
+TORCHRUN = ("-m", "parallel.forked_ranks", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +60,9 @@ def end(started: Process, limit_s: float = 90) -> tuple[int, str]:
     return code, started.communicate()[1]
 
 
-def ranks_of(out: Path) -> dict[int, int]:
-    """The process of each rank that trains in `out`."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            is_one = str(out).encode() in (process / "cmdline").read_bytes()
-            facts = dict(line.partition(b"=")[::2] for line in (process / "environ").read_bytes().split(b"\0"))
-        except OSError:
-            continue
-        if is_one and b"LOCAL_RANK" in facts:
-            found[int(facts[b"RANK"])] = int(process.name)
-    return found
+def second_rank(agent: int) -> int:
+    """The process of rank 1, which an agent started after that of rank 0."""
+    return sorted(psutil.Process(agent).children(), key=lambda one: (one.create_time(), one.pid))[1].pid
 
 
 def wait_for_step(out: Path, step: int, limit_s: float = 90) -> None:
@@ -95,7 +85,7 @@ def straight(folder: Path) -> Run:
 def assert_went_on(run: Run, straight: Run, times: int = 1) -> None:
     """From a checkpoint, and to the bits of the run that nothing happened to."""
     assert run.state() == "done"
-    assert [event.values["from_step"] >= 20 for event in run.events() if event.kind == "resume"] == [True] * times
+    assert [event.values["from_step"] >= 10 for event in run.events() if event.kind == "resume"] == [True] * times
     assert values_of(run.events()) == values_of(straight.events())
 
 
@@ -104,13 +94,15 @@ KILLED = "rank 1: it was ended by Signal 9 (SIGKILL)"
 
 # trap: D12, D18
 def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, straight: Run) -> None:
-    """From Python, where its events are heard; then on the command line, where Ctrl-C stops all ranks together."""
+    """From Python, where its events are heard and ranks are new processes; then on the command line, where Ctrl-C stops
+    all ranks together."""
     out, heard, killed = folder / "killed", list[str](), list[float]()
 
     def hear(event: Event) -> None:
         heard.append(event.kind)
-        if event.step == 30 and not killed:
-            os.kill(ranks_of(out)[1], signal.SIGKILL)
+        if event.step == 20 and not killed:
+            (agent,) = (one for one in psutil.Process().children() if str(out) in one.cmdline())
+            os.kill(second_rank(agent.pid), signal.SIGKILL)
             killed.append(time.monotonic())
 
     with pytest.raises(GroupError) as raised:
@@ -126,7 +118,7 @@ def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, 
     assert run.recipe().devices == 2
     assert heard == [event.kind for event in run.events()]
     started = begin(*TUNESMITH, "resume", out, "--quiet")
-    wait_for_step(out, 60)
+    wait_for_step(out, 40)
     started.send_signal(signal.SIGINT)
     code, said = end(started)
     assert code == Stopped.exit_code
@@ -146,8 +138,8 @@ def test_torchrun_starts_it_again_and_it_goes_on(folder: Path, straight: Run) ->
     out = folder / "again"
     words = ["--standalone", "-m", "tunesmith", *train_words(folder, out)]
     started = begin(*TORCHRUN, *words)
-    wait_for_step(out, 30)
-    os.kill(ranks_of(out)[1], signal.SIGKILL)
+    wait_for_step(out, 20)
+    os.kill(second_rank(started.pid), signal.SIGKILL)
     code, said = end(started, 120)
     assert code == 0, said
     assert_went_on(Run(out), straight)

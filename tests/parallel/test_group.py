@@ -1,7 +1,5 @@
 """A run of two processes is the run of one: losses, rows, results, ends. Held on gloo, in one start for all checks."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import cache

@@ -1,7 +1,5 @@
 """Twelve runs of every kind on 1, 2 and 4 processes, and a run that is killed again and again. Slow."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

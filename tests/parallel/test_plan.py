@@ -1,7 +1,5 @@
 """A plan for several devices: each one's memory, less time, what would fill them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

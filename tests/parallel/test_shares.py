@@ -1,7 +1,5 @@
 """Shares of a step: every row once, balanced, the same on every rank, and copies and families kept together."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Layers split over two processes: less memory, the steps of one process, checkpoints whole or absent. On gloo, in one
 start for all checks."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

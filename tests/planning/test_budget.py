@@ -1,7 +1,5 @@
 """Measuring takes at most about a third of a run, however short, and what was made less is said."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

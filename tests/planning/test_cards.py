@@ -1,7 +1,5 @@
 """Plans for an NVIDIA card: made on any machine, and of nothing that belongs to a processor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a plan counts is what a run does."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What "auto" becomes, and why."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Runs are made to fit, with as little changed as that takes, or are refused with what would fit."""
 
-from __future__ import annotations
-
 import pytest
 
 from tiny_run import tiny_recipe

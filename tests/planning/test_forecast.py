@@ -1,7 +1,5 @@
 """A forecast counts what a run does, and one that cannot be made ends no run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

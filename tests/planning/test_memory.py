@@ -1,7 +1,5 @@
 """The sizes that the formula rests on are those of the prepared run; the formula moves as memory does."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether beginnings are shared is asked of rows, recipe and model, and said."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A probe lives through the heaviest moments of a run in a process of its own, and tells whatever ends it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

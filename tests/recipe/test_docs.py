@@ -1,7 +1,5 @@
 """What is shown of a recipe is complete, current, and reads back as the same recipe."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A recipe that cannot be used is refused with every problem at once, each with its place and the way out."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

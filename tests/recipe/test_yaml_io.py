@@ -1,7 +1,5 @@
 """Recipe text: the types people expect, exactly there and back, and nothing that surprises or blows up."""
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import suppress

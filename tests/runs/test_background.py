@@ -1,7 +1,5 @@
 """Work beside its caller."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

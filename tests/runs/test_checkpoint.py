@@ -1,7 +1,5 @@
 """A checkpoint comes back bit for bit or is known to be damaged; rotation never takes the best or the newest."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

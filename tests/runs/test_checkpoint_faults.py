@@ -1,7 +1,5 @@
 """Saving and rotating under every fault: afterwards there is the old checkpoint or the new, never half of one."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

@@ -1,7 +1,5 @@
 """Rotation never takes the best or the newest."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -1,7 +1,5 @@
 """The event log loses nothing, glues nothing together and takes back exactly what will be done again."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Files are as they were or complete, after every fault there is."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import math

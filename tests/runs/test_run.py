@@ -1,7 +1,5 @@
 """A run folder is complete or absent, has one writer, and is found by what a person remembers of it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import time

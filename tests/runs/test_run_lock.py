@@ -1,7 +1,5 @@
 """A run folder has one writer at a time, and a dead one holds nothing."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

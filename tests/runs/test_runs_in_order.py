@@ -1,7 +1,5 @@
 """tunesmith runs --where, --sort, rm and prune: what is chosen, what is removed, and what never is."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

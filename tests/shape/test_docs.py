@@ -1,7 +1,5 @@
 """Nothing is half added: tables, docs and tests name the same things, and links lead somewhere."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

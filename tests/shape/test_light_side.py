@@ -1,9 +1,6 @@
 """Help, recipes and run folders do without torch, and help is there at once."""
 
-from __future__ import annotations
-
 import os
-import shutil
 import subprocess
 import sys
 
@@ -63,17 +60,6 @@ def test_help_is_there_at_once() -> None:
     nothing = min(seconds("-c", "pass") for _ in range(5))
     # Python starts in about 0.02 s on an idle desktop: 20 of those make the 0.4 s that are promised.
     assert best < max(HELP_SECONDS, 20 * nothing)
-
-
-def test_layers_hold() -> None:
-    """The import contracts of pyproject.toml."""
-    lint_imports = shutil.which("lint-imports", path=str(ROOT / ".venv" / "bin")) or shutil.which("lint-imports")
-    if lint_imports is None:
-        pytest.skip("import-linter is not installed: make check")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    words = [lint_imports, "--no-cache"]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_a_run_does_not_wait_for_measures_it_has_no_use_for() -> None:

@@ -1,7 +1,5 @@
 """Files and functions stay small enough to be read at one sitting."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

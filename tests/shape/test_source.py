@@ -1,7 +1,5 @@
 """What must not stand in the source, or in any tracked file."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The table of traps in docs/correctness.md and the markers in the tests agree, and the files of each plant bugs."""
 
-from __future__ import annotations
-
 import re
 
 from shape.tree import ROOT

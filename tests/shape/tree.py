@@ -1,7 +1,5 @@
 """What the rules of the house look at: the tracked files of this repository, and the source as syntax trees."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Trials that write the events of a run without training one."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence

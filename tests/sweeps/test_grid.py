@@ -1,7 +1,5 @@
 """The file of a sweep becomes recipes, or a list of what is wrong with it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

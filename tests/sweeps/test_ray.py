@@ -1,7 +1,5 @@
 """What a sweep and a run want of Ray, against a Ray that is played."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

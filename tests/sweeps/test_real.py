@@ -1,7 +1,5 @@
 """Sweeps of real tiny runs, by the command line: one after the other, and on a local Ray."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """ASHA's decisions, against the rule of the paper computed from scratch."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """The loop of a sweep over fake trials: what runs, what is stopped, what is left after a kill."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """A trial is begun, goes on, or is left: by the command line of a run."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Writes st_losses.json: losses of sentence-transformers for fixed vectors. Run by the Python of an environment that
 has it: `python tests/tasks/st_losses.py [FILE]`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Losses of vectors: by formulas, by sentence-transformers' own numbers, and in one micro-batch as in many."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """Small models made in the test really learn: a T5 to copy, an encoder a grammar."""
 
-from __future__ import annotations
-
 import json
 import random
 from typing import Any

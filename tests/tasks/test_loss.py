@@ -1,7 +1,5 @@
 """One definition of the loss: a sum over targets, divided once by the targets of the whole step."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

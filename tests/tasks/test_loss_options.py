@@ -1,7 +1,5 @@
 """Label smoothing, z-loss and NEFTune: equal to plain references, counted as the loss is, and never measured."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

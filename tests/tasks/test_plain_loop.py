@@ -1,7 +1,5 @@
 """Our loop against a loop of transformers' own: padded batches, the model's own loss, torch's AdamW, step by step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Losses of pairs: by formulas in float64, by TRL's own numbers, digits at the ends of their range, and gradients."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """Rewards: TRL's own numbers, several answers, where a reward is read, from file to a model that others load."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

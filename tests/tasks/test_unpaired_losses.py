@@ -1,7 +1,5 @@
 """KTO: TRL's own numbers, its reference point over the whole step, partners, weights, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 from pathlib import Path

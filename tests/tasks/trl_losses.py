@@ -3,8 +3,6 @@
 python tests/tasks/trl_losses.py > tests/tasks/trl_losses.json
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """Every test has places of its own, and no login."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Logs of runs for trackers, without training: the events that a run writes, with random values."""
 
-from __future__ import annotations
-
 import random
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What each tracker's own store holds of a run, read by its own library."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The commands: refusals come before anything is loaded, and the key `track` is not part of what a run is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

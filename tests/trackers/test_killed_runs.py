@@ -1,7 +1,5 @@
 """Training itself, killed three times, with every installed tracker at once."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

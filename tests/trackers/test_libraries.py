@@ -1,8 +1,6 @@
 """Every tracker with its real library, without the network: values are those of events.jsonl to the last digit, after
 three kills and resumes too, and each is there once. Skipped where a library is not installed."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,8 +1,6 @@
 """What each tracker's library is called with; small stand-ins take the place of the libraries, so that every run of the
 tests checks it. test_libraries.py has the same with the real ones."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sending: in batches, again after errors, nothing twice; with a tracker in memory, without any library."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Events as trackers take them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from trackers.logs import draw, ending, evaluation, event, new_run, opening, trained

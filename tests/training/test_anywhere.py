@@ -1,7 +1,5 @@
 """Runs work whatever the current folder, and say where their model and data were when these are gone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

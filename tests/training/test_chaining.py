@@ -1,7 +1,5 @@
 """A run starts from the result of another: adapt to a domain, then tune for a task."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,14 +1,11 @@
 """A run with weights of classes: whoever measures its result again finds the loss that its report has."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tiny_tasks import task_recipe
-from tunesmith.evaluation import report
 from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.folder import Run
@@ -21,9 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     recipe = task_recipe(folder, "classify", "encoder", rows=25, train={"class_weights": "balanced", "max_steps": 2})
     path = Path(recipe.data.train[0].path)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[5:]).replace("fruit", "place", 6))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_write_pages", lambda *arguments: None)
-        return train(recipe, root=folder / "runs", offline=True)
+    return train(recipe, root=folder / "runs", offline=True)
 
 
 # trap: M3
@@ -45,8 +40,6 @@ def test_eval_finds_the_weighted_loss_of_the_report(run: Run) -> None:
 
 
 def test_the_recipe_of_a_weighted_run_repeats_it(run: Run, tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_write_pages", lambda *arguments: None)
-        again = train(run.recipe(), root=tmp_path, offline=True)
+    again = train(run.recipe(), root=tmp_path, offline=True)
     losses = [[event.values["loss"] for event in one.events() if event.kind == "step"] for one in (run, again)]
     assert losses[0] == losses[1]

@@ -1,7 +1,5 @@
 """A log of events that a disk lost or changed is put right from the newest checkpoint, and that is said."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

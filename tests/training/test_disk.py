@@ -1,7 +1,5 @@
 """A run that its disk has no room for is refused before its first step."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple

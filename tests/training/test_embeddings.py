@@ -1,7 +1,5 @@
 """Runs of task embed: rows by line, prompts, folders of sentence-transformers, serving, several processes."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every task on every kind of model that can learn it, from a file to a report, and what must hold for all of them."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

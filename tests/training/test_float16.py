@@ -1,7 +1,5 @@
 """float16 on a card of capability 7: the loss is scaled, and the scale gives way where gradients overflow."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from pathlib import Path

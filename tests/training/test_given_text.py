@@ -1,7 +1,5 @@
 """Reports and evaluations show rows as their file has them, whatever tokens make of the text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tiny_tasks import rows_of, task_recipe, write
-from tunesmith.evaluation import report
 from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.runs.folder import Run
@@ -22,11 +19,6 @@ SAID = "I've been PRESCRIBED the   big red plum, it's fine."
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_write_pages", lambda *arguments: None)
 
 
 def classifier(tmp_path: Path, listener: Listener | None = None) -> Run:

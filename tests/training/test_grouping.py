@@ -1,7 +1,5 @@
 """`train.group_by_length` in a run: told, the same targets and losses in an epoch, and resumed in the same order."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

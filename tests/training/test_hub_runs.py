@@ -1,7 +1,5 @@
 """Runs whose model and data come from the hub, over HTTP against a stand-in: pinned, resumed, repeated, refused."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The loop: equal to forty plain lines, stops before a bad update, and nothing between steps can disturb it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A run on two sources: its shares, each source's own loss in events and report, and an exact resume."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
 from tunesmith.training.trainer import resume, train
+
+pytestmark = pytest.mark.pages
 
 
 def recipe(folder: Path) -> Recipe:

@@ -1,7 +1,5 @@
 """A run whose recipe adds tokens: encoded as one, trained, saved, and answered with from base and adapter alone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Memory that ends in a step: smaller passes with the same update, or a saved run and the way on."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

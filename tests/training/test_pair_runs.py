@@ -1,7 +1,5 @@
 """Runs of encoder–decoders of T5's kind: sources and targets are padded, each on its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whole runs of peft's methods: the same loop, folder, resume, chat and export as every other method."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

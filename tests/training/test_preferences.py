@@ -1,7 +1,5 @@
 """Preferences from file to result: first loss, reference, memory settings, resuming, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -17,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tunesmith
-from parallel.test_agent import TUNESMITH, begin, end, ranks_of, train_words, wait_for_step
+from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import join, lines_of
@@ -567,7 +565,7 @@ def test_two_processes_take_the_same_steps_killed_and_resumed(tmp_path, rows):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
     started = begin(*TUNESMITH, *train_words(tmp_path, killed, "--set", "devices=2"))
     wait_for_step(killed, 25)
-    os.kill(ranks_of(killed)[1], signal.SIGKILL)
+    os.kill(second_rank(started.pid), signal.SIGKILL)
     assert end(started, 60)[0] == 1
     assert end(begin(*TUNESMITH, "resume", killed, "--quiet"), 200) == (0, "")
     assert values_of(Run(killed).events()) == values_of(Run(straight).events())

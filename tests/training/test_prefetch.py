@@ -1,7 +1,5 @@
 """Batches made ahead for a CUDA device are the batches that are needed, in their order."""
 
-from __future__ import annotations
-
 import threading
 from types import SimpleNamespace
 from typing import Any

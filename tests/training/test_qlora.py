@@ -1,7 +1,5 @@
 """A run on a quantised base: stopped and resumed, answered from, exported."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs of task rank: losses by hand, rows by line, lists measured beside BM25, scores served and read elsewhere."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

@@ -1,7 +1,5 @@
 """A run that was stopped or killed anywhere ends exactly as one that never was."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -220,7 +218,8 @@ resume(made[0]) if (made := runs(root)) else train(load(recipe), root=root)
 
 def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     """SIGKILL at random moments, over as many runs as it takes; TUNESMITH_KILLS=2000 for a long one."""
-    recipe = tiny_recipe(tmp_path, dropout=0.1, checkpoint={"every": 2}, evaluation={"every": 3})
+    sections = {"train": {"epochs": 1}, "checkpoint": {"every": 2}, "evaluation": {"every": 3}}
+    recipe = tiny_recipe(tmp_path, dropout=0.1, **sections)
     recipe_path = tmp_path / "recipe.yaml"
     recipe_path.write_text(as_yaml(recipe, comments=False))
     straight = train(recipe, root=tmp_path / "straight")

@@ -1,7 +1,5 @@
 """`tunesmith selftest` on models of every kind and on runs of every task."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

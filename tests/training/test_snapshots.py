@@ -1,7 +1,5 @@
 """Results at the ends of epochs, and evaluations there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Real rows through every task, method and layout on a two-layer model, from file to report."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run names the libraries that its numbers depend on, and of those that not every run needs the ones it uses."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 
 import pytest

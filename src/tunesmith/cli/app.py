@@ -64,7 +64,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError, typer.BadParameter):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if _is_usage(error):
+            if any(kind.__name__ == "ClickException" for kind in type(error).__mro__):  # typer reports it, with usage
                 raise
             if was_interrupted() and not isinstance(error, TunesmithError):
                 raise typer.Exit(errors.report(KeyboardInterrupt())) from None
@@ -99,11 +99,6 @@ def _suggest(error: Any, flags: set[str]) -> None:
     own = f"{option} ({key})" if key else option
     error.message += f", did you mean {own if option in flags else f'--set {key}=...'}?"
     error.possibilities = None
-
-
-def _is_usage(error: BaseException) -> bool:
-    """Whether the command line is wrong: typer reports it itself, with the usage of the command."""
-    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
 
 
 HELP = {"help_option_names": ["-h", "--help"]}

@@ -21,7 +21,7 @@ def is_rows(given: Any) -> bool:
     """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings other than {"path", "weight"}."""
     if isinstance(given, (str, bytes, Mapping)):
         return False
-    if _is_table(given):
+    if hasattr(given, "iloc") or hasattr(given, "column_names"):
         return True
     if not isinstance(given, (list, tuple)) or not given:
         return False
@@ -46,10 +46,6 @@ def write_rows(rows: Any, folder: Path) -> Path:
     if not path.exists() or path.read_bytes() != lines:
         write_atomic(path, lines)
     return path
-
-
-def _is_table(given: Any) -> bool:
-    return (hasattr(given, "columns") and hasattr(given, "iloc")) or hasattr(given, "column_names")
 
 
 def _records(rows: Any) -> Iterable[Mapping[str, Any]]:

@@ -57,7 +57,7 @@ from tunesmith.evaluation.scores import answer_scores, score, score_answers
 from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
-from tunesmith.models.fused_loss import OutputLayer, find_output_layer
+from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.phrases import plural
 from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
@@ -122,12 +122,6 @@ def load_training_rows(run: Run) -> TrainingRows | None:
     data = recipe.data.model_copy(update={"train": own})
     train, *_ = split(data, store, held_store, resolved(recipe.task))
     return TrainingRows(store, train)
-
-
-def _output_layer(loaded: LoadedModel) -> OutputLayer | None:
-    """The model's output layer if its run computed losses in pieces, so that they are measured so again."""
-    fuses = loaded.recipe.kernels == "fast" and METHODS[loaded.recipe.method.name].fused_loss
-    return find_output_layer(loaded.model) if fuses else None
 
 
 def evaluate_file(
@@ -247,9 +241,11 @@ def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, int], None]) -> Predictions:
+    in_pieces = loaded.recipe.kernels == "fast" and METHODS[loaded.recipe.method.name].fused_loss  # as in the run
+    output = find_output_layer(loaded.model) if in_pieces else None
     found = predict_rows(
         loaded.model,
-        bind(loaded.renderer.task_name, loaded.labels, output=_output_layer(loaded), recipe=loaded.recipe),
+        bind(loaded.renderer.task_name, loaded.labels, output=output, recipe=loaded.recipe),
         _feed(loaded, store),
         list(range(len(store))),
         tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),

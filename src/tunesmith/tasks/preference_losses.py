@@ -60,26 +60,6 @@ def _log_odds(pairs: Pairs) -> Tensor:
     return mean_B2 - torch.where(near_one, close, far)
 
 
-def _reward_difference(pairs: Pairs) -> Tensor:
-    return difference(pairs.r_B2)
-
-
-def _mean_reward_difference(pairs: Pairs) -> Tensor:
-    return difference(pairs.r_B2 / pairs.n_B2)
-
-
-def _mean_difference(pairs: Pairs) -> Tensor:
-    return difference(pairs.s_B2 / pairs.n_B2)
-
-
-def _plain_difference(pairs: Pairs) -> Tensor:
-    return difference(pairs.s_B2)
-
-
-def _odds_difference(pairs: Pairs) -> Tensor:
-    return difference(_log_odds(pairs))
-
-
 def _dpo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
     """Rafailov et al. 2023, arXiv 2305.18290, eq. 7; smoothed as in Mitchell 2023, "A note on DPO with noisy
     preferences"."""
@@ -129,25 +109,25 @@ def _log_sigmoid(logit_B: Tensor) -> Tensor:
 
 
 OBJECTIVES: dict[str, tuple[Callable[[Pairs], Tensor], Callable[[Pairs, Tensor, Prefer], Tensor]]] = {
-    "dpo": (_reward_difference, _dpo),
-    "robust": (_reward_difference, _robust),
-    "hinge": (_reward_difference, _hinge),
-    "ipo": (_mean_reward_difference, _ipo),
-    "dpo_norm": (_mean_reward_difference, _log_likelihood),
-    "apo_zero": (_reward_difference, _apo_zero),
-    "simpo": (_mean_difference, _log_likelihood),
-    "cpo": (_plain_difference, _log_likelihood),
-    "orpo": (_odds_difference, _orpo),
+    "dpo": (lambda pairs: pairs.r_B2, _dpo),
+    "robust": (lambda pairs: pairs.r_B2, _robust),
+    "hinge": (lambda pairs: pairs.r_B2, _hinge),
+    "ipo": (lambda pairs: pairs.r_B2 / pairs.n_B2, _ipo),
+    "dpo_norm": (lambda pairs: pairs.r_B2 / pairs.n_B2, _log_likelihood),
+    "apo_zero": (lambda pairs: pairs.r_B2, _apo_zero),
+    "simpo": (lambda pairs: pairs.s_B2 / pairs.n_B2, _log_likelihood),
+    "cpo": (lambda pairs: pairs.s_B2, _log_likelihood),
+    "orpo": (_log_odds, _orpo),
 }
-"""By the values of `prefer.loss`: the difference that the loss compares, and the loss of each pair by β times that
-difference minus the margin."""
+"""By the values of `prefer.loss`: [B, 2] what the loss compares, and the loss of each pair by β times the difference of
+both minus the margin."""
 
 
 def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     """[B] the loss of each pair, and [B] β times the difference that it compares."""
     options = options.filled()
     compared, objective = OBJECTIVES[options.loss]
-    scaled_B = required(options.beta) * compared(pairs)
+    scaled_B = required(options.beta) * difference(compared(pairs))
     logit_B = scaled_B - required(options.margin) - pairs.margin_B - options.length * difference(pairs.n_B2)
     losses_B = objective(pairs, logit_B, options)
     if options.nll:
