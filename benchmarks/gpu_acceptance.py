@@ -66,7 +66,7 @@ def plan(bench: Bench) -> dict[str, Any]:
     """A forecast is made on the card, rows are packed, and nothing of the plan fails."""
     setup = bench.setup(bench.family("llama"), bench.chats("plan", mixed_lengths(64)))
     require(setup.forecast is not None, "no forecast: " + "; ".join(setup.notes))
-    require(setup.plan.layout == "packed", "rows are padded: " + "; ".join(setup.notes))
+    require(setup.sampler.layout == "packed", "rows are padded: " + "; ".join(setup.notes))
     assert setup.forecast is not None
     return {"predicted GiB": setup.forecast.memory.total / 2**30, "notes": setup.notes}
 
@@ -135,7 +135,7 @@ def losses(bench: Bench) -> dict[str, Any]:
 
         def run(device: str, precision: str, arch: str = arch, method: dict[str, Any] = method) -> list[float]:
             made = bench.setup(bench.family(arch), rows, device=device, precision=precision, threads=2, **method)
-            require(made.plan.layout == "packed", f"{arch} on {device} is padded: {made.notes}")
+            require(made.sampler.layout == "packed", f"{arch} on {device} is padded: {made.notes}")
             return [step["loss"] for step in steps_of(made, 6)]
 
         right = run("cpu", "float32")

@@ -150,9 +150,9 @@ def encoder(bench: Bench) -> dict[str, Any]:
     for layout in ("packed", "padded"):
         setup = bench.setup(model, rows, precision="bfloat16", method={"name": "full"}, train=train)
         if layout == "padded":
-            setup.plan = replace(setup.plan, layout="padded", ids_of=None)
+            setup.sampler = replace(setup.sampler, layout="padded", ids_of=None)
             setup.collator = replace(setup.collator, layout="padded", shares=False, pads=False)
-        require(setup.plan.layout == layout, f"{setup.notes}")
+        require(setup.sampler.layout == layout, f"{setup.notes}")
         found[layout] = measured(bench, setup, num=4)
     is_slower = found["packed"]["tokens/s"] < 0.9 * found["padded"]["tokens/s"]
     require(not (bench.is_cuda and is_slower), f"{found}")

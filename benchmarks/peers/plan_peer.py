@@ -95,7 +95,7 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     setup = prepare(recipe, root=root)
     assert setup.forecast is not None, setup.notes
     assert setup.forecast.duration is not None
-    plan = setup.plan
+    plan = setup.sampler
     events = list(training_steps(setup))
     for collator, rows in (
         (setup.held_collator, setup.rows.held_rows),
@@ -121,7 +121,7 @@ def probed(recipe: Any, root: Path) -> dict[str, Any]:
     resolved = resolve_run(recipe, root=root)
     found = probe(resolved.recipe, root=root, offline=True, on_progress=lambda what, done, total: None)
     assert resolved.forecast is not None, resolved.notes
-    plan = resolved.forecast.plan
+    plan = resolved.forecast.sampler
     duration = found.duration(resolved.forecast, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
     assert duration is not None, found.ended
     return {"probe_bytes": found.peak, "probe_seconds": duration.step}

@@ -42,7 +42,7 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     folder = Path(job["folder"])
     setup = prepare(recipe_of(job), root=folder / "start-runs", offline=True)
     setup.save_result(folder / "start")
-    steps = [[i for rows in setup.plan.step(step) for i in rows] for step in range(1, job["steps"] + 1)]
+    steps = [[i for rows in setup.sampler.step(step) for i in rows] for step in range(1, job["steps"] + 1)]
     pairs = [_pair(lines_of(setup.store.row(i))) for rows in steps for i in rows]
     held = [_pair(lines_of(setup.rows.held_store.row(i))) for i in range(len(setup.rows.held_store))]
     held = held[: job["held_out"]]

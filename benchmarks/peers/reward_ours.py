@@ -32,7 +32,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     })  # fmt: skip
     setup = prepare(recipe, root=folder / "runs", offline=True)
     setup.save_result(folder / "start")
-    steps = [[i for rows in setup.plan.step(step) for i in rows] for step in range(1, job["steps"] + 1)]
+    steps = [[i for rows in setup.sampler.step(step) for i in rows] for step in range(1, job["steps"] + 1)]
     pairs = [_pair(lines_of(setup.store.row(i))) for rows in steps for i in rows]
     held_store = setup.rows.held_store
     hashes = {f"{int(held_store.hashes[i]):016x}": _pair(lines_of(held_store.row(i))) for i in range(len(held_store))}

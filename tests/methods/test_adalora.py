@@ -79,7 +79,7 @@ def pefts_own_loop(setup: Setup) -> list[float]:
     losses = []
     for step in range(1, setup.total_steps + 1):
         setup.model.train()
-        rows = [row for members in setup.plan.step(step) for row in members]
+        rows = [row for members in setup.sampler.step(step) for row in members]
         num_targets = sum(float(setup.rows.store.denominators[row]) for row in rows)
         loss = setup.task.loss_sum(setup.model, setup.collator.batch(rows, draw=step)) / num_targets
         losses.append(float(loss.detach()))

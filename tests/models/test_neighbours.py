@@ -153,7 +153,7 @@ def passes_of(folder: Path, num_words: int) -> list[list[int]]:
         folder, model=folder_of(folder / "phi"), train={"tokens_per_pass": 512}, data={"train": [str(file)]}
     )
     setup = prepare(recipe, root=folder / "runs")
-    steps = [rows for step in range(setup.plan.steps_per_epoch) for rows in setup.plan.step(step + 1)]
+    steps = [rows for step in range(setup.sampler.steps_per_epoch) for rows in setup.sampler.step(step + 1)]
     return [[int(setup.rows.store.lengths[i]) for i in rows] for rows in steps]
 
 

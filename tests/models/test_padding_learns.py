@@ -61,7 +61,7 @@ def assert_gradients_are_those_of_transformers(kind: str, folder: Path, *, pads_
     setup = setup_of(kind, folder, pads_with=pads_with)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder / kind, num_labels=2).train()
     theirs.load_state_dict(setup.model.state_dict())
-    [members] = setup.plan.step(1)
+    [members] = setup.sampler.step(1)
     rows = [setup.rows.store.row(i) for i in members]
     longest = max(len(row.ids) for row in rows)
     ids_BT = torch.full((len(rows), longest), pad)

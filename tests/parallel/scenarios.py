@@ -236,7 +236,7 @@ def not_finite(folder: Path) -> Any:
     with together_as(recipe_of(folder), folder) as made:
         right, before = made.task.loss_sum, digest(made)
         made.task = replace(made.task, loss_sum=lambda m, b: right(m, b) * (float("nan") if made.world.rank else 1.0))
-        mine = [str(made.store.source(i)) for rows in made.plan.step(1) for i in rows]
+        mine = [str(made.store.source(i)) for rows in made.sampler.step(1) for i in rows]
         try:
             list(training_steps(made))
         except Exception as error:

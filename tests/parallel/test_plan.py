@@ -44,10 +44,10 @@ def test_each_device_computes_its_part_of_every_step(folder: Path) -> None:
     assert found.recipe.devices == 4
     assert one.duration is not None
     assert four.duration is not None
-    assert one.plan.steps_per_epoch == four.plan.steps_per_epoch
+    assert one.sampler.steps_per_epoch == four.sampler.steps_per_epoch
     assert four.duration.step < one.duration.step
     assert 0.5 < four.balance <= 1
-    assert four.balance == mean_balance(four.plan)
+    assert four.balance == mean_balance(four.sampler)
     assert one.balance == 1
     assert one.sum_seconds == 0 < four.sum_seconds
     assert four.values()["group"] == {"devices": 4, "balance": four.balance, "sum_seconds": four.sum_seconds}
@@ -58,13 +58,13 @@ def test_each_device_computes_its_part_of_every_step(folder: Path) -> None:
 def test_the_heaviest_pass_of_any_device_counts(folder: Path) -> None:
     found, forecast = planned(folder, 4)
     store = found.rows.store
-    tokens = max(heavy.load.tokens for heavy in heaviest(forecast.plan, 3, store))
+    tokens = max(heavy.load.tokens for heavy in heaviest(forecast.sampler, 3, store))
     passes = [rows for step in (1, 2, 3) for rank in range(4) for rows in _of(forecast, rank, step)]
     assert tokens == max(int(store.lengths[list(rows)].sum()) for rows in passes)
 
 
 def _of(forecast: Forecast, rank: int, step: int) -> list[tuple[int, ...]]:
-    return replace(forecast.plan, part=(rank, 4)).step(step)
+    return replace(forecast.sampler, part=(rank, 4)).step(step)
 
 
 def test_few_rows_are_said_with_what_would_fill_the_devices(folder: Path) -> None:

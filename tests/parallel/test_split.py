@@ -71,7 +71,7 @@ def passes_of(plan: StepSampler, step: int, size: int = 2) -> list[int]:
 def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
     """Another number of passes ends the processes: gloo calls std::terminate for collectives that do not match."""
     assert sum(rank["idle"] for rank in both(found, "lora")) > 0
-    plan = prepare(whole_recipe_of(folder), root=folder / "alone").plan
+    plan = prepare(whole_recipe_of(folder), root=folder / "alone").sampler
     for size in (2, 3, 4):
         assert all(len(set(passes_of(replace(plan, is_even=True), step, size))) == 1 for step in range(1, 19))
     assert any(len(set(passes_of(plan, step))) > 1 for step in range(1, 19))  # the test sees it

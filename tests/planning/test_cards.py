@@ -40,7 +40,7 @@ def planned(recipe: Recipe, folder: Path, device: Device = CARD) -> ResolvedRun:
     found = resolve_run(recipe, root=folder, device=device)
     assert found.forecast is not None, found.notes
     assert found.forecast.phases[0].runtime == devices.CUDA_CONTEXT
-    assert found.forecast.heavy.load.tokens == sum(found.forecast.plan.lengths_of(found.forecast.heavy.rows))
+    assert found.forecast.heavy.load.tokens == sum(found.forecast.sampler.lengths_of(found.forecast.heavy.rows))
     return found
 
 
@@ -50,14 +50,14 @@ def test_a_plan_for_a_card_takes_nothing_of_a_processor(tmp_path, monkeypatch, a
     without_a_processor(monkeypatch)
     recipe = tiny_recipe(tmp_path, arch=arch, **AUTO).model_dump() | {"method": {"name": method}}
     found = planned(Recipe.model_validate(recipe), tmp_path)
-    assert found.forecast.plan.layout == "packed"
+    assert found.forecast.sampler.layout == "packed"
     assert found.recipe.train.tokens_per_pass == 8192  # tiny layers take no time to hide
 
 
 def test_so_does_one_of_an_encoder(tmp_path, monkeypatch):
     without_a_processor(monkeypatch)
     found = planned(task_recipe(tmp_path, "classify", "encoder", precision="bfloat16"), tmp_path)
-    assert found.forecast.plan.layout == "packed"
+    assert found.forecast.sampler.layout == "packed"
 
 
 def test_the_test_sees_a_plan_that_does(tmp_path, monkeypatch):

@@ -179,7 +179,7 @@ def test_a_plan_fills_micro_batches_up_where_its_device_does(tmp_path, device, a
     recipe = tiny_recipe(tmp_path, device="cpu", precision="bfloat16")
     found = resolve_run(recipe, root=tmp_path, device=device)
     heavy = found.forecast.heavy
-    assert (heavy.load.tokens != found.forecast.plan.computed(heavy.rows)) is are_filled
+    assert (heavy.load.tokens != found.forecast.sampler.computed(heavy.rows)) is are_filled
 
 
 def test_cards_are_named_or_known_by_their_memory_alone():
@@ -198,7 +198,7 @@ def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
 @pytest.mark.parametrize("rows_per_step", [3, 18])
 def test_the_heaviest_pass_is_one_that_will_occur(tmp_path, rows_per_step):
     setup = prepare(tiny_recipe(tmp_path, train={"rows_per_step": rows_per_step}), root=tmp_path)
-    plan, store = setup.plan, setup.rows.store
+    plan, store = setup.sampler, setup.rows.store
     passes = [rows for step in range(1, setup.total_steps + 1) for rows in plan.step(step)]
     found = heaviest(plan, setup.total_steps, store)
     assert {heavy.rows for heavy in found} <= set(passes)

@@ -39,7 +39,7 @@ def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
 def test_the_tokens_that_a_plan_names_are_those_of_the_rows(tmp_path):
     """Not the padding that a processor computes in bfloat16."""
     forecast = resolve_run(tiny_recipe(tmp_path, precision="bfloat16"), root=tmp_path).forecast
-    tokens = sum(forecast.plan.lengths_of(forecast.heavy.rows))
+    tokens = sum(forecast.sampler.lengths_of(forecast.heavy.rows))
     assert forecast.values()["pass"]["tokens"] == tokens < forecast.heavy.load.tokens
 
 

@@ -145,7 +145,7 @@ def setup_of(folder: Path, name: str, *, tokens: int, dropout: float = 0.0, **se
 def gradients(setup: Setup) -> tuple[int, float, torch.Tensor]:
     """Micro-batches of step 1, its loss, and its gradient as one vector."""
     setup.model.train()
-    done = compute_gradients(setup, setup.plan, 1)
+    done = compute_gradients(setup, setup.sampler, 1)
     grads = [tensor.grad.flatten() for tensor in setup.attachment.trained.values() if tensor.grad is not None]
     return len(done.own.micro_batches), sum(done.own.losses) / done.num_targets, torch.cat(grads)
 
@@ -234,13 +234,13 @@ def assert_the_gradient_is_that_of_one_graph(folder: Path, method: Any) -> None:
     real = torch.manual_seed
     try:
         torch.manual_seed = lambda seed: (seeds.append(seed), real(seed))[1]
-        compute_gradients(setup, setup.plan, 1)
+        compute_gradients(setup, setup.sampler, 1)
     finally:
         torch.manual_seed = real
     setup.optimizer.zero_grad()
     torch.manual_seed(seeds[0])
     options = setup.recipe.embed
-    batches = [setup.collator.batch(rows, draw=1) for rows in setup.plan.step(1)]
+    batches = [setup.collator.batch(rows, draw=1) for rows in setup.sampler.step(1)]
     parts = [embedding_losses.texts_of(batch, embedding_losses.embed(setup.model, batch, options)) for batch in batches]
     losses = text_losses(embedding_losses._joined(parts, 0), options)
     (losses.sum() / len(losses)).backward()
@@ -275,7 +275,7 @@ def bfloat16_setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def assert_vectors_have_length_one(setup: Setup) -> None:  # trap: P26
-    batch = setup.collator.batch(setup.plan.step(1)[0], draw=1)
+    batch = setup.collator.batch(setup.sampler.step(1)[0], draw=1)
     with torch.no_grad():
         vectors = embedding_losses.embed(setup.model, batch, setup.recipe.embed)
     assert vectors.dtype == torch.float32

@@ -54,7 +54,7 @@ def own_losses(setup: Setup, task: str, kind: str, *, fresh: dict[str, torch.Ten
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     losses = []
     for step in range(1, STEPS + 1):
-        rows = [i for members in setup.plan.step(step) for i in members]
+        rows = [i for members in setup.sampler.step(step) for i in members]
         loss = model(**own_batch(setup, rows, task, kind)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,7 +98,7 @@ def test_losses_of_preferences_are_those_of_a_second_model_in_memory(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     losses = []
     for step in range(1, STEPS + 1):
-        rows = setup.plan.rows(step)
+        rows = setup.sampler.rows(step)
         with torch.no_grad():
             before = own_logps(reference, setup, rows)
         moved = own_logps(model, setup, rows) - before

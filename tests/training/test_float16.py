@@ -89,7 +89,7 @@ def test_a_loss_that_is_no_number_is_not_tried_again(tmp_path):
     )
     with pytest.raises(NonFiniteError, match="the update was not made"):
         steps(setup)
-    assert len(made) == len(setup.plan.step(1))
+    assert len(made) == len(setup.sampler.step(1))
 
 
 def test_gradients_that_overflow_without_a_scale_end_the_run(tmp_path, monkeypatch):

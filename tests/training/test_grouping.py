@@ -28,12 +28,12 @@ def recipe_of(folder, **settings):
 @pytest.mark.parametrize("arch", ["llama", "bloom"])
 def test_by_itself_a_step_is_a_random_sample_also_where_rows_are_padded(tmp_path, arch):
     setup = prepare(tiny_recipe(tmp_path, arch=arch), root=tmp_path)
-    assert not setup.plan.groups_by_length
+    assert not setup.sampler.groups_by_length
     assert setup.recipe.train.group_by_length is False
 
 
 def test_what_a_person_says_holds(tmp_path):
-    assert prepare(recipe_of(tmp_path), root=tmp_path).plan.groups_by_length
+    assert prepare(recipe_of(tmp_path), root=tmp_path).sampler.groups_by_length
 
 
 def test_padding_is_told_before_and_is_what_the_steps_compute(tmp_path):
@@ -52,7 +52,7 @@ def test_padding_is_told_before_and_is_what_the_steps_compute(tmp_path):
 
 def epoch_losses(setup: Setup) -> tuple[float, float]:
     """(loss, targets) of an epoch of the untouched model."""
-    passes = [rows for step in range(1, setup.plan.steps_per_epoch + 1) for rows in setup.plan.step(step)]
+    passes = [rows for step in range(1, setup.sampler.steps_per_epoch + 1) for rows in setup.sampler.step(step)]
     with torch.no_grad():
         losses = [setup.task.loss_sum(setup.model, setup.collator.batch(rows, draw=1)) for rows in passes]
     return float(sum(losses)), float(sum(setup.rows.store.denominators[i] for rows in passes for i in rows))

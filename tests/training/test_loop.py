@@ -46,7 +46,7 @@ def flat_losses(setup: Setup, folder: Path, total: int) -> list[float]:
     parameters = flat.adapt(model, lambda name, n: first[f"{name}.lora_A.weight"])
     by_line = {int(setup.rows.store.lines[i]) - 1: i for i in range(len(setup.rows.store))}
     line_of = {i: line for line, i in by_line.items()}
-    order = [[line_of[i] for rows in setup.plan.step(k) for i in rows] for k in range(1, total + 1)]
+    order = [[line_of[i] for rows in setup.sampler.step(k) for i in rows] for k in range(1, total + 1)]
     return list(flat.train(model, parameters, rows, lambda step: order[step - 1], total))
 
 
@@ -80,13 +80,13 @@ def test_flat_loop_test_catches_a_rate_that_is_one_step_late(twenty_steps, tmp_p
 
 def test_flat_loop_test_catches_a_mean_of_means(twenty_steps, tmp_path, monkeypatch):  # trap: L1 planted
     theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
-    plan = replace(twenty_steps.plan, tokens_per_pass=40)
+    plan = replace(twenty_steps.sampler, tokens_per_pass=40)
     mean = replace(
         twenty_steps.task,
         loss_sum=lambda model, batch: twenty_steps.task.loss_sum(model, batch) / batch.num_targets * 20,
     )
     with pytest.raises(AssertionError):
-        losses_agree([e.values["loss"] for e in training_steps(replace(twenty_steps, plan=plan, task=mean))], theirs)
+        losses_agree([e.values["loss"] for e in training_steps(replace(twenty_steps, sampler=plan, task=mean))], theirs)
 
 
 def every_step_is_divided_by_its_own_targets(setup: Setup, loss_sum) -> None:
@@ -94,7 +94,7 @@ def every_step_is_divided_by_its_own_targets(setup: Setup, loss_sum) -> None:
     store, task = setup.rows.store, setup.task
     expected = []
     for step in range(1, setup.total_steps + 1):  # a rate of almost zero: the weights stay where they are
-        rows = [i for members in setup.plan.step(step) for i in members]
+        rows = [i for members in setup.sampler.step(step) for i in members]
         batch = build_batch([store.row(i) for i in rows], rows, layout="packed", device="cpu")
         expected.append(float(task.loss_sum(setup.model, batch).detach()) / int(store.targets[rows].sum()))
     found = [e.values["loss"] for e in training_steps(replace(setup, task=replace(task, loss_sum=loss_sum)))]
@@ -118,7 +118,7 @@ def test_partial_step_test_catches_the_divisor_of_a_full_step(tmp_path):  # trap
     setup = partial(tmp_path)
 
     def as_if_full(model, batch):
-        return setup.task.loss_sum(model, batch) * len(batch.lengths) / setup.plan.rows_per_step
+        return setup.task.loss_sum(model, batch) * len(batch.lengths) / setup.sampler.rows_per_step
 
     with pytest.raises(AssertionError):
         every_step_is_divided_by_its_own_targets(setup, as_if_full)

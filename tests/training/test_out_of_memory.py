@@ -154,7 +154,7 @@ def test_a_row_longer_than_a_pass_may_be_does_not_make_the_others_longer(tmp_pat
         row["messages"][-1]["content"] += " word" * (40 if len(row["messages"][-1]["content"]) % 2 else 0)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     setup = bounded(prepare(recipe, root=tmp_path), 61, MemoryError())
-    assert max(setup.plan.lengths_I) > 125
+    assert max(setup.sampler.lengths_I) > 125
     with pytest.raises(OutOfMemoryError):
         next(iter(training_steps(setup)))
 

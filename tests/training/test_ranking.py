@@ -100,7 +100,7 @@ def test_one_micro_batch_is_as_many(tmp_path, loss):
         sections = {"train": {"rows_per_step": 12, "tokens_per_pass": tokens}, "ranking": {"loss": loss}}
         setup = prepare(task_recipe(tmp_path / name, "rank", "encoder", dropout=0.0, **sections), root=tmp_path)
         setup.model.train()
-        done = compute_gradients(setup, setup.plan, 1)
+        done = compute_gradients(setup, setup.sampler, 1)
         grads = [one.grad.flatten() for one in setup.attachment.trained.values() if one.grad is not None]
         found.append((len(done.own.micro_batches), sum(done.own.losses), torch.cat(grads)))
     (one, loss, gradient), (many, loss_of_many, of_many) = found

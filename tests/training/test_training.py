@@ -75,7 +75,7 @@ def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch
 
 def test_a_model_that_cannot_be_packed_is_padded_and_it_is_said(tmp_path):
     setup = prepare(recipe_of(tmp_path, arch="bloom"), root=tmp_path)
-    assert setup.plan.layout == "padded"
+    assert setup.sampler.layout == "padded"
     assert any("padded" in note for note in setup.notes)
 
 
@@ -208,7 +208,7 @@ def test_pairs_of_messages_are_chats_and_pairs_of_text_are_not(tmp_path):
 def test_a_weight_that_rounds_to_no_row_still_takes_one(tmp_path):
     rows = [json.loads(line) for line in chats(tmp_path / "few.jsonl", 4).read_text().splitlines()]
     setup = prepare(with_rows(tiny_recipe(tmp_path), tmp_path / "few.jsonl", rows, weight=0.1), root=tmp_path)
-    assert setup.plan.rows_per_epoch == 1
+    assert setup.sampler.rows_per_epoch == 1
     assert setup.total_steps >= 1
 
 

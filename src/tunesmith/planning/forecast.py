@@ -75,7 +75,7 @@ class Forecast:
     disk: Disk
     device: Device
     heavy: Heavy
-    plan: StepSampler
+    sampler: StepSampler
     num_layers: int
     recomputed: int
     trained_parameters: int
@@ -102,18 +102,18 @@ class Forecast:
             "pass": {
                 "step": heavy.step,
                 "rows": len(heavy.rows),
-                "tokens": sum(self.plan.lengths_of(heavy.rows)),
+                "tokens": sum(self.sampler.lengths_of(heavy.rows)),
                 "targets": heavy.load.targets,
             },
             "layers": {"all": self.num_layers, "recomputed": self.recomputed},
             "seconds": None if self.duration is None else self.duration.values(),
             "disk": {**asdict(self.disk), "total": self.disk.total},
-            **({"group": self._group()} if self.plan.part[1] > 1 else {}),
+            **({"group": self._group()} if self.sampler.part[1] > 1 else {}),
         }
 
     def _group(self) -> dict[str, Any]:
         split = {"split": self.split, "gather_seconds": self.gather_seconds} if self.split else {}
-        return {"devices": self.plan.part[1], "balance": self.balance, "sum_seconds": self.sum_seconds, **split}
+        return {"devices": self.sampler.part[1], "balance": self.balance, "sum_seconds": self.sum_seconds, **split}
 
 
 @dataclass
@@ -124,31 +124,31 @@ class Forecaster:
     kind: ModelKind
     head: HeadName
     rows: Splits
-    plan_of: Callable[[Recipe, Layout], StepSampler]
+    sampler_of: Callable[[Recipe, Layout], StepSampler]
     shares: Callable[[Recipe, nn.Module, StepSampler], bool]
-    """(recipe, model without weights, plan) → whether what rows begin with alike is computed once."""
+    """(recipe, model without weights, sampler) → whether what rows begin with alike is computed once."""
     device: Device
     base: int
     """Bytes that the process holds with its libraries and without a model."""
     general_tokens: int = 0
     """Tokens of the general text; 0 if it is not measured."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
-    _plans: dict[tuple[str, int], tuple[StepSampler, list[Heavy], Load, float]] = field(default_factory=dict)
+    _samplers: dict[tuple[str, int], tuple[StepSampler, list[Heavy], Load, float]] = field(default_factory=dict)
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Raises ModelError where no model can be made from its config alone, and what attaching the method raises."""
         key, sizes, model = self._sizes_of(recipe)
-        plan_key = (key, resolved(recipe.train.tokens_per_pass))
-        if plan_key not in self._plans:
-            self._plans[plan_key] = self._plan(recipe, sizes, model)
-        plan, candidates, look, balance = self._plans[plan_key]
+        sampler_key = (key, resolved(recipe.train.tokens_per_pass))
+        if sampler_key not in self._samplers:
+            self._samplers[sampler_key] = self._sampled(recipe, sizes, model)
+        sampler, candidates, look, balance = self._samplers[sampler_key]
         layers = recipe.train.checkpointed_layers
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
 
         def peaks(heavy: Heavy) -> list[Memory]:
             found = phases(sizes, heavy, look, recomputed=recomputed, device=self.device)
             base = self.base if self.device.kind == "cpu" else 0
-            if plan.part[1] > 1:
+            if sampler.part[1] > 1:
                 base += min(BUCKET, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
             return [replace(one, runtime=one.runtime + base) for one in found]
 
@@ -156,7 +156,7 @@ class Forecaster:
             return max(found, key=lambda memory: memory.total)
 
         heavy = max(candidates, key=lambda one: highest(peaks(one)).total)
-        steps = total_steps(recipe, plan.steps_per_epoch)
+        steps = total_steps(recipe, sampler.steps_per_epoch)
         disk = Disk(
             rows=self.rows.store.summary.arrow_bytes,
             checkpoints=kept_checkpoints(recipe, steps) * sizes.checkpoint,
@@ -166,19 +166,19 @@ class Forecaster:
             memory=highest(peaks(heavy)),
             phases=tuple(peaks(heavy)),
             duration=self._duration(
-                recipe, sizes, plan, recomputed=recomputed, result_bytes=disk.result, balance=balance
+                recipe, sizes, sampler, recomputed=recomputed, result_bytes=disk.result, balance=balance
             ),
             disk=disk,
             device=self.device,
             heavy=heavy,
-            plan=plan,
+            sampler=sampler,
             num_layers=sizes.recomputable,
             recomputed=recomputed,
             trained_parameters=sizes.trained_parameters,
             balance=balance,
-            sum_seconds=sum_seconds(sizes, plan, self.device),
+            sum_seconds=sum_seconds(sizes, sampler, self.device),
             split=sizes.gathered,
-            gather_seconds=gather_seconds(sizes, plan, self.device),
+            gather_seconds=gather_seconds(sizes, sampler, self.device),
         )
 
     def card_tokens(self, recipe: Recipe) -> int:
@@ -196,81 +196,81 @@ class Forecaster:
             )
         return key, *self._sizes[key]
 
-    def _plan(self, recipe: Recipe, sizes: Sizes, model: nn.Module) -> tuple[StepSampler, list[Heavy], Load, float]:
+    def _sampled(self, recipe: Recipe, sizes: Sizes, model: nn.Module) -> tuple[StepSampler, list[Heavy], Load, float]:
         """The steps, their heaviest micro-batches on any device, the heaviest one that is measured, and the balance."""
         first, *others = layouts_of(self.kind)
-        plan = self.plan_of(recipe, first if sizes.can_pack or not others else others[0])
-        if self.shares(recipe, model, plan):
-            plan = filled_by(plan, self.rows.store)
-        is_filled = pads_to_multiple(plan.layout, device=self.device.kind, precision=resolved(recipe.precision))
-        heavy = heaviest(plan, total_steps(recipe, plan.steps_per_epoch), self.rows.store, is_filled=is_filled)
-        return plan, heavy, self._look(recipe, plan), mean_balance(plan)
+        sampler = self.sampler_of(recipe, first if sizes.can_pack or not others else others[0])
+        if self.shares(recipe, model, sampler):
+            sampler = filled_by(sampler, self.rows.store)
+        is_filled = pads_to_multiple(sampler.layout, device=self.device.kind, precision=resolved(recipe.precision))
+        heavy = heaviest(sampler, total_steps(recipe, sampler.steps_per_epoch), self.rows.store, is_filled=is_filled)
+        return sampler, heavy, self._look(recipe, sampler), mean_balance(sampler)
 
-    def _look(self, recipe: Recipe, plan: StepSampler) -> Load:
+    def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
         """The micro-batch of the most targets among held-out rows and those that are measured at the end."""
         rows, found = self.rows, [Load(0, 0)]
         for store, rows_I in ((rows.held_store, rows.held_rows), (rows.store, seen_rows(recipe, rows))):
             if len(rows_I):
-                some = heaviest_looked(store, [int(i) for i in rows_I], plan)
+                some = heaviest_looked(store, [int(i) for i in rows_I], sampler)
                 found.append(Load(int(store.lengths[list(some)].sum()), int(targets_of(store)[list(some)].sum())))
         return max(found, key=lambda load: load.targets)
 
     def _duration(
-        self, recipe: Recipe, sizes: Sizes, plan: StepSampler, *, recomputed: int, result_bytes: int, balance: float
+        self, recipe: Recipe, sizes: Sizes, sampler: StepSampler, *, recomputed: int, result_bytes: int, balance: float
     ) -> Duration | None:
         if not self.device.products:
             return None
-        steps = total_steps(recipe, plan.steps_per_epoch)
-        size = plan.part[1]
-        store, weights_I = self.rows.store, plan.weights_I / plan.steps_per_epoch / (size * balance)
-        lengths_I = plan.lengths_I.astype(np.float64)
+        steps = total_steps(recipe, sampler.steps_per_epoch)
+        size = sampler.part[1]
+        store, weights_I = self.rows.store, sampler.weights_I / sampler.steps_per_epoch / (size * balance)
+        lengths_I = sampler.lengths_I.astype(np.float64)
         load = Load(
             tokens=round(float(lengths_I @ weights_I)),
-            targets=round(float(targets_of(store)[plan.rows_I] @ weights_I)),
+            targets=round(float(targets_of(store)[sampler.rows_I] @ weights_I)),
             squares=round(float(lengths_I**2 @ weights_I)),
         )
-        micro_batches = max(1.0, load.tokens / plan.tokens_per_pass)
+        micro_batches = max(1.0, load.tokens / sampler.tokens_per_pass)
         of_step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
         found = prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)
         found |= {kind: found[kind] / size for kind in DEALT}
-        of_step = max(of_step, gather_seconds(sizes, plan, self.device))
+        of_step = max(of_step, gather_seconds(sizes, sampler, self.device))
         looks = TASKS[resolved(recipe.task)].look is not None and micro_batches > 1
         looking = load.tokens * found["held_out"] if looks else 0.0
-        found["training"] = of_step + looking + sum_seconds(sizes, plan, self.device)
+        found["training"] = of_step + looking + sum_seconds(sizes, sampler, self.device)
         counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
         return Duration({kind: Work(count, found[kind]) for kind, count in counted.items()})
 
 
-def mean_balance(plan: StepSampler) -> float:
+def mean_balance(sampler: StepSampler) -> float:
     """Mean load of a device as a share of the largest, over the first steps."""
-    loads = [plan.loads(step) for step in range(1, min(BALANCE_STEPS, plan.steps_per_epoch) + 1)]
-    return sum(map(sum, loads)) / sum(max(one) * len(one) for one in loads) if plan.part[1] > 1 else 1.0
+    loads = [sampler.loads(step) for step in range(1, min(BALANCE_STEPS, sampler.steps_per_epoch) + 1)]
+    return sum(map(sum, loads)) / sum(max(one) * len(one) for one in loads) if sampler.part[1] > 1 else 1.0
 
 
-def sum_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
+def sum_seconds(sizes: Sizes, sampler: StepSampler, device: Device) -> float:
     """Seconds to sum the gradients of a step: each number goes out and comes back once, but for a device's own part."""
-    size = plan.part[1]
+    size = sampler.part[1]
     return 2 * sizes.gradients * (size - 1) / size / link(device)
 
 
-def gather_seconds(sizes: Sizes, plan: StepSampler, device: Device) -> float:
+def gather_seconds(sizes: Sizes, sampler: StepSampler, device: Device) -> float:
     """Seconds of a step to gather split layers, twice a micro-batch, and to scatter their gradients where trained."""
-    size = plan.part[1]
+    size = sampler.part[1]
     micro_batches = max(
-        1.0, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch / size / plan.tokens_per_pass
+        1.0, float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch / size / sampler.tokens_per_pass
     )
     times = 2 + (sizes.elsewhere > 0)
     return micro_batches * times * sizes.gathered * (size - 1) / size / link(device)
 
 
-def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> list[Heavy]:
+def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> list[Heavy]:
     """The micro-batches of most tokens, most targets and longest rows among those that will really occur."""
-    most = MOST_STEPS if plan.ids_of is None else MOST_SHARING_STEPS
+    most = MOST_STEPS if sampler.ids_of is None else MOST_SHARING_STEPS
     targets_I = targets_of(store)
     found: list[Heavy] = []
     for step in sorted({int(step) for step in np.linspace(1, total_steps, min(total_steps, most))}):
-        for rows, passes in _passes_of_all(plan, step):
-            tokens, lengths = plan.computed(rows), plan.lengths_of(rows)
+        for rows, passes in _passes_of_all(sampler, step):
+            tokens, lengths = sampler.computed(rows), sampler.lengths_of(rows)
             load = Load(
                 tokens=padded_size(tokens) if is_filled else tokens,
                 targets=int(targets_I[list(rows)].sum()),
@@ -286,17 +286,17 @@ def heaviest(plan: StepSampler, total_steps: int, store: RowStore, *, is_filled:
     return [max(found, key=lambda heavy: order(heavy.load)) for order in orders]
 
 
-def _passes_of_all(plan: StepSampler, step: int) -> Iterator[tuple[MicroBatch, list[MicroBatch]]]:
+def _passes_of_all(sampler: StepSampler, step: int) -> Iterator[tuple[MicroBatch, list[MicroBatch]]]:
     """The micro-batches of a step on every device, each with those of its device."""
-    size = plan.part[1]
+    size = sampler.part[1]
     for rank in range(size):
-        passes = (plan if size == 1 else replace(plan, part=(rank, size))).step(step)
+        passes = (sampler if size == 1 else replace(sampler, part=(rank, size))).step(step)
         yield from ((rows, passes) for rows in passes)
 
 
-def heaviest_looked(store: RowStore, rows: list[int], plan: StepSampler) -> MicroBatch:
+def heaviest_looked(store: RowStore, rows: list[int], sampler: StepSampler) -> MicroBatch:
     """The micro-batch of most targets when these rows of a store are measured."""
-    passes = micro_batches_of(store, rows, tokens_per_pass=plan.tokens_per_pass, layout=plan.layout)
+    passes = micro_batches_of(store, rows, tokens_per_pass=sampler.tokens_per_pass, layout=sampler.layout)
     targets_I = targets_of(store)
     return max(passes, key=lambda members: float(targets_I[list(members)].sum()))
 
@@ -317,13 +317,13 @@ class CommonPrefixes:
     """Some rows with a common prefix."""
 
 
-def shared_prefixes(plan: StepSampler, store: RowStore) -> CommonPrefixes:
-    """Tokens shared by rows of the first steps, whoever computes them: a function of the plan alone."""
-    plan = filled_by(replace(plan, part=(0, 1)), store)
+def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
+    """Tokens shared by rows of the first steps, whoever computes them: a function of the sampler alone."""
+    sampler = filled_by(replace(sampler, part=(0, 1)), store)
     tokens, computed = 0, 0
     probe: tuple[Row, ...] = ()
-    for step in range(1, min(PROBE_STEPS, plan.steps_per_epoch) + 1):
-        for members in plan.step(step):
+    for step in range(1, min(PROBE_STEPS, sampler.steps_per_epoch) + 1):
+        for members in sampler.step(step):
             rows = [line for i in members for line in lines_of(store.row(i))]
             tokens += sum(len(row.ids) for row in rows)
             for one in stretches([row.ids for row in rows]):
@@ -346,9 +346,9 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 
 
-def filled_by(plan: StepSampler, store: RowStore) -> StepSampler:
+def filled_by(sampler: StepSampler, store: RowStore) -> StepSampler:
     """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
-    return replace(plan, ids_of=lambda index: store.row(index).ids)
+    return replace(sampler, ids_of=lambda index: store.row(index).ids)
 
 
 def random_option(model: nn.Module, recipe: Recipe) -> str | None:

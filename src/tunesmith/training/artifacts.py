@@ -67,7 +67,7 @@ def _try_saving(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
 
 def snapshot_steps(setup: Setup) -> range:
     """Ends of the newest epochs before the last step."""
-    steps, num = setup.plan.steps_per_epoch, setup.recipe.checkpoint.snapshots
+    steps, num = setup.sampler.steps_per_epoch, setup.recipe.checkpoint.snapshots
     last = (setup.total_steps - 1) // steps * steps
     return range(last, max(0, last - num * steps), -steps)
 

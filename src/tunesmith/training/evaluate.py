@@ -115,7 +115,7 @@ def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what:
         session.setup.task,
         collator,
         [int(i) for i in rows_I],
-        tokens_per_pass=session.setup.plan.tokens_per_pass,
+        tokens_per_pass=session.setup.sampler.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
         world=None if session.setup.task.outcome == "vectors" else session.setup.world,  # which JSON does not carry
     )
@@ -189,7 +189,7 @@ def _measure_general(session: Session, name: str) -> None:
     """Emit a "general" event: loss on the general text of this package, and answers to general instructions."""
     setup = session.setup
     losses_P, counts_P = general.text_losses(
-        setup.model, setup.task, setup.renderer.tokenizer, layout=setup.plan.layout, device=setup.device
+        setup.model, setup.task, setup.renderer.tokenizer, layout=setup.sampler.layout, device=setup.device
     )
     loss = float(losses_P.sum() / counts_P.sum())
     values = {

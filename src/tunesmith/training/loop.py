@@ -34,18 +34,19 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
-    recipe, plan, attachment, optimizer = state.recipe, state.plan, state.attachment, state.optimizer
+    recipe, sampler, attachment, optimizer = state.recipe, state.sampler, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()
         if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
         if optimizer.train_mode():
             attachment.publish()
-        done = compute_gradients(state, plan, step)
+        done = compute_gradients(state, sampler, step)
         met = meet(state.world, attachment.shared, done.own, num_targets=done.num_targets)
         if met.exhausted is not None:
             raise exhausted_error(state, step, met.exhausted)
-        plan = done.plan if met.tokens_per_pass is None else replace(done.plan, tokens_per_pass=met.tokens_per_pass)
+        sampler, smaller = done.sampler, met.tokens_per_pass
+        sampler = sampler if smaller is None else replace(sampler, tokens_per_pass=smaller)
         penalty = penalize(state)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = done.norm
@@ -74,7 +75,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
                 "rows": row_ids,
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"penalty": penalty} if penalty is not None else {}),
-                **({"tokens_per_pass": plan.tokens_per_pass} if met.tokens_per_pass is not None else {}),
+                **({"tokens_per_pass": smaller} if smaller is not None else {}),
             },
             timing={
                 "seconds": seconds,

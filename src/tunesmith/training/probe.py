@@ -268,14 +268,14 @@ def peak(device: str) -> int:
 
 def _take_steps(setup: Setup, tell: Tell) -> None:
     """The heaviest step, and others whose tokens are nearest to the mean."""
-    plan, steps, lengths = setup.plan, setup.total_steps, setup.rows.store.lengths
-    heavy = setup.forecast.heavy if setup.forecast else heaviest(plan, steps, setup.rows.store)[0]
+    sampler, steps, lengths = setup.sampler, setup.total_steps, setup.rows.store.lengths
+    heavy = setup.forecast.heavy if setup.forecast else heaviest(sampler, steps, setup.rows.store)[0]
     tokens = {
-        step: sum(int(lengths[i]) for rows in plan.step(step) for i in rows)
+        step: sum(int(lengths[i]) for rows in sampler.step(step) for i in rows)
         for step in range(1, min(steps, LOOKED_AT) + 1)
         if step != heavy.step
     }
-    mean = float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch
+    mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
     usual = sorted(tokens, key=lambda step: abs(tokens[step] - mean))[:MORE]
     began = time.perf_counter()
     for number, step in enumerate([heavy.step, *usual]):
@@ -297,13 +297,13 @@ def _rows(setup: Setup, kind: Kind, collator: Collator, rows_I: NDArray[np.int64
     """Micro-batches of rows that are measured: the one that needs the most memory, and then usual ones."""
     if not len(rows_I):
         return {}
-    rows, plan = [int(i) for i in rows_I], setup.plan
+    rows, sampler = [int(i) for i in rows_I], setup.sampler
 
     def look(members: Sequence[int]) -> None:
-        predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=plan.tokens_per_pass)
+        predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=sampler.tokens_per_pass)
 
-    look(heaviest_looked(collator.store, rows, plan))
-    passes = micro_batches_of(collator.store, rows, tokens_per_pass=plan.tokens_per_pass, layout=plan.layout)
+    look(heaviest_looked(collator.store, rows, sampler))
+    passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, layout=sampler.layout)
     return {kind: asdict(_usual(look, passes, [num_tokens(collator.store, np.asarray(members)) for members in passes]))}
 
 
@@ -311,7 +311,7 @@ def _general(setup: Setup) -> dict[str, Any]:
     if not (resolved(setup.recipe.evaluation.general) and setup.can_generate):
         return {}
     rows = general_rows(setup.renderer.tokenizer)
-    batches = [batch for _, batch in text_batches(rows, layout=setup.plan.layout, device=setup.device)]
+    batches = [batch for _, batch in text_batches(rows, layout=setup.sampler.layout, device=setup.device)]
     amounts = [(batch.num_tokens, int(batch.num_targets)) for batch in batches]
     measure = setup.task.text_measure or setup.task.measure
     with eval_mode(setup.model):

@@ -86,7 +86,7 @@ def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) ->
         setup.task,
         collator,
         rows_I.tolist(),
-        tokens_per_pass=setup.plan.tokens_per_pass,
+        tokens_per_pass=setup.sampler.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress("reference", done, total),
     )
     return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
@@ -100,7 +100,7 @@ def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
         "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
         "computed": [recipe.precision, recipe.kernels, recipe.device, recipe.threads],
         "batches": [collator.layout, collator.shares, collator.pads],
-        "tokens_per_pass": setup.plan.tokens_per_pass,
+        "tokens_per_pass": setup.sampler.tokens_per_pass,
         "seed": recipe.seed,
         "torch": torch.__version__,
     }
@@ -137,7 +137,7 @@ def check_start(setup: Setup) -> None:
     allowed = TOLERANCE[resolved(setup.recipe.precision)]
     away: list[tuple[float, str]] = []
     setup.model.train()
-    for rows in setup.plan.step(1):
+    for rows in setup.sampler.step(1):
         batch = setup.collator.batch(rows, draw=1)
         results = setup.task.measure(setup.model, batch).results
         for row, result in zip(rows, results, strict=True):
@@ -147,7 +147,7 @@ def check_start(setup: Setup) -> None:
                 worst = float(np.abs(moved).max()) if np.isfinite(moved).all() else math.nan
                 away.append((worst, str(setup.store.source(row))))
     if away:
-        raise RunError(_refusal(sorted(away, reverse=True), sum(map(len, setup.plan.step(1)))))
+        raise RunError(_refusal(sorted(away, reverse=True), sum(map(len, setup.sampler.step(1)))))
 
 
 def _refusal(away: Sequence[tuple[float, str]], num_rows: int) -> str:

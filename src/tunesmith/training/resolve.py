@@ -148,11 +148,11 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
         recipe.method,
         recipe.optim,
         # The layout of rows does not change the number of steps.
-        lambda: total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch),
+        lambda: total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
     )
     choices = [Choice(option, value, "the run's own steps") for option, value in chosen]
     if recipe.evaluation.every == "epoch":
-        steps = plan_of(recipe, rows, "padded").steps_per_epoch
+        steps = sampler_of(recipe, rows, "padded").steps_per_epoch
         choices.append(Choice("evaluation.every", steps, "the steps of an epoch"))
         recipe = with_choice(recipe, choices[-1])
     return recipe.model_copy(update={"method": method}), choices
@@ -163,7 +163,7 @@ def _measuring(
 ) -> tuple[Splits, Recipe, list[Choice]]:
     """Decide how much is measured if the recipe leaves it open; the rows again if fewer of them are held out."""
     row = float(rows.store.lengths[rows.train_rows].mean())
-    steps = total_steps(recipe, plan_of(recipe, rows, "padded").steps_per_epoch)
+    steps = total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch)
     speaks = general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
     size = RunSize(
         num_parameters=inputs.size.num_params,
@@ -203,8 +203,8 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
-    def shares(recipe: Recipe, model: Any, plan: StepSampler) -> bool:
-        choice = decide_sharing_for(recipe, inputs, rows, model, plan)
+    def shares(recipe: Recipe, model: Any, sampler: StepSampler) -> bool:
+        choice = decide_sharing_for(recipe, inputs, rows, model, sampler)
         return choice is not None and bool(choice.value)
 
     if inputs.head == "masked_token":
@@ -215,7 +215,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         kind=inputs.kind,
         head=inputs.head,
         rows=rows,
-        plan_of=lambda recipe, layout: replace(plan_of(recipe, rows, layout), part=(0, size)),
+        sampler_of=lambda recipe, layout: replace(sampler_of(recipe, rows, layout), part=(0, size)),
         shares=shares,
         device=device,
         base=resident_bytes(),
@@ -257,7 +257,7 @@ def _fitted(
 
 def _few_rows(recipe: Recipe, forecast: Forecast) -> str:
     """A note where a step has too few rows to fill the devices; empty: it has enough."""
-    rows, size = resolved(recipe.train.rows_per_step), forecast.plan.part[1]
+    rows, size = resolved(recipe.train.rows_per_step), forecast.sampler.part[1]
     if size == 1 or rows >= ROWS_OF_A_DEVICE * size:
         return ""
     busy = f"they are busy {100 * forecast.balance:.0f} % of the time of the busiest"
@@ -274,16 +274,16 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
     return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
 
 
-def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, plan: StepSampler) -> Choice | None:
+def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, sampler: StepSampler) -> Choice | None:
     """Whether shared prefixes are computed once, as far as it can be decided without weights; None: they cannot be."""
     if (
         inputs.kind != "causal"
         or inputs.head == "vector"
-        or plan.layout != "packed"
+        or sampler.layout != "packed"
         or has_token_types(model, inputs.renderer.tokenizer)
     ):
         return None
-    return decide_sharing(model, recipe, shared_prefixes(plan, rows.store))
+    return decide_sharing(model, recipe, shared_prefixes(sampler, rows.store))
 
 
 def _reason(error: Exception) -> str:
@@ -335,7 +335,7 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
         )
 
 
-def plan_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
+def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
     """The sampler that decides which rows make which step."""
     file_I = rows.store.file_index[rows.train_rows]
     return StepSampler(

@@ -111,7 +111,7 @@ def _packing(setup: Setup) -> Proof:
     rows = [lines_of(setup.rows.store.row(int(i)))[-1] for i in setup.rows.train_rows[:4]]
     plain = setup.recipe.kernels == "plain"
     agreement = packed_agrees(setup.model, setup.kind, rows, tokenizer=setup.renderer.tokenizer, plain=plain)
-    if setup.plan.layout != "packed":
+    if setup.sampler.layout != "packed":
         return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
     allowed = TOLERANCES[setup.model.dtype]
     found = f"answers packed and alone differ by {agreement.error:.1e} of their spread, allowed is {allowed:.0e}"

@@ -1,4 +1,4 @@
-"""Set up a run: from a recipe to a `Setup` with model, rows, method and plan. Every "auto" is decided and every check
+"""Set up a run: from a recipe to a `Setup` with model, rows, method and steps. Every "auto" is decided and every check
 made before step 1."""
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.resolve import OnProgress, ResolvedRun, decide_sharing_for, plan_of, resolve_run
+from tunesmith.training.resolve import OnProgress, ResolvedRun, decide_sharing_for, resolve_run, sampler_of
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Batch, Choice, HeadName, Labels, Layout, ModelKind, Row
 
@@ -90,7 +90,7 @@ class Setup(TrainState):
     @property
     def can_generate(self) -> bool:
         """Whether the model writes text, so that its general ability can be measured."""
-        return can_generate(self.head, is_causal=self.plan.layout != "encoder_decoder", max_tokens=self.room)
+        return can_generate(self.head, is_causal=self.sampler.layout != "encoder_decoder", max_tokens=self.room)
 
     def whole_weights(self) -> dict[str, Any]:
         """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
@@ -143,9 +143,9 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
     on_progress("load", 1, 1)
-    plan = replace(plan_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
-    collator, held_collator, sharing = collators(recipe, inputs, rows, model, plan, device=recipe.device)
-    plan = filled_by(plan, rows.store) if collator.shares else plan
+    sampler = replace(sampler_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
+    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=recipe.device)
+    sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
@@ -168,8 +168,8 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         store=rows.store,
         collator=collator,
         held_collator=held_collator,
-        plan=plan,
-        total_steps=total_steps(recipe, plan.steps_per_epoch),
+        sampler=sampler,
+        total_steps=total_steps(recipe, sampler.steps_per_epoch),
         device=recipe.device,
         samples=samples,
         new_head=new_head,
@@ -350,18 +350,18 @@ def _num_bytes(folder: Path) -> int:
 
 
 def collators(
-    recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, plan: StepSampler, *, device: str
+    recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, sampler: StepSampler, *, device: str
 ) -> tuple[Collator, Collator, list[Choice]]:
     """The collators of training rows and of held-out rows, and what was decided for them.
 
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is computed whole,
     as in a later evaluation of the result.
     """
-    tokenizer = inputs.renderer.tokenizer
+    tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
     masks = inputs.head == "masked_token"
-    choice = decide_sharing_for(recipe, inputs, rows, model, plan)
+    choice = decide_sharing_for(recipe, inputs, rows, model, sampler)
     if choice is not None and choice.value:
-        shared = shared_prefixes(plan, rows.store)
+        shared = shared_prefixes(sampler, rows.store)
         if problem := disagreement(model, shared.probe):
             what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
             choice = Choice(KEY, False, f"{what} could be computed once, but the model then {problem}")
@@ -369,7 +369,7 @@ def collators(
     def collator(store: Any, seed: int, *, shares: bool) -> Collator:
         return Collator(
             store,
-            layout=plan.layout,
+            layout=layout,
             device=device,
             masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
@@ -377,7 +377,7 @@ def collators(
             pad_id=pad_id(model, tokenizer),
             shares=shares,
             pools=TASKS[resolved(recipe.task)].pools,
-            pads=pads_to_multiple(plan.layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
+            pads=pads_to_multiple(layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 
     shares = choice is not None and bool(choice.value)

@@ -126,7 +126,7 @@ class TrainState:
     """The encoded training rows."""
     collator: Collator
     """Makes a batch from rows of `store`."""
-    plan: StepSampler
+    sampler: StepSampler
     """Says which rows make which step, and how they are cut into micro-batches."""
     noise: EmbeddingNoise
     total_steps: int

@@ -23,8 +23,8 @@ from tunesmith.types import Batch
 class StepGradients:
     """The result of this process's forward and backward passes of a step; its gradients are in the attachment."""
 
-    plan: StepSampler
-    """The plan for the next step: with smaller micro-batches if memory ran out."""
+    sampler: StepSampler
+    """The sampler of the next step: with smaller micro-batches if memory ran out."""
     own: Computed
     num_targets: float
     """Targets of the whole step."""
@@ -32,24 +32,24 @@ class StepGradients:
     """Norm of the gradients as they are now, where it is known already."""
 
 
-def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGradients:
+def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> StepGradients:
     """Run forward and backward for every micro-batch of this process's part of a step.
 
     If memory runs out, all of them run again with micro-batches half as large: the same rows, and the same loss
     divided by the same number of targets. If it does so in a micro-batch of one row,
     `exhausted` says so and all gradients are dropped.
     """
-    num_targets = sum(float(state.store.denominators[i]) for i in plan.rows(step))
+    num_targets = sum(float(state.store.denominators[i]) for i in sampler.rows(step))
     halved, loss_of = False, None
     while True:
-        passes, idle = plan.step(step), plan.idle(step)
+        passes, idle = sampler.step(step), sampler.idle(step)
         losses: list[Tensor] = []
         computed = 0
         try:
             if loss_of is None or state.world.size == 1:  # together, all ranks look once, whichever runs out of memory
                 loss_of = step_loss(state, passes, step)
-            torch.manual_seed(_step_seed(state.recipe.seed, step, plan.part[0]))
-            then = partial(_first_of_next, state, plan, step)
+            torch.manual_seed(_step_seed(state.recipe.seed, step, sampler.part[0]))
+            then = partial(_first_of_next, state, sampler, step)
             for batch in state.ahead.batches(state.collator, _keys([*passes, *idle], step), then):
                 divisor = num_targets if len(losses) < len(passes) else math.inf
                 loss_sum, tokens = _pass(state, batch, step, divisor, loss_of)
@@ -60,21 +60,22 @@ def compute_gradients(state: TrainState, plan: StepSampler, step: int) -> StepGr
             if norm is not None and all(map(math.isfinite, sums)) and state.loss_scale.gives_way(norm):
                 drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
                 continue
-            return StepGradients(plan, _own(state, plan, passes, sums, computed, halved=halved), num_targets, norm)
+            own = _own(state, sampler, passes, sums, computed, halved=halved)
+            return StepGradients(sampler, own, num_targets, norm)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             if state.world.is_sharded:
-                raise _lost_in_a_pass(state, plan, step) from error
+                raise _lost_in_a_pass(state, sampler, step) from error
         # Outside of the handler, whose traceback holds the tensors of the pass.
         drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
-            own = _own(state, plan, [], [], 0, halved=halved)
-            longest = plan.lengths_of(passes[min(len(losses), len(passes) - 1)])[0]
-            return StepGradients(plan, replace(own, exhausted=Exhausted(longest, own.peak)), num_targets)
-        largest = max(map(plan.computed, passes))
+            own = _own(state, sampler, [], [], 0, halved=halved)
+            longest = sampler.lengths_of(passes[min(len(losses), len(passes) - 1)])[0]
+            return StepGradients(sampler, replace(own, exhausted=Exhausted(longest, own.peak)), num_targets)
+        largest = max(map(sampler.computed, passes))
         # Never more than before: a row longer than the limit is a micro-batch of its own.
-        plan, halved = replace(plan, tokens_per_pass=max(1, min(largest, plan.tokens_per_pass) // 2)), True
+        sampler, halved = replace(sampler, tokens_per_pass=max(1, min(largest, sampler.tokens_per_pass) // 2)), True
 
 
 def _read(state: TrainState, losses: list[Tensor]) -> tuple[list[float], float | None]:
@@ -90,15 +91,15 @@ def _read(state: TrainState, losses: list[Tensor]) -> tuple[list[float], float |
 
 
 def _own(
-    state: TrainState, plan: StepSampler, passes: list[MicroBatch], losses: list[float], computed: int, *, halved: bool
+    state: TrainState, sampler: StepSampler, passes: list[MicroBatch], losses: list[float], size: int, *, halved: bool
 ) -> Computed:
     return Computed(
         micro_batches=passes,
         losses=losses,
         targets=sum(float(state.store.denominators[i]) for rows in passes for i in rows),
-        computed=computed,
+        computed=size,
         peak=peak_memory_bytes(state.device),
-        tokens_per_pass=plan.tokens_per_pass if halved else None,
+        tokens_per_pass=sampler.tokens_per_pass if halved else None,
     )
 
 
@@ -106,8 +107,8 @@ def _keys(passes: list[MicroBatch], step: int) -> list[BatchKey]:
     return [BatchKey(step, rows, copies) for rows, copies in zip(passes, copies_in(passes), strict=True)]
 
 
-def _first_of_next(state: TrainState, plan: StepSampler, step: int) -> BatchKey | None:
-    keys = _keys(plan.step(step + 1), step + 1) if step < state.total_steps else []
+def _first_of_next(state: TrainState, sampler: StepSampler, step: int) -> BatchKey | None:
+    keys = _keys(sampler.step(step + 1), step + 1) if step < state.total_steps else []
     return keys[0] if keys else None
 
 
@@ -115,7 +116,7 @@ def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callabl
     """The task's loss of these passes, behind a look at their rows with the random numbers that the passes draw."""
     if state.task.look is None:
         return state.task.loss_sum
-    torch.manual_seed(_step_seed(state.recipe.seed, step, state.plan.part[0]))
+    torch.manual_seed(_step_seed(state.recipe.seed, step, state.sampler.part[0]))
     keys = _keys(passes, step)
     batches = (state.collator.batch(key.rows, draw=step, copies=key.copies, lines="looked") for key in keys)
     with torch.no_grad():
@@ -165,11 +166,11 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
     )
 
 
-def _lost_in_a_pass(state: TrainState, plan: StepSampler, step: int) -> GroupError:
+def _lost_in_a_pass(state: TrainState, sampler: StepSampler, step: int) -> GroupError:
     """The error where memory ends while other ranks wait inside the pass, which cannot be made anew."""
     return GroupError(
         f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the devices: the others "
-        f"cannot go on. Resume with --set train.tokens_per_pass={max(1, plan.tokens_per_pass // 2)}."
+        f"cannot go on. Resume with --set train.tokens_per_pass={max(1, sampler.tokens_per_pass // 2)}."
     )
 
 

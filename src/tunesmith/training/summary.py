@@ -21,7 +21,7 @@ from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.training.resolve import ResolvedRun, plan_of
+from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Choice
 
@@ -50,20 +50,20 @@ def _choices(choices: Sequence[Choice]) -> list[dict[str, Any]]:
 
 def plan_values(setup: Setup) -> dict[str, Any]:
     """Values of the "plan" event: what will be done, and why."""
-    plan = setup.plan
+    sampler = setup.sampler
     return {
         **_in_short(setup.recipe, setup.located.name, setup.rows),
         "given": setup.given,
         "choices": _choices(setup.choices),
         "rows": row_counts(setup),
-        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
-        "longest_row": int(plan.lengths_I.max()),
-        "rows_per_step": plan.rows_per_step,
-        "tokens_per_pass": plan.tokens_per_pass,
-        "layout": plan.layout,
-        "padding": round(plan.padding(pads=setup.collator.pads), 4),
+        "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
+        "longest_row": int(sampler.lengths_I.max()),
+        "rows_per_step": sampler.rows_per_step,
+        "tokens_per_pass": sampler.tokens_per_pass,
+        "layout": sampler.layout,
+        "padding": round(sampler.padding(pads=setup.collator.pads), 4),
         "steps": setup.total_steps,
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps_per_epoch": sampler.steps_per_epoch,
         "trained_parameters": setup.attachment.num_trained,
         "total_parameters": setup.num_parameters,
         "device": _named(setup.device, setup.world.size),
@@ -83,12 +83,12 @@ def plan_timing(setup: Setup) -> dict[str, Any]:
 def resolved_values(found: ResolvedRun) -> dict[str, Any]:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = found.recipe, found.forecast
-    plan = plan_of(recipe, found.rows, "padded")
+    sampler = sampler_of(recipe, found.rows, "padded")
     padding: dict[str, float] = {}
     if forecast is not None:
-        plan = forecast.plan
-        is_filled = pads_to_multiple(plan.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
-        padding = {"padding": round(plan.padding(pads=is_filled), 4)}
+        sampler = forecast.sampler
+        is_filled = pads_to_multiple(sampler.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
+        padding = {"padding": round(sampler.padding(pads=is_filled), 4)}
     return {
         **_in_short(recipe, found.inputs.located.name, found.rows),
         "given": found.given,
@@ -98,11 +98,11 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
             "held_out": len(found.rows.held_rows),
             "skipped": found.rows.skipped,
         },
-        "tokens_per_epoch": int(plan.lengths_I @ plan.weights_I),
-        "tokens_per_step": float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
+        "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
+        "tokens_per_step": float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch,
         **padding,
-        "steps": total_steps(recipe, plan.steps_per_epoch),
-        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": total_steps(recipe, sampler.steps_per_epoch),
+        "steps_per_epoch": sampler.steps_per_epoch,
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
         "device": _named(recipe.device if forecast is None else forecast.device.name, resolved(recipe.devices)),
@@ -158,7 +158,7 @@ def window_count(setup: Setup) -> str:
 
 def length_histogram(setup: Setup) -> dict[str, Any]:
     """Tokens of the training rows in at most 40 bins of equal width."""
-    lengths_I = setup.plan.lengths_I
+    lengths_I = setup.sampler.lengths_I
     counts, edges = np.histogram(lengths_I, bins=min(40, int(np.ptp(lengths_I)) + 1))
     return {"edges": edges.tolist(), "counts": counts.tolist(), "max_tokens": resolved(setup.recipe.data.max_tokens)}
 

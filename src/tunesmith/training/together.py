@@ -78,7 +78,7 @@ def refuse_other_inputs(setup: Setup) -> None:
     if world.size == 1:
         return
     world.connect()
-    own = {**setup.identity, "layout": setup.plan.layout, "shared prefixes": str(setup.collator.shares)}
+    own = {**setup.identity, "layout": setup.sampler.layout, "shared prefixes": str(setup.collator.shares)}
     first = world.gather_values(own)[0]
     changed = [
         f"{key} is {own.get(key, 'absent')}, on rank 0 {first.get(key, 'absent')}"

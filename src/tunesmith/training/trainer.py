@@ -232,7 +232,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
 def _fit_memory(setup: Setup, progress: Progress) -> None:
     """Smaller micro-batches where memory ran out before."""
     if progress.tokens_per_pass is not None:
-        setup.plan = replace(setup.plan, tokens_per_pass=progress.tokens_per_pass)
+        setup.sampler = replace(setup.sampler, tokens_per_pass=progress.tokens_per_pass)
 
 
 def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener) -> None:
