@@ -82,14 +82,6 @@ def test_train_leaves_a_finished_run_and_says_where(done: tuple[Run, Result]) ->
     assert report["rows"] == {"train": 18, "held_out": 5, "skipped": 0, "overlap": 0}
 
 
-def test_the_recipe_of_a_run_repeats_it(place: Place, done: tuple[Run, Result]) -> None:
-    run, _ = done
-    again = place.folder / "runs" / "again"
-    tunesmith("train", "--recipe", run.recipe_path, "--out", again, "--offline", "--quiet")
-    losses = [[e.values["loss"] for e in r.events() if e.kind in ("step", "evaluation")] for r in (run, Run(again))]
-    assert losses[0] == losses[1]
-
-
 def test_json_is_events_on_stdout_and_nothing_else(place: Place) -> None:
     result = place.train("--json", "--out", place.folder / "json-run", "--set", "train.epochs=0.3")
     told = [json.loads(line) for line in result.stdout.splitlines()]

@@ -8,7 +8,7 @@ import torch
 
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.collate import build_batch
-from tunesmith.errors import DataError, ModelError, RunError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.load import load_run
 from tunesmith.models.modes import eval_mode
 from tunesmith.runs.folder import Run, runs
@@ -132,24 +132,6 @@ def test_bad_rows_refuse_the_data_or_are_skipped_and_listed(tmp_path):
     assert report_of(run)["rows"]["skipped"] == 2
     listed = [json.loads(line) for line in (run.rows_path / "problems.jsonl").read_text().splitlines()]
     assert {problem["source"] for problem in listed} == {f"{path}:19", f"{path}:20"}
-
-
-def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):
-    def held(recipe) -> set[int]:
-        rows = prepare(recipe, root=tmp_path).rows
-        return {int(rows.store.hashes[i]) for i in rows.held_rows}
-
-    recipe = recipe_of(tmp_path, rows=40)
-    before = held(recipe)
-    path = Path(recipe.data.train[0].path)
-    path.write_text(chats(tmp_path / "more.jsonl", 30, seed=9).read_text() + path.read_text())
-    assert before <= held(recipe)
-
-
-def test_two_writers_of_one_run_are_one_too_many(tmp_path):
-    run = train(recipe_of(tmp_path, train={"max_steps": 1}), root=tmp_path / "runs")
-    with run.lock(), pytest.raises(RunError, match="in use by process"), Run(run.path).lock():
-        pass
 
 
 def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loaded(tmp_path):
