@@ -14,7 +14,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import tunesmith
-from fresh import Process
+from fresh import Process, python
 from parallel.group import start
 from parallel.scenarios import LONG, make_inputs, recipe_of
 from tiny_run import values_of
@@ -29,8 +29,8 @@ from tunesmith.training.together import take_card
 from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event
 
-TUNESMITH = ("-m", "parallel.forked_ranks", "tunesmith")
-TORCHRUN = ("-m", "parallel.forked_ranks", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
+TUNESMITH = ("-m", "tunesmith")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def begin(*words: str | Path) -> Process:
-    return Process(*words, env=for_child(OMP_NUM_THREADS="1"))
+    return Process(*words, env=for_child(OMP_NUM_THREADS="1", FRESH_PYTHON=str(python())))
 
 
 def train_words(folder: Path, out: Path, *more: str) -> list[str]:
@@ -101,7 +101,8 @@ def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, 
     def hear(event: Event) -> None:
         heard.append(event.kind)
         if event.step == 20 and not killed:
-            (agent,) = (one for one in psutil.Process().children() if str(out) in one.cmdline())
+            living = (one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE)
+            (agent,) = (one for one in living if str(out) in one.cmdline())
             os.kill(second_rank(agent.pid), signal.SIGKILL)
             killed.append(time.monotonic())
 
