@@ -52,11 +52,7 @@ def test_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     made(tmp_path, f"[{', '.join(rates)}]")
     monkeypatch.chdir(tmp_path)
-    if len(rates) == 1:  # a forked process, where the command of two starts new ones
-        monkeypatch.setattr(
-            "tunesmith.sweeps.trial.run_words",
-            lambda words, **how: fresh.done("-m", "tunesmith", *words, "--offline", cwd=tmp_path),
-        )
+    monkeypatch.setattr(sys, "executable", str(fresh.python()))
     done = swept("--json")
     found = orjson.loads(done.stdout)
     names = ["lr-01", "lr-02"][: len(rates)]
@@ -80,6 +76,7 @@ def test_rows_that_no_trial_can_use_are_named(tmp_path: Path, monkeypatch: pytes
     made(tmp_path, "[1e-2]")
     (tmp_path / "chats.jsonl").write_text('{"messages": 3}\n' * 30)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(fresh.python()))
     result = CliRunner().invoke(app, ["sweep", "lr.yaml", "--offline"])
     assert result.exit_code == 2
     said = " ".join(result.output.split())

@@ -134,7 +134,7 @@ def test_odds_in_one_form_would_be_seen(monkeypatch):
         mean_B2 = pairs.s_B2 / pairs.n_B2
         return mean_B2 - torch.log(1 - mean_B2.exp())
 
-    monkeypatch.setattr("tunesmith.tasks.preference_losses._log_odds", plain)
+    monkeypatch.setitem(OBJECTIVES, "orpo", (plain, OBJECTIVES["orpo"][1]))
     with pytest.raises(AssertionError):
         assert_odds_keep_their_digits(-1e-8)
 
