@@ -91,7 +91,7 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 fds = [fd for fd in range(64) if fd != server.fileno() and os.path.exists(f"/dev/fd/{{fd}}")]
 server.connect({place!r})
-what = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+what = {{"words": sys.argv[1 + (sys.argv[1] == "-u") :], "cwd": os.getcwd(), "env": dict(os.environ)}}
 socket.send_fds(server, [json.dumps(what).encode()], fds)
 said = server.makefile()
 pid = int(said.readline())
@@ -124,7 +124,7 @@ def _server() -> tuple[socket.socket, Path]:
 
 
 def python() -> Path:
-    """An executable that is `python` for `-m` and `-c`. Its process is another, which ends with it."""
+    """An executable that is `python` for `-m` and `-c`, and `-u` before them. Its process is another, which ends with it."""
     return _server()[1]
 
 
