@@ -37,7 +37,7 @@ QUIET = {"evaluation": {"samples": 0, "general": False, "surprising": 0}}
 
 def make_inputs(folder: Path) -> None:
     """A two-layer model, twenty chats and their recipe, for all ranks."""
-    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 3}, **QUIET)
+    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 2}, **QUIET)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     write_alike(folder / "alike.jsonl")
 
@@ -50,7 +50,7 @@ def write_alike(path: Path) -> None:
 
 
 def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
-    """Eighteen steps in float32, the same on every rank and in the test itself."""
+    """Twelve steps in float32, the same on every rank and in the test itself."""
     recipe = json.loads((folder / "recipe.json").read_text())
     if method == "full":
         recipe["method"] = {"name": "full"}

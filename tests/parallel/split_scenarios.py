@@ -34,7 +34,7 @@ KILLED_AT = 4
 
 def make_inputs(folder: Path) -> None:
     """Twenty chats, and a model of two layers that hold five sixths of its weights."""
-    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 3}, **QUIET)
+    recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 2}, **QUIET)
     tiny_model(vocab_size=len(tiny_tokenizer()), intermediate_size=768).save_pretrained(recipe.model)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     write_alike(folder / "alike.jsonl")
@@ -44,8 +44,8 @@ def recipe_of(folder: Path, method: str = "lora", **sections: Any) -> Recipe:
     return whole_recipe_of(folder, method, **sections).model_copy(update={"shard": True})
 
 
-def run_recipe(folder: Path, method: str) -> Recipe:
-    sections = {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}}
+def run_recipe(folder: Path, method: str, **sections: Any) -> Recipe:
+    sections |= {"evaluation": LOOKS, "checkpoint": {"every": 2, "keep": 9}}
     return whole_recipe_of(folder, method, **sections)
 
 
@@ -153,17 +153,17 @@ def memory_ends(folder: Path) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(state, batch, number, targets, *given)
 
-    with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 3.0):  # this process does not end
+    with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 1.5):  # this process does not end
         return steps(folder, "lora")
 
 
-def _train(folder: Path, name: str, method: str) -> str:
-    recipe = run_recipe(folder, method).model_copy(update={"shard": True})
+def _train(folder: Path, name: str, method: str, **sections: Any) -> str:
+    recipe = run_recipe(folder, method, **sections).model_copy(update={"shard": True})
     return str(train(recipe, root=folder / "root", out=folder / name).path)
 
 
 def run_lora(folder: Path) -> Any:
-    return _train(folder, "run-lora", "lora")
+    return _train(folder, "run-lora", "lora", train={"max_steps": 1})
 
 
 def run_full(folder: Path) -> Any:

@@ -58,7 +58,7 @@ def both(found: Found, name: str) -> list[Any]:
 
 
 def assert_same_steps(ranks: list[Any], one: dict[str, Any]) -> None:
-    """float32 sums in another order: 1e-6 for losses of about 6; weights after eighteen updates of AdamW."""
+    """float32 sums in another order: 1e-6 for losses of about 6; weights after twelve updates of AdamW."""
     first, second = ranks
     assert first == second
     assert first["losses"] == pytest.approx(one["losses"], abs=1e-6)
@@ -107,7 +107,7 @@ def test_replicas_that_drift_end_the_run_by_the_name_of_the_rank(found: Found) -
 
 
 def assert_seeds_differ(first: list[float], second: list[float]) -> None:
-    assert len(first) == len(second) == 18
+    assert len(first) == len(second) == 12
     assert not set(first) & set(second)
 
 
@@ -157,8 +157,8 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all_and_names_its_rows(found
 
 def assert_stopped_together(ranks: list[Any]) -> None:
     assert [rank.get("error") for rank in ranks] == ["Stopped"] * 2
-    assert "stopped after step 7 of 18" in ranks[0]["text"]
-    assert "stopped after step 7 of 18" in ranks[1]["text"]
+    assert "stopped after step 7 of 12" in ranks[0]["text"]
+    assert "stopped after step 7 of 12" in ranks[1]["text"]
 
 
 # trap: D7
