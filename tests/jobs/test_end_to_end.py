@@ -81,13 +81,19 @@ class Live:
         return made.choices[0].message.content
 
 
+def with_recipe(folder: Path, **options: Any) -> None:
+    """A file of bases with the tiny model and options of its runs."""
+    (folder / "bases.yaml").write_text(json.dumps({"bases": {"tiny": {"model": "tiny", "recipe": options}}}))
+
+
 def adapter(folder: Path, job: Any) -> bytes:
     return (folder / "jobs" / "runs" / job.id / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
     model_folder(tmp_path / "tiny")
-    live = Live.start(tmp_path)
+    with_recipe(tmp_path, evaluation={"general": False})
+    live = Live.start(tmp_path, "--bases", "bases.yaml")
     try:
         client = live.client
         files = [
@@ -112,7 +118,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         os.kill(int((log.parents[1] / f".{killed.id}.lock").read_text()), signal.SIGKILL)
         live.popen.send_signal(signal.SIGKILL)
         live.popen.wait()
-        live = Live.start(tmp_path)
+        live = Live.start(tmp_path, "--bases", "bases.yaml")
         client = live.client
         assert live.answer(job.fine_tuned_model) == tuned, "models are served again after a restart"
         again, answer = live.finished(killed)
@@ -135,7 +141,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
 def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_path: Path) -> None:
     """The server, a run or the engine, all of them real. Two minutes."""
     model_folder(tmp_path / "tiny")
-    (tmp_path / "bases.yaml").write_text("bases: {tiny: {model: tiny, recipe: {checkpoint: {every: 3}}}}")
+    with_recipe(tmp_path, checkpoint={"every": 3}, evaluation={"general": False})
     draw, kills = random.Random(3), Counter[str]()
     live = Live.start(tmp_path, "--bases", "bases.yaml")
     try:

@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import UnionType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunesmith.serve.request_schemas import Body, StrictModel, refuse, without_unused
+from tunesmith.serve.request_schemas import Body, Parameters, StrictModel, refuse
 
 MAX_METADATA = 16
 
 
-def _auto_or_number(value: Any) -> Any:
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise ValueError('should be "auto" or a number')
-    return value
-
-
-_Auto = Annotated[Any, BeforeValidator(_auto_or_number)]
-
-
-def _whole(most: int) -> Any:
+def _auto_or(what: str, fits: Callable[[Any], bool], kind: type | UnionType = int) -> Any:
     def check(value: Any) -> Any:
-        if value != "auto" and not (isinstance(value, int) and 1 <= value <= most):
-            raise ValueError(f'should be "auto" or a whole number from 1 to {most}')
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, kind) or not fits(value)):
+            raise ValueError(f'should be "auto" or {what}')
         return value
 
     return BeforeValidator(check)
 
 
-def _positive(value: Any) -> Any:
-    if value != "auto" and not 0 < value < 1e6:
-        raise ValueError('should be "auto" or a number above 0')
-    return value
+def _whole(most: int) -> Any:
+    return _auto_or(f"a whole number from 1 to {most}", lambda value: 1 <= value <= most)
 
 
-def _up_to_two(value: Any) -> Any:
-    if value != "auto" and not 0 < value <= 2:
-        raise ValueError('should be "auto" or a number above 0, 2 at most')
-    return value
+_POSITIVE = _auto_or("a number above 0", lambda value: 0 < value < 1e6, int | float)
+_UP_TO_TWO = _auto_or("a number above 0, 2 at most", lambda value: 0 < value <= 2, int | float)
 
 
-class Hyperparameters(StrictModel):
+class Hyperparameters(Parameters):
     """What a client may decide about training; "auto" is decided here."""
 
-    n_epochs: Annotated[_Auto, _whole(50)] = "auto"
-    batch_size: Annotated[_Auto, _whole(256)] = "auto"
-    learning_rate_multiplier: Annotated[Any, BeforeValidator(_positive), BeforeValidator(_auto_or_number)] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_parameters(cls, given: Any) -> Any:
-        return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
+    n_epochs: Annotated[Any, _whole(50)] = "auto"
+    batch_size: Annotated[Any, _whole(256)] = "auto"
+    learning_rate_multiplier: Annotated[Any, _POSITIVE] = "auto"
 
 
 class DpoHyperparameters(Hyperparameters):
     """Those of a job that learns from preferences."""
 
-    beta: Annotated[Any, BeforeValidator(_up_to_two), BeforeValidator(_auto_or_number)] = "auto"
+    beta: Annotated[Any, _UP_TO_TWO] = "auto"
 
 
 class Supervised(StrictModel):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import sqlalchemy as sa
 from fastapi import Request
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
@@ -36,7 +36,7 @@ from tunesmith.jobs.uploads import (
 )
 from tunesmith.runs.atomic import fsync_dir, remove
 from tunesmith.serve.protocol import RequestError
-from tunesmith.serve.request_schemas import StrictModel, without_unused
+from tunesmith.serve.request_schemas import Parameters
 
 MAX_BYTES = 8 << 30
 MAX_PART_BYTES = 64 << 20
@@ -48,14 +48,7 @@ _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 _PART = re.compile(r"part_[0-9A-Za-z]+")
 
 
-class _Given(StrictModel):
-    @model_validator(mode="before")
-    @classmethod
-    def _known_parameters(cls, given: Any) -> Any:
-        return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
-
-
-class UploadBody(_Given):
+class UploadBody(Parameters):
     """POST /v1/uploads"""
 
     bytes: int = Field(ge=1, le=MAX_BYTES)
@@ -65,7 +58,7 @@ class UploadBody(_Given):
     expires_after: dict[Literal["anchor", "seconds"], Any] | None = None
 
 
-class JoinBody(_Given):
+class JoinBody(Parameters):
     """POST /v1/uploads/{id}/complete"""
 
     part_ids: list[str] = Field(min_length=1, max_length=MAX_PARTS)

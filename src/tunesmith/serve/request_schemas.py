@@ -171,15 +171,19 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
-class Body(StrictModel):
-    """A request's JSON object."""
-
-    model: str
+class Parameters(StrictModel):
+    """An object of parameters: null is the same as missing, and unknown ones are named with what may be meant."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_parameters(cls, given: Any) -> Any:
         return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+class Body(Parameters):
+    """A request's JSON object."""
+
+    model: str
 
 
 def _stops(value: Any) -> Any:
