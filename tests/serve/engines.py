@@ -6,11 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import pytest
+
+import fresh
 from serve.batches import Heard, sharp
 from tiny_run import tiny_recipe
 from tunesmith.runs.folder import Run
+from tunesmith.serve import engine
 from tunesmith.serve.engine import WorkerEngine, start_engine
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, StreamEvent
 from tunesmith.training import trainer as training
@@ -65,11 +70,14 @@ async def heard(told: AsyncIterator[StreamEvent]) -> Heard:
 
 @contextmanager
 def engine_over(names: Sequence[str], root: Path, options: EngineOptions = OPTIONS) -> Iterator[Asked]:
-    asked = Asked(names, root, options)
-    try:
-        yield asked
-    finally:
-        asked.close()
+    """Its process is forked, see `fresh.python`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "sys", SimpleNamespace(executable=str(fresh.python())))
+        asked = Asked(names, root, options)
+        try:
+            yield asked
+        finally:
+            asked.close()
 
 
 async def until(holds: Callable[[], bool], *, seconds: float = 60.0) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import fresh
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
 from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
@@ -310,7 +311,7 @@ def test_a_child_that_hangs_is_started_again_and_closing_finishes_what_is_under_
         async def hanging() -> None:
             work = asyncio.ensure_future(heard(asked.engine.generate(long())))
             await until(lambda: asked.engine.state().running > 0)
-            os.kill(pid, signal.SIGSTOP)
+            os.kill(fresh.forked(pid), signal.SIGSTOP)
             await until(lambda: not asked.engine.state().alive, seconds=20)
             with pytest.raises(RequestError, match="it sent nothing for 2 s"):
                 await work
