@@ -184,9 +184,8 @@ def usual_events(client: openai.OpenAI, job: Any) -> list[str]:
     found = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
     assert len({one.id for one in found}) == len(found)
     messages = [one.message.replace(job.id, "JOB").replace(job.fine_tuned_model, "MODEL") for one in found]
-    messages = [
-        re.sub(r":\w{8}:ckpt|(?<=^Chosen: ).*", "", one) for one in messages
-    ]  # which name the memory that is free
+    # Reasons of choices name the memory that is free.
+    messages = [re.sub(r":\w{8}:ckpt|(?<=^Chosen: ).*", "", one) for one in messages]
     return sorted(one for one in messages if "again" not in one and "goes on" not in one)
 
 
