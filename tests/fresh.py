@@ -126,7 +126,7 @@ def _server() -> tuple[socket.socket, Path]:
 
 
 def python() -> Path:
-    """An executable that is `python` for `-m`, `-u -m` and `-c`. Its process is another, which ends with it: `forked`."""
+    """An executable that is `python` for `-m`, `-u -m` and `-c`. Its process is another, which ends with it."""
     return _server()[1]
 
 
