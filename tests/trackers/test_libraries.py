@@ -59,7 +59,7 @@ def test_after_three_kills_and_resumes_every_value_is_there_once(name: str, tmp_
     write(with_results(run), ending(STEPS))
     is_sent, line = start(name, run).finish(None)
     assert is_sent, line
-    assert ("/offline-run-*-" in line and "4 parts of one run" in line) == (name == "wandb")
+    assert ("/offline-run-*-" in line) == (name == "wandb")  # one run in several folders
     assert READ[name](run) == logged(run, name)
     assert read_state(run, name)["done"]
 

@@ -84,8 +84,8 @@ def measured(
     keep: Callable[[Iterator[dict[str, Any]]], None],
     said: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: those
-    on the data are not repeated."""
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: none
+    but those on the run itself is repeated."""
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
@@ -101,7 +101,7 @@ def measured(
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     said = set() if said is None else said
     for note in filter(None, (loaded.note, *found.notes)):
-        if note.startswith(data) and note in said:
+        if note in said and "this run" not in note:
             continue
         said.add(note)
         screen.print(visible(f"note: {note}"), style="bright_black")
@@ -290,7 +290,9 @@ def _print(
     from tunesmith.evaluation.compare import MEASURE_MORE, baseline_sentence, too_few
 
     screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
-    only = [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
+    is_once = not found.are_documents and len(sides[0].rows) > found.num_rows + found.only_a
+    only = ["repeated ones counted once"] if is_once else []
+    only += [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     screen.print(visible(f"A is {names[0]}, B is {b}; B − A: their difference on the same {unit}s, 95 % interval"))
     if not found.same_targets:

@@ -438,7 +438,7 @@ def _time(seconds: Mapping[str, Any]) -> str:
         return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
     parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _OTHER_WORK.items()}
-    others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part)
+    others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part >= 0.5)
     return (
         f"{span(low * seconds['total'], high * seconds['total'])}: "
         f"{duration(work['training']['seconds'])} to train ({work['training']['price']:.2g} s a step){others}"

@@ -56,11 +56,11 @@ class WandbRun:
             settings=settings,
         )
         if self._run.settings.mode in OFFLINE:
-            folder = Path(self._run.dir).parent
-            parts = list(folder.parent.glob(f"offline-run-*-{reader.key}"))  # wandb makes a new one each time
-            joined = f"{folder.parent / f'offline-run-*-{reader.key}'}, {len(parts)} parts of one run"
-            self.place = str(folder) if len(parts) < 2 else joined
-            files = folder.parent.glob(f"offline-run-*-{reader.key}/run-{reader.key}.wandb")
+            every = (
+                Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
+            )  # a new one each time, one run to sync
+            self.place = str(every)
+            files = every.parent.glob(f"{every.name}/run-{reader.key}.wandb")
             self.last_step = max([kept, *map(_last_step, files)])
         else:
             self.place = str(self._run.url)
