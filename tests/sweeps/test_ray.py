@@ -1,5 +1,6 @@
 """What a sweep and a run want of Ray, against a Ray that is played."""
 
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import DataError, GroupError, InputError
+from tunesmith.parallel import cluster
 from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.load import validate
 from tunesmith.sweeps import ray_engine
@@ -81,6 +83,17 @@ def test_without_ray_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match="leave --ray out"), connected("local"):
         pass
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself tries for more than five minutes."""
+    ray = SimpleNamespace(init=lambda **how: pytest.fail("it would wait"))
+    monkeypatch.setattr(cluster, "import_ray", lambda: ray)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"--ray {address}: no Ray is reached there"), connected(address):
+            pass
 
 
 def test_the_error_of_a_worker_is_that_of_the_rank_which_failed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Recipe
 
 NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
+PATIENCE_S = 10.0
+"""Longest wait for the first answer of a cluster."""
 LOCAL = "local"
 """Address of a Ray that is started on this machine and ends with this process."""
 
@@ -40,6 +43,9 @@ def connected(address: str) -> Iterator[Any]:
     paths = for_child()["PYTHONPATH"]
     environment = {"env_vars": {**NO_REPORTS, "PYTHONPATH": paths}}
     try:
+        if ":" in address:  # Ray itself tries a place where nobody answers for many minutes
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), PATIENCE_S).close()
         ray.init(
             address=address,
             include_dashboard=False if address == LOCAL else None,
@@ -47,7 +53,7 @@ def connected(address: str) -> Iterator[Any]:
             logging_level=logging.ERROR,
             runtime_env=environment,
         )
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"--ray {address}: no Ray is reached there: {text:.200} Use local, or start one.") from error
     try:
