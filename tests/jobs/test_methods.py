@@ -156,6 +156,50 @@ def test_of_the_results_at_stops_the_newest_is_kept(tmp_path: Path) -> None:
     store.close()
 
 
+def test_the_result_at_a_stop_before_stays_where_the_newest_cannot_be_served(tmp_path: Path) -> None:
+    class Refusing(FakeModels):
+        def attach(self, base: str, name: str, run: Path) -> None:
+            if name.endswith("step-3"):
+                raise ValueError("refused")
+            super().attach(base, name, run)
+
+    store, models, launcher = Store(tmp_path), Refusing(), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, models)
+    pause(store, working, name)
+    pause(store, working, name)
+    assert [row["step"] for row in store.tuned(job=name)] == [2]
+    assert [served.rpartition("-")[2] for served in models.served] == ["2"]
+    store.close()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpoints(
+    tmp_path: Path, is_damaged: bool
+) -> None:
+    store, notes, launcher, models = Store(tmp_path), list[str](), FakeLauncher(), FakeModels()
+    name, other = (put_job(store, put_file(store, rows(12), file)) for file in ("file-a", "file-b"))
+    store.act(other, "pause", "Fine-tuning job paused")
+    working = dispatcher(store, launcher, models)
+    working.on_note = notes.append
+    pause(store, working, name)
+    store.act(other, "resume", "Fine-tuning job resumed")
+    working.round()
+    store.act(name, "resume", "Fine-tuning job resumed")
+    working.round()
+    run = Run(store.runs_path / name)
+    run.checkpoints_path.mkdir(exist_ok=True)
+    if is_damaged:
+        run.events_path.write_bytes(b"{damaged\n" + run.events_path.read_bytes())
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    for _ in range(14):
+        working.round()
+    assert not run.checkpoints_path.exists()
+    assert (store.job(name)["result_file"] is None) == is_damaged == any(name in note for note in notes)
+    assert store.job(other)["status"] == "succeeded"
+    store.close()
+
+
 def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_ended(tmp_path: Path) -> None:
     store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))

@@ -88,8 +88,8 @@ class Dispatcher:
     expires_next: float = 0.0
     unserved: set[str] = field(default_factory=set)
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
-    paused: set[str] = field(default_factory=set)
-    """Jobs that were paused at the last round."""
+    waiting: set[str] = field(default_factory=set)
+    """Jobs that waited or were paused at the last round."""
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
@@ -123,16 +123,20 @@ class Dispatcher:
         for one in list(self.active.values()):
             self._follow(one)
         for name in list(self.unserved):
-            with suppress(RequestError):  # no engine now
+            try:
                 self._serve_snapshots(name, Run(self._run_path(name)))
-                self.unserved.discard(name)
+            except RequestError:  # no engine now
+                continue
+            except RunError as error:
+                self.on_note(f"{name}: its checkpoints are not served: {error}")
+            self.unserved.discard(name)
         for job in self.store.with_status("running"):
             if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
-        paused = {job["id"] for job in self.store.with_status("paused")}
-        for name in self.paused - paused - self.active.keys():
+        waiting = {job["id"] for job in self.store.with_status("paused", *WAITING)}
+        for name in self.waiting - waiting - self.active.keys():
             self._tidy(name)
-        self.paused = paused
+        self.waiting = waiting
         for job in self._in_turn():
             if len(self.active) < self.parallel and self._may_run(job):
                 self._begin(job)
@@ -315,21 +319,15 @@ class Dispatcher:
 
         Raises RequestError while there is no engine.
         """
-        job, found = self.store.job(name), list(run.events()) if run.events_path.exists() else []
+        job = self.store.job(name)
         assert job is not None, "rows of jobs are never removed"
-        if job["status"] == "cancelled":
+        if job["status"] == "cancelled" or not run.events_path.exists():
             return
+        found = list(run.events())
         metrics, snapshots = metrics_by_step(found), _snapshots(job, found)
         stops = [tuned for tuned, one in snapshots.items() if one.values.get("at") == "stop"]
         for tuned, one in snapshots.items():
-            row = self.store.one(models, name=tuned)
-            if tuned in stops[:-1] and row is None:  # it was never served
-                remove(run.path / one.values["path"])
-            elif tuned in stops[:-1] and row is not None and row["deleted_at"] is None:
-                self.models.detach(tuned)
-                self.store.delete_model(tuned)
-                self.store.sweep_models()
-            if row is not None or tuned in stops[:-1]:
+            if tuned in stops[:-1] or self.store.one(models, name=tuned) is not None:
                 continue
             try:
                 self.models.attach(job["base"], tuned, run.path / one.values["path"])
@@ -343,6 +341,16 @@ class Dispatcher:
             place = {"name": tuned, "job": name, "base": job["base"], "project": job["project"]}
             model = {**place, "step": one.step, "metrics": metrics[one.step]}
             self.store.add_model(model, [event(name, text, once=f"snapshot {one.step}")])
+        if not stops or self.store.one(models, name=stops[-1]) is None:
+            return  # the newest is refused: the one before stays
+        for tuned in stops[:-1]:
+            row = self.store.one(models, name=tuned)
+            if row is None:  # it was never served
+                remove(run.path / snapshots[tuned].values["path"])
+            elif row["deleted_at"] is None:
+                self.models.detach(tuned)
+                self.store.delete_model(tuned)
+                self.store.sweep_models()
 
     def _write_results(self, name: str, found: Iterable[Event]) -> Record:
         """The row of the results file, whose content is written."""
@@ -360,18 +368,25 @@ class Dispatcher:
         job, run = self.store.job(name), Run(self._run_path(name))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return
-        if job["status"] == "cancelled":
-            found = list(run.events()) if run.events_path.exists() else []
-            if any(event.kind == "step" for event in found):
-                row = self._write_results(name, found)
-                self.store.insert(files, {**row, "project": job["project"]})
-                self.store.update(jobs, {"result_file": row["id"]}, id=name)
-            for tuned, one in _snapshots(job, found).items():
-                if self.store.one(models, name=tuned) is None:
-                    remove(run.path / one.values["path"])
+        try:
+            if job["status"] == "cancelled" and run.events_path.exists():
+                self._keep_results(job, run)
+        except (OSError, RunError, StorageError) as error:  # a full disk: what is removed below makes room
+            self.on_note(f"{name}: the results of its steps are not kept: {error}")
         with suppress(OSError, RunError, StorageError):
             for path in (run.rows_path, run.checkpoints_path):  # the result and the report stay
                 remove(path)
+
+    def _keep_results(self, job: Record, run: Run) -> None:
+        """Write the results file of a cancelled job, and remove what it made at its stop."""
+        name, found = job["id"], list(run.events())
+        if any(event.kind == "step" for event in found):
+            row = self._write_results(name, found)
+            self.store.insert(files, {**row, "project": job["project"]})
+            self.store.update(jobs, {"result_file": row["id"]}, id=name)
+        for tuned, one in _snapshots(job, found).items():
+            if self.store.one(models, name=tuned) is None:
+                remove(run.path / one.values["path"])
 
     def _finish(self, name: str, run: Run) -> None:
         """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tunesmith.jobs.store import event
+from tunesmith.phrases import plural
 from tunesmith.types import Event
 
 _COLUMNS = (
@@ -31,10 +32,10 @@ class EventTranslator:
         values = one.values
         if one.kind == "plan":
             self.total_steps = values["steps"]
-            yield event(self.job, f"Plan: {self.total_steps} steps", once=f"plan {self.total_steps}")
+            yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
             for choice in values["choices"]:
                 text = f"Chosen: {choice['key']} = {choice['value']}: {choice['reason']}"
-                yield event(self.job, text, once=f"choice {choice['key']}")
+                yield event(self.job, text, once=f"choice {choice['key']} {choice['value']}")
         if one.kind == "step":
             self.last_loss = _number(values["loss"])
             data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}

@@ -278,7 +278,7 @@ class Store:
             if is_new := connection.execute(new).rowcount:
                 self._add_events(connection, messages)
         if is_new:
-            self._announce(row["id"])
+            self._announce(row["id"], "validating_files")
         return self.job(row["id"]) or {}
 
     def job(self, name: str) -> Record | None:
@@ -301,7 +301,7 @@ class Store:
                 self._queue_webhook(connection, name, after)
                 self._add_events(connection, [event(name, message)])
         if after != row.status:
-            self._announce(name)
+            self._announce(name, after)
         return self.job(name)
 
     def change_job(
@@ -317,7 +317,7 @@ class Store:
                 self._queue_webhook(connection, name, values.get("status"))
                 self._add_events(connection, messages)
         if done and "status" in values:
-            self._announce(name)
+            self._announce(name, values["status"])
         return bool(done)
 
     def succeed(
@@ -335,12 +335,13 @@ class Store:
             connection.execute(self.insert_new(models).values(created_at=now, project=project, **model))
             self._add_events(connection, messages)
             self._queue_webhook(connection, name, "succeeded")
-        self._announce(name)
+        self._announce(name, "succeeded")
         return True
 
-    def _announce(self, name: str) -> None:
+    def _announce(self, name: str, status: str) -> None:
+        """Let `on_job` hear of a state that a transaction has written; meanwhile it may be another."""
         if (job := self.job(name)) is not None:
-            self.on_job(job)
+            self.on_job({**job, "status": status})
 
     def _queue_webhook(self, connection: sa.Connection, job: str, state: str | None) -> None:
         """Called in the transaction that ends a job, so that neither is there without the other."""
