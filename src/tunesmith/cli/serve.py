@@ -205,6 +205,10 @@ class ServerOutput:
                 soft_wrap=True,
             )
 
+    def of_jobs(self, runs: Path) -> Callable[[Mapping[str, Any]], None]:
+        """A listener of a store whose runs lie in a folder."""
+        return partial(self.job, runs, os.path.relpath(runs))
+
     def job(self, runs: Path, shown_runs: str, job: Mapping[str, Any]) -> None:
         """A line for each state that a job comes to."""
         status, run = job["status"], runs / job["id"]
@@ -349,8 +353,7 @@ def serve_own(
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
     store = None if jobs is None else jobs.open(output.note)
     if store is not None:
-        policy = with_projects(policy, store, bound)
-        store.on_job = partial(output.job, store.runs_path, os.path.relpath(store.runs_path))
+        policy, store.on_job = with_projects(policy, store, bound), output.of_jobs(store.runs_path)
     refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.has_keys())))
     output.note(f"loading {', '.join(targets if bases is None else bases.by_name)}")
 
