@@ -78,11 +78,16 @@ while True:
             run(**json.loads(words))
         for fd in (*fds[:3], *fds[4:]):
             os.close(fd)
-        os.write(fds[3], f"{pid}\\n".encode())
+        try:
+            os.write(fds[3], f"{pid}\\n".encode())
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # who asked for it was killed
         if is_other:
             threading.Thread(target=end_with, args=(fds[3], pid), daemon=True).start()
-        os.write(fds[3], f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
-        os._exit(0)
+        try:
+            os.write(fds[3], f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
+        finally:
+            os._exit(0)
     for fd in fds:
         os.close(fd)
 """

@@ -151,7 +151,7 @@ def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_
         said = [usual_events(live.client, job) for job, _ in whole]
         made = [live.client.fine_tuning.jobs.create(seed=i % 2, **body).id for i in range(10)]
         runs, started = tmp_path / "jobs" / "runs", time.monotonic()
-        while unfinished := [name for name in made if not (runs / name / "report.html").exists()]:
+        while unfinished := [name for name in made if not (runs / name / "report.json").exists()]:
             assert time.monotonic() - started < 300, f"{len(unfinished)} of 10 are left, killed: {kills}"
             time.sleep(draw.uniform(1, 2))
             under_way = {f"run {name}": pid for name in unfinished if (pid := _holder(runs / name))}
