@@ -1,13 +1,14 @@
 """`python -m benchmarks.gpu_acceptance` where no card is: the cheap checks run, and a wrong answer is found."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks.gpu_acceptance import main
-from benchmarks.gpu_models import Bench
+from benchmarks.gpu_models import Bench, mixed_lengths
 
 from benchmarks import gpu_acceptance
 
@@ -26,6 +27,7 @@ def test_cheap_checks_pass_on_a_processor(
 ) -> None:
     assert set(families) <= set(gpu_acceptance.FAMILIES)
     monkeypatch.setattr(gpu_acceptance, "FAMILIES", {name: gpu_acceptance.FAMILIES[name] for name in families})
+    monkeypatch.setattr(gpu_acceptance, "mixed_lengths", partial(mixed_lengths, mean=60, most=120))
     code, found = run(tmp_path, "facts,plan,losses,repeats,memory_ends")
     assert code == 0, found
     assert found["facts"]["found"]["torch"] == torch.__version__

@@ -1,9 +1,6 @@
 """Weights that are packed as they are read are those that are packed afterwards, and never all there unpacked."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import fresh
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError
@@ -97,14 +95,13 @@ def test_a_missing_weight_is_an_error(tmp_path):
 
 
 HELD = """
-import gc, os, sys, threading, time, torch
-sys.path[:0] = sys.argv[3:]
+import ctypes, gc, os, sys, threading, time, torch
 from pathlib import Path
 from tunesmith.methods import METHODS
 from tunesmith.models import load
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.methods import QloraMethod
-torch.set_num_threads(1)
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed is given back
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
@@ -144,10 +141,8 @@ def test_the_whole_model_is_never_in_memory_and_what_was_unpacked_is_given_back(
     """4 layers of 768: 21 M weights in float16 are 43 MB, packed 11 MB. The file holds them in bfloat16."""
     folder = saved(tmp_path / "model", "llama", hidden=768, layers=4, dtype=torch.bfloat16)
     small = saved(tmp_path / "small", "llama", dtype=torch.bfloat16)
-    words = [sys.executable, "-c", HELD, str(folder), str(small), *sys.path]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
-    (peak, left), (peak_at_once, left_at_once) = (map(int, line.split()) for line in done.stdout.splitlines())
+    said = fresh.done("-c", HELD, folder, small)
+    (peak, left), (peak_at_once, left_at_once) = (map(int, line.split()) for line in said.splitlines())
     assert peak > 41e6
-    assert peak_at_once < 0.6 * peak, done.stdout
-    assert max(left, left_at_once) < 11e6 + 10e6, done.stdout  # a few MB are left of the work
+    assert peak_at_once < 0.6 * peak, said
+    assert max(left, left_at_once) < 11e6 + 10e6, said  # a few MB are left of the work

@@ -1,7 +1,6 @@
 """Memory that ends in a step: smaller passes with the same update, or a saved run and the way on."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fresh
 from tiny_run import same_run, tiny_recipe
 from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped, is_out_of_memory
 from tunesmith.runs import checkpoint
@@ -141,8 +141,7 @@ sys.exit("nothing was raised")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited by setrlimit on Linux")
 def test_what_torch_says_under_a_real_limit_is_known():
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    fresh.done("-c", LIMITED)
 
 
 def test_a_row_longer_than_a_pass_may_be_does_not_make_the_others_longer(tmp_path):

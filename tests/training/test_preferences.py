@@ -174,28 +174,20 @@ def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tmp_path):
         np.testing.assert_allclose(kept[:4], tuned, rtol=1e-4)
 
 
-def test_stopped_and_resumed_it_is_the_same_run(tmp_path):
+@pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
+def test_stopped_and_resumed_it_is_the_same_run(tmp_path, is_lost):
+    """With the reference that it has kept, or one that the untouched model is asked for again."""
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
     straight = train(recipe, root=tmp_path / "straight")
     with pytest.raises(Stopped):
         train(recipe, root=tmp_path / "halting", listener=stop_at(3))
     (halting,) = runs(tmp_path / "halting")
-    digests = {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
+    kept = {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
+    for path in kept if is_lost else ():
+        path.write_bytes(kept[path][:-8] + b"damaged!")
     resume(halting)
     same_run(halting, straight)
-    assert digests == {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
-
-
-def test_a_resumed_run_computes_a_lost_reference_again_with_the_untouched_model(tmp_path):
-    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
-    straight = train(recipe, root=tmp_path / "straight")
-    with pytest.raises(Stopped):
-        train(recipe, root=tmp_path / "halting", listener=stop_at(3))
-    (halting,) = runs(tmp_path / "halting")
-    for path in halting.rows_path.glob("*/*.reference"):
-        path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
-    resume(halting)
-    same_run(halting, straight)
+    assert is_lost or kept == {path: path.read_bytes() for path in kept}
 
 
 def test_another_loss_on_the_same_rows_finds_the_reference(tmp_path, monkeypatch):
@@ -449,23 +441,18 @@ def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tm
         load_any(str(second.path), root=root, task="classify")
 
 
-def test_measured_again_a_result_is_as_its_run_said(tmp_path):
-    run = train(recipe_of(tmp_path), root=tmp_path / "runs")
-    said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
-    found = evaluate_file(load_run(run), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
-    for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
-        assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
-
-
-def test_a_result_of_full_tuning_is_measured_against_its_base(tmp_path):
-    run = train(recipe_of(tmp_path, method="full"), root=tmp_path / "runs")
+@pytest.mark.parametrize("method", [LORA, "full"])
+def test_measured_again_a_result_is_as_its_run_said(tmp_path, method):
+    """One of full tuning against its base."""
+    run = train(recipe_of(tmp_path, method=method), root=tmp_path / "runs")
     said = next(e.values for e in run.events() if e.kind == "evaluation" and e.values["name"] == "after")["measures"]
     loaded = load_any(str(run.path), root=tmp_path / "runs")
     found = evaluate_file(loaded, str(tmp_path / "prefer-held.jsonl"), samples=0).measures
     for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):
         assert found[key]["value"] == pytest.approx(said[key]["value"], rel=1e-3, abs=1e-4), key
-    alone = evaluate_file(replace(loaded, run=None), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
-    assert alone["margin"]["value"] == 0  # against itself nothing has moved
+    if method == "full":
+        alone = evaluate_file(replace(loaded, run=None), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
+        assert alone["margin"]["value"] == 0  # against itself nothing has moved
 
 
 # trap: P15
