@@ -71,15 +71,13 @@ class Commands(TyperGroup):
             raise typer.Exit(errors.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
 
-_NUMBERS = {"float_parsing": "a number", "int_parsing": "a whole number", "int_from_float": "a whole number"}
-
-
 def _explain(error: Any) -> None:
     """Put a value that typer's checks refuse into plain words."""
-    found: list[Any] = getattr(error.__cause__, "errors", list)()
-    expected = _NUMBERS.get(found[0]["type"]) or found[0]["msg"].removeprefix("Input should be ") if found else None
-    if expected is not None and found[0]["msg"].startswith("Input should be "):
-        error.message = f"it is {found[0]['input']}, and must be {expected}. Correct it, or leave the option out."
+    for found in getattr(error.__cause__, "errors", list)()[:1]:
+        rule, _, expected = found["msg"].partition("Input should be ")
+        if not rule:
+            expected = expected.partition(",")[0].replace("valid integer", "whole number").replace("valid ", "")
+            error.message = f"it is {found['input']}, and must be {expected}. Correct it, or leave the option out."
 
 
 def _suggest(error: Any, flags: set[str]) -> None:

@@ -186,9 +186,8 @@ def _labels(screen: Console, report: CheckReport) -> None:
     if len(listed) > MOST_CLASSES:
         listed = tuple(sorted(listed, key=lambda label: -label[1])[:MOST_CLASSES])
     for name, number in listed:
-        bar = "█" * max(round(number / most * BAR), 1 if number else 0)
         shown = visible(name if len(name) <= 18 else f"{name[:17]}…")
-        screen.print(Text.assemble((f"{shown:>18} ", MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
+        _bar(screen, f"{shown:>18} ", number, most)
     if len(listed) < len(report.labels):
         _say(screen, f"and {len(report.labels) - len(listed):,} rarer ones")
 
@@ -202,9 +201,12 @@ def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
     )
     most = max(stats.counts)
     for start, end, number in zip(stats.edges, stats.edges[1:], stats.counts, strict=False):
-        bar = "█" * max(round(number / most * BAR), 1 if number else 0)
-        label = f"{start:>8,}–{end - 1:<8,}"
-        screen.print(Text.assemble((label, MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
+        _bar(screen, f"{start:>8,}–{end - 1:<8,}", number, most)
+
+
+def _bar(screen: Console, label: str, number: int, most: int) -> None:
+    bar = "█" * max(round(number / most * BAR), 1 if number else 0)
+    screen.print(Text.assemble((label, MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
 
 
 def _say(screen: Console, text: str) -> None:
@@ -246,7 +248,7 @@ def plan(
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
     found = build_recipe("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
-    refuse_unreadable([*found.data.train, *found.data.replay, *found.data.eval])
+    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
 
     values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody

@@ -170,15 +170,13 @@ def build_recipe(
     return found
 
 
-def refuse_unreadable(given: Sequence[Any]) -> None:
-    """Raise DataError for local files of rows, paths or those of a recipe, that cannot be read: before anything heavy
-    is loaded."""
+def refuse_unreadable(paths: Sequence[str]) -> None:
+    """Raise DataError for local data files that cannot be read, before anything heavy is loaded."""
     from tunesmith.data.read import inspect_files
     from tunesmith.data.remote import is_address
     from tunesmith.recipe.schema import DataFile
 
-    files = [DataFile(path=one) if isinstance(one, str) else one for one in given]
-    inspect_files([file for file in files if not is_address(file.at)], lambda problem: None)
+    inspect_files([DataFile(path=path) for path in paths if not is_address(path)], lambda problem: None)
 
 
 def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:

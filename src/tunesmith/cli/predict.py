@@ -61,6 +61,9 @@ def predict(
 
     tunesmith predict last --text "The parcel never came."
     """
+    from tunesmith.cli.display import fetched
+    from tunesmith.recipe.schema import Data, DataFile
+
     _refuse_mixed(data, text, pair, keep)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
@@ -76,16 +79,9 @@ def predict(
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        data = _fetched(data, offline)
+        data = fetched(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
         counts = _file(predictor, data, out, say, {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite})
         _summarize(counts, out, say, as_json=as_json)
-
-
-def _fetched(path: str, offline: bool) -> str:
-    from tunesmith.cli.display import fetched
-    from tunesmith.recipe.schema import Data, DataFile
-
-    return fetched(Data(train=(DataFile(path=path),)), offline=offline).train[0].path
 
 
 def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Sequence[str] | None) -> None:

@@ -221,7 +221,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         row["state"],
-        visible(_model_name(Path(row["model"]))),
+        visible(Path(row["model"].removesuffix("/merged").removesuffix("/model")).name),  # of another run: its name
         row["task"],
         row["method"],
         f"{row['step']}/{row['steps']}",
@@ -229,11 +229,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         headline_metric(row["measures"].get("before", {}), row["measures"].get("after", {})),
         age(time.time() - row["created"]),
     ]
-
-
-def _model_name(model: Path) -> str:
-    """The last part of a model's name or path; of the result of another run the name of that run."""
-    return model.parent.name if model.name in ("merged", "model") and model.parent.name else model.name
 
 
 def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:

@@ -87,7 +87,7 @@ def train(
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
-    refuse_unreadable([*found.data.train, *found.data.replay, *found.data.eval])
+    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
     if ray is not None:
         _tune_on_ray(found, ray, out=out, offline=offline, as_json=as_json, quiet=quiet)
         return

@@ -174,10 +174,7 @@ def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tupl
     return found
 
 
-_UNITS: dict[FileFormat, str] = {
-    "JSON lines": "line", "JSON array": "row", "CSV": "row", "CoNLL": "sentence", "text": "document",
-}  # fmt: skip
-"""A row in the words of its format, where its bytes can be counted."""
+_UNITS: dict[FileFormat, str] = {"JSON lines": "line", "CoNLL": "sentence", "text": "document"}
 
 
 def _rows(
@@ -186,8 +183,8 @@ def _rows(
     path = facts.path
 
     def on_bad(line: int, bad: BadRow) -> None:
-        unit = _UNITS.get(facts.kind)
-        place = "" if bad.at is None or unit is None else f" (byte {bad.at + 1:,} of the {unit})"
+        is_known = bad.at is not None and facts.kind != "Parquet"
+        place = f" (byte {(bad.at or 0) + 1:,} of the {_UNITS.get(facts.kind, 'row')})" if is_known else ""
         on_problem(Problem(Source(path, line), bad.code, f"{bad.message}{place}.", bad.fix))
 
     for line, record in _records(facts, limits, on_bad):
