@@ -61,9 +61,6 @@ def predict(
 
     tunesmith predict last --text "The parcel never came."
     """
-    from tunesmith.cli.display import fetched
-    from tunesmith.recipe.schema import Data, DataFile
-
     _refuse_mixed(data, text, pair, keep)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
@@ -79,8 +76,8 @@ def predict(
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        data = fetched(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
-        counts = _file(predictor, data, out, say, {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite})
+        how: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
+        counts = _file(predictor, data, out, say, how, offline=offline)
         _summarize(counts, out, say, as_json=as_json)
 
 
@@ -131,11 +128,19 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
 
 
 def _file(
-    predictor: Predictor, data: str, out: Path | None, say: Callable[[str], None], options: dict[str, Any]
+    predictor: Predictor,
+    data: str,
+    out: Path | None,
+    say: Callable[[str], None],
+    options: dict[str, Any],
+    *,
+    offline: bool,
 ) -> Counts:
-    from tunesmith.cli.display import progress_bar
+    from tunesmith.cli.display import fetched, progress_bar
     from tunesmith.inference.predict import predict_file, predict_to
+    from tunesmith.recipe.schema import Data, DataFile
 
+    data = fetched(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
     with progress_bar(console(stderr=True), "answering rows") as progress:
         if out is not None:
             try:

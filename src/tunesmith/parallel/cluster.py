@@ -14,8 +14,6 @@ from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Recipe
 
 NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1"}
-PATIENCE_S = 10.0
-"""Longest wait for the first answer of a cluster."""
 LOCAL = "local"
 """Address of a Ray that is started on this machine and ends with this process."""
 
@@ -45,7 +43,7 @@ def connected(address: str) -> Iterator[Any]:
     try:
         if ":" in address:  # Ray itself tries a place where nobody answers for many minutes
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), PATIENCE_S).close()
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(
             address=address,
             include_dashboard=False if address == LOCAL else None,
