@@ -1,8 +1,10 @@
 """Help, recipes and run folders do without torch, and help is there at once."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +62,16 @@ def test_help_is_there_at_once() -> None:
     nothing = min(seconds("-c", "pass") for _ in range(5))
     # Python starts in about 0.02 s on an idle desktop: 20 of those make the 0.4 s that are promised.
     assert best < max(HELP_SECONDS, 20 * nothing)
+
+
+def test_layers_hold() -> None:
+    """The import contracts of pyproject.toml."""
+    lint_imports = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert lint_imports is not None, "import-linter is in the extra test"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    words = [lint_imports, "--no-cache"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_run_does_not_wait_for_measures_it_has_no_use_for() -> None:
