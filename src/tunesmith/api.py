@@ -184,7 +184,7 @@ def evaluate(
         raise InputError(
             f"tunesmith.evaluate: data: {data!r:.60} is neither a path nor rows. Give one file, or a list of rows."
         )
-    refuse_no_answers(samples, judge)
+    refuse_no_answers(samples, judge, ("tunesmith.evaluate: judge", "samples=0"))
     where = _where(target, model)
     speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
     arbiter = None if judge is None else load_any(_name(judge), root=Path(root), offline=offline)

@@ -2,6 +2,7 @@ import io
 import re
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -287,9 +288,13 @@ def test_runs_keep_name_and_state_on_any_terminal(width: int) -> None:
     assert ("made" in lines[1]) == (width == 150)
 
 
-def test_runs_name_the_run_that_another_one_starts_from() -> None:
-    assert [cli_runs._cells(listed(model=model))[2] for model in ("runs/first/merged", "runs/a/model", "b/c")] == [
-        "first", "a", "c",
+def test_runs_name_the_run_that_another_one_starts_from(tmp_path: Path) -> None:
+    for name in ("first", "a", "a/snapshots/step-5"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").touch()
+    models = ("first/merged", "a/model", "a/snapshots/step-5/merged", "b/c", "org/model", "data/merged")
+    assert [cli_runs._cells(listed(model=str(tmp_path / model)))[2] for model in models] == [
+        "first", "a", "a", "c", "model", "merged",
     ]  # fmt: skip
 
 
@@ -306,5 +311,6 @@ def test_work_outside_a_terminal_is_told_if_it_takes_long(monkeypatch: pytest.Mo
 
 
 def test_a_plan_counts_its_steps_in_epochs() -> None:
-    for of, said in ((40, "12 steps (0.3 epochs)"), (12, "12 steps (1 epoch)")):
+    some = {40: "0.3 epochs", 12: "1 epoch", 11.9: "1 epoch", 0.01: "1,200 epochs", 1e5: "less than 0.1 epochs"}
+    for of, said in ((of, f"12 steps ({epochs})") for of, epochs in some.items()):
         assert f"work: {said}, 34,567 tokens an epoch" in plan_lines({**fake_events.plan(), "steps_per_epoch": of})

@@ -90,6 +90,9 @@ def test_one_problem_of_many_rows_is_one_line() -> None:
     result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", found)), ["fail"])
     where = "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ..."
     assert result.stderr.splitlines()[0] == f"a.jsonl:1: bad_json: 20 times, in lines {where}: not JSON. Mend it."
+    whole = [replace(problem, source=replace(problem.source, line=0)) for problem in problems(4)]
+    result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", whole)), ["fail"])
+    assert result.stderr.splitlines()[0] == "a.jsonl: bad_json: 4 times: not JSON. Mend it."
 
 
 def test_what_is_said_of_a_file_is_said_once() -> None:

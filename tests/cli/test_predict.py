@@ -339,17 +339,21 @@ def test_eval_names_a_label_that_the_model_does_not_know(run: Run, tmp_path: Pat
     assert "Did you mean fruit?" in error
 
 
-def test_eval_says_why_its_measures_are_not_those_of_the_report(run: Run) -> None:
+def test_eval_says_why_its_measures_are_not_those_of_the_report(run: Run, tmp_path: Path) -> None:
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
     from tunesmith.recipe.load import validate
 
+    new_rows = str(write(tmp_path / "new.jsonl", [{"text": "a new plum", "label": "fruit"}]))
     loaded = load_any(str(run.path), root=run.path.parent, offline=True)
     before = evaluate_file(loaded, held_out(run)).notes
     changed = {"precision": "bfloat16", "evaluation": {**loaded.recipe.evaluation.model_dump(), "max_rows": 5}}
     recipe = validate({**loaded.recipe.model_dump(), **changed})
-    rows, batch, *others = evaluate_file(replace(loaded, recipe=recipe), held_out(run)).notes
+    changed_run = replace(loaded, recipe=recipe)
+    rows, batch, *others = evaluate_file(changed_run, held_out(run)).notes
     assert others == before
+    for one, file in ((replace(changed_run, is_base=True), held_out(run)), (changed_run, new_rows)):
+        assert batch not in evaluate_file(one, file).notes
     assert rows == "all 8 rows are measured; the run's report is of at most 5 (evaluation.max_rows)"
     assert batch.startswith("in bfloat16 a row's result depends on its batch")
 
@@ -380,6 +384,9 @@ def test_chat_with_a_classifier_names_the_verb(run: Run) -> None:
 def test_compare_of_a_run_with_itself_finds_no_difference(run: Run) -> None:
     [found] = told(tunesmith("compare", run.path, run.path, "--json"))
     assert (found["rows"], found["won"], found["lost"]) == (8, [], [])
+    assert "Hold out more: data.held_out" in tunesmith("compare", run.path, run.path).stdout
+    refused = tunesmith("compare", run.path, run.path, "--model", "away", code=2).stderr
+    assert "--model away: no run is measured here. Give --data FILE, or leave it out." in refused
     assert all(measure["b_minus_a"]["value"] == 0 for measure in found["measures"].values())
     rows = [{**row, "unused": 1} for row in map(json.loads, Path(held_out(run)).read_text().splitlines())]
     result = tunesmith("compare", run.path, run.path, "--data", write(run.path / "more.jsonl", rows), "--offline")

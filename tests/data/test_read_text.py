@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from data.rows_of import examples_in, json_lines, put, rows_in, said
 from tunesmith.data import read_text
+from tunesmith.data.check import check
 from tunesmith.data.read import expand_folders, read
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Source
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=5)
@@ -130,13 +131,17 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
 
 
 def test_a_folder_of_held_out_documents_is_not_trained_with_those_next_to_it(tmp_path: Path):
-    for name in ("train/a.txt", "test/b.txt"):
+    for name in ("Train/a.txt", "Test/b.txt", "dev/c.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("Text.")
+    folder = [DataFile(path=str(tmp_path))]
     with pytest.raises(DataError) as refused:
-        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
-    fix = f"Give the folders by name: {tmp_path / 'train'} --eval {tmp_path / 'test'}"
-    assert str(refused.value).endswith(f"test in it holds held-out rows. They would be trained. {fix}")
+        expand_folders(folder, lambda problem: None, trained=True)
+    fix = f"Give by name: {tmp_path / 'Train'} --eval {tmp_path / 'Test'} --eval {tmp_path / 'dev'}"
+    assert str(refused.value).endswith(f"these are held-out rows: 'Test', 'dev'. They would be trained. {fix}")
+    assert len(expand_folders(folder, lambda problem: None)) == 3  # nothing is trained there
+    report = check(Data(eval=tuple(folder)))
+    assert (report.files[0].is_readable, check(Data(train=tuple(folder))).files[0].is_readable) == (True, False)
 
 
 def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -180,7 +185,7 @@ def test_a_folder_of_rows_is_read_in_the_order_of_its_names(tmp_path: Path):
     assert ["README.md" in problem.message for problem in heard] == [True]
     put(tmp_path, "test.jsonl", b"{}")
     with pytest.raises(DataError, match=r"held-out rows: 'test.jsonl'.* --eval .*test.jsonl"):
-        expand_folders([DataFile(path=str(tmp_path))], heard.append)
+        expand_folders([DataFile(path=str(tmp_path))], heard.append, trained=True)
 
 
 # CoNLL

@@ -139,7 +139,7 @@ def test_who_can_neither_judge_nor_be_judged_is_refused(root, tmp_path):
         evaluate_file(load_model(str(root / "model-causal")), file, samples=2, judge=judge)
     with pytest.raises(InputError, match="neither gives rewards nor writes"):
         judged(replace(judge, labels=None), [PROMPT], ["a"], ["b"])
-    with pytest.raises(InputError, match="with --samples 0 there are none"):
+    with pytest.raises(InputError, match=r"evaluate: judge: .* with samples=0 there are none"):
         evaluate(str(root / "no-such-run"), file, samples=0, judge=judge.run, root=root / "runs")
     assert CliRunner().invoke(app, ["eval", "no-such-run", file, "--samples", "0", "--judge", "x"]).exit_code == 2
     assert json.loads((root / "reward-held.jsonl").read_text().splitlines()[0])["chosen"]

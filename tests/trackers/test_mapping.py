@@ -2,6 +2,7 @@
 tests checks it. test_libraries.py has the same with the real ones."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,6 +12,7 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
+from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.tracker import RunReader, StepMetrics, artifacts_of
 
@@ -68,6 +70,29 @@ def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatc
     wandb.init.return_value.step = 3
     module = importlib.import_module("tunesmith.trackers.wandb_run")
     assert module.open_run(run, RunReader(run), -1).last_step == 2
+
+
+def test_wandb_offline_goes_on_beside_a_damaged_part(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reader = RunReader(run)
+    for name, text in (("a", '{"step": 3}'), ("b", "damaged"), ("c", '{"step": null}')):
+        folder = tmp_path / "wandb" / f"offline-run-{name}-{reader.key}"
+        folder.mkdir(parents=True)
+        (folder / f"run-{reader.key}.wandb").write_text(text)
+
+    def inspect(words: list[str], **options: Any) -> Any:
+        text = Path(words[-1]).read_text()
+        return SimpleNamespace(returncode=int(text == "damaged"), stdout=text)
+
+    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock(), __version__="0.30.2")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("subprocess.run", inspect)
+    wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folder / "files")
+    module = importlib.import_module("tunesmith.trackers.wandb_run")
+    opened = module.open_run(run, reader, -1)
+    assert opened.last_step == 3
+    assert re.search(rf"; damaged, and not read: \S+/offline-run-b-{reader.key}/run-{reader.key}.wandb$", opened.place)
+    with pytest.raises(InputError, match=r"wandb: 0.30.2 is too old\. Install it: "):
+        module.check(offline=False)
 
 
 def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -437,8 +437,9 @@ def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tm
     same = evaluate_file(load_any(str(exported), root=root, task="chat"), chats, samples=0).measures
     assert measures["loss"]["value"] == pytest.approx(same["loss"]["value"], rel=1e-3)
     assert {"perplexity", "exact_match"} <= measures.keys()
-    with pytest.raises(InputError, match="--task classify is for models"):
-        load_any(str(second.path), root=root, task="classify")
+    for name in ("classify", "foo"):
+        with pytest.raises(InputError, match=f"--task {name}: it takes prefer or chat"):
+            load_any(str(second.path), root=root, task=name)
 
 
 @pytest.mark.parametrize("method", [LORA, "full"])

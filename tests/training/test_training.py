@@ -134,6 +134,19 @@ def test_bad_rows_refuse_the_data_or_are_skipped_and_listed(tmp_path):
     assert {problem["source"] for problem in listed} == {f"{path}:19", f"{path}:20"}
 
 
+def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):
+    def held(recipe) -> set[int]:
+        rows = prepare(recipe, root=tmp_path).rows
+        return {int(rows.store.hashes[i]) for i in rows.held_rows}
+
+    recipe = recipe_of(tmp_path, rows=40)
+    before = held(recipe)
+    path = Path(recipe.data.train[0].path)
+    path.write_text(chats(tmp_path / "more.jsonl", 30, seed=9).read_text() + path.read_text())
+    assert before
+    assert before <= held(recipe)
+
+
 def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loaded(tmp_path):
     recipe = recipe_of(tmp_path, data={"max_tokens": 100_000})
     with pytest.raises(ModelError, match=r"data\.max_tokens is 100,000"):

@@ -126,12 +126,12 @@ def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
     first = group[0]
     lines = [problem.source.line for problem in group]
     if lines == list(range(lines[0], lines[0] + num)):
-        where = f"in lines {lines[0]:,} to {lines[-1]:,}"
+        where = f", in lines {lines[0]:,} to {lines[-1]:,}"
     else:
         named = ", ".join(map(str, lines[:LINES_NAMED]))
-        where = f"in lines {named}{', ...' if num > LINES_NAMED else ''}"
+        where = f", in lines {named}{', ...' if num > LINES_NAMED else ''}"
     what = "" if all(problem.message == first.message for problem in group) else ", the first"
-    text = f"{first.source}: {first.code}: {num:,} times, {where}{what}: {first.message}"
+    text = f"{first.source}: {first.code}: {num:,} times{where if any(lines) else ''}{what}: {first.message}"
     return num, f"{text} {first.fix}".rstrip(), first.severity
 
 

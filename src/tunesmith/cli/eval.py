@@ -101,7 +101,7 @@ def measured(
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     said = set() if said is None else said
     for note in filter(None, (loaded.note, *found.notes)):
-        if note in said and "this run" not in note:
+        if note in said and note != loaded.note and "this run" not in note:
             continue
         said.add(note)
         screen.print(visible(f"note: {note}"), style="bright_black")
@@ -151,7 +151,7 @@ def compare(
     if len(targets) < 2:
         raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
     if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
-        raise InputError("--model: is where the base of runs is that are measured on --data now. Leave it out.")
+        raise InputError(f"--model {model}: no run is measured here. Give --data FILE, or leave it out.")
     named = targets if data is not None or out is not None else ()
     tasks = [task for name in named if (task := _task_of(name, root))]
     if data is None:
@@ -225,6 +225,7 @@ class _Side:
     answers: list[dict[str, Any]] = field(default_factory=list)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     baseline: Mapping[str, Any] | None = None
+    is_kept: bool = True  # made when the run ended, not now on --data
 
 
 def _kept(name: str, root: Path) -> _Side:
@@ -246,7 +247,7 @@ def _kept(name: str, root: Path) -> _Side:
 
 
 def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
-    side = _Side()
+    side = _Side(is_kept=False)
     found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
     side.metrics, side.baseline = found.measures, found.baseline
     return side
@@ -287,7 +288,7 @@ def _print(
     num_answers: int,
     of_answers: Mapping[str, Difference],
 ) -> None:
-    from tunesmith.evaluation.compare import MEASURE_MORE, baseline_sentence, too_few
+    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, baseline_sentence, too_few
 
     screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
     is_once = not found.are_documents and len(sides[0].rows) > found.num_rows + found.only_a
@@ -305,7 +306,7 @@ def _print(
     for name, side in zip(names, sides, strict=True):
         if side.baseline is not None:
             screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
-    for sentence in too_few(found.num_rows, unit, MEASURE_MORE):
+    for sentence in too_few(found.num_rows, unit, HOLD_OUT_MORE if sides[0].is_kept else MEASURE_MORE):
         screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")

@@ -41,7 +41,9 @@ Base = Annotated[bool, typer.Option("--base", help="Use the untouched base of th
 BaseAt = Annotated[
     str | None, typer.Option("--model", metavar="PATH", help="Place of the run's base model, if it was moved.")
 ]
-TaskOf = Annotated[str | None, typer.Option("--task", metavar="TASK", help="Task of a MODEL; a run has its own.")]
+TaskOf = Annotated[
+    str | None, typer.Option("--task", metavar="TASK", help="Task of a MODEL; a run of preferences also takes chat.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),

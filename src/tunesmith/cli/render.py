@@ -255,7 +255,8 @@ def _steps(plan: Mapping[str, Any]) -> str:
     """The steps, and in epochs, which a plan of an earlier version cannot say: 30 steps (1.5 epochs)."""
     steps = plural(plan["steps"], "step")
     epochs = plan["steps"] / plan.get("steps_per_epoch", math.inf)
-    return f"{steps} ({epochs:.2g} {'epoch' if epochs == 1 else 'epochs'})" if epochs else steps
+    shown = "less than 0.1" if epochs < 0.1 else f"{epochs:,.1f}".removesuffix(".0")
+    return f"{steps} ({shown} {'epoch' if shown == '1' else 'epochs'})" if epochs else steps
 
 
 def given_options(given: Mapping[str, Any]) -> str:

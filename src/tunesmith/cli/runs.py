@@ -221,7 +221,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["name"],
         row["state"],
-        visible(Path(row["model"].removesuffix("/merged").removesuffix("/model")).name),  # of another run: its name
+        visible(_model_name(Path(row["model"]))),
         row["task"],
         row["method"],
         f"{row['step']}/{row['steps']}",
@@ -229,6 +229,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
         headline_metric(row["measures"].get("before", {}), row["measures"].get("after", {})),
         age(time.time() - row["created"]),
     ]
+
+
+def _model_name(model: Path) -> str:
+    """The last part of a model's name or path; of the result of another run, or its snapshot, the name of that run."""
+    is_result = model.name in ("merged", "model") and (model.parent / "run.json").is_file()
+    run = model.parents[2] if is_result and model.parent.parent.name == "snapshots" else model.parent
+    return run.name if is_result else model.name
 
 
 def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:

@@ -221,7 +221,7 @@ class _Check:
 
     def report(self) -> CheckReport:
         check_columns_exist(self._data)
-        entries = [(side, file, self._members(file)) for side in SIDES for file in getattr(self._data, side)]
+        entries = [(side, file, self._members(file, side)) for side in SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
         for one in self._sides.values():
@@ -266,10 +266,10 @@ class _Check:
             conflicts=conflicting,
         )
 
-    def _members(self, file: DataFile) -> Sequence[DataFile]:
+    def _members(self, file: DataFile, side: Side) -> Sequence[DataFile]:
         """The files of one entry of the data; none if it is a folder that cannot be used."""
         try:
-            return expand_folders([file], self._hear)
+            return expand_folders([file], self._hear, trained=side != "eval")
         except DataError as error:
             self._hear_all(error)
             return ()

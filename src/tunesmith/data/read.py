@@ -30,7 +30,7 @@ from tunesmith.types import Problem, Source
 _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
 
 
-def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], None]) -> tuple[DataFile, ...]:
+def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained: bool = False) -> tuple[DataFile, ...]:
     """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight, and each
     address by the files that it names.
 
@@ -38,8 +38,8 @@ def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], No
     others are named in one warning a folder.
 
     Raises:
-        DataError: a folder cannot be listed, or holds nothing to read, or held-out files among others; all such
-            folders are named.
+        DataError: a folder cannot be listed, or holds nothing to read, or is `trained` on and holds held-out files
+            among others; all such folders are named.
     """
     found: list[DataFile] = []
     refused: list[Problem] = []
@@ -51,7 +51,7 @@ def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], No
             if not os.path.isdir(file.at):
                 found.append(file)
                 continue
-            for name in _documents(file.path, file.at, on_problem):
+            for name in _documents(file.path, file.at, on_problem, trained):
                 document = file.model_copy(update={"path": os.path.join(file.path, name)})
                 found.append(document.at_place(os.path.join(file.at, name)))
         except DataError as error:
@@ -63,17 +63,17 @@ def expand_folders(files: Sequence[DataFile], on_problem: Callable[[Problem], No
     return tuple(found)
 
 
-def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> list[str]:
+def _documents(folder: str, at: str, on_problem: Callable[[Problem], None], trained: bool) -> list[str]:
     """Their paths from the folder on, which is read `at` a place."""
     listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
     documents = [name for name in listed if suffix_of(name) in DOCUMENTS and _is_text(name)]
     rows = [name for name in listed if suffix_of(name) in SUFFIXES and _is_text(name)]
     if rows and all(is_about(name) for name in documents):
         chosen, what = rows, "files of rows"
-        _refuse_held_out(folder, rows)
     else:
         chosen, what = documents, "documents (.txt, .md)"
-    _refuse_held_out_folder(folder, chosen)
+    if trained:
+        _refuse_held_out(folder, chosen, rows if chosen is rows else [])
     others = [os.fsencode(name).decode("utf-8", "replace") for name in listed if name not in set(chosen)]
     if not chosen:
         held = f"It holds {names(others)}." if others else "It is empty."
@@ -86,24 +86,18 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None]) -> l
     return chosen
 
 
-def _refuse_held_out(folder: str, rows: Sequence[str]) -> None:
-    """Raise `DataError` where files of a folder are held-out rows by their names: they would be trained."""
-    held = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
-    if held and len(held) < len(rows):
-        message = f"by their names, files of this folder are held-out rows: {names(held)}. They would be trained."
-        others = " ".join(shlex.quote(os.path.join(folder, name)) for name in rows if name not in held)
-        fix = f"Give the files by name: {others} --eval {shlex.quote(os.path.join(folder, held[0]))}"
-        raise refusal(folder, 0, "is_folder", message, fix)
-
-
-def _refuse_held_out_folder(folder: str, names: Sequence[str]) -> None:
-    """Raise `DataError` where files lie in a folder train and in one of held-out rows next to it."""
-    tops = sorted({name.split(os.sep)[0] for name in names if os.sep in name})
-    held = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
-    if held and "train" in tops:
-        fix = " --eval ".join(shlex.quote(os.path.join(folder, name)) for name in ("train", held[0]))
-        message = f"by its name, {held[0]} in it holds held-out rows. They would be trained."
-        raise refusal(folder, 0, "is_folder", message, f"Give the folders by name: {fix}")
+def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str]) -> None:
+    """Raise `DataError` where files of rows, or folders next to one named train, are held-out rows by their names."""
+    tops = sorted({name.split(os.sep)[0] for name in chosen if os.sep in name})
+    held_tops = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
+    held_rows = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
+    others = [name for name in rows if name not in held_rows]
+    for kept, held in ((others, held_rows), ([top for top in tops if top.lower() == "train"], held_tops)):
+        if kept and held:
+            ours, theirs = ([shlex.quote(os.path.join(folder, name)) for name in side] for side in (kept, held))
+            message = f"by their names, these are held-out rows: {names(held)}. They would be trained."
+            fix = f"Give by name: {' '.join(ours)} --eval {' --eval '.join(theirs)}"
+            raise refusal(folder, 0, "is_folder", message, fix)
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -143,8 +143,8 @@ def encode_rows(
     """
     problems: list[Problem] = []
     check_columns_exist(data)
-    sides = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
-    data = data.model_copy(update={side: expand_folders(given, problems.append) for side, given in sides.items()})
+    raw = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
+    data = data.model_copy(update={s: expand_folders(f, problems.append, trained=s != "eval") for s, f in raw.items()})
     notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:

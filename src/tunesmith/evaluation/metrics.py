@@ -164,7 +164,7 @@ def info_of(key: str) -> MetricInfo:
     return METRICS.get(key) or MetricInfo(key, "number", "neither", "")
 
 
-def refuse_no_answers(samples: int | None, judge: object) -> None:
-    """Raise InputError for a judge that would have no answers to compare."""
+def refuse_no_answers(samples: int | None, judge: object, names: tuple[str, str] = ("--judge", "--samples 0")) -> None:
+    """Raise InputError for a judge that would have no answers to compare. `names`: the caller's words for the two."""
     if judge is not None and samples == 0:
-        raise InputError("--judge: compares answers, and with --samples 0 there are none. Leave --samples out.")
+        raise InputError(f"{names[0]}: compares answers, and with {names[1]} there are none. Leave one out.")

@@ -136,9 +136,9 @@ def load_any(
         return load_model(target, task=task, offline=offline)
     run = Run.open(target, root, base=model)
     learnt = resolved(run.recipe().task)
-    answers_too = task is not None and TASKS[learnt].compares and TASKS[task].writes_answers
+    answers_too = task in TASKS and TASKS[learnt].compares and TASKS[task].writes_answers
     if task not in (None, learnt) and not answers_too:
-        raise InputError(f"{run.path}: it was tuned for the task {learnt}: --task {task} is for models.")
+        raise InputError(f"{run.path}: --task {task}: it takes {learnt}{' or chat' * TASKS[learnt].compares}.")
     loaded = replace(load_base(run, offline=offline) if base else load_run(run, offline=offline), run=run, is_base=base)
     if task in (None, learnt):
         return loaded

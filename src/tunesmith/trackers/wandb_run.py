@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.environment import install_command
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_unreachable
@@ -24,6 +25,8 @@ def check(offline: bool) -> None:
         os.environ["WANDB_MODE"] = "offline"
     import wandb
 
+    if tuple(map(int, wandb.__version__.split(".")[:2])) < (0, 31):  # the first whose `leet inspect` is used
+        raise InputError(f"track: wandb: {wandb.__version__} is too old. Install it: {install_command('wandb')}")
     settings = wandb.setup().settings
     if settings.mode in OFFLINE:
         return
@@ -56,12 +59,12 @@ class WandbRun:
             settings=settings,
         )
         if self._run.settings.mode in OFFLINE:
-            every = (
-                Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
-            )  # a new one each time, one run to sync
-            self.place = str(every)
-            files = every.parent.glob(f"{every.name}/run-{reader.key}.wandb")
-            self.last_step = max([kept, *map(_last_step, files)])
+            every = Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
+            self.place = str(every)  # wandb makes a folder each time; its `sync` joins them
+            steps = {str(path): _last_step(path) for path in every.parent.glob(f"{every.name}/run-{reader.key}.wandb")}
+            self.last_step = max([kept, *(step for step in steps.values() if step is not None)])
+            if damaged := [path for path, step in steps.items() if step is None]:
+                self.place += f"; damaged, and not read: {', '.join(damaged)}"
         else:
             self.place = str(self._run.url)
             self.last_step = int(self._run.step) - 1 if self._run.resumed else -1
@@ -86,10 +89,13 @@ class WandbRun:
         self._run.finish(exit_code=1)
 
 
-def _last_step(path: Path) -> int:
-    """Newest step in a .wandb file of an offline run, as wandb reads it; -1: none."""
+def _last_step(path: Path) -> int | None:
+    """Newest step in a .wandb file of an offline run, as wandb reads it; -1: none; None: it cannot read the file."""
     words = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
-    step = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)["step"]
+    found = subprocess.run(words, capture_output=True, check=False)
+    if found.returncode:
+        return None
+    step = json.loads(found.stdout)["step"]
     return -1 if step is None else int(step)
 
 
