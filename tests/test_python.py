@@ -84,6 +84,7 @@ def test_the_same_rows_are_the_same_file(tmp_path: Path) -> None:
 
 def test_a_pandas_table_leaves_missing_values_out(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
+    assert not is_rows(pandas.Series(["a.jsonl"]))
     frame = pandas.DataFrame({"text": ["a", "b"], "label": [1.5, float("nan")], "when": [pandas.NaT, pandas.NaT]})
     assert write_rows(frame, tmp_path).read_text("utf-8") == '{"text":"a","label":1.5}\n{"text":"b"}\n'
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,9 @@ def test_padding_of_a_plan_is_told():
     assert padded.padding() < 0.3  # 0.27
     assert as_it_was > 0.5  # all 16 in one pass
     assert plan(lengths, layout="packed").padding() == 0.0
+    # Rank 0 takes the one row of each step.
+    idle = replace(plan(np.full(8, 7, np.int32), rows_per_step=1), part=(1, 2))
+    assert idle.padding(pads=True) == 0.0
     even = np.full(64, 7, np.int32)
     assert plan(even, rows_per_step=16, tokens_per_pass=2048, layout="padded").padding() == 0.0
 

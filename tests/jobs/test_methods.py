@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,44 @@ def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpo
     assert not run.checkpoints_path.exists()
     assert (store.job(name)["result_file"] is None) == is_damaged == any(name in note for note in notes)
     assert store.job(other)["status"] == "succeeded"
+    store.close()
+
+
+def test_a_damaged_run_fails_its_job_and_no_other(tmp_path: Path) -> None:
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name, other = (put_job(store, put_file(store, rows(12), file)) for file in ("file-a", "file-b"))
+    working = dispatcher(store, launcher, FakeModels())
+    run = Run(store.runs_path / name)
+    while not run.events_path.exists():
+        working.round()
+    run.events_path.write_bytes(b"{damaged\n" + run.events_path.read_bytes())
+    working.active[name].process = SimpleNamespace(is_alive=lambda: False, stop=lambda: None)
+    for _ in range(12):
+        working.round()
+    assert [store.job(one)["status"] for one in (name, other)] == ["failed", "succeeded"]
+    assert "events.jsonl" in store.job(name)["error"]["message"]
+    store.close()
+
+
+def test_a_disk_that_is_full_at_first_keeps_the_results_of_a_cancelled_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, launcher = Store(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, FakeModels())
+    pause(store, working, name)
+    write, full = working._write_results, [OSError(28, "No space left on device")]
+
+    def write_results(*given: Any) -> Any:
+        if full:
+            raise full.pop()
+        return write(*given)
+
+    monkeypatch.setattr(working, "_write_results", write_results)
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    working.round()
+    assert not full
+    assert store.job(name)["result_file"] is not None
     store.close()
 
 

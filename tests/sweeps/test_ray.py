@@ -96,6 +96,12 @@ def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.
             pass
 
 
+def test_an_address_without_a_port_is_refused_by_its_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "import_ray", SimpleNamespace)
+    with pytest.raises(InputError, match=r"ray://head: has no port\. Write HOST:PORT"), connected("ray://head"):
+        pass
+
+
 def test_the_error_of_a_worker_is_that_of_the_rank_which_failed() -> None:
     mark = ray_engine._MARK
     lost = f'{mark}{{"kind":"error","code":"GroupError","message":"rank 1: bad row","exit":2}}'

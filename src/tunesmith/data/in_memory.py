@@ -21,7 +21,7 @@ def is_rows(given: Any) -> bool:
     """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings other than {"path", "weight"}."""
     if isinstance(given, (str, bytes, Mapping)):
         return False
-    if hasattr(given, "iloc") or hasattr(given, "column_names"):
+    if (hasattr(given, "iloc") and hasattr(given, "columns")) or hasattr(given, "column_names"):  # no pandas Series
         return True
     if not isinstance(given, (list, tuple)) or not given:
         return False

@@ -161,6 +161,8 @@ class StepSampler:
             return 0.0
         num_steps = min(POOL_STEPS // 4 if pads else POOL_STEPS, self.steps_per_epoch)
         batches = [rows for step in range(num_steps) for rows in self.step(step + 1)]
+        if not batches:  # of this part: its device has no row in these steps
+            return 0.0
         if pads:
             sizes = list(map(self.computed, batches))
             return 1.0 - sum(sizes) / sum(map(padded_size, sizes))

@@ -139,7 +139,10 @@ class Dispatcher:
         self.waiting = waiting
         for job in self._in_turn():
             if len(self.active) < self.parallel and self._may_run(job):
-                self._begin(job)
+                try:
+                    self._begin(job)
+                except RunError as error:
+                    self._fail(job, "run_failed", str(error), None)
         if time.monotonic() >= self.expires_next:
             self.expires_next = time.monotonic() + EXPIRE_S
             for line in self.store.expire():
@@ -228,6 +231,15 @@ class Dispatcher:
     # Follow
 
     def _follow(self, one: _Active) -> None:
+        try:
+            self._follow_run(one)
+        except RunError as error:  # its folder is damaged, which is no reason for other jobs to wait
+            one.process.stop()
+            if not one.process.is_alive():
+                self.active.pop(one.job, None)
+                self._fail({"id": one.job}, "run_failed", str(error), None)
+
+    def _follow_run(self, one: _Active) -> None:
         ended = not one.process.is_alive()
         self._relay(one)
         job = self.store.job(one.job)
@@ -368,17 +380,23 @@ class Dispatcher:
         job, run = self.store.job(name), Run(self._run_path(name))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return
-        try:
-            if job["status"] == "cancelled" and run.events_path.exists():
-                self._keep_results(job, run)
-        except (OSError, RunError, StorageError) as error:  # a full disk: what is removed below makes room
-            self.on_note(f"{name}: the results of its steps are not kept: {error}")
+        error = self._keep_results(job, run)
         with suppress(OSError, RunError, StorageError):
             for path in (run.rows_path, run.checkpoints_path):  # the result and the report stay
                 remove(path)
+        if error is not None and (error := self._keep_results(job, run)) is not None:  # now the disk may have room
+            self.on_note(f"{name}: the results of its steps are not kept: {error}")
 
-    def _keep_results(self, job: Record, run: Run) -> None:
-        """Write the results file of a cancelled job, and remove what it made at its stop."""
+    def _keep_results(self, job: Record, run: Run) -> Exception | None:
+        """Write the results file of a cancelled job, and remove what it made at its stop; returns why that failed."""
+        try:
+            if job["status"] == "cancelled" and run.events_path.exists():
+                self._write_cancelled(job, run)
+        except (OSError, RunError, StorageError) as error:
+            return error
+        return None
+
+    def _write_cancelled(self, job: Record, run: Run) -> None:
         name, found = job["id"], list(run.events())
         if any(event.kind == "step" for event in found):
             row = self._write_results(name, found)

@@ -26,7 +26,7 @@ def _whole(most: int) -> Any:
     return _auto_or(f"a whole number from 1 to {most}", lambda value: 1 <= value <= most)
 
 
-_POSITIVE = _auto_or("a number above 0", lambda value: 0 < value < 1e6, int | float)
+_POSITIVE = _auto_or("a number above 0, below 1,000,000", lambda value: 0 < value < 1e6, int | float)
 _UP_TO_TWO = _auto_or("a number above 0, 2 at most", lambda value: 0 < value <= 2, int | float)
 
 

@@ -40,10 +40,12 @@ def connected(address: str) -> Iterator[Any]:
     ray = import_ray()
     paths = for_child()["PYTHONPATH"]
     environment = {"env_vars": {**NO_REPORTS, "PYTHONPATH": paths}}
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address and not port.isdigit():
+        raise InputError(f"--ray {address}: has no port. Write HOST:PORT or ray://HOST:PORT, such as ray://head:10001.")
     try:
-        if ":" in address:  # Ray itself tries a place where nobody answers for many minutes
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if colon:  # Ray itself tries a place where nobody answers for many minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(
             address=address,
             include_dashboard=False if address == LOCAL else None,

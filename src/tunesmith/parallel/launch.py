@@ -122,7 +122,8 @@ def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str
         text = reason.get("text") or f"it was ended by {failure.message.split(' received')[0]}"
         names_rank = reason.get("kind") == GroupError.__name__
         say(f"error: {text}" if names_rank else f"error: rank {rank}: {text}")
-        if (run := _run_of(folder)) is not None and code not in (2, Stopped.exit_code):
+        run = _run_of(folder)
+        if run is not None and code not in (2, Stopped.exit_code) and any(run.checkpoints_path.glob("step-*")):
             say(f"Continue from the last checkpoint with: {command('resume', run.path)}")
     return code if code > 0 else 1
 
