@@ -60,7 +60,7 @@ def test_a_fault_is_named(tmp_path: Path, old: str, new: str, words: str) -> Non
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("owner/Model-1.5B", "Model-1.5B"), ("owner/m@main", "m"), ("./a b", "a-b"), ("dir/x.gguf", "x.gguf")],
+    [("owner/Model-1.5B", "Model-1.5B"), ("owner/m@main", "m"), ("./a b", "a-b"), ("dir/x.gguf", "x")],
 )
 def test_the_one_model_has_the_last_part_of_its_name(model: str, name: str) -> None:
     assert list(bases_of_model(model).names) == [name]

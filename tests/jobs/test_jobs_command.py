@@ -20,6 +20,8 @@ from jobs.served import Served, serving  # noqa: E402
 from tunesmith.cli.app import app  # noqa: E402
 from tunesmith.cli.serve import ServerOutput  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
+from tunesmith.serve.middleware import RequestLog  # noqa: E402
+from tunesmith.serve.responses import Usage  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,12 @@ def test_the_server_prints_a_line_for_each_state_of_a_job(
         assert failed.startswith(f"{bad} on tiny: failed: Training file has 9 example(s)"), said
         assert [line.rpartition(": ")[2] for line in said[-3:]] == ["validating_files", "paused", "cancelled"]
     store.close()
+
+
+def test_a_client_that_polls_is_one_line() -> None:
+    output = ServerOutput(screen := Console(file=io.StringIO(), width=80), quiet=False, as_json=False)
+    polls, posts = [("GET", "/a", 200)] * 3, [("POST", "/a", 200)] * 2
+    for method, path, status in [*polls, *posts, *polls, ("GET", "/a", 404)]:
+        output.request(RequestLog("1", method, path, path, status, 0.001, Usage()))
+    said = [line.rpartition(" 1 ms")[0] for line in screen.file.getvalue().splitlines()]
+    assert said == ["GET /a 200", "POST /a 200", "POST /a 200", "GET /a 200", "GET /a 404"]

@@ -171,6 +171,8 @@ class ServerOutput:
     quiet: bool
     as_json: bool
     has_started: bool = False
+    last: tuple[str, str, int] = ("", "", 0)
+    """Method, path and status of the last request that was shown."""
 
     def note(self, text: str) -> None:
         if self.as_json:
@@ -222,7 +224,8 @@ class ServerOutput:
             self.screen.print(f"{job['id']} on {visible(job['model'])}: {status}{more}", soft_wrap=True)
 
     def request(self, log: RequestLog) -> None:
-        """A line for each request, with nothing of its content or its answer."""
+        """A line for each request, with nothing of its content or its answer; for equal GETs in a row one, as a client
+        that waits makes them."""
         path, usage = one_line(log.path, PATH_WIDTH), log.usage
         milliseconds = round(log.seconds * 1000)
         if self.as_json:
@@ -233,10 +236,11 @@ class ServerOutput:
             })  # fmt: skip
         elif log.fault:
             self.screen.print(f"{log.id}: {log.fault}. This is a fault in tunesmith; please report it.", style="red")
-        elif not self.quiet:
+        elif not self.quiet and (log.method != "GET" or self.last != (log.method, path, log.status)):
             counts = (usage.prompt_tokens, usage.completion_tokens)
             tokens = f", {counts[0]} + {counts[1]} tokens" if any(counts) else ""
             failed = f", {usage.failed}" if usage.failed else ""
+            self.last = (log.method, path, log.status)
             self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
 
 

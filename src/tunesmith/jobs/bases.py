@@ -95,6 +95,7 @@ def bases_of_file(path: Path) -> Bases:
 
 
 def bases_of_model(model: str) -> Bases:
-    """One base, named by the last part of its folder or hub id."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model.partition("@")[0]).resolve().name).strip("-._")
+    """One base, named by the last part of its folder or hub id, or by its .gguf file as `serve` names it."""
+    name = Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name).strip("-._")
     return Bases({name or "base": PublicBase(model=model)})

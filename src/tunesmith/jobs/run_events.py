@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tunesmith.jobs.store import event
-from tunesmith.phrases import plural
+from tunesmith.phrases import option, plural
 from tunesmith.types import Event
 
 _COLUMNS = (
@@ -34,7 +34,7 @@ class EventTranslator:
             self.total_steps = values["steps"]
             yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
             for choice in values["choices"]:
-                text = f"Chosen: {choice['key']} = {choice['value']}: {choice['reason']}"
+                text = f"Chosen: {choice['key']} = {option(choice['value'])}: {choice['reason']}"
                 yield event(self.job, text, once=f"choice {choice['key']} {choice['value']}")
         if one.kind == "step":
             self.last_loss = _number(values["loss"])
