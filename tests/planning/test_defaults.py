@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tunesmith.models import machine
-from tunesmith.planning.defaults import Facts, decide
+from tunesmith.planning.defaults import Facts, decide, rate_notes
 from tunesmith.recipe.load import validate
 
 
@@ -26,6 +26,14 @@ def decided(rows: int, **recipe):
 )
 def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, looked_at):
     assert decided(rows, **recipe)[0].evaluation.surprising == looked_at
+
+
+@pytest.mark.parametrize(("rate", "note"), [("auto", ""), (0.01, ""), (5, "optim.lr: 5 is 10,000 times the usual")])
+def test_a_learning_rate_far_above_the_usual_is_noted(rate, note):
+    recipe, _ = decided(100, optim={"lr": rate})
+    notes = rate_notes(recipe, Facts(135_000_000, "cpu", "causal", np.full(100, 50, np.int32)))
+    assert len(notes) == bool(note)
+    assert all(one.startswith(note) for one in notes)
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,16 @@ def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     return float(f"{rate * times * recipe.optim.lr_times:.3g}"), reason
 
 
+def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
+    """A note where the learning rate is far above the one that would be chosen."""
+    usual, rate = _rate(recipe, facts)[0], float(resolved(recipe.optim.lr))
+    if rate <= HIGH_RATE * usual:
+        return []
+    return [
+        f"optim.lr: {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: the loss may rise and never come back"
+    ]
+
+
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
     sooner = "; train.max_steps can end it sooner" if recipe.train.max_steps else ""
@@ -354,6 +364,8 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
 """In order: a later rule may depend on what an earlier one decided."""
 
 
+HIGH_RATE = 100
+"""Learning rates that are so many times the usual one are noted."""
 HELD = 1000
 """Most held-out rows measured in it."""
 FEW_HELD = 50

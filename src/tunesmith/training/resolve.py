@@ -24,7 +24,16 @@ from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
-from tunesmith.planning.defaults import HELD, Facts, RunSize, decide, decide_measuring, total_steps, with_choice
+from tunesmith.planning.defaults import (
+    HELD,
+    Facts,
+    RunSize,
+    decide,
+    decide_measuring,
+    rate_notes,
+    total_steps,
+    with_choice,
+)
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fill_card, fit, gib, refuse, refuse_shard, split_choice, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster, decide_sharing, shared_prefixes
@@ -108,7 +117,7 @@ def resolve_run(
     if run is not None or not world.is_first:
         return ResolvedRun(_unforecast(recipe), choices, [], inputs, rows, given, None)
     on_progress("plan", 0, 1)
-    found = ResolvedRun(recipe, choices, [], inputs, rows, given, None)
+    found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
     try:
         _forecast(found, device, world, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
