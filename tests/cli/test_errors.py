@@ -16,6 +16,7 @@ from tunesmith import errors
 from tunesmith.cli import errors as cli_errors
 from tunesmith.cli import signals
 from tunesmith.cli.app import Commands
+from tunesmith.parallel.world import OWN_AGENT
 from tunesmith.types import Problem, Source
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -220,6 +221,15 @@ def test_first_signal_asks_to_stop(stoppable: Start, number: int) -> None:
     assert said.splitlines()[0].startswith("stopping: a checkpoint is written")
     assert said.splitlines()[1] == "stopped"
     assert process.returncode == 0
+
+
+def test_a_rank_that_its_agent_ends_was_asked_by_nobody(stoppable: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OWN_AGENT, "folder")
+    process = stoppable("True")
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    said, _ = process.communicate(timeout=20)
+    assert said.splitlines() == ["stopping: a SIGTERM came, or another process of this run was lost.", "stopped"]
 
 
 @pytest.mark.parametrize("number", [2, 15])

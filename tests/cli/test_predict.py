@@ -433,7 +433,17 @@ def test_compare_counts_documents_and_says_which_losses_compare(tmp_path: Path) 
     assert lines[0] == "1 document in common"
     assert lines[2].endswith("token accuracy do not compare; bits per byte do")
     bits = next(line for line in lines if line.startswith("bits per byte\t"))
-    assert bits.startswith(f"bits per byte\t{4 / 9 / math.log(2):.4f}\t{4 / 9 / math.log(2):.4f}\t+0.0000")
+    assert bits.startswith(f"bits per byte\t{4 / 9 / math.log(2):.4f}\t{4 / 9 / math.log(2):.4f}\tthe same")
+
+
+def test_compare_orders_rows_by_the_loss_that_it_shows(tmp_path: Path) -> None:
+    def row(n: int, loss: float, count: int) -> dict[str, Any]:
+        return {"source": f"a:{n}", "hash": str(n), "text": "t", "loss": loss, "count": count, "correct": 0}
+
+    a = fake_run(tmp_path / "a", [row(n, 0.0, n) for n in range(1, 8)])
+    b = fake_run(tmp_path / "b", [row(n, 8.0 + n, n) for n in range(1, 8)])  # the longest row loses most, not a token
+    worse = [line for line in tunesmith("compare", a, b).stdout.splitlines() if line.startswith("worse: ")]
+    assert [line.split(": ")[1] for line in worse] == [f"a:{n}" for n in range(1, 6)]
 
 
 def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
@@ -444,7 +454,8 @@ def test_compare_pairs_the_answers_of_two_runs(tmp_path: Path) -> None:
         write(run / "evaluation" / "answers-after.jsonl", lines)
     lines = tunesmith("compare", *runs).stdout.splitlines()
     assert "3 prompts answered by both" in lines
-    assert "ROUGE-L\t0.2500\t0.7500\t+0.5000 (+0.5000 to +0.5000), may be chance" in lines
+    assert "ROUGE-L\t0.2500\t0.7500\t+0.5000 (+0.5000 to +0.5000), too few rows to tell" in lines
+    assert any(line.startswith("accuracy\t") and line.endswith("\tthe same") for line in lines)
     [found] = told(tunesmith("compare", *runs, "--json"))
     told_of = found["answers"]["measures"]["rougeL"]
     assert (found["answers"]["num"], told_of["b_minus_a"]["low"], told_of["is_clear"]) == (3, 0.5, False)

@@ -124,6 +124,7 @@ def test_columns_that_no_shape_has_are_refused(columns: dict[str, str], hint: st
         ({"review": "a", "category": "b"}, "classify", "{text: review, label: category}"),
         ({"sentence": ["a"], "ner_tags": [1]}, None, "{tokens: sentence, tags: ner_tags}"),
         ({"body": "a"}, "text", "{text: body}"),
+        ({"texto": "a", "labelo": "b"}, "classify", "{text: texto, label: labelo}"),
     ],
 )
 def test_fields_of_no_shape_get_a_proposal(row: dict[str, Any], task: TaskName | None, columns: str, tmp_path: Path):

@@ -59,7 +59,7 @@ def test_warnings_are_counted_and_write_nothing() -> None:
     noted = problem(7, "ignored_fields", "warning")
     written, lines, _ = lines_of([text(1), noted, noted, text(2)], bare=True)
     assert written == [{"source": "a.jsonl:1", "value": 10}, {"source": "a.jsonl:2", "value": 10}]
-    assert lines.counts.notes() == ["a.jsonl:7: ignored_fields: no JSON. Mend it. (2 in all)"]
+    assert lines.counts.notes() == ["a.jsonl:7: ignored_fields: no JSON. Mend it. (2 such notes in all)"]
 
 
 def test_no_more_than_a_chunk_is_held() -> None:

@@ -13,7 +13,8 @@ from faults import Faults, in_child
 from tunesmith.errors import RunError, StorageError
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.folder import Run, runs
+from tunesmith.runs.folder import Run, refuse_taken, runs
+from tunesmith.training.trainer import train
 from tunesmith.types import Event
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -67,6 +68,13 @@ def test_create_never_overwrites(root, monkeypatch):
     assert os.listdir(root) == ["x-aaaa"]
 
 
+def test_a_folder_that_is_taken_is_refused_before_data_and_model_are_read(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    recipe = Recipe(model=str(tmp_path / "no-model"), data={"train": [str(tmp_path / "none.jsonl")]})
+    with pytest.raises(RunError, match="already exists"):
+        train(recipe, out=tmp_path, offline=True)
+
+
 def test_create_in_a_folder_of_choice(tmp_path):
     (tmp_path / "empty").mkdir()
     assert Run.create(tmp_path, "x", "", out=tmp_path / "empty").path == tmp_path / "empty"
@@ -75,6 +83,9 @@ def test_create_in_a_folder_of_choice(tmp_path):
     (tmp_path / "full" / "mine").write_text("mine")
     with pytest.raises(RunError, match="full: already exists"):
         Run.create(tmp_path, "x", "", out=tmp_path / "full")
+    with pytest.raises(RunError, match="full: already exists"):
+        refuse_taken(tmp_path / "full")
+    refuse_taken(tmp_path / "none")
     assert sorted(os.listdir(tmp_path)) == ["a", "empty", "full"]
     assert os.listdir(tmp_path / "full") == ["mine"]
 

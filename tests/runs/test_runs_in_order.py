@@ -239,7 +239,7 @@ def test_many_runs_are_one_table_against_the_first(tmp_path):
     paths = [measured(tmp_path / name, set(range(num))) for name, num in (("a", 20), ("b", 21), ("c", 40))]
     code, out = compared(*paths)
     lines = [line.split("\t") for line in out.splitlines()]
-    assert (code, lines[0]) == (0, [f"40 rows in common; differences from {paths[0]} with 95 % intervals, ~ may be chance"])
+    assert (code, lines[0]) == (0, [f"40 rows in common; differences from {paths[0]} with 95 % intervals, ~ not clear"])
     at = lines[1].index("accuracy")
     assert [line[0] for line in lines[2:]] == [str(path) for path in paths]
     assert lines[2][at] == "50.0%"

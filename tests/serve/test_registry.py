@@ -7,6 +7,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,9 @@ def test_tools_are_refused_where_the_template_does_not_show_them(made: Path) -> 
     with pytest.raises(RequestError, match="the chat template of first does not show tools"):
         voice.prepare(0, says("first", "hello", tools=(tool,)), OPTIONS)
     voice.prepare(0, says("first", "hello"), OPTIONS)
+
+
+def test_a_name_that_is_nothing_gets_the_runs_there_are(tmp_path: Path) -> None:
+    Run.create(tmp_path, "x", "")
+    with pytest.raises(ModelError, match=r"lats: no such run in .*: did you mean last"):
+        open_registry(["lats"], root=tmp_path, options=replace(OPTIONS, offline=True), note=print)

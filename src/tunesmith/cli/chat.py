@@ -100,7 +100,7 @@ def open_speakers(
     run = Run.open(target, root, base=model) if is_run(target, root) else None
     if run is None:
         loading.refuse_needless(model, target)
-        loading.refuse_unknown(target, root, offline=offline)
+        loading.find_model(target, root, offline=offline)
     models = _load(target, run, base=base, compare=compare, offline=offline, note=note)
     last = models[-1][1]
     if last.head != "next_token":

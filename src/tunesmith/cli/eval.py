@@ -120,7 +120,7 @@ def _draw(found: EvaluationResult, out: Path | None) -> None:
         screen.print(f"rows in {out}")
 
 
-SHOWN = 10
+SHOWN = 5
 """Rows listed on which one is better, of each side; all with --json."""
 Targets = Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs; with --data also models.")]
 
@@ -200,7 +200,7 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bo
         return
     screen, unit = console(), "document" if found[0].are_documents else "row"
     counted = plural(found[0].num_rows, unit)
-    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals, ~ may be chance"))
+    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals, ~ not clear"))
     keys = list(found[0].metrics)
     rows = [[names[0], *(info_of(key).text(found[0].metrics[key].a) for key in keys)]]
     rows += [
@@ -213,7 +213,7 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bo
 def _difference(key: str, differs: Difference | None) -> str:
     if differs is None:
         return "–"
-    info, chance = info_of(key), "" if differs.is_clear else " ~"
+    info, chance = info_of(key), "" if differs.is_clear or differs.b_minus_a["value"] == 0 else " ~"
     return f"{info.text(differs.b)} {info.difference(differs.b_minus_a)}{chance}"
 
 
@@ -325,9 +325,8 @@ def _print(
 def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
     rows = []
     for key, differs in metrics.items():
-        info, chance = info_of(key), "" if differs.is_clear else ", may be chance"
-        difference = f"{info.difference(differs.b_minus_a)}{chance}"
-        rows.append([info.label, info.text(differs.a), info.text(differs.b), difference])
+        info = info_of(key)
+        rows.append([info.label, info.text(differs.a), info.text(differs.b), info.worth(differs.as_change())])
     print_table(screen, ["metric", "A", "B", "B − A"], rows)
 
 

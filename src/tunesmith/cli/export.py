@@ -95,9 +95,9 @@ def _print(done: Exported) -> None:
     if done.found is None:
         screen.print("not verified (--no-verify): nobody has compared it with the tuned model", style="yellow")
     else:
-        screen.print(f"equal to the tuned model on {done.found.rows} {done.rows}, loaded by {done.loaded_by}:")
+        screen.print(f"agrees with the tuned model within limits: {done.found.rows} {done.rows}, by {done.loaded_by}:")
         for what, value, bound in comparison_lines(done.found, done.allowed):
-            screen.print(f"  {what}: {value}" + (f" (allowed {bound})" if bound else ""))
+            screen.print(f"  {what}: {value} ({bound})")
     screen.print(f"{done.target} in {done.path}")
 
 

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from tunesmith.parallel.world import OWN_AGENT
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
+_LOST = "stopping: a SIGTERM came, or another process of this run was lost."
 _interrupted = threading.Event()
 
 
@@ -68,10 +71,11 @@ def stopping_on_signals(
             os.kill(os.getpid(), number)
         elif has_begun():
             requested.set()
+            text = _LOST if number == signal.SIGTERM and OWN_AGENT in os.environ else words
             try:
-                say(words)
+                say(text)
             except RuntimeError:  # the signal came while a line was being written: streams are not reentrant
-                os.write(2, f"{words}\n".encode())
+                os.write(2, f"{text}\n".encode())
         else:
             _interrupt(number, frame)
 

@@ -100,8 +100,9 @@ def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str
             continue
         found: dict[str, str] = {}
         for ours in FORMATS[shape].REQUIRED:
+            near = difflib.get_close_matches(ours, record, 1, 0.8)
             theirs = next(
-                (name for name in (ours, *_OFTEN[ours]) if name in record and name not in found.values()), None
+                (name for name in (ours, *_OFTEN[ours], *near) if name in record and name not in found.values()), None
             )
             if theirs is None or (shape == "tokens_tags" and not isinstance(record[theirs], list)):
                 break

@@ -218,8 +218,7 @@ def counted(stores: Sequence[RowStore], problems: Sequence[Problem]) -> list[str
         first.setdefault(problem.code, problem)
     notes = []
     for code, num in sorted(totals.items()):
-        example = str(first[code]) if code in first else code
-        notes.append(f"{example} ({num:,} in all)" if num > 1 else example)
+        notes.append(f"{first.get(code, code)}" + (f" ({num:,} such notes in all)" if num > 1 else ""))
     return notes
 
 

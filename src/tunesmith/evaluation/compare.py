@@ -134,7 +134,7 @@ def compare_rows(
             del metrics["loss"]
         loss_note = _OTHER_WEIGHTS.format(loss_note)
     gains_I = [_gain(kind, was, now) for was, now in zip(a, b, strict=True)]
-    order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]))
+    order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]) / (a[i]["count"] if kind == "tokens" else 1))
     return Comparison(
         kind=kind,
         num_rows=len(shared),
@@ -318,23 +318,13 @@ def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mappi
     where = "" if baseline["from"] == "the training rows" else f" of {baseline['from']}"
     return (
         f"{info.label} is {value}{f' ({ends})' if ends else ''}, against {info.text(its['value'])} for "
-        f"{baseline['words']} ({baseline['name']}{where}): {verdict_words(key, its['change'])}"
+        f"{baseline['words']} ({baseline['name']}{where}): {info.worth(its['change'])}"
     )
 
 
 def capitalized(sentence: str) -> str:
     """The sentence with a capital at its beginning."""
     return sentence[:1].upper() + sentence[1:]
-
-
-def verdict_words(key: str, change: Mapping[str, Any]) -> str:
-    """A paired difference and its verdict: +3.2 (+1.0 to +5.1) points, better."""
-    info = info_of(key)
-    verdict = info.verdict(change)
-    if change["value"] == 0:
-        return "unchanged"
-    words = {"better": ", better", "worse": ", worse", "unclear": ", which may be chance"}
-    return info.difference(change) + words.get(verdict, "")
 
 
 def never_right(details: Mapping[str, Any]) -> Iterator[str]:

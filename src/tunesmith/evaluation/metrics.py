@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from tunesmith.errors import InputError
 
-Verdict = Literal["better", "worse", "unclear", ""]
-VERDICTS: Mapping[Verdict, str] = {"better": "better", "worse": "worse", "unclear": "may be chance", "": ""}
+Verdict = Literal["better", "worse", "unclear", "few", ""]
+VERDICTS = {"better": "better", "worse": "worse", "unclear": "may be chance", "few": "too few rows to tell", "": ""}
 """Words for a verdict in a table."""
 FEW_ROWS = 30
 """Rows below which percentile intervals are noticeably too narrow: by 6 % at 30 rows, 23 % at 6 (Hesterberg 2015)."""
@@ -57,13 +57,19 @@ class MetricInfo:
         )
         return f"{value} ({low} to {high}){unit}" if "nan" not in low + high else f"{value}{unit}"
 
+    def worth(self, change: Mapping[str, Any]) -> str:
+        """A paired difference and its verdict: +3.2 (+1.0 to +5.1) points, better."""
+        words = filter(None, [self.difference(change), VERDICTS[self.verdict(change)]])
+        return "the same" if change["value"] == 0 else ", ".join(words)
+
     def verdict(self, change: Mapping[str, Any]) -> Verdict:
-        """Verdict on a paired difference: unclear where its interval holds 0 or there are too few rows."""
-        if self.better == "neither" or change["value"] == 0 or not math.isfinite(change["value"]):
+        """Verdict on a paired difference: unclear where its interval holds 0, few where there are too few rows."""
+        if change["value"] == 0 or not math.isfinite(change["value"]):
             return ""
         if not change["is_clear"]:
-            return "unclear"
-        return "better" if (change["value"] < 0) == (self.better == "lower") else "worse"
+            return "few" if change.get("low", 0) > 0 or change.get("high", 0) < 0 else "unclear"
+        gain = {"lower": -1, "higher": 1, "neither": 0}[self.better] * change["value"]
+        return "better" if gain > 0 else "worse" if gain < 0 else ""
 
 
 METRICS: Mapping[str, MetricInfo] = {

@@ -157,25 +157,25 @@ def comparison_section(found: ExportComparison | None, allowed: Tolerances, load
         return "**Not verified**: it was exported with --no-verify, and nobody has compared it with the tuned model."
     lines = "\n".join(f"| {what} | {value} | {bound} |" for what, value, bound in comparison_lines(found, allowed))
     head = f"Loaded in a new process by {loaded_by} and compared with the tuned model on {found.rows} {rows}:"
-    return f"{head}\n\n| | found | allowed |\n|---|---|---|\n{lines}\n\nThe same numbers are in verify.json."
+    return f"{head}\n\n| | found | limit |\n|---|---|---|\n{lines}\n\nThe same numbers are in verify.json."
 
 
 def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple[str, str, str]]:
     """Each number of the check, its value, and what is allowed."""
     value = f"{found.kl:.2g} ({found.kl_max:.2g}){_unit(found)}"
     lines = [
-        ("tokens of rows and prompts", "identical" if found.same_ids else "different", "identical"),
-        (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"{allowed.kl:g}"),
-        ("same first choice", f"{found.top1:.1%}", ""),
+        ("tokens of rows and prompts", "identical" if found.same_ids else "different", "must be identical"),
+        (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"allowed {allowed.kl:g}"),
+        ("same first choice", f"{found.top1:.1%}", "shown only"),
     ]
     if found.carried is not None and found.error_to_effect is not None:
-        lines.append(("share of the tuning effect", f"{found.carried:.2%}", f"100 % ± {allowed.carried:.0%}"))
-        lines.append(("error relative to the tuning effect", f"{found.error_to_effect:.2%}", ""))
+        lines.append(("share of the tuning effect", f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"))
+        lines.append(("error relative to the tuning effect", f"{found.error_to_effect:.2%}", "shown only"))
     if found.loss_tuned is not None and found.loss_exported is not None:
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"
-        lines.append(("held-out loss, tuned and exported", losses, f"± {allowed.loss:g}"))
+        lines.append(("held-out loss, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))
     if found.answers:
-        lines.append(("same greedy answer", f"{found.same_answers} of {found.answers}", ""))
+        lines.append(("same greedy answer", f"{found.same_answers} of {found.answers}", "shown only"))
     return lines
 
 

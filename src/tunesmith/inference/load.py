@@ -132,7 +132,7 @@ def load_any(
         if base:
             raise InputError(f"{target}: --base needs a run: a model has no other, untouched version.")
         refuse_needless(model, target)
-        refuse_unknown(target, root, offline=offline)
+        find_model(target, root, offline=offline)
         return load_model(target, task=task, offline=offline)
     run = Run.open(target, root, base=model)
     learnt = resolved(run.recipe().task)
@@ -247,10 +247,10 @@ def as_renamed(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str
     return {names.get(value, key) if key not in now else key: value for key, value in then.items()}
 
 
-def refuse_unknown(target: str, root: Path, *, offline: bool) -> None:
-    """Raise ModelError for what is neither a run nor a model, naming the runs that there are."""
+def find_model(target: str, root: Path, *, offline: bool) -> ModelRef:
+    """The model of that name. Raises ModelError for what is neither a run nor a model, naming the runs there are."""
     try:
-        resolve_model(target, offline=offline)
+        return resolve_model(target, offline=offline)
     except ModelError as error:
         if any(mark in target for mark in "/\\.~"):
             raise  # the path of a model

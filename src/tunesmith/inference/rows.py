@@ -54,7 +54,7 @@ class Counts:
     def notes(self) -> list[str]:
         """A line for each kind of warning: the first one, and how many there are."""
         counts = sorted(self.warnings.items())
-        return [f"{self.first[code]}" + (f" ({num:,} in all)" if num > 1 else "") for code, num in counts]
+        return [f"{self.first[code]}" + (f" ({num:,} such notes in all)" if num > 1 else "") for code, num in counts]
 
 
 class RowStream:

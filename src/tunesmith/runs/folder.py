@@ -120,8 +120,8 @@ class Run:
             remove(temporary)
             raise
         remove(temporary)
-        taken = f"{out}: already exists" if out else f"{root}: 100 names such as {places[0].name} are taken"
-        raise RunError(f"{taken}, and a run never overwrites anything. Choose another folder, or resume the run in it.")
+        refuse_taken(out)
+        raise RunError(f"{root}: 100 names such as {places[0].name} are taken, and a run never overwrites anything.")
 
     @classmethod
     def open(cls, path_or_name: str | Path, root: Path, *, base: str | None = None) -> Run:
@@ -398,6 +398,12 @@ def made_from(run: Run) -> dict[str, str]:
         return {}
 
 
+def refuse_taken(out: Path | None) -> None:
+    """Raise RunError for a folder that holds something."""
+    if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise RunError(f"{out}: already exists, and a run never overwrites. Take another, or resume the run in it.")
+
+
 def is_run(target: str, root: Path) -> bool:
     """Whether a word that can mean a run or a model means a run: its folder, "last", or a name in `root`."""
     if Path(target).exists():
@@ -433,7 +439,7 @@ def no_such_run(text: str, root: Path) -> str:
         return f"{text}: not a run folder: it has no run.json."
     if not names:
         return f"{text}: no such run: {root} holds none. Start one with `tunesmith train`."
-    near = difflib.get_close_matches(Path(text).name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(Path(text).name, [*names, "last"], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"{root} holds {listed(names)}."
     return f"{text}: no such run in {root}: {hint}"
 

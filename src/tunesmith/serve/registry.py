@@ -21,7 +21,7 @@ from tunesmith.methods.adapter_format import read_low_rank
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.pooling import find_pooling
-from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
+from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run, is_run
@@ -166,7 +166,8 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
     runs, models = _parse_names(names, root, base=options.base)
     sharing = [run for run in runs if why_unshareable(run) is None]
     registry = Registry()
-    base, hashes = _one_base(sharing, models, offline=options.offline) if sharing or models else (None, None)
+    found = [loading.find_model(name, root, offline=options.offline) for name in models]
+    base, hashes = _one_base(sharing, found, offline=options.offline) if sharing or models else (None, None)
     for run in runs:
         if (why := why_unshareable(run)) is not None:
             loaded = loading.load_run(run, offline=options.offline)
@@ -209,13 +210,12 @@ def _parse_names(names: Sequence[str], root: Path, *, base: str | None) -> tuple
     return list(runs.values()), list(dict.fromkeys(name for name in names if not is_run(name, root)))
 
 
-def _one_base(runs: Sequence[Run], models: Sequence[str], *, offline: bool) -> tuple[ModelRef, dict[str, str] | None]:
+def _one_base(runs: Sequence[Run], found: list[ModelRef], *, offline: bool) -> tuple[ModelRef, dict[str, str] | None]:
     """The base of all models and adapters, and the hashes of its files if a run is on it.
 
     Raises InputError if there are several.
     """
-    found = [resolve_model(name, offline=offline) for name in models]
-    users = [(str(base.path.resolve()), base.revision, "", name) for base, name in zip(found, models, strict=True)]
+    users = [(str(base.path.resolve()), base.revision, "", base.name) for base in found]
     hashes: dict[Path, dict[str, str]] = {}
     for run in runs:
         base = resolve_base(run.recipe(), offline=offline)

@@ -29,7 +29,7 @@ from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import storing, write_atomic
-from tunesmith.runs.folder import FollowedRun, Run, made_from, runs
+from tunesmith.runs.folder import FollowedRun, Run, made_from, refuse_taken, runs
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
@@ -89,6 +89,7 @@ def train(
         run = _found_again(world, recipe, out)
         if run is not None:
             return _resume(world, run, settings=(), offline=offline, listener=listener)
+        refuse_taken(out if world.is_first else None)
         started = time.perf_counter()
         setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress, world=world)
         refuse_other_inputs(setup)

@@ -365,8 +365,7 @@ def _table(names: Sequence[str], found: Sequence[Comparison], keys: Sequence[str
 def _cell(key: str, differs: Difference | None) -> Cell:
     if differs is None:
         return Cell("–")
-    chance = "" if differs.is_clear else ", may be chance"
-    return Cell(info_of(key).text(differs.b), f"{info_of(key).difference(differs.b_minus_a)}{chance}")
+    return Cell(info_of(key).text(differs.b), info_of(key).worth(differs.as_change()))
 
 
 def _plot(key: str, names: Sequence[str], differences: Sequence[Difference]) -> Plot:
@@ -384,5 +383,5 @@ def _plot(key: str, names: Sequence[str], differences: Sequence[Difference]) -> 
         axes.grid(visible=False, axis="y")
 
     better = "" if info.better == "neither" else f"; {info.better} is better"
-    text = f"Difference from A with its 95 % interval{better}. A dot: clear; a wave: may be chance."
+    text = f"Difference from A with its 95 % interval{better}. A dot: clear; a wave: may be chance, or too few rows."
     return draw(f"difference-{key}", info.label.capitalize(), text, paint, height=70 + 24 * len(differences))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.evaluation.compare import baseline_sentence, capitalized, never_right, too_few, verdict_words
+from tunesmith.evaluation.compare import baseline_sentence, capitalized, never_right, too_few
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
 from tunesmith.evaluation.scores import is_short
 from tunesmith.phrases import duration, plural
@@ -137,7 +137,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         change = report["changes"].get(key)
         was = before["measures"][key]
         moved = f"{info.label} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
-        worth = verdict_words(key, change) if change else ""
+        worth = info.worth(change) if change else ""
         yield f"{where}{moved}{f': {worth}' if worth else ''}."
         if "loss" not in report["changes"]:
             yield (
