@@ -132,6 +132,12 @@ def test_fields_of_no_shape_get_a_proposal(row: dict[str, Any], task: TaskName |
     assert (problem.code, problem.fix) == ("unknown_shape", f"Did you mean --set 'data.columns={columns}'?")
 
 
+@pytest.mark.parametrize(("task", "ours"), [("classify", ("text", "label")), (None, ("prompt", "completion"))])
+def test_unknown_names_are_in_the_line_to_copy(task: TaskName | None, ours: tuple[str, str], tmp_path: Path) -> None:
+    _, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([{"uno": "a", "dos": "b"}])), task=task)
+    assert problem.fix.endswith(f"such as --set 'data.columns={{{ours[0]}: uno, {ours[1]}: dos}}'.")
+
+
 @pytest.mark.parametrize(
     ("row", "task", "fix"),
     [

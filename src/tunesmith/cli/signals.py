@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tunesmith.parallel.world import OWN_AGENT
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 _LOST = "stopping: a SIGTERM came, or another process of this run was lost."
@@ -70,6 +68,8 @@ def stopping_on_signals(
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif has_begun():
+            from tunesmith.parallel.world import OWN_AGENT  # a rank has it; imported above, it would come before all
+
             requested.set()
             text = _LOST if number == signal.SIGTERM and OWN_AGENT in os.environ else words
             try:

@@ -81,14 +81,15 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
     if columns:
         return "unknown_shape", message, f"Did you mean {paste(columns)}?"
+    fields = FORMATS[SHAPES[task][-1]].REQUIRED if task else ("prompt", "completion")
+    own = paste(dict(zip(fields, [*(name for name in record if len(name) < 40), "...", "..."], strict=False)))
     if task:
         takes = ", or ".join(" and ".join(FORMATS[name].REQUIRED) for name in SHAPES[task])
-        first = FORMATS[SHAPES[task][-1]].REQUIRED[0]
-        return "unknown_shape", message, f"A row has {takes}; name yours by --set 'data.columns={{{first}: ...}}'."
+        return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
     fix = (
         "A row has messages, or conversations, or instruction and output, or prompt and completion, or document and "
         "summary, or text and label, or tokens and tags, or text, or prompt, chosen and rejected, or "
-        "anchor and positive; name yours, such as --set 'data.columns={prompt: question, completion: answer}'."
+        f"anchor and positive; name yours, such as {own}."
     )
     return "unknown_shape", message, fix
 
