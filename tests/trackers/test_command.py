@@ -24,8 +24,9 @@ def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
     words: list[str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tunesmith.trackers.tracker.importlib.util.find_spec", lambda name: None)
-    run = str(new_run(tmp_path).path)
-    found = CliRunner().invoke(app, [run if word == "RUN" else word for word in words] + [name])
+    places = {"RUN": str(new_run(tmp_path).path), "rows.jsonl": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    found = CliRunner().invoke(app, [places.get(word, word) for word in words] + [name])
     assert found.exit_code == 2
     assert message in " ".join(found.output.split())
 
