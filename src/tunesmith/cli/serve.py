@@ -224,8 +224,8 @@ class ServerOutput:
             self.screen.print(f"{job['id']} on {visible(job['model'])}: {status}{more}", soft_wrap=True)
 
     def request(self, log: RequestLog) -> None:
-        """A line for each request, with nothing of its content or its answer; for equal GETs in a row one, as a client
-        that waits makes them."""
+        """A line for each request, with nothing of its content or its answer, but one for equal GETs in a row: a client
+        that waits polls."""
         path, usage = one_line(log.path, PATH_WIDTH), log.usage
         milliseconds = round(log.seconds * 1000)
         if self.as_json:
