@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import TRACKERS, RunReader
+from tunesmith.trackers.tracker import RunReader
 
 Points = Counter[tuple[str, int, float]]
 
 
 def missing(name: str) -> bool:
-    return importlib.util.find_spec(TRACKERS[name].package) is None
+    return importlib.util.find_spec(name) is None
 
 
 def in_tensorboard(run: Run) -> Points:

@@ -40,7 +40,7 @@ def send(run: Run, module: str) -> list[StepMetrics]:
     tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader, -1)
     assert tracker.last_step == -1
     tracker.log(steps)
-    tracker.finish(reader, artifacts_of(run))
+    tracker.finish(reader, artifacts_of(run)[0])
     return steps
 
 
@@ -150,7 +150,7 @@ def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = functions["compat.proto.summary_pb2"]["Summary"]
     summary.Value.side_effect = lambda **fields: (fields["tag"], fields["simple_value"])
     summary.side_effect = lambda value: value
-    steps = send(run, "tensorboard_files")
+    steps = send(run, "tensorboard_run")
     added = [one.args[0] for one in writer.return_value.add_event.call_args_list]
     wanted = [list(step.values.items()) for step in steps]
     assert [event.summary for event in added[: len(steps)]] == wanted

@@ -13,7 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
 from tunesmith.trackers.sender import read_state
-from tunesmith.trackers.tracker import TRACKERS, RunReader, StepMetrics, check_names
+from tunesmith.trackers.tracker import RunReader, StepMetrics, check_names
 
 
 class MemoryTracker:
@@ -58,17 +58,17 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
         return memory
 
     module = SimpleNamespace(check=lambda offline: None, open_run=open_run)
-    monkeypatch.setitem(TRACKERS, "memory", SimpleNamespace(title="Memory", package="json", load=lambda: module))
+    monkeypatch.setattr(sender, "load", lambda name: module)
     monkeypatch.setattr(sender, "POLL_S", 0.01)
     monkeypatch.setattr(sender, "PAUSE_S", 0.01)
     monkeypatch.setattr(sender, "LONGEST_WAIT_S", 0.01)
-    (monkeypatch).setattr(sender, "TRIES", 3)
     return memory
 
 
 def send(run: Run) -> dict[str, Any]:
     sender.state_path(run, "memory").parent.mkdir(exist_ok=True)
-    return sender.send(run, "memory", lambda: True)
+    sender.send(run, "memory", lambda: True)
+    return read_state(run, "memory")
 
 
 def expected(run: Run) -> list[tuple[str, int, float]]:

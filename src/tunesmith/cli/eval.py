@@ -198,23 +198,13 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bo
         runs = [{"name": name, "measures": _as_values(one.metrics)} for name, one in zip(names[1:], found, strict=True)]
         json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
         return
-    screen, unit = console(), "document" if found[0].are_documents else "row"
+    from tunesmith.evaluation.report.sections import comparison_table
+
+    screen, unit, table = console(), "document" if found[0].are_documents else "row", comparison_table(names, found)
     counted = plural(found[0].num_rows, unit)
-    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals, ~ not clear"))
-    keys = list(found[0].metrics)
-    rows = [[names[0], *(info_of(key).text(found[0].metrics[key].a) for key in keys)]]
-    rows += [
-        [name, *(_difference(key, one.metrics.get(key)) for key in keys)]
-        for name, one in zip(names[1:], found, strict=True)
-    ]
-    print_table(screen, ["run", *(info_of(key).label for key in keys)], rows)
-
-
-def _difference(key: str, differs: Difference | None) -> str:
-    if differs is None:
-        return "–"
-    info, chance = info_of(key), "" if differs.is_clear or differs.b_minus_a["value"] == 0 else " ~"
-    return f"{info.text(differs.b)} {info.difference(differs.b_minus_a)}{chance}"
+    screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
+    cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
+    print_table(screen, [column.title for column in table.columns], cells)
 
 
 @dataclass

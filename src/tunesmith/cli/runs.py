@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from tunesmith.cli.history import RunHistory
     from tunesmith.runs.folder import Run
-    from tunesmith.runs.prune import Prunable
+    from tunesmith.runs.prune import Removable
 
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
@@ -98,17 +98,11 @@ def rm(names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json
 
     tunesmith runs rm support-3f2a support-77b0
     """
-    from tunesmith.runs import prune as removal
+    from tunesmith.runs.prune import removable
 
     if not names:
         raise InputError("RUN: nothing was given. Write: tunesmith runs rm RUN, or tunesmith runs to list them.")
-    chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
-    removal.refuse_used(chosen)
-    lines = [(run, [removal.Prunable(run.path, run.state(), removal.freed_bytes(run.path))]) for run in chosen]
-    if _agreed(lines, yes=yes, as_json=as_json, verb="Remove"):
-        for run in chosen:
-            removal.remove_run(run)
-        _done("rm", lines, as_json=as_json)
+    _remove(removable(_opened(names, root)), verb="rm", yes=yes, as_json=as_json)
 
 
 def prune(
@@ -124,65 +118,55 @@ def prune(
 
     tunesmith runs prune --where "loss>2" --yes
     """
-    from tunesmith.runs import prune as removal
+    from tunesmith.runs.prune import prunable
 
     if names:
-        chosen = list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
+        chosen = _opened(names, root)
     else:
-        rows = _selected(root, where, "name")
-        chosen = [Run(Path(row["path"])) for row in rows if row["state"] == "done"]
-    screen, lines = console(stderr=as_json), []
+        chosen = [Run(Path(row["path"])) for row in _selected(root, where, "name") if row["state"] == "done"]
+    parts = []
     for run in chosen:
-        parts, kept = removal.prunable(run)
-        lines.append((run, parts))
+        found, kept = prunable(run)
+        parts += found
         for reason in kept:
-            screen.print(visible(f"{run.path.name}: {reason}"), soft_wrap=True)
-    lines = [(run, parts) for run, parts in lines if parts]
-    if _agreed(lines, yes=yes, as_json=as_json, verb="Prune"):
-        for run, parts in lines:
-            removal.remove_parts(run, parts)
-        _done("prune", lines, as_json=as_json)
+            console(stderr=as_json).print(visible(f"{run.path.name}: {reason}"), soft_wrap=True)
+    _remove(parts, verb="prune", yes=yes, as_json=as_json)
 
 
-def _agreed(lines: Sequence[tuple[Run, Sequence[Prunable]]], *, yes: bool, as_json: bool, verb: str) -> bool:
-    """Say what each run would free, and ask. Raises InputError where nobody can answer."""
-    screen = console(stderr=as_json)
-    if not lines:
+def _opened(names: Sequence[str], root: Path) -> list[Run]:
+    return list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
+
+
+def _remove(parts: Sequence[Removable], *, verb: str, yes: bool, as_json: bool) -> None:
+    """Say what each part frees, ask, and remove them. Raises InputError where nobody can answer."""
+    from tunesmith.runs.prune import remove_removable
+
+    screen, total = console(stderr=as_json), sum(part.num_bytes for part in parts)
+    for part in parts:
+        where = part.path.relative_to(part.run.path.parent)
+        screen.print(visible(f"{where}: {size(part.num_bytes)} ({part.reason})"), soft_wrap=True)
+    words = f"Remove {size(total)} of {plural(len({part.run.path for part in parts}), 'run')}?"
+    if not parts:
         screen.print("nothing to remove")
-        if as_json:
-            _done(verb.lower(), (), as_json=True)
-        return False
-    for run, parts in lines:
-        for part in parts:
-            where = "" if part.path == run.path else f"/{part.path.relative_to(run.path)}"
-            screen.print(visible(f"{run.path.name}{where}: {size(part.num_bytes)} ({part.reason})"), soft_wrap=True)
-    words = f"{verb} {plural(len(lines), 'run')}, {size(_sum(lines))}?"
-    if yes:
-        return True
-    if not sys.stdin.isatty():
+    elif not yes and not sys.stdin.isatty():
         raise InputError(f"{words} Nobody can answer here. Pass --yes.")
-    return typer.confirm(words, err=True)
-
-
-def _done(kind: str, lines: Sequence[tuple[Run, Sequence[Prunable]]], *, as_json: bool) -> None:
+    elif not yes and not typer.confirm(words, err=True):
+        return
+    for part in parts:
+        remove_removable(part)
     if as_json:
-        removed = [{"path": str(part.path), "bytes": part.num_bytes} for _, parts in lines for part in parts]
-        json_line({"kind": kind, "removed": removed, "bytes": _sum(lines)})
-    else:
-        console().print(f"freed {size(_sum(lines))}")
+        removed = [{"path": str(part.path), "bytes": part.num_bytes} for part in parts]
+        json_line({"kind": verb, "removed": removed, "bytes": total})
+    elif parts:
+        screen.print(f"freed {size(total)}")
 
 
-def _sum(lines: Sequence[tuple[Run, Sequence[Prunable]]]) -> int:
-    return sum(part.num_bytes for _, parts in lines for part in parts)
-
-
-def _selected(root: Path, where: Sequence[str] | None, sort: str | None) -> list[dict[str, Any]]:
+def _selected(root: Path, where: Sequence[str] | None, sort: str) -> list[dict[str, Any]]:
     """The facts of runs, filtered and sorted."""
     from tunesmith.runs import folder as run_folder
 
-    rows = [facts(run) for run in run_folder.runs(root)]
-    chosen = select(rows, where or (), sort)
-    return [{key: value for key, value in rows[i].items() if key != "fields"} for i in chosen]
+    rows = select([facts(run) for run in run_folder.runs(root)], where or (), sort)
+    return [{key: value for key, value in row.items() if key != "fields"} for row in rows]
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -276,29 +260,28 @@ PLAIN = ("name", "state", "model", "task", "method", "step", "steps", "created")
 """Fields of every run. Its metrics (`loss`, before training `before.loss`) and the options of its recipe are others."""
 
 
-def select(rows: Sequence[Mapping[str, Any]], where: Iterable[str], sort: str | None) -> list[int]:
-    """The indices of the runs of which every condition holds, in the order of a field; each row has `fields`.
+def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> list[dict[str, Any]]:
+    """The runs of which every condition holds, in the order of a field; each row has `fields`.
 
     `sort`: a field, with a minus in front from large to small; runs without it come last.
     Raises InputError for a condition that cannot be read, or a field that no run has.
     """
     known = {*PLAIN, *(name for row in rows for name in row["fields"])}
-    chosen = list(range(len(rows)))
     for text in where if rows else ():
         match = _CONDITION.fullmatch(text)
         if match is None:
             raise InputError(f"--where {text}: not of the form FIELD=VALUE. Such as: {EXAMPLE}.")
         _refuse_unknown(f"--where {text}", match[1], known)
-        chosen = [i for i in chosen if _holds(text, rows[i]["fields"].get(match[1]), match[2], match[3])]
-    if sort is None or not rows:
-        return chosen
+        rows = [row for row in rows if _holds(text, row["fields"].get(match[1]), match[2], match[3])]
     field = sort.removeprefix("-")
-    _refuse_unknown(f"--sort {sort}", field, known)
-    values = {i: rows[i]["fields"].get(field) for i in chosen}
-    has_value = [i for i in chosen if values[i] is not None]
-    are_numbers = all(isinstance(values[i], int | float) for i in has_value)
-    has_value.sort(key=lambda i: values[i] if are_numbers else str(values[i]), reverse=sort.startswith("-"))
-    return [*has_value, *(i for i in chosen if values[i] is None)]
+    if rows:
+        _refuse_unknown(f"--sort {sort}", field, known)
+    there = [row for row in rows if row["fields"].get(field) is not None]
+    are_numbers = all(isinstance(row["fields"][field], int | float) for row in there)
+    there.sort(
+        key=lambda row: row["fields"][field] if are_numbers else str(row["fields"][field]), reverse=sort[:1] == "-"
+    )
+    return [*there, *(row for row in rows if row["fields"].get(field) is None)]
 
 
 def _holds(text: str, found: Any, sign: str, value: str) -> bool:
@@ -321,8 +304,7 @@ def _refuse_unknown(place: str, field: str, known: set[str]) -> None:
         metrics = sorted(name.removeprefix("before.") for name in known if name.startswith("before."))
         raise InputError(
             f"{place}: no run has a field {field}.{did_you_mean(field, sorted(known))} There are: {', '.join(PLAIN)}; "
-            f"metrics such as {listed(metrics or ['loss'])} (before.loss: before training); and options of the recipe, "
-            "such as optim.lr."
+            f"metrics such as {listed(metrics or ['loss'])} (before.loss: before training); options such as optim.lr."
         )
 
 

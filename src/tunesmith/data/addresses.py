@@ -12,6 +12,7 @@ files.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import orjson
 
@@ -81,19 +82,14 @@ def short_name(path: str) -> str:
 def _pinned(file: DataFile, notes: list[str], *, offline: bool) -> DataFile:
     if not is_address(file.at):
         return file
-    if not file.at.startswith(HUB):
-        members = _list_files(file.at, offline=offline)
-        notes.append(f"{file.at}: {plural(len(members), 'file')}, {size(_sum(members))}, {_cost(members)}")
-        return file
     listing = find_listing(file.at, offline=offline)
     missing = [one for one in listing.files if one.cached() is None]
-    if offline and missing:
+    if offline and missing and file.at.startswith(HUB):
         raise DataError(f"{missing[0].address}: not downloaded yet, and --offline forbids it. Run once without.")
-    for one in listing.files:
-        remote.register(one)
-    counted = f"{plural(len(listing.files), 'file')}, {size(_sum(listing.files))}"
-    notes.append(f"{file.path}: pinned to {listing.address}: {counted}, {_cost(listing.files)}")
-    notes += listing.notes
+    remote.register(listing.address, listing.files)
+    counted = f"{plural(len(listing.files), 'file')}, {size(_sum(listing.files))}, {_cost(missing)}"
+    pinned = f"pinned to {listing.address}: " if listing.address != file.at else ""
+    notes += [f"{file.path}: {pinned}{counted}", *listing.notes]
     return file.model_copy(update={"path": listing.address})
 
 
@@ -102,46 +98,10 @@ def members(address: str) -> list[DataFile]:
 
     Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
     """
-    if not address.startswith(HUB):
-        return [DataFile(path=file.address) for file in _LISTED.get(address) or [remote.known(address)]]
-    listing = remembered(address)
-    found = []
-    for file in [remote.known(address)] if listing is None else listing.files:
-        place = file.cached()
-        if place is not None:
-            remote.register(file)
-        found.append(DataFile(path=file.address).at_place(place or remote.known(file.address).address))
-    return found
-
-
-_LISTED: dict[str, list[RemoteFile]] = {}
-"""Files of addresses outside the hub, as `pin` found them in this process."""
-
-
-def _list_files(address: str, *, offline: bool) -> list[RemoteFile]:
-    """The files of an address of any file system: one, those of a folder, or those of a pattern."""
-    if offline and not address.startswith(("file://", "memory://")):
-        raise DataError(f"{address}: it is not on this machine, and --offline forbids to fetch it. Use a local file.")
-    fs, path = remote.file_system(address)
-    try:
-        fs.invalidate_cache()
-        if _MAGIC.search(path):
-            paths = [one for one in fs.glob(path) if suffix_of(one) in SUFFIXES]
-        else:
-            paths = [one for one in fs.find(path) if one == path or suffix_of(one) in SUFFIXES]
-        found = [
-            RemoteFile(fs.unstrip_protocol(one), int(fs.info(one)["size"]), f"listed as {fs.ukey(one)}")
-            for one in sorted(map(str, paths))
-        ]
-    except Exception as error:  # of a dozen libraries, one a file system
-        way = "Check the address, and that this machine may read it"
-        raise DataError(f"{address}: it cannot be listed ({type(error).__name__}: {reason(error)}). {way}.") from error
-    if not found:
-        raise DataError(f"{address}: no file of rows is there: JSON lines, JSON, CSV or Parquet. Check the address.")
-    _LISTED[address] = found
-    for file in found:
-        remote.register(file)
-    return found
+    listing = None if remote.is_registered(address) else remembered(address)
+    if listing is not None and all(file.cached() for file in listing.files):
+        remote.register(address, listing.files)
+    return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in remote.registered(address)]
 
 
 def fetch(data: Data, on_progress: OnProgress) -> None:
@@ -154,41 +114,37 @@ def fetch(data: Data, on_progress: OnProgress) -> None:
     missing = [remote.known(one.path) for file in files for one in members(file.at) if is_address(one.at)]
     if not missing:
         return
-    total, done = _sum(missing), 0
+    total, arrived = _sum(missing), 0
     words = f"data: {plural(len(missing), 'file')}, {size(total)}, {_cost(missing)}"
-    on_progress(words, 0, total)
-    if not _fit(missing):
-        return
-    for file in missing:
-        arrived = 0
 
-        def tick(num: int, of: int = file.num_bytes, before: int = done) -> None:
-            nonlocal arrived
-            arrived = min(arrived + num, of)
-            on_progress(words, before + arrived, total)
+    def tick(num: int) -> None:
+        nonlocal arrived
+        arrived = min(arrived + num, total)
+        on_progress(words, arrived, total)
 
-        remote.download(file, None, tick)
-        done += file.num_bytes
-        on_progress(words, done, total)
+    tick(0)
+    if _fit(missing):
+        for file in missing:
+            remote.download(file, None, tick)
+        tick(total)
 
 
-def _cost(files: Sequence[RemoteFile]) -> str:
-    """The cost of reading these files: bytes to download, and bytes of disk."""
-    missing = [file for file in files if file.cached() is None]
+def _cost(missing: Sequence[RemoteFile]) -> str:
+    """The cost of reading files of which these are missing: bytes to download, and bytes of disk."""
     if not missing:
         return "all here"
     if _fit(missing):
         return f"{size(_sum(missing))} to download, kept in the hub's cache"
-    most = max(file.num_bytes for file in missing)
+    most = size(max(file.num_bytes for file in missing) + PART_BYTES)
     return (
-        f"streamed: {size(_sum(missing))} to download, of which at most {size(most + PART_BYTES)} are on the disk at "
-        "a time; encoded rows need up to twice their size while they are put together"
+        f"streamed: {size(_sum(missing))} to download, of which at most {most} are on the disk at a time; encoded rows "
+        "need up to twice their size while they are put together"
     )
 
 
 def _fit(missing: Sequence[RemoteFile]) -> bool:
     """Whether files are kept: all are of the hub, and their place has room."""
-    if not all(file.repo for file in missing):
+    if not all(file.address.startswith(HUB) for file in missing):
         return False
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -202,15 +158,11 @@ def _sum(files: Sequence[RemoteFile]) -> int:
 
 
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
-_ADDRESS = re.compile(
-    r"hf://datasets/(?P<repo>[^/@?#]+/[^/@?#]+)(?:@(?P<revision>refs/(?:convert|pr)/[^/?]+|[^/?]+))?"
-    r"(?:/(?P<path>[^?]*))?(?:\?(?P<query>.*))?"
-)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SPLITS = {
-    "train": re.compile(r"(?<![a-z])train(ing)?(?![a-z])"),
-    "validation": re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])"),
-    "test": re.compile(r"(?<![a-z])(test|testing|eval|evaluation)(?![a-z])"),
+_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Splits by words in the names of files, as in the library datasets."""
 
@@ -235,24 +187,28 @@ class HubAddress:
     @classmethod
     def parse(cls, text: str) -> HubAddress:
         """Raises DataError for an address of another form."""
-        match = _ADDRESS.fullmatch(text)
-        if match is None:
+        from huggingface_hub import parse_hf_uri
+        from huggingface_hub.errors import HfUriError
+
+        place, _, query = text.partition("?")
+        words = dict(parse_qsl(query, keep_blank_values=True))
+        try:
+            uri = parse_hf_uri(place.rstrip("/"))
+        except HfUriError as error:
+            why = error.msg.strip().rstrip(".")
+            raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
+        if uri.type != "dataset" or words.keys() - {"subset", "split"}:
             raise DataError(f"{text}: not the address of a data set. Write {GRAMMAR}.")
-        query = dict(parse_qsl(match["query"] or "", keep_blank_values=True))
-        if unknown := sorted(query.keys() - {"subset", "split"}):
-            raise DataError(f"{text}: ?{unknown[0]}=: an address has subset and split. Write {GRAMMAR}.")
-        path = (match["path"] or "").strip("/")
-        if path and query:
+        if uri.path_in_repo and query:
             raise DataError(f"{text}: a path says which files are read, and a subset or split too. Give one of both.")
-        revision = match["revision"] or ""
-        revision = revision if revision.startswith("refs/") else unquote(revision)
-        return cls(match["repo"], revision, path, query.get("subset", ""), query.get("split", ""))
+        return cls(uri.id, uri.revision or "", uri.path_in_repo, words.get("subset", ""), words.get("split", ""))
 
     def __str__(self) -> str:
-        revision = self.revision if self.revision.startswith("refs/") else quote(self.revision, safe="")
+        from huggingface_hub import HfUri
+
         query = urlencode({key: value for key in ("subset", "split") if (value := getattr(self, key))})
-        parts = [f"hf://datasets/{self.repo}", f"@{revision}" if revision else "", f"/{self.path}" if self.path else ""]
-        return "".join(parts) + (f"?{query}" if query else "")
+        place = HfUri("dataset", self.repo, self.revision or None, self.path).to_uri()
+        return f"{place}?{query}" if query else str(place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +227,9 @@ def find_listing(text: str, *, offline: bool) -> Listing:
     Raises DataError: an address of another form, a data set that is missing, gated, private or out of reach, a
     revision, subset, split or path that is not there.
     """
+    if not text.startswith(HUB):
+        return _of_file_system(text, offline=offline)
     from huggingface_hub.constants import is_offline_mode
-    from huggingface_hub.errors import HFValidationError
 
     address = HubAddress.parse(text)
     is_offline = offline or is_offline_mode()
@@ -284,8 +241,6 @@ def find_listing(text: str, *, offline: bool) -> Listing:
         raise DataError(f"{text}: it was never asked for on this machine, and {why} forbids that. Run once without.")
     try:
         listing = _ask(address)
-    except HFValidationError as error:
-        raise DataError(f"{text}: {address.repo} is no hub id ({reason(error)}). Check the spelling.") from error
     except hub_failures() as error:
         way = " --offline reads what was downloaded before." if remembered(text) else ""
         raise DataError(f"{text}: {why_refused(error, address.repo, 'dataset', address.revision)}{way}") from error
@@ -293,6 +248,19 @@ def find_listing(text: str, *, offline: bool) -> Listing:
         with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
             write_atomic(_listing_path(name), orjson.dumps(asdict(listing)))
     return listing
+
+
+def _of_file_system(address: str, *, offline: bool) -> Listing:
+    if offline and not address.startswith(("file://", "memory://")):
+        raise DataError(f"{address}: it is not on this machine, and --offline forbids to fetch it. Use a local file.")
+    try:
+        remote.file_system(address)[0].invalidate_cache()
+        return Listing(address, _rows_at(address, [address]))
+    except DataError:
+        raise
+    except Exception as error:  # of a dozen libraries, one a file system
+        way = "Check the address, and that this machine may read it"
+        raise DataError(f"{address}: it cannot be listed ({type(error).__name__}: {reason(error)}). {way}.") from error
 
 
 def _listing_path(name: str) -> Path:
@@ -303,10 +271,11 @@ def _listing_path(name: str) -> Path:
 
 
 def remembered(text: str) -> Listing | None:
-    """The listing of an address that was asked for before on this machine."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    """The listing of an address of the hub that was asked for before on this machine."""
+    with suppress(OSError, ValueError, KeyError, TypeError, DataError):
         kept = orjson.loads(_listing_path(str(HubAddress.parse(text))).read_bytes())
-        return Listing(kept["address"], tuple(RemoteFile(**file) for file in kept["files"]), tuple(kept["notes"]))
+        files = [RemoteFile(file["address"], file["num_bytes"], file["version"]) for file in kept["files"]]
+        return Listing(kept["address"], tuple(files), tuple(kept["notes"]))
     return None
 
 
@@ -318,23 +287,19 @@ def _ask(address: HubAddress) -> Listing:
         HfApi().auth_check(address.repo, repo_type="dataset")
     address = replace(address, commit=str(info.sha))
     if address.path:
-        return Listing(address.pinned, _files(address, [address.path]))
+        return Listing(address.pinned, _rows_at(address, [address.pinned]))
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
     configs = [one for one in configs if isinstance(one, Mapping) and one.get("data_files")]
-    if configs:
-        return _of_configs(address, configs)
-    return _by_name(address)
-
-
-def _of_configs(address: HubAddress, configs: Sequence[Mapping[str, Any]]) -> Listing:
-    """By the README's `configs:`."""
+    if not configs:
+        return _by_name(address)
     by_name = {str(config.get("config_name", "default")): config for config in configs}
     preferred = next((name for name, config in by_name.items() if config.get("default")), "default")
     subset = _chosen(address, "subset", by_name, preferred)
     splits = _patterns(by_name[subset]["data_files"], str(by_name[subset].get("data_dir") or ""))
-    split = _chosen(address, "split", splits, "train")
-    chosen = replace(address, subset=subset, split=split)
-    return Listing(chosen.pinned, _files(address, splits[split]), _others(chosen, splits))
+    address = replace(address, subset=subset, split=_chosen(address, "split", splits, "train"))
+    root = HubAddress(address.repo, commit=address.commit).pinned
+    files = _rows_at(address, [f"{root}/{pattern}" for pattern in splits[address.split]])
+    return Listing(address.pinned, files, _others(address, splits))
 
 
 def _patterns(data_files: Any, folder: str) -> dict[str, list[str]]:
@@ -353,22 +318,17 @@ def _by_name(address: HubAddress) -> Listing:
     """By words in the names of files; all files are the split train where no name has one."""
     if address.subset:
         raise DataError(f"{address}: this data set has no subsets. Leave ?subset= out.")
-    tree = _tree(address, "")
-    splits: dict[str, list[RemoteFile]] = {}
-    for file in tree:
-        if _is_rows(file.path):
-            folder, _, name = file.path.lower().rpartition("/")
-            words = (split for text in (name, folder) for split, word in _SPLITS.items() if word.search(text))
-            splits.setdefault(next(words, ""), []).append(file)
-    if not splits:
-        raise _no_rows(address, tree)
+    root, splits = HubAddress(address.repo, commit=address.commit).pinned, dict[str, list[RemoteFile]]()
+    for file in _rows_at(address, [root], HubAddress(address.repo, CONVERTED)):
+        folder, _, name = file.address.removeprefix(root).lower().rpartition("/")
+        words = re.findall("[a-z]+", f"{name} {folder}")
+        splits.setdefault(next((_WORDS[word] for word in words if word in _WORDS), ""), []).append(file)
     others = splits.pop("", []) if len(splits) > 1 else []
     splits = {name or "train": found for name, found in splits.items()}
-    split = _chosen(address, "split", splits, "train")
-    left = f"{address.repo}: {listed(file.path for file in others)}: not of a split by name, and not read"
-    chosen = replace(address, split=split)
-    notes = (*_others(chosen, splits), *([left] if others else []))
-    return Listing(chosen.pinned, tuple(splits[split]), notes)
+    address = replace(address, split=_chosen(address, "split", splits, "train"))
+    names = listed(file.address.removeprefix(f"{root}/") for file in others)
+    left = [f"{address.repo}: {names}: not of a split by name, and not read"] if others else []
+    return Listing(address.pinned, tuple(splits[address.split]), (*_others(address, splits), *left))
 
 
 def _chosen(address: HubAddress, what: str, names: Iterable[str], preferred: str) -> str:
@@ -395,59 +355,36 @@ def _others(address: HubAddress, splits: Iterable[str]) -> tuple[str, ...]:
     return (f"other splits: {listed(others)}; to measure on one: --eval '{replace(address, split=held_out)}'",)
 
 
-def _files(address: HubAddress, patterns: Sequence[str]) -> tuple[RemoteFile, ...]:
-    """The files of rows that patterns name, each once, in the order of patterns and names."""
-    from fsspec.utils import glob_translate
+def _rows_at(given: object, addresses: Iterable[str], way: object = "") -> tuple[RemoteFile, ...]:
+    """The files of rows at addresses, each a file, a folder or a pattern, in the order of addresses and names.
 
+    Raises DataError where there are none, for the address `given`, and whatever a file system raises.
+    """
     found: dict[str, RemoteFile] = {}
-    seen: list[RemoteFile] = []
-    for pattern in patterns:
-        magic = _MAGIC.search(pattern)
-        is_meant = re.compile(glob_translate(pattern)) if magic else None
-        for file in _tree(address, pattern[: magic.start()].rpartition("/")[0] if magic else pattern):
-            if is_meant is None or is_meant.fullmatch(file.path):
-                seen.append(file)
-                if file.path == pattern or _is_rows(file.path):
-                    found.setdefault(file.path, file)
+    others: list[str] = []
+    for address in addresses:
+        fs, path = remote.file_system(address)
+        entries = fs.glob(path, detail=True) if _MAGIC.search(path) else fs.find(path, detail=True)
+        for name, facts in sorted(entries.items()):
+            if name != path and not _is_rows(name):
+                others.append(name)
+            elif facts["type"] == "file":
+                one = RemoteFile(fs.unstrip_protocol(name), int(facts["size"]), _version(fs, name, facts))
+                found.setdefault(one.address, one)
     if not found:
-        raise _no_rows(address, seen)
+        held = f" It holds {listed(map(os.path.basename, others))}." if others else ""
+        converted = f" The hub may have converted it: {way}/SUBSET/SPLIT" if way else ""
+        raise DataError(f"{given}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}{converted}")
     return tuple(found.values())
 
 
-def _tree(address: HubAddress, prefix: str) -> list[RemoteFile]:
-    """All files below a folder, or the file of that path, by name."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    api, at = HfApi(), {"revision": address.commit, "repo_type": "dataset"}
-    entries = api.get_paths_info(address.repo, [prefix], **at) if prefix else None
-    if entries is None or (entries and not isinstance(entries[0], RepoFile)):
-        entries = api.list_repo_tree(address.repo, prefix or None, recursive=True, **at)
-    files = sorted((entry for entry in entries if isinstance(entry, RepoFile)), key=lambda file: str(file.path))
-    base = HubAddress(address.repo, commit=address.commit)
-    return [
-        RemoteFile(
-            replace(base, path=file.path).pinned,
-            int(file.size),
-            file.lfs.sha256 if file.lfs else f"git {file.blob_id}",
-            address.repo,
-            address.commit,
-            file.path,
-        )
-        for file in files
-    ]
+def _version(fs: Any, name: str, facts: Mapping[str, Any]) -> str:
+    """Changes with a file's content: the SHA-256 of a large file of the hub, else a hash that the file system gives."""
+    if facts.get("lfs"):
+        return str(facts["lfs"]["sha256"])
+    return f"git {facts['blob_id']}" if "blob_id" in facts else f"listed as {fs.ukey(name)}"
 
 
 def _is_rows(path: str) -> bool:
     name = path.rpartition("/")[2]
     return suffix_of(path) in (*SUFFIXES, *DOCUMENTS) and not name.startswith((".", "_")) and not is_about(name)
-
-
-def _no_rows(address: HubAddress, seen: Sequence[RemoteFile]) -> DataError:
-    held = f" It holds {listed(file.path for file in seen)}." if seen else ""
-    way = (
-        f" The hub may have converted it: {HubAddress(address.repo, CONVERTED)}/SUBSET/SPLIT"
-        if not address.path
-        else ""
-    )
-    return DataError(f"{address}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}{way}")

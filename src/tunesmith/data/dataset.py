@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tunesmith.data.branches import BranchColumns, ListColumn
 from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProblem, OnProgress, complete, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
-from tunesmith.data.parts import encoding_of, one_at_a_time
+from tunesmith.data.parts import JoinedParts, downloaded, in_parts, one_at_a_time
 from tunesmith.data.read import expand_folders, inspect_files
 from tunesmith.data.remote import is_address, known, verified
 from tunesmith.data.renderer import Renderer
@@ -325,14 +325,15 @@ def _found_or_encoded(
         folder.mkdir(parents=True, exist_ok=True)
     disk.clean(folder, older_than_s=STALE_S)
     aside = folder / f"parts-{key[:16]}"
-    how: dict[str, Any] = {"data": data, "renderer": renderer}
-
-    def part(files: Sequence[DataFile], on_problem: OnProblem, progress: OnProgress) -> RowStore:
-        return build(aside, files=files, on_problem=on_problem, progress=progress, **how)
-
+    parts = in_parts(files)
+    listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
     with ExitStack() as held:
-        listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
-        encoding = encoding_of(files, sizes, aside, held, build=part, **how, **listeners)
+        encoding: EncodingCounts
+        if len(parts) > 1:
+            encoding = JoinedParts(data, parts, partial(build, aside, data=data, renderer=renderer), **listeners)
+        else:
+            there = downloaded(data, files, renderer, aside, num_bytes=sum(sizes), **listeners)
+            encoding = held.enter_context(there)
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
     disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
     disk.remove(aside)

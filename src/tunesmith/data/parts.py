@@ -6,27 +6,18 @@ the first part that is not there. At the end the parts are put together and remo
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import (
-    SCHEMA,
-    Encoded,
-    Encoding,
-    EncodingCounts,
-    OnProblem,
-    OnProgress,
-    joined,
-    num_processes,
-)
+from tunesmith.data.encode import SCHEMA, Encoded, Encoding, EncodingCounts, joined, num_processes
 from tunesmith.data.problems import SKIP, num_refused, refused
-from tunesmith.data.remote import PART_BYTES, is_address, local
+from tunesmith.data.remote import PART_BYTES, is_address, local, size_of
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
@@ -36,11 +27,8 @@ from tunesmith.runs.atomic import storing
 if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
 
-
-class Build(Protocol):
-    """`dataset.build` of some of the files; what it reports is of the whole."""
-
-    def __call__(self, files: Sequence[DataFile], on_problem: OnProblem, progress: OnProgress) -> RowStore: ...
+Build = Callable[..., "RowStore"]
+"""`dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts."""
 
 
 @contextmanager
@@ -55,93 +43,71 @@ def one_at_a_time(folder: Path, files: Sequence[DataFile]) -> Iterator[None]:
         yield
 
 
-def encoding_of(
-    files: Sequence[DataFile],
-    sizes: Sequence[int],
-    aside: Path,
-    held: ExitStack,
-    *,
-    data: Data,
-    renderer: Renderer,
-    on_problem: OnProblem,
-    progress: OnProgress,
-    build: Build,
-) -> EncodingCounts:
-    """The rows of the files; those not on this machine are downloaded into `aside` and removed when `held` ends.
+@contextmanager
+def downloaded(
+    data: Data, files: Sequence[DataFile], renderer: Renderer, folder: Path, *, num_bytes: int, **listeners: Any
+) -> Iterator[Encoding]:
+    """The encoding of files; those at an address are downloaded into `folder`, and removed when the block ends.
 
-    Raises DataError, StorageError.
+    `num_bytes`: of all files. `listeners`: `on_problem` and `progress`. Raises DataError, StorageError.
     """
-    parts, total = in_parts(files, sizes), sum(sizes)
-    if len(parts) > 1:
-        return JoinedParts(parts, build, total=total, on_problem=on_problem, progress=progress, data=data)
-    arrived, is_remote = 0, any(is_address(file.at) for file in files)
+    arrived, progress = 0, listeners["progress"]
 
     def on_bytes(num: int) -> None:
         nonlocal arrived
-        arrived = min(arrived + num, total)
-        progress(0, arrived // 2, total)
+        arrived = min(arrived + num, num_bytes)
+        progress(0, arrived // 2, num_bytes)
 
-    def on_rows(rows: int, done: int, of: int) -> None:
-        progress(rows, (total + done) // 2 if is_remote else done, of)
+    if any(is_address(file.at) for file in files):
+        listeners["progress"] = lambda rows, done, total: progress(rows, (total + done) // 2, total)
+    with ExitStack() as held:
+        there = [held.enter_context(local(file, folder / f"{i}", on_bytes)) for i, file in enumerate(files)]
+        num_proc = num_processes(data.num_proc, num_bytes=num_bytes)
+        yield Encoding(data, there, renderer, num_bytes=num_bytes, num_proc=num_proc, **listeners)
 
-    there = [held.enter_context(local(file, aside / f"{i}", on_bytes)) for i, file in enumerate(files)]
-    num_proc = num_processes(data.num_proc, num_bytes=total)
-    return Encoding(data, there, renderer, num_bytes=total, on_problem=on_problem, progress=on_rows, num_proc=num_proc)
 
-
-def in_parts(files: Sequence[DataFile], sizes: Sequence[int]) -> list[list[tuple[DataFile, int]]]:
-    """Files and their sizes in parts of PART_BYTES, in their order; all in one if they are on this machine."""
-    if not any(is_address(file.at) for file in files):
-        return [list(zip(files, sizes, strict=True))]
-    parts: list[list[tuple[DataFile, int]]] = [[]]
-    for file, size in zip(files, sizes, strict=True):
-        if sum(num for _, num in parts[-1]) >= PART_BYTES:
+def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
+    """Files in parts of at least PART_BYTES that are not on this machine, in their order; one part if all are here."""
+    parts: list[list[DataFile]] = [[]]
+    to_come = 0
+    for file in files:
+        if to_come >= PART_BYTES:
             parts.append([])
-        parts[-1].append((file, size))
+            to_come = 0
+        parts[-1].append(file)
+        to_come += size_of(file.at) if is_address(file.at) else 0
     return parts
 
 
 class JoinedParts(EncodingCounts):
     """The rows of parts one after the other; `data.encode.Encoding` of files that come and go."""
 
-    def __init__(
-        self,
-        parts: Sequence[Sequence[tuple[DataFile, int]]],
-        build: Build,
-        *,
-        total: int,
-        on_problem: OnProblem,
-        progress: OnProgress,
-        data: Data,
-    ) -> None:
-        super().__init__(data, on_problem, progress)
-        self._parts, self._total, self._build = parts, total, build
+    def __init__(self, data: Data, parts: Sequence[Sequence[DataFile]], build: Build, **listeners: Any) -> None:
+        super().__init__(data, **listeners)
+        self._parts, self._build = parts, build
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
-        first_file = num_bytes = 0
+        first_file, done_bytes = 0, 0
+        total = sum(size_of(file.at) for part in self._parts for file in part)
         for part in self._parts:
-            before, num_rows = num_bytes, self.num_rows
 
-            def progress(rows: int, done: int, of: int, before: int = before, num_rows: int = num_rows) -> None:
-                self._progress(num_rows + rows, before + done, self._total)
+            def progress(
+                rows: int, done: int, of: int, before: int = done_bytes, num_rows: int = self.num_rows
+            ) -> None:
+                self._progress(num_rows + rows, before + done, total)
 
-            store = self._build([file for file, _ in part], self._list, progress)
+            store = self._build(files=part, on_problem=self._list, progress=progress)
             self._count(store)
-            first_file += len(part)
-            self._refuse_bad(first_file)
+            if num_bad := num_refused(self._data, self.errors):  # the others may take days
+                what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(first_file + len(part), 'file')}"
+                way = f"Correct the data, or leave such rows out: {SKIP}."
+                raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
             for batch in store.batches():
-                yield joined(
-                    [Encoded(_renumbered(batch, first_file - len(part)), (), store.vocabulary, None)], self.vocabulary
-                )
-            num_bytes += sum(size for _, size in part)
-
-    def _refuse_bad(self, num_files: int) -> None:
-        """Raise DataError if the data will be refused for rows of the parts so far: the others may take days."""
-        if num_bad := num_refused(self._data, self.errors):
-            what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(num_files, 'file')}"
-            way = f"Correct the data, or leave such rows out: {SKIP}."
-            raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
+                rows = _renumbered(batch, first_file)
+                yield joined([Encoded(rows, (), store.vocabulary, None)], self.vocabulary)
+            first_file += len(part)
+            done_bytes += sum(size_of(file.at) for file in part)
 
     def _count(self, store: RowStore) -> None:
         summary = store.summary

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from tunesmith.data.problems import refusal
 from tunesmith.environment import install_command
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile
-from tunesmith.runs.atomic import TEMPORARY, remove, sha256_file, storing
+from tunesmith.runs.atomic import remove, sha256_file, storing
 
 OnBytes = Callable[[int], None]
 """Bytes that have arrived since the last call."""
@@ -32,33 +32,37 @@ BLOCK_BYTES, BLOCKS = 4 * 1024 * 1024, 16
 CLOUD = ("s3", "s3a", "gs", "gcs")
 """Protocols of the packages of the extra `cloud`."""
 _HUB_PAGE = re.compile(r"https?://(?:huggingface|hf)\.co/datasets/([^/?#]+/[^/?#]+)")
+_HUB_FILE = re.compile(r"hf://datasets/(?P<repo_id>[^/]+/[^/@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at an address."""
+    """A file at an address; of the hub, hf://datasets/owner/name@commit/path."""
 
     address: str
     num_bytes: int
     version: str
     """Changes with the content: its SHA-256 where that is known, else a hash that the hub or the file system gives."""
-    repo: str = ""
-    """Data set of the hub, with `commit` and `path` in there; empty: a file of another file system."""
-    commit: str = ""
-    path: str = ""
+
+    @property
+    def on_hub(self) -> dict[str, str] | None:
+        """Where it is on the hub, in words of huggingface_hub; None: it is a file of another file system."""
+        match = _HUB_FILE.fullmatch(self.address)
+        return {**match.groupdict(), "repo_type": "dataset"} if match else None
 
     def cached(self) -> str | None:
         """Its place in the hub's cache, if it is there."""
-        if not self.repo:
+        if self.on_hub is None:
             return None
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo, self.path, revision=self.commit, repo_type="dataset")
+        found = try_to_load_from_cache(**self.on_hub)
         return found if isinstance(found, str) else None
 
 
-_KNOWN: dict[str, RemoteFile] = {}
+_REGISTERED: dict[str, Sequence[RemoteFile]] = {}
+"""The files of each address that was listed in this process, and each of them by its own."""
 
 
 def is_address(path: str) -> bool:
@@ -66,17 +70,27 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
-def register(file: RemoteFile) -> None:
-    """Let a file be opened by its address."""
-    _KNOWN[file.address] = file
+def register(address: str, files: Sequence[RemoteFile]) -> None:
+    """Let the files of an address be opened."""
+    _REGISTERED[address] = files
+    _REGISTERED.update({file.address: [file] for file in files})
+
+
+def is_registered(address: str) -> bool:
+    return address in _REGISTERED
+
+
+def registered(address: str) -> Sequence[RemoteFile]:
+    """The files of a registered address. Raises DataError for another."""
+    if address not in _REGISTERED:
+        message = "it is not on this machine, and nothing is fetched here."
+        raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
+    return _REGISTERED[address]
 
 
 def known(address: str) -> RemoteFile:
     """Facts about a registered file. Raises DataError for another address."""
-    if address not in _KNOWN:
-        message = "it is not on this machine, and nothing is fetched here."
-        raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
-    return _KNOWN[address]
+    return registered(address)[0]
 
 
 def size_of(path: str) -> int:
@@ -109,8 +123,8 @@ def verified(file: DataFile) -> str:
 class _Ranges(io.RawIOBase):
     """A file of fsspec whose every failure is a ConnectionError."""
 
-    def __init__(self, address: str, opened: Any) -> None:
-        self._address, self._opened = address, opened
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
 
     def readable(self) -> bool:
         return True
@@ -144,7 +158,7 @@ def open_remote(address: str) -> BinaryIO:
         raise
     except Exception as error:
         raise refusal(address, 0, "unreadable", f"it cannot be opened: {reason(error)}.", "Start again.") from error
-    return cast(BinaryIO, io.BufferedReader(_Ranges(address, opened), 1 << 20))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(opened), 1 << 20))
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -190,31 +204,26 @@ def local(file: DataFile, folder: Path | None = None, on_bytes: OnBytes = lambda
 def download(file: RemoteFile, folder: Path | None, on_bytes: OnBytes) -> Path:
     """The file's copy in `folder`, or, of the hub, in the hub's cache. What arrived before is not fetched again."""
     try:
-        if file.repo:
+        if file.on_hub is not None:
             from huggingface_hub import hf_hub_download
 
-            options: dict[str, Any] = {"revision": file.commit, "repo_type": "dataset", "local_dir": folder}
-            return Path(hf_hub_download(file.repo, file.path, tqdm_class=_bar(on_bytes), **options))
+            options: dict[str, Any] = {"local_dir": folder, "tqdm_class": _bar(on_bytes)}
+            return Path(hf_hub_download(**file.on_hub, **options))
         assert folder is not None, "only the hub has a cache"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / os.path.basename(file.address)
         fs, there = file_system(file.address)
-        arriving = path.with_name(f"{TEMPORARY}{path.name}")
-        fs.get_file(there, str(arriving))
-        os.replace(arriving, path)
+        fs.get_file(there, str(path))
         on_bytes(file.num_bytes)
         return path
     except DataError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            with storing(folder or Path(file.path), num_bytes=file.num_bytes):
+            with storing(folder or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):
                 raise
-        message, way = (
-            f"it cannot be downloaded: {reason(error)}.",
-            "Start again: what has arrived is not fetched twice.",
-        )
-        raise refusal(file.address, 0, "unreadable", message, way) from error
+        way = "Start again: what has arrived is not fetched twice."
+        raise refusal(file.address, 0, "unreadable", f"it cannot be downloaded: {reason(error)}.", way) from error
 
 
 def _bar(on_bytes: OnBytes) -> Any:
@@ -223,8 +232,7 @@ def _bar(on_bytes: OnBytes) -> Any:
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(total=options.get("total"), disable=True)
 
         def update(self, n: float | None = 1) -> bool | None:
             on_bytes(int(n or 0))

@@ -292,19 +292,15 @@ def times_per_epoch(data: Data, rows_F: Sequence[int]) -> NDArray[np.float64]:
 
     Raises DataError if a source that is to have a share has no row.
     """
-    files = (*data.train, *data.replay)
-    times_F = np.array([file.weight for file in files])
+    times_F = np.array([file.weight for file in (*data.train, *data.replay)])
     if data.mix == "times":
         return times_F
-    rows: dict[str, int] = {}
-    for file, num in zip(data.train, rows_F, strict=False):
-        rows[file.source] = rows.get(file.source, 0) + num
-    if empty := [source for source, num in rows.items() if num == 0]:
-        raise DataError(f"data.train: {empty[0]}: no row of it is trained, so it cannot have a share. Leave it out.")
-    rates = {file.source: file.weight / rows[file.source] for file in data.train}
-    most = max(rates.values())
-    for at, file in enumerate(data.train):
-        times_F[at] = rates[file.source] / most
+    rows_S, own_F = np.bincount(source_ids(data), rows_F), source_ids(data)[: len(data.train)]
+    if len(empty_F := np.flatnonzero(rows_S[own_F] == 0)):
+        empty = data.train[empty_F[0]].source
+        raise DataError(f"data.train: {empty}: no row of it is trained, so it cannot have a share. Leave it out.")
+    rates_F = times_F[: len(own_F)] / rows_S[own_F]
+    times_F[: len(own_F)] = rates_F / rates_F.max()
     return times_F
 
 

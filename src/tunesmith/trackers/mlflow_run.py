@@ -73,19 +73,16 @@ class MlflowRun:
 
         known = self._run.data.params  # a parameter of a run cannot change
         params = [Param(key, value[:LONGEST_PARAM]) for key, value in _flat(reader.recipe).items() if key not in known]
-        for at in range(0, len(params), MOST_PARAMS):
-            self._client.log_batch(self._id, params=params[at : at + MOST_PARAMS])
-        tags = {**_flat(reader.facts), "mlflow.note.content": "\n\n".join(reader.notes)}
-        tags |= {f"tunesmith.{name}": repr(value) for name, value in reader.last_values.items()}
-        named = [RunTag(key, value[:LONGEST_TAG]) for key, value in tags.items()]
-        for at in range(0, len(named), MOST_PARAMS):
-            self._client.log_batch(self._id, tags=named[at : at + MOST_PARAMS])
+        texts = {**_flat(reader.facts), "mlflow.note.content": "\n\n".join(reader.notes)}
+        texts |= {f"tunesmith.{name}": repr(value) for name, value in reader.last_values.items()}
+        tags = [RunTag(key, value[:LONGEST_TAG]) for key, value in texts.items()]
+        for at in range(0, max(len(params), len(tags)), MOST_PARAMS):
+            part = slice(at, at + MOST_PARAMS)
+            self._client.log_batch(self._id, params=params[part], tags=tags[part])
         if reader.state == "end":
             for name, path in artifacts.items():
-                if path.is_dir():
-                    self._client.log_artifacts(self._id, str(path), name)
-                else:
-                    self._client.log_artifact(self._id, str(path))
+                log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+                log(self._id, str(path), name if path.is_dir() else None)
         self.close(_STATUS[reader.state])
 
     def close(self, status: str = "KILLED") -> None:

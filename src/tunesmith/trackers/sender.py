@@ -2,17 +2,15 @@
 
     python -m tunesmith.trackers.sender NAME
 
-reads one line of JSON from its parent, {"run", "offline"}, and works until the parent closes the pipe or dies. It
-writes one line once the tracker can be used, and one when everything is sent. events.jsonl is the queue: what fails is
-read and sent again. What a tracker holds already is found out from the tracker itself whenever a run is opened in it,
-so a kill between sending and noting it down does not write a value twice.
+writes one line: empty once the tracker can be used, else why it cannot. Then it reads the run's folder from its parent,
+follows the run until the parent closes the pipe or dies, and ends with exit code 0 if everything is sent. events.jsonl
+is the queue: what fails is read and sent again. What a tracker holds already is found out from the tracker itself
+whenever a run is opened in it, so a kill between sending and noting it down does not write a value twice.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import subprocess
 import sys
 import threading
@@ -27,19 +25,10 @@ import filelock
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError
 from tunesmith.phrases import command, size
-from tunesmith.runs import events
 from tunesmith.runs.atomic import clean, from_json, storing, to_json, write_atomic
+from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import (
-    QUIET,
-    TRACKERS,
-    RunReader,
-    StepMetrics,
-    Tracker,
-    artifacts_of,
-    check_names,
-    num_bytes,
-)
+from tunesmith.trackers.tracker import QUIET, TRACKERS, RunReader, StepMetrics, Tracker, artifacts_of, check_names, load
 
 POLL_S = 1.0
 PAUSE_S = 5.0
@@ -80,63 +69,35 @@ class Sender:
         self.reader = RunReader(run)
         self.state: dict[str, Any] = {"place": "", "step": -1, "kept": -1, "done": False, **read_state(run, name)}
         self.num_sent = 0
-        self._next_batch_at = 0.0
         self._tracker: Tracker | None = None
-        self._coming: queue.Queue[list[StepMetrics] | Exception | None] = queue.Queue()
-        self._is_closed = False
 
     def send(self) -> None:
         """Send everything until the run is over. Raises whatever the tracker raises."""
-        threading.Thread(target=self._read, daemon=True).start()
-        is_read = False
-        while not is_read:
-            steps, is_read = self._collect()
-            if steps or is_read:
+        tail, is_last = Tail(self.run.events_path), False
+        while not is_last:
+            is_last = self.is_over()
+            steps = [step for event in tail() for step in self.reader.add(event)]
+            steps += self.reader.rest() if is_last else []
+            if steps or is_last:
                 self._send(steps)
+            if not is_last:
+                _pause(PAUSE_S, self.is_over)
         assert self._tracker is not None
         is_done = self.reader.state == "end"
-        artifacts = artifacts_of(self.run) if is_done else {}
+        artifacts, num_bytes = artifacts_of(self.run) if is_done else ({}, 0)
         self._tracker.finish(self.reader, artifacts)
-        self._save(kept=self.state["step"], done=is_done, bytes=num_bytes(artifacts))
+        self._save(kept=self.state["step"], done=is_done, bytes=num_bytes)
 
     def abandon(self, error: Exception) -> None:
         """Close what is open, and note the error down."""
-        self._is_closed = True
         with suppress(Exception):  # it has failed already
             if self._tracker is not None:
                 self._tracker.close()
         self._save(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
-    def _read(self) -> None:
-        """Read events in a thread, so that a slow tracker gets them in batches."""
-        try:
-            for event in events.follow(self.run.events_path, lambda: self._is_closed or self.is_over(), poll_s=POLL_S):
-                if steps := self.reader.add(event):
-                    self._coming.put(steps)
-            self._coming.put(self.reader.rest())
-            self._coming.put(None)
-        except Exception as error:  # a damaged log: raised by the thread that sends
-            self._coming.put(error)
-
-    def _collect(self) -> tuple[list[StepMetrics], bool]:
-        """Wait for steps and take all there are; also return whether no more will come."""
-        steps: list[StepMetrics] = []
-        while time.monotonic() < self._next_batch_at and not self.is_over():
-            time.sleep(POLL_S)
-        with suppress(queue.Empty):
-            item = self._coming.get(timeout=POLL_S)
-            while item is not None:
-                if isinstance(item, Exception):
-                    raise item
-                steps += item
-                item = self._coming.get_nowait()
-            return steps, True
-        return steps, False
-
-    def _send(self, steps: list[StepMetrics]) -> None:
+    def _send(self, steps: Sequence[StepMetrics]) -> None:
         if self._tracker is None:
-            open_run = TRACKERS[self.name].load().open_run
-            self._tracker = open_run(self.run, self.reader, int(self.state["kept"]))
+            self._tracker = load(self.name).open_run(self.run, self.reader, int(self.state["kept"]))
             self._save(place=self._tracker.place, step=self._tracker.last_step, error="")
         new: list[StepMetrics] = []
         for step in steps:  # a resumed run repeats steps
@@ -145,7 +106,6 @@ class Sender:
         if new:
             self._tracker.log(new)
             self.num_sent += len(new)
-            self._next_batch_at = time.monotonic() + PAUSE_S
             self._save(step=new[-1].step)
 
     def _save(self, **values: Any) -> None:
@@ -153,8 +113,14 @@ class Sender:
         write_atomic(state_path(self.run, self.name), to_json(self.state, indent=True) + b"\n")
 
 
-def send(run: Run, name: str, is_over: Callable[[], bool]) -> dict[str, Any]:
-    """Send a run to a tracker until the run is over, again after errors; return the final state.
+def _pause(seconds: float, is_over: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not is_over():
+        time.sleep(POLL_S)
+
+
+def send(run: Run, name: str, is_over: Callable[[], bool]) -> None:
+    """Send a run to a tracker until the run is over, again after errors.
 
     Raises what the tracker raised in the last of `TRIES` attempts that sent nothing.
     """
@@ -162,65 +128,52 @@ def send(run: Run, name: str, is_over: Callable[[], bool]) -> dict[str, Any]:
     while True:
         sender = Sender(run, name, is_over)
         try:
-            sender.send()
-            return sender.state
+            return sender.send()
         except Exception as error:  # any library, any network: events.jsonl keeps what was not sent
             sender.abandon(error)
             failures = 1 if sender.num_sent else failures + 1
             if is_over() and failures >= TRIES:
                 raise
         time.sleep(POLL_S)
-        until = time.monotonic() + min(LONGEST_WAIT_S, 2.0**failures)
-        while time.monotonic() < until and not is_over():
-            time.sleep(POLL_S)
+        _pause(min(LONGEST_WAIT_S, 2.0**failures), is_over)
 
 
 def main() -> None:
     """Run the process."""
-    name = sys.argv[1]
+    name, offline = sys.argv[1], "--offline" in sys.argv
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print what they like
-
-    def answer(**values: Any) -> None:
-        with suppress(BrokenPipeError):
-            answers.write(json.dumps(values) + "\n")
-            answers.flush()
-
     if hasattr(os, "nice"):
         os.nice(10)  # training comes first
     os.environ |= QUIET
-    request = json.loads(sys.stdin.readline() or "{}")
     try:
-        TRACKERS[name].load().check(bool(request.get("offline")))
+        load(name).check(offline)
+        refusal = ""
     except Exception as error:  # a broken installation raises anything
-        text = str(error) if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
-        answer(error=text)
+        refusal = str(error) if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
+    with suppress(BrokenPipeError):
+        print(" ".join(refusal.split()), file=answers, flush=True)
+    place = sys.stdin.readline()
+    if refusal or not place:
         return
-    answer(ready=True)
-    line = sys.stdin.readline()
-    if not line:
-        return
-    run = Run(Path(json.loads(line)["run"]))
-    over = threading.Event()
-    threading.Thread(target=_wait_for_end, args=(over,), daemon=True).start()
+    run, over = Run(Path(place.rstrip("\n"))), threading.Event()
+    threading.Thread(target=_wait_for_parent, args=(over,), daemon=True).start()
     folder = state_path(run, name).parent
     with storing(folder):
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
-        try:
-            answer(sent=True, **send(run, name, over.is_set))
-        except Exception:
-            answer(**read_state(run, name))
+        send(run, name, over.is_set)
+    os._exit(0)  # threads that a library left running end too
 
 
-def _wait_for_end(over: threading.Event) -> None:
-    parent, orphaned = os.getppid(), 0.0
+def _wait_for_parent(over: threading.Event) -> None:
+    parent = os.getppid()
     sys.stdin.read()
     over.set()
-    while orphaned < ORPHAN_S:
+    while os.getppid() == parent:
         time.sleep(POLL_S)
-        orphaned += POLL_S if os.getppid() != parent else 0.0
+    time.sleep(ORPHAN_S)
     os._exit(1)
 
 
@@ -231,7 +184,7 @@ class SenderProcess:
         self.name = name
         self.run: Run | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith.trackers.sender", name],
+            [sys.executable, "-m", "tunesmith.trackers.sender", name, *(["--offline"] if offline else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("TUNESMITH_DEBUG") == "1" else subprocess.DEVNULL,
@@ -240,69 +193,52 @@ class SenderProcess:
             start_new_session=True,  # Ctrl-C is for the run
         )
         self.pid = self._process.pid
-        self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-        self._write({"offline": offline})
 
     def wait_ready(self) -> None:
         """Wait until the tracker can be used. Raises InputError if it cannot."""
-        answer = self._answer(READY_S)
-        if not answer.get("ready"):
+        assert self._process.stdout is not None
+        late = threading.Timer(READY_S, self._process.kill)
+        late.start()
+        answer = self._process.stdout.readline()
+        late.cancel()
+        if answer != "\n":
             self.kill()
-            late = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later:"
-            raise InputError(answer.get("error") or f"{late} {self._way()}")
+            no_answer = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later:"
+            raise InputError(answer.strip() or f"{no_answer} {command('track', 'RUN', '--to', self.name)}")
 
     def begin(self, run: Run) -> None:
         """Let it send a run's events from now on."""
+        assert self._process.stdin is not None
         self.run = run
-        self._write({"run": str(run.path.absolute())})
+        with suppress(OSError):  # it has ended: its exit code says so
+            self._process.stdin.write(f"{run.path.absolute()}\n")
+            self._process.stdin.flush()
 
     def finish(self, wait_s: float | None) -> tuple[bool, str]:
         """Let it send the rest, for `wait_s` seconds or as long as it takes; return whether all is sent, and a line."""
+        assert self._process.stdin is not None
         with suppress(OSError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
+            self._process.stdin.close()
         if self.run is None:
             self.kill()
             return True, ""
-        answer = self._answer(wait_s)
-        state = answer or read_state(self.run, self.name)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
         self.kill()
+        state = read_state(self.run, self.name)
         step = f"up to step {state['step']:,}" if state.get("step", -1) >= 0 else "nothing yet"
-        if answer.get("sent"):
+        if self._process.returncode == 0:
             names = "report and adapter" if self.run.adapter_path.exists() else "report"
             with_files = f", {names}, {size(state['bytes'])}" if state.get("bytes") else ""
             return True, f"{self.name}: sent {step}{with_files}: {state['place']}"
-        in_time = "" if wait_s is None else f" within {wait_s:.0f} s"
-        why = state.get("error") or f"no answer{in_time}"
-        return False, f"{self.name}: sent {step}; not all of it: {why}. Send the rest with: {self._way()}"
+        why = state.get("error") or ("no answer" if wait_s is None else f"no answer within {wait_s:.0f} s")
+        way = command("track", self.run.path, "--to", self.name)
+        return False, f"{self.name}: sent {step}; not all of it: {why}. Send the rest with: {way}"
 
     def kill(self) -> None:
         """End the process, whatever it does."""
-        with suppress(OSError):
-            self._process.kill()
+        self._process.kill()
         self._process.wait()
-
-    def _way(self) -> str:
-        run = self.run.path if self.run else "RUN"
-        return command("track", run, "--to", self.name)
-
-    def _write(self, value: dict[str, Any]) -> None:
-        with suppress(OSError):  # it has ended: its answer, or the lack of one, says so
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(value) + "\n")
-            self._process.stdin.flush()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put({})
-
-    def _answer(self, wait_s: float | None) -> dict[str, Any]:
-        with suppress(queue.Empty):
-            return self._answers.get(timeout=wait_s)
-        return {}
 
 
 @contextmanager
@@ -315,7 +251,7 @@ def tracked(
     whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one cannot be used.
     """
     chosen = check_names(names)
-    titles = ", ".join(TRACKERS[name].title for name in chosen)
+    titles = ", ".join(TRACKERS[name] for name in chosen)
     processes = [SenderProcess(name, offline=offline) for name in chosen]
     try:
         if processes:

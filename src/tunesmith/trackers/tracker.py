@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import os
 import re
 import urllib.error
 import urllib.request
@@ -54,26 +53,14 @@ class Tracker(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class TrackerInfo:
-    """A row of `TRACKERS`."""
-
-    title: str
-    package: str
-    module: str
-    """Has `check(offline) -> None`, which raises InputError, and `open_run(run, reader, kept) -> Tracker`;
-    `kept` is a step that is surely stored, for trackers that cannot be asked."""
-
-    def load(self) -> Any:
-        return importlib.import_module(f"tunesmith.trackers.{self.module}")
+TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
+"""Names, which are those of packages too, and titles."""
 
 
-TRACKERS = {
-    "tensorboard": TrackerInfo("TensorBoard", "tensorboard", "tensorboard_files"),
-    "wandb": TrackerInfo("Weights & Biases", "wandb", "wandb_run"),
-    "mlflow": TrackerInfo("MLflow", "mlflow", "mlflow_run"),
-    "trackio": TrackerInfo("Trackio", "trackio", "trackio_run"),
-}
+def load(name: str) -> Any:
+    """The module of a tracker: `check(offline) -> None`, which raises InputError, and `open_run(run, reader, kept) ->
+    Tracker`; `kept` is a step that is surely stored, for trackers that cannot be asked."""
+    return importlib.import_module(f"tunesmith.trackers.{name}_run")
 
 
 def check_names(names: Sequence[str]) -> list[str]:
@@ -85,9 +72,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     for name in chosen:
         if name not in TRACKERS:
             raise InputError(f"track: {name}: there is no such tracker. One of {', '.join(TRACKERS)}, or none.")
-        if importlib.util.find_spec(TRACKERS[name].package) is None:
-            way = install_command(name)
-            raise InputError(f"track: {name}: the package {TRACKERS[name].package} is missing. Install it: {way}")
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"track: {name}: the package {name} is missing. Install it: {install_command(name)}")
     return chosen
 
 
@@ -107,16 +93,13 @@ def refuse_offline(name: str, address: str) -> None:
     raise InputError(f"track: {name}: {address} needs the network, and --offline forbids it. Drop one of the two.")
 
 
-def artifacts_of(run: Run) -> dict[str, Path]:
-    """Files and folders of a finished run that trackers get: its report, and its adapter if it has one."""
+def artifacts_of(run: Run) -> tuple[dict[str, Path], int]:
+    """Files and folders of a finished run that trackers get, its report and its adapter if it has one, and their
+    bytes."""
     files = [run.path / name for name in ("report.html", "report.md", "report.json")]
-    return {path.name: path for path in (*files, run.adapter_path) if path.exists()}
-
-
-def num_bytes(artifacts: Mapping[str, Path]) -> int:
-    """Size of files and folders together."""
-    files = (file for path in artifacts.values() for file in ([path] if path.is_file() else path.rglob("*")))
-    return sum(os.path.getsize(file) for file in files if file.is_file())
+    found = {path.name: path for path in (*files, run.adapter_path) if path.exists()}
+    inside = (file for path in found.values() for file in (path, *path.rglob("*")))
+    return found, sum(file.stat().st_size for file in inside if file.is_file())
 
 
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "penalty": "penalty", "tokens": "tokens"}

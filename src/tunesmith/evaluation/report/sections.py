@@ -346,26 +346,21 @@ def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str
     versions = {"tunesmith": tunesmith.__version__}
     report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
     sections = [
-        PageSection("values", "Values", [_table(names, found, keys)]),
+        PageSection("values", "Values", [comparison_table(names, found)]),
         PageSection("differences", "Differences from A", [Figures(plots)]),
     ]
     return Page(report, time.time(), summary, [], ("", ""), sections)
 
 
-def _table(names: Sequence[str], found: Sequence[Comparison], keys: Sequence[str]) -> Table:
-    columns = [Column("run", "name"), *(Column(info_of(key).label, "number") for key in keys)]
-    first = [Cell(f"A: {names[0]}"), *(Cell(info_of(key).text(found[0].metrics[key].a)) for key in keys)]
-    rows = [first]
+def comparison_table(names: Sequence[str], found: Sequence[Comparison]) -> Table:
+    """A row for each run: its values, and how they differ from those of the first run."""
+    keys = list(found[0].metrics)
+    rows = [[Cell(names[0]), *(Cell(info_of(key).text(found[0].metrics[key].a)) for key in keys)]]
     for name, one in zip(names[1:], found, strict=True):
-        differs = [one.metrics.get(key) for key in keys]
-        rows.append([Cell(name), *(_cell(key, each) for key, each in zip(keys, differs, strict=True))])
-    return Table(columns, rows)
-
-
-def _cell(key: str, differs: Difference | None) -> Cell:
-    if differs is None:
-        return Cell("–")
-    return Cell(info_of(key).text(differs.b), info_of(key).worth(differs.as_change()))
+        differences = [(info_of(key), one.metrics.get(key)) for key in keys]
+        cells = [Cell(info.text(one.b), info.worth(one.as_change())) if one else Cell("–") for info, one in differences]
+        rows.append([Cell(name), *cells])
+    return Table([Column("run", "name"), *(Column(info_of(key).label, "number") for key in keys)], rows)
 
 
 def _plot(key: str, names: Sequence[str], differences: Sequence[Difference]) -> Plot:
