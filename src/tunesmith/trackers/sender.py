@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -163,8 +164,12 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
-        send(run, name, over.is_set)
-    os._exit(0)  # threads that a library left running end too
+        try:
+            send(run, name, over.is_set)
+        except Exception:
+            traceback.print_exc()  # read_state has it too
+            os._exit(1)
+    os._exit(0)  # at once, whatever threads a library left running
 
 
 def _wait_for_parent(over: threading.Event) -> None:
