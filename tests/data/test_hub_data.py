@@ -34,7 +34,7 @@ def chat(i: int) -> dict[str, Any]:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     with hub_at(tmp_path, monkeypatch) as running:
         yield running
 
@@ -135,7 +135,7 @@ def test_listed_and_downloaded_data_needs_no_hub(chats, server):
     data, _ = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
     fetch(data, lambda what, done, total: None)
     before, num = rows_of(data.train[0].path), len(server.requests)
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     assert rows_of(data.train[0].path, offline=True) == before
     assert rows_of("hf://datasets/acme/chats", offline=True) == before
     assert len(server.requests) == num
@@ -284,7 +284,7 @@ def test_data_without_an_address_asks_nobody(no_sockets, tmp_path):
 def test_address_that_no_command_pinned_is_not_fetched(chats):
     """A run's data are looked up again by `serve` and `export`, which fetch nothing."""
     pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     with pytest.raises(DataError, match="not on this machine, and nothing is fetched here"):
         members(pinned)
 

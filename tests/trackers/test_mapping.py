@@ -37,7 +37,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
 def send(run: Run, module: str) -> list[StepMetrics]:
     reader = RunReader(run)
     steps = [step for event in run.events() for step in reader.add(event)]
-    tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader, -1)
+    tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader)
     assert tracker.last_step == -1
     tracker.log(steps)
     tracker.finish(reader, artifacts_of(run)[0])
@@ -69,7 +69,7 @@ def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatc
     wandb.init.return_value.settings.mode, wandb.init.return_value.resumed = "online", True
     wandb.init.return_value.step = 3
     module = importlib.import_module("tunesmith.trackers.wandb_run")
-    assert module.open_run(run, RunReader(run), -1).last_step == 2
+    assert module.open_run(run, RunReader(run)).last_step == 2
 
 
 def test_wandb_offline_goes_on_beside_a_damaged_part(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_wandb_offline_goes_on_beside_a_damaged_part(run: Run, monkeypatch: pyte
     monkeypatch.setattr("subprocess.run", inspect)
     wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folder / "files")
     module = importlib.import_module("tunesmith.trackers.wandb_run")
-    opened = module.open_run(run, reader, -1)
+    opened = module.open_run(run, reader)
     assert opened.last_step == 3
     assert re.search(rf"; damaged, and not read: \S+/offline-run-b-{reader.key}/run-{reader.key}.wandb$", opened.place)
     with pytest.raises(InputError, match=r"wandb: 0.30.2 is too old\. Install it: "):

@@ -53,7 +53,7 @@ class MemoryTracker:
 def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
     memory = MemoryTracker()
 
-    def open_run(run: Run, reader: RunReader, kept: int) -> MemoryTracker:
+    def open_run(run: Run, reader: RunReader) -> MemoryTracker:
         memory.openings += 1
         return memory
 

@@ -23,7 +23,7 @@ from tunesmith.training.trainer import resume, train
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     with hub_at(tmp_path, monkeypatch) as running:
         yield running
 
@@ -82,7 +82,7 @@ def test_stopped_run_is_resumed_with_its_commits_and_without_the_hub(hub, tmp_pa
         train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     push_others(hub, tmp_path)
     hub.down = True
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     run = runs(tmp_path / "runs")[0]
     same_run(resume(run, offline=True), straight)
     assert load_run(Run(run.path), offline=True).head == "next_token"
@@ -94,7 +94,7 @@ def test_streamed_run_is_resumed_from_its_own_rows(hub, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     straight = train(recipe_of(tmp_path), root=tmp_path / "straight")
-    remote._REGISTERED.clear()
+    remote.REGISTERED.clear()
     run = resume(runs(tmp_path / "runs")[0])
     same_run(run, straight)
     assert not list((tmp_path / "cache" / "hub").glob("datasets--*/snapshots/*/data/*.parquet"))

@@ -98,7 +98,7 @@ def members(address: str) -> list[DataFile]:
 
     Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
     """
-    listing = None if remote.is_registered(address) else remembered(address)
+    listing = None if address in remote.REGISTERED else remembered(address)
     if listing is not None and all(file.cached() for file in listing.files):
         remote.register(address, listing.files)
     return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in remote.registered(address)]

@@ -61,7 +61,7 @@ class RemoteFile:
         return found if isinstance(found, str) else None
 
 
-_REGISTERED: dict[str, Sequence[RemoteFile]] = {}
+REGISTERED: dict[str, Sequence[RemoteFile]] = {}
 """The files of each address that was listed in this process, and each of them by its own."""
 
 
@@ -72,20 +72,16 @@ def is_address(path: str) -> bool:
 
 def register(address: str, files: Sequence[RemoteFile]) -> None:
     """Let the files of an address be opened."""
-    _REGISTERED[address] = files
-    _REGISTERED.update({file.address: [file] for file in files})
-
-
-def is_registered(address: str) -> bool:
-    return address in _REGISTERED
+    REGISTERED[address] = files
+    REGISTERED.update({file.address: [file] for file in files})
 
 
 def registered(address: str) -> Sequence[RemoteFile]:
     """The files of a registered address. Raises DataError for another."""
-    if address not in _REGISTERED:
+    if address not in REGISTERED:
         message = "it is not on this machine, and nothing is fetched here."
         raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
-    return _REGISTERED[address]
+    return REGISTERED[address]
 
 
 def known(address: str) -> RemoteFile:

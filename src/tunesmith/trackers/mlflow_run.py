@@ -39,7 +39,7 @@ def check(offline: bool) -> None:
 
 
 class MlflowRun:
-    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
+    def __init__(self, run: Run, reader: RunReader) -> None:
         import mlflow
 
         self._client = client = mlflow.MlflowClient()

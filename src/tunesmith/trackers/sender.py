@@ -98,8 +98,9 @@ class Sender:
 
     def _send(self, steps: Sequence[StepMetrics]) -> None:
         if self._tracker is None:
-            self._tracker = load(self.name).open_run(self.run, self.reader, int(self.state["kept"]))
-            self._save(place=self._tracker.place, step=self._tracker.last_step, error="")
+            self._tracker = load(self.name).open_run(self.run, self.reader)
+            kept = self.state["kept"] if self.state["place"] == self._tracker.place else -1
+            self._save(place=self._tracker.place, step=max(kept, self._tracker.last_step), error="")
         new: list[StepMetrics] = []
         for step in steps:  # a resumed run repeats steps
             if step.step > (new[-1].step if new else self.state["step"]):

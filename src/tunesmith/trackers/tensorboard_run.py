@@ -18,7 +18,7 @@ def check(offline: bool) -> None:
 
 
 class TensorBoardFiles:
-    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
+    def __init__(self, run: Run, reader: RunReader) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = run.path / "tensorboard"

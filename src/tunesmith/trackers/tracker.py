@@ -58,8 +58,7 @@ TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow":
 
 
 def load(name: str) -> Any:
-    """The module of a tracker: `check(offline) -> None`, which raises InputError, and `open_run(run, reader, kept) ->
-    Tracker`; `kept` is a step that is surely stored, for trackers that cannot be asked."""
+    """The module of a tracker: `check(offline)`, which raises InputError, and `open_run(run, reader) -> Tracker`."""
     return importlib.import_module(f"tunesmith.trackers.{name}_run")
 
 

@@ -32,7 +32,7 @@ def check(offline: bool) -> None:
 
 
 class TrackioRun:
-    def __init__(self, run: Run, reader: RunReader, kept: int) -> None:
+    def __init__(self, run: Run, reader: RunReader) -> None:
         import trackio
         from trackio.utils import TRACKIO_DIR
 
