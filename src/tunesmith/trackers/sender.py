@@ -99,8 +99,9 @@ class Sender:
     def _send(self, steps: Sequence[StepMetrics]) -> None:
         if self._tracker is None:
             self._tracker = load(self.name).open_run(self.run, self.reader)
-            kept = self.state["kept"] if self.state["place"] == self._tracker.place else -1
-            self._save(place=self._tracker.place, step=max(kept, self._tracker.last_step), error="")
+            place = self._tracker.place
+            kept = self.state["kept"] if place.startswith(self.state["place"]) else -1  # it may name damage too
+            self._save(place=place, step=max(kept, self._tracker.last_step), error="")
         new: list[StepMetrics] = []
         for step in steps:  # a resumed run repeats steps
             if step.step > (new[-1].step if new else self.state["step"]):
