@@ -104,16 +104,13 @@ def verified(file: DataFile) -> str:
 
     Raises DataError where a downloaded file is not the one that was listed. OSError.
     """
-    remote = known(file.path) if is_address(file.path) else None
-    if remote is not None and is_address(file.at):
-        return remote.version
-    digest = sha256_file(Path(file.at))
-    if remote is None:
-        return digest
-    if _SHA256.fullmatch(remote.version) and digest != remote.version:
-        message = f"the copy at {file.at} has the SHA-256 {digest[:16]}, the file of the hub {remote.version[:16]}."
+    if not is_address(file.path):
+        return sha256_file(Path(file.at))
+    version = known(file.path).version
+    if not is_address(file.at) and _SHA256.fullmatch(version) and (digest := sha256_file(Path(file.at))) != version:
+        message = f"the copy at {file.at} has the SHA-256 {digest[:16]}, the file of the hub {version[:16]}."
         raise refusal(file.path, 0, "damaged_copy", message, "Remove the copy, and start again.")
-    return remote.version
+    return version
 
 
 class _Ranges(io.RawIOBase):

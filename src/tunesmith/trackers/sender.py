@@ -250,12 +250,13 @@ class SenderProcess:
 
 @contextmanager
 def tracked(
-    names: Sequence[str], *, offline: bool, say: Callable[[bool, str], None], wait_s: float = LAST_S
+    names: Sequence[str], *, offline: bool, say: Callable[[bool, str], None], wait_s: float | None = LAST_S
 ) -> Iterator[Callable[[Run], None]]:
     """A block in which a run is sent to trackers: it calls what is yielded with the run once its folder exists.
 
-    Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left; `say` gets
-    whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one cannot be used.
+    Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left, or as long as it
+    takes; `say` gets whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one
+    cannot be used.
     """
     chosen = check_names(names)
     titles = ", ".join(TRACKERS[name] for name in chosen)
@@ -272,11 +273,11 @@ def tracked(
 
         yield begin
     finally:
-        until = time.monotonic() + wait_s
+        until = None if wait_s is None else time.monotonic() + wait_s
         if any(process.run for process in processes):
-            say(True, f"sending the rest to {titles}, for at most {wait_s:.0f} s")
+            say(True, f"sending the rest to {titles}" + (f", for at most {wait_s:.0f} s" if wait_s else ""))
         for process in processes:
-            is_sent, line = process.finish(max(0.1, until - time.monotonic()))
+            is_sent, line = process.finish(None if until is None else max(0.1, until - time.monotonic()))
             if line:
                 say(is_sent, line)
 
