@@ -155,7 +155,8 @@ def main() -> None:
     except Exception as error:  # a broken installation raises anything
         refusal = str(error) if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
     with suppress(BrokenPipeError):
-        print(" ".join(refusal.split()), file=answers, flush=True)
+        answers.write(f"{' '.join(refusal.split())}\n")
+        answers.flush()
     place = sys.stdin.readline()
     if refusal or not place:
         return
