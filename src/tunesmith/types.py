@@ -263,6 +263,15 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Usual peak learning rates, each of a model below and of one from `large` weights on."""
+
+    adapter: tuple[float, float]
+    full: tuple[float, float]
+    large: float = 1e9
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """A task and everything that other files need to know about it: a row of `tasks.TASKS`."""
 
@@ -308,22 +317,19 @@ class Task:
     next_commands: tuple[tuple[str, ...], ...] = (("eval", "FILE"), ("show",))
     """Commands for a finished run, without its name: the verb, and what follows the run."""
     compares: bool = False
-    """Rows have branches, and the model is compared with the one that it was at step 1: its reference."""
-    draws: bool = True
-    """Dropout may be on in training. False: it is off, since two passes must find the same."""
+    """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout is off
+    in training, since two passes must find the same."""
     outcome: str = ""
     """Key of its metrics in `HEAD_METRICS`; empty: the head's, or that of the labels."""
     rows_per_step: int = 16
     """Most rows that `train.rows_per_step: auto` takes."""
-    rate: Callable[[bool, int], tuple[float, str]] | None = None
-    """(an adapter, weights of the model) -> (peak learning rate, reason); None: the method's."""
-    check: Callable[[Any], None] = lambda recipe: None
-    """(recipe) -> None. Raises RecipeError for options that the task cannot take."""
-    look: Callable[[Any, Any, Any], Callable[..., Tensor]] | None = None
+    rates: Rates | None = None
+    """None: the method's."""
+    look: Callable[..., Callable[..., Tensor]] | None = None
     """(model, micro-batches of a step, world) -> `loss_sum` of this step: what its rows have in common is found before
     the first backward, without gradient and over all processes. None: each row is learnt by itself."""
-    settle: Callable[[Sequence[Mapping[str, Any]]], Sequence[float]] | None = None
-    """(results of all rows measured) -> the loss of each, where it depends on the others; None: it does not."""
+    looks: Callable[[Any], bool] = lambda options: False
+    """(its section of the recipe) -> whether the task has a look with these options."""
     use_rows: Callable[[Any, Any], list[Choice]] = lambda recipe, sides: []
     """(recipe, (store, rows) of each side, training first) -> options of its own section that follow from the rows,
     which are made ready. Raises DataError for rows that these options cannot learn from."""
@@ -334,9 +340,7 @@ class Task:
     text_measure: Callable[..., Measured] | None = None
     """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
     section: str = ""
-    """Section of the recipe that only this task has."""
-    bound: Callable[[Task, Any, Any], Task] | None = None
-    """(task, recipe, output layer or None) -> the task with the options of its own section; None: it has none."""
+    """Section of the recipe that only this task has; `loss_sum`, `measure` and `look` take it as `options`."""
 
 
 class StepHook(Protocol):

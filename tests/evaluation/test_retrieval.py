@@ -17,6 +17,7 @@ from tunesmith.evaluation.predict_rows import Predictions
 from tunesmith.evaluation.retrieval import K1, B, Bm25, MeasuredRows, other_rows, settled
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.objectives import Embed
+from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import resolve_run
 
 TEXTS = ["the red apple", "a red pear eats a red plum", "Rome", "the the the old", "Ada sells plum"]
@@ -51,6 +52,7 @@ def test_measures_of_ranks_are_those_of_scikit_learn():
     assert (found["recall_1"], found["recall_10"]) == pytest.approx((1 / 6, 4 / 6))
 
 
+RECIPE = validate({"model": "m", "task": "embed", "embed": {"loss": "ranking"}})
 ROWS = [
     {"anchor": "red apple", "positive": "big apple", "negative": "small apple"},
     {"anchor": "red apple", "positive": "old pear"},
@@ -85,7 +87,7 @@ VECTORS = {text: [math.cos(math.radians(a)), math.sin(math.radians(a))] for text
 def test_a_positive_is_ranked_among_documents_that_could_be_wrong(store):
     """Not the anchor's own text, not what another row says belongs to it; each text once."""
     own, others = measured(store, [0, 2], VECTORS), [measured(store, [1, 3], VECTORS)]
-    found = settled(own, others, options=Embed(loss="ranking"), tokenizer=word_tokenizer())
+    found = settled(TASKS["embed"], own, others, recipe=RECIPE, tokenizer=word_tokenizer())
     first, second = found.results
     # Of big apple, small apple, old pear, Bob, red apple: old pear belongs to red apple, red apple is the anchor.
     assert (first["rank"], first["documents"]) == (2, 3)
@@ -98,9 +100,9 @@ def test_a_positive_is_ranked_among_documents_that_could_be_wrong(store):
 
 def test_cut_vectors_have_ranks_of_their_own(store):
     vectors = {text: [*vector, 9.0 if text == "Bob" else 0.0] for text, vector in VECTORS.items()}
-    found = settled(
-        measured(store, [0, 2], vectors), [], options=Embed(loss="ranking", dims=(2,)), tokenizer=word_tokenizer()
-    )
+    recipe = RECIPE.model_copy(update={"embed": Embed(loss="ranking", dims=(2,))})
+    own = measured(store, [0, 2], vectors)
+    found = settled(TASKS["embed"], own, recipe=recipe, tokenizer=word_tokenizer())
     assert found.results[1]["rank"] > found.results[1]["dims"]["2"] == 1
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.objectives import Reward
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
-from tunesmith.tasks.reward import reward_losses
+from tunesmith.tasks import TASKS
+from tunesmith.tasks.reward import branch_loss_sum, reward_losses
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
@@ -42,7 +45,7 @@ def recipe_of(folder: Path, kind: str = "causal", **sections: Any) -> Any:
 
 def losses_of(rewards: list[float], scores: list[float], rows: list[int], margins: list[float], **options: Any) -> Any:
     wide = (torch.tensor(values, dtype=torch.float64) for values in (rewards, scores))
-    return reward_losses(*wide, torch.tensor(rows), torch.tensor(margins, dtype=torch.float64), Reward(**options))[0]
+    return reward_losses(*wide, torch.tensor(rows), torch.tensor(margins, dtype=torch.float64), Reward(**options))
 
 
 @pytest.mark.parametrize("case", PEER["reward"], ids=lambda case: f"c {case['center']}, margins {case['margin']}")
@@ -84,9 +87,8 @@ def learnt(how: Any, *, center: float) -> list[float]:
     for _ in range(2000):
         optimizer.zero_grad()
         wide = torch.tensor(how[0], dtype=torch.float64)
-        reward_losses(values, wide, torch.tensor(how[1]), torch.zeros(2).double(), Reward(center=center))[
-            0
-        ].sum().backward()
+        losses = reward_losses(values, wide, torch.tensor(how[1]), torch.zeros(2).double(), Reward(center=center))
+        losses.sum().backward()
         optimizer.step()
     return values.tolist()
 
@@ -183,10 +185,11 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
     assert_alike(by_memory(tmp_path / "right", 4096, 1))
 
     def of_the_pass(*given: Any) -> Any:
-        losses, moved = reward_losses(*given)
-        return losses.mean().expand(len(losses)) / len(losses), moved
+        losses = reward_losses(*given)
+        return losses.mean().expand(len(losses)) / len(losses)
 
-    monkeypatch.setattr("tunesmith.tasks.reward.reward_losses", of_the_pass)
+    other = replace(TASKS["reward"], loss_sum=partial(branch_loss_sum, losses=of_the_pass))
+    monkeypatch.setitem(TASKS, "reward", other)
     planted = by_memory(tmp_path / "planted", 4096, 1)
     with pytest.raises(AssertionError):
         assert_alike(planted)

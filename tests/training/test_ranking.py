@@ -33,8 +33,8 @@ PEER = json.loads((Path(__file__).parent.parent / "tasks" / "st_losses.json").re
 
 def losses(**options: Any) -> list[float]:
     return ranking_losses(
-        torch.tensor(SCORES, dtype=torch.float64), torch.tensor(WANTED, dtype=torch.float64), torch.tensor(ROWS), 2,
-        Rank(**options),
+        torch.tensor(SCORES, dtype=torch.float64), torch.tensor(WANTED, dtype=torch.float64), torch.tensor(ROWS),
+        torch.zeros(2).double(), Rank(**options),
     ).tolist()  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_losses_are_those_of_sentence_transformers(case):
     scores = torch.tensor(case["scores"], dtype=torch.float64)
     row_of = torch.arange(len(scores)).repeat_interleave(scores.shape[1])
     wanted = torch.tensor(case["wanted"], dtype=torch.float64).flatten()
-    found = ranking_losses(scores.flatten(), wanted, row_of, len(scores), Rank(**case["options"]))
+    found = ranking_losses(scores.flatten(), wanted, row_of, scores.new_zeros(len(scores)), Rank(**case["options"]))
     assert float(found.mean()) == pytest.approx(case["loss"], rel=1e-6)
 
 

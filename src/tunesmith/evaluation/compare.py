@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, value_of
-from tunesmith.evaluation.branch_scores import HABITS, by_bm25, by_habit, column
+from tunesmith.evaluation.branch_scores import HABITS, by_bm25, column
 from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
 from tunesmith.evaluation.scores import (
     ANSWER_SCORES,
@@ -214,12 +214,13 @@ def rows_against_constant(
     tag of every word. Paired: both on the same rows."""
     units = list(by_key(rows).values())
     kind = kind_of(units[0])
+    if kind in _NAMES and constant in HABITS:
+        found, (key,) = statistics_of(kind, units, (), complete=True), CONSTANT_METRICS[kind]
+        return paired(len(units), {key: found[constant]}, {key: found[key]})
     said: list[RowResult] = [
         {**row, "predicted": [constant] * len(row["tags"]) if kind == "tags" else constant} for row in units
     ]
-    if kind in HABITS:
-        said = by_habit(kind, units, constant)
-    elif kind == "ranks":
+    if kind == "ranks":
         said = by_bm25(units)
     names = classes or names_in((*units, *said))
     sides = (statistics_of(kind, some, names, complete=True) for some in (said, units))
@@ -236,7 +237,7 @@ LIKE_A_CLASS = 0.1
 _MOST_CHARACTERS = 40
 UNLEARNT = -0.5
 """Nats a token of chosen answers that a model may lose before that is noted."""
-_NAMES = {"numbers": "mean baseline", "ranks": "BM25"}
+_NAMES = {"numbers": "mean baseline", "ranks": "BM25", **dict.fromkeys(("pairs", "answers", "rewards"), "best habit")}
 _HABITS = {
     "longer_chosen": "always choosing the longer answer",
     "likelier_chosen": "choosing what the untouched model finds likelier",
@@ -269,8 +270,8 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
     kind = kind_of(rows[0])
     found = rows_against_constant(rows, constant["answer"], classes=classes)
     return {
-        "name": _NAMES.get(kind, "best habit" if kind in HABITS else "majority baseline"),
-        "words": _HABITS.get(constant["answer"], "") if kind in (*HABITS, "ranks") else _words(constant["answer"]),
+        "name": _NAMES.get(kind, "majority baseline"),
+        "words": _HABITS[constant["answer"]] if kind in _NAMES and kind != "numbers" else _words(constant["answer"]),
         "from": constant["from"],
         "rows": len(rows),
         "key": CONSTANT_METRICS[kind][0],

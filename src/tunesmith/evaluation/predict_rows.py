@@ -105,8 +105,6 @@ def predict_rows(
         _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
         results = {i: one for part in world.gather_values(sorted(results.items())) for i, one in part}
     in_order = [results[i] for i in sorted(results)]
-    if task.settle is not None:
-        losses_I[:] = task.settle(in_order)
     index = np.asarray(rows, np.int64)
     num_bytes_I = store.num_bytes[index].astype(np.int64)
     return Predictions(losses_I, store.denominators[index], num_bytes_I, outputs, targets, in_order)

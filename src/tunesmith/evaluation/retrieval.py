@@ -25,7 +25,10 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.evaluation.predict_rows import Predictions, sample_rows
 from tunesmith.evaluation.scores import WordTokenizer
 from tunesmith.recipe.objectives import Embed
+from tunesmith.recipe.schema import Recipe
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
+from tunesmith.tasks.preference_losses import settle
+from tunesmith.types import Task
 
 K1, B = 1.2, 0.75
 MeasuredRows = tuple[RowStore, NDArray[np.int64], Predictions]
@@ -76,15 +79,28 @@ def other_rows(
             yield collator, some_I
 
 
-def settled(own: MeasuredRows, others: Sequence[MeasuredRows], *, options: Embed, tokenizer: Any) -> Predictions:
-    """The predictions of `own` rows with their losses, and results that JSON holds: ranks, or similarities of rows with
-    scores. Losses of ranking are those among all documents."""
+def settled(
+    task: Task, own: MeasuredRows, others: Sequence[MeasuredRows] = (), *, recipe: Recipe, tokenizer: Any
+) -> Predictions:
+    """The predictions of `own` rows with what follows from all of them together: losses of kto, ranks among the
+    documents of `others` too, ranks within a list."""
+    _, _, found = own
+    if task.outcome == "lists":
+        return replace(found, results=_lists(own, tokenizer))
+    if task.outcome == "vectors":
+        return _vectors(own, others, recipe.embed, tokenizer)
+    if found.results and "wanted" in found.results[0]:
+        return replace(found, losses_I=np.array(settle(found.results, recipe.prefer)))
+    return found
+
+
+def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any) -> Predictions:
+    """Losses, and ranks or the similarities of rows with scores. Losses of ranking are those among all documents."""
     store, rows_I, found = own
     whole = _texts(store, rows_I, found) if options.loss != "ranking" else None
     if options.loss in SCORED and whole is not None:
         vectors_LD = torch.nn.functional.normalize(whole.vectors_LD, dim=-1)
-        first_I = whole.anchors_B
-        cosines_I = (vectors_LD[first_I] * vectors_LD[first_I + 1]).sum(-1)
+        cosines_I = (vectors_LD[whole.anchors_B] * vectors_LD[whole.anchors_B + 1]).sum(-1)
         pairs = zip(whole.scores_B.tolist(), cosines_I.tolist(), strict=True)
         results: list[Mapping[str, Any]] = [{"value": value, "similarity": cosine} for value, cosine in pairs]
         return replace(found, losses_I=text_losses(whole, options).double().numpy(), results=results)
@@ -97,7 +113,8 @@ def settled(own: MeasuredRows, others: Sequence[MeasuredRows], *, options: Embed
 def _texts(store: RowStore, rows_I: NDArray[np.int64], found: Predictions) -> Texts:
     vectors = [torch.from_numpy(result["vectors"]) for result in found.results]
     scores = torch.tensor([store.row(int(row)).values[0] for row in rows_I], dtype=torch.float32)
-    return Texts(torch.cat(vectors), tuple(map(len, vectors)), (b"",) * sum(map(len, vectors)), scores)
+    counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss here needs keys
+    return Texts(torch.cat(vectors), keys, counts, scores)
 
 
 def _ranked(
@@ -138,13 +155,12 @@ def _ranked(
         yield float(loss), result
 
 
-def settled_lists(own: MeasuredRows, *, tokenizer: Any) -> Predictions:
-    """The predictions of rows with documents, whose results are the rank of the best one in its list and nDCG@10 with
-    labels as gains, by the model and by BM25; of rows with one document each its score."""
+def _lists(own: MeasuredRows, tokenizer: Any) -> list[Mapping[str, Any]]:
+    """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25; of rows
+    with one document each its score."""
     store, rows_I, found = own
     if (store.branches.counts[rows_I] == 1).all():
-        pairs = ((one["wanted_scores"][0], one["scores"][0]) for one in found.results)
-        return replace(found, results=[{"value": value, "similarity": score} for value, score in pairs])
+        return [{"value": one["scores"][0], "similarity": one["rewards"][0]} for one in found.results]
     rows = [store.row(row) for row in rows_I.tolist()]
     keys = [[line.ids.tobytes() for line in lines_of(row)] for row in rows]
     begins = [4 * int(row.values[0]) for row in rows]  # bytes
@@ -152,14 +168,14 @@ def settled_lists(own: MeasuredRows, *, tokenizer: Any) -> Predictions:
     bm25, first, results = Bm25([text for of_row in texts for text in of_row]), 0, list[Mapping[str, Any]]()
     for of, begin, result in zip(keys, begins, found.results, strict=True):
         order_K = sorted(range(len(of)), key=lambda k: hashlib.blake2b(of[k]).digest())  # ties are broken by chance
-        wanted_K = np.array(result["wanted_scores"])[order_K]
+        wanted_K = np.array(result["scores"])[order_K]
         by_words_K = bm25.scores(_text(of[0][:begin], None, tokenizer))[first : first + len(of)][order_K]
         first += len(of)
-        rank, ndcg = _in_list(np.array(result["scores"])[order_K], wanted_K)
+        rank, ndcg = _in_list(np.array(result["rewards"])[order_K], wanted_K)
         bm25_rank, bm25_ndcg = _in_list(by_words_K, wanted_K)
         more = {"ndcg": ndcg, "bm25_ndcg": bm25_ndcg, "documents": len(of)}
         results.append({"rank": rank, "bm25": bm25_rank, **more})
-    return replace(found, results=results)
+    return results
 
 
 def _in_list(scores_K: NDArray[np.float64], wanted_K: NDArray[np.float64]) -> tuple[int, float]:

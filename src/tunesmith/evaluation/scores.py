@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import bootstrap, branch_scores
-from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio
-from tunesmith.evaluation.branch_scores import HABITS, MOST_DOTS, column
+from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio, value_of
+from tunesmith.evaluation.branch_scores import HABITS, column
 
 RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
@@ -30,6 +30,7 @@ Constant = str | float | list[str]
 RowKind = Literal[
     "tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards", "ranks", "similarities",
 ]  # fmt: skip
+MEASURED = "the rows measured"
 OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
 MOST_SOURCES = 20
@@ -62,10 +63,10 @@ def score(
     kind, units = kind_of(results[0]), list(by_key(results).values())
     statistics = statistics_of(kind, units, classes, complete=True)
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
-    if kind in HABITS:
-        details["constant"] = {"answer": branch_scores.better_habit(kind, units), "from": "the rows measured"}
+    if habits := {key: value_of(statistics[key], len(units)) for key in HABITS if key in statistics}:
+        details["constant"] = {"answer": max(habits, key=lambda key: np.nan_to_num(habits[key])), "from": MEASURED}
     elif kind == "ranks":
-        details["constant"] = {"answer": branch_scores.BM25, "from": "the rows measured"}
+        details["constant"] = {"answer": branch_scores.BM25, "from": MEASURED}
     elif constant is not None:
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
@@ -128,8 +129,8 @@ def keyed(rows: Iterable[RowResult]) -> Iterator[tuple[tuple[str, int], RowResul
 
 def num_right(row: RowResult) -> int:
     """1 for a row whose class or classes are right, else 0; of tags how many are."""
-    if "margin" in row:
-        return int((row["margin"] > 0) == row.get("wanted", True))
+    if "margin" in row or "rewards" in row:
+        return int((branch_scores.gains(row, "margin").mean() > 0) == row.get("wanted", True))
     if "rank" in row:
         return int(row["rank"] == 1)
     if "tags" in row:
@@ -282,7 +283,7 @@ _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool
     "tags": _tag_statistics,
     "pairs": branch_scores.pair_statistics,
     "answers": branch_scores.answer_statistics,
-    "rewards": branch_scores.reward_statistics,
+    "rewards": branch_scores.pair_statistics,
     "ranks": branch_scores.rank_statistics,
     "similarities": branch_scores.similarity_statistics,
 }
@@ -324,8 +325,8 @@ def _set_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str,
 
 
 def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> dict[str, Any]:
-    shown = np.unique(np.linspace(0, len(rows) - 1, MOST_DOTS).astype(np.int64))
-    return {"scatter": [[rows[i]["value"], rows[i]["predicted"]] for i in shown]}
+    found = "similarity" if "similarity" in rows[0] else "predicted"
+    return {"scatter": [[rows[i]["value"], rows[i][found]] for i in branch_scores.spread(len(rows))]}
 
 
 def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
@@ -343,10 +344,10 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[s
     "numbers": _number_details,
     "tags": _tag_details,
     "pairs": branch_scores.pair_details,
-    "answers": branch_scores.answer_details,
-    "rewards": branch_scores.reward_details,
+    "answers": lambda rows, _: {},
+    "rewards": branch_scores.pair_details,
     "ranks": branch_scores.rank_details,
-    "similarities": branch_scores.similarity_details,
+    "similarities": _number_details,
 }
 
 

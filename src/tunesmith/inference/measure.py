@@ -52,8 +52,8 @@ from tunesmith.evaluation.predict_rows import (
     row_results,
     sigmoid,
 )
-from tunesmith.evaluation.retrieval import settled, settled_lists
-from tunesmith.evaluation.scores import answer_scores, score, score_answers
+from tunesmith.evaluation.retrieval import settled
+from tunesmith.evaluation.scores import MEASURED, answer_scores, score, score_answers
 from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
@@ -171,7 +171,7 @@ def evaluate_file(
         results = row_results(loaded.head, loaded.labels, found, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
         constant = constant_answer(loaded.labels, known.store, known.rows_I)
-        source = "the rows measured" if trained is None else "the training rows"
+        source = MEASURED if trained is None else "the training rows"
         measures, details = score(results, classes=classes, constant=constant, constant_from=source)
         _refuse_non_finite(measures["loss"]["value"], loaded, path)
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
@@ -244,19 +244,17 @@ def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, int], None]) -> Predictions:
     in_pieces = loaded.recipe.kernels == "fast" and METHODS[loaded.recipe.method.name].fused_loss  # as in the run
     output = find_output_layer(loaded.model) if in_pieces else None
+    task = bind(loaded.renderer.task_name, loaded.labels, output=output, recipe=loaded.recipe)
     found = predict_rows(
         loaded.model,
-        bind(loaded.renderer.task_name, loaded.labels, output=output, recipe=loaded.recipe),
+        task,
         _feed(loaded, store),
         list(range(len(store))),
         tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
         progress=progress,
     )
-    outcome, tokenizer = TASKS[loaded.renderer.task_name].outcome, loaded.renderer.tokenizer
     own = (store, np.arange(len(store)), found)
-    if outcome == "lists":
-        return settled_lists(own, tokenizer=tokenizer)
-    return settled(own, (), options=loaded.recipe.embed, tokenizer=tokenizer) if outcome == "vectors" else found
+    return settled(task, own, recipe=loaded.recipe, tokenizer=loaded.renderer.tokenizer)
 
 
 @contextmanager

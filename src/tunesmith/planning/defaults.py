@@ -29,8 +29,8 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, task_of
-from tunesmith.types import Choice, Example, HeadName, ModelKind, TaskName
+from tunesmith.tasks import TASKS, has_look, task_of
+from tunesmith.types import Choice, Example, HeadName, ModelKind, Task, TaskName
 
 SMALL_MODEL = 30_000_000
 """Most weights for which full tuning costs no more than LoRA."""
@@ -105,8 +105,9 @@ def decide_before_rows(
     recipe = reduce(with_choice, own, recipe)
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
-    task.check(recipe)
-    if not task.draws and (option := METHODS[recipe.method.name].randomness(recipe.method)):
+    if task.section:
+        _check_compared(recipe, task)
+    if task.compares and (option := METHODS[recipe.method.name].randomness(recipe.method)):
         raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
@@ -245,10 +246,27 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
+def _check_compared(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError for options that would change what is compared, or change nothing."""
+    if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
+        raise RecipeError(
+            "data.too_long: cut: of two answers the one without its end would be recognized by that. Use error or drop."
+        )
+    for option in ("label_smoothing", "z_loss", "neftune_alpha"):
+        if getattr(recipe.loss, option):
+            has_own = hasattr(getattr(recipe, task.section), option)
+            way = f"Use {task.section}.{option}" if has_own else "Leave it out"
+            raise RecipeError(f"loss.{option}: is for tokens and classes; task {task.name} compares. {way}.")
+
+
 def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     method = METHODS[recipe.method.name]
-    if (own := TASKS[resolved(recipe.task)].rate) is not None:
-        rate, reason = own(method.is_adapter, facts.num_parameters)
+    task = TASKS[resolved(recipe.task)]
+    if (own := task.rates) is not None:
+        is_large = facts.num_parameters >= own.large
+        rate = (own.adapter if method.is_adapter else own.full)[is_large]
+        how = "with an adapter" if method.is_adapter else "in full tuning"
+        reason = f"usual for task {task.name} {how}, {'from' if is_large else 'below'} {own.large:,.0f} weights"
     else:
         rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
     times, source = OPTIMIZERS[recipe.optim.name].rate
@@ -289,8 +307,8 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     longest = int(facts.lengths_I.max())
     usual = 8192 if facts.device.startswith("cuda") else 2048
-    task, rows = TASKS[resolved(recipe.task)], resolved(recipe.train.rows_per_step)
-    if task.bound is not None and task.bound(task, recipe, None).look is not None:
+    rows = resolved(recipe.train.rows_per_step)
+    if has_look(recipe):
         step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
         if max(usual, longest) < step <= MOST_IN_ONE:
             return step, "about a whole step, which is computed once then: of several passes it needs one forward more"

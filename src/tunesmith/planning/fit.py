@@ -17,7 +17,7 @@ from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.methods import LoraMethod, QloraMethod
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import TASKS, has_look
 from tunesmith.types import Choice, ModelKind
 
 MARGIN = 0.08
@@ -241,9 +241,9 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"method.name: {method.name}: packed weights cannot be split"
     if method.name not in ("lora", "full"):
         yield f"method.name: {method.name}: it reads whole weights; lora and full do not"
-    if (task := TASKS[resolved(recipe.task)]).compares:
+    if TASKS[resolved(recipe.task)].compares:
         yield f"task: {recipe.task}: one process computes what the model was before"
-    if task.look is not None:
+    if has_look(recipe):
         yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"

@@ -37,7 +37,7 @@ from tunesmith.planning.duration import (
 )
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, phases, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import TASKS, has_look
 from tunesmith.types import Choice, HeadName, Layout, ModelKind, Row
 
 BALANCE_STEPS = 64
@@ -234,7 +234,7 @@ class Forecaster:
         found = prices(sizes, self.rows, recipe, self.device, result_bytes=result_bytes)
         found |= {kind: found[kind] / size for kind in DEALT}
         of_step = max(of_step, gather_seconds(sizes, sampler, self.device))
-        looks = TASKS[resolved(recipe.task)].look is not None and micro_batches > 1
+        looks = has_look(recipe) and micro_batches > 1
         looking = load.tokens * found["held_out"] if looks else 0.0
         found["training"] = of_step + looking + sum_seconds(sizes, sampler, self.device)
         counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
@@ -341,7 +341,7 @@ def decide_sharing(model: nn.Module, recipe: Recipe, shared: CommonPrefixes) -> 
     what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
     if recipe.kernels == "plain":
         return Choice(KEY, False, f"{what} could be computed once, but kernels: plain leaves them")
-    if TASKS[resolved(recipe.task)].draws and (random := random_option(model, recipe)):
+    if not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe)):
         return Choice(KEY, False, f"{what} could be computed once, but {random} draws anew for each row")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
 

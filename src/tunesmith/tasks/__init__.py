@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.schema import Loss, Recipe
+from tunesmith.recipe.schema import Loss, Recipe, resolved
 from tunesmith.tasks.chat import CHAT
 from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.embed import EMBED
@@ -48,6 +48,12 @@ def task_of(shape: Shape) -> Task | None:
     return found[0] if len(found) == 1 else None
 
 
+def has_look(recipe: Recipe) -> bool:
+    """Whether the rows of a step are looked at before they are learnt, see `Task.look`."""
+    task = TASKS[resolved(recipe.task)]
+    return task.look is not None and task.looks(getattr(recipe, task.section))
+
+
 def bind(
     name: TaskName,
     labels: Labels | None,
@@ -64,8 +70,13 @@ def bind(
         RecipeError: what `loss` adds is not defined for such labels.
     """
     task = TASKS[name]
-    if task.bound is not None:
-        return task.bound(task, recipe or Recipe(), output)
+    if task.section:
+        options = getattr(recipe or Recipe(), task.section)
+        how = {"options": options, **({"output": output} if task.compares else {})}
+        found: dict[str, Any] = {key: partial(getattr(task, key), **how) for key in ("loss_sum", "measure")}
+        found["look"] = partial(task.look, **how) if task.look is not None and task.looks(options) else None
+        found["text_measure"] = partial(token_measure, output=output) if task.compares else None
+        return replace(task, **found)
     if task.learns_classes:
         if labels is None:
             raise AssertionError(f"{name} cannot be trained before its labels are decided")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.tasks.embedding_losses import ALONE, embedding_loss_sum, embedding_measure, look
-from tunesmith.types import Choice, Pooling, Task
+from tunesmith.types import Choice, Pooling, Rates, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,14 +15,11 @@ if TYPE_CHECKING:
 
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
-    from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
 
 LEAST = 16
 """Rows of a step at least, where they are each other's negatives."""
-SMALL = 50_000_000
-"""Weights up to which an encoder counts as small."""
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
@@ -36,15 +31,6 @@ def _encoder(settings: EncoderSettings) -> RowEncoder:
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"anchor": text} | ({} if answer is None else {"positive": answer})
-
-
-def embedding_rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
-    """The usual peak rate of models that compare texts."""
-    if is_adapter:
-        return 1e-4, "usual for texts that are compared, with an adapter"
-    if num_parameters <= SMALL:
-        return 5e-5, "usual for texts that are compared, of a small model in full tuning"
-    return 2e-5, "usual for texts that are compared, in full tuning"
 
 
 def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
@@ -72,13 +58,6 @@ def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
     if recipe.data.max_tokens == "auto" and found.max_tokens is not None:
         choices.append(Choice("data.max_tokens", min(found.max_tokens, model_size(located).max_tokens), why))
     return choices
-
-
-def _check(recipe: Recipe) -> None:
-    """Raise RecipeError for options that change nothing here."""
-    for option in ("label_smoothing", "z_loss", "neftune_alpha"):
-        if getattr(recipe.loss, option):
-            raise RecipeError(f"loss.{option}: is for tokens and classes; task embed compares texts. Leave it out.")
 
 
 def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
@@ -120,17 +99,6 @@ def _company(recipe: Recipe, store: RowStore, rows_I: NDArray[np.int64]) -> list
     return []
 
 
-def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
-    options = recipe.embed
-    alone = options.loss in ALONE
-    return replace(
-        task,
-        loss_sum=partial(embedding_loss_sum, options=options),
-        measure=partial(embedding_measure, options=options),
-        look=None if alone else partial(look, options=options),
-    )
-
-
 EMBED = Task(
     name="embed",
     doc="Vectors of texts, by which those that belong together are found.",
@@ -145,14 +113,13 @@ EMBED = Task(
     on_overlong=("cut", "the beginning of a text shows what it is about; cut texts are counted"),
     headline_metrics=("recall_1", "ndcg_10", "mrr_10", "spearman"),
     next_commands=(("serve",), ("show",)),
-    look=look,
     pools=True,
     outcome="vectors",
     rows_per_step=128,
-    rate=embedding_rate,
+    rates=Rates(adapter=(1e-4, 1e-4), full=(5e-5, 2e-5), large=5e7),
+    look=look,
+    looks=lambda options: options.loss not in ALONE,
     choose=_choose,
-    check=_check,
     use_rows=_use_rows,
     section="embed",
-    bound=_bound,
 )

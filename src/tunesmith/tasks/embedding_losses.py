@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tunesmith.recipe.objectives import Embed
+from tunesmith.tasks.preference_losses import measured, values_of
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:
@@ -30,37 +30,26 @@ SCORED = ("cosent", "angle", "cosine")
 """Losses of two texts and their score; the others are of an anchor and its positive."""
 ALONE = ("cosine", "margin")
 """Losses of each row by itself."""
-KEY_BYTES = 16
 USUAL = Embed(loss="ranking", normalize=True, pooling="mean")
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+"""A factor by which two keys make one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(NamedTuple):
     """The texts of some rows, row after row, each with its anchor first and its positive second."""
 
     vectors_LD: Tensor
-    counts_B: tuple[int, ...]
-    """Texts of each row."""
-    keys_L: tuple[bytes, ...]
-    """Equal for equal texts."""
+    keys_L: Tensor
+    """int64, equal for equal texts."""
+    counts_B: Tensor
+    """int64, texts of each row."""
     scores_B: Tensor
     """Scores of the rows; any numbers where they have none."""
 
     @property
     def anchors_B(self) -> Tensor:
         """Index of each anchor among the texts."""
-        import torch
-
-        counts_B = torch.tensor(self.counts_B, dtype=torch.int64, device=self.vectors_LD.device)
-        return counts_B.cumsum(0) - counts_B
-
-    def numbers(self) -> Tensor:
-        """[L], equal for equal texts."""
-        import torch
-
-        known: dict[bytes, int] = {}
-        numbers = [known.setdefault(key, len(known)) for key in self.keys_L]
-        return torch.tensor(numbers, dtype=torch.int64, device=self.vectors_LD.device)
+        return self.counts_B.cumsum(0) - self.counts_B
 
 
 def embed(model: nn.Module, batch: Batch, options: Embed) -> Tensor:
@@ -80,17 +69,20 @@ def texts_of(batch: Batch, vectors_LD: Tensor) -> Texts:
     import torch
 
     assert batch.line_of_N is not None, "rows of texts have branches"
-    assert batch.values_BV is not None, "rows of texts have branches"
-    ids_BT = batch.ids_BT.cpu().numpy().astype(np.int32)
+    ids_BT, device = batch.ids_BT.cpu().numpy().astype(np.int32), vectors_LD.device
     if batch.layout == "packed":
         lines = np.split(ids_BT[0], np.cumsum(batch.lengths))[:-1]
     else:
         lines = [ids_T[:length] for ids_T, length in zip(ids_BT, batch.lengths, strict=True)]
-    row_of_L = torch.zeros(len(lines), dtype=torch.int64, device=batch.row_of_N.device)
+    row_of_L = torch.zeros(len(lines), dtype=torch.int64, device=device)
     row_of_L[batch.line_of_N] = batch.row_of_N
-    counts_B = torch.bincount(row_of_L, minlength=len(batch.row_indices)).tolist()
-    keys = tuple(hashlib.blake2b(line.tobytes(), digest_size=KEY_BYTES).digest() for line in lines)
-    return Texts(vectors_LD, tuple(counts_B), keys, batch.values_BV[:, 0].to(vectors_LD.dtype))
+    digests = b"".join(hashlib.blake2b(line.tobytes(), digest_size=8).digest() for line in lines)
+    return Texts(
+        vectors_LD,
+        torch.from_numpy(np.frombuffer(digests, np.int64).copy()).to(device),
+        torch.bincount(row_of_L, minlength=len(batch.row_indices)),
+        values_of(batch)[:, 0].to(vectors_LD.dtype),
+    )
 
 
 def text_losses(texts: Texts, options: Embed) -> Tensor:
@@ -99,7 +91,7 @@ def text_losses(texts: Texts, options: Embed) -> Tensor:
 
     if not options.dims:
         return _losses(texts, options)
-    cut = [replace(texts, vectors_LD=F.normalize(texts.vectors_LD[:, :dim], dim=-1)) for dim in options.dims]
+    cut = [texts._replace(vectors_LD=F.normalize(texts.vectors_LD[:, :dim], dim=-1)) for dim in options.dims]
     return sum((_losses(one, options) for one in cut[1:]), _losses(cut[0], options))
 
 
@@ -135,22 +127,22 @@ def _ranking(texts: Texts, options: Embed) -> Tensor:
     import torch
     from torch.nn import functional as F
 
-    anchors_B, numbers_L = texts.anchors_B, texts.numbers()
-    is_document_L = torch.ones(len(numbers_L), dtype=torch.bool, device=numbers_L.device)
+    anchors_B, keys_L = texts.anchors_B, texts.keys_L
+    is_document_L = torch.ones_like(keys_L, dtype=torch.bool)
     is_document_L[anchors_B] = False
-    own_B = anchors_B - torch.arange(len(anchors_B), device=anchors_B.device)  # among the documents
+    rows_B = torch.arange(len(anchors_B), device=keys_L.device)
+    own_B = anchors_B - rows_B  # among the documents
     vectors_LD = F.normalize(texts.vectors_LD, dim=-1)
-    queries_B, documents_M = numbers_L[anchors_B], numbers_L[is_document_L]
+    queries_B, documents_M = keys_L[anchors_B], keys_L[is_document_L]
     scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[is_document_L].T
-    num = len(texts.keys_L)
-    belongs_BM = torch.isin(queries_B[:, None] * num + documents_M, queries_B * num + documents_M[own_B])
+    belongs_BM = torch.isin(queries_B[:, None] * _ODD + documents_M, queries_B * _ODD + documents_M[own_B])
     hidden_BM = belongs_BM | (documents_M == queries_B[:, None])
-    hidden_BM[torch.arange(len(own_B), device=own_B.device), own_B] = False
+    hidden_BM[rows_B, own_B] = False
     losses_B = _cross_entropy(scores_BM, own_B, hidden_BM)
     if not options.symmetric:
         return losses_B
     scores_BB, hidden_BB = scores_BM[:, own_B].T, hidden_BM[:, own_B].T
-    return (losses_B + _cross_entropy(scores_BB, torch.arange(len(own_B), device=own_B.device), hidden_BB)) / 2
+    return (losses_B + _cross_entropy(scores_BB, rows_B, hidden_BB)) / 2
 
 
 def _cross_entropy(scores_BM: Tensor, own_B: Tensor, hidden_BM: Tensor) -> Tensor:
@@ -170,9 +162,8 @@ def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = USUAL)
 
     with torch.no_grad():
         texts = texts_of(batch, embed(model, batch, options))
-    parts = torch.split(texts.vectors_LD.cpu(), list(texts.counts_B))
-    nothing_B = torch.zeros(len(parts))
-    return Measured(nothing_B, nothing_B.new_empty(0), tuple({"vectors": part.numpy()} for part in parts))
+    parts = torch.split(texts.vectors_LD.cpu(), texts.counts_B.tolist())
+    return measured(torch.zeros(len(parts)), {"vectors": [part.numpy() for part in parts]})
 
 
 def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = USUAL) -> partial[Tensor]:
@@ -188,13 +179,16 @@ def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: E
     for batch in chain(some, coming):
         found.append(texts_of(batch, embed(model, batch, options)))
         names += zip(batch.row_indices, batch.copies_B, strict=True)
-    size = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
-    texts, start = _of_all_ranks(_joined(found, size), world)
+    if not found:  # of several ranks this one has no row in the step
+        size = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
+        none = torch.empty(0, dtype=torch.int64)
+        found = [Texts(torch.empty(0, size), none, none, torch.empty(0))]
+    texts, start = _of_all_ranks(joined(found), world)
     with torch.enable_grad():
         vectors_LD = texts.vectors_LD.detach().requires_grad_()
-        losses_B = text_losses(replace(texts, vectors_LD=vectors_LD), options)
+        losses_B = text_losses(texts._replace(vectors_LD=vectors_LD), options)
         (gradient_LD,) = torch.autograd.grad(losses_B.sum(), vectors_LD)
-    parts = torch.split(gradient_LD, list(texts.counts_B))[start : start + len(names)]
+    parts = torch.split(gradient_LD, texts.counts_B.tolist())[start : start + len(names)]
     kept = dict(zip(names, zip(parts, losses_B.detach()[start : start + len(names)], strict=True), strict=True))
     return partial(_kept_loss_sum, kept=kept, options=options)
 
@@ -210,31 +204,20 @@ def _kept_loss_sum(
     return (torch.stack(losses).sum() - weighted).detach() + weighted
 
 
-def _joined(found: Sequence[Texts], size: int) -> Texts:
+def joined(found: Sequence[Texts]) -> Texts:
+    """All of these texts."""
     import torch
 
-    return Texts(
-        torch.cat([one.vectors_LD for one in found] or [torch.empty(0, size)]),
-        tuple(count for one in found for count in one.counts_B),
-        tuple(key for one in found for key in one.keys_L),
-        torch.cat([one.scores_B for one in found] or [torch.empty(0)]),
-    )
+    return Texts(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _of_all_ranks(own: Texts, world: World) -> tuple[Texts, int]:
     """The texts of all processes, in order of ranks, and the place of the first own row."""
-    import torch
     from safetensors.torch import load, save
 
     if world.size == 1:
         return own, 0
-    keys_LK = torch.tensor([list(key) for key in own.keys_L], dtype=torch.uint8).reshape(-1, KEY_BYTES)
-    tensors = {"vectors": own.vectors_LD.cpu(), "scores": own.scores_B.cpu(), "keys": keys_LK}
-    device, of_ranks = own.vectors_LD.device, []
-    for content in world.gather(save({**tensors, "counts": torch.tensor(own.counts_B, dtype=torch.int64)})):
-        there = load(content)
-        keys = tuple(bytes(key) for key in there["keys"].tolist())
-        scores = there["scores"].to(device)
-        of_ranks.append(Texts(there["vectors"].to(device), tuple(there["counts"].tolist()), keys, scores))
-    before = sum(len(one.counts_B) for one in of_ranks[: world.rank])
-    return _joined(of_ranks, own.vectors_LD.shape[1]), before
+    contents = world.gather(save({key: values.cpu().contiguous() for key, values in own._asdict().items()}))
+    device = own.vectors_LD.device
+    ranks = [Texts(**{key: values.to(device) for key, values in load(one).items()}) for one in contents]
+    return joined(ranks), sum(len(one.counts_B) for one in ranks[: world.rank])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import resolved
-from tunesmith.tasks.losses import token_measure
-from tunesmith.tasks.preference_losses import preference_loss_sum, preference_measure
-from tunesmith.tasks.unpaired_losses import kto_loss_sum, kto_measure, look, settle
-from tunesmith.types import Choice, Task
+from tunesmith.tasks.preference_losses import look, preference_loss_sum, preference_measure
+from tunesmith.types import Choice, Rates, Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +17,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
-    from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
-
-LARGE = 1e9
-"""Weights from which a model counts as large."""
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
@@ -38,27 +30,6 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     if answer is None:
         return {"messages": [{"role": "user", "content": text}]}
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
-
-
-def _rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
-    """The usual peak rate: far lower than on answers, since a preference moves a model that can answer already."""
-    is_large = num_parameters >= LARGE
-    where = f"of a model {'above' if is_large else 'below'} a billion weights"
-    if is_adapter:
-        return (5e-6 if is_large else 2e-4), f"usual for preferences with an adapter {where}"
-    return (5e-7 if is_large else 1e-6), f"usual for preferences in full tuning {where}"
-
-
-def check_compared(recipe: Recipe) -> None:
-    """Raise RecipeError for options that would change what is compared, or change nothing."""
-    if recipe.data.too_long == "cut":
-        raise RecipeError(
-            "data.too_long: cut: of two answers the one without its end would be recognized by that. Use error or drop."
-        )
-    for option in ("label_smoothing", "z_loss", "neftune_alpha"):
-        if getattr(recipe.loss, option):
-            way = "Use prefer.label_smoothing" if option == "label_smoothing" else "Leave it out"
-            raise RecipeError(f"loss.{option}: is for the likelihood of tokens; {recipe.task} compares answers. {way}.")
 
 
 def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
@@ -104,17 +75,6 @@ def _weights(recipe: Recipe, wanted_I: NDArray[np.bool_]) -> list[Choice]:
     return choices
 
 
-def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
-    how: dict[str, Any] = {"options": recipe.prefer, "output": output}
-    if recipe.prefer.loss == "kto":
-        found: dict[str, Any] = {"loss_sum": kto_loss_sum, "measure": kto_measure, "look": look}
-        bound: dict[str, Any] = {key: partial(function, **how) for key, function in found.items()}
-        text = partial(token_measure, output=output)
-        return replace(task, **bound, settle=partial(settle, options=recipe.prefer), text_measure=text)
-    measure, text_measure = partial(task.measure, **how), partial(token_measure, output=output)
-    return replace(task, loss_sum=partial(task.loss_sum, **how), measure=measure, text_measure=text_measure)
-
-
 PREFER = Task(
     name="prefer",
     doc="The better of two answers to a prompt.",
@@ -132,12 +92,11 @@ PREFER = Task(
     headline_metrics=("preference_accuracy", "margin", "chosen_shift"),
     next_commands=(("chat", "--compare"), ("show",)),
     compares=True,
-    draws=False,
     outcome="pairs",
     rows_per_step=32,
-    rate=_rate,
-    check=check_compared,
+    rates=Rates(adapter=(2e-4, 5e-6), full=(1e-6, 5e-7)),
+    look=look,
+    looks=lambda options: options.loss == "kto",
     use_rows=_use_rows,
     section="prefer",
-    bound=_bound,
 )

@@ -1,19 +1,22 @@
-"""Losses of preferences: of each pair of answers, from the log-probabilities of both.
+"""Losses of preferences, from the log-probabilities of answers.
 
     s   log-probability of an answer's trained tokens, summed     n   their number
     r   s minus that of the reference, the model of step 1        Δ   r of the chosen minus r of the rejected answer
+    z₀  of kto: mean over the rows of a step of r of the answer of another row, whose prompt it does not answer; 0 or
+        more, without gradient. It estimates how far the model has moved from its reference
 
-A loss is the sum over the pairs of a micro-batch, and the step divides it once by its pairs. Sums over tokens are
+A loss is the sum over the rows of a micro-batch, and the step divides it once by its rows. Sums over tokens are
 float64: the log-probabilities of long answers are large, and their difference is small.
 """
 
-# B pairs, N targets, L lines; the last axis of [B, 2] holds chosen, rejected
+# B rows, N targets, L lines; the last axis of [B, 2] holds chosen, rejected, or of kto the row's answer, its partner's
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe.objectives import Prefer
@@ -23,20 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.models.fused_loss import OutputLayer
-
+    from tunesmith.parallel.world import World
 
 USUAL = Prefer()
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What a model and its reference find of some pairs, float64."""
+    """What a model and its reference find of some rows, float64."""
 
     s_B2: Tensor
     n_B2: Tensor
     reference_B2: Tensor
     margin_B: Tensor
-    """The margin that comes with each row."""
+    """The number that comes with each row: its margin, or of kto whether its answer is wanted."""
 
     @property
     def r_B2(self) -> Tensor:
@@ -60,67 +63,51 @@ def _log_odds(pairs: Pairs) -> Tensor:
     return mean_B2 - torch.where(near_one, close, far)
 
 
-def _dpo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """Rafailov et al. 2023, arXiv 2305.18290, eq. 7; smoothed as in Mitchell 2023, "A note on DPO with noisy
-    preferences"."""
-    smoothing = options.label_smoothing
-    return -(1 - smoothing) * _log_sigmoid(logit_B) - smoothing * _log_sigmoid(-logit_B)
+def _log_sigmoid(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
+    """−log σ, smoothed as in Mitchell 2023, "A note on DPO with noisy preferences"; of `robust` as in Chowdhury et al.
+    2024, arXiv 2403.00409: unbiased where a share of the labels is flipped."""
+    from torch.nn import functional as F
 
-
-def _robust(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """Chowdhury et al. 2024, arXiv 2403.00409: unbiased where a share of the labels is flipped."""
     e = options.label_smoothing
-    return (-(1 - e) * _log_sigmoid(logit_B) + e * _log_sigmoid(-logit_B)) / (1 - 2 * e)
+    right_B, wrong_B = -F.logsigmoid(logit_B), -F.logsigmoid(-logit_B)
+    if options.loss == "robust":
+        return ((1 - e) * right_B - e * wrong_B) / (1 - 2 * e)
+    return (1 - e) * right_B + e * wrong_B
 
 
 def _hinge(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657."""
     return (1 - logit_B).clamp(min=0)
 
 
 def _ipo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """Azar et al. 2023, arXiv 2310.12036, eq. 17, by the token. Its logit is β times the difference."""
     beta = required(options.beta)
     return (logit_B / beta - 1 / (2 * beta)).square()
 
 
 def _apo_zero(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7: the chosen answer up, the rejected one down, each alone."""
     sigmoids_B2 = (required(options.beta) * pairs.r_B2).sigmoid()
-    return 1 - sigmoids_B2[:, 0] + sigmoids_B2[:, 1]
-
-
-def _log_likelihood(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """−log σ: dpo_norm (Lambert et al. 2024, arXiv 2411.15124), SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6), CPO
-    (Xu et al. 2024, arXiv 2401.08417)."""
-    return -_log_sigmoid(logit_B)
+    return 1 - difference(sigmoids_B2)
 
 
 def _orpo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7: the odds weigh β, the likelihood of the chosen answer
-    `prefer.nll`."""
-    return -required(options.beta) * _log_sigmoid(logit_B / required(options.beta))
-
-
-def _log_sigmoid(logit_B: Tensor) -> Tensor:
-    from torch.nn import functional as F
-
-    return F.logsigmoid(logit_B)
+    """The odds weigh β, the likelihood of the chosen answer `prefer.nll`."""
+    beta = required(options.beta)
+    return beta * _log_sigmoid(pairs, logit_B / beta, options)
 
 
 OBJECTIVES: dict[str, tuple[Callable[[Pairs], Tensor], Callable[[Pairs, Tensor, Prefer], Tensor]]] = {
-    "dpo": (lambda pairs: pairs.r_B2, _dpo),
-    "robust": (lambda pairs: pairs.r_B2, _robust),
-    "hinge": (lambda pairs: pairs.r_B2, _hinge),
-    "ipo": (lambda pairs: pairs.r_B2 / pairs.n_B2, _ipo),
-    "dpo_norm": (lambda pairs: pairs.r_B2 / pairs.n_B2, _log_likelihood),
-    "apo_zero": (lambda pairs: pairs.r_B2, _apo_zero),
-    "simpo": (lambda pairs: pairs.s_B2 / pairs.n_B2, _log_likelihood),
-    "cpo": (lambda pairs: pairs.s_B2, _log_likelihood),
-    "orpo": (_log_odds, _orpo),
+    "dpo": (lambda pairs: pairs.r_B2, _log_sigmoid),  # Rafailov et al. 2023, arXiv 2305.18290, eq. 7
+    "robust": (lambda pairs: pairs.r_B2, _log_sigmoid),
+    "hinge": (lambda pairs: pairs.r_B2, _hinge),  # Zhao et al. 2023, 2305.10425; Liu et al. 2023, 2309.06657
+    "ipo": (lambda pairs: pairs.r_B2 / pairs.n_B2, _ipo),  # Azar et al. 2023, 2310.12036, eq. 17, by the token
+    "dpo_norm": (lambda pairs: pairs.r_B2 / pairs.n_B2, _log_sigmoid),  # Lambert et al. 2024, 2411.15124
+    "apo_zero": (lambda pairs: pairs.r_B2, _apo_zero),  # D'Oosterlinck et al. 2024, 2408.06266, eq. 7
+    "simpo": (lambda pairs: pairs.s_B2 / pairs.n_B2, _log_sigmoid),  # Meng et al. 2024, 2405.14734, eq. 6
+    "cpo": (lambda pairs: pairs.s_B2, _log_sigmoid),  # Xu et al. 2024, 2401.08417
+    "orpo": (_log_odds, _orpo),  # Hong et al. 2024, 2403.07691, eq. 6 and 7
 }
 """By the values of `prefer.loss`: [B, 2] what the loss compares, and the loss of each pair by β times the difference of
-both minus the margin."""
+both minus the margin. kto is none of pairs: see `kto_losses`."""
 
 
 def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
@@ -133,6 +120,14 @@ def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     if options.nll:
         losses_B = losses_B - options.nll * pairs.s_B2[:, 0] / pairs.n_B2[:, 0]
     return losses_B, scaled_B
+
+
+def kto_losses(r_B: Tensor, wanted_B: Tensor, z0: float, options: Prefer) -> Tensor:
+    """[B], λ (1 − σ(±β (r − z₀))), plus where the answer is wanted: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7."""
+    options = options.filled()
+    gained_B = required(options.beta) * (r_B - z0)
+    weights_B = wanted_B * required(options.desirable) + ~wanted_B * required(options.undesirable)
+    return weights_B * (1 - (wanted_B * gained_B - ~wanted_B * gained_B).sigmoid())
 
 
 def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tuple[Tensor, Tensor]:
@@ -155,7 +150,7 @@ def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tu
 
 def values_of(batch: Batch) -> Tensor:
     """[B, V], the numbers of each row."""
-    assert batch.values_BV is not None, "rows of preferences have branches"
+    assert batch.values_BV is not None, "its rows have branches"
     return batch.values_BV
 
 
@@ -172,21 +167,49 @@ def preference_loss_sum(
     return pair_losses(pairs_of(model, batch, output), options)[0].sum().float()
 
 
+def kto_loss_sum(model: nn.Module, batch: Batch, *, options: Prefer, output: OutputLayer | None, z0: float) -> Tensor:
+    """Sum of the losses of the rows' own answers, float32."""
+    s_B, _ = line_logps(model, batch, output)
+    values_BV = values_of(batch)
+    return kto_losses(s_B - values_BV[:, 1], values_BV[:, 0] > 0, z0, options).sum().float()
+
+
+def look(model: nn.Module, batches: Iterable[Batch], world: World, **how: Any) -> Callable[..., Tensor]:
+    """`kto_loss_sum` with z₀ of a step, whose lines hold the answers of partners."""
+    moved = [line_logps(model, batch, how["output"])[0] - values_of(batch)[:, 2] for batch in batches]
+    own = [math.fsum(value for one in moved for value in one.tolist()), sum(map(len, moved))]
+    total, num = (math.fsum(column) for column in zip(*world.gather_values(own), strict=True))
+    return partial(kto_loss_sum, **how, z0=max(0.0, total / num))
+
+
 def preference_measure(
     model: nn.Module, batch: Batch, *, options: Prefer = USUAL, output: OutputLayer | None = None
 ) -> Measured:
-    """The loss of each pair and what was found of it, without gradient."""
+    """The loss of each row and what was found of it, without gradient. Losses of kto follow from all rows: `settle`."""
     import torch
 
     with torch.no_grad():
         pairs = pairs_of(model, batch, output)
-        losses_B, scaled_B = pair_losses(pairs, options)
-    columns = {"logps": pairs.s_B2, "reference": pairs.reference_B2, "lengths": pairs.n_B2.long(), "margin": scaled_B}
-    return measured(losses_B, columns)
+        columns = {"logps": pairs.s_B2, "reference": pairs.reference_B2, "lengths": pairs.n_B2.long()}
+        if options.loss == "kto":
+            losses_B, columns["wanted"] = torch.zeros_like(pairs.margin_B), pairs.margin_B > 0
+            columns["margin"] = required(options.filled().beta) * pairs.r_B2[:, 0]
+        else:
+            losses_B, columns["margin"] = pair_losses(pairs, options)
+    return measured(losses_B, {key: values.tolist() for key, values in columns.items()})
 
 
-def measured(losses_B: Tensor, columns: Mapping[str, Tensor]) -> Measured:
+def settle(results: Sequence[Mapping[str, Any]], options: Prefer) -> list[float]:
+    """The loss of kto of each row measured, with z₀ of all of them."""
+    import torch
+
+    columns = ([row[key] for row in results] for key in ("logps", "reference"))
+    r_B2 = torch.sub(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+    wanted_B = torch.tensor([row["wanted"] for row in results])
+    return list(map(float, kto_losses(r_B2[:, 0], wanted_B, max(0.0, float(r_B2[:, 1].mean())), options)))
+
+
+def measured(losses_B: Tensor, columns: Mapping[str, Iterable[Any]]) -> Measured:
     """The losses of rows, and what was found of each by name."""
-    rows = zip(*(values_B.tolist() for values_B in columns.values()), strict=True)
-    results: tuple[dict[str, Any], ...] = tuple(dict(zip(columns, row, strict=True)) for row in rows)
+    results = tuple(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return Measured(losses_N=losses_B.float(), outputs_N=losses_B.new_empty(0), results=results)

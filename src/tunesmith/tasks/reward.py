@@ -7,32 +7,27 @@ A target is a row: the mean over its pairs of a better and a worse answer, which
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.objectives import Reward
-from tunesmith.tasks.prefer import LARGE, check_compared
-from tunesmith.types import Batch, Choice, Measured, Task
+from tunesmith.tasks.preference_losses import measured, values_of
+from tunesmith.types import Batch, Choice, Measured, Rates, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
-    from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.recipe.schema import Recipe
 
 
-def reward_losses(
-    rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward
-) -> tuple[Tensor, Tensor]:
-    """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row, and [B] the mean of r_i − r_j.
+def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
+    """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row.
 
     m is the row's own margin and that of the recipe times the difference of both scores. Bradley–Terry: Stiennon et al.
     2020, arXiv 2009.01325; m: Touvron et al. 2023, arXiv 2307.09288, section 3.2.2; c: Eisenstein et al. 2023, arXiv
@@ -44,43 +39,38 @@ def reward_losses(
     better_LL = (row_of_L[:, None] == row_of_L) & (scores_L[:, None] > scores_L)
     better_P, worse_P = better_LL.nonzero(as_tuple=True)
     row_P = row_of_L[better_P]
-    moved_P = rewards_L[better_P] - rewards_L[worse_P]
     margin_P = margin_B[row_P] + options.margin * (scores_L[better_P] - scores_L[worse_P])
-    losses_P = -F.logsigmoid(moved_P - margin_P)
+    losses_P = -F.logsigmoid(rewards_L[better_P] - rewards_L[worse_P] - margin_P)
     losses_P = losses_P + options.center * (rewards_L[better_P] + rewards_L[worse_P]).square()
     share_P = torch.bincount(row_P, minlength=len(margin_B))[row_P].to(losses_P).reciprocal()
-    empty_B = torch.zeros_like(margin_B)
-    return empty_B.index_add(0, row_P, losses_P * share_P), empty_B.index_add(0, row_P, moved_P * share_P)
+    return torch.zeros_like(margin_B).index_add(0, row_P, losses_P * share_P)
 
 
-def _found(model: nn.Module, batch: Batch, options: Reward) -> tuple[Tensor, Tensor, Tensor]:
-    """[L] rewards, [B] losses, [B] mean differences; float32."""
+def branch_losses(model: nn.Module, batch: Batch, losses: Callable[..., Tensor], options: Any) -> tuple[Tensor, Tensor]:
+    """[L] the number that the model gives to each branch, and [B] `losses` of the rows by them; float32."""
     from tunesmith.models.forward import sequence_logits
 
-    assert batch.values_BV is not None, "rows of rewards have branches"
     rewards_L = sequence_logits(model, batch)[:, 0].float()
-    margin_B = batch.values_BV[:, 0].float()
-    return rewards_L, *reward_losses(rewards_L, batch.targets_N.float(), batch.row_of_N, margin_B, options)
+    margin_B = values_of(batch)[:, 0].float()
+    return rewards_L, losses(rewards_L, batch.targets_N.float(), batch.row_of_N, margin_B, options)
 
 
-def reward_loss_sum(model: nn.Module, batch: Batch, *, options: Reward) -> Tensor:
+def branch_loss_sum(model: nn.Module, batch: Batch, *, losses: Callable[..., Tensor], options: Any) -> Tensor:
     """Sum of the rows' losses, float32."""
-    return _found(model, batch, options)[1].sum()
+    return branch_losses(model, batch, losses, options)[1].sum()
 
 
-def reward_measure(model: nn.Module, batch: Batch, *, options: Reward) -> Measured:
-    """The loss of each row and what was found of it, without gradient."""
+def branch_measure(model: nn.Module, batch: Batch, *, losses: Callable[..., Tensor], options: Any) -> Measured:
+    """The loss of each row, and the number, score and tokens of each of its branches, without gradient."""
     import torch
 
     with torch.no_grad():
-        rewards_L, losses_B, moved_B = _found(model, batch, options)
-    lines: list[dict[str, Any]] = [{"rewards": [], "scores": [], "lengths": []} for _ in batch.row_indices]
-    columns = (batch.row_of_N.tolist(), rewards_L.tolist(), batch.targets_N.tolist(), batch.lengths)
-    for row, *found in zip(*columns, strict=True):
-        for key, value in zip(lines[row], found, strict=True):
-            lines[row][key].append(value)
-    results = tuple({**line, "margin": value} for line, value in zip(lines, moved_B.tolist(), strict=True))
-    return Measured(losses_N=losses_B, outputs_N=losses_B.new_empty(0), results=results)
+        rewards_L, losses_B = branch_losses(model, batch, losses, options)
+    counts = torch.bincount(batch.row_of_N, minlength=len(losses_B)).tolist()
+    columns = {"rewards": rewards_L, "scores": batch.targets_N.float(), "lengths": torch.tensor(batch.lengths)}
+    return measured(
+        losses_B, {key: [part.tolist() for part in torch.split(values_L, counts)] for key, values_L in columns.items()}
+    )
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
@@ -93,11 +83,6 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     if answer is None:
         return {"prompt": text, "completion": text}
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
-
-
-def _rate(is_adapter: bool, num_parameters: int) -> tuple[float, str]:
-    full = 1e-5 if num_parameters >= LARGE else 3e-5
-    return (1e-4, "usual for rewards with an adapter") if is_adapter else (full, "usual for rewards in full tuning")
 
 
 def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
@@ -114,18 +99,13 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
     return [choice] if recipe.train.epochs == "auto" else []
 
 
-def _bound(task: Task, recipe: Recipe, output: OutputLayer | None) -> Task:
-    how = {"options": recipe.reward}
-    return replace(task, loss_sum=partial(task.loss_sum, **how), measure=partial(task.measure, **how))
-
-
 REWARD = Task(
     name="reward",
     doc="A number for an answer, higher for the better one.",
     shapes=("scored_answers",),
     heads={"causal": "sequence", "encoder": "sequence"},
-    loss_sum=reward_loss_sum,
-    measure=reward_measure,
+    loss_sum=partial(branch_loss_sum, losses=reward_losses),
+    measure=partial(branch_measure, losses=reward_losses),
     encoder=_encoder,
     record=_record,
     is_chat=True,
@@ -137,9 +117,7 @@ REWARD = Task(
     next_commands=(("predict", "FILE"), ("show",)),
     outcome="rewards",
     rows_per_step=32,
-    rate=_rate,
-    check=check_compared,
+    rates=Rates(adapter=(1e-4, 1e-4), full=(3e-5, 1e-5)),
     use_rows=_use_rows,
     section="reward",
-    bound=_bound,
 )

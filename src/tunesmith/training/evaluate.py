@@ -31,7 +31,7 @@ from tunesmith.evaluation.predict_rows import (
     row_results,
     sample_rows,
 )
-from tunesmith.evaluation.retrieval import other_rows, settled, settled_lists
+from tunesmith.evaluation.retrieval import other_rows, settled
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
@@ -97,16 +97,13 @@ def measure_held_out(session: Session, name: str) -> None:
 
 
 def _outcomes(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
-    setup, found = session.setup, _predicted(session, collator, rows_I, what)
-    if setup.task.outcome == "lists":
-        return settled_lists((collator.store, rows_I, found), tokenizer=setup.renderer.tokenizer)
-    if setup.task.outcome != "vectors":
-        return found
-    sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
-    more = other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents) if what == "evaluate" else ()
-    others = [(one.store, some_I, _predicted(session, one, some_I, "documents")) for one, some_I in more]
-    how = {"options": setup.recipe.embed, "tokenizer": setup.renderer.tokenizer}
-    return settled((collator.store, rows_I, found), others, **how)
+    setup, others = session.setup, []
+    if setup.task.pools and what == "evaluate":  # anchors look for their positives among documents of other rows too
+        sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
+        for one, some_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
+            others.append((one.store, some_I, _predicted(session, one, some_I, "documents")))
+    own = (collator.store, rows_I, _predicted(session, collator, rows_I, what))
+    return settled(setup.task, own, others, recipe=setup.recipe, tokenizer=setup.renderer.tokenizer)
 
 
 def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
@@ -117,7 +114,7 @@ def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what:
         [int(i) for i in rows_I],
         tokens_per_pass=session.setup.sampler.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
-        world=None if session.setup.task.outcome == "vectors" else session.setup.world,  # which JSON does not carry
+        world=None if session.setup.task.pools else session.setup.world,  # which JSON does not carry
     )
 
 

@@ -233,7 +233,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
         shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
-    if not TASKS[resolved(recipe.task)].draws:
+    if TASKS[resolved(recipe.task)].compares:
         disable_dropout(model)
     return model, num_parameters
 

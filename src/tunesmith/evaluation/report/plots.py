@@ -218,36 +218,26 @@ def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
         plots.append(_scatter(np.asarray(details["scatter"], np.float64)))
     if details.get("recall"):
         plots.append(_recall(details["recall"], details["documents"]))
-    sides = details.get("sides") or {"pairs": details.get("margins") or []}
-    if any(map(len, sides.values())):
-        arrays = {name: np.reshape(side, (-1, 2)).astype(np.float64) for name, side in sides.items()}
-        plots += _margin_plots(arrays, details.get("by_length", ()))
+    if details.get("margins"):
+        longer_I, margins_I = np.asarray(details["margins"], np.float64).T
+        plots += _margin_plots(longer_I, margins_I, details["by_length"])
     return plots
 
 
-def _margin_plots(sides: Mapping[str, Floats], by_length: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Margins of held-out pairs, or of answers that are wanted and others: how they are spread, by length, and what is
-    right by it."""
-    longer_I, margins_I = np.concatenate(list(sides.values())).T
+def _margin_plots(longer_I: Floats, margins_I: Floats, by_length: Sequence[Mapping[str, Any]]) -> list[Plot]:
+    """Margins of held-out pairs: how they are spread, by difference in length, and what is right by it."""
     known = [one for one in by_length if one["accuracy"] is not None]
-    edges = np.histogram_bin_edges(margins_I, bins=min(30, max(5, len(margins_I) // 3)))
-    colors = dict(zip(sides, (ACCENT, MUTED), strict=False))
-    one, where = ("pair", "those right of the line are right") if by_length else ("answer", "wanted ones belong right")
 
     def spread(axes: Any) -> None:
-        for name, side in sides.items():
-            axes.hist(side[:, 1], bins=edges, color=colors[name], alpha=0.55, edgecolor=PAPER, label=name)
+        axes.hist(margins_I, bins=min(30, max(5, len(margins_I) // 3)), color=ACCENT, alpha=0.55, edgecolor=PAPER)
         axes.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.set(xlabel="margin", ylabel=f"{one}s")
-        if not by_length:
-            axes.legend()
+        axes.set(xlabel="margin", ylabel="pairs")
 
     def over_length(axes: Any) -> None:
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
         axes.axvline(0, color=MUTED, linewidth=1, linestyle=":")
-        for name, side in sides.items():
-            axes.scatter(*side.T, s=16, facecolor="none", edgecolor=colors[name], linewidth=1, label=name)
-        axes.set(xlabel="tokens of chosen minus rejected" if by_length else "tokens of the answer", ylabel="margin")
+        axes.scatter(longer_I, margins_I, s=16, facecolor="none", edgecolor=ACCENT, linewidth=1)
+        axes.set(xlabel="tokens of chosen minus rejected", ylabel="margin")
 
     def right(axes: Any) -> None:
         names = [f"{one['chosen']} ({one['pairs']:,})" for one in known]
@@ -257,12 +247,12 @@ def _margin_plots(sides: Mapping[str, Floats], by_length: Sequence[Mapping[str, 
 
     moved = len(longer_I) > 2 and longer_I.std() > 0 and margins_I.std() > 0
     together = f" Their correlation is {np.corrcoef(longer_I, margins_I)[0, 1]:.2f}." if moved else ""
-    plots = [
-        draw("margins", "Margins", f"Held-out {one}s by their margin; {where}.", spread),
-        draw("margins-length", "Margin and length", f"Each dot is one {one}.{together}", over_length),
-    ]
     said = "A model that learnt length is right where chosen is longer."
-    return [*plots, draw("length-right", "Right by length", said, right)] if known else plots
+    return [
+        draw("margins", "Margins", "Held-out pairs by their margin; those right of the line are right.", spread),
+        draw("margins-length", "Margin and length", f"Each dot is one pair.{together}", over_length),
+        draw("length-right", "Right by length", said, right),
+    ]
 
 
 def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:
