@@ -177,7 +177,7 @@ def evaluate(
 
     `data` is a file, or rows: a list of mappings, a pandas or a `datasets` table. `samples` rows are answered, and the
     answers measured; None: 50 for the tasks chat, generate and summarize. `judge`, a run of task reward or a model that
-    writes, adds the rates at which answers of the run win against those from before; rows may then be prompts alone.
+    writes, gives nothing but the rates at which answers of the run win against those from before; rows may be prompts.
     `model`: where the model that a run was made from is now, if it was moved.
     """
     if not isinstance(data, (str, PathLike)) and not is_rows(data):

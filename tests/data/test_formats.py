@@ -392,9 +392,8 @@ def test_later_turns_and_results_of_tools_belong_to_the_answer():
         ({"prompt": [HI], "chosen": [HELLO], "rejected": []}, "no_answer"),
         ({"prompt": [HI], "chosen": [HELLO, HI], "rejected": [GO]}, "no_answer"),
         ({"prompt": "a", "chosen": "b"}, "missing_field"),
-        ({"prompt": "a", "chosen": "b", "rejected": [GO]}, "wrong_type"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty_answer"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "bad_margin"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "bad_numbers"),
     ],
 )
 def test_preferences_that_teach_nothing_are_problems(record, code):

@@ -214,8 +214,8 @@ def test_rows_with_scores_are_learnt_in_their_order(tmp_path):
     ("row", "code"),
     [
         ({"answers": ["a", "b"], "scores": [1, 1]}, "tie"),
-        ({"answers": ["a", "b"], "scores": [1]}, "bad_scores"),
-        ({"answers": ["a", "b"], "scores": [1, "x"]}, "bad_scores"),
+        ({"answers": ["a", "b"], "scores": [1]}, "bad_numbers"),
+        ({"answers": ["a", "b"], "scores": [1, "x"]}, "bad_numbers"),
         ({"answers": ["a"]}, "no_preference"),
         ({"answers": ["a", " "]}, "empty_answer"),
         ({"answers": ["a", 3]}, "wrong_type"),
@@ -246,7 +246,7 @@ def test_rows_of_ultrafeedback_are_read_with_the_mean_of_their_ratings():
     assert [part.text for (part,) in found.branches] == ["b", "a", "c"]
     assert found.labels == ("4.25", "2.5", "2.5")
     (problem,) = FORMATS["scored_answers"].parse({**row, "completions": [{"response": "a"}] * 2}, Source("a", 1))
-    assert problem.code == "bad_scores"
+    assert problem.code == "bad_numbers"
 
 
 def test_a_served_reward_is_of_a_prompt_and_its_answer(tmp_path):

@@ -51,7 +51,7 @@ def problems(folder: Path, rows: list[dict[str, Any]]) -> list[Problem]:
         ({"anchor": "red", "positive": " "}, "empty", "positive is empty"),
         ({"anchor": "red", "positive": None}, "missing_field", "positive is null"),
         ({"anchor": "red", "positive": "blue", "negatives": ["plum", 3]}, "wrong_type", "negatives[1]"),
-        ({"sentence1": "red", "sentence2": "blue", "score": "high"}, "bad_score", "'high'"),
+        ({"sentence1": "red", "sentence2": "blue", "score": "high"}, "bad_numbers", "high"),
     ],
 )
 def test_what_teaches_nothing_is_an_error_by_line(tmp_path, row, code, said):

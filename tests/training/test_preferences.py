@@ -166,7 +166,7 @@ def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tmp_path):
     recipe = recipe_of(tmp_path, method="full")
     setup = prepare(recipe, root=tmp_path / "runs")
     run = train(recipe, root=tmp_path / "runs")
-    kept = reference._read(next(run.rows_path.glob("train/*.reference")))
+    kept = reference._read(next(run.rows_path.glob("train/*.reference")), len(setup.rows.train_rows))
     rows = [setup.store.row(int(i)) for i in setup.rows.train_rows[:4]]
     base, tuned = ([own_logps(load_plain(str(place)), row) for row in rows] for place in (recipe.model, run.model_path))
     np.testing.assert_allclose(kept[:4], base, rtol=1e-4)

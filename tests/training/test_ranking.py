@@ -78,8 +78,8 @@ def test_the_order_of_a_list_is_measured_as_by_scikit_learn():
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({"query": "red", "documents": ["blue", "plum"], "labels": [1]}, "bad_scores"),
-        ({"query": "red", "documents": [], "labels": []}, "bad_scores"),
+        ({"query": "red", "documents": ["blue", "plum"], "labels": [1]}, "bad_numbers"),
+        ({"query": "red", "documents": [], "labels": []}, "missing_field"),
         ({"query": "red", "documents": ["blue", " "], "scores": [0.5, 0]}, "empty"),
         ({"query": "", "document": "blue", "label": 1}, "empty"),
         ({"query": "red", "positive": "blue", "negatives": ["blue"]}, "identical_texts"),

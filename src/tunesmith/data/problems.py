@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tunesmith.errors import DataError
@@ -79,6 +80,17 @@ class RowProblems:
     def optional_text(self, record: dict[str, Any], key: str) -> str:
         """The text of a field that may be missing or null: then ""."""
         return "" if record.get(key) is None else self.text(record, key)
+
+    def numbers(self, values: Any, num: int, place: str) -> list[float]:
+        """So many finite numbers, also as a table's texts; zeros and a problem if they are not."""
+        given, found = values if isinstance(values, list) else [values], []
+        with suppress(TypeError, ValueError, OverflowError):
+            found = [float(one) for one in given]
+        if len(found) == num and all(map(math.isfinite, found)):
+            return found
+        what = "a number" if num == 1 else f"a list of {num} numbers"
+        self.add("bad_numbers", f"{place}: {str(values)[:40]}.", f"Give {what}, or remove the row.")
+        return [0.0] * num
 
     def label(self, value: Any, place: str) -> str:
         """The name of one label: a text byte for byte, a number as JSON writes it, true or false."""

@@ -137,9 +137,9 @@ def evaluate_file(
 ) -> EvaluationResult:
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
-    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `judge`: says how often these answers win
-    against those from before; of rows that are prompts alone nothing else is measured. `keep` gets an iterator of one
-    line a row, as in a run's evaluation/after.jsonl.
+    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line
+    a row, as in a run's evaluation/after.jsonl. `judge`: says how often answers to the rows' prompts win against those
+    from before; then nothing else is measured, and lines are answers.
 
     Raises:
         InputError: `samples` for a model that writes nothing, or a judge of what is no run.
@@ -152,8 +152,10 @@ def evaluate_file(
     if judge and (loaded.run is None or loaded.is_base or not TASKS[task].writes_answers):
         raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
-    if judge and (prompts := _prompts_alone(data, task)):
-        return _of_prompts(loaded, prompts[: SAMPLES if samples is None else samples], judge, notes, on_progress)
+    if judge:
+        rates = _judge_answers(loaded, data, judge, SAMPLES if samples is None else samples, on_progress)
+        keep(iter(rates.samples))
+        return replace(rates, notes=[*notes, *rates.notes])
     if loaded.recipe.train.class_weights == "balanced":
         notes.append("the loss is not weighted as in training: an early version kept no class weights of this run")
     trained = None if loaded.run is None else load_training_rows(loaded.run)
@@ -178,8 +180,9 @@ def evaluate_file(
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*counted([store], problems), *_beside_report(loaded, trained, num_trained, store.hashes)]
-    sampled, of_answers, more = _answered(loaded, *_chosen(loaded, data, store, samples), judge, on_progress)
-    measures, baseline = measures | of_answers, row_baseline(results, details.get("constant"), classes)
+    sampled, _, more = _answer(loaded, *_chosen(loaded, data, store, samples), on_progress)
+    measures |= score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
+    baseline = row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
         scored = zip(sampled, answer_scores(*_columns(sampled)), strict=True)
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
@@ -198,43 +201,27 @@ def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -
     return heapq.nsmallest(num, rows, key=content_hash), new_tokens
 
 
-def _answered(
-    loaded: LoadedModel, rows: Sequence[Example], new_tokens: int, judge: LoadedModel | None, on_progress: OnProgress
-) -> tuple[list[dict[str, Any]], dict[str, Interval], list[str]]:
-    """Answers to some rows, their measures, and notes."""
-    sampled, prompted, notes = _answer(loaded, rows, new_tokens, on_progress)
-    measures = score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
-    if judge is None or not sampled:
-        return sampled, measures, notes
-    with _as_begun(loaded) as base:
-        before, *_ = _answer(base, rows, new_tokens, on_progress)
-    rates, said = judged(judge, prompted, _columns(before)[0], _columns(sampled)[0])
-    return sampled, {**measures, **rates}, [*notes, said]
-
-
-def _prompts_alone(data: Data, task: TaskName) -> list[Example]:
-    """The prompts of a file none of whose rows can be measured, each with an empty answer, by content hash; else none.
-    To a task that compares answers, chats are prompts. Raises DataError for one that cannot be read."""
-    if any(one.branches or not TASKS[task].compares for _, one in examples(data.train, data, ignore, task=task)):
-        return []
-    problems: list[Problem] = []
-    found = [one for _, one in examples(data.train, data, problems.append, task=task, answered=False)]
-    bad = [problem for problem in problems if problem.severity == "error"]
-    if found and bad:
-        raise DataError(f"{plural(len(bad), 'prompt')} cannot be answered", bad)
-    empty = Part("assistant", "", True)
-    return [replace(one, parts=(*one.parts, empty)) for one in sorted(found, key=content_hash)]
-
-
-def _of_prompts(
-    loaded: LoadedModel, prompts: Sequence[Example], judge: LoadedModel, notes: list[str], on_progress: OnProgress
+def _judge_answers(
+    loaded: LoadedModel, data: Data, judge: LoadedModel, num: int, on_progress: OnProgress
 ) -> EvaluationResult:
-    """Win rates alone, of prompts without an answer."""
-    sampled, rates, more = _answered(loaded, prompts, loaded.recipe.evaluation.sample_tokens, judge, on_progress)
-    rates = {key: rate for key, rate in rates.items() if key.startswith("win_rate")}
-    return EvaluationResult(
-        loaded.renderer.task_name, len(prompts), rates, None, [], {}, sampled, None, [*notes, *more]
-    )
+    """Win rates of the answers to a file's prompts against those from before. Raises DataError for rows without one."""
+    task, problems, found = loaded.renderer.task_name, list[Problem](), list[Example]()
+    for answered in (True, False):  # rows without any answer are prompts as well
+        problems = []
+        rows = examples(data.train, data, problems.append, task=task, answered=answered)
+        found = [one if answered else replace(one, parts=(*one.parts, Part("assistant", "", True))) for _, one in rows]
+        if found:
+            break
+    if bad := [problem for problem in problems if problem.severity == "error"]:
+        raise DataError(f"{plural(len(bad), 'row')} cannot be answered", bad)
+    some, new_tokens = heapq.nsmallest(num, found, key=content_hash), loaded.recipe.evaluation.sample_tokens
+    after, prompts, notes = _answer(loaded, some, new_tokens, on_progress)
+    if not prompts:
+        raise DataError("--judge: the file has no prompt that leaves room for an answer.")
+    with _as_begun(loaded) as base:
+        before, *_ = _answer(base, some, new_tokens, on_progress)
+    rates, said = judged(judge, prompts, _columns(before)[0], _columns(after)[0])
+    return EvaluationResult(task, len(prompts), rates, None, [], {}, after, None, [*notes, said])
 
 
 def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """The reference of a run that compares answers: what the model of step 1 finds of every branch, computed once and kept.
 
-    rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K] as .npy
+    rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K]
 
 The digest is of everything that the numbers follow from, so another run on the same rows with another loss finds them
 next to the encoded rows in the folder of all runs.
@@ -11,9 +11,6 @@ next to the encoded rows in the folder of all runs.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.collate import Collator
-from tunesmith.data.dataset import RowStore
 from tunesmith.errors import RunError
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.recipe.schema import resolved
@@ -50,14 +46,16 @@ def use_reference(session: Session) -> None:
     for store, collator, rows_I in sides:
         if not len(rows_I):  # nothing is held out
             continue
-        folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
+        own = session.run.rows_path / ("train" if store is rows.store else "held_out")
         file = f"{store.key[:16]}-{_digest(setup, rows_I, collator)}.reference"
-        found = {place: _read(place / file) for place in (folder, store.folder)}
-        known = next((one for one in found.values() if one is not None), None)
-        values_IK = _compute(session, collator, rows_I) if known is None else known
-        for place in (place for place, one in found.items() if one is None):
-            write_atomic(place / file, _packed(values_IK))
-        _put(store, rows_I, values_IK)
+        kept = {folder / file: _read(folder / file, len(rows_I)) for folder in (own, store.folder)}
+        found = next((one for one in kept.values() if one is not None), None)
+        values_IK = _compute(session, collator, rows_I) if found is None else found
+        for path in (path for path, one in kept.items() if one is None):
+            write_atomic(path, _packed(values_IK))
+        if store.branches.reference is None:
+            store.branches.reference = np.full((len(store), values_IK.shape[1]), np.nan)
+        store.branches.reference[rows_I] = values_IK
 
 
 def share_reference(setup: Setup) -> None:
@@ -68,15 +66,7 @@ def share_reference(setup: Setup) -> None:
     for store in dict.fromkeys((setup.rows.store, setup.rows.held_store)):
         own = store.branches.reference
         content, *_ = world.gather(b"" if own is None else _packed(own))
-        store.branches.reference = _unpacked(content) if content else None
-
-
-def _put(store: RowStore, rows_I: NDArray[np.int64], found_IK: NDArray[np.float64]) -> None:
-    whole = store.branches.reference
-    if whole is None:
-        whole = np.full((len(store), found_IK.shape[1]), np.nan)
-        store.branches.reference = whole
-    whole[rows_I] = found_IK
+        store.branches.reference = _unpacked(content, len(store)) if content else None
 
 
 def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -95,6 +85,7 @@ def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) ->
 def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
     recipe = setup.recipe
     parts = {
+        "format": 2,
         "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
         "method": recipe.method.model_dump(mode="json"),
         "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
@@ -107,24 +98,21 @@ def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def _packed(found: NDArray[np.float64]) -> bytes:
-    out = io.BytesIO()
-    np.save(out, found, allow_pickle=False)
-    return hashlib.sha256(out.getvalue()).digest() + out.getvalue()
+def _packed(found_IK: NDArray[np.float64]) -> bytes:
+    return hashlib.sha256(found_IK.tobytes()).digest() + found_IK.tobytes()
 
 
-def _read(path: Path) -> NDArray[np.float64] | None:
+def _read(path: Path, num_rows: int) -> NDArray[np.float64] | None:
     """The numbers of a file that is there and whole."""
     try:
-        content = path.read_bytes()
+        return _unpacked(path.read_bytes(), num_rows)
     except OSError:
         return None
-    return _unpacked(content) if hashlib.sha256(content[32:]).digest() == content[:32] else None
 
 
-def _unpacked(content: bytes) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.load(io.BytesIO(content[32:]), allow_pickle=False)
-    return found
+def _unpacked(content: bytes, num_rows: int) -> NDArray[np.float64] | None:
+    is_whole = hashlib.sha256(content[32:]).digest() == content[:32]
+    return np.frombuffer(content[32:], np.float64).reshape(num_rows, -1).copy() if is_whole else None
 
 
 def check_start(setup: Setup) -> None:
@@ -134,28 +122,23 @@ def check_start(setup: Setup) -> None:
     """
     if not setup.task.compares:
         return
-    allowed = TOLERANCE[resolved(setup.recipe.precision)]
+    allowed, num = TOLERANCE[resolved(setup.recipe.precision)], 0
     away: list[tuple[float, str]] = []
     setup.model.train()
     for rows in setup.sampler.step(1):
-        batch = setup.collator.batch(rows, draw=1)
-        results = setup.task.measure(setup.model, batch).results
+        num += len(rows)
+        results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
         for row, result in zip(rows, results, strict=True):
-            moved = np.subtract(result["logps"], result["reference"])
-            limit = np.maximum(LEAST, allowed * np.sqrt(result["lengths"]))
-            if not (np.abs(moved) <= limit).all():
-                worst = float(np.abs(moved).max()) if np.isfinite(moved).all() else math.nan
-                away.append((worst, str(setup.store.source(row))))
-    if away:
-        raise RunError(_refusal(sorted(away, reverse=True), sum(map(len, setup.sampler.step(1)))))
-
-
-def _refusal(away: Sequence[tuple[float, str]], num_rows: int) -> str:
-    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in away[:MOST_NAMED])
-    return (
-        f"step 1: before any update the model differs from its reference in {len(away):,} of {num_rows:,} rows: "
-        f"{named}. The first loss of dpo would not be log 2, and every later one would be off by as much. Likely "
-        "causes: dropout or another draw inside the model, a method that does not start from the base model, or a "
-        "model that answers otherwise with other rows in its pass. Try kernels: plain, precision: float32 or another "
-        "method. Nothing was trained."
+            moved = np.nan_to_num(np.abs(np.subtract(result["logps"], result["reference"])), nan=np.inf)
+            if (moved > np.maximum(LEAST, allowed * np.sqrt(result["lengths"]))).any():
+                away.append((float(moved.max()), str(setup.store.source(row))))
+    if not away:
+        return
+    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED])
+    raise RunError(
+        f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: {named}. "
+        "The first loss of dpo would not be log 2, and every later one would be off by as much. Likely causes: dropout "
+        "or another draw inside the model, a method that does not start from the base model, or a model that answers "
+        "otherwise with other rows in its pass. Try kernels: plain, precision: float32 or another method. Nothing was "
+        "trained."
     )

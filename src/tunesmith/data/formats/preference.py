@@ -7,9 +7,9 @@ LLaMA-Factory's conversations with chosen and rejected turns; messages with reje
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
@@ -26,7 +26,8 @@ FIELDS = (
 )  # fmt: skip
 REQUIRED = ("prompt", *SIDES)
 INPUTS = ("prompt",)
-_NAMES = {*SIDES, "preferred_output", "non_preferred_output", "rejected_response"}
+_OPENAI = {"preferred_output", "non_preferred_output"}
+_NAMES = {*SIDES, *_OPENAI, "rejected_response"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -40,172 +41,111 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 
     Not `answered`: the prompt alone.
     """
-    found = RowProblems(source)
-    tools = tools_of(_tools_in(record), found)
+    found, given = RowProblems(source), record.get("input")
+    tools = tools_of(given if "tools" not in record and isinstance(given, dict) else record, found)
     if not answered:
         return prompt_alone(record.get("prompt"), tools, found, NAME)
-    margin = _margin(record, found)
-    prompt, sides = _read(record, found)
-    if found.problems:
-        return found.problems
-    plain = isinstance(prompt, str)
-    branches: tuple[tuple[Part, ...], ...]
-    if isinstance(prompt, str):
-        parts: tuple[Part, ...] = (Part("user", prompt, False),)
-        branches = tuple((Part("assistant", side, True),) for side in sides)
-    else:
-        _check_prompt(prompt, sides, found)
-        if found.problems:
-            return found.problems
-        parts, branches = tuple(prompt), tuple(tuple(side[len(prompt) :]) for side in sides)
-        _check_branches(parts, branches, found)
-    _compare(record, branches, found)
-    return found.problems or Example(parts, source, NAME, tools, plain=plain, branches=branches, values=(margin,))
-
-
-def _tools_in(record: dict[str, Any]) -> dict[str, Any]:
-    given = record.get("input")
-    return given if "tools" not in record and isinstance(given, dict) else record
-
-
-def _margin(record: dict[str, Any], found: RowProblems) -> float:
-    """How much better the chosen answer is: 0 where the row does not say."""
-    value = record.get("margin")
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        found.add("bad_margin", f"margin is {str(value)[:40]}.", "Give a number from 0 up, or leave it out.")
-        return 0.0
-    return float(value)
-
-
-Conversations = tuple[str | list[Part], list[Any]]
-"""A prompt as text with both answers as text, or as parts with both conversations as parts."""
-
-
-def _read(record: dict[str, Any], found: RowProblems) -> Conversations:
-    if "preferred_output" in record or "non_preferred_output" in record:
-        given = record.get("input")
-        messages = given.get("messages") if isinstance(given, dict) else None
-        before = parts_of(messages, found, place="input.messages", trained=False)
-        return before, [_behind(before, record, key, found) for key in ("preferred_output", "non_preferred_output")]
-    if "rejected_response" in record:
-        whole = parts_of(record.get("messages"), found)
-        before = _untrained(without_answer(whole, found))
-        return before, [[*before, *whole[len(before) :]], _behind(before, record, "rejected_response", found)]
-    if "conversations" in record:
-        system = found.optional_text(record, "system")
-        first = [{"role": "system", "content": system}] if system else []
-        turns = [*first, *as_messages(record["conversations"], found)]
-        before = _untrained(parts_of(turns, found, place="conversations"))
-        answers = {key: as_messages([record.get(key)], found, place=key) for key in SIDES}
-        return before, [_behind(before, answers, key, found) for key in SIDES]
-    if all(isinstance(record.get(key), str) for key in SIDES):
-        return _texts(record, found)
-    return _lists(record, found)
-
-
-def _texts(record: dict[str, Any], found: RowProblems) -> Conversations:
-    """Both sides are text, behind a prompt or beginning with it."""
-    prompt, sides = record.get("prompt"), [found.answer(record, key) for key in SIDES]
-    if isinstance(prompt, list):
-        before = parts_of(prompt, found, place="prompt", trained=False)
-        return before, [_behind(before, record, key, found) for key in SIDES]
-    if prompt is not None:
-        return found.text(record, "prompt"), sides
-    if all(_TURN.match(side) for side in sides):
-        wholes = [parts_of(_transcript(side), found, place=key) for side, key in zip(sides, SIDES, strict=True)]
-        return _common(wholes, found), wholes
-    start = _common_text(*sides)
-    return sides[0][:start], [side[start:] for side in sides]
-
-
-def _lists(record: dict[str, Any], found: RowProblems) -> Conversations:
-    """Both sides are messages, behind a prompt or beginning with it."""
-    for key in SIDES:
-        if not isinstance(record.get(key), list | dict):
-            found.text(record, key)
-            if isinstance(record.get(key), str):
-                found.add("wrong_type", f"{key} is text, the other side is not.", "Write both alike.")
-    prompt = record.get("prompt")
-    if found.problems:
-        return "", []
-    if prompt is None or _opens_itself([record[key] for key in SIDES]):
-        wholes = [_behind([], record, key, found) for key in SIDES]
-        return ([] if found.problems else _common(wholes, found)), wholes
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    before = parts_of(turns, found, place="prompt", trained=False)
-    return before, [_behind(before, record, key, found) for key in SIDES]
-
-
-def _opens_itself(sides: Sequence[Any]) -> bool:
-    """Whether the lists hold the prompt too, as UltraFeedback's do."""
-    firsts = [side[0] if isinstance(side, list) and side else None for side in sides]
-    return all(isinstance(first, dict) and first.get("role") in ("user", "system") for first in firsts)
-
-
-def _behind(before: Sequence[Part], record: dict[str, Any], key: str, found: RowProblems) -> list[Part]:
-    """The prompt with the answer of one side: a text, a message or a list of messages."""
-    side = record.get(key)
-    if side is None:
-        found.text(record, key)
-        return [*before]
-    if isinstance(side, str):
-        side = [{"role": "assistant", "content": found.answer(record, key)}]
-    return [*before, *parts_of([side] if isinstance(side, dict) else side, found, place=key)]
-
-
-def _untrained(parts: Sequence[Part]) -> list[Part]:
-    return [Part(part.role, part.text, False, part.fields) for part in parts]
-
-
-def _common(wholes: Sequence[Sequence[Part]], found: RowProblems) -> list[Part]:
-    """The turns that both conversations begin with."""
-    num = 0
-    for a, b in zip(*wholes, strict=False):
-        if (a.role, a.text, a.fields) != (b.role, b.text, b.fields):
-            break
-        num += 1
-    if num == len(wholes[0]) == len(wholes[1]):
-        found.add("identical_sides", "chosen and rejected are the same.", "Remove the row.")
-    return _untrained(wholes[0][:num])
-
-
-def _check_prompt(prompt: Sequence[Part], sides: Sequence[Sequence[Part]], found: RowProblems) -> None:
-    """Problems of sides that do not both answer the prompt."""
-    for key, side in zip(SIDES, sides, strict=True):
-        behind = side[len(prompt) :]
-        if not behind:
-            found.add("no_answer", f"{key} has no answer behind what both sides begin with.", "Write it.")
-        elif behind[0].role != "assistant":
-            found.add(
-                "prompt_differs",
-                f"the prompts differ: the first turn that chosen and rejected do not share is of the {behind[0].role}.",
-                "Both sides answer one prompt: correct it, or remove the row.",
-            )
-            break
-    if not any(part.role not in ("system", "developer") for part in prompt) and not found.problems:
-        found.add("no_question", "it has no prompt that could be answered.", "Add the user's message.")
-
-
-def _check_branches(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], found: RowProblems) -> None:
-    for key, branch in zip(SIDES, branches, strict=True):
-        check_order([*prompt, *branch], found, place=f"prompt and {key}")
-        if branch[-1].role != "assistant" and not found.problems:
-            found.add("no_answer", f"{key} ends with a message of the {branch[-1].role}.", "End it with an answer.")
-
-
-def _compare(record: dict[str, Any], branches: Sequence[Sequence[Part]], found: RowProblems) -> None:
-    """Problems of two sides that teach nothing."""
-    if found.problems:
-        return
-    a, b = ([(part.role, part.text, part.fields) for part in branch] for branch in branches)
-    if a == b:
-        found.add("identical_sides", "chosen and rejected are the same.", "Remove the row.")
-        return
+    (margin,) = found.numbers(record.get("margin") or 0.0, 1, "margin")
+    if margin < 0:
+        found.add("bad_numbers", f"margin is {margin:g}.", "Give a number from 0 up, or leave it out.")
+    parts, branches = (_texts if (plain := _is_plain(record)) else _turns)(record, found)
+    if not found.problems:
+        _check(parts, branches, found)
     scores = [record.get(f"score_{key}") for key in SIDES]
     if None not in scores and scores[0] == scores[1]:
         found.add("tie", f"score_chosen and score_rejected are both {scores[0]}: neither is better.", "Remove the row.")
+    sides = tuple(map(tuple, branches))
+    return found.problems or Example(tuple(parts), source, NAME, tools, plain=plain, branches=sides, values=(margin,))
+
+
+def _is_plain(record: dict[str, Any]) -> bool:
+    """Whether prompt and answers are texts, and no transcript."""
+    prompt, sides = record.get("prompt"), [record.get(key) for key in SIDES]
+    if "conversations" in record or isinstance(prompt, list) or not all(isinstance(side, str) for side in sides):
+        return False
+    return prompt is not None or not all(_TURN.match(str(side)) for side in sides)
+
+
+def _texts(record: dict[str, Any], found: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+    """A prompt and two answers as text, or two texts that begin with their prompt."""
+    sides = [found.answer(record, key) for key in SIDES]
+    if record.get("prompt") is None:  # a space before the first difference belongs to the answers
+        prompt = sides[0][: _common(*sides)].removesuffix(" ")
+        sides = [side[len(prompt) :] for side in sides]
+    else:
+        prompt = found.text(record, "prompt")
+    return [Part("user", prompt, False)], [[Part("assistant", side, True)] for side in sides]
+
+
+def _turns(record: dict[str, Any], found: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+    """The prompt and both answers as messages."""
+    keys, place, prompt = SIDES, "prompt", record.get("prompt")
+    if not _OPENAI.isdisjoint(record):
+        given = record.get("input")
+        keys, place = ("preferred_output", "non_preferred_output"), "input.messages"
+        prompt = given.get("messages", []) if isinstance(given, dict) else []
+    sides = [record.get(key) for key in keys]
+    if "rejected_response" in record:
+        whole = parts_of(record.get("messages"), found)
+        before = without_answer(whole, found)
+        return _untrained(before), [whole[len(before) :], _answer(record, "rejected_response", found)]
+    if "conversations" in record:
+        system = found.optional_text(record, "system")
+        first = [{"role": "system", "content": system}] if system else []
+        prompt, place = [*first, *as_messages(record["conversations"], found)], "conversations"
+        record = {key: as_messages([side], found, place=key) for key, side in zip(keys, sides, strict=True)}
+    elif prompt is None and all(isinstance(side, str) for side in sides):
+        record = {key: _transcript(str(side)) for key, side in zip(keys, sides, strict=True)}
+    answers = [_answer(record, key, found) for key in keys]
+    if found.problems:
+        return [], answers
+    if prompt is None or all(side[:1] and side[0].role in ("user", "system") for side in answers):
+        num = _common(*([*map(_of, side)] for side in answers))
+        return _untrained(answers[0][:num]), [side[num:] for side in answers]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return parts_of(turns, found, place=place, trained=False), answers
+
+
+def _answer(record: dict[str, Any], key: str, found: RowProblems) -> list[Part]:
+    """The turns of one side: a text, a message or a list of messages."""
+    side = record.get(key)
+    if side is None or isinstance(side, str):
+        side = {"role": "assistant", "content": found.answer(record, key)}
+    return parts_of([side] if isinstance(side, dict) else side, found, place=key)
+
+
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of items that both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _untrained(parts: Sequence[Part]) -> list[Part]:
+    return [replace(part, trained=False) for part in parts]
+
+
+def _of(part: Part) -> tuple[Any, ...]:
+    return part.role, part.text, part.fields
+
+
+def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], found: RowProblems) -> None:
+    """Problems of sides that do not both answer the prompt, or teach nothing."""
+    if [*map(_of, branches[0])] == [*map(_of, branches[1])]:
+        found.add("identical_sides", "chosen and rejected are the same.", "Remove the row.")
+        return
+    for key, branch in zip(SIDES, branches, strict=True):
+        if not branch:
+            found.add("no_answer", f"{key} has no answer behind what both sides begin with.", "Write it.")
+        elif branch[0].role != "assistant":
+            message = f"the first turn that chosen and rejected do not share is of the {branch[0].role}."
+            fix = "Both sides answer one prompt: correct it, or remove the row."
+            found.add("prompt_differs", f"the prompts differ: {message}", fix)
+            return
+    if all(part.role in ("system", "developer") for part in prompt) and not found.problems:
+        found.add("no_question", "it has no prompt that could be answered.", "Add the user's message.")
+    for key, branch in zip(SIDES, branches, strict=True) if not found.problems else ():
+        check_order([*prompt, *branch], found, place=f"prompt and {key}")
+        if branch[-1].role != "assistant":
+            found.add("no_answer", f"{key} ends with a message of the {branch[-1].role}.", "End it with an answer.")
 
 
 def differ_in_space_alone(example: Example) -> bool:
@@ -219,9 +159,3 @@ def _transcript(text: str) -> list[dict[str, str]]:
     pieces = _TURN.split(text)[1:]
     pairs = zip(pieces[::2], pieces[1::2], strict=True)
     return [{"role": _SPEAKERS[speaker], "content": said.strip()} for speaker, said in pairs]
-
-
-def _common_text(a: str, b: str) -> int:
-    """Characters that both begin with; a space before the first difference belongs to the answers."""
-    num = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return num - 1 if num and a[num - 1] == " " else num

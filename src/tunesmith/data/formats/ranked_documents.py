@@ -4,7 +4,6 @@ scores. Read as well: positive with negatives, as in text_pairs; and a document 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tunesmith.data.formats import text_pairs
@@ -41,17 +40,9 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         several = record.get("documents", [record.get("document")])
         several = several if isinstance(several, list) else [several]
         texts = [text_pairs.filled({f"documents[{i}]": one}, f"documents[{i}]", found) for i, one in enumerate(several)]
-        wanted = _wanted(record, len(texts), found)
+        key = next((key for key in _WANTED if key in record), "labels")
+        wanted = found.numbers(record.get(key), len(texts), key)
+        if not texts:
+            found.add("missing_field", "documents is empty.", "Give it a document, or remove the row.")
     branches = tuple((Part("document", text, False),) for text in texts)
     return found.problems or Example((query,), source, NAME, labels=tuple(map(repr, wanted)), branches=branches)
-
-
-def _wanted(record: dict[str, Any], num: int, found: RowProblems) -> list[float]:
-    """A number for each document."""
-    key = next((key for key in _WANTED if key in record), "labels")
-    given = record.get(key)
-    given = given if isinstance(given, list) else [given]
-    numbers = [float(one) for one in given if isinstance(one, int | float) and math.isfinite(one)]
-    if not num or not num == len(given) == len(numbers):
-        found.add("bad_scores", f"{key}: {str(record.get(key))[:40]}.", f"Give a number for each of {num} documents.")
-    return numbers

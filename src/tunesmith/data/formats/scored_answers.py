@@ -7,7 +7,6 @@ A row to be scored has one answer: {"prompt": "...", "completion": "..."}, each 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tunesmith.data.formats import prompt_completion
@@ -29,7 +28,10 @@ def matches(record: dict[str, Any]) -> bool:
 
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels."""
+    """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels.
+
+    Answers without scores are in order, and each counts those that follow.
+    """
     if not answered:
         return prompt_completion.parse(record, source)
     found = RowProblems(source)
@@ -42,7 +44,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         found.wrong_type("answers", answers, "a list of texts")
         return found.problems
     tools = tools_of(record, found)
-    scores = _scores(record.get("scores"), len(answers), found)
+    num, given = len(answers), record.get("scores")
+    scores = [float(num - 1 - i) for i in range(num)] if given is None else found.numbers(given, num, "scores")
     texts = [found.answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(answers)]
     if isinstance(prompt, list):
         parts = parts_of(prompt, found, place="prompt", trained=False)
@@ -57,19 +60,6 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         return found.problems
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
     branches = tuple((Part("assistant", texts[i], True),) for i in order)
-    labels = tuple(repr(float(scores[i])) for i in order)
+    labels = tuple(repr(scores[i]) for i in order)
     plain = isinstance(prompt, str)
     return Example(tuple(parts), source, NAME, tools, plain=plain, labels=labels, branches=branches, values=(0.0,))
-
-
-def _scores(given: Any, num: int, found: RowProblems) -> list[float]:
-    """Scores of the answers; answers without any are in order, and each counts those that follow."""
-    if given is None:
-        return [float(num - 1 - i) for i in range(num)]
-    are_numbers = isinstance(given, list) and all(
-        isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in given
-    )
-    if not are_numbers or len(given) != num:
-        found.add("bad_scores", f"scores are {str(given)[:40]}.", f"Give a list of {num} numbers, one an answer.")
-        return [0.0] * num
-    return [float(one) for one in given]

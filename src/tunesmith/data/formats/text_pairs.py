@@ -6,8 +6,6 @@ Read as well: query for anchor; negative, negative_1, negative_2, ..., and negat
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
 from typing import Any
 
 from tunesmith.data.problems import RowProblems
@@ -43,7 +41,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         several = record[key] if isinstance(record[key], list) else [record[key]]
         names = [key] if several is not record[key] else [f"{key}[{i}]" for i in range(len(several))]
         texts += [Part("negative", filled({n: t}, n, found), False) for n, t in zip(names, several, strict=True)]
-    values = _score(record, found)
+    has_score = record.get("score") is not None or "sentence2" in record
+    values = tuple(found.numbers(record.get("score"), 1, "score")) if has_score else ()
     if not found.problems and not values:
         _compare(parts[0], texts, found)
     branches = tuple((part,) for part in texts)
@@ -56,19 +55,6 @@ def filled(record: dict[str, Any], key: str, found: RowProblems) -> str:
     if isinstance(record.get(key), str) and not text.strip():
         found.add("empty", f"{key} is empty.", "Write it, or remove the row.")
     return text
-
-
-def _score(record: dict[str, Any], found: RowProblems) -> tuple[float, ...]:
-    value = record.get("score")
-    if value is None and "sentence2" not in record:
-        return ()
-    if isinstance(value, str):  # as a table without types has it
-        with suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found.add("bad_score", f"score is {str(value)[:40]!r}.", "Write a number, or remove the row.")
-        return ()
-    return (float(value),)
 
 
 def _compare(anchor: Part, texts: list[Part], found: RowProblems) -> None:
