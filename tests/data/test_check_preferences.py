@@ -53,7 +53,7 @@ def test_pairs_that_teach_nothing_are_found_by_line(tmp_path, row, code):
 
 
 def test_a_reader_that_lets_identical_sides_pass_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(FORMATS["preference"], "_compare", lambda *args: None)
+    monkeypatch.setattr(FORMATS["preference"], "_check", lambda *args: None)
     with pytest.raises(AssertionError):
         test_pairs_that_teach_nothing_are_found_by_line(tmp_path, pair("q9", "same", "same"), "identical_sides")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,13 @@ def lines_of(row: Row) -> list[Row]:
     """The lines of a row: its stem with each of its branches; a row without branches is its own line."""
     if not row.branches:
         return [row]
-    stem, lines = len(row.ids) - sum(row.branches), []
-    start, labels = stem, row.labels
-    for size in row.branches:
-        ids_T, trained_T = (
-            np.concatenate([whole[:stem], whole[start : start + size]]) for whole in (row.ids, row.trained)
-        )
-        own, num = labels, int(trained_T.sum())
-        if labels is not None:
-            own, labels = labels[:num], labels[num:]
-        lines.append(replace(row, ids=ids_T, trained=trained_T, labels=own, branches=(), values=()))
-        start += size
+    stem, lines, taken = len(row.ids) - sum(row.branches), [], 0
+    for start, stop in pairwise(np.cumsum([stem, *row.branches]).tolist()):
+        ids_T, trained_T = (np.concatenate([of[:stem], of[start:stop]]) for of in (row.ids, row.trained))
+        num = int(trained_T.sum())
+        labels = None if row.labels is None else row.labels[taken : taken + num]
+        lines.append(replace(row, ids=ids_T, trained=trained_T, labels=labels, branches=(), values=()))
+        taken += num
     return lines
 
 
@@ -53,8 +50,7 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
     first = drafts[0].ids_T
     for other in drafts[1:]:
         shorter = min(stem, len(first), len(other.ids_T))
-        differ = np.flatnonzero(first[:shorter] != other.ids_T[:shorter])
-        stem = int(differ[0]) if len(differ) else shorter
+        stem = int(np.append(first[:shorter] != other.ids_T[:shorter], True).argmax())
     if stem < LEAST_PREFIX and len(drafts) > 1:
         stem = 0
     classes = [draft.classes_N for draft in drafts if draft.classes_N is not None]

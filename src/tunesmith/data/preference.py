@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,47 +32,62 @@ def side_encoder(tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: 
     return CompletionEncoder(tokenizer, fast, limit)
 
 
-class PreferenceEncoder(RowEncoder):
+class BranchEncoder(RowEncoder):
+    """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
+
+    def __init__(self, side: RowEncoder) -> None:
+        self._side, self.control, self.template_text = side, side.control, side.template_text
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        counts = [len(example.branches) or 1 for example in examples]
+        lines = [self.line(one, i) for one, count in zip(examples, counts, strict=True) for i in range(count)]
+        drafts = iter(zip(lines, self._side.encode(lines), strict=True))
+        return [self.row(one, list(islice(drafts, count))) for one, count in zip(examples, counts, strict=True)]
+
+    def line(self, example: Example, number: int) -> Example:
+        """A branch behind its stem; an example without branches as it is."""
+        branch = [part for of in example.branches[number : number + 1] for part in of]
+        return replace(example, parts=(*example.parts, *branch), branches=())
+
+    def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
+        """The row of all lines and their drafts, or what is wrong with one of them."""
+        drafts: list[Draft] = []
+        names: Sequence[str] = SIDES if len(sides) == 2 else [f"answer {i}" for i in range(1, len(sides) + 1)]
+        for name, (line, side) in zip([f"{name}: " for name in names] if len(sides) > 1 else [""], sides, strict=True):
+            if isinstance(side, Problem):
+                return replace(side, message=f"{name}{side.message}")
+            (draft,) = side
+            draft.warnings = [replace(one, message=f"{name}{one.message}") for one in draft.warnings]
+            self.finish(draft, line)
+            drafts.append(draft)
+        if len(drafts) > 1 and len({draft.ids_T.tobytes() for draft in drafts}) < 2:
+            message = "its answers are the same tokens, as the model reads them."
+            return Problem(example.source, "identical_sides", message, "Remove the row.")
+        return [join(drafts, example.values)] if example.branches else drafts
+
+    def finish(self, draft: Draft, line: Example) -> None:
+        """Change the draft of one line before it is joined."""
+
+
+class PreferenceEncoder(BranchEncoder):
     """Encodes both sides with every check of training on answers, in the chat template if the tokenizer has one.
 
     Raises `ModelError` for a tokenizer or template that cannot be trained with.
     """
 
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> None:
-        self._side = side_encoder(tokenizer, fast, limit, date)
-        self.control = self._side.control
-        self.template_text = self._side.template_text
+        super().__init__(side_encoder(tokenizer, fast, limit, date))
         self.stop_ids = self._side.stop_ids
-
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        sides = [
-            replace(example, parts=(*example.parts, *branch), branches=())
-            for example in examples
-            for branch in example.branches
-        ]
-        drafted = iter(self._side.encode(sides))
-        return [self._row(example, [next(drafted) for _ in example.branches]) for example in examples]
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids that serving feeds, see `RowEncoder.prompt_ids`."""
         return self._side.prompt_ids(parts, tools, max_tokens, on_cut)
 
-    def _row(self, example: Example, sides: Sequence[Drafts]) -> Drafts:
-        if not sides:
+    def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
+        if not example.branches:
             fix = "Give it chosen and rejected, or a label, true or false; to learn from answers alone, use task: chat."
             return Problem(example.source, "no_preference", "it compares no answers.", fix)
-        drafts: list[Draft] = []
-        names = [f"{name}: " for name in SIDES] if len(sides) > 1 else [""]
-        for name, side in zip(names, sides, strict=True):
-            if isinstance(side, Problem):
-                return replace(side, message=f"{name}{side.message}")
-            draft = side[0]
-            draft.warnings = [replace(one, message=f"{name}{one.message}") for one in draft.warnings]
-            drafts.append(draft)
-        if len(drafts) > 1 and np.array_equal(drafts[0].ids_T, drafts[1].ids_T):
-            message = "chosen and rejected are the same tokens, as the model reads them."
-            return Problem(example.source, "identical_sides", message, "Remove the row.")
-        return [join(drafts, example.values)]
+        return super().row(example, sides)
 
 
 MOSTLY = 0.8
@@ -82,17 +98,15 @@ class Preferences:
     """Facts kept of the usable preferences of one side: 24 bytes each."""
 
     def __init__(self) -> None:
-        self._unordered, self._ordered = array("Q"), array("Q")
-        self._chars = array("i")
+        self._unordered, self._ordered, self._chars = array("Q"), array("Q"), array("i")
 
     def add(self, example: Example) -> None:
         """Keep what is needed of a row; nothing of one that compares no answers."""
         if not example.branches:
             return
-        prompt = [[part.role, part.text] for part in example.parts]
         ends = (example.branches[0], *example.branches[1:][-1:])
-        sides = [[[part.role, part.text, part.fields] for part in branch] for branch in ends]
-        hashes = [hash_of([prompt, side]) for side in sides]
+        sides = [[[part.role, part.text, part.fields] for part in (*example.parts, *branch)] for branch in ends]
+        hashes = [hash_of(side) for side in sides]
         self._ordered.append(hash_of(hashes if len(ends) > 1 else [hashes, example.values]))
         self._unordered.append(hash_of(sorted(hashes)))
         if len(ends) > 1:
