@@ -5,67 +5,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, RowEncoder
-from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
-from tunesmith.errors import RecipeError
-from tunesmith.types import Example, ModelKind, Pooling, Problem
+from tunesmith.data.classification import ClassificationEncoder
+from tunesmith.data.preference import BranchEncoder
+from tunesmith.data.renderer import Draft, Drafts, LengthLimit
+from tunesmith.data.tokenizer import FastTokenizer
+from tunesmith.types import Example, ModelKind, Pooling
 
 QUERIES = ("anchor", "query", "sentence1")
 """Roles of texts that search; all others are found."""
 
 
-class EmbeddingEncoder(RowEncoder):
+class EmbeddingEncoder(BranchEncoder):
     """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around a text.
 
     No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector. Raises
     `RecipeError` for a limit that leaves no token.
     """
 
+    compares = False
+
     def __init__(
         self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind, pooling: Pooling
     ) -> None:
-        self._fast, self._limit, self._pooling = fast, limit, pooling
-        self._frame = fast.causal_frame(closed=False) if kind == "causal" else fast.frame(1)
-        self.control = ControlTokens(tokenizer, "")
+        super().__init__(ClassificationEncoder(tokenizer, fast, limit, kind))
         prompts = (pooling.document_prompt, pooling.query_prompt)
-        self._firsts = [first_pooled(pooling, prompt, tokenizer) for prompt in prompts]
-        if limit.max_tokens is not None and limit.max_tokens <= self._frame.num_added():
-            raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a text no token. Raise it.")
+        self._prompts = [(prompt, first_pooled(pooling, prompt, tokenizer)) for prompt in prompts]
+        self._kind = pooling.kind
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        texts = [
-            (self._pooling.query_prompt if part.role in QUERIES else self._pooling.document_prompt) + part.text
-            for example in examples
-            for part in _texts_of(example)
+        rows = [
+            replace(one, parts=(), branches=(one.parts, *one.branches)) if one.branches else one for one in examples
         ]
-        ids = iter(zip(texts, self._fast.ids(texts), strict=True))
-        return [self._draft(example, [next(ids) for _ in _texts_of(example)]) for example in examples]
+        return super().encode(rows)
 
-    def _draft(self, example: Example, texts: list[tuple[str, NDArray[np.int32]]]) -> Drafts:
-        draft = Draft(np.empty(0, np.int32), np.empty(0, np.bool_), values=example.values)
-        lines, firsts = [], []
-        for part, (text, ids_T) in zip(_texts_of(example), texts, strict=True):
-            what = f"the {len(ids_T) + self._frame.num_added()} tokens of its {part.role}"
-            if not len(ids_T):
-                return Problem(example.source, "empty", f"its {part.role} gives no token.", "Write it.")
-            if excess := self._limit.excess(len(ids_T) + self._frame.num_added()):
-                if self._limit.too_long != "cut":
-                    return self._limit.refusal(example.source, what)
-                cost = f"the last {excess} were cut off"
-                draft.warnings.append(self._limit.cut_warning(example.source, what, cost=cost))
-            draft.num_unspelled += self.control.num_unspelled(ids_T, text)
-            lines.append(self._frame.around(ids_T[: len(ids_T) - excess]))
-            firsts.append(self._firsts[part.role in QUERIES])
-        draft.ids_T = np.concatenate(lines)
-        masks = [pooled(len(line), self._pooling.kind, first) for line, first in zip(lines, firsts, strict=True)]
-        draft.trained_T = np.concatenate(masks)
-        draft.branches = tuple(map(len, lines)) if example.branches else ()
-        return [draft]
+    def line(self, example: Example, number: int) -> Example:
+        line = super().line(example, number)
+        (part,) = line.parts
+        prompt, _ = self._prompts[part.role in QUERIES]
+        return replace(line, parts=(replace(part, text=prompt + part.text),))
+
+    def name(self, line: Example, number: int, count: int) -> str:
+        return line.parts[0].role
+
+    def finish(self, draft: Draft, line: Example) -> None:
+        _, first = self._prompts[line.parts[0].role in QUERIES]
+        draft.trained_T, draft.classes_N = pooled(len(draft.ids_T), self._kind, first), None
 
 
 def pooled(num_tokens: int, kind: str, first: int = 0) -> NDArray[np.bool_]:
@@ -81,7 +71,3 @@ def first_pooled(pooling: Pooling, prompt: str, tokenizer: Any) -> int:
         return 0
     ids = tokenizer(prompt).input_ids
     return len(ids) - (ids[-1] in tokenizer.all_special_ids)
-
-
-def _texts_of(example: Example) -> list[Any]:
-    return [*example.parts, *(part for branch in example.branches for part in branch)]

@@ -35,6 +35,9 @@ def side_encoder(tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: 
 class BranchEncoder(RowEncoder):
     """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
 
+    compares = True
+    """Lines that are all the same teach nothing."""
+
     def __init__(self, side: RowEncoder) -> None:
         self._side, self.control, self.template_text = side, side.control, side.template_text
 
@@ -52,18 +55,22 @@ class BranchEncoder(RowEncoder):
     def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
         """The row of all lines and their drafts, or what is wrong with one of them."""
         drafts: list[Draft] = []
-        names: Sequence[str] = SIDES if len(sides) == 2 else [f"answer {i}" for i in range(1, len(sides) + 1)]
-        for name, (line, side) in zip([f"{name}: " for name in names] if len(sides) > 1 else [""], sides, strict=True):
+        for number, (line, side) in enumerate(sides):
+            name = f"{self.name(line, number, len(sides))}: " if len(sides) > 1 else ""
             if isinstance(side, Problem):
                 return replace(side, message=f"{name}{side.message}")
             (draft,) = side
             draft.warnings = [replace(one, message=f"{name}{one.message}") for one in draft.warnings]
             self.finish(draft, line)
             drafts.append(draft)
-        if len(drafts) > 1 and len({draft.ids_T.tobytes() for draft in drafts}) < 2:
+        if self.compares and len(drafts) > 1 and len({draft.ids_T.tobytes() for draft in drafts}) < 2:
             message = "its answers are the same tokens, as the model reads them."
             return Problem(example.source, "identical_sides", message, "Remove the row.")
         return [join(drafts, example.values)] if example.branches else drafts
+
+    def name(self, line: Example, number: int, count: int) -> str:
+        """The name of one of `count` lines in messages."""
+        return SIDES[number] if count == len(SIDES) else f"answer {number + 1}"
 
     def finish(self, draft: Draft, line: Example) -> None:
         """Change the draft of one line before it is joined."""
