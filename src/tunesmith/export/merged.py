@@ -15,7 +15,6 @@ from tunesmith.export.run_result import RunResult, auto_class
 from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, Tolerances, TorchModel, run_dtype
 from tunesmith.models.load import model_kind
 from tunesmith.models.modes import silence_transformers
-from tunesmith.models.pooling import copy_pooling
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import save_model
 from tunesmith.models.size import model_size
@@ -51,8 +50,6 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     model.to(dtype)
     how: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
     save_model(model, result.tokenizer, folder, located=result.located, **how)
-    if result.head == "masked_token":
-        copy_pooling(result.weights.path, folder)
     return []
 
 

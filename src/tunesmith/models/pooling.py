@@ -8,7 +8,6 @@ Source: Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084, section 3.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ _MODULES, _LIMITS, _PROMPTS = "modules.json", "sentence_bert_config.json", "conf
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
-def find_pooling(folder: Path) -> Pooling:
-    """The pooling that the files in a model's folder name. Raises ModelError for one that cannot be computed here."""
+def find_pooling(folder: Path) -> Pooling | None:
+    """The pooling that the files in a model's folder name, if there are any. Raises ModelError for one that cannot be
+    computed here."""
     if not (folder / _MODULES).is_file():
-        return Pooling()
+        return None
     modules = _json(folder / _MODULES)
     places = [str(module["path"]) for module in modules]
     if outside := [place for place in places if place and (Path(place).name != place or place == "..")]:
@@ -53,21 +53,6 @@ def find_pooling(folder: Path) -> Pooling:
     document = prompts.get("document", prompts.get("passage"))
     include_prompt = bool(config.get("include_prompt", True))
     return Pooling(kind, "Normalize" in names, most, prompts.get("query") or "", document or "", include_prompt)
-
-
-def copy_pooling(source: Path, folder: Path) -> None:
-    """Copy the files that say how a text becomes a vector, where `source` has them."""
-    if not (source / _MODULES).is_file():
-        return
-    find_pooling(source)  # which knows what the files name
-    places = [module["path"] for module in _json(source / _MODULES) if module["path"]]
-    configs = [f"{place}/config.json" for place in places]
-    for name in (_MODULES, _LIMITS, _PROMPTS, *configs):
-        if (source / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-    for place in places:  # a module without settings is an empty folder
-        (folder / place).mkdir(exist_ok=True)
 
 
 def pool(hidden_ND: Tensor, batch: Batch, kind: PoolingKind) -> Tensor:

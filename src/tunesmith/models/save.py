@@ -21,7 +21,7 @@ from tunesmith.errors import StorageError
 from tunesmith.models import heads
 from tunesmith.models.load import TOKENIZER_FILES, load_tokenizer
 from tunesmith.models.modes import generating_by, silence_transformers
-from tunesmith.models.pooling import copy_pooling, write_pooling
+from tunesmith.models.pooling import find_pooling, write_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
@@ -57,7 +57,7 @@ def save_model(
             save_tokenizer(with_pad_token(model, tokenizer), temporary, located=located)
             heads.write_labels(model, temporary)
             if type(model).__name__.endswith("ForMaskedLM"):
-                copy_pooling(located.path, temporary)
+                pooling = find_pooling(located.path)
             if pooling is not None:
                 write_pooling(pooling, temporary, size=model.config.get_text_config().hidden_size)
             if model.can_generate():

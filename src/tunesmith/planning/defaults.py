@@ -123,6 +123,8 @@ def decide_before_rows(
 def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """The recipe without any "auto" that rows can decide, and what was chosen and why, in the order of the recipe."""
     choices: list[Choice] = []
+    if recipe.train.rows_per_step == 1 and has_look(recipe):
+        raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
     for key, rule in _RULES.items():
         section, _, name = key.rpartition(".")
         if getattr(getattr(recipe, section) if section else recipe, name) == "auto":
@@ -299,6 +301,8 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     most = TASKS[resolved(recipe.task)].rows_per_step
     value = max(1, min(most, rows // 20))
+    if has_look(recipe) and value < LEAST_COMPARED:
+        return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
     if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
         return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
     return value, "about 20 updates an epoch at least" if value < most else "a steady gradient at little cost"
@@ -382,6 +386,8 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
 """In order: a later rule may depend on what an earlier one decided."""
 
 
+LEAST_COMPARED = 16
+"""Rows of a step at least, where they are compared with each other."""
 HIGH_RATE = 100
 """Learning rates that are so many times the usual one are noted."""
 HELD = 1000

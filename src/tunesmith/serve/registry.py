@@ -40,6 +40,7 @@ from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 from tunesmith.serve.startup_checks import check_adapter, check_encoding, check_prompts, check_writers, choose_decoder
 from tunesmith.tasks import TASKS
+from tunesmith.types import Pooling
 
 Note = Callable[[str], None]
 M = TypeVar("M", ServedModel, Classifier, Embedder)
@@ -304,7 +305,7 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
         check_writers([writer], note)
     elif loaded.head in ("masked_token", "vector"):
         card = _card(loaded, name, run, "embeddings")
-        pooling = loaded.renderer.pooling or find_pooling(loaded.located.path)
+        pooling = loaded.renderer.pooling or find_pooling(loaded.located.path) or Pooling()
         most = min(card.max_tokens, pooling.max_tokens or card.max_tokens)
         registry.add(Embedder(replace(card, max_tokens=most), loaded, pooling))
     else:

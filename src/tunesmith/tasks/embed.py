@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
 
-LEAST = 16
-"""Rows of a step at least, where they are each other's negatives."""
-
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
     from tunesmith.data.embedding import EmbeddingEncoder
@@ -42,10 +39,9 @@ def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
     options, size = recipe.embed, model_size(located).hidden
     if wrong := [dim for dim in options.dims if dim > size]:
         raise RecipeError(f"embed.dims: {wrong[0]}: the vectors of {located.name} have {size} numbers. Use fewer.")
-    is_made_for_it = not located.is_gguf and (located.path / "modules.json").is_file()
-    usual = Pooling("last" if model_kind(located) == "causal" else "mean", True)
-    found = find_pooling(located.path) if is_made_for_it else usual
-    why = "as the model's files say" if is_made_for_it else "the model's files do not say"
+    found = None if located.is_gguf else find_pooling(located.path)
+    why = "as the model's files say" if found else "the model's files do not say"
+    found = found or Pooling("last" if model_kind(located) == "causal" else "mean", True)
     choices = []
     for key, value in (("pooling", found.kind), ("normalize", found.normalizes)):
         if getattr(options, key) == "auto":
@@ -68,12 +64,8 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         has_score = bool(store.branches.value_counts[rows_I[:1]].sum())
         has_negative = bool((store.branches.counts[rows_I[:1]] > 2).all())
         loss = ("margin" if has_negative else "cosent") if has_score else "ranking"
-        why = {
-            "margin": "rows have a score and a negative",
-            "cosent": "rows have a score",
-            "ranking": "rows have no score",
-        }
-        choices.append(Choice("embed.loss", loss, why[loss]))
+        what = f"{'a' if has_score else 'no'} score{' and a negative' if loss == 'margin' else ''}"
+        choices.append(Choice("embed.loss", loss, f"rows have {what}"))
     for side, some_I in sides:
         counts_I, values_I = side.branches.counts[some_I], side.branches.value_counts[some_I]
         fits_I = values_I == (loss != "ranking")
@@ -85,18 +77,7 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
                 f"{side.source(int(some_I[fits_I.argmin()]))}: embed.loss {loss} learns from rows with "
                 f"{needs.get(loss, 'two texts and a score')}. Put other rows into another run, or set embed.loss."
             )
-    is_training = len(sides) > 1
-    return [*choices, *_company(recipe, store, rows_I)] if is_training and loss not in ALONE else choices
-
-
-def _company(recipe: Recipe, store: RowStore, rows_I: NDArray[np.int64]) -> list[Choice]:
-    """How many rows a step has, where there are few. Raises RecipeError where a step would compare nothing."""
-    if recipe.train.rows_per_step == "auto" and len(rows_I) < 20 * LEAST:
-        size = min(LEAST, len(rows_I))
-        return [Choice("train.rows_per_step", size, "few rows, and each is compared with the others of its step")]
-    if recipe.train.rows_per_step == 1 and (store.branches.counts[rows_I] == 2).all():
-        raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
-    return []
+    return choices
 
 
 EMBED = Task(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError
 from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.preference_losses import look, preference_loss_sum, preference_measure
 from tunesmith.types import Choice, Rates, Task
@@ -52,8 +52,6 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
     choices = [Choice("prefer.loss", fitting, f"rows are {what}")] if loss == "auto" else []
     if not unpaired:
         return choices
-    if recipe.train.rows_per_step == 1:
-        raise RecipeError("train.rows_per_step: 1: kto estimates from other rows of a step. Use 2 or more.")
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
     for side, rows_I in sides:
@@ -69,10 +67,7 @@ def _weights(recipe: Recipe, wanted_I: NDArray[np.bool_]) -> list[Choice]:
     if missing and not all(counts.values()):
         raise DataError(f"data.train: all rows have label {str(bool(wanted_I[0])).lower()}: kto needs both.")
     why = f"{counts['desirable']:,} of {len(wanted_I):,} answers are wanted: both sides weigh the same"
-    choices = [Choice(f"prefer.{key}", max(counts.values()) / counts[key], why) for key in missing]
-    if recipe.train.rows_per_step == "auto" and len(wanted_I) < 40:  # a step would have one row
-        choices.append(Choice("train.rows_per_step", 2, "few rows, and kto estimates from other rows of a step"))
-    return choices
+    return [Choice(f"prefer.{key}", max(counts.values()) / counts[key], why) for key in missing]
 
 
 PREFER = Task(
