@@ -11,7 +11,7 @@ import torch
 
 from tiny_run import same_run, stop_at
 from tiny_tasks import rows_of, task_recipe, write
-from tunesmith.data.branches import lines_of, partners_of
+from tunesmith.data.branches import BranchColumns, lines_of, partner_line
 from tunesmith.data.formats import FORMATS
 from tunesmith.errors import DataError, RecipeError, Stopped
 from tunesmith.evaluation.compare import row_baseline
@@ -118,9 +118,9 @@ def test_a_partner_is_another_row_with_another_prompt_and_its_line_is_prompt_and
     store = prepare(recipe_of(tmp_path), root=tmp_path / "runs").store
     partners = store.branches.partners
     for i in range(len(store)):
-        row, other = store.row(i), store.row(int(partners.rows_I[i]))
-        assert store.inputs[i] != store.inputs[partners.rows_I[i]]
-        line = partners.line(row, other)
+        row, other = store.row(i), store.row(int(partners[i]))
+        assert store.inputs[i] != store.inputs[partners[i]]
+        line = partner_line(row, other, store.branches.max_tokens)
         stem = len(row.ids) - row.branches[0]
         assert line.ids[:stem].tolist() == row.ids[:stem].tolist()
         assert line.ids[stem:].tolist() == lines_of(other)[0].ids[-other.branches[0] :].tolist()
@@ -129,11 +129,17 @@ def test_a_partner_is_another_row_with_another_prompt_and_its_line_is_prompt_and
 
 def test_partners_go_round_and_pass_over_rows_of_one_prompt():
     hashes, inputs = np.array([5, 1, 3, 2, 4], np.uint64), np.array([7, 7, 8, 7, 7], np.uint64)
-    found = partners_of(np.arange(5), hashes, inputs, 9)
-    assert found.rows_I.tolist() == [2, 2, 4, 2, 2]  # in order 1, 3, 2, 4, 0: the one of prompt 8, and the one after it
-    assert partners_of(np.array([0, 1, 3]), hashes, inputs, 9).rows_I.tolist() == [0, 1, -1, 3, -1]
-    some = partners_of(np.array([0, 2]), hashes, inputs, 9)
-    assert some.joined(found).rows_I.tolist() == [2, 2, 0, 2, 2]
+
+    def partners_of(*sides: list[int]) -> Any:
+        nothing = np.empty(0, np.int64)
+        columns = BranchColumns((nothing, nothing), (nothing, nothing))
+        for side in sides:
+            columns.use_partners(np.array(side), hashes, inputs, 9)
+        return columns.partners.tolist()
+
+    assert partners_of([*range(5)]) == [2, 2, 4, 2, 2]  # in order 1, 3, 2, 4, 0: the one of prompt 8, the one after it
+    assert partners_of([0, 1, 3]) == [0, 1, -1, 3, -1]
+    assert partners_of([*range(5)], [0, 2]) == [2, 2, 0, 2, 2]
 
 
 # trap: P18

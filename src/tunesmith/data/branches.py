@@ -11,7 +11,7 @@ and computed once where the lines of a micro-batch may share prefixes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,39 +66,13 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Partners:
-    """Another row for each row, whose answer is read behind this row's prompt, which it does not answer."""
-
-    rows_I: NDArray[np.int64]
-    """[I]; -1 for rows that were not among those given."""
-    max_tokens: int
-
-    def joined(self, others: Partners | None) -> Partners:
-        """These partners, and those that other rows of the same store have."""
-        return self if others is None else replace(self, rows_I=np.where(self.rows_I < 0, others.rows_I, self.rows_I))
-
-    def line(self, row: Row, other: Row) -> Row:
-        """The prompt of `row` with the answer of `other`, whose end is left out where it does not fit."""
-        stem, start = len(row.ids) - row.branches[0], len(other.ids) - other.branches[0]
-        end = start + self.max_tokens - stem
-        ids_T = np.concatenate([row.ids[:stem], other.ids[start:end]])
-        trained_T = np.concatenate([row.trained[:stem], other.trained[start:end]])
-        return replace(row, ids=ids_T, trained=trained_T, branches=(), values=())
-
-
-def partners_of(
-    rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
-) -> Partners:
-    """Partners of some rows: the next in the order of content hashes that has another prompt, the first one behind the
-    last; where all have one prompt, each row is its own. The hashes are those of all rows of a store."""
-    order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
-    ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
-    found = np.full(len(hashes_I), -1, np.int64)
-    found[order] = order
-    if len(ends):
-        found[order] = order[(ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)] + 1) % len(order)]
-    return Partners(found, max_tokens)
+def partner_line(row: Row, other: Row, max_tokens: int) -> Row:
+    """The prompt of `row` with the answer of `other`, whose end is left out where it does not fit."""
+    stem, start = len(row.ids) - row.branches[0], len(other.ids) - other.branches[0]
+    end = start + max_tokens - stem
+    ids_T = np.concatenate([row.ids[:stem], other.ids[start:end]])
+    trained_T = np.concatenate([row.trained[:stem], other.trained[start:end]])
+    return replace(row, ids=ids_T, trained=trained_T, branches=(), values=())
 
 
 ListColumn = tuple[NDArray[Any], NDArray[Any]]
@@ -114,7 +88,25 @@ class BranchColumns:
         self.reference: NDArray[np.float64] | None = None
         """[I, K], the log-probability of each branch's trained tokens under the model of step 1, then of the partner's;
         None: not computed."""
-        self.partners: Partners | None = None
+        self.max_tokens = 0
+        """Most tokens of a prompt and the answer behind it."""
+        self.partners: NDArray[np.int64] | None = None
+        """[I], another row for each row, whose answer is read behind this row's prompt, which it does not answer; -1
+        for rows that need none."""
+
+    def use_partners(
+        self, rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
+    ) -> None:
+        """Give some rows partners: the next in the order of content hashes that has another prompt, the first one
+        behind the last; where all have one prompt, each row is its own. The hashes are those of all rows."""
+        self.max_tokens, order = max_tokens, rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
+        ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
+        if self.partners is None:
+            self.partners = np.full(len(hashes_I), -1, np.int64)
+        self.partners[order] = order
+        if len(ends):
+            next_end = ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)]
+            self.partners[order] = order[(next_end + 1) % len(order)]
 
     @property
     def counts(self) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from tunesmith.data.examples import examples
 from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
-from tunesmith.data.preference import Preferences, flipped_message
+from tunesmith.data.preference import Preferences
 from tunesmith.data.problems import SKIP, num_refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import local, size_of
@@ -241,7 +241,9 @@ class _Check:
         if train.shape == "text_label":
             pairs_I = conflicts(train.inputs, train_I)
             conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
-        self._pairs(train.preferences.flipped(len(train_I)), "train", "flipped_pair", flipped_message)
+        way = "the other way round: one of both is likely wrong."
+        flipped = train.preferences.flipped(len(train_I))
+        self._pairs(flipped, "train", "flipped_pair", lambda there, *_: f"the same is at {there} {way}")
         self._notes += train.preferences.notes()
         labels, label_refusals = self._labels()
         held_out = self._held_out()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from tunesmith.data.branches import lines_of
+from tunesmith.data.branches import lines_of, partner_line
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import padded_size, sort_keys
 from tunesmith.types import Batch, Layout, Row
@@ -125,10 +125,10 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
-        partners = self.store.branches.partners if row.branches and lines != "learnt" else None
-        if partners is None:
+        branches = self.store.branches
+        if branches.partners is None or lines == "learnt":
             return lines_of(row)
-        other = partners.line(row, self.store.row(int(partners.rows_I[index])))
+        other = partner_line(row, self.store.row(int(branches.partners[index])), branches.max_tokens)
         return [other] if lines == "looked" else [*lines_of(row), other]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], counts: Sequence[int]) -> Batch:

@@ -137,11 +137,6 @@ class Preferences:
             f"the chosen answer is the longer one in {longer:.0%} of the pairs; the median of the chosen ones has "
             f"{chosen:,.0f} characters, that of the rejected ones {rejected:,.0f}"
         )
-        if longer >= MOSTLY or longer <= 1 - MOSTLY:
+        if not 1 - MOSTLY < longer < MOSTLY:
             which = "longer" if longer > 0.5 else "shorter"
             yield f"the {which} answer is nearly always the chosen one: length alone may be learnt (see prefer.length)"
-
-
-def flipped_message(there: object, *_: int) -> str:
-    """The message about a pair that is there the other way round."""
-    return f"the same is at {there} the other way round: one of both is likely wrong."

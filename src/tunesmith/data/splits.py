@@ -228,17 +228,17 @@ def given_text(example: Example) -> str | None:
         return None
     if example.shape == "tokens_tags":
         return " ".join(part.text for part in example.parts)
+    prompt, *answers = (
+        "\n".join(f"{part.role}: {part.text}" for part in parts) for parts in (example.parts, *example.branches)
+    )
     if example.shape in SEARCHED:
-        texts = (*example.parts, *(part for branch in example.branches for part in branch))
-        return "\n".join(f"{part.role}: {part.text}" for part in texts)
-    if example.branches:
-        names = ["chosen", *("rejected" for _ in example.branches[1:])] if len(example.branches) > 1 else ["answer"]
-        answers = ("\n".join(f"{part.role}: {part.text}" for part in branch) for branch in example.branches)
-        prompt = "\n".join(f"{part.role}: {part.text}" for part in example.parts)
+        return "\n".join([prompt, *answers])
+    if answers:
+        names = ["chosen", *("rejected" for _ in answers[1:])] if len(answers) > 1 else ["answer"]
         return "\n\n".join([prompt, *(f"[{name}]\n{said}" for name, said in zip(names, answers, strict=True))])
     if example.plain or example.shape == "text_label":
         return "\n".join(part.text for part in example.parts)
-    return "\n".join(f"{part.role}: {part.text}" for part in example.parts)
+    return prompt
 
 
 def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: Collection[str]) -> dict[str, Example]:

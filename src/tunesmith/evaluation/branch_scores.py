@@ -52,11 +52,8 @@ def pair_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str
     means_I = np.array([one.mean() for one in gained["margin"]])
     found = {"preference_accuracy": won.pop("margin"), "margin": ratio(means_I)}
     if "rewards" in rows[0]:
-        rewards = [np.array(row["rewards"]) for row in rows]
-        mean = np.concatenate(rewards).mean()
         found["calibration_error"] = bootstrap.calibration_error(1 / (1 + np.exp(-np.abs(means_I))), means_I > 0)
-        found["reward_mean"] = ratio([one.mean() for one in rewards])
-        found["reward_spread"] = ratio([np.abs(one - mean).mean() for one in rewards])
+        found["reward_mean"] = ratio([np.mean(row["rewards"]) for row in rows])
     else:
         found["chosen_shift"], found["rejected_shift"] = map(ratio, _shifts(rows).T)
     return found | won

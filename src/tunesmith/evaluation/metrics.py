@@ -132,7 +132,6 @@ METRICS: Mapping[str, MetricInfo] = {
         "likelier answer", "percent", "neither", "What choosing by the untouched model's likelihood a token gets right."
     ),
     "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
-    "reward_spread": MetricInfo("spread of rewards", "number", "neither", "Mean distance of rewards from their mean."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
     "win_rate_alike": MetricInfo(
         "length-controlled win rate", "percent", "higher", "For answers as long as those before."

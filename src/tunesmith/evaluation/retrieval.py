@@ -97,24 +97,20 @@ def settled(
 def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any) -> Predictions:
     """Losses, and ranks or the similarities of rows with scores. Losses of ranking are those among all documents."""
     store, rows_I, found = own
-    whole = _texts(store, rows_I, found) if options.loss != "ranking" else None
-    if options.loss in SCORED and whole is not None:
-        vectors_LD = torch.nn.functional.normalize(whole.vectors_LD, dim=-1)
-        cosines_I = (vectors_LD[whole.anchors_B] * vectors_LD[whole.anchors_B + 1]).sum(-1)
-        pairs = zip(whole.scores_B.tolist(), cosines_I.tolist(), strict=True)
-        results: list[Mapping[str, Any]] = [{"value": value, "similarity": cosine} for value, cosine in pairs]
-        return replace(found, losses_I=text_losses(whole, options).double().numpy(), results=results)
-    losses, results = zip(*_ranked(own, others, options, tokenizer), strict=True)
-    if whole is not None:  # margin
-        losses = text_losses(whole, options).tolist()
-    return replace(found, losses_I=np.array(losses), results=list(results))
-
-
-def _texts(store: RowStore, rows_I: NDArray[np.int64], found: Predictions) -> Texts:
+    if options.loss not in SCORED:
+        losses, results = zip(*_ranked(own, others, options, tokenizer), strict=True)
+        if options.loss == "ranking":
+            return replace(found, losses_I=np.array(losses), results=list(results))
     vectors = [torch.from_numpy(result["vectors"]) for result in found.results]
     scores = torch.tensor([store.row(int(row)).values[0] for row in rows_I], dtype=torch.float32)
     counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss here needs keys
-    return Texts(torch.cat(vectors), keys, counts, scores)
+    texts = Texts(torch.cat(vectors), keys, counts, scores)
+    if options.loss in SCORED:
+        vectors_LD = torch.nn.functional.normalize(texts.vectors_LD, dim=-1)
+        cosines_I = (vectors_LD[texts.anchors_B] * vectors_LD[texts.anchors_B + 1]).sum(-1)
+        pairs = zip(scores.tolist(), cosines_I.tolist(), strict=True)
+        results = tuple({"value": value, "similarity": cosine} for value, cosine in pairs)
+    return replace(found, losses_I=text_losses(texts, options).double().numpy(), results=list(results))
 
 
 def _ranked(

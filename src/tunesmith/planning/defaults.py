@@ -265,10 +265,8 @@ def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     method = METHODS[recipe.method.name]
     task = TASKS[resolved(recipe.task)]
     if (own := task.rates) is not None:
-        is_large = facts.num_parameters >= own.large
-        rate = (own.adapter if method.is_adapter else own.full)[is_large]
-        how = "with an adapter" if method.is_adapter else "in full tuning"
-        reason = f"usual for task {task.name} {how}, {'from' if is_large else 'below'} {own.large:,.0f} weights"
+        rate = (own.adapter if method.is_adapter else own.full)[facts.num_parameters >= own.large]
+        reason = f"usual for task {task.name} {'with an adapter' if method.is_adapter else 'in full tuning'}"
     else:
         rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
     times, source = OPTIMIZERS[recipe.optim.name].rate

@@ -50,16 +50,12 @@ class Prefer(OptionGroup):
 
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Prefer:
-        if self.label_smoothing and self.loss not in ("dpo", "robust", "auto"):
-            raise ValueError(f"prefer.label_smoothing: {self.loss} has none: use dpo or robust")
-        if self.loss in ("robust", "ipo", "apo_zero", "orpo", "kto") and (self.margin or self.length):
-            option = "margin" if self.margin else "length"
-            raise ValueError(f"prefer.{option}: {self.loss} has none: use dpo")
-        if self.loss == "kto" and self.nll:
-            raise ValueError("prefer.nll: kto has none: its rows have no chosen answer. Leave it out")
-        if self.loss not in ("kto", "auto") and (self.desirable or self.undesirable):
-            option = "desirable" if self.desirable else "undesirable"
-            raise ValueError(f"prefer.{option}: is for kto; {self.loss} compares pairs. Leave it out")
+        without_margin = self.loss in ("robust", "ipo", "apo_zero", "orpo", "kto")
+        is_unused = {"label_smoothing": self.loss not in ("dpo", "robust", "auto"), "nll": self.loss == "kto"}
+        is_unused |= dict.fromkeys(("margin", "length"), without_margin)
+        is_unused |= dict.fromkeys(("desirable", "undesirable"), self.loss not in ("kto", "auto"))
+        for option in (option for option, unused in is_unused.items() if unused and getattr(self, option)):
+            raise ValueError(f"prefer.{option}: {self.loss} has none. Leave it out, or use another loss")
         return self
 
 

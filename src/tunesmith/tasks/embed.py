@@ -66,16 +66,17 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         loss = ("margin" if has_negative else "cosent") if has_score else "ranking"
         what = f"{'a' if has_score else 'no'} score{' and a negative' if loss == 'margin' else ''}"
         choices.append(Choice("embed.loss", loss, f"rows have {what}"))
+    needs: dict[str, tuple[int, int | None, str]] = {
+        "ranking": (0, None, "an anchor, a positive and no score"), "margin": (1, 3, "one negative and a score"),
+    }  # fmt: skip
+    scores, texts, what = needs.get(loss, (1, 2, "two texts and a score"))
     for side, some_I in sides:
-        counts_I, values_I = side.branches.counts[some_I], side.branches.value_counts[some_I]
-        fits_I = values_I == (loss != "ranking")
-        if loss != "ranking":
-            fits_I &= counts_I == (3 if loss == "margin" else 2)
+        fits_I = side.branches.value_counts[some_I] == scores
+        fits_I &= texts is None or side.branches.counts[some_I] == texts
         if not fits_I.all():
-            needs = {"ranking": "an anchor, a positive and no score", "margin": "one negative and a score"}
             raise DataError(
-                f"{side.source(int(some_I[fits_I.argmin()]))}: embed.loss {loss} learns from rows with "
-                f"{needs.get(loss, 'two texts and a score')}. Put other rows into another run, or set embed.loss."
+                f"{side.source(int(some_I[fits_I.argmin()]))}: embed.loss {loss} learns from rows with {what}. "
+                "Put other rows into another run, or set embed.loss."
             )
     return choices
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -170,15 +169,11 @@ def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: E
     """The `loss_sum` of the micro-batches of a step. Of a step that is one micro-batch, nothing is computed twice."""
     import torch
 
-    coming = iter(batches)
-    some = list(islice(coming, 2))
-    if world.size == 1 and len(some) < 2:
+    batches = list(batches)
+    if world.size == 1 and len(batches) == 1:
         return partial(embedding_loss_sum, options=options)
-    found: list[Texts] = []
-    names: list[tuple[int, int]] = []
-    for batch in chain(some, coming):
-        found.append(texts_of(batch, embed(model, batch, options)))
-        names += zip(batch.row_indices, batch.copies_B, strict=True)
+    found = [texts_of(batch, embed(model, batch, options)) for batch in batches]
+    names = [name for batch in batches for name in zip(batch.row_indices, batch.copies_B, strict=True)]
     if not found:  # of several ranks this one has no row in the step
         size = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
         none = torch.empty(0, dtype=torch.int64)

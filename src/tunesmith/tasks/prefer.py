@@ -36,8 +36,6 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
     """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
     import numpy as np
 
-    from tunesmith.data.branches import partners_of
-
     (store, train_I), *_ = sides
     unpaired = bool((store.branches.counts[train_I] == 1).all())
     for side, rows_I in sides:
@@ -55,8 +53,7 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
     for side, rows_I in sides:
-        found = partners_of(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
-        side.branches.partners = found.joined(side.branches.partners)
+        side.branches.use_partners(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
     return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
 
 

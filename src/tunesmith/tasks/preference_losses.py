@@ -75,18 +75,13 @@ def _log_sigmoid(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
     return (1 - e) * right_B + e * wrong_B
 
 
-def _hinge(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    return (1 - logit_B).clamp(min=0)
-
-
 def _ipo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
     beta = required(options.beta)
     return (logit_B / beta - 1 / (2 * beta)).square()
 
 
 def _apo_zero(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    sigmoids_B2 = (required(options.beta) * pairs.r_B2).sigmoid()
-    return 1 - difference(sigmoids_B2)
+    return 1 - difference((required(options.beta) * pairs.r_B2).sigmoid())
 
 
 def _orpo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
@@ -98,7 +93,8 @@ def _orpo(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
 OBJECTIVES: dict[str, tuple[Callable[[Pairs], Tensor], Callable[[Pairs, Tensor, Prefer], Tensor]]] = {
     "dpo": (lambda pairs: pairs.r_B2, _log_sigmoid),  # Rafailov et al. 2023, arXiv 2305.18290, eq. 7
     "robust": (lambda pairs: pairs.r_B2, _log_sigmoid),
-    "hinge": (lambda pairs: pairs.r_B2, _hinge),  # Zhao et al. 2023, 2305.10425; Liu et al. 2023, 2309.06657
+    # Zhao et al. 2023, arXiv 2305.10425; Liu et al. 2023, arXiv 2309.06657
+    "hinge": (lambda pairs: pairs.r_B2, lambda pairs, logit_B, options: (1 - logit_B).clamp(min=0)),
     "ipo": (lambda pairs: pairs.r_B2 / pairs.n_B2, _ipo),  # Azar et al. 2023, 2310.12036, eq. 17, by the token
     "dpo_norm": (lambda pairs: pairs.r_B2 / pairs.n_B2, _log_sigmoid),  # Lambert et al. 2024, 2411.15124
     "apo_zero": (lambda pairs: pairs.r_B2, _apo_zero),  # D'Oosterlinck et al. 2024, 2408.06266, eq. 7

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import DataError
 from tunesmith.recipe.objectives import Reward
 from tunesmith.tasks.preference_losses import measured, values_of
 from tunesmith.types import Batch, Choice, Measured, Rates, Task
@@ -87,12 +86,6 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
 
 def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
     """Few passes, since a reward learns by heart soon."""
-    for store, rows_I in sides:
-        single_I = rows_I[store.branches.counts[rows_I] < 2]
-        if len(single_I):
-            raise DataError(
-                f"{store.source(int(single_I[0]))}: it has one answer: a reward is learnt from two or more."
-            )
     num = len(sides[0][1])
     epochs = 2.0 if num < 1000 else 1.0
     choice = Choice("train.epochs", epochs, f"{num:,} rows; rewards of more passes fit their rows and no others")

@@ -7,10 +7,11 @@ A row to be scored has one answer: {"prompt": "...", "completion": "..."}, each 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.formats import prompt_completion
-from tunesmith.data.formats._turns import check_order, parts_of, tools_of
+from tunesmith.data.formats._turns import tools_of
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
@@ -39,27 +40,21 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
         rated = [one if isinstance(one, dict) else {} for one in record["completions"]]
         columns = {ours: [one.get(theirs) for one in rated] for ours, theirs in _RATED.items()}
         record = {"prompt": record.get("instruction"), **columns}
-    prompt, answers = record.get("prompt"), record.get("answers")
+    answers = record.get("answers")
     if not isinstance(answers, list):
         found.wrong_type("answers", answers, "a list of texts")
         return found.problems
-    tools = tools_of(record, found)
+    example = prompt_completion.prompt_alone(record.get("prompt"), tools_of(record, found), found, NAME)
     num, given = len(answers), record.get("scores")
     scores = [float(num - 1 - i) for i in range(num)] if given is None else found.numbers(given, num, "scores")
     texts = [found.answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(answers)]
-    if isinstance(prompt, list):
-        parts = parts_of(prompt, found, place="prompt", trained=False)
-        check_order(parts, found, place="prompt", answered=False)
-    else:
-        parts = [Part("user", found.text(record, "prompt"), False)]
     if len(answers) < 2:
         found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
     elif len(set(scores)) == 1 and not found.problems:
         found.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
-    if found.problems:
+    if found.problems or not isinstance(example, Example):
         return found.problems
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
     branches = tuple((Part("assistant", texts[i], True),) for i in order)
     labels = tuple(repr(scores[i]) for i in order)
-    plain = isinstance(prompt, str)
-    return Example(tuple(parts), source, NAME, tools, plain=plain, labels=labels, branches=branches, values=(0.0,))
+    return replace(example, labels=labels, branches=branches, values=(0.0,))
