@@ -51,7 +51,7 @@ def task_of(shape: Shape) -> Task | None:
 def has_look(recipe: Recipe) -> bool:
     """Whether the rows of a step are looked at before they are learnt, see `Task.look`."""
     task = TASKS[resolved(recipe.task)]
-    return task.look is not None and task.looks(getattr(recipe, task.section))
+    return bool(task.section) and task.looks(getattr(recipe, task.section))
 
 
 def bind(
@@ -74,7 +74,7 @@ def bind(
         options = getattr(recipe or Recipe(), task.section)
         how = {"options": options, **({"output": output} if task.compares else {})}
         found: dict[str, Any] = {key: partial(getattr(task, key), **how) for key in ("loss_sum", "measure")}
-        found["look"] = partial(task.look, **how) if task.look is not None and task.looks(options) else None
+        found["look"] = partial(task.look, **how) if task.look and task.looks(options) else None
         found["text_measure"] = partial(token_measure, output=output) if task.compares else None
         return replace(task, **found)
     if task.learns_classes:
