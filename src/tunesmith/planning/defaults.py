@@ -288,7 +288,8 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
     sooner = "; train.max_steps can end it sooner" if recipe.train.max_steps else ""
-    if TASKS[resolved(recipe.task)].learns_classes:
+    task = TASKS[resolved(recipe.task)]
+    if task.learns_classes and not task.is_chat:  # a number for an answer is learnt by heart soon
         return (5.0 if rows < 1000 else 3.0), f"{plural(rows, 'row')}, and a new head has to be learnt{sooner}"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
     why = "few rows are seen more often" if epochs > 1 else "enough to see each once"

@@ -7,22 +7,18 @@ A target is a row: the mean over its pairs of a better and a worse answer, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe.objectives import Reward
 from tunesmith.tasks.preference_losses import measured, values_of
-from tunesmith.types import Batch, Choice, Measured, Rates, Task
+from tunesmith.types import Batch, Measured, Rates, Task
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from tunesmith.data.dataset import RowStore
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
-    from tunesmith.recipe.schema import Recipe
 
 
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
@@ -84,14 +80,6 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
 
 
-def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
-    """Few passes, since a reward learns by heart soon."""
-    num = len(sides[0][1])
-    epochs = 2.0 if num < 1000 else 1.0
-    choice = Choice("train.epochs", epochs, f"{num:,} rows; rewards of more passes fit their rows and no others")
-    return [choice] if recipe.train.epochs == "auto" else []
-
-
 REWARD = Task(
     name="reward",
     doc="A number for an answer, higher for the better one.",
@@ -111,6 +99,5 @@ REWARD = Task(
     outcome="rewards",
     rows_per_step=32,
     rates=Rates(adapter=(1e-4, 1e-4), full=(3e-5, 1e-5)),
-    use_rows=_use_rows,
     section="reward",
 )
