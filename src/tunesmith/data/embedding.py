@@ -28,7 +28,7 @@ class EmbeddingEncoder(BranchEncoder):
     `RecipeError` for a limit that leaves no token.
     """
 
-    compares = False
+    names, compares = (), False
 
     def __init__(
         self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind, pooling: Pooling
@@ -49,9 +49,6 @@ class EmbeddingEncoder(BranchEncoder):
         (part,) = line.parts
         prompt, _ = self._prompts[part.role in QUERIES]
         return replace(line, parts=(replace(part, text=prompt + part.text),))
-
-    def name(self, line: Example, number: int, count: int) -> str:
-        return line.parts[0].role
 
     def finish(self, draft: Draft, line: Example) -> None:
         _, first = self._prompts[line.parts[0].role in QUERIES]

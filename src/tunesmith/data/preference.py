@@ -35,6 +35,8 @@ def side_encoder(tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: 
 class BranchEncoder(RowEncoder):
     """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
 
+    names: tuple[str, ...] = SIDES
+    """Names of so many lines in messages."""
     compares = True
     """Lines that are all the same teach nothing."""
 
@@ -56,7 +58,8 @@ class BranchEncoder(RowEncoder):
         """The row of all lines and their drafts, or what is wrong with one of them."""
         drafts: list[Draft] = []
         for number, (line, side) in enumerate(sides):
-            name = f"{self.name(line, number, len(sides))}: " if len(sides) > 1 else ""
+            name = self.names[number] if len(sides) == len(self.names) else f"text {number + 1}"
+            name = f"{name}: " if len(sides) > 1 else ""
             if isinstance(side, Problem):
                 return replace(side, message=f"{name}{side.message}")
             (draft,) = side
@@ -67,10 +70,6 @@ class BranchEncoder(RowEncoder):
             message = "its answers are the same tokens, as the model reads them."
             return Problem(example.source, "identical_sides", message, "Remove the row.")
         return [join(drafts, example.values)] if example.branches else drafts
-
-    def name(self, line: Example, number: int, count: int) -> str:
-        """The name of one of `count` lines in messages."""
-        return SIDES[number] if count == len(SIDES) else f"answer {number + 1}"
 
     def finish(self, draft: Draft, line: Example) -> None:
         """Change the draft of one line before it is joined."""

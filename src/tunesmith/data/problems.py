@@ -70,11 +70,11 @@ class RowProblems:
             self.wrong_type(key, value, "text")
         return ""
 
-    def answer(self, record: dict[str, Any], key: str) -> str:
-        """The text of a field that is trained and so must not be empty."""
+    def answer(self, record: dict[str, Any], key: str, code: str = "empty_answer") -> str:
+        """The text of a field that is learnt from and so must not be empty; `code`: of the problem if it is."""
         text = self.text(record, key)
         if isinstance(record.get(key), str) and not text.strip():
-            self.add("empty_answer", f"{key} is empty.", "Write it, or remove the row.")
+            self.add(code, f"{key} is empty.", "Write it, or remove the row.")
         return text
 
     def optional_text(self, record: dict[str, Any], key: str) -> str:

@@ -49,6 +49,8 @@ def _with_score(line: Example, example: Example, number: int) -> Example:
 class RankingEncoder(BranchEncoder):
     """Query and document as the two texts that the model knows; where both are too long the document is cut."""
 
+    names = ()
+
     def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
         super().__init__(ClassificationEncoder(tokenizer, fast, limit, kind))
         self._fast, self._limit = fast, limit

@@ -205,13 +205,14 @@ def _judge_answers(
     loaded: LoadedModel, data: Data, judge: LoadedModel, num: int, on_progress: OnProgress
 ) -> EvaluationResult:
     """Win rates of the answers to a file's prompts against those from before. Raises DataError for rows without one."""
-    task, problems, found = loaded.renderer.task_name, list[Problem](), list[Example]()
-    for answered in (True, False):  # rows without any answer are prompts as well
-        problems = []
-        rows = examples(data.train, data, problems.append, task=task, answered=answered)
-        found = [one if answered else replace(one, parts=(*one.parts, Part("assistant", "", True))) for _, one in rows]
-        if found:
-            break
+    task, problems = loaded.renderer.task_name, list[Problem]()
+
+    def read(*, answered: bool) -> list[Example]:
+        problems.clear()
+        return [one for _, one in examples(data.train, data, problems.append, task=task, answered=answered)]
+
+    empty = Part("assistant", "", True)  # rows without any answer are prompts as well
+    found = read(answered=True) or [replace(one, parts=(*one.parts, empty)) for one in read(answered=False)]
     if bad := [problem for problem in problems if problem.severity == "error"]:
         raise DataError(f"{plural(len(bad), 'row')} cannot be answered", bad)
     some, new_tokens = heapq.nsmallest(num, found, key=content_hash), loaded.recipe.evaluation.sample_tokens

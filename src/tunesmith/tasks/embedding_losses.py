@@ -133,20 +133,15 @@ def _ranking(texts: Texts, options: Embed) -> Tensor:
     own_B = anchors_B - rows_B  # among the documents
     vectors_LD = F.normalize(texts.vectors_LD, dim=-1)
     queries_B, documents_M = keys_L[anchors_B], keys_L[is_document_L]
-    scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[is_document_L].T
     belongs_BM = torch.isin(queries_B[:, None] * _ODD + documents_M, queries_B * _ODD + documents_M[own_B])
     hidden_BM = belongs_BM | (documents_M == queries_B[:, None])
     hidden_BM[rows_B, own_B] = False
-    losses_B = _cross_entropy(scores_BM, own_B, hidden_BM)
+    scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[is_document_L].T
+    scores_BM = scores_BM.masked_fill(hidden_BM, float("-inf"))
+    losses_B = F.cross_entropy(scores_BM, own_B, reduction="none")
     if not options.symmetric:
         return losses_B
-    scores_BB, hidden_BB = scores_BM[:, own_B].T, hidden_BM[:, own_B].T
-    return (losses_B + _cross_entropy(scores_BB, rows_B, hidden_BB)) / 2
-
-
-def _cross_entropy(scores_BM: Tensor, own_B: Tensor, hidden_BM: Tensor) -> Tensor:
-    scores_BM = scores_BM.masked_fill(hidden_BM, float("-inf"))
-    return scores_BM.logsumexp(1) - scores_BM.gather(1, own_B[:, None])[:, 0]
+    return (losses_B + F.cross_entropy(scores_BM[:, own_B].T, rows_B, reduction="none")) / 2
 
 
 def embedding_loss_sum(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Tensor:

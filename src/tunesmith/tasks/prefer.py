@@ -38,13 +38,13 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
 
     (store, train_I), *_ = sides
     unpaired = bool((store.branches.counts[train_I] == 1).all())
+    kinds = {True: "answers with a label", False: "pairs of answers"}
+    what, others = kinds[unpaired], kinds[not unpaired]
     for side, rows_I in sides:
         other_I = rows_I[(side.branches.counts[rows_I] == 1) != unpaired]
         if len(other_I):
-            have, others = ("two answers", "a label") if unpaired else ("a label", "two answers")
-            raise DataError(f"{side.source(int(other_I[0]))}: it has {have}, other rows have {others}. Use one kind.")
+            raise DataError(f"{side.source(int(other_I[0]))}: it is of {others}, other rows of {what}. Use one kind.")
     loss, fitting = recipe.prefer.loss, "kto" if unpaired else "dpo"
-    what = "answers with a label" if unpaired else "pairs of answers"
     if loss != "auto" and unpaired != (loss == "kto"):
         raise DataError(f"prefer.loss: {loss}: the rows are {what}. Leave it out, or use {fitting}.")
     choices = [Choice("prefer.loss", fitting, f"rows are {what}")] if loss == "auto" else []

@@ -27,9 +27,9 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     Not `answered`: query and one document, as two parts.
     """
     found = RowProblems(source)
-    query = Part("query", text_pairs.filled(record, "query", found), False)
+    query = Part("query", found.answer(record, "query", "empty"), False)
     if not answered:
-        document = Part("document", text_pairs.filled(record, "document", found), False)
+        document = Part("document", found.answer(record, "document", "empty"), False)
         return found.problems or Example((query, document), source, NAME)
     if "positive" in record:
         pair = text_pairs.parse(record, source)
@@ -39,7 +39,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     else:
         several = record.get("documents", [record.get("document")])
         several = several if isinstance(several, list) else [several]
-        texts = [text_pairs.filled({f"documents[{i}]": one}, f"documents[{i}]", found) for i, one in enumerate(several)]
+        named = {f"documents[{i}]": one for i, one in enumerate(several)}
+        texts = [found.answer(named, name, "empty") for name in named]
         key = next((key for key in _WANTED if key in record), "labels")
         wanted = found.numbers(record.get(key), len(texts), key)
         if not texts:

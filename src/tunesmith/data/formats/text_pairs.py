@@ -32,29 +32,23 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     """
     found = RowProblems(source)
     first = next((key for key in _ANCHORS if key in record), "anchor")
-    parts = (Part(first, filled(record, first, found), False),)
+    parts = (Part(first, found.answer(record, first, "empty"), False),)
     if not answered:
         return found.problems or Example(parts, source, NAME)
     second = "sentence2" if first == "sentence1" and "positive" not in record else "positive"
-    texts = [Part(second, filled(record, second, found), False)]
+    texts = [Part(second, found.answer(record, second, "empty"), False)]
     for key in (key for key in NEGATIVES if record.get(key) is not None):
         several = record[key] if isinstance(record[key], list) else [record[key]]
         names = [key] if several is not record[key] else [f"{key}[{i}]" for i in range(len(several))]
-        texts += [Part("negative", filled({n: t}, n, found), False) for n, t in zip(names, several, strict=True)]
+        texts += [
+            Part("negative", found.answer({n: t}, n, "empty"), False) for n, t in zip(names, several, strict=True)
+        ]
     has_score = record.get("score") is not None or "sentence2" in record
     values = tuple(found.numbers(record.get("score"), 1, "score")) if has_score else ()
     if not found.problems and not values:
         _compare(parts[0], texts, found)
     branches = tuple((part,) for part in texts)
     return found.problems or Example(parts, source, NAME, branches=branches, values=values)
-
-
-def filled(record: dict[str, Any], key: str, found: RowProblems) -> str:
-    """The text of a field that must not be empty; "" and a problem if it is."""
-    text = found.text(record, key)
-    if isinstance(record.get(key), str) and not text.strip():
-        found.add("empty", f"{key} is empty.", "Write it, or remove the row.")
-    return text
 
 
 def _compare(anchor: Part, texts: list[Part], found: RowProblems) -> None:
