@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.classification import ClassificationEncoder
 from tunesmith.data.preference import BranchEncoder
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit
+from tunesmith.data.renderer import Draft, LengthLimit
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.types import Example, ModelKind, Pooling
 
@@ -38,17 +37,11 @@ class EmbeddingEncoder(BranchEncoder):
         self._prompts = [(prompt, first_pooled(pooling, prompt, tokenizer)) for prompt in prompts]
         self._kind = pooling.kind
 
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        rows = [
-            replace(one, parts=(), branches=(one.parts, *one.branches)) if one.branches else one for one in examples
-        ]
-        return super().encode(rows)
-
-    def line(self, example: Example, number: int) -> Example:
-        line = super().line(example, number)
-        (part,) = line.parts
-        prompt, _ = self._prompts[part.role in QUERIES]
-        return replace(line, parts=(replace(part, text=prompt + part.text),))
+    def lines(self, example: Example) -> list[Example]:
+        texts = [part for branch in (example.parts, *example.branches) for part in branch]
+        prompts = [self._prompts[part.role in QUERIES][0] for part in texts]
+        parts = [replace(part, text=prompt + part.text) for prompt, part in zip(prompts, texts, strict=True)]
+        return [replace(example, parts=(part,), branches=()) for part in parts]
 
     def finish(self, draft: Draft, line: Example) -> None:
         _, first = self._prompts[line.parts[0].role in QUERIES]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -44,15 +43,13 @@ class BranchEncoder(RowEncoder):
         self._side, self.control, self.template_text = side, side.control, side.template_text
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        counts = [len(example.branches) or 1 for example in examples]
-        lines = [self.line(one, i) for one, count in zip(examples, counts, strict=True) for i in range(count)]
-        drafts = iter(zip(lines, self._side.encode(lines), strict=True))
-        return [self.row(one, list(islice(drafts, count))) for one, count in zip(examples, counts, strict=True)]
+        lines = [self.lines(example) for example in examples]
+        drafts = iter(self._side.encode([line for of_row in lines for line in of_row]))
+        return [self.row(one, [(line, next(drafts)) for line in of]) for one, of in zip(examples, lines, strict=True)]
 
-    def line(self, example: Example, number: int) -> Example:
-        """A branch behind its stem; an example without branches as it is."""
-        branch = [part for of in example.branches[number : number + 1] for part in of]
-        return replace(example, parts=(*example.parts, *branch), branches=())
+    def lines(self, example: Example) -> list[Example]:
+        """Each branch behind the stem; an example without branches as it is."""
+        return [replace(example, parts=(*example.parts, *one), branches=()) for one in example.branches or ((),)]
 
     def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
         """The row of all lines and their drafts, or what is wrong with one of them."""

@@ -28,12 +28,9 @@ class RewardEncoder(BranchEncoder):
         of_texts = None if self._read_at else ClassificationEncoder(tokenizer, fast, limit, kind)
         super().__init__(of_texts or side_encoder(tokenizer, fast, limit, date))
 
-    def line(self, example: Example, number: int) -> Example:
-        line = _with_score(super().line(example, number), example, number)
-        if self._read_at:
-            return line
-        prompt, answer = ([part.text for part in line.parts if part.trained == is_answer] for is_answer in (0, 1))
-        return replace(line, parts=(Part("prompt", "\n".join(prompt), False), Part("answer", "\n".join(answer), True)))
+    def lines(self, example: Example) -> list[Example]:
+        lines = _with_scores(super().lines(example), example)
+        return lines if self._read_at else [replace(line, parts=_two_texts(line)) for line in lines]
 
     def finish(self, draft: Draft, line: Example) -> None:
         draft.trained_T = np.zeros(len(draft.ids_T), np.bool_)
@@ -41,9 +38,14 @@ class RewardEncoder(BranchEncoder):
         draft.classes_N = line.labels
 
 
-def _with_score(line: Example, example: Example, number: int) -> Example:
+def _with_scores(lines: list[Example], example: Example) -> list[Example]:
     scores = example.labels or (("1", "0") if example.branches else ("0",))
-    return replace(line, labels=scores[number : number + 1])
+    return [replace(line, labels=(score,)) for line, score in zip(lines, scores, strict=True)]
+
+
+def _two_texts(line: Example) -> tuple[Part, ...]:
+    prompt, answer = ([part.text for part in line.parts if part.trained == is_answer] for is_answer in (0, 1))
+    return Part("prompt", "\n".join(prompt), False), Part("answer", "\n".join(answer), True)
 
 
 class RankingEncoder(BranchEncoder):
@@ -68,5 +70,5 @@ class RankingEncoder(BranchEncoder):
                 found[i] = Problem(examples[i].source, "too_long", message, "Shorten it, or raise the limit.")
         return found
 
-    def line(self, example: Example, number: int) -> Example:
-        return _with_score(super().line(example, number), example, number)
+    def lines(self, example: Example) -> list[Example]:
+        return _with_scores(super().lines(example), example)
