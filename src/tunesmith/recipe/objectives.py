@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,11 @@ from tunesmith.recipe.methods import Auto, OptionGroup, Positive
 from tunesmith.types import Pooling, PoolingKind
 
 PreferenceLoss = Literal["dpo", "robust", "hinge", "ipo", "dpo_norm", "apo_zero", "simpo", "cpo", "orpo", "kto"]
+_LOSSES_WITH: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType({
+    ("label_smoothing",): ("dpo", "robust"), ("margin", "length"): ("dpo", "hinge", "dpo_norm", "simpo", "cpo"),
+    ("nll",): tuple(loss for loss in get_args(PreferenceLoss) if loss != "kto"), ("desirable", "undesirable"): ("kto",),
+})  # fmt: skip
+"""Options and the losses that have them."""
 _BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
 
 
@@ -50,12 +55,10 @@ class Prefer(OptionGroup):
 
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Prefer:
-        without_margin = self.loss in ("robust", "ipo", "apo_zero", "orpo", "kto")
-        is_unused = {"label_smoothing": self.loss not in ("dpo", "robust", "auto"), "nll": self.loss == "kto"}
-        is_unused |= dict.fromkeys(("margin", "length"), without_margin)
-        is_unused |= dict.fromkeys(("desirable", "undesirable"), self.loss not in ("kto", "auto"))
-        for option in (option for option, unused in is_unused.items() if unused and getattr(self, option)):
-            raise ValueError(f"prefer.{option}: {self.loss} has none. Leave it out, or use another loss")
+        for options, losses in _LOSSES_WITH.items():
+            for option in options:
+                if getattr(self, option) and self.loss not in (*losses, "auto"):
+                    raise ValueError(f"prefer.{option}: is for {', '.join(losses)}. Leave it out")
         return self
 
 
