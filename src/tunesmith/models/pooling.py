@@ -47,12 +47,11 @@ def find_pooling(folder: Path) -> Pooling | None:
         if len(modes) != 1 or modes[0] not in _KINDS:
             raise ModelError(f"{folder}: {', '.join(modes) or 'no pooling'}: one of {', '.join(_KINDS)} is known.")
         kind = _KINDS[modes[0]]
-    limits = folder / _LIMITS
-    most = _json(limits).get("max_seq_length") if limits.is_file() else None
-    prompts = _json(folder / _PROMPTS).get("prompts") or {} if (folder / _PROMPTS).is_file() else {}
-    document = prompts.get("document", prompts.get("passage"))
+    limits, more = (_json(path) if (path := folder / name).is_file() else {} for name in (_LIMITS, _PROMPTS))
+    given = more.get("prompts") or {}
+    prompts = given.get("query") or "", given.get("document", given.get("passage")) or ""
     include_prompt = bool(config.get("include_prompt", True))
-    return Pooling(kind, "Normalize" in names, most, prompts.get("query") or "", document or "", include_prompt)
+    return Pooling(kind, "Normalize" in names, limits.get("max_seq_length"), *prompts, include_prompt)
 
 
 def pool(hidden_ND: Tensor, batch: Batch, kind: PoolingKind) -> Tensor:

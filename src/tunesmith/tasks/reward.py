@@ -63,9 +63,8 @@ def branch_measure(model: nn.Module, batch: Batch, *, losses: Callable[..., Tens
         rewards_L, losses_B = branch_losses(model, batch, losses, options)
     counts = torch.bincount(batch.row_of_N, minlength=len(losses_B)).tolist()
     columns = {"rewards": rewards_L, "scores": batch.targets_N.float(), "lengths": torch.tensor(batch.lengths)}
-    return measured(
-        losses_B, {key: [part.tolist() for part in torch.split(values_L, counts)] for key, values_L in columns.items()}
-    )
+    parts = {key: [part.tolist() for part in torch.split(found_L, counts)] for key, found_L in columns.items()}
+    return measured(losses_B, parts)
 
 
 def _encoder(settings: EncoderSettings) -> RowEncoder:
