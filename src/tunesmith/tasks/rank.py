@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from tunesmith.data.renderer import EncoderSettings, RowEncoder
 
-_PLAIN = Reward(center=0.0)
-
 
 def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, options: Rank) -> Tensor:
     """[B] the loss of each row. Sources: docs/embeddings.md."""
@@ -30,7 +28,7 @@ def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_
 
     empty_B = torch.zeros_like(values_B)
     if options.loss == "pairwise":
-        return reward_losses(scores_L, wanted_L, row_of_L, empty_B, _PLAIN)
+        return reward_losses(scores_L, wanted_L, row_of_L, empty_B, Reward(center=0.0))
     counts_B = torch.bincount(row_of_L, minlength=len(empty_B))
     if options.loss == "pointwise":
         weight = scores_L.new_tensor(options.positive_weight)
