@@ -149,15 +149,11 @@ def evaluate_file(
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
         raise InputError(f"--samples: a model of task {task} has no head for writing answers. Leave it out.")
-    if judge and (loaded.run is None or loaded.is_base or not TASKS[task].writes_answers):
-        raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
     data, notes = _data_of(loaded, path, offline, on_progress)
     if judge:
         rates = _judge_answers(loaded, data, judge, SAMPLES if samples is None else samples, on_progress)
         keep(iter(rates.samples))
         return replace(rates, notes=[*notes, *rates.notes])
-    if loaded.recipe.train.class_weights == "balanced":
-        notes.append("the loss is not weighted as in training: an early version kept no class weights of this run")
     trained = None if loaded.run is None else load_training_rows(loaded.run)
     problems: list[Problem] = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
@@ -206,6 +202,8 @@ def _judge_answers(
 ) -> EvaluationResult:
     """Win rates of the answers to a file's prompts against those from before. Raises DataError for rows without one."""
     task, problems = loaded.renderer.task_name, list[Problem]()
+    if loaded.run is None or loaded.is_base or not TASKS[task].writes_answers:
+        raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
 
     def read(*, answered: bool) -> list[Example]:
         problems.clear()
@@ -304,6 +302,8 @@ def _beside_report(
 ) -> Iterator[str]:
     """Notes on why these measures are not those of a run's report."""
     most, num_rows = loaded.recipe.evaluation.max_rows, len(hashes_I)
+    if loaded.recipe.train.class_weights == "balanced":
+        yield "the loss is not weighted as in training: an early version kept no class weights of this run"
     if loaded.run is not None and isinstance(most, int) and num_rows > most:
         yield f"all {num_rows:,} rows are measured; the run's report is of at most {most:,} (evaluation.max_rows)"
     are_held = trained is not None and bool(np.isin(hashes_I, trained.held_hashes).all())
