@@ -25,10 +25,8 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "dora": {"name": "dora"},
     "qlora": {"name": "qlora"},
     "peft: IA3": {"name": "peft", "kind": "IA3"},
-    "peft: PROMPT_TUNING": {"name": "peft", "kind": "PROMPT_TUNING"},
 }
 """What is set of each method; the rest, its rate too, is what Tunesmith decides by itself."""
-NOT_FOR = {("medical", "peft: PROMPT_TUNING"): "virtual tokens are for models that write"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ def run_all(settings: Settings, folder: Path, *, only: Sequence[str], minutes: f
                 results.append(_read_result(place))
                 continue
             left = None if minutes is None else minutes * 60 - (time.monotonic() - begun)
-            if (data, case) in NOT_FOR or (only and case not in only) or (left is not None and left < slowest):
+            if (only and case not in only) or (left is not None and left < slowest):
                 continue
             one = time.monotonic()
             result = _run(settings, data, case, folder, name)

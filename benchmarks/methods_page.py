@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.methods import CASES, NOT_FOR, WARM_UP_STEPS, Result, Settings
+from benchmarks.methods import CASES, WARM_UP_STEPS, Result, Settings
 
 BEGIN, END = "<!-- measured by benchmarks methods: begin -->", "<!-- measured by benchmarks methods: end -->"
 _HEAD = (
@@ -45,7 +45,6 @@ def table(settings: Settings, results: Sequence[Result], command: str) -> str:
     ]
     if missing := [case for case in CASES if not any(case == name for _, name in found)]:
         lines.append(f"Not measured yet: {', '.join(missing)}.")
-    lines += [f"{case} on {data}: not run, {why}." for (data, case), why in NOT_FOR.items()]
     return "\n".join([*lines, *failed]) + "\n"
 
 

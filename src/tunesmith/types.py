@@ -343,26 +343,6 @@ class Task:
     """Section of the recipe that only this task has; `loss_sum`, `measure` and `look` take it as `options`."""
 
 
-class StepHook(Protocol):
-    """A method's part in every step besides learning from the rows, and its state."""
-
-    def penalty(self) -> Tensor:
-        """The term that is added to the loss of a step, once, however its rows are split; with gradient."""
-        ...
-
-    def around_update(self, step: int) -> AbstractContextManager[None]:
-        """Wrap the update of a step: its gradients are complete before, the weights new after it."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint, not copied; names and shapes are the same at every step."""
-        ...
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, bit for bit."""
-        ...
-
-
 class Attachment(Protocol):
     """A method's hold on a model: the tensors that are trained, and their way into the model and out of it again.
 
@@ -378,8 +358,6 @@ class Attachment(Protocol):
     """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
     shards: Mapping[str, Size] = MappingProxyType({})
     """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.fsdp`."""
-    step_hook: StepHook | None = None
-    """None: training follows from gradients of the rows alone."""
 
     @property
     def shared(self) -> Mapping[str, Tensor]:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ import fresh
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import CheckpointError
-from tunesmith.methods import METHODS, Method, restore, state_dict
+from tunesmith.methods import METHODS, Method, restore
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.new_token_embeddings import ROWS
@@ -51,20 +50,16 @@ SETTINGS: dict[str, Settings] = {
     "peft": PeftMethod(kind="IA3"),
 }
 PEFT: dict[str, dict[str, Any]] = {
-    "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "total_step": 4, "lora_alpha": 64},
     "BOFT": {"boft_block_size": 8},
     "FOURIERFT": {"n_frequency": 50, "init_weights": True},
     "LN_TUNING": {},
     "LOHA": {"r": 4},
     "LOKR": {"r": 4},
     "OFT": {"r": 0, "oft_block_size": 16},
-    "PREFIX_TUNING": {"num_virtual_tokens": 4},
-    "PROMPT_TUNING": {"num_virtual_tokens": 4},
-    "P_TUNING": {"num_virtual_tokens": 4},
     "VERA": {"r": 16},
 }
 """Kinds of peft and settings that suit a model of width 64; tests/methods/test_peft.py goes through all."""
-for kind in PEFT.keys() & {"ADALORA", "BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
+for kind in PEFT.keys() & {"BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
     PEFT[kind]["target_modules"] = ["q_proj", "v_proj", "down_proj"]
 CASES: dict[str, Settings] = {
     **SETTINGS,
@@ -99,8 +94,6 @@ NEEDS_BIASES = [name for name, settings in CASES.items() if getattr(settings, "b
 NOT_EXACT = {"lora, pissa": 1e-5, "lora, pissa by pattern": 1e-5, "dora, pissa": 1e-5, "lora, orthogonal": 1e-5,
              "qlora, pissa": 1e-5}  # fmt: skip
 """Starts whose matrices cancel: in float32 outputs of order 1 move by less than this."""
-CHANGES_AT_ONCE = ["peft, PREFIX_TUNING", "peft, PROMPT_TUNING", "peft, P_TUNING"]
-"""What begins with random numbers of its own, and says so in its notes."""
 FAMILIES = ["llama", "gpt2", "bert", "qwen2 sequence", "t5"]
 """BERT is taken with a head that answers about a text, qwen2 with one too."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,10 +179,7 @@ def train(
         ids = torch.randint(1, VOCAB, (4, 24), generator=torch.Generator().manual_seed(step))
         loss_of(model, ids).backward()
         attachment.collect_gradients()
-        if attachment.step_hook:
-            attachment.step_hook.penalty().backward()
-        with attachment.step_hook.around_update(step + 1) if attachment.step_hook else nullcontext():
-            update.step(1e-2)
+        update.step(1e-2)
         attachment.publish()
     return update
 
@@ -209,11 +199,8 @@ def test_fresh_it_changes_nothing(case: str, arch: str, dtype: torch.dtype) -> N
     """To the last bit, but for starts that say they do not."""
     model = ready(made(arch, dtype=dtype).eval(), case)
     before = logits(model)
-    attachment = attached(model, case)
-    if case in CHANGES_AT_ONCE:
-        assert any("change answers from the start" in note for note in attachment.notes)
-        assert not torch.equal(logits(model), before)
-    elif case not in NOT_EXACT:
+    attached(model, case)
+    if case not in NOT_EXACT:
         assert torch.equal(logits(model), before)
     elif dtype == torch.float32:
         assert 0 < (logits(model) - before).abs().max() <= NOT_EXACT[case]
@@ -341,17 +328,17 @@ def test_restored_it_goes_on_bit_for_bit(case: str, arch: str, dtype: torch.dtyp
     """Two steps, all that is trained and its optimizer into another process's hands, two more: four in a row."""
     straight = attached(ready(made(arch, dtype=dtype), case), case)
     update = train(straight.model, straight, steps=2)
-    weights = {name: tensor.detach().clone() for name, tensor in state_dict(straight).items()}
+    weights = {name: tensor.detach().clone() for name, tensor in straight.trained.items()}
     state = {name: tensor.clone() for name, tensor in update.state().items()}
     train(straight.model, straight, steps=2, start=2, update=update)
     again = attached(ready(made(arch, dtype=dtype), case), case)
     restore(again, weights)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in state_dict(again).items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.trained.items())
     loaded = update_of(again)
     loaded.load(state)
     train(again.model, again, steps=2, start=2, update=loaded)
-    found = state_dict(again)
-    assert all(torch.equal(found[name], tensor) for name, tensor in state_dict(straight).items())
+    found = again.trained
+    assert all(torch.equal(found[name], tensor) for name, tensor in straight.trained.items())
     assert torch.equal(logits(again.model), logits(straight.model))
 
 

@@ -41,13 +41,12 @@ def twelve(folder: Path) -> dict[str, Recipe]:
         return task_recipe(own, task, kind, dropout=0.0, rows=24, **given)
 
     adapter = {"name": "lora", "rank": 4, "dropout": 0.0}
-    ada = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
     (folder / "chats").mkdir(parents=True, exist_ok=True)
     return {
         "chats": tiny_recipe(folder / "chats", optim={"lr": 1e-3}),
         "chat-full": of("chat-full", "chat", "causal"),
         "dora": of("dora", "chat", "causal", method={"name": "dora", "rank": 4, "dropout": 0.0}),
-        "adalora": of("adalora", "generate", "causal", method={"name": "peft", "kind": "ADALORA", "settings": ada}),
+        "ia3": of("ia3", "generate", "causal", method={"name": "peft", "kind": "IA3"}),
         "text": of("text", "text", "causal", method=adapter),
         "masked": of("masked", "text", "encoder"),
         "classes": of("classes", "classify", "encoder"),

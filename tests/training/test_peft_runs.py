@@ -10,7 +10,7 @@ from export.exports import quick
 from serve.batches import run as run_batch
 from serve.engines import says
 from tiny_run import same_run, stop_at, tiny_recipe
-from tunesmith.errors import InputError, RecipeError, Stopped
+from tunesmith.errors import InputError, Stopped
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
@@ -25,19 +25,19 @@ from tunesmith.serve.scheduler import Scheduler
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
-QUANT_TYPES = {
-    "ADALORA": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 2, "target_modules": ["q_proj", "down_proj"]},
+SETTINGS = {
     "IA3": {},
-    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "LN_TUNING": {},
+    "TRAINABLE_TOKENS": {"token_indices": [5, 6, 7]},
 }
 
 
 def recipe_of(folder: Path, kind: str, arch: str = "llama", **sections: object) -> Recipe:
     recipe = tiny_recipe(folder, arch=arch, **sections)
-    return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=QUANT_TYPES[kind])})
+    return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=SETTINGS[kind])})
 
 
-@pytest.fixture(scope="module", params=list(QUANT_TYPES))
+@pytest.fixture(scope="module", params=list(SETTINGS))
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(f"peft-{request.param}")
     return train(recipe_of(folder, request.param), root=folder / "runs")
@@ -62,15 +62,9 @@ def test_stopped_and_resumed_is_the_same_run(straight: Run, tmp_path: Path) -> N
 def test_what_the_plan_says(straight: Run) -> None:
     plan = plan_of(straight)
     notes = "; ".join(plan["warnings"])
-    if kind_of(straight) != "PROMPT_TUNING":
-        assert plan["layout"] == "packed"
-        assert f"peft puts {kind_of(straight)} on" in notes
-    else:
-        assert plan["layout"] == "padded"
-        assert "virtual tokens precede each row" in notes
-        assert "4 virtual tokens precede every row, shorten its room" in notes
-        assert straight.recipe().data.max_tokens == 512 - 4
-        assert "cannot be merged" in notes
+    assert plan["layout"] == "packed"
+    assert f"peft puts {kind_of(straight)} on" in notes
+    assert ("cannot be merged" in notes) == (kind_of(straight) == "TRAINABLE_TOKENS")
 
 
 def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
@@ -84,12 +78,6 @@ def test_the_loaded_result_scores_what_the_run_said(straight: Run) -> None:
     )
     found = float(outcomes.losses_I.sum() / outcomes.counts_I.sum())
     assert found == pytest.approx(told["loss"], abs=1e-4)  # the run cut other passes
-
-
-def test_its_room_is_what_virtual_tokens_leave(straight: Run) -> None:
-    virtual = 4 if kind_of(straight) == "PROMPT_TUNING" else 0
-    assert load_run(straight).max_tokens == 512 - virtual
-    assert load_any(str(straight.path), root=Path("runs"), base=True).max_tokens == 512
 
 
 def test_the_base_is_looked_at_under_the_method(straight: Run) -> None:
@@ -119,48 +107,31 @@ def test_exported_as_an_adapter_it_is_what_was_tuned(
 
 def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-    if kind_of(straight) != "PROMPT_TUNING":
+    if kind_of(straight) != "TRAINABLE_TOKENS":
         done = export_run(straight, "merged", out=tmp_path / "out", offline=True)
         assert done.found.carried == pytest.approx(1.0, abs=1e-2)
         assert "model.layers.0.mlp.down_proj.weight" in load_file(done.path / "model.safetensors")
         return
     for target in ("merged", "gguf", "ollama", "onnx"):
-        with pytest.raises(InputError, match=f"^--to {target}: PROMPT_TUNING is not a change of the model's weights"):
+        with pytest.raises(InputError, match=f"^--to {target}: TRAINABLE_TOKENS is not a change"):
             export_run(straight, target, out=tmp_path / "out", offline=True)
 
 
 def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
-    notes: list[str] = []
     options = EngineOptions(max_new_tokens=16, threads=1, offline=True)
-    serving = open_registry([str(straight.path)], root=Path("runs"), options=options, note=notes.append)
+    serving = open_registry([str(straight.path)], root=Path("runs"), options=options, note=lambda note: None)
     voice = serving.models[straight.path.name]
     ask = says(voice.card.name, "hello dog", max_tokens=8)
     heard = run_batch(Scheduler(voice.decoder, streams=1), voice.prepare(0, ask, options))
     tuned = load_run(straight)
     [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
     assert heard[0].texts[0] == alone.text
-    apart = any("decoded one by one" in note and "virtual tokens" in note for note in notes)
-    assert apart == (kind_of(straight) == "PROMPT_TUNING"), notes
 
 
 def test_another_run_starts_from_it_where_it_can_be_merged(straight: Run, tmp_path: Path) -> None:
     recipe = straight.recipe().model_copy(update={"model": str(straight.path)})
-    if kind_of(straight) != "PROMPT_TUNING":
+    if kind_of(straight) != "TRAINABLE_TOKENS":
         assert train(recipe, root=tmp_path).state() == "done"
     else:
         with pytest.raises(InputError, match="cannot be merged"):
             train(recipe, root=tmp_path)
-
-
-def test_more_virtual_tokens_than_the_model_attends_to_are_refused(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    method = PeftMethod(kind="PROMPT_TUNING", settings={"num_virtual_tokens": 512})
-    with pytest.raises(RecipeError, match=r"^method.settings.num_virtual_tokens: 512: the model can attend to 512"):
-        prepare(recipe.model_copy(update={"method": method}), root=tmp_path)
-
-
-def test_recomputed_layers_would_lose_a_prefix(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, train={"checkpointed_layers": 1})
-    method = PeftMethod(kind="PREFIX_TUNING")
-    with pytest.raises(RecipeError, match="gradient checkpointing"):
-        prepare(recipe.model_copy(update={"method": method}), root=tmp_path)

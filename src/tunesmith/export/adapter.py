@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RunError
 from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.hub import base_id
 from tunesmith.export.run_result import RunResult, auto_class, read_config
-from tunesmith.export.target import EXACT, ROUNDED, ExportedModel, ExportOptions, ExportTarget, TorchModel, run_dtype
+from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, TorchModel, run_dtype
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, check_patterns
 from tunesmith.models.heads import LABELS_FILE
 from tunesmith.models.load import TOKENIZER_FILES, load_model, load_tokenizer, model_kind, new_tokens_of
-from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.save import save_generation_config
 from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
-from tunesmith.types import Batch
 
 BASE_FILE = "base.json"
 """SHA-256 of the files of the base that the adapter was made for."""
@@ -73,8 +67,6 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     config = dict(result.adapter_config)
     check_patterns(config)
     config["base_model_name_or_path"] = base_id(result) or result.base.path.name
-    if config.get("tokenizer_name_or_path"):  # a prompt that was initialized from a text
-        config["tokenizer_name_or_path"] = config["base_model_name_or_path"]
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if result.renderer.stop_ids:
         save_generation_config(result.without_weights(), folder, stop_ids=result.renderer.stop_ids)
@@ -87,29 +79,6 @@ def write_base_facts(result: RunResult, folder: Path) -> None:
     name = base_id(result) or result.base.path.name
     facts = {"model": name, "revision": result.base.revision, "sha256": result.base_hashes}
     (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
-
-
-@dataclass(frozen=True)
-class PromptModel(TorchModel):
-    """A model behind peft's virtual tokens, computed by peft's own forward."""
-
-    wrapped: Any = None
-
-    def logits(self, batch: Batch) -> Tensor:
-        logits_BTV = self._logits(input_ids=batch.ids_BT, attention_mask=batch.mask_BT)
-        return logits_BTV[:, -batch.ids_BT.shape[1] :].flatten(0, 1)[batch.predict_N].float().cpu()
-
-    def next_logits(self, ids: list[int]) -> Tensor:
-        ids_1T = torch.tensor([ids])
-        return self._logits(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0, -1]
-
-    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
-        return ExportedModel.answers(self, renderer, prompts, num_tokens=num_tokens)
-
-    def _logits(self, **inputs: Tensor | None) -> Tensor:
-        with eval_mode(self.wrapped):
-            logits: Tensor = self.wrapped(**inputs).logits
-        return logits
 
 
 def _load(folder: Path, recipe: Recipe) -> TorchModel:
@@ -129,11 +98,8 @@ def _load(folder: Path, recipe: Recipe) -> TorchModel:
     from peft import PeftModel
 
     with silence_transformers():
-        wrapped = PeftModel.from_pretrained(model, str(folder)).eval()  # puts its layers into the model itself
-    by = f"peft {version('peft')}"
-    if wrapped.active_peft_config.is_prompt_learning:
-        return PromptModel(tokenizer, kind, head, by, model, wrapped=wrapped)
-    return TorchModel(tokenizer, kind, head, by, model)
+        PeftModel.from_pretrained(model, str(folder)).eval()  # puts its layers into the model itself
+    return TorchModel(tokenizer, kind, head, f"peft {version('peft')}", model)
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:

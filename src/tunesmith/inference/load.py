@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.methods import METHODS, attach, method_of, restore, state_dict
+from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
 from tunesmith.models.attention import longrope_conflict
@@ -83,9 +83,8 @@ class LoadedModel:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a text and its answer: the model's positions less the virtual tokens of its method."""
-        virtual = method_of(self.recipe).num_virtual_tokens(self.recipe.method) if self.attachment is not None else 0
-        return model_size(self.located).max_tokens - virtual
+        """Most tokens of a text and its answer."""
+        return model_size(self.located).max_tokens
 
     @property
     def pad_id(self) -> int:
@@ -177,7 +176,7 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
     if run.adapter_path.exists():
         unchecked = run.check_result(run.adapter_path)
         attachment = method.load_result(base.model, run.adapter_path)
-        refuse_non_finite(state_dict(attachment), run.adapter_path)
+        refuse_non_finite(attachment.trained, run.adapter_path)
         note = "; ".join(filter(None, [unchecked, base.packed]))
         return replace(base, attachment=attachment, result=run.adapter_path, note=note)
     # Reading checkpoints sets damaged ones aside: not under the hands of the process that writes them.

@@ -68,17 +68,12 @@ class Method:
     package: str | None = None
     """The optional package that it needs."""
 
-    resolve: Callable[[Any], Any] = lambda settings: settings
-    """(settings) -> settings, checked against what is installed, with its defaults filled in. Raises RecipeError."""
-    resolve_steps: Callable[..., tuple[Any, list[tuple[str, Any]]]] = lambda settings, optim, num_steps: (settings, [])
-    """(settings, optim settings, () -> number of steps) -> (settings, choices as (option, value)), for a method with a
-    schedule of its own. Raises RecipeError."""
+    check: Callable[[Any], Any] = lambda settings: None
+    """(settings), against what is installed. Raises RecipeError."""
     required_precision: Callable[[Any], tuple[str, str] | None] = lambda settings: None
     """(settings) -> (precision, reason); None: any."""
     randomness: Callable[[Any], str | None] = lambda settings: None
     """(settings) -> the option that makes a forward pass random in training, such as dropout; None: nothing does."""
-    num_virtual_tokens: Callable[[Any], int] = lambda settings: 0
-    """(settings) -> positions of every row that the method takes for itself."""
     can_merge: Callable[[Any], bool] = lambda settings: True
     """(settings) -> whether the result is a change of weights, so that it can be merged into its base."""
     base_format: Callable[[Any], str] = lambda settings: ""
@@ -147,10 +142,8 @@ METHODS: dict[str, Method] = {
         fused_loss=False,
         new_tokens=False,
         package="peft",
-        resolve=peft.resolve,
-        resolve_steps=peft.resolve_steps,
+        check=peft.make_config,
         randomness=peft.randomness,
-        num_virtual_tokens=peft.num_virtual_tokens,
         can_merge=lambda settings: settings.kind in peft.MERGEABLE,
         unshareable=lambda settings: "method peft is more than low-rank paths on layers",
     ),
@@ -181,28 +174,20 @@ def attach(
     return method.attach(model, recipe.method, seed=recipe.seed, tokens=tokens)
 
 
-def state_dict(attachment: Attachment) -> dict[str, Tensor]:
-    """Everything that a checkpoint holds of a method, not copied: trained tensors, and the state of its step hook."""
-    hook = attachment.step_hook
-    return {**attachment.trained, **(hook.state() if hook is not None else {})}
-
-
 @torch.no_grad()
 def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state_dict` gave from a checkpoint, bit for bit, and publish it.
+    """Put the trained tensors of a checkpoint back, bit for bit, and publish them.
 
     Raises:
         CheckpointError: a name or shape that does not fit; nothing was changed.
     """
-    expected = state_dict(attachment)
+    expected = attachment.trained
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
         raise CheckpointError(f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise CheckpointError(f"weights: {name}: {tensors[name].dtype} {tuple(tensors[name].shape)} does not fit")
-    for name, tensor in attachment.trained.items():
+    for name, tensor in expected.items():
         tensor.copy_(tensors[name])
-    if attachment.step_hook is not None:
-        attachment.step_hook.load(tensors)
     attachment.publish()

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import InputError, ModelError, RecipeError
-from tunesmith.methods import adalora
 from tunesmith.methods.adapter_format import (
     WEIGHTS,
     base_reference,
@@ -30,20 +29,14 @@ from tunesmith.methods.adapter_format import (
 )
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.methods.targets import Target, refuse_frozen_new, tied_reasons
-from tunesmith.methods.virtual_tokens import VirtualTokens
 from tunesmith.models import heads
-from tunesmith.models.forward import body_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.save import writing_weights
-from tunesmith.optim import OPTIMIZERS
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.methods import PeftMethod
-from tunesmith.recipe.schema import Optim
 from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from tunesmith.data.renderer import Renderer
     from tunesmith.models.resolve_model import ModelRef
 
@@ -51,31 +44,27 @@ ADAPTER = "default"
 """peft's name of the only adapter that there is."""
 INSIDE = "base_model.model."
 """peft's prefix of the names of the model's own modules."""
-PROMPT = "prompt_encoder"
-"""Name under which a prompt becomes a module of the model."""
-NUM_VIRTUAL_TOKENS = 20
-"""Default; enough for most models (Lester et al. 2021, section 4)."""
 OWN_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 )  # fmt: skip
 """Settings that follow from the model and the run."""
-UNSUPPORTED = ("ADAPTION_PROMPT", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
-"""Kinds that need inputs or a loss of their own, replace the model's code, or let the rows of a batch change each
-other's answers (LILY)."""
+UNSUPPORTED = (
+    "ADALORA", "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
+    "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
+)  # fmt: skip
+"""Kinds that need inputs, a loss or a schedule of their own, replace the model's code, or let the rows of a batch
+change each other's answers (LILY)."""
 LEARNING_RATES: Mapping[str, tuple[float, str]] = MappingProxyType(
     {
         "IA3": (3e-3, "Liu et al. 2022, section 3.4"),
         "LN_TUNING": (1e-3, "few numbers, each of which has far to go"),
-        "PREFIX_TUNING": (1e-2, "peft's example"),
-        "PROMPT_TUNING": (3e-2, "peft's example"),
-        "P_TUNING": (1e-3, "peft's example"),
         "VERA": (4e-3, "Kopiczko et al. 2023, table 7"),
     }
 )
 """Rates, with AdamW, of kinds that learn at other rates than LoRA, and their sources."""
 MERGEABLE = frozenset(
     {
-        "ADALORA", "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
+        "ADAMSS", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
         "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA",
         "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT",
     }
@@ -117,11 +106,13 @@ def config_class(kind: str) -> Any:
 
 
 def make_config(method: PeftMethod, **given: Any) -> Any:
-    """peft's config of a method. Raises RecipeError, with peft's reason, for settings that it refuses."""
+    """peft's config of a method.
+
+    Raises:
+        RecipeError: peft is not installed, the kind does not exist or is not supported, or peft refuses the settings.
+    """
     if own := [key for key in OWN_KEYS if key in method.settings]:
         raise RecipeError(f"method.settings.{own[0]}: follows from the model and the run. Leave it out.")
-    if "trust_remote_code" in str(method.settings):
-        raise RecipeError("method.settings: trust_remote_code: a model's own code is not run here. Leave it out.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*will be ignored")
@@ -130,27 +121,6 @@ def make_config(method: PeftMethod, **given: Any) -> Any:
         raise
     except Exception as error:  # each config has checks and errors of its own
         raise RecipeError(f"method.settings: {method.kind}: peft refuses them: {error}") from error
-
-
-def is_prompt(kind: str) -> bool:
-    """Whether a kind puts virtual tokens before each row."""
-    return issubclass(config_class(kind), import_peft().PromptLearningConfig)
-
-
-def num_virtual_tokens(method: PeftMethod) -> int:
-    """Positions of each row that a method takes for itself; 0 for all but prompts.
-
-    Raises RecipeError where their number is none.
-    """
-    if not is_prompt(method.kind):
-        return 0
-    num = method.settings["num_virtual_tokens"]
-    if type(num) is not int or num < 1:
-        raise RecipeError(
-            f"method.settings.num_virtual_tokens: {num!r}: must be a whole number above 0. Leave it out for "
-            f"{NUM_VIRTUAL_TOKENS}."
-        )
-    return num
 
 
 def learning_rate(method: PeftMethod, kind: str, num_parameters: int) -> tuple[float, str]:
@@ -170,46 +140,6 @@ def randomness(method: PeftMethod) -> str | None:
     )
 
 
-def resolve(method: PeftMethod) -> PeftMethod:
-    """The method with its settings checked by peft's config class, and its number of virtual tokens filled in.
-
-    Raises:
-        RecipeError: peft is not installed, the kind does not exist or is not supported, or peft refuses the settings.
-    """
-    settings, given = dict(method.settings), {}
-    if is_prompt(method.kind):
-        given_num = settings.get("num_virtual_tokens")
-        settings["num_virtual_tokens"] = NUM_VIRTUAL_TOKENS if given_num is None else given_num
-    if settings.get("prompt_tuning_init") == "TEXT" and "tokenizer_name_or_path" not in settings:
-        given["tokenizer_name_or_path"] = "the model's"
-    resolved = method.model_copy(update={"settings": settings})
-    num_virtual_tokens(resolved)
-    if method.kind != adalora.KIND:  # its schedule is checked when the number of steps is known
-        make_config(resolved, **given)
-    return resolved
-
-
-def resolve_steps(
-    method: PeftMethod, optim: Optim, num_steps: Callable[[], int]
-) -> tuple[PeftMethod, list[tuple[str, Any]]]:
-    """AdaLoRA with the run's number of steps, and what was chosen; other kinds as they are.
-
-    Raises RecipeError for a schedule that cannot run in these steps, or an optimizer that would undo it.
-    """
-    if method.kind != adalora.KIND:
-        return method, []
-    if OPTIMIZERS[optim.name].counters:
-        raise RecipeError(
-            f"optim.name: {optim.name}: keeps means of the weights, which bring back the ranks that "
-            f"{method.kind} takes. Use another optimizer."
-        )
-    steps = num_steps()
-    resolved = method.model_copy(update={"settings": {**method.settings, "total_step": steps}})
-    if problems := adalora.schedule_problems(make_config(resolved)):
-        raise RecipeError("\n".join(f"method.settings.{problem}" for problem in problems))
-    return resolved, [("method.settings.total_step", steps)] if resolved != method else []
-
-
 class PeftAttachment(Attachment):
     """peft's adapter on a model. `trained` has the names of peft's files, in the order of the model."""
 
@@ -217,10 +147,6 @@ class PeftAttachment(Attachment):
 
     def __init__(self, model: PreTrainedModel, wrapped: Any, kind: str) -> None:
         """`wrapped`: the PeftModel around `model`."""
-        if is_prompt(kind):  # peft leaves weights outside the model's submodules trainable
-            model.requires_grad_(False)
-        if kind == adalora.KIND:
-            adalora.freeze_rank_counts(wrapped)
         self.model = model
         self.wrapped = wrapped
         self.kind = kind
@@ -229,13 +155,6 @@ class PeftAttachment(Attachment):
         masters = {short_name(name): weight for name, weight in parameters.items()}
         self._masters = MasterWeights(masters, free_early=False)
         self.trained: Mapping[str, Tensor] = self._masters.trained
-        self._prompt: VirtualTokens | None = None
-        if is_prompt(kind):
-            is_cached = kind in ("PREFIX_TUNING", "CARTRIDGE")
-            num = self.config.num_virtual_tokens
-            self._prompt = VirtualTokens(body_of(model), num=num, prompt=wrapped.get_prompt, is_cached=is_cached)
-            # A module of the model changes mode and device with it.
-            model.add_module(PROMPT, wrapped.prompt_encoder)
 
     @property
     def config(self) -> Any:
@@ -259,7 +178,7 @@ class PeftAttachment(Attachment):
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        with self._prompt.disabled() if self._prompt is not None else self.wrapped.disable_adapter():
+        with self.wrapped.disable_adapter():
             yield
 
     @contextmanager
@@ -279,19 +198,10 @@ class PeftAttachment(Attachment):
                     tensor.copy_(kept[name])
                 self.publish()
 
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """Weights for peft to save, with masters instead of what computes. None: peft's own."""
-        if self._prompt is not None:
-            return None
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights for peft to save, with masters instead of what computes."""
         masters = {full: self.trained[name].detach() for name, full in self._full_names.items()}
         return {**self.wrapped.state_dict(), **masters}
-
-    def start_rank_allocation(self) -> None:
-        """Let AdaLoRA move ranks while it is trained."""
-        if self.kind == adalora.KIND:
-            inside = {name: full.removeprefix(INSIDE) for name, full in self._full_names.items()}
-            self.step_hook = adalora.RankAllocation(self.wrapped, inside)
-            self.notes = (*self.notes, self.step_hook.note())
 
     def merge(self) -> None:
         """Merge in float32, rounded once. Raises InputError for a kind that is not a change of weights."""
@@ -324,25 +234,19 @@ class PeftAttachment(Attachment):
                 setattr(self.model.get_submodule(parent), child, module.modules_to_save[ADAPTER])
 
 
-def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAttachment:
+def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAttachment:
     """Freeze `model` and let peft put its method on it, drawn from `seed`. One forward shows that it runs.
 
     Raises:
         RecipeError: settings that do not fit the method or the model, a model that carries adapters already, or
             settings that change the base itself.
     """
-    method = resolve(settings)
+    config = make_config(method, **_given(model, method))
     peft = import_peft()
     if any(isinstance(module, _layer_class()) for module in model.modules()):
         raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
     refuse_frozen_new(model, f"method.kind: {method.kind}")
-    if is_prompt(method.kind) and (heads.head_of(model) != "next_token" or model.config.is_encoder_decoder):
-        raise RecipeError(
-            f"method.kind: {method.kind} puts virtual tokens before the text of a causal model; this is "
-            f"{type(model).__name__}. Use IA3, LORA or another kind that changes layers."
-        )
     before, training = _checksums(model), model.training
-    config = make_config(method, **_given(model, method))
     with torch.random.fork_rng(devices=[]), silent():
         torch.manual_seed(seed)
         try:
@@ -362,7 +266,6 @@ def attach(model: PreTrainedModel, settings: PeftMethod, *, seed: int) -> PeftAt
     if method.kind != "TRAINABLE_TOKENS" and (tied := _tied(model, layers)):  # which trains tied modules together
         raise RecipeError(f"method.settings.target_modules: {tied[0]}")
     attachment.notes = _notes(attachment, layers)
-    attachment.start_rank_allocation()
     return attachment
 
 
@@ -411,16 +314,14 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
             config = peft.PeftConfig.from_pretrained(str(folder))
             check_patterns(config.to_dict())
             kind = str(config.peft_type.value)
-            config.inference_mode = is_prompt(kind)
+            if kind in UNSUPPORTED:
+                raise ModelError(f"{folder}: {kind}: not loaded by this version. Load it with peft itself.")
+            config.inference_mode = False
             wrapped = peft.get_peft_model(model, config)
             expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
             if misfits := tensor_problems(tensors, {name: tuple(tensor.shape) for name, tensor in expected.items()}):
                 raise ModelError(f"{folder}: does not fit: {'; '.join(misfits[:5])}")
             peft.set_peft_model_state_dict(wrapped, tensors)
-            if kind == adalora.KIND:  # peft has cast its matrices to the type of the base
-                for name, parameter in wrapped.named_parameters():
-                    if ".lora_" in name:
-                        parameter.data = tensors[f"{INSIDE}{short_name(name)}"].to(parameter.device)
             attachment = PeftAttachment(model, wrapped, kind)  # last: some kinds make their tensors anew above
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be read as an adapter of peft: {error}") from error
@@ -439,21 +340,13 @@ def _given(model: PreTrainedModel, method: PeftMethod) -> dict[str, Any]:
     given: dict[str, Any] = {"task_type": task_type(model)}
     if head := head_modules(model, heads.new_head_names(model)):
         given["modules_to_save"] = list(dict.fromkeys([*(method.settings.get("modules_to_save") or ()), *head]))
-    if method.settings.get("prompt_tuning_init") == "TEXT" and "tokenizer_name_or_path" not in method.settings:
-        given["tokenizer_name_or_path"] = model.name_or_path
     return given
 
 
 def _notes(attachment: PeftAttachment, layers: list[str]) -> tuple[str, ...]:
-    kind, notes = attachment.kind, []
-    if layers:
-        notes.append(f"peft puts {kind} on {len(layers)} modules, such as {layers[0]}")
-    else:
-        num = attachment.config.num_virtual_tokens
-        notes.append(f"{num} virtual tokens precede every row, shorten its room, and change answers from the start")
-    if not attachment.can_merge:
-        notes.append(f"{kind} is not a change of weights, so the result is an adapter that cannot be merged")
-    return tuple(notes)
+    note = f"peft puts {attachment.kind} on {len(layers)} modules, such as {layers[0]}"
+    alone = f"{attachment.kind} is not a change of weights, so the result is an adapter that cannot be merged"
+    return (note,) if attachment.can_merge else (note, alone)
 
 
 def _tied(model: PreTrainedModel, layers: list[str]) -> list[str]:

@@ -171,8 +171,7 @@ def sizes_of(
     trained: list[Tensor] = list(attachment.trained.values())
     output = model.get_output_embeddings()
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    below = attachment.trains_token_rows or method.num_virtual_tokens(recipe.method) > 0
-    below = below or _learns(model.get_input_embeddings())
+    below = attachment.trains_token_rows or _learns(model.get_input_embeddings())
     first = 0 if below or not inside else next((i for i, layer in enumerate(layers) if _learns(layer)), len(layers))
     config = model.config.get_text_config()
     linear_weights = sum(weight.numel() for weight in linears)

@@ -121,13 +121,13 @@ class DoraMethod(LowRankMethod):
 
 
 class PeftMethod(OptionGroup):
-    """Any method of the installed peft library by its name, such as IA3, PROMPT_TUNING or VERA."""
+    """Any method of the installed peft library by its name, such as IA3, OFT or VERA."""
 
     name: Literal["peft"] = "peft"
     kind: str
     """peft's name of the method, in capitals or not. docs/methods.md lists them, and which are refused."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Its settings by peft's own names, such as {num_virtual_tokens: 8}; what is left out has peft's default."""
+    """Its settings by peft's own names, such as {target_modules: [q_proj]}; what is left out has peft's default."""
 
     @field_validator("kind")
     @classmethod

@@ -101,7 +101,7 @@ def artifacts_of(run: Run) -> tuple[dict[str, Path], int]:
     return found, sum(file.stat().st_size for file in inside if file.is_file())
 
 
-STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "penalty": "penalty", "tokens": "tokens"}
+STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
 TIMING = {"seconds": "seconds", "tokens_per_second": "tokens_per_second", "peak_bytes": "peak_bytes"}
 MEASURED = {"evaluation": "eval", "answers": "answers", "general": "general"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     if recipe.base is None and located.revision != asked_for:
         recipe = recipe.model_copy(update={"revision": located.revision})
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
-    recipe = recipe.model_copy(update={"method": method_of(recipe).resolve(recipe.method)})
-    size, kind = _room_left(model_size(located), recipe), model_kind(located)
+    method_of(recipe).check(recipe.method)
+    size, kind = model_size(located), model_kind(located)
     added = _add_tokens(recipe, tokenizer, kind)
     notes += special_tokens.describe(added, recipe.data.new_tokens)
     recipe, choices = decide_before_rows(recipe, located, size, kind)
@@ -119,17 +119,6 @@ def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelK
         what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
         raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
     return special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)
-
-
-def _room_left(size: ModelSize, recipe: Recipe) -> ModelSize:
-    """The model as rows find it: virtual tokens stand before each of them."""
-    virtual = method_of(recipe).num_virtual_tokens(recipe.method)
-    if virtual >= size.max_tokens:
-        raise RecipeError(
-            f"method.settings.num_virtual_tokens: {virtual:,}: the model can attend to {size.max_tokens:,} "
-            "tokens in all. Use fewer."
-        )
-    return replace(size, max_tokens=size.max_tokens - virtual)
 
 
 def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 from tunesmith.data.sampler import MicroBatch
@@ -18,7 +17,7 @@ from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import meet
 from tunesmith.training.state import TrainState
-from tunesmith.training.step import compute_gradients, exhausted_error, penalize, step_norm
+from tunesmith.training.step import compute_gradients, exhausted_error, step_norm
 from tunesmith.types import Event
 
 
@@ -28,7 +27,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
     Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole. The loss of a
     step is the sum over its targets divided once by their number, over all micro-batches of all processes. Random
     numbers (dropout) are a function of seed, step and rank alone, since torch's generator is seeded anew at every step:
-    nothing done between steps can change the next one. A penalty that a method adds to the loss is reported separately.
+    nothing done between steps can change the next one.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
@@ -47,14 +46,12 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
             raise exhausted_error(state, step, met.exhausted)
         sampler, smaller = done.sampler, met.tokens_per_pass
         sampler = sampler if smaller is None else replace(sampler, tokens_per_pass=smaller)
-        penalty = penalize(state)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = done.norm
-        if grad_norm is None or penalty is not None or state.world.size > 1:
+        if grad_norm is None or state.world.size > 1:
             grad_norm = step_norm(state)
         _require_finite(state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
-        with attachment.step_hook.around_update(step) if attachment.step_hook else nullcontext():
-            optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
+        optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - started
@@ -74,7 +71,6 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
                 "passes": len(met.micro_batches),
                 "rows": row_ids,
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
-                **({"penalty": penalty} if penalty is not None else {}),
                 **({"tokens_per_pass": smaller} if smaller is not None else {}),
             },
             timing={

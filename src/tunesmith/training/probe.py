@@ -35,7 +35,6 @@ from tunesmith.evaluation.general import general_rows, text_batches
 from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
-from tunesmith.methods import state_dict
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.models.modes import eval_mode
 from tunesmith.planning.devices import CUDA_CONTEXT
@@ -348,7 +347,7 @@ def _word(setup: Setup) -> dict[str, Any]:
 
 def _save(setup: Setup, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    made = checkpoint.save(folder, 1, weights=state_dict(setup.attachment), optimizer=setup.optimizer.state(), state={})
+    made = checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.optimizer.state(), state={})
     seconds = time.perf_counter() - began
     return {"saving": asdict(Timed(seconds, num_bytes=sum(path.stat().st_size for path in made.iterdir())))}
 

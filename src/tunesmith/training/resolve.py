@@ -18,7 +18,6 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.generate import new_tokens_for
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import METHODS
 from tunesmith.models import load
 from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
@@ -149,22 +148,12 @@ def _why_alone(inputs: Inputs, rows: Splits) -> str:
 
 
 def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
-    """Fit evaluations by epoch, and a method that has a schedule of its own, to the run's number of steps.
-
-    Raises RecipeError where the steps leave it none, or the optimizer would undo it.
-    """
-    method, chosen = METHODS[recipe.method.name].resolve_steps(
-        recipe.method,
-        recipe.optim,
-        # The layout of rows does not change the number of steps.
-        lambda: total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
-    )
-    choices = [Choice(option, value, "the run's own steps") for option, value in chosen]
-    if recipe.evaluation.every == "epoch":
-        steps = sampler_of(recipe, rows, "padded").steps_per_epoch
-        choices.append(Choice("evaluation.every", steps, "the steps of an epoch"))
-        recipe = with_choice(recipe, choices[-1])
-    return recipe.model_copy(update={"method": method}), choices
+    """Evaluations by epoch, as a number of steps."""
+    if recipe.evaluation.every != "epoch":
+        return recipe, []
+    # The layout of rows does not change the number of steps.
+    choice = Choice("evaluation.every", sampler_of(recipe, rows, "padded").steps_per_epoch, "the steps of an epoch")
+    return with_choice(recipe, choice), [choice]
 
 
 def _measuring(

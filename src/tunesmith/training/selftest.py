@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunesmith.data.branches import lines_of
 from tunesmith.environment import refuse_ranks
-from tunesmith.methods import restore, state_dict
+from tunesmith.methods import restore
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
 from tunesmith.models.packing_check import TOLERANCES
@@ -161,14 +161,14 @@ def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tenso
 
 def _resume(setup: Setup, folder: Path) -> Proof:
     """Four steps in one go, and two steps, a checkpoint read back, and two more: equal bit for bit."""
-    fresh = {name: tensor.detach().clone() for name, tensor in state_dict(setup.attachment).items()}
+    fresh = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
     straight_losses = _run(setup, start=0, stop=STEPS)
     straight = {name: tensor.detach().clone() for name, tensor in setup.attachment.trained.items()}
 
     _restart(setup, fresh, {})
     losses = _run(setup, start=0, stop=STEPS // 2)
     state = setup.optimizer.state()
-    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=state_dict(setup.attachment), optimizer=state, state={})
+    checkpoint.save(folder / "checkpoints", STEPS // 2, weights=setup.attachment.trained, optimizer=state, state={})
     _restart(setup, fresh, {})
     saved = checkpoint.newest(folder / "checkpoints", lambda path, why: None)
     assert saved is not None

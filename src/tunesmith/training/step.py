@@ -134,15 +134,6 @@ def _pass(
     return loss_sum.detach(), batch.num_computed
 
 
-def penalize(state: TrainState) -> float | None:
-    """Add the gradient of the method's penalty, once a step, and return it; None: the method has none."""
-    if state.attachment.step_hook is None:
-        return None
-    penalty = state.attachment.step_hook.penalty()
-    penalty.backward()  # type: ignore[no-untyped-call]
-    return float(penalty.detach())
-
-
 def drop_gradients(state: TrainState) -> None:
     """Drop every gradient of a step that is not made, and the memory of it."""
     state.optimizer.zero_grad()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import GroupError, InputError, RecipeError, RunError
-from tunesmith.methods import state_dict
 from tunesmith.models import machine
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import Place, World, group, place_of
@@ -133,7 +132,7 @@ def receive_start(setup: Setup) -> Start:
 
 @torch.no_grad()
 def _broadcast_weights(setup: Setup) -> None:
-    """The first rank's trained tensors and method state, one at a time."""
+    """The first rank's trained tensors, one at a time."""
     import torch.distributed as dist
 
     attachment, world = setup.attachment, setup.world
@@ -143,11 +142,6 @@ def _broadcast_weights(setup: Setup) -> None:
             dist.broadcast(whole, src=0)
             if not world.is_first:
                 tensor.copy_(whole)
-    hook = attachment.step_hook
-    if hook is not None:
-        state = broadcast(setup, hook.state() if world.is_first else None)
-        if not world.is_first and state is not None:
-            hook.load(state)
     attachment.publish()
 
 
@@ -187,7 +181,7 @@ def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
 
 def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Trained tensors and state of the optimizer for a checkpoint; `checkpoint.save` gathers those that are split."""
-    parts = state_dict(setup.attachment), setup.optimizer.state()
+    parts = dict(setup.attachment.trained), setup.optimizer.state()
     if not setup.attachment.shards:
         return parts
     from tunesmith.parallel.fsdp import as_whole
@@ -212,11 +206,9 @@ def refuse_drift(session: Session) -> None:
 
 @torch.no_grad()
 def digest(setup: Setup) -> int:
-    """64 bits of all trained tensors and of the method's state, in order."""
+    """64 bits of all trained tensors that every rank has whole, in order."""
     found = 0
-    for name, tensor in state_dict(setup.attachment).items():
-        if name in setup.attachment.shards:
-            continue
+    for tensor in setup.attachment.shared.values():
         flat = tensor.detach().contiguous().view(-1)
         whole = flat.view(torch.int32) if flat.element_size() % 4 == 0 else flat.view(torch.uint8)
         found = (found * _MIXER + int(whole.sum(dtype=torch.int64))) % 2**64
