@@ -205,7 +205,6 @@ def methods(bench: Bench) -> dict[str, str]:
     model, rows, found = bench.family("llama"), bench.chats("methods", mixed_lengths(96)), {}
     cases: list[tuple[dict[str, Any], str]] = [({"name": "lora", "rank": 8}, o) for o in ("adamw", "adafactor", "muon")]
     cases += [({"name": name}, "adamw") for name in ("full", "dora")]
-    cases += [({"name": "full", "rounding": "stochastic"}, "adamw")]
     if find_spec("bitsandbytes"):
         cases += [({"name": "qlora", "quant": quant, "rank": 8}, "adamw") for quant in ("nf4", "int8")]
         cases += [({"name": "full"}, optimizer) for optimizer in ("adamw_8bit", "lion")]

@@ -55,24 +55,11 @@ def muon(w: Tensor, g: Tensor, kept: Memory, *, step: int, lr: float, decay: flo
     return w * (1 - lr * decay) - lr * 0.2 * max(g.shape) ** 0.5 * x
 
 
-def schedule_free(w: Tensor, g: Tensor, kept: Memory, *, step: int, lr: float, decay: float) -> Tensor:
-    """Defazio et al., arXiv 2405.15682, algorithm 1; `w` is the average x, and the gradient was taken at y."""
-    z = kept.get("z", w)
-    y = 0.1 * z + 0.9 * w
-    kept["v"] = 0.999 * kept.get("v", 0) + 0.001 * g**2
-    kept["most"] = max(lr, kept.get("most", 0))
-    kept["sum"] = kept.get("sum", 0) + kept["most"] ** 2
-    kept["z"] = z - lr * (g / ((kept["v"] / (1 - 0.999**step)).sqrt() + 1e-8) + decay * y)
-    share = kept["most"] ** 2 / kept["sum"]
-    return (1 - share) * w + share * kept["z"]
-
-
 REFERENCES: dict[str, tuple[Step, float]] = {
     "adamw": (adamw, 1e-5),
     "adamw_8bit": (adamw, 0.05),  # two states of about seven and eight bits, of values over a wide range
     "lion": (lion, 1e-5),
     "adafactor": (adafactor, 1e-5),
     "muon": (muon, 0.02),  # torch's iteration computes in bfloat16
-    "schedule_free": (schedule_free, 1e-5),
 }
 """The reference of each optimizer, and how far five updates may be apart: norm of the difference ÷ norm of the way."""

@@ -13,7 +13,6 @@ from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import MULTIPLE, StepSampler, padded_size
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
-from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.types import Batch, Row, Source
 
 
@@ -78,14 +77,6 @@ def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
 def test_a_pass_of_a_whole_size_stays_as_it_is():
     batch = batch_of(rows_of((MULTIPLE - 5, 5)))
     assert pad_to_multiple(batch) is batch
-
-
-def test_noise_is_on_rows_and_not_on_what_is_filled_up():
-    batch, noise = pad_to_multiple(batch_of(rows_of((7, 5)))), EmbeddingNoise(5.0, seed=0)
-    drawn_BTD = noise.noise(batch, 1, width=4)
-    assert drawn_BTD.shape == (1, MULTIPLE, 4)
-    assert drawn_BTD[0, :12].ne(0).all()
-    assert drawn_BTD[0, 12:].eq(0).all()
 
 
 def test_a_plan_tells_how_much_fills_up():

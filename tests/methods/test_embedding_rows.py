@@ -47,12 +47,11 @@ def tuned(model: PreTrainedModel, tokens: Sequence[int] | None, *, optimizer: st
     torch.manual_seed(0)
     attachment = attach(model, FullMethod(**settings), seed=0, tokens=tokens)
     update = Optimizer(attachment.trained, Optim(name=optimizer, lr=1e-2, weight_decay=0.1))
-    for number, ids in enumerate(passes(6)):
-        update.train_mode()
+    for ids in passes(6):
         attachment.publish()
         model(input_ids=ids).logits.float().square().mean().backward()
         attachment.collect_gradients()
-        update.step(1e-2, number=number)
+        update.step(1e-2)
         attachment.publish()
     return attachment
 
@@ -73,11 +72,10 @@ def test_every_weight_ends_as_if_all_rows_were_trained(arch: str, optimizer: str
     assert set(moved) == set(SEEN) - ({PADDING} if arch != "llama" else set())
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_in_bfloat16_rows_that_cannot_learn_keep_their_bits_and_the_others_move(rounding: str) -> None:
+def test_in_bfloat16_rows_that_cannot_learn_keep_their_bits_and_the_others_move() -> None:
     model = made("llama", torch.bfloat16)
     before = copy.deepcopy(model.get_input_embeddings().weight)
-    attachment = tuned(model, SEEN, rounding=rounding)
+    attachment = tuned(model, SEEN)
     after = model.get_input_embeddings().weight
     unseen = [i for i in range(VOCAB) if i not in SEEN]
     assert torch.equal(after[unseen], before[unseen])

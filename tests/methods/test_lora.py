@@ -240,7 +240,7 @@ def test_loraplus_gives_b_its_own_rate() -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (LoraMethod(rank_pattern={"mlp": 2}, init="pissa"), None),
+        (LoraMethod(rank_pattern={"mlp": 2}), None),
         (DoraMethod(), "its weights are rescaled row by row (DoRA)"),
         (LoraMethod(also_train=("norm",)), "it brings model.norm whole"),
     ],

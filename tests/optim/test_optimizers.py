@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from optim_references import REFERENCES, adamw
 from tiny_model import tiny_model
 from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import CheckpointError, RecipeError, Stopped
-from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.methods import METHODS
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.optim import OPTIMIZERS, Optimizer
@@ -25,7 +23,6 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import USUAL, Optim, OptimizerName
 from tunesmith.runs.folder import runs
-from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
@@ -59,7 +56,6 @@ def gradients(step: int) -> dict[str, Tensor]:
 
 def run(update: Optimizer, steps: range, *, rate: float = 0.01) -> None:
     for step in steps:
-        update.train_mode()
         for name, gradient in gradients(step).items():
             update.trained[name].grad = gradient
         update.step(rate * (1 + step / 10))
@@ -70,7 +66,7 @@ def optim(name: str, **settings: object) -> Optim:
 
 
 def test_the_table_the_options_and_the_references_name_the_same_optimizers() -> None:
-    names = ["adamw", "adamw_8bit", "lion", "adafactor", "muon", "schedule_free"]
+    names = ["adamw", "adamw_8bit", "lion", "adafactor", "muon"]
     assert list(OPTIMIZERS) == list(USUAL) == list(get_args(OptimizerName)) == list(REFERENCES) == names
     assert all(row.name == name and row.doc for name, row in OPTIMIZERS.items())
 
@@ -113,7 +109,7 @@ def test_what_an_optimizer_does_not_take_is_left_to_adamw_and_said(name: str) ->
     assert ("adamw takes" in update.describe().reason) is (name in TAKEN)
 
 
-BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.09, "muon": 4.0, "schedule_free": 8.0}
+BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.09, "muon": 4.0}
 """Bytes of state a weight of a matrix inside a layer [128, 64], as docs/optimizers.md has them."""
 
 
@@ -122,7 +118,6 @@ def test_its_state_weighs_what_is_documented(name: str) -> None:
     tensors = {"layers.0.tall.weight": torch.randn(128, 64).requires_grad_()}
     update = Optimizer(tensors, optim(name))
     tensors["layers.0.tall.weight"].grad = torch.randn(128, 64)
-    update.train_mode()
     update.step(0.01)
     kept = {key: tensor for key, tensor in update.state().items() if tensor.numel() > 1}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
@@ -162,11 +157,10 @@ def test_state_is_empty_before_the_first_update_and_for_tensors_without_a_gradie
     tensors = some_tensors()
     update = Optimizer(tensors, optim(name))
     assert update.state() == {}
-    update.train_mode()
     tensors["layers.0.wide.weight"].grad = torch.randn(SHAPES["layers.0.wide.weight"])
     update.step(0.01)
     owners = {key.partition("/")[0] for key in update.state()}
-    assert owners == {"layers.0.wide.weight"} | ({"schedule_free"} if name == "schedule_free" else set())
+    assert owners == {"layers.0.wide.weight"}
     assert all(tensor.grad is None for tensor in tensors.values())
 
 
@@ -190,15 +184,6 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(name: str, harm:
     with pytest.raises(CheckpointError, match=f"optimizer state: {named.get(harm, f'{part} has shape .*, expected ')}"):
         update.load(state)
     assert save(update.state()) == before
-
-
-def test_a_counter_that_is_missing_is_refused() -> None:
-    update = Optimizer(some_tensors(), optim("schedule_free"))
-    run(update, range(1, 2))
-    state = dict(update.state())
-    del state["schedule_free/0/weight_sum"]
-    with pytest.raises(CheckpointError, match="schedule_free/0/weight_sum is missing"):
-        update.load(state)
 
 
 @every
@@ -227,7 +212,6 @@ def assert_small_updates_add_up(name: str, *, free_early: bool, rounded: bool = 
     update = Optimizer(masters.trained, Optim(name=name, lr=1e-5))
     direction = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     for _ in range(100):
-        update.train_mode()
         layer.weight.grad = direction.clone()
         masters.collect()
         update.step(1e-5)
@@ -257,8 +241,6 @@ def test_a_model_learns_with_it(name: str) -> None:
     ids = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(12):
-        if update.train_mode():
-            attachment.publish()
         loss = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         attachment.collect_gradients()
@@ -274,8 +256,6 @@ def test_a_model_learns_with_it(name: str) -> None:
         ({"name": "adafactor", "betas": [0.9, 0.99]}, "adafactor has none"),
         ({"name": "lion", "eps": 1e-6}, "lion has none"),
         ({"name": "adamw", "momentum": 0.9}, "adamw has none"),
-        ({"name": "schedule_free", "schedule": "linear"}, "needs constant"),
-        ({"name": "schedule_free", "betas": [0.0, 0.99]}, "above 0"),
         ({"name": "muom"}, "did you mean muon"),
         ({"name": "muon", "nesterov": True}, "unknown key"),
     ],
@@ -288,14 +268,13 @@ def test_what_an_optimizer_does_not_have_is_refused(settings: dict, message: str
 def test_null_is_what_is_usual_and_is_written_out() -> None:
     assert Optim(name="lion").betas == (0.9, 0.99)
     assert Optim(name="muon").momentum == 0.95
-    assert Optim(name="schedule_free").schedule == "constant"
     assert (Optim().schedule, Optim().betas, Optim().eps) == ("linear", (0.9, 0.999), 1e-8)
     assert validate({"optim": {"name": "lion", "betas": None}}).optim.betas == (0.9, 0.99)
     with pytest.raises(ValidationError):
         Optim(name="adafactor", eps=1e-8)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "lion", "schedule_free"])
+@pytest.mark.parametrize("name", ["adamw_8bit", "lion"])
 def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(name, tmp_path, monkeypatch) -> None:
     package = OPTIMIZERS[name].extra
     monkeypatch.setattr("tunesmith.optim.optimizers.find_spec", lambda wanted: None)
@@ -313,27 +292,6 @@ def test_the_rate_chosen_is_that_of_adamw_times_a_stated_factor(name: str, tmp_p
     assert choice.value == pytest.approx(5e-4 * factor)
     assert source in choice.reason
     assert name == "adamw" or "arXiv" in source
-
-
-def test_schedule_free_is_measured_and_saved_at_its_average_and_takes_gradients_elsewhere(tmp_path) -> None:
-    """Between steps the model holds x; the loss of a step is that of y, and looking at the model changes nothing."""
-    setup = prepare(tiny_recipe(tmp_path, optim={"name": "schedule_free"}), root=tmp_path)
-    steps = training_steps(setup)
-    for _ in range(4):
-        next(steps)
-    trained = setup.attachment.trained
-    average = {name: tensor.detach().clone() for name, tensor in trained.items()}
-    rows = [int(i) for i in setup.rows.held_rows]
-    measured = predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=96)
-    state = setup.optimizer.state()
-    name = next(name for name in trained if (state[f"{name}/z"] != average[name]).any())
-    assert setup.optimizer.train_mode()
-    beta = 0.9
-    expected = (1 - beta) * state[f"{name}/z"] + beta * average[name]
-    torch.testing.assert_close(trained[name].detach(), expected, rtol=1e-5, atol=1e-7)
-    setup.attachment.publish()
-    elsewhere = predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=96)
-    assert not np.array_equal(measured.losses_I, elsewhere.losses_I)
 
 
 @every

@@ -61,7 +61,6 @@ def test_answers_of_one_word_are_all_asked_for(task, targets, answered):
         (22_700_000, 400, {}, "bfloat16"),
         (22_700_000, 400, {"train": {"tokens_per_pass": 64}}, "float32"),
         (22_700_000, 11, {"method": {"name": "lora"}}, "bfloat16"),
-        (22_700_000, 11, {"method": {"name": "full", "rounding": "stochastic"}}, "bfloat16"),
         (135_000_000, 50, {}, "bfloat16"),
         (22_700_000, 11, {"precision": "bfloat16"}, "bfloat16"),
     ],

@@ -56,7 +56,6 @@ def test_a_step_is_the_same_whether_or_not_others_came_before(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"loss": {"neftune_alpha": 5.0}}, "loss.neftune_alpha draws anew"),
         ({"dropout": 0.1}, "method.dropout draws anew"),
         ({"dropout": 0.1, "method": {"dropout": 0.0}}, "the model's dropout draws anew"),
     ],

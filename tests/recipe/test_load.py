@@ -31,7 +31,7 @@ PROBLEMS = [
     ({"method": {"layers": ["lst:4"]}}, "method.layers: 'lst:4' is none of last:4, first:4, 7 or 0-3"),
     ({"method": {"layers": True}}, "method.layers: true is not a list of texts"),
     ({"method": {"rank_pattern": {"mlp": 0}}}, "method.rank_pattern.mlp: 0 is out of range"),
-    ({"method": {"init": "pizza"}}, "method.init: 'pizza' is none of kaiming, pissa, orthogonal, did you mean pissa?"),
+    ({"method": {"init": "pissa"}}, "method.init: was taken out, and is kaiming always: drop it"),
     ({"optim": {"lr": "x"}}, "optim.lr: 'x' is neither a number nor auto"),
     ({"optim": {"lr": "atuo"}}, "optim.lr: 'atuo' is neither a number nor auto, did you mean auto?"),
     ({"optim": {"lr": -1}}, "optim.lr: -1 is out of range: it must be a number above 0, or auto"),

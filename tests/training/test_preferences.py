@@ -270,7 +270,6 @@ def assert_sharing_changes_nothing(tmp_path: Path) -> None:
     ("section", "message"),
     [
         ({"loss": {"label_smoothing": 0.1}}, "prefer.label_smoothing"),
-        ({"loss": {"neftune_alpha": 5}}, "loss.neftune_alpha"),
         ({"data": {"too_long": "cut"}}, "data.too_long: cut"),
         ({"method": {**LORA, "dropout": 0.1}}, "method.dropout"),
         ({"prefer": {"loss": "ipo", "label_smoothing": 0.1}}, "prefer.label_smoothing"),

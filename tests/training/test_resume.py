@@ -13,9 +13,10 @@ import pytest
 
 import fresh
 from tiny_run import chats, same_run, stop_at, tiny_recipe
-from tunesmith.errors import ModelError, RunError, Stopped
+from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
+from tunesmith.recipe.load import REMOVED
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run, runs
@@ -184,6 +185,23 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
     assert len(list((run.rows_path / "train").glob("*.json"))) == 7
     found = load_training_rows(run)
     assert len(found.store) == 18
+
+
+def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_nothing(tmp_path, monkeypatch):
+    straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
+    right = preparing._identity
+    with monkeypatch.context() as patch:  # as an earlier version recorded it
+        before = {f"setting {key}": str(value) for key, value in REMOVED.items() if key != "method.rounding"}
+        patch.setattr(preparing, "_identity", lambda *args: right(*args) | before)
+        with pytest.raises(Stopped):
+            train(straight.recipe(), root=tmp_path / "runs", listener=stop_at(3))
+    run = runs(tmp_path / "runs")[0]
+    recipe = run.recipe_path.read_text("utf-8")
+    run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: pissa\n"), "utf-8")
+    with pytest.raises(RecipeError, match=r"method.init: was taken out, and is kaiming always: drop it"):
+        resume(run)
+    run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: kaiming\n"), "utf-8")
+    same_run(resume(run), straight)
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):

@@ -14,7 +14,6 @@ from tunesmith.training.summary import versions
         ({}, set()),
         ({"method": "qlora"}, {"bitsandbytes"}),
         ({"optim": {"name": "adamw_8bit"}}, {"bitsandbytes"}),
-        ({"optim": {"name": "schedule_free"}, "method": "qlora"}, {"bitsandbytes", "schedulefree"}),
     ],
 )
 def test_extras_are_named_where_they_are_used(recipe: dict[str, object], named: set[str]) -> None:

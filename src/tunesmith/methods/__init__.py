@@ -70,8 +70,6 @@ class Method:
 
     check: Callable[[Any], Any] = lambda settings: None
     """(settings), against what is installed. Raises RecipeError."""
-    required_precision: Callable[[Any], tuple[str, str] | None] = lambda settings: None
-    """(settings) -> (precision, reason); None: any."""
     randomness: Callable[[Any], str | None] = lambda settings: None
     """(settings) -> the option that makes a forward pass random in training, such as dropout; None: nothing does."""
     can_merge: Callable[[Any], bool] = lambda settings: True
@@ -120,7 +118,7 @@ METHODS: dict[str, Method] = {
     ),
     "full": Method(
         name="full",
-        doc="Every weight is trained, through float32 masters or stochastic rounding; the result is a model folder.",
+        doc="Every weight is trained, through float32 masters; the result is a model folder.",
         attach=full.attach,
         save_result=full.save_result,
         load_result=full.load_result,
@@ -128,7 +126,6 @@ METHODS: dict[str, Method] = {
         describe=full.describe,
         is_adapter=False,
         reads_tokens=True,
-        required_precision=full.required_precision,
         unshareable=lambda settings: "every weight of it was tuned",
     ),
     "peft": Method(

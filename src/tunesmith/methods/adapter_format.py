@@ -105,43 +105,29 @@ def base_reference(located: ModelRef) -> str:
 
 
 def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> dict[str, Any]:
-    """The adapter_config.json of an adapter.
-
-    One that subtracts its start again is written as what it is on the untouched base: plain LoRA of twice the rank.
-    """
-    settings, rows = attachment.settings, attachment.rows
-    twice = any(layer.start is not None for layer in attachment.layers.values())
-    is_stable = settings.rslora and not twice
-    ranks = {name: one.rank * (2 if twice else 1) for name, one in attachment.sizes.items()}
-    alphas = {
-        name: attachment.layers[name].scale * ranks[name] if twice else one.alpha
-        for name, one in attachment.sizes.items()
-    }
-    rank, alpha = settings.rank, settings.alpha
-    if twice:
-        alpha = 2 * rank * alpha / (rank**0.5 if settings.rslora else rank)
-        rank = 2 * rank
+    """The adapter_config.json of an adapter."""
+    settings, rows, sizes = attachment.settings, attachment.rows, attachment.sizes
     return {
         "peft_type": "LORA",
         "task_type": task_type(attachment.model),
         "base_model_name_or_path": base,
         "revision": revision,
-        "r": rank,
-        "lora_alpha": _as_int(alpha),
+        "r": settings.rank,
+        "lora_alpha": _as_int(settings.alpha),
         "lora_dropout": settings.dropout,
         "target_modules": shortest_ends(attachment.layers, module_names(attachment.model)),
         "fan_in_fan_out": any(layer.is_transposed for layer in attachment.layers.values()),
         "bias": settings.bias,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": is_stable,
+        "use_rslora": settings.rslora,
         "use_dora": isinstance(settings, DoraMethod),
         "modules_to_save": _whole_modules(attachment) or None,
         "trainable_token_indices": None if rows is None else {name: list(rows.ids) for name in rows.names},
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {f"^{name}": other for name, other in ranks.items() if other != rank},
-        "alpha_pattern": {f"^{name}": _as_int(other) for name, other in alphas.items() if other != alpha},
+        "rank_pattern": {f"^{name}": one.rank for name, one in sizes.items() if one.rank != settings.rank},
+        "alpha_pattern": {f"^{name}": _as_int(one.alpha) for name, one in sizes.items() if one.alpha != settings.alpha},
     }
 
 
@@ -231,9 +217,6 @@ def _write(attachment: LoraAttachment, config: Mapping[str, Any], folder: Path) 
 def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
     """Everything that is trained, by its names in the file."""
     tensors = dict(attachment.trained)
-    for name, layer in attachment.layers.items():
-        matrices = layer.with_start(*attachment.matrices(name))
-        tensors |= zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), matrices, strict=True)
     masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
     for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
         tensors[name] = masters[id(weight)].clone()  # tied ones are written twice, and safetensors wants no sharing

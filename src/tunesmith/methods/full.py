@@ -1,4 +1,4 @@
-"""Full fine-tuning of every weight, or of named ones: with float32 masters, or in bfloat16 with stochastic rounding."""
+"""Full fine-tuning of every weight, or of named ones, with float32 masters."""
 
 from __future__ import annotations
 
@@ -34,25 +34,19 @@ class FullAttachment(Attachment):
         model: PreTrainedModel,
         chosen: Mapping[str, nn.Parameter],
         *,
-        has_masters: bool = True,
         spread: int | None = None,
         tokens: Sequence[int] | None = None,
     ) -> None:
-        """Without masters the trained tensors are the parameters themselves, whose gradients add up in float32.
-
-        `spread`: see MasterWeights. `tokens`: all ids that training can meet, ascending; of an embedding that nothing
-        else reads only their rows are trained, under the name of the whole."""
+        """`spread`: see MasterWeights. `tokens`: all ids that training can meet, ascending; of an embedding that
+        nothing else reads only their rows are trained, under the name of the whole."""
         self.model = model
         model.requires_grad_(False)
         self._rows, remark = _rows_of(model, chosen, tokens)
         if self._rows is not None:
             rows = {f"{key.removesuffix(ROWS)}.weight": tensor for key, tensor in self._rows.parameters.items()}
             chosen = {name: rows.get(name, parameter) for name, parameter in chosen.items()}
-        self._masters = MasterWeights(chosen if has_masters else {}, free_early=True, spread=spread)
-        self.trained: Mapping[str, Tensor] = self._masters.trained if has_masters else dict(chosen)
-        if not has_masters:
-            for parameter in chosen.values():
-                parameter.requires_grad_(True).grad_dtype = torch.float32
+        self._masters = MasterWeights(chosen, free_early=True, spread=spread)
+        self.trained: Mapping[str, Tensor] = self._masters.trained
         self.shards = {name: parameter.shape for name, parameter in chosen.items() if is_split(parameter)}
         self.notes: tuple[str, ...] = (*_frozen_note(model, chosen), *remark)
 
@@ -99,16 +93,10 @@ def attach(
 
     `tokens`: all ids that training can meet, ascending; None: unknown.
 
-    Raises RecipeError for words that mean nothing, or stochastic rounding where nothing is rounded.
+    Raises RecipeError for words that mean nothing.
     """
-    is_stochastic = settings.rounding == "stochastic"
-    if is_stochastic and model.dtype != torch.bfloat16:
-        raise RecipeError(
-            "method.rounding: stochastic: is for weights in bfloat16, and these are not. Set precision: bfloat16, or "
-            "leave it out."
-        )
     chosen = choose_weights(model, train=settings.train, freeze=settings.freeze)
-    return FullAttachment(model, chosen, has_masters=not is_stochastic, spread=seed, tokens=tokens)
+    return FullAttachment(model, chosen, spread=seed, tokens=tokens)
 
 
 def describe(settings: FullMethod) -> str:
@@ -125,13 +113,6 @@ def learning_rate(settings: FullMethod, kind: str, num_parameters: int) -> tuple
     is_small = num_parameters < 1e9
     where = "below" if is_small else "above"
     return (5e-5 if is_small else 1e-5), f"usual for full tuning {where} a billion weights"
-
-
-def required_precision(settings: FullMethod) -> tuple[str, str] | None:
-    """The precision that the rounding of updates needs, and why; None: any."""
-    if settings.rounding == "stochastic":
-        return "bfloat16", "stochastic rounding is for weights in bfloat16"
-    return None
 
 
 def save_result(

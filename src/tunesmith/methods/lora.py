@@ -186,8 +186,7 @@ class LoraAttachment(Attachment):
 def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> LoraAttachment:
     """Freeze `model` but for its head and what else is trained whole, and put fresh adapters on it.
 
-    Outputs do not change until the first update: with `init: kaiming` to the last bit, with the others but for
-    rounding.
+    Outputs do not change until the first update, to the last bit.
 
     Raises:
         RecipeError: what cannot be adapted or trained whole, a setting that means nothing here, or a model that carries
@@ -215,7 +214,7 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
             f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
         )
     for name, layer in attachment.layers.items():
-        matrices = initial_matrices(layer, settings.init, name=name, seed=seed)
+        matrices = initial_matrices(layer, name=name, seed=seed)
         with torch.no_grad():
             for master, start in zip(attachment.matrices(name), matrices, strict=True):
                 master.copy_(start)

@@ -8,7 +8,7 @@ Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; ‖V‖ is
 4.3, so it is computed once an update.
 """
 
-# T tokens, I inputs, O outputs, R rank, S ranks of the whole path, K directions of a search
+# T tokens, I inputs, O outputs, R rank
 
 from __future__ import annotations
 
@@ -22,13 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.errors import RecipeError
 from tunesmith.models.heads import generator
 from tunesmith.models.quantized import QuantizedLinear, product
-from tunesmith.recipe.methods import Start
-
-ITERATIONS = 8
-"""Iterations of the subspace method."""
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 """A frozen weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
@@ -53,8 +48,6 @@ class LoraLinear(nn.Module):
         num_outputs, num_inputs = shape_OI(base)
         weight = self.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        self.start: tuple[Tensor, Tensor] | None = None
-        """float32 A [R, I] and B [O, R] whose product is subtracted; see `initial_matrices`."""
         self.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, **like))
         self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, **like))
 
@@ -88,35 +81,18 @@ class LoraLinear(nn.Module):
             return out
         if (self.dropout and self.training) or not self._product_is_known:
             return self._forward_by_autograd(x)
-        a_SI, b_OS = self.with_start(self.lora_A, self.lora_B)
-        return lora_forward(x, self.frozen, self.bias_O, a_SI, b_OS, scale=self.scale)
+        return lora_forward(x, self.frozen, self.bias_O, self.lora_A, self.lora_B, scale=self.scale)
 
     def _forward_by_autograd(self, x: Tensor) -> Tensor:
         # With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
         # own generator, which gradient checkpointing restores before it recomputes.
         low: Tensor = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A)
         out: Tensor = self.base(x) + F.linear(low, self.lora_B) * self.scale
-        if self.start is not None:
-            a_RI, b_OR = (matrix.to(x.dtype) for matrix in self.start)
-            out = out - F.linear(F.linear(x, a_RI), b_OR) * self.scale
         return out
-
-    def with_start(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
-        """A [S, I] and B [O, S] of the whole path: the two given, or with a start twice as many ranks, whose second
-        half subtracts the start. In one product, so that equal parts cancel before anything is rounded."""
-        if self.start is None:
-            return a_RI, b_OR
-        start_a_RI, start_b_OR = (matrix.to(a_RI.dtype) for matrix in self.start)
-        return torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=1)
-
-    def delta_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """The path as a change of the weight, float32."""
-        a_SI, b_OS = self.with_start(a_RI, b_OR)  # in the same precision: equal parts must cancel
-        return (b_OS.float() @ a_SI.float()).mul_(self.scale)
 
     def merged_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """The weight of base and path together, float32."""
-        return self.delta_OI(a_RI, b_OR).add_(self.weight_OI)
+        return (b_OR.float() @ a_RI.float()).mul_(self.scale).add_(self.weight_OI)
 
     def refresh(self) -> None:
         """Recompute what follows from the matrices. Call after they changed."""
@@ -238,62 +214,9 @@ class _LoraForward(torch.autograd.Function):
         return gx, None, gbias_O, ga_RI, gb_OR, None
 
 
-@torch.no_grad()
-def initial_matrices(layer: LoraLinear, init: Start, *, name: str, seed: int) -> tuple[Tensor, Tensor]:
-    """float32 A [R, I] and B [O, R] to begin with. Raises RecipeError for a rank that `init` cannot have.
-
-    With `pissa` they are not zero in product, and `layer.start` takes that off again: outputs do not change.
-    """
+def initial_matrices(layer: LoraLinear, *, name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """float32 A [R, I], drawn from the seed and the layer's name, and B [O, R] of zeros."""
     rank, num_inputs = layer.lora_A.shape
-    drawn = generator(seed, name)
-    if init == "pissa":
-        layer.start = _principal(layer, drawn, name=name)
-        return layer.start
-    if init == "orthogonal":
-        return _orthogonal(rank, num_inputs, layer.lora_B.shape[0], drawn, name=name)
     bound = 1 / math.sqrt(num_inputs)
-    return torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=drawn), torch.zeros(layer.lora_B.shape)
-
-
-def _principal(layer: LoraLinear, drawn: torch.Generator, *, name: str) -> tuple[Tensor, Tensor]:
-    """The R largest singular values of the weight and their vectors, so that s B A is the nearest matrix of rank R.
-
-    Meng, Wang & Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv 2404.02948, section 3.
-    Found by subspace iteration from twice as many random directions (Halko, Martinsson & Tropp, arXiv 0909.4061,
-    algorithm 4.4): a full decomposition takes minutes for a small model already.
-    """
-    rank = layer.lora_A.shape[0]
-    weight_OI = layer.weight_OI.float()
-    if rank > min(weight_OI.shape):
-        raise RecipeError(
-            f"method.rank: {rank}: {name} has {min(weight_OI.shape)} singular values, and pissa starts from as many as "
-            "the rank. Lower it, or choose another method.init."
-        )
-    directions = torch.empty(weight_OI.shape[1], min(2 * rank, *weight_OI.shape)).normal_(generator=drawn)
-    basis_OK, _ = torch.linalg.qr(weight_OI @ directions.to(weight_OI.device))
-    for _ in range(ITERATIONS):
-        basis_IK, _ = torch.linalg.qr(weight_OI.t() @ basis_OK)
-        basis_OK, _ = torch.linalg.qr(weight_OI @ basis_IK)
-    u_KK, s_K, v_KI = torch.linalg.svd(basis_OK.t() @ weight_OI, full_matrices=False)
-    roots_R = (s_K[:rank] / layer.scale).sqrt()
-    return v_KI[:rank] * roots_R[:, None], basis_OK @ u_KK[:, :rank] * roots_R
-
-
-def _orthogonal(
-    rank: int, num_inputs: int, num_outputs: int, drawn: torch.Generator, *, name: str
-) -> tuple[Tensor, Tensor]:
-    """A and B that are not zero, but whose product is: A lies in one half of the rank's directions, B in the other.
-
-    Half the rows of an orthogonal matrix each, and a spread of a tenth, as peft's "orthogonal" has it; see
-    https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation.
-    """
-    if rank % 2:
-        raise RecipeError(f"method.rank: {rank}: {name}: half of an orthogonal start's ranks are A's, half B's: even.")
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64).normal_(generator=drawn)
-
-    directions_RR, _ = torch.linalg.qr(normal(rank, rank))
-    a_RI = (normal(num_inputs, rank // 2) @ directions_RR[0::2]).t() / 10
-    b_OR = normal(num_outputs, rank // 2) @ directions_RR[1::2] / 10
-    return a_RI.float().contiguous(), b_OR.float()
+    a_RI = torch.empty(rank, num_inputs).uniform_(-bound, bound, generator=generator(seed, name))
+    return a_RI, torch.zeros(layer.lora_B.shape)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.optim.bfloat16 import StochasticRounding
 from tunesmith.types import Choice, required
 
 if TYPE_CHECKING:
@@ -78,8 +77,6 @@ class OptimizerRow:
     """More state of a tensor, the same in every run and not saved."""
     spares_zeros: bool = True
     """Whether rows without gradients stay as they are, and do not change the update of the others."""
-    counters: tuple[str, ...] = ()
-    """Numbers in every parameter group that belong to its state."""
     divides: Callable[[torch.optim.Optimizer], bool] = lambda optimizer: False
     """Whether its kernel divides gradients by `grad_scale`."""
 
@@ -159,14 +156,6 @@ def _muon(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.Muon(groups, lr=float(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
 
-def _schedule_free(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    from schedulefree import AdamWScheduleFree
-
-    # One tensor after another: updating all at once holds a second copy of every gradient.
-    betas, eps = required(optim.betas), required(optim.eps)
-    return AdamWScheduleFree(groups, lr=float(optim.lr), betas=betas, eps=eps, foreach=False)  # type: ignore[no-any-return]
-
-
 def _from(library: str) -> Callable[[str], tuple[str, str]]:
     return lambda device: (library, f"updates are computed by {library} on {device}")
 
@@ -218,16 +207,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
         state=lambda tensor: {"momentum_buffer": _like(tensor)},
         rate=(1.0, "Muon's updates are scaled to AdamW's size (arXiv 2502.16982, section 2.2)"),
         takes=lambda name, tensor: tensor.ndim == 2 and bool(_INSIDE_A_LAYER.search(name)) and not is_embedding(name),
-    ),
-    "schedule_free": OptimizerRow(
-        name="schedule_free",
-        doc="AdamW that averages its weights instead of lowering its rate.",
-        kernel=_from("schedulefree"),
-        build=_schedule_free,
-        state=lambda tensor: {"z": _like(tensor), "exp_avg_sq": _like(tensor)},
-        rate=(2.0, "schedule-free takes once to ten times AdamW's rate (arXiv 2405.15682)"),
-        extra="schedulefree",
-        counters=("k", "weight_sum", "lr_max"),
     ),
 }
 
@@ -282,53 +261,33 @@ def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mappi
 class Optimizer:
     """The recipe's optimizer for the tensors that it takes, and AdamW for the others.
 
-    Between two steps the tensors hold the weights that are evaluated and saved. Schedule-free takes its gradients at
-    other weights: `train_mode` goes there, `step` comes back. A step follows from tensors, state and rate alone; for
-    bfloat16 tensors, which are rounded at random, also from `seed` and the number of the step.
+    A step follows from tensors, state and rate alone.
     """
 
     def __init__(
-        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS, seed: int = 0
+        self, trained: Mapping[str, Tensor], optim: Optim, *, factors: Mapping[str, float] = NO_FACTORS
     ) -> None:
-        """`factors`: see `parameter_groups`. Raises RecipeError for an optimizer that cannot hold bfloat16 weights."""
+        """`factors`: see `parameter_groups`."""
         self.trained = trained
-        self._rounding = StochasticRounding(trained, seed=seed)
-        if self._rounding.leaves and OPTIMIZERS[optim.name].counters:
-            raise RecipeError(
-                f"optim.name: {optim.name}: keeps means of the weights, which bfloat16 alone cannot hold. Use another "
-                "optimizer, or method.rounding: nearest."
-            )
-        self.leaves = {**trained, **self._rounding.leaves}
-        """The tensors that the libraries update: `trained`, with float32 copies in place of bfloat16 ones."""
         chosen, others = OPTIMIZERS[optim.name], OPTIMIZERS["adamw"]
         shares: dict[str, list[str]] = {chosen.name: [], others.name: []}
-        for name, tensor in self.leaves.items():
+        for name, tensor in trained.items():
             shares[chosen.name if chosen.takes(name, tensor) else others.name].append(name)
         self.parts: list[tuple[OptimizerRow, list[str], torch.optim.Optimizer]] = [
-            (row, names, row.build(parameter_groups({n: self.leaves[n] for n in names}, optim, factors), optim))
+            (row, names, row.build(parameter_groups({n: trained[n] for n in names}, optim, factors), optim))
             for row, names in ((OPTIMIZERS[key], names) for key, names in shares.items())
             if names
         ]
 
-    def train_mode(self) -> bool:
-        """Go to the weights of the next step's gradient; return whether the tensors changed and must be published."""
-        return self._switch("train")
-
-    def step(self, lr: float, *, number: int = 0, divisor: float = 1.0) -> None:
-        """Update every tensor that has a gradient, and drop the gradients. `number`: of the step, for random rounding.
-        `divisor`: divides all gradients first, see `clip_divisor`."""
+    def step(self, lr: float, *, divisor: float = 1.0) -> None:
+        """Update every tensor that has a gradient, and drop the gradients. `divisor`: divides all gradients first, see
+        `clip_divisor`."""
         for row, names, optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate_factor"]
             self._divide(row, names, optimizer, divisor)
-            if any(name not in self._rounding.leaves for name in names):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            for name in names:
-                if name in self._rounding.leaves and self.trained[name].grad is not None:
-                    with self._rounding.widened(name, number):
-                        optimizer.step()
-        self._switch("eval")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def _divide(
@@ -336,7 +295,7 @@ class Optimizer:
     ) -> None:
         """Divide inside the update's kernel where it can, which saves a pass over every gradient."""
         tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
-        if row.divides(optimizer) and not self._rounding.leaves:
+        if row.divides(optimizer):
             is_needed = divisor != 1 and tensors
             # Filled there: a number that is copied to a CUDA device makes the processor wait for it.
             scale = torch.full((), divisor, dtype=torch.float32, device=tensors[0].device) if is_needed else None
@@ -346,32 +305,18 @@ class Optimizer:
                 assert tensor.grad is not None, "only those that have one"
                 tensor.grad.div_(divisor)
 
-    def eval_mode(self) -> None:
-        """Return to the weights that are evaluated and saved, without an update."""
-        self.zero_grad()
-        self._switch("eval")
-
     def zero_grad(self) -> None:
         for tensor in self.trained.values():
             tensor.grad = None
 
-    def _switch(self, mode: str) -> bool:
-        switches = [getattr(optimizer, mode) for _, _, optimizer in self.parts if hasattr(optimizer, mode)]
-        for switch in switches:
-            switch()
-        return bool(switches)
-
     def state(self) -> dict[str, Tensor]:
-        """The state, not copied: `<name of a trained tensor>/<part>` and `<optimizer>/<number of a group>/<counter>`.
-        Empty before the first update; a tensor that never had a gradient has no entries."""
+        """The state, not copied: `<name of a trained tensor>/<part>`. Empty before the first update; a tensor that
+        never had a gradient has no entries."""
         found: dict[str, Tensor] = {}
         for row, names, optimizer in self.parts:
-            started = [name for name in names if optimizer.state.get(self.leaves[name])]
-            for name in started:
-                kept, slots = optimizer.state[self.leaves[name]], row.state(self.leaves[name])
-                found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in slots}
-            if started:
-                found |= {key: _as_tensor(value) for key, value in _counters(row, optimizer).items()}
+            for name in names:
+                if kept := optimizer.state.get(self.trained[name]):
+                    found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in row.state(self.trained[name])}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -379,29 +324,21 @@ class Optimizer:
         unknown or misses a part, or a shape that does not fit."""
         left = dict(tensors)
         states: list[dict[Tensor, dict[str, Any]]] = []
-        numbers: list[dict[str, Any]] = []
         for row, names, optimizer in self.parts:
             states.append({})
             for name in names:
-                tensor = self.leaves[name]
+                tensor = self.trained[name]
                 slots = row.state(tensor)
                 parts = {key: left.pop(f"{name}/{key}") for key in slots if f"{name}/{key}" in left}
                 if parts:
                     _require_fit(name, parts, slots)
                     placed = {key: _placed(parts[key], slot, tensor) for key, slot in slots.items()}
                     states[-1][tensor] = {**row.constants(optimizer, tensor), **placed}
-            wanted = _counters(row, optimizer) if states[-1] else {}
-            if missing := sorted(wanted.keys() - left.keys()):
-                raise CheckpointError(f"optimizer state: {missing[0]} is missing")
-            numbers.append({key: left.pop(key).item() for key in wanted})
         if left:
             raise CheckpointError(f"optimizer state: nothing trained has the name {min(left)} ({len(left)} in all)")
-        for (_, _, optimizer), state, counted in zip(self.parts, states, numbers, strict=True):
+        for (_, _, optimizer), state in zip(self.parts, states, strict=True):
             optimizer.state.clear()
             optimizer.state.update(state)
-            for key, value in counted.items():
-                _, at, counter = key.split("/")
-                optimizer.param_groups[int(at)][counter] = value
 
     def describe(self) -> Choice:
         """The code that computes the update, the share of each optimizer, and the size of the state."""
@@ -424,11 +361,6 @@ class Optimizer:
             slot for row, names, _ in self.parts for name in names for slot in row.state(self.trained[name]).values()
         )
         return sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots if slot.place != "number")
-
-
-def _counters(row: OptimizerRow, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    groups = enumerate(optimizer.param_groups)
-    return {f"{row.name}/{at}/{key}": group[key] for at, group in groups for key in row.counters}
 
 
 def _as_tensor(value: Any) -> Tensor:

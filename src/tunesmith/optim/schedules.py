@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tunesmith.types import required
-
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Optim
 
@@ -45,4 +43,4 @@ def rate(step: int, total: int, optim: Optim) -> float:
     warmup, peak = warmup_steps(total, optim), float(optim.lr)
     if step <= warmup:
         return peak * (step / warmup)
-    return peak * SCHEDULES[required(optim.schedule)]((step - 1 - warmup) / (total - warmup))
+    return peak * SCHEDULES[optim.schedule]((step - 1 - warmup) / (total - warmup))

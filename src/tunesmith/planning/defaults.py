@@ -111,8 +111,6 @@ def decide_before_rows(
         raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
-    if recipe.loss.neftune_alpha and kind == "encoder_decoder":
-        raise RecipeError("loss.neftune_alpha: is for models that read one text; this one reads two. Leave it out.")
     if task.name == "text" and kind == "causal":
         stride = max(1, resolved(recipe.data.max_tokens) - 1)
         reason = "each window begins with the last token of the one before it"
@@ -213,8 +211,6 @@ def choose_task(example: Example, kind: ModelKind) -> Choice:
 def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
     """The type that weights and activations are computed in, for micro-batches of so many tokens."""
     method = method_of(recipe)
-    if (required := method.required_precision(recipe.method)) is not None:
-        return Choice("precision", *required)
     if not method.is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
         reason = (
             f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
@@ -252,7 +248,7 @@ def _check_compared(recipe: Recipe, task: Task) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
     if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
         raise RecipeError("data.too_long: cut: an answer without its end would be known by that. Use error or drop.")
-    for option in ("label_smoothing", "z_loss", "neftune_alpha"):
+    for option in ("label_smoothing", "z_loss"):
         if getattr(recipe.loss, option):
             has_own = hasattr(getattr(recipe, task.section), option)
             way = f"Use {task.section}.{option}" if has_own else "Leave it out"

@@ -204,7 +204,7 @@ def _with(recipe: Recipe, key: str, value: object) -> Recipe:
     return with_choice(recipe, Choice(key, value, ""))
 
 
-ELEMENTWISE = ("adamw", "lion", "schedule_free")
+ELEMENTWISE = ("adamw", "lion")
 """Optimizers that update each number by itself, so that a piece of a weight is updated as the whole is."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -247,8 +247,6 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
-    if method.name == "lora" and method.init == "pissa":
-        yield "method.init: pissa: it reads whole weights"
     if method.name == "lora" and method.also_train:
         yield "method.also_train: weights in the layers would be trained whole"
     if method.name == "lora" and method.bias != "none":
@@ -258,9 +256,6 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
 
 
 def _reasons_of_full(recipe: Recipe, located: ModelRef) -> Iterator[str]:
-    method: Any = recipe.method
-    if method.rounding == "stochastic":
-        yield "method.rounding: stochastic: the numbers drawn for a piece would be other ones"
     if recipe.optim.name not in ELEMENTWISE:
         yield f"optim.name: {recipe.optim.name}: it looks at whole matrices; {', '.join(ELEMENTWISE)} do not"
     config = load.load_config(located).get_text_config()

@@ -353,8 +353,6 @@ def filled_by(sampler: StepSampler, store: RowStore) -> StepSampler:
 
 def random_option(model: nn.Module, recipe: Recipe) -> str | None:
     """The option that makes a forward pass random in training; None: none does."""
-    if recipe.loss.neftune_alpha:
-        return "loss.neftune_alpha"
     if option := METHODS[recipe.method.name].randomness(recipe.method):
         return option
     settings = model.config.get_text_config().to_dict().items()  # type: ignore[union-attr,operator]

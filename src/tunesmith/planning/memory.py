@@ -175,7 +175,7 @@ def sizes_of(
     first = 0 if below or not inside else next((i for i, layer in enumerate(layers) if _learns(layer)), len(layers))
     config = model.config.get_text_config()
     linear_weights = sum(weight.numel() for weight in linears)
-    state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed).state_bytes()
+    state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors).state_bytes()
     num_trained, gathered = sum(tensor.numel() for tensor in trained), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0
     """Share of what is split that other devices keep."""

@@ -37,7 +37,6 @@ OTHER_NAMES = {
     "modules_to_save": "method.also_train",
     "use_rslora": "method.rslora",
     "use_dora": "method.name",
-    "init_lora_weights": "method.init",
     "loraplus_lr_ratio": "method.loraplus_ratio",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
@@ -51,9 +50,10 @@ OTHER_NAMES = {
     "dtype": "precision",
     "gradient_checkpointing": "train.checkpointed_layers",
     "label_smoothing_factor": "loss.label_smoothing",
-    "neftune_noise_alpha": "loss.neftune_alpha",
 }
 """Names of options in other tools, for suggestions."""
+REMOVED: dict[str, Any] = {"method.init": "kaiming", "method.rounding": "nearest", "loss.neftune_alpha": 0.0}
+"""Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
 
 SETTING = "--set"
 
@@ -161,7 +161,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
 
 def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
     # Strict, so that true is not 1 and "8" is not 8; by way of JSON, in which a list may become a tuple.
-    written = json.dumps(_merged({}, data), default=_plain)
+    written = json.dumps(_without_removed(data), default=_plain)
     try:
         return Recipe.model_validate_json(written, strict=True), []
     except ValidationError as error:
@@ -175,6 +175,16 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
     if more := len(groups) - len(problems):
         problems.append(f"and {more:,} more like these")
     return None, problems
+
+
+def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
+    kept = _merged({}, data)
+    for key, value in REMOVED.items():
+        section, _, name = key.partition(".")
+        given = kept.get(section)
+        if isinstance(given, dict) and given.get(name) == value:
+            del given[name]
+    return kept
 
 
 def _plain(value: Any) -> Any:
@@ -257,6 +267,8 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
     other = next((option for option in options().values() if option.methods and option.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
+    if shown in REMOVED:
+        return f"was taken out, and is {REMOVED[shown]} always: drop it"
     plain = re.sub(r"\[\d+\]", "[]", shown)
     near = similar(plain)
     section = shown.rpartition(".")[0]

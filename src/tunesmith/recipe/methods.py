@@ -59,7 +59,6 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 LayerWords = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
 """Texts or numbers of layers."""
 
-Start: TypeAlias = Literal["kaiming", "pissa", "orthogonal"]
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
 Quant: TypeAlias = Literal["nf4", "int8"]
 
@@ -93,9 +92,6 @@ class LowRankMethod(OptionGroup):
     also_train: Words = ()
     """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, or re: and
     a regular expression over whole names."""
-    init: Start = "kaiming"
-    """First matrices. kaiming: B is zero. pissa: the largest singular vectors of the weight. orthogonal: neither is
-    zero, their product is."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
 
@@ -168,9 +164,6 @@ class FullMethod(OptionGroup):
     (lm_head, norm.weight), or re: and a regular expression over whole names of weights. Empty: all."""
     freeze: LayerWords = ()
     """Weights among them that stay frozen, in the same words."""
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Rounding of updates to bfloat16 weights. nearest: from float32 master weights. stochastic: without master
-    weights, up or down at random so that nothing is lost on average; 4 bytes a weight less, noisier."""
 
 
 class AutoMethod(OptionGroup):

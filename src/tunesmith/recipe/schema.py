@@ -160,16 +160,15 @@ class Data(OptionGroup):
         return value
 
 
-OptimizerName = Literal["adamw", "adamw_8bit", "lion", "adafactor", "muon", "schedule_free"]
-_ADAM = {"schedule": "linear", "betas": (0.9, 0.999), "eps": 1e-8}
+OptimizerName = Literal["adamw", "adamw_8bit", "lion", "adafactor", "muon"]
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "adamw": _ADAM,
         "adamw_8bit": _ADAM,
-        "lion": {"schedule": "linear", "betas": (0.9, 0.99)},
-        "adafactor": {"schedule": "linear"},
+        "lion": {"betas": (0.9, 0.99)},
+        "adafactor": {},
         "muon": {**_ADAM, "momentum": 0.95},
-        "schedule_free": {**_ADAM, "schedule": "constant"},
     }
 )
 """Options that only some optimizers have, with the values that null means."""
@@ -180,14 +179,13 @@ class Optim(OptionGroup):
 
     name: OptimizerName = "adamw"
     """Optimizer. adamw_8bit keeps its state in 8 bits, lion and adafactor keep less of it, muon makes the updates of
-    the matrices inside the layers orthogonal, schedule_free averages weights instead of lowering the rate."""
+    the matrices inside the layers orthogonal."""
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
     lr_times: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the learning rate that lr: auto takes: 2 is twice the usual one."""
-    schedule: Literal["linear", "cosine", "constant"] | None = None
-    """Shape of the rate after warm-up; linear and cosine end at zero after the last step. null: linear, of
-    schedule_free constant, which it has to be."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the rate after warm-up; linear and cosine end at zero after the last step."""
     warmup: Annotated[float, Field(ge=0)] = 0.05
     """Warm-up: below 1 a share of all steps, from 1 up a number of steps. The first step's rate is not zero."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -220,11 +218,6 @@ class Optim(OptionGroup):
         for option in ("betas", "eps", "momentum"):
             if getattr(self, option) is not None and option not in USUAL[self.name]:
                 raise ValueError(f"optim.{option}: {self.name} has none: drop it or set optim.name: adamw")
-        if self.name == "schedule_free":
-            if self.schedule != "constant":
-                raise ValueError(f"optim.schedule: {self.schedule}: schedule_free needs constant: it averages instead")
-            if self.betas is not None and self.betas[0] == 0:
-                raise ValueError("optim.betas: schedule_free needs a first number above 0: its weights are such a mean")
         return self
 
 
@@ -236,8 +229,6 @@ class Loss(OptionGroup):
     """Share of each target that is spread evenly over all tokens or classes."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""
-    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
-    """NEFTune: uniform noise of at most alpha / √(tokens of the row · width) on every embedding; 5 is usual."""
 
 
 class Train(OptionGroup):

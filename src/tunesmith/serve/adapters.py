@@ -110,7 +110,7 @@ class AdapterSet:
                 f"{name}: {why}, so its base cannot be shared with other adapters. Export it as merged and serve that."
             )
         self._taken[name] = {
-            layer: LowRankPath(*module.with_start(module.lora_A.detach(), module.lora_B.detach()), module.scale)
+            layer: LowRankPath(module.lora_A.detach(), module.lora_B.detach(), module.scale)
             for layer, module in attachment.layers.items()
         }
         attachment.unload()

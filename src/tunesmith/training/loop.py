@@ -38,8 +38,6 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         started = time.perf_counter()
         if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
-        if optimizer.train_mode():
-            attachment.publish()
         done = compute_gradients(state, sampler, step)
         met = meet(state.world, attachment.shared, done.own, num_targets=done.num_targets)
         if met.exhausted is not None:
@@ -51,7 +49,7 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
         if grad_norm is None or state.world.size > 1:
             grad_norm = step_norm(state)
         _require_finite(state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
-        optimizer.step(lr, number=step, divisor=clip_divisor(grad_norm, recipe.optim.clip))
+        optimizer.step(lr, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
 
         seconds = time.perf_counter() - started

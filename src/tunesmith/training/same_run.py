@@ -28,6 +28,7 @@ NAMED_LATER = {
     "setting checkpoint.snapshots": "0",
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
+_REMOVED = {f"setting {key}": str(value) for key, value in load.REMOVED.items()}
 
 
 def refuse_other_run(
@@ -37,7 +38,8 @@ def refuse_other_run(
     if not then:
         return [], []
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
-    unnamed, then = [key for key in later if key not in then], {**later, **then}
+    unnamed = [key for key in later if key not in then]
+    then = {**later, **{key: value for key, value in then.items() if _REMOVED.get(key) != value}}
     then = as_renamed(then, setup.identity)
     free = {f"setting {key}" for key in (*SAME_UPDATE, *(setting.partition("=")[0] for setting in settings))}
     try:

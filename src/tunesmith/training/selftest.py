@@ -208,7 +208,7 @@ def _several(setup: Setup, folder: Path, devices: int, *, offline: bool) -> Proo
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
     restore(setup.attachment, weights)
     recipe, attachment = setup.recipe, setup.attachment
-    setup.optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    setup.optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     setup.optimizer.load(optimizer)
 
 

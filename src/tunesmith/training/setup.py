@@ -32,7 +32,6 @@ from tunesmith.models.forward import hidden_states
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
-from tunesmith.models.neftune import EmbeddingNoise
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES, PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
@@ -141,7 +140,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
-    optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors, seed=recipe.seed)
+    optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     sampler = replace(sampler_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=recipe.device)
@@ -159,7 +158,6 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         renderer=inputs.renderer,
         task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe),
         loss_scale=LossScale.of(resolved(recipe.precision)),
-        noise=EmbeddingNoise(recipe.loss.neftune_alpha, recipe.seed),
         kind=inputs.kind,
         head=inputs.head,
         attachment=attachment,

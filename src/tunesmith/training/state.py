@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tunesmith.data.collate import Collator
     from tunesmith.data.dataset import RowStore
     from tunesmith.data.sampler import MicroBatch, StepSampler
-    from tunesmith.models.neftune import EmbeddingNoise
     from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
     from tunesmith.types import Attachment, Batch, Task
@@ -128,7 +127,6 @@ class TrainState:
     """Makes a batch from rows of `store`."""
     sampler: StepSampler
     """Says which rows make which step, and how they are cut into micro-batches."""
-    noise: EmbeddingNoise
     total_steps: int
     device: str
     world: World = field(default_factory=World, kw_only=True)

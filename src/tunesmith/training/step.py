@@ -52,7 +52,7 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
             then = partial(_first_of_next, state, sampler, step)
             for batch in state.ahead.batches(state.collator, _keys([*passes, *idle], step), then):
                 divisor = num_targets if len(losses) < len(passes) else math.inf
-                loss_sum, tokens = _pass(state, batch, step, divisor, loss_of)
+                loss_sum, tokens = _pass(state, batch, divisor, loss_of)
                 losses.append(loss_sum)
                 computed += tokens
             state.loss_scale.undo(state.attachment.trained.values())
@@ -123,12 +123,9 @@ def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callabl
         return state.task.look(state.model, batches, state.world)
 
 
-def _pass(
-    state: TrainState, batch: Batch, step: int, num_targets: float, loss_of: Callable[..., Tensor]
-) -> tuple[Tensor, int]:
+def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: Callable[..., Tensor]) -> tuple[Tensor, int]:
     """Run forward and backward; return the loss sum and the number of computed positions."""
-    with state.noise.on(state.model, batch, step):
-        loss_sum = loss_of(state.model, batch)
+    loss_sum = loss_of(state.model, batch)
     state.loss_scale.scaled(loss_sum, num_targets).backward()  # type: ignore[no-untyped-call]
     state.attachment.collect_gradients()
     return loss_sum.detach(), batch.num_computed
@@ -143,10 +140,8 @@ def drop_gradients(state: TrainState) -> None:
 
 
 def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemoryError:
-    """The error for a micro-batch of one row that does not fit; the weights of the step before are put back."""
+    """The error for a micro-batch of one row that does not fit. The weights are those of the step before."""
     drop_gradients(state)
-    state.optimizer.eval_mode()
-    state.attachment.publish()
     where = f" on rank {found.rank}" if state.world.size > 1 else ""
     return OutOfMemoryError(
         f"step {step}: out of memory{where} in a micro-batch of one row of {found.tokens:,} tokens; "

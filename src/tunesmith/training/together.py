@@ -209,9 +209,8 @@ def digest(setup: Setup) -> int:
     """64 bits of all trained tensors that every rank has whole, in order."""
     found = 0
     for tensor in setup.attachment.shared.values():
-        flat = tensor.detach().contiguous().view(-1)
-        whole = flat.view(torch.int32) if flat.element_size() % 4 == 0 else flat.view(torch.uint8)
-        found = (found * _MIXER + int(whole.sum(dtype=torch.int64))) % 2**64
+        bits = tensor.detach().contiguous().view(torch.int32)
+        found = (found * _MIXER + int(bits.sum(dtype=torch.int64))) % 2**64
     return found
 
 
