@@ -1,6 +1,5 @@
 """Kernels of CUDA devices: which one is taken for which call, and that each computes attention, seen on a processor."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +18,6 @@ from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.cuda_attention import KERNELS, AttentionCase, AttentionKernel, choose_kernel, probe
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.models.segments import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
-from tunesmith.types import Segment
 
 CPU = torch.device("cpu")
 PLAIN = AttentionCase(
@@ -39,15 +37,6 @@ CASES = {
     "values of another size": replace(PLAIN, value_size=24),
 }
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
-
-
-@pytest.fixture
-def flex_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not compiled, and with its backward, which torch refuses on a processor though it has the code."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(sys.modules["torch.nn.attention.flex_attention"], "_validate_device", lambda *args: None)
-    monkeypatch.setattr(cuda_attention, "_compiled_flex", lambda: flex_attention)
 
 
 def varlen_by_hand(  # noqa: PLR0917 — as torch has it
@@ -89,11 +78,6 @@ def varlen_on_a_processor(monkeypatch: pytest.MonkeyPatch, starts_of_pieces: Non
 @pytest.mark.parametrize("name", CASES)
 def test_padded_rows_pass_the_probe(name):
     assert probe(BY_NAME["padded"], CASES[name], CPU) == ""
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_flex_attention_passes_the_probe(name, flex_on_a_processor):
-    assert probe(BY_NAME["flex"], CASES[name], CPU) == ""
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.softcap])
@@ -194,24 +178,21 @@ HALF = replace(PLAIN, dtype=torch.bfloat16, head_size=64, value_size=64)
 
 
 @pytest.mark.parametrize(
-    ("case", "capability", "triton", "order"),
+    ("case", "capability", "order"),
     [
-        (HALF, (8, 0), True, ["varlen", "flex", "padded"]),
-        (replace(HALF, causal=False), (9, 0), True, ["varlen", "flex", "padded"]),
-        (replace(HALF, window=True, shared=True), (8, 6), False, ["varlen", "padded"]),
-        (replace(HALF, dropout=True), (9, 0), True, ["padded"]),
-        (replace(HALF, softcap=True), (9, 0), True, ["flex", "padded"]),
-        (replace(HALF, softcap=True), (9, 0), False, ["padded"]),
-        (replace(HALF, dtype=torch.float32), (9, 0), True, ["flex", "padded"]),
-        (replace(HALF, dtype=torch.float16), (7, 5), True, ["flex", "padded"]),  # T4
-        (replace(HALF, dtype=torch.float16), (6, 1), True, ["padded"]),
-        (replace(HALF, head_size=20, value_size=20), (9, 0), True, ["flex", "padded"]),
-        (replace(HALF, head_size=288, value_size=288), (9, 0), True, ["flex", "padded"]),
-        (replace(HALF, value_size=32), (9, 0), True, ["flex", "padded"]),
+        (HALF, (8, 0), ["varlen", "padded"]),
+        (replace(HALF, causal=False), (9, 0), ["varlen", "padded"]),
+        (replace(HALF, window=True, shared=True), (8, 6), ["varlen", "padded"]),
+        (replace(HALF, dropout=True), (9, 0), ["padded"]),
+        (replace(HALF, softcap=True), (9, 0), ["padded"]),
+        (replace(HALF, dtype=torch.float32), (9, 0), ["padded"]),
+        (replace(HALF, dtype=torch.float16), (7, 5), ["padded"]),  # T4
+        (replace(HALF, head_size=20, value_size=20), (9, 0), ["padded"]),
+        (replace(HALF, head_size=288, value_size=288), (9, 0), ["padded"]),
+        (replace(HALF, value_size=32), (9, 0), ["padded"]),
     ],
 )
-def test_kernels_are_tried_in_order_of_preference(monkeypatch, case, capability, triton, order):
-    monkeypatch.setattr(cuda_attention, "find_spec", lambda name: triton or None)
+def test_kernels_are_tried_in_order_of_preference(monkeypatch, case, capability, order):
     monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: varlen_by_hand)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     tried: list[str] = []
@@ -228,7 +209,6 @@ def test_kernels_are_tried_in_order_of_preference(monkeypatch, case, capability,
 def test_a_probe_leaves_no_tensor_in_a_recomputed_layer(monkeypatch):
     """Its tensors, saved inside the layer, would be missing when the layer is recomputed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(cuda_attention, "find_spec", lambda name: None)
     choose_kernel.cache_clear()
 
     def layer(x: Tensor) -> Tensor:
@@ -264,58 +244,9 @@ def test_rows_are_padded_to_less_than_twice_their_length_in_few_calls(monkeypatc
     assert calls == [(2, 4, 300, 8), (1, 4, 200, 8), (2, 4, 120, 8), (3, 4, 60, 8), (4, 4, 20, 8)]
 
 
-def dense(rows: Segments, *, causal: bool, window: int | None) -> Tensor:
-    """What may be read, token by token."""
-    found = torch.zeros(sum(q for q, _ in rows.sizes), sum(k for _, k in rows.sizes), dtype=torch.bool)
-    query = key = 0
-    for queries, keys in rows.sizes:
-        mask = rows.band(queries, keys, window or keys) if causal else torch.ones(queries, keys, dtype=torch.bool)
-        found[query : query + queries, key : key + keys] = mask
-        query, key = query + queries, key + keys
-    return found
-
-
-@pytest.mark.parametrize(
-    "pieces",
-    [[Segment(n) for n in LENGTHS], [Segment(300), Segment(200, ((0, 300),)), Segment(1, ((0, 300), (300, 200)))]],
-)
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 100), (True, 1), (False, None)])
-def test_the_mask_of_documents_is_laid_out_in_blocks(monkeypatch, pieces, causal, window):
-    """A block is left out only if nothing in it is read, and taken whole only if all of it is."""
-    if not causal and any(piece.before for piece in pieces):
-        return
-    rows = Segments.sharing(pieces, device=CPU)
-    expected = dense(rows, causal=causal, window=window)
-    mask = cuda_attention.document_mask(rows, causal=causal, window=window)
-    assert mask.shape == (1, 1, *expected.shape)
-    q, k = (torch.arange(size) for size in expected.shape)
-    assert torch.equal(mask.mask_mod(0, 0, q[:, None], k), expected)
-    kinds = _kinds(mask, len(q), len(k))
-    for (i, j), kind in kinds.items():
-        block = expected[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
-        assert kind != "left out" or not block.any()
-        assert kind != "whole" or block.all()
-    assert {kind for _, kind in kinds.items()} >= {"left out", "part"}
-    assert causal or "whole" in kinds.values()
-
-
-def _kinds(mask: Any, num_queries: int, num_keys: int) -> dict[tuple[int, int], str]:
-    found = {(i, j): "left out" for i in range(-(-num_queries // 128)) for j in range(-(-num_keys // 128))}
-    for kind, num, index in (
-        ("part", mask.kv_num_blocks, mask.kv_indices),
-        ("whole", mask.full_kv_num_blocks, mask.full_kv_indices),
-    ):
-        for i, blocks in enumerate(index[0, 0].tolist()):
-            for j in blocks[: int(num[0, 0, i])]:
-                assert found[i, j] == "left out"
-                found[i, j] = kind
-    return found
-
-
-@pytest.fixture(params=["padded", "flex", "varlen"])
+@pytest.fixture(params=["padded", "varlen"])
 def kernel(request, monkeypatch) -> AttentionKernel:
     """A kernel in place of what a processor would take."""
-    request.getfixturevalue("flex_on_a_processor")
     request.getfixturevalue("varlen_on_a_processor")
     monkeypatch.setattr(attention, "_by_pieces", BY_NAME[request.param].run)
     return BY_NAME[request.param]

@@ -5,12 +5,11 @@ attention that is spelled out in float32. None of them is called once a row, and
 micro-batch by all its keys.
 
 - varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on.
-- flex: FlexAttention with a mask of documents, compiled by Triton: softcaps, float32, older cards, odd head sizes.
-- padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: dropout, and the rest.
+- padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: all the rest.
 """
 
 # H heads, T tokens, D head size, K keys, G groups of heads that share keys, S rows of a block, L its longest row,
-# N places of all blocks, P pieces, I blocks of queries, J blocks of keys
+# N places of all blocks
 
 from __future__ import annotations
 
@@ -19,13 +18,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tunesmith.errors import is_out_of_memory
@@ -44,8 +41,6 @@ HALF = (torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token read by
 mistake 0.1 and more."""
-BLOCK = 128
-"""Tokens of a block of FlexAttention's mask."""
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
 PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
@@ -223,91 +218,6 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, option
     return out_THD[None]
 
 
-def _supports_flex(case: AttentionCase, capability: tuple[int, int]) -> bool:
-    return not case.dropout and capability >= (7, 0) and find_spec("triton") is not None
-
-
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
-    """[1, T, H, D] by FlexAttention (Dong et al. 2024, arXiv 2412.05496); its mask is of blocks of 128 tokens."""
-    name = ("flex", options.causal, options.window)
-    if name not in segments.layouts:
-        segments.layouts[name] = document_mask(segments, causal=options.causal, window=options.window)
-    cap = options.softcap or 0.0
-
-    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
-    out_1HTD: Tensor = _compiled_flex()(
-        query,
-        key,
-        value,
-        score_mod=capped if cap else None,
-        block_mask=segments.layouts[name],
-        scale=options.scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out_1HTD.transpose(1, 2)
-
-
-def document_mask(segments: Segments, *, causal: bool, window: int | None) -> Any:
-    """FlexAttention's BlockMask: a query reads keys of its own piece, if causal none after its own, of a window the
-    last ones. Only pairs of blocks are laid out, never pairs of tokens."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    queries_P, keys_P = (np.array(sizes) for sizes in zip(*segments.sizes, strict=True))
-    ends_P = np.cumsum(keys_P)
-    piece_T, piece_K = (np.repeat(np.arange(len(sizes)), sizes) for sizes in (queries_P, keys_P))
-    own_T = np.concatenate([np.arange(end - num, end) for end, num in zip(ends_P, queries_P, strict=True)])
-    first_T = (ends_P - keys_P)[piece_T]
-    if window is not None:
-        first_T = np.maximum(first_T, own_T - window + 1)
-    last_T = own_T if causal else ends_P[piece_T] - 1
-    of_piece_T, of_piece_K, own = (
-        to_device(torch.from_numpy(array), segments.device) for array in (piece_T, piece_K, own_T)
-    )
-
-    def reads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        mask = of_piece_T[q] == of_piece_K[k]
-        if causal:
-            mask = mask & (k <= own[q])
-        return mask if window is None else mask & (k > own[q] - window)
-
-    starts_I = np.arange(0, len(own_T), BLOCK)
-    starts_J = np.arange(0, len(piece_K), BLOCK)
-    stops_J = np.minimum(starts_J + BLOCK, len(piece_K)) - 1
-    # Of all queries of a block: the keys that any of them reads lie in between, and those that all of them read.
-    any_IJ = _overlap(np.minimum.reduceat(first_T, starts_I), np.maximum.reduceat(last_T, starts_I), starts_J, stops_J)
-    latest_I, earliest_I = np.maximum.reduceat(first_T, starts_I), np.minimum.reduceat(last_T, starts_I)
-    all_IJ = (latest_I[:, None] <= starts_J) & (stops_J <= earliest_I[:, None])
-    num, index = _ordered(any_IJ & ~all_IJ, segments.device)
-    full_num, full_index = _ordered(all_IJ, segments.device)
-    lengths = (len(own_T), len(piece_K))
-    return BlockMask.from_kv_blocks(
-        num, index, full_num, full_index, BLOCK_SIZE=BLOCK, mask_mod=reads, seq_lengths=lengths
-    )
-
-
-def _overlap(
-    first_I: NDArray[np.int64], last_I: NDArray[np.int64], starts_J: NDArray[np.int64], stops_J: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    return (first_I[:, None] <= stops_J) & (starts_J <= last_I[:, None])
-
-
-def _ordered(pairs_IJ: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The number of blocks of keys for each block of queries, [1, 1, I], and their indices first, [1, 1, I, J]."""
-    index_IJ = np.argsort(~pairs_IJ, axis=1, kind="stable").astype(np.int32)
-    arrays = (pairs_IJ.sum(1).astype(np.int32), index_IJ)
-    num_I, order_IJ = (to_device(torch.from_numpy(array), device) for array in arrays)
-    return num_I[None, None], order_IJ[None, None]
-
-
 @dataclass(frozen=True, slots=True)
 class PaddedLayout:
     """Places of queries and keys in padded blocks of rows of similar length."""
@@ -379,7 +289,6 @@ def padded(query: Tensor, key: Tensor, value: Tensor, segments: Segments, option
 
 KERNELS = (
     AttentionKernel("varlen", _supports_varlen, varlen),
-    AttentionKernel("flex", _supports_flex, flex),
     AttentionKernel("padded", lambda case, capability: True, padded),
 )
 """In order of preference."""
