@@ -1,6 +1,5 @@
 """What stands beside a row in its pass changes nothing of it: models where it would are known, and run apart."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCa
 
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
-from tiny_run import tiny_recipe
-from tunesmith.evaluation.generate import Sampling, generate
-from tunesmith.inference import load as loading
-from tunesmith.models import attention, packing_check
+from tunesmith.models import packing_check, size
 from tunesmith.models.packing_check import check_packing
+from tunesmith.models.resolve_model import resolve_model
+from tunesmith.models.size import model_size
 from tunesmith.serve import startup_checks
 from tunesmith.serve.adapters import AdapterSet
-from tunesmith.serve.decoder import SequentialDecoder
-from tunesmith.training.setup import prepare
-from tunesmith.training.trainer import train
 
 BORDER = 64
 COMMON: dict[str, Any] = {
@@ -106,114 +101,45 @@ REFUSED = {"recurrent_gemma": "a text changes the logits of another", "minimax":
 # --- Positions that follow from the longest text of a pass
 
 
-def longrope(**settings: Any) -> Phi3ForCausalLM:
-    torch.manual_seed(0)
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    config = Phi3Config(
-        **{**COMMON, "initializer_range": 0.3, "num_hidden_layers": 2, "vocab_size": len(tiny_tokenizer())},
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        original_max_position_embeddings=BORDER,
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": BORDER, **factors,
-        },
-        **settings,
-    )  # fmt: skip
-    return Phi3ForCausalLM(config).eval()
-
-
-def folder_of(path: Path) -> str:
-    longrope().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def test_the_border_is_found_also_by_type_of_layer() -> None:
-    assert attention.longrope_limit(longrope().config) == BORDER
-    config = sharp("llama").config
-    assert attention.longrope_limit(config) is None
-    config.rope_parameters = {
-        "full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 100},
-        "sliding_attention": {"rope_type": "default"},
-    }
-    assert attention.longrope_limit(config) == 100
-    assert attention.longrope_conflict(config, 100) == ""
-    assert "more than 100 tokens" in attention.longrope_conflict(config, 101)
-
-
-def passes_of(folder: Path, num_words: int) -> list[list[int]]:
-    """Of each pass of an epoch, and of the held-out rows, how many tokens its rows have."""
-    words = [num_words if i % 2 else 1 + i % 4 for i in range(18)]
-    said = [[("user", f"{'a ' * num}{i}"), ("assistant", "yes")] for i, num in enumerate(words)]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]} for turns in said]
-    file = folder / "long.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    recipe = tiny_recipe(
-        folder, model=folder_of(folder / "phi"), train={"tokens_per_pass": 512}, data={"train": [str(file)]}
-    )
-    setup = prepare(recipe, root=folder / "runs")
-    steps = [rows for step in range(setup.sampler.steps_per_epoch) for rows in setup.sampler.step(step + 1)]
-    return [[int(setup.rows.store.lengths[i]) for i in rows] for rows in steps]
-
-
-# trap: T17
-def assert_no_row_is_beside_one_beyond_the_border(folder: Path) -> None:
-    passes = passes_of(folder, 60)
-    assert max(map(max, passes)) > BORDER
-    assert all(len(rows) == 1 for rows in passes if max(rows) > BORDER)
-
-
-def test_a_row_beyond_the_border_goes_alone_in_training(tmp_path: Path) -> None:
-    assert_no_row_is_beside_one_beyond_the_border(tmp_path)
-
-
-def test_rows_that_are_packed_with_one_beyond_the_border_would_be_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "longrope_limit", lambda config: None)  # planted: T17
-    with pytest.raises(AssertionError):
-        assert_no_row_is_beside_one_beyond_the_border(tmp_path)
-
-
-def test_rows_below_the_border_are_packed(tmp_path: Path) -> None:
-    assert max(map(len, passes_of(tmp_path, 6))) > 1
-
-
 def logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
     return out
 
 
-def test_texts_are_decoded_apart_where_one_can_cross_the_border() -> None:
-    """And one that crosses while it is written says what the model says of it whole."""
+def longrope() -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": BORDER, **factors}
+    config = Phi3Config(
+        **{**COMMON, "initializer_range": 0.3, "num_hidden_layers": 2, "vocab_size": len(tiny_tokenizer())},
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, original_max_position_embeddings=BORDER, rope_parameters=rope,
+    )  # fmt: skip
+    return Phi3ForCausalLM(config).eval()
+
+
+# trap: T17
+def assert_longer_texts_change_no_shorter_one(folder: Path) -> None:
+    """The longest text that may come, beside a short one."""
     model = longrope()
-    adapters = AdapterSet(model)
-    assert startup_checks.why_sequential(model, adapters, longest=BORDER) == ""
-    assert "changes the positions" in startup_checks.why_sequential(model, adapters, longest=BORDER + 1)
-    decoder = SequentialDecoder(model, adapters)
-    ids = torch.randint(3, VOCAB, (BORDER + 4,), generator=torch.Generator().manual_seed(0)).tolist()
-    slot = decoder.open(None, BORDER - 4)
-    decoder.step({}, [(slot, ids[: BORDER - 4])])
-    [slot] = decoder.fork(slot, 1)
-    for num in range(BORDER - 4, BORDER + 4):
-        _, [said] = decoder.step({slot: ids[num]}, [])
-        torch.testing.assert_close(said, logits(model, ids[: num + 1]), atol=1e-4, rtol=1e-4)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    longest = model_size(resolve_model(str(folder))).max_tokens
+    short, long = list(range(30, 40)), [5] * longest
+    ids = torch.tensor([short + [0] * (longest - len(short)), long])
+    with torch.no_grad():
+        together = model(ids, attention_mask=(ids > 0).long(), use_cache=False).logits[0, len(short) - 1]
+    torch.testing.assert_close(together, logits(model, short), atol=1e-4, rtol=1e-4)
 
 
-def test_answers_to_short_prompts_do_not_change_with_a_long_one_beside_them(tmp_path: Path) -> None:
-    speaker = loading.load_model(folder_of(tmp_path / "phi"), task="generate", offline=True)
-    short, long = list(range(30, 40)), list(range(30, 30 + BORDER + 20))
-    how = Sampling(max_new_tokens=8)
-    [alone] = generate(speaker.model, speaker.renderer, [short], how)
-    assert generate(speaker.model, speaker.renderer, [short, long], how)[0] == alone
+def test_a_model_with_other_positions_for_long_texts_ends_where_they_begin(tmp_path: Path) -> None:
+    assert_longer_texts_change_no_shorter_one(tmp_path)
 
 
-def test_a_measure_of_rows_beyond_the_border_is_that_of_each_alone(tmp_path: Path) -> None:
-    speaker = loading.load_model(folder_of(tmp_path / "phi"), task="generate", offline=True)
-    assert speaker.tokens_per_pass([BORDER, 3]) > 1
-    assert speaker.tokens_per_pass([BORDER + 1, 3]) == 1
+def test_a_longer_text_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size, "_max_tokens", lambda config: BORDER + 1)  # planted: T17
+    with pytest.raises(AssertionError):
+        assert_longer_texts_change_no_shorter_one(tmp_path)
 
 
 def test_dynamic_frequencies_never_move_below_the_positions_that_a_config_names() -> None:
@@ -225,8 +151,3 @@ def test_dynamic_frequencies_never_move_below_the_positions_that_a_config_names(
     logits(model, [5] * model.config.max_position_embeddings)
     assert torch.equal(rotary.inv_freq, before)
     assert torch.equal(logits(model, [5, 6, 7]), first)
-
-
-def test_a_run_of_it_ends(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, model=folder_of(tmp_path / "phi"), train={"max_steps": 2})
-    assert train(recipe, root=tmp_path / "runs").state() == "done"

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
-from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS
@@ -78,8 +77,6 @@ def generate(
     on the right, because BART and its like count positions from the first token.
     """
     longest = max(map(len, prompts))
-    if len(prompts) > 1 and longrope_conflict(model.config, longest + sampling.max_new_tokens):
-        return [one for prompt in prompts for one in generate(model, renderer, [prompt], sampling)]
     has_decoder = model.config.is_encoder_decoder
     ids_BT = torch.zeros(len(prompts), longest, dtype=torch.int64)
     mask_BT = torch.zeros_like(ids_BT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,6 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
-from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
@@ -91,10 +90,9 @@ class LoadedModel:
         """The token that shorter rows are padded with."""
         return pad_id(self.model, self.renderer.tokenizer)
 
-    def tokens_per_pass(self, lengths: Collection[int]) -> int:
-        """Most tokens of a micro-batch of rows of these lengths."""
-        if longrope_conflict(self.model.config, max(lengths, default=0)):
-            return 1
+    @property
+    def tokens_per_pass(self) -> int:
+        """Most tokens of a micro-batch."""
         limit = self.recipe.train.tokens_per_pass
         return limit if limit != "auto" else 8192 if self.model.device.type == "cuda" else 2048
 

@@ -236,7 +236,7 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
         task,
         _feed(loaded, store),
         list(range(len(store))),
-        tokens_per_pass=loaded.tokens_per_pass(store.lengths.tolist()),
+        tokens_per_pass=loaded.tokens_per_pass,
         progress=progress,
     )
     own = (store, np.arange(len(store)), found)

@@ -177,7 +177,7 @@ class Predictor:
 
     def _passes(self, lengths: Mapping[int, int], done: Done) -> Iterator[tuple[int, ...]]:
         """Indices of rows of similar length; `done` gets how many rows are, after each micro-batch."""
-        most = self.loaded.tokens_per_pass(lengths.values())
+        most = self.loaded.tokens_per_pass
         num_done = 0
         for members in make_micro_batches(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
             yield members

@@ -11,7 +11,7 @@ model's answers are those of one row at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -222,29 +222,3 @@ def _unpacked_capped(
         key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
         mask = query_BHQD.new_ones(num_queries, num_queries, dtype=torch.bool).tril()
     return explicit_attention(query_BHQD, key_BHKD, value_BHKD, mask, options).transpose(1, 2)
-
-
-def longrope_limit(config: Any) -> int | None:
-    """Most tokens of a text that is computed with the rotary frequencies for short texts; None: there is one set.
-
-    Of a model with two sets (longrope: Phi-3 and Phi-4-mini with long contexts) transformers takes one set for all
-    rows of a pass, by the largest position in it: a longer row changes what the others say, also where rows are padded.
-    """
-    config = config.get_text_config()
-    settings = getattr(config, "rope_parameters", None) or {}
-    of_layers = [settings] if "rope_type" in settings else settings.values()  # or by type of layer
-    usual = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
-    limits = [
-        int(one.get("original_max_position_embeddings") or usual or 0)
-        for one in of_layers
-        if isinstance(one, Mapping) and one.get("rope_type") == "longrope"
-    ]
-    return min(limits, default=None)
-
-
-def longrope_conflict(config: Any, longest: int) -> str:
-    """Why texts cannot share a pass where one has `longest` tokens; "" if they can."""
-    limit = longrope_limit(config)
-    if limit is None or longest <= limit:
-        return ""
-    return f"a text of more than {limit:,} tokens changes the positions (longrope) of all others in its pass"

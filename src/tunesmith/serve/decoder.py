@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from tunesmith.models.attention import longrope_limit, packed_forward
+from tunesmith.models.attention import packed_forward
 from tunesmith.models.segments import Segments
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.kv_cache import (
@@ -126,9 +126,6 @@ class SequentialDecoder:
         self._adapters = adapters
         self._caches: dict[SequenceSlot, Any] = {}
         self._encoded: dict[SequenceSlot, Any] = {}
-        self._border = longrope_limit(model.config)
-        self._ids: dict[SequenceSlot, list[int]] = {}
-        """Tokens read, for models whose positions change at a border."""
 
     def another(self) -> SequentialDecoder:
         """A decoder of the same model, without any sequence."""
@@ -136,25 +133,22 @@ class SequentialDecoder:
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         slot = SequenceSlot(adapter, KVBlock(0, 0))
-        self._caches[slot], self._ids[slot] = self._new_cache(), []
-        return slot
-
-    def _new_cache(self) -> Any:
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        return EncoderDecoderCache(cache, DynamicCache()) if self.reads_whole else cache
+        self._caches[slot] = EncoderDecoderCache(cache, DynamicCache()) if self.reads_whole else cache
+        return slot
 
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
         slots = [SequenceSlot(slot.adapter, slot.block, slot.length) for _ in range(copies)]
         for one in slots:
-            self._caches[one], self._ids[one] = copy.deepcopy((self._caches[slot], self._ids[slot]))
+            self._caches[one] = copy.deepcopy(self._caches[slot])
             if slot in self._encoded:
                 self._encoded[one] = self._encoded[slot]
         self.close(slot)
         return slots
 
     def close(self, slot: SequenceSlot) -> None:
-        for kept in (self._caches, self._ids, self._encoded):
-            kept.pop(slot, None)
+        self._caches.pop(slot, None)
+        self._encoded.pop(slot, None)
 
     def token_capacity(self, num_bytes: int) -> int | None:
         return None
@@ -169,11 +163,6 @@ class SequentialDecoder:
 
     def _read(self, slot: SequenceSlot, ids: Sequence[int]) -> Tensor:
         """[V]"""
-        if self._border is not None:
-            read = self._ids[slot]
-            read += ids
-            if slot.length <= self._border < len(read):  # keys with the other positions are of no use
-                self._caches[slot], slot.length, ids = self._new_cache(), 0, read
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
         inputs = {"input_ids": ids_1T}
         if self.reads_whole:

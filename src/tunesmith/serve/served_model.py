@@ -210,7 +210,7 @@ class Embedder:
         prompt = self.pooling.query_prompt if is_query else self.pooling.document_prompt
         rows = [self._row(prompt, text, i) for i, text in enumerate(texts)]
         lengths = [len(row.ids) for row in rows]
-        most = self.loaded.tokens_per_pass(lengths)
+        most = self.loaded.tokens_per_pass
         vectors: dict[int, list[float]] = {}
         with eval_mode(self.loaded.model):
             for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded"):

@@ -20,7 +20,7 @@ from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError, ModelError, RunError
 from tunesmith.inference.load import LoadedModel
-from tunesmith.models.attention import longrope_conflict, packed_forward
+from tunesmith.models.attention import packed_forward
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.models.segments import UnsupportedAttentionError
@@ -176,9 +176,7 @@ def choose_decoder(loaded: LoadedModel, adapters: AdapterSet, note: Note, *, str
     """
     model = loaded.model
     is_encoder_decoder = model.config.is_encoder_decoder
-    reason = (
-        "it is an encoder–decoder" if is_encoder_decoder else why_sequential(model, adapters, longest=loaded.max_tokens)
-    )
+    reason = "it is an encoder–decoder" if is_encoder_decoder else why_sequential(model, adapters)
     if not reason:
         return BatchedDecoder(model, adapters)
     note(f"answers are decoded one by one, not together: {reason}")
@@ -189,14 +187,13 @@ def choose_decoder(loaded: LoadedModel, adapters: AdapterSet, note: Note, *, str
     return SequentialDecoder(model, adapters)
 
 
-def why_sequential(model: PreTrainedModel, adapters: AdapterSet, *, longest: int = 0) -> str:
+def why_sequential(model: PreTrainedModel, adapters: AdapterSet) -> str:
     """The reason why sequences cannot be decoded in one pass; "" if their logits are the same together and alone.
 
     Texts of different lengths are read in parts and then continued together, and their logits compared with those of
     the model's own attention, each text alone; and those of one text beside others with those beside others again.
-    `longest`: tokens of the longest sequence that may come.
     """
-    if reason := recurrent_layer(model) or longrope_conflict(model.config, longest):
+    if reason := recurrent_layer(model):
         return reason
     own = model.config._attn_implementation
     texts = _probes(model)

@@ -18,8 +18,6 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.generate import new_tokens_for
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
-from tunesmith.models import load
-from tunesmith.models.attention import longrope_conflict
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
@@ -103,10 +101,6 @@ def resolve_run(
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
-    if reason := _why_alone(inputs, rows):
-        free_tokens, alone = False, Choice("train.tokens_per_pass", 1, reason)
-        recipe = with_choice(recipe, alone)
-        choices = [*(choice for choice in choices if choice.key != alone.key), alone]
     recipe, counted = _count_steps(recipe, rows)
     rows, recipe, measuring = _measuring(recipe, inputs, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
     choices = [choice for choice in choices if choice.key not in [one.key for one in measuring]]
@@ -137,14 +131,6 @@ def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int
     if recipe.devices == "auto":
         return with_choice(recipe, Choice("devices", 1, "")), [], 1
     return recipe, [], recipe.devices
-
-
-def _why_alone(inputs: Inputs, rows: Splits) -> str:
-    """Why each row goes through the model alone; empty: it need not."""
-    sides = ((rows.store, rows.train_rows), (rows.held_store, rows.held_rows))
-    longest = max(int(store.lengths[some].max(initial=0)) for store, some in sides)
-    why = "" if inputs.located.is_gguf else longrope_conflict(load.load_config(inputs.located), longest)
-    return f"each row alone, which is slower: {why}. A smaller data.max_tokens avoids it" if why else ""
 
 
 def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
