@@ -1,4 +1,4 @@
-"""Modules and biases trained as they are beside adapters, tied ones above all."""
+"""Modules trained as they are beside adapters, tied ones above all."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +114,6 @@ def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path) -> Non
         ({"also_train": ("nrom",)}, "method.also_train: 'nrom' matches no module with weights. Did you mean norm"),
         ({"also_train": ("mlp",)}, "method.also_train: 'mlp': model.layers.0.mlp.down_proj has an adapter"),
         ({"also_train": ("q_proj",)}, "method.also_train: 'q_proj': model.layers.0.self_attn.q_proj has an adapter"),
-        ({"bias": "all"}, "method.bias: all: the model's layers have no bias. Leave it out."),
-        ({"bias": "lora_only"}, "method.bias: lora_only: the adapted layers have no bias. Leave it out."),
     ],
 )
 def test_what_means_nothing_is_refused(settings: dict[str, object], message: str) -> None:
@@ -132,16 +130,6 @@ def test_a_module_inside_another_is_trained_once() -> None:
     assert all(name.startswith("model.layers.1") for name in attachment.layers)
 
 
-def test_biases_are_saved_as_peft_saves_them(tmp_path: Path) -> None:
-    attachment = trained(base("gpt2"), bias="all")
-    save_adapter(attachment, tmp_path / "ours", base="tiny/base")
-    config = peft.LoraConfig(r=4, target_modules="all-linear", bias="all", fan_in_fan_out=True)
-    theirs = peft.get_peft_model(base("gpt2"), config)
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert load_file(tmp_path / "ours" / WEIGHTS).keys() == load_file(tmp_path / "theirs" / WEIGHTS).keys()
-
-
 def test_a_base_that_changed_cannot_be_looked_past() -> None:
     assert attach(base(), LoraMethod(), seed=0).keeps_base
     assert not attach(base(), LoraMethod(also_train=("norm",)), seed=0).keeps_base
-    assert not attach(base("gpt2"), LoraMethod(bias="all"), seed=0).keeps_base

@@ -186,28 +186,6 @@ def test_shortest_ends_mean_the_same_modules(arch: str, targets: list[str], ends
     assert shortest_ends(chosen, [name for name, _ in model.named_modules()]) == ends
 
 
-@pytest.mark.parametrize(
-    ("words", "layers"),
-    [(["last:1"], [3]), (["last:2"], [2, 3]), (["first:3"], [0, 1, 2]), (["2"], [2]), (["0", "2-3"], [0, 2, 3])],
-)
-def test_layers_by_number(words: list[str], layers: list[int]) -> None:
-    model = tiny_model("llama", vocab_size=32, layers=4)
-    found = [target.name for target in find_targets(model, ["q_proj", "lm_head"], layers=words)]
-    assert found == [*(f"model.layers.{n}.self_attn.q_proj" for n in layers), "lm_head"]
-
-
-def test_each_stack_of_layers_is_counted_by_itself() -> None:
-    model = tiny_model("t5", vocab_size=32)
-    found = {target.name.partition(".layer.")[0] for target in find_targets(model, ["all-linear"], layers=["last:1"])}
-    assert found == {"encoder.block.1", "decoder.block.1"}
-
-
-@pytest.mark.parametrize("word", ["7", "last:9", "3-4"])
-def test_a_layer_that_is_not_there_is_refused(word: str) -> None:
-    with pytest.raises(RecipeError, match=f"^method.layers: '{word}' means no layer .* model.layers has 2"):
-        find_targets(tiny_model("llama", vocab_size=32), ["q_proj"], layers=["0", word])
-
-
 def test_ranks_and_alphas_by_pattern() -> None:
     settings = LoraMethod(
         rank=8, alpha=16, rslora=True, rank_pattern={"mlp": 4, "down_proj": 2}, alpha_pattern={r"re:layers\.1\.": 6}

@@ -6,7 +6,6 @@ import torch
 from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods.full import attach
-from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Labels
 
@@ -21,8 +20,8 @@ def test_all_is_trained_unless_words_say_otherwise() -> None:
     assert trained() == [name for name, _ in model.named_parameters()]
 
 
-@pytest.mark.parametrize("word", ["last:1", "1", "re:layers\\.1\\."])
-def test_layers_are_meant_by_number_and_by_expression(word: str) -> None:
+@pytest.mark.parametrize("word", ["layers.1", "1", "re:layers\\.1\\."])
+def test_layers_are_meant_by_name_and_by_expression(word: str) -> None:
     found = trained(train=(word,))
     assert found == [name for name in trained() if ".layers.1." in name]
 
@@ -64,7 +63,6 @@ def test_what_is_frozen_gets_no_gradient_and_is_said() -> None:
     [
         ({"train": ("q_porj",)}, r"method.train: 'q_porj' means no weight. Did you mean q_proj\? There are: .*up_proj"),
         ({"freeze": ("embed_tokens", "wte")}, r"method.freeze: 'wte' means no weight. There are: "),
-        ({"train": ("last:3",)}, r"method.train: 'last:3' means no weight. Counted from 0, model.layers has 2."),
         ({"train": ("re:layer\\[0\\]",)}, r"method.train: .* means no weight"),
         ({"train": ("lm_head",), "freeze": ("lm_head",)}, r"method.freeze: every weight that would be trained"),
     ],
@@ -77,16 +75,10 @@ def test_a_word_that_means_nothing_is_refused(settings: dict[str, object], messa
 def test_a_head_that_is_new_is_not_left_random() -> None:
     labels = Labels("one", ("a", "b"))
     for settings, message in (
-        ({"train": ("last:1",)}, "method.train: classifier.weight is new, .* Name it too"),
+        ({"train": ("layer.1",)}, "method.train: classifier.weight is new, .* Name it too"),
         ({"freeze": ("classifier",)}, "method.freeze: classifier.weight is new, .* Leave it out"),
     ):
         model = tiny_model("bert", vocab_size=64, head="sequence", labels=labels)
         model.new_param_names = ("classifier.weight", "classifier.bias")
         with pytest.raises(RecipeError, match=message):
             attach(model, FullMethod(**settings), seed=0)
-
-
-def test_one_word_and_numbers_are_words() -> None:
-    recipe = validate({"method": {"name": "full", "train": "last:2", "freeze": [7, "embed_tokens"]}})
-    assert isinstance(recipe.method, FullMethod)
-    assert (recipe.method.train, recipe.method.freeze) == (("last:2",), ("7", "embed_tokens"))

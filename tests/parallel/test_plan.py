@@ -134,7 +134,6 @@ def test_layers_are_split_where_a_whole_model_does_not_fit(folder: Path) -> None
 
 REFUSED = {
     "method.name=dora": "method.name: dora",
-    "method.bias=all": "method.bias: all",
     "method.also_train=[embed_tokens]": "method.also_train",
     "precision=float16": "precision: float16",
     "devices=1": "devices: 1",

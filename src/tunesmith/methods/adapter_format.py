@@ -17,21 +17,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.errors import ModelError, RecipeError
+from tunesmith.errors import ModelError
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, put_adapters
 from tunesmith.methods.lora_layer import LoraLinear, shape_OI
 from tunesmith.methods.new_token_embeddings import ROWS, tables
 from tunesmith.methods.targets import (
     Target,
     check_expression,
-    find_biases,
     is_inside,
-    layer_of,
     matches,
     named_targets,
     tied_modules,
     tied_reasons,
-    weights_of,
 )
 from tunesmith.models import heads
 from tunesmith.models.pooling import write_pooling
@@ -56,6 +53,7 @@ MAX_NAMED = 5
 """Problems of an adapter that an error names."""
 
 _LAYER_KEY = re.compile(r"(?P<name>.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
+_LAYER_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the weights of the base as they are."""
 _READ = {
@@ -117,7 +115,7 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "lora_dropout": settings.dropout,
         "target_modules": shortest_ends(attachment.layers, module_names(attachment.model)),
         "fan_in_fan_out": any(layer.is_transposed for layer in attachment.layers.values()),
-        "bias": settings.bias,
+        "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": settings.rslora,
@@ -138,7 +136,6 @@ def planned_config(settings: LowRankMethod) -> dict[str, Any]:
         "r": settings.rank,
         "use_dora": isinstance(settings, DoraMethod),
         "use_rslora": settings.rslora,
-        "bias": settings.bias,
         "modules_to_save": list(settings.also_train),
         "target_modules": list(settings.targets),
     }
@@ -220,8 +217,6 @@ def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
     masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
     for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
         tensors[name] = masters[id(weight)].clone()  # tied ones are written twice, and safetensors wants no sharing
-    for name in attachment.whole.biases:
-        tensors[_bias_key(name, attachment.layers)] = tensors.pop(name)
     return tensors
 
 
@@ -239,11 +234,6 @@ def _saved_modules(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Par
         for module in (*modules, *tied_modules(model, modules))
         for name, parameter in model.get_submodule(module).named_parameters()
     }
-
-
-def _bias_key(name: str, adapted: Mapping[str, object]) -> str:
-    layer = name.removesuffix(".bias")
-    return f"{layer}.base_layer.bias" if layer in adapted else name
 
 
 # Reading
@@ -266,8 +256,8 @@ class SavedConfig:
 
         layers = self.config.get("layers_to_transform")
         if layers is not None:
-            place = layer_of(name)
-            if place is None or place[1] not in ([layers] if isinstance(layers, int) else layers):
+            number = _LAYER_NUMBER.search(name)
+            if number is None or int(number[1]) not in ([layers] if isinstance(layers, int) else layers):
                 return False
         return is_listed(self.config["target_modules"]) and not is_listed(self.config.get("exclude_modules"))
 
@@ -307,7 +297,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     targets = named_targets(model, named | meant)
     linear = {name for target in targets for name in target.names}
     adapted = [saved.sized(target) for target in targets]
-    whole = _find_whole(folder, saved, model, targets)
+    whole = _find_whole(saved, model)
     ids = saved.token_ids()
     problems = [f"no linear layer {name} in the model" for name in sorted((named | meant) - linear)]
     problems += [f"weights for {name}, which target_modules does not name" for name in sorted(named - meant)]
@@ -332,11 +322,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
         more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         base = saved.config["base_model_name_or_path"]
         raise ModelError(f"{folder}: does not fit {base}: {'; '.join(problems[:MAX_NAMED])}{more}")
-    by_layer = {one.target.name: one for one in adapted}
     attachment = put_adapters(model, adapted, whole=whole, settings=saved.settings, rows=rows)
     with torch.no_grad():
         for name, master in attachment.trained.items():
-            master.copy_(tensors[_bias_key(name, by_layer) if name in whole.biases else name])
+            master.copy_(tensors[name])
     attachment.publish()
     return attachment
 
@@ -385,6 +374,8 @@ def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
         unknown.append("layers_pattern")
     if config.get("init_lora_weights", True) not in _KEEPS_BASE:
         unknown.append("init_lora_weights")
+    if config.get("bias", "none") != "none":
+        unknown.append("bias")
     if unknown:
         raise ModelError(
             f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. Merge this "
@@ -403,7 +394,6 @@ def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
             targets=words,
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
-            bias=config.get("bias", "none"),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -423,8 +413,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: cannot be read: {error}") from error
 
 
-def _find_whole(folder: Path, saved: SavedConfig, model: PreTrainedModel, targets: Sequence[Target]) -> Whole:
-    """Weights that an adapter brings whole, as peft finds them: modules by name endings, biases by a word."""
+def _find_whole(saved: SavedConfig, model: PreTrainedModel) -> Whole:
+    """Weights that an adapter brings whole, as peft finds them: modules by name endings."""
     ends = tuple(saved.config.get("modules_to_save") or ())
     found = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
     head = tuple(name for name in heads.new_head_names(model) if is_inside(name, found))
@@ -433,11 +423,7 @@ def _find_whole(folder: Path, saved: SavedConfig, model: PreTrainedModel, target
     for name in modules:
         if not is_inside(name, set(modules) - {name}) and not tied_modules(model, [name]).keys() & set(once):
             once.append(name)
-    known = {*head, *weights_of(model, once)}
-    try:
-        return Whole(head, tuple(once), find_biases(model, saved.settings.bias, targets, known=known))
-    except RecipeError as error:
-        raise ModelError(f"{folder}: {error}") from error
+    return Whole(head, tuple(once))
 
 
 def _shapes(
@@ -450,8 +436,6 @@ def _shapes(
         shapes |= {f"{name}.lora_A.weight": (one.rank, num_inputs), f"{name}.lora_B.weight": (num_outputs, one.rank)}
         if isinstance(saved.settings, DoraMethod):
             shapes[f"{name}.{MAGNITUDE}"] = (num_outputs,)
-    by_layer = {one.target.name: one for one in adapted}
-    shapes |= {_bias_key(name, by_layer): tuple(model.get_parameter(name).shape) for name in whole.biases}
     shapes |= {name: tuple(weight.shape) for name, weight in _saved_modules(model, whole.modules).items()}
     shapes |= {name: tuple(model.get_parameter(name).shape) for name in whole.head}
     if rows:

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.master_weights import MasterWeights, is_split
 from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embedding
-from tunesmith.methods.targets import check_word, is_in_layers, layer_counts, matches, means, near_words
+from tunesmith.methods.targets import check_word, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
-from tunesmith.recipe.methods import LAYER_WORD, FullMethod
+from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Attachment
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[s
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    meant = {option: _meant(model, words, names, option) for option, words in (("train", train), ("freeze", freeze))}
+    meant = {option: _meant(words, names, option) for option, words in (("train", train), ("freeze", freeze))}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -193,34 +193,25 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     return (f"frozen: {len(frozen)} weights, {num / total:.1%} of the model, such as {frozen[0][0]}",)
 
 
-def _meant(model: nn.Module, words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:
+def _meant(words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:
     """Ids of the parameters that `words` mean."""
-    counts = layer_counts(model)
     problems: list[str] = []
     found: set[int] = set()
     for word in words:
         check_word(word, f"method.{option}")
-        some = {key for key, known in names.items() if any(_means(word, name, counts) for name in known)}
+        some = {key for key, known in names.items() if any(_means(word, name) for name in known)}
         if not some:
-            problems.append(f"method.{option}: {word!r} means no weight.{_hint(word, names, counts)}")
+            parts = {part for known in names.values() for name in known for part in name.split(".")}
+            hint = near_words(word.rpartition(".")[2], parts)
+            problems.append(f"method.{option}: {word!r} means no weight.{hint}")
         found |= some
     if problems:
         raise RecipeError("\n".join(problems))
     return found
 
 
-def _means(word: str, name: str, counts: Mapping[str, int]) -> bool:
-    if LAYER_WORD.fullmatch(word):
-        return is_in_layers(word, name, counts)
+def _means(word: str, name: str) -> bool:
     if word.startswith("re:"):
         return matches(word[3:], name)
     parts = name.split(".")
     return any(means(word, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
-
-
-def _hint(word: str, names: Mapping[int, Sequence[str]], counts: Mapping[str, int]) -> str:
-    if LAYER_WORD.fullmatch(word):
-        stacks = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are no layers"
-        return f" Counted from 0, {stacks}."
-    parts = {part for known in names.values() for name in known for part in name.split(".")}
-    return near_words(word.rpartition(".")[2], parts)

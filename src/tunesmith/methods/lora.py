@@ -22,7 +22,6 @@ from tunesmith.methods.qlora import unpack_base
 from tunesmith.methods.targets import (
     Target,
     by_pattern,
-    find_biases,
     find_modules,
     find_targets,
     not_linear,
@@ -56,7 +55,6 @@ class Whole:
     head: tuple[str, ...] = ()
     """Weights."""
     modules: tuple[str, ...] = ()
-    biases: tuple[str, ...] = ()
 
 
 class LoraAttachment(Attachment):
@@ -103,7 +101,7 @@ class LoraAttachment(Attachment):
     @property
     def keeps_base(self) -> bool:
         """Whether the model without adapters is the base: of weights trained whole, only a head may be."""
-        return not (self.whole.modules or self.whole.biases or self.rows)
+        return not (self.whole.modules or self.rows)
 
     @property
     def trains_token_rows(self) -> bool:
@@ -114,7 +112,7 @@ class LoraAttachment(Attachment):
         """Why other adapters cannot use the same base in memory; None: they can."""
         if isinstance(self.settings, DoraMethod):
             return "its weights are rescaled row by row (DoRA)"
-        if brought := [*self.whole.head, *self.whole.modules, *self.whole.biases]:
+        if brought := [*self.whole.head, *self.whole.modules]:
             return f"it brings {brought[0]} whole"
         if self.rows is not None:
             return f"it brings rows of {self.rows.names[0]} for new tokens"
@@ -194,7 +192,7 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     """
     refuse_frozen_new(model, f"method.name: {settings.name}")
     head = new_head_names(model)
-    targets, left_out = find_targets(model, settings.targets, layers=settings.layers), not_linear(model)
+    targets, left_out = find_targets(model, settings.targets), not_linear(model)
     ranks = by_pattern(model, targets, settings.rank_pattern, option="method.rank_pattern")
     alphas = by_pattern(model, targets, settings.alpha_pattern, option="method.alpha_pattern")
     adapted = [
@@ -202,9 +200,8 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
         for target in targets
     ]
     modules = find_modules(model, settings.also_train, targets)
-    biases = find_biases(model, settings.bias, targets, known={*head, *weights_of(model, modules)})
     rows = _new_tokens(model, targets, modules)
-    attachment = put_adapters(model, adapted, whole=Whole(head, modules, biases), settings=settings, rows=rows)
+    attachment = put_adapters(model, adapted, whole=Whole(head, modules), settings=settings, rows=rows)
     attachment.notes = tuple(
         f"method.also_train: {other} is trained with {one}: they are one weight (tied)"
         for other, one in tied_modules(model, modules).items()
@@ -238,7 +235,6 @@ def put_adapters(
         raise RecipeError("method: the model carries adapters already. Merge them or take them off first.")
     weights = {name: model.get_parameter(name) for name in whole.head}
     weights |= weights_of(model, whole.modules)
-    weights |= {name: model.get_parameter(name) for name in whole.biases}
     model.requires_grad_(False)
     layer_class = DoraLinear if isinstance(settings, DoraMethod) else LoraLinear
     layers = []
@@ -294,6 +290,6 @@ def unshareable(settings: LowRankMethod) -> str | None:
     """Why such an adapter cannot share one base in memory with others; None: it can."""
     if isinstance(settings, DoraMethod):
         return f"method {settings.name} is more than low-rank paths on layers"
-    if settings.also_train or settings.bias != "none":
-        return f"{', '.join(settings.also_train) or 'biases'} were trained whole"
+    if settings.also_train:
+        return f"{', '.join(settings.also_train)} were trained whole"
     return None

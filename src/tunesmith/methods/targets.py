@@ -1,13 +1,12 @@
-"""The layers, modules and biases that the words of a recipe mean, in a model.
+"""The layers and modules that the words of a recipe mean, in a model.
 
 A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression searched for in whole names.
-Words for layers are `last:4`, `first:4`, `7` or `0-3`, counted from 0 in each stack of layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +18,6 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.phrases import did_you_mean
-from tunesmith.recipe.methods import Bias
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 GROUPS = ("all-linear", "attention", "mlp")
@@ -50,9 +48,9 @@ class Target:
         return self.names[0]
 
 
-def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[str] = ()) -> list[Target]:
-    """The linear layers that `targets` mean, each once, in the order of the model; with `layers`, of those in numbered
-    layers only the ones in these. Layers of a head, which is trained whole, are not among them.
+def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
+    """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is trained
+    whole, are not among them.
 
     Besides names, a word is `all-linear` (every linear layer inside the decoder layers), `attention` (those inside an
     attention module) or `mlp` (the others).
@@ -88,8 +86,7 @@ def find_targets(model: nn.Module, targets: Sequence[str], *, layers: Sequence[s
             problems.append(f"method.targets: {word!r} matches no linear layer.{why}{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
-    found = [target for target in linears if id(target.module) in chosen]
-    return _in_layers(model, found, layers) if layers else found
+    return [target for target in linears if id(target.module) in chosen]
 
 
 def inner_linears(model: nn.Module) -> list[Target]:
@@ -168,51 +165,7 @@ def refuse_frozen_new(model: PreTrainedModel, where: str) -> None:
         )
 
 
-# Numbered layers
-
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """The stack and the number of the layer in a name: model.layers.3.mlp is in (model.layers, 3)."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return None if found is None else (name[: found.start()], int(found.group(1)))
-
-
-def layer_counts(model: nn.Module) -> dict[str, int]:
-    """The number of layers in each stack."""
-    counts: dict[str, int] = {}
-    for name, _ in model.named_modules():
-        if (place := layer_of(name)) is not None:
-            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
-    return counts
-
-
-def is_in_layers(word: str, name: str, counts: Mapping[str, int]) -> bool:
-    """Whether a word for layers means the one in a name; `counts` as `layer_counts` gives them."""
-    place = layer_of(name)
-    if place is None:
-        return False
-    stack, number = place
-    kind, _, many = word.partition(":")
-    if kind == "last":
-        return int(many) <= counts[stack] and number >= counts[stack] - int(many)
-    if kind == "first":
-        return int(many) <= counts[stack] and number < int(many)
-    first, _, last = word.partition("-")
-    return int(first) <= number <= int(last or first)
-
-
-def _in_layers(model: nn.Module, targets: Sequence[Target], words: Sequence[str]) -> list[Target]:
-    """Targets outside of numbered layers, and in one that a word means. Raises RecipeError for a word without any."""
-    counts = layer_counts(model)
-    meant = {word: [t.name for t in targets if is_in_layers(word, t.name, counts)] for word in words}
-    if empty := [word for word, found in meant.items() if not found]:
-        sizes = ", ".join(f"{stack} has {count}" for stack, count in counts.items()) or "there are none"
-        raise RecipeError(f"method.layers: {empty[0]!r} means no layer with a target; counted from 0, {sizes}.")
-    kept = {name for found in meant.values() for name in found}
-    return [target for target in targets if target.name in kept or layer_of(target.name) is None]
-
-
-# Modules and biases that are trained whole
+# Modules that are trained whole
 
 
 def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Target]) -> tuple[str, ...]:
@@ -246,22 +199,6 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return tuple(name for name in names if name in chosen and not is_inside(name, chosen - {name}))
-
-
-def find_biases(model: nn.Module, which: Bias, targets: Sequence[Target], *, known: Set[str]) -> tuple[str, ...]:
-    """The names of the biases to train that are not `known` to be trained already. Raises RecipeError for none."""
-    if which == "none":
-        return ()
-    adapted = {f"{target.name}.bias" for target in targets}
-    biases = tuple(
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith(".bias") and name not in known and (which == "all" or name in adapted)
-    )
-    if not biases:
-        layers = "the model's layers" if which == "all" else "the adapted layers"
-        raise RecipeError(f"method.bias: {which}: {layers} have no bias. Leave it out.")
-    return biases
 
 
 def weights_of(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -249,8 +249,6 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
     if method.name == "lora" and method.also_train:
         yield "method.also_train: weights in the layers would be trained whole"
-    if method.name == "lora" and method.bias != "none":
-        yield f"method.bias: {method.bias}: weights in the layers would be trained whole"
     if method.name == "full":
         yield from _reasons_of_full(recipe, located)
 

@@ -33,7 +33,7 @@ OTHER_NAMES = {
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",
     "target_modules": "method.targets",
-    "layers_to_transform": "method.layers",
+    "layers_to_transform": "method.targets",
     "modules_to_save": "method.also_train",
     "use_rslora": "method.rslora",
     "use_dora": "method.name",
@@ -52,7 +52,10 @@ OTHER_NAMES = {
     "label_smoothing_factor": "loss.label_smoothing",
 }
 """Names of options in other tools, for suggestions."""
-REMOVED: dict[str, Any] = {"method.init": "kaiming", "method.rounding": "nearest", "loss.neftune_alpha": 0.0}
+REMOVED: dict[str, Any] = {
+    "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
+    "loss.neftune_alpha": 0.0,
+}  # fmt: skip
 """Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
 
 SETTING = "--set"
@@ -182,8 +185,10 @@ def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in REMOVED.items():
         section, _, name = key.partition(".")
         given = kept.get(section)
-        if isinstance(given, dict) and given.get(name) == value:
-            del given[name]
+        if isinstance(given, dict) and name in given:
+            found = given[name]
+            if (tuple(found) if isinstance(found, list) else found) == value:
+                del given[name]
     return kept
 
 
@@ -268,7 +273,7 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
     if shown in REMOVED:
-        return f"was taken out, and is {REMOVED[shown]} always: drop it"
+        return "this version has no such option any more: drop it"
     plain = re.sub(r"\[\d+\]", "[]", shown)
     near = similar(plain)
     section = shown.rpartition(".")[0]

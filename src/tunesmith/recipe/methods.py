@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import date
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -48,21 +47,10 @@ def _as_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
 
-def _as_texts(value: Any) -> Any:
-    entries = (value,) if type(value) is int else _as_list(value)
-    is_list = isinstance(entries, tuple)
-    return tuple(str(entry) if type(entry) is int else entry for entry in entries) if is_list else entries
-
-
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """One text or a list of texts."""
-LayerWords = Annotated[tuple[str, ...], BeforeValidator(_as_texts)]
-"""Texts or numbers of layers."""
 
-Bias: TypeAlias = Literal["none", "all", "lora_only"]
 Quant: TypeAlias = Literal["nf4", "int8"]
-
-LAYER_WORD = re.compile(r"(first|last):[1-9]\d*|\d+(-\d+)?")
 
 
 class LowRankMethod(OptionGroup):
@@ -80,28 +68,16 @@ class LowRankMethod(OptionGroup):
     targets: Words = ("all-linear",)
     """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression over
     whole module names (re:layers\\.[0-3]\\..*)."""
-    layers: LayerWords = ()
-    """Restricts the targets to these layers: last:4, first:4, 7 or 0-3, counted from 0. Empty: all."""
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
     counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other alphas by target, in the same words."""
-    bias: Bias = "none"
-    """Biases to train too: all of the model's, or those of the adapted layers."""
     also_train: Words = ()
     """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, or re: and
     a regular expression over whole names."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
-            if not LAYER_WORD.fullmatch(word):
-                raise ValueError(f"method.layers: {word!r} is none of last:4, first:4, 7 or 0-3")
-        return words
 
 
 class LoraMethod(LowRankMethod):
@@ -159,10 +135,10 @@ class FullMethod(OptionGroup):
     """Full fine-tuning: every weight is trained, or those that are named."""
 
     name: Literal["full"] = "full"
-    train: LayerWords = ()
-    """Weights to train: layers counted from 0 (last:4, first:4, 7, 0-3), the end of a module's or weight's name
-    (lm_head, norm.weight), or re: and a regular expression over whole names of weights. Empty: all."""
-    freeze: LayerWords = ()
+    train: Words = ()
+    """Weights to train: the end of a module's or weight's name (lm_head, layers.3, norm.weight), or re: and a regular
+    expression over whole names of weights. Empty: all."""
+    freeze: Words = ()
     """Weights among them that stay frozen, in the same words."""
 
 
