@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tiny_run import stop_at, tiny_recipe
 from tunesmith.errors import Stopped
 from tunesmith.inference.load import load_run
-from tunesmith.methods import state_dict
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import resume, train
@@ -37,7 +36,7 @@ def test_ends_of_epochs_are_measured_and_kept(tmp_path: Path) -> None:
     assert sorted(run.snapshots_path.iterdir()) == [one.path for one in snapshots]
     for one, step in zip(snapshots, (2 * STEPS, 3 * STEPS), strict=True):
         then = checkpoint.load(run.checkpoints_path / f"step-{step}").weights
-        now = state_dict(load_run(one, offline=True).attachment)
+        now = load_run(one, offline=True).attachment.trained
         assert now.keys() == then.keys()
         assert all(torch.equal(now[name], then[name]) for name in then)
 
@@ -45,7 +44,7 @@ def test_ends_of_epochs_are_measured_and_kept(tmp_path: Path) -> None:
         train(recipe, root=tmp_path / "runs", out=tmp_path / "cut", listener=stop_at(2 * STEPS - 1))
     cut = 2 * STEPS - 1
     stopped = Run(Run(tmp_path / "cut").snapshots_path / f"step-{cut}")
-    now = state_dict(load_run(stopped, offline=True).attachment)
+    now = load_run(stopped, offline=True).attachment.trained
     then = checkpoint.load(run.checkpoints_path / f"step-{cut}").weights
     again = resume(Run(tmp_path / "cut"))
     assert steps_of(again, "snapshot") == [cut, 2 * STEPS, 3 * STEPS], "where it was stopped, too"
