@@ -1,8 +1,7 @@
-"""The page of a sweep: a table of its trials, their courses, and their measures with intervals, as pictures."""
+"""The page of a sweep: a table of its trials, and a picture of their courses."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +12,10 @@ import tunesmith
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw
 from tunesmith.evaluation.report.sections import Cell, Column, Figures, Page, PageSection, Paragraph, Table
-from tunesmith.evaluation.report.text import one_line
 from tunesmith.phrases import option, plural
 from tunesmith.sweeps.grid import Grid
 from tunesmith.sweeps.sweep import Outcome
 
-MOST_DRAWN = 60
-"""Trials in the picture of intervals, the best ones."""
 CHOSEN = (
     "The best of several trials looks a little better on the rows it was chosen by than it is. Measure it on rows that "
     "no trial was measured on: tunesmith eval RUN FILE."
@@ -38,10 +34,9 @@ def sweep_page(grid: Grid, outcomes: Sequence[Outcome]) -> Page:
         "method": plural(len(outcomes), "trial"),
         "versions": {"tunesmith": tunesmith.__version__},
     }
-    sections = [
-        PageSection("trials", "Trials", [_table(grid, outcomes), Paragraph(CHOSEN)]),
-        PageSection("pictures", "Pictures", [Figures([*_courses(grid, outcomes), *_intervals(grid, outcomes)])]),
-    ]
+    sections = [PageSection("trials", "Trials", [_table(grid, outcomes), Paragraph(CHOSEN)])]
+    if courses := _courses(grid, outcomes):
+        sections.append(PageSection("courses", "Courses", [Figures(courses)]))
     return Page(report, time.time(), f"{plural(len(outcomes), 'trial')}: {shown}.{found}", [], ("", ""), sections)
 
 
@@ -82,35 +77,3 @@ def _courses(grid: Grid, outcomes: Sequence[Outcome]) -> list[Plot]:
         "On held-out rows. Thick: the best trial; thin: others that are done; dashed with a cross: stopped or failed."
     )
     return [draw("courses", info.label.capitalize(), text, paint, width=640, height=320)]
-
-
-def _intervals(grid: Grid, outcomes: Sequence[Outcome]) -> list[Plot]:
-    """The metric of each result, or of the last evaluation of a stopped trial."""
-    info = info_of(grid.metric)
-    shown = [one for one in outcomes if one.measure is not None and math.isfinite(one.measure["value"])][:MOST_DRAWN]
-    if not shown:
-        return []
-
-    def paint(axes: Any) -> None:
-        for y, outcome in enumerate(shown):
-            measure = outcome.measure or {}
-            value, is_done = measure["value"], outcome.state == "done"
-            colour = ACCENT if y == 0 and is_done else INK if is_done else MUTED
-            ends = [measure.get("low", value), measure.get("high", value)]
-            axes.plot(ends, [y, y], color=colour, linewidth=1.6)
-            axes.plot(value, y, color=colour, marker="o" if is_done else "x", linestyle="")
-        axes.set_yticks(range(len(shown)), [_label(outcome) for outcome in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
-        axes.grid(visible=False, axis="y")
-
-    text = "With 95 % intervals, the best first. A cross: the last measure of a trial that stopped."
-    return [
-        draw(
-            "intervals", f"{info.label.capitalize()} of each trial", text, paint, width=640, height=70 + 24 * len(shown)
-        )
-    ]
-
-
-def _label(outcome: Outcome) -> str:
-    values = " ".join(f"{key.rpartition('.')[2]}={option(value)}" for key, value in outcome.trial.options.items())
-    return one_line(values, 40)
