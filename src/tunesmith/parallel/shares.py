@@ -20,9 +20,3 @@ def shares(costs: Sequence[float], size: int) -> list[list[int]]:
         found[rank].append(i)
         heapreplace(loads, (load + costs[i], rank))
     return [sorted(share) for share in found]
-
-
-def balance(costs: Sequence[float], size: int) -> float:
-    """Mean load of a rank as a share of the largest: 1 where all have as much to do."""
-    loads = [sum(costs[i] for i in share) for share in shares(costs, size)]
-    return sum(loads) / size / max(loads) if max(loads, default=0) > 0 else 1.0

@@ -140,24 +140,12 @@ def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int
 
 
 def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternative]:
-    """At most three plans that fit, those that change least first."""
+    """At most three plans that fit, those that change least first, and none that changes more than one of them."""
     found: list[Alternative] = []
-    for settings, other, forecast in _others(recipe, predict, longest):
-        if forecast.fits and not any(set(one.settings) <= set(settings) for one in found):
-            package = METHODS[other.method.name].package
-            needs = install_command(package) if package and find_spec(package) is None else ""
-            found.append(Alternative(settings, forecast.memory.total, needs))
-        if len(found) == MOST_ALTERNATIVES:
-            break
-    return found
-
-
-def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tuple[str, ...], Recipe, Forecast]]:
-    """Other plans, those that change least first, of each kind up to the first that fits."""
-    kinds: set[str] = set()
+    seen: list[frozenset[str]] = []
     for change in _changes(recipe, predict(recipe).num_layers, longest):
-        kind = " ".join(f"{key}={value}" if key.startswith("method") else key for key, value in sorted(change.items()))
-        if kind in kinds:
+        keys = frozenset(f"{key}={value}" if key.startswith("method") else key for key, value in change.items())
+        if any(keys >= fewer for fewer in seen):
             continue
         other = recipe
         try:
@@ -166,9 +154,15 @@ def _others(recipe: Recipe, predict: Predict, longest: int) -> Iterator[tuple[tu
             forecast = predict(other)
         except TunesmithError:  # a setting that this model or machine does not take
             continue
-        if forecast.fits:  # the nearest of each kind is enough
-            kinds.add(kind)
-        yield tuple(f"{key}={value}" for key, value in change.items()), other, forecast
+        if forecast.fits:
+            package = METHODS[other.method.name].package
+            needs = install_command(package) if package and find_spec(package) is None else ""
+            settings = tuple(f"{key}={value}" for key, value in change.items())
+            found.append(Alternative(settings, forecast.memory.total, needs))
+            seen.append(keys)
+        if len(found) == MOST_ALTERNATIVES:
+            break
+    return found
 
 
 def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
