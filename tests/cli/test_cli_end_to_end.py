@@ -198,17 +198,6 @@ def test_a_name_that_is_neither_a_run_nor_a_model_says_both(place: Place, done: 
         assert "And no such model: nope: " in told
 
 
-def test_runs_of_data_files_of_one_name_can_be_told_apart(place: Place, tmp_path: Path) -> None:
-    rows = [json.loads(line)["messages"][:2] for line in place.data.read_text().splitlines()]
-    pairs = [f"{json.dumps(ask['content'])},{json.dumps(answer['content'])}\n" for ask, answer in rows]
-    (tmp_path / "chats.csv").write_text("prompt,completion\n" + "".join(pairs))
-    for data in (place.data, tmp_path / "chats.csv"):
-        words = ["train", place.model, data, "--runs", tmp_path / "runs", "--offline", "--quiet"]
-        tunesmith(*words, *settings("train.max_steps=1"))
-    names = [path.name for path in (tmp_path / "runs").iterdir() if path.name[0] != "."]
-    assert sorted(name.rpartition("-")[0] for name in names) == ["chats", "chats-csv"]
-
-
 def test_a_model_has_nothing_to_compare(place: Place) -> None:
     result = tunesmith("chat", place.model, "--compare", "--once", "x", code=2)
     assert "--compare need a run" in result.stderr

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.data.addresses import short_name
 from tunesmith.environment import in_force
 from tunesmith.errors import CheckpointError, InputError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
 from tunesmith.evaluation.metrics import METRICS
@@ -29,7 +28,7 @@ from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import storing, write_atomic
-from tunesmith.runs.folder import FollowedRun, Run, made_from, refuse_taken, runs
+from tunesmith.runs.folder import FollowedRun, Run, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
@@ -98,7 +97,7 @@ def train(
         refuse_small_disk(setup, out or root)
         yaml = as_yaml(setup.recipe, comments=False)
         more = {DIGEST: recipe_digest(recipe)}
-        run = Run.create(root, _name_among(setup, root), yaml, out=out, recipe=setup.recipe, more=more)
+        run = Run.create(root, run_name(setup), yaml, out=out, recipe=setup.recipe, more=more)
         listener.on_run(run)
         with run.lock():
             setup.rows.keep(run.rows_path)
@@ -146,16 +145,6 @@ def _follow(setup: Setup, listener: Listener) -> Run:
     return start.run
 
 
-def _name_among(setup: Setup, root: Path) -> str:
-    """The run's name; with the extension of its data file if a run of another file has the same name without it."""
-    name, file = run_name(setup), Path(short_name(setup.recipe.data.train[0].path))
-    if setup.recipe.name is not None or not file.suffix:
-        return name
-    others = {Path(path).name for run in runs(root) for path in made_from(run)}
-    is_shared = any(other != file.name and other.split(".")[0] == name for other in others)
-    return f"{name}-{file.name.split('.')[1]}" if is_shared else name
-
-
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
     """Continue a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
@@ -201,7 +190,6 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         set_before, unnamed = refuse_other_run(run, setup, then, settings)
         refuse_other_inputs(setup)
         refuse_small_disk(setup, run.path)
-        planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - started
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
@@ -226,7 +214,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
                 save(session)  # what the next resume finds goes with the recipe that it finds
-        _drive(session, fresh=newest is None, planned=planned)
+        _drive(session, fresh=newest is None)
     return run
 
 
@@ -260,16 +248,13 @@ def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener
         listener.on_event(note)
 
 
-def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
-    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log.
-
-    `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
-    """
+def _drive(session: Session, *, fresh: bool) -> None:
+    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log."""
     setup, run = session.setup, session.run
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     try:
         with setup.world.passing():
-            _run(session, fresh=fresh, planned=planned)
+            _run(session, fresh=fresh)
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
@@ -279,12 +264,12 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
         raise
 
 
-def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
+def _run(session: Session, *, fresh: bool) -> None:
     """Measure, save, take the steps, measure again, and write the result; other ranks than the first only take part."""
     setup, run = session.setup, session.run
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-        session.emit("plan", *_plan(setup, planned))
+        session.emit("plan", plan_values(setup), plan_timing(setup))
         use_reference(session)
     share_reference(setup)
     if fresh:
@@ -301,18 +286,6 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     save_result(setup, run, weights)
     session.listener.on_progress("report", 0, 1)
     session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
-
-
-def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its first
-    start, because its recipe is resolved by now."""
-    values, timing = plan_values(setup), plan_timing(setup)
-    if planned is None:
-        return values, timing
-    warnings = dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]])
-    kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
-    kept["warnings"] = list(warnings)
-    return {**values, **kept}, {**planned.timing, **timing}
 
 
 def _facts(session: Session) -> dict[str, Any]:
