@@ -5,7 +5,7 @@ import re
 from shape.tree import ROOT
 
 REQUIRED = {
-    *(f"L{n}" for n in range(1, 18)),
+    *(f"L{n}" for n in range(1, 18) if n != 13),  # no method adds a term to the loss
     "L3b",
     *(f"D{n}" for n in range(1, 20)),  # several devices
     *(f"T{n}" for n in range(1, 19)),
