@@ -35,7 +35,7 @@ from tunesmith.models.pooling import write_pooling
 from tunesmith.models.save import save_tokenizer
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
-from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
+from tunesmith.runs.atomic import writing_folder
 
 if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
@@ -79,7 +79,7 @@ def save_result(
 
 def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revision: str | None = None) -> None:
     """Write the adapter alone, completely or not at all; float32, whatever the model computes in."""
-    with _replacing(folder, _num_bytes(attachment)) as staged:
+    with writing_folder(folder, num_bytes=_num_bytes(attachment)) as staged:
         _write(attachment, to_config(attachment, base=base, revision=revision), staged)
 
 
@@ -89,7 +89,7 @@ def writing_adapter(
 ) -> Iterator[Path]:
     """Give a folder to write an adapter into; at the end it gets tokenizer and labels, and takes the place of `folder`.
     After an exception nothing remains."""
-    with _replacing(folder, num_bytes) as staged:
+    with writing_folder(folder, num_bytes=num_bytes) as staged:
         yield staged
         save_tokenizer(with_pad_token(model, renderer.tokenizer), staged, located=located)
         heads.write_labels(model, staged)
@@ -190,18 +190,6 @@ def _as_int(value: float) -> float:
 
 def _num_bytes(attachment: LoraAttachment) -> int:
     return sum(4 * tensor.numel() for tensor in attachment.trained.values())
-
-
-@contextmanager
-def _replacing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    staged = temporary_folder(folder.parent, folder.name)
-    try:
-        with storing(folder, num_bytes=num_bytes):
-            yield staged
-        replace_folder(staged, folder, swap=True)
-    except BaseException:
-        remove(staged)
-        raise
 
 
 def _write(attachment: LoraAttachment, config: Mapping[str, Any], folder: Path) -> None:

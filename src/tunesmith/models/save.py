@@ -24,7 +24,7 @@ from tunesmith.models.modes import generating_by, silence_transformers
 from tunesmith.models.pooling import find_pooling, write_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
-from tunesmith.runs.atomic import remove, replace_folder, storing, temporary_folder
+from tunesmith.runs.atomic import writing_folder
 from tunesmith.types import Pooling
 
 SHARD_BYTES = 5 * 1000**3
@@ -50,22 +50,16 @@ def save_model(
     Raises StorageError where the disk refuses.
     """
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    temporary = temporary_folder(folder.parent, folder.name)
-    try:
-        with storing(folder, num_bytes=num_bytes):
-            _save_weights(model, temporary, num_bytes, weights)
-            save_tokenizer(with_pad_token(model, tokenizer), temporary, located=located)
-            heads.write_labels(model, temporary)
-            if type(model).__name__.endswith("ForMaskedLM"):
-                pooling = find_pooling(located.path)
-            if pooling is not None:
-                write_pooling(pooling, temporary, size=model.config.get_text_config().hidden_size)
-            if model.can_generate():
-                save_generation_config(model, temporary, stop_ids=stop_ids)
-        replace_folder(temporary, folder, swap=True)
-    except BaseException:
-        remove(temporary)
-        raise
+    with writing_folder(folder, num_bytes=num_bytes) as staged:
+        _save_weights(model, staged, num_bytes, weights)
+        save_tokenizer(with_pad_token(model, tokenizer), staged, located=located)
+        heads.write_labels(model, staged)
+        if type(model).__name__.endswith("ForMaskedLM"):
+            pooling = find_pooling(located.path)
+        if pooling is not None:
+            write_pooling(pooling, staged, size=model.config.get_text_config().hidden_size)
+        if model.can_generate():
+            save_generation_config(model, staged, stop_ids=stop_ids)
 
 
 def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int, weights: Mapping[str, Tensor] | None) -> None:

@@ -184,6 +184,22 @@ def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
         remove(old)
 
 
+@contextmanager
+def writing_folder(final: Path, *, num_bytes: int | None = None) -> Iterator[Path]:
+    """Give a folder to fill, which then takes the place of `final`; after an exception nothing of it remains.
+
+    Raises StorageError where the disk refuses.
+    """
+    staged = temporary_folder(final.parent, final.name)
+    try:
+        with storing(final, num_bytes=num_bytes):
+            yield staged
+        replace_folder(staged, final, swap=True)
+    except BaseException:
+        remove(staged)
+        raise
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder. It is renamed first, so that no half of it is ever seen under its name."""
     if path.name.startswith(TEMPORARY):

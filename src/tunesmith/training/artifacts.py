@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.methods import METHODS
 from tunesmith.runs import checkpoint
-from tunesmith.runs.atomic import fsync_file, remove, replace_folder, storing, temporary_folder
+from tunesmith.runs.atomic import fsync_file, remove, temporary_folder, writing_folder
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Session
@@ -77,16 +77,10 @@ def keep_snapshot(session: Session, *, at: str) -> None:
     run, name, weights = session.run, f"step-{session.progress.step}", session.setup.whole_weights()
     if not session.setup.world.is_first:
         return
-    temporary = temporary_folder(run.snapshots_path, name)
-    try:
-        with storing(temporary):
-            for path in (run.recipe_path, run.path / "run.json", run.events_path):
-                shutil.copyfile(path, temporary / path.name)
-        save_result(session.setup, Run(temporary), weights)
-        replace_folder(temporary, run.snapshots_path / name, swap=True)
-    except BaseException:
-        remove(temporary)
-        raise
+    with writing_folder(run.snapshots_path / name) as staged:
+        for path in (run.recipe_path, run.path / "run.json", run.events_path):
+            shutil.copyfile(path, staged / path.name)
+        save_result(session.setup, Run(staged), weights)
     session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}", "at": at})
 
 
