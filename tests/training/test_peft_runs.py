@@ -28,7 +28,7 @@ from tunesmith.training.trainer import resume, train
 SETTINGS = {
     "IA3": {},
     "LN_TUNING": {},
-    "TRAINABLE_TOKENS": {"token_indices": [5, 6, 7]},
+    "TRAINABLE_TOKENS": {"token_indices": list(range(64))},
 }
 
 
