@@ -206,7 +206,7 @@ def methods(bench: Bench) -> dict[str, str]:
     cases: list[tuple[dict[str, Any], str]] = [({"name": "lora", "rank": 8}, o) for o in ("adamw", "adafactor", "muon")]
     cases += [({"name": name}, "adamw") for name in ("full", "dora")]
     if find_spec("bitsandbytes"):
-        cases += [({"name": "qlora", "quant": quant, "rank": 8}, "adamw") for quant in ("nf4", "int8")]
+        cases += [({"name": "qlora", "rank": 8}, "adamw")]
         cases += [({"name": "full"}, optimizer) for optimizer in ("adamw_8bit", "lion")]
     for method, optimizer in cases:
         name = " ".join(map(str, [*method.values(), optimizer]))

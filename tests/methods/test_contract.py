@@ -76,8 +76,6 @@ CASES: dict[str, Settings] = {
     "lora, new tokens": LoraMethod(rank=4),
     "lora, tokens of tied tables": LoraMethod(rank=4, targets=("attention",)),
     "dora, tokens": DoraMethod(rank=4),
-    "qlora, scales whole": QloraMethod(rank=4, double_quant=False, targets=("attention",)),
-    "qlora, int8": QloraMethod(rank=4, quant="int8"),
     "qlora, more whole": QloraMethod(rank=4, targets=("attention",), also_train=("ln_f", "mlp.c_proj")),
 }
 ON_GPT2 = ["lora, tokens of tied tables", "qlora, more whole"]

@@ -20,7 +20,7 @@ from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.methods import QloraMethod
 from tunesmith.types import Labels
 
-NF4, INT8 = QloraMethod(rank=4), QloraMethod(rank=4, quant="int8", double_quant=None)
+NF4 = QloraMethod(rank=4)
 
 
 def saved(folder: Path, arch: str, **settings: Any) -> Path:
@@ -43,8 +43,7 @@ def loaded(folder: Path, settings: QloraMethod, *, at_once: bool, **how: Any) ->
 @pytest.mark.parametrize(
     ("arch", "settings", "how"),
     [
-        ("llama", NF4, {}),
-        ("llama", INT8, {"dtype": torch.bfloat16}),
+        ("llama", NF4, {"dtype": torch.bfloat16}),
         ("qwen2", NF4, {}),  # biases
         ("gpt2", NF4, {"dtype": torch.float16}),  # weights that lie transposed
         ("llama", QloraMethod(rank=4, also_train=("re:1.mlp.down_proj$",), targets=("attention",)), {}),

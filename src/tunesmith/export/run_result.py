@@ -65,8 +65,7 @@ class RunResult:
     @property
     def quant(self) -> str | None:
         """Quantization type of the base during training; None: not quantized."""
-        method = self.recipe.method
-        return METHODS[method.name].base_format(method).partition(" ")[0] or None
+        return METHODS[self.recipe.method.name].base_format.partition(" ")[0] or None
 
     @property
     def weights(self) -> ModelRef:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from tunesmith.data.dataset import RowStore
 from tunesmith.errors import CheckpointError
 from tunesmith.methods import adapter_format, full, lora, peft
-from tunesmith.methods.qlora import base_format, packing, quantize_base
+from tunesmith.methods.qlora import BASE_FORMAT, packing, quantize_base
 from tunesmith.models.quantized import PackOnLoad
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.recipe.schema import Recipe
@@ -56,7 +56,7 @@ class Method:
     low_rank: bool = False
     """The settings are a `LowRankMethod` (rank, alpha, targets), the result is LoRA or DoRA in PEFT's format."""
     quantizes: bool = False
-    """The base is kept in 4 or 8 bits; no fused LoRA kernels."""
+    """The base is kept in 4 bits; no fused LoRA kernels."""
     fused_loss: bool = True
     """The output layer and the loss may be computed together, in pieces."""
     new_tokens: bool = True
@@ -74,8 +74,8 @@ class Method:
     """(settings) -> the option that makes a forward pass random in training, such as dropout; None: nothing does."""
     can_merge: Callable[[Any], bool] = lambda settings: True
     """(settings) -> whether the result is a change of weights, so that it can be merged into its base."""
-    base_format: Callable[[Any], str] = lambda settings: ""
-    """(settings) -> how the weights of the base are stored, as in `nf4 with scales in 8 bits`; empty: as they are."""
+    base_format: str = ""
+    """Storage of the weights of the base, as in `nf4 with scales in 8 bits`; empty: as they are."""
     unshareable: Callable[[Any], str | None] = lambda settings: None
     """(settings) -> why the result cannot share one base in memory with other adapters; None: it can."""
     adapter_config: Callable[[Any], dict[str, Any]] = lambda settings: {}
@@ -108,12 +108,12 @@ METHODS: dict[str, Method] = {
     ),
     "qlora": Method(
         name="qlora",
-        doc="LoRA on a base that is kept in 4 or 8 bits; the result is an adapter in PEFT's format.",
+        doc="LoRA on a base that is kept in 4 bits; the result is an adapter in PEFT's format.",
         prepare_base=quantize_base,
         packing=packing,
         quantizes=True,
         package="bitsandbytes",
-        base_format=base_format,
+        base_format=BASE_FORMAT,
         **_LOW_RANK,
     ),
     "full": Method(

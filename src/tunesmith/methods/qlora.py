@@ -13,8 +13,10 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, Unpacked, check_installed
 from tunesmith.recipe.methods import QloraMethod
 
-ELEMENT_SIZE = {"nf4": 0.5625, "int8": 1.01}
+ELEMENT_SIZE = 0.5625
 """Bytes of a packed weight with its scales, at most."""
+BASE_FORMAT = "nf4 with scales in 8 bits"
+"""Storage of the base's weights, in words."""
 _KNOWN = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
 
 
@@ -27,8 +29,8 @@ def packing(settings: QloraMethod) -> PackOnLoad:
     # Whatever is read is on the device where it stays.
     return PackOnLoad(
         lambda model: [target.name for target in _choose(model, settings)[0] if len(target.names) == 1],
-        lambda module: _pack(module, settings, device=module.get_parameter("weight").device),
-        element_size=ELEMENT_SIZE[settings.quant],
+        lambda module: _pack(module, device=module.get_parameter("weight").device),
+        element_size=ELEMENT_SIZE,
     )
 
 
@@ -48,14 +50,14 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     while targets:
         target = targets.pop()
         if not isinstance(target.module, QuantizedLinear):
-            replace_module(model, target, _pack(target.module, settings, device=device))
+            replace_module(model, target, _pack(target.module, device=device))
     model.to(device)
     free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before, after = (sum(sizes) for sizes in zip(*((one.was.num_bytes, one.num_bytes) for one in packed), strict=True))
     off_by = (sum(one.was.error for one in packed) / max(sum(one.was.square for one in packed), 1e-30)) ** 0.5
     notes = [
-        f"the base is quantised to {base_format(settings)}: {len(packed)} linear layers, {_mib(before)} become "
+        f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {_mib(before)} become "
         f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
     ]
     if left_out:
@@ -77,20 +79,15 @@ def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target]
 
 
 @torch.no_grad()
-def _pack(module: nn.Module, settings: QloraMethod, *, device: str | torch.device) -> QuantizedLinear:
+def _pack(module: nn.Module, *, device: str | torch.device) -> QuantizedLinear:
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    packed = QuantizedLinear(module, quant=settings.quant, double=bool(settings.double_quant), device=device)
+    packed = QuantizedLinear(module, device=device)
     packed.train(module.training)
     there = weight.to(device).float()
     square = float(there.square().sum())
     error = float(there.sub_(packed.weight).square_().sum())
     packed.was = Unpacked(weight.numel() * weight.element_size(), square, error)
     return packed
-
-
-def base_format(settings: QloraMethod) -> str:
-    """Storage of the base's weights, in words."""
-    return f"{settings.quant}{' with scales in 8 bits' if settings.double_quant else ''}"
 
 
 def unpack_base(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,11 +1,8 @@
-"""A frozen linear layer whose weight is kept in 4 or 8 bits, and unpacked anew for every product.
+"""A frozen linear layer whose weight is kept in 4 bits, and unpacked anew for every product.
 
 nf4: blocks of 64 weights, each rounded to one of 16 quantiles of a normal distribution times the block's largest
-magnitude; the magnitudes can be quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman & Zettlemoyer,
+magnitude; the magnitudes are quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman & Zettlemoyer,
 "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3).
-int8: each row rounded to 127 steps of its largest magnitude (Dettmers, Lewis, Belkada & Zettlemoyer, "LLM.int8()",
-arXiv 2208.07339, section 2.1, of the weight alone: what goes into a product is not rounded).
-
 bitsandbytes packs and unpacks; the product and its gradient are those of the unpacked weight, exactly.
 
 Weights are packed one by one as they are read, by an extension of transformers' loading, so that a model is never
@@ -34,7 +31,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.methods import Quant
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -77,38 +73,23 @@ class QuantizedLinear(nn.Module):
     was: Unpacked
     """Set by whoever compares the weights."""
     packed: Tensor
-    """nf4: uint8, two weights each; int8: int8, as the weight was stored."""
+    """uint8, two weights each."""
     scales: Tensor
-    """float32 of each block or row; nf4 with `double`: uint8."""
+    """uint8, of each block."""
 
-    def __init__(self, base: nn.Module, *, quant: Quant, double: bool, device: str | torch.device) -> None:
+    def __init__(self, base: nn.Module, *, device: str | torch.device) -> None:
         """`base` stays as it is; its weight is packed on `device` and kept there."""
         super().__init__()
         weight: Tensor = base.weight.detach()  # type: ignore[operator]
-        self.quant = quant
         self.lies_transposed = isinstance(base, Conv1D)
         self.weight_shape, self.weight_dtype = weight.shape, weight.dtype
         self.bias: nn.Parameter | None = base.bias  # type: ignore[assignment]
-        functional = _functional()
         weight = weight.to(device).contiguous()
-        if quant == "int8":
-            # By rows as stored: of an output, or of an input where the weight is transposed. bitsandbytes takes
-            # float16 on CUDA, whose steps are far below those of int8.
-            packed, scales, _ = functional.int8_vectorwise_quant(weight.half())
-            self._keep(packed=packed, scales=scales)
-            return
-        packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type="nf4")
-        self._keep(packed=packed, scales=state.absmax)
-        if double:
-            self._keep(offset=state.offset, nested_scales=state.state2.absmax, nested_code=state.state2.code)
-
-    def _keep(self, **tensors: Tensor) -> None:
-        for name, tensor in tensors.items():
+        packed, state = _functional().quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        nested = state.state2
+        kept = {"packed": packed, "scales": state.absmax, "offset": state.offset}
+        for name, tensor in {**kept, "nested_scales": nested.absmax, "nested_code": nested.code}.items():
             self.register_buffer(name, tensor)
-
-    @property
-    def is_double(self) -> bool:
-        return "nested_scales" in self._buffers
 
     @property
     def shape_OI(self) -> tuple[int, int]:
@@ -123,26 +104,21 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight unpacked, in the shape and precision of the original layer."""
-        if self.quant == "int8":
-            unpacked: Tensor = _functional().int8_vectorwise_dequant(self.packed, self.scales)
-            return unpacked.to(self.weight_dtype)
         made: Tensor = _functional().dequantize_4bit(self.packed, self._state())
         return made.reshape(self.weight_shape)
 
     def _state(self) -> Any:
         """bitsandbytes' state for unpacking, made of the buffers where they are now."""
-        nested = None
-        if self.is_double:
-            nested = _functional().QuantState(
-                absmax=self.nested_scales, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-            )
+        nested = _functional().QuantState(
+            absmax=self.nested_scales, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
         return _functional().QuantState(
             absmax=self.scales,
             shape=self._rows_of_blocks(),
             dtype=self.weight_dtype,
             blocksize=BLOCK,
             quant_type="nf4",
-            offset=self.offset if self.is_double else None,
+            offset=self.offset,
             state2=nested,
         )
 
@@ -174,7 +150,7 @@ class QuantizedLinear(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return f"{self.quant}{' double' if self.is_double else ''}, {self.shape_OI[1]} → {self.shape_OI[0]}"
+        return f"nf4, {self.shape_OI[1]} → {self.shape_OI[0]}"
 
 
 def num_weights(model: PreTrainedModel) -> int:

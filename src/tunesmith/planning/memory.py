@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +161,7 @@ def sizes_of(
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     layers = _stack(model)
     features_L = tuple(_features(layer) for layer in layers)
-    saved = _quantized_away(model, recipe) if method.quantizes else 0
+    saved = _quantized_away(model) if method.quantizes else 0
     linears = _linear_weights(model)
     split = _split_weights(model, recipe)
     with torch.device("meta"):
@@ -331,17 +330,15 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-QUANTIZED_BITS = {("nf4", True): 4.127, ("nf4", False): 4.5, ("int8", None): 8.03}
-"""Bits of a weight with its scales: 4 and 32 a block of 64; with double quantisation 8 a block, and 32 for 256 blocks
-(Dettmers et al. 2023, "QLoRA", arXiv 2305.14314, section 3); of int8 32 a row, of rows of a thousand."""
+QUANTIZED_BITS = 4.127
+"""Bits of a weight with its scales: 4, 8 for a block of 64, and 32 for 256 blocks (Dettmers et al. 2023, "QLoRA", arXiv
+2305.14314, section 3)."""
 
 
-def _quantized_away(model: nn.Module, recipe: Recipe) -> int:
+def _quantized_away(model: nn.Module) -> int:
     """Bytes that a quantised base does not hold. One layer at a time is unpacked."""
     weights = _linear_weights(model)
-    settings: Any = recipe.method
-    bits = QUANTIZED_BITS[settings.quant, settings.double_quant]
-    saved = sum(weight.nbytes - round(weight.numel() * bits / 8) for weight in weights)
+    saved = sum(weight.nbytes - round(weight.numel() * QUANTIZED_BITS / 8) for weight in weights)
     return saved - max(weight.nbytes for weight in weights)
 
 

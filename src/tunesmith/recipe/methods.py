@@ -15,7 +15,6 @@ from pydantic import (
     SerializeAsAny,
     Tag,
     field_validator,
-    model_validator,
 )
 
 Auto: TypeAlias = Literal["auto"]
@@ -49,8 +48,6 @@ def _as_list(value: Any) -> Any:
 
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 """One text or a list of texts."""
-
-Quant: TypeAlias = Literal["nf4", "int8"]
 
 
 class LowRankMethod(OptionGroup):
@@ -108,27 +105,9 @@ class PeftMethod(OptionGroup):
 
 
 class QloraMethod(LowRankMethod):
-    """LoRA on a base whose linear layers are kept in 4 or 8 bits; needs the package bitsandbytes."""
+    """LoRA on a base whose linear layers are kept in 4 bits; needs the package bitsandbytes."""
 
     name: Literal["qlora"] = "qlora"
-    quant: Quant = "nf4"
-    """Storage of the linear layers of the base: nf4, 4 bits and a scale for 64 weights; int8, 8 bits and a scale a row.
-    They compute in `precision`; embeddings, norms, the head and what `also_train` names stay as they are."""
-    double_quant: bool | None = None
-    """nf4 only: keep the scales in 8 bits too, which saves 0.37 bits a weight. null: true; int8 has none."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_usual(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("quant", "nf4") == "nf4" and data.get("double_quant") is None:
-            return {**data, "double_quant": True}
-        return data
-
-    @model_validator(mode="after")
-    def _int8_has_one_scale(self) -> QloraMethod:
-        if self.quant == "int8" and self.double_quant is not None:
-            raise ValueError("method.double_quant: int8 has a scale a row, too few to quantise: leave it out")
-        return self
 
 
 class FullMethod(OptionGroup):

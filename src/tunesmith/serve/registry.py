@@ -224,8 +224,7 @@ def _one_base(runs: Sequence[Run], found: list[ModelRef], *, offline: bool) -> t
         hashes[path] = hashes.get(path) or load.fingerprint(base)
         loading.refuse_other_base(run, base, hashes[path])
         found.append(base)
-        method = run.recipe().method
-        form = METHODS[method.name].base_format(method)
+        form = METHODS[run.recipe().method.name].base_format
         users.append((str(path), base.revision, f" in {form}" if form else "", str(run.path)))
     by_base: dict[tuple[str, str | None, str], list[str]] = {}
     for *key, user in users:
