@@ -64,14 +64,12 @@ for kind in PEFT.keys() & {"BOFT", "FOURIERFT", "LOHA", "LOKR", "OFT", "VERA"}:
 CASES: dict[str, Settings] = {
     **SETTINGS,
     "lora, rank-stabilised": LoraMethod(rank=4, alpha=4, rslora=True),
-    "lora, ranks by pattern": LoraMethod(
-        rank=4, rank_pattern={"mlp": 2}, alpha_pattern={"attention": 5.5}, targets=("re:layers\\.1\\.|h\\.1\\.",)
-    ),
+    "lora, ranks by pattern": LoraMethod(rank=4, rank_pattern={"mlp": 2}, alpha_pattern={"attention": 5.5}),
     "lora, LoRA+": LoraMethod(rank=4, loraplus_ratio=4),
     "lora, norms whole": LoraMethod(rank=4, also_train=("re:(norm|ln_f)$",)),
     "dora, rank-stabilised": DoraMethod(rank=4, alpha=4, rslora=True, targets=("re:layers\\.0\\.",)),
     **{f"peft, {kind}": PeftMethod(kind=kind, settings=settings) for kind, settings in PEFT.items()},
-    "full, two layers": FullMethod(train=("layers.1", "re:(norm|ln_f)\\.")),
+    "full, two layers": FullMethod(train=("layers.0", "re:(norm|ln_f)\\.")),
     "full, frozen embeddings": FullMethod(freeze=("embed_tokens", "lm_head")),
     "lora, new tokens": LoraMethod(rank=4),
     "lora, tokens of tied tables": LoraMethod(rank=4, targets=("attention",)),
