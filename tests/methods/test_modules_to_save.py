@@ -123,7 +123,8 @@ def test_what_means_nothing_is_refused(settings: dict[str, object], message: str
 
 
 def test_a_module_inside_another_is_trained_once() -> None:
-    attachment = attach(base(), LoraMethod(also_train=("layers.0", "layers.0.mlp", "norm"), layers=("1",)), seed=0)
+    settings = LoraMethod(also_train=("layers.0", "layers.0.mlp", "norm"), targets=("re:layers\\.1\\.",))
+    attachment = attach(base(), settings, seed=0)
     whole = [name for name in attachment.trained if ".lora_" not in name]
     assert whole[-1] == "model.norm.weight"
     assert len(whole) == len(set(whole)) == 9 + 1  # seven projections and two norms of layer 0, and the last norm
