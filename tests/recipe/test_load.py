@@ -43,7 +43,7 @@ PROBLEMS = [
     ),
     (
         {"optim": {"schedule": "lin"}},
-        "optim.schedule: 'lin' is none of linear, cosine, constant, null, did you mean linear?",
+        "optim.schedule: 'lin' is none of linear, cosine, constant, did you mean linear?",
     ),
     ({"precision": "fp8"}, "precision: 'fp8' is none of auto, float32, bfloat16"),
     ({"name": 5}, "name: 5 is neither text nor null: put it in quotes"),

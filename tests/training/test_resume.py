@@ -199,7 +199,8 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
     with pytest.raises(RecipeError, match=r"method.init: this version has no such option any more"):
         resume(run)
     run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: kaiming\n  layers: []\n"), "utf-8")
-    same_run(resume(run), straight)
+    found, expected = ([e.values for e in one.events() if e.kind == "step"] for one in (resume(run), straight))
+    assert found == expected
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):

@@ -206,7 +206,7 @@ def schema() -> dict[str, Any]:
     for name in ("train", "eval"):  # as schema.py reads them: one file or several, each a path or a mapping
         entry = {"anyOf": [text, files[name]["items"]]}
         files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
-    several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "layers", "also_train"))
+    several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "also_train"))
     for method, names in {**several, "FullMethod": ("train", "freeze")}.items():
         for name in names:
             found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
