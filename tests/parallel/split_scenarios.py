@@ -118,8 +118,8 @@ def counted_planted(folder: Path) -> Any:
     """A pass that only keeps others company counts."""
     right = step._pass
 
-    def run(state: Any, batch: Any, number: int, targets: float, *given: Any) -> Any:
-        return right(state, batch, number, 30.0 if math.isinf(targets) else targets, *given)
+    def run(state: Any, batch: Any, targets: float, *given: Any) -> Any:
+        return right(state, batch, 30.0 if math.isinf(targets) else targets, *given)
 
     with patch.object(step, "_pass", run):
         return steps(folder, "full")
@@ -146,14 +146,22 @@ def own_norm_planted(folder: Path) -> Any:
 
 def memory_ends(folder: Path) -> Any:
     """On rank 1, inside a pass: the others cannot go on."""
-    right = step._pass
+    right, gradients, at = step._pass, step.compute_gradients, {"step": 0}
 
-    def run(state: Any, batch: Any, number: int, targets: float, *given: Any) -> Any:
-        if state.world.rank == 1 and number == 2:
+    def compute(state: Any, sampler: Any, number: int) -> Any:
+        at["step"] = number
+        return gradients(state, sampler, number)
+
+    def run(state: Any, *given: Any) -> Any:
+        if state.world.rank == 1 and at["step"] == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return right(state, batch, number, targets, *given)
+        return right(state, *given)
 
-    with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 1.5):  # this process does not end
+    with (
+        patch.object(step, "_pass", run),
+        patch("tunesmith.training.loop.compute_gradients", compute),
+        patch.object(world, "COLLECTIVE_S", 1.5),  # this process does not end
+    ):
         return steps(folder, "lora")
 
 
