@@ -77,6 +77,11 @@ class RowProblems:
             self.add(code, f"{key} is empty.", "Write it, or remove the row.")
         return text
 
+    def answers(self, given: Any, place: str, code: str = "empty_answer") -> list[str]:
+        """The texts of a list, or one text, as `answer` takes each."""
+        named = {f"{place}[{i}]": one for i, one in enumerate(given)} if isinstance(given, list) else {place: given}
+        return [self.answer(named, name, code) for name in named]
+
     def optional_text(self, record: dict[str, Any], key: str) -> str:
         """The text of a field that may be missing or null: then ""."""
         return "" if record.get(key) is None else self.text(record, key)

@@ -37,10 +37,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
             return pair
         texts, wanted = [one.text for (one,) in pair.branches], [1.0] + [0.0] * (len(pair.branches) - 1)
     else:
-        several = record.get("documents", [record.get("document")])
-        several = several if isinstance(several, list) else [several]
-        named = {f"documents[{i}]": one for i, one in enumerate(several)}
-        texts = [found.answer(named, name, "empty") for name in named]
+        texts = found.answers(record.get("documents", record.get("document")), "documents", "empty")
         key = next((key for key in _WANTED if key in record), "labels")
         wanted = found.numbers(record.get(key), len(texts), key)
         if not texts:

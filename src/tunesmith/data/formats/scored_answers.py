@@ -47,7 +47,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     example = prompt_completion.prompt_alone(record.get("prompt"), tools_of(record, found), found, NAME)
     num, given = len(answers), record.get("scores")
     scores = [float(num - 1 - i) for i in range(num)] if given is None else found.numbers(given, num, "scores")
-    texts = [found.answer({f"answers[{i}]": one}, f"answers[{i}]") for i, one in enumerate(answers)]
+    texts = found.answers(answers, "answers")
     if len(answers) < 2:
         found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
     elif len(set(scores)) == 1 and not found.problems:

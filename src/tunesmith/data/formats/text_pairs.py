@@ -38,11 +38,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     second = "sentence2" if first == "sentence1" and "positive" not in record else "positive"
     texts = [Part(second, found.answer(record, second, "empty"), False)]
     for key in (key for key in NEGATIVES if record.get(key) is not None):
-        several = record[key] if isinstance(record[key], list) else [record[key]]
-        names = [key] if several is not record[key] else [f"{key}[{i}]" for i in range(len(several))]
-        texts += [
-            Part("negative", found.answer({n: t}, n, "empty"), False) for n, t in zip(names, several, strict=True)
-        ]
+        texts += [Part("negative", text, False) for text in found.answers(record[key], key, "empty")]
     has_score = record.get("score") is not None or "sentence2" in record
     values = tuple(found.numbers(record.get("score"), 1, "score")) if has_score else ()
     if not found.problems and not values:
