@@ -21,6 +21,7 @@ from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.hold_out import split
 from tunesmith.data.labels import find_kind, refuse_unknown
+from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
 from tunesmith.data.splits import counted, refuse_bad, texts_in_order
 from tunesmith.errors import DataError, InputError, NonFiniteError
@@ -211,7 +212,7 @@ def _judge_answers(
 
     empty = Part("assistant", "", True)  # rows without any answer are prompts as well
     found = read(answered=True) or [replace(one, parts=(*one.parts, empty)) for one in read(answered=False)]
-    if bad := [problem for problem in problems if problem.severity == "error"]:
+    if bad := refused(data, problems):
         raise DataError(f"{plural(len(bad), 'row')} cannot be answered", bad)
     some, new_tokens = heapq.nsmallest(num, found, key=content_hash), loaded.recipe.evaluation.sample_tokens
     after, prompts, notes = _answer(loaded, some, new_tokens, on_progress)
