@@ -21,7 +21,7 @@ from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.decoder import BatchedDecoder, Decoder
-from tunesmith.serve.protocol import Delta, Finished, RequestError, Started, TokenLogprob
+from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, TokenLogprob
 from tunesmith.serve.scheduler import KeyedEvent, PreparedRequest, Scheduler
 
 TOKENIZER = tiny_tokenizer()
@@ -81,7 +81,8 @@ def prompts(num: int, *, seed: int = 0, longest: int = 40) -> list[tuple[int, ..
 
 
 def job(key: int, prompt: Sequence[int], **how: Any) -> PreparedRequest:
-    return PreparedRequest(key, tuple(prompt), TOKENIZER, stop_ids=STOPS, **how)
+    sampling = how.pop("sampling", GenerationRequest("", temperature=0.0))
+    return PreparedRequest(key, tuple(prompt), TOKENIZER, sampling, stop_ids=STOPS, **how)
 
 
 @dataclass

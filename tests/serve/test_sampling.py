@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,27 +12,29 @@ import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from tunesmith.serve import sampling
-from tunesmith.serve.sampling import Sampler, SamplingParams, sample_all
+from tunesmith.serve.protocol import GenerationRequest
+from tunesmith.serve.sampling import Sampler, sample_all
 
 V = 50
+params = partial(GenerationRequest, "", temperature=0.0)
 
 
 def logits(seed: int = 0, num: int = V) -> torch.Tensor:
     return torch.randn(num, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def drawn(how: SamplingParams, logits_V: torch.Tensor, num: int = 4000) -> Counter[int]:
+def drawn(how: GenerationRequest, logits_V: torch.Tensor, num: int = 4000) -> Counter[int]:
     chooser = Sampler(how, index=0, grammar=None)
     return Counter(chooser.sample(logits_V).token_id for _ in range(num))
 
 
 def test_temperature_zero_is_the_likeliest() -> None:
-    assert drawn(SamplingParams(), logits(), 3) == Counter({int(logits().argmax()): 3})
+    assert drawn(params(), logits(), 3) == Counter({int(logits().argmax()): 3})
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_by_their_probability(temperature: float) -> None:
-    found = drawn(SamplingParams(temperature=temperature, seed=1), logits())
+    found = drawn(params(temperature=temperature, seed=1), logits())
     chances = (logits().double() / temperature).softmax(-1)
     for token_id, chance in enumerate(chances.tolist()):
         # Four standard deviations of a binomial of 4,000 draws, and one draw.
@@ -43,21 +46,21 @@ def test_a_share_is_that_of_transformers(top_p: float, likeliest: int, monkeypat
     monkeypatch.setattr(sampling, "MOST_LIKELY", likeliest)
     warped = TopPLogitsWarper(top_p)(None, logits()[None])[0]
     allowed = set(torch.isfinite(warped).nonzero()[:, 0].tolist())
-    assert set(drawn(SamplingParams(temperature=1.0, top_p=top_p, seed=2), logits())) <= allowed
+    assert set(drawn(params(temperature=1.0, top_p=top_p, seed=2), logits())) <= allowed
     flat = torch.zeros(4)
-    assert len(drawn(SamplingParams(temperature=1.0, top_p=0.6, seed=3), flat)) == 3  # 0.25 + 0.25 is less than 0.6
+    assert len(drawn(params(temperature=1.0, top_p=0.6, seed=3), flat)) == 3  # 0.25 + 0.25 is less than 0.6
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
 def test_extreme_temperatures_are_their_limits(temperature: float) -> None:
-    found = drawn(SamplingParams(temperature=temperature, seed=4), logits())
+    found = drawn(params(temperature=temperature, seed=4), logits())
     assert set(found) == {int(logits().argmax())} if temperature < 1 else len(found) == V
 
 
 def test_penalties_are_taken_from_what_was_written() -> None:
     """presence once, frequency each time; the told probability is that before both."""
     logits_V = torch.tensor([2.0, 1.9, 1.0, -5.0])
-    chooser = Sampler(SamplingParams(presence_penalty=0.2, frequency_penalty=0.5, logprobs=2), index=0, grammar=None)
+    chooser = Sampler(params(presence_penalty=0.2, frequency_penalty=0.5, logprobs=2), index=0, grammar=None)
     written = []
     for _ in range(5):
         chosen = chooser.sample(logits_V)
@@ -70,14 +73,14 @@ def test_penalties_are_taken_from_what_was_written() -> None:
 
 
 def test_no_logprobs_but_the_tokens_own() -> None:
-    chosen = Sampler(SamplingParams(logprobs=0), index=0, grammar=None).sample(logits())
+    chosen = Sampler(params(logprobs=0), index=0, grammar=None).sample(logits())
     assert chosen.top == ()
     assert chosen.logprob == pytest.approx(float(logits().log_softmax(-1).max()))
 
 
 def test_a_seed_gives_each_index_its_own_numbers() -> None:
     def first(seed: int | None, index: int) -> list[int]:
-        chooser = Sampler(SamplingParams(temperature=3.0, seed=seed), index=index, grammar=None)
+        chooser = Sampler(params(temperature=3.0, seed=seed), index=index, grammar=None)
         return [chooser.sample(logits()).token_id for _ in range(20)]
 
     assert first(5, 0) == first(5, 0)
@@ -104,7 +107,7 @@ def test_a_grammar_bars_tokens_and_logits_stay() -> None:
     grammar: Any = Only()
     given = torch.stack([logits(), logits(1)])
     before = given.clone()
-    choosers = [Sampler(SamplingParams(), index=0, grammar=grammar), Sampler(SamplingParams(), index=0, grammar=None)]
+    choosers = [Sampler(params(), index=0, grammar=grammar), Sampler(params(), index=0, grammar=None)]
     assert [one.token_id for one in sample_all(choosers, given)] == [7, int(logits(1).argmax())]
     assert torch.equal(given, before)
     choosers[0].accept(7)

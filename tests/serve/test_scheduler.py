@@ -20,7 +20,7 @@ from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve import kv_cache, startup_checks
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
 from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder
-from tunesmith.serve.sampling import SamplingParams
+from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.scheduler import Scheduler
 
 WHO = (None, *RUNS)
@@ -153,7 +153,7 @@ def test_a_row_moved_into_a_hole_keeps_its_keys(monkeypatch: pytest.MonkeyPatch)
 def test_answers_of_one_ask_share_its_prompt_and_differ(arch: str) -> None:
     kind = SequentialDecoder if arch == "bart" else BatchedDecoder
     [prompt] = prompts(1)
-    how = SamplingParams(temperature=5.0, seed=7)
+    how = GenerationRequest("", temperature=5.0, seed=7)
     found = run(Scheduler(decoder(arch, kind), streams=4), job(0, prompt, sampling=how, n=3))[0]
     assert len({found.texts[i] for i in range(3)}) == 3
     greedy = run(Scheduler(decoder(arch, kind), streams=4), job(0, prompt, n=3))[0]
@@ -162,13 +162,16 @@ def test_answers_of_one_ask_share_its_prompt_and_differ(arch: str) -> None:
 
 def test_the_same_seed_answers_the_same_in_company() -> None:
     made = prompts(6)
-    how = SamplingParams(temperature=2.0, top_p=0.9, seed=11)
+    how = GenerationRequest("", temperature=2.0, top_p=0.9, seed=11)
     by_itself = run(Scheduler(decoder("llama"), streams=8), job(0, made[0], sampling=how))[0]
-    others = [job(key, made[key], sampling=SamplingParams(temperature=1.0), adapter="first") for key in range(1, 6)]
+    others = [
+        job(key, made[key], sampling=GenerationRequest("", temperature=1.0), adapter="first") for key in range(1, 6)
+    ]
     in_company = run(Scheduler(decoder("llama"), streams=8), *others, job(0, made[0], sampling=how))[0]
     assert in_company.texts == by_itself.texts
     other_seed = run(
-        Scheduler(decoder("llama"), streams=8), job(0, made[0], sampling=SamplingParams(temperature=2.0, seed=12))
+        Scheduler(decoder("llama"), streams=8),
+        job(0, made[0], sampling=GenerationRequest("", temperature=2.0, seed=12)),
     )[0]
     assert other_seed.texts != by_itself.texts
 

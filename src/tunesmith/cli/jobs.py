@@ -7,6 +7,7 @@ import os
 import time
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 DEFAULT = "http://127.0.0.1:8000/v1"
 TIMEOUT_S = 30.0
 POLL_S = 1.0
-PAGE = 100
+PAGE, MOST_EVENTS = 100, 1000
 ENDED = ("succeeded", "failed", "cancelled")
 COLUMNS = ("job", "status", "model", "method", "made", "fine-tuned model")
 
@@ -76,18 +77,11 @@ class JobServerClient:
         return f"/{urllib.parse.quote(job, safe='')}"
 
     def new_events(self, path: str, seen: set[str]) -> list[dict[str, Any]]:
-        """Events that are not in `seen`, which gets them, oldest first."""
-        found: list[dict[str, Any]] = []
-        page: dict[str, Any] = {"has_more": True}
-        while page["has_more"]:
-            after = {"after": found[-1]["id"]} if found else {}
-            page = self.ask("GET", f"{path}/events", limit=PAGE, **after)
-            new = [one for one in page["data"] if one["id"] not in seen]
-            found += new
-            if len(new) < len(page["data"]):
-                break
+        """Events that are not in `seen`, which gets them, oldest first; of a long job the last thousand."""
+        page = self.ask("GET", f"{path}/events", limit=PAGE if seen else MOST_EVENTS)["data"]
+        found = [one for one in reversed(page) if one["id"] not in seen]
         seen.update(one["id"] for one in found)
-        return found[::-1]
+        return found
 
 
 def _refusal(error: HTTPError, address: str) -> TunesmithError:
@@ -259,13 +253,10 @@ def make_key(
 
     tunesmith keys create --project support --scope jobs.write --scope files.write --days 90
     """
-    opened = _open(store, is_new=True)
-    from tunesmith.jobs.access import create_key
+    with closing(_open(store, is_new=True)) as opened:
+        from tunesmith.jobs.access import create_key
 
-    try:
         row, key = create_key(opened, project=project, scopes=scope or (), days=days, label=label)
-    finally:
-        opened.close()
     if as_json:
         typer.echo(json_page({**_shown(row), "key": key}))
     else:
@@ -275,13 +266,8 @@ def make_key(
 
 def list_keys(store: StorePlace = "jobs", as_json: Json = False) -> None:
     """List keys, newest first, without the keys themselves."""
-    opened = _open(store)
-    from tunesmith.jobs.tables import keys
-
-    try:
-        rows = [_shown(row) for row in opened.page(keys, limit=100_000)[0]]
-    finally:
-        opened.close()
+    with closing(_open(store)) as opened:
+        rows = [_shown(row) for row in reversed(opened.keys().values())]
     if as_json:
         typer.echo(json_page(rows))
     else:
@@ -289,14 +275,11 @@ def list_keys(store: StorePlace = "jobs", as_json: Json = False) -> None:
 
 
 def end_key(key: KeyName, store: StorePlace = "jobs", as_json: Json = False) -> None:
-    """End a key at once, also of a server that runs."""
-    opened = _open(store)
-    from tunesmith.jobs.access import revoke_key
+    """End a key, also of a server that runs, within a second."""
+    with closing(_open(store)) as opened:
+        from tunesmith.jobs.access import revoke_key
 
-    try:
         revoke_key(opened, key)
-    finally:
-        opened.close()
     typer.echo(f"{key}: revoked", err=as_json)
 
 

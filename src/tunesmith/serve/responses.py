@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
@@ -179,7 +178,6 @@ class CompletionFormat:
 
     def __init__(self, *, logprobs: bool) -> None:
         self._has_logprobs = logprobs
-        self._offsets: dict[int, _Offsets] = {}
 
     def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
         if isinstance(event, Delta):
@@ -201,7 +199,6 @@ class CompletionFormat:
                 "tokens": [_spelling(token) for token in tokens],
                 "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
                 "top_logprobs": tops,
-                "text_offset": list(self._offsets.setdefault(index, _Offsets()).of(tokens)),
             }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
@@ -211,19 +208,6 @@ def _spelling(token: TokenLogprob) -> str:
     if token.text.encode() == token.bytes:
         return token.text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
-
-
-class _Offsets:
-    """The place of each token in the answer's text, in characters: a character can be several tokens."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_characters = 0
-
-    def of(self, tokens: Sequence[TokenLogprob]) -> Iterator[int]:
-        for token in tokens:
-            yield self._num_characters
-            self._num_characters += len(self._decoder.decode(token.bytes))
 
 
 Format: TypeAlias = ChatFormat | CompletionFormat

@@ -10,12 +10,12 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.protocol import GenerationRequest, RequestError
 
 MOST_LIKELY = 1024
 """Tokens among which top-p looks first: sorting the whole vocabulary takes longer than many a model."""
@@ -25,37 +25,6 @@ _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_s
 _NAMING = ("properties", "patternProperties", "$defs", "definitions")
 _MEANINGLESS: dict[str, Any] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
 """Keywords that zod and others write with a value that demands nothing."""
-
-
-class Grammar(Protocol):
-    """The tokens an answer may continue with."""
-
-    def mask(self, logits_V: Tensor) -> None:
-        """Set the logits of tokens that may not come next to -inf, in place."""
-        ...
-
-    def accept(self, token_id: int) -> None: ...
-
-    def is_complete(self) -> bool:
-        """Whether nothing more may be written."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """The sampling parameters of a GenerationRequest."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logprobs: int | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the highest logit is the answer."""
-        return not (self.temperature or self.presence_penalty or self.frequency_penalty) and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +39,20 @@ class SampledToken:
 class Sampler:
     """Samples one answer: the same tokens for the same seed and logits, whatever else is in the batch."""
 
-    def __init__(self, params: SamplingParams, *, index: int, grammar: Grammar | None) -> None:
+    def __init__(self, params: GenerationRequest, *, index: int, grammar: Grammar | None) -> None:
         self.params = params
         self.grammar = grammar
         self._counts: Counter[int] = Counter()
         self._random = torch.Generator()
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._random.manual_seed((seed * 1_000_003 + index) % 2**63)  # answers of one request differ
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the highest logit is the answer."""
+        params = self.params
+        changes = params.temperature or params.presence_penalty or params.frequency_penalty
+        return not changes and params.logprobs is None and self.grammar is None
 
     def accept(self, token_id: int) -> None:
         """Record a token that was written."""
@@ -138,7 +114,7 @@ def sample_all(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledTo
     """The next token of each answer."""
     best = logits_NV.argmax(-1).tolist()
     return [
-        SampledToken(token_id) if sampler.params.is_plain and sampler.grammar is None else sampler.sample(logits_V)
+        SampledToken(token_id) if sampler.is_plain else sampler.sample(logits_V)
         for sampler, logits_V, token_id in zip(samplers, logits_NV, best, strict=True)
     ]
 
@@ -175,14 +151,17 @@ class JsonGrammars:
         if is_error or messages:
             raise _invalid(f"the schema cannot be enforced: {'; '.join(messages)[:500]}")
         first = self._matcher(self._tokenizer, grammar, log_level=0)
-        return lambda: _JsonGrammar(first.deep_copy())
+        return lambda: Grammar(first.deep_copy())
 
 
-class _JsonGrammar:
+class Grammar:
+    """The tokens an answer may continue with."""
+
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
     def mask(self, logits_V: Tensor) -> None:
+        """Set the logits of tokens that may not come next to -inf, in place."""
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         if self._matcher.is_error():  # a limit of the library: the answer cannot be continued
             logits_V.fill_(-math.inf)
@@ -193,6 +172,7 @@ class _JsonGrammar:
         self._matcher.consume_token(token_id)
 
     def is_complete(self) -> bool:
+        """Whether nothing more may be written."""
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
 

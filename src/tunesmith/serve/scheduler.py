@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,16 @@ from torch import Tensor
 from tunesmith.serve.decoder import Decoder, PromptPart
 from tunesmith.serve.detokenizer import StreamingDecoder, TokenBytes
 from tunesmith.serve.kv_cache import SequenceSlot, room_for
-from tunesmith.serve.protocol import Delta, Finished, RequestError, Started, StreamEvent, TokenLogprob
-from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, SamplingParams, sample_all
+from tunesmith.serve.protocol import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    RequestError,
+    Started,
+    StreamEvent,
+    TokenLogprob,
+)
+from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, sample_all
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""
@@ -32,8 +40,8 @@ class PreparedRequest:
     key: int
     prompt: tuple[int, ...]
     tokenizer: Any
+    sampling: GenerationRequest
     adapter: str | None = None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 64
     stop_ids: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from tunesmith.models.pooling import pool
 from tunesmith.runs.folder import Run
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
-from tunesmith.serve.sampling import JsonGrammars, SamplingParams
+from tunesmith.serve.sampling import JsonGrammars
 from tunesmith.serve.scheduler import PreparedRequest
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
@@ -61,18 +61,15 @@ class ServedModel:
             key,
             tuple(prompt),
             self.renderer.tokenizer,
+            request,
             adapter=self.adapter,
-            sampling=SamplingParams(
-                request.temperature, request.top_p, request.seed,
-                request.presence_penalty, request.frequency_penalty, request.logprobs,
-            ),
             max_new_tokens=max_new_tokens,
             stop_ids=frozenset(self.renderer.stop_ids),
             stops=tuple(filter(None, request.stop)),
             n=request.n,
             strip=not TASKS[self.renderer.task_name].raw_text,
             grammar=grammar,
-        )  # fmt: skip
+        )
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """The ids that the model reads, from the code that rendered the training rows. Raises RequestError."""
