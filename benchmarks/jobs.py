@@ -91,6 +91,17 @@ class Server:
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         return read(self.send(method, path, None if body is None else json.dumps(body)))
 
+    def look(self, path: str) -> bytes:
+        """The body of an answer, by a client that costs next to nothing: it stands for one on another machine."""
+        line = self.connection.sock
+        line.sendall(f"GET /v1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        head, _, body = line.recv(1 << 20).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        size = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        while len(body) < size:
+            body += line.recv(1 << 20)
+        return body
+
     def upload(self, path: str, name: str, size: int, pieces: Iterable[bytes], purpose: str = "") -> Any:
         """A form with a file, as it is read."""
         form = "--b\r\nContent-Disposition: form-data; name="
@@ -192,11 +203,12 @@ def training(folder: Path, options: argparse.Namespace) -> None:
             body["training_file"] = server.upload("/files", "file", len(rows), [rows], "fine-tune")["id"]
             body["model"], begun = server.ask("GET", "/models")["data"][0]["id"], time.time()
             job, count = server.ask("POST", JOBS, body)["id"], 0
-            while (state := server.ask("GET", f"{JOBS}/{job}"))["status"] != "succeeded":
-                assert state["status"] != "failed", state
+            while b'"status":"succeeded"' not in (said := server.look(f"{JOBS}/{job}")):
+                assert b'"status":"failed"' not in said, said
                 if (count := count + 1) % 10 == 0:
-                    polls.append(timed(partial(server.ask, "GET", JOBS)))
+                    polls.append(timed(partial(server.look, JOBS)))
                 time.sleep(0.1)
+            state = json.loads(said)
             ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
             answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))
         train = [*PYTHON, "train", "--recipe", str(there / "recipes" / f"{job}.yaml"), "--out", str(alone), "--json"]

@@ -15,7 +15,6 @@ from jobs.places import BASES  # noqa: E402
 from serve import running as servers  # noqa: E402
 from serve.fake import FakeEngine  # noqa: E402
 from tunesmith.jobs.engines import Engines  # noqa: E402
-from tunesmith.jobs.routes import QUERIES  # noqa: E402
 from tunesmith.jobs.server import make_routers  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
 from tunesmith.serve.app import make_app  # noqa: E402
@@ -38,7 +37,7 @@ def serving(folder: Path) -> Iterator[Served]:
     routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES))
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
-    with servers.running(AccessPolicy(queries=QUERIES), FakeEngine()) as it:
+    with servers.running(AccessPolicy(), FakeEngine()) as it:
         yield Served(it, store, it.client())
     patch.undo()
     store.close()

@@ -234,6 +234,20 @@ def test_one_run_at_a_time_in_the_order_of_creation(opened: Opened, tmp_path: Pa
     store.close()
 
 
+def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(opened: Opened, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, FakeLauncher(), FakeModels())
+    for _ in range(3):
+        working.round()  # started, planned, and seen so
+    read, num_reads = store._read, []
+    store._read = lambda *given: num_reads.append(1) or read(*given)
+    working.round()
+    assert store.page(events, limit=1)[0][0]["message"].startswith("Step 2/")
+    assert num_reads == []
+    store.close()
+
+
 @pytest.mark.parametrize(
     ("content", "code", "words"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
@@ -65,16 +64,6 @@ def test_a_job_is_followed_to_its_end(served: Served, job: str) -> None:
         6,
         4,
     ]
-
-
-def test_results_are_base64_or_plain(served: Served, job: str) -> None:
-    work(served)
-    path = f"/v1/files/{served.store.job(job)['result_file']}/content"
-    plain = served.running.ask("GET", f"{path}?encoding=csv")[1]
-    assert plain.startswith("step,train_loss,")
-    assert base64.b64decode(served.running.ask("GET", path)[1]).decode() == plain
-    for wrong in (f"{path}?encoding=xlsx", "/v1/files/file-a/content?encoding=csv"):
-        assert served.running.ask("GET", wrong)[1]["error"]["param"] == "encoding"
 
 
 def test_jobs_are_listed_as_lines_for_a_pipe(served: Served, job: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tunesmith.cli.app import app
+from tunesmith.jobs import access
 from tunesmith.jobs.access import ProjectKeys
 from tunesmith.jobs.store import Store
 
@@ -18,7 +20,8 @@ def run(*words: object) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
-def test_a_key_lives_from_create_to_revoke(tmp_path: Path) -> None:
+def test_a_key_lives_from_create_to_revoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "KEPT_S", 0.0)
     place = tmp_path / "jobs"
     server = Store(place)  # which runs meanwhile
     code, out = run(
@@ -28,7 +31,7 @@ def test_a_key_lives_from_create_to_revoke(tmp_path: Path) -> None:
     assert (code, key[:3]) == (0, "ts-")
     admission = ProjectKeys(server, None, may_be_open=True)
     sent = {b"authorization": f"Bearer {key}".encode()}
-    assert admission.admit("GET", "/v1/files", sent) == "red"
+    assert asyncio.run(admission.admit("GET", "/v1/files", sent)) == "red"
     code, out = run("list", "--store", place, "--json")
     [row] = json.loads(out)
     assert (row["project"], row["state"], row["scopes"], row["label"]) == ("red", "active", ["files.read"], "ci")
@@ -37,7 +40,7 @@ def test_a_key_lives_from_create_to_revoke(tmp_path: Path) -> None:
     assert "red\tactive\tfiles.read" in run("list", "--store", place)[1]
     assert run("revoke", row["id"], "--store", place)[0] == 0
     with pytest.raises(Exception, match="is revoked"):
-        admission.admit("GET", "/v1/files", sent)
+        asyncio.run(admission.admit("GET", "/v1/files", sent))
     server.close()
 
 

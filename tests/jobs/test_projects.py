@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from tunesmith.errors import InputError  # noqa: E402
 from tunesmith.jobs import server  # noqa: E402
 from tunesmith.jobs.access import ProjectKeys, create_key, revoke_key, scope_of  # noqa: E402
 from tunesmith.jobs.engines import Engines  # noqa: E402
-from tunesmith.jobs.routes import QUERIES  # noqa: E402
 from tunesmith.jobs.store import Store, event  # noqa: E402
 from tunesmith.jobs.tables import events, keys  # noqa: E402
 from tunesmith.serve.app import make_app  # noqa: E402
@@ -81,7 +81,7 @@ def place(opened: Callable[..., Store], tmp_path_factory: pytest.TempPathFactory
     routers = server.make_routers(store, BASES, engines)
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda own, policy, listeners: make_app(engines, policy, listeners, routers))
-    policy = AccessPolicy(queries=QUERIES, admission=ProjectKeys(store, None, may_be_open=True))
+    policy = AccessPolicy(admission=ProjectKeys(store, None, may_be_open=True))
     with servers.running(policy, engine) as running:
         yield Place(running, store, ids, made)
     patch.undo()
@@ -268,11 +268,11 @@ def test_without_keys_a_loopback_server_is_open_until_the_first(opened: Callable
     store = opened(tmp_path)
     admission = ProjectKeys(store, None, may_be_open=True)
     sent = {b"authorization": b"Bearer none", b"openai-project": b"proj_from_elsewhere"}
-    assert admission.admit("POST", "/v1/files", sent) == "tunesmith"
+    assert asyncio.run(admission.admit("POST", "/v1/files", sent)) == "tunesmith"
     shut = replace(admission, may_be_open=False)
     for keeper in (shut, admission):
         with pytest.raises(Exception, match="needs an API key"):
-            keeper.admit("GET", "/v1/files", sent) if keeper is shut else close(store, keeper, sent)
+            asyncio.run(keeper.admit("GET", "/v1/files", sent)) if keeper is shut else close(store, keeper, sent)
     store.close()
 
 
@@ -280,7 +280,7 @@ def close(store: Store, keeper: ProjectKeys, sent: dict[bytes, bytes]) -> None:
     """A key was made and ended: the door that it closed stays closed."""
     row, _ = create_key(store, project="a")
     revoke_key(store, row["id"])
-    keeper.admit("GET", "/v1/files", sent)
+    asyncio.run(keeper.admit("GET", "/v1/files", sent))
 
 
 def test_a_folder_of_another_database_is_refused(tmp_path: Path) -> None:

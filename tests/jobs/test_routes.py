@@ -13,6 +13,7 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 
 from jobs.places import rows  # noqa: E402
 from jobs.served import Served, serving  # noqa: E402
+from tunesmith.jobs.store import Store, event  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +234,20 @@ def test_one_job_is_made_with_one_key_however_often_it_is_sent(served: Served, f
     body = {"model": "tiny", "training_file": file}
     status, answer, _ = served.running.ask("POST", path, body, headers={"Idempotency-Key": "x" * 300})
     assert (status, answer["status"]) == (200, "validating_files")
+
+
+def test_a_client_that_polls_is_answered_from_memory_until_the_job_is_another(
+    served: Served, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, read = served.client.fine_tuning.jobs, Store._read
+    name, num_reads = jobs.create(model="tiny", training_file=file).id, []
+    before = jobs.retrieve(name)
+    monkeypatch.setattr(Store, "_read", lambda *given: num_reads.append(1) or read(*given))
+    assert [jobs.retrieve(name), jobs.list(limit=1).data[0], jobs.list(limit=1).data[0]] == [before] * 3
+    served.store.add_events([event(name, "Step 1")])
+    assert (jobs.retrieve(name), num_reads) == (before, [])
+    served.store.change_job(name, if_status=["validating_files"], status="running")
+    assert jobs.retrieve(name).status == jobs.list(limit=1).data[0].status == "running"
+    assert jobs.list_events(name, limit=1).data[0].message == "Step 1"
+    jobs.cancel(name)
+    assert jobs.retrieve(name).status == "cancelled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.server
 import json
@@ -161,9 +162,9 @@ def test_requests_a_minute(tmp_path: Path) -> None:
     store.rules = every(requests_per_minute=3)
     admission = ProjectKeys(store, None, may_be_open=True)
     for _ in range(3):
-        admission.admit("GET", "/v1/models", {})
+        asyncio.run(admission.admit("GET", "/v1/models", {}))
     with pytest.raises(RequestError, match="Most requests a minute: 3") as caught:
-        admission.admit("GET", "/v1/models", {})
+        asyncio.run(admission.admit("GET", "/v1/models", {}))
     assert caught.value.status == 429
     assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
     store.close()

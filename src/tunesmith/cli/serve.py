@@ -23,7 +23,7 @@ from tunesmith.environment import install_command
 from tunesmith.errors import InputError
 from tunesmith.phrases import plural
 from tunesmith.runs.folder import is_run
-from tunesmith.serve.protocol import EngineOptions, ModelCard
+from tunesmith.serve.protocol import Engine, EngineOptions, ModelCard
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -288,19 +288,18 @@ def check_extra(extra: Literal["serve", "jobs"]) -> None:
         raise InputError(message) from None
 
 
-def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> tuple[Bases, tuple[str, ...]]:
-    """The models that jobs may tune, and the paths that read a query. Raises InputError."""
+def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> Bases:
+    """The models that jobs may tune. Raises InputError."""
     check_extra("jobs")
     from tunesmith.jobs.bases import bases_of_file, bases_of_model
-    from tunesmith.jobs.routes import QUERIES
 
     if jobs.bases is not None:
         if targets:
             raise InputError(f"{targets[0]}: --bases {jobs.bases} names the models already. Give one of the two.")
-        return bases_of_file(jobs.bases), QUERIES
+        return bases_of_file(jobs.bases)
     if len(targets) != 1 or is_run(targets[0], root):
         raise InputError(f"{', '.join(targets)}: --jobs takes one MODEL, no run; several models: --bases FILE.")
-    return bases_of_model(targets[0]), QUERIES
+    return bases_of_model(targets[0])
 
 
 def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> None:
@@ -349,20 +348,21 @@ def serve_own(
     from tunesmith.serve.engine import start_engine
     from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
 
-    bases, queries = (None, ()) if jobs is None else read_bases(jobs, targets, root)
+    bases = None if jobs is None else read_bases(jobs, targets, root)
     keys, notes = read_keys(access.key_file, os.environ)
     for note in notes:
         output.note(f"note: {note}")
     bound = http.bind(access.host, access.port)
-    policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound), queries=queries)
+    policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound))
     store = None if jobs is None else jobs.open(output.note)
     if store is not None:
         policy, store.on_job = with_projects(policy, store, bound), output.of_jobs(store.runs_path)
-    refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.has_keys())))
+    refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.keys() != {})))
     output.note(f"loading {', '.join(targets if bases is None else bases.by_name)}")
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
+            engine: Engine
             routers: Sequence[APIRouter] = ()
             if bases is None or store is None or jobs is None:
                 engine = await start_engine(targets, root=root, options=options, on_note=output.note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import math
@@ -36,6 +37,8 @@ _NEEDED: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
 """Scopes to read and to change what is under a path, the first that matches; None: any key."""
 USE_NOTED_S = 3600
 """Seconds between two notes of a key's last use."""
+KEPT_S = 1.0
+"""Most seconds until a key that another program made or revoked is obeyed."""
 
 
 def scope_of(method: str, path: str) -> str | None:
@@ -89,16 +92,25 @@ class ProjectKeys:
     from_file: ApiKeys | None
     may_be_open: bool
     """Whether requests without a key are for the first project, as long as no key was ever made."""
+    _keys: Mapping[str, Record] = field(default_factory=dict)
+    _read_at: tuple[int, float] = (-1, 0.0)
+    """Version of the store and time of `_keys`."""
     _rates: MovingWindowRateLimiter = field(default_factory=lambda: MovingWindowRateLimiter(MemoryStorage()))
 
-    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
+    async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
         """See Admission."""
+        version, now = self.store.version, time.monotonic()
+        if self._read_at[0] != version or now - self._read_at[1] >= KEPT_S:
+            self._keys = await asyncio.to_thread(self.store.keys)
+            self._read_at = version, now
         authorization = headers.get(b"authorization", b"")
         if self.from_file is not None and self.from_file.accepts(authorization):
             return self._for_project(DEFAULT_PROJECT, headers)
-        if self.from_file is None and self.may_be_open and not self.store.has_keys():
+        if self.from_file is None and self.may_be_open and not self._keys:
             return self._counted(DEFAULT_PROJECT)  # whatever key and project a program sends along
         row = self._find(authorization)
+        if time.time() - (row["used_at"] or 0) > USE_NOTED_S:
+            await asyncio.to_thread(self.store.update, keys, {"used_at": int(time.time())}, id=row["id"])
         needed = scope_of(method, path)
         if needed is not None and not {needed, "admin"} & set(row["scopes"]):
             message = f"This key lacks the scope {needed}; it has {', '.join(row['scopes'])}."
@@ -108,13 +120,11 @@ class ProjectKeys:
     def _find(self, authorization: bytes) -> Record:
         scheme, _, given = authorization.partition(b" ")
         key = given.strip().decode("latin-1")
-        row = self.store.one(keys, id=f"key-{key.split('-')[1]}") if key.count("-") >= 2 else None
+        row = self._keys.get(f"key-{key.split('-')[1]}") if key.count("-") >= 2 else None
         if row is None or scheme.lower() != b"bearer" or not hmac.compare_digest(row["digest"], _digest(key)):
             raise wrong_key()
         if (state := state_of(row)) != "active":
             raise wrong_key(f"This API key is {state}.")
-        if time.time() - (row["used_at"] or 0) > USE_NOTED_S:
-            self.store.update(keys, {"used_at": int(time.time())}, id=row["id"])
         return row
 
     def _for_project(self, project: str, headers: Mapping[bytes, bytes]) -> str:

@@ -42,6 +42,8 @@ class Database:
         self._takes_lock = is_server and not self.is_sqlite
         self._write_lock = threading.Lock()
         self._writer: sa.Connection | None = None
+        self.version = 0
+        """Grows with each transaction of this server, but not with those that only add events."""
         if isinstance(self.place, Path):
             _make_private(self.place)
             self._engine = sa.create_engine(f"sqlite:///{self.place}")
@@ -96,7 +98,7 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self, *, only_events: bool = False) -> Iterator[sa.Connection]:
         """A transaction; all of it is on the disk after the block, or nothing of it. Raises RequestError."""
         with self._write_lock, _translated():
             connection = self._connected()
@@ -111,6 +113,8 @@ class Database:
                 if connection.invalidated:
                     self._drop_writer()
                 raise
+            finally:  # a transaction that failed may be there still
+                self.version += not only_events
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:

@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
 from tunesmith.errors import RunError, StorageError
 from tunesmith.jobs.bases import Bases, PublicBase
+from tunesmith.jobs.engines import EnginesFromThread
 from tunesmith.jobs.job_request import Integration
-from tunesmith.jobs.launcher import Launcher, Process
+from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
+from tunesmith.jobs.ray_launcher import RayLauncher, RayRun
 from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
@@ -46,18 +48,6 @@ CRASHED = "engine_crashed"
 RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
 
 
-class TunedModels(Protocol):
-    """The engines, as the dispatcher uses them."""
-
-    def attach(self, base: str, name: str, run: Path) -> None:
-        """Serve a run as `name`; returns when it can be used. Raises what the engine says against it."""
-        ...
-
-    def detach(self, name: str) -> None:
-        """Serve it no longer."""
-        ...
-
-
 @dataclass
 class _Active:
     """A run under way."""
@@ -65,10 +55,12 @@ class _Active:
     job: str
     project: str
     run: Run
-    process: Process
+    process: ChildProcess | RayRun
     tail: Tail
     translate: EventTranslator
     is_stopping: bool = False
+    is_unwanted: bool = False
+    """Whether its job is not running any more."""
 
 
 @dataclass
@@ -77,8 +69,8 @@ class Dispatcher:
 
     store: Store
     bases: Bases
-    launcher: Launcher
-    models: TunedModels
+    launcher: LocalLauncher | RayLauncher
+    models: EnginesFromThread
     on_note: Callable[[str], None] = lambda text: None
     parallel: int = 1
     active: dict[str, _Active] = field(default_factory=dict)
@@ -90,6 +82,8 @@ class Dispatcher:
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
+    seen: int = -1
+    """Version of the store at the last round, after which there is nothing to do until it is another."""
 
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
@@ -120,8 +114,10 @@ class Dispatcher:
 
     def round(self) -> None:
         """Follow every run, then start what there is room for."""
+        version, before, self.seen = self.store.version, self.seen, -1  # whatever fails is looked at again
+        is_new = version != before
         for one in list(self.active.values()):
-            self._follow(one)
+            is_new |= self._follow(one, is_new=is_new)
         for name in list(self.unserved):
             try:
                 self._serve_snapshots(name, Run(self._run_path(name)))
@@ -130,6 +126,16 @@ class Dispatcher:
             except RunError as error:
                 self.on_note(f"{name}: its checkpoints are not served: {error}")
             self.unserved.discard(name)
+        if is_new:
+            self._start_jobs()
+        if time.monotonic() >= self.expires_next:
+            self.expires_next = time.monotonic() + EXPIRE_S
+            for line in self.store.expire():
+                self.on_note(line)
+        self.seen = version
+
+    def _start_jobs(self) -> None:
+        """Start what there is room for, and tidy after what waits no longer."""
         for job in self.store.with_status("running"):
             if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
@@ -143,10 +149,6 @@ class Dispatcher:
                     self._begin(job)
                 except RunError as error:
                     self._fail(job, "run_failed", str(error), None)
-        if time.monotonic() >= self.expires_next:
-            self.expires_next = time.monotonic() + EXPIRE_S
-            for line in self.store.expire():
-                self.on_note(line)
 
     def _in_turn(self) -> list[Record]:
         """Jobs that wait, the projects in turn, and each project's oldest first."""
@@ -190,7 +192,7 @@ class Dispatcher:
         path = self.store.recipes_path / f"{name}.yaml"
         self._follow_new(job, self.launcher.start(run.path, path, environment_of(job)))
 
-    def _follow_new(self, job: Record, process: Process) -> None:
+    def _follow_new(self, job: Record, process: ChildProcess | RayRun) -> None:
         name, run = job["id"], Run(self._run_path(job["id"]))
         self.active[name] = _Active(name, job["project"], run, process, Tail(run.events_path), EventTranslator(name))
         self.num_started += 1
@@ -230,21 +232,26 @@ class Dispatcher:
 
     # Follow
 
-    def _follow(self, one: _Active) -> None:
+    def _follow(self, one: _Active, *, is_new: bool) -> bool:
+        """Whether it has ended."""
         try:
-            self._follow_run(one)
+            self._follow_run(one, is_new=is_new)
         except RunError as error:  # its folder is damaged, which is no reason for other jobs to wait
             one.process.stop()
             if not one.process.is_alive():
                 self.active.pop(one.job, None)
                 self._fail({"id": one.job}, "run_failed", str(error), None)
+        return one.job not in self.active
 
-    def _follow_run(self, one: _Active) -> None:
+    def _follow_run(self, one: _Active, *, is_new: bool) -> None:
         ended = not one.process.is_alive()
         self._relay(one)
+        if not (ended or is_new or one.is_unwanted):
+            return
         job = self.store.job(one.job)
         assert job is not None, "rows of jobs are never removed"
-        if job["status"] != "running" and not one.is_stopping:
+        one.is_unwanted = job["status"] != "running"
+        if one.is_unwanted and not one.is_stopping:
             one.process.stop()
             # Without a folder there is nothing that could take the request yet: it is made again.
             one.is_stopping = (one.run.path / "run.json").exists()
@@ -267,9 +274,9 @@ class Dispatcher:
 
     def _take_over(self, one: _Active, found: Sequence[Event]) -> None:
         self.store.add_events(one.translate(found))
-        job, saved = self.store.job(one.job), [event.step for event in found if event.kind == "checkpoint"]
-        if job is not None and max(saved, default=-1) > job["last_checkpoint"]:  # each start reads all
-            self.store.change_job(one.job, if_status=["running"], last_checkpoint=max(saved), attempts=0)
+        saved = max((event.step for event in found if event.kind == "checkpoint"), default=-1)
+        if saved >= 0 and saved > (self.store.job(one.job) or {})["last_checkpoint"]:  # each start reads all
+            self.store.change_job(one.job, if_status=["running"], last_checkpoint=saved, attempts=0)
         if any(event.kind == "plan" for event in found):
             self._take_numbers(one)
         if any(event.kind == "snapshot" for event in found):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import astuple, replace
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.names import project_of
+from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.middleware import PROJECT
-from tunesmith.serve.protocol import Engine, EngineState, GenerationRequest, ModelCard, StreamEvent
+from tunesmith.serve.protocol import EngineState, GenerationRequest, ModelCard, StreamEvent
+
+ATTACH_TIMEOUT_S = 600.0
 
 
 class Engines:
     """`protocol.Engine` over an engine for each base. A tuned model is attached to the engine of its base."""
 
-    def __init__(self, engines: Mapping[str, Engine], bases: Bases) -> None:
+    def __init__(self, engines: Mapping[str, WorkerEngine], bases: Bases) -> None:
         self._engines = engines
         self._bases = bases
         self.readers: dict[str, set[str]] = {}
@@ -34,7 +38,7 @@ class Engines:
         project = PROJECT.get()
         return project in (None, project_of(tuned)) or project in self.readers.get(tuned, ())
 
-    def _find(self, name: str) -> tuple[Engine, str]:
+    def _find(self, name: str) -> tuple[WorkerEngine, str]:
         """The engine that answers for a name, and the name there."""
         if name in self._bases.names:
             engine = self._engines[self._bases.names[name][0]]
@@ -65,16 +69,12 @@ class Engines:
         engine, name = self._find(model)
         return await engine.embed(name, texts, dimensions=dimensions, is_query=is_query)
 
-    async def attach_to(self, base: str, name: str, run: Path) -> None:
-        """Serve a run as `name` on its base; see protocol.Engine."""
+    async def attach(self, base: str, name: str, run: Path) -> None:
+        """Serve a run as `name` on its base; see WorkerEngine."""
         await self._engines[base].attach(name, run)
 
-    async def attach(self, name: str, run: Path) -> None:
-        """See protocol.Engine; for the first base."""
-        await self.attach_to(next(iter(self._engines)), name, run)
-
     async def detach(self, name: str) -> None:
-        """See protocol.Engine."""
+        """See WorkerEngine."""
         await self._find(name)[0].detach(name)
 
     def state(self) -> EngineState:
@@ -86,3 +86,22 @@ class Engines:
     async def close(self, grace_s: float) -> None:
         """See protocol.Engine."""
         await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
+
+
+@dataclass(frozen=True)
+class EnginesFromThread:
+    """The engines, for the thread of the dispatcher."""
+
+    engines: Engines
+    loop: asyncio.AbstractEventLoop
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        """Serve a run as `name`; returns when it can be used. Raises what the engine says against it."""
+        self._wait(self.engines.attach(base, name, run))
+
+    def detach(self, name: str) -> None:
+        """Serve it no longer."""
+        self._wait(self.engines.detach(name))
+
+    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -26,35 +26,9 @@ NICE = 10
 """Lower priority than the engine, so that answers do not wait for training."""
 
 
-class Process(Protocol):
-    """A run that is under way, of this server or an earlier one."""
-
-    def is_alive(self) -> bool: ...
-
-    def stop(self) -> None:
-        """Let the run stop after its step, with a checkpoint."""
-        ...
-
-    def error(self) -> dict[str, Any] | None:
-        """The error that the ended run printed; None: it printed none, or was killed."""
-        ...
-
-
-class Launcher(Protocol):
-    """Starts runs, here or elsewhere."""
-
-    def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> Process:
-        """Train in a new run folder, or resume the run that is in it, with these variables set too."""
-        ...
-
-    def find(self, run: Path) -> Process | None:
-        """The process that works on a run still; None: there is none."""
-        ...
-
-
 @dataclass(frozen=True)
 class ChildProcess:
-    """A process that holds the lock file of a run."""
+    """A run that is under way, of this server or an earlier one: a process that holds its lock file."""
 
     run: Path
     popen: subprocess.Popen[bytes] | None = None
@@ -65,6 +39,7 @@ class ChildProcess:
         return _holder(self.run) is not None
 
     def stop(self) -> None:
+        """Let the run stop after its step, with a checkpoint."""
         if (self.run / "run.json").exists():
             Run(self.run).ask_stop()
         elif pid := self.popen.pid if self.popen is not None else _holder(self.run):
@@ -72,6 +47,7 @@ class ChildProcess:
                 os.kill(pid, signal.SIGKILL)  # it has not made its folder yet: nothing is lost
 
     def error(self) -> dict[str, Any] | None:
+        """The error that the ended run printed; None: it printed none, or was killed."""
         with suppress(OSError, ValueError):
             last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
             found: dict[str, Any] = orjson.loads(last)
@@ -86,7 +62,7 @@ class LocalLauncher:
         self._offline = offline
 
     def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> ChildProcess:
-        """See Launcher."""
+        """Train in a new run folder, or resume the run that is in it, with these variables set too."""
         words = ["train", "--recipe", str(recipe), "--out", str(run)]
         if (run / "run.json").exists():
             words = ["resume", str(run)]
@@ -107,7 +83,7 @@ class LocalLauncher:
         return ChildProcess(run, popen)
 
     def find(self, run: Path) -> ChildProcess | None:
-        """See Launcher."""
+        """The process that works on a run still; None: there is none."""
         return ChildProcess(run) if _holder(run) is not None else None
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import difflib
 import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from starlette.responses import FileResponse, Response
 
 from tunesmith.errors import InputError
@@ -33,10 +33,10 @@ from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
 from tunesmith.trackers.tracker import check_names
 
-QUERIES = ("/v1/files", "/v1/fine_tuning")
-"""Beginnings of paths whose routes read a query."""
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report loads nothing and runs nothing."""
+MOST_KEPT = 64
+"""Answers in memory."""
 _METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 _SAID: dict[Action, str] = {
     "cancel": "Fine-tuning job cancelled",
@@ -109,14 +109,9 @@ def make_file_router(store: Store) -> APIRouter:
 
     @router.get("/v1/files/{name}/content")
     def content(name: str, request: Request) -> Response:
-        """The content of a file, as it was sent; of results also as plain text."""
-        query, row = read_query(request, "encoding"), find(name)
-        if "encoding" in query:
-            if query["encoding"] != "csv" or row["purpose"] != "fine-tune-results":
-                raise RequestError("encoding: is csv, and for the results of a job only.", param="encoding")
-            content = store.content_path(name).read_bytes()
-            is_plain = content.startswith(b"step,")
-            return Response(content if is_plain else base64.b64decode(content), media_type="text/csv")
+        """The content of a file, as it was sent."""
+        read_query(request)
+        row = find(name)
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(row['filename'], safe='')}"}
         return FileResponse(store.content_path(row["id"]), headers=headers, media_type="application/octet-stream")
 
@@ -180,9 +175,33 @@ def find_job(store: Store, name: str) -> Record:
     return row
 
 
+def kept_route(store: Store) -> type[APIRoute]:
+    """Routes that answer from memory as long as the store has the version that they have answered from."""
+    kept: dict[tuple[str | None, str, bytes], tuple[int, Response]] = {}
+
+    class KeptRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def answer(request: Request) -> Response:
+                key = PROJECT.get(), str(request.scope["path"]), bytes(request.scope["query_string"])
+                version, (known, response) = store.version, kept.get(key, (-1, Response()))
+                if known != version:
+                    response = await handle(request)
+                    if len(kept) >= MOST_KEPT:
+                        kept.clear()
+                    kept[key] = version, response
+                return response
+
+            return answer
+
+    return KeptRoute
+
+
 def make_job_router(store: Store, bases: Bases) -> APIRouter:
     """Create, list, read and steer jobs, and read their events and checkpoints."""
     router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs")
+    polled = APIRouter(route_class=kept_route(store))
 
     @router.post("")
     def create(body: JobBody, request: Request) -> Response:
@@ -193,7 +212,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         row = earlier or create_job(store, bases, body, retry=retry, key=key)
         return json_response(objects.job_object(row))
 
-    @router.get("")
+    @polled.get("/v1/fine_tuning/jobs")
     def listed(request: Request) -> Response:
         """All jobs, newest first."""
         query = read_query(request, "after", "limit", "metadata")
@@ -209,7 +228,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
         return json_response(objects.list_object([objects.job_object(row) for row in rows], has_more=more))
 
-    @router.get("/{name}")
+    @polled.get("/v1/fine_tuning/jobs/{name}")
     def one(name: str, request: Request) -> Response:
         """One job."""
         read_query(request)
@@ -236,7 +255,8 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         return json_response(objects.job_object(row))
 
     _add_event_routes(router, store)
-    return router
+    polled.include_router(router)
+    return polled
 
 
 def _add_event_routes(router: APIRouter, store: Store) -> None:

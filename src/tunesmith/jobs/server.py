@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,15 @@ from fastapi import APIRouter
 from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
-from tunesmith.jobs.engines import Engines
+from tunesmith.jobs.engines import Engines, EnginesFromThread
 from tunesmith.jobs.launcher import LocalLauncher
 from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.ray_launcher import RayLauncher
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.webhooks import WebhookSender
-from tunesmith.serve.engine import start_engine
-from tunesmith.serve.protocol import Engine, EngineOptions
-
-ATTACH_TIMEOUT_S = 600.0
-
-
-@dataclass(frozen=True)
-class _OnLoop:
-    """The engines, for the thread of the dispatcher."""
-
-    engines: Engines
-    loop: asyncio.AbstractEventLoop
-
-    def attach(self, base: str, name: str, run: Path) -> None:
-        self._wait(self.engines.attach_to(base, name, run))
-
-    def detach(self, name: str) -> None:
-        self._wait(self.engines.detach(name))
-
-    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)
+from tunesmith.serve.engine import WorkerEngine, start_engine
+from tunesmith.serve.protocol import EngineOptions
 
 
 @dataclass
@@ -67,12 +48,12 @@ class JobServer:
     ) -> JobServer:
         """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
         store.rules = bases.rules
-        started: dict[str, Engine] = {}
+        started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
         local = LocalLauncher(offline=options.offline)
         launcher = local if ray is None else RayLauncher(ray, offline=options.offline)
         slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
-        dispatcher = Dispatcher(store, bases, launcher, _OnLoop(engines, loop), on_note, slots)
+        dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)
         await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
         try:
             for name, base in bases.by_name.items():
@@ -89,8 +70,9 @@ class JobServer:
         engines.readers = store.readers()
         stop = threading.Event()
         routers = make_routers(store, bases, engines)
-        sender = WebhookSender(store, on_note)
-        threads = tuple(threading.Thread(target=one.run, args=(stop,), daemon=True) for one in (dispatcher, sender))
+        has_webhooks = any(one.webhook for one in (bases.rules.every_project, *bases.rules.projects.values()))
+        works = [dispatcher.run, *([WebhookSender(store, on_note).run] if has_webhooks else [])]
+        threads = tuple(threading.Thread(target=work, args=(stop,), daemon=True) for work in works)
         for thread in threads:
             thread.start()
         return cls(store, engines, routers, stop, threads)

@@ -130,6 +130,11 @@ class Store:
         """See Database."""
         return self._database.writing()
 
+    @property
+    def version(self) -> int:
+        """See Database: what was read of one version but events is still so while there is no other."""
+        return self._database.version
+
     def _read(self, statement: sa.Select[Any]) -> list[Record]:
         with self._database.reading() as connection:
             return [dict(row) for row in connection.execute(statement).mappings()]
@@ -362,7 +367,7 @@ class Store:
 
     def add_events(self, messages: Sequence[Record]) -> None:
         if messages:
-            with self.writing() as connection:
+            with self._database.writing(only_events=True) as connection:
                 self._add_events(connection, messages)
 
     def _add_events(self, connection: sa.Connection, messages: Sequence[Record]) -> None:
@@ -416,9 +421,9 @@ class Store:
 
     # Projects
 
-    def has_keys(self) -> bool:
-        """Whether a key was ever made: then nobody gets in without one."""
-        return self.one(keys) is not None
+    def keys(self) -> dict[str, Record]:
+        """All keys that were ever made, by id, oldest first. Where there is one, nobody gets in without one."""
+        return {row["id"]: row for row in self._read(sa.select(keys).order_by(keys.c.seq))}
 
     def readers(self) -> dict[str, set[str]]:
         """Other projects that may ask a tuned model, by its name."""

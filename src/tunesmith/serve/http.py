@@ -29,7 +29,7 @@ WRITE_TIMEOUT_S = 60.0
 KEEP_ALIVE_S = 30
 AFTER_GRACE_S = 5
 """For the last answers, after the engine has ended what it could not finish."""
-_POLL_S = 0.05
+_POLL_S = 0.25
 
 _BIND_ERRORS = {
     errno.EADDRINUSE: "in use by another program. Choose another port: --port 8001, or --port 0 for any.",

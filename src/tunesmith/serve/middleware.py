@@ -31,6 +31,8 @@ KEY_VARIABLE = "TUNESMITH_API_KEY"
 PROJECT: ContextVar[str | None] = ContextVar("project", default=None)
 """The project of the request under way, if an Admission gave it one."""
 MIN_KEY_LENGTH = 20
+READ_QUERIES = ("/v1/files", "/v1/fine_tuning")
+"""Beginnings of paths whose routes, of jobs, read the query of a URL."""
 
 _MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
@@ -66,8 +68,8 @@ def wrong_key(message: str = "This server needs an API key: Authorization: Beare
 class Admission(Protocol):
     """Decides by more than a list of keys who may send requests."""
 
-    def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
-        """The project of a request. Called in a thread. Raises RequestError."""
+    async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
+        """The project of a request. Raises RequestError."""
         ...
 
 
@@ -128,8 +130,6 @@ class AccessPolicy:
     origins: frozenset[str] = frozenset()
     """Web pages that may send requests from a browser, such as https://chat.example.org."""
     max_requests: int = 256
-    queries: tuple[str, ...] = ()
-    """Beginnings of paths whose routes read the query of a URL."""
     admission: Admission | None = None
     """In place of `keys`."""
 
@@ -242,13 +242,13 @@ class AccessMiddleware:
                 return wrong_key("A request has one key, and one project.")
             admit, headers = self.policy.admission.admit, dict(scope["headers"])
             try:
-                PROJECT.set(await asyncio.to_thread(admit, scope["method"], str(scope["path"]), headers))
+                PROJECT.set(await admit(scope["method"], str(scope["path"]), headers))
             except RequestError as error:
                 return error
         return None
 
     def _not_now(self, scope: Scope) -> RequestError | None:
-        if scope["query_string"] and not str(scope["path"]).startswith(self.policy.queries or "?"):
+        if scope["query_string"] and not str(scope["path"]).startswith(READ_QUERIES):
             message = "Nothing is read from the query of a URL. Parameters belong in the body, a key in a header."
             return RequestError(message, code="unknown_parameter")
         if self.num_active > self.policy.max_requests:

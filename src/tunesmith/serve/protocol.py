@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import orjson
@@ -197,17 +196,6 @@ class Engine(Protocol):
         """A vector for each text, cut to `dimensions` numbers, and the number of tokens read.
 
         `is_query`: with the prompt of texts that search."""
-        ...
-
-    async def attach(self, name: str, run: Path) -> None:
-        """Serve the result of a run on the base as `name`, without disturbing the answers under way.
-
-        Does nothing if `name` is served already. Raises RequestError if the run cannot be served.
-        """
-        ...
-
-    async def detach(self, name: str) -> None:
-        """Serve `name` no longer; answers under way in its name are finished."""
         ...
 
     def state(self) -> EngineState: ...

@@ -31,7 +31,8 @@ from tunesmith.serve.registry import AttachableRun, Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
-WATCH_S = 0.2
+WATCH_S, IDLE_WATCH_S = 0.2, 2.0
+"""Idle, it leaves the cores to a run."""
 SCRATCH_BYTES = 256 * 1024**2
 """For everything but weights, keys and values."""
 OVER_MEMORY = 3
@@ -47,12 +48,13 @@ def main() -> int:
     options = EngineOptions(**start["options"])
     torch.set_num_threads(options.threads or num_cpus())
     limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
-    busy_since: list[float] = []
-    threading.Thread(target=_watch, args=(send, limit, busy_since), daemon=True).start()
+    busy = threading.Event()
+    busy.set()
+    threading.Thread(target=_watch, args=(send, limit, busy), daemon=True).start()
     try:
         root, names = Path(start["root"]), start["names"]
         registry = open_registry(names, root=root, options=options, note=lambda text: send({"note": text}))
-        worker = Worker(registry, options, send, limit=limit)
+        worker = Worker(registry, options, send, busy, limit=limit)
         for name, run in start["attached"].items():
             try:
                 registry.attach(registry.read_run(name, Path(run)))
@@ -65,12 +67,8 @@ def main() -> int:
     threading.Thread(target=_listen, args=(worker.inbox,), daemon=True).start()
     while True:
         for message in worker.messages():
-            busy_since[:] = [time.monotonic()]
             worker.take(message)
-            busy_since.clear()
-        busy_since[:] = [time.monotonic()]
         worker.step()
-        busy_since.clear()
 
 
 class Worker:
@@ -80,11 +78,15 @@ class Worker:
     text takes a tokenizer seconds, for which the answers under way do not wait, nor does a prompt for a schema.
     """
 
-    def __init__(self, registry: Registry, options: EngineOptions, send: Send, *, limit: int) -> None:
+    def __init__(
+        self, registry: Registry, options: EngineOptions, send: Send, busy: threading.Event, *, limit: int
+    ) -> None:
+        """`busy` is set but while there is nothing to do."""
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._registry = registry
         self._options = options
         self._send = send
+        self._busy = busy
         self._preparing: set[int] = set()
         self._plain_preparer, self._schema_preparer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         decoders = registry.decoders
@@ -99,7 +101,11 @@ class Worker:
         with suppress(queue.Empty):
             while True:
                 is_idle = not any(scheduler.is_busy for scheduler in self._schedulers.values())
-                yield self.inbox.get(block=is_idle)
+                if is_idle:
+                    self._busy.clear()
+                message = self.inbox.get(block=is_idle)
+                self._busy.set()
+                yield message
 
     def take(self, message: dict[str, Any]) -> None:
         """Do, or start to do, what a message says."""
@@ -208,15 +214,16 @@ def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
     os._exit(0)
 
 
-def _watch(send: Send, limit: int, busy_since: list[float]) -> None:
+def _watch(send: Send, limit: int, busy: threading.Event) -> None:
     """Send heartbeats with the resident memory; end at the limit, since one on addresses would count mapped files."""
     while True:
-        held, since = resident_bytes(), busy_since[:1]
-        send({"rss": held, "stuck_s": time.monotonic() - since[0] if since else 0.0})
+        held = resident_bytes()
+        send({"rss": held})
         if held > limit:
             mib, most = held / 2**20, limit / 2**20
             send({"over_memory": f"it held {mib:,.0f} MiB of memory, more than the {most:,.0f} it may", "rss": held})
             os._exit(OVER_MEMORY)
+        busy.wait(IDLE_WATCH_S)
         time.sleep(WATCH_S)
 
 
