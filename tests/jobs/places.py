@@ -17,7 +17,7 @@ from tunesmith.jobs.store import Store
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
-BASES = Bases({"tiny": PublicBase(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
+BASES = Bases(bases={"tiny": PublicBase(model="tiny-model", aliases={"gpt-4o-mini": "gpt-4o-mini-2024-07-18"})})
 STEPS = 6
 SNAPSHOT = 4
 """Step whose result is kept on the way."""

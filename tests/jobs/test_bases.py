@@ -35,7 +35,7 @@ def test_every_name_leads_to_its_base(tmp_path: Path) -> None:
     expected = {"small": ("small", "small"), "gpt-4o-mini": shown, "gpt-4o-mini-2024-07-18": shown}
     assert bases.names == expected
     assert bases.min_examples == 3
-    assert bases.by_name["small"].model == "owner/model"
+    assert bases.bases["small"].model == "owner/model"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.protocol import RequestError
 
 STRIDE = int(os.environ.get("TUNESMITH_KILL_STRIDE", "3"))
-BASES = Bases({"tiny": PublicBase(model="tiny")})
+BASES = Bases(bases={"tiny": PublicBase(model="tiny")})
 
 
 @asynccontextmanager

@@ -117,5 +117,5 @@ def test_a_recipe_names_the_base_and_the_files_of_its_job_alone(tmp_path: Path) 
     dispatcher(store, FakeLauncher(), FakeModels()).round()
     text = (store.recipes_path / f"{name}.yaml").read_text()
     assert "/etc" not in text
-    assert f'"model":"{BASES.by_name["tiny"].model}"' in text
+    assert f'"model":"{BASES.bases["tiny"].model}"' in text
     store.close()

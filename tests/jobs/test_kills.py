@@ -161,7 +161,7 @@ while not os.path.exists({go!r}):
 runpy.run_module("tunesmith", run_name="__main__", alter_sys=True)
 """
 WRITES = "write,pwrite64,fdatasync,fsync,rename,unlink,unlinkat,ftruncate,mkdir"
-REAL = Bases({"tiny": PublicBase(model="tiny", recipe={"checkpoint": {"every": 3}})})
+REAL = Bases(bases={"tiny": PublicBase(model="tiny", recipe={"checkpoint": {"every": 3}})})
 CHOSEN = re.compile(r"(?<=^Chosen: ).*")
 """Its words may depend on what else the machine does."""
 STRIDE = int(os.environ.get("TUNESMITH_KILL_STRIDE", "7"))

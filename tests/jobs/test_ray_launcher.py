@@ -108,7 +108,7 @@ def test_a_local_ray_of_two_processors_carries_ten_jobs_with_one_killed(tmp_path
 
     os.environ.update(NO_REPORTS)
     model_folder(tmp_path / "tiny")
-    bases = Bases({"tiny": PublicBase(model=str(tmp_path / "tiny"))})
+    bases = Bases(bases={"tiny": PublicBase(model=str(tmp_path / "tiny"))})
     chats(tmp_path / "train.jsonl", 18, seed=1)
     store, models = Store(tmp_path / "store"), FakeModels()
     file = put_file(store, (tmp_path / "train.jsonl").read_bytes())

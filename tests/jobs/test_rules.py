@@ -63,7 +63,7 @@ projects:
 def test_a_projects_rules_win_field_by_field(tmp_path: Path) -> None:
     path = tmp_path / "bases.yaml"
     path.write_text(RULES)
-    rules = bases_of_file(path).rules
+    rules = bases_of_file(path)
     assert (rules.of("red").jobs_waiting, rules.of("red").keep_files_days) == (50, 30)
     assert rules.of("blue").jobs_waiting == 5
 

@@ -441,7 +441,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "holds no key"), ("# nothing\n", "holds no key"), ("short", "20 characters"), (KEY + " x", "blanks"),
+    [("", "holds no key"), ("# nothing\n", "holds no key"), ("short", "20 printable"), (KEY + " x", "blanks"),
      (KEY + "\n" + "ä" * 30, "key 2")],
 )  # fmt: skip
 def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path, text: str, said: str) -> None:

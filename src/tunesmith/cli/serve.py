@@ -358,7 +358,7 @@ def serve_own(
     if store is not None:
         policy, store.on_job = with_projects(policy, store, bound), output.of_jobs(store.runs_path)
     refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.keys() != {})))
-    output.note(f"loading {', '.join(targets if bases is None else bases.by_name)}")
+    output.note(f"loading {', '.join(targets if bases is None else bases.bases)}")
 
     async def run() -> None:
         async with AsyncExitStack() as stack:

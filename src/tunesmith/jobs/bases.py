@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.errors import InputError
 from tunesmith.jobs.names import check_project
-from tunesmith.jobs.rules import ProjectRules, Rules
+from tunesmith.jobs.rules import Rules
 from tunesmith.recipe import load, yaml_io
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -31,60 +30,51 @@ class PublicBase(BaseModel):
     """Options of every run on it."""
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Bases(Rules):
+    """All models that may be tuned, and what holds for jobs and projects: the content of bases.yaml."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     bases: dict[str, PublicBase] = Field(min_length=1)
     min_examples: int = Field(10, ge=1)
-    results_encoding: Literal["base64", "csv"] = "base64"
-    every_project: ProjectRules = ProjectRules()
-    projects: dict[str, ProjectRules] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Bases:
-    """All models that may be tuned."""
-
-    by_name: Mapping[str, PublicBase]
-    min_examples: int = 10
     """Fewest rows of a training file."""
-    rules: Rules = field(default_factory=Rules)
     results_encoding: Literal["base64", "csv"] = "base64"
     """Form of results files: base64 as OpenAI has sent it since 2024, or plain text as before."""
-    names: dict[str, tuple[str, str]] = field(default_factory=dict, init=False)
-    """(public name of the base, name that a job shows), by every name that a request may use."""
 
-    def __post_init__(self) -> None:
-        for name, base in self.by_name.items():
-            for other, shown in {
-                name: name,
-                **base.aliases,
-                **{shown: shown for shown in base.aliases.values()},
-            }.items():
+    @cached_property
+    def names(self) -> dict[str, tuple[str, str]]:
+        """(public name of the base, name that a job shows), by every name that a request may use."""
+        found: dict[str, tuple[str, str]] = {}
+        for name, base in self.bases.items():
+            shown_by = {name: name, **base.aliases, **{shown: shown for shown in base.aliases.values()}}
+            for other, shown in shown_by.items():
                 if not _NAME.fullmatch(other):
                     raise InputError(
                         f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no colon "
                         "and no slash: programs split names of tuned models there."
                     )
-                if self.names.setdefault(other, (name, shown))[0] != name:
-                    raise InputError(f"{other}: a name of two bases, {self.names[other][0]} and {name}. Remove one.")
+                if found.setdefault(other, (name, shown))[0] != name:
+                    raise InputError(f"{other}: a name of two bases, {found[other][0]} and {name}. Remove one.")
+        return found
+
+    def model_post_init(self, context: Any) -> None:
+        """Raises InputError for names that cannot be used."""
+        for project in self.projects:
+            check_project(project)
+        self.names  # noqa: B018 (which checks them)
 
 
 def bases_of_file(path: Path) -> Bases:
     """Raises InputError naming the file and every fault."""
     try:
         content = yaml_io.parse(path.read_text("utf-8"), str(path))
-        found = _File.model_validate(content)
+        bases = Bases.model_validate(content)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}.") from None
     except ValidationError as error:
         faults = [f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
         raise InputError("\n".join(faults)) from None
-    for project in found.projects:
-        check_project(project)
-    rules = Rules(every_project=found.every_project, projects=found.projects)
-    bases = Bases(found.bases, found.min_examples, rules, found.results_encoding)
-    for name, base in found.bases.items():
+    for name, base in bases.bases.items():
         recipe = load.validate({"model": base.model, **base.recipe})
         if recipe.method.name not in ("auto", "lora"):
             raise InputError(
@@ -98,4 +88,4 @@ def bases_of_model(model: str) -> Bases:
     """One base, named by the last part of its folder or hub id, or by its .gguf file as `serve` names it."""
     name = Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name).strip("-._")
-    return Bases({name or "base": PublicBase(model=model)})
+    return Bases(bases={name or "base": PublicBase(model=model)})

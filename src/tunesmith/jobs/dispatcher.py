@@ -214,7 +214,7 @@ class Dispatcher:
         if numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(found.num_rows)
         decided = {**numbers, "seed": request["seed"]}
-        base = self.bases.by_name[job["base"]]
+        base = self.bases.bases[job["base"]]
         if request.get("starts_from"):
             parent = self.store.one(models, name=request["starts_from"])
             assert parent is not None, "a model that an open job starts from is not deleted"

@@ -323,7 +323,7 @@ def _start(store: Store, bases: Bases, name: str) -> tuple[str, str, str | None]
     if name in bases.names:
         return (*bases.names[name], None)
     found = store.tuned(name=name)
-    if found and found[0]["base"] in bases.by_name:
+    if found and found[0]["base"] in bases.bases:
         return found[0]["base"], find_job(store, found[0]["job"])["model"], name
     message = f"Model {name[:200]} is not available for fine-tuning or does not exist. "
     message += f"There are: {', '.join(bases.names)}, and tuned models by their names."

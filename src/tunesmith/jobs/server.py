@@ -47,7 +47,7 @@ class JobServer:
         ray: Any = None,
     ) -> JobServer:
         """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
-        store.rules = bases.rules
+        store.rules = bases
         started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
         local = LocalLauncher(offline=options.offline)
@@ -56,7 +56,7 @@ class JobServer:
         dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)
         await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
         try:
-            for name, base in bases.by_name.items():
+            for name, base in bases.bases.items():
                 attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
                 started[name] = await start_engine(
                     [base.model], root=root, options=replace(options, attaches=True), attached=attached, on_note=on_note
@@ -70,7 +70,7 @@ class JobServer:
         engines.readers = store.readers()
         stop = threading.Event()
         routers = make_routers(store, bases, engines)
-        has_webhooks = any(one.webhook for one in (bases.rules.every_project, *bases.rules.projects.values()))
+        has_webhooks = any(one.webhook for one in (bases.every_project, *bases.projects.values()))
         works = [dispatcher.run, *([WebhookSender(store, on_note).run] if has_webhooks else [])]
         threads = tuple(threading.Thread(target=work, args=(stop,), daemon=True) for work in works)
         for thread in threads:
