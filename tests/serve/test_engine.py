@@ -301,8 +301,8 @@ def test_log_probabilities_count_as_unread() -> None:
 def test_a_child_that_hangs_is_started_again_and_closing_finishes_what_is_under_way(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "UNHEALTHY_S", 1.0)
-    monkeypatch.setattr(engine, "HANGS_S", 2.0)
+    monkeypatch.setattr(engine, "UNHEALTHY_S", 2.0)
+    monkeypatch.setattr(engine, "HANGS_S", 3.0)
     monkeypatch.setattr(engine, "WATCH_S", 0.2)
     with engine_over(["first"], root) as asked:
         expected = asked.answer(says("first", "hello")).texts
@@ -313,7 +313,7 @@ def test_a_child_that_hangs_is_started_again_and_closing_finishes_what_is_under_
             await until(lambda: asked.engine.state().running > 0)
             os.kill(fresh.forked(pid), signal.SIGSTOP)
             await until(lambda: not asked.engine.state().alive, seconds=20)
-            with pytest.raises(RequestError, match="it sent nothing for 2 s"):
+            with pytest.raises(RequestError, match="it sent nothing for 3 s"):
                 await work
             await until(lambda: asked.engine.state().alive)
 

@@ -31,7 +31,7 @@ from tunesmith.serve.registry import AttachableRun, Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
-WATCH_S, IDLE_WATCH_S = 0.2, 2.0
+WATCH_S, IDLE_WATCH_S = 0.2, 1.0
 """Idle, it leaves the cores to a run."""
 SCRATCH_BYTES = 256 * 1024**2
 """For everything but weights, keys and values."""
