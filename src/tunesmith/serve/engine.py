@@ -37,7 +37,7 @@ START_TIMEOUT_S = 300.0
 """Without a message while the worker loads: importing torch from a slow disk takes longest."""
 END_TIMEOUT_S = 5.0
 UNHEALTHY_S, HANGS_S = 15.0, 60.0
-"""Without a heartbeat, of which a worker sends several a second, an idle one a bit less than one: unhealthy, then ended."""
+"""Without a heartbeat, of which a worker sends several a second, or nearly one: unhealthy, then ended."""
 WATCH_S = 1.0
 MAX_PAUSE_S = 30.0
 LONG_LIFE_S = 60.0

@@ -142,6 +142,16 @@ class BoundedConnection(H11Protocol):
 class HttpServer(uvicorn.Server):
     """uvicorn's server, ended by its caller and not by signals of its own."""
 
+    should_stop: Callable[[], bool]
+    """Looked at a few times a second: no more often is a core woken that a run may want."""
+    has_ended: asyncio.Event
+
+    async def main_loop(self) -> None:
+        while not self.should_stop():
+            await self.on_tick(0)  # the date of answers
+            await asyncio.sleep(_POLL_S)
+        self.has_ended.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
@@ -175,9 +185,9 @@ async def serve(
     server: HttpServer, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
 ) -> None:
     """Answer until `should_stop()`; then refuse new requests, finish the others within the grace, and end."""
-    serving = asyncio.create_task(server.serve(sockets=[bound.socket]))
-    while not serving.done() and not should_stop():
-        await asyncio.sleep(_POLL_S)
-    server.should_exit = True
+    server.should_stop, server.has_ended = should_stop, asyncio.Event()
+    serving, ended = (asyncio.create_task(one) for one in (server.serve([bound.socket]), server.has_ended.wait()))
+    await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
     # The engine ends in time what takes longer, so that each client gets a reason.
     await asyncio.gather(serving, engine.close(grace_s))
