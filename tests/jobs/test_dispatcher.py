@@ -94,9 +94,9 @@ def test_a_server_killed_at_any_transaction_goes_on(
     writing, left = store.writing, [at]
 
     @contextmanager
-    def killing():
+    def killing(**how: bool):
         left[0] -= 1
-        with writing() as connection:
+        with writing(**how) as connection:
             yield connection
             if left[0] == 0 and not is_committed:
                 raise Killed

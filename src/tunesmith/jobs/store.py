@@ -126,9 +126,9 @@ class Store:
     def close(self) -> None:
         self._opened.close()
 
-    def writing(self) -> AbstractContextManager[sa.Connection]:
+    def writing(self, *, only_events: bool = False) -> AbstractContextManager[sa.Connection]:
         """See Database."""
-        return self._database.writing()
+        return self._database.writing(only_events=only_events)
 
     @property
     def version(self) -> int:
@@ -367,7 +367,7 @@ class Store:
 
     def add_events(self, messages: Sequence[Record]) -> None:
         if messages:
-            with self._database.writing(only_events=True) as connection:
+            with self.writing(only_events=True) as connection:
                 self._add_events(connection, messages)
 
     def _add_events(self, connection: sa.Connection, messages: Sequence[Record]) -> None:
