@@ -15,6 +15,7 @@ from jobs.places import BASES  # noqa: E402
 from serve import running as servers  # noqa: E402
 from serve.fake import FakeEngine  # noqa: E402
 from tunesmith.jobs.engines import Engines  # noqa: E402
+from tunesmith.jobs.kept_answers import KeptAnswers  # noqa: E402
 from tunesmith.jobs.server import make_routers  # noqa: E402
 from tunesmith.jobs.store import Store  # noqa: E402
 from tunesmith.serve.app import make_app  # noqa: E402
@@ -34,10 +35,11 @@ class Served:
 def serving(folder: Path) -> Iterator[Served]:
     store = Store(folder / "store")
 
-    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES))
+    answers = KeptAnswers(store)
+    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES), answers)
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
-    with servers.running(AccessPolicy(), FakeEngine()) as it:
+    with servers.running(AccessPolicy(known=answers.find), FakeEngine()) as it:
         yield Served(it, store, it.client())
     patch.undo()
     store.close()

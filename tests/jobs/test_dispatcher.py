@@ -243,7 +243,7 @@ def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(opened: Opened,
     read, num_reads = store._read, []
     store._read = lambda *given: num_reads.append(1) or read(*given)
     working.round()
-    assert store.page(events, limit=1)[0][0]["message"].startswith("Step 2/")
+    assert store.page(events, limit=1)[0][0]["message"].startswith("Step 3/")
     assert num_reads == []
     store.close()
 

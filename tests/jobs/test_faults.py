@@ -195,9 +195,9 @@ def stop_at(store: Store, cluster: Cluster, at: int, *, after: bool) -> None:
     writing, left = store.writing, [at]
 
     @contextmanager
-    def stopping():
+    def stopping(**how: bool):
         left[0] -= 1
-        with writing() as connection:
+        with writing(**how) as connection:
             yield connection
             if left[0] == 0 and not after:
                 cluster.stop()

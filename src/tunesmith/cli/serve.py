@@ -364,6 +364,7 @@ def serve_own(
         async with AsyncExitStack() as stack:
             engine: Engine
             routers: Sequence[APIRouter] = ()
+            access_policy = policy
             if bases is None or store is None or jobs is None:
                 engine = await start_engine(targets, root=root, options=options, on_note=output.note)
             else:
@@ -374,8 +375,9 @@ def serve_own(
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)
                 engine, routers = working.engines, working.routers
+                access_policy = replace(policy, known=working.answers.find)
             try:
-                server = http.make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
+                server = http.make_server(make_app(engine, access_policy, [output.request], routers), grace_s=grace_s)
                 output.serving(bound, engine.served, has_key=has_key)
             except BaseException:
                 await engine.close(0)

@@ -8,18 +8,18 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
-from fastapi.routing import APIRoute
 from starlette.responses import FileResponse, Response
 
 from tunesmith.errors import InputError
 from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.job_request import JobBody
+from tunesmith.jobs.kept_answers import KeptAnswers
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
 from tunesmith.jobs.repeats import digest_of, job_made_before, job_made_with, keyed_id, retry_count
 from tunesmith.jobs.states import Action, JobState
@@ -35,8 +35,6 @@ from tunesmith.trackers.tracker import check_names
 
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report loads nothing and runs nothing."""
-MOST_KEPT = 64
-"""Answers in memory."""
 _METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 _SAID: dict[Action, str] = {
     "cancel": "Fine-tuning job cancelled",
@@ -175,33 +173,9 @@ def find_job(store: Store, name: str) -> Record:
     return row
 
 
-def kept_route(store: Store) -> type[APIRoute]:
-    """Routes that answer from memory as long as the store has the version that they have answered from."""
-    kept: dict[tuple[str | None, str, bytes], tuple[int, Response]] = {}
-
-    class KeptRoute(APIRoute):
-        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
-
-            async def answer(request: Request) -> Response:
-                key = PROJECT.get(), str(request.scope["path"]), bytes(request.scope["query_string"])
-                version, (known, response) = store.version, kept.get(key, (-1, Response()))
-                if known != version:
-                    response = await handle(request)
-                    if len(kept) >= MOST_KEPT:
-                        kept.clear()
-                    kept[key] = version, response
-                return response
-
-            return answer
-
-    return KeptRoute
-
-
-def make_job_router(store: Store, bases: Bases) -> APIRouter:
+def make_job_router(store: Store, bases: Bases, answers: KeptAnswers) -> APIRouter:
     """Create, list, read and steer jobs, and read their events and checkpoints."""
     router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs")
-    polled = APIRouter(route_class=kept_route(store))
 
     @router.post("")
     def create(body: JobBody, request: Request) -> Response:
@@ -212,7 +186,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         row = earlier or create_job(store, bases, body, retry=retry, key=key)
         return json_response(objects.job_object(row))
 
-    @polled.get("/v1/fine_tuning/jobs")
+    @router.get("")
     def listed(request: Request) -> Response:
         """All jobs, newest first."""
         query = read_query(request, "after", "limit", "metadata")
@@ -224,15 +198,18 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
             own = row["request"]["metadata"]
             return not own if "metadata" in query else wanted.items() <= (own or {}).items()
 
-        limit = read_limit(query, 20, 100)
-        rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
-        return json_response(objects.list_object([objects.job_object(row) for row in rows], has_more=more))
+        def read() -> dict[str, Any]:
+            limit = read_limit(query, 20, 100)
+            rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
+            return objects.list_object([objects.job_object(row) for row in rows], has_more=more)
 
-    @polled.get("/v1/fine_tuning/jobs/{name}")
+        return answers.keep(request, read)
+
+    @router.get("/{name}")
     def one(name: str, request: Request) -> Response:
         """One job."""
         read_query(request)
-        return json_response(objects.job_object(find_job(store, name)))
+        return answers.keep(request, lambda: objects.job_object(find_job(store, name)))
 
     @router.get("/{name}/report.html")
     def report(name: str, request: Request) -> Response:
@@ -255,8 +232,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
         return json_response(objects.job_object(row))
 
     _add_event_routes(router, store)
-    polled.include_router(router)
-    return polled
+    return router
 
 
 def _add_event_routes(router: APIRouter, store: Store) -> None:

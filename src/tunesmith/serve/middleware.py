@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.errors import InputError
@@ -127,6 +128,8 @@ class AccessPolicy:
     max_requests: int = 256
     admission: Admission | None = None
     """In place of `keys`."""
+    known: Callable[[Scope], Response | None] = lambda scope: None
+    """Answers for which no route is needed."""
 
 
 @dataclass
@@ -148,7 +151,12 @@ class AccessMiddleware:
         self.num_active += 1
         fault, is_gone = "", False
         try:
-            await self._until_disconnect(scope, receive, response)
+            error = self._refusal(scope) or await self._not_admitted(scope)
+            known = self.policy.known(scope) if error is None else error_response(error)
+            if known is not None:
+                await known(scope, receive, response)
+            else:
+                await self._until_disconnect(scope, receive, response)
         except ClientDisconnect:
             is_gone = True
         except asyncio.CancelledError:
@@ -192,10 +200,7 @@ class AccessMiddleware:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope) or await self._not_admitted(scope)
-        if error is not None:
-            await error_response(error)(scope, receive, send)
-        elif _is_preflight(scope):
+        if _is_preflight(scope):
             wanted = _headers(scope, b"access-control-request-headers")  # of an origin that is allowed
             headers = [*_PREFLIGHT, *((b"access-control-allow-headers", names) for names in wanted)]
             await send({"type": "http.response.start", "status": 204, "headers": headers})

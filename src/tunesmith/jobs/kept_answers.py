@@ -1,0 +1,45 @@
+"""Answers about jobs to clients that poll, kept until a job is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from tunesmith.jobs.store import Store
+from tunesmith.serve.middleware import PROJECT
+from tunesmith.serve.responses import json_response
+
+MOST = 64
+
+
+@dataclass
+class KeptAnswers:
+    """Answers by project and request, each with the version of the store before it was read."""
+
+    store: Store
+    _kept: dict[tuple[Any, ...], tuple[int, Response, Any]] = field(default_factory=dict)
+
+    def find(self, scope: Scope) -> Response | None:
+        """The answer to a request, if it is still right."""
+        version, response, route = self._kept.get(_key(scope), (-1, None, None))
+        if version != self.store.version:
+            return None
+        scope["route"] = route  # which the log names
+        return response
+
+    def keep(self, request: Request, read: Callable[[], Any]) -> Response:
+        """The answer to a request, read now."""
+        version, response = self.store.version, json_response(read())
+        if len(self._kept) >= MOST:
+            self._kept.clear()
+        self._kept[_key(request.scope)] = version, response, request.scope["route"]
+        return response
+
+
+def _key(scope: Scope) -> tuple[Any, ...]:
+    return PROJECT.get(), scope["method"], scope["path"], scope["query_string"]
