@@ -35,11 +35,10 @@ class Served:
 def serving(folder: Path) -> Iterator[Served]:
     store = Store(folder / "store")
 
-    answers = KeptAnswers(store)
-    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES), answers)
+    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES))
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
-    with servers.running(AccessPolicy(known=answers.find), FakeEngine()) as it:
+    with servers.running(AccessPolicy(known=KeptAnswers(store).find), FakeEngine()) as it:
         yield Served(it, store, it.client())
     patch.undo()
     store.close()

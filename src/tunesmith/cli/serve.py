@@ -322,11 +322,12 @@ def names_and_origins(access: Access, bound: BoundSocket) -> tuple[frozenset[str
 
 
 def with_projects(policy: AccessPolicy, store: Store, bound: BoundSocket) -> AccessPolicy:
-    """The policy with the keys of a store, which say the project of a request."""
+    """The policy with the keys of a store, which say the project of a request, and with its answers."""
     from tunesmith.jobs.access import ProjectKeys
+    from tunesmith.jobs.kept_answers import KeptAnswers
 
     admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback)
-    return replace(policy, keys=None, admission=admission)
+    return replace(policy, keys=None, admission=admission, known=KeptAnswers(store).find)
 
 
 def serve_own(
@@ -362,11 +363,9 @@ def serve_own(
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
-            engine: Engine
             routers: Sequence[APIRouter] = ()
-            access_policy = policy
             if bases is None or store is None or jobs is None:
-                engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+                engine: Engine = await start_engine(targets, root=root, options=options, on_note=output.note)
             else:
                 from tunesmith.jobs.server import JobServer
 
@@ -375,9 +374,8 @@ def serve_own(
                 working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
                 stack.push_async_callback(working.close)
                 engine, routers = working.engines, working.routers
-                access_policy = replace(policy, known=working.answers.find)
             try:
-                server = http.make_server(make_app(engine, access_policy, [output.request], routers), grace_s=grace_s)
+                server = http.make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
                 output.serving(bound, engine.served, has_key=has_key)
             except BaseException:
                 await engine.close(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -19,25 +19,24 @@ MOST = 64
 
 @dataclass
 class KeptAnswers:
-    """Answers by project and request, each with the version of the store before it was read."""
+    """`answers` of a store, by project and request, each with the version of the store before it was read."""
 
     store: Store
-    _kept: dict[tuple[Any, ...], tuple[int, Response, Any]] = field(default_factory=dict)
 
     def find(self, scope: Scope) -> Response | None:
         """The answer to a request, if it is still right."""
-        version, response, route = self._kept.get(_key(scope), (-1, None, None))
-        if version != self.store.version:
-            return None
-        scope["route"] = route  # which the log names
-        return response
+        version, response, route = self.store.answers.get(_key(scope), (-1, None, None))
+        known: Response | None = response if version == self.store.version else None
+        if known is not None:
+            scope["route"] = route  # which the log names
+        return known
 
     def keep(self, request: Request, read: Callable[[], Any]) -> Response:
         """The answer to a request, read now."""
         version, response = self.store.version, json_response(read())
-        if len(self._kept) >= MOST:
-            self._kept.clear()
-        self._kept[_key(request.scope)] = version, response, request.scope["route"]
+        if len(self.store.answers) >= MOST:
+            self.store.answers.clear()
+        self.store.answers[_key(request.scope)] = version, response, request.scope["route"]
         return response
 
 

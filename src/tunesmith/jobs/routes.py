@@ -173,9 +173,9 @@ def find_job(store: Store, name: str) -> Record:
     return row
 
 
-def make_job_router(store: Store, bases: Bases, answers: KeptAnswers) -> APIRouter:
+def make_job_router(store: Store, bases: Bases) -> APIRouter:
     """Create, list, read and steer jobs, and read their events and checkpoints."""
-    router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs")
+    router, answers = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs"), KeptAnswers(store)
 
     @router.post("")
     def create(body: JobBody, request: Request) -> Response:

@@ -15,7 +15,6 @@ from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines, EnginesFromThread
-from tunesmith.jobs.kept_answers import KeptAnswers
 from tunesmith.jobs.launcher import LocalLauncher
 from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.ray_launcher import RayLauncher
@@ -32,7 +31,6 @@ class JobServer:
 
     store: Store
     engines: Engines
-    answers: KeptAnswers
     routers: tuple[APIRouter, ...]
     _stop: threading.Event
     _threads: tuple[threading.Thread, ...]
@@ -71,13 +69,13 @@ class JobServer:
             raise
         engines.readers = store.readers()
         stop = threading.Event()
-        routers = make_routers(store, bases, engines, answers := KeptAnswers(store))
+        routers = make_routers(store, bases, engines)
         has_webhooks = any(one.webhook for one in (bases.every_project, *bases.projects.values()))
         works = [dispatcher.run, *([WebhookSender(store, on_note).run] if has_webhooks else [])]
         threads = tuple(threading.Thread(target=work, args=(stop,), daemon=True) for work in works)
         for thread in threads:
             thread.start()
-        return cls(store, engines, answers, routers, stop, threads)
+        return cls(store, engines, routers, stop, threads)
 
     async def close(self) -> None:
         """End the work. A run under way stops after its step, and goes on under the next server."""
@@ -86,14 +84,12 @@ class JobServer:
             await asyncio.to_thread(thread.join, 10)
 
 
-def make_routers(
-    store: Store, bases: Bases, engines: Engines, answers: KeptAnswers | None = None
-) -> tuple[APIRouter, ...]:
+def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRouter, ...]:
     """All routes of a server of jobs but those of the engine."""
     return (
         make_file_router(store),
         make_upload_router(store),
-        make_job_router(store, bases, answers or KeptAnswers(store)),
+        make_job_router(store, bases),
         make_model_router(store, bases, engines.detach),
         make_permission_router(store, engines),
     )

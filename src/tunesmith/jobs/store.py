@@ -77,6 +77,8 @@ class Store:
         paths = [self.folder / name for name in ("files", "parts", "runs", "recipes")]
         self.files_path, self.parts_path, self.runs_path, self.recipes_path = paths
         self.rules = Rules()
+        self.answers: dict[Any, Any] = {}
+        """See KeptAnswers."""
         self.on_job: Callable[[Record], None] = lambda job: None
         """Gets each job that is made or comes to another state."""
         if is_server or url is None:
