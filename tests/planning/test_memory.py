@@ -76,7 +76,7 @@ def encoder(folder: Path, arch: str, **settings: Any) -> tuple[Recipe, ModelRef]
     return recipe, ModelRef("folder", folder, str(folder))
 
 
-@pytest.mark.parametrize(("train", "first"), [(["embed_tokens"], 0), (["last:1"], 1), (["lm_head"], 2)])
+@pytest.mark.parametrize(("train", "first"), [(["embed_tokens"], 0), (["layers.1"], 1), (["lm_head"], 2)])
 def test_layers_above_trained_rows_of_the_embedding_keep_activations(tmp_path, train, first):
     """Full tuning trains the rows of the tokens in the data as tensors of their own, outside of the model."""
     method = Choice("method", {"name": "full", "train": train}, "")
