@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -11,7 +12,7 @@ from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.planning import defaults
-from tunesmith.planning.defaults import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, RunSize, decide_measuring, with_choice
+from tunesmith.planning.defaults import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, Facts, decide_measuring, with_choice
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import resolve_run
@@ -24,9 +25,9 @@ def decided(steps: int, *, held: int = 60, params: int = 135_000_000, **evaluati
     given = validate({"model": "m", "evaluation": evaluation})
     recipe = with_choice(given, Choice("evaluation.surprising", 200, "")) if "surprising" not in evaluation else given
     recipe = with_choice(recipe, Choice("evaluation.samples", 16, "")) if "samples" not in evaluation else recipe
-    rows = {"row": 100.0, "held": 100 * held, "held_rows": held, "prompts": held, "answer_tokens": 64}
-    size = RunSize(params, "cpu", trained=1600.0 * steps, speaks=True, **rows)
-    return decide_measuring(recipe, given, size)
+    recipe = with_choice(recipe, Choice("train.rows_per_step", 16, ""))
+    facts = Facts(params, "cpu", "causal", np.full(16, 100, np.int32), np.full(held, 100, np.int32))
+    return decide_measuring(recipe, given, facts, steps=steps, held_tokens=100 * held, writes=True, speaks=True)
 
 
 def share(recipe: Recipe, steps: int, *, held: int) -> float:

@@ -19,7 +19,7 @@ from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.general import ANSWER_TOKENS
-from tunesmith.evaluation.generate import ANSWER_BATCH, FEW_ANSWERS, MOST_SHORT, has_short_answers
+from tunesmith.evaluation.generate import ANSWER_BATCH, FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef
@@ -402,46 +402,32 @@ UNNOTICED_S = 10.0
 """Seconds of measuring in every run: as long as its start takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunSize:
-    """Inputs of the decision."""
-
-    num_parameters: int
-    device: str
-    trained: float
-    """Tokens of all steps."""
-    row: float
-    """Mean tokens of a training row."""
-    held: int
-    """Tokens of the held-out rows that would be measured."""
-    held_rows: int
-    prompts: int
-    """Held-out prompts that there are to be answered; 0: such a model does not answer."""
-    answer_tokens: int
-    """Most new tokens of such an answer."""
-    speaks: bool
-    """Whether general ability is measured of such a model."""
-
-
-def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Recipe, list[Choice]]:
+def decide_measuring(
+    recipe: Recipe, given: Recipe, facts: Facts, *, steps: int, held_tokens: int, writes: bool, speaks: bool
+) -> tuple[Recipe, list[Choice]]:
     """The recipe without "auto" in `evaluation`, and what was made less than in a longer run.
 
-    `given`: the recipe as a person wrote it: what it does not leave to "auto" stays.
+    `given`: the recipe as a person wrote it: what it does not leave to "auto" stays. `held_tokens`: of the held-out
+    rows that would be measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured.
     """
     was, evaluation = given.evaluation, recipe.evaluation
-    unnoticed = UNNOTICED_S * operations_per_second(size.device) / (2 * size.num_parameters)
-    budget = max(TRAINED * size.trained * SHARE / (1 - SHARE), unnoticed)
+    row, held_rows = float(facts.lengths_I.mean()), len(facts.held_targets_I)
+    prompts = held_rows if writes else 0
+    answer_tokens = new_tokens_for(facts.held_targets_I, evaluation.sample_tokens)
+    unnoticed = UNNOTICED_S * operations_per_second(facts.device) / (2 * facts.num_parameters)
+    trained = steps * resolved(recipe.train.rows_per_step) * row
+    budget = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed)
 
     def answering(samples: int) -> float:
-        return 2.0 * WORD * math.ceil(min(samples, size.prompts) / ANSWER_BATCH) * size.answer_tokens
+        return 2.0 * WORD * math.ceil(min(samples, prompts) / ANSWER_BATCH) * answer_tokens
 
     found: dict[str, tuple[int | bool, int | bool]] = {}  # name → what is chosen, what a longer run has
 
     rows = HELD if was.max_rows == "auto" else was.max_rows
-    left = budget - 2 * size.held
+    left = budget - 2 * held_tokens
     if was.max_rows == "auto":
-        if left < 0 and was.every is None and size.held_rows > FEW_HELD:
-            rows = max(FEW_HELD, math.floor(size.held_rows * budget / (2 * size.held)))
+        if left < 0 and was.every is None and held_rows > FEW_HELD:
+            rows = max(FEW_HELD, math.floor(held_rows * budget / (2 * held_tokens)))
             left = 0.0
         found["max_rows"] = (rows or HELD, HELD)
 
@@ -453,7 +439,7 @@ def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Reci
     left -= answering(samples)
 
     general = was.general
-    cost = 2.0 * (GENERAL_TOKENS + WORD * ANSWER_TOKENS) if size.speaks else 0.0
+    cost = 2.0 * (GENERAL_TOKENS + WORD * ANSWER_TOKENS) if speaks else 0.0
     if general == "auto":
         general = cost <= left
         found["general"] = (general, True)
@@ -461,7 +447,7 @@ def decide_measuring(recipe: Recipe, given: Recipe, size: RunSize) -> tuple[Reci
 
     if was.surprising == "auto":
         most = resolved(evaluation.surprising)
-        found["surprising"] = (min(most, max(0, math.floor(left / size.row))), most)
+        found["surprising"] = (min(most, max(0, math.floor(left / row))), most)
 
     choices = []
     for name, (value, longer) in found.items():

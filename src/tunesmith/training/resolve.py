@@ -15,7 +15,6 @@ from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, ti
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
-from tunesmith.evaluation.generate import new_tokens_for
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.inference.load import has_token_types
 from tunesmith.models.machine import free_cached_memory
@@ -24,7 +23,6 @@ from tunesmith.planning import devices
 from tunesmith.planning.defaults import (
     HELD,
     Facts,
-    RunSize,
     decide,
     decide_measuring,
     rate_notes,
@@ -102,7 +100,7 @@ def resolve_run(
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
     recipe, counted = _count_steps(recipe, rows)
-    rows, recipe, measuring = _measuring(recipe, inputs, rows, kind, cache_dirs=cache_dirs, on_progress=on_progress)
+    rows, recipe, measuring = _measuring(recipe, inputs, rows, facts, cache_dirs=cache_dirs, on_progress=on_progress)
     choices = [choice for choice in choices if choice.key not in [one.key for one in measuring]]
     choices = [*inputs.choices, *grouped, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
@@ -143,24 +141,18 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
 
 
 def _measuring(
-    recipe: Recipe, inputs: Inputs, rows: Splits, device: str, *, cache_dirs: CacheDirs, on_progress: OnProgress
+    recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts, *, cache_dirs: CacheDirs, on_progress: OnProgress
 ) -> tuple[Splits, Recipe, list[Choice]]:
     """Decide how much is measured if the recipe leaves it open; the rows again if fewer of them are held out."""
-    row = float(rows.store.lengths[rows.train_rows].mean())
-    steps = total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch)
-    speaks = general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
-    size = RunSize(
-        num_parameters=inputs.size.num_params,
-        device=device,
-        trained=steps * resolved(recipe.train.rows_per_step) * row,
-        row=row,
-        held=int(rows.held_store.lengths[rows.held_rows].sum()),
-        held_rows=len(rows.held_rows),
-        prompts=len(rows.held_rows) if inputs.head == "next_token" else 0,
-        answer_tokens=new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens),
-        speaks=speaks,
+    recipe, choices = decide_measuring(
+        recipe,
+        inputs.recipe,
+        facts,
+        steps=total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
+        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
+        writes=inputs.head == "next_token",
+        speaks=_speaks(inputs),
     )
-    recipe, choices = decide_measuring(recipe, inputs.recipe, size)
     if any(choice.key == "evaluation.max_rows" for choice in choices):
         fewer = inputs.recipe.model_copy(update={"evaluation": recipe.evaluation})
         rows = _rows(replace(inputs, recipe=fewer), cache_dirs, on_progress)
@@ -277,10 +269,13 @@ def _reason(error: Exception) -> str:
 
 def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
     """Tokens of the general text, if it is measured."""
-    speaks = general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
-    if not (resolved(recipe.evaluation.general) and speaks):
+    if not (resolved(recipe.evaluation.general) and _speaks(inputs)):
         return 0
     return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
+
+
+def _speaks(inputs: Inputs) -> bool:
+    return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
 
 
 def _unforecast(recipe: Recipe) -> Recipe:
