@@ -24,9 +24,9 @@ from typing import Any
 import filelock
 
 from tunesmith.environment import for_child
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, RunError
 from tunesmith.phrases import command, size
-from tunesmith.runs.atomic import clean, from_json, storing, to_json, write_atomic
+from tunesmith.runs.atomic import clean, storing
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.tracker import QUIET, TRACKERS, RunReader, StepMetrics, Tracker, artifacts_of, check_names, load
@@ -56,8 +56,8 @@ def state_path(run: Run, name: str) -> Path:
 
 def read_state(run: Run, name: str) -> dict[str, Any]:
     """The recorded state; empty if there is none."""
-    with suppress(OSError, ValueError):
-        return dict(from_json(state_path(run, name).read_bytes()))
+    with suppress(RunError):
+        return dict(run.read_json(f"tracking/{name}.json"))
     return {}
 
 
@@ -113,7 +113,7 @@ class Sender:
 
     def _save(self, **values: Any) -> None:
         self.state |= values
-        write_atomic(state_path(self.run, self.name), to_json(self.state, indent=True) + b"\n")
+        self.run.write_json(f"tracking/{self.name}.json", self.state)
 
 
 def _pause(seconds: float, is_over: Callable[[], bool]) -> None:
