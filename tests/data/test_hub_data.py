@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import constants, parse_hf_uri
+from huggingface_hub import constants
 
 from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
@@ -81,14 +81,6 @@ def rows_of(address: str, **how: Any) -> list[tuple[str, Any]]:
 )
 def test_addresses_are_written_as_they_are_read(text):
     assert str(HubAddress.parse(text)) == text
-
-
-@pytest.mark.parametrize("path", ["data/train-00000.parquet", "", "a/b/c.jsonl"])
-@pytest.mark.parametrize("revision", ["", "main", "refs/pr/7", "refs/convert/parquet", "feature/x"])
-def test_addresses_mean_what_huggingface_hub_takes_them_for(path, revision):
-    address = HubAddress("acme/chats", revision, path)
-    theirs = parse_hf_uri(str(address))
-    assert (theirs.id, theirs.revision or "", theirs.path_in_repo) == ("acme/chats", revision, path)
 
 
 def test_rows_of_all_shards_are_read_in_order_with_commit_and_row_number(chats, server):
