@@ -21,6 +21,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sqlalchemy as sa
 
 from tunesmith.environment import for_child
@@ -130,6 +131,23 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
+class OtherPrograms:
+    """The share of all cores that programs take which this one has not started, from here on."""
+
+    def __init__(self) -> None:
+        self.before, self.at = self.seconds(), time.monotonic()
+
+    @staticmethod
+    def seconds() -> float:
+        """So far, and idle time with it."""
+        whole, own = psutil.cpu_times(), psutil.Process()
+        spent = sum(sum(one.cpu_times()[:4]) for one in (own, *own.children(recursive=True)))
+        return float(sum(whole[:8]) - whole.idle - whole.iowait - spent)
+
+    def share(self) -> float:
+        return (self.seconds() - self.before) / (time.monotonic() - self.at) / (os.cpu_count() or 1)
+
+
 def lists(folder: Path, options: argparse.Namespace) -> None:
     """Latencies, start and memory with a full store."""
     with Server(folder, options.model, "--store", "empty") as server:
@@ -202,22 +220,25 @@ def training(folder: Path, options: argparse.Namespace) -> None:
             body = {"hyperparameters": {"n_epochs": 1, "batch_size": 4}, "seed": 1}
             body["training_file"] = server.upload("/files", "file", len(rows), [rows], "fine-tune")["id"]
             body["model"], begun = server.ask("GET", "/models")["data"][0]["id"], time.time()
-            job, count = server.ask("POST", JOBS, body)["id"], 0
+            job, count, others = server.ask("POST", JOBS, body)["id"], 0, OtherPrograms()
             while b'"status":"succeeded"' not in (said := server.look(f"{JOBS}/{job}")):
                 assert b'"status":"failed"' not in said, said
                 if (count := count + 1) % 10 == 0:
                     polls.append(timed(partial(server.look, JOBS)))
                 time.sleep(0.1)
-            state = json.loads(said)
+            state, shares = json.loads(said), [others.share()]
             ask = {"model": state["fine_tuned_model"], "messages": ASK, "max_tokens": 1}
             answers.append(timed(partial(server.ask, "POST", "/chat/completions", ask)))
         train = [*PYTHON, "train", "--recipe", str(there / "recipes" / f"{job}.yaml"), "--out", str(alone), "--json"]
+        others = OtherPrograms()
         subprocess.run([*train, "--offline"], cwd=folder, check=True, stdout=subprocess.DEVNULL, env=for_child())
         times = [[one.time for one in Run(run).events() if one.kind == "step"] for run in (alone, there / "runs" / job)]
         ours, theirs = (statistics.median(b - a for a, b in pairwise(found[3:])) for found in times)
         ratios.append(ours / theirs)
         starts.append(times[1][0] - begun)
-        print(f"round {num + 1}: a step takes {theirs:.3f} s under the server, {ours:.3f} s alone", flush=True)
+        shares.append(others.share())
+        print(f"round {num + 1}: a step takes {theirs:.3f} s under the server, {ours:.3f} s alone", end="; ")
+        print(f"other programs took {shares[0]:.1%} and {shares[1]:.1%} of the cores", flush=True)
     print(f"training beside `tunesmith train`: {statistics.median(ratios):.3f} of its speed")
     print(f"GET jobs with a run under way: p99 {1000 * sorted(polls)[len(polls) * 99 // 100]:.1f} ms")
     print(f"create → first step: {statistics.median(starts):.1f} s; succeeded → answer: {max(answers):.2f} s at most")
