@@ -17,8 +17,8 @@ from tunesmith.runs.folder import Run
 Result = Any
 
 
-def tunesmith(*words: str | Path, code: int = 0, given: str | bytes | None = None) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words], input=given)
+def tunesmith(*words: str | Path, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result
@@ -38,8 +38,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": text} for text in texts(20)])
 
 
-def predict(*words: str | Path, code: int = 0, given: str | None = None) -> Result:
-    return tunesmith("predict", *words, "--offline", code=code, given=given)
+def predict(*words: str | Path, code: int = 0) -> Result:
+    return tunesmith("predict", *words, "--offline", code=code)
 
 
 def test_a_line_a_row_that_can_be_read_as_a_row_again(one: Path, rows: Path, tmp_path: Path) -> None:
@@ -161,14 +161,6 @@ def test_ctrl_c_leaves_what_is_done_and_says_how_to_go_on(
     monkeypatch.undo()
     predict(one, rows, "--out", out)
     assert [json.loads(line)["source"] for line in out.open()] == [f"{rows}:{n}" for n in range(1, 21)]
-
-
-def test_a_pipe_is_read_as_it_comes(one: Path) -> None:
-    lines = told(predict(one, "-", given='{"text": "the old"}\n{"text": "in Rome"}\n'))
-    assert [line["source"] for line in lines] == ["stdin:1", "stdin:2"]
-    plain = predict(one, "-", given="the old\nin Rome\n")
-    assert [line["label"] for line in told(plain)] == [line["label"] for line in lines]
-    assert "each line is read as one text" in plain.stderr
 
 
 def test_one_text_is_answered(one: Path) -> None:
@@ -368,7 +360,8 @@ def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
     import tunesmith as package
 
     said = texts(6, seed=3)
-    lines = told(predict(run.path, "-", "--bare", given="".join(f"{text}\n" for text in said)))
+    file = write(run.path.parent / "said.jsonl", [{"text": text} for text in said])
+    lines = told(predict(run.path, file, "--bare"))
     labels = [line["label"] for line in lines]
     assert [line["label"] for line in package.predict(run, said, offline=True)] == labels
     assert set(labels) <= {"fruit", "place"}

@@ -20,7 +20,6 @@ from tunesmith.evaluation.compare import changes
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.report.build import RunSeries, flips, kept_report, regressions, rows_of
-from tunesmith.evaluation.report.pages import fenced
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.text import (
     confused_pairs,
@@ -121,8 +120,8 @@ def test_the_page_asks_nobody_for_anything(pages, kind):
 
 
 def files_of(folder: Path) -> list[str]:
-    """The three forms of a report, without the place where its run lies."""
-    return [(folder / f"report.{end}").read_text().replace(str(folder), "") for end in ("html", "md", "json")]
+    """Both forms of a report, without the place where its run lies."""
+    return [(folder / f"report.{end}").read_text().replace(str(folder), "") for end in ("html", "json")]
 
 
 def test_equal_runs_give_equal_bytes(pages, tmp_path):
@@ -218,7 +217,6 @@ def test_the_summary_names_what_its_measure_was_counted_on(pages):
     for kind, told in (("chat", "300 rows"), ("text", "40 documents in 300 windows")):
         line = f"Counted on {told}, 3 answers, 9,000 tokens of general text. Nothing was trained on these rows."
         assert line in pages[kind][0].text
-        assert line in (pages[kind][1] / "report.md").read_text()
 
 
 def test_a_report_of_an_early_form_is_refused(tmp_path):
@@ -254,11 +252,10 @@ def test_rows_that_were_trained_on_too_are_said(tmp_path):
     assert f"On 300 rows that were held out ({overlap}), perplexity went" in summary(report)
     long = {**report, "task": "summarize", "short_answers": False}
     assert f"On 3 answers to prompts that were held out ({overlap}), ROUGE-L went" in " ".join(headline(long))
-    for name in ("report.html", "report.md"):
-        text = (run.path / name).read_text()
-        assert "not trained on" not in text
-        assert "Nothing was trained on" not in text
-        assert f"{overlap}: that flatters the tuned model." in text
+    text = (run.path / "report.html").read_text()
+    assert "not trained on" not in text
+    assert "Nothing was trained on" not in text
+    assert f"{overlap}: that flatters the tuned model." in text
 
 
 def row(source: int, label, predicted, **more):
@@ -340,9 +337,7 @@ def test_a_curve_has_one_point_a_step_each_of_that_steps_weights(pages):
 
 def test_surprising_rows_say_of_how_many(pages):
     page, folder = pages["classes"]
-    line = "The 5 training rows that the tuned model finds least likely, of 200 that were measured."
-    assert line in page.text
-    assert line in (folder / "report.md").read_text()
+    assert "The 5 training rows that the tuned model finds least likely, of 200 that were measured." in page.text
     assert report_of(Run(folder))["surprising"]["looked_at"] == 200
 
 
@@ -405,18 +400,10 @@ def test_no_row_can_write_into_the_report(tmp_path, kind):
     run, facts, progress = fake_run(tmp_path / "run", kind, labels=labels, texts=HOSTILE, name=HOSTILE[3])
     facts |= {"model": HOSTILE[0], "notes": list(HOSTILE), "data": ["\udcff.jsonl"]}
     write_report(run, facts, progress)
-    html, markdown = ((run.path / f"report.{end}").read_text() for end in ("html", "md"))
+    html = (run.path / "report.html").read_text()
     page = Page(html)
     assert {"script", "img"}.isdisjoint(page.seen)
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7 * 7 }}{% raw %}" in page.text
     assert "x" * 10_000 in page.text
-    for text in (html, markdown):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
-    assert not re.search(r"(?<!\\)[<\[]", outside)
-
-
-def test_a_fence_in_a_text_stays_inside_its_fence():
-    page = "".join(fenced("Prompt", "````\n# not a title\n````"))
-    assert page == "Prompt:\n\n`````text\n````\n# not a title\n````\n`````\n"
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)

@@ -1,7 +1,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tunesmith.inference.rows import Line, RowStream, as_row, input_fields, record_of
+from tunesmith.inference.rows import Line, RowStream, as_row, input_fields, read_list, record_of
+from tunesmith.recipe.schema import Data
 from tunesmith.types import Example, Part, Problem, Source
 
 
@@ -121,3 +122,13 @@ def test_a_text_that_is_embedded_keeps_the_name_of_its_field() -> None:
 def test_an_answer_of_a_chat_to_a_prompt_is_its_completion() -> None:
     prompt = Example((Part("user", "Hi", False),), Source("a.jsonl", 1), "prompt_completion", plain=True)
     assert as_row(prompt, {"answer": "Hello"}) == {"prompt": "Hi", "completion": "Hello"}
+
+
+def test_rows_at_hand_are_texts_or_have_names() -> None:
+    written: list[Line] = []
+    stream = RowStream(Model(), written.extend, chunk_rows=4)
+    read_list(["a", {"text": "bb"}, {"words": "c"}], Data(), "classify", stream)
+    stream.flush()
+    assert [line.get("value") for line in written] == [1, 2, None]
+    assert written[2]["source"] == "rows:3"
+    assert "error" in written[2]

@@ -20,6 +20,7 @@ from serve.batches import Heard, hear, sharp
 from serve.engines import OPTIONS, says, two_runs
 from tiny_run import model_folder, tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
+from tunesmith.data.dataset import open_kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.inference import load as loading
@@ -64,11 +65,11 @@ def assert_served(run: Run) -> None:
         raise AssertionError(str(error)) from error
 
 
-def test_a_run_is_served_and_what_was_proved_is_said(run: Run) -> None:
+def test_a_run_is_served_with_its_base(run: Run) -> None:
     notes: list[str] = []
     serving = opened(run.path, notes=notes)
     assert list(serving.models) == ["first", "model-llama"]
-    assert notes == [f"{run.path}: 18 training prompts are the same tokens when they are served"]
+    assert notes == []
     assert [type(decoder) for decoder in serving.decoders] == [BatchedDecoder]
     assert_served(run)
 
@@ -97,17 +98,25 @@ def test_other_prompts_than_those_of_training_are_refused(run: Run, planted: Cal
     (run.path / "result.json").unlink()  # which would refuse the file itself
     with pytest.raises(AssertionError) as refusal:
         assert_served(run)
-    assert f"{run.path}: " in str(refusal.value)
-    assert "chats.jsonl:1: token " in str(refusal.value)
-    assert "of its prompt was trained as" in str(refusal.value)
+    assert f"{run.path}: its tokenizer or chat template makes other tokens" in str(refusal.value)
 
 
-def test_a_prompt_left_open_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The planted bug: a token is put in front on the way from an ask to the model, behind the renderer."""
+def assert_trained_prompts_are_served(run: Run, data: Path) -> None:
+    voice, store = opened(run.path).models["first"], open_kept(run.rows_path / "train", run.identity()["rows"])
+    assert store is not None
+    chats = [json.loads(line)["messages"] for line in data.read_text("utf-8").splitlines()]
+    for i in range(len(store)):
+        prompt = voice.prompt_ids(GenerationRequest("first", messages=chats[int(store.lines[i]) - 1][:-1]))
+        assert store.row(i).ids.tolist()[: len(prompt)] == prompt
+
+
+def test_a_request_has_the_tokens_of_the_rows(run: Run, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: a token is put in front on the way from a request to the model, behind the renderer."""
+    assert_trained_prompts_are_served(run, made / "chats.jsonl")
     own = ServedModel.prompt_ids
     monkeypatch.setattr(ServedModel, "prompt_ids", lambda voice, ask: [0, *own(voice, ask)])
-    with pytest.raises(AssertionError, match="token 0 of its prompt"):
-        assert_served(run)
+    with pytest.raises(AssertionError):
+        assert_trained_prompts_are_served(run, made / "chats.jsonl")
 
 
 # trap: A6
@@ -145,20 +154,6 @@ def test_a_base_whose_generation_settings_were_edited_is_the_same_base(run: Run,
     with kept(made / "model-llama" / "generation_config.json") as settings:
         settings.write_text(json.dumps({**json.loads(settings.read_text("utf-8")), "temperature": 0.3}), "utf-8")
         opened(run.path)
-
-
-def test_data_that_is_gone_is_said_and_not_refused(run: Run, made: Path) -> None:
-    notes: list[str] = []
-    data, aside = made / "chats.jsonl", made / "aside"
-    data.rename(aside)
-    try:
-        opened(run.path, notes=notes)
-        data.write_text(aside.read_text("utf-8") + "\n", "utf-8")
-        opened(run.path, notes=notes)
-    finally:
-        aside.replace(data)
-    assert "was not compared" in notes[0]
-    assert notes[1].endswith("chats.jsonl is not the file that it was tuned on any more")
 
 
 def test_two_runs_of_one_name_and_runs_on_several_bases_are_refused(run: Run, made: Path, tmp_path: Path) -> None:
@@ -292,12 +287,10 @@ def test_an_encoder_decoder_is_run_apart(tmp_path: Path) -> None:
 def test_classes_are_those_of_predict(tmp_path: Path, kind: str) -> None:
     recipe = task_recipe(tmp_path, "classify", kind, train={"epochs": 1})
     run = training.train(recipe, root=tmp_path / "runs", offline=True)
-    notes: list[str] = []
-    serving = opened(run.path, notes=notes)
+    serving = opened(run.path)
     labeller = serving.models[run.path.name]
     assert labeller.card.answers == "labels"
     assert labeller.card.labels == labeller.loaded.labels.names  # type: ignore[union-attr]
-    assert "are the same tokens" in notes[-1]
     texts = ["red apple", "Ada eats the big plum in Rome"]
     examples = [Example((Part("text", text, False),), Source("x", i), "text_label") for i, text in enumerate(texts)]
     expected = Predictor(loading.load_run(run, offline=True))(examples, lambda num: None, lambda problem: None)

@@ -1,4 +1,4 @@
-"""A run that trained well is served, whatever its rows went through: windows, cuts, and templates that write a date."""
+"""Runs whose template writes a date are served with that of their training."""
 
 from __future__ import annotations
 
@@ -14,30 +14,18 @@ import transformers.utils.chat_template_utils as chat_templates
 from serve.batches import Heard, hear
 from serve.engines import OPTIONS, says
 from tiny_run import tiny_recipe
-from tiny_tasks import task_recipe
 from tunesmith.api import predict
-from tunesmith.errors import RunError
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import Scheduler
-from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
-
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on")
 
 
 def served(run: Run, notes: list[str] | None = None) -> Registry:
     heard = [] if notes is None else notes
     return open_registry([str(run.path)], root=Path("runs"), options=OPTIONS, note=heard.append)
-
-
-def assert_served(run: Run) -> None:
-    try:
-        served(run)
-    except RunError as error:
-        raise AssertionError(str(error)) from error
 
 
 def answered(serving: Registry, ask: GenerationRequest) -> str:
@@ -50,99 +38,9 @@ def answered(serving: Registry, ask: GenerationRequest) -> str:
     return heard[0].ended[0].reason
 
 
-def words(num: int, start: int = 0) -> str:
-    return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(num))
-
-
-def lines(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return {"train": [str(path)], "eval": [], "held_out": 0.2}
-
-
 def trained(recipe: Any, folder: Path) -> Run:
     return training.train(recipe, root=folder / "runs", offline=True)
 
-
-def a_document_of_windows(folder: Path) -> Run:
-    data = lines(folder / "a.jsonl", [{"text": words(30 + i, i)} for i in range(12)])
-    return trained(task_recipe(folder, "text", "causal", data={**data, "max_tokens": 16}), folder)
-
-
-def a_cut_summary(folder: Path) -> Run:
-    data = lines(folder / "a.jsonl", [{"document": words(6 + 6 * i, i), "summary": words(2, i)} for i in range(12)])
-    return trained(task_recipe(folder, "summarize", "causal", data={**data, "max_tokens": 64}), folder)
-
-
-def a_cut_chat(folder: Path) -> Run:
-    def turns(i: int) -> list[dict[str, str]]:
-        return [{"role": role, "content": words(8, i + k)} for k in range(1 + i % 4) for role in ("user", "assistant")]
-
-    data = lines(folder / "a.jsonl", [{"messages": turns(i)} for i in range(16)])
-    return trained(tiny_recipe(folder, data={**data, "max_tokens": 48, "too_long": "cut"}), folder)
-
-
-def a_cut_source(folder: Path) -> Run:
-    rows = [{"prompt": words(4 + 4 * i, i), "completion": words(2, i)} for i in range(12)]
-    data = lines(folder / "a.jsonl", rows)
-    recipe = task_recipe(folder, "generate", "encoder_decoder", data={**data, "max_tokens": 24, "too_long": "cut"})
-    return trained(recipe, folder)
-
-
-def a_preference(folder: Path) -> Run:
-    return trained(task_recipe(folder, "prefer", "causal", dropout=0.0, train={"max_steps": 2}), folder)
-
-
-def a_label(folder: Path) -> Run:
-    recipe = task_recipe(folder, "prefer", "causal", dropout=0.0, train={"max_steps": 2})
-    for name in ("prefer", "prefer-held"):
-        pairs = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        rows = [
-            {"prompt": pair["prompt"], "completion": pair["chosen"], "label": i % 2 == 0}
-            for i, pair in enumerate(pairs)
-        ]
-        lines(folder / f"{name}.jsonl", rows)
-    return trained(recipe, folder)
-
-
-CUT = {"windows": a_document_of_windows, "summary": a_cut_summary, "chat": a_cut_chat, "source": a_cut_source,
-       "preference": a_preference, "label": a_label}  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=CUT)
-def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return CUT[request.param](tmp_path_factory.mktemp("cut"))
-
-
-# trap: T7
-def test_a_run_of_long_rows_is_served_and_answers(cut: Run) -> None:
-    notes: list[str] = []
-    serving = served(cut, notes)
-    name = cut.path.name
-    is_chat = TASKS[serving.models[name].renderer.task_name].is_chat
-    ask = (
-        says(name, "hello") if is_chat else GenerationRequest(name, prompt="hello there", max_tokens=4, temperature=0.0)
-    )
-    assert answered(serving, ask) in ("stop", "length")
-    assert any("are the same tokens when they are" in note for note in notes)
-
-
-# trap: T7
-def test_another_tokenizer_is_still_noticed_where_rows_were_cut(cut: Run) -> None:
-    """The planted bug: a tokenizer that was saved otherwise. The last test of this run."""
-    folder = cut.model_path if cut.model_path.exists() else cut.adapter_path
-    saved = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    if "merges" in saved["model"]:
-        saved["model"]["merges"] = saved["model"]["merges"][:20]
-    else:
-        vocab = saved["model"]["vocab"]
-        vocab["the"], vocab["a"] = vocab["a"], vocab["the"]
-    (folder / "tokenizer.json").write_text(json.dumps(saved), "utf-8")
-    (cut.path / "result.json").unlink()  # which would refuse the file itself
-    with pytest.raises(AssertionError, match="tuned with"):
-        assert_served(cut)
-
-
-# --- Dates
 
 _WRITE = (
     "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content + '<|eot_id|>' }}"
@@ -204,6 +102,17 @@ def dated_recipe(folder: Path, family: str, **sections: Any) -> Any:
 
 
 # trap: T16
+def assert_day_of_training(run: Run) -> None:
+    notes: list[str] = []
+    serving = served(run, notes)
+    assert f"{run.path}: its chat template writes the date: {DAY}, as in training" in notes
+    voice = serving.models[run.path.name]
+    prompt = voice.renderer.tokenizer.decode(voice.prompt_ids(says(run.path.name, "hello")))
+    assert "20" in prompt
+    assert "21" not in prompt
+    assert answered(serving, says(run.path.name, "hello")) in ("stop", "length")
+
+
 @pytest.mark.parametrize("family", DATED)
 def test_a_template_that_writes_the_date_is_served_and_asked_the_day_after(
     family: str, clock: Clock, tmp_path: Path
@@ -213,19 +122,11 @@ def test_a_template_that_writes_the_date_is_served_and_asked_the_day_after(
     choices = next(event.values for event in run.events() if event.kind == "plan")["choices"]
     assert any("data.date" in str(choice) and DAY in str(choice) for choice in choices)
     clock.turn_to(NEXT_DAY)
-    notes: list[str] = []
-    serving = served(run, notes)
-    assert f"{run.path}: its chat template writes the date: {DAY}, as in training" in notes
-    voice = serving.models[run.path.name]
-    prompt = voice.renderer.tokenizer.decode(voice.prompt_ids(says(run.path.name, "hello")))
-    assert "20" in prompt
-    assert "21" not in prompt
-    assert answered(serving, says(run.path.name, "hello")) in ("stop", "length")
+    assert_day_of_training(run)
     [line] = predict(run, {"messages": [{"role": "user", "content": "hello"}]}, max_new_tokens=4, offline=True)
     assert "answer" in line
 
 
-# trap: T16
 def test_a_date_of_the_day_of_serving_would_be_seen(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,8 +138,8 @@ def test_a_date_of_the_day_of_serving_would_be_seen(
         return own(recipe.model_copy(update={"data": recipe.data.model_copy(update={"date": NEXT_DAY})}), *rest)
 
     monkeypatch.setattr(loading, "make_renderer", today)
-    with pytest.raises(AssertionError, match="of its prompt was trained as"):
-        assert_served(run)
+    with pytest.raises(AssertionError):
+        assert_day_of_training(run)
 
 
 def test_a_run_is_resumed_the_day_after_as_if_nothing_had_happened(clock: Clock, tmp_path: Path) -> None:

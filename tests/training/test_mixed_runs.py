@@ -60,7 +60,7 @@ def test_every_evaluation_has_the_loss_of_each_source(run: Run) -> None:
 
 
 def test_the_report_shows_both_sources(run: Run) -> None:
-    page = (run.path / "report.md").read_text("utf-8")
+    page = (run.path / "report.html").read_text("utf-8")
     assert "each seen per epoch" in page
     assert all(f"{name}.jsonl" in page for name in "ab")
 

@@ -25,7 +25,7 @@ def predict(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     data: Annotated[
         str | None,
-        typer.Argument(metavar="FILE", help="Data file, with or without answers; - reads the standard input."),
+        typer.Argument(metavar="FILE", help="Data file, with or without answers."),
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="Predict this one text.")] = None,
     pair: Annotated[str | None, typer.Option(metavar="TEXT", help="Second text of a pair, with --text.")] = None,
@@ -64,7 +64,7 @@ def predict(
     _refuse_mixed(data, text, pair, keep)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    refuse_unreadable([data] if data not in (None, "-") else [])
+    refuse_unreadable([] if data is None else [data])
     screen = console(stderr=True)
 
     def say(words: str) -> None:
@@ -153,7 +153,7 @@ def _file(
                 data_line(line)
 
         bare, keep = options["bare"], options["keep"]
-        return predict_file(predictor, data, write, bare=bare, keep=keep, progress=progress, say=say).counts
+        return predict_file(predictor, data, write, bare=bare, keep=keep, progress=progress).counts
 
 
 def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
-from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list, read_pipe
+from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
 from tunesmith.models.forward import sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
@@ -39,8 +37,6 @@ Done = Callable[[int], None]
 Warn = Callable[[Problem], None]
 Progress = Callable[[int, int], None]
 """Bytes of the file that are done, and all."""
-
-STDIN = "-"
 
 OUTSIDE = "O"
 """The tag of words outside of all spans."""
@@ -267,8 +263,6 @@ def predict_to(
         InputError: `out` holds something else, was made from another file or model, or is the file itself.
         DataError: the file, or what is left of it, cannot be read; the lines before are kept. StorageError.
     """
-    if path == STDIN:
-        raise InputError("predict: --out needs a file of rows: a pipe cannot be continued.")
     path, _ = pin_path(path, offline=False)
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
@@ -277,7 +271,7 @@ def predict_to(
         if output.num_lines:
             say(f"{out}: continues after {output.num_lines:,} rows")
         skip = output.num_lines
-        rows = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress, say=say)
+        rows = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress)
         if str(rows.last_skipped or "") != output.last_source:
             raise InputError(f"{out}: its last line is not of {rows.last_skipped}. Start anew with --overwrite.")
         output.finish()
@@ -308,10 +302,9 @@ def predict_file(
     keep: Sequence[str] = (),
     skip: int = 0,
     progress: Progress = lambda done, total: None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> RowStream:
-    """Predict the rows of a file, or of "-", the standard input, and pass lines to `write` as they are made; the first
-    `skip` of them were written before."""
+    """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were written
+    before."""
     data = predictor.loaded.recipe.data
     path, _ = pin_path(path, offline=False)
     facts: list[FileFacts] = []
@@ -322,10 +315,7 @@ def predict_file(
             progress(round(facts[-1].done_bytes * (read - of_chunk + done) / read), facts[-1].total_bytes)
 
     stream = RowStream(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
-    if path == STDIN:
-        read_pipe(cast(BufferedIOBase, sys.stdin.buffer), data, predictor.task, stream, say, keep=keep)
-    else:
-        read_file(path, data, predictor.task, stream, facts, keep=keep)
+    read_file(path, data, predictor.task, stream, facts, keep=keep)
     stream.flush()
     return stream
 

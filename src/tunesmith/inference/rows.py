@@ -1,4 +1,4 @@
-"""Rows to be answered, from a file, a pipe or a list, and a line for each in their order, in bounded memory.
+"""Rows to be answered, from a file or a list, and a line for each in their order, in bounded memory.
 
 `predict --out FILE` is resumable by whole lines, and has its own name only when it is complete:
 
@@ -8,23 +8,20 @@ FILE.progress.json   the identity of model, rows and options, until FILE is comp
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
 
 import orjson
 
-from tunesmith.data.detect_format import BOM, ByteStream, FileFacts
+from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import FileExamples, examples
-from tunesmith.data.problems import describe_type, refusal
-from tunesmith.data.read_json import BadRow, OnBadRow, json_lines, rest_of_line, too_long
+from tunesmith.data.problems import describe_type
 from tunesmith.errors import InputError, StorageError
-from tunesmith.recipe.schema import Data, DataFile, Limits
+from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
@@ -34,8 +31,6 @@ Answered = Line | Problem
 Answers = Callable[[Sequence[Example], Callable[[int], None], Callable[[Problem], None]], Sequence[Answered]]
 """(examples, done, warn) -> the line or problem of each example; `done` gets how many are, `warn` warnings."""
 
-PIPE = "stdin"
-"""Source of the rows of a pipe."""
 CHUNK_CHARS = 4_000_000
 """Characters at which a chunk of rows ends, if it does not end by its number of rows."""
 
@@ -189,108 +184,21 @@ def read_file(
         stream.add(example)
 
 
-def read_pipe(
-    source: BufferedIOBase,
-    data: Data,
-    task: TaskName,
-    stream: RowStream,
-    say: Callable[[str], None],
-    *,
-    keep: Sequence[str] = (),
-) -> None:
-    """Add every row of a pipe to the stream; rows that have arrived are answered before it waits for more.
-
-    The pipe holds JSON lines, or, where the first line is no JSON object, lines of plain text, which `say` reports.
-    """
-    pipe = _Pipe(source, stream.flush)
-    reader = io.BufferedReader(pipe, 1 << 16)
-    head = reader.peek(1)
-    facts = FileFacts(PIPE, "JSON lines", has_bom=head.startswith(BOM))
-    if facts.has_bom:
-        reader.read(len(BOM))
-    opened = ByteStream(cast(Any, reader), cast(Any, pipe), facts)
-
-    def on_bad(line: int, bad: BadRow) -> None:
-        stream.report(Problem(Source(PIPE, line), bad.code, f"{bad.message}.", bad.fix))
-
-    if head.removeprefix(BOM).lstrip()[:1] in (b"{", b""):
-        records: Iterator[tuple[int, Any]] = json_lines(opened, facts, limits=data.limits, on_bad=on_bad)
-    else:
-        say("stdin: its first line is no JSON object: each line is read as one text")
-        texts = _plain_lines(opened, facts, limits=data.limits, on_bad=on_bad)
-        records = ((number, record_of(task, text)) for number, text in texts)
-    _read_records(records, data, task, stream, facts=facts, keep=keep)
-    if facts.rows == 0:
-        raise refusal(PIPE, 0, "empty_dataset", "it holds no row.")
-
-
 def read_list(rows: Iterable[str | Mapping[str, Any]], data: Data, task: TaskName, stream: RowStream) -> None:
     """Add texts, or rows with named fields, to the stream."""
-    records = (record_of(task, row) if isinstance(row, str) else dict(row) for row in rows)
-    _read_records(enumerate(records, start=1), data, task, stream, facts=FileFacts("rows", "JSON lines"))
-
-
-def _read_records(
-    records: Iterable[tuple[int, Any]],
-    data: Data,
-    task: TaskName,
-    stream: RowStream,
-    *,
-    facts: FileFacts,
-    keep: Sequence[str] | None = None,
-) -> None:
-    of_file = FileExamples(facts, data, stream.report, task, answered=False, keep=keep)
-    for number, record in records:
+    facts = FileFacts("rows", "JSON lines")
+    of_list = FileExamples(facts, data, stream.report, task, answered=False)
+    for number, row in enumerate(rows, start=1):
         source = Source(facts.path, number)
-        if not isinstance(record, dict):
+        record = record_of(task, row) if isinstance(row, str) else row
+        if not isinstance(record, Mapping):
             message = f"the row is {describe_type(record)}, not an object with named fields."
             stream.report(Problem(source, "not_an_object", message, 'Write {"text": ..., ...}.'))
             continue
-        example = of_file.example(record, source)
+        example = of_list.example(dict(record), source)
         if example is not None:
             stream.add(example)
-    of_file.finish()
-
-
-def _plain_lines(
-    stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
-) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank."""
-    limit = limits.line_bytes
-    while raw := stream.readline(limit + 2):
-        facts.line += 1
-        text = raw.rstrip(b"\r\n")
-        if not text.strip():
-            continue
-        facts.rows += 1
-        if len(text) > limit:
-            on_bad(facts.line, too_long(len(raw) + rest_of_line(stream, raw), limit))
-            continue
-        try:
-            yield facts.line, text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            on_bad(facts.line, BadRow("wrong_encoding", f"it is not UTF-8 ({error})", "Convert it with iconv."))
-
-
-class _Pipe(io.RawIOBase):
-    """Reads the bytes that have arrived; calls `before_wait` before it waits for more."""
-
-    def __init__(self, source: BufferedIOBase, before_wait: Callable[[], None]) -> None:
-        super().__init__()
-        self._source, self._before_wait, self._num_bytes = source, before_wait, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._before_wait()
-        content = self._source.read1(len(buffer))
-        buffer[: len(content)] = content
-        self._num_bytes += len(content)
-        return len(content)
-
-    def tell(self) -> int:
-        return self._num_bytes
+    of_list.finish()
 
 
 class OutputFile:

@@ -38,7 +38,7 @@ from tunesmith.serve.protocol import (
 )
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
-from tunesmith.serve.startup_checks import check_adapter, check_encoding, check_prompts, check_writers, choose_decoder
+from tunesmith.serve.startup_checks import check_adapter, check_renderer, check_writers, choose_decoder
 from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling
 
@@ -121,7 +121,7 @@ class Registry:
         model = make_writer(
             replace(base, renderer=renderer, recipe=recipe), name, shared.decoder, adapter=name, run=run
         )
-        check_prompts(model, run, lambda text: None)
+        check_renderer(run, renderer, lambda text: None)
         return AttachableRun(model, paths)
 
     def attach(self, found: AttachableRun) -> None:
@@ -309,7 +309,8 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
         registry.add(Embedder(replace(card, max_tokens=most), loaded, pooling))
     else:
         registry.add(Classifier(_card(loaded, name, run, "labels"), loaded))
-        check_encoding(run, loaded.renderer, note)
+        if run is not None:
+            check_renderer(run, loaded.renderer, note)
 
 
 def make_writer(

@@ -1,157 +1,57 @@
-"""Checks before the first request: prompts are those of training, adapters have an effect, and sequences that are
-decoded together get the logits that each gets alone."""
+"""Checks before the first request: tokenizer and template are those of training, adapters have an effect, and sequences
+that are decoded together get the logits that each gets alone."""
 
 # T tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunesmith.data.dataset import RowStore, file_hash, open_kept
-from tunesmith.data.examples import examples
-from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import DataError, ModelError, RunError
+from tunesmith.errors import ModelError, RunError
 from tunesmith.inference.load import LoadedModel
 from tunesmith.models.attention import packed_forward
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.models.segments import UnsupportedAttentionError
-from tunesmith.recipe.schema import resolved
 from tunesmith.runs.folder import Run
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.decoder import BatchedDecoder, Decoder, SequentialDecoder
-from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.serve.served_model import ServedModel
-from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Problem, Row
 
-MAX_ROWS = 32
 PROBES = ((37, 23), (11, 5), (64, 40))
 """Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
 _MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
 """A model that cannot be called in this way raises any of these."""
-_WAY_OUT = "Its tokenizer or template has changed since: put back what it was tuned with, or tune it again."
 
 Note = Callable[[str], None]
 
 
 def check_writers(models: Sequence[ServedModel], note: Note) -> None:
-    """Raises RunError for a run whose prompts are not those of its training, or whose adapter has no effect."""
+    """Raises RunError for a run whose tokenizer or template has changed, or whose adapter has no effect."""
     for model in models:
         if model.run is not None:
-            check_prompts(model, model.run, note)
+            check_renderer(model.run, model.renderer, note)
             if model.adapter is not None:
                 check_adapter(model, model.run)
 
 
-def check_prompts(model: ServedModel, run: Run, note: Note) -> None:
-    """The tokens of the first training prompts, rendered as a request is, are those of the rows."""
-    num, renderer = 0, model.renderer
-    for example, row in _training_rows(run, renderer, note):
-        parts = example.first_line
-        last = max((i for i, part in enumerate(parts) if part.trained), default=0)
-        prompt = parts[:last] or parts[:1]
-        request = GenerationRequest(model.card.name, prompt=prompt[0].text)
-        if TASKS[renderer.task_name].is_chat:
-            messages = [{**part.fields, "role": part.role, "content": part.text} for part in prompt]
-            request = GenerationRequest(model.card.name, messages=messages, tools=example.tools)
-        try:
-            served = model.prompt_ids(request)
-        except RequestError as error:
-            raise RunError(f"{run.path}: {example.source}: trained on, but refused now: {error}") from error
-        trained = row.ids.tolist()
-        # A document is trained as it is, its prompt included.
-        length = len(served) if TASKS[renderer.task_name].writes_answers else min(len(served), len(trained))
-        _compare(run, renderer, example, served=served[:length], trained=trained[:length])
-        num += 1
-    if num:
-        note(f"{run.path}: {num} training prompts are the same tokens when they are served")
+def check_renderer(run: Run, renderer: Renderer, note: Note) -> None:
+    """Tokenizer and chat template are those of training, by their fingerprint in the run's first event.
+
+    Raises RunError.
+    """
+    if run.identity().get("tokenizer and template", renderer.fingerprint) != renderer.fingerprint:
+        raise RunError(
+            f"{run.path}: its tokenizer or chat template makes other tokens than in training: its files or the "
+            "installed transformers have changed. Put them back, or tune it again."
+        )
     if renderer.date is not None:
         note(f"{run.path}: its chat template writes the date: {renderer.date}, as in training")
-
-
-def check_encoding(run: Run | None, renderer: Renderer, note: Note) -> None:
-    """The tokens of the first training rows of a model with a head are those that it reads now."""
-    num = 0
-    for example, row in _training_rows(run, renderer, note) if run is not None else ():
-        [encoded] = renderer.encode([replace(example, labels=())])
-        served = encoded[0].ids.tolist() if isinstance(encoded[0], Row) else []
-        _compare(run, renderer, example, served=served, trained=row.ids.tolist())  # type: ignore[arg-type]
-        num += 1
-    if num and run is not None:
-        note(f"{run.path}: {num} training rows are the same tokens when they are served")
-
-
-def _compare(run: Run, renderer: Renderer, example: Example, *, served: Sequence[int], trained: Sequence[int]) -> None:
-    if list(served) == list(trained):
-        return
-    pairs = enumerate(zip(served, trained, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(served), len(trained)))
-
-    def shown(ids: Sequence[int]) -> str:
-        return f"{ids[place]} ({renderer.tokenizer.decode([ids[place]])!r})" if place < len(ids) else "nothing"
-
-    raise RunError(
-        f"{run.path}: {example.source}: token {place} of its prompt was trained as {shown(trained)}, but would be "
-        f"served as {shown(served)}. {_WAY_OUT}"
-    )
-
-
-def _training_rows(run: Run, renderer: Renderer, note: Note) -> Iterator[tuple[Example, Row]]:
-    """The first training rows of a run with their examples, read again.
-
-    Rows whose earlier turns the template rewrites are left out: no request renders them. Rows that were cut are
-    compared here, encoded again. Raises RunError if one has other tokens.
-    """
-    store = open_kept(run.rows_path / "train", run.identity().get("rows"))
-    if store is None:
-        note(f"{run.path}: its rows are gone: whether prompts are served as they were trained was not compared")
-        return
-    rows: dict[tuple[int, int], int] = {}
-    for i in range(min(len(store), 50 * MAX_ROWS)):  # the first window of a document, where a prompt begins
-        rows.setdefault((int(store.file_index[i]), int(store.lines[i])), i)
-    try:
-        found = list(islice(_examples(run, store), 4 * MAX_ROWS))
-    except (DataError, OSError) as error:
-        note(f"{run.path}: whether prompts are served as they were trained was not compared: {error}")
-        return
-    found = [(file, example) for file, example in found if (file, example.source.line) in rows]
-    warned: dict[str, set[str]] = {"context_rewritten": set(), "cut": set()}
-
-    def hear(problem: Problem) -> None:
-        warned.get(problem.code, set()).add(str(problem.source))
-
-    encoded: Sequence[Any] = [()] * len(found)
-    if TASKS[resolved(run.recipe().task)].writes_answers:
-        encoded = renderer.encode([example for _, example in found], on_warning=hear)
-    num = 0
-    for (file, example), again in zip(found, encoded, strict=True):
-        source, row = str(example.source), store.row(rows[file, example.source.line])
-        if num == MAX_ROWS or source in warned["context_rewritten"]:
-            continue
-        num += 1
-        if source in warned["cut"]:  # no request is cut, so the whole row is compared
-            now = again[0].ids.tolist() if isinstance(again[0], Row) else []
-            _compare(run, renderer, example, served=now, trained=row.ids.tolist())
-        else:
-            yield example, row
-
-
-def _examples(run: Run, store: RowStore) -> Iterator[tuple[int, Example]]:
-    """The examples of the first data file. Raises DataError if it has changed since training, OSError."""
-    recipe = run.recipe()
-    first = expand_folders((*recipe.data.train, *recipe.data.replay), lambda problem: None)[:1]
-    if file_hash(first[0]) != store.summary.data_sha256[0]:
-        raise DataError(f"{first[0].path} is not the file that it was tuned on any more")
-    return examples(first, recipe.data, lambda problem: None, task=resolved(recipe.task))
 
 
 def check_adapter(model: ServedModel, run: Run) -> None:

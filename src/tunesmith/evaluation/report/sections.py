@@ -1,4 +1,4 @@
-"""The pages of a report and of a comparison as sections of blocks: one value, from which both renderers write."""
+"""The pages of a report and of a comparison as sections of blocks, which report.html.jinja sets."""
 
 from __future__ import annotations
 
