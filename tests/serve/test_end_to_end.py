@@ -116,8 +116,8 @@ def test_every_way_of_asking(live: Live, run: Run) -> None:
     middle = said[len(said) // 2]
     stopped = live.ask(text, stop=[middle]).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (said[: said.index(middle)].strip(), "stop")
-    gone_on = client.completions.create(model=name, prompt="the quick", temperature=0, max_tokens=5, logprobs=2)
-    assert len(gone_on.choices[0].logprobs.tokens or []) == 5
+    gone_on = client.completions.create(model=name, prompt="the quick", temperature=0, max_tokens=5)
+    assert gone_on.usage.completion_tokens == 5
 
 
 def test_what_is_under_way_is_answered_after_sigterm(live: Live) -> None:

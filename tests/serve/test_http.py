@@ -132,7 +132,7 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "unsupported_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "suffix": "b"}, {}, 400, "unsupported_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "best_of": 3}, {}, 400, "unsupported_value"),
-        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "logprobs": 6}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "s", "prompt": "a", "logprobs": 1}, {}, 400, "unsupported_parameter"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": ""}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": [[1, 2]]}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "support", "input": "a"}, {}, 400, "wrong_route"),

@@ -154,10 +154,9 @@ def make_router(engine: Engine) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         """The continuation of texts."""
         find_model(engine, body.model, "text")
-        settings = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, **body.sampling}
+        settings = {"max_tokens": body.max_tokens, **body.sampling}
         events = merge_streams(engine, [GenerationRequest(prompt=prompt, **settings) for prompt in body.prompt])
-        form = CompletionFormat(logprobs=body.logprobs is not None)
-        return await _answer(events, body, request, form, prefix="cmpl")
+        return await _answer(events, body, request, CompletionFormat(), prefix="cmpl")
 
     add_readers(router, engine)
     return router

@@ -48,6 +48,7 @@ REFUSED = {
     "audio": "models here read and write text.",
     "function_call": "no function can be forced. Give tools, which the model's template shows it.",
     "functions": "give tools, which replaced them.",
+    "logprobs": "/v1/chat/completions has them.",
     "moderation": "nothing is moderated here.",
     "prediction": "nothing is predicted ahead here.",
     "reasoning_effort": "a model reasons as it was tuned to.",
@@ -340,7 +341,6 @@ class CompletionBody(SampledBody):
 
     max_tokens: int | None = Field(16, ge=1)
     prompt: Annotated[list[Any], BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int])]
-    logprobs: int | None = Field(None, ge=0, le=5)
 
 
 def _texts(value: Any) -> Any:

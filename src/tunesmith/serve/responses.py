@@ -176,38 +176,18 @@ class CompletionFormat:
 
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, *, logprobs: bool) -> None:
-        self._has_logprobs = logprobs
-
     def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
         if isinstance(event, Delta):
-            yield self._choice(event.index, event.text, event.tokens)
+            yield _text_choice(event.index, event.text)
         elif isinstance(event, Finished):
-            yield {"index": event.index, "text": "", "logprobs": None, "finish_reason": event.reason}
+            yield _text_choice(event.index, "", event.reason)
 
     def whole(self, deltas: Sequence[Delta], calls: Sequence[ToolCall], finished: Finished) -> dict[str, Any]:
-        tokens = [token for delta in deltas for token in delta.tokens]
-        return self._choice(finished.index, "".join(delta.text for delta in deltas), tokens, finished.reason)
-
-    def _choice(
-        self, index: int, text: str, tokens: Sequence[TokenLogprob], reason: str | None = None
-    ) -> dict[str, Any]:
-        logprobs = None
-        if self._has_logprobs:
-            tops = [{_spelling(top): max(top.logprob, MIN_LOGPROB) for top in token.top} for token in tokens]
-            logprobs = {
-                "tokens": [_spelling(token) for token in tokens],
-                "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
-                "top_logprobs": tops,
-            }
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return _text_choice(finished.index, "".join(delta.text for delta in deltas), finished.reason)
 
 
-def _spelling(token: TokenLogprob) -> str:
-    """A token's text, or its bytes where they are part of a character: two such would have one name."""
-    if token.text.encode() == token.bytes:
-        return token.text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.bytes)
+def _text_choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
 Format: TypeAlias = ChatFormat | CompletionFormat
