@@ -17,7 +17,7 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 from tunesmith.cli.display import Live
-from tunesmith.cli.history import RunHistory
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
 
 WIDTH = 100
@@ -65,11 +65,11 @@ def main(run_path: str, target: str, question: str = "") -> None:
     if not re.search("-[0-9a-f]{4}$", run.path.name):
         words += ["--out", run_path]
     console.print(Text.assemble(("$ ", "green"), (shlex.join(words), "bold")))
-    live = Live(console, RunHistory())
+    live = Live(console, RunSeries())
     drawn = False
     for event in events:
         live.event(event)
-        if event.kind == "step" and not drawn and event.step >= MOMENT * live.history.total_steps:
+        if event.kind == "step" and not drawn and event.step >= MOMENT * live.series.total_steps:
             console.print(live.moving())
             console.print("⋮", style="bright_black")
             drawn = True

@@ -89,7 +89,7 @@ def test_json_is_events_on_stdout_and_nothing_else(place: Place) -> None:
     assert kinds[:3] == ["start", "plan", "evaluation"]
     assert kinds[-2:] == ["end", "result"]
     assert told[-1]["run"] == str(place.folder / "json-run")
-    assert "held out at step 0" in result.stderr
+    assert "untouched model: held-out loss" in result.stderr
 
 
 def test_quiet_prints_the_run_alone(place: Place) -> None:

@@ -10,9 +10,9 @@ from rich.console import Console
 from cli import fake_events
 from tunesmith.cli import runs as cli_runs
 from tunesmith.cli.display import PLAIN_WAIT_S, Live, Plain, Silent, display_for, phases, plan_lines
-from tunesmith.cli.history import RunHistory, alone
-from tunesmith.cli.render import headline_metric
+from tunesmith.cli.render import headline_metric, print_table
 from tunesmith.evaluation.metrics import info_of
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"
@@ -27,7 +27,7 @@ def terminal(width: int = 100) -> Console:
 
 
 def told(console: Console, events: Iterable[Event], *, quiet: bool = False) -> str:
-    with display_for(console, quiet=quiet, history=RunHistory()) as display:
+    with display_for(console, quiet=quiet, series=RunSeries()) as display:
         for event in events:
             display.event(event)
     assert isinstance(console.file, io.StringIO)
@@ -48,20 +48,21 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "runs on: cpu in bfloat16",
     ]
     assert "chosen: optim.lr = 0.0005: usual for LoRA on a model below a billion weights" in lines
-    assert "held out at step 0: loss 3.5000, token accuracy 35.0% (60 rows, 1,234 targets)" in lines
-    assert "answers at step 0: ROUGE-L 0.2000 (8 answers)" in lines
-    assert "general ability at step 12: general text 3.2000 (4,321 tokens)" in lines
+    assert "untouched model: held-out loss 3.5000, token accuracy 35.0% (60 rows, 1,234 targets)" in lines
+    assert "untouched model: answers: ROUGE-L 0.2000 (8 answers)" in lines
+    assert "tuned model: general text 3.2000 (4,321 tokens)" in lines
     assert "step 1/12: loss 3.4000, lr 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
     assert "step 12/12: loss 2.3000, lr 0.0005, 500 tokens/s, 1.0 GiB" in lines
     assert "note: a note on the way" in lines
-    assert lines[-5:] == [
+    assert lines[-8:] == [
         fake_events.HEADLINE,
-        "held-out loss: before 3.5000 (3.450–3.550), after 2.2500 (2.200–2.300); "
-        "difference −1.2500 (−1.3000 to −1.2000), better",
-        "token accuracy: before 35.0% (30.0–40.0), after 47.5% (42.5–52.5); "
-        "difference +12.5 (−1.0 to +26.0) points, may be chance",
-        "ROUGE-L: before 0.2000 (0.000–0.400), after 0.3000 (0.100–0.500); difference +0.1000",
-        "general text: before 3.1000, after 3.2000; difference +0.1000 (+0.0900 to +0.1100), worse",
+        "",
+        "held out: 60 rows, 1,234 targets; each value with its 95 % interval",
+        "\tbefore\tafter\tdifference",
+        "held-out loss\t3.5000 (3.450–3.550)\t2.2500 (2.200–2.300)\t−1.2500 (−1.3000 to −1.2000), better",
+        "token accuracy\t35.0% (30.0–40.0)\t47.5% (42.5–52.5)\t+12.5 (−1.0 to +26.0) points, may be chance",
+        "ROUGE-L\t0.2000 (0.000–0.400)\t0.3000 (0.100–0.500)\t+0.1000",
+        "general text\t3.1000\t3.2000\t+0.1000 (+0.0900 to +0.1100), worse",
     ]
 
 
@@ -74,7 +75,7 @@ def test_plain_log_of_a_long_run_is_short() -> None:
     events = [Event("plan", 0, 0.0, fake_events.plan(steps=10_000))]
     events += [fake_events.step(number, 1.0) for number in range(1, 10_001)]
     console = plain_console()
-    display = Plain(console, RunHistory(), clock=lambda: 0.0)
+    display = Plain(console, RunSeries(), clock=lambda: 0.0)
     for event in events:
         display.event(event)
     assert isinstance(console.file, io.StringIO)
@@ -87,7 +88,7 @@ def test_plain_log_of_a_long_run_is_short() -> None:
 def test_slow_steps_are_each_told() -> None:
     now = iter(range(0, 10_000, 40))
     console = plain_console()
-    display = Plain(console, RunHistory(), clock=lambda: float(next(now)))
+    display = Plain(console, RunSeries(), clock=lambda: float(next(now)))
     display.event(Event("plan", 0, 0.0, fake_events.plan(steps=10_000)))
     for number in range(1, 8):
         display.event(fake_events.step(number, 1.0))
@@ -97,7 +98,7 @@ def test_slow_steps_are_each_told() -> None:
 
 def test_quiet_says_nothing() -> None:
     assert told(plain_console(), fake_events.whole_run(), quiet=True) == ""
-    assert isinstance(display_for(terminal(), quiet=True, history=RunHistory()), Silent)
+    assert isinstance(display_for(terminal(), quiet=True, series=RunSeries()), Silent)
 
 
 def test_terminal_shows_plan_difference_and_answers() -> None:
@@ -141,7 +142,7 @@ def test_data_cannot_drive_the_terminal(make: type[Console]) -> None:
 
 def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
     console = terminal(120)
-    live = Live(console, RunHistory())
+    live = Live(console, RunSeries())
     for event in list(fake_events.whole_run())[:17]:
         live.event(event)
     console.file = io.StringIO()
@@ -154,7 +155,7 @@ def test_live_area_shows_step_loss_rate_speed_memory_and_time_left() -> None:
 
 def test_progress_of_a_phase_is_a_bar() -> None:
     console = terminal(120)
-    live = Live(console, RunHistory())
+    live = Live(console, RunSeries())
     live.progress("encode", 50, 200)
     console.print(live.moving())
     assert isinstance(console.file, io.StringIO)
@@ -174,43 +175,42 @@ def test_run_without_held_out_rows_is_shown() -> None:
 def test_resumed_run_keeps_what_it_had() -> None:
     """The final comparison needs the measure of the first session; a step told twice counts once."""
     events = list(fake_events.whole_run())
-    story = RunHistory.of(events[:12])
-    with display_for(plain_console(), quiet=True, history=story) as display:
+    story = RunSeries.of(events[:12])
+    with display_for(plain_console(), quiet=True, series=story) as display:
         display.event(Event("resume", 2, 0.0, {"from_step": 2}))
         assert story.step == 2
         for event in events[10:]:
             display.event(event)
-    assert story.before["loss"] == 3.5
-    assert sorted(story.losses) == list(range(1, 13))
+    assert story.score("before")["loss"] == 3.5
+    assert sorted(story.steps) == list(range(1, 13))
     assert story.curve == [3.5, 2.9, 2.25]
 
 
 def test_curve_ends_with_the_last_steps_own_weights() -> None:
     """The result is that of step 6, measured after step 12."""
-    story = RunHistory()
+    story = RunSeries()
     for name, step, loss in (("before", 0, 3.5), ("step", 6, 2.0), ("step", 12, 2.4), ("after", 12, 2.0)):
-        story.update(fake_events.evaluation(name, step, loss))
+        story.add(fake_events.evaluation(name, step, loss))
     assert story.curve == [3.5, 2.0, 2.4]
-    assert story.after["loss"] == 2.0
+    assert story.score("after")["loss"] == 2.0
 
 
 def test_time_left_follows_recent_steps() -> None:
-    story = RunHistory()
+    story = RunSeries()
     assert story.seconds_left is None
-    story.update(Event("plan", 0, 0.0, fake_events.plan(steps=100)))
+    story.add(Event("plan", 0, 0.0, fake_events.plan(steps=100)))
     for number in range(1, 51):
-        story.update(fake_events.step(number, 1.0))
+        story.add(fake_events.step(number, 1.0))
     assert story.seconds_left == 100.0  # 50 steps of 2 s
 
 
 def test_a_new_head_has_no_before() -> None:
     events = list(fake_events.whole_run(changes={"task": "classify", "new_head": True}))
     lines = told(plain_console(), events[:3]).splitlines()
-    assert (
-        lines[-1] == "held out at step 0: loss 3.5000 (60 rows, 1,234 targets; the head is new and answers at random)"
-    )
-    story = RunHistory.of(events[:3])
-    assert (story.before, story.measures, story.curve) == ({}, {}, [3.5])
+    line = "untouched model: held-out loss 3.5000 (60 rows, 1,234 targets; the head is new and answers at random)"
+    assert lines[-1] == line
+    story = RunSeries.of(events[:3])
+    assert (story.score("before"), story.curve) == (None, [3.5])
 
 
 def test_measures_are_written_with_their_intervals() -> None:
@@ -268,7 +268,7 @@ def test_the_plan_on_a_terminal_says_what_the_run_will_need(width: int) -> None:
 
 
 def listed(**changes: object) -> dict[str, object]:
-    measures = {name: {"rougeL": alone(0.5)} for name in ("before", "after")}
+    measures = {name: {"rougeL": {"value": 0.5}} for name in ("before", "after")}
     known = {"name": "drug-train-7f16", "state": "done", "model": "models/SmolLM2-135M-Instruct", "task": "classify"}
     numbers = {"step": 120, "steps": 120, "before": 3.2, "after": 2.1, "measures": measures, "created": 0.0}
     return {**known, "method": "lora", **numbers, **changes}
@@ -277,15 +277,16 @@ def listed(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize("width", [40, 60, 80, 110, 150])
 def test_runs_keep_name_and_state_on_any_terminal(width: int) -> None:
     screen = terminal(width)
-    cli_runs._draw(screen, [listed(), listed(name="bbc-2", state="interrupted")])
+    rows = [cli_runs._cells(one) for one in (listed(), listed(name="bbc-2", state="interrupted"))]
+    print_table(screen, cli_runs.COLUMNS, rows, spare=cli_runs.SPARE)
     assert isinstance(screen.file, io.StringIO)
     lines = without_colours(screen.file.getvalue()).splitlines()
     assert all(len(line) <= width for line in lines)
     words = [line.split() for line in lines]
     assert any(line[:2] == ["drug-train-7f16", "done"] for line in words)
     assert any(line[:2] == ["bbc-2", "interrupted"] for line in words)
-    assert len([line for line in words if line]) == 4  # the header, its rule, a line for each run
-    assert ("made" in lines[1]) == (width == 150)
+    assert len([line for line in words if line]) == 3  # the header, a line for each run
+    assert ("made" in lines[0]) == (width == 150)
 
 
 def test_runs_name_the_run_that_another_one_starts_from(tmp_path: Path) -> None:

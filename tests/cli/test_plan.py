@@ -108,9 +108,6 @@ def test_words_of_a_probe():
         ("memory", "2.2 GiB, estimated 3.0 GiB (+33 %)"),
         ("step", "2 s (the heaviest: step 7; 400 tokens), estimated 3 s (+50 %)"),
         ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), estimated 1.5 s (+0 %)"),
-        ("starting", "3 s (until the first event)"),
-        ("held out", "0.025 s (per token of held-out rows), estimated 0.02 s (-20 %)"),
-        ("saving", "0.5 s (per checkpoint, 1.0 MiB)"),
         ("ended", "early: the system killed it, as it does where memory ends"),
     ]
 

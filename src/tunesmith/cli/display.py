@@ -18,18 +18,16 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.history import RunHistory
 from tunesmith.cli.render import (
     ACCENT,
     MUTED,
     answers_table,
     loss,
     metric_line,
-    metric_lines,
     option,
     plan_facts,
     plan_panel,
-    result,
+    print_result,
     sample_row,
     sparkline,
     visible,
@@ -37,6 +35,7 @@ from tunesmith.cli.render import (
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import Stopped
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
 from tunesmith.phrases import PHASES, command, duration, size
 from tunesmith.types import Event
@@ -50,23 +49,24 @@ PLAIN_STEP_LINES = 50
 """Most step lines of a plain log, besides one every PLAIN_SECONDS."""
 PLAIN_SECONDS = 30.0
 PLAIN_WAIT_S = 2.0
-"""Seconds before the first line on the progress of a command that is no run."""
+"""Seconds before the first line on progress where lines are all there is."""
 MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8
 MEASURED = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
+WHEN = {"before": "untouched model", "after": "tuned model"}
 
 
 class Silent(AbstractContextManager["Silent"]):
     """Shows nothing. Displays derive from it: they get every event, progress and note, in order."""
 
-    def __init__(self, history: RunHistory) -> None:
-        self.history = history
+    def __init__(self, series: RunSeries) -> None:
+        self.series = series
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         return None
 
     def event(self, event: Event) -> None:
-        self.history.update(event)
+        self.series.add(event)
 
     def progress(self, what: str, done: int, total: int) -> None: ...
 
@@ -77,43 +77,32 @@ class Silent(AbstractContextManager["Silent"]):
 class Plain(Silent):
     """Whole lines, one a fact, that read well in a log."""
 
-    def __init__(self, console: Console, history: RunHistory, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(history)
+    def __init__(self, console: Console, series: RunSeries, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(series)
         self.console, self.clock = console, clock
-        self.phase, self.last_line = "", -PLAIN_SECONDS
+        self.last_line = -PLAIN_SECONDS
+        self.tick = progress_lines(console, PHASES)
 
     def say(self, text: str) -> None:
         self.console.print(visible(text))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        now, words = self.clock(), PHASES.get(what, what)
-        if what != self.phase:
-            self.phase, self.last_line = what, now
-            self.say(words)
-        elif now - self.last_line >= PLAIN_SECONDS and total:
-            self.last_line = now
-            self.say(f"{words}: {100 * done / total:.0f} %")
+        self.tick(what, done, total)
 
     def event(self, event: Event) -> None:
         super().event(event)
-        for line in self._lines(event):
+        if event.kind == "plan":
+            for line in plan_lines(self.series.plan):
+                self.say(line)
+        elif event.kind == "step" and self._step_is_due(event):
+            self.say(self.step_line())
+        elif event.kind == "end":
+            print_result(self.console, self.series.report)
+        elif line := event_line(event, self.series):
             self.say(line)
 
-    def _lines(self, event: Event) -> list[str]:
-        lines: dict[str, Callable[[], list[str]]] = {
-            "plan": lambda: plan_lines(self.history.plan),
-            "evaluation": lambda: [f"held out at step {event.step}: {metric_line(event, self.history)}"],
-            "answers": lambda: [f"answers at step {event.step}: {metric_line(event)}"],
-            "general": lambda: [f"general ability at step {event.step}: {metric_line(event)}"],
-            "step": lambda: [self.step_line()] if self._step_is_due(event) else [],
-            "note": lambda: [f"note: {event.values['text']}"],
-            "resume": lambda: [f"resumed after step {event.step}"],
-            "end": lambda: result_lines(self.history.report),
-        }
-        return lines.get(event.kind, list)()
-
     def _step_is_due(self, event: Event) -> bool:
-        total, now = self.history.total_steps, self.clock()
+        total, now = self.series.total_steps, self.clock()
         regular = event.step in (1, total) or event.step % max(1, total // PLAIN_STEP_LINES) == 0
         if regular or now - self.last_line >= PLAIN_SECONDS:
             self.last_line = now
@@ -121,19 +110,20 @@ class Plain(Silent):
         return False
 
     def step_line(self) -> str:
-        history, left = self.history, self.history.seconds_left
+        series, left = self.series, self.series.seconds_left
+        last = series.steps[series.step]
         return (
-            f"step {history.step}/{history.total_steps}: loss {loss(history.last['loss'])}, "
-            f"lr {history.last['lr']:.3g}, {history.tokens_per_second:,.0f} tokens/s, {size(history.peak_bytes)}"
-            + (f", {duration(left)} left" if left is not None and history.step < history.total_steps else "")
+            f"step {last.step}/{series.total_steps}: loss {loss(last.loss)}, lr {last.lr:.3g}, "
+            f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
+            + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
         )
 
 
 class Live(Silent):
     """Prints what stays, and keeps what moves in a live area below it."""
 
-    def __init__(self, console: Console, history: RunHistory) -> None:
-        super().__init__(history)
+    def __init__(self, console: Console, series: RunSeries) -> None:
+        super().__init__(series)
         self.console = console
         self.phase: tuple[str, int, int] | None = None
         self.area = rich.live.Live(
@@ -159,64 +149,51 @@ class Live(Silent):
         self.phase = None
         values, console = event.values, self.console
         if event.kind == "plan":
-            console.print(plan_panel(self.history.plan))
+            console.print(plan_panel(self.series.plan))
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
                 console.print(sample_row(spans, in_color=console.color_system is not None), "")
             for text in values.get("warnings", ()):
-                self._note(text)
-        elif event.kind in MEASURED and values["name"] != "after":
-            when = "untouched model" if values["name"] == "before" else f"step {event.step}"
-            line = metric_line(event, self.history)
-            console.print(Text.assemble((f"{when}: ", "bold"), (MEASURED[event.kind], MUTED), line))
-        elif event.kind == "note":
-            self._note(values["text"])
-        elif event.kind == "resume":
-            console.print(Text(f"resumed after step {event.step} of {self.history.total_steps}", style=ACCENT))
+                console.print(f"note: {visible(text)}", style="yellow")
         elif event.kind == "end":
-            self._end()
-
-    def _note(self, text: str) -> None:
-        self.console.print(Text.assemble(("note: ", "yellow"), visible(text)))
-
-    def _end(self) -> None:
-        history = self.history
-        self.area.stop()
-        if history.report.get("headline") and history.report["metrics"]["after"] is not None:
-            self.console.print(result(history.report))
-        if history.samples:
-            self.console.print(answers_table(history.samples, width=self.console.width, most=MOST_ANSWERS))
+            self.area.stop()
+            print_result(console, self.series.report)
+            if self.series.samples:
+                console.print(answers_table(self.series.samples, width=console.width, most=MOST_ANSWERS))
+        elif values.get("name") != "after" and (line := event_line(event, self.series)):
+            console.print(visible(line), style="yellow" if event.kind == "note" else "")
 
     def moving(self) -> RenderableType:
         """The live area below the last printed line."""
         parts: list[RenderableType] = []
-        if self.history.last:
+        if self.series.steps:
             parts += [self._bar(), self._curves()]
         if self.phase:
             parts.append(_phase(*self.phase))
-        elif not self.history.last:
+        elif not self.series.steps:
             parts.append(Spinner("dots", Text("getting ready", style=MUTED), style=ACCENT))
         return Group(*parts)
 
     def _bar(self) -> Table:
         """Step, loss, learning rate, tokens/s, memory, time left."""
-        history, left = self.history, self.history.seconds_left
+        series, left = self.series, self.series.seconds_left
+        last = next(reversed(series.steps.values()))
         table = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(history.total_steps, 1), completed=history.step, width=24, complete_style=ACCENT)
+        bar = ProgressBar(total=max(series.total_steps, 1), completed=last.step, width=24, complete_style=ACCENT)
         facts = Text.assemble(
-            (f"loss {loss(history.last['loss'])}", "bold"),
-            (f"  rate {history.last['lr']:.2e}", MUTED),
-            f"  {history.tokens_per_second:,.0f} tokens/s",
-            (f"  {size(history.peak_bytes)}", MUTED),
+            (f"loss {loss(last.loss)}", "bold"),
+            (f"  rate {last.lr:.2e}", MUTED),
+            f"  {last.tokens_per_second:,.0f} tokens/s",
+            (f"  {size(series.peak_bytes)}", MUTED),
             f"  {duration(left)} left" if left is not None else "",
         )
-        table.add_row(Text(f"step {history.step}/{history.total_steps}"), bar, facts)
+        table.add_row(Text(f"step {last.step}/{series.total_steps}"), bar, facts)
         return table
 
     def _curves(self) -> Text:
         text = Text("training ", style=MUTED)
-        text.append(sparkline(self.history.smoothed(), 24), style=ACCENT)
-        curve = self.history.curve
+        text.append(sparkline(self.series.smoothed(), 24), style=ACCENT)
+        curve = self.series.curve
         if len(curve) > 1:
             text.append("   held out ", style=MUTED)
             text.append(f"{loss(curve[0])} ")
@@ -235,18 +212,21 @@ def _phase(what: str, done: int, total: int) -> RenderableType:
     return progress.make_tasks_table(progress.tasks)
 
 
-def display_for(console: Console, *, quiet: bool, history: RunHistory) -> Silent:
-    """The display that suits the console. `history` may already hold an earlier part of the run."""
+def display_for(console: Console, *, quiet: bool, series: RunSeries) -> Silent:
+    """The display that suits the console. `series` may already hold an earlier part of the run."""
     if quiet:
-        return Silent(history)
-    return Live(console, history) if console.is_terminal else Plain(console, history)
+        return Silent(series)
+    return Live(console, series) if console.is_terminal else Plain(console, series)
 
 
-def result_lines(report: Mapping[str, Any]) -> list[str]:
-    """The result of a run as whole lines; none where nothing was measured."""
-    if not report.get("headline") or report["metrics"]["after"] is None:
-        return []
-    return [" ".join(report["headline"]), *metric_lines(report)]
+def event_line(event: Event, series: RunSeries) -> str:
+    """What was measured, a note, or where a run goes on, in one line; "" for other events."""
+    if event.kind in MEASURED:
+        when = WHEN.get(event.values["name"], f"step {event.step}")
+        return f"{when}: {MEASURED[event.kind]}{metric_line(event, series)}"
+    if event.kind == "note":
+        return f"note: {event.values['text']}"
+    return f"resumed after step {event.step} of {series.total_steps}" if event.kind == "resume" else ""
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
@@ -267,15 +247,7 @@ def progress_bar(screen: Console, words: str) -> Iterator[Callable[[int, int], N
 def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Callable[[str, int, int], None]]:
     """One bar that moves from each phase to the next; not on a terminal a line now and then, of what takes long."""
     if not screen.is_terminal:
-        due = time.monotonic() + PLAIN_WAIT_S
-
-        def line(what: str, done: int, total: int) -> None:
-            nonlocal due
-            if time.monotonic() >= due:
-                due = time.monotonic() + PLAIN_SECONDS
-                screen.print(visible(words.get(what, what) + (f": {100 * done / total:.0f} %" if total > 1 else "")))
-
-        yield line
+        yield progress_lines(screen, words)
         return
     columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:.0f} %")
     with Progress(*columns, TimeRemainingColumn(), console=screen, transient=True) as progress:
@@ -290,6 +262,19 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
             progress.update(bar, completed=done, total=total)
 
         yield tick
+
+
+def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:
+    """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`."""
+    due = time.monotonic() + PLAIN_WAIT_S
+
+    def line(what: str, done: int, total: int) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + PLAIN_SECONDS
+            screen.print(visible(words.get(what, what) + (f": {100 * done / total:.0f} %" if total > 1 else "")))
+
+    return line
 
 
 def fetched(data: Data, *, offline: bool) -> Data:
@@ -311,7 +296,7 @@ class RunDisplay:
 
     display: Silent
     console: Console
-    history: RunHistory
+    series: RunSeries
     should_stop: Callable[[], bool]
     as_json: bool
     quiet: bool
@@ -359,7 +344,7 @@ class RunDisplay:
             self.console.print(str(run.path))
         else:
             self.console.print(f"\nThe result is in {run.path}, its report in report.html. Next:\n")
-            task = TASKS.get(self.history.plan.get("task", ""))
+            task = TASKS.get(self.series.plan.get("task", ""))
             for verb, *more in task.next_commands if task else (("eval", "FILE"), ("show",)):
                 self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
 
@@ -370,10 +355,10 @@ def run_display(
 ) -> Iterator[RunDisplay]:
     """A display for one run; `earlier` are the events of a run that is resumed. One that `follows` a run of another
     rank hears no event, and knows from its folder that it has begun."""
-    history = RunHistory.of(earlier)
-    history.started = False
+    series = RunSeries.of(earlier)
+    series.started = False
     screen = console(stderr=as_json)
-    display = display_for(screen, quiet=quiet, history=history)
+    display = display_for(screen, quiet=quiet, series=series)
     runs: list[Run] = []
 
     def leave() -> None:
@@ -385,7 +370,7 @@ def run_display(
     with (
         display,
         stopping_on_signals(
-            has_begun=lambda: history.started or (follows and bool(runs)), say=display.say, at_once=leave
+            has_begun=lambda: series.started or (follows and bool(runs)), say=display.say, at_once=leave
         ) as should_stop,
     ):
-        yield RunDisplay(display, screen, history, should_stop, as_json, quiet, runs)
+        yield RunDisplay(display, screen, series, should_stop, as_json, quiet, runs)

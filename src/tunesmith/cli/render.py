@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.box import ROUNDED, SIMPLE_HEAD
+from rich.box import ROUNDED
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from tunesmith import phrases
-from tunesmith.cli.history import RunHistory, measures_of
 from tunesmith.evaluation.metrics import VERDICTS, info_of
+from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import duration, mix_text, plural, size, span
 from tunesmith.types import Event
 
@@ -105,15 +105,18 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     return "".join(map(bar, shown))
 
 
-def metric_line(event: Event, history: RunHistory | None = None) -> str:
+def metric_line(event: Event, series: RunSeries) -> str:
     """An "evaluation", "answers" or "general" event in one line; of a new head before its training the loss alone."""
     values = event.values
-    if history is not None and history.has_new_head and values["name"] == "before":
+    if values["name"] == "before" and series.has_new_head:
         loss = info_of("loss").text(values["loss"])
         return f"loss {loss} ({_counts(event)}; the head is new and answers at random)"
+    measures = {"general_loss": {"value": values["loss"]}} if event.kind == "general" else values.get("measures", {})
+    if event.kind == "evaluation":
+        measures = measures_of(values)
     shown = [
         f"{info_of(key).label.removeprefix('held-out ')} {info_of(key).text(interval['value'])}"
-        for key, interval in measures_of(event).items()
+        for key, interval in measures.items()
     ]
     return f"{', '.join(shown)} ({_counts(event)})"
 
@@ -132,62 +135,49 @@ def rows_and_targets(values: Mapping[str, Any]) -> str:
     return rows if values["targets"] == values["rows"] else f"{rows}, {values['targets']:,.0f} targets"
 
 
-def _table(title: str, *, columns: Sequence[str] = ()) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", show_edge=False, show_header=bool(columns))
-    table.title, table.title_style, table.title_justify = title or None, MUTED, "left"
-    table.add_column("", style=MUTED, overflow="fold")
-    for name in columns or [""]:
-        table.add_column(name, justify="right", overflow="fold")
-    return table
-
-
-def print_table(screen: Console, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns on a terminal, tab-separated lines elsewhere."""
+def print_table(
+    screen: Console, heads: Sequence[str], rows: Iterable[Sequence[str | Text]], *, spare: Sequence[str] = ()
+) -> None:
+    """Columns on a terminal, tab-separated lines elsewhere. `spare`: what a narrow terminal has no room for, the first
+    to go first."""
+    rows = list(rows)
     if not screen.is_terminal:
         for row in (heads, *rows):
-            typer.echo("\t".join(map(visible, row)))
+            print("\t".join(visible(str(cell)) for cell in row), file=screen.file)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*map(visible, row))
+    left_out: set[str] = set()
+    for name in (None, *spare):
+        left_out |= {name} if name else set()
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for head in heads:
+            if head not in left_out:
+                table.add_column(head, overflow="fold")
+        for row in rows:
+            cells = (cell if isinstance(cell, Text) else Text(visible(cell)) for cell in row)
+            table.add_row(*(cell for head, cell in zip(heads, cells, strict=True) if head not in left_out))
+        if Measurement.get(screen, screen.options.update(width=100_000), table).maximum <= screen.width:
+            break
     screen.print(table)
 
 
-def _result_table(report: Mapping[str, Any], title: str) -> Table:
-    """A row for each metric of a report: its comparison, if any, the result, and the paired change."""
+def print_result(screen: Console, report: Mapping[str, Any]) -> None:
+    """The result of a run in a sentence or two, and a table of its metrics; nothing where nothing was measured."""
     from tunesmith.evaluation.report import text
 
-    columns = text.sides(report)
-    table = _table(title, columns=[*filter(None, columns), *(["difference"] if columns[0] else [])])
+    if not report.get("headline") or report["metrics"]["after"] is None:
+        return
+    screen.print(visible(" ".join(report["headline"])), "", sep="\n")
+    counted = rows_and_targets(report["metrics"]["after"])
+    screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED)
+    other, ours = text.sides(report)
+    rows: list[list[str | Text]] = []
     for line in text.metric_lines(report):
-        other, after = _value(line.other, line.other_bounds, ""), _value(line.after, line.after_bounds, "bold")
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
-        change = Text(words, style=COLOURS.get(line.verdict, MUTED))
-        table.add_row(line.label, *((other, after, change) if columns[0] else (after,)))
-    return table
-
-
-def _value(value: str, ends: str, style: str) -> Text:
-    text = Text(value, style=style)
-    return text.append(f" {ends}", style=f"not bold {MUTED}") if ends else text
-
-
-def metric_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The metrics of a report as whole lines."""
-    from tunesmith.evaluation.report import text
-
-    columns = text.sides(report)
-    for line in text.metric_lines(report):
-        after = text.with_bounds(line.after, line.after_bounds)
-        if not columns[0] or line.other == "–":
-            yield f"{line.label}: {after}"
-            continue
-        other = text.with_bounds(line.other, line.other_bounds)
-        words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
-        words = f"; {'' if words == 'unchanged' else 'difference '}{words}" if words else ""
-        yield f"{line.label}: {columns[0]} {other}, {columns[1]} {after}{words}"
+        compared = [text.with_bounds(line.other, line.other_bounds)] if other else []
+        after = Text(text.with_bounds(line.after, line.after_bounds), style="bold")
+        change = [Text(words, style=COLOURS.get(line.verdict, MUTED))] if other else []
+        rows.append([line.label, *compared, after, *change])
+    print_table(screen, ["", *([other] if other else []), ours, *(["difference"] if other else [])], rows)
 
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
@@ -298,13 +288,6 @@ def sample_row(spans: Iterable[tuple[str, bool]], *, in_color: bool) -> Text:
     return text
 
 
-def result(report: Mapping[str, Any]) -> RenderableType:
-    """The result of a run in a sentence or two, and a table of its metrics."""
-    title = f"held out: {rows_and_targets(report['metrics']['after'])}; each value with its 95 % interval"
-    headline = Text(visible(" ".join(report["headline"])))
-    return Group(headline, Text(), _result_table(report, title))
-
-
 def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
     """Held-out prompts, their reference answers and the two answers to each, side by side."""
     from tunesmith.evaluation.report.text import mark
@@ -323,7 +306,8 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
             if when not in sample:
                 cells.append(Text("not yet", style=MUTED))
                 continue
-            answer = one_line(sample.get(when, ""), longest) or "(nothing)"
+            cut = "" if sample.get(f"{when}_stopped", True) else " …"
+            answer = (one_line(sample.get(when, ""), longest) or "(nothing)") + cut
             cells.append(Text.assemble(MARKS[mark(sample.get(when, ""), reference)], answer))
         table.add_row(*cells)
     return table
@@ -350,15 +334,6 @@ _OTHER_WORK = {
     "{} for checkpoints": ("saving",),
     "{} to finish": ("finishing",),
 }
-_ONCE = {
-    "starting": "until the first event",
-    "held_out": "per token of held-out rows",
-    "surprising": "per token of training rows searched for surprising ones",
-    "general": "per token of the general text",
-    "answering": "per next token of up to 8 answers",
-    "saving": "per checkpoint",
-    "finishing": "the result and the report",
-}
 
 
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
@@ -378,6 +353,7 @@ def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None 
 def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, tokens_per_step: float) -> Facts:
     """(name, text) of what a probe measured, and what was estimated."""
     seconds = (forecast or {}).get("seconds")
+    price = float(seconds["work"]["training"]["price"]) if seconds else 0.0
     facts = []
     if probe["memory"]:
         total = forecast["memory"]["total"] if forecast else 0
@@ -386,16 +362,10 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, to
     for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual, "usual ones: step {}")):
         if some:
             tokens, taken = sum(one["count"] for one in some), sum(one["seconds"] for one in some)
-            expected = _price(seconds, "training") * tokens / tokens_per_step / len(some)
+            expected = price * tokens / tokens_per_step / len(some)
             where = f"{what.format(', '.join(str(one['step']) for one in some))}; {tokens / len(some):,.0f} tokens"
             mean = taken / len(some)
             facts.append(("step", _measured(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
-    for kind, what in _ONCE.items():
-        if one := probe["work"].get(kind):
-            found, expected = one["seconds"] / one["count"], _price(seconds, kind)
-            where = f"{what}, {size(one['num_bytes'])}" if one["num_bytes"] else what
-            text = _measured(f"{found:.2g} s", where, f"{expected:.2g} s", found, expected)
-            facts.append((kind.replace("_", " "), text))
     facts += [("note", text) for text in probe["notes"]]
     if probe["ended"]:
         facts.append(("ended", f"early: {probe['ended']}"))
@@ -427,11 +397,6 @@ def _group(group: Mapping[str, Any]) -> str:
     gathered = f"bringing them together takes {group['gather_seconds']:.2g} s a step, beside the products"
     whole = "embeddings and head are whole on each"
     return f"{group['devices']}, each with a part of each step: {split}, {whole}; {gathered}; {busy}, {summed}"
-
-
-def _price(seconds: Mapping[str, Any] | None, kind: str) -> float:
-    """0: not known."""
-    return float(seconds["work"][kind]["price"]) if seconds else 0.0
 
 
 def _time(seconds: Mapping[str, Any]) -> str:

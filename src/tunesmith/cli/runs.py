@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
-from tunesmith.cli.history import RunHistory
 from tunesmith.cli.options import Json, Root, RunName
 from tunesmith.cli.render import (
     age,
@@ -25,29 +21,27 @@ from tunesmith.cli.render import (
     loss,
     plan_facts,
     plan_panel,
+    print_result,
     print_table,
-    result,
     sparkline,
     visible,
 )
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, TunesmithError
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import command, did_you_mean, duration, listed, plural, size
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from tunesmith.cli.history import RunHistory
     from tunesmith.runs.folder import Run
     from tunesmith.runs.prune import Removable
 
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
-DROPPED = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
+SPARE = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
 """Columns that a narrow terminal has no room for, the first to go first."""
-COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
 
 
 Where = Annotated[
@@ -87,10 +81,8 @@ def runs(
     elif not rows:
         rule = f" of which {' and '.join(where)} holds" if where else " yet. Start one: tunesmith train MODEL DATA"
         screen.print(f"{root}: no runs{rule}")
-    elif screen.is_terminal:
-        _draw(screen, rows)
     else:
-        print_table(screen, COLUMNS, map(_cells, rows))
+        print_table(screen, COLUMNS, map(_cells, rows), spare=SPARE)
 
 
 def rm(names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False) -> None:
@@ -178,23 +170,24 @@ def facts(run: Run) -> dict[str, Any]:
 
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
-        recipe, history = run.recipe(), RunHistory.of(run.events())
+        recipe, series = run.recipe(), RunSeries.of(run.events())
+        before, after = ((series.score(name) or {}) for name in ("before", "after"))
         found = known | {
             "created": run.created,
             "state": run.state(),
             "model": recipe.model,
             "task": recipe.task,
             "method": recipe.method.name,
-            "step": history.step,
-            "steps": history.total_steps,
-            "before": history.before.get("loss"),
-            "after": history.after.get("loss", history.curve[-1] if len(history.curve) > 1 else None),
-            "measures": history.measures,
+            "step": series.step,
+            "steps": series.total_steps,
+            "before": before.get("loss"),
+            "after": after.get("loss", series.curve[-1] if len(series.curve) > 1 else None),
+            "measures": {"before": before.get("measures", {}), "after": after.get("measures", {})},
         }
     except TunesmithError as error:
         return known | {"problem": str(error), "fields": known}
-    after = {key: interval["value"] for key, interval in history.measures.get("after", {}).items()}
-    before = {f"before.{key}": interval["value"] for key, interval in history.measures.get("before", {}).items()}
+    after = {key: one["value"] for key, one in found["measures"]["after"].items()}
+    before = {f"before.{key}": one["value"] for key, one in found["measures"]["before"].items()}
     plain = {key: found[key] for key in ("name", "state", "model", "task", "method", "step", "steps", "created")}
     return found | {"fields": {**flat(recipe.model_dump()), **before, "loss": found["after"], **after, **plain}}
 
@@ -210,7 +203,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["method"],
         f"{row['step']}/{row['steps']}",
         f"{loss(row['before'])} → {loss(row['after'])}",
-        headline_metric(row["measures"].get("before", {}), row["measures"].get("after", {})),
+        headline_metric(row["measures"]["before"], row["measures"]["after"]),
         age(time.time() - row["created"]),
     ]
 
@@ -220,34 +213,6 @@ def _model_name(model: Path) -> str:
     is_result = model.name in ("merged", "model") and (model.parent / "run.json").is_file()
     run = model.parents[2] if is_result and model.parent.parent.name == "snapshots" else model.parent
     return run.name if is_result else model.name
-
-
-def _draw(screen: Console, rows: list[dict[str, Any]]) -> None:
-    """As many columns as fit; below them why a run cannot be read."""
-    from rich.measure import Measurement
-
-    shown = list(COLUMNS)
-    anything = screen.options.update(width=100_000)
-    for name in DROPPED:
-        if Measurement.get(screen, anything, _table(rows, shown)).maximum <= screen.width:
-            break
-        shown.remove(name)
-    screen.print(_table(rows, shown))
-    for row in rows:
-        if "problem" in row:
-            screen.print(visible(f"{row['name']}: {row['problem']}"), soft_wrap=True)
-
-
-def _table(rows: list[dict[str, Any]], shown: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for name in shown:
-        table.add_column(name, justify="left" if name in COLUMNS[:5] else "right", no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        texts = [row["name"], row["state"], *[""] * 7] if "problem" in row else _cells(row)
-        cells = {name: Text(text) for name, text in zip(COLUMNS, texts, strict=True)}
-        cells["state"].stylize(COLOURS.get(row["state"], ""))
-        table.add_row(*(cells[name] for name in shown))
-    return table
 
 
 _CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|!=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
@@ -323,11 +288,11 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
         return
     screen = console()
     _head(screen, found)
-    history = RunHistory.of(found.events())
+    series = RunSeries.of(found.events())
     report = _report(found)
-    if history.plan:
-        _plan(screen, history, report)
-    _measures(screen, history, report)
+    if series.plan:
+        _plan(screen, series, report)
+    _measures(screen, series, report)
     _tail(screen, found)
 
 
@@ -345,9 +310,9 @@ def _head(screen: Console, run: Run) -> None:
     screen.print(f"{visible(str(run.path))}: {run.state()}, made {made}")
 
 
-def _plan(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
+def _plan(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
     """The plan; of a finished run with the time and memory it took instead of the forecast."""
-    plan = history.plan if report is None else {**history.plan, "forecast": None, "took": took(report)}
+    plan = series.plan if report is None else {**series.plan, "forecast": None, "took": took(report)}
     if screen.is_terminal:
         screen.print(plan_panel(plan))
         return
@@ -362,24 +327,19 @@ def took(report: Mapping[str, Any]) -> str:
     return f"{', '.join(spans)}; at most {size(report['peak_memory_bytes'])} of memory"
 
 
-def _measures(screen: Console, history: RunHistory, report: Mapping[str, Any] | None) -> None:
-    if history.losses:
-        first, last = history.losses[min(history.losses)], history.losses[max(history.losses)]
-        screen.print(
-            f"training loss {loss(first)} {sparkline(history.smoothed())} {loss(last)}, {plural(history.step, 'step')}"
-        )
-    if len(history.curve) > 1:
-        kept = history.report.get("kept", {}).get("step", history.step)
-        aside = "" if kept == history.step else f", kept: step {kept:,}"
-        screen.print(
-            f"held-out loss {loss(history.curve[0])} {sparkline(history.curve)} {loss(history.curve[-1])}{aside}"
-        )
-    if report is not None and report["metrics"]["after"] is not None:
-        screen.print(result(report))
-    if history.samples:
-        if len(history.samples) > MOST_ANSWERS:
-            screen.print(f"{MOST_ANSWERS} of {len(history.samples):,} answers; the report has all")
-        screen.print(answers_table(history.samples, width=min(screen.width, 120), most=MOST_ANSWERS))
+def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
+    if series.steps:
+        losses, curve = [step.loss for step in series.steps.values()], sparkline(series.smoothed())
+        screen.print(f"training loss {loss(losses[0])} {curve} {loss(losses[-1])}, {plural(series.step, 'step')}")
+    if len(series.curve) > 1:
+        kept = series.report.get("kept", {}).get("step", series.step)
+        aside = "" if kept == series.step else f", kept: step {kept:,}"
+        screen.print(f"held-out loss {loss(series.curve[0])} {sparkline(series.curve)} {loss(series.curve[-1])}{aside}")
+    print_result(screen, report or {})
+    if series.samples:
+        if len(series.samples) > MOST_ANSWERS:
+            screen.print(f"{MOST_ANSWERS} of {len(series.samples):,} answers; the report has all")
+        screen.print(answers_table(series.samples, width=min(screen.width, 120), most=MOST_ANSWERS))
 
 
 def _tail(screen: Console, run: Run) -> None:

@@ -2,109 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.evaluation.compare import answer_baseline, changes, row_baseline
-from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report.text import headline
 from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, sureness
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event, has_new_head
+from tunesmith.types import has_new_head
 
 MOST_LISTED = 40
 """Rows of each list that a report names; all are counted."""
 MOST_WORSE = 10
 RowsByKey = Mapping[tuple[str, int], RowResult]
 """Rows by hash, and how many with that hash came before."""
-
-
-class Step(NamedTuple):
-    """One update."""
-
-    step: int
-    loss: float
-    lr: float
-    tokens_per_second: float
-    peak_bytes: int
-
-
-@dataclass
-class RunSeries:
-    """The events of a run, gathered by kind. A resumed run starts and plans again: the later event counts."""
-
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    identity: Mapping[str, str] = field(default_factory=dict)
-    """Hashes of model, data and settings."""
-    steps: list[Step] = field(default_factory=list)
-    evaluations: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
-    """Step and values, in order."""
-    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Values of the "answers" events by their name."""
-    general: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, events: Iterable[Event]) -> RunSeries:
-        series = cls()
-        for event in events:
-            series._add(event)
-        return series
-
-    def _add(self, event: Event) -> None:
-        values, timing = event.values, event.timing
-        if event.kind == "start":
-            self.identity = values.get("identity", {})
-        elif event.kind == "plan":
-            self.plan = values
-        elif event.kind == "step":
-            speed, peak = timing["tokens_per_second"], timing["peak_bytes"]
-            self.steps.append(Step(event.step, values["loss"], values["lr"], speed, peak))
-        elif event.kind == "evaluation":
-            self.evaluations.append((event.step, values))
-        elif event.kind == "answers":
-            self.answers[values["name"]] = values
-        elif event.kind == "general":
-            self.general[values["name"]] = values
-        elif event.kind == "sample":
-            given = {key: values[key] for key in ("prompt", "reference", "source")}
-            sample = self.samples.setdefault(values["index"], given)
-            sample[values["name"]] = values["answer"]
-            sample[f"{values['name']}_stopped"] = values["stopped"]
-        elif event.kind == "note":
-            self.notes.append(values["text"])
-
-    def course(self, kept: int) -> list[tuple[int, Mapping[str, Any]]]:
-        """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where those
-        of step `kept` were put back, is left out."""
-        return list({s: values for s, values in self.evaluations if values["name"] != "after" or s == kept}.items())
-
-    def score(self, name: str) -> dict[str, Any] | None:
-        """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
-        of `general_tokens` behind them; None if nothing was held out."""
-        found = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
-        if found is None:
-            return None
-        measures, counts = measures_of(found), {}
-        if name in self.answers:
-            measures |= self.answers[name]["measures"]
-            counts["answers"] = self.answers[name]["num"]
-        if name in self.general:
-            measures["general_loss"] = {"value": self.general[name]["loss"]}
-            counts["general_tokens"] = self.general[name]["tokens"]
-        order = sorted(measures, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
-        rest = {key: value for key, value in found.items() if key != "name"}
-        return {**rest, **counts, "measures": {key: measures[key] for key in order}}
-
-
-def measures_of(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Every metric of an evaluation as {"value", "low", "high"}; the loss has no interval where none was made."""
-    return {"loss": {"value": evaluation["loss"]}, **evaluation.get("measures", {})}
 
 
 def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +36,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "steps": progress["step"],
         "seconds": {part: round(progress[f"{part}_seconds"], 3) for part in ("prepare", "train", "evaluate")},
         "tokens_per_second": round(progress["tokens"] / max(progress["train_seconds"], 1e-9), 2),
-        "peak_memory_bytes": max((step.peak_bytes for step in series.steps), default=0),
+        "peak_memory_bytes": series.peak_bytes,
         "best": progress["best"],
         "kept": kept,
         "held_out_curve": [

@@ -26,8 +26,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.report.build import RunSeries, measures_of
 from tunesmith.evaluation.report.text import headline_metrics, one_line, selected_step
+from tunesmith.evaluation.series import RunSeries, measures_of
 
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Placeholder colours, which the page replaces by its own, light or dark."""
@@ -102,8 +102,8 @@ def training_plots(series: RunSeries, report: Mapping[str, Any]) -> list[Plot]:
     """Loss, learning rate, speed and memory over the steps."""
     if not series.steps:
         return []
-    columns = (np.asarray(column, np.float64) for column in zip(*series.steps, strict=True))
-    steps_S, losses_S, rates_S, speeds_S, peaks_S = columns
+    columns = (np.asarray(column, np.float64) for column in zip(*series.steps.values(), strict=True))
+    steps_S, losses_S, rates_S, speeds_S, peaks_S, _ = columns
     rates, speeds, peaks = (thinned(steps_S, values_S) for values_S in (rates_S, speeds_S, peaks_S / 2**30))
     return [
         _loss(series, steps_S, losses_S, selected_step(report)),

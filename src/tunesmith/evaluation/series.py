@@ -1,0 +1,146 @@
+"""The events of a run, gathered by kind: what displays, `runs`, `show` and reports draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from tunesmith.evaluation.metrics import METRICS
+from tunesmith.types import Event, has_new_head
+
+RECENT_STEPS = 20
+"""Newest steps, from which the time left is estimated."""
+
+
+class Step(NamedTuple):
+    """One update."""
+
+    step: int
+    loss: float
+    lr: float
+    tokens_per_second: float
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass
+class RunSeries:
+    """A run after its events so far. One that is resumed repeats some of them: the later event counts."""
+
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of model, data and settings."""
+    started: bool = False
+    step: int = 0
+    """The newest."""
+    steps: dict[int, Step] = field(default_factory=dict)
+    evaluations: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
+    """Step and values, in order."""
+    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Values of the "answers" events by their name."""
+    general: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> RunSeries:
+        series = cls()
+        for event in events:
+            series.add(event)
+        return series
+
+    def add(self, event: Event) -> None:
+        values, timing = event.values, event.timing
+        if event.kind in ("start", "resume"):
+            self.started, self.step = True, event.step
+            self.identity = values.get("identity", self.identity)
+        elif event.kind == "plan":
+            # A forecast does not repeat bit for bit: it depends on the memory that is free at the moment.
+            self.plan = {**values, "forecast": timing.get("forecast")}
+        elif event.kind == "step":
+            self.step = event.step
+            speed, peak = timing.get("tokens_per_second", 0.0), timing.get("peak_bytes", 0)
+            seconds = timing.get("seconds", 0.0)
+            self.steps[event.step] = Step(event.step, values["loss"], values["lr"], speed, peak, seconds)
+        elif event.kind == "evaluation":
+            self.evaluations.append((event.step, values))
+        elif event.kind == "answers":
+            self.answers[values["name"]] = values
+        elif event.kind == "general":
+            self.general[values["name"]] = values
+        elif event.kind == "sample":
+            given = {key: values.get(key, "") for key in ("prompt", "reference", "source")}
+            sample = self.samples.setdefault(values["index"], given)
+            sample[values["name"]] = values["answer"]
+            sample[f"{values['name']}_stopped"] = values.get("stopped", True)
+        elif event.kind == "note":
+            self.notes.append(values["text"])
+        elif event.kind == "end":
+            self.report = values.get("report", {})
+
+    @property
+    def has_new_head(self) -> bool:
+        return has_new_head(self.plan)
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.plan.get("steps", 0))
+
+    @property
+    def peak_bytes(self) -> int:
+        return max((step.peak_bytes for step in self.steps.values()), default=0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds of training left, by the mean of the newest steps; None before the first."""
+        recent = [step.seconds for step in islice(reversed(self.steps.values()), RECENT_STEPS)]
+        if not recent or not self.total_steps:
+            return None
+        return sum(recent) / len(recent) * (self.total_steps - self.step)
+
+    def course(self, kept: int | None = None) -> list[tuple[int, Mapping[str, Any]]]:
+        """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where those
+        of step `kept` were put back, is left out. `kept` None: not known; a step's own evaluation counts."""
+        found: dict[int, Mapping[str, Any]] = {}
+        for step, values in self.evaluations:
+            if values["name"] != "after" or (step == kept if kept is not None else step not in found):
+                found[step] = values
+        return list(found.items())
+
+    @property
+    def curve(self) -> list[float]:
+        """Held-out losses in the order of their steps."""
+        kept = self.report.get("kept", {}).get("step")
+        return [values["loss"] for _, values in sorted(self.course(kept), key=lambda pair: pair[0])]
+
+    def smoothed(self, width: int = 24) -> list[float]:
+        """Training losses as `width` means of equal parts, for a curve of few characters."""
+        losses = [step.loss for step in self.steps.values()]
+        part_size = max(1, -(-len(losses) // width))
+        parts = [losses[i : i + part_size] for i in range(0, len(losses), part_size)]
+        return [sum(part) / len(part) for part in parts]
+
+    def score(self, name: str) -> dict[str, Any] | None:
+        """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
+        of `general_tokens` behind them; None if nothing was held out, or of the "before" of a new head."""
+        found = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
+        if found is None or (name == "before" and self.has_new_head):
+            return None
+        measures, counts = measures_of(found), {}
+        if name in self.answers:
+            measures |= self.answers[name]["measures"]
+            counts["answers"] = self.answers[name]["num"]
+        if name in self.general:
+            measures["general_loss"] = {"value": self.general[name]["loss"]}
+            counts["general_tokens"] = self.general[name]["tokens"]
+        order = sorted(measures, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
+        rest = {key: value for key, value in found.items() if key != "name"}
+        return {**rest, **counts, "measures": {key: measures[key] for key in order}}
+
+
+def measures_of(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Every metric of an evaluation as {"value", "low", "high"}; the loss has no interval where none was made."""
+    return {"loss": {"value": evaluation["loss"]}, **evaluation.get("measures", {})}
