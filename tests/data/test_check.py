@@ -292,8 +292,6 @@ def test_tokens_are_counted_as_the_renderer_counts_them(tmp_path: Path):
     stats = report.tokens["train"]
     assert (stats.rows, stats.tokens, stats.longest) == (3, sum(lengths), max(lengths))
     assert stats.trained == sum(int(row.trained[1:].sum()) for row in encoded)
-    assert sum(stats.counts) == 3
-    assert stats.edges[-2] <= stats.longest < stats.edges[-1]
 
 
 def test_first_rows_are_shown_as_the_model_sees_them(tmp_path: Path):
@@ -356,8 +354,6 @@ def test_spans_join_to_the_text_of_the_row():
 
 def test_statistics_of_lengths():
     stats = token_stats(np.array([1, 31, 32, 63, 64, 1000], np.int32), np.array([1, 2, 3, 4, 5, 6], np.int32))
-    assert stats.edges == (0, 32, 64, 128, 256, 512, 1024)
-    assert stats.counts == (2, 2, 1, 0, 0, 1)
     assert (stats.shortest, stats.median, stats.p95, stats.longest) == (1, 63, 1000, 1000)
     assert (stats.tokens, stats.trained) == (1191, 21)
 

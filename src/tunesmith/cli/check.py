@@ -35,7 +35,7 @@ from tunesmith.cli.options import (
     refuse_unreadable,
     to_overrides,
 )
-from tunesmith.cli.render import ACCENT, MUTED, percent, plan_panel, sample_row, visible
+from tunesmith.cli.render import label_counts, percent, plan_panel, sample_row, visible
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
@@ -122,12 +122,6 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     return make_renderer(decided, tokenizer, kind)
 
 
-BAR = 32
-"""Width of the longest bar of the histogram."""
-MOST_CLASSES = 30
-"""Classes drawn one by one."""
-
-
 def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
     """Problems first, then files, tokens and a first row, then the verdict."""
     screen = console()
@@ -149,7 +143,9 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
         _say(screen, f"mix, before rows are held out: {mix_text(mix)}")
     for side, stats in report.tokens.items():
         _tokens(screen, side, stats)
-    _labels(screen, report)
+    if report.labels:
+        words = {"one": "one a row", "many": "any number a row", "tags": "a tag for each word"}
+        _say(screen, f"labels: {label_counts(dict(report.labels))}; {words[str(report.label_kind)]}")
     for spans in report.first_rows[:1]:
         screen.print("", sample_row(spans, in_color=screen.color_system is not None), "", sep="\n")
     if any(file.usable for file in report.files):
@@ -175,23 +171,6 @@ def _verdict(screen: Console, report: CheckReport) -> None:
     screen.print(Text(text, style="bold yellow"))
 
 
-def _labels(screen: Console, report: CheckReport) -> None:
-    """Classes with a bar each, the most frequent ones where there are many."""
-    if not report.labels:
-        return
-    words = {"one": "one class a row", "many": "any number of classes a row", "tags": "a tag for each word"}
-    _say(screen, f"labels: {len(report.labels):,} classes, {words[str(report.label_kind)]}")
-    most = max(number for _, number in report.labels)
-    listed = report.labels
-    if len(listed) > MOST_CLASSES:
-        listed = tuple(sorted(listed, key=lambda label: -label[1])[:MOST_CLASSES])
-    for name, number in listed:
-        shown = visible(name if len(name) <= 18 else f"{name[:17]}…")
-        _bar(screen, f"{shown:>18} ", number, most)
-    if len(listed) < len(report.labels):
-        _say(screen, f"and {len(report.labels) - len(listed):,} rarer ones")
-
-
 def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
     share = percent(stats.trained / stats.tokens)
     _say(
@@ -199,14 +178,6 @@ def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
         f"{side}: {stats.tokens:,} tokens, {stats.trained:,} of them trained ({share}); a row has {stats.shortest:,} "
         f"to {stats.longest:,}, half have {stats.median:,} or less, 95 % have {stats.p95:,} or less",
     )
-    most = max(stats.counts)
-    for start, end, number in zip(stats.edges, stats.edges[1:], stats.counts, strict=False):
-        _bar(screen, f"{start:>8,}–{end - 1:<8,}", number, most)
-
-
-def _bar(screen: Console, label: str, number: int, most: int) -> None:
-    bar = "█" * max(round(number / most * BAR), 1 if number else 0)
-    screen.print(Text.assemble((label, MUTED), (f"{bar:<{BAR}}", ACCENT), f" {number:,}"))
 
 
 def _say(screen: Console, text: str) -> None:

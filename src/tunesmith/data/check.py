@@ -1,6 +1,6 @@
 """Everything that is wrong with the data, at once: a dry run of encoding, with statistics."""
 
-# I rows, K bins
+# I rows
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ Span = tuple[str, bool]
 FIRST_ROWS = 3
 PAIRS_LISTED = 20
 """Repeated rows listed one by one; all are counted."""
-FIRST_BIN = 32
-"""Tokens that the first bin of the length histogram holds; each further bin is twice as wide."""
 LABELLED: tuple[Shape, ...] = ("text_label", "tokens_tags")
 KEPT = ["file", "line", "hash", "input", "length", "targets", "labels"]
 """Columns of rows that are kept: about 50 bytes a row."""
@@ -97,9 +95,6 @@ class TokenStats:
     median: int
     p95: int
     longest: int
-    edges: tuple[int, ...]
-    """K + 1 edges: bin k counts lengths from edges[k] to edges[k + 1] - 1."""
-    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,11 +422,6 @@ class _Check:
 
 def token_stats(lengths_I: NDArray[np.int32], targets_I: NDArray[np.int32]) -> TokenStats:
     """Statistics of at least one row."""
-    longest = int(lengths_I.max())
-    edges = [0, FIRST_BIN]
-    while edges[-1] <= longest:
-        edges.append(2 * edges[-1])
-    counts_K, _ = np.histogram(lengths_I, edges)
     median, p95 = np.percentile(lengths_I, [50, 95], method="higher")
     return TokenStats(
         rows=len(lengths_I),
@@ -440,9 +430,7 @@ def token_stats(lengths_I: NDArray[np.int32], targets_I: NDArray[np.int32]) -> T
         shortest=int(lengths_I.min()),
         median=int(median),
         p95=int(p95),
-        longest=longest,
-        edges=tuple(edges),
-        counts=tuple(map(int, counts_K)),
+        longest=int(lengths_I.max()),
     )
 
 
