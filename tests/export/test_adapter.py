@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from export.exports import card_head, finished, quick
 from tunesmith.errors import RunError
-from tunesmith.export.adapter import ADAPTER, compatibility, not_for_vllm
+from tunesmith.export.adapter import ADAPTER, servers
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result
 from tunesmith.models.resolve_model import ModelRef
@@ -81,33 +81,19 @@ def test_a_full_run_has_no_adapter(tmp_path: Path) -> None:
         exported("full", tmp_path)
 
 
-def lines(name: str, **config: Any) -> dict[str, str]:
-    source = open_result(finished(name), offline=True)
-    whole = {
-        "peft_type": "LORA",
-        "r": 4,
-        "target_modules": ["q_proj"],
-        "base_model_name_or_path": "owner/base",
-        **config,
-    }
-    return dict(line.split(": ", 1) for line in compatibility(source, whole))
+def loads_in(name: str, **config: Any) -> str:
+    usual = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "owner/base"}
+    return servers(open_result(finished(name), offline=True), {**usual, **config})
 
 
-def test_where_it_loads_is_known_before_it_is_tried() -> None:
-    assert "--max-lora-rank 8 --lora-modules" in lines("chat")["vLLM"]
-    assert "--max-lora-rank 320" in lines("chat", r=257)["vLLM"]
-    assert "its rank is 600, and vLLM takes 512 at most. Export merged" in lines("chat", r=600)["vLLM"]
-    assert lines("chat", modules_to_save=["lm_head"])["vLLM"].startswith("no: it brings lm_head whole")
-    assert lines("chat", target_modules=["embed_tokens"])["llama.cpp"].startswith("no: it adapts embed_tokens")
-    assert lines("chat", target_modules="model.*_proj") == lines("chat")  # an expression
-    assert "convert_lora_to_gguf.py" in lines("chat", use_rslora=True)["llama.cpp"]
-    assert lines("chat", use_dora=True)["vLLM"].startswith("no: it rescales rows of weights (DoRA)")
-    assert lines("classify-encoder")["llama.cpp"].startswith("no: it is tuned for the task classify")
-    assert lines("chat", trainable_token_indices=[7])["vLLM"].startswith("no: it brings rows of the embedding")
-
-
-def test_an_adapter_of_a_gguf_is_for_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_result(finished("full"), offline=True)
+def test_where_it_loads_is_known_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "`vllm serve owner/base --enable-lora --max-lora-rank 8 --lora-modules tuned=PATH`" in loads_in("chat")
+    assert "--max-lora-rank 320" in loads_in("chat", r=257, use_rslora=True)
+    more: list[dict[str, Any]] = [
+        {"r": 600}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"trainable_token_indices": [7]},
+        {"peft_type": "IA3"}, {"bias": "all"},
+    ]  # fmt: skip
+    said = {loads_in("chat", **one) for one in more} | {loads_in("classify-encoder")}
+    assert said == {"Loads in peft. For vLLM export merged, for llama.cpp gguf."}
     monkeypatch.setattr(ModelRef, "is_gguf", property(lambda self: True))
-    why = not_for_vllm(source, {"peft_type": "LORA", "r": 4, "target_modules": []})
-    assert why == "its base is a GGUF file, and vLLM loads adapters on model folders"
+    assert loads_in("chat") in said, "vLLM reads adapters on folders"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.hub import base_id
 from tunesmith.export.run_result import RunResult, auto_class, read_config
 from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, TorchModel, run_dtype
@@ -112,67 +111,23 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, 
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
         f'{resize}model = PeftModel.from_pretrained(base, "PATH")'
     )
-    lines = "\n".join(f"- {line}" for line in compatibility(result, read_config(folder)))
-    return {"library": "peft", "relation": "adapter", "use": [("python", code)], "servers": f"Loads in:\n\n{lines}"}
+    use = [("python", code)]
+    return {"library": "peft", "relation": "adapter", "use": use, "servers": servers(result, read_config(folder))}
 
 
-def compatibility(result: RunResult, config: Mapping[str, Any]) -> list[str]:
-    """A line for each of peft, vLLM and llama.cpp: whether the adapter loads there, and how."""
-    whole = ", ".join(config.get("modules_to_save") or ())
-    if why := not_for_vllm(result, config):
-        vllm = f"no: {why}. Export merged and serve that."
-    else:
-        vllm = (
-            f"yes: `vllm serve {config['base_model_name_or_path']} --enable-lora --max-lora-rank {vllm_rank(config)} "
-            "--lora-modules tuned=PATH`."
-        )
-    if why := more_than_low_rank(result, config):
-        cpp = f"no: {why}. Export merged or gguf."
-    elif result.config.model_type not in ARCHITECTURES:
-        cpp = f"not known for a {result.config.model_type}. Export merged, and convert that."
-    else:
-        cpp = "by its convert_lora_to_gguf.py on this folder; or export gguf, with the adapter merged."
-    return [f"peft: yes{f'; it brings {whole} whole' if whole else ''}.", f"vLLM: {vllm}", f"llama.cpp: {cpp}"]
-
-
-def vllm_rank(config: Mapping[str, Any]) -> int | None:
-    """The smallest --max-lora-rank that fits an adapter; None if it is larger than all."""
-    return next((rank for rank in VLLM_RANKS if rank >= int(config["r"])), None)
-
-
-def not_for_vllm(result: RunResult, config: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot load an adapter on its base; None if it can."""
-    if config["peft_type"] == "LORA":
-        if result.base.is_gguf:
-            return "its base is a GGUF file, and vLLM loads adapters on model folders"
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            return "its rank or alpha differs from layer to layer, and vLLM reads one for all"
-        if vllm_rank(config) is None:
-            return f"its rank is {config['r']}, and vLLM takes {VLLM_RANKS[-1]} at most"
-    return more_than_low_rank(result, config)
-
-
-def more_than_low_rank(result: RunResult, config: Mapping[str, Any]) -> str | None:
-    """The part of an adapter that is no low-rank path of a decoder-only model, in words; None if there is none."""
-    whole = ", ".join(config.get("modules_to_save") or ())
-    unread = {
-        f"it is {config['peft_type']}, which only peft reads": config["peft_type"] != "LORA",
-        "it rescales rows of weights (DoRA), which is not computed there": config.get("use_dora"),
-        "it brings rows of the embedding (trainable_token_indices), which are not read there": config.get(
-            "trainable_token_indices"
-        ),
-        f"it brings {whole} whole (modules_to_save), which is not read there": whole,
-        "it brings biases, which are not read there": config.get("bias", "none") != "none",
-        f"it is tuned for the task {result.recipe.task} on an {result.kind.replace('_', '–')} model": (
-            result.head != "next_token" or result.kind != "causal"
-        ),
-    }
-    if why := next((why for why, is_so in unread.items() if is_so), None):
-        return why
-    targets = config.get("target_modules") or []
-    names = result.adapted if isinstance(targets, str) else targets  # a string is an expression
-    touched = [name for name in names if name.rpartition(".")[2] in _EMBEDDINGS]
-    return f"it adapts {', '.join(touched)}" if touched else None
+def servers(result: RunResult, config: Mapping[str, Any]) -> str:
+    """Where the adapter loads: besides peft, programs read low-rank paths of decoder-only models and nothing more."""
+    rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
+    more = ("use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern")
+    is_low_rank = config["peft_type"] == "LORA" and not any(config.get(key) for key in more)
+    is_low_rank = is_low_rank and config.get("bias", "none") == "none"
+    on_embeddings = any(name.rpartition(".")[2] in _EMBEDDINGS for name in result.adapted)
+    writes = result.head == "next_token" and result.kind == "causal"
+    if rank is None or not is_low_rank or on_embeddings or not writes or result.base.is_gguf:
+        return "Loads in peft. For vLLM export merged, for llama.cpp gguf."
+    vllm = f"vllm serve {config['base_model_name_or_path']} --enable-lora --max-lora-rank {rank}"
+    vllm += " --lora-modules tuned=PATH"
+    return f"Loads in peft, in llama.cpp after its convert_lora_to_gguf.py, and in vLLM: `{vllm}`"
 
 
 ADAPTER = ExportTarget(
