@@ -12,11 +12,11 @@ from typing import Any
 from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError, StorageError
 from tunesmith.export import verify
-from tunesmith.export.hub import CHECK_FILE, comparison_section, in_brief, write_card
+from tunesmith.export.hub import CHECK_FILE, comparison_section, write_card
 from tunesmith.export.run_result import RunResult, open_result
 from tunesmith.export.target import ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.targets import check, check_options, default_folder, parse_export
-from tunesmith.export.verify import ExportComparison, Outputs, TunedOutputs
+from tunesmith.export.verify import ExportComparison, TunedOutputs
 from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
@@ -53,8 +53,6 @@ class Exported:
     rows: str
     """Description of the rows it was compared on."""
     notes: Sequence[str]
-    in_llama_cpp: ExportComparison | None = None
-    """The comparison of llama.cpp; None if it is not installed, or does not read the target."""
 
 
 def export_run(
@@ -85,7 +83,7 @@ def export_run(
     result = open_result(run, offline=offline)
     notes = [*filter(None, [result.unchecked]), *check(result, target, options)]
     _clean_up(out)
-    _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result, chosen) if proof else 0))
+    _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result) if proof else 0))
     holder = temporary_folder(out.parent, out.name)
     try:
         with being_written(holder):
@@ -127,35 +125,20 @@ def _verified(
     seen: TunedOutputs, work: Path,
 ) -> Exported:  # fmt: skip
     """The export with the numbers of its check. Raises ExportError past the tolerances."""
-    name, finer = f"{result.run.path.name} to {target.name}", target.finer(options)
     exported = verify.exported_outputs(result, target, done.path, rows, work=work)
-    found = judge(result, seen, exported, allowed=done.allowed, name=name, finer=finer)
+    found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
+    if problems := found.problems(done.allowed):
+        finer = target.finer(options) if found.same_ids else ""
+        way_out = f" If rounding is the cause, {finer} has less of it." if finer else ""
+        name = f"{result.run.path.name} to {target.name}"
+        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     notes = [*done.notes]
-    done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described)
-    theirs = verify.llama_cpp_outputs(result, target, done.path, rows, work=work / "llama.cpp")
-    if theirs is not None:
-        where = f"{name}, in {theirs.loaded_by}"
-        other = judge(result, seen, theirs, allowed=done.allowed, name=where, finer=finer)
-        notes.append(f"the same in {theirs.loaded_by}: {in_brief(other)}")
-        done = replace(done, in_llama_cpp=other)
     if seen.base is not None and found.carried is None:
         notes.append("the adapter changes nothing on these rows")
     if seen.quantized_loss is not None and found.loss_exported is not None:
         change = f"held-out loss {found.loss_exported - seen.quantized_loss:+.4f}"
         notes.append(f"trained on its base in {result.quant}, exported on the original base: {change}")
-    return replace(done, notes=notes)
-
-
-def judge(
-    result: RunResult, seen: TunedOutputs, exported: Outputs, *, allowed: Tolerances, name: str, finer: str
-) -> ExportComparison:
-    """Compare an export with the tuned model. Raises ExportError past the tolerances. `finer`: the option that rounds
-    less."""
-    found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
-    if problems := found.problems(allowed):
-        way_out = f" If rounding is the cause, {finer} has less of it." if found.same_ids and finer else ""
-        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
-    return found
+    return replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
 
 
 def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported) -> None:
@@ -169,7 +152,7 @@ def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, d
         "loaded_by": done.loaded_by, "bounds": asdict(done.allowed),
     }  # fmt: skip
     facts |= {} if done.found is None else asdict(done.found)
-    facts |= {"notes": list(done.notes), "llama_cpp": done.in_llama_cpp and asdict(done.in_llama_cpp)}
+    facts |= {"notes": list(done.notes)}
     (done.path / CHECK_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
 
 

@@ -1,7 +1,4 @@
-"""`gguf`: one file for llama.cpp and programs built on it, with tokenizer and chat template.
-
-The file is read back by transformers, and by llama.cpp where that is installed.
-"""
+"""`gguf`: one file for llama.cpp and programs built on it, with tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -324,6 +321,5 @@ GGUF = ExportTarget(
     card=_card,
     reads=("quant",),
     quants=tuple(QUANT_TYPES),
-    in_llama_cpp=True,
     finer=finer,
 )

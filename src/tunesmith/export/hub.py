@@ -179,16 +179,6 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
     return lines
 
 
-def in_brief(found: ExportComparison) -> str:
-    """The check in one line."""
-    carried = "" if found.carried is None else f", {found.carried:.1%} of the tuning effect"
-    answers = f", same greedy answer {found.same_answers} of {found.answers}" if found.answers else ""
-    return (
-        f"the same tokens, {found.measure} {found.kl:.2g}{_unit(found)} (max {found.kl_max:.2g}), same first choice "
-        f"{found.top1:.1%}{carried}{answers}"
-    )
-
-
 def _unit(found: ExportComparison) -> str:
     return " nats" if found.measure == "KL divergence" else ""
 
@@ -268,13 +258,5 @@ def _files(folder: Path, name: str) -> Iterator[tuple[str, Path | io.BytesIO]]:
 
 def _explained(name: str, error: BaseException) -> ExportError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    ways_out = {
-        401: "Log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
-        403: "Use a token that may write there, or a name of your own.",
-        409: "Somebody else wrote at the same time: try again.",
-        413: "It is larger than the hub takes.",
-        429: "The hub asks to wait: try again later.",
-    }
-    missing = "Log in with `hf auth login`, or set HF_TOKEN." if "token" in text.lower() else "Check the connection."
-    return ExportError(f"{name}: the hub did not take it: {text}. {ways_out.get(status or 0, missing)}")
+    way = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there; and check the connection."
+    return ExportError(f"{name}: the hub did not take it: {text}. {way}")

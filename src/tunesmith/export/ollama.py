@@ -186,6 +186,5 @@ OLLAMA = ExportTarget(
     card=_card,
     reads=GGUF.reads,
     quants=GGUF.quants,
-    in_llama_cpp=True,
     finer=GGUF.finer,
 )

@@ -113,10 +113,6 @@ class ExportedModel:
         backend = self.tokenizer.backend_tokenizer
         return [list(one.ids) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def retokenize(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Token ids that the loading library makes of the text of prompts."""
-        return [list(prompt) for prompt in prompts]
-
 
 @dataclass(frozen=True)
 class TorchModel(ExportedModel):
@@ -177,7 +173,5 @@ class ExportTarget:
     """Names of the options that it reads besides the license."""
     quants: tuple[str, ...] = ()
     """Values of --quant."""
-    in_llama_cpp: bool = False
-    """Whether llama.cpp loads it too."""
     finer: Callable[[ExportOptions], str] = lambda options: ""
     """The option that rounds less; empty where nothing does."""

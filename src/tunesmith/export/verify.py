@@ -42,7 +42,7 @@ from tunesmith.inference.load import LoadedModel, load_base, load_run, make_rend
 from tunesmith.models.size import model_size
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.schema import Base
-from tunesmith.runs.atomic import from_json, storing
+from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Part, Row, Source, TaskName
@@ -162,7 +162,7 @@ def compute(
         limit = PromptLimit(longest, cut_to=longest)
         samples = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=ANSWER_TOKENS)
         prompts = [list(prompt.ids) for prompt in samples]
-        outputs.prompts.extend(model.retokenize(prompts))
+        outputs.prompts.extend(prompts)
         outputs.answers.extend(model.answers(renderer, prompts, num_tokens=ANSWER_TOKENS))
     return outputs
 
@@ -382,35 +382,15 @@ def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, *, answers:
     return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked, answers=answers)
 
 
+def disk_space(result: RunResult) -> int:
+    """Upper estimate of the bytes on disk that the outputs of the check take."""
+    return MAX_ROWS * POSITIONS * model_size(result.weights).vocab_size * 4
+
+
 def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path) -> Outputs:
     """The outputs of an export in a new process. `work`: an empty folder. Raises ExportError if it cannot be loaded."""
-    return _run_job(result, folder, rows, work, load=target.name)
-
-
-def llama_cpp_outputs(
-    result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path
-) -> Outputs | None:
-    """The outputs of an export in llama.cpp; None if that is not installed, or cannot load the target."""
-    if not _checks_in_llama_cpp(target):
-        return None
-    with storing(work):
-        work.mkdir()
-    return _run_job(result, folder, rows, work, load=None)
-
-
-def _checks_in_llama_cpp(target: ExportTarget) -> bool:
-    return llama_cpp.is_installed() and target.in_llama_cpp
-
-
-def disk_space(result: RunResult, target: ExportTarget) -> int:
-    """Upper estimate of the bytes on disk that the outputs of the check take."""
-    outputs = MAX_ROWS * POSITIONS * model_size(result.weights).vocab_size * 4
-    return outputs * (2 if _checks_in_llama_cpp(target) else 1)
-
-
-def _run_job(result: RunResult, folder: Path, rows: CheckRows, work: Path, **job: str | None) -> Outputs:
     facts = {
-        **job, "exported": str(folder.resolve()), "recipe": str(result.run.recipe_path.resolve()),
+        "target": target.name, "exported": str(folder.resolve()), "recipe": str(result.run.recipe_path.resolve()),
         "model": result.recipe.place, "examples": [asdict(example) for example in rows.examples],
     }  # fmt: skip
     path = work / "job.json"
@@ -431,11 +411,7 @@ def do_job(path: Path) -> None:
     recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
-    folder = Path(job["exported"])
-    if job["load"] is None:
-        model: ExportedModel = llama_cpp.load_in_llama_cpp(folder, recipe)
-    else:
-        model = TARGETS[job["load"]].load(folder, recipe)
+    model = TARGETS[job["target"]].load(Path(job["exported"]), recipe)
     renderer = make_renderer(recipe, model.tokenizer, model.kind)
     rows = [_example(values) for values in job["examples"]]
     outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked)
