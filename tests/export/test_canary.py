@@ -7,8 +7,9 @@ import pytest
 
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
+from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.export.export_run import export_run
-from tunesmith.export.target import ExportedModel, ExportOptions
+from tunesmith.export.target import ExportedModel, ExportOptions, TorchModel
 from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import make_renderer
 from tunesmith.runs.folder import Run
@@ -58,5 +59,6 @@ def survived(run: Run, folder: Path) -> dict[str, float]:
 
 
 def said(run: Run, loaded: ExportedModel) -> str:
+    assert isinstance(loaded, TorchModel)
     renderer = make_renderer(run.recipe(), loaded.tokenizer, "causal")
-    return loaded.answers(renderer, [renderer.prompt_ids(QUESTION)], num_tokens=24)[0]
+    return generate(loaded.model, renderer, [renderer.prompt_ids(QUESTION)], Sampling(max_new_tokens=24))[0].text

@@ -47,7 +47,6 @@ def test_every_architecture_is_read_back_as_what_was_tuned(
     done = written(of_architecture(arch), tmp_path)
     assert done.found.same_ids
     assert done.found.kl < 1e-6  # measured 1e-9 to 7e-9 in F16; the rule of this trap is 1e-3
-    assert done.found.top1 >= 0.95
     assert done.found.carried == pytest.approx(1.0, abs=2e-3)
     assert_nothing_is_lost(done, of_architecture(arch))
 

@@ -47,7 +47,6 @@ def test_every_head_is_merged_and_proven(name: str, tmp_path: Path, monkeypatch:
     done = exported(name, tmp_path)
     assert done.found.same_ids
     assert done.found.kl < 1e-9  # float32 on both sides: only the order of additions differs
-    assert done.found.top1 == 1.0
     assert done.found.rows == 2 if name == "chat" else done.found.rows >= 5
     if name != "full":
         assert done.found.carried == pytest.approx(1.0, abs=1e-4)

@@ -41,9 +41,7 @@ def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeyp
     assert done.loaded_by == f"onnxruntime {onnxruntime.__version__}"
     assert done.found.same_ids
     assert done.found.kl < 1e-9  # float32 on both sides, added up in another order: 1e-15 to 1e-12 were measured
-    assert done.found.top1 == 1.0
     assert done.found.carried == pytest.approx(1.0, abs=1e-4)
-    assert done.found.same_answers == done.found.answers == (0 if arch in ENCODERS else 6)
 
 
 @pytest.mark.parametrize("name", ["full", "tag-encoder", "text-encoder", "classify-causal"])

@@ -162,25 +162,18 @@ def comparison_section(found: ExportComparison | None, allowed: Tolerances, load
 
 def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple[str, str, str]]:
     """Each number of the check, its value, and what is allowed."""
-    value = f"{found.kl:.2g} ({found.kl_max:.2g}){_unit(found)}"
+    unit = " nats" if found.measure == "KL divergence" else ""
+    value = f"{found.kl:.2g} ({found.kl_max:.2g}){unit}"
     lines = [
         ("tokens of rows and prompts", "identical" if found.same_ids else "different", "must be identical"),
         (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"allowed {allowed.kl:g}"),
-        ("same first choice", f"{found.top1:.1%}", "shown only"),
     ]
-    if found.carried is not None and found.error_to_effect is not None:
+    if found.carried is not None:
         lines.append(("share of the tuning effect", f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"))
-        lines.append(("error relative to the tuning effect", f"{found.error_to_effect:.2%}", "shown only"))
     if found.loss_tuned is not None and found.loss_exported is not None:
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"
         lines.append(("held-out loss, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))
-    if found.answers:
-        lines.append(("same greedy answer", f"{found.same_answers} of {found.answers}", "shown only"))
     return lines
-
-
-def _unit(found: ExportComparison) -> str:
-    return " nats" if found.measure == "KL divergence" else ""
 
 
 def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -149,17 +148,10 @@ class OnnxModel(ExportedModel):
 
     def logits(self, batch: Batch) -> Tensor:
         inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "token_type_ids": batch.types_BT}
-        found = self._run({name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None})
-        return found if self.head == "sequence" else found.flatten(0, 1)[batch.predict_N]
-
-    def next_logits(self, ids: list[int]) -> Tensor:
-        ids_1T = np.array([ids], np.int64)
-        return self._run({"input_ids": ids_1T, "attention_mask": np.ones_like(ids_1T)})[0, -1]
-
-    def _run(self, inputs: dict[str, Any]) -> Tensor:
         known = {one.name for one in self.session.get_inputs()}
-        (logits,) = self.session.run(["logits"], {name: array for name, array in inputs.items() if name in known})
-        return torch.from_numpy(logits)
+        found = {name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None and name in known}
+        logits = torch.from_numpy(self.session.run(["logits"], found)[0])
+        return logits if self.head == "sequence" else logits.flatten(0, 1)[batch.predict_N]
 
 
 def load_onnx(folder: Path, recipe: Recipe) -> OnnxModel:

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.data.renderer import Renderer
-from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate, read_answer
 from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
 from tunesmith.models.modes import eval_mode
@@ -68,7 +66,7 @@ FOUR_BITS = Tolerances(kl=0.5, loss=0.2, carried=0.3)
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A loaded model as the check queries it. Subclasses compute `logits` and `next_logits`."""
+    """A loaded model as the check queries it. Subclasses compute `logits`."""
 
     tokenizer: PreTrainedTokenizerBase
     kind: ModelKind
@@ -93,20 +91,6 @@ class ExportedModel:
     def logits(self, batch: Batch) -> Tensor:
         """Logits [N, V] float32 on the CPU at the targets of a batch of one padded row."""
         raise NotImplementedError
-
-    def next_logits(self, ids: list[int]) -> Tensor:
-        """Logits [V] of the token after `ids`."""
-        raise NotImplementedError
-
-    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
-        """Greedy answers, each at most `num_tokens` long."""
-        texts = []
-        for prompt in prompts:
-            ids: list[int] = []
-            while len(ids) < num_tokens and not (ids and ids[-1] in renderer.stop_ids):
-                ids.append(int(torch.argmax(self.next_logits([*prompt, *ids]))))
-            texts.append(read_answer(renderer, prompt, ids).text)
-        return texts
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, without special tokens."""
@@ -139,11 +123,6 @@ class TorchModel(ExportedModel):
             if self.head == "vector":
                 return hidden_states(self.model, batch)[batch.predict_N].float().cpu()
             return forward(self.model, batch).float().cpu()
-
-    def answers(self, renderer: Renderer, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> list[str]:
-        sampling, size = Sampling(max_new_tokens=num_tokens), ANSWER_BATCH
-        parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-        return [given.text for part in parts for given in generate(self.model, renderer, part, sampling)]
 
 
 def run_dtype(recipe: Recipe) -> torch.dtype:

@@ -53,7 +53,6 @@ MAX_TOKENS = 8192
 """Tokens of all rows together; the first row is always used."""
 POSITIONS = 8
 """Targets of a row whose logits are compared, evenly spaced; losses are of all targets."""
-ANSWER_TOKENS = 16
 STANDARD_ERRORS = 2.0
 """Standard errors by which a held-out loss may exceed its tolerance."""
 
@@ -70,7 +69,6 @@ class Outputs:
     """Loss of each row, summed over its targets; empty if rows have no answers."""
     counts: list[int] = field(default_factory=list)
     """Targets of each row."""
-    answers: list[str] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
     """Tokens of fixed texts."""
     loaded_by: str = ""
@@ -138,10 +136,9 @@ def _fixed_row(task: TaskName, text: str, question: str, place: Source) -> Examp
 
 
 def compute(
-    model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float,
-    answers: bool = True,
-) -> Outputs:  # fmt: skip
-    """The outputs of a model. `masked`: share of masked tokens; `answers` False leaves out prompts and answers."""
+    model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float
+) -> Outputs:
+    """The outputs of a model. `masked`: share of masked tokens."""
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked)
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
@@ -157,13 +154,11 @@ def compute(
             outputs.counts.append(batch.num_targets)
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
         outputs.logits.append(logits_NV[kept].numpy())
-    if renderer.stop_ids and model.head == "next_token" and answers:
+    if renderer.stop_ids and model.head == "next_token":
         longest = renderer.max_tokens or MAX_TOKENS
         limit = PromptLimit(longest, cut_to=longest)
-        samples = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=ANSWER_TOKENS)
-        prompts = [list(prompt.ids) for prompt in samples]
-        outputs.prompts.extend(prompts)
-        outputs.answers.extend(model.answers(renderer, prompts, num_tokens=ANSWER_TOKENS))
+        samples = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=1)
+        outputs.prompts.extend(list(prompt.ids) for prompt in samples)
     return outputs
 
 
@@ -227,8 +222,6 @@ class ExportComparison:
     kl: float
     """Mean KL divergence, tuned from exported, in nats; for numbers the mean relative error."""
     kl_max: float
-    top1: float
-    """Share of positions with the same first choice."""
     loss_tuned: float | None
     loss_exported: float | None
     loss_error: float | None
@@ -236,10 +229,6 @@ class ExportComparison:
     carried: float | None
     """Share of the tuning effect in the export: slope of (exported − base) on (tuned − base) over all logits. None if
     there is no base, or no effect."""
-    error_to_effect: float | None
-    """Norm of the error over the norm of the tuning effect."""
-    answers: int
-    same_answers: int
     measure: str = "KL divergence"
 
     def problems(self, allowed: Tolerances) -> list[str]:
@@ -263,14 +252,10 @@ class ExportComparison:
 def compare(tuned: Outputs, exported: Outputs, *, base: Outputs | None, labels: Labels | None) -> ExportComparison:
     """`base`: the model without its adapter, on the same rows."""
     difference = _first_difference(tuned, exported)
-    kl_N, top_N = np.zeros(0), np.ones(0, np.bool_)
-    carried = error = None
+    kl_N = np.zeros(0)
     if not difference:
-        pairs = list(zip(tuned.logits, exported.logits, strict=True))
+        pairs = zip(tuned.logits, exported.logits, strict=True)
         kl_N = np.concatenate([kl_N, *(_divergence(a, b, labels) for a, b in pairs)])
-        top_N = np.concatenate([top_N, *(_same_choice(a, b, labels) for a, b in pairs)])
-        if base is not None:
-            carried, error = _effect(tuned, exported, base)
     return ExportComparison(
         rows=len(tuned.ids),
         positions=len(kl_N),
@@ -278,14 +263,10 @@ def compare(tuned: Outputs, exported: Outputs, *, base: Outputs | None, labels: 
         difference=difference,
         kl=float("nan") if difference else float(kl_N.mean()) if len(kl_N) else 0.0,
         kl_max=float(kl_N.max(initial=0.0)),
-        top1=float(top_N.mean()) if len(top_N) else 1.0,
         loss_tuned=tuned.loss,
         loss_exported=exported.loss,
         loss_error=_loss_error(tuned, exported),
-        carried=carried,
-        error_to_effect=error,
-        answers=len(tuned.answers),
-        same_answers=sum(a == b for a, b in zip(tuned.answers, exported.answers, strict=False)),
+        carried=None if difference or base is None else _carried(tuned, exported, base),
         measure="relative error" if labels is not None and labels.kind == "number" else "KL divergence",
     )
 
@@ -326,29 +307,16 @@ def _divergence(tuned_NV: NDArray[np.float32], exported_NV: NDArray[np.float32],
     return np.asarray(kl.mean(-1) if is_many else kl)
 
 
-def _same_choice(
-    tuned_NV: NDArray[np.float32], exported_NV: NDArray[np.float32], labels: Labels | None
-) -> NDArray[np.bool_]:
-    if labels is not None and labels.kind == "number":
-        return np.ones(len(tuned_NV), np.bool_)
-    if labels is not None and labels.kind == "many":
-        return np.asarray(((tuned_NV > 0) == (exported_NV > 0)).all(-1))
-    return np.asarray(tuned_NV.argmax(-1) == exported_NV.argmax(-1))
-
-
-def _effect(tuned: Outputs, exported: Outputs, base: Outputs) -> tuple[float | None, float | None]:
-    """`carried` and `error_to_effect`, over logits less their mean, which no probability depends on."""
-    inner = effect = error = 0.0
+def _carried(tuned: Outputs, exported: Outputs, base: Outputs) -> float | None:
+    """The share of the tuning effect in the export, over logits less their mean, which no probability depends on."""
+    inner = effect = 0.0
     for logits in zip(tuned.logits, exported.logits, base.logits, strict=True):
         a, b, c = (x.astype(np.float64) for x in logits)
         if a.shape[-1] > 1:
             a, b, c = (x - x.mean(-1, keepdims=True) for x in (a, b, c))
         inner += float(((b - c) * (a - c)).sum())
         effect += float(((a - c) ** 2).sum())
-        error += float(((b - a) ** 2).sum())
-    if effect <= 1e-12 * max(sum(x.size for x in tuned.logits), 1):
-        return None, None
-    return inner / effect, (error / effect) ** 0.5
+    return inner / effect if effect > 1e-12 * max(sum(x.size for x in tuned.logits), 1) else None
 
 
 class TunedOutputs(NamedTuple):
@@ -364,22 +332,22 @@ def tuned_outputs(result: RunResult, rows: CheckRows) -> TunedOutputs:
     """Outputs that an export is compared with."""
     quantized_loss = None
     if result.quant is not None:
-        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows, answers=False).loss
+        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows).loss
     model = load_run(result.run, offline=True, as_trained=False)
     tuned = _outputs(model, result, rows)
     base = None
     if model.has_base:
         with model.adapter_disabled():
-            base = _outputs(model, result, rows, answers=False)
+            base = _outputs(model, result, rows)
     elif model.attachment is not None:
-        base = _outputs(load_base(result.run, offline=True), result, rows, answers=False)
+        base = _outputs(load_base(result.run, offline=True), result, rows)
     return TunedOutputs(tuned, base, quantized_loss)
 
 
-def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, *, answers: bool = True) -> Outputs:
+def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows) -> Outputs:
     renderer, masked = model.renderer, result.recipe.train.masked
     loaded = TorchModel(renderer.tokenizer, result.kind, model.head, "", model.model)
-    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked, answers=answers)
+    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked)
 
 
 def disk_space(result: RunResult) -> int:
