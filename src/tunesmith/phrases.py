@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -134,3 +135,29 @@ def mix_text(sources: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(
         f"{one['path']} {100 * one['share']:.3g} % (each row {one['times']:.3g} × an epoch)" for one in sources
     )
+
+
+# What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction, spaces
+# without width, line ends that are none in a file, and halves of characters.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with a sign for every character that a reader cannot see or a display acts on: ␀, ␛, ⟨U+202E⟩."""
+    return _UNSEEN.sub(_sign, text)
+
+
+def _sign(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def one_line(text: str, width: int) -> str:
+    """The text on one line, at most `width` characters."""
+    flat = " ".join(visible(text[: 8 * width]).split())
+    return flat if len(flat) <= width and len(text) <= 8 * width else flat[: width - 1].rstrip() + "…"

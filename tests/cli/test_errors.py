@@ -120,7 +120,7 @@ def test_machines_are_told_every_problem() -> None:
 
 def test_escapes_in_messages_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
     cli_errors.report(errors.InputError("file \x1b[31m.jsonl"))
-    assert capsys.readouterr().err == "error: file \\x1b[31m.jsonl\n"
+    assert capsys.readouterr().err == "error: file ␛[31m.jsonl\n"
 
 
 def test_long_messages_stay_on_one_line_outside_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -410,7 +410,7 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     lines = tunesmith("compare", a, b).stdout.splitlines()
     assert lines[0] == f"5 rows in common; 1 only in {a}; 1 only in {b}"
     assert f"{b} is better on 2 rows, worse on 1, and as good on 2" in lines
-    assert lines[-3] == r"worse: a.jsonl:1: fruit → none, right is fruit: row \x1b[2J 1"
+    assert lines[-3] == "worse: a.jsonl:1: fruit → none, right is fruit: row ␛[2J 1"
     assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
     accuracy = next(line for line in lines if line.startswith("accuracy"))
     assert accuracy.startswith("accuracy\t60.0%\t80.0%\t+20.0 (")

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tunesmith import phrases as values
+from tunesmith import phrases
 from tunesmith.cli import render
 from tunesmith.evaluation.metrics import METRICS
 
@@ -11,32 +11,33 @@ from tunesmith.evaluation.metrics import METRICS
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ("plain text, Ça va, 日本語 👍\n\tindented", "plain text, Ça va, 日本語 👍\n\tindented"),
-        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
-        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
-        ("line\rover", "line\\x0dover"),
-        ("\x9b2J", "\\x9b2J"),
-        ("back\x08space\x7f", "back\\x08space\\x7f"),
-        ("abc\u202edcba", "abc\\u202edcba"),
-        ("half a pair \ud83d", "half a pair \\ud83d"),
+        (
+            "plain text, Ça va, 日本語 👍 שלום 👩‍👩‍👧\n\tindented",
+            "plain text, Ça va, 日本語 👍 שלום 👩‍👩‍👧\n\tindented",
+        ),
+        ("\x1b[31mred\x1b[0m\x1b]0;title\x07", "␛[31mred␛[0m␛]0;title␇"),
+        ("line\rover\x9b2J", "line␍over⟨U+009B⟩2J"),
+        ("back\x08space\x7f", "back␈space␡"),
+        ("abc\u202edcba\u200b\ufeff", "abc⟨U+202E⟩dcba⟨U+200B⟩⟨U+FEFF⟩"),
+        ("half a pair \ud83d", "half a pair ⟨U+D83D⟩"),
     ],
 )
-def test_control_characters_are_spelled_out(given: str, shown: str) -> None:
-    assert render.visible(given) == shown
-    assert render.visible(shown) == shown
+def test_what_cannot_be_seen_is_shown_by_a_sign(given: str, shown: str) -> None:
+    assert phrases.visible(given) == shown
+    assert phrases.visible(shown) == shown
 
 
 def test_one_line_is_cut_with_an_ellipsis() -> None:
-    assert render.one_line("a\n  b\tc", 10) == "a b c"
-    assert render.one_line("0123456789abc", 10) == "012345678…"
+    assert phrases.one_line("a\n  b\tc", 10) == "a b c"
+    assert phrases.one_line("0123456789abc", 10) == "012345678…"
 
 
 @pytest.mark.parametrize(
     ("show", "shown"),
     [
-        (values.duration, {0: "0 s", 59.4: "59 s", 59.6: "1:00 min", 185: "3:05 min", 7800: "2:10:00 h", -3: "0 s"}),
+        (phrases.duration, {0: "0 s", 59.4: "59 s", 59.6: "1:00 min", 185: "3:05 min", 7800: "2:10:00 h", -3: "0 s"}),
         (render.count, {999: "999", 9_999: "9,999", 12_345: "12.3 k", 134_515_008: "134.5 M", 1.7e9: "1.7 B"}),
-        (values.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
+        (phrases.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
         (render.age, {3: "just now", 60: "1 minute ago", 7300: "2 hours ago", 90_000: "1 day ago"}),
     ],
 )
@@ -62,7 +63,7 @@ def test_sparkline_spans_lowest_to_highest() -> None:
         (["all-linear"], "all-linear"),
         (None, "null"),
         (True, "true"),
-        ("a\x1bb", "a\\x1bb"),
+        ("a\x1bb", "a␛b"),
     ],
 )
 def test_options_as_they_would_be_written(value: object, shown: str) -> None:
@@ -80,7 +81,7 @@ def test_options_as_they_would_be_written(value: object, shown: str) -> None:
     ],
 )
 def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
-    assert values.span(low, high) == shown
+    assert phrases.span(low, high) == shown
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
     ],
 )
 def test_counted_nouns(number: int, noun: str, shown: str) -> None:
-    assert values.plural(number, noun) == shown
+    assert phrases.plural(number, noun) == shown
 
 
 @pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])

@@ -25,9 +25,7 @@ from tunesmith.evaluation.report.text import (
     confused_pairs,
     headline,
     headline_lines,
-    one_line,
     summary,
-    visible,
 )
 from tunesmith.runs.folder import Run
 
@@ -360,14 +358,6 @@ def test_many_classes_are_a_list_of_pairs_and_not_a_matrix(tmp_path, num, has_ma
     page = Page((run.path / "report.html").read_text())
     assert ("confusion-title" in page.ids) == has_matrix
     assert "Confused most" in page.text
-
-
-def test_what_cannot_be_seen_is_shown_by_a_sign():
-    assert visible("a\x00b\x1b[31m\x7f\x85\t\n") == "a␀b␛[31m␡⟨U+0085⟩\t\n"
-    assert visible("\u202eevil\u2066\u200b\ufeff") == "⟨U+202E⟩evil⟨U+2066⟩⟨U+200B⟩⟨U+FEFF⟩"
-    assert visible("שלום नमस्ते 👩‍👩‍👧 é") == "שלום नमस्ते 👩‍👩‍👧 é"
-    assert visible("\ud800") == "⟨U+D800⟩"
-    assert one_line("a\n  b\tc" + "d" * 100, 6) == "a b c…"
 
 
 def test_smoothing_is_the_mean_of_neighbours():

@@ -9,7 +9,7 @@ import pytest
 
 from evaluation.fake_runs import CHAPTERS, HOSTILE, fake_run
 from tunesmith.evaluation.report import write_report
-from tunesmith.evaluation.report.text import visible
+from tunesmith.phrases import visible
 
 pytestmark = pytest.mark.pages
 

@@ -138,7 +138,7 @@ def log_of(**environment: str) -> str:
 def test_a_line_a_request_and_nothing_of_what_was_asked() -> None:
     told = log_of()
     assert re.search(r"^POST /v1/chat/completions 200 \d+ ms, 5 \+ 3 tokens$", told, re.MULTILINE)
-    assert re.search(r"^GET /v1/x\\x1b\[2Jy 404 ", told, re.MULTILINE)
+    assert re.search(r"^GET /v1/x␛\[2Jy 404 ", told, re.MULTILINE)
     assert re.search(r"^[0-9a-f]{16}: RuntimeError at fake.py:\d+ generate", told, re.MULTILINE)
     assert wrong_lines(told) == []
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Root
-from tunesmith.cli.render import visible
 from tunesmith.cli.signals import forget_interrupt
 from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
-from tunesmith.phrases import command, plural
+from tunesmith.phrases import command, plural, visible
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
 

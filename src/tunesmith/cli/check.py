@@ -35,11 +35,11 @@ from tunesmith.cli.options import (
     refuse_unreadable,
     to_overrides,
 )
-from tunesmith.cli.render import label_counts, percent, plan_panel, sample_row, visible
+from tunesmith.cli.render import label_counts, percent, plan_panel, sample_row
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
-from tunesmith.phrases import mix_text, plural, size
+from tunesmith.phrases import mix_text, plural, size, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

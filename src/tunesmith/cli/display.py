@@ -30,14 +30,13 @@ from tunesmith.cli.render import (
     print_result,
     sample_row,
     sparkline,
-    visible,
 )
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES, command, duration, size
+from tunesmith.phrases import PHASES, command, duration, size, visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:

@@ -138,7 +138,7 @@ def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
 def _print(text: str, *, style: str, stderr: bool = True) -> None:
     from rich.text import Text
 
-    from tunesmith.cli.render import visible
     from tunesmith.cli.streams import console
+    from tunesmith.phrases import visible
 
     console(stderr=stderr).print(Text(visible(text), style=style), soft_wrap=True)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName
-from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, json_line
-from tunesmith.phrases import plural, size
+from tunesmith.phrases import plural, size, visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

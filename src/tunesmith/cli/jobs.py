@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Json
-from tunesmith.cli.render import age, print_table, visible
+from tunesmith.cli.render import age, print_table
 from tunesmith.cli.serve import JobPlace, StorePlace, check_extra
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, Stopped, TunesmithError
+from tunesmith.phrases import visible
 
 if TYPE_CHECKING:
     from urllib.error import HTTPError

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
-from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
-from tunesmith.phrases import plural
+from tunesmith.phrases import plural, visible
 from tunesmith.runs.atomic import refuse_existing
 
 if TYPE_CHECKING:

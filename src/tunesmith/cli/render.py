@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from rich.text import Text
 from tunesmith import phrases
 from tunesmith.evaluation.metrics import VERDICTS, info_of
 from tunesmith.evaluation.series import RunSeries, measures_of
-from tunesmith.phrases import duration, mix_text, plural, size, span
+from tunesmith.phrases import duration, mix_text, one_line, plural, size, span, visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -37,25 +36,6 @@ MOST_GIVEN = 12
 """Options of the person named in the plan."""
 MAX_SPAN = 600
 """Most characters shown of one span of the sample row."""
-
-# Everything that a terminal acts on instead of showing: C0 but tab and newline, DEL, C1, and marks of direction.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with every control character spelled out, so that no row of data can drive the terminal."""
-    return _CONTROLS.sub(_spelled, text)
-
-
-def _spelled(match: re.Match[str]) -> str:
-    code = ord(match.group())
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-def one_line(text: str, width: int) -> str:
-    """The text on one line, at most `width` characters."""
-    flat = " ".join(visible(text).split())
-    return flat if len(flat) <= width else flat[: width - 1].rstrip() + "…"
 
 
 def count(number: float) -> str:

@@ -24,12 +24,11 @@ from tunesmith.cli.render import (
     print_result,
     print_table,
     sparkline,
-    visible,
 )
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, TunesmithError
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import command, did_you_mean, duration, listed, plural, size
+from tunesmith.phrases import command, did_you_mean, duration, listed, plural, size, visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

@@ -16,12 +16,11 @@ import typer
 from rich.console import Console
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root
-from tunesmith.cli.render import one_line, visible
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError
-from tunesmith.phrases import plural
+from tunesmith.phrases import one_line, plural, visible
 from tunesmith.runs.folder import is_run
 from tunesmith.serve.protocol import Engine, EngineOptions, ModelCard
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Json, Offline, Quiet, Root
-from tunesmith.cli.render import print_table, visible
+from tunesmith.cli.render import print_table
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import for_child, refuse_ranks
 from tunesmith.errors import DoesNotFitError, InputError, Stopped
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.phrases import command, plural, size
+from tunesmith.phrases import command, plural, size, visible
 from tunesmith.runs.atomic import from_json, write_atomic
 
 if TYPE_CHECKING:

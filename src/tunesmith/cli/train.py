@@ -33,9 +33,9 @@ from tunesmith.cli.options import (
     build_recipe,
     refuse_unreadable,
 )
-from tunesmith.cli.render import visible
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
+from tunesmith.phrases import visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tunesmith.evaluation.report.sections import Page
-from tunesmith.evaluation.report.text import mark, one_line, visible
+from tunesmith.evaluation.report.text import mark
+from tunesmith.phrases import one_line, visible
 
 FOLDED_FROM = 600
 """Characters from which a text is folded to its beginning."""

@@ -26,8 +26,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.report.text import headline_metrics, one_line, selected_step
+from tunesmith.evaluation.report.text import headline_metrics, selected_step
 from tunesmith.evaluation.series import RunSeries, measures_of
+from tunesmith.phrases import one_line
 
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Placeholder colours, which the page replaces by its own, light or dark."""

@@ -14,9 +14,8 @@ from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import text
 from tunesmith.evaluation.report.build import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, answer_plots, draw, length_plot, training_plots
-from tunesmith.evaluation.report.text import one_line
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import duration, option, plural, size
+from tunesmith.phrases import duration, one_line, option, plural, size
 from tunesmith.runs.folder import Run
 
 
