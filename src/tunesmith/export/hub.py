@@ -14,6 +14,7 @@ from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report.build import kept_report
+from tunesmith.evaluation.report.text import metric_lines, sides, with_bounds
 from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
 from tunesmith.runs.atomic import from_json
@@ -89,7 +90,7 @@ def _head(
     if (base := base_id(result)) is not None:
         head |= {"base_model": base, "base_model_relation": fields["relation"]}
     head["tags"] = ["tunesmith", result.recipe.method.name, str(result.recipe.task)]
-    results = _measured(report, "after")
+    results: Mapping[str, Any] = ((report.get("metrics") or {}).get("after") or {}).get("measures", {})
     metrics = [
         {"type": key, "name": METRICS[key].label, "value": round(float(interval["value"]), 6)}
         for key, interval in results.items()
@@ -135,20 +136,16 @@ def _data(report: Mapping[str, Any]) -> str:
 
 
 def _results(report: Mapping[str, Any]) -> str:
-    before, after = (_measured(report, name) for name in ("before", "after"))
-    keys = [key for key in after if key in METRICS]
-    if not keys:
+    lines = metric_lines(report) if report else []
+    if not lines:
         return "Nothing was held out, so nothing was measured."
-    columns = ["On held-out rows", *(["before", "after"] if before else ["tuned"]), "95 % interval"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for key in keys:
-        info, then = METRICS[key], before.get(key)
-        # The general text is one text: its loss has no interval.
-        ends = [info.text(float(after[key][end])) for end in ("low", "high") if end in after[key]]
-        was = [info.text(float(then["value"])) if then else "–"] if before else []
-        cells = [info.label, *was, info.text(float(after[key]["value"])), " to ".join(ends) or "–"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _escape(" ".join(report["headline"]))])
+    other, ours = sides(report)
+    columns = ["On held-out rows", *([other] if other else []), ours]
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for line in lines:
+        cells = [line.label, *([line.other] if other else []), with_bounds(line.after, line.after_bounds)]
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*table, "", _escape(" ".join(report["headline"]))])
 
 
 def comparison_section(found: ExportComparison | None, allowed: Tolerances, loaded_by: str, rows: str) -> str:
@@ -174,13 +171,6 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"
         lines.append(("held-out loss, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))
     return lines
-
-
-def _measured(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Intervals by metric, before or after."""
-    measured: Mapping[str, Any] = report.get("metrics", {}).get(name) or {}  # null if nothing was held out
-    measures: Mapping[str, Any] = measured.get("measures", {})
-    return measures
 
 
 def _escape(text: str) -> str:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 import tunesmith
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw
-from tunesmith.evaluation.report.sections import Cell, Column, Figures, Page, PageSection, Paragraph, Table
+from tunesmith.evaluation.report.sections import Block, Cell, Column, Page, PageSection, Table
 from tunesmith.phrases import option, plural
 from tunesmith.sweeps.grid import Grid
 from tunesmith.sweeps.sweep import Outcome
@@ -34,9 +34,9 @@ def sweep_page(grid: Grid, outcomes: Sequence[Outcome]) -> Page:
         "method": plural(len(outcomes), "trial"),
         "versions": {"tunesmith": tunesmith.__version__},
     }
-    sections = [PageSection("trials", "Trials", [_table(grid, outcomes), Paragraph(CHOSEN)])]
+    sections = [PageSection("trials", "Trials", [_table(grid, outcomes), Block("paragraph", CHOSEN)])]
     if courses := _courses(grid, outcomes):
-        sections.append(PageSection("courses", "Courses", [Figures(courses)]))
+        sections.append(PageSection("courses", "Courses", [Block("figures", courses)]))
     return Page(report, time.time(), f"{plural(len(outcomes), 'trial')}: {shown}.{found}", [], ("", ""), sections)
 
 

@@ -45,76 +45,28 @@ class Table:
     look: str = ""
     """CSS classes."""
     shown: int = 1000
-    """Rows before the fold."""
+    """Rows before those that are folded."""
+    fold: str = ""
+    """The words behind which it is folded."""
     kind: str = "table"
 
 
 @dataclass(frozen=True, slots=True)
-class Paragraph:
-    text: str
-    is_warning: bool = False
-    kind: str = "paragraph"
+class Block:
+    """A part of a section; `kind` says how report.html.jinja sets its content: a text, notes, plots, (name, text) of
+    facts, or prompts with their answers."""
 
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    text: str
-    kind: str = "heading"
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """A list of notes."""
-
-    items: Sequence[str]
-    kind: str = "items"
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    plots: Sequence[Plot]
-    kind: str = "figures"
-
-
-@dataclass(frozen=True, slots=True)
-class SampleAnswers:
-    """Prompts with their answers before and after."""
-
-    samples: Sequence[Mapping[str, Any]]
-    kind: str = "answers"
-
-
-@dataclass(frozen=True, slots=True)
-class FactList:
-    """Names and what they stand for."""
-
-    facts: Sequence[tuple[str, str]]
-    kind: str = "facts"
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    text: str
-    kind: str = "code"
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """Blocks behind their summary."""
-
-    summary: str
-    blocks: Sequence[Any]
-    kind: str = "fold"
-
-
-Block = Table | Paragraph | Heading | Items | Figures | SampleAnswers | FactList | Code | Fold
+    kind: Literal["paragraph", "warning", "heading", "code", "items", "figures", "facts", "answers"]
+    content: Any
+    fold: str = ""
+    """As that of a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageSection:
     name: str
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block | Table]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +101,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
     return Page(report, run.created, text.summary(report), lines, columns, [one for one in sections if one.blocks])
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
+def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     lines, (other, ours) = text.metric_lines(report), text.sides(report)
     if not lines:
         return
@@ -159,7 +111,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
             " Both sides are measured on the same rows: a difference is called better or worse where its paired "
             "interval excludes 0."
         )
-    yield Paragraph(f"{text.sample_text(report)} {reading}")
+    yield Block("paragraph", f"{text.sample_text(report)} {reading}")
     compared = [Column(other, "number")] if other else []
     columns = [Column("measure", "head"), *compared, Column(ours, "result")]
     columns += [Column("difference", "number"), Column("", "verdict")] if other else []
@@ -172,41 +124,42 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block]:
             cells += [Cell(line.change), verdict]
         rows.append(cells)
     yield Table(columns, rows, "stack")
-    yield Fold("What each measure is", [FactList([(line.label, line.doc) for line in lines])])
+    yield Block("facts", [(line.label, line.doc) for line in lines], fold="What each measure is")
 
 
-def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
     general = report["general"]
     forgotten = [general["verdict"]] if general and general["past_bound"] else []
     notes = list(dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes]))
     if notes:
-        yield Items(notes)
+        yield Block("items", notes)
 
 
-def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
     best, step, tokens, seconds = report["best"], text.selected_step(report), report["tokens"], report["seconds"]
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
-    yield Paragraph(f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
-    yield Figures(training_plots(series, report))
+    yield Block("paragraph", f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
+    yield Block("figures", training_plots(series, report))
     trained, total = (series.plan.get(f"{which}_parameters", 0) for which in ("trained", "total"))
     share = f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%}); " if total else ""
-    yield Paragraph(
+    yield Block(
+        "paragraph",
         f"{share}{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were targets; "
         f"{report['tokens_per_second']:,.0f} tokens/s in {report['precision']}; "
         f"{duration(seconds['prepare'])} to prepare, {duration(seconds['train'])} to train, "
-        f"{duration(seconds['evaluate'])} to measure; at most {size(report['peak_memory_bytes'])} of memory."
+        f"{duration(seconds['evaluate'])} to measure; at most {size(report['peak_memory_bytes'])} of memory.",
     )
 
 
-def _classes(details: Mapping[str, Any]) -> Iterator[Block]:
+def _classes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
     plots = answer_plots(details)
     if plots:
-        yield Figures(plots)
+        yield Block("figures", plots)
     if pairs := text.confused_pairs(details):
         columns = [Column("true", "name"), Column("taken for", "name")]
         columns += [Column("rows", "number"), Column("of its rows", "number")]
-        yield Heading("Confused most")
+        yield Block("heading", "Confused most")
         rows = [[Cell(true), Cell(taken), Cell(str(num)), Cell(f"{share:.0%}")] for true, taken, num, share in pairs]
         yield Table(columns, rows, "fit")
     if table := details.get("per_class") or details.get("per_type"):
@@ -219,18 +172,18 @@ def _classes(details: Mapping[str, Any]) -> Iterator[Block]:
             ]
             for row in table
         ]
-        yield Fold("Each class in numbers", [Table(columns, cells, "fit")])
+        yield Table(columns, cells, "fit", fold="Each class in numbers")
 
 
-def _answers(report: Mapping[str, Any]) -> Iterator[Block]:
+def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     samples = report["samples"]
     if not samples:
         return
     if not report.get("short_answers"):
-        yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference.")
-        yield SampleAnswers(samples)
+        yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference.")
+        yield Block("answers", samples)
         return
-    yield Paragraph("Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
+    yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
     rows = []
     for sample in samples:
@@ -240,16 +193,18 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block]:
     yield Table(columns, rows, "rows answered stack", shown=MOST_LISTED)
 
 
-def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block]:
+def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     flips, worse = report["flips"], report["worse_rows"]
     if flips:
         names = [Column(title, "name") for title in ("true", "before", "after")]
         columns = [Column("row", "source"), Column("text"), *names, Column("sure", "number")]
         for key, words in (("lost", "from right to wrong"), ("gained", "from wrong to right")):
             num, listed = flips[f"num_{key}"], flips[key]
-            yield Heading(f"{plural(num, 'row')} went {words}")
+            yield Block("heading", f"{plural(num, 'row')} went {words}")
             if len(listed) < num:
-                yield Paragraph(f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all.")
+                yield Block(
+                    "paragraph", f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all."
+                )
             rows = [
                 [
                     *(Cell(row[name]) for name in ("source", "text", "label", "before", "after")),
@@ -261,20 +216,21 @@ def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block]:
                 yield Table(columns, rows, "rows stack", shown=12)
     elif worse:
         unit = "documents" if "documents" in report["metrics"]["after"] else "rows"
-        yield Paragraph(f"The held-out {unit} whose loss per target rose most.")
+        yield Block("paragraph", f"The held-out {unit} whose loss per target rose most.")
         columns = [Column("row", "source"), Column("text"), Column("before", "number"), Column("after", "number")]
         losses = [(row, [Cell(f"{row[when]:.4f}") for when in ("before", "after")]) for row in worse]
         yield Table(columns, [[Cell(row["source"]), Cell(row["text"]), *cells] for row, cells in losses], "rows stack")
 
 
-def _high_loss(report: Mapping[str, Any]) -> Iterator[Block]:
+def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     rows = report["surprising"]["rows"]
     if not rows:
         return
     listed, looked = plural(len(rows), "training row"), report["surprising"]["looked_at"]
-    yield Paragraph(
+    yield Block(
+        "paragraph",
         f"The {listed} that the tuned model finds least likely, of {looked:,} that were measured. Wrong labels and "
-        "broken rows are often among them."
+        "broken rows are often among them.",
     )
     has_labels = "predicted" in rows[0]
     names = [Column("label", "name"), Column("model says", "name")] if has_labels else []
@@ -285,24 +241,24 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block]:
     yield Table([Column("row", "source"), Column("text"), *names, Column("loss", "number")], cells, "rows stack")
 
 
-def _general(general: Mapping[str, Any] | None) -> Iterator[Block]:
+def _general(general: Mapping[str, Any] | None) -> Iterator[Block | Table]:
     if general:
-        yield Paragraph(general["verdict"], general["past_bound"])
+        yield Block("warning" if general["past_bound"] else "paragraph", general["verdict"])
         if answers := general["answers"]:
             title = f"{plural(len(answers), 'general instruction')}, answered before and after"
-            yield Fold(title, [SampleAnswers(answers)])
+            yield Block("answers", answers, fold=title)
 
 
-def _data(report: Mapping[str, Any]) -> Iterator[Block]:
+def _data(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     rows = report["rows"]
     counts = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out, {rows['skipped']:,} skipped."
-    yield Paragraph(counts)
+    yield Block("paragraph", counts)
     yield from _sources(report)
     if report.get("lengths"):
-        yield Figures([length_plot(report["lengths"])])
+        yield Block("figures", [length_plot(report["lengths"])])
 
 
-def _sources(report: Mapping[str, Any]) -> Iterator[Block]:
+def _sources(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     """Each source's part in training, and its own loss before and after."""
     mix = {one["path"]: one for one in report.get("mix", ())}
     sides = [(report["metrics"][side] or {}).get("sources", {}) for side in ("before", "after")]
@@ -323,19 +279,19 @@ def _loss(value: Mapping[str, Any]) -> Cell:
     return Cell(METRICS["loss"].text(value["value"]), METRICS["loss"].bounds(value))
 
 
-def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
+def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[Block | Table]:
     if choices:
-        yield Paragraph("Settings that were chosen for you, and why.")
+        yield Block("paragraph", "Settings that were chosen for you, and why.")
         rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]
         yield Table([Column("option", "head"), Column("value"), Column("why")], rows, "fit")
 
 
-def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block]:
+def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
     hashes = [(key, digest) for key, digest in series.identity.items() if not key.startswith("setting ")]
-    yield Code(f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}")
-    yield Fold("Recipe", [Code(run.recipe_path.read_text("utf-8"))])
-    yield Fold("Versions", [FactList(list(report["versions"].items()))])
-    yield Fold("Hashes of model, data and tokenizer", [FactList(hashes)])
+    yield Block("code", f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}")
+    yield Block("code", run.recipe_path.read_text("utf-8"), fold="Recipe")
+    yield Block("facts", list(report["versions"].items()), fold="Versions")
+    yield Block("facts", hashes, fold="Hashes of model, data and tokenizer")
 
 
 def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str) -> Page:
@@ -347,7 +303,7 @@ def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str
     report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
     sections = [
         PageSection("values", "Values", [comparison_table(names, found)]),
-        PageSection("differences", "Differences from A", [Figures(plots)]),
+        PageSection("differences", "Differences from A", [Block("figures", plots)]),
     ]
     return Page(report, time.time(), summary, [], ("", ""), sections)
 
