@@ -51,8 +51,7 @@ def answers(name: str, step: int, rouge: float) -> Event:
 
 
 def general(name: str, step: int, loss: float) -> Event:
-    told = [{"prompt": "Name a colour.", "answer": "Blue."}]
-    return Event("general", step, 0.0, {"name": name, "loss": loss, "tokens": 4321, "answers": told})
+    return Event("general", step, 0.0, {"name": name, "loss": loss, "tokens": 4321})
 
 
 def step(number: int, loss: float) -> Event:

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.data.renderer import Renderer
 from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
@@ -73,37 +72,6 @@ def test_measuring_leaves_the_model_as_it_was():
     general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
     assert tiny.training
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "task", "asked"),
-    [
-        (TOKENIZER, "chat", "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"),
-        (TOKENIZER, "generate", "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"),
-        (tiny_tokenizer(template=None), "generate", "What is the capital of France?\n"),
-    ],
-)
-def test_instructions_are_asked_as_chats_where_there_is_a_template(tokenizer, task, asked, monkeypatch):
-    seen = []
-
-    def answer(model, renderer, prompts, how):
-        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return [type("Answer", (), {"text": "Paris"})] * len(prompts)
-
-    monkeypatch.setattr(general, "generate", answer)
-    renderer = Renderer(tokenizer, TASKS[task], max_tokens=None, too_long="error", control_tokens="error")
-    found = general.answers(model(), renderer)
-    assert len(found) == 12
-    assert found[0] == {"prompt": "What is the capital of France?", "answer": "Paris"}
-    assert seen[0].endswith(asked)
-
-
-def test_instructions_are_answered(monkeypatch):
-    monkeypatch.setattr(general, "ANSWER_TOKENS", 2)
-    renderer = Renderer(TOKENIZER, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
-    found = general.answers(model(), renderer)
-    assert [one["prompt"] for one in found] == list(general.GENERAL_INSTRUCTIONS)
-    assert all(isinstance(one["answer"], str) for one in found)
 
 
 def moved(value: float, margin: float = 0.01) -> Interval:

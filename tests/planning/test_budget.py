@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.planning import defaults
 from tunesmith.planning.defaults import FEW_HELD, GENERAL_TOKENS, TRAINED, WORD, Facts, decide_measuring, with_choice
 from tunesmith.recipe.load import validate
@@ -36,7 +35,7 @@ def share(recipe: Recipe, steps: int, *, held: int) -> float:
     held = min(held, evaluation.max_rows or held)
     measuring = 2.0 * 100 * held + 100 * evaluation.surprising
     measuring += 2 * WORD * -(-min(evaluation.samples, held) // 8) * evaluation.sample_tokens
-    measuring += 2 * (GENERAL_TOKENS + WORD * ANSWER_TOKENS) * evaluation.general
+    measuring += 2 * GENERAL_TOKENS * evaluation.general
     return measuring / (measuring + TRAINED * 1600 * steps)
 
 

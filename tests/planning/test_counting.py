@@ -48,7 +48,6 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
 
     def text_batches(rows, **how):
         done["general"] += sum(len(row.ids) for row in rows)
-        done["answering"] += general.ANSWER_TOKENS
         return texts(rows, **how)
 
     def answered(model, renderer, prompts, how, tick):

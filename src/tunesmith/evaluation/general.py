@@ -1,4 +1,4 @@
-"""Forgetting probe: the loss of general text, and answers to fixed instructions, before and after training.
+"""Forgetting probe: the loss of general text before and after training.
 
 The text is general.txt in this folder, in the public domain (CC0). It is measured in micro-batches of one size on every
 machine, so that two runs can be compared.
@@ -19,43 +19,21 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tunesmith.data.collate import build_batch
-from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
-from tunesmith.errors import ModelError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
-from tunesmith.evaluation.generate import Sampling, generate
 from tunesmith.models.modes import eval_mode
-from tunesmith.tasks import TASKS
-from tunesmith.types import Batch, HeadName, Layout, Part, Row, Source, Task
+from tunesmith.types import Batch, HeadName, Layout, Row, Source, Task
 
 MAX_TOKENS = 256
 """Most tokens of a row of general text."""
 TOKENS_PER_PASS = 512
 """Small, since every token is a target and the logits of all are held at once."""
-ANSWER_TOKENS = 48
-"""Most new tokens in the answer to a general instruction."""
 TOKENS_NEEDED = 384
-"""Positions that a passage of the general text, or an instruction and its answer, may need."""
+"""Positions of a model that reads a passage of the general text with room to spare."""
 BOUND = 0.1
 """Rise of the general loss, in nats, beyond which a run is warned of. By the fit of Hoffmann et al. 2022 (equation 10:
 406.4 / N^0.34) a model of a billion parameters that was halved would lose as much."""
-
-GENERAL_INSTRUCTIONS: tuple[str, ...] = (
-    "What is the capital of France?",
-    "Name three primary colors.",
-    "What is 17 + 25?",
-    "A pen costs 2 euros. How much do four pens cost?",
-    "Rewrite this sentence in the past tense: She walks to school.",
-    "Correct the spelling: I recieved you're leter yesterday.",
-    "Translate into French: Good morning, my friend.",
-    "List five animals that live in the sea.",
-    "Explain in one sentence why the sky is blue.",
-    "Which is heavier, a kilogram of iron or a kilogram of feathers?",
-    "Write a Python function that returns the larger of two numbers.",
-    "Write a polite one-sentence reply to an invitation that you cannot accept.",
-)
-"""Facts, arithmetic, rewriting, lists, an explanation, a trick question, code and manners."""
 
 
 def can_generate(head: HeadName, *, is_causal: bool, max_tokens: int) -> bool:
@@ -118,32 +96,6 @@ def loss_change(before_P: Sequence[float], after_P: Sequence[float], counts_P: S
     """Change of the loss per token, in nats, by each passage's losses before and after; passages are resampled."""
     moved_P = np.asarray(after_P, np.float64) - np.asarray(before_P, np.float64)
     return intervals(len(moved_P), {"change": ratio(moved_P, np.asarray(counts_P))})["change"]
-
-
-def answers(model: PreTrainedModel, renderer: Renderer) -> list[dict[str, str]]:
-    """{"prompt", "answer"} of each general instruction, as a chat where the tokenizer has a template for one.
-
-    Empty where the tokenizer has neither a template nor a token that ends a text.
-    """
-    found = renderer if TASKS[renderer.task_name].is_chat else _instruction_renderer(renderer.tokenizer)
-    if found is None:
-        return []
-    end = "" if TASKS[found.task_name].is_chat else "\n"
-    prompts = [found.prompt_ids((Part("user", text + end, False),)) for text in GENERAL_INSTRUCTIONS]
-    given = generate(model, found, prompts, Sampling(max_new_tokens=ANSWER_TOKENS))
-    return [{"prompt": text, "answer": one.text} for text, one in zip(GENERAL_INSTRUCTIONS, given, strict=True)]
-
-
-def _instruction_renderer(tokenizer: Any) -> Renderer | None:
-    """A renderer for a model that was not tuned on chats; None if there is none."""
-    for task in TASKS.values():
-        if not (task.is_chat or (task.raw_text and task.writes_answers)):
-            continue
-        try:
-            return Renderer(tokenizer, task, max_tokens=None, too_long="error", control_tokens="allow")
-        except ModelError:
-            continue
-    return None
 
 
 def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:

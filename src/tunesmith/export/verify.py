@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import cycle, islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from tunesmith.data.labels import targets
 from tunesmith.data.read import expand_folders
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
-from tunesmith.evaluation.general import GENERAL_INSTRUCTIONS, passages
+from tunesmith.evaluation.general import passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_tokenizer import PROBE
@@ -114,7 +114,7 @@ def find_rows(result: RunResult) -> CheckRows:
             return CheckRows(first, "training rows, since none is held out")
     except DataError:
         pass  # the files are gone or changed; two models can be compared without them
-    pairs = enumerate(zip(passages(), cycle(GENERAL_INSTRUCTIONS), strict=False))
+    pairs = enumerate(pairwise(passages()))
     fixed = [_fixed_row(result.renderer.task_name, *pair, Source("general text", i + 1)) for i, pair in pairs]
     return CheckRows(fixed, "fixed texts, since the run's data files are gone")
 

@@ -18,7 +18,6 @@ from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
-from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
@@ -439,7 +438,7 @@ def decide_measuring(
     left -= answering(samples)
 
     general = was.general
-    cost = 2.0 * (GENERAL_TOKENS + WORD * ANSWER_TOKENS) if speaks else 0.0
+    cost = 2.0 * GENERAL_TOKENS if speaks else 0.0
     if general == "auto":
         general = cost <= left
         found["general"] = (general, True)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.splits import Splits
-from tunesmith.evaluation.general import ANSWER_TOKENS
 from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
 from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.planning.devices import Device
@@ -137,7 +136,7 @@ def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_
     answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
     held = num_tokens(rows.held_store, rows.held_rows)[0]
     reference = held + num_tokens(rows.store, rows.train_rows)[0] if TASKS[resolved(recipe.task)].compares else 0
-    words = -(-prompts // ANSWER_BATCH) * answer + (ANSWER_TOKENS if general_tokens else 0)
+    words = -(-prompts // ANSWER_BATCH) * answer
     return {
         "starting": 1,
         "training": steps,

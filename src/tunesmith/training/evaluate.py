@@ -183,7 +183,7 @@ def _samples(session: Session, how: Sampling) -> Iterator[dict[str, Any]]:
 
 
 def _measure_general(session: Session, name: str) -> None:
-    """Emit a "general" event: loss on the general text of this package, and answers to general instructions."""
+    """Emit a "general" event: loss on the general text of this package."""
     setup = session.setup
     losses_P, counts_P = general.text_losses(
         setup.model, setup.task, setup.renderer.tokenizer, layout=setup.sampler.layout, device=setup.device
@@ -194,7 +194,6 @@ def _measure_general(session: Session, name: str) -> None:
         "loss": loss,
         "tokens": int(counts_P.sum()),
         "passages": {"losses": losses_P.tolist(), "tokens": counts_P.tolist()},
-        "answers": general.answers(setup.model, setup.renderer),
     }
     session.emit("general", values)
     if name == "after" and setup.world.is_first:

@@ -69,14 +69,12 @@ def _general_ability(series: RunSeries) -> dict[str, Any] | None:
     before, after = series.general["before"], series.general["after"]
     change = loss_change(before["passages"]["losses"], after["passages"]["losses"], after["passages"]["tokens"])
     text, past_bound = assess(before["loss"], after["loss"], change)
-    pairs = zip(before["answers"], after["answers"], strict=True)
     return {
         "verdict": text,
         "past_bound": past_bound,
         "before": before["loss"],
         "after": after["loss"],
         "change": change,
-        "answers": [{"prompt": a["prompt"], "before": a["answer"], "after": b["answer"]} for a, b in pairs],
     }
 
 

@@ -244,9 +244,6 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
 def _general(general: Mapping[str, Any] | None) -> Iterator[Block | Table]:
     if general:
         yield Block("warning" if general["past_bound"] else "paragraph", general["verdict"])
-        if answers := general["answers"]:
-            title = f"{plural(len(answers), 'general instruction')}, answered before and after"
-            yield Block("answers", answers, fold=title)
 
 
 def _data(report: Mapping[str, Any]) -> Iterator[Block | Table]:
