@@ -15,14 +15,14 @@ from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
 from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation import generate as generation
-from tunesmith.evaluation.generate import Answer, Sampling, generate
+from tunesmith.evaluation.generate import Answer, generate
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
-HOW = Sampling(max_new_tokens=8)
+HOW = 8
 PROMPTS = [
     TOKENIZER(text).input_ids
     for text in ("Hello there", "The quick brown fox jumps over the lazy dog. What is the tallest mountain?", "a b c")
@@ -47,7 +47,7 @@ def step_by_step(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     else:
         start, source = list(prompt), None
     written: list[int] = []
-    while len(written) < HOW.max_new_tokens and written[-1:] != [TOKENIZER.eos_token_id]:
+    while len(written) < HOW and written[-1:] != [TOKENIZER.eos_token_id]:
         ids_1T = torch.tensor([start + written])
         inputs = {"input_ids": ids_1T} if source is None else {"input_ids": source, "decoder_input_ids": ids_1T}
         written.append(int(model(**inputs, use_cache=False).logits[0, -1].argmax()))
@@ -93,7 +93,7 @@ def test_answers_together_are_those_alone(arch: str) -> None:
     assert_answers_together_are_those_alone(arch, generate)
 
 
-def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: Sampling) -> list[Answer]:
+def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: int) -> list[Answer]:
     """The planted bug: causal prompts padded on the right, sources on the left."""
     longest = max(map(len, prompts))
     fill = [TOKENIZER.pad_token_id]

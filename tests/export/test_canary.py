@@ -7,7 +7,7 @@ import pytest
 
 from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
-from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import export_run
 from tunesmith.export.target import ExportedModel, ExportOptions, TorchModel
 from tunesmith.export.targets import TARGETS
@@ -61,4 +61,4 @@ def survived(run: Run, folder: Path) -> dict[str, float]:
 def said(run: Run, loaded: ExportedModel) -> str:
     assert isinstance(loaded, TorchModel)
     renderer = make_renderer(run.recipe(), loaded.tokenizer, "causal")
-    return generate(loaded.model, renderer, [renderer.prompt_ids(QUESTION)], Sampling(max_new_tokens=24))[0].text
+    return generate(loaded.model, renderer, [renderer.prompt_ids(QUESTION)], 24)[0].text

@@ -10,7 +10,7 @@ from inference.headed import MANY, NUMBER, ONE, TAGS, headed
 from tiny_run import model_folder
 from tiny_tasks import encoder_decoder_folder, encoder_folder, texts
 from tunesmith.errors import InputError, ModelError
-from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.generate import generate
 from tunesmith.inference.load import LoadedModel, load_model
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.types import Example, Labels, Part, Problem, Source
@@ -138,7 +138,7 @@ def test_written_answers_are_those_of_one_alone(folders: dict[str, Path]) -> Non
     lines = predict_list(Predictor(speaker, max_new_tokens=6), rows)
     for row, line in zip(rows, lines, strict=True):
         prompt = speaker.renderer.prompt_ids([Part("user", row["messages"][0]["content"], False)])
-        [alone] = generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=6))
+        [alone] = generate(speaker.model, speaker.renderer, [prompt], 6)
         assert line == {"messages": [*row["messages"], {"role": "assistant", "content": alone.text}]}
     assert predict_list(Predictor(speaker, max_new_tokens=6), rows[:1], bare=True) == [
         {"answer": lines[0]["messages"][-1]["content"]}

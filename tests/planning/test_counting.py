@@ -51,7 +51,7 @@ def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
         return texts(rows, **how)
 
     def answered(model, renderer, prompts, how, tick):
-        done["answering"] += how.max_new_tokens * -(-len(prompts) // 8)
+        done["answering"] += how * -(-len(prompts) // 8)
         return answers(model, renderer, prompts, how, tick)
 
     monkeypatch.setattr(looking, "_outcomes", outcomes)

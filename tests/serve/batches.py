@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.evaluation.generate import Answer, Sampling, generate
+from tunesmith.evaluation.generate import Answer, generate
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
@@ -72,7 +72,7 @@ RENDERER: Any = SimpleNamespace(tokenizer=TOKENIZER, stop_ids=tuple(STOPS), task
 @functools.cache
 def alone(arch: str, run: str | None, prompt: tuple[int, ...], max_new_tokens: int) -> Answer:
     """What transformers' own generation answers, greedily and to this prompt alone."""
-    return generate(tuned(arch, run), RENDERER, [prompt], Sampling(max_new_tokens=max_new_tokens))[0]
+    return generate(tuned(arch, run), RENDERER, [prompt], max_new_tokens)[0]
 
 
 def prompts(num: int, *, seed: int = 0, longest: int = 40) -> list[tuple[int, ...]]:

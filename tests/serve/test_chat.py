@@ -13,7 +13,6 @@ from tiny_run import model_folder
 from tiny_tasks import task_recipe
 from tunesmith.cli.chat import ChatSettings, ChatSpeaker, Conversation, open_speakers
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.serve.protocol import Delta, EngineOptions, GenerationRequest, RequestError
@@ -37,7 +36,7 @@ def speaker_of(folder: Path, arch: str) -> LoadedModel:
 
 def expected(speaker: LoadedModel, text: str) -> generate.Answer:
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-    return generate.generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))[0]
+    return generate.generate(speaker.model, speaker.renderer, [prompt], 12)[0]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])

@@ -18,7 +18,6 @@ import pytest
 from serve.running import wait_for
 from tiny_run import tiny_recipe
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Sampling
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -69,10 +68,10 @@ def offline_answers(run: Run) -> tuple[list[str], list[str]]:
     """What `tunesmith chat` says to the questions, tuned and untouched, without a server."""
     found = []
     for speaker in (load_run(run, offline=True), load_base(run, offline=True)):
-        how = Sampling(max_new_tokens=NUM_TOKENS, temperature=0.0, top_p=1.0)
         parts = [[Part("user", text, trained=False)] for text in QUESTIONS]
         prompts = [speaker.renderer.prompt_ids(part) for part in parts]
-        found.append([generate.generate(speaker.model, speaker.renderer, [prompt], how)[0].text for prompt in prompts])
+        given = [generate.generate(speaker.model, speaker.renderer, [prompt], NUM_TOKENS) for prompt in prompts]
+        found.append([one.text for [one] in given])
     return found[0], found[1]
 
 

@@ -18,7 +18,7 @@ import fresh
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
 from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Answer, Sampling
+from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine
@@ -48,8 +48,7 @@ def offline(root: Path, model: str, text: str, tokens: int) -> Answer:
     else:
         speaker = loading.load_run(Run.open(model, root), offline=True)
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-    how = Sampling(max_new_tokens=tokens)
-    return generate.generate(speaker.model, speaker.renderer, [prompt], how)[0]
+    return generate.generate(speaker.model, speaker.renderer, [prompt], tokens)[0]
 
 
 def test_runs_and_their_base_are_served(asked: Asked) -> None:

@@ -22,7 +22,7 @@ from tiny_run import model_folder, tiny_recipe
 from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.data.dataset import open_kept
 from tunesmith.errors import InputError, ModelError, RunError
-from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.generate import generate
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor
 from tunesmith.models.modes import silence_transformers
@@ -245,7 +245,7 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
         speaker = loading.load_run(Run(path), offline=True)
         for key, text in enumerate(("hello", "the quick brown fox jumps")):
             prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
-            [expected] = generate(speaker.model, speaker.renderer, [prompt], Sampling(max_new_tokens=12))
+            [expected] = generate(speaker.model, speaker.renderer, [prompt], 12)
             assert heard[key].answer() == expected, path.name
             answers.add(expected.text)
     assert len(answers) > 4, "runs that answer alike would prove nothing"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from serve.batches import RENDERER, RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
-from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.generate import generate
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
@@ -247,7 +247,7 @@ def assert_an_adapted_head_answers_its_own_run() -> None:
     jobs = [job(key, prompt, adapter=name, max_new_tokens=6) for key, (name, prompt) in enumerate(asked)]
     found = run(Scheduler(together, streams=5), *jobs)
     for key, (name, prompt) in enumerate(asked):
-        [expected] = generate(models[name], RENDERER, [prompt], Sampling(max_new_tokens=6))
+        [expected] = generate(models[name], RENDERER, [prompt], 6)
         assert found[key].answer() == expected, name
     assert len({one.texts[0] for one in found.values()}) > 8
 

@@ -11,7 +11,7 @@ from serve.batches import run as run_batch
 from serve.engines import says
 from tiny_run import same_run, stop_at, tiny_recipe
 from tunesmith.errors import InputError, Stopped
-from tunesmith.evaluation.generate import Sampling, generate
+from tunesmith.evaluation.generate import generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_any, load_run
@@ -124,7 +124,7 @@ def test_served_it_answers_as_it_does_alone(straight: Run) -> None:
     ask = says(voice.card.name, "hello dog", max_tokens=8)
     heard = run_batch(Scheduler(voice.decoder, streams=1), voice.prepare(0, ask, options))
     tuned = load_run(straight)
-    [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], Sampling(max_new_tokens=8))
+    [alone] = generate(tuned.model, tuned.renderer, [voice.prompt_ids(ask)], 8)
     assert heard[0].texts[0] == alone.text
 
 

@@ -1,6 +1,6 @@
 """Answers of a model to prompts: batched generation, and the held-out prompts that a run answers before and after.
 
-Prompts are rendered by the code that renders training rows. Decoding is greedy unless a temperature is set.
+Prompts are rendered by the code that renders training rows. Decoding is greedy.
 """
 
 # B prompts, T tokens
@@ -37,39 +37,16 @@ PREFIX_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """Rule by which the next token is chosen."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    """0 is greedy: the most likely token."""
-    top_p: float = 1.0
-
-    def config(self, *, stop_ids: Sequence[int], pad_id: int) -> GenerationConfig:
-        """Every value is explicit, so that nothing left in the model's own generation config can change an answer."""
-        chosen: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=list(stop_ids) or None,
-            pad_token_id=pad_id,
-            use_cache=True,
-            **chosen,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """Text that a model wrote."""
 
     text: str
     stopped: bool
-    """False: cut off at max_new_tokens."""
+    """False: cut off at the most tokens."""
 
 
 def generate(
-    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[Answer]:
     """One answer a prompt, decoded in one batch, each equal to its answer alone.
 
@@ -84,7 +61,7 @@ def generate(
         place = slice(0, len(prompt)) if has_decoder else slice(longest - len(prompt), longest)
         ids_BT[b, place] = torch.tensor(prompt)
         mask_BT[b, place] = 1
-    out_BT = _generate(model, renderer, sampling, ids_BT, mask_BT)
+    out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT)
     return [
         read_answer(renderer, [] if has_decoder else prompt, row[1 if has_decoder else longest :].tolist())
         for prompt, row in zip(prompts, out_BT, strict=True)
@@ -92,12 +69,17 @@ def generate(
 
 
 def _generate(
-    model: PreTrainedModel, renderer: Renderer, sampling: Sampling, ids_BT: Tensor, mask_BT: Tensor
+    model: PreTrainedModel, renderer: Renderer, max_new_tokens: int, ids_BT: Tensor, mask_BT: Tensor
 ) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
-    # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
-    config = sampling.config(stop_ids=renderer.stop_ids, pad_id=(*renderer.stop_ids, 0)[0])
-    config.decoder_start_token_id = getattr(model.config, "decoder_start_token_id", None)
+    # Every value is explicit, so that nothing left in the model's own generation config can change an answer. Padding
+    # follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
+    stop_ids = renderer.stop_ids
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids) or None,
+        pad_token_id=(*stop_ids, 0)[0], use_cache=True,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+    )  # fmt: skip
     # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
     with eval_mode(model), generating_by(model, GenerationConfig()), _contiguous_head_input(model):
         out_BT: Tensor = model.generate(
@@ -240,13 +222,13 @@ def answer_samples(
     model: PreTrainedModel,
     renderer: Renderer,
     prompts: Sequence[SamplePrompt],
-    sampling: Sampling,
+    new_tokens: int,
     tick: Callable[[str, int, int], None],
 ) -> Iterator[dict[str, Any]]:
     """The values of one "sample" event a prompt, in order."""
     for start in range(0, len(prompts), ANSWER_BATCH):
         some = prompts[start : start + ANSWER_BATCH]
-        for sample, given in zip(some, generate(model, renderer, [s.ids for s in some], sampling), strict=True):
+        for sample, given in zip(some, generate(model, renderer, [s.ids for s in some], new_tokens), strict=True):
             yield {
                 "prompt": sample.prompt,
                 "reference": sample.reference,

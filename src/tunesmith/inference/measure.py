@@ -38,7 +38,6 @@ from tunesmith.evaluation.compare import (
 from tunesmith.evaluation.generate import (
     MOST_SHORT,
     PromptLimit,
-    Sampling,
     answer_samples,
     has_short_answers,
     new_tokens_for,
@@ -357,8 +356,7 @@ def _answer(
         return [], [], []
     limit = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(loaded.renderer, rows, limit=limit, new_tokens=new_tokens)
-    sampling = Sampling(max_new_tokens=new_tokens)
-    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, sampling, on_progress))
+    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     prompted = {

@@ -22,7 +22,7 @@ from tunesmith.data.read import expand_folders
 from tunesmith.data.remote import is_address
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, InputError
-from tunesmith.evaluation.generate import PromptLimit, Sampling, generate
+from tunesmith.evaluation.generate import PromptLimit, generate
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
@@ -114,9 +114,9 @@ class Predictor:
         encoded = [self._prompt(example, warn) for example in examples]
         results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in encoded]
         prompts = {i: prompt for i, prompt in enumerate(encoded) if not isinstance(prompt, Problem)}
-        how = Sampling(max_new_tokens=self.max_new_tokens)
         for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
-            given = generate(self.loaded.model, self.loaded.renderer, [prompts[i] for i in members], how)
+            some = [prompts[i] for i in members]
+            given = generate(self.loaded.model, self.loaded.renderer, some, self.max_new_tokens)
             for i, one in zip(members, given, strict=True):
                 results[i] = {key: one.text}
                 if not one.stopped and TASKS[self.task].writes_answers:  # a continuation has no end

@@ -20,7 +20,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.compare import preference_notes
-from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, answer_samples
+from tunesmith.evaluation.generate import ANSWER_BATCH, answer_samples
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
     Predictions,
@@ -153,9 +153,9 @@ def _answer(session: Session, name: str) -> None:
     setup = session.setup
     if not setup.samples:
         return
-    how = Sampling(max_new_tokens=answer_tokens(setup.recipe, setup.rows))
+    new_tokens = answer_tokens(setup.recipe, setup.rows)
     given = []
-    for index, sample in enumerate(_samples(session, how)):
+    for index, sample in enumerate(_samples(session, new_tokens)):
         given.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
     if not setup.world.is_first:
@@ -168,15 +168,15 @@ def _answer(session: Session, name: str) -> None:
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
 
 
-def _samples(session: Session, how: Sampling) -> Iterator[dict[str, Any]]:
+def _samples(session: Session, new_tokens: int) -> Iterator[dict[str, Any]]:
     """The answers to all prompts, in order; each rank of a group writes those of some batches."""
     setup, tick = session.setup, session.listener.on_progress
     rank, size = setup.world.part
     if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
-        yield from answer_samples(setup.model, setup.renderer, setup.samples, how, tick)
+        yield from answer_samples(setup.model, setup.renderer, setup.samples, new_tokens, tick)
         return
     batches = [setup.samples[at : at + ANSWER_BATCH] for at in range(0, len(setup.samples), ANSWER_BATCH)]
-    mine = [list(answer_samples(setup.model, setup.renderer, batch, how, tick)) for batch in batches[rank::size]]
+    mine = [list(answer_samples(setup.model, setup.renderer, batch, new_tokens, tick)) for batch in batches[rank::size]]
     ranks = setup.world.gather_values(mine)
     for i in range(len(batches)):
         yield from ranks[i % size][i // size]

@@ -32,7 +32,7 @@ from tunesmith.data.sampler import micro_batches_of
 from tunesmith.environment import for_child
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.general import general_rows, text_batches
-from tunesmith.evaluation.generate import ANSWER_BATCH, Sampling, generate
+from tunesmith.evaluation.generate import ANSWER_BATCH, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.models.machine import peak_memory_bytes
@@ -340,7 +340,7 @@ def _word(setup: Setup) -> dict[str, Any]:
     taken = []
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the very first answer is slower
         began = time.perf_counter()
-        generate(setup.model, setup.renderer, prompts, Sampling(max_new_tokens=words))
+        generate(setup.model, setup.renderer, prompts, words)
         taken.append(time.perf_counter() - began)
     return {"answering": asdict(Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS))}
 
