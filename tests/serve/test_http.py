@@ -128,7 +128,7 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
         ("POST", "/v1/completions", {"model": "support", "prompt": []}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": [-1]}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": ["a", 1]}, {}, 400, "invalid_value"),
-        ("POST", "/v1/completions", {"model": "support", "prompt": ["a"] * 129}, {}, 400, "invalid_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": ["a", "b"]}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "unsupported_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "suffix": "b"}, {}, 400, "unsupported_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": "a", "best_of": 3}, {}, 400, "unsupported_value"),

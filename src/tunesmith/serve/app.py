@@ -43,7 +43,6 @@ from tunesmith.serve.responses import (
     Format,
     Usage,
     json_response,
-    merge_streams,
     on_error,
     whole_answer,
     with_tool_calls,
@@ -145,17 +144,16 @@ def make_router(engine: Engine) -> APIRouter:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             **body.sampling,
         )  # fmt: skip
-        events = merge_streams(engine, [generation])
+        events = engine.generate(generation)
         if tools and card.calls is not None:
             events = with_tool_calls(events, card.calls, {str(tool["function"]["name"]) for tool in tools})
         return await _answer(events, body, request, ChatFormat(logprobs=body.logprobs, n=body.n), prefix="chatcmpl")
 
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        """The continuation of texts."""
+        """The continuation of a text."""
         find_model(engine, body.model, "text")
-        settings = {"max_tokens": body.max_tokens, **body.sampling}
-        events = merge_streams(engine, [GenerationRequest(prompt=prompt, **settings) for prompt in body.prompt])
+        events = engine.generate(GenerationRequest(prompt=body.prompt, max_tokens=body.max_tokens, **body.sampling))
         return await _answer(events, body, request, CompletionFormat(), prefix="cmpl")
 
     add_readers(router, engine)

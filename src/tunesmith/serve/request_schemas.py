@@ -26,7 +26,6 @@ TIMEOUT_S = 30.0
 DRAINED_BYTES = 16 * MAX_BYTES
 """Read of a body that is too large: a client that is cut off while it writes does not read the answer."""
 MAX_STOPS = 4
-MAX_PROMPTS = 128
 MAX_INPUTS = 2048
 
 NO_EFFECT = (
@@ -318,29 +317,21 @@ class ChatBody(SampledBody):
         return self
 
 
-def _prompts(value: Any) -> list[str | Sequence[int]]:
-    """One prompt or many, each text or token ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if _are_ids(value):
-            return [tuple(value)]
-        if all(isinstance(one, str) or (isinstance(one, list) and _are_ids(one)) for one in value):
-            if len(value) > MAX_PROMPTS:
-                raise ValueError(f"should be at most {MAX_PROMPTS} prompts, and is {len(value)}")
-            return [one if isinstance(one, str) else tuple(one) for one in value]
-    raise ValueError("should be a text, a list of texts, a list of token ids, or a list of such lists, none empty")
-
-
-def _are_ids(value: list[Any]) -> bool:
-    return bool(value) and all(type(one) is int and 0 <= one < 2**31 for one in value)
+def _prompt(value: Any) -> str | Sequence[int]:
+    """A text or token ids; a list of one of them is the same."""
+    [given] = value if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)) else [value]
+    if isinstance(given, str):
+        return given
+    if isinstance(given, list) and given and all(type(one) is int and 0 <= one < 2**31 for one in given):
+        return tuple(given)
+    raise ValueError("should be a text or a list of token ids, not empty; send a request for each of several prompts")
 
 
 class CompletionBody(SampledBody):
     """POST /v1/completions"""
 
     max_tokens: int | None = Field(16, ge=1)
-    prompt: Annotated[list[Any], BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int])]
+    prompt: Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | list[str] | list[int])]
 
 
 def _texts(value: Any) -> Any:

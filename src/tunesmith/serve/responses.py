@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
@@ -19,9 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from tunesmith.serve.protocol import (
     Delta,
-    Engine,
     Finished,
-    GenerationRequest,
     RequestError,
     Started,
     StreamEvent,
@@ -30,10 +27,6 @@ from tunesmith.serve.protocol import (
     ToolCallFormat,
 )
 
-MAX_CONCURRENT = 8
-"""Prompts of one request that run together, so that its own do not fill the queue."""
-MAX_BUFFERED = 64
-"""Events kept for a client that reads slowly."""
 MIN_LOGPROB = -9999.0
 """OpenAI's value for the logarithm of a probability of 0."""
 RETRY_AFTER_S = 1
@@ -257,44 +250,6 @@ class EventStream(Response):
 
 def _sse(value: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-async def merge_streams(engine: Engine, requests: Sequence[GenerationRequest]) -> Events:
-    """The events of several requests as one stream; answer `i` of request `k` has the index k·n + i.
-
-    Closing it frees their places. The first request that fails ends the others and raises its error.
-    """
-    queue: asyncio.Queue[StreamEvent | BaseException | None] = asyncio.Queue(MAX_BUFFERED)
-    waiting = iter(enumerate(requests))
-
-    async def work() -> None:
-        try:
-            for number, request in waiting:
-                async with aclosing(engine.generate(request)) as events:
-                    async for event in events:
-                        if not isinstance(event, Started):
-                            event = replace(event, index=number * request.n + event.index)  # noqa: PLW2901
-                        await queue.put(event)
-        except Exception as error:
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    workers = [asyncio.create_task(work()) for _ in range(min(MAX_CONCURRENT, len(requests)))]
-    try:
-        num_working = len(workers)
-        while num_working:
-            event = await queue.get()
-            if isinstance(event, BaseException):
-                raise event
-            if event is None:
-                num_working -= 1
-            else:
-                yield event
-    finally:
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
 
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
