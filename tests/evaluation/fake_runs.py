@@ -124,14 +124,11 @@ def _details(kind: str, labels: Sequence[str], rows: Sequence[Mapping[str, Any]]
     confusion = [[0] * len(labels) for _ in labels]
     for row in rows:
         confusion[labels.index(row["label"])][labels.index(row["predicted"])] += 1
-    bins = [{"confidence": None, "accuracy": None, "count": 0}] * 2
-    bins += [{"confidence": k / 10 - 0.05, "accuracy": k / 11, "count": 10 * k} for k in range(3, 11)]
     details: dict[str, Any] = {
         "labels": list(labels),
         "constant": constant,
         "confusion": confusion,
         "per_class": per_class,
-        "reliability": bins,
     }
     if kind == "two":
         curve = [k / 100 for k in range(1, 100)]

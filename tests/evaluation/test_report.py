@@ -35,8 +35,8 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 PLOTS = {
     "chat": {"loss", "rate", "speed", "memory", "lengths"},
     "text": {"loss", "rate", "speed", "memory", "lengths"},
-    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "reliability", "lengths"},
-    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "reliability", "threshold", "lengths"},
+    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "lengths"},
+    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "threshold", "lengths"},
     "sets": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},
     "number": {"loss", "measure", "rate", "speed", "memory", "scatter", "lengths"},
     "tag": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},

@@ -87,7 +87,7 @@ def ask(url: str, text: str = "hello there", key: str = "none") -> str:
 
 def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
     with serving("support") as (process, _):
-        process.until("choices\\[0\\]")
+        process.until("  curl ")
         assert "support     chat, tuned, answers with text, 512 tokens at most" in process.said
         assert "owner/base  chat, the untouched base" in process.said
         assert "for only this machine, without a key" in process.said
@@ -95,12 +95,6 @@ def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
         if shutil.which("curl"):
             answer = subprocess.run([*shlex.split(curl), "-s"], capture_output=True, check=True)
             assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Hello"
-        code = process.said[process.said.index("  from openai") :]
-        done = subprocess.run(
-            [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.stdout == "Hello\n", done.stderr
         process.until("A request without a temperature has 1")
         assert process.end() == 0
     assert process.said.endswith("ended\n")

@@ -198,7 +198,7 @@ class ServerOutput:
         key = "with a key" if has_key else "without a key"
         self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
         # Not wrapped, so that a line can be copied at any width.
-        self.screen.print("\n\n".join(to_try(bound.url, served, has_key=has_key)) + "\n", soft_wrap=True)
+        self.screen.print(to_try(bound.url, served[0], has_key=has_key) + "\n", soft_wrap=True)
         if any(one.answers == "text" for one in served):
             self.screen.print(
                 f"Or open {bound.url}/ in a browser.\nA request without a temperature has 1, as in OpenAI's API, at "
@@ -243,34 +243,19 @@ class ServerOutput:
             self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
 
 
-def to_try(url: str, served: Sequence[ModelCard], *, has_key: bool) -> list[str]:
-    """A line for a shell, and lines of Python for the openai package, about the first model."""
+def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:
+    """A line for a shell that asks the model."""
     import orjson
 
-    name, answers, text = served[0].name, served[0].answers, "The parcel never came."
-    messages = [{"role": "user", "content": "Hello"}]
-    path, body, call, result = {
-        "text": (
-            "/v1/chat/completions", {"model": name, "messages": messages},
-            f"chat.completions.create(model={name!r}, messages={messages!r})", "choices[0].message.content",
-        ),
-        "embeddings": (
-            "/v1/embeddings", {"model": name, "input": text},
-            f"embeddings.create(model={name!r}, input={text!r})", "data[0].embedding",
-        ),
-        "labels": ("/v1/classify", {"model": name, "input": text}, "", ""),
-    }[answers]  # fmt: skip
+    text: dict[str, Any] = {"input": "The parcel never came."}
+    path, body = {
+        "text": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        "embeddings": ("/v1/embeddings", text),
+        "labels": ("/v1/classify", text),
+    }[served.answers]
     key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
-    data = shlex.quote(orjson.dumps(body).decode())
-    curl = f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d {data}"
-    api_key = 'os.environ["TUNESMITH_API_KEY"]' if has_key else '"none"'
-    python = (
-        ("  import os\n" if has_key else "")
-        + "  from openai import OpenAI\n"
-        + f'  client = OpenAI(base_url="{url}/v1", api_key={api_key})\n'
-        + f"  print(client.{call}.{result})"
-    )
-    return [curl, python] if call else [curl]
+    data = shlex.quote(orjson.dumps({"model": served.name, **body}).decode())
+    return f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d {data}"
 
 
 def check_extra(extra: Literal["serve", "jobs"]) -> None:

@@ -119,14 +119,10 @@ def macro_f1(right_IC: Counts, both_IC: Counts, *, absent_count: bool) -> Statis
 
 def calibration_error(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> Statistic:
     """Gap of mean confidence and accuracy in each bin, weighted by the bin's rows: ECE (Guo et al. 2017, §2)."""
+    bins_I = np.digitize(confidences_I, np.arange(1, BINS) / BINS, right=True)  # 0 for up to 0.1, 1 for up to 0.2, ...
     gaps_IB = np.zeros((len(hits_I), BINS))
-    gaps_IB[np.arange(len(hits_I)), bins(confidences_I)] = confidences_I - hits_I
+    gaps_IB[np.arange(len(hits_I)), bins_I] = confidences_I - hits_I
     return lambda weights_RI: divide(np.abs(weights_RI @ gaps_IB).sum(1), weights_RI.sum(1))
-
-
-def bins(confidences_I: Floats) -> NDArray[np.int64]:
-    """The bin of each confidence: 0 for up to 0.1, 1 for more and up to 0.2, ..."""
-    return np.digitize(confidences_I, np.arange(1, BINS) / BINS, right=True).astype(np.int64)
 
 
 def roc_auc(positive_I: NDArray[np.bool_], scores_I: Floats) -> Statistic:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tunesmith.environment import install_command
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import bootstrap, branch_scores
-from tunesmith.evaluation.bootstrap import BINS, Floats, Interval, Statistic, divide, intervals, ratio, value_of
+from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, intervals, ratio, value_of
 from tunesmith.evaluation.branch_scores import HABITS, column
 
 RowResult = Mapping[str, Any]
@@ -311,7 +311,6 @@ def _class_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[st
         "labels": list(classes),
         "confusion": confusion_CC.tolist(),
         "per_class": _table("label", classes, *counts),
-        "reliability": _reliability(column(rows, "probability"), true_I == found_I),
     }
     if len(classes) == 2:
         details["threshold"] = _threshold_curve(true_I == 1, _second_chances(rows, classes))
@@ -356,20 +355,6 @@ def _table(key: str, names: Sequence[str], right_C: Any, found_C: Any, true_C: A
     scores = divide(right_C, found_C), divide(right_C, true_C), divide(2 * right_C, found_C + true_C)
     rows = zip(names, *(column.tolist() for column in (*scores, true_C)), strict=True)
     return [dict(zip((key, "precision", "recall", "f1", "support"), row, strict=True)) for row in rows]
-
-
-def _reliability(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Mean confidence and accuracy in each bin; None in one without rows."""
-    bins_I = bootstrap.bins(confidences_I)
-    columns = [np.bincount(bins_I, weights, minlength=BINS) for weights in (None, confidences_I, hits_I)]
-    return [
-        {
-            "confidence": float(total / count) if count else None,
-            "accuracy": float(hits / count) if count else None,
-            "count": int(count),
-        }
-        for count, total, hits in zip(*columns, strict=True)
-    ]
 
 
 def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[dict[str, float]]:

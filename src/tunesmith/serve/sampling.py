@@ -139,7 +139,7 @@ class JsonGrammars:
             message = f"answers in JSON are not supported: llguidance cannot read this model's tokenizer: {error}"
             raise RequestError(message, code="unsupported_parameter", param="response_format") from error
 
-    def compile(self, schema: Mapping[str, Any]) -> Callable[[], JsonGrammar]:
+    def compile(self, schema: Mapping[str, Any]) -> Callable[[], Grammar]:
         """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
         if "x-guidance" in schema:
             raise _invalid("the schema cannot be enforced: x-guidance would change how it is enforced: leave it out")

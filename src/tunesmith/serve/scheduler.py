@@ -48,7 +48,7 @@ class PreparedRequest:
     n: int = 1
     strip: bool = False
     """Whether white space around an answer is left out."""
-    grammar: Callable[[], JsonGrammar] | None = None
+    grammar: Callable[[], Grammar] | None = None
 
     @property
     def room(self) -> int:

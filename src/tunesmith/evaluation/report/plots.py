@@ -211,8 +211,6 @@ def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
     rows = details.get("per_class") or details.get("per_type")
     if rows:
         plots.append(_bars([{**row, "label": row.get("label", row.get("type"))} for row in rows]))
-    if details.get("reliability"):
-        plots.append(_reliability(details["reliability"]))
     if details.get("threshold"):
         plots.append(_threshold(details["threshold"]))
     if details.get("scatter"):
@@ -303,23 +301,6 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Plot:
     listed = f" The {MOST_BARS} of {len(rows)} with the lowest." if len(rows) > MOST_BARS else ""
     text = f"F1, precision and recall of each; in brackets, how often it is the truth.{listed}"
     return draw("bars", "Class by class", text, paint, height=70 + 19 * len(worst))
-
-
-def _reliability(bins: Sequence[Mapping[str, float]]) -> Plot:
-    filled = [one for one in bins if one["count"]]
-
-    def paint(axes: Any) -> None:
-        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":", label="as sure as it is right")
-        confidence, accuracy = ([one[key] for one in filled] for key in ("confidence", "accuracy"))
-        axes.plot(confidence, accuracy, color=ACCENT, linewidth=1.6)
-        sizes = np.asarray([one["count"] for one in filled], np.float64)
-        area = 14 + 150 * sizes / sizes.max()
-        axes.scatter(confidence, accuracy, s=area, facecolor=PAPER, edgecolor=ACCENT, linewidth=1.4, zorder=3)
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="confidence", ylabel="share that was right")
-        axes.legend(loc="upper left")
-
-    text = "How often the model is right when it is so sure. Below the dotted line it is too sure. Larger: more rows."
-    return draw("reliability", "Reliability", text, paint)
 
 
 def _threshold(points: Sequence[Mapping[str, float]]) -> Plot:
