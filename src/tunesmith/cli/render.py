@@ -307,15 +307,6 @@ _PHASES = {
 }
 
 
-_OTHER_WORK = {
-    "{} to start": ("starting",),
-    "{} to measure rows": ("held_out", "surprising", "general"),
-    "up to {} to answer prompts": ("answering",),
-    "{} for checkpoints": ("saving",),
-    "{} to finish": ("finishing",),
-}
-
-
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
     """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
     facts = [("memory", _memory(forecast))]
@@ -382,10 +373,8 @@ def _group(group: Mapping[str, Any]) -> str:
 def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
         return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
-    work, low, high = seconds["work"], 1 - seconds["spread"], 1 + seconds["spread"]
-    parts = {name: sum(work[kind]["seconds"] for kind in kinds) for name, kinds in _OTHER_WORK.items()}
-    others = "".join(f"; {name.format(duration(part))}" for name, part in parts.items() if part >= 0.5)
+    training, low, high = seconds["work"]["training"], 1 - seconds["spread"], 1 + seconds["spread"]
     return (
-        f"{span(low * seconds['total'], high * seconds['total'])}: "
-        f"{duration(work['training']['seconds'])} to train ({work['training']['price']:.2g} s a step){others}"
+        f"{span(low * seconds['total'], high * seconds['total'])}: {duration(training['seconds'])} to train "
+        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else"
     )

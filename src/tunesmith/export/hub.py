@@ -68,15 +68,13 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
     """The license of the card, and where it is from."""
     if given is not None:
         return given, "as given by the person who exported it."
+    from huggingface_hub import ModelCard
+
     card = result.base.path / "README.md" if result.is_adapter and result.base.path.is_dir() else None
     if card is not None and card.is_file():
-        text = card.read_text("utf-8", errors="replace")
-        try:
-            stated = yaml.safe_load(text[4:].partition("\n---")[0]) if text.startswith("---\n") else None
-        except yaml.YAMLError:
-            stated = None
-        if isinstance(stated, dict) and isinstance(stated.get("license"), str):
-            return stated["license"], "that of the base model's card."
+        stated = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+        if isinstance(stated, str):
+            return stated, "that of the base model's card."
     return UNKNOWN, "nobody has stated one. The license of the base model holds here too: look it up."
 
 

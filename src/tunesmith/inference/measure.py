@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,10 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The rows that a run was trained on, and the content hashes of its held-out rows."""
+    """The rows that a run was trained on."""
 
     store: RowStore
     rows_I: NDArray[np.int64]
-    held_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def count(self, hashes: NDArray[np.uint64]) -> int:
         """The number of these content hashes that are among them."""
@@ -121,8 +120,7 @@ def load_training_rows(run: Run) -> TrainingRows | None:
         return None
     own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
     data = recipe.data.model_copy(update={"train": own})
-    train, held, _ = split(data, store, held_store, resolved(recipe.task))
-    return TrainingRows(store, train, held_store.hashes[held])
+    return TrainingRows(store, split(data, store, held_store, resolved(recipe.task))[0])
 
 
 def evaluate_file(
@@ -175,7 +173,7 @@ def evaluate_file(
         texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
         keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
-    notes += [*counted([store], problems), *_beside_report(loaded, trained, num_trained, store.hashes)]
+    notes += [*counted([store], problems), *_beside_report(loaded, num_trained, len(store))]
     sampled, _, more = _answer(loaded, *_chosen(loaded, data, store, samples), on_progress)
     measures |= score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
     baseline = row_baseline(results, details.get("constant"), classes)
@@ -297,18 +295,13 @@ def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:
         )
 
 
-def _beside_report(
-    loaded: LoadedModel, trained: TrainingRows | None, num_trained: int | None, hashes_I: NDArray[np.uint64]
-) -> Iterator[str]:
+def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> Iterator[str]:
     """Notes on why these measures are not those of a run's report."""
-    most, num_rows = loaded.recipe.evaluation.max_rows, len(hashes_I)
+    most = loaded.recipe.evaluation.max_rows
     if loaded.recipe.train.class_weights == "balanced":
         yield "the loss is not weighted as in training: an early version kept no class weights of this run"
     if loaded.run is not None and isinstance(most, int) and num_rows > most:
         yield f"all {num_rows:,} rows are measured; the run's report is of at most {most:,} (evaluation.max_rows)"
-    are_held = trained is not None and bool(np.isin(hashes_I, trained.held_hashes).all())
-    if are_held and not loaded.is_base and loaded.recipe.precision == "bfloat16":
-        yield "in bfloat16 a row's result depends on its batch: rows on the border can differ from the run's report"
     if num_trained:
         were = "was" if num_trained == 1 else "were"
         yield f"{num_trained:,} of {plural(num_rows, 'row')} {were} trained on by this run: the measures flatter it"
