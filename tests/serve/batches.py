@@ -19,7 +19,7 @@ from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
-from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.adapters import AdapterSet, LowRankPath
 from tunesmith.serve.decoder import BatchedDecoder, Decoder
 from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, TokenLogprob
 from tunesmith.serve.scheduler import KeyedEvent, PreparedRequest, Scheduler
@@ -47,12 +47,25 @@ def adapt(model: PreTrainedModel, run: str) -> LoraAttachment:
     return attachment
 
 
+def taken(attachment: LoraAttachment) -> dict[str, LowRankPath]:
+    """The paths of an adapter that is on a model, which is off it then."""
+    paths = {
+        layer: LowRankPath(module.lora_A.detach(), module.lora_B.detach(), module.scale)
+        for layer, module in attachment.layers.items()
+    }
+    attachment.unload()
+    return paths
+
+
+def put_on(adapters: AdapterSet, paths: Mapping[str, Mapping[str, LowRankPath]]) -> None:
+    for name, of_run in paths.items():
+        adapters.put(name, of_run)
+
+
 def decoder(arch: str, kind: Any = BatchedDecoder, runs: Sequence[str] = tuple(RUNS), **settings: Any) -> Decoder:
     model = sharp(arch, **settings)
     adapters = AdapterSet(model)
-    for run in runs:
-        adapters.take(run, adapt(model, run))
-    adapters.install()
+    put_on(adapters, {run: taken(adapt(model, run)) for run in runs})
     made: Decoder = kind(model, adapters)
     return made
 

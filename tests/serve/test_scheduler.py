@@ -11,7 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from serve.batches import RENDERER, RUNS, Heard, adapt, alone, decoder, hear, job, prompts, run, sharp
+from serve.batches import (
+    RENDERER,
+    RUNS,
+    Heard,
+    adapt,
+    alone,
+    decoder,
+    hear,
+    job,
+    prompts,
+    put_on,
+    run,
+    sharp,
+    taken,
+)  # fmt: skip
 from tunesmith.evaluation.generate import generate
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
@@ -87,9 +101,7 @@ def with_one_adapter_for_all(arch: str) -> BatchedDecoder:
 
     model = sharp(arch)
     adapters = First(model)
-    for name in RUNS:
-        adapters.take(name, adapt(model, name))
-    adapters.install()
+    put_on(adapters, {name: taken(adapt(model, name)) for name in RUNS})
     return BatchedDecoder(model, adapters)
 
 
@@ -232,11 +244,11 @@ def head_runs() -> tuple[Any, dict[str, Any]]:
     base = sharp("llama", tie_word_embeddings=False)
     adapters = AdapterSet(base)
     for name, (_, attachment) in made.items():
-        adapters._taken[name] = {
+        paths = {
             layer: LowRankPath(module.lora_A.detach(), module.lora_B.detach(), module.scale)
             for layer, module in attachment.layers.items()
         }
-    adapters.install()
+        adapters.put(name, paths)
     return BatchedDecoder(base, adapters), {name: model for name, (model, _) in made.items()}
 
 

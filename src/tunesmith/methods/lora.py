@@ -107,17 +107,6 @@ class LoraAttachment(Attachment):
     def trains_token_rows(self) -> bool:
         return self.rows is not None
 
-    @property
-    def unshareable(self) -> str | None:
-        """Why other adapters cannot use the same base in memory; None: they can."""
-        if isinstance(self.settings, DoraMethod):
-            return "its weights are rescaled row by row (DoRA)"
-        if brought := [*self.whole.head, *self.whole.modules]:
-            return f"it brings {brought[0]} whole"
-        if self.rows is not None:
-            return f"it brings rows of {self.rows.names[0]} for new tokens"
-        return None
-
     def collect_gradients(self) -> None:
         self._masters.collect()
 

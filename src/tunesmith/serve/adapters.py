@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
-from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.targets import named_targets, replace_module
 
 
@@ -98,34 +97,9 @@ class AdapterSet:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._routing = _Routing()
-        self._taken: dict[str, dict[str, LowRankPath]] = {}
-
-    def take(self, name: str, attachment: LoraAttachment) -> None:
-        """Take the matrices of an adapter that is on the model, and the adapter off it. `install` puts all on.
-
-        Raises ModelError for an adapter that is more than low-rank paths, so that others could not share its base.
-        """
-        if why := attachment.unshareable:
-            raise ModelError(
-                f"{name}: {why}, so its base cannot be shared with other adapters. Export it as merged and serve that."
-            )
-        self._taken[name] = {
-            layer: LowRankPath(module.lora_A.detach(), module.lora_B.detach(), module.scale)
-            for layer, module in attachment.layers.items()
-        }
-        attachment.unload()
-
-    def install(self) -> None:
-        """Put all adapters that were taken on the layers of the model."""
-        wanted = sorted({layer for paths in self._taken.values() for layer in paths})
-        for target in named_targets(self.model, wanted):
-            layer = MultiLoraLinear(target.module, self._routing)
-            layer.paths = {name: paths[target.name] for name, paths in self._taken.items() if target.name in paths}
-            replace_module(self.model, target, layer)
-        self._taken = {}
 
     def put(self, name: str, paths: Mapping[str, LowRankPath]) -> None:
-        """Put one more adapter on the model, between two passes. Raises ModelError if a layer is missing."""
+        """Put an adapter on the model, between two passes. Raises ModelError if a layer is missing."""
         layers = {layer: self.model.get_submodule(layer) for layer in paths}
         bare = [layer for layer, module in layers.items() if not isinstance(module, MultiLoraLinear)]
         for target in named_targets(self.model, bare):

@@ -103,25 +103,14 @@ class Registry:
         if (why := "this server takes none" if shared is None else why_unshareable(run)) is not None:
             raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
         assert shared is not None, "refused above"
-        base, recipe = shared.loaded, run.recipe()
-        chain = [run]
+        base, chain = shared.loaded, [run]
         while (parent := chain[-1].started_from()) is not None:
             chain.append(parent)
         loading.refuse_other_base(chain[-1], base.located, shared.hashes.result())
-        for one in chain:
-            one.check_result(one.adapter_path)
-        paths = {
-            layer: path.to(base.model.device, base.model.dtype)
-            for layer, path in joined_paths([read_low_rank(one.adapter_path) for one in chain]).items()
-        }
-        for part in ("a_RI", "b_OR"):
-            loading.refuse_non_finite({layer: getattr(path, part) for layer, path in paths.items()}, run.adapter_path)
-        tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
-        renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
-        model = make_writer(
-            replace(base, renderer=renderer, recipe=recipe), name, shared.decoder, adapter=name, run=run
-        )
-        check_renderer(run, renderer, lambda text: None)
+        paths = read_paths(chain, base)
+        tuned = as_run(base, run)
+        model = make_writer(tuned, name, shared.decoder, adapter=name, run=run)
+        check_renderer(run, tuned.renderer, lambda text: None)
         return AttachableRun(model, paths)
 
     def attach(self, found: AttachableRun) -> None:
@@ -189,6 +178,8 @@ def why_unshareable(run: Run) -> str | None:
         return "every weight of it was tuned"
     if recipe.data.new_tokens:
         return "it has tokens that its base has not"
+    if not run.adapter_path.exists():
+        return "it is not finished"
     return METHODS[recipe.method.name].unshareable(recipe.method)
 
 
@@ -249,13 +240,18 @@ def _add_shared(
         run = runs[0] if runs else None
         return _add_single(registry, loading.load_adapter(loaded, run) if run else loaded, run, note)
     adapters = AdapterSet(loaded.model)
-    tuned = [_take_adapter(adapters, loaded, run, note) for run in runs]
-    adapters.install()
+    for run in runs:
+        adapters.put(run.path.resolve().name, read_paths([run], loaded))
+        for text in filter(None, (run.check_result(run.adapter_path), loaded.packed)):
+            note(f"{run.path}: {text}")
+        if (precision := run.recipe().precision) != loaded.recipe.precision:
+            note(f"{run.path}: tuned in {precision}, served in {loaded.recipe.precision}, as the first run was")
     decoder = choose_decoder(loaded, adapters, note)
-    writers = []
-    for run, one in zip(runs, tuned, strict=True):
-        name = run.path.resolve().name
-        writers.append(make_writer(one, name, decoder, adapter=name, run=run))
+    names = [run.path.resolve().name for run in runs]
+    writers = [
+        make_writer(as_run(loaded, run), name, decoder, adapter=name, run=run)
+        for run, name in zip(runs, names, strict=True)
+    ]
     if runs:
         try:
             recipe, tokenizer = loading.untuned_recipe(base)
@@ -277,18 +273,26 @@ def _add_shared(
     check_writers(writers, note)
 
 
-def _take_adapter(adapters: AdapterSet, base: LoadedModel, run: Run, note: Note) -> LoadedModel:
-    """Take a run's adapter off the base; returns the base with the run's renderer and recipe."""
+def read_paths(chain: Sequence[Run], base: LoadedModel) -> dict[str, LowRankPath]:
+    """The low-rank paths, by layer, of a run and of those that it started from and that are not part of the base.
+
+    Raises RunError or ModelError for an adapter that was changed or is damaged.
+    """
+    for run in chain:
+        run.check_result(run.adapter_path)
+    paths = {
+        layer: path.to(base.model.device, base.model.dtype)
+        for layer, path in joined_paths([read_low_rank(run.adapter_path) for run in chain]).items()
+    }
+    for part in ("a_RI", "b_OR"):
+        loading.refuse_non_finite({layer: getattr(path, part) for layer, path in paths.items()}, chain[0].adapter_path)
+    return paths
+
+
+def as_run(base: LoadedModel, run: Run) -> LoadedModel:
+    """The base with the renderer and recipe of a run on it."""
     recipe = run.recipe()
-    if recipe.precision != base.recipe.precision:
-        note(f"{run.path}: tuned in {recipe.precision}, served in {base.recipe.precision}, as the first run was")
-    tuned = loading.load_adapter(base, run)
-    if tuned.note:
-        note(f"{run.path}: {tuned.note}")
-    adapters.take(run.path.resolve().name, tuned.attachment)
-    tokenizer = base.renderer.tokenizer
-    if run.adapter_path.exists():
-        tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
+    tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
     return replace(base, renderer=loading.make_renderer(recipe, tokenizer, model_kind(base.located)), recipe=recipe)
 
 
