@@ -115,7 +115,7 @@ def test_past_its_bound_a_kind_fails_says_what_rounds_less_and_leaves_nothing(
     kind = QUANT_TYPES[quant]
     narrow = dataclasses.replace(kind, tolerances=dataclasses.replace(kind.tolerances, kl=1e-9))
     monkeypatch.setitem(QUANT_TYPES, quant, narrow)
-    with pytest.raises(ExportError, match=rf"nothing was kept: its KL divergence .*--quant {kind.finer} has less"):
+    with pytest.raises(ExportError, match=r"nothing was kept: its KL divergence .*a finer --quant has less"):
         written(of_architecture("llama", hidden=256), tmp_path, quant)
     assert list(tmp_path.iterdir()) == []
 
@@ -173,12 +173,6 @@ def test_room_is_counted_for_what_is_only_there_meanwhile(monkeypatch: pytest.Mo
         2 * num_params + num_params * 8.5 / 8
     )
     assert verify.disk_space(source) == 32 * 8 * 4 * source.config.vocab_size
-
-
-def test_a_finer_kind_has_no_wider_bound() -> None:
-    for kind in QUANT_TYPES.values():
-        if kind.finer:
-            assert dataclasses.astuple(QUANT_TYPES[kind.finer].tolerances) <= dataclasses.astuple(kind.tolerances)
 
 
 def test_verify_json_has_the_tolerances_of_the_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

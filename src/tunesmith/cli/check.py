@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,15 +83,15 @@ def check(
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
-    from tunesmith.cli.display import fetched, progress_bar
+    from tunesmith.cli.display import fetched, phases
     from tunesmith.data.check import check as check_rows
     from tunesmith.data.splits import mix
 
     chosen = chosen.model_copy(update={"data": fetched(chosen.data, offline=offline)})
-    with progress_bar(console(stderr=True), "checking rows") as tick:
+    with phases(console(stderr=True)) as tick:
         renderer = _renderer(chosen, offline) if chosen.model else None
         task = None if chosen.task == "auto" else chosen.task
-        report = check_rows(chosen.data, renderer=renderer, task=task, progress=tick)
+        report = check_rows(chosen.data, renderer=renderer, task=task, progress=partial(tick, "check"))
     usable = [file.usable for side in ("train", "replay") for file in report.files if file.side == side]
     sources = mix(chosen.data, usable) if report.ok else []
     if as_json:

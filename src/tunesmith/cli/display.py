@@ -236,13 +236,6 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def progress_bar(screen: Console, words: str) -> Iterator[Callable[[int, int], None]]:
-    """The progress of one thing, see `phases`."""
-    with phases(screen, {words: words}) as progress:
-        yield lambda done, total: progress(words, done, total)
-
-
-@contextmanager
 def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Callable[[str, int, int], None]]:
     """One bar that moves from each phase to the next; not on a terminal a line now and then, of what takes long."""
     if not screen.is_terminal:

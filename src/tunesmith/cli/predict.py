@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,12 +136,13 @@ def _file(
     *,
     offline: bool,
 ) -> Counts:
-    from tunesmith.cli.display import fetched, progress_bar
+    from tunesmith.cli.display import fetched, phases
     from tunesmith.inference.predict import predict_file, predict_to
     from tunesmith.recipe.schema import Data, DataFile
 
     data = fetched(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
-    with progress_bar(console(stderr=True), "answering rows") as progress:
+    with phases(console(stderr=True), {"rows": "answering rows"}) as tick:
+        progress = partial(tick, "rows")
         if out is not None:
             try:
                 return predict_to(out, predictor, data, progress=progress, say=say, **options)

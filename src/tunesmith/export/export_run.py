@@ -21,7 +21,6 @@ from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
     REPLACED,
-    TEMPORARY,
     abandoned,
     being_written,
     remove,
@@ -128,8 +127,8 @@ def _verified(
     exported = verify.exported_outputs(result, target, done.path, rows, work=work)
     found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
     if problems := found.problems(done.allowed):
-        finer = target.finer(options) if found.same_ids else ""
-        way_out = f" If rounding is the cause, {finer} has less of it." if finer else ""
+        is_rounded = found.same_ids and target.reads
+        way_out = f" If rounding is the cause, a finer --{target.reads[0]} has less of it." if is_rounded else ""
         name = f"{result.run.path.name} to {target.name}"
         raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     notes = [*done.notes]
@@ -176,11 +175,8 @@ def _check_space(out: Path, num_bytes: int) -> None:
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes:
-        files = [path for left in place.glob(f"{TEMPORARY}*") for path in left.rglob("*") if path.is_file()]
-        held = sum(path.stat().st_size for path in files)
-        others = f" (other exports that are being written hold {held:,})" if held else ""
         raise StorageError(
-            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free{others}. Free some space, or name a folder on "
+            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free. Free some space, or name a folder on "
             "another disk with --out.",
             path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
         )  # fmt: skip

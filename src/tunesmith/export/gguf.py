@@ -64,8 +64,6 @@ class QuantType:
     """Type of most matrices."""
     file: gguf.LlamaFileType
     tolerances: Tolerances
-    finer: str
-    """The value that rounds less."""
     by_llama_cpp: bool = False
     """Whether only llama.cpp's own quantizer makes it."""
     output: GgmlType | None = None
@@ -73,19 +71,19 @@ class QuantType:
 
 
 QUANT_TYPES: dict[str, QuantType] = {
-    "f32": QuantType(GgmlType.F32, _File.ALL_F32, GGUF_EXACT, ""),
-    "f16": QuantType(GgmlType.F16, _File.MOSTLY_F16, GGUF_EXACT, "f32"),
-    "bf16": QuantType(GgmlType.BF16, _File.MOSTLY_BF16, ROUNDED, "f16"),
-    "q8_0": QuantType(GgmlType.Q8_0, _File.MOSTLY_Q8_0, QUANTIZED, "f16"),
-    "q6_k": QuantType(GgmlType.Q6_K, _File.MOSTLY_Q6_K, SIX_BITS, "q8_0", by_llama_cpp=True),
-    "q5_k_m": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_M, FIVE_BITS, "q6_k", by_llama_cpp=True),
-    "q5_k_s": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_S, FIVE_BITS, "q6_k", by_llama_cpp=True),
-    "q5_1": QuantType(GgmlType.Q5_1, _File.MOSTLY_Q5_1, FIVE_BITS, "q8_0", output=GgmlType.Q8_0),
-    "q5_0": QuantType(GgmlType.Q5_0, _File.MOSTLY_Q5_0, FIVE_BITS, "q8_0", output=GgmlType.Q8_0),
-    "q4_k_m": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_M, FOUR_BITS, "q5_k_m", by_llama_cpp=True),
-    "q4_k_s": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_S, FOUR_BITS, "q5_k_m", by_llama_cpp=True),
-    "q4_1": QuantType(GgmlType.Q4_1, _File.MOSTLY_Q4_1, FOUR_BITS, "q8_0", output=GgmlType.Q8_0),
-    "q4_0": QuantType(GgmlType.Q4_0, _File.MOSTLY_Q4_0, FOUR_BITS, "q8_0", output=GgmlType.Q8_0),
+    "f32": QuantType(GgmlType.F32, _File.ALL_F32, GGUF_EXACT),
+    "f16": QuantType(GgmlType.F16, _File.MOSTLY_F16, GGUF_EXACT),
+    "bf16": QuantType(GgmlType.BF16, _File.MOSTLY_BF16, ROUNDED),
+    "q8_0": QuantType(GgmlType.Q8_0, _File.MOSTLY_Q8_0, QUANTIZED),
+    "q6_k": QuantType(GgmlType.Q6_K, _File.MOSTLY_Q6_K, SIX_BITS, by_llama_cpp=True),
+    "q5_k_m": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_M, FIVE_BITS, by_llama_cpp=True),
+    "q5_k_s": QuantType(GgmlType.Q5_K, _File.MOSTLY_Q5_K_S, FIVE_BITS, by_llama_cpp=True),
+    "q5_1": QuantType(GgmlType.Q5_1, _File.MOSTLY_Q5_1, FIVE_BITS, output=GgmlType.Q8_0),
+    "q5_0": QuantType(GgmlType.Q5_0, _File.MOSTLY_Q5_0, FIVE_BITS, output=GgmlType.Q8_0),
+    "q4_k_m": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_M, FOUR_BITS, by_llama_cpp=True),
+    "q4_k_s": QuantType(GgmlType.Q4_K, _File.MOSTLY_Q4_K_S, FOUR_BITS, by_llama_cpp=True),
+    "q4_1": QuantType(GgmlType.Q4_1, _File.MOSTLY_Q4_1, FOUR_BITS, output=GgmlType.Q8_0),
+    "q4_0": QuantType(GgmlType.Q4_0, _File.MOSTLY_Q4_0, FOUR_BITS, output=GgmlType.Q8_0),
 }
 """By llama.cpp's name. The output layer of small types is finer than the rest, as in llama.cpp's own quantizer."""
 
@@ -257,12 +255,6 @@ def num_bytes(result: RunResult, options: ExportOptions) -> int:
     return stored_bytes((num_params,), GgmlType.F16) + stored_bytes((num_params,), GgmlType.Q8_0)
 
 
-def finer(options: ExportOptions) -> str:
-    """The option that rounds less."""
-    value = QUANT_TYPES[options.quant].finer
-    return f"--quant {value}" if value else ""
-
-
 _HEADER_TO_CONFIG = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -321,5 +313,4 @@ GGUF = ExportTarget(
     card=_card,
     reads=("quant",),
     quants=tuple(QUANT_TYPES),
-    finer=finer,
 )

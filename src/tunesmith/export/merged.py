@@ -94,5 +94,4 @@ MERGED = ExportTarget(
     tolerances=_tolerances,
     card=_card,
     reads=("dtype",),
-    finer=lambda options: "" if options.dtype == "float32" else "--dtype float32",
 )

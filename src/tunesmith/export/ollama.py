@@ -186,5 +186,4 @@ OLLAMA = ExportTarget(
     card=_card,
     reads=GGUF.reads,
     quants=GGUF.quants,
-    finer=GGUF.finer,
 )

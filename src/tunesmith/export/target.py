@@ -152,5 +152,3 @@ class ExportTarget:
     """Names of the options that it reads besides the license."""
     quants: tuple[str, ...] = ()
     """Values of --quant."""
-    finer: Callable[[ExportOptions], str] = lambda options: ""
-    """The option that rounds less; empty where nothing does."""
