@@ -22,6 +22,7 @@ from tunesmith.data.problems import SKIP
 from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
+from tunesmith.evaluation.series import RunSeries
 from tunesmith.export.export_run import check_planned, export_planned
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
@@ -309,8 +310,7 @@ class ProgressLine:
     make: Callable[..., Any] = tqdm
     _bar: Any = None
     _phase: str = ""
-    _steps: int = 0
-    _facts: dict[str, str] = field(default_factory=dict)
+    _series: RunSeries = field(default_factory=RunSeries)
 
     def tick(self, what: str, done: int, total: int) -> None:
         """`done` of `total` of a phase."""
@@ -323,21 +323,19 @@ class ProgressLine:
         self._bar.update(done - self._bar.n)
 
     def run(self, run: Run) -> None:
-        """Take the number of steps from the plan of a resumed run."""
+        """Take what a resumed run has measured."""
         with suppress(RunError):  # a damaged log is put right and heard later
-            for event in run.events():
-                if event.kind == "plan":
-                    self._steps = int(event.values["steps"])
+            self._series = RunSeries.of(run.events())
 
     def event(self, event: Event) -> None:
         """Steps and their losses, held-out losses."""
-        if event.kind == "plan":
-            self._steps = int(event.values["steps"])
-        elif event.kind == "evaluation" and event.values.get("loss") is not None:
-            self._facts["held-out loss"] = f"{event.values['loss']:.3f}"
-        elif event.kind == "step":
-            self.tick("train", event.step, self._steps)
-            self._bar.set_postfix({"loss": f"{event.values['loss']:.3f}", **self._facts}, refresh=False)
+        self._series.add(event)
+        if event.kind == "step":
+            self.tick("train", event.step, self._series.total_steps)
+            facts = {"loss": f"{event.values['loss']:.3f}"}
+            if self._series.evaluations:
+                facts["held-out loss"] = f"{self._series.evaluations[-1][1]['loss']:.3f}"
+            self._bar.set_postfix(facts, refresh=False)
 
     def close(self) -> None:
         """Take the bar away."""
