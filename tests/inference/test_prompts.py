@@ -46,7 +46,7 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
         monkeypatch.setattr(module, "generate", answer)
     speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
     held = setup.recipe.data.eval[0].path
-    tally = predict_file(Predictor(speaker, NEW_TOKENS), held, lambda lines: None).counts
+    tally = predict_file(Predictor(speaker, NEW_TOKENS), held, lambda lines: None)
     evaluated = evaluate_file(speaker, held, samples=1)
     [sample] = setup.samples
     assert asked == [list(sample.ids)] * 2

@@ -154,7 +154,7 @@ def _file(
                 data_line(line)
 
         bare, keep = options["bare"], options["keep"]
-        return predict_file(predictor, data, write, bare=bare, keep=keep, progress=progress).counts
+        return predict_file(predictor, data, write, bare=bare, keep=keep, progress=progress)
 
 
 def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, as_json: bool) -> None:

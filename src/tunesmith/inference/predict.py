@@ -271,15 +271,13 @@ def predict_to(
         if output.num_lines:
             say(f"{out}: continues after {output.num_lines:,} rows")
         skip = output.num_lines
-        rows = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress)
-        if str(rows.last_skipped or "") != output.last_source:
-            raise InputError(f"{out}: its last line is not of {rows.last_skipped}. Start anew with --overwrite.")
+        counts = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress)
         output.finish()
     finally:
         output.close()
-    rows.counts.errors += output.num_errors
-    rows.counts.answered += output.num_lines - output.num_errors
-    return rows.counts
+    counts.errors += output.num_errors
+    counts.answered += output.num_lines - output.num_errors
+    return counts
 
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
@@ -302,7 +300,7 @@ def predict_file(
     keep: Sequence[str] = (),
     skip: int = 0,
     progress: Progress = lambda done, total: None,
-) -> RowStream:
+) -> Counts:
     """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were written
     before."""
     data = predictor.loaded.recipe.data
@@ -317,7 +315,7 @@ def predict_file(
     stream = RowStream(predictor, write, chunk_rows=predictor.chunk_rows, bare=bare, skip=skip, tick=tick)
     read_file(path, data, predictor.task, stream, facts, keep=keep)
     stream.flush()
-    return stream
+    return stream.counts
 
 
 def predict_list(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:

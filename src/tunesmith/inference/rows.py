@@ -55,8 +55,7 @@ class Counts:
 class RowStream:
     """Collects examples and problems as they are read, and writes lines in the same order, a chunk at a time.
 
-    `skip` is the number of lines that an earlier call wrote: their rows are read again, but not answered, and
-    `last_skipped` is the source of the last one.
+    `skip` is the number of lines that an earlier call wrote: their rows are read again, but not answered.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class RowStream:
         tick: Callable[[int, int], None] = lambda rows, within: None,
     ) -> None:
         self.counts = Counts()
-        self.last_skipped: Source | None = None
         self._answers, self._write, self._tick = answers, write, tick
         self._chunk_rows, self._bare, self._skip = chunk_rows, bare, skip
         self._chunk: list[Example | Problem] = []
@@ -108,7 +106,6 @@ class RowStream:
         self._last = item.source
         if self._skip:
             self._skip -= 1
-            self.last_skipped = item.source
             return
         if len(self._chunk) >= self._chunk_rows or self._num_chars >= CHUNK_CHARS:
             self.flush()
@@ -215,7 +212,7 @@ class OutputFile:
         self.path, self.part = path, path.with_name(path.name + ".part")
         self._progress = path.with_name(path.name + ".progress.json")
         self._unanswered = {"source", "error", "reference", *kept}
-        self.num_lines, self.num_errors, self.last_source = 0, 0, ""
+        self.num_lines, self.num_errors = 0, 0
         atomic.refuse_existing(path, overwrite=overwrite)
         with atomic.storing(path):
             self._file = open(self.part, "a+b", buffering=0)  # noqa: SIM115 (`close` closes it)
@@ -258,7 +255,6 @@ class OutputFile:
                 value = orjson.loads(line)
                 self.num_lines += 1
                 self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
-                self.last_source = str(value.get("source", ""))
         self._file.truncate(end)
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
