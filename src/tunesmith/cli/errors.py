@@ -19,7 +19,6 @@ FAILED, BAD_INPUT = 1, 2
 SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""
-LINES_NAMED = 10
 DEBUG = "TUNESMITH_DEBUG"
 
 
@@ -100,39 +99,20 @@ def problem_values(problem: Problem) -> dict[str, Any]:
 
 
 def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | None = None, stderr: bool = True) -> None:
-    """`file:line: code: message fix`, the first twenty lines and how many problems there are beyond those.
-
-    More than three problems of one kind in a file are one line. `nums`: how many there are by code, listed or not.
-    """
-    groups: dict[tuple[str, str], list[Problem]] = {}
+    """`file:line: code: message fix`: three of each kind in a file, twenty lines at most, and how many problems there are
+    beyond those. `nums`: how many there are by code, listed or not."""
+    alike: Counter[tuple[str, str]] = Counter()
+    shown: list[Problem] = []
     for problem in problems:
-        groups.setdefault((problem.source.path, problem.code), []).append(problem)
-    codes = Counter(code for _, code in groups)
-    shown: list[tuple[int, str, str]] = []
-    for (_, code), group in groups.items():
-        num = max(len(group), nums[code]) if nums and codes[code] == 1 else len(group)
-        shown += [(1, str(one), one.severity) for one in group] if num <= MOST_ALIKE else [_together(group, num)]
-    for _, text, severity in shown[:SHOWN_LINES]:
-        _print(text, style="red" if severity == "error" else "yellow", stderr=stderr)
+        alike[problem.source.path, problem.code] += 1
+        if alike[problem.source.path, problem.code] <= MOST_ALIKE:
+            shown.append(problem)
+    for problem in shown[:SHOWN_LINES]:
+        _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
     num = sum(nums.values()) if nums else len(problems)
-    left = num - sum(number for number, *_ in shown[:SHOWN_LINES])
-    if left > 0:
+    if left := num - len(shown[:SHOWN_LINES]):
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
-
-
-def _together(group: Sequence[Problem], num: int) -> tuple[int, str, str]:
-    """Number, line and severity of all problems of one kind in one file."""
-    first = group[0]
-    lines = [problem.source.line for problem in group]
-    if lines == list(range(lines[0], lines[0] + num)):
-        where = f", in lines {lines[0]:,} to {lines[-1]:,}"
-    else:
-        named = ", ".join(map(str, lines[:LINES_NAMED]))
-        where = f", in lines {named}{', ...' if num > LINES_NAMED else ''}"
-    what = "" if all(problem.message == first.message for problem in group) else ", the first"
-    text = f"{first.source}: {first.code}: {num:,} times{where if any(lines) else ''}{what}: {first.message}"
-    return num, f"{text} {first.fix}".rstrip(), first.severity
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

@@ -217,14 +217,9 @@ def _one_base(runs: Sequence[Run], found: list[ModelRef], *, offline: bool) -> t
         found.append(base)
         form = METHODS[run.recipe().method.name].base_format
         users.append((str(path), base.revision, f" in {form}" if form else "", str(run.path)))
-    by_base: dict[tuple[str, str | None, str], list[str]] = {}
-    for *key, user in users:
-        by_base.setdefault(tuple(key), []).append(user)  # type: ignore[arg-type]
-    if len(by_base) > 1:
-        several = "; ".join(f"{', '.join(users)} on {path}{form}" for (path, _, form), users in by_base.items())
-        raise InputError(
-            f"one base is served with its adapters, but these are on {len(by_base)}: {several}. Serve apart."
-        )
+    if (num := len({(path, revision, form) for path, revision, form, _ in users})) > 1:
+        several = "; ".join(f"{user} on {path}{form}" for path, _, form, user in users)
+        raise InputError(f"one base is served with its adapters, but these are on {num}: {several}. Serve apart.")
     return found[0], next(iter(hashes.values()), None)
 
 
