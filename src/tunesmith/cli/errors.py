@@ -99,8 +99,10 @@ def problem_values(problem: Problem) -> dict[str, Any]:
 
 
 def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | None = None, stderr: bool = True) -> None:
-    """`file:line: code: message fix`: three of each kind in a file, twenty lines at most, and how many problems there are
-    beyond those. `nums`: how many there are by code, listed or not."""
+    """`file:line: code: message fix`: three of each kind in a file, twenty lines at most, and how many more there are.
+
+    `nums`: how many there are by code, listed or not.
+    """
     alike: Counter[tuple[str, str]] = Counter()
     shown: list[Problem] = []
     for problem in problems:

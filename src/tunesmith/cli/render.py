@@ -362,12 +362,11 @@ def _memory(forecast: Mapping[str, Any]) -> str:
 def _group(group: Mapping[str, Any]) -> str:
     summed = f"sums of gradients take {group['sum_seconds']:.2g} s a step"
     busy = f"a device has {100 * group['balance']:.0f} % of the busiest one's work on average"
-    if "split" not in group:
-        return f"{group['devices']}, each with the whole model and a part of each step: {busy}, {summed}"
-    split = f"layers of {size(group['split'])} are split, {size(group['split'] // group['devices'])} a device"
-    gathered = f"bringing them together takes {group['gather_seconds']:.2g} s a step, beside the products"
-    whole = "embeddings and head are whole on each"
-    return f"{group['devices']}, each with a part of each step: {split}, {whole}; {gathered}; {busy}, {summed}"
+    has = "the whole model"
+    if "split" in group:
+        part = size(group["split"] // group["devices"])
+        has = f"{part} of the layers ({group['gather_seconds']:.2g} s a step to bring them together), the rest whole"
+    return f"{group['devices']}, each with {has} and a part of each step: {busy}, {summed}"
 
 
 def _time(seconds: Mapping[str, Any]) -> str:

@@ -31,14 +31,11 @@ def _dtype(result: RunResult, options: ExportOptions) -> torch.dtype:
 
 
 def _check(result: RunResult, options: ExportOptions) -> list[str]:
-    notes = []
-    if result.weights.is_gguf and options.dtype == "auto":
-        notes.append("the base is a GGUF: the merged model is written in bfloat16, not in the blocks of the GGUF")
-    dtype = _dtype(result, options)
-    if dtype not in (torch.float32, result.stored_dtype):
-        names = [str(one).removeprefix("torch.") for one in (result.stored_dtype, dtype)]
-        notes.append(f"weights are rounded from {names[0]} to {names[1]}, once")
-    return notes
+    stored, dtype = result.stored_dtype, _dtype(result, options)
+    if dtype in (torch.float32, stored):
+        return []
+    whence = "the blocks of the GGUF, unpacked" if result.weights.is_gguf else str(stored).removeprefix("torch.")
+    return [f"weights are rounded from {whence} to {str(dtype).removeprefix('torch.')}, once"]
 
 
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
