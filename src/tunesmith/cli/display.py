@@ -219,7 +219,7 @@ def display_for(console: Console, *, quiet: bool, series: RunSeries) -> Silent:
 
 
 def event_line(event: Event, series: RunSeries) -> str:
-    """What was measured, a note, or where a run goes on, in one line; "" for other events."""
+    """One line on a measurement, a note, or a resumption; "" for other events."""
     if event.kind in MEASURED:
         when = WHEN.get(event.values["name"], f"step {event.step}")
         return f"{when}: {MEASURED[event.kind]}{metric_line(event, series)}"

@@ -116,7 +116,7 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, 
 
 
 def servers(result: RunResult, config: Mapping[str, Any]) -> str:
-    """Where the adapter loads: besides peft, programs read low-rank paths of decoder-only models and nothing more."""
+    """Programs that load the adapter: besides peft they read low-rank paths of decoder-only models and nothing more."""
     rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
     more = ("use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern")
     is_low_rank = config["peft_type"] == "LORA" and not any(config.get(key) for key in more)
