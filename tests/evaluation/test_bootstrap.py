@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunesmith.evaluation import bootstrap as module
-from tunesmith.evaluation.bootstrap import bins, interval, intervals, ratio, resamples
+from tunesmith.evaluation.bootstrap import calibration_error, interval, intervals, ratio, resamples
 
 
 def shares(num: int):
@@ -47,4 +47,6 @@ def test_ratio_without_a_denominator_is_not_defined():
 
 
 def test_bins_hold_their_upper_edge():
-    assert bins(np.array([0.0, 0.1, 0.11, 0.7, 0.71, 1.0])).tolist() == [0, 0, 1, 6, 7, 9]
+    """0.05 and 0.1 are in one bin, whose gap is of the sum: 1 right, 0.15 expected."""
+    found = calibration_error(np.array([0.05, 0.1]), np.array([False, True]))
+    assert found(np.ones((1, 2)))[0] == pytest.approx(0.85 / 2)
