@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_the_server_prints_a_line_for_each_state_of_a_job(
 ) -> None:
     store = Store(tmp_path)
     output = ServerOutput(screen := Console(file=io.StringIO(), width=80), quiet=False, as_json=as_json)
-    store.on_job = output.of_jobs(store.runs_path)
+    store.on_job = partial(output.job, store.runs_path)
     good, bad = put_job(store, put_file(store, rows(12))), put_job(store, put_file(store, rows(9), "file-b"))
     working = dispatcher(store, FakeLauncher(), FakeModels())
     for _ in range(12):

@@ -206,19 +206,15 @@ class ServerOutput:
                 soft_wrap=True,
             )
 
-    def of_jobs(self, runs: Path) -> Callable[[Mapping[str, Any]], None]:
-        """A listener of a store whose runs lie in a folder."""
-        return partial(self.job, runs, os.path.relpath(runs))
-
-    def job(self, runs: Path, shown_runs: str, job: Mapping[str, Any]) -> None:
-        """A line for each state that a job comes to."""
+    def job(self, runs: Path, job: Mapping[str, Any]) -> None:
+        """A line for each state that a job comes to; its run lies in `runs`."""
         status, run = job["status"], runs / job["id"]
         tuned, error = job["tuned_name"] if status == "succeeded" else None, job["error"]
         if self.as_json:
             shown = {"id": job["id"], "model": job["model"], "status": status, "run": str(run)}
             json_line({"kind": "job", **shown, "fine_tuned_model": tuned, "error": error})
         elif not self.quiet:
-            more = {"running": f" in {shown_runs}/{job['id']}", "succeeded": f": {tuned}"}.get(status, "")
+            more = {"running": f" in {os.path.relpath(run)}", "succeeded": f": {tuned}"}.get(status, "")
             more = one_line(f": {error['message']}", ERROR_WIDTH) if status == "failed" else more
             self.screen.print(f"{job['id']} on {visible(job['model'])}: {status}{more}", soft_wrap=True)
 
@@ -341,7 +337,7 @@ def serve_own(
     policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound))
     store = None if jobs is None else jobs.open(output.note)
     if store is not None:
-        policy, store.on_job = with_projects(policy, store, bound), output.of_jobs(store.runs_path)
+        policy, store.on_job = with_projects(policy, store, bound), partial(output.job, store.runs_path)
     refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.keys() != {})))
     output.note(f"loading {', '.join(targets if bases is None else bases.bases)}")
 

@@ -35,10 +35,6 @@ from tunesmith.training.inputs import find_inputs
 OnProgress = Callable[[str, int, int], None]
 
 
-def _no_progress(what: str, done: int, total: int) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Exported:
     """A finished export."""
@@ -62,7 +58,7 @@ def export_run(
     options: ExportOptions | None = None,
     proof: bool = True,
     offline: bool = False,
-    on_progress: OnProgress = _no_progress,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Exported:
     """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`.
 
@@ -203,7 +199,7 @@ def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:
     return [f"{target}: {note}" for target, options in words for note in check(result, target, options)]
 
 
-def export_planned(run: Run, word: str, *, on_progress: OnProgress = _no_progress) -> Exported:
+def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what, done, total: None) -> Exported:
     """Make one of the exports of a finished run's recipe. Its base is on this machine."""
     target, options = parse_export(word)
     return export_run(run, target, options=options, offline=True, on_progress=on_progress)
