@@ -113,7 +113,7 @@ def is_private(asked: Any) -> bool:
 
 def test_a_hub_that_refuses_is_explained(adapter: Exported, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hub, "status", 403)
-    with pytest.raises(ExportError, match=r"me/tuned: the hub did not take it: .*Use a token that may write there"):
+    with pytest.raises(ExportError, match=r"me/tuned: the hub did not take it: .*a token that may write there"):
         push_module.push(adapter.path, "me/tuned", endpoint=hub)
     with pytest.raises(ExportError, match="the hub did not take it"):
         push_module.push(adapter.path, "me/tuned", endpoint="http://127.0.0.1:9")

@@ -214,7 +214,9 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
         api.create_commit(repository.repo_id, operations, commit_message="Export of tunesmith")
     # The root of the HTTP library's errors: httpx in huggingface_hub 1, httpx2 in 2.
     except (HfHubHTTPError.__bases__[0], OSError, ValueError) as error:
-        raise _explained(name, error) from error
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        way = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there; and check the connection."
+        raise ExportError(f"{name}: the hub did not take it: {text}. {way}") from error
     sizes = [
         len(content.getvalue()) if isinstance(content, io.BytesIO) else content.stat().st_size for _, content in files
     ]
@@ -235,9 +237,3 @@ def _files(folder: Path, name: str) -> Iterator[tuple[str, Path | io.BytesIO]]:
             yield where, io.BytesIO(text.encode())
         else:
             yield where, path
-
-
-def _explained(name: str, error: BaseException) -> ExportError:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    way = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there; and check the connection."
-    return ExportError(f"{name}: the hub did not take it: {text}. {way}")
