@@ -281,7 +281,7 @@ class EvaluationOptions(OptionGroup):
     bleu: bool = False
     """BLEU and chrF of the answers too; needs the package sacrebleu."""
     general: bool | Auto = "auto"
-    """Measure before and after how well a causal model still does on general text and instructions. auto: true, except
+    """Measure before and after how well a causal model still does on general text. auto: true, except
     in a short run."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Most training rows measured at the end to find those that the tuned model finds least likely. auto: a third of
