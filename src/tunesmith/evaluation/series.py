@@ -36,6 +36,7 @@ class RunSeries:
     step: int = 0
     """The newest."""
     steps: dict[int, Step] = field(default_factory=dict)
+    peak_bytes: int = 0
     evaluations: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     """Step and values, in order."""
     answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class RunSeries:
             self.step = event.step
             speed, peak = timing.get("tokens_per_second", 0.0), timing.get("peak_bytes", 0)
             seconds = timing.get("seconds", 0.0)
+            self.peak_bytes = max(self.peak_bytes, peak)
             self.steps[event.step] = Step(event.step, values["loss"], values["lr"], speed, peak, seconds)
         elif event.kind == "evaluation":
             self.evaluations.append((event.step, values))
@@ -88,10 +90,6 @@ class RunSeries:
     @property
     def total_steps(self) -> int:
         return int(self.plan.get("steps", 0))
-
-    @property
-    def peak_bytes(self) -> int:
-        return max((step.peak_bytes for step in self.steps.values()), default=0)
 
     @property
     def seconds_left(self) -> float | None:
