@@ -184,7 +184,6 @@ def test_what_does_not_go_together_is_refused(one: Path, rows: Path, tmp_path: P
         ((one, rows, "--threshold", "0.5"), "any number of classes"),
         ((one, rows, "--pair", "x"), "--pair goes with --text"),
         ((tags, "--text", "x", "--pair", "y"), "--pair: the task"),
-        ((one, "-", "--out", tmp_path / "x"), "--out needs a file"),
         ((one, rows, "--task", "talk"), "there is no such task"),
         ((one, rows, "--base"), "--base needs a run"),
         ((one, tmp_path / "none.jsonl"), "no_such_file"),
