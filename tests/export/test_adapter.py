@@ -95,5 +95,7 @@ def test_where_it_loads_is_known_before_it_is_tried(monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     said = {loads_in("chat", **one) for one in more} | {loads_in("classify-encoder")}
     assert said == {"Loads in peft. For vLLM export merged, for llama.cpp gguf."}
+    source = open_result(finished("chat"), offline=True)
     monkeypatch.setattr(ModelRef, "is_gguf", property(lambda self: True))
-    assert loads_in("chat") in said, "vLLM reads adapters on folders"
+    on_gguf = servers(source, {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "owner/base"})
+    assert on_gguf in said, "vLLM reads adapters on folders"
