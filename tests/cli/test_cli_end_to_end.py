@@ -110,7 +110,7 @@ def test_check_says_what_the_rows_are(place: Place) -> None:
     assert "what is learnt" in with_model
     told = json.loads(tunesmith("check", place.data, "--model", place.model, "--offline", "--json").stdout)
     assert told["ok"] is True
-    assert sum(told["tokens"]["train"]["counts"]) == 18
+    assert told["tokens"]["train"]["rows"] == 18
 
 
 def test_check_refuses_what_train_refuses(place: Place, tmp_path: Path) -> None:
