@@ -286,7 +286,8 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
         typer.echo(json_page(facts(found) | {"report": _report(found)}))
         return
     screen = console()
-    _head(screen, found)
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.created))
+    screen.print(f"{visible(str(found.path))}: {found.state()}, made {made}")
     series = RunSeries.of(found.events())
     report = _report(found)
     if series.plan:
@@ -302,11 +303,6 @@ def _report(run: Run) -> dict[str, Any] | None:
     from tunesmith.evaluation.report.build import kept_report
 
     return kept_report(run)
-
-
-def _head(screen: Console, run: Run) -> None:
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
-    screen.print(f"{visible(str(run.path))}: {run.state()}, made {made}")
 
 
 def _plan(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:

@@ -108,18 +108,14 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: M
 
 def summary(report: Mapping[str, Any]) -> str:
     """The run and its result in one paragraph."""
-    return " ".join(_sentences(report))
-
-
-def _sentences(report: Mapping[str, Any]) -> Iterator[str]:
-    yield (
+    tuned = (
         f"{report['model']} was tuned for the task {report['task']} with the method {report['method']} on "
         f"{plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} in "
         f"{duration(report['seconds']['train'])} on {report['device']}."
     )
-    yield from report["headline"]
-    if report["rows"]["skipped"]:
-        yield f"{plural(report['rows']['skipped'], 'row')} could not be used: rows/problems.jsonl lists them."
+    skipped = report["rows"]["skipped"]
+    unused = [f"{plural(skipped, 'row')} could not be used: rows/problems.jsonl lists them."] if skipped else []
+    return " ".join([tuned, *report["headline"], *unused])
 
 
 def headline(report: Mapping[str, Any]) -> Iterator[str]:
