@@ -15,7 +15,7 @@ from export.exports import SHORT, card_head, finished, quick
 from tiny_run import tiny_recipe
 from tunesmith.errors import ExportError, InputError, RunError, StorageError
 from tunesmith.export import export_run as export_run_module
-from tunesmith.export import hub, merged, verify
+from tunesmith.export import merged, verify
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result, tuned_tensors
 from tunesmith.export.target import ExportOptions
