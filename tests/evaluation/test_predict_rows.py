@@ -30,6 +30,7 @@ class Shelf:
         self.lengths = np.array(lengths, np.int32)
         self.denominators = np.array([row.trained[1:].sum() for row in self.rows], np.float64)
         self.num_bytes = np.zeros(len(lengths), np.int32)
+        self.branches = SimpleNamespace(partners=None)
 
     def lengths_in(self, layout: str) -> np.ndarray:
         return self.lengths

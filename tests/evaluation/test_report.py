@@ -35,11 +35,11 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 PLOTS = {
     "chat": {"loss", "rate", "speed", "memory", "lengths"},
     "text": {"loss", "rate", "speed", "memory", "lengths"},
-    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "lengths"},
-    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "bars", "threshold", "lengths"},
-    "sets": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},
+    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "lengths"},
+    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "threshold", "lengths"},
+    "sets": {"loss", "measure", "rate", "speed", "memory", "lengths"},
     "number": {"loss", "measure", "rate", "speed", "memory", "scatter", "lengths"},
-    "tag": {"loss", "measure", "rate", "speed", "memory", "bars", "lengths"},
+    "tag": {"loss", "measure", "rate", "speed", "memory", "lengths"},
 }
 
 

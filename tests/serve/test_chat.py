@@ -11,7 +11,7 @@ import pytest
 from serve.batches import Heard, sharp
 from tiny_run import model_folder
 from tiny_tasks import task_recipe
-from tunesmith.cli.chat import ChatSettings, ChatSpeaker, Conversation, open_speakers
+from tunesmith.cli.chat import ChatSpeaker, Conversation, open_speakers
 from tunesmith.evaluation import generate
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
@@ -88,7 +88,7 @@ class Interrupted(LocalEngine):
 
 def talk_with(speaker: LoadedModel, kind: type[LocalEngine] = LocalEngine, **how: Any) -> Conversation:
     alone = kind(speaker, lambda text: None)
-    return Conversation([ChatSpeaker("", alone)], ChatSettings(max_new_tokens=5, temperature=0.0, top_p=1.0), **how)
+    return Conversation([ChatSpeaker("", alone)], GenerationRequest("", temperature=0.0), 5, **how)
 
 
 def typed(talk: Conversation, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -136,6 +136,6 @@ def test_compared_answers_come_from_one_model(tmp_path: Path) -> None:
     assert voices[0].engine is voices[1].engine
     for name, speaker in (("before", loading.load_base(first)), ("after", loading.load_run(first))):
         heard[name] = expected(speaker, "hello").text
-    talk = Conversation(voices, ChatSettings(12, 0.0, 1.0))
+    talk = Conversation(voices, GenerationRequest("", temperature=0.0), 12)
     assert talk.send("hello") == heard
     assert heard["before"] != heard["after"]

@@ -54,8 +54,8 @@ def chat(
     speakers = open_speakers(target, root=root, base=base, compare=compare, model=model, offline=offline, note=note)
     if not (math.isfinite(temperature) and math.isfinite(top_p)):
         raise InputError(f"--temperature {temperature}, --top-p {top_p}: both are finite numbers.")
-    settings = ChatSettings(max_new_tokens, temperature, top_p)
-    conversation = Conversation(speakers, settings, system=system, as_json=as_json)
+    sampled = GenerationRequest("", temperature=temperature, top_p=top_p)
+    conversation = Conversation(speakers, sampled, max_new_tokens, system=system, as_json=as_json)
     if once is None:
         conversation.run()
         return
@@ -135,25 +135,23 @@ def _load(
     return [*before, ("after", tuned)]
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """Sampling of answers."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-
-
 class Conversation:
     """Turns of one conversation, or single prompts if the task is no conversation."""
 
     def __init__(
-        self, speakers: list[ChatSpeaker], settings: ChatSettings, *, system: str | None = None, as_json: bool = False
+        self,
+        speakers: list[ChatSpeaker],
+        sampled: GenerationRequest,
+        max_new_tokens: int,
+        *,
+        system: str | None = None,
+        as_json: bool = False,
     ) -> None:
         from tunesmith.tasks import TASKS
 
         self.speakers = speakers
-        self.settings = settings
+        self.sampled = sampled
+        self.max_new_tokens = max_new_tokens
         self.as_json = as_json
         self.is_chat = TASKS[speakers[-1].engine.model.renderer.task_name].is_chat
         if system and not self.is_chat:
@@ -174,9 +172,8 @@ class Conversation:
 
     def _answer(self, speaker: ChatSpeaker, messages: Sequence[Mapping[str, str]]) -> str:
         # No max_tokens: an answer is cut where the context window ends, and that is shown.
-        options = EngineOptions(max_new_tokens=self.settings.max_new_tokens, streams=1)
-        temperature, top_p = self.settings.temperature, self.settings.top_p
-        request = GenerationRequest("", messages=tuple(messages), temperature=temperature, top_p=top_p)
+        options = EngineOptions(max_new_tokens=self.max_new_tokens, streams=1)
+        request = replace(self.sampled, messages=tuple(messages))
         pieces, finished = [], None
         with closing(speaker.engine.generate(request, options, speaker.mode)) as events:
             if speaker.name:
@@ -191,7 +188,7 @@ class Conversation:
             self.screen.print()
         if finished is not None and finished.reason == "length":
             way_out = "the model's context window is full; /reset forgets the conversation"
-            if finished.completion_tokens >= self.settings.max_new_tokens:
+            if finished.completion_tokens >= self.max_new_tokens:
                 way_out = "--max-tokens for more"
             cut = f"(cut after {plural(finished.completion_tokens, 'token')}: {way_out})"
             self.screen.print(cut, style="bright_black")

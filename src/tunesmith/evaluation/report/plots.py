@@ -45,7 +45,6 @@ MOST_POINTS = 2000
 MOST_MATRIX = 40
 """Most classes of a confusion matrix; beyond, only the pairs that are confused most are listed."""
 MOST_NUMBERED = 25
-MOST_BARS = 40
 COURSE_FROM = 3
 """Fewest evaluations whose course is drawn: two are the before and after of the table."""
 Floats = NDArray[np.float64]
@@ -208,9 +207,6 @@ def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
     plots = []
     if 2 <= len(details.get("labels", ())) <= MOST_MATRIX and "confusion" in details:
         plots.append(_confusion(details["labels"], np.asarray(details["confusion"], np.float64)))
-    rows = details.get("per_class") or details.get("per_type")
-    if rows:
-        plots.append(_bars([{**row, "label": row.get("label", row.get("type"))} for row in rows]))
     if details.get("threshold"):
         plots.append(_threshold(details["threshold"]))
     if details.get("scatter"):
@@ -282,25 +278,6 @@ def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:
     text = "Rows of each true class (down) by the class they were given (across); shade: share of the true class."
     side = num * cell
     return draw("confusion", "Confusion matrix", text, paint, width=max(480, side + 150), height=side + 130)
-
-
-def _bars(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    worst = sorted(rows, key=lambda row: (row["f1"], row["label"]))[:MOST_BARS]
-
-    def paint(axes: Any) -> None:
-        at = np.arange(len(worst))
-        axes.barh(at, [row["f1"] for row in worst], height=0.62, color=ACCENT, alpha=0.55, label="F1")
-        axes.plot([row["precision"] for row in worst], at, linestyle="", marker=4, color=INK, label="precision")
-        axes.plot([row["recall"] for row in worst], at, linestyle="", marker="|", ms=9, color=INK, label="recall")
-        axes.set_yticks(at, [f"{one_line(row['label'], 22)} ({row['support']:,})" for row in worst])
-        axes.set_xlim(0, 1.02)
-        axes.set_ylim(-0.6, len(worst) - 0.4)
-        axes.grid(visible=False, axis="y")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-
-    listed = f" The {MOST_BARS} of {len(rows)} with the lowest." if len(rows) > MOST_BARS else ""
-    text = f"F1, precision and recall of each; in brackets, how often it is the truth.{listed}"
-    return draw("bars", "Class by class", text, paint, height=70 + 19 * len(worst))
 
 
 def _threshold(points: Sequence[Mapping[str, float]]) -> Plot:

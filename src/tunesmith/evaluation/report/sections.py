@@ -46,8 +46,6 @@ class Table:
     """CSS classes."""
     shown: int = 1000
     """Rows before those that are folded."""
-    fold: str = ""
-    """The words behind which it is folded."""
     kind: str = "table"
 
 
@@ -59,7 +57,7 @@ class Block:
     kind: Literal["paragraph", "warning", "heading", "code", "items", "figures", "facts", "answers"]
     content: Any
     fold: str = ""
-    """As that of a table."""
+    """The words behind which it is folded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +162,12 @@ def _classes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
         yield Table(columns, rows, "fit")
     if table := details.get("per_class") or details.get("per_type"):
         columns = [Column("", "name"), *(Column(title, "number") for title in ("precision", "recall", "F1", "rows"))]
-        cells = [
-            [
-                Cell(str(row.get("label", row.get("type")))),
-                *(Cell(f"{row[key]:.3f}") for key in ("precision", "recall", "f1")),
-                Cell(f"{row['support']:,}"),
-            ]
-            for row in table
-        ]
-        yield Table(columns, cells, "fit", fold="Each class in numbers")
+        cells = []
+        for row in sorted(table, key=lambda row: row["f1"]):
+            numbers = [*(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
+            cells.append([Cell(str(row.get("label", row.get("type")))), *map(Cell, numbers)])
+        yield Block("heading", "Class by class, lowest F1 first")
+        yield Table(columns, cells, "fit", shown=MOST_LISTED)
 
 
 def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
