@@ -17,8 +17,8 @@ from tunesmith.runs.folder import Run
 Result = Any
 
 
-def tunesmith(*words: str | Path, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(word) for word in words])
+def tunesmith(*words: str | Path, code: int = 0, given: str | None = None) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words], input=given)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result
@@ -38,8 +38,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("rows") / "rows.jsonl", [{"text": text} for text in texts(20)])
 
 
-def predict(*words: str | Path, code: int = 0) -> Result:
-    return tunesmith("predict", *words, "--offline", code=code)
+def predict(*words: str | Path, code: int = 0, given: str | None = None) -> Result:
+    return tunesmith("predict", *words, "--offline", code=code, given=given)
+
+
+def test_a_pipe_is_read_to_its_end(one: Path) -> None:
+    lines = told(predict(one, "-", given='{"text": "the old"}\n{"text": "in Rome"}\n'))
+    assert [Path(line["source"]).name for line in lines] == ["stdin.jsonl:1", "stdin.jsonl:2"]
 
 
 def test_a_line_a_row_that_can_be_read_as_a_row_again(one: Path, rows: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tunesmith.evaluation.compare import changes
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.report.build import RunSeries, flips, kept_report, regressions, rows_of
+from tunesmith.evaluation.report.pages import fenced
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
 from tunesmith.evaluation.report.text import (
     confused_pairs,
@@ -390,10 +391,17 @@ def test_no_row_can_write_into_the_report(tmp_path, kind):
     run, facts, progress = fake_run(tmp_path / "run", kind, labels=labels, texts=HOSTILE, name=HOSTILE[3])
     facts |= {"model": HOSTILE[0], "notes": list(HOSTILE), "data": ["\udcff.jsonl"]}
     write_report(run, facts, progress)
-    html = (run.path / "report.html").read_text()
+    html, markdown = ((run.path / f"report.{end}").read_text() for end in ("html", "md"))
     page = Page(html)
     assert {"script", "img"}.isdisjoint(page.seen)
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7 * 7 }}{% raw %}" in page.text
     assert "x" * 10_000 in page.text
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+    for text in (html, markdown):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"(?<!\\)[<\[]", outside)
+
+
+def test_a_fence_in_a_text_stays_inside_its_fence():
+    assert fenced("````\n# not a title\n````") == "`````text\n````\n# not a title\n````\n`````"

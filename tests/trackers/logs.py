@@ -66,7 +66,7 @@ def write(run: Run, events: list[Event]) -> None:
 
 def with_results(run: Run) -> Run:
     """Write report and adapter as a finished run has them."""
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.md", "report.json"):
         (run.path / name).write_text("{}", "utf-8")
     run.adapter_path.mkdir(exist_ok=True)
     (run.adapter_path / "adapter_model.safetensors").write_bytes(b"\0" * 3000)

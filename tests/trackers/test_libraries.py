@@ -88,7 +88,7 @@ def test_mlflow_gets_parameters_tags_and_artifacts(tmp_path: Path) -> None:
     assert found.data.tags["data.chats.jsonl"] == "ab" * 32
     assert "few rows" in found.data.tags["mlflow.note.content"]
     paths = {one.path for one in client.list_artifacts(found.info.run_id)}
-    assert paths == {"adapter", "report.html", "report.json"}
+    assert paths == {"adapter", "report.html", "report.json", "report.md"}
 
 
 @pytest.mark.skipif(missing("tensorboard"), reason="not installed")

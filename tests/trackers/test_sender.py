@@ -87,8 +87,8 @@ def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tr
     run = whole(tmp_path)
     state = send(run)
     assert tracker.values == expected(run)
-    assert tracker.files == ["adapter", "report.html", "report.json"]
-    assert state == {"place": "memory", "step": 9, "kept": 9, "done": True, "bytes": 3004, "error": ""}
+    assert tracker.files == ["adapter", "report.html", "report.json", "report.md"]
+    assert state == {"place": "memory", "step": 9, "kept": 9, "done": True, "bytes": 3006, "error": ""}
 
 
 @pytest.mark.parametrize("sent", [0, 3, 7])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +19,7 @@ from tunesmith.phrases import plural, visible
 from tunesmith.runs.atomic import refuse_existing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tunesmith.inference.predict import Predictor
     from tunesmith.inference.rows import Counts
@@ -25,7 +29,7 @@ def predict(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     data: Annotated[
         str | None,
-        typer.Argument(metavar="FILE", help="Data file, with or without answers."),
+        typer.Argument(metavar="FILE", help="Data file, with or without answers; - reads the standard input."),
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="Predict this one text.")] = None,
     pair: Annotated[str | None, typer.Option(metavar="TEXT", help="Second text of a pair, with --text.")] = None,
@@ -64,7 +68,7 @@ def predict(
     _refuse_mixed(data, text, pair, keep)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    refuse_unreadable([] if data is None else [data])
+    refuse_unreadable([data] if data not in (None, "-") else [])
     screen = console(stderr=True)
 
     def say(words: str) -> None:
@@ -77,7 +81,8 @@ def predict(
     else:
         assert data is not None, "one of both was given"
         how: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
-        counts = _file(predictor, data, out, say, how, offline=offline)
+        with _as_file(data) as path:
+            counts = _file(predictor, path, out, say, how, offline=offline)
         _summarize(counts, out, say, as_json=as_json)
 
 
@@ -89,6 +94,19 @@ def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Se
         raise InputError("predict: --keep names columns of a FILE; --text has none.")
     if pair is not None and text is None:
         raise InputError("predict: --pair goes with --text; in a file the second text is the field text_pair.")
+
+
+@contextmanager
+def _as_file(data: str) -> Iterator[str]:
+    """The path of the rows; those of the standard input are written to a temporary file first, to their end."""
+    if data != "-":
+        yield data
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "stdin.jsonl")
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        yield str(path)
 
 
 def _columns(words: Sequence[str]) -> list[str]:

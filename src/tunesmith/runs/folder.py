@@ -4,7 +4,7 @@
       run.json         format version, when made            recipe.yaml   complete and resolved
       events.jsonl     one event a line                     rows/         encoded rows
       checkpoints/     step-N/                              evaluation/    the outcome of each held-out row
-      adapter/ or model/                                    report.json, report.html
+      adapter/ or model/                                    report.json, report.md, report.html
       result.json      SHA-256 of its files     logs/         output of ranks 1, 2, ...
       lock, lock.json  the writing process                  stop          a request to stop
       tracking/        what each tracker has                tensorboard/  its event files

@@ -95,7 +95,7 @@ def refuse_offline(name: str, address: str) -> None:
 def artifacts_of(run: Run) -> tuple[dict[str, Path], int]:
     """Files and folders of a finished run that trackers get, its report and its adapter if it has one, and their
     bytes."""
-    files = [run.path / name for name in ("report.html", "report.json")]
+    files = [run.path / name for name in ("report.html", "report.md", "report.json")]
     found = {path.name: path for path in (*files, run.adapter_path) if path.exists()}
     inside = (file for path in found.values() for file in (path, *path.rglob("*")))
     return found, sum(file.stat().st_size for file in inside if file.is_file())

@@ -1,4 +1,4 @@
-"""The report of a run: report.json and report.html, made from its folder alone."""
+"""The report of a run: report.json, report.html and report.md, made from its folder alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def smoke_test(lengths: Mapping[str, Any]) -> None:
 
 
 def _write_pages(run: Run, series: RunSeries, report: Mapping[str, Any]) -> None:
-    from tunesmith.evaluation.report.pages import as_html
+    from tunesmith.evaluation.report.pages import as_html, as_markdown
     from tunesmith.evaluation.report.sections import make_page
 
-    write_atomic(run.path / "report.html", as_html(make_page(run, series, report)).encode())
+    page = make_page(run, series, report)
+    write_atomic(run.path / "report.html", as_html(page).encode())
+    write_atomic(run.path / "report.md", as_markdown(page).encode())

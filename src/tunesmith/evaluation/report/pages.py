@@ -1,15 +1,18 @@
-"""The page of a report as HTML that loads nothing."""
+"""The page of a report as HTML that loads nothing, and as Markdown for a terminal, a code host or a mail."""
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.sections import Page
+from tunesmith.evaluation.report.build import MOST_LISTED
+from tunesmith.evaluation.report.sections import Block, Cell, Page, Table
 from tunesmith.evaluation.report.text import mark
 from tunesmith.phrases import one_line, visible
 
@@ -55,3 +58,63 @@ def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:
 def _name(label: str) -> Markup:
     """A class, tag or number, cut where it is longer than any name should be."""
     return Markup("<bdi>{}</bdi>").format(one_line(label, 80))
+
+
+_MEANT = re.compile(r"([\\`*_\[\]<>|&~$#])")
+_MARKS = {"right": " ✓", "wrong": " ✗"}
+
+
+def as_markdown(page: Page) -> str:
+    """The page as Markdown, without plots, in which no text of the data has a meaning."""
+    lines = [f"# {inline(page.report['name'])}", "", inline(page.summary)]
+    for section in page.sections:
+        blocks = [line for block in section.blocks for line in _lines(block)]
+        lines += ["", f"## {section.title}", *blocks] if blocks else []
+    return "\n".join(lines) + "\n"
+
+
+def inline(text: Any, width: int = 2000) -> str:
+    """The text on one line, at most `width` characters, every character of Markdown escaped."""
+    return _MEANT.sub(r"\\\1", one_line(str(text), width))
+
+
+def _lines(block: Block | Table) -> Iterator[str]:
+    if isinstance(block, Table):
+        yield from (
+            "",
+            f"| {' | '.join(column.title for column in block.columns)} |",
+            "|" + " --- |" * len(block.columns),
+        )
+        yield from (f"| {' | '.join(map(_cell, row))} |" for row in block.rows[:MOST_LISTED])
+        if len(block.rows) > MOST_LISTED:
+            yield from ("", f"{len(block.rows) - MOST_LISTED:,} more are in report.html.")
+        return
+    if block.fold:
+        yield from ("", f"{block.fold}:")
+    match block.kind:
+        case "paragraph" | "warning" | "heading":
+            yield from ("", f"{'### ' if block.kind == 'heading' else ''}{inline(block.content)}")
+        case "items":
+            yield from ("", *(f"- {inline(item)}" for item in block.content))
+        case "facts":
+            yield from ("", *(f"- {inline(name)}: {inline(fact)}" for name, fact in block.content))
+        case "code":
+            yield from ("", fenced(block.content))
+        case "answers":
+            for sample in block.content:
+                for key in ("prompt", "reference", "before", "after"):
+                    if sample.get(key):
+                        is_answer = key in ("before", "after")
+                        sign = _MARKS.get(mark(sample[key], sample.get("reference")), "") if is_answer else ""
+                        yield from ("", f"{key.capitalize()}{sign}:", "", fenced(sample[key]))
+                yield from ("", "---")
+
+
+def _cell(cell: Cell) -> str:
+    return f"{inline(cell.text, 160)}{f' ({cell.note})' if cell.note else ''}{_MARKS.get(cell.mark, '')}"
+
+
+def fenced(text: str) -> str:
+    """Text of a row as text: a fence longer than any inside it, so that no row can write into the report."""
+    fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}text\n{visible(text)}\n{fence}"

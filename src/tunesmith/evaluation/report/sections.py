@@ -1,4 +1,4 @@
-"""The pages of a report and of a comparison as sections of blocks, which report.html.jinja sets."""
+"""The pages of a report and of a comparison as sections of blocks: one value, from which HTML and Markdown are made."""
 
 from __future__ import annotations
 
