@@ -65,8 +65,7 @@ class FakeEngine:
             limit = len(words) if ask.max_tokens is None else ask.max_tokens
             for index in range(ask.n):
                 for i, word in enumerate(words[:limit]):
-                    if first == "SLOW":
-                        await asyncio.sleep(self.pause_s)
+                    await asyncio.sleep(self.pause_s if first == "SLOW" else 0)  # as for events of a worker
                     if self.closed_with is not None and second == " ENDLESS":
                         raise RequestError("The server is ending.", status=503, code="stopping")
                     yield Delta(index, word, self._chances(word, ask.logprobs))
