@@ -334,6 +334,9 @@ def _load(
     """
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
+    limit = model_size(located).max_tokens
+    if resolved(recipe.data.max_tokens) > limit:  # of an earlier version, which had another limit
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_tokens": limit})})
     device = machine.choose_device(recipe.device).value
     chosen = machine.choose_precision(recipe.precision, device)
     precision = chosen.value

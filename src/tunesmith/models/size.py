@@ -65,15 +65,17 @@ def model_size(located: ModelRef) -> ModelSize:
 
 
 def _max_tokens(config: Any) -> int:
-    """A model with other positions for long texts (longrope: Phi-3 and Phi-4-mini with long contexts) ends where they
-    begin: transformers takes those of the longest text of a pass for all others in it."""
+    """A model with other positions for long texts (longrope: Phi-3 and Phi-4-mini with long contexts) ends where those
+    begin: where one text of a pass is longer, transformers gives its positions to all texts of that pass."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return UNBOUNDED
     settings = getattr(config, "rope_parameters", None) or {}
     of_layers = [settings] if "rope_type" in settings else settings.values()  # or by type of layer
-    if any(isinstance(one, Mapping) and one.get("rope_type") == "longrope" for one in of_layers):
-        limit = min(limit, getattr(config, "original_max_position_embeddings", None) or limit)
+    for one in of_layers:
+        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
+            key = "original_max_position_embeddings"
+            limit = min(limit, one.get(key) or getattr(config, key, None) or limit)
     return int(limit) - (config.pad_token_id + 1 if config.model_type in _AFTER_PADDING else 0)
 
 

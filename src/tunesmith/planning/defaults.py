@@ -84,7 +84,7 @@ def decide_before_rows(
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
             f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
-            "tokens. Lower it."
+            "tokens. Lower it; if a run of an earlier version had more, start a new one."
         )
     choices: list[Choice] = []
 

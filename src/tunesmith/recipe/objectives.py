@@ -58,7 +58,7 @@ class Prefer(OptionGroup):
         for options, losses in _LOSSES_WITH.items():
             for option in options:
                 if getattr(self, option) and self.loss not in (*losses, "auto"):
-                    raise ValueError(f"prefer.{option}: is for {', '.join(losses)}. Leave it out")
+                    raise ValueError(f"prefer.{option}: is for {', '.join(losses)}, not for {self.loss}. Leave it out")
         return self
 
 

@@ -207,8 +207,10 @@ class SenderProcess:
         assert self._process.stdout is not None
         late = threading.Timer(READY_S, self._process.kill)
         late.start()
-        answer = self._process.stdout.readline()
-        late.cancel()
+        try:
+            answer = self._process.stdout.readline()
+        finally:
+            late.cancel()
         if answer != "\n":
             self.kill()
             no_answer = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later:"
@@ -273,6 +275,9 @@ def tracked(
                 process.begin(run)
 
         yield begin
+    except KeyboardInterrupt:
+        wait_s = min(LAST_S, LAST_S if wait_s is None else wait_s)
+        raise
     finally:
         until = None if wait_s is None else time.monotonic() + wait_s
         if any(process.run for process in processes):

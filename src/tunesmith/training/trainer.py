@@ -190,6 +190,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         set_before, unnamed = refuse_other_run(run, setup, then, settings)
         refuse_other_inputs(setup)
         refuse_small_disk(setup, run.path)
+        planned = next((event for event in run.events() if event.kind == "plan"), None)
         run.truncate_after(newest.step if newest else -1)
         seconds = time.perf_counter() - started
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
@@ -214,7 +215,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
             session.emit("note", {"text": f"resumed with other settings: {', '.join(settings)}"})
             if newest:
                 save(session)  # what the next resume finds goes with the recipe that it finds
-        _drive(session, fresh=newest is None)
+        _drive(session, fresh=newest is None, planned=planned)
     return run
 
 
@@ -248,13 +249,16 @@ def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener
         listener.on_event(note)
 
 
-def _drive(session: Session, *, fresh: bool) -> None:
-    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log."""
+def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
+    """Do everything that follows once model and rows are ready; the reason it ends is the last event in its log.
+
+    `planned`: the earlier plan of a run that starts over because it was killed before its first checkpoint.
+    """
     setup, run = session.setup, session.run
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
     try:
         with setup.world.passing():
-            _run(session, fresh=fresh)
+            _run(session, fresh=fresh, planned=planned)
     except Stopped as stopped:
         session.emit("stopped", {"message": str(stopped)})
         raise
@@ -264,12 +268,12 @@ def _drive(session: Session, *, fresh: bool) -> None:
         raise
 
 
-def _run(session: Session, *, fresh: bool) -> None:
+def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     """Measure, save, take the steps, measure again, and write the result; other ranks than the first only take part."""
     setup, run = session.setup, session.run
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
-        session.emit("plan", plan_values(setup), plan_timing(setup))
+        session.emit("plan", *_plan(setup, planned))
         use_reference(session)
     share_reference(setup)
     if fresh:
@@ -286,6 +290,17 @@ def _run(session: Session, *, fresh: bool) -> None:
     save_result(setup, run, weights)
     session.listener.on_progress("report", 0, 1)
     session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
+
+
+def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its first
+    start, because its recipe is resolved by now."""
+    values, timing = plan_values(setup), plan_timing(setup)
+    if planned is None:
+        return values, timing
+    warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
+    kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
+    return {**values, **kept, "warnings": warnings}, {**planned.timing, **timing}
 
 
 def _facts(session: Session) -> dict[str, Any]:
