@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
@@ -134,6 +134,16 @@ def assert_longer_texts_change_no_shorter_one(folder: Path) -> None:
 
 def test_a_model_with_other_positions_for_long_texts_ends_where_they_begin(tmp_path: Path) -> None:
     assert_longer_texts_change_no_shorter_one(tmp_path)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_border_is_found_where_only_the_settings_of_the_positions_name_it(by_layer: bool) -> None:
+    rope: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": 100}
+    config = MistralConfig(max_position_embeddings=4096)
+    config.rope_parameters = (
+        {"full_attention": rope, "sliding_attention": {"rope_type": "default"}} if by_layer else rope
+    )
+    assert size._max_tokens(config) == 100
 
 
 def test_a_longer_text_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

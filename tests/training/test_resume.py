@@ -13,14 +13,16 @@ import pytest
 
 import fresh
 from tiny_run import chats, same_run, stop_at, tiny_recipe
-from tunesmith.errors import RecipeError, RunError, Stopped
+from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import REMOVED
 from tunesmith.recipe.schema import DataFile
+from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run, runs
+from tunesmith.training import resolve as forecasting
 from tunesmith.training import setup as preparing
-from tunesmith.training.trainer import resume, train
+from tunesmith.training.trainer import Listener, resume, train
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
@@ -227,7 +229,7 @@ import sys
 from pathlib import Path
 from tunesmith.recipe.load import load
 from tunesmith.runs.folder import runs
-from tunesmith.training.trainer import resume, train
+from tunesmith.training.trainer import Listener, resume, train
 recipe, root = sys.argv[1], Path(sys.argv[2])
 resume(made[0]) if (made := runs(root)) else train(load(recipe), root=root)
 """
@@ -265,3 +267,29 @@ def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
         finished += 1
     print(json.dumps({"kills": killed, "runs finished": finished}))
     assert finished >= 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_what_its_plan_said(tmp_path, monkeypatch):
+    """What was predicted and chosen at the first start is neither made nor found again when it is resumed."""
+
+    def cannot(*arguments, **options):
+        raise ModelError("no shapes")
+
+    class Killed(BaseException):
+        pass
+
+    def on_event(event) -> None:
+        if event.kind == "evaluation":
+            raise Killed
+
+    monkeypatch.setattr(forecasting, "fit", cannot)
+    with pytest.raises(Killed):
+        train(tiny_recipe(tmp_path), root=tmp_path / "runs", listener=Listener(on_event=on_event))
+    [run] = runs(tmp_path / "runs")
+    assert checkpoint.newest(run.checkpoints_path, lambda path, why: None) is None
+    first = next(event for event in run.events() if event.kind == "plan")
+    [said] = [text for text in first.values["warnings"] if text.startswith("memory and time could not be forecast")]
+    resume(run)
+    again = next(event for event in run.events() if event.kind == "plan")
+    assert again.values == first.values
+    assert said in run.read_json("report.json")["notes"]
