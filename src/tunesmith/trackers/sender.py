@@ -100,8 +100,8 @@ class Sender:
         if self._tracker is None:
             self._tracker = load(self.name).open_run(self.run, self.reader)
             place = self._tracker.place
-            kept = self.state["kept"] if place.startswith(self.state["place"]) else -1  # it may name damage too
-            self._save(place=place, step=max(kept, self._tracker.last_step), error="")
+            last = self._tracker.last_step
+            self._save(place=place, step=self.state["kept"] if last is None else last, error="")
         new: list[StepMetrics] = []
         for step in steps:  # a resumed run repeats steps
             if step.step > (new[-1].step if new else self.state["step"]):

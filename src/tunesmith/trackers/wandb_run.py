@@ -62,7 +62,8 @@ class WandbRun:
             every = Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
             self.place = str(every)  # wandb makes a folder each time; its `sync` joins them
             steps = {str(path): _last_step(path) for path in every.parent.glob(f"{every.name}/run-{reader.key}.wandb")}
-            self.last_step = max([-1, *(step for step in steps.values() if step is not None)])
+            read = [step for step in steps.values() if step is not None]
+            self.last_step: int | None = max([-1, *read]) if len(read) == len(steps) else None
             if damaged := [path for path, step in steps.items() if step is None]:
                 self.place += f"; damaged, and not read: {', '.join(damaged)}"
         else:

@@ -45,7 +45,8 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     tools = tools_of(given if "tools" not in record and isinstance(given, dict) else record, found)
     if not answered:
         return prompt_alone(record.get("prompt"), tools, found, NAME)
-    (margin,) = found.numbers(record.get("margin") or 0.0, 1, "margin")
+    margin = record.get("margin")
+    (margin,) = found.numbers(0.0 if margin in (None, "") else margin, 1, "margin")
     if margin < 0:
         found.add("bad_numbers", f"margin is {margin:g}.", "Give a number from 0 up, or leave it out.")
     parts, branches = (_texts if (plain := _is_plain(record)) else _turns)(record, found)
