@@ -246,7 +246,9 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
 def _check_compared(recipe: Recipe, task: Task) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
     if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
-        raise RecipeError("data.too_long: cut: the model would learn to tell a cut answer by its missing end. Use error or drop.")
+        raise RecipeError(
+            "data.too_long: cut: the model would learn to tell a cut answer by its missing end. Use error or drop."
+        )
     for option in ("label_smoothing", "z_loss"):
         if getattr(recipe.loss, option):
             has_own = hasattr(getattr(recipe, task.section), option)
