@@ -44,7 +44,7 @@ def predict(*words: str | Path, code: int = 0, given: str | None = None) -> Resu
 
 def test_a_pipe_is_read_to_its_end(one: Path) -> None:
     lines = told(predict(one, "-", given='{"text": "the old"}\n{"text": "in Rome"}\n'))
-    assert [Path(line["source"]).name for line in lines] == ["stdin.jsonl:1", "stdin.jsonl:2"]
+    assert [line["source"] for line in lines] == ["stdin:1", "stdin:2"]
 
 
 def test_a_line_a_row_that_can_be_read_as_a_row_again(one: Path, rows: Path, tmp_path: Path) -> None:

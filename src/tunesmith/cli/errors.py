@@ -112,7 +112,7 @@ def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | Non
     for problem in shown[:SHOWN_LINES]:
         _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
     num = sum(nums.values()) if nums else len(problems)
-    if left := num - len(shown[:SHOWN_LINES]):
+    if (left := num - len(shown[:SHOWN_LINES])) > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
 

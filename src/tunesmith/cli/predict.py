@@ -16,7 +16,7 @@ from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural, visible
-from tunesmith.runs.atomic import refuse_existing
+from tunesmith.runs.atomic import refuse_existing, storing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +66,10 @@ def predict(
     tunesmith predict last --text "The parcel never came."
     """
     _refuse_mixed(data, text, pair, keep)
+    if data == "-" and out is not None:
+        raise InputError(
+            "--out: continues what was read from a FILE, and - is none. Write to the standard output: > FILE."
+        )
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
     refuse_unreadable([data] if data not in (None, "-") else [])
@@ -82,7 +86,7 @@ def predict(
         assert data is not None, "one of both was given"
         how: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
         with _as_file(data) as path:
-            counts = _file(predictor, path, out, say, how, offline=offline)
+            counts = _file(predictor, path, out, say, how, offline=offline, shown="stdin" if data == "-" else path)
         _summarize(counts, out, say, as_json=as_json)
 
 
@@ -104,7 +108,7 @@ def _as_file(data: str) -> Iterator[str]:
         return
     with TemporaryDirectory() as folder:
         path = Path(folder, "stdin.jsonl")
-        with path.open("wb") as file:
+        with storing(path), path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         yield str(path)
 
@@ -153,6 +157,7 @@ def _file(
     options: dict[str, Any],
     *,
     offline: bool,
+    shown: str,
 ) -> Counts:
     from tunesmith.cli.display import fetched, phases
     from tunesmith.inference.predict import predict_file, predict_to
@@ -169,6 +174,8 @@ def _file(
 
         def write(lines: Any) -> None:
             for line in lines:
+                if "source" in line:
+                    line["source"] = line["source"].replace(data, shown)
                 data_line(line)
 
         bare, keep = options["bare"], options["keep"]

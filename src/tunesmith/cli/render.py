@@ -365,7 +365,8 @@ def _group(group: Mapping[str, Any]) -> str:
     has = "the whole model"
     if "split" in group:
         part = size(group["split"] // group["devices"])
-        has = f"{part} of the layers ({group['gather_seconds']:.2g} s a step to bring them together), the rest whole"
+        has = f"{part} of the layers and all other weights"
+        summed += f", bringing the layers together {group['gather_seconds']:.2g} s"
     return f"{group['devices']}, each with {has} and a part of each step: {busy}, {summed}"
 
 

@@ -82,6 +82,10 @@ def runs(
         screen.print(f"{root}: no runs{rule}")
     else:
         print_table(screen, COLUMNS, map(_cells, rows), spare=SPARE)
+        for row in rows:
+            if "problem" in row:
+                words = " ".join(row["problem"].split())
+                console(stderr=not screen.is_terminal).print(visible(f"{row['name']}: {words}"), soft_wrap=True)
 
 
 def rm(names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False) -> None:
@@ -170,7 +174,8 @@ def facts(run: Run) -> dict[str, Any]:
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
         recipe, series = run.recipe(), RunSeries.of(run.events())
-        before, after = ((series.score(name) or {}) for name in ("before", "after"))
+        general = {name: {"general_loss": {"value": found["loss"]}} for name, found in series.general.items()}
+        before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
         found = known | {
             "created": run.created,
             "state": run.state(),
@@ -193,7 +198,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "problem" in row:
-        return [row["name"], row["state"], visible(row["problem"]), "", "", "", "", "", ""]
+        return [row["name"], row["state"], *[""] * (len(COLUMNS) - 2)]
     return [
         row["name"],
         row["state"],

@@ -58,6 +58,7 @@ class RunSeries:
         if event.kind in ("start", "resume"):
             self.started, self.step = True, event.step
             self.identity = values.get("identity", self.identity)
+            self.steps = {step: found for step, found in self.steps.items() if step <= event.step}
         elif event.kind == "plan":
             # A forecast does not repeat bit for bit: it depends on the memory that is free at the moment.
             self.plan = {**values, "forecast": timing.get("forecast")}
@@ -130,10 +131,10 @@ class RunSeries:
         measures, counts = measures_of(found), {}
         if name in self.answers:
             measures |= self.answers[name]["measures"]
-            counts["answers"] = self.answers[name]["num"]
+            counts["answers"] = self.answers[name].get("num", 0)
         if name in self.general:
             measures["general_loss"] = {"value": self.general[name]["loss"]}
-            counts["general_tokens"] = self.general[name]["tokens"]
+            counts["general_tokens"] = self.general[name].get("tokens", 0)
         order = sorted(measures, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
         rest = {key: value for key, value in found.items() if key != "name"}
         return {**rest, **counts, "measures": {key: measures[key] for key in order}}

@@ -124,7 +124,7 @@ def servers(result: RunResult, config: Mapping[str, Any]) -> str:
     on_embeddings = any(name.rpartition(".")[2] in _EMBEDDINGS for name in result.adapted)
     writes = result.head == "next_token" and result.kind == "causal"
     if rank is None or not is_low_rank or on_embeddings or not writes or result.base.is_gguf:
-        return "Loads in peft. For vLLM export merged, for llama.cpp gguf."
+        return "Loads in peft. For other programs export merged."
     vllm = f"vllm serve {config['base_model_name_or_path']} --enable-lora --max-lora-rank {rank}"
     vllm += " --lora-modules tuned=PATH"
     return f"Loads in peft, in llama.cpp after its convert_lora_to_gguf.py, and in vLLM: `{vllm}`"

@@ -123,7 +123,7 @@ def _verified(
     exported = verify.exported_outputs(result, target, done.path, rows, work=work)
     found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
     if problems := found.problems(done.allowed):
-        is_rounded = found.same_ids and target.reads
+        is_rounded = found.same_ids and target.reads and getattr(options, target.reads[0]) not in ("f32", "float32")
         way_out = f" If rounding is the cause, a finer --{target.reads[0]} has less of it." if is_rounded else ""
         name = f"{result.run.path.name} to {target.name}"
         raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
     from huggingface_hub import ModelCard
 
     card = result.base.path / "README.md" if result.is_adapter and result.base.path.is_dir() else None
-    if card is not None and card.is_file():
-        stated = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    text = card.read_text("utf-8", errors="replace") if card is not None and card.is_file() else ""
+    with suppress(ValueError, yaml.YAMLError):  # a header that is no mapping states nothing
+        stated = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
         if isinstance(stated, str):
             return stated, "that of the base model's card."
     return UNKNOWN, "nobody has stated one. The license of the base model holds here too: look it up."

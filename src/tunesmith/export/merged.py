@@ -34,8 +34,10 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
     stored, dtype = result.stored_dtype, _dtype(result, options)
     if dtype in (torch.float32, stored):
         return []
-    whence = "the blocks of the GGUF, unpacked" if result.weights.is_gguf else str(stored).removeprefix("torch.")
-    return [f"weights are rounded from {whence} to {str(dtype).removeprefix('torch.')}, once"]
+    wanted, whence = (str(one).removeprefix("torch.") for one in (dtype, stored))
+    if result.weights.is_gguf:
+        return [f"the blocks of the GGUF are unpacked, and rounded to {wanted} once"]
+    return [f"weights are rounded from {whence} to {wanted}, once"]
 
 
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
