@@ -65,11 +65,7 @@ def predict(
 
     tunesmith predict last --text "The parcel never came."
     """
-    _refuse_mixed(data, text, pair, keep)
-    if data == "-" and out is not None:
-        raise InputError(
-            "--out: continues what was read from a FILE, and - is none. Write to the standard output: > FILE."
-        )
+    _refuse_mixed(data, text, pair, keep, out)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
     refuse_unreadable([data] if data not in (None, "-") else [])
@@ -90,8 +86,12 @@ def predict(
         _summarize(counts, out, say, as_json=as_json)
 
 
-def _refuse_mixed(data: str | None, text: str | None, pair: str | None, keep: Sequence[str] | None) -> None:
-    """Raise InputError for options of a FILE with --text, and the reverse."""
+def _refuse_mixed(
+    data: str | None, text: str | None, pair: str | None, keep: Sequence[str] | None, out: Path | None
+) -> None:
+    """Raise InputError for options of a FILE with --text or -, and the reverse."""
+    if data == "-" and out is not None:
+        raise InputError("--out: it continues the rows of a FILE, and - is none. Write answers with > FILE.")
     if (text is None) == (data is None):
         raise InputError("predict: give one of FILE and --text.")
     if keep and text is not None:
