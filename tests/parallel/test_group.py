@@ -235,7 +235,8 @@ def _copy_until(source: Path, target: Path, *, step: int) -> Run:
         if path.name != f"step-{step}":
             shutil.rmtree(path)
     run = Run(target)
-    (target / "events.jsonl").write_bytes((target / "checkpoints" / f"step-{step}" / "events.jsonl").read_bytes())
+    log, saved = target / "events.jsonl", checkpoint.load(target / "checkpoints" / f"step-{step}").state["log"]
+    log.write_bytes(log.read_bytes()[: saved["bytes"]])
     assert checkpoint.steps(run.checkpoints_path) == [step]
     return run
 

@@ -3,8 +3,7 @@
     checkpoints/step-200/
       weights.safetensors     trained tensors, and the state of a method
       optimizer.safetensors   state of the optimizer, one or more tensors a trained tensor
-      state.json              position, counters, best so far
-      events.jsonl            the run's log until then, from which a damaged log is repaired
+      state.json              position, counters, best so far, digest of the run's log until then
       manifest.json           format, step, size and SHA-256 of each file above; written last
 
 A checkpoint is written under a temporary name, synced, and renamed. Only the holder of the run's lock writes here.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,7 +44,6 @@ FORMAT = 1
 
 _PREFIX = "step-"
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
-_LOG = "events.jsonl"
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -70,8 +67,6 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
-    log: Path | None
-    """A copy of the run's log at that time; None if an earlier version of tunesmith saved the checkpoint."""
 
 
 class _Damaged(Exception):
@@ -85,7 +80,6 @@ def save(
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    log: Path | None = None,
 ) -> Path:
     """Write the checkpoint `folder/step-N`, complete or not at all; it replaces one of the same step.
 
@@ -101,8 +95,6 @@ def save(
                 _FILES[1]: _write_tensors(temporary / _FILES[1], optimizer),
                 _FILES[2]: _write_bytes(temporary / _FILES[2], to_json(state, indent=True)),
             }
-            if log is not None:
-                written[_LOG] = _write_copy(temporary / _LOG, log)
             manifest = {"format": FORMAT, "step": step, "files": written}
             write_atomic(temporary / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}, indent=True))
             replace_folder(temporary, final, swap=True)
@@ -188,8 +180,7 @@ def _load(path: Path) -> Checkpoint:
             raise _Damaged(f"{name} is not what was written: its SHA-256 is {found[:12]}…, not {facts['sha256'][:12]}…")
     weights, optimizer = (_read_tensors(path / name) for name in _FILES[:2])
     state = from_json((path / _FILES[2]).read_bytes())
-    log = path / _LOG if _LOG in manifest["files"] else None
-    return Checkpoint(path, manifest["step"], weights, optimizer, state, log)
+    return Checkpoint(path, manifest["step"], weights, optimizer, state)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -253,12 +244,6 @@ def _set_aside(path: Path, step: int) -> Path:
 def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     write_atomic(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _write_copy(path: Path, source: Path) -> dict[str, Any]:
-    with writing(path) as file, open(source, "rb") as content:
-        shutil.copyfileobj(content, file)
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from tunesmith.errors import RunError
 from tunesmith.runs.atomic import from_json, storing, to_json, writing
@@ -114,35 +115,21 @@ def truncate_after(path: Path, step: int) -> int:
     return num_dropped
 
 
-def repair(path: Path, saved: Path) -> str:
-    """Restore a log that lost or changed lines from the copy `saved`; return what was wrong, or "".
-
-    Lines after those of the copy must be events: if one is not, all of them go, as they will be written again.
-    A partial last line is no damage.
-    """
-    number = _first_damage(path, saved)
-    if number is None:
-        return ""
-    with writing(path) as file, open(saved, "rb") as whole:
-        shutil.copyfileobj(whole, file)
-    return f"{path}: line {number} was lost or changed after it was written"
+def digest(path: Path, num_bytes: int = -1) -> dict[str, Any]:
+    """Size and SHA-256 of a log, or of its first `num_bytes`, for a checkpoint."""
+    content = b""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        content = file.read(num_bytes)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _first_damage(path: Path, saved: Path) -> int | None:
-    number = 0
-    lines = _whole_lines(path)
-    with open(saved, "rb") as whole:
-        for line in whole:
-            number += 1
-            if next(lines, None) != line:
-                return number
-    for line in lines:
-        number += 1
-        try:
-            _event(line, "")
-        except RunError:
-            return number
-    return None
+def refuse_changed(path: Path, saved: Mapping[str, Any]) -> None:
+    """Raise RunError where a log does not begin with what a checkpoint `saved` of it by `digest`."""
+    if digest(path, saved["bytes"]) != saved:
+        raise RunError(
+            f"{path}: its first {saved['bytes']:,} bytes are not those that the newest checkpoint recorded: lines were "
+            "lost or changed since, by hand or by the disk. Put the file back from a copy, or start a new run."
+        )
 
 
 def logged_state(path: Path) -> LoggedState:

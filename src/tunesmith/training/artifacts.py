@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from tunesmith.methods import METHODS
-from tunesmith.runs import checkpoint
+from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, temporary_folder, writing_folder
 from tunesmith.runs.background import BackgroundCall
 from tunesmith.runs.folder import Run
@@ -49,8 +49,11 @@ def _write(session: Session) -> None:
         step,
         weights=weights,
         optimizer=optimizer,
-        state={"progress": asdict(session.progress), "identity": setup.identity},
-        log=run.events_path,
+        state={
+            "progress": asdict(session.progress),
+            "identity": setup.identity,
+            "log": events.digest(run.events_path),
+        },
     )
     session.emit("checkpoint", {"path": folder.relative_to(run.path).as_posix()})
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))

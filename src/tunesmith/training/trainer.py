@@ -27,7 +27,7 @@ from tunesmith.phrases import command
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
-from tunesmith.runs.atomic import storing, write_atomic
+from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import FollowedRun, Run, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
@@ -56,9 +56,6 @@ from tunesmith.training.together import (
     unfinished,
 )
 from tunesmith.types import Event
-
-RETOLD = {"plan", "evaluation", "sample", "answers", "general"}
-"""Kinds of events that the summary at the end of a run needs."""
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -181,7 +178,8 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         run.clear_stop()
         damaged: list[str] = []
         newest = checkpoint.newest(run.checkpoints_path, lambda path, why: damaged.append(f"{path}: {why}"))
-        _mend_log(run, newest, listener)
+        if newest is not None and "log" in newest.state:
+            events.refuse_changed(run.events_path, newest.state["log"])
         settings = [*settings, *settings_of_group(with_settings(run, settings), world)]
         recipe = recipe_with(run, settings)
         then = newest.state["identity"] if newest else run.identity()
@@ -223,30 +221,6 @@ def _fit_memory(setup: Setup, progress: Progress) -> None:
     """Smaller micro-batches where memory ran out before."""
     if progress.tokens_per_pass is not None:
         setup.sampler = replace(setup.sampler, tokens_per_pass=progress.tokens_per_pass)
-
-
-def _mend_log(run: Run, newest: checkpoint.Checkpoint | None, listener: Listener) -> None:
-    """Repair a damaged log of events from the newest checkpoint, and report it in the log and to the listener."""
-    said = ""
-    if newest is not None and newest.log is not None:
-        if wrong := events.repair(run.events_path, newest.log):
-            said = f"{wrong}; the log is as the checkpoint of step {newest.step} has it"
-    elif newest is None:
-        try:
-            for _ in run.events():
-                pass
-        except RunError as error:
-            aside = run.path / "damaged-events.jsonl"
-            with storing(aside):
-                run.events_path.replace(aside)
-            said = f"{error} There is no checkpoint yet, so the run starts over; the old log is kept as {aside.name}"
-    if said:
-        for event in run.events():
-            if event.kind in RETOLD:
-                listener.on_event(event)  # a reader of the damaged log may not have seen it
-        note = Event("note", newest.step if newest else 0, time.time(), {"text": said}, {})
-        run.append(note)
-        listener.on_event(note)
 
 
 def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> None:
