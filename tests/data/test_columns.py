@@ -1,4 +1,4 @@
-"""Columns that were named and are not there are refused; text beside classes is asked about."""
+"""Columns that were named and are not there are said; text beside classes is asked about."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,7 @@ import pytest
 
 from data.rows_of import comma_separated, json_lines, put
 from tunesmith.data.check import check
-from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
-from tunesmith.errors import RecipeError
+from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.recipe.schema import Data, DataFile
 
 
@@ -20,23 +19,14 @@ def texts(num: int = 40, **columns: Any) -> list[dict[str, Any]]:
     return [{"text": f"text {i}", **{name: value(i) for name, value in columns.items()}} for i in range(num)]
 
 
-def test_a_named_column_that_no_row_has_is_refused(tmp_path: Path):
+def test_a_named_column_that_no_row_has_is_said(tmp_path: Path):
     rows = texts(label=lambda i: "ab"[i % 2])
     for path in (put(tmp_path, "a.csv", comma_separated(rows)), put(tmp_path, "a.jsonl", json_lines(rows))):
-        data = data_of(path, columns={"label": "lable"})
-        with pytest.raises(RecipeError, match=r"data.columns.label: no row has a field 'lable'. Did you mean label\?"):
-            check_columns_exist(data)
-        with pytest.raises(RecipeError, match="lable"):
-            check(data)
-
-
-def test_a_named_column_of_another_file_or_a_later_row_is_there(tmp_path: Path):
-    path = put(tmp_path, "a.jsonl", json_lines([{"prompt": "a", "completion": "b"}] * 5))
-    other = put(tmp_path, "b.jsonl", json_lines([{"q": "a", "completion": "b"}, {"q": "a", "a": "b"}]))
-    data = data_of(path, columns={"prompt": "q", "completion": "a"})
-    check_columns_exist(data.model_copy(update={"eval": (DataFile(path=str(other)),)}))
-    with pytest.raises(RecipeError, match=r"data.columns.prompt: no row has a field 'q'"):
-        check_columns_exist(data)
+        (problem,) = check(data_of(path, columns={"label": "lable"}), task="classify").problems
+        assert problem.code == "columns_unused"
+        assert "names lable, which no row" in problem.message
+        said = check(data_of(path, columns={"text": "text", "label": "lable"}), task="classify").problems[0]
+        assert (said.code, said.fix) == ("missing_column", "Did you mean label?")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.families import CAUSAL, MASKED, bert_like, t5_like
-from tiny import TEXT, tiny_tokenizer
-from tunesmith.data import documents
+from data.families import CAUSAL, MASKED, bert_like
 from tunesmith.data.documents import spell, windows
 from tunesmith.data.renderer import Encoded, Renderer
 from tunesmith.data.tokenizer import FastTokenizer
@@ -163,55 +160,9 @@ def test_a_tokenizer_without_mask_is_refused_for_masked_text() -> None:
         )
 
 
-# --- Documents that are tokenized in stretches
-
-SPLITTERS = {
-    "byte level": TOKENIZERS["byte level"],
-    "pieces": tiny_tokenizer(None, metaspace=True),
-    "bert": TOKENIZERS["bert"],
-    "t5": t5_like(),
-}
-LONG = "\n\n".join(TEXT * 6) + " 😀" * 200 + "9" * 40 + "".join(TEXT)
-
-
-def in_stretches(tokenizer: Any, text: str, monkeypatch: pytest.MonkeyPatch) -> documents.Spelled:
-    monkeypatch.setattr(documents, "STRETCH_CHARS", 900)
-    monkeypatch.setattr(documents, "OVERLAP_CHARS", 300)
-    return spell(FastTokenizer(tokenizer), [text])[0]
-
-
-def assert_tokens_of_the_whole(tokenizer: Any, ids: Any) -> None:
-    assert list(ids) == tokenizer(LONG, add_special_tokens=False).input_ids
-
-
-# trap: T8
-@pytest.mark.parametrize("name", SPLITTERS)
-def test_stretches_give_the_tokens_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = in_stretches(SPLITTERS[name], LONG, monkeypatch)
-    assert_tokens_of_the_whole(SPLITTERS[name], found.ids_T)
-    assert found.bytes_T.sum() == len(LONG.encode())
-    assert found.bytes_T.tolist() == spell_whole(SPLITTERS[name]).bytes_T.tolist()
-
-
-def spell_whole(tokenizer: Any) -> documents.Spelled:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "STRETCH_CHARS", len(LONG))
-        return spell(FastTokenizer(tokenizer), [LONG])[0]
-
-
-# trap: T8
-@pytest.mark.parametrize("name", SPLITTERS)
-def test_stretches_put_end_to_end_would_be_seen(name: str) -> None:
-    pieces = [LONG[start : start + 901] for start in range(0, len(LONG), 901)]
-    ids = [i for ids in SPLITTERS[name](pieces, add_special_tokens=False).input_ids for i in ids]
-    with pytest.raises(AssertionError):
-        assert_tokens_of_the_whole(SPLITTERS[name], ids)
-
-
-@pytest.mark.parametrize("name", SPLITTERS)
-def test_a_text_without_the_end_of_a_token_is_counted_all_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_a_text_without_the_end_of_a_token_is_counted_all_the_same(name: str) -> None:
     text = "山" * 3000  # one unknown word to BERT
-    found = in_stretches(SPLITTERS[name], text, monkeypatch)
+    found = spell(FastTokenizer(TOKENIZERS[name]), [text])[0]
     assert found.bytes_T.sum() == len(text.encode())
     assert (found.bytes_T >= 0).all()
-    assert np.asarray(found.ids_T).dtype == np.int32

@@ -1,6 +1,7 @@
 """A result is what its run left, or is refused; a foreign run folder neither hangs anything nor writes elsewhere."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -140,14 +141,11 @@ def test_what_a_killed_writer_left_in_a_folder_of_the_run_is_removed_by_the_next
         assert not any(path.exists() for path in left)
 
 
-def test_the_copy_of_a_killed_export_is_removed_by_the_next_export_and_that_of_a_living_one_is_not(run: Run) -> None:
-    from tunesmith.runs.atomic import being_written
-
+def test_the_copy_of_a_killed_export_is_removed_by_the_next_and_that_of_a_living_one_is_not(run: Run) -> None:
     exports = run.path / "exports"
-    dead, alive = temporary_folder(exports, "merged"), temporary_folder(exports, "gguf-f16")
-    with being_written(dead):
-        (dead / "model.safetensors").write_bytes(b"0" * 100)
-    with being_written(alive):
-        export_run(run, "adapter", proof=False, offline=True)
-        assert not dead.exists()
-        assert alive.exists()
+    dead, alive = temporary_folder(exports, "adapter"), temporary_folder(exports, "adapter")
+    (dead / "model.safetensors").write_bytes(b"0" * 100)
+    os.utime(dead, (0, 0))
+    export_run(run, "adapter", proof=False, offline=True)
+    assert not dead.exists()
+    assert alive.exists()

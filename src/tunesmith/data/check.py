@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import lines_of
-from tunesmith.data.columns import ask_text_or_classes, check_columns_exist
+from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, joined, rare_collection
@@ -215,7 +215,6 @@ class _Check:
         self._label_kind: LabelKind | None = None
 
     def report(self) -> CheckReport:
-        check_columns_exist(self._data)
         entries = [(side, file, self._members(file, side)) for side in SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]

@@ -11,12 +11,10 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
 from tunesmith.data.problems import names
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 
@@ -140,34 +138,6 @@ def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool)
 
 _CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")
 """Fields next to a text that nearly always hold its class."""
-MOST_NAMES = 1000
-"""Names of fields remembered: a row's fields are the data's choice, they must not fill the memory."""
-
-
-def check_columns_exist(data: Data) -> None:
-    """Raise `RecipeError` where data.columns names a field that no row of any file has.
-
-    Files are read until every name is found: in nearly all data the first row, in a table the header.
-    """
-    missing = {theirs: ours for ours, theirs in data.columns.items()}
-    seen: dict[str, None] = {}
-    for file in (*data.train, *data.eval, *data.replay) if missing else ():
-        facts: list[FileFacts] = []
-        try:
-            for _, record, _ in read([file], limits=data.limits, on_problem=_ignore, facts=facts):
-                for name in record:
-                    missing.pop(name, None)
-                    if len(seen) < MOST_NAMES:
-                        seen[name] = None
-                if not missing or facts[-1].columns is not None:
-                    break
-        except DataError:  # which is said when its rows are read
-            return
-        if not missing:
-            return
-    for theirs, ours in missing.items():
-        hint = did_you_mean(theirs, seen) or f" There are: {names(seen)}."
-        raise RecipeError(f"data.columns.{ours}: no row has a field {theirs!r}.{hint}")
 
 
 def ask_text_or_classes(data: Data) -> str | None:

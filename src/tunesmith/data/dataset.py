@@ -343,10 +343,8 @@ def _found_or_encoded(
 def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, check: Callable[[], None]) -> Summary:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
-        hashing = disk.HashingFile(file)
         batches = encoding.batches()
-        sink = pa.ipc.new_file(pa.PythonFile(hashing, "w"), SCHEMA)
-        with rare_collection(), closing(batches), sink:
+        with rare_collection(), closing(batches), pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as sink:
             for batch in batches:
                 sink.write_batch(batch)
         check()
@@ -363,8 +361,8 @@ def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, 
         labels=list(encoding.vocabulary),
         many=encoding.many,
         data_sha256=hashes,
-        arrow_sha256=hashing.digest.hexdigest(),
-        arrow_bytes=hashing.num_bytes,
+        arrow_sha256=disk.sha256_file(path),
+        arrow_bytes=path.stat().st_size,
     )
 
 

@@ -16,11 +16,6 @@ from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
 
-STRETCH_CHARS = 1_000_000
-"""A longer text is tokenized in stretches: the tokenizer needs hundreds of bytes a token while it works."""
-OVERLAP_CHARS = 4_096
-"""Characters that two stretches share. A token depends on what is near: in their middle both split the text alike."""
-
 
 class _WindowEncoder(RowEncoder):
     """Base of both: it takes the windows of each text."""
@@ -147,50 +142,13 @@ class Spelled:
 
 def spell(fast: FastTokenizer, texts: Sequence[str]) -> list[Spelled]:
     """Tokens of each text."""
-    encoded = iter(fast.encode([text for text in texts if len(text) <= STRETCH_CHARS]))
-    return [
-        _between(text, *_ids_and_ends(next(encoded)), 0, len(text))
-        if len(text) <= STRETCH_CHARS
-        else _spell_long(fast, text)
-        for text in texts
-    ]
+    return [_spelled(text, tokens) for text, tokens in zip(texts, fast.encode(texts), strict=True)]
 
 
-def _spell_long(fast: FastTokenizer, text: str) -> Spelled:
-    """The tokens of the whole text, from stretches that are joined where both end a token."""
-
-    def stretch(start: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        ids_T, ends_T = _ids_and_ends(fast.encode([text[start : start + STRETCH_CHARS]])[0])
-        return ids_T, ends_T + start
-
-    parts = []
-    cut, left = 0, stretch(0)
-    step = STRETCH_CHARS - OVERLAP_CHARS
-    for start in range(step, len(text) - OVERLAP_CHARS, step):
-        right = stretch(start)
-        low, high = start + OVERLAP_CHARS // 4, start + 3 * OVERLAP_CHARS // 4
-        shared = np.intersect1d(left[1], right[1])
-        shared = shared[(shared > low) & (shared < high)]
-        # Thousands of characters without the end of a token are no text: they are cut anywhere.
-        until = int(shared[len(shared) // 2]) if len(shared) else (low + high) // 2
-        parts.append(_between(text, *left, cut, until))
-        cut, left = until, right
-    parts.append(_between(text, *left, cut, len(text)))
-    return Spelled(np.concatenate([part.ids_T for part in parts]), np.concatenate([part.bytes_T for part in parts]))
-
-
-def _ids_and_ends(tokens: Tokens) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    return tokens.ids_T, np.maximum.accumulate(tokens.ends_T)
-
-
-def _between(text: str, ids_T: NDArray[np.int32], ends_T: NDArray[np.int64], start: int, end: int) -> Spelled:
-    """The tokens that end behind `start`, up to `end`; those at the start of the text too."""
-    first = int(np.searchsorted(ends_T, start, side="right")) if start else 0
-    last = int(np.searchsorted(ends_T, end, side="right"))
-    ids_T, ends_T = ids_T[first:last], ends_T[first:last] - start
-    if len(ends_T):
-        ends_T[-1] = end - start
-    return Spelled(ids_T, _num_bytes(text[start:end], ends_T))
+def _spelled(text: str, tokens: Tokens) -> Spelled:
+    ends_T = np.maximum.accumulate(tokens.ends_T)
+    ends_T[-1:] = len(text)
+    return Spelled(tokens.ids_T, _num_bytes(text, ends_T))
 
 
 def _num_bytes(text: str, ends_T: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -133,7 +133,8 @@ class FileExamples:
     """Whether the labels of its rows are lists."""
     ignored: dict[str, Source] = field(default_factory=dict)
     """Fields that are not used, with the first place of each."""
-    is_mapped: bool = False
+    mapped: set[str] = field(default_factory=set)
+    """Our names in data.columns whose fields rows have."""
     well_known: Mapping[str, str] = field(default_factory=dict)
     """Our names of fields to those of a well-known data set, which the file has."""
 
@@ -205,9 +206,9 @@ class FileExamples:
                 columns = propose(record, ("text_label",))
                 fix = f"For classes of texts: {paste(columns, task='classify') if columns else '--set task=classify'}."
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
-        if self.data.columns and not self.is_mapped and self.facts.rows:
-            theirs = ", ".join(self.data.columns.values())
-            message = f"data.columns names {theirs}, which no row of this file has: it was read without."
+        unused = [theirs for ours, theirs in self.data.columns.items() if ours not in self.mapped]
+        if unused and self.facts.rows:
+            message = f"data.columns names {', '.join(unused)}, which no row of this file has: it was read without."
             self._note(Source(self.facts.path, 0), "columns_unused", message, "")
 
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
@@ -231,7 +232,7 @@ class FileExamples:
         found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         if not found:
             return record
-        self.is_mapped = True
+        self.mapped |= found.keys()
         needed = {
             field
             for name in (SHAPES[self.task] if self.task else FORMATS)

@@ -13,7 +13,6 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.columns import check_columns_exist
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SEARCHED, SHAPES
@@ -139,10 +138,9 @@ def encode_rows(
     Raises:
         DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is "error", or
             labels cannot be learnt, see `resolve_labels`.
-        RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns names what is not there.
+        RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns the shapes.
     """
     problems: list[Problem] = []
-    check_columns_exist(data)
     raw = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
     data = data.model_copy(update={s: expand_folders(f, problems.append, trained=s != "eval") for s, f in raw.items()})
     notes = [str(problem) for problem in problems]

@@ -21,8 +21,8 @@ from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
     REPLACED,
-    abandoned,
-    being_written,
+    TEMPORARY,
+    clean,
     remove,
     replace_folder,
     storing,
@@ -33,6 +33,8 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.inputs import find_inputs
 
 OnProgress = Callable[[str, int, int], None]
+DEAD_S = 3600.0
+"""Age at which an unfinished export of the same name is taken for that of a dead process."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,8 @@ def export_run(
     _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result) if proof else 0))
     holder = temporary_folder(out.parent, out.name)
     try:
-        with being_written(holder):
-            done = _export(result, chosen, holder, options, proof=proof, notes=notes, on_progress=on_progress)
-            replace_folder(done.path, out, swap=True)
+        done = _export(result, chosen, holder, options, proof=proof, notes=notes, on_progress=on_progress)
+        replace_folder(done.path, out, swap=True)
     finally:
         # What cannot be removed now is removed by the next export here; an earlier error matters more.
         with suppress(OSError):
@@ -158,13 +159,11 @@ def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions)
 
 
 def _clean_up(out: Path) -> None:
-    """Put back what a killed export had moved aside, and remove what dead ones left: folders without a lock."""
+    """Put back what a killed export had moved aside, and remove what it was writing."""
     aside = out.with_name(REPLACED + out.name)
     if aside.exists() and not out.exists():
         aside.rename(out)
-    for left in abandoned(out.parent):
-        with storing(left):
-            remove(left)
+    clean(out.parent, name=out.name, older_than_s=DEAD_S)
 
 
 def _check_space(out: Path, num_bytes: int) -> None:

@@ -21,15 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
 import orjson
 
 from tunesmith.errors import InputError, StorageError
 
 TEMPORARY = ".tmp-"
 """Prefix of files that are being written; worthless once their writer is dead."""
-WRITER = "writer.lock"
-"""Lock file in a temporary folder, held by its writer."""
 REPLACED = ".old-"
 """Prefix of files that are being replaced; `clean` puts them back if their successor never arrived."""
 
@@ -122,37 +119,6 @@ def temporary_folder(parent: Path, name: str) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         path.mkdir()
     return path
-
-
-@contextmanager
-def being_written(folder: Path) -> Iterator[None]:
-    """Hold a lock in a temporary folder. It ends with this process, so `abandoned` finds a dead writer at once."""
-    with storing(folder):
-        lock = filelock.FileLock(folder / WRITER, timeout=1)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def abandoned(parent: Path) -> list[Path]:
-    """Temporary folders whose writer is dead."""
-    try:
-        found = [path for path in sorted(parent.glob(f"{TEMPORARY}*-*")) if (path / WRITER).is_file()]
-    except OSError:
-        return []
-    return [path for path in found if not _is_held(path / WRITER)]
-
-
-def _is_held(path: Path) -> bool:
-    lock = filelock.FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except (filelock.Timeout, OSError):  # a lock that cannot be tried may be held
-        return True
-    lock.release()
-    return False
 
 
 def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
@@ -251,28 +217,6 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-class HashingFile:
-    """A file to write to that knows the SHA-256 of what was written."""
-
-    closed = False
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        self.num_bytes += len(content)
-        return self._file.write(content)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """Left to the owner of the file."""
 
 
 _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
