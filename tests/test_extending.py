@@ -95,5 +95,5 @@ def test_a_task_and_a_format_from_outside_train_report_and_answer(tmp_path: Path
 
 def test_its_name_is_known_to_recipes_and_others_are_not() -> None:
     assert validate({"task": "echo"}).task == "echo"
-    with pytest.raises(RecipeError, match=r"'eco' is none of auto, chat, .*, did you mean echo\?"):
+    with pytest.raises(RecipeError, match=r"'eco' is not auto, chat, .*, did you mean echo\?"):
         validate({"task": "eco"})

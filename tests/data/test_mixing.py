@@ -131,5 +131,5 @@ def test_shares_of_one_file_are_refused() -> None:
 
 @pytest.mark.parametrize("weight", [0, -1, 101])
 def test_a_weight_out_of_range_is_refused_with_its_place(weight: float) -> None:
-    with pytest.raises(RecipeError, match=r"data\.train\[1\]\.weight: .* out of range: it must be a number above 0"):
+    with pytest.raises(RecipeError, match=r"data\.train\[1\]\.weight: .* is not a number above 0"):
         data(train=["a.jsonl", {"path": "b.jsonl", "weight": weight}])

@@ -41,7 +41,7 @@ def test_draws_repeat_by_their_seed_and_never_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rest", "says"),
     [
-        ("grid: {optim.lr: [1e-4, -1]}", "lr.yaml:6: grid: optim.lr: -1 is out of range"),
+        ("grid: {optim.lr: [1e-4, -1]}", "lr.yaml:6: grid: optim.lr: -1 is not a number above 0"),
         ("grid:\n  optim.lr: [1e-4]\n  method.rnk: [8]", "lr.yaml:8: grid: method.rnk: unknown key"),
         ("grid: {method.rank: [eight]}", "method.rank: 'eight' is not"),
         ("grid: {optim.lr: 1e-4}", "grid.optim.lr: 0.0001 is not a list of values"),

@@ -68,7 +68,7 @@ def test_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "runs" / "lr-01" / "events.jsonl").read_bytes() == before
 
     (tmp_path / "lr.yaml").write_text(FILE.format(rates="[1e-2, -1]"), "utf-8")
-    assert "lr.yaml:12: grid: optim.lr: -1 is out of range" in swept("--name", "b", code=2).output
+    assert "lr.yaml:12: grid: optim.lr: -1 is not a number above 0" in swept("--name", "b", code=2).output
     assert not (tmp_path / "runs" / "b").exists()
 
 

@@ -48,10 +48,8 @@ class Option:
     """Dotted; `[]` is any entry of a list."""
     doc: str
     default: Any
-    kinds: tuple[str, ...]
-    """Its alternatives without bounds: ("a number", "auto")."""
     allowed: str
-    """Alternatives with bounds: "a number above 0, or auto"."""
+    """Its alternatives: "a number above 0, or auto"."""
     choices: tuple[str, ...]
     """The words among them."""
     required: bool = False
@@ -71,7 +69,7 @@ def _options(words: tuple[str, ...], tasks: tuple[str, ...]) -> Mapping[str, Opt
         before = found.get(option.key)
         found[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
     doc = " ".join(f"{name}: {document(section)}" for name, section in METHOD_OPTIONS.items())
-    name = Option("method.name", doc, AutoMethod().name, words, _either(words), words)
+    name = Option("method.name", doc, AutoMethod().name, _either(words), words)
     at = next(number for number, key in enumerate(found) if key.startswith("method."))
     items = list(found.items())
     return types.MappingProxyType(dict([*items[:at], (name.key, name), *items[at:]]))
@@ -116,13 +114,12 @@ def _options_of(section: type[OptionGroup], prefix: str, methods: tuple[str, ...
 def _option(key: str, field: FieldInfo, methods: tuple[str, ...]) -> Option:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     alternatives = list(_alternatives(field.annotation, field.metadata))
-    choices = tuple(kind for kind, _, is_word in alternatives if is_word)
+    choices = tuple(words for words, is_word in alternatives if is_word)
     return Option(
         key=key,
         doc=" ".join((field.description or "").split()),
         default=default,
-        kinds=tuple(kind for kind, _, _ in alternatives),
-        allowed=_either([kind + bounds for kind, bounds, _ in alternatives]),
+        allowed=_either([words for words, _ in alternatives]),
         choices=choices,
         required=field.is_required(),
         methods=methods,
@@ -133,8 +130,8 @@ def _section_in(annotation: Any) -> type[OptionGroup] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, OptionGroup) else None
 
 
-def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, str, bool]]:
-    """(kind, its bounds, whether it is a word to be written as it is) of each member of a union."""
+def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, bool]]:
+    """(its kind and bounds in words, whether it is a word to be written as it is) of each member of a union."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         yield from _alternatives(arguments[0], [*metadata, *arguments[1:]])
@@ -142,14 +139,12 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
         for member in arguments:
             yield from _alternatives(member, metadata)
     elif origin is Literal:
-        for word in arguments:
-            yield str(word), "", True
+        yield from ((str(word), True) for word in arguments)
     elif words := next((found.words for found in metadata if isinstance(found, OneOf)), None):
-        for word in words:
-            yield word, "", True
+        yield from ((word, True) for word in words)
     elif origin is tuple and Ellipsis not in arguments:
-        bounds = next(_alternatives(arguments[0], []))[1]
-        yield f"a list of {len(arguments)} numbers", f", each{bounds}" if bounds else "", False
+        number, _ = next(_alternatives(arguments[0], []))
+        yield f"a list of {len(arguments)} numbers, each {number}", False
     else:
         names = {
             int: "a whole number",
@@ -160,7 +155,7 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, s
             dict: "a mapping of names to " + _IN_MAPPINGS.get(arguments[1:], "numbers"),
             tuple: _LISTS.get(arguments[:1], "a list of texts"),
         }
-        yield names[origin or annotation], _bounds(metadata), False
+        yield names[origin or annotation] + _bounds(metadata), False
 
 
 _LISTS: Mapping[tuple[Any, ...], str] = {(DataFile,): "a list of files", (Positive,): "a list of whole numbers"}

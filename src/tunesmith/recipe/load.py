@@ -233,11 +233,8 @@ def _problem(shown: str, known: str, errors: Sequence[ErrorDetails]) -> tuple[st
         return (key, rest) if rest else (shown, key)
     if first["type"] == "union_tag_invalid":
         tag = first["ctx"]["tag"]
-        return f"{shown}.name", _neither(_shown(tag), options()[f"{shown}.name"].kinds, tag)
+        return f"{shown}.name", _refused(_shown(tag), options()[f"{shown}.name"], tag)
     return shown, _wrong_value(shown, options().get(known), errors)
-
-
-_BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
 def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetails]) -> str:
@@ -247,25 +244,18 @@ def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetail
         return f"{value} is not a section: write its options below it, or as {shown}.<option>"
     if errors[0]["type"] == "missing" and "list" not in option.allowed:
         return f"missing: {option.doc}"
-    if any(error["type"] in _BOUNDS for error in errors):
-        return f"{value} is out of range: it must be {option.allowed}"
-    in_mapping = "mapping" in option.allowed and shown != option.key
-    if in_mapping and given is None:
-        return "it has no value: write {name: value}, with a space after the colon"
-    return _neither(value, ("text",) if in_mapping else option.kinds, given)
+    if "mapping" in option.allowed and shown != option.key:
+        way = ": write {name: value}, with a space after the colon" if given is None else ""
+        return f"{value} does not belong in {option.allowed}{way}"
+    return _refused(value, option, given)
 
 
-def _neither(value: str, kinds: Sequence[str], given: Any) -> str:
-    if len(kinds) == 1:
-        sentence = f"{value} is not {kinds[0]}"
-    elif len(kinds) == 2:
-        sentence = f"{value} is neither {kinds[0]} nor {kinds[1]}"
-    else:
-        sentence = f"{value} is none of {', '.join(kinds)}"
-    near = difflib.get_close_matches(str(given), [kind for kind in kinds if " " not in kind], n=1)
-    if near:
-        return f"{sentence}, did you mean {near[0]}?"
-    return f"{sentence}: put it in quotes" if "text" in kinds and isinstance(given, (int, float)) else sentence
+def _refused(value: str, option: Option, given: Any) -> str:
+    near = difflib.get_close_matches(str(given), option.choices, n=1)
+    way = f", did you mean {near[0]}?" if near else ""
+    if "text" in option.allowed.split() and isinstance(given, (int, float)):
+        way = ": put it in quotes"
+    return f"{value} is not {option.allowed}{way}"
 
 
 def _unknown(shown: str, location: Sequence[int | str]) -> str:
