@@ -307,7 +307,7 @@ def content_of(store: Any) -> list[Any]:
 
 
 def pinned_data(address: str = "hf://datasets/acme/chats", **options: Any) -> Data:
-    return pin(Data(train=(DataFile(path=address),), num_proc=1, **options), offline=False)[0]
+    return pin(Data(train=(DataFile(path=address),), **options), offline=False)[0]
 
 
 @pytest.fixture

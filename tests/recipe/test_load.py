@@ -68,7 +68,7 @@ PROBLEMS = [
     ({"data": {"columns": {"prompt": 3}}}, "data.columns.prompt: 3 does not belong in a mapping of names to names"),
     (
         {"data": {"columns": {"a:b": None}}},
-        "data.columns.a:b: null does not belong in a mapping of names to names: write {name: value}, with a space after the colon",
+        "data.columns.a:b: null does not belong in a mapping of names to names: write {name: value}",
     ),
     ({"data": {"limits": {"depht": 3}}}, "data.limits.depht: unknown key, did you mean data.limits.depth?"),
     ({"data": {"held_out": 1}}, "data.held_out: 1 is not a number of at least 0 and below 1, or auto"),

@@ -216,7 +216,7 @@ def anonymous():
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 addresses.DISK_SHARE, parts.PART_BYTES = 0.0, 1
-data, _ = pin(Data(train=(DataFile(path=sys.argv[1]),), num_proc=1), offline=False)
+data, _ = pin(Data(train=(DataFile(path=sys.argv[1]),)), offline=False)
 renderer = Renderer(tiny_tokenizer(CHATML), TASKS["generate"], max_tokens=200, too_long="cut", control_tokens="error")
 before = most = anonymous()
 files = 0

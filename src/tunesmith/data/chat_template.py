@@ -22,8 +22,6 @@ from datetime import datetime
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import orjson
-
 from tunesmith.environment import spawning
 from tunesmith.errors import ModelError
 
@@ -38,8 +36,6 @@ RENDER_S = 10.0
 """Longest time for one render; common templates need about 20 µs."""
 GROWTH_BYTES = 1024**3
 """Most memory for templates, where the platform has such a limit (Linux)."""
-POOL_GROWTH_BYTES = 2 * GROWTH_BYTES
-"""Most memory in a process that encodes rows too."""
 START_S = 120.0
 """Longest time for the process to start; it needs half a second."""
 TICK_S, END_S = 0.1, 5.0
@@ -157,18 +153,6 @@ def _as_text(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def _as_bytes(message: Any) -> bytes:
-    """JSON, and before it a byte that says which library can read it."""
-    try:
-        return b"o" + orjson.dumps(message)
-    except TypeError:  # half a surrogate pair, a number of more than 64 bits, deep nesting
-        return b"j" + json.dumps(message).encode()
-
-
-def _from_bytes(content: bytes) -> Any:
-    return orjson.loads(memoryview(content)[1:]) if content[:1] == b"o" else json.loads(content[1:])
-
-
 def _text(tokenizer: Any) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # named templates: transformers takes "tool_use" when a row has tools
@@ -211,7 +195,7 @@ class _Process:
             return self._ask(settings, items)
 
     def _ask(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
-        request = _as_bytes([settings, items])
+        request = json.dumps([settings, items]).encode()
         try:
             with suppress(OSError):  # that it ended is seen below
                 self._connection.send_bytes(request)
@@ -246,7 +230,7 @@ class _Process:
         for _ in range(max(1, round(limit_s / TICK_S))):
             try:
                 if self._connection.poll(TICK_S):
-                    return _from_bytes(self._connection.recv_bytes(MOST_BYTES))
+                    return json.loads(self._connection.recv_bytes(MOST_BYTES))
             except (OSError, EOFError) as error:
                 self.process.join(END_S)
                 raise _Ended(f"ended the process that renders it (code {self.process.exitcode})") from error
@@ -262,27 +246,8 @@ class _Process:
             self._connection.close()
 
 
-class _ThisProcess:
-    """Renders where the request is made: in a process of a pool, which its parent replaces if a template ends it."""
-
-    def __init__(self) -> None:
-        _limit_memory(POOL_GROWTH_BYTES)
-
-    def answers(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
-        """The answer to each item. Raises `_Ended`."""
-        return _checked(_answers(settings, items, cpu_s=2 * RENDER_S))
-
-
-_OWN = _Process()
-atexit.register(_OWN.end)
-PROCESS: _Process | _ThisProcess = _OWN
-
-
-def render_here() -> None:
-    """Let this process render by itself from now on, and end when a text takes too long. Windows cannot end it."""
-    global PROCESS  # noqa: PLW0603 (there is one a process)
-    if sys.platform != "win32":
-        PROCESS = _ThisProcess()
+PROCESS = _Process()
+atexit.register(PROCESS.end)
 
 
 def _checked(answers: list[Answer]) -> list[Answer]:
@@ -310,17 +275,17 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
         _limit_memory(growth)
         gc.freeze()  # the collector need not look through the libraries again and again
     except Exception as error:
-        connection.send_bytes(_as_bytes(repr(error)[:MOST_REASON]))
+        connection.send_bytes(json.dumps(repr(error)[:MOST_REASON]).encode())
         return
-    connection.send_bytes(_as_bytes(""))
+    connection.send_bytes(b'""')
     with suppress(EOFError, OSError):
         while True:
-            settings, items = _from_bytes(connection.recv_bytes())
+            settings, items = json.loads(connection.recv_bytes())
             answers = _answers(settings, items, cpu_s=cpu_s)
             try:
-                content = _as_bytes(answers)
+                content = json.dumps(answers).encode()
             except MemoryError:
-                content = _as_bytes([("memory", "")])
+                content = b'[["memory", ""]]'
             connection.send_bytes(content)
 
 

@@ -128,16 +128,12 @@ class LabelColumn:
 class RowStore:
     """The rows of one set of files, in file order, memory-mapped. Select rows by arrays of their indices."""
 
-    def __init__(
-        self, folder: Path, summary: Summary, paths: Sequence[str], *, reused: bool, notes: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, folder: Path, summary: Summary, paths: Sequence[str], *, reused: bool) -> None:
         self.summary = summary
         self.key = summary.key
         self.skipped = summary.skipped
         self.reused = reused
         """Whether the rows had been encoded before."""
-        self.notes = tuple(notes)
-        """Messages about how they were encoded."""
         self.paths = tuple(paths)
         self.folder = folder
         table = pa.Table.from_batches(self.batches(), SCHEMA)
@@ -337,7 +333,7 @@ def _found_or_encoded(
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
     disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
     disk.remove(aside)
-    return RowStore(folder, summary, paths, reused=False, notes=encoding.notes)
+    return RowStore(folder, summary, paths, reused=False)
 
 
 def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, check: Callable[[], None]) -> Summary:

@@ -1,22 +1,14 @@
-"""Data files to record batches of encoded rows, by one process or several; everything left out is counted."""
+"""Data files to record batches of encoded rows; everything left out is counted."""
 
 # T tokens
 
 from __future__ import annotations
 
-import copyreg
 import gc
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, fields
-from multiprocessing.connection import Connection
-from operator import attrgetter
-from queue import SimpleQueue
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,14 +16,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens
-from tunesmith.data.chat_template import render_here
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
 from tunesmith.data.renderer import Renderer
-from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, Part, Problem, Row, Source
+from tunesmith.types import Example, Problem, Row, Source
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARS = 4_000_000
@@ -39,15 +29,8 @@ CHUNK_CHARS = 4_000_000
 BATCH_ROWS = 8192
 BATCH_TOKENS = 4_000_000
 """Bounds of a record batch, which is written at once."""
-WORTH_BYTES = 8 * 1024**2
-"""Size of files from which on processes are worth their start."""
-MOST_PROCESSES = 8
-"""One process reads for them and writes, and cannot feed more."""
 COLLECT_AFTER = 100_000
 """Threshold of the garbage collector while rows are encoded; the default costs a fifth of the time."""
-AHEAD = 2
-"""Chunks that wait for each process, and are memory."""
-END_S = 5.0
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -65,7 +48,6 @@ SCHEMA = pa.schema(
         ("values", pa.list_(pa.float64())),
     ]
 )
-ENDED = "a process that encodes rows ended: rows that it had are encoded by this one"
 Chunk = Sequence[tuple[int, Example]]
 """Examples, each with the index of its file."""
 OnProblem = Callable[[Problem], None]
@@ -75,18 +57,9 @@ _Found = tuple[int, tuple[int, int], Row]
 """The index of a file, the hashes of an example's content and input, and one row of it."""
 
 
-def num_processes(num_proc: int | None, *, num_bytes: int) -> int:
-    """Processes for files of this size; 1: this one alone. `num_proc`: data.num_proc."""
-    if multiprocessing.current_process().daemon:  # such processes may start no others
-        return 1
-    if num_proc is not None:
-        return num_proc
-    return min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1
-
-
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """A block in which the garbage collector runs as rarely as in the processes of a pool."""
+    """A block in which the garbage collector runs rarely."""
     before = gc.get_threshold()
     if before[0]:  # 0: it is off
         gc.set_threshold(max(before[0], COLLECT_AFTER), *before[1:])
@@ -209,17 +182,6 @@ def _renamed(rows: pa.RecordBatch, ids: NDArray[np.int64]) -> pa.RecordBatch:
     return rows.set_column(at, SCHEMA.field(at), pa.ListArray.from_arrays(labels.offsets, pa.array(values)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A chunk, and what was found while it was read."""
-
-    chunk: Chunk
-    problems: Sequence[Problem]
-    done_bytes: int
-    error: TunesmithError | None = None
-    """The error that ended the reading."""
-
-
 class EncodingCounts:
     """Counts of rows that are being encoded; complete when all of them were."""
 
@@ -233,8 +195,6 @@ class EncodingCounts:
         """Classes by their first appearance, which rows count by until it is known what a model learns."""
         self.many: bool | None = None
         """Whether classes came as lists; None: rows without classes."""
-        self.notes: list[str] = []
-        """About the processes that encoded."""
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """The rows as record batches."""
@@ -249,7 +209,7 @@ class EncodingCounts:
 class Encoding(EncodingCounts):
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    With `num_proc` above 1 other processes encode; everything is the same but the time. `num_bytes`: of all files.
+    `num_bytes`: of all files.
     """
 
     def __init__(
@@ -261,68 +221,34 @@ class Encoding(EncodingCounts):
         num_bytes: int,
         on_problem: OnProblem,
         progress: OnProgress,
-        num_proc: int = 1,
     ) -> None:
         super().__init__(data, on_problem, progress)
-        self._files, self._renderer, self._num_bytes, self._num_proc = files, renderer, num_bytes, num_proc
+        self._files, self._renderer, self._num_bytes = files, renderer, num_bytes
         self._last_bad: Source | None = None
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
         parts: list[Encoded] = []
         num_rows = num_tokens = 0
-        encoded_reads = self._encoded()
-        with closing(encoded_reads):
-            for read, encoded in encoded_reads:
-                for problem in (*read.problems, *encoded.problems):
-                    self._hear(problem)
-                if read.error is not None:
-                    raise read.error
-                parts.append(encoded)
-                num_rows += encoded.rows.num_rows
-                num_tokens += encoded.num_tokens
-                self.num_rows += encoded.rows.num_rows
-                if encoded.many is not None:
-                    self.many = bool(self.many) or encoded.many
-                if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
-                    yield joined(parts, self.vocabulary)
-                    parts, num_rows, num_tokens = [], 0, 0
-                self._progress(self.num_rows, read.done_bytes, self._num_bytes)
+        facts: list[FileFacts] = []
+        task = self._renderer.task_name
+        for chunk in chunks(examples(self._files, self._data, self._hear, facts=facts, task=task)):
+            encoded = encode(self._renderer, chunk)
+            for problem in encoded.problems:
+                self._hear(problem)
+            parts.append(encoded)
+            num_rows += encoded.rows.num_rows
+            num_tokens += encoded.num_tokens
+            self.num_rows += encoded.rows.num_rows
+            if encoded.many is not None:
+                self.many = bool(self.many) or encoded.many
+            if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                yield joined(parts, self.vocabulary)
+                parts, num_rows, num_tokens = [], 0, 0
+            self._progress(self.num_rows, sum(file.done_bytes for file in facts), self._num_bytes)
         if num_rows:
             yield joined(parts, self.vocabulary)
         self._progress(self.num_rows, self._num_bytes, self._num_bytes)
-
-    def _encoded(self) -> Generator[tuple[_Read, Encoded], None, None]:
-        """All chunks in their order, and their rows; the same with any number of processes."""
-        reads = self._reads()
-        if self._num_proc > 1:
-            self.notes.append(f"rows are encoded by {self._num_proc} processes (data.num_proc)")
-            with closing(_Pool(self._renderer, self._num_proc)) as pool:
-                for read, encoded in pool.in_order(reads):
-                    if encoded is None and len(self.notes) == 1:
-                        self.notes.append(pool.note)
-                    yield read, encode(self._renderer, read.chunk) if encoded is None else encoded
-        else:
-            for read in reads:
-                yield read, encode(self._renderer, read.chunk)
-
-    def _reads(self) -> Iterator[_Read]:
-        """Problems found while a chunk is read come with it, so that they are heard in their order."""
-        facts: list[FileFacts] = []
-        problems: list[Problem] = []
-        error = None
-
-        def read(chunk: Chunk) -> _Read:
-            found = tuple(problems)
-            problems.clear()
-            return _Read(chunk, found, sum(file.done_bytes for file in facts), error)
-
-        task = self._renderer.task_name
-        try:
-            yield from map(read, chunks(examples(self._files, self._data, problems.append, facts=facts, task=task)))
-        except TunesmithError as raised:
-            error = raised
-        yield read([])
 
     def _hear(self, problem: Problem) -> None:
         counts = self.errors if problem.severity == "error" else self.warnings
@@ -331,101 +257,3 @@ class Encoding(EncodingCounts):
             self.skipped += 1  # the problems of one row come one after the other
             self._last_bad = problem.source
         self._list(problem)
-
-
-def _pickle_by_fields(cls: type[Any]) -> None:
-    """Let examples travel to a process as their fields: frozen dataclasses with slots else take three times as long."""
-    values = attrgetter(*(one.name for one in fields(cls)))
-    copyreg.pickle(cls, lambda instance: (cls, values(instance)))
-
-
-for _cls in (Source, Part, Example):
-    _pickle_by_fields(_cls)
-
-
-class _Pool:
-    """Processes that encode chunks, each with a pipe of its own: process and pipe end together, however that comes."""
-
-    def __init__(self, renderer: Renderer, num_proc: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.note = ""
-        """The reason of the first chunk that was not encoded by a process."""
-        self.workers: list[tuple[Any, Connection]] = []
-        try:
-            for _ in range(num_proc):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, renderer), daemon=True)
-                with closing(theirs), spawning():
-                    process.start()
-                self.workers.append((process, ours))
-        except Exception as error:  # an encoder that cannot be pickled, no memory for a process, ...
-            self.note = f"no process starts to encode rows, which one process does: {_line(error)}"
-            self.close()
-
-    def in_order(self, reads: Iterator[_Read]) -> Iterator[tuple[_Read, Encoded | None]]:
-        """Each chunk that is read and its rows; None for a chunk that the caller has to encode, where the process that
-        had it ended or failed: an error is raised there."""
-        num, ahead = len(self.workers), deque[tuple[_Read, int]]()
-        for i, read in enumerate(reads):
-            ahead.append((read, self._send(i % num, read.chunk) if num else -1))
-            if len(ahead) > AHEAD * num:
-                yield self._result(*ahead.popleft())
-        while ahead:
-            yield self._result(*ahead.popleft())
-
-    def close(self) -> None:
-        """Kill the processes."""
-        for process, connection in self.workers:
-            connection.close()
-            process.kill()
-        for process, _ in self.workers:
-            process.join(END_S)
-        self.workers = []
-
-    def _send(self, number: int, chunk: Chunk) -> int:
-        try:
-            self.workers[number][1].send(chunk)
-        except OSError:
-            return -1
-        return number
-
-    def _result(self, read: _Read, number: int) -> tuple[_Read, Encoded | None]:
-        found: Encoded | str = ENDED
-        with suppress(OSError, EOFError):
-            found = self.workers[number][1].recv() if number >= 0 else ENDED
-        if isinstance(found, Encoded):
-            return read, found
-        self.note = self.note or found
-        return read, None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _work(connection: Connection, renderer: Renderer) -> None:
-    """The work of a process of a pool: each chunk that comes is encoded, or why it is not is sent back."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    render_here()
-    waiting: SimpleQueue[Chunk] = SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, waiting), daemon=True).start()
-    gc.collect()
-    gc.freeze()  # what is there now stays
-    gc.set_threshold(COLLECT_AFTER)
-    while True:
-        chunk = waiting.get()
-        try:
-            found: Encoded | str = encode(renderer, chunk)
-        except Exception as error:  # what is wrong with the rows is raised again where they are encoded next
-            found = f"rows that a process did not encode are encoded by this one: {_line(error)}"
-        connection.send(found)
-
-
-def _receive(connection: Connection, waiting: SimpleQueue[Chunk]) -> None:
-    """Take in chunks while others are encoded, so that the parent need not wait; end with the parent."""
-    try:
-        while True:
-            waiting.put(connection.recv())
-    finally:  # also where memory ends: the parent would wait
-        os._exit(1)

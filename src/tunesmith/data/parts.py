@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import SCHEMA, Encoded, Encoding, EncodingCounts, joined, num_processes
+from tunesmith.data.encode import SCHEMA, Encoded, Encoding, EncodingCounts, joined
 from tunesmith.data.problems import SKIP, num_refused, refused
 from tunesmith.data.remote import PART_BYTES, is_address, local, size_of
 from tunesmith.data.renderer import Renderer
@@ -62,8 +62,7 @@ def downloaded(
         listeners["progress"] = lambda rows, done, total: progress(rows, (total + done) // 2, total)
     with ExitStack() as held:
         there = [held.enter_context(local(file, folder / f"{i}", on_bytes)) for i, file in enumerate(files)]
-        num_proc = num_processes(data.num_proc, num_bytes=num_bytes)
-        yield Encoding(data, there, renderer, num_bytes=num_bytes, num_proc=num_proc, **listeners)
+        yield Encoding(data, there, renderer, num_bytes=num_bytes, **listeners)
 
 
 def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
@@ -115,7 +114,6 @@ class JoinedParts(EncodingCounts):
         self.skipped += summary.skipped
         self.errors.update(summary.errors)
         self.warnings.update(summary.warnings)
-        self.notes = self.notes or list(store.notes)
         if summary.many is not None:
             self.many = bool(self.many) or summary.many
 

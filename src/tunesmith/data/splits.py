@@ -169,7 +169,7 @@ def encode_rows(
         for refused in stores:
             refused.discard()
         raise
-    notes += [*(note for each in stores for note in each.notes), *counted(stores, problems), *overlap, *split_notes]
+    notes += [*counted(stores, problems), *overlap, *split_notes]
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
     if labels is not None:
