@@ -1,4 +1,4 @@
-"""Steps of rows of like length: still a permutation, still a pure function, and little padding."""
+"""Steps are permutations of an epoch's rows and a pure function of seed and step."""
 
 import time
 from collections import Counter
@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.sampler import POOL_STEPS, StepSampler, pool_of, sort_keys
+from tunesmith.data.sampler import StepSampler, sort_keys
 
 PAIRS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=90)
 
 
-def plan(sides, *, weights=None, rows_per_step=4, seed=0, grouped=True) -> StepSampler:
+def plan(sides, *, weights=None, rows_per_step=4, seed=0) -> StepSampler:
     """Rows of one side, or of (source, target)."""
     sides = np.array(sides, np.int32)
     is_pair = sides.ndim == 2
@@ -26,7 +26,6 @@ def plan(sides, *, weights=None, rows_per_step=4, seed=0, grouped=True) -> StepS
         tokens_per_pass=200,
         layout="encoder_decoder" if is_pair else "padded",
         seed=seed,
-        groups_by_length=grouped,
     )
 
 
@@ -41,18 +40,17 @@ def epoch_of(given: StepSampler, epoch: int = 0) -> list[list[int]]:
 
 @settings(max_examples=100, deadline=None)
 @given(sides=PAIRS, as_pairs=st.booleans(), rows_per_step=st.integers(1, 9), seed=st.integers(0, 2**63 - 1))
-def test_every_epoch_has_the_rows_of_one_without_grouping(sides, as_pairs, rows_per_step, seed):  # trap: R1, L2
-    """Each as often as its weight says, in steps of the same sizes: the last one takes what is left."""
+def test_every_epoch_has_each_row_as_often_as_its_weight_says(sides, as_pairs, rows_per_step, seed):  # trap: R1, L2
     sides = sides if as_pairs else [source for source, _ in sides]
     weights = [(1.0, 2.0, 0.5)[i % 3] for i in range(len(sides))]
-    kinds = [
-        plan(sides, weights=weights, rows_per_step=rows_per_step, seed=seed, grouped=grouped)
-        for grouped in (True, False)
-    ]
+    given = plan(sides, weights=weights, rows_per_step=rows_per_step, seed=seed)
     for epoch in range(3):
-        grouped, random = (epoch_of(one, epoch) for one in kinds)
-        assert Counter(row for rows in grouped for row in rows) == Counter(row for rows in random for row in rows)
-        assert list(map(len, grouped)) == list(map(len, random))
+        steps = epoch_of(given, epoch)
+        times = Counter(row for rows in steps for row in rows)
+        assert {len(rows) for rows in steps[:-1]} <= {rows_per_step}
+        assert all(times[2 * i + 1] == weight for i, weight in enumerate(weights) if weight >= 1)
+        halves = sum(times[2 * i + 1] for i, weight in enumerate(weights) if weight == 0.5)
+        assert halves == (max(1, round(0.5 * weights.count(0.5))) if 0.5 in weights else 0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -63,35 +61,7 @@ def test_any_step_can_be_asked_for_first(sides, seed, steps):  # trap: R1
     assert [plan(sides, seed=seed).step(step) for step in steps] == [expected[step - 1] for step in steps]
 
 
-@settings(max_examples=100, deadline=None)
-@given(num_steps=st.integers(1, 5000))
-def test_every_step_is_in_one_pool_and_pools_are_large(num_steps):
-    pools, step = [], 0
-    while step < num_steps:
-        pools.append(pool_of(step, num_steps))
-        assert all(pool_of(other, num_steps) == pools[-1] for other in (pools[-1][0], pools[-1][-1]))
-        step = pools[-1].stop
-    assert pools[0].start == 0
-    assert step == num_steps
-    assert min(map(len, pools)) >= min(POOL_STEPS, num_steps)
-
-
 LENGTHS = np.random.default_rng(0).lognormal(3, 0.7, 450).astype(np.int32).clip(2, 200)
-
-
-def test_steps_hold_rows_of_like_length_in_random_order():
-    means = [float(np.mean(LENGTHS[[(row - 1) // 2 for row in rows]])) for rows in epoch_of(plan(LENGTHS))]
-    spreads = [np.ptp(LENGTHS[[(row - 1) // 2 for row in rows]]) for rows in epoch_of(plan(LENGTHS))]
-    assert np.median(spreads) <= 1
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
-
-
-def test_epochs_differ_in_who_stands_together():
-    """Also where an epoch is one pool of rows that all have lengths of their own."""
-    given = plan(np.arange(5, 405), rows_per_step=8)
-    steps = [set(map(frozenset, epoch_of(given, epoch))) for epoch in range(8)]
-    assert not set.intersection(*steps)
-    assert len(set.union(*steps)) == 8 * 50
 
 
 def test_epochs_and_seeds_differ_in_order():
@@ -123,16 +93,6 @@ def test_seeds_that_are_added_to_rows_before_they_are_mixed_would_be_seen():  # 
         assert_neighbours_are_unrelated(one_stream)
 
 
-def test_the_short_step_stands_last_and_is_of_any_length():
-    """For a step that always had the longest rows would teach them more than others."""
-    lengths = np.arange(1, 403)
-    shorts = [epoch_of(plan(lengths, seed=seed, rows_per_step=8))[-1] for seed in range(30)]
-    assert {len(rows) for rows in shorts} == {2}
-    means = [np.mean([(row - 1) // 2 for row in rows]) for rows in shorts]
-    assert min(means) < 100
-    assert max(means) > 300
-
-
 def test_places_of_an_encoder_decoder_are_those_of_both_sides():
     given = plan([(9, 2), (4, 5), (6, 1)], rows_per_step=3)
     assert given.computed((1, 3, 5)) == 3 * (9 + 5)
@@ -145,9 +105,9 @@ def test_a_million_rows_are_planned_and_gone_on_with_at_once():
     rng = np.random.default_rng(0)
     million = plan(np.stack([rng.integers(9, 500, 1_000_000), rng.integers(2, 60, 1_000_000)], 1), rows_per_step=16)
     begun = time.process_time()
-    for step in range(1, million.steps_per_epoch + 1, POOL_STEPS):
+    for step in range(1, million.steps_per_epoch + 1, 256):
         million.step(step)
-    assert time.process_time() - begun < 2.0  # 0.6 s: every pool of the epoch
+    assert time.process_time() - begun < 2.0
     begun = time.process_time()
     million.step(150_000)
     assert time.process_time() - begun < 1.0  # 0.15 s: a step of another

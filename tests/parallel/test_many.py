@@ -52,7 +52,7 @@ def twelve(folder: Path) -> dict[str, Recipe]:
         "classes": of("classes", "classify", "encoder"),
         "classes-causal": of("classes-causal", "classify", "causal", method=adapter),
         "tags": of("tags", "tag", "encoder", method=adapter),
-        "summaries": of("summaries", "summarize", "encoder_decoder", train={"group_by_length": True}),
+        "summaries": of("summaries", "summarize", "encoder_decoder"),
         "muon": of("muon", "generate", "causal", optim={"name": "muon", "lr": 1e-3}),
         "muon-bfloat16": of("muon-bfloat16", "generate", "causal", optim={"name": "muon", "lr": 1e-3}),
         "generate": of("generate", "generate", "encoder_decoder"),

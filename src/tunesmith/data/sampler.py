@@ -34,9 +34,8 @@ prefix."""
 MULTIPLE = 32
 """Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
 large one."""
-POOL_STEPS = 256
-"""Least steps whose rows are sorted by length together; fewer if an epoch has fewer. With 64 of them, steps of
-eight short texts would still compute 2.5 % of padding."""
+SAMPLED_STEPS = 256
+"""Steps from which the share of padding is computed; a quarter of them where micro-batches are padded to a multiple."""
 VERSION = "2"
 """Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
 In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
@@ -62,8 +61,6 @@ class StepSampler:
     """For an encoder–decoder: the tokens of each row that its decoder reads, which are padded apart from the others."""
     sources_I: NDArray[np.int64] | None = None
     """The number of each row's source, where a fraction of each source is taken; None: of all rows of one weight."""
-    groups_by_length: bool = False
-    """Rows of similar length make a step, see `grouped`. False: a step is a random sample."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
     """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what is
     computed. None: rows are computed whole."""
@@ -159,7 +156,7 @@ class StepSampler:
         """
         if self.layout == "packed" and not pads:
             return 0.0
-        num_steps = min(POOL_STEPS // 4 if pads else POOL_STEPS, self.steps_per_epoch)
+        num_steps = min(SAMPLED_STEPS // 4 if pads else SAMPLED_STEPS, self.steps_per_epoch)
         batches = [rows for step in range(num_steps) for rows in self.step(step + 1)]
         if not batches:  # of this part: its device has no row in these steps
             return 0.0
@@ -192,19 +189,9 @@ class StepSampler:
     def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
         """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
         if self._kept.get("epoch") != epoch:  # cached: one epoch serves many steps
-            self._kept.update(epoch=epoch, pool=range(0))
-            self._kept["order"] = shuffled(self.weights_I, self.sources_I, seed=self.seed, epoch=epoch)
-        order, size = self._kept["order"], self.rows_per_step
-        if not self.groups_by_length:
-            found: NDArray[np.int64] = order[offset * size : (offset + 1) * size]
-            return found
-        if offset not in self._kept["pool"]:
-            pool = pool_of(offset, self.steps_per_epoch)
-            rows_R = order[pool.start * size : pool.stop * size]
-            sides_RS = self._sides_of(self.rows_I[rows_R])
-            steps = grouped(sides_RS, pool, rows_per_step=size, seed=self.seed, epoch=epoch)
-            self._kept.update(pool=pool, steps=[rows_R[at] for at in steps])
-        found = self._kept["steps"][offset - self._kept["pool"].start]
+            order = shuffled(self.weights_I, self.sources_I, seed=self.seed, epoch=epoch)
+            self._kept.update(epoch=epoch, order=order)
+        found: NDArray[np.int64] = self._kept["order"][offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
         return found
 
 
@@ -371,33 +358,6 @@ def shuffled(
     """[R], the rows of an epoch in random order."""
     rows_R = np.repeat(np.arange(len(weights_I)), copies(weights_I, sources_I, seed=seed, epoch=epoch))
     return rows_R[np.argsort(sort_keys(np.arange(len(rows_R)), seed, epoch, salt=0), kind="stable")]
-
-
-def pool_of(step: int, num_steps: int) -> range:
-    """The steps, counted from 0, that are sorted by length together with this one."""
-    num_pools = max(1, num_steps // POOL_STEPS)
-    number = step * num_pools // num_steps
-    first, last = (-(-some * num_steps // num_pools) for some in (number, number + 1))
-    return range(first, last)
-
-
-def grouped(
-    sides_RS: NDArray[np.int32], pool: range, *, rows_per_step: int, seed: int, epoch: int
-) -> list[NDArray[np.int64]]:
-    """Indices of the rows of each step of a pool: rows of similar length make a step, steps are in random order.
-
-    `sides_RS`: tokens of the pool's rows in shuffled order, so that rows of one length are divided at random; [R, 2]
-    for an encoder–decoder, by source and then by target. If rows are missing, the last step is the short one.
-    """
-    steps = np.arange(pool.start, pool.stop)
-    turn = np.argsort(sort_keys(steps, seed, epoch, salt=2), kind="stable")
-    sizes = np.full(len(pool), rows_per_step)
-    sizes[turn[-1]] -= len(pool) * rows_per_step - len(sides_RS)
-    # An epoch may be one pool: steps start at another row in each epoch, so that the same rows do not always meet.
-    shifts = np.argsort(sort_keys(np.arange(rows_per_step), seed, epoch // rows_per_step, salt=3), kind="stable")
-    places_R = np.roll(np.lexsort(sides_RS.T[::-1]), shifts[epoch % rows_per_step])
-    steps_of_places = np.split(places_R, np.cumsum(sizes)[:-1])
-    return [steps_of_places[i] for i in turn]
 
 
 def micro_batches_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[MicroBatch]:

@@ -242,10 +242,6 @@ class Train(OptionGroup):
     """Most tokens in one micro-batch (one forward and backward), padding included, shared prefixes counted once.
     Smaller needs less memory and gives the same update, apart from dropout. auto: enough to use the machine well, or
     less if memory requires it."""
-    group_by_length: bool = False
-    """Make steps of rows of similar length where the model needs padding, so that steps are faster. A step is then
-    no random sample, from which a little less is learnt: see docs/performance.md. For an encoder–decoder both sides
-    count."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory
     requires."""

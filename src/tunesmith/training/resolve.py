@@ -327,5 +327,4 @@ def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
         layout=layout,
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
-        groups_by_length=recipe.train.group_by_length,
     )

@@ -17,7 +17,6 @@ SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "
 NAMED_LATER = {
     "setting devices": "1",
     "setting shard": "False",
-    "setting train.group_by_length": "False",
     "setting data.date": "None",
     "setting data.mix": "times",
     "setting repeatable": "False",

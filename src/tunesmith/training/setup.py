@@ -173,7 +173,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         new_head=new_head,
         given=found.given,
         forecast=found.forecast,
-        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), layout),
+        identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
         world=world,
     )
 
@@ -276,9 +276,7 @@ def packed_agrees(
     return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
-def _identity(
-    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], layout: Layout
-) -> dict[str, str]:
+def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
     others = {task.section for task in TASKS.values() if task.section} - {TASKS[resolved(recipe.task)].section}
     settings = {
         f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track", *others})).items()
@@ -292,8 +290,6 @@ def _identity(
         "held-out rows": rows.held_store.key,
         "setting order of rows": f"version {sampler.VERSION}",
     }
-    if layout == "encoder_decoder" and recipe.train.group_by_length is True:  # it was another one once
-        own["setting order of grouped rows"] = "by source, then target"
     return {**settings, **model, **data, **own}
 
 
