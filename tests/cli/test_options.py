@@ -89,13 +89,6 @@ def test_recipe_is_printed_ready_to_edit(tmp_path: Path) -> None:
     assert "# " in printed
 
 
-def test_schema_is_json() -> None:
-    import json
-
-    schema = json.loads(CliRunner().invoke(app, ["recipe", "--schema"]).output)
-    assert "optim" in schema["properties"]
-
-
 @pytest.mark.parametrize("words", [[], ["some/model"]])
 def test_nothing_to_train_on_is_bad_input(words: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["train", *words, "--runs", str(tmp_path / "runs")])

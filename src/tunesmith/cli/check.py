@@ -37,7 +37,7 @@ from tunesmith.cli.options import (
     to_overrides,
 )
 from tunesmith.cli.render import label_counts, percent, plan_panel, sample_row
-from tunesmith.cli.streams import console, json_line, json_page
+from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
 from tunesmith.phrases import mix_text, plural, size, visible
@@ -306,8 +306,6 @@ def _draw(screen: Console, values: Mapping[str, Any]) -> None:
 def recipe(
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="A recipe to complete.")] = None,
     settings: Settings = None,
-    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema of a recipe instead.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table of all options, for the docs.")] = False,
 ) -> None:
     """Print a complete recipe with a comment on every option, ready to be edited.
 
@@ -315,9 +313,4 @@ def recipe(
     """
     from tunesmith.recipe import docs, load
 
-    if schema:
-        typer.echo(json_page(docs.schema()))
-    elif markdown:
-        typer.echo(docs.markdown())
-    else:
-        typer.echo(docs.as_yaml(load.load(file, settings or []), comments=True), nl=False)
+    typer.echo(docs.as_yaml(load.load(file, settings or []), comments=True), nl=False)

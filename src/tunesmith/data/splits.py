@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -250,18 +250,6 @@ def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: 
     return found
 
 
-def texts_in_order(found: Iterable[Example], store: RowStore) -> Iterator[str | None]:
-    """The text of each row of a store from the examples of its files, in order; None where they do not have it."""
-    coming = iter(found)
-    text: str | None = None
-    for row in range(len(store)):
-        if store.windows[row] == 0:
-            source = store.source(row)
-            example = next((one for one in coming if one.source == source), None)
-            text = None if example is None else _verified(example, store, row)
-        yield text
-
-
 def texts_of(
     files: Sequence[DataFile], data: Data, task: TaskName, store: RowStore, rows_I: NDArray[np.int64]
 ) -> dict[int, str]:
@@ -273,12 +261,12 @@ def texts_of(
         found = examples_at(files, data, task, wanted)
     except DataError:  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
         return {}
-    texts = {wanted[source]: _verified(example, store, wanted[source]) for source, example in found.items()}
-    return {row: text for row, text in texts.items() if text is not None}
-
-
-def _verified(example: Example, store: RowStore, row: int) -> str | None:
-    return given_text(example) if content_hash(example) == int(store.hashes[row]) else None
+    texts = {}
+    for source, example in found.items():
+        text, row = given_text(example), wanted[source]
+        if text is not None and content_hash(example) == int(store.hashes[row]):
+            texts[row] = text
+    return texts
 
 
 def times_per_epoch(data: Data, rows_F: Sequence[int]) -> NDArray[np.float64]:

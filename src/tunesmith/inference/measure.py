@@ -23,7 +23,7 @@ from tunesmith.data.hold_out import split
 from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
-from tunesmith.data.splits import counted, refuse_bad, texts_in_order
+from tunesmith.data.splits import counted, refuse_bad, texts_of
 from tunesmith.errors import DataError, InputError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Floats, Interval, intervals, ratio
 from tunesmith.evaluation.compare import (
@@ -170,8 +170,9 @@ def evaluate_file(
         source = MEASURED if trained is None else "the training rows"
         measures, details = score(results, classes=classes, constant=constant, constant_from=source)
         _refuse_non_finite(measures["loss"]["value"], loaded, path)
-        texts = texts_in_order((example for _, example in examples(data.train, data, ignore, task=task)), store)
-        keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
+        texts = texts_of(data.train, data, task, store, rows_I)
+        texts_I = (texts.get(row) for row in rows_I.tolist())
+        keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts_I))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*counted([store], problems), *_beside_report(loaded, num_trained, len(store))]
     sampled, _, more = _answer(loaded, *_chosen(loaded, data, store, samples), on_progress)

@@ -1,9 +1,8 @@
-"""Documentation of every option, from its declaration in schema.py: YAML with comments, JSON schema, docs page."""
+"""Documentation of every option, from its declaration in schema.py, and a recipe as YAML with comments."""
 
 from __future__ import annotations
 
 import functools
-import html
 import textwrap
 import types
 import typing
@@ -19,25 +18,6 @@ from tunesmith.recipe.yaml_io import dump
 from tunesmith.types import TASK_NAMES
 
 _WIDTH = 110
-
-_INTRODUCTION = """\
-# Recipe
-
-<!-- Written by tunesmith.recipe.docs.markdown from src/tunesmith/recipe/schema.py; a test compares. -->
-
-A recipe says everything about a run. `tunesmith recipe` prints this list as a commented YAML file, and
-`tunesmith recipe --schema` as a JSON schema. An option that is left out has its default.
-
-```
-tunesmith train --recipe recipe.yaml
-tunesmith train MODEL DATA --set method.rank=8 --set optim.lr=1e-4
-```
-
-`--set` takes a dotted key and a YAML value, and wins over the file. What is `auto` is decided before the run starts,
-printed with its reason, and written decided into the run's own `recipe.yaml`: that file repeats the run.
-An unknown key, a key twice, or a value of the wrong type or out of range ends in an error that names all of them.
-Files are YAML, with the types of YAML 1.2 (`no` and `2024-01-01` are text, `1e-4` is a number), or JSON.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,43 +172,6 @@ def as_yaml(recipe: Recipe, comments: bool) -> str:
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a recipe file."""
-    found = Recipe.model_json_schema()
-    found["properties"]["task"]["enum"] = list(TASK_NAMES)
-    text = {"type": "string"}
-    files = found["$defs"]["Data"]["properties"]
-    for name in ("train", "eval"):  # as schema.py reads them: one file or several, each a path or a mapping
-        entry = {"anyOf": [text, files[name]["items"]]}
-        files[name] = {**files[name], "items": entry, "type": ["array", "string", "object"]}
-    several = dict.fromkeys(("LoraMethod", "DoraMethod", "QloraMethod"), ("targets", "also_train"))
-    for method, names in {**several, "FullMethod": ("train", "freeze")}.items():
-        for name in names:
-            found["$defs"][method]["properties"][name]["type"] = ["array", "string"]
-    method = found["properties"]["method"]
-    added = {"$ref": "#/$defs/RegisteredMethod"}  # stands for methods from outside, whose keys are not known here
-    method["anyOf"] = [text, *(one for one in method.pop("oneOf") if one != added)]
-    del found["$defs"]["RegisteredMethod"]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
-
-
-def markdown() -> str:
-    """The page docs/recipe.md."""
-    tables: dict[str, list[str]] = {"": []}
-    tables.update({key: [] for key in sections()})
-    for option in options().values():
-        section = max((key for key in tables if option.key.startswith(f"{key}.") or not key), key=len)
-        of_method = f"Method {', '.join(option.methods)}. " if option.methods else ""
-        default = "required" if option.required else f"`{dump(option.default)}`"
-        cells = (f"`{option.key}`", default, option.allowed, _prose(of_method + option.doc))
-        tables[section].append(f"| {' | '.join(cells)} |")
-    pages = [_INTRODUCTION]
-    for key, rows in tables.items():
-        title = f"## {key}\n\n{_prose(sections()[key])}" if key else "## The run"
-        pages.append("\n".join([f"{title}\n", "| Key | Default | Allowed | |", "|---|---|---|---|", *rows, ""]))
-    return "\n".join(pages)
-
-
 _IN_SIGHT = ("model", "name", "data.train", "data.eval", "track")
 
 
@@ -300,8 +243,3 @@ def _other_methods(method: Any) -> Iterator[str]:
 
 def _comment(doc: str, indent: str) -> Iterator[str]:
     yield from (f"{indent}# {line}" for line in textwrap.wrap(doc, _WIDTH, break_on_hyphens=False))
-
-
-def _prose(doc: str) -> str:
-    """A doc inside a Markdown table: what looks like HTML or a column is text."""
-    return html.escape(doc, quote=False).replace("|", "\\|").replace("*", "\\*")
