@@ -53,16 +53,16 @@ def labels_of(store: RowStore) -> list[Any]:
 
 def test_classes_are_ids_by_first_appearance_until_it_is_known_what_is_learnt(tmp_path: Path) -> None:
     store = store_of(tmp_path, texts("b", "a", "b", "c", "a"))
-    assert store.vocabulary == ("b", "a", "c")
-    assert store.first_labels.tolist() == [0, 1, 0, 2, 1]
-    assert [store.label_ids(i).tolist() for i in range(5)] == [[0], [1], [0], [2], [1]] == labels_of(store)
+    assert store.labels.vocabulary == ("b", "a", "c")
+    assert store.labels.firsts().tolist() == [0, 1, 0, 2, 1]
+    assert [store.labels.at(i).tolist() for i in range(5)] == [[0], [1], [0], [2], [1]] == labels_of(store)
     assert store.summary.many is False
     assert store.denominators.tolist() == [1.0] * 5
     store.use(Labels("one", ("a", "b", "c"), np.array([0.5, 1.0, 4.0])))
     assert labels_of(store) == [[1], [0], [1], [2], [0]]
     assert store.row(0).labels.dtype == np.int64  # type: ignore[union-attr]
     assert store.denominators.tolist() == [1.0, 0.5, 1.0, 4.0, 0.5]
-    assert store.label_ids(1).tolist() == [1]
+    assert store.labels.at(1).tolist() == [1]
 
 
 def test_a_class_that_is_not_learnt_is_an_error(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_class_that_is_not_learnt_is_an_error(tmp_path: Path) -> None:
 def test_lists_of_classes_become_a_line_of_noughts_and_ones(tmp_path: Path) -> None:
     store = store_of(tmp_path, texts(["b", "a"], [], ["c"]))
     assert store.summary.many is True
-    assert store.first_labels.tolist() == [0, -1, 2]
+    assert store.labels.firsts().tolist() == [0, -1, 2]
     assert labels_of(store) == [[0, 1], [], [2]]
     store.use(Labels("many", ("a", "b", "c")))
     assert labels_of(store) == [[[1, 1, 0]], [[0, 0, 0]], [[0, 0, 1]]]
@@ -128,7 +128,7 @@ def test_tags_weigh_what_their_words_weigh(tmp_path: Path) -> None:
             {"tokens": ["the"] * 20, "tags": ["O"] * 20}]  # fmt: skip
     store = store_of(tmp_path, rows, "tag")
     assert store.targets.tolist() == [2, 3, 10] == store.denominators.tolist()
-    assert store.first_labels.tolist() == [0, 1, 0]
+    assert store.labels.firsts().tolist() == [0, 1, 0]
     store.use(Labels("tags", ("B", "O"), np.array([2.0, 0.25])))
     assert labels_of(store) == [[1, 0], [0, 0, 1], [1] * 10]
     assert store.denominators.tolist() == [2.25, 4.25, 2.5]
@@ -150,14 +150,14 @@ def test_windows_of_a_document_are_rows_of_one_source_and_one_hash(tmp_path: Pat
     assert store.windows.tolist() == [*range(len(store) - 1), 0]
     assert store.hashes[-1] != store.hashes[0]
     assert store.num_bytes.sum() == len("the fox " * 30) + len("the dog")
-    assert (store.summary.many, store.row(0).labels, store.first_labels.max()) == (None, None, -1)
+    assert (store.summary.many, store.row(0).labels, store.labels.firsts().max()) == (None, None, -1)
     assert [store.row(i).num_bytes for i in range(len(store))] == store.num_bytes.tolist()
 
 
 def test_rows_with_windows_and_labels_are_found_again(tmp_path: Path) -> None:
     first, again = (store_of(tmp_path, texts("b", "a", "b")) for _ in range(2))
     assert (first.reused, again.reused) == (False, True)
-    assert again.vocabulary == first.vocabulary
+    assert again.labels.vocabulary == first.labels.vocabulary
     assert labels_of(again) == labels_of(first)
 
 

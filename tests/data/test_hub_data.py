@@ -455,8 +455,8 @@ def test_classes_of_streamed_shards_are_those_of_one_file(server, tmp_path, full
     data = pinned_data("hf://datasets/acme/classes")
     how: dict[str, Any] = {"renderer": renderer_for("classify"), "on_problem": lambda problem: None}
     store = build(tmp_path / "rows", data=data, files=data.train, **how)
-    assert store.vocabulary == ("b", "a", "c", "d")
-    assert [store.vocabulary[int(store.label_ids(i)[0])] for i in range(6)] == words
+    assert store.labels.vocabulary == ("b", "a", "c", "d")
+    assert [store.labels.vocabulary[int(store.labels.at(i)[0])] for i in range(6)] == words
     assert store.file_index.tolist() == [0, 0, 1, 1, 2, 2]
     assert np.array_equal(store.lines, [1, 2] * 3)
 

@@ -111,7 +111,7 @@ def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
 
 
 def every_class_is_measured(rows: Splits, most: int) -> None:
-    held = Counter(rows.held_store.label_ids(int(i))[0] for i in rows.held_rows)
+    held = Counter(rows.held_store.labels.at(int(i))[0] for i in rows.held_rows)
     assert sum(held.values()) == most
     assert [held[label] for label in range(3)] == [8, 1, 1]
 

@@ -194,15 +194,6 @@ class RowStore:
         padded = layout == "padded" and self.branches.has_any
         return self.branches.padded_lengths(self.lengths) if padded else self.lengths
 
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """Classes of the rows by first appearance; `label_ids` count by it."""
-        return self.labels.vocabulary
-
-    def label_ids(self, index: int) -> NDArray[np.int64]:
-        """The classes of one row, in the order of its targets. Raises IndexError."""
-        return self.labels.at(index)
-
     def count_labels(self, rows_I: NDArray[np.int64] | None = None) -> LabelCounts:
         """The labels of some rows, or of all."""
         times_I = np.ones(len(self), np.int64) if rows_I is None else np.bincount(rows_I, minlength=len(self))
@@ -216,11 +207,6 @@ class RowStore:
         for ids in chunks:  # flags, where sorting tens of millions of tokens would take seconds
             seen_V[ids] = True
         return np.flatnonzero(seen_V)
-
-    @cached_property
-    def first_labels(self) -> NDArray[np.int64]:
-        """[I], the first of each row's `label_ids`; -1: it has none."""
-        return self.labels.firsts()
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:

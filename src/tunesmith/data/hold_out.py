@@ -235,7 +235,7 @@ def measured_rows(
     `by_class`: of each class its share, rather than those with the smallest hashes.
     """
     size = len(held) if most is None else most
-    classes_I = store.first_labels[held] if by_class else np.zeros(len(held), np.int64)
+    classes_I = store.labels.firsts()[held] if by_class else np.zeros(len(held), np.int64)
     if len(held) > size:
         how = ", each class its share" if by_class else ""
         notes.append(
@@ -269,7 +269,7 @@ def split(
     else:
         keys = store.hashes if has_one_input(store.inputs[own]) else store.inputs
         has_classes = "text_label" in SHAPES[task] and find_kind(task, data, [store.count_labels()])[0] == "one"
-        classes = store.first_labels[own] if has_classes else None
+        classes = store.labels.firsts()[own] if has_classes else None
         is_held[own], notes = hold_out(store.inputs[own], store.hashes[own], classes, resolved(data.held_out))
         held = np.flatnonzero(is_held)
         is_leaked = is_replay & np.isin(keys, keys[held])

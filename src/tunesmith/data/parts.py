@@ -104,7 +104,7 @@ class JoinedParts(EncodingCounts):
                 raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
             for batch in store.batches():
                 rows = _renumbered(batch, first_file)
-                yield joined([Encoded(rows, (), store.vocabulary, None)], self.vocabulary)
+                yield joined([Encoded(rows, (), store.labels.vocabulary, None)], self.vocabulary)
             first_file += len(part)
             done_bytes += sum(size_of(file.at) for file in part)
 
