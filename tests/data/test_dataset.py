@@ -297,7 +297,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path) -> No
 
 
 def _die_after(batches: int) -> None:
-    made = encoding_module.joined
+    made = encoding_module.columns
     encoding_module.BATCH_ROWS = encoding_module.CHUNK_EXAMPLES = 5
     left = [batches]
 
@@ -307,7 +307,7 @@ def _die_after(batches: int) -> None:
         left[0] -= 1
         return made(*given)
 
-    encoding_module.joined = batch
+    encoding_module.columns = batch
 
 
 def test_a_store_tells_its_tokens_once_each(tmp_path: Path, files: list[DataFile]) -> None:

@@ -8,8 +8,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +52,18 @@ Chunk = Sequence[tuple[int, Example]]
 OnProblem = Callable[[Problem], None]
 OnProgress = Callable[[int, int, int], None]
 """(rows encoded, bytes read, bytes in all)"""
-_Found = tuple[int, tuple[int, int], Row]
-"""The index of a file, the hashes of an example's content and input, and one row of it."""
+
+
+class EncodedRow(NamedTuple):
+    """One row of an example, and what a store keeps of the example."""
+
+    row: Row
+    file: int
+    """Index of its file."""
+    content: int
+    input: int
+    """See `examples.content_hash` and `examples.input_hash`."""
+    many: bool
 
 
 @contextmanager
@@ -88,51 +97,28 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
         raise error
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The rows of a chunk and its problems."""
-
-    rows: pa.RecordBatch
-    """Labels by the order of `classes`."""
-    problems: Sequence[Problem]
-    classes: tuple[str, ...]
-    """By first appearance."""
-    many: bool | None
-    """Whether classes came as lists; None: rows without classes."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.rows.column("ids").values)
-
-
-def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
-    """The rows of a chunk. Raises as `Renderer.encode`."""
-    problems: list[Problem] = []
-    vocabulary: dict[str, int] = {}
-    examples = [example for _, example in chunk]
-    rows: list[_Found] = []
-    many: bool | None = None
-    encoded = renderer.encode(examples, on_warning=problems.append, vocabulary=vocabulary)
+def encode(renderer: Renderer, chunk: Chunk, vocabulary: dict[str, int], on_problem: OnProblem) -> list[EncodedRow]:
+    """The rows of a chunk, labels by `vocabulary`, to which new classes are added. Raises as `Renderer.encode`."""
+    rows = []
+    encoded = renderer.encode([example for _, example in chunk], on_warning=on_problem, vocabulary=vocabulary)
     for (file, example), result in zip(chunk, encoded, strict=True):
-        content = both_hashes(example)
+        hashes = both_hashes(example)
         for item in result:
             if isinstance(item, Problem):
-                problems.append(item)
-                continue
-            rows.append((file, content, item))
-            if item.labels is not None:
-                many = bool(many) or example.many
-    return Encoded(_columns(rows), problems, tuple(vocabulary), many)
+                on_problem(item)
+            else:
+                rows.append(EncodedRow(item, file, *hashes, example.many))
+    return rows
 
 
-def joined(parts: Sequence[Encoded], vocabulary: dict[str, int]) -> pa.RecordBatch:
-    """The rows of all parts, their labels by `vocabulary`, to which classes that it does not have are added."""
-    batches = []
-    for part in parts:
-        ids = [vocabulary.setdefault(name, len(vocabulary)) for name in part.classes]
-        batches.append(part.rows if ids == list(range(len(ids))) else _renamed(part.rows, np.array(ids, np.int64)))
-    (whole,) = pa.Table.from_batches(batches).combine_chunks().to_batches()
-    return whole
+def renamed(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, int]) -> pa.RecordBatch:
+    """Rows whose labels count by `names`, with labels by `vocabulary`, to which new classes are added."""
+    ids = np.array([vocabulary.setdefault(name, len(vocabulary)) for name in names] or [0], np.int64)
+    at = SCHEMA.get_field_index("labels")
+    labels = rows.column(at)
+    local = labels.values.to_numpy()
+    values = np.where(local < 0, local, ids[np.maximum(local, 0)])
+    return rows.set_column(at, SCHEMA.field(at), pa.ListArray.from_arrays(labels.offsets, pa.array(values)))
 
 
 def complete(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -145,41 +131,34 @@ def complete(rows: pa.RecordBatch) -> pa.RecordBatch:
     return rows
 
 
-def _columns(rows: Sequence[_Found]) -> pa.RecordBatch:
-    def numbers(values: Iterator[int], dtype: Any) -> pa.Array:
-        return pa.array(np.fromiter(values, dtype, len(rows)))
+def columns(found: Sequence[EncodedRow]) -> pa.RecordBatch:
+    """Rows as they are stored."""
 
-    nothing = np.empty(0, np.int64)
-    trained = [row.trained for _, _, row in rows]
-    columns = [
-        _lists([row.ids for _, _, row in rows], np.int32),
-        _lists(trained, np.bool_),
-        numbers((line_tokens(row) for _, _, row in rows), np.int32),
-        numbers((int(np.count_nonzero(trained_T)) for trained_T in trained), np.int32),
-        numbers((file for file, _, _ in rows), np.int32),
-        numbers((row.source.line for _, _, row in rows), np.int64),
-        numbers((content for _, (content, _), _ in rows), np.uint64),
-        numbers((read for _, (_, read), _ in rows), np.uint64),
-        _lists([nothing if row.labels is None else row.labels for _, _, row in rows], np.int64),
-        numbers((row.second for _, _, row in rows), np.int32),
-        numbers((row.num_bytes for _, _, row in rows), np.int32),
-        _lists([np.array(row.branches, np.int32) for _, _, row in rows], np.int32),
-        _lists([np.array(row.values, np.float64) for _, _, row in rows], np.float64),
+    def numbers(values: Iterator[int], dtype: Any) -> pa.Array:
+        return pa.array(np.fromiter(values, dtype, len(found)))
+
+    nothing, rows = np.empty(0, np.int64), [one.row for one in found]
+    arrays = [
+        _lists([row.ids for row in rows], np.int32),
+        _lists([row.trained for row in rows], np.bool_),
+        numbers((line_tokens(row) for row in rows), np.int32),
+        numbers((int(np.count_nonzero(row.trained)) for row in rows), np.int32),
+        numbers((one.file for one in found), np.int32),
+        numbers((row.source.line for row in rows), np.int64),
+        numbers((one.content for one in found), np.uint64),
+        numbers((one.input for one in found), np.uint64),
+        _lists([nothing if row.labels is None else row.labels for row in rows], np.int64),
+        numbers((row.second for row in rows), np.int32),
+        numbers((row.num_bytes for row in rows), np.int32),
+        _lists([np.array(row.branches, np.int32) for row in rows], np.int32),
+        _lists([np.array(row.values, np.float64) for row in rows], np.float64),
     ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    return pa.record_batch(arrays, schema=SCHEMA)
 
 
 def _lists(arrays: Sequence[NDArray[Any]], dtype: Any) -> pa.ListArray:
     offsets = np.cumsum([0, *(len(array) for array in arrays)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([np.empty(0, dtype), *arrays])))
-
-
-def _renamed(rows: pa.RecordBatch, ids: NDArray[np.int64]) -> pa.RecordBatch:
-    at = SCHEMA.get_field_index("labels")
-    labels = rows.column(at)
-    local = labels.values.to_numpy()
-    values = np.where(local < 0, local, ids[np.maximum(local, 0)])
-    return rows.set_column(at, SCHEMA.field(at), pa.ListArray.from_arrays(labels.offsets, pa.array(values)))
 
 
 class EncodingCounts:
@@ -228,26 +207,24 @@ class Encoding(EncodingCounts):
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
-        parts: list[Encoded] = []
-        num_rows = num_tokens = 0
+        rows: list[EncodedRow] = []
+        num_tokens = 0
         facts: list[FileFacts] = []
         task = self._renderer.task_name
         for chunk in chunks(examples(self._files, self._data, self._hear, facts=facts, task=task)):
-            encoded = encode(self._renderer, chunk)
-            for problem in encoded.problems:
-                self._hear(problem)
-            parts.append(encoded)
-            num_rows += encoded.rows.num_rows
-            num_tokens += encoded.num_tokens
-            self.num_rows += encoded.rows.num_rows
-            if encoded.many is not None:
-                self.many = bool(self.many) or encoded.many
-            if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
-                yield joined(parts, self.vocabulary)
-                parts, num_rows, num_tokens = [], 0, 0
+            encoded = encode(self._renderer, chunk, self.vocabulary, self._hear)
+            rows += encoded
+            num_tokens += sum(len(one.row.ids) for one in encoded)
+            self.num_rows += len(encoded)
+            for one in encoded:
+                if one.row.labels is not None:
+                    self.many = bool(self.many) or one.many
+            if len(rows) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                yield columns(rows)
+                rows, num_tokens = [], 0
             self._progress(self.num_rows, sum(file.done_bytes for file in facts), self._num_bytes)
-        if num_rows:
-            yield joined(parts, self.vocabulary)
+        if rows:
+            yield columns(rows)
         self._progress(self.num_rows, self._num_bytes, self._num_bytes)
 
     def _hear(self, problem: Problem) -> None:

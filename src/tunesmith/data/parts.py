@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import SCHEMA, Encoded, Encoding, EncodingCounts, joined
+from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, renamed
 from tunesmith.data.problems import SKIP, num_refused, refused
 from tunesmith.data.remote import PART_BYTES, is_address, local, size_of
 from tunesmith.data.renderer import Renderer
@@ -103,8 +103,7 @@ class JoinedParts(EncodingCounts):
                 way = f"Correct the data, or leave such rows out: {SKIP}."
                 raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
             for batch in store.batches():
-                rows = _renumbered(batch, first_file)
-                yield joined([Encoded(rows, (), store.labels.vocabulary, None)], self.vocabulary)
+                yield renamed(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
             first_file += len(part)
             done_bytes += sum(size_of(file.at) for file in part)
 
