@@ -74,16 +74,6 @@ class FileReport:
 
 
 @dataclass(frozen=True, slots=True)
-class RepeatedRows:
-    """Rows that repeat others."""
-
-    num: int
-    """Rows that repeat an earlier one, held-out rows that are also in training files, or texts with two labels."""
-    examples: tuple[tuple[Source, Source], ...]
-    """The first few: the row, and the one that it repeats."""
-
-
-@dataclass(frozen=True, slots=True)
 class TokenStats:
     """Lengths of the usable rows of one side, in tokens."""
 
@@ -107,8 +97,10 @@ class CheckReport:
     """Problems that make rows unusable, by code."""
     warnings: dict[str, int]
     files: tuple[FileReport, ...]
-    duplicates: RepeatedRows
-    overlap: RepeatedRows
+    duplicates: int
+    """Training rows that repeat an earlier one."""
+    overlap: int
+    """Held-out rows that are also trained."""
     held_out: int
     """Rows that are measured: those of the held-out files, or the part that is split off."""
     notes: tuple[str, ...]
@@ -122,7 +114,7 @@ class CheckReport:
     """Kind of the labels of the training rows; None: they have none, or they are refused."""
     labels: tuple[tuple[str, int], ...] = ()
     """Classes in the order of their ids, with the number of training rows (for tags: words); none for numbers."""
-    conflicts: RepeatedRows = RepeatedRows(0, ())
+    conflicts: int = 0
     """Training rows whose text is also in an earlier one, with another label."""
 
     @property
@@ -231,7 +223,7 @@ class _Check:
             is_error=self._data.overlap == "error",
         )
         self._notes += input_overlap(np.isin(held_I, train_I), train.inputs, held.inputs)
-        conflicting = RepeatedRows(0, ())
+        conflicting = 0
         if train.shape == "text_label":
             pairs_I = conflicts(train.inputs, train_I)
             conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
@@ -344,17 +336,15 @@ class _Check:
 
     def _pairs(
         self, found_I: NDArray[np.int64], side: Side, code: str, message: Message, *, is_error: bool = False
-    ) -> RepeatedRows:
+    ) -> int:
         """Report the first rows that repeat another, given as (row, row that it repeats); count all."""
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
-        listed = []
         for row, other in found_I[:PAIRS_LISTED].tolist():
-            here, there = self._source(side, row), self._source("train", other)
-            listed.append((here, there))
-            self._hear(Problem(here, code, message(there, row, other), "", severity))
-        if more := len(found_I) - len(listed):
+            said = message(self._source("train", other), row, other)
+            self._hear(Problem(self._source(side, row), code, said, "", severity))
+        if (more := len(found_I) - PAIRS_LISTED) > 0:
             self._counts[severity][code] += more
-        return RepeatedRows(len(found_I), tuple(listed))
+        return len(found_I)
 
     def _source(self, side: Side, row: int) -> Source:
         rows = self._sides[side]
