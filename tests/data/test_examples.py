@@ -199,24 +199,6 @@ def test_a_chat_that_nobody_asks_anything_in_cannot_be_answered(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("tags", "said_of"),
-    [
-        (["O", "I-PER"], "word 2 has the tag 'I-PER' after 'O'"),
-        (["B-PER", "I-LOC"], "word 2 has the tag 'I-LOC' after 'B-PER'"),
-        (["B-", "O"], "word 1 has the tag 'B-'"),
-        (["B-PER", "I-PER"], None),
-        (["NOUN", "VERB"], None),
-    ],
-)
-def test_spans_that_begin_oddly_are_remarked_on(tags: list[str], said_of: str | None, tmp_path: Path):
-    path = put(tmp_path, "rows.jsonl", json_lines([{"tokens": ["a", "b"], "tags": tags}]))
-    found, problems = examples_in(path)
-    assert len(found) == 1
-    assert [(problem.code, problem.severity) for problem in problems] == [("odd_tag", "warning")] * bool(said_of)
-    assert all(said_of in problem.message for problem in problems if said_of)
-
-
-@pytest.mark.parametrize(
     ("messages", "code"),
     [
         (["user", "assistant", "user"], "untrained_end"),

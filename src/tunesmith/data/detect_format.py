@@ -25,6 +25,7 @@ FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "tex
 HEAD_BYTES = 64 * 1024
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
+SAVE_AS = "Save it as JSON lines, CSV or Parquet, or a document as .txt."
 DOCUMENTS = (".txt", ".text", ".md", ".markdown")
 """Ends of names of files that each hold one document."""
 
@@ -39,40 +40,31 @@ SUFFIXES: dict[str, tuple[FileFormat, ...]] = {
     ".bio": ("CoNLL",),
     ".iob": ("CoNLL",),
 }
-_ARCHIVES = {
-    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
-    b"PK\x05\x06": "an empty zip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"BZh": "a bzip2 file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"\x04\x22\x4d\x18": "an lz4 file",
-    GZIP: "gzipped twice",
+_UNPACK = "Unpack it."
+_BINARIES = {
+    b"PK\x03\x04": ("a zip archive (or an Excel or Word file)", _UNPACK),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
+    b"Rar!\x1a\x07": ("a rar archive", _UNPACK),
+    b"\xfd7zXZ\x00": ("an xz file", _UNPACK),
+    b"BZh": ("a bzip2 file", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", _UNPACK),
+    GZIP: ("gzipped twice", _UNPACK),
+    b"ARROW1\x00\x00": ("an Arrow file", SAVE_AS),
+    b"SQLite format 3\x00": ("an SQLite database", SAVE_AS),
+    b"%PDF": ("a PDF", SAVE_AS),
+    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", SAVE_AS),
+    b"GGUF": ("a GGUF model", SAVE_AS),
 }
-_SHEET, _LETTER = "Save the sheet as CSV (UTF-8).", "Save the text as .txt (UTF-8)."
+"""Kinds of files that cannot be read and the way out, by their first bytes."""
 _OFFICE = {
-    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), _SHEET),
-    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf"), _LETTER),
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), "Save the sheet as CSV (UTF-8)."),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf"), "Save the text as .txt (UTF-8)."),
 }
 """Advice for files of office programs, by suffix."""
-_OTHER_BINARIES = {
-    b"ARROW1\x00\x00": "an Arrow file",
-    b"ORC": "an ORC file",
-    b"Obj\x01": "an Avro file",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"%PDF": "a PDF",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
-    b"GGUF": "a GGUF model",
-    b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image",
-    b"\x80\x04\x95": "a Python pickle",
-}
 _KNOWN_COLUMNS = {
     b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion", b"text", b"label", b"document",
     b"summary",
 }  # fmt: skip
-SAVE_AS = "Save it as JSON lines, CSV or Parquet, or a document as .txt."
 _CONTROLS = bytes(byte for byte in range(32) if byte < 9 or byte > 13)
 _JSON_ROW = re.compile(rb'\{\s*["}]|\[\s*\{')
 TAGGED = re.compile(rb"\S.*[ \t](?:O|[BIES]-\S+)")
@@ -105,16 +97,11 @@ def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
 
 def no_text(head: bytes) -> tuple[str, str, str] | None:
     """Code, message and way out where bytes are those of something else than UTF-8 text."""
-    for magic, what in {**_ARCHIVES, **_OTHER_BINARIES}.items():
+    for magic, (what, fix) in _BINARIES.items():
         if head.startswith(magic):
-            is_archive = magic in _ARCHIVES
-            return (
-                ("archive" if is_archive else "binary"),
-                f"this is {what}.",
-                ("Unpack it." if is_archive else SAVE_AS),
-            )
+            return ("archive" if fix == _UNPACK else "binary"), f"this is {what}.", fix
     if head[257:262] == b"ustar":
-        return "archive", "this is a tar archive.", "Unpack it."
+        return "archive", "this is a tar archive.", _UNPACK
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
         fix = "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
         return "wrong_encoding", "this is UTF-16.", fix

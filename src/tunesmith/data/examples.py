@@ -25,9 +25,8 @@ _ALTERNATING = ("user", "assistant")
 
 
 def warnings_of(example: Example) -> Iterator[Problem]:
-    """Warnings, one a kind: two turns of one role in a row, a turn without text, an end that is not trained, tags."""
+    """Warnings, one a kind: two turns of one role in a row, a turn without text, an end that is not trained."""
     if example.shape == "tokens_tags":
-        yield from _odd_tags(example)
         return
     if len(example.branches) == 2 and example.shape in COMPARED and differ_in_space_alone(example):
         message = "chosen and rejected differ in white space alone."
@@ -52,22 +51,6 @@ def warnings_of(example: Example) -> Iterator[Problem]:
             f"it ends with a message of the {last.role}: nothing after the last answer is trained.",
             "Add the answer, or remove that message.",
         )
-
-
-def _odd_tags(example: Example) -> Iterator[Problem]:
-    """The first tag that begins a span as if it went on with one, or names no type: see seqeval on IOB1 and IOB2."""
-    before = "O"
-    for i, tag in enumerate(example.labels):
-        mark, _, kind = tag.partition("-")
-        if tag in ("B-", "I-"):
-            yield _warning(example, "odd_tag", f"word {i + 1} has the tag {tag!r}, which names no type.", "Write one.")
-            return
-        if mark == "I" and kind and before[2:] != kind:
-            message = f"word {i + 1} has the tag {tag!r} after {before!r}: no span of {kind!r} is open."
-            fix = "A span begins there all the same; in IOB2 it would be written B-."
-            yield _warning(example, "odd_tag", message, fix)
-            return
-        before = tag
 
 
 def _warning(example: Example, code: str, message: str, fix: str) -> Problem:

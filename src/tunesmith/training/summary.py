@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from tunesmith import __version__
 from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
+from tunesmith.data.check import spans_of
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.data.splits import Splits, mix
@@ -177,8 +177,7 @@ def row_counts(setup: Setup) -> dict[str, int]:
 def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
     """The first training row as (text, trained) pieces, so that users see what is learnt."""
     row = lines_of(setup.rows.store.row(int(setup.rows.train_rows[0])))[0]
-    edges = [0, *(i for i in range(1, len(row.ids)) if row.trained[i] != row.trained[i - 1]), len(row.ids)]
-    return [(setup.renderer.tokenizer.decode(row.ids[a:b].tolist()), bool(row.trained[a])) for a, b in pairwise(edges)]
+    return list(spans_of(row, setup.renderer.tokenizer.decode))
 
 
 def versions(recipe: Recipe | None = None) -> dict[str, str]:
