@@ -101,7 +101,7 @@ TEXTS = st.one_of(
     ),
     st.text(max_size=12),
 )
-CHATS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXTS), max_size=5)
+CHATS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXTS), min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

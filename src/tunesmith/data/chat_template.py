@@ -8,7 +8,6 @@ process that is killed when it exceeds a time, a memory or an output limit; Ctrl
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import json
 import multiprocessing
@@ -16,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from multiprocessing.connection import Connection
@@ -271,7 +270,8 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)  # warnings of libraries
     try:
-        _template_class()
+        import transformers.utils.chat_template_utils  # noqa: F401 (before memory is limited)
+
         _limit_memory(growth)
         gc.freeze()  # the collector need not look through the libraries again and again
     except Exception as error:
@@ -290,19 +290,18 @@ def _serve(connection: Connection, growth: int, cpu_s: float) -> None:
 
 
 def _answers(settings: Mapping[str, Any], items: Sequence[Item], *, cpu_s: float) -> list[Answer]:
-    render = _renderer(settings)
     found = []
     for item in items:
         _limit_time(cpu_s)
-        found.append(_answer(render, settings["most_chars"], *item))
+        found.append(_answer(settings, *item))
     _limit_time(0)
     return found
 
 
-def _answer(render: Any, most_chars: int, messages: Sequence[Any], tools: Any, prompt: bool) -> Answer:
+def _answer(settings: Mapping[str, Any], messages: Sequence[Any], tools: Any, prompt: bool) -> Answer:
     try:
-        text = render(messages, tools, prompt)
-        return ("long", str(len(text))) if len(text) > most_chars else ("text", text)
+        text = _render(settings, messages, tools, prompt)
+        return ("long", str(len(text))) if len(text) > settings["most_chars"] else ("text", text)
     except MemoryError:
         return "memory", ""
     except RecursionError:
@@ -311,46 +310,20 @@ def _answer(render: Any, most_chars: int, messages: Sequence[Any], tools: Any, p
         return "refused", str(error)[:MOST_REASON] or type(error).__name__
 
 
-@functools.cache
-def _template_class() -> Any:
-    """As much of a tokenizer as transformers needs to run a chat template."""
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+def _render(settings: Mapping[str, Any], messages: Sequence[Any], tools: Any, prompt: bool) -> str:
+    """The text that transformers makes of messages."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-    class Templates(PreTrainedTokenizerBase):  # type: ignore[misc]
-        def __init__(self, template: str | dict[str, str], special_tokens: dict[str, Any]) -> None:
-            # Not the base's: it would want a vocabulary.
-            self.chat_template = template
-            self._named = special_tokens
-
-        @property
-        def special_tokens_map(self) -> dict[str, Any]:
-            return self._named
-
-    return Templates
-
-
-def _renderer(settings: Mapping[str, Any]) -> Callable[[Sequence[Any], Any, bool], str]:
-    """A function that renders as transformers does: (messages, tools, prompt) -> text."""
-    from transformers.utils import chat_template_utils
-
-    named, date = settings["special_tokens"], settings["date"]
-    templates = _template_class()(settings["template"], named)
-
-    @functools.cache
-    def compiled(has_tools: bool) -> Any:
-        found = chat_template_utils._compile_jinja_template(templates.get_chat_template(None, has_tools or None))
-        # Its own `strftime_now` gives today, which is another day tomorrow.
-        found.environment.globals["strftime_now"] = (datetime.fromisoformat(date) if date else datetime.now()).strftime
-        return found
-
-    def render(messages: Sequence[Any], tools: Any, prompt: bool) -> str:
-        template = compiled(tools is not None)
-        if messages and tools is None and all(map(_is_plain, messages)):  # half the time of apply_chat_template
-            given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
-            return str(template.render(**given, **named))
-        return str(templates.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
-
-    return render
+    template, date = settings["template"], settings["date"]
+    if isinstance(template, dict):
+        template = template["tool_use" if tools and "tool_use" in template else "default"]
+    compiled = _compile_jinja_template(template)  # once: it keeps what it made
+    # Its own `strftime_now` gives today, which is another day tomorrow.
+    compiled.environment.globals["strftime_now"] = (datetime.fromisoformat(date) if date else datetime.now()).strftime
+    given: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **settings["special_tokens"]}
+    if tools is None and all(map(_is_plain, messages)):  # half the time
+        return str(compiled.render(messages=messages, documents=None, **given))
+    return str(render_jinja_template([messages], chat_template=template, **given)[0][0])
 
 
 def _is_plain(message: Any) -> bool:

@@ -22,6 +22,7 @@ _PROPOSED: tuple[Shape, ...] = (
     "prompt_completion", "document_summary", "tokens_tags", "text_label", "text", "text_pairs",
 )  # fmt: skip
 """Shapes that a row of unknown names may have been meant for, in the order in which they are tried."""
+_USUAL: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", *_PROPOSED, "preference")
 _OFTEN: Mapping[str, tuple[str, ...]] = {
     "prompt": ("question", "query", "input", "source", "context", "text", "user"),
     "completion": ("answer", "response", "output", "target", "reply", "assistant"),
@@ -81,15 +82,8 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
         return "unknown_shape", message, f"Did you mean {paste(columns)}?"
     fields = FORMATS[SHAPES[task][-1]].REQUIRED if task else ("prompt", "completion")
     own = paste(dict(zip(fields, [*(name for name in record if len(name) < 40), "...", "..."], strict=False)))
-    if task:
-        takes = ", or ".join(" and ".join(FORMATS[name].REQUIRED) for name in SHAPES[task])
-        return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
-    fix = (
-        "A row has messages, or conversations, or instruction and output, or prompt and completion, or document and "
-        "summary, or text and label, or tokens and tags, or text, or prompt, chosen and rejected, or "
-        f"anchor and positive; name yours, such as {own}."
-    )
-    return "unknown_shape", message, fix
+    takes = ", or ".join(" and ".join(FORMATS[name].REQUIRED) for name in (SHAPES[task] if task else _USUAL))
+    return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
 
 
 def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str]:

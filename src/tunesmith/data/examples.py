@@ -12,7 +12,7 @@ import orjson
 
 from tunesmith.data.columns import check_column_names, explain, paste, propose, read_as
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape
+from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import read
@@ -136,7 +136,7 @@ class FileExamples:
             message = f"its rows are preferences (chosen and rejected), which the task {self.task} does not learn from."
             raise refusal(self.facts.path, source.line, "preference_pairs", message, fix)
         shape = self.shape
-        if shape is None or not FORMATS[shape].matches(record):
+        if shape is None or not matches(shape, record):
             shape = self._shape(record, source)
             if shape is None:
                 return None

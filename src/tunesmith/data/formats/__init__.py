@@ -40,8 +40,8 @@ FORMATS: dict[Shape, Any] = {
         text,
     )
 }
-"""Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, matches(record) and
-parse(record, source, answered=). The first match counts."""
+"""Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, and parse(record, source,
+answered=); one that needs other fields than REQUIRED has matches(record). The first match counts."""
 
 COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
@@ -65,13 +65,18 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
 """Shapes that a task learns from."""
 
 
+def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
+    """Whether a row has the fields of a shape."""
+    own = getattr(FORMATS[shape], "matches", None)
+    return bool(own(record)) if own else all(field in record for field in FORMATS[shape].REQUIRED)
+
+
 def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
     """The shape whose fields a row has, of those that `task` learns from; None if it has those of no shape.
 
     Without answers, the fields that are enough to predict decide.
     """
     for name in SHAPES[task] if task else FORMATS:
-        module = FORMATS[name]
-        if module.matches(record) if answered else all(field in record for field in module.INPUTS):
+        if matches(name, record) if answered else all(field in record for field in FORMATS[name].INPUTS):
             return name
     return None

@@ -13,10 +13,6 @@ REQUIRED = ("document", "summary")
 INPUTS = ("document",)
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "document" in record and "summary" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the summary is trained."""
     found = RowProblems(source)

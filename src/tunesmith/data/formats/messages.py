@@ -14,10 +14,6 @@ REQUIRED = ("messages",)
 INPUTS = ("messages",)
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "messages" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row; every answer whose weight is not 0 is trained. Not `answered`: up to its last answer."""
     found = RowProblems(source)

@@ -31,10 +31,6 @@ ROLES = {
 }
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "conversations" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row; every answer whose weight is not 0 is trained, and so is every call of a tool.
 

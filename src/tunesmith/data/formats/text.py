@@ -13,10 +13,6 @@ REQUIRED = ("text",)
 INPUTS = ("text",)
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "text" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: all of it is trained."""
     found = RowProblems(source)

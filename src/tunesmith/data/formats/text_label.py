@@ -13,10 +13,6 @@ REQUIRED = ("text", "label")
 INPUTS = ("text",)
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "text" in record and "label" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row. A label is a text, a number, true or false; a list of them says which classes hold."""
     found = RowProblems(source)

@@ -13,10 +13,6 @@ REQUIRED = ("tokens", "tags")
 INPUTS = ("tokens",)
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return "tokens" in record and "tags" in record
-
-
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: a part a word, and as many labels."""
     found = RowProblems(source)
