@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
@@ -51,7 +52,7 @@ def run_job(words: list[str]) -> None:
         if not done:
             choices = [{"key": "optim.lr", "value": 0.1, "reason": "usual"}]
             run.append(Event("plan", 0, time.time(), {"steps": STEPS, "choices": choices}, {}))
-        run.truncate_after(done[-1].step if done else 0)
+        events.truncate_after(run.events_path, done[-1].step if done else 0)
         for step in range(done[-1].step + 1 if done else 1, STEPS + 1):
             if run.stop_asked():
                 print(json.dumps({"kind": "error", "code": "Stopped", "message": "stopped"}), flush=True)

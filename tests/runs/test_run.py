@@ -13,6 +13,7 @@ from faults import Faults, in_child
 from tunesmith.errors import RunError, StorageError
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
+from tunesmith.runs import events
 from tunesmith.runs.folder import Run, refuse_taken, runs
 from tunesmith.training.trainer import train
 from tunesmith.types import Event
@@ -164,8 +165,8 @@ def test_state_follows_lock_and_events(run):
     assert run.state() == "interrupted"
     run.append(Event("stopped", 3, 0.0, {}))
     assert run.state() == "stopped"
-    assert [event.kind for event in run.follow(lambda: True)] == ["start", "stopped"]
-    assert run.truncate_after(2) == 1
+    assert [event.kind for event in events.follow(run.events_path, lambda: True)] == ["start", "stopped"]
+    assert events.truncate_after(run.events_path, 2) == 1
     assert run.state() == "interrupted"
 
 

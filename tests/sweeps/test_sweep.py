@@ -13,6 +13,7 @@ import pytest
 from sweeps.fake_trials import FakeTrials, event, grid_file, measured
 from tunesmith.errors import InputError, RunError, Stopped
 from tunesmith.evaluation.report.pages import as_html
+from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.grid import read_grid
 from tunesmith.sweeps.page import sweep_page
@@ -152,7 +153,7 @@ def test_a_follower_reads_every_line_once_also_of_a_log_that_was_cut(tmp_path: P
     assert [step for step, _ in follower.read()] == [10, 20]
     assert follower.read() == []
     made.append(event("checkpoint", 20))
-    made.truncate_after(10)
+    events.truncate_after(made.events_path, 10)
     made.append(event("evaluation", 20, name="step", measures=measured(7.0)))
     follower.read()
     assert follower.course[20] == measured(7.0)

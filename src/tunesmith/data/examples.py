@@ -118,18 +118,23 @@ class FileExamples:
     """Fields that are not used, with the first place of each."""
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
-    well_known: Mapping[str, str] = field(default_factory=dict)
-    """Our names of fields to those of a well-known data set, which the file has."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our names of fields to the file's: data.columns, or those of a well-known data set."""
+
+    def __post_init__(self) -> None:
+        self.columns = self.data.columns
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
         raw = record
-        if self.data.columns:
-            renamed = self._renamed(record, source)
-            if renamed is None:
-                return None
-            record = renamed
-        else:
-            record = self._well_known(record, source)
+        if not self.columns and self.shape is None:
+            self.columns = read_as(record, self.task, answered=self.answered)
+            if self.columns:
+                as_ours = ", ".join(f"{theirs} as {ours}" for ours, theirs in self.columns.items())
+                self._note(source, "read_as", f"{as_ours}: so the fields of its rows are read.", "")
+        renamed = self._renamed(record, source) if self.columns else record
+        if renamed is None:
+            return None
+        record = renamed
         is_pair = self.shape is None and record.keys() >= {"chosen", "rejected"}
         if is_pair and self.task and "preference" not in SHAPES[self.task]:
             fix = "To learn the chosen answers alone: " + paste({"prompt": "prompt", "completion": "chosen"}) + "."
@@ -197,21 +202,8 @@ class FileExamples:
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))
 
-    def _well_known(self, record: dict[str, Any], source: Source) -> dict[str, Any]:
-        """The row with our names, where it has those of a well-known data set."""
-        if not self.well_known:
-            if self.shape is not None:
-                return record
-            self.well_known = read_as(record, self.task, answered=self.answered)
-            if not self.well_known:
-                return record
-            as_ours = ", ".join(f"{theirs} as {ours}" for ours, theirs in self.well_known.items())
-            self._note(source, "read_as", f"{as_ours}: so the fields of its rows are read.", "")
-        ours = {theirs: ours for ours, theirs in self.well_known.items()}
-        return {ours.get(name, name): value for name, value in record.items()}
-
     def _renamed(self, record: dict[str, Any], source: Source) -> dict[str, Any] | None:
-        columns = self.data.columns
+        columns = self.columns
         found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         if not found:
             return record

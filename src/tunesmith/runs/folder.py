@@ -21,7 +21,7 @@ import secrets
 import socket
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -344,14 +344,6 @@ class Run:
     def identity(self) -> dict[str, str]:
         """Hashes and settings that the run logged when it started; empty if it did not get so far."""
         return next((dict(event.values["identity"]) for event in self.events() if event.kind == "start"), {})
-
-    def follow(self, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
-        """Yield every event, also future ones, until `stop()` holds; see events.follow."""
-        return events.follow(self.events_path, stop, poll_s=poll_s)
-
-    def truncate_after(self, step: int) -> int:
-        """Drop the events that a run resumed at `step` will write again; see events.truncate_after."""
-        return events.truncate_after(self.events_path, step)
 
     def ask_stop(self) -> None:
         """Ask the writer to stop after its step."""

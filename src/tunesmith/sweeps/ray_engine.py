@@ -16,6 +16,7 @@ from tunesmith.parallel.child import Hears, as_error
 from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.events import follow
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
 
@@ -84,7 +85,7 @@ def train_on_ray(
                     run.ask_stop()
                 return call.is_over()
 
-            for event in run.follow(is_over):
+            for event in follow(run.events_path, is_over):
                 listener.on_event(event)
             try:
                 call.result()

@@ -189,7 +189,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         refuse_other_inputs(setup)
         refuse_small_disk(setup, run.path)
         planned = next((event for event in run.events() if event.kind == "plan"), None)
-        run.truncate_after(newest.step if newest else -1)
+        events.truncate_after(run.events_path, newest.step if newest else -1)
         seconds = time.perf_counter() - started
         progress = Progress(**newest.state["progress"]) if newest else Progress(prepare_seconds=seconds)
         if any(setting.startswith("train.tokens_per_pass") for setting in [*settings, *set_before]):
