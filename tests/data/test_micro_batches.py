@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,21 +188,6 @@ def test_padded_passes_compute_the_least_of_all_ways_to_cut(lengths, budget):
         places(make_micro_batches(range(len(lengths)), lengths, tokens_per_pass=budget, layout="padded"), lengths)
         == least
     )
-
-
-def test_padding_of_a_plan_is_told():
-    lengths = np.random.default_rng(0).lognormal(2.5, 0.6, 2000).astype(np.int32).clip(3, 60)  # short texts
-    padded = plan(lengths, rows_per_step=16, tokens_per_pass=2048, layout="padded")
-    steps = [[(row - 1) // 2 for rows in padded.step(step + 1) for row in rows] for step in range(64)]
-    as_it_was = 1 - sum(lengths[step].sum() for step in steps) / sum(16 * lengths[step].max() for step in steps)
-    assert padded.padding() < 0.3  # 0.27
-    assert as_it_was > 0.5  # all 16 in one pass
-    assert plan(lengths, layout="packed").padding() == 0.0
-    # Rank 0 takes the one row of each step.
-    idle = replace(plan(np.full(8, 7, np.int32), rows_per_step=1), part=(1, 2))
-    assert idle.padding(pads=True) == 0.0
-    even = np.full(64, 7, np.int32)
-    assert plan(even, rows_per_step=16, tokens_per_pass=2048, layout="padded").padding() == 0.0
 
 
 def test_many_rows_are_packed_in_no_time():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from packed import batch_of, rows_of, sharp
 from tunesmith.data.collate import pad_to_multiple, pads_to_multiple
 from tunesmith.data.prefixes import share_prefixes
-from tunesmith.data.sampler import MULTIPLE, StepSampler, padded_size
+from tunesmith.data.sampler import MULTIPLE, padded_size
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.forward import logits_at_targets
 from tunesmith.types import Batch, Row, Source
@@ -77,13 +77,6 @@ def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
 def test_a_pass_of_a_whole_size_stays_as_it_is():
     batch = batch_of(rows_of((MULTIPLE - 5, 5)))
     assert pad_to_multiple(batch) is batch
-
-
-def test_a_plan_tells_how_much_fills_up():
-    lengths = np.full(8, 20, np.int32)
-    some = {"rows_per_step": 2, "tokens_per_pass": 64, "layout": "packed", "seed": 0}
-    plan = StepSampler(rows_I=np.arange(8), weights_I=np.ones(8), lengths_I=lengths, **some)
-    assert plan.padding(pads=True) == pytest.approx(1 - 40 / 64)
 
 
 def test_only_packed_batches_whose_products_are_compiled_are_filled():

@@ -192,14 +192,11 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = f"{count(trained)} weights are trained ({percent(trained / total)})" if trained else "adapted"
     held_out = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out"
     skipped = f", {rows['skipped']:,} skipped" if rows.get("skipped") else ""
-    padded = ""
-    if "padding" in plan:
-        padded = f", {percent(plan['padding'])} of what is computed is padding" if plan["padding"] else ", no padding"
     facts = [
         ("model", f"{visible(str(plan.get('model', '')))}, {count(total)} weights"),
         ("task", f"{plan['task']}, by {plan['method']}: {share}"),
         ("rows", held_out + skipped),
-        ("work", f"{_steps(plan)}, {plan['tokens_per_epoch']:,.0f} tokens an epoch{padded}"),
+        ("work", f"{_steps(plan)}, {plan['tokens_per_epoch']:,.0f} tokens an epoch"),
     ]
     if plan.get("mix"):
         facts.append(("mix", visible(mix_text(plan["mix"]))))

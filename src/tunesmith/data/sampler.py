@@ -34,8 +34,6 @@ prefix."""
 MULTIPLE = 32
 """Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
 large one."""
-SAMPLED_STEPS = 256
-"""Steps from which the share of padding is computed; a quarter of them where micro-batches are padded to a multiple."""
 VERSION = "2"
 """Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
 In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
@@ -148,23 +146,6 @@ class StepSampler:
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
         return sum(self.lengths_of(rows)) if self.layout == "packed" else padded_positions(self._sides_of(rows))
-
-    def padding(self, *, pads: bool = False) -> float:
-        """Share of the positions computed in the first steps of a run that hold no token.
-
-        `pads`: packed micro-batches are padded to a multiple, see `collate.pad_to_multiple`.
-        """
-        if self.layout == "packed" and not pads:
-            return 0.0
-        num_steps = min(SAMPLED_STEPS // 4 if pads else SAMPLED_STEPS, self.steps_per_epoch)
-        batches = [rows for step in range(num_steps) for rows in self.step(step + 1)]
-        if not batches:  # of this part: its device has no row in these steps
-            return 0.0
-        if pads:
-            sizes = list(map(self.computed, batches))
-            return 1.0 - sum(sizes) / sum(map(padded_size, sizes))
-        tokens = sum(sum(self.lengths_of(rows)) for rows in batches)
-        return 1.0 - tokens / sum(map(self.computed, batches))
 
     def lengths_of(self, rows: Sequence[int]) -> list[int]:
         """Tokens of each of these training rows."""

@@ -14,7 +14,6 @@ from tunesmith import __version__
 from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
 from tunesmith.data.check import spans_of
-from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.labels import count_classes
 from tunesmith.data.splits import Splits, mix
 from tunesmith.methods import METHODS
@@ -61,7 +60,6 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "rows_per_step": sampler.rows_per_step,
         "tokens_per_pass": sampler.tokens_per_pass,
         "layout": sampler.layout,
-        "padding": round(sampler.padding(pads=setup.collator.pads), 4),
         "steps": setup.total_steps,
         "steps_per_epoch": sampler.steps_per_epoch,
         "trained_parameters": setup.attachment.num_trained,
@@ -83,12 +81,7 @@ def plan_timing(setup: Setup) -> dict[str, Any]:
 def resolved_values(found: ResolvedRun) -> dict[str, Any]:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = found.recipe, found.forecast
-    sampler = sampler_of(recipe, found.rows, "padded")
-    padding: dict[str, float] = {}
-    if forecast is not None:
-        sampler = forecast.sampler
-        is_filled = pads_to_multiple(sampler.layout, device=forecast.device.kind, precision=resolved(recipe.precision))
-        padding = {"padding": round(sampler.padding(pads=is_filled), 4)}
+    sampler = sampler_of(recipe, found.rows, "padded") if forecast is None else forecast.sampler
     return {
         **_in_short(recipe, found.inputs.located.name, found.rows),
         "given": found.given,
@@ -100,7 +93,6 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
         },
         "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
         "tokens_per_step": float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch,
-        **padding,
         "steps": total_steps(recipe, sampler.steps_per_epoch),
         "steps_per_epoch": sampler.steps_per_epoch,
         "trained_parameters": 0 if forecast is None else forecast.trained_parameters,
