@@ -27,10 +27,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import BranchColumns, ListColumn
-from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProblem, OnProgress, complete, rare_collection
+from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProgress, complete, rare_collection
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.parts import JoinedParts, downloaded, in_parts, one_at_a_time
-from tunesmith.data.read import expand_folders, inspect_files
+from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.remote import is_address, known, verified
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError

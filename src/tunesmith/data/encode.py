@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import both_hashes, examples
+from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
@@ -49,7 +50,6 @@ SCHEMA = pa.schema(
 )
 Chunk = Sequence[tuple[int, Example]]
 """Examples, each with the index of its file."""
-OnProblem = Callable[[Problem], None]
 OnProgress = Callable[[int, int, int], None]
 """(rows encoded, bytes read, bytes in all)"""
 

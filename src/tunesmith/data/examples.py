@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.preference import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
-from tunesmith.data.read import read
+from tunesmith.data.read import OnProblem, read
 from tunesmith.errors import InputError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
@@ -56,8 +56,6 @@ def warnings_of(example: Example) -> Iterator[Problem]:
 def _warning(example: Example, code: str, message: str, fix: str) -> Problem:
     return Problem(example.source, code, message, fix, severity="warning")
 
-
-OnProblem = Callable[[Problem], None]
 
 MOST_IGNORED = 1000
 """Ignored fields remembered of a file: a row's fields are the data's choice, they must not fill the memory."""

@@ -133,9 +133,9 @@ def _classes_of_inputs(
     inputs_I: NDArray[np.uint64], hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     order_I = np.lexsort((hashes_I, inputs_I))
-    _, firsts, of_input_I = np.unique(inputs_I[order_I], return_index=True, return_inverse=True)
+    _, first_I, of_input_I = np.unique(inputs_I[order_I], return_index=True, return_inverse=True)
     of_row_I = np.empty_like(classes_I)
-    of_row_I[order_I] = classes_I[order_I[firsts]][of_input_I]
+    of_row_I[order_I] = classes_I[order_I[first_I]][of_input_I]
     return of_row_I
 
 
@@ -164,26 +164,27 @@ def stratified_note(classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_], sha
     return f"{num_alone:,} classes have no two different texts of their own: they are trained and never measured"
 
 
+def firsts(among_I: NDArray[np.uint64], of_I: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For each of `of_I` the first place in `among_I` that holds it; -1: none does."""
+    values, places = np.unique(among_I, return_index=True)
+    if not len(values):
+        return np.full(len(of_I), -1)
+    at = np.minimum(np.searchsorted(values, of_I), len(values) - 1)
+    return np.where(values[at] == of_I, places[at], -1)
+
+
 def duplicates(hashes_I: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(row, the first row that is the same) of every row that repeats one, in the order of rows."""
-    order_I = np.argsort(hashes_I, kind="stable")
-    sorted_I = hashes_I[order_I]
-    starts_I = np.ones(len(sorted_I), np.bool_)
-    starts_I[1:] = sorted_I[1:] != sorted_I[:-1]
-    firsts_I = order_I[np.flatnonzero(starts_I)][np.cumsum(starts_I) - 1] if len(order_I) else order_I
-    again_I = np.sort(order_I[~starts_I])
-    first_of_I = np.empty_like(order_I)
-    first_of_I[order_I] = firsts_I
-    return np.stack([again_I, first_of_I[again_I]], axis=1)
+    first_I = firsts(hashes_I, hashes_I)
+    again_I = np.flatnonzero(first_I != np.arange(len(first_I)))
+    return np.stack([again_I, first_I[again_I]], axis=1)
 
 
 def overlap(train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(held-out row, the first training row that is the same), in the order of held-out rows."""
-    shared_I = np.flatnonzero(np.isin(held_I, train_I))
-    if not len(shared_I):
-        return np.empty((0, 2), np.int64)
-    values, firsts = np.unique(train_I, return_index=True)
-    return np.stack([shared_I, firsts[np.searchsorted(values, held_I[shared_I])]], axis=1)
+    first_I = firsts(train_I, held_I)
+    shared_I = np.flatnonzero(first_I >= 0)
+    return np.stack([shared_I, first_I[shared_I]], axis=1)
 
 
 def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> list[str]:
@@ -206,8 +207,7 @@ def conflicts(texts_I: NDArray[np.uint64], rows_I: NDArray[np.uint64]) -> NDArra
 
     `texts_I` are hashes of texts alone, `rows_I` of texts and their labels.
     """
-    _, firsts, of_text_I = np.unique(texts_I, return_index=True, return_inverse=True)
-    first_I = firsts[of_text_I]
+    first_I = firsts(texts_I, texts_I)
     found_I = np.flatnonzero(rows_I != rows_I[first_I])
     return np.stack([found_I, first_I[found_I]], axis=1)
 

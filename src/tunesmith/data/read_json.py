@@ -112,10 +112,9 @@ def strings(value: Any) -> Iterable[str]:
         if isinstance(one, str):
             yield one
         elif isinstance(one, dict):
-            waiting.extend(one)
-            waiting.extend(one.values())
+            waiting += [*one, *one.values()][::-1]
         elif isinstance(one, list):
-            waiting.extend(one)
+            waiting += one[::-1]
 
 
 def _num_quotes(raw: bytes) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import COMPARED
+from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Pooling, Problem, Row, Source, Task
 
@@ -238,7 +239,7 @@ class Renderer:
             return
         places = [(_place(example, i), [part.role, part.text, part.fields]) for i, part in enumerate(parts)]
         for place, value in [*places, ("a tool definition", list(example.tools))]:
-            found = next((token for text in _strings(value) if (token := self._control.in_text(text))), None)
+            found = next((token for text in strings(value) if (token := self._control.in_text(text))), None)
             if found:
                 message = f"{place} contains {found}, a control token of this model."
                 fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
@@ -297,16 +298,3 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
         branches=draft.branches,
         values=draft.values,
     )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in JSON-like data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
-            yield from _strings(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
