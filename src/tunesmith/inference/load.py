@@ -28,7 +28,7 @@ from tunesmith.planning.defaults import choose_precision, decide_before_rows, fi
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run, is_run, no_such_run
 from tunesmith.tasks import TASKS
 from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
@@ -155,7 +155,7 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Loa
     recipe = run.recipe()
     if run.model_path.exists():
         refuse_needless(run.base, str(run.path))
-        checking = BackgroundCall(partial(run.check_result, run.model_path))
+        checking = in_background(partial(run.check_result, run.model_path))
         try:
             loaded = _load(resolve_model(str(run.model_path), offline=True), recipe, labels=run_labels(recipe))
         except ModelError:
@@ -205,7 +205,7 @@ def load_base(
     recipe = run.recipe()
     labels = run_labels(recipe)
     located = resolve_base(recipe, offline=offline)
-    hashing = BackgroundCall(partial(files.fingerprint, located) if hashes is None else partial(dict, hashes))
+    hashing = in_background(partial(files.fingerprint, located) if hashes is None else partial(dict, hashes))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = ModelRef("folder", folder, str(folder))

@@ -34,7 +34,7 @@ from tunesmith.models.segments import (
     equal_rows,
     explicit_attention,
 )
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.types import Segment
 
 HALF = (torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
     for kernel in KERNELS:
         if kernel.supports(case, capability):
             # In a thread of its own, where no hook of a recomputed layer sees the tensors of the probe.
-            reason = BackgroundCall(partial(probe, kernel, case, device)).result()
+            reason = in_background(partial(probe, kernel, case, device)).result()
             if not reason:
                 return kernel
             refusals.append(f"{kernel.name}: {reason}")

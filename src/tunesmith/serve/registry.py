@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +24,7 @@ from tunesmith.models.load import model_kind
 from tunesmith.models.pooling import find_pooling
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.recipe.schema import resolved
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
 from tunesmith.serve.decoder import Decoder
@@ -63,7 +64,7 @@ class SharedBase:
     loaded: LoadedModel
     adapters: AdapterSet
     decoder: Decoder
-    hashes: BackgroundCall[dict[str, str]]
+    hashes: Future[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def _add_shared(
     for writer in writers:
         registry.add(writer)
     if attaches and base is not None:
-        registry.shared = SharedBase(loaded, adapters, decoder, BackgroundCall(partial(load.fingerprint, base)))
+        registry.shared = SharedBase(loaded, adapters, decoder, in_background(partial(load.fingerprint, base)))
     check_writers(writers, note)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -15,7 +16,7 @@ from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError
 from tunesmith.parallel.child import Hears, as_error
 from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.events import follow
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
@@ -78,12 +79,12 @@ def train_on_ray(
         place = {"recipe": recipe.model_dump_json(), "out": str(out.absolute()), "folder": str(Path.cwd())}
         trainer = _trainer({**place, "offline": offline}, needs, workers)
         for attempt in range(1, ATTEMPTS + 1):
-            call = BackgroundCall(trainer.fit)
+            call = in_background(trainer.fit)
 
-            def is_over(call: BackgroundCall[Any] = call) -> bool:
+            def is_over(call: Future[Any] = call) -> bool:
                 if listener.should_stop() and run.is_locked() and not run.stop_asked():
                     run.ask_stop()
-                return call.is_over()
+                return call.done()
 
             for event in follow(run.events_path, is_over):
                 listener.on_event(event)

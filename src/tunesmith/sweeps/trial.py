@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from tunesmith.errors import Stopped, TunesmithError
 from tunesmith.parallel.child import run_words
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
@@ -125,11 +126,11 @@ class OneByOne:
 
     def __init__(self, run: RunTrial = run_trial) -> None:
         self._run = run
-        self._calls: dict[str, BackgroundCall[str]] = {}
+        self._calls: dict[str, Future[str]] = {}
 
     def start(self, job: Job) -> None:
-        self._calls[job.name] = BackgroundCall(lambda: self._run(job))
+        self._calls[job.name] = in_background(lambda: self._run(job))
 
     def ended(self) -> dict[str, str]:
-        over = [name for name, call in self._calls.items() if call.is_over()]
+        over = [name for name, call in self._calls.items() if call.done()]
         return {name: self._calls.pop(name).result() for name in over}

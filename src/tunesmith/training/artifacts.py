@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.methods import METHODS
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import fsync_file, remove, temporary_folder, writing_folder
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup
@@ -32,7 +32,7 @@ def save_and_try(session: Session) -> None:
     """Save the first checkpoint, and on the first rank the result, which reads what is saved and writes elsewhere."""
     setup = session.setup
     weights = setup.whole_weights()
-    trial = BackgroundCall(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None
+    trial = in_background(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None
     try:
         save(session)
     finally:

@@ -47,7 +47,7 @@ from tunesmith.planning.memory import DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.runs.background import BackgroundCall
+from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
@@ -129,7 +129,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     """Load the model of a resolved run and attach its method."""
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
     on_progress("load", 0, 1)
-    hashes = BackgroundCall(partial(load.fingerprint, inputs.located))
+    hashes = in_background(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
     if recipe.shard is True:
         world.connect()
