@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import check_column_names, explain, paste, propose, read_as
+from tunesmith.data.columns import check_column_names, explain, paste, read_as
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.preference import differ_in_space_alone
@@ -187,10 +187,6 @@ class FileExamples:
         """Say, once, what of the file was not used."""
         if self.ignored:
             fix = "Name a field by data.columns to use it."
-            record = {"text": "", **self.ignored}
-            if self.shape == "text" and ("label" in record or propose(record, ("text_label",))):
-                columns = propose(record, ("text_label",))
-                fix = f"For classes of texts: {paste(columns, task='classify') if columns else '--set task=classify'}."
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
         unused = [theirs for ours, theirs in self.data.columns.items() if ours not in self.mapped]
         if unused and self.facts.rows:

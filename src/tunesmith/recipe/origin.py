@@ -6,13 +6,11 @@ path}}. Runs of earlier versions have no record: their paths are used as typed.
 
 from __future__ import annotations
 
-import ntpath
 import os
-import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from tunesmith.recipe.schema import Base, Recipe
@@ -62,18 +60,11 @@ class Origin:
         then = self.places.get(typed)
         if then is None:
             return typed
-        candidates = filter(None, (then, self._moved(then), typed))
+        candidates = [then, typed]
+        with suppress(ValueError):  # of another drive
+            moved = Path(self.run.absolute().parent, os.path.relpath(then, self.root))
+            candidates.insert(1, os.path.normpath(moved))  # as far from the run's folder as it was then
         return next((path for path in candidates if os.path.exists(os.path.expanduser(path))), then)
-
-    def _moved(self, then: str) -> str | None:
-        """The place as far from the run's folder as it was then, also where that was on Windows."""
-        flavour = ntpath if ntpath.splitdrive(self.root)[0] else posixpath
-        try:
-            way = flavour.relpath(then, self.root)
-        except ValueError:  # of another drive
-            return None
-        parts = PureWindowsPath(way).parts if flavour is ntpath else (way,)
-        return os.path.normpath(Path(self.run.absolute().parent, *parts))
 
     def put(self, recipe: Recipe) -> Recipe:
         """The run's recipe, knowing where its files are now; what was typed stays what it says."""
