@@ -38,8 +38,8 @@ def test_shares_are_weights_to_each_other() -> None:
 
 
 def test_files_of_one_folder_share_its_weight() -> None:
-    folder, file = DataFile(path="docs", weight=0.5).as_source(), DataFile(path="b.jsonl", weight=0.5)
-    members = [folder.model_copy(update={"path": f"docs/{name}.txt"}) for name in "xy"]
+    folder, file = DataFile(path="docs", weight=0.5), DataFile(path="b.jsonl", weight=0.5)
+    members = [folder.at_place(f"docs/{name}.txt", path=f"docs/{name}.txt") for name in "xy"]
     mixed = data(train=TWO, mix="shares").model_copy(update={"train": (*members, file)})
     assert times_per_epoch(mixed, [10, 30, 80]).tolist() == [1.0, 1.0, 0.5]
     assert source_ids(mixed).tolist() in ([0, 0, 1], [1, 1, 0])

@@ -46,14 +46,13 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
     for file in files:
         try:
             if is_address(file.at):
-                found += [file.model_copy(update={"path": one.path}).at_place(one.at) for one in members(file.at)]
+                found += [file.at_place(one.at, path=one.path) for one in members(file.at)]
                 continue
             if not os.path.isdir(file.at):
                 found.append(file)
                 continue
             for name in _documents(file.path, file.at, on_problem, trained):
-                document = file.model_copy(update={"path": os.path.join(file.path, name)})
-                found.append(document.at_place(os.path.join(file.at, name)))
+                found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
         except DataError as error:
             refused += error.problems or [
                 Problem(Source(file.path, 0), "not_here", str(error).removeprefix(f"{file.path}: "))

@@ -141,8 +141,11 @@ def encode_rows(
         RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns the shapes.
     """
     problems: list[Problem] = []
-    raw = {side: [file.as_source() for file in getattr(data, side)] for side in ("train", "replay", "eval")}
-    data = data.model_copy(update={s: expand_folders(f, problems.append, trained=s != "eval") for s, f in raw.items()})
+    sides = {
+        side: expand_folders(getattr(data, side), problems.append, trained=side != "eval")
+        for side in ("train", "replay", "eval")
+    }
+    data = data.model_copy(update=sides)
     notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:

@@ -48,21 +48,15 @@ class DataFile(OptionGroup):
         """What was given: this file, or the folder or address that it was found by; not an option."""
         return self._source or self.path
 
-    def as_source(self) -> DataFile:
-        """This file, whose copies for the files that it stands for remember it as their source."""
-        copy = self.model_copy()
-        copy._source = self.source
-        return copy
-
     @property
     def at(self) -> str:
         """Place where it is read: its path, or the place of a run's file now; not an option."""
         return self._at or self.path
 
-    def at_place(self, place: str) -> DataFile:
-        """This file, read from another place."""
-        copy = self.model_copy()
-        copy._at = place
+    def at_place(self, place: str, *, path: str = "") -> DataFile:
+        """This file, read from another place; with a path, one of the files that it stands for, whose source it is."""
+        copy = self.model_copy(update={"path": path or self.path})
+        copy._at, copy._source = place, self.source if path else self._source
         return copy
 
 
