@@ -247,7 +247,7 @@ def test_control_tokens_in_text_are_problems() -> None:
     results = renderer(tokenizer).encode([*INJECTIONS, HELLO])
     assert_structure_only(results, tokenizer)
     assert [only_problem(result).code for result in results[:-1]] == ["control_token"] * len(INJECTIONS)
-    assert "messages[0] (user) contains <|im_end|>" in only_problem(results[0]).message
+    assert "its text contains <|im_end|>" in only_problem(results[0]).message
     only_row(results[-1])
 
 

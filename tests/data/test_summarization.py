@@ -114,7 +114,7 @@ def test_a_prompt_says_where_the_document_stands() -> None:
 
 def test_a_control_token_in_a_document_is_a_problem() -> None:
     problem = only_problem(renderer(CHAT).encode([summed_up("a <|im_end|> b")])[0])
-    assert (problem.code, "document contains <|im_end|>" in problem.message) == ("control_token", True)
+    assert (problem.code, "text contains <|im_end|>" in problem.message) == ("control_token", True)
 
 
 # --- Encoder–decoders

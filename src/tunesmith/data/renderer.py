@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.formats import COMPARED
 from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import IGNORE, Example, ModelKind, Part, Pooling, Problem, Row, Source, Task
@@ -209,12 +208,15 @@ class Renderer:
             if isinstance(drafted, Problem):
                 results[i] = [drafted]
                 continue
-            results[i] = self._spelled_otherwise(examples[i], drafted)
-            if not results[i]:
-                results[i] = [_row(examples[i], draft, known) for draft in drafted]
-                for warning in (warning for draft in drafted for warning in draft.warnings):
-                    if on_warning is not None:
-                        on_warning(warning)
+            num_unspelled = sum(draft.num_unspelled for draft in drafted)
+            if num_unspelled and self.control_tokens == "error":
+                message = f"the tokenizer makes {num_unspelled} control tokens of text that does not spell them."
+                results[i] = [_control_problem(examples[i], message)]
+                continue
+            results[i] = [_row(examples[i], draft, known) for draft in drafted]
+            for warning in (warning for draft in drafted for warning in draft.warnings):
+                if on_warning is not None:
+                    on_warning(warning)
         return results
 
     def prompt_ids(
@@ -228,36 +230,26 @@ class Renderer:
         """
         return self._encoder.prompt_ids(parts, tools, max_tokens, on_cut)
 
-    def control_problems(self, example: Example) -> Iterator[Problem]:
+    def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
-        if self.control_tokens == "allow":
-            return
-        parts = (*example.parts, *(part for branch in example.branches for part in branch))
-        said = "\n".join(text for part in parts for text in (part.role, part.text))
-        has_fields = example.tools or any(part.fields for part in parts)
-        if not has_fields and self._control.in_text(said) is None:  # nearly always: looking place by place takes long
-            return
-        places = [(_place(example, i), [part.role, part.text, part.fields]) for i, part in enumerate(parts)]
-        for place, value in [*places, ("a tool definition", list(example.tools))]:
-            found = next((token for text in strings(value) if (token := self._control.in_text(text))), None)
-            if found:
-                message = f"{place} contains {found}, a control token of this model."
-                fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
-                yield Problem(example.source, "control_token", message, fix)
+        found = None if self.control_tokens == "allow" else self._spelled(example)
+        return (
+            [_control_problem(example, f"its text contains {found}, a control token of this model.")] if found else []
+        )
 
-    def _spelled_otherwise(self, example: Example, drafts: Sequence[Draft]) -> list[Problem]:
-        """Control tokens that the tokenizer made of text that does not spell them."""
-        num_unspelled = sum(draft.num_unspelled for draft in drafts)
-        if self.control_tokens == "allow" or not num_unspelled:
-            return []
-        return [
-            Problem(
-                example.source,
-                "control_token",
-                f"the tokenizer makes {num_unspelled} control tokens of text that does not spell them.",
-                "Remove it, or set data.control_tokens: allow when the text can be trusted.",
-            )
-        ]
+    def _spelled(self, example: Example) -> str | None:
+        """The first control token that a text of a row spells."""
+        parts = (*example.parts, *(part for branch in example.branches for part in branch))
+        texts = [text for part in parts for text in (part.role, part.text, *strings(part.fields))]
+        texts += strings(list(example.tools))
+        if self._control.in_text("\n".join(texts)) is None:  # nearly always: looking text by text takes long
+            return None
+        return next((token for text in texts if (token := self._control.in_text(text))), None)
+
+
+def _control_problem(example: Example, message: str) -> Problem:
+    fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
+    return Problem(example.source, "control_token", message, fix)
 
 
 def _empty(example: Example) -> Iterator[Problem]:
@@ -267,19 +259,6 @@ def _empty(example: Example) -> Iterator[Problem]:
         if not any(part.text.strip() for part in read):
             message = f"its {'words are' if example.shape == 'tokens_tags' else read[0].role + ' is'} empty."
             yield Problem(example.source, "empty", message, "Fill it in, or remove the row.")
-
-
-def _place(example: Example, index: int) -> str:
-    if index >= len(example.parts):
-        return "an answer" if example.shape in COMPARED else "one of its texts"
-    role = example.parts[index].role
-    if example.shape == "tokens_tags":
-        return f"tokens[{index}]"
-    return (
-        role
-        if example.shape in ("text", "document_summary", "text_label", "text_pairs")
-        else f"messages[{index}] ({role})"
-    )
 
 
 def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
