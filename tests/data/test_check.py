@@ -230,7 +230,7 @@ def finds_conflicts(checked: Callable[[Data], CheckReport], folder: Path) -> Non
     report = checked(data_of(put(folder, "a.jsonl", labelled(*rows))))
     assert report.conflicts == 1
     (problem,) = [problem for problem in report.problems if problem.code == "conflicting_labels"]
-    assert f"at {folder / 'a.jsonl'}:1, with another label ('eye' there, 'ear' here)" in problem.message
+    assert f"at {folder / 'a.jsonl'}:1, with another label" in problem.message
     assert report.warnings == {"duplicate": 2, "conflicting_labels": 1}
     assert report.ok
 

@@ -179,14 +179,6 @@ class _Side:
         )
         self.labels = LabelColumn(examples, tuple(self.vocabulary))
 
-    def conflict(self, there: Source, row: int, other: int) -> str:
-        """The message about two rows with one text and two labels."""
-        here, that = self.labels.firsts()[[row, other]].tolist()
-        names = self.labels.vocabulary
-        is_known = not self.many and min(here, that) >= 0
-        which = f" ({names[that][:40]!r} there, {names[here][:40]!r} here)" if is_known else ""
-        return f"the text is also at {there}, with another label{which}: one of them is likely wrong."
-
 
 class _Check:
     """One read of all files."""
@@ -226,7 +218,8 @@ class _Check:
         conflicting = 0
         if train.shape == "text_label":
             pairs_I = conflicts(train.inputs, train_I)
-            conflicting = self._pairs(pairs_I, "train", "conflicting_labels", train.conflict)
+            said = "the text is also at {}, with another label: one of them is likely wrong."
+            conflicting = self._pairs(pairs_I, "train", "conflicting_labels", lambda there, *_: said.format(there))
         way = "the other way round: one of both is likely wrong."
         flipped = train.preferences.flipped(len(train_I))
         self._pairs(flipped, "train", "flipped_pair", lambda there, *_: f"the same is at {there} {way}")

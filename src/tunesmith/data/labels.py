@@ -19,7 +19,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.columns import paste
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.phrases import did_you_mean
@@ -106,7 +105,7 @@ def resolve_labels(
     known = frozenset(names)
     _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, names, is_given=bool(data.labels)))
     if not data.labels:
-        _refuse_too_many(names, sides[0], data, task)
+        _refuse_too_many(names, sides[0])
         choices.append(Choice("data.labels", names, "classes of the training files, whole numbers first, then by name"))
     counts_C = count_classes(trained, names)
     if (counts_C > 0).sum() < (1 if kind == "many" else 2):
@@ -249,17 +248,11 @@ def _no_number(name: str) -> tuple[str, str]:
     return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
 
 
-def _refuse_too_many(names: Sequence[str], seen: LabelCounts, data: Data, task: TaskName) -> None:
+def _refuse_too_many(names: Sequence[str], seen: LabelCounts) -> None:
     total = int(seen.counts_V.sum())
     is_unique = len(names) >= 20 and len(names) > total / 2
     if len(names) <= MOST_CLASSES and not is_unique:
         return
     what = "nearly every row is a class of its own" if is_unique else f"more than {MOST_CLASSES:,} are seldom meant"
-    ways = []
-    if all(map(is_number, names)):
-        ways.append("if they are numbers, set data.label_kind: number")
-    elif "text_label" in SHAPES[task]:
-        columns = {"prompt": data.columns.get("text", "text"), "completion": data.columns.get("label", "label")}
-        ways.append(f"if they are answers to be written, add {paste(columns, task='generate')}")
-    ways.append("if they are classes, name them in data.labels")
-    raise DataError(f"data.train: {len(names):,} classes in {total:,} labels: {what}. To go on: {'; '.join(ways)}.")
+    fix = "Name them in data.labels, or if they are numbers set data.label_kind: number, or if answers task: generate."
+    raise DataError(f"data.train: {len(names):,} classes in {total:,} labels: {what}. {fix}")
