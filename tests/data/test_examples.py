@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
 from tunesmith.data.examples import both_hashes, content_hash, input_hash
-from tunesmith.data.hold_out import choose_share, few_note, held_out_mask, split_note
+from tunesmith.data.hold_out import choose_share, few_note, held_out_mask
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, Part, Source, TaskName
 
@@ -320,11 +320,9 @@ def test_split_leaves_no_side_empty_and_keeps_equal_rows_together(hashes_I: np.n
         assert len(set(mask_I[hashes_I == value].tolist())) == 1
     if share == 0 or len(np.unique(hashes_I)) == 1:
         assert not mask_I.any()
-        assert (split_note(hashes_I, share) is None) == (share == 0)
     else:
         assert mask_I.any()
         assert not mask_I.all()
-        assert split_note(hashes_I, share) is None
 
 
 @given(hashes_I=HASHES, shares=st.tuples(SHARES, SHARES))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
-from tunesmith.data.hold_out import crowd_note, held_out_mask, measured, stratified_mask, stratified_note
+from tunesmith.data.hold_out import held_out_mask, measured, split_notes, stratified_mask
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, first_example
 from tunesmith.errors import DataError
@@ -92,10 +92,9 @@ def test_classes_without_two_different_rows_are_counted():
     hashes_I = np.array([1, 2, 3, 4, 4], np.uint64)
     mask_I = stratified_mask(hashes_I, hashes_I, classes_I, 0.5)
     assert mask_I.tolist() == [True, False, False, False, False]
-    assert stratified_note(classes_I, mask_I, 0.5) == (
-        "2 classes have no two different texts of their own: they are trained and never measured"
-    )
-    assert stratified_note(classes_I[:2], mask_I[:2], 0.5) is None
+    (note,) = split_notes(hashes_I, classes_I, mask_I, 0.5)
+    assert note == "2 classes without two different texts: trained and never measured"
+    assert list(split_notes(hashes_I[:2], classes_I[:2], mask_I[:2], 0.5)) == []
 
 
 def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
@@ -287,7 +286,7 @@ def test_an_input_that_brings_too_many_rows_is_said(tmp_path: Path):
         is_held = any(line <= 50 for _, line in places_of(rows, rows.held_rows.tolist()))
         assert is_held == any("50 of them have the same input or document" in note for note in rows.notes)
     mask_I = np.arange(100) < 60
-    note = crowd_note(np.maximum(np.arange(100), 50).astype(np.uint64), mask_I, 0.1)
+    (note,) = split_notes(np.maximum(np.arange(100), 50).astype(np.uint64), None, mask_I, 0.1)
     assert note == (
         "60 rows are held out, where data.held_out (0.1) wants 10: 51 of them have the same input or document, and "
         "so stay together"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.labels import MOST_LISTED, find_kind, order
 from tunesmith.errors import DataError
+from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, resolved
 from tunesmith.types import Choice, Labels, TaskName
 
@@ -54,13 +56,6 @@ def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool
     return np.asarray(np.isin(of_row_I, order[:num]))
 
 
-def split_note(hashes_I: NDArray[np.uint64], share: float) -> str | None:
-    """Note if nothing can be held out, else None."""
-    if share == 0 or len(np.unique(hashes_I)) != 1:
-        return None
-    return "nothing is held out: it takes two different rows"
-
-
 def few_note(num_held: int) -> str | None:
     """Note about the uncertainty of few held-out rows; None if there are enough, or none."""
     if not 0 < num_held < FEW:
@@ -76,17 +71,6 @@ def few_note(num_held: int) -> str | None:
 def has_one_input(inputs_I: NDArray[np.uint64]) -> bool:
     """Whether all rows have the same one, such as an empty prompt: then they are split by content, not by input."""
     return len(inputs_I) > 0 and bool((inputs_I == inputs_I[0]).all())
-
-
-def crowd_note(keys_I: NDArray[np.uint64], mask_I: NDArray[np.bool_], share: float) -> str | None:
-    """Note if one input or document has more of the held-out rows than data.held_out wants."""
-    most = np.unique(keys_I[mask_I], return_counts=True)[1].max(initial=0)
-    if most < 2 or most <= 2 * share * len(keys_I):
-        return None
-    return (
-        f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) wants "
-        f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
-    )
 
 
 def stratified_mask(
@@ -121,12 +105,27 @@ def hold_out(
     keys_I = hashes_I if has_one_input(inputs_I) else inputs_I
     if not len(keys_I):
         return np.zeros(0, np.bool_), []
-    if classes_I is not None:
-        mask_I = stratified_mask(keys_I, hashes_I, classes_I, share)
-        note = stratified_note(classes_I, mask_I, share)
+    if classes_I is None:
+        mask_I = held_out_mask(keys_I, share)
     else:
-        mask_I, note = held_out_mask(keys_I, share), split_note(keys_I, share)
-    return mask_I, [text for text in (note, crowd_note(keys_I, mask_I, share)) if text]
+        mask_I = stratified_mask(keys_I, hashes_I, classes_I, share)
+    return mask_I, list(split_notes(keys_I, classes_I, mask_I, share)) if share else []
+
+
+def split_notes(
+    keys_I: NDArray[np.uint64], classes_I: NDArray[np.int64] | None, mask_I: NDArray[np.bool_], share: float
+) -> Iterator[str]:
+    """Notes if nothing can be held out, of some classes nothing, or more than `share` since rows stay together."""
+    if classes_I is None and not mask_I.any():
+        yield "nothing is held out: it takes two different rows"
+    if classes_I is not None and (num := len(np.setdiff1d(classes_I, classes_I[mask_I]))):
+        yield f"{plural(num, 'class')} without two different texts: trained and never measured"
+    most = np.unique(keys_I[mask_I], return_counts=True)[1].max(initial=0)
+    if most >= 2 and most > 2 * share * len(keys_I):
+        yield (
+            f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) wants "
+            f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
+        )
 
 
 def _classes_of_inputs(
@@ -152,16 +151,6 @@ def measured(hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], most: i
     ranks_I = (np.arange(len(order_I)) - starts[of_class_I]) / sizes[of_class_I]
     chosen = order_I[np.lexsort((hashes_I[order_I], ranks_I))[:most]]
     return chosen[np.argsort(hashes_I[chosen], kind="stable")]
-
-
-def stratified_note(classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_], share: float) -> str | None:
-    """Note about classes of which no row could be held out; None if there is none."""
-    num_alone = len(np.setdiff1d(classes_I, classes_I[mask_I]))
-    if share == 0 or not num_alone:
-        return None
-    if num_alone == 1:
-        return "1 class has no two different texts of its own: it is trained and never measured"
-    return f"{num_alone:,} classes have no two different texts of their own: they are trained and never measured"
 
 
 def firsts(among_I: NDArray[np.uint64], of_I: NDArray[np.uint64]) -> NDArray[np.int64]:
