@@ -105,10 +105,7 @@ def hold_out(
     keys_I = hashes_I if has_one_input(inputs_I) else inputs_I
     if not len(keys_I):
         return np.zeros(0, np.bool_), []
-    if classes_I is None:
-        mask_I = held_out_mask(keys_I, share)
-    else:
-        mask_I = stratified_mask(keys_I, hashes_I, classes_I, share)
+    mask_I = held_out_mask(keys_I, share) if classes_I is None else stratified_mask(keys_I, hashes_I, classes_I, share)
     return mask_I, list(split_notes(keys_I, classes_I, mask_I, share)) if share else []
 
 

@@ -165,31 +165,25 @@ def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any]
             return
         facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
         try:
-            records = _in_microseconds(batch).to_pylist()
+            records = _without_nanoseconds(batch).to_pylist()
         except _UNHOLDABLE:
             yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
         else:
             yield from records
 
 
-def _in_microseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch without nanoseconds, which Python's times do not have. No time is text, so none is ever used."""
+def _without_nanoseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with nulls for nanoseconds, which Python's times do not have. No time is text, so none is ever used."""
     for i, field in enumerate(batch.schema):
         if getattr(field.type, "unit", "") == "ns":
-            in_us = {
-                pa.types.is_timestamp: pa.timestamp("us", getattr(field.type, "tz", None)),
-                pa.types.is_duration: pa.duration("us"),
-                pa.types.is_time: pa.time64("us"),
-            }
-            kind = next(kind for is_it, kind in in_us.items() if is_it(field.type))
-            batch = batch.set_column(i, field.name, batch.column(i).cast(kind, safe=False))
+            batch = batch.set_column(i, field.name, pa.nulls(batch.num_rows))
     return batch
 
 
 def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
     """The row of a batch that may hold what Python cannot: text that is not UTF-8, a date before the year 1."""
     try:
-        return _in_microseconds(batch).to_pylist()[0]  # type: ignore[no-any-return]
+        return _without_nanoseconds(batch).to_pylist()[0]  # type: ignore[no-any-return]
     except UnicodeDecodeError as error:
         message = f"byte 0x{error.object[error.start]:02X} of a text is not UTF-8"
         return BadRow("invalid_utf8", message, "Write the file again from the text.")
