@@ -1,6 +1,5 @@
 """Data files become record batches: problems in the order of rows, errors where a file ends, nothing left behind."""
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,3 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "a.jsonl", progress=stop)
     assert list((tmp_path / "rows").iterdir()) == []
-
-
-def test_the_garbage_collector_is_as_before_afterwards(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(chats(12)), "utf-8")
-    before = gc.get_threshold()
-    during = []
-    built(tmp_path / "a.jsonl", progress=lambda *_: during.append(gc.get_threshold()))
-    assert {threshold[0] for threshold in during} == {encode_module.COLLECT_AFTER}
-    assert gc.get_threshold() == before

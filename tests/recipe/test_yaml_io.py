@@ -55,7 +55,7 @@ def test_commas_and_tabs_of_json_are_read():
 BROKEN = [
     ("a: 1\nb: 2\na: 3", "r.yaml:3: a: is there twice, first in line 1: keep one"),
     ("a:\n  b: 1\n  b: 2\nc: 1\nc: 2", "r.yaml:5: c: is there twice, first in line 4: keep one"),
-    ('{"a": 1, "a": 2}', "r.yaml: a: is there twice: keep one"),
+    ('{"a": 1, "a": 2}', "r.yaml:1: a: is there twice, first in line 1: keep one"),
     ("a: [1,\nb: 2", "r.yaml:2: expected ',' or ']'"),
     ("a: 'x\nb: 1", "r.yaml:2: found unexpected end of stream"),
     ("a:\n\t- b", "r.yaml:2: found character '\\t'"),

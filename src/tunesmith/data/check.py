@@ -19,7 +19,7 @@ from tunesmith.data.branches import lines_of
 from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import SCHEMA, EncodedRow, chunks, columns, encode, rare_collection
+from tunesmith.data.encode import SCHEMA, EncodedRow, chunks, columns, encode
 from tunesmith.data.examples import examples
 from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
@@ -256,8 +256,7 @@ class _Check:
             return ()
 
     def _entry(self, side: Side, file: DataFile, members: Sequence[DataFile]) -> FileReport:
-        with rare_collection():
-            found = [self._file(side, member) for member in members]
+        found = [self._file(side, member) for member in members]
         if len(found) == 1 and found[0].path == file.path:
             return found[0]
         noun = "document" if all(member.format.startswith("text") for member in found) else "file"

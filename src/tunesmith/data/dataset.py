@@ -11,6 +11,7 @@ A killed build leaves only a `.tmp-` file.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -27,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import BranchColumns, ListColumn
-from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProgress, complete, rare_collection
+from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProgress, complete
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.parts import JoinedParts, downloaded, in_parts, one_at_a_time
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
@@ -326,9 +327,13 @@ def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, 
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         batches = encoding.batches()
-        with rare_collection(), closing(batches), pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as sink:
-            for batch in batches:
-                sink.write_batch(batch)
+        gc.freeze()  # the collector need not look through the libraries again and again
+        try:
+            with closing(batches), pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as sink:
+                for batch in batches:
+                    sink.write_batch(batch)
+        finally:
+            gc.unfreeze()
         check()
     return Summary(
         version=VERSION,

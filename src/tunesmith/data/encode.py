@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +27,6 @@ CHUNK_CHARS = 4_000_000
 BATCH_ROWS = 8192
 BATCH_TOKENS = 4_000_000
 """Bounds of a record batch, which is written at once."""
-COLLECT_AFTER = 100_000
-"""Threshold of the garbage collector while rows are encoded; the default costs a fifth of the time."""
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -64,18 +60,6 @@ class EncodedRow(NamedTuple):
     input: int
     """See `examples.content_hash` and `examples.input_hash`."""
     many: bool
-
-
-@contextmanager
-def rare_collection() -> Iterator[None]:
-    """A block in which the garbage collector runs rarely."""
-    before = gc.get_threshold()
-    if before[0]:  # 0: it is off
-        gc.set_threshold(max(before[0], COLLECT_AFTER), *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:

@@ -48,11 +48,7 @@ def _options(words: tuple[str, ...], tasks: tuple[str, ...]) -> Mapping[str, Opt
     for option in _options_of(Recipe, "", ()):
         before = found.get(option.key)
         found[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
-    doc = " ".join(f"{name}: {document(section)}" for name, section in METHOD_OPTIONS.items())
-    name = Option("method.name", doc, AutoMethod().name, _either(words), words)
-    at = next(number for number, key in enumerate(found) if key.startswith("method."))
-    items = list(found.items())
-    return types.MappingProxyType(dict([*items[:at], (name.key, name), *items[at:]]))
+    return types.MappingProxyType(found)
 
 
 @functools.cache
@@ -81,6 +77,9 @@ def _options_of(section: type[OptionGroup], prefix: str, methods: tuple[str, ...
         key = prefix + name
         inner = _section_in(field.annotation)
         if key == "method":
+            names = tuple(METHOD_OPTIONS)
+            doc = " ".join(f"{name}: {document(settings)}" for name, settings in METHOD_OPTIONS.items())
+            yield Option("method.name", doc, AutoMethod().name, _either(names), names)
             for method_name, settings in METHOD_OPTIONS.items():
                 yield from _options_of(settings, "method.", (method_name,))
         elif inner is not None:

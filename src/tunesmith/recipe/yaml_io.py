@@ -59,21 +59,20 @@ def parse(text: str, where: str) -> Any:
 
 
 def _json(text: str, where: str) -> Any:
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        return dict(pairs)
-
     try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise RecipeError(f"{where}: nested deeper than {MAX_DEPTH}") from error
-    if _is_deeper(value, MAX_DEPTH):
+        value = json.loads(text, object_pairs_hook=_unique)
+        is_deeper = _is_deeper(value, MAX_DEPTH)
+    except RecursionError:
+        is_deeper = True
+    if is_deeper:
         raise RecipeError(f"{where}: nested deeper than {MAX_DEPTH}")
-    if twice:
-        raise RecipeError("\n".join(first_of([f"{where}: {key}: is there twice: keep one" for key in twice])))
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]}: is there twice: keep one")
+    return found
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
