@@ -30,8 +30,6 @@ def _part(message: Any, found: RowProblems, place: str, trained: bool) -> Part:
         found.wrong_type(place, message, 'an object such as {"role": "user", "content": "Hi"}')
         return Part("", "", False)
     role = _role(message, found, place)
-    if not role and "from" in message:
-        return Part("", "", False)
     is_answer = role == "assistant"
     content = message.get("content")
     if isinstance(content, str) and message.keys() == _PLAIN:
@@ -53,13 +51,7 @@ def _role(message: Mapping[str, Any], found: RowProblems, place: str) -> str:
         return "tool"
     if isinstance(role, str) and role in ROLES:
         return role
-    if "role" not in message and "from" in message:
-        found.add(
-            "missing_field",
-            f"{place}.role is missing; it has from and value, as ShareGPT does.",
-            "Call the list conversations, or add --set 'data.columns={conversations: messages}'.",
-        )
-    elif role is None:
+    if role is None:
         found.add("missing_field", f"{place}.role is missing.", f"One of {', '.join(sorted(ROLES))}.")
     elif isinstance(role, str):
         found.add("unknown_role", f"{place}.role is {role[:40]!r}.", f"One of {', '.join(sorted(ROLES))}.")

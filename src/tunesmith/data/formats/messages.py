@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.formats.sharegpt import as_messages
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Problem, Shape, Source
 
@@ -20,8 +21,12 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if record.get("messages") is None:
         found.add("missing_field", "messages is missing or null.", "Remove the row.")
         return found.problems
-    tools = tools_of(record, found)
-    parts = parts_of(record["messages"], found, trained=answered)
+    messages, tools = record["messages"], tools_of(record, found)
+    if isinstance(messages, list) and any(isinstance(one, dict) and "from" in one for one in messages):
+        messages = as_messages(messages, found, "messages")  # as ShareGPT writes them
+        if found.problems:
+            return found.problems
+    parts = parts_of(messages, found, trained=answered)
     if not answered:
         parts = without_answer(parts, found)
     check_order(parts, found, answered=answered)

@@ -70,13 +70,8 @@ def _message(turn: Any, found: RowProblems, place: str) -> dict[str, Any]:
         found.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
         return {}
     speaker, value = turn.get("from"), turn.get("value")
-    if speaker is None and "role" in turn:
-        found.add(
-            "missing_field",
-            f"{place}.from is missing; it has role and content, as OpenAI's messages do.",
-            "Call the list messages, or add --set 'data.columns={messages: conversations}'.",
-        )
-        return {}
+    if speaker is None and "role" in turn:  # as OpenAI writes it
+        return turn
     rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
     if speaker is None:
         found.add("missing_field", f"{place}.from is missing.", f"One of {', '.join(ROLES)}.")
