@@ -27,8 +27,6 @@ from tunesmith.errors import ModelError
 T = TypeVar("T")
 Message = Mapping[str, Any]
 
-TEMPLATE_BYTES = 64 * 1024
-"""Largest template; the largest in common use have about 20 KiB."""
 OUTPUT_CHARS = 64 * 1024 * 1024
 """Longest text of one row: eight times `limits.line_bytes`."""
 RENDER_S = 10.0
@@ -73,18 +71,12 @@ Rendering = Generator[Request, str, T]
 class ChatTemplate:
     """The chat template of a tokenizer. `date`: the day that `strftime_now` writes (YYYY-MM-DD); None: today.
 
-    Raises `ModelError` when there is none or it is too large.
+    Raises `ModelError` when there is none.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
-        size = len(self.text.encode())
-        if size > TEMPLATE_BYTES:
-            raise ModelError(
-                f"{self._name}: its chat template has {size} bytes, more than the {TEMPLATE_BYTES} "
-                "a template may have. Give a smaller one by data.template."
-            )
         special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
         self._settings = {"template": tokenizer.chat_template, "special_tokens": special_tokens, "date": date}
 
