@@ -141,11 +141,9 @@ def encode_rows(
         RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns the shapes.
     """
     problems: list[Problem] = []
-    sides = {
-        side: expand_folders(getattr(data, side), problems.append, trained=side != "eval")
-        for side in ("train", "replay", "eval")
-    }
-    data = data.model_copy(update=sides)
+    sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
+    found = {side: expand_folders(files, problems.append, trained=side != "eval") for side, files in sides.items()}
+    data = data.model_copy(update=found)
     notes = [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:

@@ -170,9 +170,8 @@ def evaluate_file(
         source = MEASURED if trained is None else "the training rows"
         measures, details = score(results, classes=classes, constant=constant, constant_from=source)
         _refuse_non_finite(measures["loss"]["value"], loaded, path)
-        texts = texts_of(data.train, data, task, store, rows_I)
-        texts_I = (texts.get(row) for row in rows_I.tolist())
-        keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts_I))
+        texts = map(texts_of(data.train, data, task, store, rows_I).get, rows_I.tolist())
+        keep(row_lines(store, rows_I, results, tokenizer=loaded.renderer.tokenizer, texts=texts))
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*counted([store], problems), *_beside_report(loaded, num_trained, len(store))]
     sampled, _, more = _answer(loaded, *_chosen(loaded, data, store, samples), on_progress)
