@@ -10,7 +10,7 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
@@ -272,30 +272,20 @@ def _packed(facts: FileFacts) -> BinaryIO:
 class ByteStream:
     """Bytes of one file. Reading keeps `done_bytes` of its facts up to date and raises nothing but `DataError`."""
 
-    LINES_A_LOOK = 64
-
     def __init__(self, unpacked: BinaryIO | gzip.GzipFile, packed: BinaryIO, facts: FileFacts) -> None:
-        self._readline = unpacked.readline
-        self._read = unpacked.read
-        self._tell = packed.tell
-        self._facts = facts
-        self._until_look = 1
+        self._unpacked, self._packed, self._facts = unpacked, packed, facts
 
     def readline(self, size: int) -> bytes:
         """At most `size` bytes of what is left of a line."""
-        self._until_look -= 1
-        if not self._until_look:
-            self._until_look = self.LINES_A_LOOK
-            self._facts.done_bytes = self._tell()
-        try:
-            return self._readline(size)
-        except (EOFError, zlib.error, OSError) as error:
-            raise self._error(error) from None
+        return self._safely(self._unpacked.readline, size)
 
     def read(self, size: int) -> bytes:
-        self._facts.done_bytes = self._tell()
+        return self._safely(self._unpacked.read, size)
+
+    def _safely(self, read: Callable[[int], bytes], size: int) -> bytes:
+        self._facts.done_bytes = self._packed.tell()
         try:
-            return self._read(size)
+            return read(size)
         except (EOFError, zlib.error, OSError) as error:
             raise self._error(error) from None
 

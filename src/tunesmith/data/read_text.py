@@ -20,11 +20,8 @@ def document(
     facts.line = facts.rows = 1
     try:
         if len(raw) > limits.line_bytes:
-            size, limit = len(raw), limits.line_bytes
-            while piece := stream.read(1 << 20):  # none of them held
-                size += len(piece)
-            message = f"the document has {size:,} bytes, more than data.limits.line_bytes, which is {limit:,}"
-            raise BadRow("line_too_long", message, f"Split it, or set data.limits.line_bytes: {size}.")
+            message = f"the document has more than data.limits.line_bytes, which is {limits.line_bytes:,}"
+            raise BadRow("line_too_long", message, "Split it, or raise the limit.")
         if reason := no_text(raw[:HEAD_BYTES]):
             code, message, fix = reason
             raise BadRow(code, message.rstrip("."), fix)
