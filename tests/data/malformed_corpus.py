@@ -192,7 +192,6 @@ def _bad_chats() -> list[tuple[str, Any, str]]:
             "bad_tool_call",
         ),
         ("user calls", [{**user, "tool_calls": call["tool_calls"]}, answer], "bad_tool_call"),
-        ("answer to no call", [user, call, {**result, "tool_call_id": "2"}, answer], "bad_tool_call"),
         ("number as name", [{**user, "name": 7}, answer], "wrong_type"),
         ("1001 messages", [user, answer] * 500 + [user], "too_many_messages"),
         (

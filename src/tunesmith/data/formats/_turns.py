@@ -195,7 +195,6 @@ def check_order(parts: Sequence[Part], found: RowProblems, *, place: str = "mess
             f"{place}[{opening}] is an answer, but nothing was said before it.",
             "Add the user's message, or set the weight of the answer to 0.",
         )
-    _check_ids(parts, found, place)
     if "" in roles or found.problems or not answered:
         return
     if "assistant" not in roles:
@@ -212,18 +211,3 @@ def without_answer(parts: Sequence[Part], found: RowProblems) -> list[Part]:
     if not end and not found.problems:
         found.add("no_question", "it has no message that could be answered.", "Add the user's message.")
     return list(parts[:end])
-
-
-def _check_ids(parts: Sequence[Part], found: RowProblems, place: str) -> None:
-    called: set[str] = set()
-    for i, part in enumerate(parts):
-        for call in part.fields.get("tool_calls", ()) if isinstance(part.fields.get("tool_calls"), list) else ():
-            if isinstance(call, dict) and isinstance(call.get("id"), str):
-                called.add(call["id"])
-        answered = part.fields.get("tool_call_id")
-        if isinstance(answered, str) and part.role == "tool" and called and answered not in called:
-            found.add(
-                "bad_tool_call",
-                f"{place}[{i}] answers the call {answered[:40]!r}, which nobody made.",
-                "Correct the id.",
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.data.formats._turns import parts_of
 from tunesmith.data.problems import RowProblems
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
@@ -35,17 +36,10 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
 
 
 def _history(history: Any, found: RowProblems) -> list[Part]:
-    if history is None or history == "":
+    if not history:
         return []
-    if not isinstance(history, list):
-        found.wrong_type("history", history, "a list of [question, answer]")
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+        found.add("wrong_type", "history is not a list of [question, answer].", "Write it so.")
         return []
-    parts = []
-    for i, pair in enumerate(history):
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            found.add("wrong_type", f"history[{i}] is not [question, answer], two texts.", "Write it so.")
-        elif not pair[1].strip():
-            found.add("empty_answer", f"history[{i}] has an empty answer.", "Write it, or remove the pair.")
-        else:
-            parts += [Part("user", pair[0], False), Part("assistant", pair[1], True)]
-    return parts
+    pairs = [zip(("user", "assistant"), pair, strict=True) for pair in history]
+    return parts_of([{"role": role, "content": text} for pair in pairs for role, text in pair], found, place="history")
