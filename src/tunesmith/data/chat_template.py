@@ -186,7 +186,7 @@ class _Process:
             return self._ask(settings, items)
 
     def _ask(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
-        request = json.dumps([settings, items]).encode()
+        request = json.dumps([settings, items], default=str).encode()
         try:
             with suppress(OSError):  # that it ended is seen below
                 self._connection.send_bytes(request)

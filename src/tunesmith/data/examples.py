@@ -318,6 +318,6 @@ def _has_side(example: Example) -> bool:
 
 
 def hash_of(content: list[Any]) -> int:
-    """64-bit hash of what JSON can hold."""
-    packed = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
+    """64-bit hash of a value as JSON; what JSON has no form for, such as a date of Parquet, counts as text."""
+    packed = orjson.dumps(content, default=str, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")

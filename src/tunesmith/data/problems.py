@@ -123,20 +123,6 @@ class RowProblems:
         fix = "Put it in quotes." if expected == "text" and isinstance(value, int | float) else ""
         self.add("wrong_type", f"{place} is {describe_type(value)}, expected {expected}.", fix)
 
-    def only_json(self, place: str, value: Any) -> None:
-        """A problem where a value handed on to a template is not what JSON can hold. Parquet has dates and more."""
-        waiting = [(place, value)]
-        while waiting:
-            name, one = waiting.pop()
-            if isinstance(one, dict):
-                waiting += [(f"{name}.{key}", item) for key, item in one.items()]
-            elif isinstance(one, list):
-                waiting += [(f"{name}[{i}]", item) for i, item in enumerate(one)]
-            elif isinstance(one, float) and not math.isfinite(one):
-                self.add("not_a_number", f"{name} is {one}.", "Leave it out.")
-            elif not isinstance(one, str | int | float | None):
-                self.wrong_type(name, one, "what JSON can hold")
-
 
 def describe_type(value: Any) -> str:
     """The type of a value, in words."""

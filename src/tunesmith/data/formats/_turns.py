@@ -115,7 +115,6 @@ def _fields(message: Mapping[str, Any], found: RowProblems, place: str) -> dict[
     for key in ("name", "tool_call_id", "reasoning_content"):
         if key in fields and not isinstance(fields[key], str):
             found.wrong_type(f"{place}.{key}", fields[key], "text")
-    found.only_json(place, fields)
     return fields
 
 
@@ -170,7 +169,6 @@ def tools_of(record: Mapping[str, Any], found: RowProblems) -> tuple[Mapping[str
             found.add(
                 "bad_tool", f"tools[{i}] names no function.", 'Write {"type": "function", "function": {"name": ...}}.'
             )
-    found.only_json("tools", tools)
     return tuple(tools)
 
 
