@@ -195,21 +195,6 @@ def test_a_chat_that_nobody_asks_anything_in_cannot_be_answered(tmp_path: Path):
     assert errors(examples_in(path, task="chat", answered=False)[1]) == [("no_question", 1)]
 
 
-@pytest.mark.parametrize(
-    ("messages", "code"),
-    [
-        (["user", "assistant", "user"], "untrained_end"),
-        (["user", "user", "assistant"], "same_role_twice"),
-        (["user", "assistant", "assistant"], "same_role_twice"),
-    ],
-)
-def test_what_may_not_be_meant_is_a_warning(messages: list[str], code: str, tmp_path: Path):
-    row = {"messages": [{"role": role, "content": "x"} for role in messages]}
-    found, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])))
-    assert len(found) == 1
-    assert [(problem.code, problem.severity) for problem in problems] == [(code, "warning")]
-
-
 def test_question_without_text_is_a_warning(tmp_path: Path):
     _, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines([{"prompt": "", "completion": "b"}])))
     assert [(problem.code, problem.severity) for problem in problems] == [("empty_text", "warning")]

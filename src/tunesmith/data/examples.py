@@ -21,36 +21,17 @@ from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
-_ALTERNATING = ("user", "assistant")
-
 
 def warnings_of(example: Example) -> Iterator[Problem]:
-    """Warnings, one a kind: two turns of one role in a row, a turn without text, an end that is not trained."""
-    if example.shape == "tokens_tags":
-        return
+    """Warnings: sides that differ in white space alone, and a text, not an answer, without any."""
     if len(example.branches) == 2 and example.shape in COMPARED and differ_in_space_alone(example):
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
-    parts = example.parts
-    last = parts[-1]
-    if len(parts) == 2 and last.trained and parts[0].text and parts[0].role != last.role:
-        return  # nearly every row
-    for i, (before, part) in enumerate(itertools.pairwise(parts), start=1):
-        if before.role == part.role and part.role in _ALTERNATING:
-            fix = "Join them: many chat templates refuse that."
-            yield _warning(example, "same_role_twice", f"messages {i} and {i + 1} are both of the {part.role}.", fix)
-            break
+    parts = example.parts if example.shape != "tokens_tags" else ()
     blank = next((i for i, part in enumerate(parts) if not part.text.strip() and part.role != "assistant"), None)
     if blank is not None:
         turn = f"message {blank + 1} ({parts[blank].role})" if example.shape in CHATS else parts[blank].role
         yield _warning(example, "empty_text", f"{turn} has no text.", "")
-    if last.role != "assistant" and not last.trained and any(part.trained for part in parts):
-        yield _warning(
-            example,
-            "untrained_end",
-            f"it ends with a message of the {last.role}: nothing after the last answer is trained.",
-            "Add the answer, or remove that message.",
-        )
 
 
 def _warning(example: Example, code: str, message: str, fix: str) -> Problem:
