@@ -240,7 +240,7 @@ def test_a_text_with_two_labels_is_a_warning_with_both_places(tmp_path: Path):
 
 
 def test_a_check_of_whole_rows_only_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.data.examples.input_hash", content_hash)
+    monkeypatch.setattr("tunesmith.data.encode.input_hash", content_hash)
     with pytest.raises(AssertionError):
         finds_conflicts(check, tmp_path)
 

@@ -252,7 +252,7 @@ def test_an_input_with_two_answers_stands_on_one_side(task: TaskName, tmp_path: 
 
 
 def test_a_split_by_whole_rows_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tunesmith.data.examples.input_hash", content_hash)
+    monkeypatch.setattr("tunesmith.data.encode.input_hash", content_hash)
     field, records = TWICE["tag"]
     path = put(tmp_path, "rows.jsonl", json_lines(records))
     with pytest.raises(AssertionError):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.examples import both_hashes, examples
+from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import TunesmithError
@@ -86,7 +86,7 @@ def encode(renderer: Renderer, chunk: Chunk, vocabulary: dict[str, int], on_prob
     rows = []
     encoded = renderer.encode([example for _, example in chunk], on_warning=on_problem, vocabulary=vocabulary)
     for (file, example), result in zip(chunk, encoded, strict=True):
-        hashes = both_hashes(example)
+        hashes = content_hash(example), input_hash(example)
         for item in result:
             if isinstance(item, Problem):
                 on_problem(item)

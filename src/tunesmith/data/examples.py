@@ -285,17 +285,8 @@ def input_hash(example: Example) -> int:
     if (example.shape in CHATS or example.branches) and not example.plain:
         parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
     read = [[part.role, part.text, part.fields] for part in parts if not part.trained]
-    return hash_of([read, example.tools]) if _has_side(example) and read else content_hash(example)
-
-
-def both_hashes(example: Example) -> tuple[int, int]:
-    """`content_hash` and `input_hash`."""
-    content = content_hash(example)
-    return content, input_hash(example) if _has_side(example) else content
-
-
-def _has_side(example: Example) -> bool:
-    return example.plain or example.shape in (*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags")
+    has_input = example.plain or example.shape in (*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags")
+    return hash_of([read, example.tools]) if has_input and read else content_hash(example)
 
 
 def hash_of(content: list[Any]) -> int:

@@ -26,8 +26,6 @@ OTHER_NAMES = {
     "batch_size": "train.rows_per_step",
     "per_device_train_batch_size": "train.rows_per_step",
     "gradient_accumulation_steps": "train.tokens_per_pass",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
     "lora_r": "method.rank",
     "r": "method.rank",
     "lora_alpha": "method.alpha",
@@ -35,9 +33,7 @@ OTHER_NAMES = {
     "target_modules": "method.targets",
     "layers_to_transform": "method.targets",
     "modules_to_save": "method.also_train",
-    "use_rslora": "method.rslora",
     "use_dora": "method.name",
-    "loraplus_lr_ratio": "method.loraplus_ratio",
     "max_length": "data.max_tokens",
     "max_seq_length": "data.max_tokens",
     "max_grad_norm": "optim.clip",
@@ -49,9 +45,8 @@ OTHER_NAMES = {
     "save_total_limit": "checkpoint.keep",
     "dtype": "precision",
     "gradient_checkpointing": "train.checkpointed_layers",
-    "label_smoothing_factor": "loss.label_smoothing",
 }
-"""Names of options in other tools, for suggestions."""
+"""Names of options in other tools that are not like ours, for suggestions."""
 REMOVED: dict[str, Any] = {
     "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
     "method.quant": "nf4", "method.double_quant": True, "loss.neftune_alpha": 0.0, "train.group_by_length": False,
