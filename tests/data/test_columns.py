@@ -25,8 +25,8 @@ def test_a_named_column_that_no_row_has_is_said(tmp_path: Path):
         (problem,) = check(data_of(path, columns={"label": "lable"}), task="classify").problems
         assert problem.code == "columns_unused"
         assert "names lable, which no row" in problem.message
-        said = check(data_of(path, columns={"text": "text", "label": "lable"}), task="classify").problems[0]
-        assert (said.code, said.fix) == ("missing_column", "Did you mean label?")
+        found = check(data_of(path, columns={"text": "text", "label": "lable"}), task="classify").problems
+        assert ("missing_column", "Did you mean label?") in [(one.code, one.fix) for one in found]
 
 
 @pytest.mark.parametrize(
