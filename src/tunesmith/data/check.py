@@ -48,8 +48,13 @@ KEPT = ["file", "line", "hash", "input", "length", "targets", "labels"]
 
 OnProgress = Callable[[int, int], None]
 """Bytes read and bytes in total."""
-Message = Callable[[Source, int, int], str]
-"""Makes the message about a row that repeats another, from the place of the other, the row, and the other."""
+_REPEATS = {
+    "duplicate": "the row repeats {}.",
+    "overlap": "this held-out row is also at {}, where it is trained.",
+    "conflicting_labels": "the text is also at {}, with another label: one of them is likely wrong.",
+    "flipped_pair": "the same is at {} the other way round: one of both is likely wrong.",
+}
+"""Messages about a row that repeats another in some way, by code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,23 +211,13 @@ class _Check:
             one.done()
         train, held = self._sides["train"], self._sides["eval"]
         train_I, held_I = train.hashes, held.hashes
-        repeated = self._pairs(duplicates(train_I), "train", "duplicate", lambda there, *_: f"the row repeats {there}.")
-        shared = self._pairs(
-            overlap(train_I, held_I),
-            "eval",
-            "overlap",
-            lambda there, *_: f"this held-out row is also at {there}, where it is trained.",
-            is_error=self._data.overlap == "error",
-        )
+        repeated = self._pairs(duplicates(train_I), "train", "duplicate")
+        shared = self._pairs(overlap(train_I, held_I), "eval", "overlap")
         self._notes += input_overlap(np.isin(held_I, train_I), train.inputs, held.inputs)
         conflicting = 0
         if train.shape == "text_label":
-            pairs_I = conflicts(train.inputs, train_I)
-            said = "the text is also at {}, with another label: one of them is likely wrong."
-            conflicting = self._pairs(pairs_I, "train", "conflicting_labels", lambda there, *_: said.format(there))
-        way = "the other way round: one of both is likely wrong."
-        flipped = train.preferences.flipped(len(train_I))
-        self._pairs(flipped, "train", "flipped_pair", lambda there, *_: f"the same is at {there} {way}")
+            conflicting = self._pairs(conflicts(train.inputs, train_I), "train", "conflicting_labels")
+        self._pairs(train.preferences.flipped(len(train_I)), "train", "flipped_pair")
         self._notes += train.preferences.notes()
         labels, label_refusals = self._labels()
         held_out = self._held_out()
@@ -326,13 +321,12 @@ class _Check:
         for problem in error.problems:
             self._hear(problem)
 
-    def _pairs(
-        self, found_I: NDArray[np.int64], side: Side, code: str, message: Message, *, is_error: bool = False
-    ) -> int:
+    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str) -> int:
         """Report the first rows that repeat another, given as (row, row that it repeats); count all."""
+        is_error = code == "overlap" and self._data.overlap == "error"
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
         for row, other in found_I[:PAIRS_LISTED].tolist():
-            said = message(self._source("train", other), row, other)
+            said = _REPEATS[code].format(self._source("train", other))
             self._hear(Problem(self._source(side, row), code, said, "", severity))
         if (more := len(found_I) - PAIRS_LISTED) > 0:
             self._counts[severity][code] += more
