@@ -96,10 +96,8 @@ class ChatEncoder(RowEncoder):
         self._limit = limit
         self.template_text = self._template.text
         self.control = ControlTokens(tokenizer, self.template_text)
-        stops = find_stops(self._bare_render, self.control, name=fast.name)
-        self.stop_ids = stops.ids
-        self._run = list(stops.run)
-        self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([stops.run[0], *stops.ids]))
+        self._run, self.stop_ids = find_stops(self._bare_render, self.control, name=fast.name)
+        self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([self._run[0], *self.stop_ids]))
         if self._starts_with_two_bos(fast.ids([self._bare_render([QUESTION], True)])[0].tolist()):
             raise ModelError(f"{fast.name}: its chat template writes BOS twice. Give a corrected one by data.template.")
 
@@ -397,18 +395,11 @@ def _around(text: str) -> tuple[str, str]:
     return before, after
 
 
-@dataclass(frozen=True, slots=True)
-class Stops:
-    """Control tokens that close a turn."""
+def find_stops(render: Render, control: ControlTokens, *, name: str) -> tuple[list[int], tuple[int, ...]]:
+    """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), and those where
+    generation stops: the last of them, and the one that closes a turn with tool calls.
 
-    run: tuple[int, ...]
-    """Tokens that close an answer, one directly after the other; mostly one, two for Command R7B."""
-    ids: tuple[int, ...]
-    """Tokens where generation stops: the last of `run`, and the one that closes a turn with tool calls."""
-
-
-def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:
-    """Raises `ModelError` when the template does not show an answer, or closes it without a control token.
+    Raises `ModelError` when the template does not show an answer, or closes it without a control token.
 
     What a template writes behind the last turn only, such as Phi 3's <|endoftext|>, closes the text and no turn.
     """
@@ -432,7 +423,7 @@ def find_stops(render: Render, control: ControlTokens, *, name: str) -> Stops:
             "each of the assistant's turns with {{ eos_token }}."
         )
     ids = dict.fromkeys([run[-1], *_end_of_tool_call(render, control, last)])
-    return Stops(run=tuple(run), ids=tuple(ids))
+    return run, tuple(ids)
 
 
 def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:
