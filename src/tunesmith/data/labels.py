@@ -83,12 +83,9 @@ def resolve_labels(
         DataError: a label is not one of the classes, or no number; there is one class, or far too many.
         RecipeError: data.labels or train.class_weights do not fit.
     """
-    if not data.labels and own_classes and set(sides[0].counts) <= set(own_classes):
+    is_own = not data.labels and bool(own_classes) and set(sides[0].counts) <= set(own_classes)
+    if is_own:
         data = data.model_copy(update={"labels": tuple(own_classes)})
-        labels, choices = resolve_labels(
-            task=task, data=data, class_weights=class_weights, trained=trained, sides=sides
-        )
-        return labels, [*choices, Choice("data.labels", labels.names, "the classes of the model's own head")]
     kind, choices = find_kind(task, data, sides)
     if kind == "number":
         if data.labels or class_weights != "equal":
@@ -104,7 +101,9 @@ def resolve_labels(
         raise RecipeError(f"data.labels: {twice!r} is there twice. Name each class once.")
     known = frozenset(names)
     _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, names, is_given=bool(data.labels)))
-    if not data.labels:
+    if is_own:
+        choices.append(Choice("data.labels", names, "the classes of the model's own head"))
+    elif not data.labels:
         _refuse_too_many(names, sides[0])
         choices.append(Choice("data.labels", names, "classes of the training files, whole numbers first, then by name"))
     counts_C = count_classes(trained, names)
