@@ -65,7 +65,7 @@ def test_a_file_that_breaks_off_is_refused_after_the_problems_before(tmp_path: P
     files = [DataFile(path=str(tmp_path / "rows.csv"))]
     with pytest.raises(DataError, match=r"rows\.csv:33"):
         build(tmp_path / "rows", data=Data(), files=files, renderer=renderer, on_problem=heard.append)
-    assert [(problem.source.line, problem.code) for problem in heard] == [(32, "empty")]
+    assert [(problem.source.line, problem.code) for problem in heard] == [(32, "empty_text"), (32, "empty")]
 
 
 def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
