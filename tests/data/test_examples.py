@@ -101,9 +101,9 @@ def test_a_file_without_any_mapped_field_is_read_as_it_is_and_that_is_said(tmp_p
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        ({"promt": "question"}, "did you mean prompt?"),
-        ({"question": "prompt"}, "did you mean {prompt: question}?"),
-        ({"zzz": "q"}, "no shape has such a field, one of "),
+        ({"promt": "question"}, "Did you mean prompt?"),
+        ({"question": "prompt"}, "Did you mean {prompt: question}?"),
+        ({"zzz": "q"}, "no shape has such a field. One of "),
         ({"prompt": "text", "completion": "text"}, "text is named for two fields"),
     ],
 )

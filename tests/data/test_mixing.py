@@ -124,11 +124,6 @@ def test_a_source_without_a_row_is_refused() -> None:
         times_per_epoch(data(train=TWO, mix="shares"), [70, 0])
 
 
-def test_shares_of_one_file_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"data\.mix: shares: there is one file"):
-        data(train=TWO[:1], mix="shares")
-
-
 @pytest.mark.parametrize("weight", [0, -1, 101])
 def test_a_weight_out_of_range_is_refused_with_its_place(weight: float) -> None:
     with pytest.raises(RecipeError, match=r"data\.train\[1\]\.weight: .* is not a number above 0"):

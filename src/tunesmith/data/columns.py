@@ -15,6 +15,7 @@ from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
 from tunesmith.data.problems import names
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Shape, TaskName
 
@@ -58,10 +59,8 @@ def check_column_names(columns: Mapping[str, str]) -> None:
     """Raise `RecipeError` when data.columns names a field that no shape has, or one of the data's twice."""
     for ours, theirs in columns.items():
         if ours not in FIELDS:
-            near = difflib.get_close_matches(ours, FIELDS, n=1)
-            swapped = f"did you mean {{{theirs}: {ours}}}?" if theirs in FIELDS else f"one of {', '.join(FIELDS)}."
-            hint = f"did you mean {near[0]}?" if near else swapped
-            raise RecipeError(f"data.columns.{ours}: no shape has such a field, {hint}")
+            swapped = f" Did you mean {{{theirs}: {ours}}}?" if theirs in FIELDS else f" One of {', '.join(FIELDS)}."
+            raise RecipeError(f"data.columns.{ours}: no shape has such a field.{did_you_mean(ours, FIELDS) or swapped}")
     twice = sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1})
     if twice:
         raise RecipeError(f"data.columns: {twice[0]} is named for two fields; a column can be one.")

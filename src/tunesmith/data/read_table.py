@@ -155,21 +155,15 @@ def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any]
     metadata = table.metadata
     num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     num_rows = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, num_bytes // max(1, metadata.num_rows))))
-    batches = table.iter_batches(batch_size=num_rows, use_threads=False)
-    while True:
-        try:
-            batch = next(batches, None)
-        except _BROKEN as error:
-            raise _damaged(facts, error) from None
-        if batch is None:
-            return
-        facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
-        try:
-            records = _without_nanoseconds(batch).to_pylist()
-        except _UNHOLDABLE:
-            yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
-        else:
-            yield from records
+    try:
+        for batch in table.iter_batches(batch_size=num_rows, use_threads=False):
+            facts.done_bytes = facts.total_bytes * facts.line // max(1, metadata.num_rows)
+            try:
+                yield from _without_nanoseconds(batch).to_pylist()
+            except _UNHOLDABLE:
+                yield from map(_one, (batch.slice(i, 1) for i in range(batch.num_rows)))
+    except _BROKEN as error:
+        raise _damaged(facts, error) from None
 
 
 def _without_nanoseconds(batch: pa.RecordBatch) -> pa.RecordBatch:

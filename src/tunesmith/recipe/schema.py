@@ -136,12 +136,6 @@ class Data(OptionGroup):
         copy._template_at = place
         return copy
 
-    @model_validator(mode="after")
-    def _shares_are_of_several(self) -> Data:
-        if self.mix == "shares" and len(self.train) == 1:
-            raise ValueError("data.mix: shares: there is one file: give two or more of data.train, or leave mix out")
-        return self
-
     @field_validator("train", "eval", "replay", mode="before")
     @classmethod
     def _paths_are_files(cls, value: Any) -> Any:
