@@ -93,14 +93,13 @@ def resolve_labels(
             raise RecipeError(
                 f"{option}: labels are numbers, which have no classes. Leave it out, or set data.label_kind."
             )
-        _refuse(sides, lambda name: not is_number(name), _no_number)
+        refuse_unknown(Labels("number"), *sides)
         return Labels("number"), choices
     names = data.labels or order(sides[0].counts)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RecipeError(f"data.labels: {twice!r} is there twice. Name each class once.")
-    known = frozenset(names)
-    _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, names, is_given=bool(data.labels)))
+    refuse_unknown(Labels(kind, names), *sides, is_given=bool(data.labels))
     if is_own:
         choices.append(Choice("data.labels", names, "the classes of the model's own head"))
     elif not data.labels:
@@ -118,13 +117,13 @@ def resolve_labels(
     return Labels(kind, names, weights_C), choices
 
 
-def refuse_unknown(labels: Labels, counts: LabelCounts) -> None:
-    """Raise DataError for labels that a head which was trained before cannot answer with."""
+def refuse_unknown(labels: Labels, *sides: LabelCounts, is_given: bool = True) -> None:
+    """Raise DataError for labels that are none of these; `is_given`: the user named them, or a head has them."""
     if labels.kind == "number":
-        _refuse([counts], lambda name: not is_number(name), _no_number)
+        _refuse(sides, lambda name: not is_number(name), _no_number)
     else:
         known = frozenset(labels.names)
-        _refuse([counts], lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=True))
+        _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=is_given))
 
 
 def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple[LabelKind, list[Choice]]:
