@@ -301,7 +301,7 @@ def _found_or_encoded(
     summary = find(folder, key)
     if summary is not None:
         for problem in summary.problems:
-            on_problem(as_problem(problem))
+            on_problem(Problem(**{**problem, "source": Source(*problem["source"])}))
         progress(summary.num_rows, sum(sizes), sum(sizes))
         return RowStore(folder, summary, paths, reused=True)
     with disk.storing(folder):
@@ -363,10 +363,6 @@ def find(folder: Path, key: str) -> Summary | None:
         return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def as_problem(saved: dict[str, Any]) -> Problem:
-    return Problem(**{**saved, "source": Source(*saved["source"])})
 
 
 def arrow_path(folder: Path, key: str) -> Path:

@@ -263,7 +263,7 @@ class Dispatcher:
 
     def _relay(self, one: _Active) -> None:
         """Take over what the run says. If the store fails in between, all of it is taken over again."""
-        found = one.tail()
+        found = list(one.tail.read())
         if not found:
             return
         try:

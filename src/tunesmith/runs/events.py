@@ -58,10 +58,6 @@ class Tail:
     _file: BinaryIO | None = None
     _offset: int = 0
 
-    def __call__(self) -> list[Event]:
-        """The events since the last call."""
-        return list(self.read())
-
     def read(self) -> Iterator[Event]:
         """Yield the events since the last call, up to a line that is no event."""
         if _is_elsewhere(self.path, self._file):

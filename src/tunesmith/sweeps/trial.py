@@ -87,7 +87,7 @@ class Follower:
     def read(self) -> list[tuple[int, dict[str, Any]]]:
         """Evaluations on the way that are new, as (step, measures)."""
         found = []
-        for event in self._new():
+        for event in self._new.read():
             values = event.values
             if event.kind == "plan":
                 self.step, self.total = 0, int(values.get("steps", 0))

@@ -77,7 +77,7 @@ class Sender:
         tail, is_last = Tail(self.run.events_path), False
         while not is_last:
             is_last = self.is_over()
-            steps = [step for event in tail() for step in self.reader.add(event)]
+            steps = [step for event in tail.read() for step in self.reader.add(event)]
             steps += self.reader.rest() if is_last else []
             if steps or is_last:
                 self._send(steps)
