@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,19 +52,10 @@ def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
         if not rows.columns.is_unique:
             twice = rows.columns[rows.columns.duplicated()][0]
             raise DataError(f"column {twice}: the table has several columns of this name. Give each its own.")
-        return [{k: v for k, v in row.items() if not _is_missing(v)} for row in rows.to_dict("records")]
-    if hasattr(rows, "column_names"):  # datasets: iterates over rows; None is its missing value
-        return ({k: v for k, v in row.items() if v is not None} for row in rows)
-    return list(rows)
-
-
-def _is_missing(value: Any) -> bool:
-    """None, NaN, and pandas' NA and NaT."""
-    return (
-        value is None
-        or type(value).__name__ in ("NAType", "NaTType")
-        or (isinstance(value, (float, np.floating)) and math.isnan(value))
-    )
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    elif not hasattr(rows, "column_names"):  # as a table of `datasets` has
+        return list(rows)
+    return ({k: v for k, v in row.items() if v is not None} for row in rows)
 
 
 def _line(i: int, row: Mapping[str, Any]) -> bytes:
