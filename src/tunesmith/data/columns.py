@@ -17,7 +17,7 @@ from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data
-from tunesmith.types import Problem, Shape, TaskName
+from tunesmith.types import Shape, TaskName
 
 _PROPOSED: tuple[Shape, ...] = (
     "prompt_completion", "document_summary", "tokens_tags", "text_label", "text", "text_pairs",
@@ -138,7 +138,7 @@ def ask_text_or_classes(data: Data) -> str | None:
     text = data.columns.get("text", "text")
     for file in data.train:
         with suppress(DataError):  # which is said when its rows are read
-            for _, record, _ in islice(read([file], limits=data.limits, on_problem=_ignore), 1):
+            for _, record, _ in islice(read([file], limits=data.limits, on_problem=lambda problem: None), 1):
                 renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
                 label = next((name for name in _CLASSES if name in record and name != text), None)
                 if label is not None and find_shape({**record, **renamed}) == "text":
@@ -147,8 +147,4 @@ def ask_text_or_classes(data: Data) -> str | None:
                         f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
                         f"To learn the class: {columns}. To learn the text itself: --set task=text."
                     )
-    return None
-
-
-def _ignore(problem: Problem) -> Any:
     return None

@@ -66,13 +66,8 @@ def check_depth(raw: bytes, depth: int) -> None:
         if mark in (b"{", b"["):
             now += 1
             if now > allowed:
-                raise BadRow(
-                    "too_deep",
-                    f"it nests deeper than {allowed}, which is "
-                    + ("data.limits.depth" if depth <= DEEPEST else "the deepest that can be read"),
-                    "Flatten the row" + (", or raise the limit." if depth < DEEPEST else "."),
-                    at=match.start(),
-                )
+                message = f"it nests deeper than {allowed} (data.limits.depth, {DEEPEST} at most)"
+                raise BadRow("too_deep", message, "Flatten the row, or raise the limit.", at=match.start())
         elif mark in (b"}", b"]"):
             now -= 1
 
