@@ -113,7 +113,7 @@ def test_a_row_without_any_word_is_a_problem() -> None:
 def test_a_control_token_among_the_words_is_named() -> None:
     (problem,) = renderer(BERT).encode([sentence("the", "[SEP]")])[0]
     assert isinstance(problem, Problem)
-    assert "tokens[1] contains [SEP]" in problem.message
+    assert "its text contains [SEP]" in problem.message
 
 
 def test_equal_tags_have_one_id_and_words_to_be_tagged_none() -> None:

@@ -158,16 +158,6 @@ def test_a_model_needs_no_base(home: Path) -> None:
     assert "--model: says where the base of a run is" in told
 
 
-def test_recorded_places_of_windows_are_read_anywhere(tmp_path: Path) -> None:
-    from tunesmith.recipe.origin import Origin
-
-    made = {"in": r"C:\w", "root": r"C:\w\runs", "places": {r".\base": r"C:\w\base", r"D:\x": r"D:\x"}}
-    (tmp_path / "base").mkdir()
-    origin = Origin.of(tmp_path / "runs" / "one", {"made": made}, base=None)
-    assert origin.find(r".\base") == str(tmp_path / "base")
-    assert origin.find(r"D:\x") == r"D:\x"
-
-
 @pytest.mark.parametrize("made", [None, [], {"places": []}, {"places": {"a": 1}}, {"in": 3, "places": {"a": "\0"}}])
 def test_a_record_that_makes_no_sense_is_passed_over(tmp_path: Path, made: object) -> None:
     from tunesmith.recipe.origin import Origin
