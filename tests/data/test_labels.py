@@ -150,7 +150,7 @@ def test_rows_that_are_added_change_no_id_once_the_order_is_in_the_recipe():  # 
     (resolved,) = [choice.value for choice in choices if choice.key == "data.labels"]
     assert resolved == labels.names == ("a", "b", "c")
     assert decided(["c", "b", "a"] * 9, labels=resolved)[0].names == ("a", "b", "c")
-    assert "'aa' is not in data.labels (a, b, c)" in refused(["c", "b", "a", "aa"], labels=resolved)[0]
+    assert "'aa' is not one of the classes (a, b, c)" in refused(["c", "b", "a", "aa"], labels=resolved)[0]
 
 
 def test_a_class_that_no_held_out_row_has_keeps_its_id():  # trap: A12
@@ -192,7 +192,7 @@ def test_kind_can_be_said():
 def test_a_label_that_only_a_held_out_row_has_is_refused_with_its_place():  # trap: A12
     (problem,) = refused(["eye", "ear", "eye"], held=["eye", "eyes"])
     assert problem == (
-        "test.csv:3: unknown_label: no training row has the label 'eyes' of this held-out row (there are ear, eye). "
+        "test.csv:3: unknown_label: the label 'eyes' is not one of the classes (ear, eye). "
         "Correct it, add training rows, or name all classes in data.labels. Did you mean eye?"
     )
 

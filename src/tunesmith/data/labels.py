@@ -99,7 +99,7 @@ def resolve_labels(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise RecipeError(f"data.labels: {twice!r} is there twice. Name each class once.")
-    refuse_unknown(Labels(kind, names), *sides, is_given=bool(data.labels))
+    refuse_unknown(Labels(kind, names), *sides)
     if is_own:
         choices.append(Choice("data.labels", names, "the classes of the model's own head"))
     elif not data.labels:
@@ -117,13 +117,13 @@ def resolve_labels(
     return Labels(kind, names, weights_C), choices
 
 
-def refuse_unknown(labels: Labels, *sides: LabelCounts, is_given: bool = True) -> None:
-    """Raise DataError for labels that are none of these; `is_given`: the user named them, or a head has them."""
+def refuse_unknown(labels: Labels, *sides: LabelCounts) -> None:
+    """Raise DataError for labels that are none of these."""
     if labels.kind == "number":
         _refuse(sides, lambda name: not is_number(name), _no_number)
     else:
         known = frozenset(labels.names)
-        _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, labels.names, is_given=is_given))
+        _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, labels.names))
 
 
 def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple[LabelKind, list[Choice]]:
@@ -183,7 +183,7 @@ def targets(labels: Labels, local_ids: NDArray[np.int64], vocabulary: Sequence[s
         return np.array([float(vocabulary[i]) for i in local_ids], np.float32)
     classes_N: NDArray[np.int64] = _classes(labels.names, tuple(vocabulary))[local_ids]
     if (classes_N < 0).any():
-        raise DataError(_unknown(vocabulary[int(local_ids[classes_N < 0][0])], labels.names, is_given=True)[0])
+        raise DataError(_unknown(vocabulary[int(local_ids[classes_N < 0][0])], labels.names)[0])
     if labels.kind != "many":
         return classes_N
     held_1C = np.zeros((1, len(labels.names)), np.float32)
@@ -231,15 +231,10 @@ def _refuse(
         raise DataError("\n".join(map(str, problems)), problems)
 
 
-def _unknown(name: str, names: Sequence[str], *, is_given: bool) -> tuple[str, str]:
+def _unknown(name: str, names: Sequence[str]) -> tuple[str, str]:
     listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
-    if is_given:
-        return (
-            f"the label {name[:60]!r} is not in data.labels ({listed}).",
-            f"Correct it, or add it.{did_you_mean(name, names)}",
-        )
-    message = f"no training row has the label {name[:60]!r} of this held-out row (there are {listed})."
-    return message, f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, names)}"
+    fix = f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, names)}"
+    return f"the label {name[:60]!r} is not one of the classes ({listed}).", fix
 
 
 def _no_number(name: str) -> tuple[str, str]:
