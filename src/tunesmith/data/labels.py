@@ -118,12 +118,18 @@ def resolve_labels(
 
 
 def refuse_unknown(labels: Labels, *sides: LabelCounts) -> None:
-    """Raise DataError for labels that are none of these."""
-    if labels.kind == "number":
-        _refuse(sides, lambda name: not is_number(name), _no_number)
-    else:
-        known = frozenset(labels.names)
-        _refuse(sides, lambda name: name not in known, lambda name: _unknown(name, labels.names))
+    """Raise DataError for labels that are none of these, each with its first place."""
+    problems: list[Problem] = []
+    known = frozenset(labels.names)
+    for side in sides:
+        for i, name in enumerate(side.names):
+            is_known = is_number(name) if labels.kind == "number" else name in known
+            if side.counts_V[i] and not is_known:
+                if len(problems) == MOST_LISTED:
+                    raise DataError(f"more than {MOST_LISTED} labels cannot be used", problems)
+                problems.append(Problem(side.place(i), "unknown_label", *_unknown(name, labels)))
+    if problems:
+        raise DataError("\n".join(map(str, problems)), problems)
 
 
 def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple[LabelKind, list[Choice]]:
@@ -183,7 +189,7 @@ def targets(labels: Labels, local_ids: NDArray[np.int64], vocabulary: Sequence[s
         return np.array([float(vocabulary[i]) for i in local_ids], np.float32)
     classes_N: NDArray[np.int64] = _classes(labels.names, tuple(vocabulary))[local_ids]
     if (classes_N < 0).any():
-        raise DataError(_unknown(vocabulary[int(local_ids[classes_N < 0][0])], labels.names)[0])
+        raise DataError(_unknown(vocabulary[int(local_ids[classes_N < 0][0])], labels)[0])
     if labels.kind != "many":
         return classes_N
     held_1C = np.zeros((1, len(labels.names)), np.float32)
@@ -215,30 +221,12 @@ def weights_of(
     return np.array([class_weights.get(name, 1.0) for name in names], np.float64)
 
 
-def _refuse(
-    sides: Sequence[LabelCounts], is_bad: Callable[[str], bool], explain: Callable[[str], tuple[str, str]]
-) -> None:
-    """Raise for labels that cannot be used, each with its first place."""
-    problems: list[Problem] = []
-    for side in sides:
-        for i, name in enumerate(side.names):
-            if side.counts_V[i] and is_bad(name):
-                if len(problems) < MOST_LISTED:
-                    problems.append(Problem(side.place(i), "unknown_label", *explain(name)))
-                else:
-                    raise DataError(f"more than {MOST_LISTED} labels cannot be used", problems)
-    if problems:
-        raise DataError("\n".join(map(str, problems)), problems)
-
-
-def _unknown(name: str, names: Sequence[str]) -> tuple[str, str]:
-    listed = ", ".join(names[:MOST_LISTED]) + (", ..." if len(names) > MOST_LISTED else "")
-    fix = f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, names)}"
+def _unknown(name: str, labels: Labels) -> tuple[str, str]:
+    if labels.kind == "number":
+        return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
+    listed = ", ".join(labels.names[:MOST_LISTED]) + (", ..." if len(labels.names) > MOST_LISTED else "")
+    fix = f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, labels.names)}"
     return f"the label {name[:60]!r} is not one of the classes ({listed}).", fix
-
-
-def _no_number(name: str) -> tuple[str, str]:
-    return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
 
 
 def _refuse_too_many(names: Sequence[str], seen: LabelCounts) -> None:
