@@ -298,7 +298,7 @@ def test_targets_are_what_the_head_learns():
     assert none.tolist() == [[0.0, 0.0, 0.0]]
     number = targets(Labels("number"), np.array([1]), ("1", "-2.5"))
     assert (number.tolist(), number.dtype) == ([-2.5], np.float32)
-    with pytest.raises(DataError, match="'c' is not in data"):
+    with pytest.raises(DataError, match="'c' is not one of the classes"):
         targets(Labels("one", ("a", "b")), np.array([2]), vocabulary)
 
 
