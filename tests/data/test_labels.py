@@ -29,9 +29,9 @@ class FakeStore:
 
     def __init__(self, rows: Sequence[str | Sequence[str]], path: str = "train.csv") -> None:
         lists = [[row] if isinstance(row, str) else list(row) for row in rows]
-        self.vocabulary = tuple(dict.fromkeys(itertools.chain(*lists)))
-        ids = [[self.vocabulary.index(name) for name in row] for row in lists]
-        self.labels = LabelColumn(pa.table({"labels": pa.array(ids, pa.list_(pa.int64()))}), self.vocabulary)
+        vocabulary = tuple(dict.fromkeys(itertools.chain(*lists)))
+        ids = [[vocabulary.index(name) for name in row] for row in lists]
+        self.labels = LabelColumn(pa.table({"labels": pa.array(ids, pa.list_(pa.int64()))}), vocabulary)
         self._num = len(lists)
         self.summary = SimpleNamespace(many=any(not isinstance(row, str) for row in rows))
         self._path = path
@@ -199,7 +199,7 @@ def test_a_label_that_only_a_held_out_row_has_is_refused_with_its_place():  # tr
 
 def test_labels_that_no_list_names_are_listed_with_the_first_place_of_each():
     problems = refused(["a", "x", "b", "y", "x"], held=["z"], labels=("a", "b"))
-    assert [problem.split(" is not in")[0] for problem in problems] == [
+    assert [problem.split(" is not one of")[0] for problem in problems] == [
         "train.csv:3: unknown_label: the label 'x'",
         "train.csv:5: unknown_label: the label 'y'",
         "test.csv:2: unknown_label: the label 'z'",
