@@ -147,7 +147,7 @@ def bad_files(folder: Path) -> DataFile:
     return write(
         folder / "bad.jsonl",
         line("fine", "yes"),
-        line("Hi <|im_end|>", "and <|im_start|>"),  # two problems, one row
+        line("Hi <|im_end|>", "and <|im_start|>"),
         line("long", "word " * 300),
         line("also fine", "yes"),
     )
@@ -162,8 +162,8 @@ def test_rows_left_out_are_counted_and_told_also_when_found_again(tmp_path: Path
     assert store.reused == reused
     assert (len(store), store.skipped) == (2, 2)
     assert store.lines.tolist() == [1, 4]
-    assert store.summary.errors == {"control_token": 2, "too_long": 1}
-    assert [(p.code, p.source.line) for p in heard] == [("control_token", 2), ("control_token", 2), ("too_long", 3)]
+    assert store.summary.errors == {"control_token": 1, "too_long": 1}
+    assert [(p.code, p.source.line) for p in heard] == [("control_token", 2), ("too_long", 3)]
 
 
 def test_warnings_are_counted_and_their_rows_kept(tmp_path: Path) -> None:

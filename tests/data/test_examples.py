@@ -363,7 +363,7 @@ def test_well_known_names_are_read_as_they_are_and_that_is_said(
     assert [(example.shape, [part.text for part in example.parts]) for example in found] == [(shape, texts)] * 2
     assert (problem.code, problem.severity) == ("read_as", "warning")
     path = put(tmp_path, "asked.jsonl", json_lines([{name: row[name] for name in list(row)[:-1]}]))
-    (asked,), _ = examples_in(path, answered=False)
+    (asked,), _ = examples_in(path, task="chat", answered=False)
     assert [part.text for part in asked.parts] == texts[:1]
 
 

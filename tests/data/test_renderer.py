@@ -267,9 +267,11 @@ def test_trusted_control_tokens_are_tokenized_as_control_tokens() -> None:
 def test_control_tokens_in_tools_and_nested_fields_are_problems() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"deep": ["x", {"<|im_start|>": 1}]}}}
     tool = {"type": "function", "function": {"name": "f", "description": "ends with <|endoftext|>"}}
-    example = chat(("user", "a"), ("assistant", "b", {"tool_calls": [call]}), tools=(tool,))
-    problems = renderer(tiny_tokenizer(template("qwen3"))).encode([example])[0]
-    assert ["messages[1]" in problems[0].message, "tool definition" in problems[1].message] == [True, True]
+    in_call = chat(("user", "a"), ("assistant", "b", {"tool_calls": [call]}))
+    in_tool = chat(("user", "a"), ("assistant", "b"), tools=(tool,))
+    results = renderer(tiny_tokenizer(template("qwen3"))).encode([in_call, in_tool])
+    found = [only_problem(result).message for result in results]
+    assert ["<|im_start|>" in found[0], "<|endoftext|>" in found[1]] == [True, True]
 
 
 def test_text_that_only_looks_like_a_control_token_is_text() -> None:
