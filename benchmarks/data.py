@@ -55,7 +55,7 @@ def _line(asked: str, told: str) -> str:
     return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
 
-def encode(model: str, path: str, folder: str, task: str = "chat") -> None:
+def encode(model: str, path: str, folder: str, num_proc: str = "1", task: str = "chat") -> None:
     """Encode the rows, or open them where they are, then plan: prints a line of JSON."""
     import numpy as np
 
@@ -68,6 +68,7 @@ def encode(model: str, path: str, folder: str, task: str = "chat") -> None:
     from tunesmith.recipe.load import load as load_recipe
 
     given = {"model": model, "task": task, "data.train": path, "data.max_tokens": 2048, "data.too_long": "error"}
+    given |= {"data.num_proc": int(num_proc)}
     recipe = load_recipe(None, [f"{key}={json.dumps(value)}" for key, value in given.items()])
     located = resolve_model(model, revision=None, offline=True)
     renderer = make_renderer(recipe, load.load_tokenizer(located, None), model_kind(located))
@@ -138,6 +139,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--chats", help="a JSONL file whose questions and answers make the rows, instead of numbers")
     parser.add_argument("--file", help="rows as they are, instead of any that are made")
     parser.add_argument("--task", default="chat", help="of the rows in --file")
+    parser.add_argument(
+        "--num-proc", type=int, nargs="+", default=[1, 2], help="processes that encode, one after another"
+    )
     options = parser.parse_args(words)
     made_of = options.file or f"{options.rows:,} rows"
     print(f"{machine()['processor']}, {machine()['cores']} cores; {made_of}\n")
@@ -147,7 +151,8 @@ def main(words: Sequence[str] | None = None) -> None:
         rows = Path(options.file or Path(folder, "rows.jsonl"))
         if options.file is None:
             mix_rows(rows, options.rows, chats=options.chats) if options.chats else write_rows(rows, options.rows)
-        for name in ("encoded", "opened again"):
+        made = [(f"encoded, num_proc {num}", num) for num in options.num_proc]
+        for name, num in [*made, ("opened again", options.num_proc[-1])]:
             code = "import sys; from benchmarks.data import encode; encode(*sys.argv[1:])"
             words = [
                 sys.executable,
@@ -155,7 +160,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 code,
                 options.model,
                 str(rows),
-                str(Path(folder, "encoded")),
+                str(Path(folder, f"encoded-{num}")),
+                str(num),
                 options.task,
             ]
             child = run_child(words, log=Path(folder, "log"))

@@ -15,8 +15,8 @@ def test_rows_are_encoded_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
     assert len(set(lines)) == 40
     model = str(model_folder(tmp_path / "model"))
-    for _ in range(2):
-        encode(model, str(tmp_path / "rows.jsonl"), str(tmp_path / "encoded"))
+    for num_proc in ("2", "1"):
+        encode(model, str(tmp_path / "rows.jsonl"), str(tmp_path / "encoded"), num_proc)
     first, again = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["rows"] == again["rows"] == 40
     assert first["tokens"] == again["tokens"]

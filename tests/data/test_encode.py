@@ -1,17 +1,23 @@
-"""Data files become record batches: problems in the order of rows, errors where a file ends, nothing left behind."""
+"""Data files become record batches, the same by any number of processes: problems, errors, nothing left behind."""
 
 import json
+import multiprocessing
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.families import bert_like
+from data.test_chat_template import is_there, wait_until
 from tiny import tiny_tokenizer
 from tunesmith.data import encode as encode_module
-from tunesmith.data.dataset import RowStore, build
+from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import DataError
+from tunesmith.environment import for_child
+from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.types import Problem
@@ -34,17 +40,23 @@ def chats(num: int) -> list[str]:
     return lines
 
 
-def built(path: Path, *, heard: list[Problem] | None = None, **more: Any) -> RowStore:
-    renderer = Renderer(tiny_tokenizer(), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
+def built(
+    path: Path, *, template: str | None = None, num_proc: int = 1, heard: list[Problem] | None = None, **more: Any
+) -> RowStore:
+    renderer = Renderer(tiny_tokenizer(template), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
     files = [DataFile(path=str(path))]
-    problems = [] if heard is None else heard
-    return build(path.parent / "rows", data=Data(), files=files, renderer=renderer, on_problem=problems.append, **more)
+    on_problem = ([] if heard is None else heard).append
+    folder = path.parent / f"rows{num_proc}"
+    return build(folder, data=Data(num_proc=num_proc), files=files, renderer=renderer, on_problem=on_problem, **more)
 
 
 def test_problems_come_in_the_order_of_rows_and_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(40)), "utf-8")
     heard: list[Problem] = []
     store = built(tmp_path / "a.jsonl", heard=heard)
+    several = built(tmp_path / "a.jsonl", num_proc=2)
+    assert arrow_path(several.folder, several.key).read_bytes() == arrow_path(store.folder, store.key).read_bytes()
+    assert (several.summary.errors, several.summary.warnings) == (store.summary.errors, store.summary.warnings)
     errors = [problem for problem in heard if problem.severity == "error"]
     assert {"cut", "ignored_fields"} <= store.summary.warnings.keys()
     assert {"control_token", "no_answer", "bad_json"} <= store.summary.errors.keys()
@@ -61,11 +73,13 @@ def test_a_file_that_breaks_off_is_refused_after_the_problems_before(tmp_path: P
     renderer = Renderer(
         bert_like(), TASKS["classify"], kind="encoder", max_tokens=12, too_long="cut", control_tokens="error"
     )
-    heard: list[Problem] = []
     files = [DataFile(path=str(tmp_path / "rows.csv"))]
-    with pytest.raises(DataError, match=r"rows\.csv:33"):
-        build(tmp_path / "rows", data=Data(), files=files, renderer=renderer, on_problem=heard.append)
-    assert [(problem.source.line, problem.code) for problem in heard] == [(32, "empty_text"), (32, "empty")]
+    for num_proc in (1, 2):
+        heard: list[Problem] = []
+        data = Data(num_proc=num_proc)
+        with pytest.raises(DataError, match=r"rows\.csv:33"):
+            build(tmp_path / "rows", data=data, files=files, renderer=renderer, on_problem=heard.append)
+        assert [(problem.source.line, problem.code) for problem in heard] == [(32, "empty_text"), (32, "empty")]
 
 
 def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
@@ -75,5 +89,51 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path / "a.jsonl", progress=stop)
-    assert list((tmp_path / "rows").iterdir()) == []
+        built(tmp_path / "a.jsonl", num_proc=2, progress=stop)
+    assert list((tmp_path / "rows2").iterdir()) == []
+
+
+def test_what_a_process_fails_at_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
+    deep = "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}"
+    with pytest.raises(ModelError, match="more deeply than Python can follow"):
+        built(tmp_path / "a.jsonl", num_proc=2, template=deep)
+
+    def kill(rows: int, done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(TunesmithError, match=r"a process that encodes rows ended.*data\.num_proc: 1"):
+        built(tmp_path / "a.jsonl", num_proc=2, progress=kill)
+
+
+SCRIPT = """
+import pickle, sys, time
+from pathlib import Path
+from tunesmith.data import encode
+from tunesmith.data.dataset import build
+from tunesmith.recipe.schema import Data, DataFile
+
+encode.CHUNK_EXAMPLES = 3
+renderer = pickle.loads(Path(sys.argv[1], "renderer").read_bytes())
+wait = lambda *_: (print("torch" in sys.modules, flush=True), time.sleep(60))
+build(Path(sys.argv[1], "rows"), data=Data(num_proc=2), files=[DataFile(path=sys.argv[1] + "/a.jsonl")],
+      renderer=renderer, on_problem=lambda _: None, progress=wait)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
+def test_a_script_needs_no_main_guard_nor_torch_and_processes_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
+    (tmp_path / "script.py").write_text(SCRIPT, "utf-8")
+    renderer = Renderer(tiny_tokenizer(), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
+    (tmp_path / "renderer").write_bytes(pickle.dumps(renderer))
+    words = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    with subprocess.Popen(words, env=for_child(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"
+        listed = Path(f"/proc/{process.pid}/task")
+        children = [int(pid) for path in listed.glob("*/children") for pid in path.read_text().split()]
+        assert len(children) >= 2
+        process.kill()
+    wait_until(lambda: not any(is_there(pid) for pid in children), seconds=60)

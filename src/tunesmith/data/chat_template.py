@@ -170,6 +170,7 @@ class _Process:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owner = 0
+        self._is_here = False
         self.process: Any = None
         self._connection: Any = None
 
@@ -178,18 +179,28 @@ class _Process:
 
         A process that has served before may have run out of the memory that earlier rows left: a new one tries again.
         """
+        request = json.dumps([settings, items], default=str)
+        if self._is_here:
+            return _checked(_answers(*json.loads(request), cpu_s=2 * RENDER_S))
         with self._lock:
             if self.process is not None and self._owner == os.getpid() and self.process.is_alive():
                 with suppress(_Ended):
-                    return self._ask(settings, items)
+                    return self._ask(request)
             self._start()
-            return self._ask(settings, items)
+            return self._ask(request)
 
-    def _ask(self, settings: Mapping[str, Any], items: Sequence[Item]) -> list[Answer]:
-        request = json.dumps([settings, items], default=str).encode()
+    def render_here(self) -> None:
+        """Render in this process itself from now on, with a limit to its memory, and end it when a text takes too long.
+
+        For processes whose end is an error of their parent. Windows cannot end them so, and keeps the other process.
+        """
+        self._is_here = sys.platform != "win32"
+        _limit_memory(2 * GROWTH_BYTES)
+
+    def _ask(self, request: str) -> list[Answer]:
         try:
             with suppress(OSError):  # that it ended is seen below
-                self._connection.send_bytes(request)
+                self._connection.send_bytes(request.encode())
             return _checked(self._receive(RENDER_S))
         except BaseException:  # Ctrl-C too: the next answer would be that of this request
             self.end()

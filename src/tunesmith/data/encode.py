@@ -1,25 +1,37 @@
-"""Data files to record batches of encoded rows; everything left out is counted."""
+"""Data files to record batches of encoded rows, by one process or several; everything left out is counted."""
 
 # T tokens
 
 from __future__ import annotations
 
-from collections import Counter
+import gc
+import multiprocessing
+import os
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens
+from tunesmith.data.chat_template import PROCESS as TEMPLATES
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
+from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Row, Source
+
+T = TypeVar("T")
 
 CHUNK_EXAMPLES = 512
 CHUNK_CHARS = 4_000_000
@@ -27,6 +39,12 @@ CHUNK_CHARS = 4_000_000
 BATCH_ROWS = 8192
 BATCH_TOKENS = 4_000_000
 """Bounds of a record batch, which is written at once."""
+WORTH_BYTES = 8 * 1024**2
+"""Size of files from which on processes are worth their start."""
+MOST_PROCESSES = 8
+"""One process reads for them and writes, and cannot feed more."""
+AHEAD = 2
+"""Chunks that wait for each process, and are memory."""
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -48,6 +66,17 @@ Chunk = Sequence[tuple[int, Example]]
 """Examples, each with the index of its file."""
 OnProgress = Callable[[int, int, int], None]
 """(rows encoded, bytes read, bytes in all)"""
+
+
+class Encoded(NamedTuple):
+    """The rows of a chunk."""
+
+    rows: pa.RecordBatch
+    names: Sequence[str]
+    """Classes by their first appearance in the chunk, which its rows count by."""
+    many: bool | None
+    """Whether classes came as lists; None: rows without classes."""
+    problems: Sequence[Problem]
 
 
 class EncodedRow(NamedTuple):
@@ -93,6 +122,75 @@ def encode(renderer: Renderer, chunk: Chunk, vocabulary: dict[str, int], on_prob
             else:
                 rows.append(EncodedRow(item, file, *hashes, example.many))
     return rows
+
+
+def _encoded(renderer: Renderer, chunk: Chunk) -> Encoded:
+    """The rows of a chunk, whatever came before it. Raises as `Renderer.encode`."""
+    vocabulary: dict[str, int] = {}
+    problems: list[Problem] = []
+    rows = encode(renderer, chunk, vocabulary, problems.append)
+    lists = [one.many for one in rows if one.row.labels is not None]
+    return Encoded(columns(rows), list(vocabulary), any(lists) if lists else None, problems)
+
+
+@contextmanager
+def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Callable[[], Encoded]]]:
+    """A function that has a chunk encoded, and returns one that waits for its rows; 1: by this process, then."""
+    if num == 1:
+        yield lambda chunk: partial(_encoded, renderer, chunk)
+        return
+    pool = ProcessPoolExecutor(num, multiprocessing.get_context("spawn"), _begin, (renderer,))
+
+    def begin(chunk: Chunk) -> Callable[[], Encoded]:
+        with spawning():
+            return pool.submit(_encoded_here, chunk).result
+
+    try:
+        yield begin
+    except BrokenProcessPool as ended:
+        what = "a process that encodes rows ended: memory ran out, or a chat template did not end"
+        raise TunesmithError(f"{what}. To see which, set data.num_proc: 1.") from ended
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_RENDERER: list[Renderer] = []
+"""The one of a process that encodes for another."""
+
+
+def _begin(renderer: Renderer) -> None:
+    """Prepare a process that encodes for another, and ends with that."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    TEMPLATES.render_here()
+    _RENDERER.append(renderer)
+    gc.freeze()  # the collector need not look through the libraries again and again
+
+
+def _encoded_here(chunk: Chunk) -> Encoded:
+    return _encoded(_RENDERER[0], chunk)
+
+
+def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
+    """Each item when there are `num` after it, or no more; an error comes after the items before it."""
+    waiting, error = deque[T](), None
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > num:
+                yield waiting.popleft()
+    except TunesmithError as raised:
+        error = raised
+    yield from waiting
+    if error is not None:
+        raise error
 
 
 def renamed(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, int]) -> pa.RecordBatch:
@@ -172,7 +270,7 @@ class EncodingCounts:
 class Encoding(EncodingCounts):
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    `num_bytes`: of all files.
+    `num_bytes`: of all files. By data.num_proc processes, or as many as their size is worth; the rows are the same.
     """
 
     def __init__(
@@ -187,28 +285,33 @@ class Encoding(EncodingCounts):
     ) -> None:
         super().__init__(data, on_problem, progress)
         self._files, self._renderer, self._num_bytes = files, renderer, num_bytes
+        self._num_proc = data.num_proc or (min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1)
         self._last_bad: Source | None = None
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
-        rows: list[EncodedRow] = []
-        num_tokens = 0
+        parts: list[pa.RecordBatch] = []
+        num_rows = num_tokens = 0
         facts: list[FileFacts] = []
-        task = self._renderer.task_name
-        for chunk in chunks(examples(self._files, self._data, self._hear, facts=facts, task=task)):
-            encoded = encode(self._renderer, chunk, self.vocabulary, self._hear)
-            rows += encoded
-            num_tokens += sum(len(one.row.ids) for one in encoded)
-            self.num_rows += len(encoded)
-            for one in encoded:
-                if one.row.labels is not None:
-                    self.many = bool(self.many) or one.many
-            if len(rows) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
-                yield columns(rows)
-                rows, num_tokens = [], 0
-            self._progress(self.num_rows, sum(file.done_bytes for file in facts), self._num_bytes)
-        if rows:
-            yield columns(rows)
+        read = examples(self._files, self._data, self._hear, facts=facts, task=self._renderer.task_name)
+        with _processes(self._renderer, self._num_proc) as begin:
+            begun = ((begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(read))
+            for rows_of_chunk, done_bytes in _ahead(begun, AHEAD * self._num_proc if self._num_proc > 1 else 0):
+                rows, names, many, problems = rows_of_chunk()
+                for problem in problems:
+                    self._hear(problem)
+                parts.append(renamed(rows, names, self.vocabulary))
+                num_rows += rows.num_rows
+                num_tokens += len(rows.column("ids").values)
+                self.num_rows += rows.num_rows
+                if many is not None:
+                    self.many = bool(self.many) or many
+                if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                    yield pa.concat_batches(parts)
+                    parts, num_rows, num_tokens = [], 0, 0
+                self._progress(self.num_rows, done_bytes, self._num_bytes)
+        if num_rows:
+            yield pa.concat_batches(parts)
         self._progress(self.num_rows, self._num_bytes, self._num_bytes)
 
     def _hear(self, problem: Problem) -> None:

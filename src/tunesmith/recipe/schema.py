@@ -122,6 +122,9 @@ class Data(OptionGroup):
     """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or trusted."""
     overlap: Literal["error", "warn"] = "warn"
     """Held-out rows that are also in the training files: refuse, or train and report how many."""
+    num_proc: Positive | None = None
+    """Processes that encode rows. null: one, or for files of 8 MiB and more together one a core, at most 8. Rows,
+    counts and errors are the same."""
     limits: Limits = Limits()
     _template_at: str | None = PrivateAttr(None)
 
