@@ -19,7 +19,7 @@ from tunesmith.data.branches import lines_of
 from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import SCHEMA, EncodedRow, chunks, columns, encode
+from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, renamed
 from tunesmith.data.examples import examples
 from tunesmith.data.formats import COMPARED, SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
@@ -169,9 +169,9 @@ class _Side:
         self.preferences = Preferences()
         self._batches: list[pa.RecordBatch] = []
 
-    def add(self, rows: Sequence[EncodedRow]) -> None:
-        self._batches.append(columns(rows).select(KEPT))
-        self.many |= any(one.many for one in rows if one.row.labels is not None)
+    def add(self, encoded: Encoded) -> None:
+        self._batches.append(renamed(encoded.rows, encoded.names, self.vocabulary).select(KEPT))
+        self.many |= bool(encoded.many)
 
     def done(self) -> None:
         """Look at all rows together: the first of each example, if it has several."""
@@ -290,8 +290,10 @@ class _Check:
         """Encode examples and remember those that can be used. Returns how many can."""
         rows, stand_in = self._sides[side], cast("Renderer", _Unread())
         numbered = [(len(self._paths) - 1, example) for example in chunk]
-        encoded = encode(self._renderer or stand_in, numbered, rows.vocabulary, self._hear)
-        lines = {one.row.source.line for one in encoded}
+        encoded = encode(self._renderer or stand_in, numbered)
+        for problem in encoded.problems:
+            self._hear(problem)
+        lines = set(encoded.rows.column("line").to_pylist())
         usable = [example for example in chunk if example.source.line in lines]
         rows.add(encoded)
         for example in usable:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -79,18 +79,6 @@ class Encoded(NamedTuple):
     problems: Sequence[Problem]
 
 
-class EncodedRow(NamedTuple):
-    """One row of an example, and what a store keeps of the example."""
-
-    row: Row
-    file: int
-    """Index of its file."""
-    content: int
-    input: int
-    """See `examples.content_hash` and `examples.input_hash`."""
-    many: bool
-
-
 def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
     """Examples in chunks. Raises as `found` does, after the chunks before."""
     chunk: list[tuple[int, Example]] = []
@@ -110,40 +98,36 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
         raise error
 
 
-def encode(renderer: Renderer, chunk: Chunk, vocabulary: dict[str, int], on_problem: OnProblem) -> list[EncodedRow]:
-    """The rows of a chunk, labels by `vocabulary`, to which new classes are added. Raises as `Renderer.encode`."""
-    rows = []
-    encoded = renderer.encode([example for _, example in chunk], on_warning=on_problem, vocabulary=vocabulary)
-    for (file, example), result in zip(chunk, encoded, strict=True):
-        hashes = content_hash(example), input_hash(example)
-        for item in result:
-            if isinstance(item, Problem):
-                on_problem(item)
-            else:
-                rows.append(EncodedRow(item, file, *hashes, example.many))
-    return rows
-
-
-def _encoded(renderer: Renderer, chunk: Chunk) -> Encoded:
+def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
     """The rows of a chunk, whatever came before it. Raises as `Renderer.encode`."""
     vocabulary: dict[str, int] = {}
     problems: list[Problem] = []
-    rows = encode(renderer, chunk, vocabulary, problems.append)
-    lists = [one.many for one in rows if one.row.labels is not None]
-    return Encoded(columns(rows), list(vocabulary), any(lists) if lists else None, problems)
+    found: list[tuple[Row, int, int, int]] = []
+    many: bool | None = None
+    results = renderer.encode([example for _, example in chunk], on_warning=problems.append, vocabulary=vocabulary)
+    for (file, example), result in zip(chunk, results, strict=True):
+        hashes = content_hash(example), input_hash(example)
+        for item in result:
+            if isinstance(item, Problem):
+                problems.append(item)
+                continue
+            found.append((item, file, *hashes))
+            if item.labels is not None:
+                many = bool(many) or example.many
+    return Encoded(columns(found), list(vocabulary), many, problems)
 
 
 @contextmanager
 def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Callable[[], Encoded]]]:
     """A function that has a chunk encoded, and returns one that waits for its rows; 1: by this process, then."""
     if num == 1:
-        yield lambda chunk: partial(_encoded, renderer, chunk)
+        yield lambda chunk: partial(encode, renderer, chunk)
         return
     pool = ProcessPoolExecutor(num, multiprocessing.get_context("spawn"), _begin, (renderer,))
 
     def begin(chunk: Chunk) -> Callable[[], Encoded]:
         with spawning():
-            return pool.submit(_encoded_here, chunk).result
+            return pool.submit(_encode_here, chunk).result
 
     try:
         yield begin
@@ -174,8 +158,8 @@ def _begin(renderer: Renderer) -> None:
     gc.freeze()  # the collector need not look through the libraries again and again
 
 
-def _encoded_here(chunk: Chunk) -> Encoded:
-    return _encoded(_RENDERER[0], chunk)
+def _encode_here(chunk: Chunk) -> Encoded:
+    return encode(_RENDERER[0], chunk)
 
 
 def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
@@ -213,22 +197,23 @@ def complete(rows: pa.RecordBatch) -> pa.RecordBatch:
     return rows
 
 
-def columns(found: Sequence[EncodedRow]) -> pa.RecordBatch:
-    """Rows as they are stored."""
+def columns(found: Sequence[tuple[Row, int, int, int]]) -> pa.RecordBatch:
+    """Rows as they are stored: each with its file, and the hashes of its example's content and input."""
 
-    def numbers(values: Iterator[int], dtype: Any) -> pa.Array:
+    def numbers(values: Iterable[int], dtype: Any) -> pa.Array:
         return pa.array(np.fromiter(values, dtype, len(found)))
 
-    nothing, rows = np.empty(0, np.int64), [one.row for one in found]
+    nothing = np.empty(0, np.int64)
+    rows, files, contents, inputs = zip(*found, strict=True) if found else ((), (), (), ())
     arrays = [
         _lists([row.ids for row in rows], np.int32),
         _lists([row.trained for row in rows], np.bool_),
         numbers((line_tokens(row) for row in rows), np.int32),
         numbers((int(np.count_nonzero(row.trained)) for row in rows), np.int32),
-        numbers((one.file for one in found), np.int32),
+        numbers(files, np.int32),
         numbers((row.source.line for row in rows), np.int64),
-        numbers((one.content for one in found), np.uint64),
-        numbers((one.input for one in found), np.uint64),
+        numbers(contents, np.uint64),
+        numbers(inputs, np.uint64),
         _lists([nothing if row.labels is None else row.labels for row in rows], np.int64),
         numbers((row.second for row in rows), np.int32),
         numbers((row.num_bytes for row in rows), np.int32),
