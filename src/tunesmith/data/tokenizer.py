@@ -299,19 +299,5 @@ def _cuts(added: Mapping[int, Any]) -> frozenset[int]:
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
     """Any of some texts, the longest that matches at a place, as tokenizers do; of none, nothing matches."""
-    some = sorted({text for text in texts if text})
-    return re.compile(_branches(some) if some else "(?!)")
-
-
-def _branches(texts: Sequence[str]) -> str:
-    """Sorted texts as a tree of their prefixes: the time for a match does not grow with their number."""
-    by_first: dict[str, list[str]] = {}
-    for text in texts:
-        if text:
-            by_first.setdefault(text[0], []).append(text[1:])
-    if not by_first:
-        return ""
-    branches = "|".join(re.escape(first) + _branches(rests) for first, rests in by_first.items())
-    if texts[0] == "":  # one of them ends here
-        return f"(?:{branches})?"
-    return f"(?:{branches})" if len(by_first) > 1 else branches
+    longest_first = sorted({text for text in texts if text}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

@@ -74,6 +74,16 @@ _OWN = (
 _LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away
 
 
+class _Place:
+    """A file or folder of a run, by its name in there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: Run, _: type[Run]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run folder."""
@@ -81,6 +91,17 @@ class Run:
     path: Path
     base: str | None = None
     """Current place of its base model, if the user gave one."""
+    recipe_path = _Place("recipe.yaml")
+    events_path = _Place("events.jsonl")
+    report_path = _Place("report.json")
+    rows_path = _Place("rows")
+    checkpoints_path = _Place("checkpoints")
+    snapshots_path = _Place("snapshots")
+    evaluation_path = _Place("evaluation")
+    adapter_path = _Place("adapter")
+    model_path = _Place("model")
+    merged_path = _Place("merged")
+    """The result as a whole model, made when another run starts from it."""
 
     @classmethod
     def create(
@@ -148,47 +169,6 @@ class Run:
             several = f"the names of {len(matches)} runs in {root} begin with it: {listed(matches)}"
             raise RunError(f"{text}: {several}. Give more of the name.")
         raise RunError(no_such_run(text, root))
-
-    @property
-    def events_path(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def rows_path(self) -> Path:
-        return self.path / "rows"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def snapshots_path(self) -> Path:
-        return self.path / "snapshots"
-
-    @property
-    def merged_path(self) -> Path:
-        """The result as a whole model, made when another run starts from it."""
-        return self.path / "merged"
-
-    @property
-    def adapter_path(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def model_path(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def evaluation_path(self) -> Path:
-        return self.path / "evaluation"
-
-    @property
-    def report_path(self) -> Path:
-        return self.path / "report.json"
-
-    @property
-    def recipe_path(self) -> Path:
-        return self.path / "recipe.yaml"
 
     @property
     def created(self) -> float:
