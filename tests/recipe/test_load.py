@@ -252,8 +252,7 @@ def test_a_dumped_recipe_validates_to_itself():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("r.json", '{"seed": ' + "9" * 5000 + "}", "5000 digits"),
-        ("r.yaml", '{"seed": ' + "9" * 5000 + "}", "is not a whole number"),
+        ("r.json", '{"seed": ' + "9" * 5000 + "}", "is not a whole number"),
         ("r.json", '{"a": ' * 900 + "1" + "}" * 900, "nested deeper than 32"),
     ],
 )
