@@ -279,38 +279,24 @@ def build(
     """
     files = expand_folders(files, on_problem)
     inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
-    how: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
-    with one_at_a_time(folder, files):
-        return _found_or_encoded(folder, files, **how)
-
-
-def _found_or_encoded(
-    folder: Path,
-    files: Sequence[DataFile],
-    *,
-    data: Data,
-    renderer: Renderer,
-    on_problem: OnProblem,
-    progress: OnProgress,
-) -> RowStore:
-    before = [_signature(file.at) for file in files]
-    sizes = [size for size, *_ in before]
-    hashes = [file_hash(file) for file in files]
-    key = _key(hashes, data, renderer)
-    paths = [file.path for file in files]
-    summary = find(folder, key)
-    if summary is not None:
-        for problem in summary.problems:
-            on_problem(Problem(**{**problem, "source": Source(*problem["source"])}))
-        progress(summary.num_rows, sum(sizes), sum(sizes))
-        return RowStore(folder, summary, paths, reused=True)
-    with disk.storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    disk.clean(folder, older_than_s=STALE_S)
-    aside = folder / f"parts-{key[:16]}"
-    parts = in_parts(files)
     listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
-    with ExitStack() as held:
+    with one_at_a_time(folder, files), ExitStack() as held:
+        before = [_signature(file.at) for file in files]
+        sizes = [size for size, *_ in before]
+        hashes = [file_hash(file) for file in files]
+        key = _key(hashes, data, renderer)
+        paths = [file.path for file in files]
+        summary = find(folder, key)
+        if summary is not None:
+            for problem in summary.problems:
+                on_problem(Problem(**{**problem, "source": Source(*problem["source"])}))
+            progress(summary.num_rows, sum(sizes), sum(sizes))
+            return RowStore(folder, summary, paths, reused=True)
+        with disk.storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        disk.clean(folder, older_than_s=STALE_S)
+        aside = folder / f"parts-{key[:16]}"
+        parts = in_parts(files)
         encoding: EncodingCounts
         if len(parts) > 1:
             encoding = JoinedParts(data, parts, partial(build, aside, data=data, renderer=renderer), **listeners)
@@ -318,9 +304,9 @@ def _found_or_encoded(
             there = downloaded(data, files, renderer, aside, num_bytes=sum(sizes), **listeners)
             encoding = held.enter_context(there)
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
-    disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
-    disk.remove(aside)
-    return RowStore(folder, summary, paths, reused=False)
+        disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
+        disk.remove(aside)
+        return RowStore(folder, summary, paths, reused=False)
 
 
 def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, check: Callable[[], None]) -> Summary:

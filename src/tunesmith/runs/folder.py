@@ -151,15 +151,10 @@ class Run:
 
         Raises RunError naming the near matches.
         """
-        found = cls._find(path_or_name, root)
-        return found if base is None else replace(found, base=base)
-
-    @classmethod
-    def _find(cls, path_or_name: str | Path, root: Path) -> Run:
         text = str(path_or_name)
         if (Path(text) / "run.json").is_file():
-            return _known_format(cls(Path(text)))
-        present = {run.path.name: run for run in runs(root)}
+            return _known_format(cls(Path(text), base))
+        present = {run.path.name: replace(run, base=base) for run in runs(root)}
         if text == "last" and present:
             return _known_format(max(present.values(), key=lambda run: (run.created, run.path.name)))
         matches = [text] if text in present else [name for name in present if text and name.startswith(text)]
