@@ -157,24 +157,6 @@ def test_a_run_of_an_earlier_order_is_refused_in_words(tmp_path, monkeypatch):
         resume(run)
 
 
-def test_a_run_of_a_version_with_other_options_goes_on(tmp_path):
-    """Without an option that came later, and with those that were taken out."""
-    with pytest.raises(Stopped):
-        train(tiny_recipe(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
-    run = runs(tmp_path / "runs")[0]
-    recipe = run.recipe_path.read_text("utf-8").replace("repeatable: false\n", "")
-    run.recipe_path.write_text(recipe.replace("\ntrain:\n", "\ntrain:\n  group_by_length: false\n"), "utf-8")
-    newest = checkpoint.load(run.checkpoints_path / "step-3")
-    identity = {key: value for key, value in newest.state["identity"].items() if key != "setting repeatable"}
-    identity |= {"setting train.group_by_length": "False"}
-    state = {**newest.state, "identity": identity}
-    checkpoint.save(run.checkpoints_path, 3, weights=newest.weights, optimizer=newest.optimizer, state=state)
-    resume(run)
-    notes = [event.values["text"] for event in run.events() if event.kind == "note"]
-    assert "setting repeatable: False, as when this run began" in notes
-    assert run.state() == "done"
-
-
 def test_a_refused_resume_leaves_the_rows_of_the_run_alone(tmp_path):
     run = stopped_run(tmp_path)
     file = tmp_path / "chats.jsonl"
