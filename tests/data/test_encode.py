@@ -12,7 +12,7 @@ import pytest
 
 from data.families import bert_like
 from data.test_chat_template import is_there, wait_until
-from tiny import tiny_tokenizer
+from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
@@ -41,7 +41,7 @@ def chats(num: int) -> list[str]:
 
 
 def built(
-    path: Path, *, template: str | None = None, num_proc: int = 1, heard: list[Problem] | None = None, **more: Any
+    path: Path, *, template: str = CHATML, num_proc: int = 1, heard: list[Problem] | None = None, **more: Any
 ) -> RowStore:
     renderer = Renderer(tiny_tokenizer(template), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
     files = [DataFile(path=str(path))]
