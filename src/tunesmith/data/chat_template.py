@@ -179,9 +179,9 @@ class _Process:
 
         A process that has served before may have run out of the memory that earlier rows left: a new one tries again.
         """
-        request = json.dumps([settings, items], default=str)
         if self._is_here:
-            return _checked(_answers(*json.loads(request), cpu_s=2 * RENDER_S))
+            return _checked(_answers(settings, list(map(_as_sent, items)), cpu_s=2 * RENDER_S))
+        request = json.dumps([settings, items], default=str)
         with self._lock:
             if self.process is not None and self._owner == os.getpid() and self.process.is_alive():
                 with suppress(_Ended):
@@ -331,6 +331,12 @@ def _render(settings: Mapping[str, Any], messages: Sequence[Any], tools: Any, pr
 
 def _is_plain(message: Any) -> bool:
     return type(message) is dict and message.keys() == {"role", "content"} and type(message["content"]) is str
+
+
+def _as_sent(item: Item) -> Item:
+    """An item as another process would receive it."""
+    is_plain = item[1] is None and all(map(_is_plain, item[0]))
+    return item if is_plain else tuple(json.loads(json.dumps(item, default=str)))
 
 
 def _limit_memory(growth: int) -> None:

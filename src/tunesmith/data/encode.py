@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import gc
 import multiprocessing
 import os
@@ -13,7 +14,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,7 +32,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, Problem, Row, Source
+from tunesmith.types import Example, Part, Problem, Row, Source
 
 T = TypeVar("T")
 
@@ -137,6 +140,15 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
     finally:
         pool.shutdown(cancel_futures=True)
 
+
+def _pickle_by_fields(cls: type[Any]) -> None:
+    """Send instances to a process as their fields: frozen dataclasses with slots else take three times as long."""
+    values = attrgetter(*(one.name for one in fields(cls)))
+    copyreg.pickle(cls, lambda instance: (cls, values(instance)))
+
+
+for _cls in (Source, Part, Example):
+    _pickle_by_fields(_cls)
 
 _RENDERER: list[Renderer] = []
 """The one of a process that encodes for another."""

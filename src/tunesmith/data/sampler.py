@@ -155,17 +155,11 @@ class StepSampler:
     def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
         """Tokens of these rows, [B, S]: source and target apart for an encoder–decoder."""
         if "sides" not in self._kept:
-            self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, self._sides.shape[1]), np.int32)
-            self._kept["sides"][self.rows_I] = self._sides
+            sides = [self.lengths_I] if self.targets_I is None else [self.lengths_I - self.targets_I, self.targets_I]
+            self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
+            self._kept["sides"][self.rows_I] = np.stack(sides, axis=1)
         found: NDArray[np.int32] = self._kept["sides"][list(rows)]
         return found
-
-    @property
-    def _sides(self) -> NDArray[np.int32]:
-        """Tokens of all training rows, [I, S]."""
-        if self.targets_I is None:
-            return self.lengths_I[:, None]
-        return np.stack([self.lengths_I - self.targets_I, self.targets_I], axis=1)
 
     def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
         """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
