@@ -266,7 +266,7 @@ def test_held_out_files_with_trained_inputs_are_counted_beside_equal_rows(tmp_pa
     held = [*labelled(2, "eye"), {"text": "eye text 3", "label": "ear"}, *labelled(1, "ear", start=50)]
     rows = rows_for(tmp_path, "classify", train=str(train), eval=str(put(tmp_path, "test.jsonl", json_lines(held))))
     assert any(note.startswith("2 of 4 held-out rows are also in the training files") for note in rows.notes)
-    assert any(note.startswith("1 of 4 held-out rows has an input that is also trained") for note in rows.notes)
+    assert any(note.startswith("1 of 4 held-out rows share an input with a trained row") for note in rows.notes)
 
 
 def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path: Path):

@@ -181,9 +181,8 @@ def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], he
     num = int((np.isin(held_I, train_I) & ~is_equal_I).sum())
     if not num:
         return []
-    verb = "has" if num == 1 else "have"
     return [
-        f"{num:,} of {len(held_I):,} held-out rows {verb} an input that is also trained, with another answer: "
+        f"{num:,} of {len(held_I):,} held-out rows share an input with a trained row, with another answer: "
         "their measures are not those of unseen rows"
     ]
 

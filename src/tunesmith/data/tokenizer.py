@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class Tokens:
 
     def num_until(self, char: int) -> int:
         """Number of tokens that end at or before a character."""
-        return bisect_right(self.offsets, char, key=_end)
+        return bisect_right(self.offsets, char, key=itemgetter(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +153,6 @@ class FastTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = False
-
-
-def _end(offset: tuple[int, int]) -> int:
-    return offset[1]
 
 
 class ControlTokens:
