@@ -21,7 +21,6 @@ from tunesmith.methods import METHODS
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import (
     REPLACED,
-    TEMPORARY,
     clean,
     remove,
     replace_folder,
