@@ -168,6 +168,7 @@ def _begin(renderer: Renderer) -> None:
     TEMPLATES.render_here()
     _RENDERER.append(renderer)
     gc.freeze()  # the collector need not look through the libraries again and again
+    gc.set_threshold(100_000)  # rows hold no circles
 
 
 def _encode_here(chunk: Chunk) -> Encoded:
