@@ -184,6 +184,8 @@ def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
             found = given[name]
             if (tuple(found) if isinstance(found, list) else found) == value:
                 del given[name]
+    if isinstance(optim := kept.get("optim"), dict) and optim.get("schedule", "") is None:  # what null meant
+        del optim["schedule"]
     return kept
 
 
@@ -250,6 +252,8 @@ def _refused(value: str, option: Option, given: Any) -> str:
     way = f", did you mean {near[0]}?" if near else ""
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
         way = ": put it in quotes"
+    if given == "schedule_free":
+        way = ": no longer an optimizer. For the result of a run that had it, write adamw, which changes nothing"
     return f"{value} is not {option.allowed}{way}"
 
 
@@ -257,6 +261,9 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
     other = next((option for option in options().values() if option.methods and option.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
+    if shown in ("method.quant", "method.double_quant"):
+        way = "drop it for a new run. PEFT loads the adapter of a run that had it, on its own base"
+        return f"this version quantises in nf4 with scales in 8 bits alone: {way}"
     if shown in REMOVED:
         return "this version has no such option any more: drop it"
     plain = re.sub(r"\[\d+\]", "[]", shown)
