@@ -202,6 +202,6 @@ def test_copies_that_are_not_counted_would_be_seen(tmp_path: Path) -> None:  # t
 
 
 def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:
-    store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index]))
+    store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index], branches=SimpleNamespace(partners=None)))
     batch = Collator(store, layout="padded", device="cpu").batch([1, 0], draw=0)
     assert (batch.row_indices, batch.targets_N.tolist()) == ((1, 0), [2, 1, 3])

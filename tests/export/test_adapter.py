@@ -94,7 +94,7 @@ def test_where_it_loads_is_known_before_it_is_tried(monkeypatch: pytest.MonkeyPa
         {"peft_type": "IA3"}, {"bias": "all"},
     ]  # fmt: skip
     said = {loads_in("chat", **one) for one in more} | {loads_in("classify-encoder")}
-    assert said == {"Loads in peft. For vLLM export merged, for llama.cpp gguf."}
+    assert said == {"Loads in peft. For other programs export merged."}
     source = open_result(finished("chat"), offline=True)
     monkeypatch.setattr(ModelRef, "is_gguf", property(lambda self: True))
     on_gguf = servers(source, {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "owner/base"})

@@ -10,6 +10,7 @@ import pytest
 
 from trackers.logs import ending, event, new_run, opening, trained, with_results, write
 from tunesmith.errors import InputError
+from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
 from tunesmith.trackers.sender import read_state
@@ -133,7 +134,7 @@ def test_steps_that_a_resumed_run_repeats_are_sent_once(tmp_path: Path, tracker:
     write(run, [*opening(9), *trained(1, 5, 9)])
     send(run)
     assert tracker.last_step == 5
-    run.truncate_after(2)
+    events.truncate_after(run.events_path, 2)
     write(run, [event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
     send(with_results(run))
     assert tracker.values == expected(run)
@@ -165,8 +166,8 @@ def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: M
     sender.state_path(run, "memory").parent.mkdir()
     thread = threading.Thread(target=sender.send, args=(run, "memory", over.is_set))
     thread.start()
-    for events in (opening(9), trained(1, 4, 9), trained(5, 9, 9)):
-        write(run, events)
+    for part in (opening(9), trained(1, 4, 9), trained(5, 9, 9)):
+        write(run, part)
         threading.Event().wait(0.1)
     assert tracker.last_step == 8
     write(with_results(run), ending(9))

@@ -101,7 +101,7 @@ def test_exported_as_an_adapter_it_is_what_was_tuned(
     assert done.loaded_by.startswith("peft ")
     card = (done.path / "README.md").read_text("utf-8")
     assert f"{kind_of(straight)} of the peft library" in card
-    assert "Loads in peft. For vLLM" in card
+    assert "Loads in peft. For other programs" in card
 
 
 def test_merged_where_it_is_a_change_of_weights(straight: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

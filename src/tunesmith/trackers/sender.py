@@ -100,8 +100,7 @@ class Sender:
         if self._tracker is None:
             self._tracker = load(self.name).open_run(self.run, self.reader)
             place = self._tracker.place
-            last = self._tracker.last_step
-            self._save(place=place, step=self.state["kept"] if last is None else last, error="")
+            self._save(place=place, step=self._tracker.last_step, error="")
         new: list[StepMetrics] = []
         for step in steps:  # a resumed run repeats steps
             if step.step > (new[-1].step if new else self.state["step"]):

@@ -37,8 +37,8 @@ class Tracker(Protocol):
 
     place: str
     """Where a person finds it: an address or a folder."""
-    last_step: int | None
-    """Newest step that the tracker holds; -1: none; None: what it holds is damaged."""
+    last_step: int
+    """Newest step that the tracker holds; -1: none."""
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
         """Store values of new steps, in order."""

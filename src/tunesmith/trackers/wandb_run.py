@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tunesmith.environment import install_command
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, RunError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_unreachable
 
@@ -62,9 +63,11 @@ class WandbRun:
             every = Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
             self.place = str(every)  # wandb makes a folder each time; its `sync` joins them
             steps = {str(path): _last_step(path) for path in every.parent.glob(f"{every.name}/run-{reader.key}.wandb")}
-            read = [step for step in steps.values() if step is not None]
-            self.last_step: int | None = max([-1, *read]) if len(read) == len(steps) else None
+            self.last_step = max([-1, *(step for step in steps.values() if step is not None)])
             if damaged := [path for path, step in steps.items() if step is None]:
+                with suppress(RunError):  # the newest step when wandb last closed the run in peace
+                    state = run.read_json("tracking/wandb.json")
+                    self.last_step = max(self.last_step, state["kept"] if state["place"].startswith(self.place) else -1)
                 self.place += f"; damaged, and not read: {', '.join(damaged)}"
         else:
             self.place = str(self._run.url)
