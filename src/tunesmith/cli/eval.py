@@ -220,7 +220,7 @@ class _Side:
 
 def _kept(name: str, root: Path) -> _Side:
     """The evaluation that a run made of its held-out rows when it ended."""
-    from tunesmith.evaluation.report.build import kept_report
+    from tunesmith.evaluation.report.values import kept_report
 
     run = Run.open(name, root)
     paths = [run.path / "evaluation" / f"{file}.jsonl" for file in ("after", "answers-after")]

@@ -142,19 +142,19 @@ def print_table(
 
 def print_result(screen: Console, report: Mapping[str, Any]) -> None:
     """The result of a run in a sentence or two, and a table of its metrics; nothing where nothing was measured."""
-    from tunesmith.evaluation.report import text
+    from tunesmith.evaluation.report import values
 
     if not report.get("headline") or report["metrics"]["after"] is None:
         return
     screen.print(visible(" ".join(report["headline"])), "", sep="\n")
     counted = rows_and_targets(report["metrics"]["after"])
     screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED)
-    other, ours = text.sides(report)
+    other, ours = values.sides(report)
     rows: list[list[str | Text]] = []
-    for line in text.metric_lines(report):
+    for line in values.metric_lines(report):
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
-        compared = [text.with_bounds(line.other, line.other_bounds)] if other else []
-        after = Text(text.with_bounds(line.after, line.after_bounds), style="bold")
+        compared = [values.with_bounds(line.other, line.other_bounds)] if other else []
+        after = Text(values.with_bounds(line.after, line.after_bounds), style="bold")
         change = [Text(words, style=COLOURS.get(line.verdict, MUTED))] if other else []
         rows.append([line.label, *compared, after, *change])
     print_table(screen, ["", *([other] if other else []), ours, *(["difference"] if other else [])], rows)
@@ -267,7 +267,7 @@ def sample_row(spans: Iterable[tuple[str, bool]], *, in_color: bool) -> Text:
 
 def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
     """Held-out prompts, their reference answers and the two answers to each, side by side."""
-    from tunesmith.evaluation.report.text import mark
+    from tunesmith.evaluation.report.values import mark
 
     table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
     table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT)

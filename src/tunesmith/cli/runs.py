@@ -305,7 +305,7 @@ def _report(run: Run) -> dict[str, Any] | None:
     """The report of a finished run, or None before there is one."""
     if not run.report_path.exists():
         return None
-    from tunesmith.evaluation.report.build import kept_report
+    from tunesmith.evaluation.report.values import kept_report
 
     return kept_report(run)
 

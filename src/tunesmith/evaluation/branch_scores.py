@@ -18,8 +18,6 @@ from tunesmith.evaluation.bootstrap import Floats, Statistic, ratio
 
 Results = Sequence[Mapping[str, Any]]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
-MOST_DOTS = 500
-"""Rows in a scatter."""
 HABITS = ("longer_chosen", "likelier_chosen")
 """What can choose an answer and knows no preference: its length, and how likely the untouched model finds its tokens in
 the mean, which a row of rewards does not hold."""
@@ -86,24 +84,18 @@ def _won(differences_I: Floats) -> Floats:
     return np.where(differences_I == 0, 0.5, (differences_I > 0).astype(np.float64))
 
 
-def spread(num: int) -> Sequence[int]:
-    """Indices of at most `MOST_DOTS` of so many rows, evenly apart."""
-    return [int(i) for i in np.unique(np.linspace(0, num - 1, MOST_DOTS).astype(np.int64))]
-
-
 def pair_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
-    """Margin and difference in length of some pairs, and accuracy by which answer is longer."""
+    """Accuracy by which answer is longer."""
     margins_I, longer_I = (np.concatenate([gains(row, what) for row in rows]) for what in ("margin", HABITS[0]))
     of_length = []
     for name, which_I in (("shorter", longer_I < 0), ("as long", longer_I == 0), ("longer", longer_I > 0)):
         accuracy = float(_won(margins_I[which_I]).mean()) if which_I.any() else None
         of_length.append({"chosen": name, "pairs": int(which_I.sum()), "accuracy": accuracy})
-    dots = [[float(longer_I[i]), float(margins_I[i])] for i in spread(len(margins_I))]
-    return {"margins": dots, "by_length": of_length}
+    return {"by_length": of_length}
 
 
 CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
-"""Ranks at which recall is drawn."""
+"""Ranks at which recall is shown."""
 BM25 = "bm25"
 
 

@@ -33,6 +33,8 @@ RowKind = Literal[
 MEASURED = "the rows measured"
 OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
+MOST_DOTS = 500
+"""Rows in a scatter."""
 MOST_SOURCES = 20
 """Sources whose losses are measured apart."""
 PREFIXES = ("B", "I", "E", "S")
@@ -325,7 +327,8 @@ def _set_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str,
 
 def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> dict[str, Any]:
     found = "similarity" if "similarity" in rows[0] else "predicted"
-    return {"scatter": [[rows[i]["value"], rows[i][found]] for i in branch_scores.spread(len(rows))]}
+    shown = np.unique(np.linspace(0, len(rows) - 1, MOST_DOTS).astype(np.int64)).tolist()
+    return {"scatter": [[rows[i]["value"], rows[i][found]] for i in shown]}
 
 
 def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:

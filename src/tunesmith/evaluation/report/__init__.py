@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.evaluation.report.build import build
+from tunesmith.evaluation.report.values import build
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import Run

@@ -11,9 +11,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.evaluation.report.build import MOST_LISTED
 from tunesmith.evaluation.report.sections import Block, Cell, Page, Table
-from tunesmith.evaluation.report.text import mark
+from tunesmith.evaluation.report.values import MOST_LISTED, mark
 from tunesmith.phrases import one_line, visible
 
 FOLDED_FROM = 600
@@ -82,7 +81,7 @@ def _lines(block: Block | Table) -> Iterator[str]:
     if isinstance(block, Table):
         yield from (
             "",
-            f"| {' | '.join(column.title for column in block.columns)} |",
+            f"| {' | '.join(inline(column.title) for column in block.columns)} |",
             "|" + " --- |" * len(block.columns),
         )
         yield from (f"| {' | '.join(map(_cell, row))} |" for row in block.rows[:MOST_LISTED])

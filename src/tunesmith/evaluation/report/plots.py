@@ -1,10 +1,10 @@
 """The plots of a report as inline SVG: drawn by matplotlib, coloured by the page, the same bytes for the same numbers.
 
-Lines differ by style and bars by hatching, so that none needs its colour. matplotlib takes most of a second to import:
+Lines differ by style, so that none needs its colour. matplotlib takes most of a second to import:
 this module is imported only where a report is drawn.
 """
 
-# S steps, C classes
+# S steps
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.report.text import headline_metrics, selected_step
+from tunesmith.evaluation.report.values import headline_metrics, selected_step
 from tunesmith.evaluation.series import RunSeries, measures_of
-from tunesmith.phrases import one_line
 
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Placeholder colours, which the page replaces by its own, light or dark."""
@@ -42,9 +41,6 @@ STYLE = Path(__file__).with_name("report.mplstyle")
 
 MOST_POINTS = 2000
 """Most points of a line; beyond, the lowest and highest point of each part are drawn."""
-MOST_MATRIX = 40
-"""Most classes of a confusion matrix; beyond, only the pairs that are confused most are listed."""
-MOST_NUMBERED = 25
 COURSE_FROM = 3
 """Fewest evaluations whose course is drawn: two are the before and after of the table."""
 Floats = NDArray[np.float64]
@@ -99,19 +95,12 @@ def _inline(svg: str, name: str) -> str:
 
 
 def training_plots(series: RunSeries, report: Mapping[str, Any]) -> list[Plot]:
-    """Loss, learning rate, speed and memory over the steps."""
+    """Loss over the steps, and the most important metric."""
     if not series.steps:
         return []
-    columns = (np.asarray(column, np.float64) for column in zip(*series.steps.values(), strict=True))
-    steps_S, losses_S, rates_S, speeds_S, peaks_S, _ = columns
-    rates, speeds, peaks = (thinned(steps_S, values_S) for values_S in (rates_S, speeds_S, peaks_S / 2**30))
-    return [
-        _loss(series, steps_S, losses_S, selected_step(report)),
-        *_measure(series, headline_metrics(report)[:1], selected_step(report)),
-        _line("rate", "Learning rate", "Of each update.", points=rates, unit="rate"),
-        _line("speed", "Speed", "Tokens of each update over its seconds.", points=speeds, unit="tokens/s"),
-        _line("memory", "Memory", "The most that was held so far.", points=peaks, unit="GiB"),
-    ]
+    steps_S, losses_S = np.array([(one.step, one.loss) for one in series.steps.values()], np.float64).T
+    kept = selected_step(report)
+    return [_loss(series, steps_S, losses_S, kept), *_measure(series, headline_metrics(report)[:1], kept)]
 
 
 def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
@@ -166,17 +155,6 @@ def _mark_kept(axes: Any, kept: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _line(name: str, title: str, text: str, *, points: tuple[Floats, Floats], unit: str) -> Plot:
-    def paint(axes: Any) -> None:
-        axes.plot(*points, color=INK, linewidth=1.4)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-
-    return draw(name, title, text, paint)
-
-
 def smooth(values_S: Floats, window: int) -> Floats:
     """The mean over `window` neighbours, of fewer at both ends."""
     padded = np.concatenate([[0.0], np.cumsum(values_S)])
@@ -202,101 +180,9 @@ def _finite(values: Floats) -> Floats:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def answer_plots(details: Mapping[str, Any]) -> list[Plot]:
-    """Plots of the details that `evaluation.scores` keeps: classes, types of spans, or numbers."""
-    plots = []
-    if 2 <= len(details.get("labels", ())) <= MOST_MATRIX and "confusion" in details:
-        plots.append(_confusion(details["labels"], np.asarray(details["confusion"], np.float64)))
-    if details.get("threshold"):
-        plots.append(_threshold(details["threshold"]))
-    if details.get("scatter"):
-        plots.append(_scatter(np.asarray(details["scatter"], np.float64)))
-    if details.get("recall"):
-        plots.append(_recall(details["recall"], details["documents"]))
-    if details.get("margins"):
-        longer_I, margins_I = np.asarray(details["margins"], np.float64).T
-        plots += _margin_plots(longer_I, margins_I, details["by_length"])
-    return plots
+def scatter_plot(pairs: Floats) -> Plot:
+    """Numbers of held-out rows: true and predicted."""
 
-
-def _margin_plots(longer_I: Floats, margins_I: Floats, by_length: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Margins of held-out pairs: how they are spread, by difference in length, and what is right by it."""
-    known = [one for one in by_length if one["accuracy"] is not None]
-
-    def spread(axes: Any) -> None:
-        axes.hist(margins_I, bins=min(30, max(5, len(margins_I) // 3)), color=ACCENT, alpha=0.55, edgecolor=PAPER)
-        axes.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.set(xlabel="margin", ylabel="pairs")
-
-    def over_length(axes: Any) -> None:
-        axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-        axes.axvline(0, color=MUTED, linewidth=1, linestyle=":")
-        axes.scatter(longer_I, margins_I, s=16, facecolor="none", edgecolor=ACCENT, linewidth=1)
-        axes.set(xlabel="tokens of chosen minus rejected", ylabel="margin")
-
-    def right(axes: Any) -> None:
-        names = [f"{one['chosen']} ({one['pairs']:,})" for one in known]
-        axes.bar(names, [one["accuracy"] for one in known], color=ACCENT, alpha=0.55, width=0.6)
-        axes.axhline(0.5, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.set(ylim=(0, 1.02), xlabel="the chosen answer is", ylabel="share that is right")
-
-    moved = len(longer_I) > 2 and longer_I.std() > 0 and margins_I.std() > 0
-    together = f" Their correlation is {np.corrcoef(longer_I, margins_I)[0, 1]:.2f}." if moved else ""
-    said = "A model that learnt length is right where chosen is longer."
-    return [
-        draw("margins", "Margins", "Held-out pairs by their margin; those right of the line are right.", spread),
-        draw("margins-length", "Margin and length", f"Each dot is one pair.{together}", over_length),
-        draw("length-right", "Right by length", said, right),
-    ]
-
-
-def _confusion(labels: Sequence[str], counts_CC: Floats) -> Plot:
-    num = len(labels)
-    cell = min(46.0, max(15.0, 420 / num))
-    shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
-
-    def paint(axes: Any) -> None:
-        from matplotlib.patches import Rectangle
-
-        for i, j in zip(*np.nonzero(counts_CC), strict=True):
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=ACCENT, alpha=0.08 + 0.5 * shares_CC[i, j]))
-            if num <= MOST_NUMBERED:
-                weight = "bold" if i == j else "normal"
-                size = 10.5 if num <= 12 else 8
-                axes.text(j, i, f"{counts_CC[i, j]:g}", ha="center", va="center", fontsize=size, fontweight=weight)
-        names = [one_line(label, 16) for label in labels]
-        small = 10.5 if num <= 25 else 9
-        axes.set_xticks(range(num), names, rotation=90 if num > 4 else 0, fontsize=small)
-        axes.set_yticks(range(num), names, fontsize=small)
-        axes.set(xlim=(-0.5, num - 0.5), ylim=(num - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel="true")
-        axes.grid(visible=False)
-        axes.set_xticks([i + 0.5 for i in range(num)], minor=True)
-        axes.set_yticks([i + 0.5 for i in range(num)], minor=True)
-        axes.tick_params(which="minor", length=0)
-        axes.grid(which="minor")
-
-    text = "Rows of each true class (down) by the class they were given (across); shade: share of the true class."
-    side = num * cell
-    return draw("confusion", "Confusion matrix", text, paint, width=max(480, side + 150), height=side + 130)
-
-
-def _threshold(points: Sequence[Mapping[str, float]]) -> Plot:
-    def paint(axes: Any) -> None:
-        at = [one["threshold"] for one in points]
-        for key, style in (("precision", (0, (5, 2))), ("recall", (0, (1, 1.2)))):
-            axes.plot(at, [one[key] for one in points], linestyle=style, color=INK, linewidth=1.3, label=key)
-        axes.plot(at, [one["f1"] for one in points], color=ACCENT, linewidth=1.8, label="F1")
-        best = max(points, key=lambda one: one["f1"])
-        axes.plot(best["threshold"], best["f1"], marker="o", linestyle="", color=ACCENT, markerfacecolor=PAPER)
-        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="probability from which a row counts as the second class")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-
-    best = max(points, key=lambda one: one["f1"])
-    text = f"What another threshold would give. The best F1, {best['f1']:.3f}, is at {best['threshold']:.2f} (circle)."
-    return draw("threshold", "Threshold", text, paint)
-
-
-def _scatter(pairs: Floats) -> Plot:
     def paint(axes: Any) -> None:
         low, high = np.nanmin(_finite(pairs)), np.nanmax(_finite(pairs))
         axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle=":", label="exactly right")
@@ -305,21 +191,6 @@ def _scatter(pairs: Floats) -> Plot:
         axes.legend(loc="upper left")
 
     return draw("scatter", "Numbers", f"{len(pairs):,} held-out rows: the number and what the model said.", paint)
-
-
-def _recall(curves: Mapping[str, Sequence[float]], documents: int) -> Plot:
-    def paint(axes: Any) -> None:
-        for name, shares in curves.items():
-            style = {"color": ACCENT, "linewidth": 2.0} if name == "model" else {"linewidth": 1.0}
-            if name != "at":
-                axes.plot(curves["at"], shares, label=name, **style)
-        axes.set_xscale("log")
-        axes.set_xticks(curves["at"], [str(rank) for rank in curves["at"]])
-        axes.set(ylim=(0, 1.02), xlabel="nearest documents looked at", ylabel="recall")
-        axes.legend(loc="lower right")
-
-    text = f"Held-out anchors whose positive is among the nearest, of {documents:,} documents."
-    return draw("recall", "Recall", text, paint)
 
 
 def length_plot(lengths: Mapping[str, Any]) -> Plot:

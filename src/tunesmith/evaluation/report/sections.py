@@ -8,15 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 import tunesmith
 from tunesmith.evaluation.compare import Comparison, Difference
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
-from tunesmith.evaluation.report import text
-from tunesmith.evaluation.report.build import MOST_LISTED, label_text, target_of
-from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, answer_plots, draw, length_plot, training_plots
+from tunesmith.evaluation.report import values
+from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw, length_plot, scatter_plot, training_plots
+from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, plural, size
 from tunesmith.runs.folder import Run
+
+MOST_MATRIX = 12
+"""Most classes whose confusion matrix is shown; of more, the pairs that are confused most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class Page:
     report: Mapping[str, Any]
     created: float
     summary: str
-    cards: Sequence[text.MetricLine]
+    cards: Sequence[values.MetricLine]
     columns: tuple[str, str]
     sections: Sequence[PageSection]
 
@@ -85,7 +90,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("measures", "Measures"): _metrics(report),
         ("notes", "Worth knowing"): _notes(series, report),
         ("training", "Training"): _training(series, report),
-        ("details", "Right and wrong"): _classes(report["details"]["after"]),
+        ("details", "Right and wrong"): _outcomes(report["details"]["after"]),
         ("answers", "Answers"): _answers(report),
         ("flips", "Rows that flipped" if report["flips"] else "Rows that got worse"): _changed_rows(report),
         ("surprising", "High-loss training rows"): _high_loss(report),
@@ -95,12 +100,12 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
     sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
-    lines, columns = text.headline_lines(report), text.sides(report)
-    return Page(report, run.created, text.summary(report), lines, columns, [one for one in sections if one.blocks])
+    lines, columns = values.headline_lines(report), values.sides(report)
+    return Page(report, run.created, values.summary(report), lines, columns, [one for one in sections if one.blocks])
 
 
 def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
-    lines, (other, ours) = text.metric_lines(report), text.sides(report)
+    lines, (other, ours) = values.metric_lines(report), values.sides(report)
     if not lines:
         return
     reading = "Each value has its 95 % interval."
@@ -109,7 +114,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
             " Both sides are measured on the same rows: a difference is called better or worse where its paired "
             "interval excludes 0."
         )
-    yield Block("paragraph", f"{text.sample_text(report)} {reading}")
+    yield Block("paragraph", f"{values.sample_text(report)} {reading}")
     compared = [Column(other, "number")] if other else []
     columns = [Column("measure", "head"), *compared, Column(ours, "result")]
     columns += [Column("difference", "number"), Column("", "verdict")] if other else []
@@ -134,7 +139,7 @@ def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Tab
 
 
 def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
-    best, step, tokens, seconds = report["best"], text.selected_step(report), report["tokens"], report["seconds"]
+    best, step, tokens, seconds = report["best"], values.selected_step(report), report["tokens"], report["seconds"]
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
     yield Block("paragraph", f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
@@ -150,11 +155,17 @@ def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | 
     )
 
 
-def _classes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
-    plots = answer_plots(details)
-    if plots:
-        yield Block("figures", plots)
-    if pairs := text.confused_pairs(details):
+def _outcomes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
+    """Details that `evaluation.scores` keeps: classes, types of spans, numbers, preferences or ranks."""
+    if details.get("scatter"):
+        yield Block("figures", [scatter_plot(np.asarray(details["scatter"], np.float64))])
+    labels = details.get("labels", ())
+    if "confusion" in details and len(labels) <= MOST_MATRIX:
+        yield Block("heading", "Rows of each true class (down) by the class they were given (across)")
+        columns = [Column("true", "name"), *(Column(one_line(label, 16), "number") for label in labels)]
+        counts = zip(labels, details["confusion"], strict=True)
+        yield Table(columns, [[Cell(label), *(Cell(f"{num:,}") for num in row)] for label, row in counts], "fit")
+    elif pairs := values.confused_pairs(details):
         columns = [Column("true", "name"), Column("taken for", "name")]
         columns += [Column("rows", "number"), Column("of its rows", "number")]
         yield Block("heading", "Confused most")
@@ -168,6 +179,23 @@ def _classes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
             cells.append([Cell(str(row.get("label", row.get("type")))), *map(Cell, numbers)])
         yield Block("heading", "Class by class, lowest F1 first")
         yield Table(columns, cells, "fit", shown=MOST_LISTED)
+    if details.get("threshold"):
+        best = max(details["threshold"], key=lambda one: one["f1"])
+        said = f"The best F1 of {labels[1]}, {best['f1']:.3f}, is that of a threshold of {best['threshold']:.2f}"
+        yield Block("paragraph", f"{said} (predict --threshold).")
+    if found := details.get("by_length"):
+        columns = [Column("the chosen answer is"), Column("pairs", "number"), Column("right", "number")]
+        rows = []
+        for one in found:
+            right = "–" if one["accuracy"] is None else f"{one['accuracy']:.1%}"
+            rows.append([Cell(one["chosen"]), Cell(f"{one['pairs']:,}"), Cell(right)])
+        yield Block("paragraph", "A model that learnt length is right where the chosen answer is longer.")
+        yield Table(columns, rows, "fit")
+    if recall := details.get("recall"):
+        columns = [Column("recall of", "head"), *(Column(f"@{rank}", "number") for rank in recall["at"])]
+        rows = [[Cell(name), *(Cell(f"{one:.1%}") for one in found)] for name, found in recall.items() if name != "at"]
+        yield Block("paragraph", f"Right documents among the nearest, of {details['documents']:,} documents.")
+        yield Table(columns, rows, "fit")
 
 
 def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
@@ -182,7 +210,7 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
     rows = []
     for sample in samples:
-        marks = {when: text.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
+        marks = {when: values.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
         given = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
         rows.append([*given, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
     yield Table(columns, rows, "rows answered stack", shown=MOST_LISTED)
