@@ -14,8 +14,8 @@ from tunesmith.models import packing_check, size
 from tunesmith.models.packing_check import check_packing
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.size import model_size
-from tunesmith.serve import startup_checks
 from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 
 BORDER = 64
 COMMON: dict[str, Any] = {
@@ -60,7 +60,6 @@ def assert_rows_are_not_packed(kind: str) -> None:
 def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) -> None:
     assert "carry a state" in packing_check.recurrent_layer(hybrid(kind))
     assert_rows_are_not_packed(kind)
-    assert "carry a state" in startup_checks.why_sequential(hybrid(kind), AdapterSet(hybrid(kind)))
 
 
 @pytest.mark.parametrize("kind", ["recurrent_gemma"])
@@ -84,17 +83,17 @@ def test_sound_models_are_packed_as_ever(arch: str) -> None:
     assert packing_check.recurrent_layer(model) == ""
     found = check_packing(model, "causal", rows_of((37, 11, 20)))
     assert found.ok, found
-    assert startup_checks.why_sequential(model, AdapterSet(model)) == ""
+    assert why_unlike(BatchedDecoder, model, AdapterSet(model)) == ""
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_a_model_that_is_decoded_apart_says_what_it_says_alone_or_is_refused(kind: str) -> None:
     model = hybrid(kind)
-    problem = startup_checks.why_single(model, AdapterSet(model))
+    problem = why_unlike(SequentialDecoder, model, AdapterSet(model))
     assert (REFUSED.get(kind, "") in problem) if kind in REFUSED else problem == ""
 
 
-REFUSED = {"recurrent_gemma": "a text changes the logits of another", "minimax": "uses cache of its own"}
+REFUSED = {"recurrent_gemma": "others beside a text change its logits", "minimax": "uses cache of its own"}
 """The first keeps its state in itself, where the next text would find it."""
 
 

@@ -6,7 +6,7 @@ import functools
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +94,7 @@ def prompts(num: int, *, seed: int = 0, longest: int = 40) -> list[tuple[int, ..
 
 
 def job(key: int, prompt: Sequence[int], **how: Any) -> PreparedRequest:
-    sampling = how.pop("sampling", GenerationRequest("", temperature=0.0))
+    sampling = replace(how.pop("sampling", GenerationRequest("", temperature=0.0)), n=how.pop("n", 1))
     return PreparedRequest(key, tuple(prompt), TOKENIZER, sampling, stop_ids=STOPS, **how)
 
 

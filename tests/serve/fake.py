@@ -92,7 +92,7 @@ class FakeEngine:
         self.served = tuple(card for card in self.served if card.name != name)
 
     def state(self) -> EngineState:
-        return EngineState(self.alive, self.open, 0, 3, 100, 200, 1 << 20)
+        return EngineState(self.alive, self.open, 0, 3, 100, 200)
 
     async def close(self, grace_s: float) -> None:
         begun = asyncio.get_running_loop().time()

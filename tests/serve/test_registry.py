@@ -27,9 +27,9 @@ from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor
 from tunesmith.models.modes import silence_transformers
 from tunesmith.runs.folder import Run
-from tunesmith.serve import kv_cache, startup_checks
+from tunesmith.serve import kv_cache
 from tunesmith.serve.adapters import AdapterSet
-from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder
+from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import Scheduler
@@ -157,7 +157,7 @@ def test_a_base_whose_generation_settings_were_edited_is_the_same_base(run: Run,
 
 
 def test_two_runs_of_one_name_and_runs_on_several_bases_are_refused(run: Run, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="have one name"):
+    with pytest.raises(InputError, match="have the same name"):
         opened(run.path, made / "runs" / "first")
     other = model_folder(tmp_path / "other", seed=5)
     with pytest.raises(InputError, match=r"these are on 2: .*other.*; .*first.*Serve apart"):
@@ -253,22 +253,22 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "mistral", "qwen3"])
 def test_texts_of_common_families_are_decoded_together(arch: str) -> None:
-    assert startup_checks.why_sequential(sharp(arch), AdapterSet(sharp(arch))) == ""
+    assert why_unlike(BatchedDecoder, sharp(arch), AdapterSet(sharp(arch))) == ""
 
 
 @pytest.mark.parametrize("arch", ["bloom", "falcon"])
 def test_a_model_with_an_attention_of_its_own_is_run_apart(arch: str) -> None:
     model = sharp(arch)
     own = model.config._attn_implementation
-    assert startup_checks.why_sequential(model, AdapterSet(model))
+    assert why_unlike(BatchedDecoder, model, AdapterSet(model))
     assert model.config._attn_implementation == own
 
 
 def test_texts_that_read_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted bug: rows of a pool read what lies behind them."""
     monkeypatch.setattr(kv_cache.DecodeRows, "mask", lambda rows, window, dtype: None)
-    assert "others beside a text change its logits" in startup_checks.why_sequential(
-        sharp("llama"), AdapterSet(sharp("llama"))
+    assert "others beside a text change its logits" in why_unlike(
+        BatchedDecoder, sharp("llama"), AdapterSet(sharp("llama"))
     )
 
 

@@ -31,9 +31,9 @@ from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
-from tunesmith.serve import kv_cache, startup_checks
+from tunesmith.serve import kv_cache
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
-from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder
+from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.scheduler import Scheduler
 
@@ -216,7 +216,7 @@ def test_a_shared_layer_is_each_tokens_own_adapter() -> None:
     layer = next(module for module in made.model.modules() if isinstance(module, MultiLoraLinear))
     x_TI = torch.randn(9, layer.weight.shape[1], generator=torch.Generator().manual_seed(0))
     names = [WHO[i % 3] for i in range(9)]
-    with made._adapters.active(names), torch.no_grad():
+    with made.adapters.active(names), torch.no_grad():
         found_TO = layer(x_TI[None])[0]
         for x_I, name, y_O in zip(x_TI, names, found_TO, strict=True):
             path = layer.paths.get(name or "")
@@ -291,9 +291,9 @@ def test_a_model_whose_adapted_layers_see_other_rows_is_run_apart() -> None:
     made: Any = decoder("llama")
     mlp = made.model.model.layers[0].mlp
     assert isinstance(mlp.up_proj, MultiLoraLinear)
-    assert startup_checks.why_sequential(made.model, made._adapters) == ""
+    assert why_unlike(BatchedDecoder, made.model, made.adapters) == ""
     mlp.up_proj = Half(mlp.up_proj)
-    assert "an adapted layer sees" in startup_checks.why_sequential(made.model, made._adapters)
+    assert "an adapted layer sees" in why_unlike(BatchedDecoder, made.model, made.adapters)
 
 
 def test_a_text_that_was_not_finite_leaves_nothing_to_the_next() -> None:

@@ -53,6 +53,14 @@ _ROUTES = {
     "embeddings": "/v1/embeddings",
 }  # fmt: skip
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
+_STATE: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
+    "alive": (GaugeMetricFamily, "tunesmith_engine_up", "1 while the model can answer."),
+    "running": (GaugeMetricFamily, "tunesmith_running", "Answers that are being written."),
+    "waiting": (GaugeMetricFamily, "tunesmith_waiting", "Requests that wait for a place."),
+    "restarts": (CounterMetricFamily, "tunesmith_engine_restarts", "Times the worker was started again."),
+    "prompt_tokens": (CounterMetricFamily, "tunesmith_prompt_tokens", "Tokens read."),
+    "completion_tokens": (CounterMetricFamily, "tunesmith_completion_tokens", "Tokens written."),
+}
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -256,11 +264,6 @@ class _EngineCollector(Collector):
         self._engine = engine
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        state = self._engine.state()
-        yield GaugeMetricFamily("tunesmith_engine_up", "1 while the model can answer.", float(state.alive))
-        yield GaugeMetricFamily("tunesmith_running", "Answers that are being written.", state.running)
-        yield GaugeMetricFamily("tunesmith_waiting", "Requests that wait for a place.", state.waiting)
-        yield GaugeMetricFamily("tunesmith_engine_rss_bytes", "Memory of the worker process.", state.rss_bytes)
-        yield CounterMetricFamily("tunesmith_engine_restarts", "Times the worker was started again.", state.restarts)
-        yield CounterMetricFamily("tunesmith_prompt_tokens", "Tokens read.", state.prompt_tokens)
-        yield CounterMetricFamily("tunesmith_completion_tokens", "Tokens written.", state.completion_tokens)
+        for name, value in asdict(self._engine.state()).items():
+            kind, full_name, said = _STATE[name]
+            yield kind(full_name, said, float(value))

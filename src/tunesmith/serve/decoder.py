@@ -2,6 +2,7 @@
 
 `BatchedDecoder` runs all of them in one forward pass. `SequentialDecoder` runs each alone with the cache of
 transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in tests.
+`choose_decoder` takes the one that gives sequences the logits that the model gives each alone.
 """
 
 # T tokens of a pass, N sequences, V vocabulary
@@ -9,15 +10,19 @@ transformers: for models whose attention cannot be replaced, for encoder-decoder
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from tunesmith.models.attention import packed_forward
-from tunesmith.models.segments import Segments
+from tunesmith.errors import ModelError
+from tunesmith.models.attention import AttentionTrace, packed_forward
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
+from tunesmith.models.segments import Segments, UnsupportedAttentionError
 from tunesmith.serve.adapters import AdapterSet
 from tunesmith.serve.kv_cache import (
     BatchLayout,
@@ -30,6 +35,10 @@ from tunesmith.serve.kv_cache import (
     use_cached_attention,
 )
 
+PROBES = ((37, 23), (11, 5), (64, 40))
+"""Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
+_MODEL_ERRORS = (UnsupportedAttentionError, RuntimeError, TypeError, ValueError, LookupError)
+"""A model that cannot be called in this way raises any of these."""
 PromptPart = tuple[SequenceSlot, Sequence[int]]
 """A sequence whose prompt is read, and the next tokens of the prompt."""
 
@@ -43,12 +52,8 @@ class BatchedDecoder:
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         use_cached_attention(model)
         self.model = model
-        self._adapters = adapters
+        self.adapters = adapters
         self._cache = KVCache()
-
-    def another(self) -> BatchedDecoder:
-        """A decoder of the same model, without any sequence: a step of it is none for those of this one."""
-        return BatchedDecoder(self.model, self._adapters)
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         """A slot for a prompt of so many tokens, of which nothing has been read."""
@@ -99,8 +104,8 @@ class BatchedDecoder:
             adapters += [slot.adapter] * len(prompt)
             last.append(len(ids) - 1)
         # An adapted head has to see every token, since adapters are assigned by token.
-        head_is_adapted = self._adapters.adapts(self.model.get_output_embeddings())
-        with packed_forward(), self._adapters.active(adapters, mixed=True):
+        head_is_adapted = self.adapters.adapts(self.model.get_output_embeddings())
+        with packed_forward(), self.adapters.active(adapters, mixed=True):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
@@ -121,15 +126,11 @@ class SequentialDecoder:
     """Each sequence in a forward pass of its own, with the cache of transformers."""
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
-        self.reads_whole = bool(model.config.is_encoder_decoder)
         self.model = model
-        self._adapters = adapters
+        self.adapters = adapters
+        self.reads_whole = bool(model.config.is_encoder_decoder)
         self._caches: dict[SequenceSlot, Any] = {}
         self._encoded: dict[SequenceSlot, Any] = {}
-
-    def another(self) -> SequentialDecoder:
-        """A decoder of the same model, without any sequence."""
-        return SequentialDecoder(self.model, self._adapters)
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         slot = SequenceSlot(adapter, KVBlock(0, 0))
@@ -167,11 +168,11 @@ class SequentialDecoder:
         inputs = {"input_ids": ids_1T}
         if self.reads_whole:
             if slot not in self._encoded:
-                with self._adapters.active([slot.adapter] * len(ids)):
+                with self.adapters.active([slot.adapter] * len(ids)):
                     self._encoded[slot] = self.model.get_encoder()(input_ids=ids_1T)
                 ids_1T = torch.tensor([[self.model.config.decoder_start_token_id]], device=self.model.device)
             inputs = {"decoder_input_ids": ids_1T, "encoder_outputs": self._encoded[slot]}
-        with self._adapters.active([slot.adapter] * ids_1T.shape[1]):
+        with self.adapters.active([slot.adapter] * ids_1T.shape[1]):
             out = self.model(past_key_values=self._caches[slot], use_cache=True, **inputs)
         slot.length += ids_1T.shape[1]
         logits_V: Tensor = out.logits[0, -1]
@@ -179,3 +180,91 @@ class SequentialDecoder:
 
 
 Decoder: TypeAlias = BatchedDecoder | SequentialDecoder
+
+
+def choose_decoder(
+    name: str,
+    model: PreTrainedModel,
+    adapters: AdapterSet,
+    note: Callable[[str], None],
+    *,
+    streams: int | None = None,
+) -> Decoder:
+    """A decoder of many sequences at once if the model gives them the logits that it gives each alone.
+
+    `streams`: number of sequences at a time; None: several. Raises ModelError for a model that keeps the state of a
+    sequence in itself, if there are several.
+    """
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder–decoder"
+    elif not (reason := recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)):
+        return BatchedDecoder(model, adapters)
+    elif streams != 1 and (problem := why_unlike(SequentialDecoder, model, adapters)):
+        raise ModelError(f"{name}: cannot be served: {problem}. Use `tunesmith chat` or `tunesmith predict`.")
+    note(f"answers are decoded one by one, not together: {reason}")
+    return SequentialDecoder(model, adapters)
+
+
+def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrainedModel, adapters: AdapterSet) -> str:
+    """The reason why a decoder of this kind cannot be used; "" if the logits of sequences are those of each alone.
+
+    Texts of different lengths are read in parts and then continued together, and their logits compared with those of
+    the model's own attention, each text alone; and those of one text beside others with those beside others again.
+    """
+    own, texts, is_batched = model.config._attn_implementation, _probes(model), kind is BatchedDecoder
+    with eval_mode(model):
+        alone = [_whole(model, ids) for ids in texts]
+        try:  # transformers warns of attention that cannot be replaced
+            with silence_transformers(), packed_forward() if is_batched else nullcontext(AttentionTrace()) as trace:
+                together = _decoded(kind(model, adapters), texts)
+                again = _decoded(kind(model, adapters), [texts[0], *(ids[::-1] for ids in texts[1:])])
+        except _MODEL_ERRORS as refusal:
+            return str(refusal) or type(refusal).__name__
+        finally:
+            with silence_transformers():
+                model.set_attn_implementation(own)
+    if is_batched and trace.calls == 0:
+        return "its attention is its own and cannot be replaced"
+    if missing := trace.local_masks - trace.windows:
+        return f"its attention is limited to {min(missing)} tokens by a mask alone"
+    error, leak = _distance(together, alone), _distance(again[:1], together[:1])
+    if error <= TOLERANCES[model.dtype] and leak <= leak_tolerance(model):
+        return ""
+    return f"others beside a text change its logits, by {max(error, leak):.2g}"
+
+
+def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    return max(normalized_error(a_V[None], b_V[None]) for a_V, b_V in zip(some, others, strict=True))
+
+
+def _whole(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[V] of the last token, by the model itself."""
+    logits_V: Tensor = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, -1]
+    return logits_V.float()
+
+
+def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
+    """[V] of the last token of each text."""
+    slots = [decoder.open(None, num) for num, _ in PROBES]
+    prompts = [ids[:num] for ids, (_, num) in zip(texts, PROBES, strict=True)]
+    for parts in ([ids[: len(ids) // 2] for ids in prompts], [ids[len(ids) // 2 :] for ids in prompts]):
+        decoder.step({}, list(zip(slots, parts, strict=True)))
+    decoding = {decoder.fork(slot, 1)[0]: i for i, slot in enumerate(slots)}
+    found: dict[int, Tensor] = {}
+    while decoding:
+        slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in decoding.items()}, [])
+        for slot, logits_V in zip(slots, logits_NV, strict=True):
+            if slot.length == len(texts[decoding[slot]]):
+                found[decoding.pop(slot)] = logits_V
+                decoder.close(slot)
+    return [found[i] for i in range(len(texts))]
+
+
+def _probes(model: PreTrainedModel) -> list[list[int]]:
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    return [probe(vocab_size, num) for num, _ in PROBES]
+
+
+def probe(vocab_size: int, num: int) -> list[int]:
+    """Random tokens, alike at every call."""
+    return torch.randint(0, vocab_size, (num,), generator=torch.Generator().manual_seed(num)).tolist()

@@ -2,23 +2,22 @@
 
     route -> GenerationRequest -> Engine -> Started, Delta, Delta, ..., Finished -> route
 
-Between server and worker each message is a JSON object on a line. Standard library and orjson only.
+Server and worker exchange pickles of these classes and of `protocol.pack`'s tuples. Standard library only.
 """
 
 from __future__ import annotations
 
-import math
+import pickle
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
-
-import orjson
 
 from tunesmith.types import TaskName
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
 """How a chat template writes tool calls; see responses.ToolCallParser."""
 Modality: TypeAlias = Literal["text", "labels", "embeddings"]
+LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +168,6 @@ class EngineState:
     restarts: int
     prompt_tokens: int
     completion_tokens: int
-    rss_bytes: int
-    """Of the worker process."""
 
 
 class Engine(Protocol):
@@ -205,26 +202,7 @@ class Engine(Protocol):
         ...
 
 
-def encode_line(message: Mapping[str, Any]) -> bytes:
-    """A message between server and worker; dataclasses become objects, bytes become lists of numbers."""
-    return orjson.dumps(message, default=list) + b"\n"
-
-
-def encode_event(event: StreamEvent | RequestError) -> list[Any]:
-    """[class name, fields]."""
-    fields = {"message": str(event), **vars(event)} if isinstance(event, RequestError) else event
-    return [type(event).__name__, fields]
-
-
-def decode_event(name: str, fields: dict[str, Any]) -> StreamEvent | RequestError:
-    """The inverse of `encode_event`."""
-    if name == "RequestError":
-        return RequestError(fields.pop("message"), **fields)
-    if name == "Delta":
-        return Delta(fields["index"], fields["text"], tuple(map(_decode_token, fields["tokens"])))
-    return Started(**fields) if name == "Started" else Finished(**fields)
-
-
-def _decode_token(fields: Mapping[str, Any]) -> TokenLogprob:
-    logprob = -math.inf if fields["logprob"] is None else fields["logprob"]  # JSON has no infinity
-    return TokenLogprob(fields["text"], bytes(fields["bytes"]), logprob, tuple(map(_decode_token, fields["top"])))
+def pack(message: Any) -> bytes:
+    """A message between server and worker: its length in four bytes, and its pickle."""
+    content = pickle.dumps(message)
+    return len(content).to_bytes(LENGTH_BYTES, "big") + content

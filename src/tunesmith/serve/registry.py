@@ -12,9 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from tunesmith.data.chat import CALL, QUESTION
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
-from tunesmith.errors import InputError, ModelError
+from tunesmith.data.renderer import Renderer
+from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
@@ -27,7 +30,7 @@ from tunesmith.recipe.schema import resolved
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
-from tunesmith.serve.decoder import Decoder
+from tunesmith.serve.decoder import Decoder, choose_decoder, probe
 from tunesmith.serve.protocol import (
     EngineOptions,
     GenerationRequest,
@@ -39,13 +42,13 @@ from tunesmith.serve.protocol import (
 )
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
-from tunesmith.serve.startup_checks import check_adapter, check_renderer, check_writers, choose_decoder
 from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling
 
 Note = Callable[[str], None]
 M = TypeVar("M", ServedModel, Classifier, Embedder)
 
+PROBE_TOKENS = 37
 _TOOL = {
     "type": "function",
     "function": {
@@ -59,20 +62,12 @@ _ANSWERS = {ServedModel: "answers in text", Classifier: "answers with labels", E
 
 @dataclass(frozen=True)
 class SharedBase:
-    """A base that takes the adapters of further runs."""
+    """A base that takes the adapters of runs."""
 
     loaded: LoadedModel
     adapters: AdapterSet
     decoder: Decoder
     hashes: Future[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class AttachableRun:
-    """A run that was read and checked, and its low-rank paths by layer."""
-
-    model: ServedModel
-    paths: Mapping[str, LowRankPath]
 
 
 @dataclass
@@ -81,6 +76,7 @@ class Registry:
 
     models: dict[str, ServedModel | Classifier | Embedder] = field(default_factory=dict)
     shared: SharedBase | None = None
+    """Of a server whose runs are attached while it answers."""
     detached: list[str] = field(default_factory=list)
     """Adapters that are on the model still, since answers under way may use them."""
 
@@ -98,37 +94,33 @@ class Registry:
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return model
 
-    def read_run(self, name: str, path: Path) -> AttachableRun:
+    def read_run(self, name: str, path: Path) -> ServedModel:
         """Read and check a run that is to be served as `name`; changes nothing. Raises ModelError or RunError."""
         shared, run = self.shared, Run.open(path, path.parent)
-        if (why := "this server takes none" if shared is None else why_unshareable(run)) is not None:
+        if shared is None or (why := why_unshareable(run)) is not None:
+            why = "this server takes none" if shared is None else why
             raise ModelError(f"{run.path}: cannot be put on a base that is served: {why}")
-        assert shared is not None, "refused above"
-        base, chain = shared.loaded, [run]
+        chain = [run]
         while (parent := chain[-1].started_from()) is not None:
             chain.append(parent)
-        loading.refuse_other_base(chain[-1], base.located, shared.hashes.result())
-        paths = read_paths(chain, base)
-        tuned = as_run(base, run)
-        model = make_writer(tuned, name, shared.decoder, adapter=name, run=run)
-        check_renderer(run, tuned.renderer, lambda text: None)
-        return AttachableRun(model, paths)
+        loading.refuse_other_base(chain[-1], shared.loaded.located, shared.hashes.result())
+        paths = read_paths(chain, shared.loaded)
+        return _tuned(shared.loaded, name, run, shared.decoder, paths, note=lambda text: None)
 
-    def attach(self, found: AttachableRun) -> None:
+    def attach(self, model: ServedModel) -> None:
         """Serve a run that was read, between two steps. Raises ModelError or RunError; nothing is changed then."""
-        name = found.model.card.name
-        assert self.shared is not None, "read_run refuses it otherwise"
-        assert found.model.run is not None, "it was read from one"
+        name, shared = model.card.name, self.shared
+        assert shared is not None, "read_run refuses it otherwise"
         self.drop_detached(only=name)
-        self.shared.adapters.put(name, found.paths)
+        shared.adapters.put(name, model.paths)
         try:
-            check_adapter(found.model, found.model.run)
+            check_adapter(model)
         except BaseException as error:
-            self.shared.adapters.drop(name)
+            shared.adapters.drop(name)
             if isinstance(error, RowMismatchError):
-                raise ModelError(f"{found.model.run.path}: cannot share its base: {error}") from error
+                raise ModelError(f"{name}: cannot share its base: {error}") from error
             raise
-        self.models[name] = found.model
+        self.models[name] = model
 
     def detach(self, name: str) -> None:
         """Serve a run no longer; its adapter stays until no answer uses it."""
@@ -145,7 +137,7 @@ class Registry:
     def add(self, model: ServedModel | Classifier | Embedder) -> None:
         name = model.card.name
         if name in self.models:
-            raise InputError(f"{name}: a run and its base have the same name. Rename the run.")
+            raise InputError(f"{name}: a run and its base, or two runs, have the same name. Rename a run.")
         self.models[name] = model
 
 
@@ -154,19 +146,26 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
 
     Raises InputError if models and adapters are not on one base, and the errors of loading.
     """
-    runs, models = _parse_names(names, root, base=options.base)
-    sharing = [run for run in runs if why_unshareable(run) is None]
-    registry = Registry()
-    found = [loading.find_model(name, root, offline=options.offline) for name in models]
-    base, hashes = _one_base(sharing, found, offline=options.offline) if sharing or models else (None, None)
-    for run in runs:
-        if (why := why_unshareable(run)) is not None:
-            loaded = loading.load_run(run, offline=options.offline)
-            held = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.parameters())
-            note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")
-            _add_single(registry, loaded, run, note)
-    if base is not None:
-        _add_shared(registry, base, sharing, hashes=hashes, is_named=bool(models), note=note, attaches=options.attaches)
+    registry, sharing, models = Registry(), list[Run](), list[ModelRef]()
+    runs: dict[Path, Run] = {}
+    for name in dict.fromkeys(names):
+        if is_run(name, root):
+            run = Run.open(name, root)
+            runs[run.path.resolve()] = run if run.model_path.exists() else replace(run, base=options.base)
+        else:
+            models.append(loading.find_model(name, root, offline=options.offline))
+    if all(run.model_path.exists() for run in runs.values()):
+        loading.refuse_needless(options.base, ", ".join(names))
+    for run in runs.values():
+        if (why := why_unshareable(run)) is None:
+            sharing.append(run)
+            continue
+        loaded = loading.load_run(run, offline=options.offline)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.parameters())
+        note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")
+        _add_single(registry, loaded, run, note)
+    if sharing or models:
+        _add_shared(registry, sharing, models, options, note)
     return registry
 
 
@@ -184,30 +183,12 @@ def why_unshareable(run: Run) -> str | None:
     return METHODS[recipe.method.name].unshareable(recipe.method)
 
 
-def _parse_names(names: Sequence[str], root: Path, *, base: str | None) -> tuple[list[Run], list[str]]:
-    """Runs and models, each once. `base`: where the base of the runs is now."""
-    if not names:
-        raise InputError("serve: no RUN or MODEL was named.")
-    runs: dict[Path, Run] = {}
-    for name in names:
-        if is_run(name, root):
-            run = Run.open(name, root)
-            runs[run.path.resolve()] = run if run.model_path.exists() else replace(run, base=base)
-    if all(run.model_path.exists() for run in runs.values()):
-        loading.refuse_needless(base, ", ".join(names))
-    by_name: dict[str, Run] = {}
-    for run in runs.values():
-        other = by_name.setdefault(run.path.resolve().name, run)
-        if other is not run:
-            raise InputError(f"{run.path} and {other.path} have one name, which clients use for both. Rename one.")
-    return list(runs.values()), list(dict.fromkeys(name for name in names if not is_run(name, root)))
-
-
-def _one_base(runs: Sequence[Run], found: list[ModelRef], *, offline: bool) -> tuple[ModelRef, dict[str, str] | None]:
+def _one_base(runs: Sequence[Run], models: Sequence[ModelRef], *, offline: bool) -> tuple[ModelRef, Any]:
     """The base of all models and adapters, and the hashes of its files if a run is on it.
 
     Raises InputError if there are several.
     """
+    found = list(models)
     users = [(str(base.path.resolve()), base.revision, "", base.name) for base in found]
     hashes: dict[Path, dict[str, str]] = {}
     for run in runs:
@@ -225,48 +206,44 @@ def _one_base(runs: Sequence[Run], found: list[ModelRef], *, offline: bool) -> t
 
 
 def _add_shared(
-    registry: Registry, base: ModelRef, runs: Sequence[Run], *, hashes: Mapping[str, str] | None, is_named: bool,
-    note: Note, attaches: bool,
-) -> None:  # fmt: skip
+    registry: Registry, runs: Sequence[Run], models: Sequence[ModelRef], options: EngineOptions, note: Note
+) -> None:
     """The base, loaded once, and the adapters of `runs` on it."""
+    base, hashes = _one_base(runs, models, offline=options.offline)
     loaded = loading.load_base(runs[0], hashes=hashes) if runs else loading.load_model(base.name)
     if loaded.head != "next_token":
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
         run = runs[0] if runs else None
         return _add_single(registry, loading.load_adapter(loaded, run) if run else loaded, run, note)
-    adapters = AdapterSet(loaded.model)
+    adapters, paths = AdapterSet(loaded.model), dict[str, Mapping[str, LowRankPath]]()
     for run in runs:
-        adapters.put(run.path.resolve().name, read_paths([run], loaded))
+        name = run.path.resolve().name
+        paths[name] = read_paths([run], loaded)
+        adapters.put(name, paths[name])
         for text in filter(None, (run.check_result(run.adapter_path), loaded.packed)):
             note(f"{run.path}: {text}")
         if (precision := run.recipe().precision) != loaded.recipe.precision:
             note(f"{run.path}: tuned in {precision}, served in {loaded.recipe.precision}, as the first run was")
-    decoder = choose_decoder(loaded, adapters, note)
-    names = [run.path.resolve().name for run in runs]
-    writers = [
-        make_writer(as_run(loaded, run), name, decoder, adapter=name, run=run)
-        for run, name in zip(runs, names, strict=True)
-    ]
+    decoder = choose_decoder(base.name, loaded.model, adapters, note)
+    for run in runs:
+        name = run.path.resolve().name
+        model = _tuned(loaded, name, run, decoder, paths[name], note=note)
+        check_adapter(model)
+        registry.add(model)
     if runs:
         try:
             recipe, tokenizer = loading.untuned_recipe(base)
-            renderer = loading.make_renderer(recipe, tokenizer, model_kind(base))
-            loaded = replace(loaded, renderer=renderer, recipe=recipe)
+            loaded = replace(loaded, renderer=loading.make_renderer(recipe, tokenizer, model_kind(base)), recipe=recipe)
         except ModelError as error:
-            if is_named:
+            if models:
                 raise
-            note(f"{_name_of(base)}: the base itself is not served: {error}")
-            base = None  # type: ignore[assignment]
-        if base is not None and loaded.packed:
+            return note(f"{_name_of(base)}: the base itself is not served: {error}")
+        if loaded.packed:
             note(f"{_name_of(base)}: the base itself answers quantised too, as its runs were tuned on it")
-    if base is not None:
-        writers.append(make_writer(loaded, _name_of(base), decoder))
-    for writer in writers:
-        registry.add(writer)
-    if attaches and base is not None:
+    registry.add(ServedModel(_card(loaded, _name_of(base), None, "text"), loaded, decoder))
+    if options.attaches:
         registry.shared = SharedBase(loaded, adapters, decoder, in_background(partial(load.fingerprint, base)))
-    check_writers(writers, note)
 
 
 def read_paths(chain: Sequence[Run], base: LoadedModel) -> dict[str, LowRankPath]:
@@ -285,11 +262,16 @@ def read_paths(chain: Sequence[Run], base: LoadedModel) -> dict[str, LowRankPath
     return paths
 
 
-def as_run(base: LoadedModel, run: Run) -> LoadedModel:
-    """The base with the renderer and recipe of a run on it."""
+def _tuned(
+    base: LoadedModel, name: str, run: Run, decoder: Decoder, paths: Mapping[str, LowRankPath], *, note: Note
+) -> ServedModel:
+    """A run on the base, with its own tokenizer and recipe. Raises RunError where they have changed."""
     recipe = run.recipe()
     tokenizer = load.load_tokenizer(ModelRef("folder", run.adapter_path, str(run.adapter_path)), None)
-    return replace(base, renderer=loading.make_renderer(recipe, tokenizer, model_kind(base.located)), recipe=recipe)
+    renderer = loading.make_renderer(recipe, tokenizer, model_kind(base.located))
+    check_renderer(run, renderer, note)
+    loaded = replace(base, renderer=renderer, recipe=recipe)
+    return ServedModel(_card(loaded, name, run, "text"), loaded, decoder, paths)
 
 
 def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: Note) -> None:
@@ -298,10 +280,11 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
     # The note of a model that gives vectors is about a head for masked words, which is not used.
     if loaded.note and (run is not None or loaded.head != "masked_token"):
         note(f"{name}: {loaded.note}")
+    if run is not None:
+        check_renderer(run, loaded.renderer, note)
     if loaded.head == "next_token":
-        writer = make_writer(loaded, name, choose_decoder(loaded, AdapterSet(loaded.model), note), run=run)
-        registry.add(writer)
-        check_writers([writer], note)
+        decoder = choose_decoder(name, loaded.model, AdapterSet(loaded.model), note)
+        registry.add(ServedModel(_card(loaded, name, run, "text"), loaded, decoder))
     elif loaded.head in ("masked_token", "vector"):
         card = _card(loaded, name, run, "embeddings")
         pooling = loaded.renderer.pooling or find_pooling(loaded.located.path) or Pooling()
@@ -309,16 +292,34 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
         registry.add(Embedder(replace(card, max_tokens=most), loaded, pooling))
     else:
         registry.add(Classifier(_card(loaded, name, run, "labels"), loaded))
-        if run is not None:
-            check_renderer(run, loaded.renderer, note)
 
 
-def make_writer(
-    loaded: LoadedModel, name: str, decoder: Decoder, *, adapter: str | None = None, run: Run | None = None
-) -> ServedModel:
-    """A model that writes, under a name."""
-    vocab_size = int(loaded.model.get_output_embeddings().weight.shape[0])
-    return ServedModel(_card(loaded, name, run, "text"), loaded.renderer, vocab_size, decoder, adapter, run)
+def check_renderer(run: Run, renderer: Renderer, note: Note) -> None:
+    """Tokenizer and chat template are those of training, by their fingerprint in the run's first event.
+
+    Raises RunError.
+    """
+    if run.identity().get("tokenizer and template", renderer.fingerprint) != renderer.fingerprint:
+        raise RunError(
+            f"{run.path}: its tokenizer or chat template makes other tokens than in training: its files or the "
+            "installed transformers have changed. Put them back, or tune it again."
+        )
+    if renderer.date is not None:
+        note(f"{run.path}: its chat template writes the date: {renderer.date}, as in training")
+
+
+def check_adapter(model: ServedModel) -> None:
+    """The logits of a probe are others with the adapter than without. Raises RunError."""
+    decoder, logits = type(model.decoder)(model.decoder.model, model.decoder.adapters), []
+    for adapter in (None, model.adapter):
+        slot = decoder.open(adapter, PROBE_TOKENS)
+        logits.append(decoder.step({}, [(slot, probe(model.vocab_size, PROBE_TOKENS))])[1])
+        decoder.close(slot)
+    if torch.equal(*logits):
+        raise RunError(
+            f"{model.card.name}: its adapter changes nothing: the base alone would answer in its name. Look at the "
+            "run's report, and train it longer."
+        )
 
 
 def _card(loaded: LoadedModel, name: str, run: Run | None, answers: Modality) -> ModelCard:
@@ -377,8 +378,8 @@ class LocalEngine:
     """One model in this process, a request at a time, with the server's prompts, limits and sampling."""
 
     def __init__(self, loaded: LoadedModel, note: Note) -> None:
-        decoder = choose_decoder(loaded, AdapterSet(loaded.model), note, streams=1)
-        self.model = make_writer(loaded, "", decoder)
+        decoder = choose_decoder(loaded.located.name, loaded.model, AdapterSet(loaded.model), note, streams=1)
+        self.model = ServedModel(_card(loaded, "", None, "text"), loaded, decoder)
         self._scheduler = Scheduler(decoder, streams=1)
 
     def generate(

@@ -44,8 +44,6 @@ class PreparedRequest:
     adapter: str | None = None
     max_new_tokens: int = 64
     stop_ids: frozenset[int] = frozenset()
-    stops: tuple[str, ...] = ()
-    n: int = 1
     strip: bool = False
     """Whether white space around an answer is left out."""
     grammar: Callable[[], Grammar] | None = None
@@ -54,7 +52,7 @@ class PreparedRequest:
     def room(self) -> int:
         """Most tokens of cache that its answers take, with the prompt."""
         # A row is copied to the next pool before its old place is free, and a pool grows by doubling its rows.
-        return 2 * self.n * room_for(len(self.prompt) + self.max_new_tokens)
+        return 2 * self.sampling.n * room_for(len(self.prompt) + self.max_new_tokens)
 
 
 @dataclass(slots=True)
@@ -93,7 +91,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Answers that have a place."""
-        return len(self._answers) + sum(prefill.request.n for prefill in self._prefills)
+        return len(self._answers) + sum(prefill.request.sampling.n for prefill in self._prefills)
 
     @property
     def is_busy(self) -> bool:
@@ -143,10 +141,10 @@ class Scheduler:
         return events
 
     def _has_place(self, request: PreparedRequest) -> bool:
-        if self.running + request.n > self.streams:
+        if self.running + request.sampling.n > self.streams:
             return False
         held = sum(prefill.request.room for prefill in self._prefills)
-        held += sum(answer.request.room // answer.request.n for answer in self._answers.values())
+        held += sum(answer.request.room // answer.request.sampling.n for answer in self._answers.values())
         return self.room is None or held + request.room <= self.room
 
     def _prompt_parts(self) -> list[tuple[_Prefill, PromptPart]]:
@@ -166,12 +164,12 @@ class Scheduler:
     def _start_answers(self, prefill: _Prefill, logits_V: Tensor) -> list[KeyedEvent]:
         """The answers to a prompt that has been read, with their first tokens."""
         request, answers = prefill.request, []
-        for index, slot in enumerate(self._decoder.fork(prefill.slot, request.n)):
+        for index, slot in enumerate(self._decoder.fork(prefill.slot, request.sampling.n)):
             sampler = Sampler(request.sampling, index=index, grammar=request.grammar() if request.grammar else None)
-            text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.stops, strip=request.strip)
+            text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.sampling.stop, strip=request.strip)
             self._answers[slot] = _Answer(request, index, sampler, text, slot)
             answers.append(self._answers[slot])
-        return self._sample(answers, logits_V.expand(request.n, -1))
+        return self._sample(answers, logits_V.expand(request.sampling.n, -1))
 
     def _sample(self, answers: list[_Answer], logits_NV: Tensor) -> list[KeyedEvent]:
         """The next token of each answer, and its events."""

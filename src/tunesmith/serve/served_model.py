@@ -23,7 +23,7 @@ from tunesmith.inference.rows import Line
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import pool
-from tunesmith.runs.folder import Run
+from tunesmith.serve.adapters import LowRankPath
 from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.serve.sampling import JsonGrammars
@@ -37,13 +37,24 @@ class ServedModel:
     """A base model, or a run's adapter on it, that answers in text."""
 
     card: ModelCard
-    renderer: Renderer
-    vocab_size: int
+    loaded: LoadedModel
     decoder: Decoder
-    adapter: str | None = None
-    run: Run | None = None
+    paths: Mapping[str, LowRankPath] = field(default_factory=dict)
+    """Of its adapter on the base; empty: it answers as the model that is loaded."""
     grammars: JsonGrammars | None = field(default=None, init=False)
     """Made when it is first needed."""
+
+    @property
+    def renderer(self) -> Renderer:
+        return self.loaded.renderer
+
+    @property
+    def adapter(self) -> str | None:
+        return self.card.name if self.paths else None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.loaded.model.get_output_embeddings().weight.shape[0])
 
     def prepare(self, key: int, request: GenerationRequest, options: EngineOptions) -> PreparedRequest:
         """The request as the scheduler takes it. Raises RequestError."""
@@ -65,8 +76,6 @@ class ServedModel:
             adapter=self.adapter,
             max_new_tokens=max_new_tokens,
             stop_ids=frozenset(self.renderer.stop_ids),
-            stops=tuple(filter(None, request.stop)),
-            n=request.n,
             strip=not TASKS[self.renderer.task_name].raw_text,
             grammar=grammar,
         )

@@ -2,93 +2,84 @@
 
     python -m tunesmith.serve.worker
 
-reads what to load and then requests from its standard input, and writes events to its standard output, a JSON object on
-each line. It ends when its input ends: with the server, however that ends.
+reads what to load and then requests from its standard input, and writes events to its standard output, as
+`protocol.pack` makes them. It ends when its input ends: with the server, however that ends.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
 import psutil
 import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError, encode_event, encode_line
-from tunesmith.serve.registry import AttachableRun, Registry, open_registry
+from tunesmith.serve.protocol import LENGTH_BYTES, EngineOptions, GenerationRequest, RequestError, pack
+from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
-WATCH_S, IDLE_WATCH_S = 0.2, 1.0
-"""Idle, it leaves the cores to a run."""
+WATCH_S = 0.5
 SCRATCH_BYTES = 256 * 1024**2
 """For everything but weights, keys and values."""
-OVER_MEMORY = 3
-"""Exit code of a worker that took more memory than it may."""
 
-Send = Callable[[Mapping[str, Any]], None]
+Send = Callable[[Any], None]
 
 
 def main() -> int:
     """0: its input ended; 1: the models could not be loaded, which was reported."""
     send = _sender()
-    start = orjson.loads(sys.stdin.buffer.readline())
-    options = EngineOptions(**start["options"])
+    names, root, options, attached = _receive()
     torch.set_num_threads(options.threads or num_cpus())
     limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
-    busy = threading.Event()
-    busy.set()
-    threading.Thread(target=_watch, args=(send, limit, busy), daemon=True).start()
+    threading.Thread(target=_watch, args=(limit,), daemon=True).start()
     try:
-        root, names = Path(start["root"]), start["names"]
-        registry = open_registry(names, root=root, options=options, note=lambda text: send({"note": text}))
-        worker = Worker(registry, options, send, busy, limit=limit)
-        for name, run in start["attached"].items():
+        registry = open_registry(names, root=root, options=options, note=send)
+        worker = Worker(registry, options, send, limit=limit)
+        for name, run in attached.items():
             try:
-                registry.attach(registry.read_run(name, Path(run)))
-            except (TunesmithError, RequestError) as error:
-                send({"note": f"{name} is not served: {error}"})
+                registry.attach(registry.read_run(name, run))
+            except TunesmithError as error:
+                send(f"{name} is not served: {error}")
     except TunesmithError as error:
-        send({"failed": str(error), "is_input": isinstance(error, InputError)})
+        send((InputError if isinstance(error, InputError) else TunesmithError)(str(error)))
         return 1
-    send({"ready": [model.card for model in registry.models.values()]})
-    threading.Thread(target=_listen, args=(worker.inbox,), daemon=True).start()
+    send([model.card for model in registry.models.values()])
+    threading.Thread(target=_listen, args=(worker,), daemon=True).start()
     while True:
-        for message in worker.messages():
-            worker.take(message)
+        for work in worker.inbox_items():
+            work()
         worker.step()
 
 
 class Worker:
     """Answers messages, one step of all requests after another.
 
-    Prompts are rendered and tokenized on a second thread, and those with a schema to compile on a third: a megabyte of
-    text takes a tokenizer seconds, for which the answers under way do not wait, nor does a prompt for a schema.
+    Prompts are rendered and tokenized, and runs read, on a second thread: a megabyte of text takes a tokenizer seconds,
+    for which the answers under way do not wait.
     """
 
-    def __init__(
-        self, registry: Registry, options: EngineOptions, send: Send, busy: threading.Event, *, limit: int
-    ) -> None:
-        """`busy` is set but while there is nothing to do."""
-        self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    def __init__(self, registry: Registry, options: EngineOptions, send: Send, *, limit: int) -> None:
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """To be done between two steps."""
         self._registry = registry
         self._options = options
         self._send = send
-        self._busy = busy
         self._preparing: set[int] = set()
-        self._plain_preparer, self._schema_preparer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._preparer = ThreadPoolExecutor(1)
         decoders = registry.decoders
         free = limit - resident_bytes() - SCRATCH_BYTES
         self._schedulers = {
@@ -96,107 +87,80 @@ class Worker:
             for decoder in decoders
         }
 
-    def messages(self) -> Iterator[dict[str, Any]]:
+    def inbox_items(self) -> Iterator[Callable[[], None]]:
         """Everything in the inbox; waits for something if there is nothing else to do."""
         with suppress(queue.Empty):
             while True:
-                is_idle = not any(scheduler.is_busy for scheduler in self._schedulers.values())
-                if is_idle:
-                    self._busy.clear()
-                message = self.inbox.get(block=is_idle)
-                self._busy.set()
-                yield message
+                yield self.inbox.get(block=not any(scheduler.is_busy for scheduler in self._schedulers.values()))
 
-    def take(self, message: dict[str, Any]) -> None:
+    def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
-        if "cancel" in message:
-            self._preparing.discard(message["cancel"])
+        if verb == "cancel":
+            self._preparing.discard(key)
             for scheduler in self._schedulers.values():
-                scheduler.cancel(message["cancel"])
-        elif "request" in message:
-            self._preparing.add(message["key"])
-            has_schema = message["request"].get("json_schema") is not None
-            (self._schema_preparer if has_schema else self._plain_preparer).submit(self.prepare, message)
-        elif "attach" in message:
-            self._plain_preparer.submit(self.read_run, message)
-        elif "attachable" in message:
-            self._attach(message["key"], message["attachable"])
-        elif "detach" in message:
-            self._registry.detach(message["detach"])
-            self._send({"reply": message["key"], "value": None})
-        elif "prepared" in message:
-            if message["key"] in self._preparing:
-                self._preparing.discard(message["key"])
-                self._start(message["key"], message["prepared"])
+                scheduler.cancel(key)
+        elif verb == "generate":
+            self._preparing.add(key)
+            self._preparer.submit(self._try, key, self._prepare, *words)
+        elif verb == "attach":
+            self._preparer.submit(self._try, key, self._read_run, *words)
         else:
-            try:
-                self._send({"reply": message["key"], "value": self._read(message)})
-            except RequestError as error:
-                self._refuse(message["key"], error)
+            self._try(key, getattr(self, f"_{verb}"), *words)
 
-    def prepare(self, message: Mapping[str, Any]) -> None:
-        """Put a request, ready for its scheduler, or its error into the inbox. Runs on a thread of its own."""
-        key = message["key"]
+    def _try(self, key: int, work: Callable[..., None], *words: Any) -> None:
+        """Call `work`, whose error is the answer to the request and must not end others."""
+        try:
+            return work(key, *words)
+        except RequestError as error:
+            answer = error
+        except TunesmithError as error:
+            answer = RequestError(str(error), code="not_servable")
+        except BaseException as error:  # libraries in Rust panic with one
+            traceback.print_exc()
+            message = f"the request could not be answered: {type(error).__name__}"
+            answer = RequestError(message, status=500, code="internal_error")
+        self._preparing.discard(key)
+        self._send([(key, answer)])
+
+    def _prepare(self, key: int, request: GenerationRequest) -> None:
+        if key in self._preparing:
+            model = self._registry.find(request.model, ServedModel)
+            self.inbox.put(partial(self._try, key, self._start, model, model.prepare(key, request, self._options)))
+
+    def _start(self, key: int, model: ServedModel, request: PreparedRequest) -> None:
         if key not in self._preparing:
             return
-        prepared: Any
-        try:
-            request = GenerationRequest(**message["request"])
-            model = self._registry.find(request.model, ServedModel)
-            prepared = model, model.prepare(key, request, self._options)
-        except RequestError as error:
-            prepared = error
-        except (TypeError, ValueError, LookupError, AttributeError) as error:  # another shape than it should have
-            prepared = RequestError(f"the request cannot be read: {error}")
-        except BaseException as error:  # one request's error must not end the others
-            traceback.print_exc()
-            message_ = f"the request could not be prepared: {type(error).__name__}"
-            prepared = RequestError(message_, status=500, code="internal_error")
-        self.inbox.put({"key": key, "prepared": prepared})
-
-    def read_run(self, message: Mapping[str, Any]) -> None:
-        """Put a run, read and checked, or the reason why it cannot be served into the inbox. Runs on a thread."""
-        found: Any
-        try:
-            found = self._registry.read_run(message["attach"], Path(message["run"]))
-        except Exception as error:  # a damaged run must not end the answers of others
-            found = error
-        self.inbox.put({"key": message["key"], "attachable": found})
-
-    def _attach(self, key: int, found: AttachableRun | Exception) -> None:
-        try:
-            if isinstance(found, Exception):
-                raise found
-            self._registry.attach(found)
-        except Exception as error:  # as above
-            self._send({"reply": key, "error": str(error) or type(error).__name__})
-        else:
-            self._send({"reply": key, "value": found.model.card})
-
-    def _start(self, key: int, prepared: tuple[ServedModel, PreparedRequest] | RequestError) -> None:
-        if isinstance(prepared, RequestError):
-            return self._refuse(key, prepared)
-        model, request = prepared
+        self._preparing.discard(key)
         if self._registry.models.get(model.card.name) is not model:
             message = f"the model {model.card.name} was removed"
-            return self._refuse(key, RequestError(message, status=404, code="model_not_found", param="model"))
+            raise RequestError(message, status=404, code="model_not_found", param="model")
         scheduler = self._schedulers[model.decoder]
-        if scheduler.could_hold(request):
-            return scheduler.add(request)
-        message = (
-            f"{request.n} answers of up to {request.max_new_tokens:,} tokens to a prompt of {len(request.prompt):,} do "
-            "not fit into the memory of this server: lower max_tokens or n"
-        )
-        self._refuse(key, RequestError(message, code="context_length_exceeded", param="max_tokens"))
+        if not scheduler.could_hold(request):
+            raise RequestError(
+                f"{request.sampling.n} answers of up to {request.max_new_tokens:,} tokens to a prompt of "
+                f"{len(request.prompt):,} do not fit into the memory of this server: lower max_tokens or n",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+        scheduler.add(request)
 
-    def _read(self, message: Mapping[str, Any]) -> Any:
-        if "texts" in message:
-            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in message["texts"]]
-            return self._registry.find(message["model"], Classifier).classify(texts)
-        return self._registry.find(message["model"], Embedder).embed(message["passages"], **message["how"])
+    def _read_run(self, key: int, name: str, run: Path) -> None:
+        self.inbox.put(partial(self._try, key, self._attach, self._registry.read_run(name, run)))
 
-    def _refuse(self, key: int, error: RequestError) -> None:
-        self._send({"events": [[key, *encode_event(error)]]})
+    def _attach(self, key: int, model: ServedModel) -> None:
+        self._registry.attach(model)
+        self._send([(key, model.card)])
+
+    def _detach(self, key: int, name: str) -> None:
+        self._registry.detach(name)
+        self._send([(key, None)])
+
+    def _classify(self, key: int, model: str, texts: Sequence[str | tuple[str, str]]) -> None:
+        self._send([(key, self._registry.find(model, Classifier).classify(texts))])
+
+    def _embed(self, key: int, model: str, texts: Sequence[str], dimensions: int | None, is_query: bool) -> None:
+        embedder = self._registry.find(model, Embedder)
+        self._send([(key, embedder.embed(texts, dimensions=dimensions, is_query=is_query))])
 
     def step(self) -> None:
         """One step of all answers under way; sends its events."""
@@ -204,27 +168,30 @@ class Worker:
         if not busy:
             self._registry.drop_detached()
         if events := [event for scheduler in busy for event in scheduler.step()]:
-            self._send({"events": [[key, *encode_event(event)] for key, event in events]})
+            self._send(events)
 
 
-def _listen(inbox: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass on all messages until the input ends: then this process ends, whatever it does."""
-    for line in sys.stdin.buffer:
-        inbox.put(orjson.loads(line))
-    os._exit(0)
+def _receive() -> Any:
+    """The next message; ends this process, whatever it does, when its input ends."""
+    head = sys.stdin.buffer.read(LENGTH_BYTES)
+    content = sys.stdin.buffer.read(int.from_bytes(head, "big"))
+    if not content:
+        os._exit(0)
+    return pickle.loads(content)
 
 
-def _watch(send: Send, limit: int, busy: threading.Event) -> None:
-    """Send heartbeats with the resident memory; end at the limit, since one on addresses would count mapped files."""
+def _listen(worker: Worker) -> None:
     while True:
-        held = resident_bytes()
-        send({"rss": held})
-        if held > limit:
-            mib, most = held / 2**20, limit / 2**20
-            send({"over_memory": f"it held {mib:,.0f} MiB of memory, more than the {most:,.0f} it may", "rss": held})
-            os._exit(OVER_MEMORY)
-        busy.wait(IDLE_WATCH_S)
+        worker.inbox.put(partial(worker.take, *_receive()))
+
+
+def _watch(limit: int) -> None:
+    """End at the limit of resident memory, since one on addresses would count mapped files."""
+    while (held := resident_bytes()) <= limit:
         time.sleep(WATCH_S)
+    print(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _sender() -> Send:
@@ -233,8 +200,8 @@ def _sender() -> Send:
     os.dup2(2, 1)
     lock = threading.Lock()
 
-    def send(message: Mapping[str, Any]) -> None:
-        text = memoryview(encode_line(message))
+    def send(message: Any) -> None:
+        text = memoryview(pack(message))
         try:
             with lock:
                 while text:
