@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import pickle
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from tunesmith.serve.protocol import (
     Started,
     StreamEvent,
     pack,
+    unpack,
 )
 
 END_TIMEOUT_S = 5.0
@@ -94,7 +94,7 @@ class WorkerProcess:
         assert self.process.stdout is not None, "it has a pipe"
         try:
             length = int.from_bytes(await self.process.stdout.readexactly(LENGTH_BYTES), "big")
-            return pickle.loads(await self.process.stdout.readexactly(length))
+            return unpack(await self.process.stdout.readexactly(length))
         except asyncio.IncompleteReadError:
             return None
 

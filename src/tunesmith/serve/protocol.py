@@ -2,14 +2,14 @@
 
     route -> GenerationRequest -> Engine -> Started, Delta, Delta, ..., Finished -> route
 
-Server and worker exchange pickles of these classes and of `protocol.pack`'s tuples. Standard library only.
+Server and worker exchange these classes in the frames of `pack`. Standard library only.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, Protocol, TypeAlias
 
 from tunesmith.types import TaskName
@@ -203,6 +203,11 @@ class Engine(Protocol):
 
 
 def pack(message: Any) -> bytes:
-    """A message between server and worker: its length in four bytes, and its pickle."""
-    content = pickle.dumps(message)
+    """A message between server and worker, as `multiprocessing` sends it: its length in four bytes, and its pickle."""
+    content = ForkingPickler.dumps(message)
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
+
+
+def unpack(content: bytes) -> Any:
+    """The message in what follows its length."""
+    return ForkingPickler.loads(content)

@@ -9,7 +9,6 @@ reads what to load and then requests from its standard input, and writes events 
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 import sys
 import threading
@@ -27,7 +26,7 @@ import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.serve.protocol import LENGTH_BYTES, EngineOptions, GenerationRequest, RequestError, pack
+from tunesmith.serve.protocol import LENGTH_BYTES, EngineOptions, GenerationRequest, RequestError, pack, unpack
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
@@ -177,7 +176,7 @@ def _receive() -> Any:
     content = sys.stdin.buffer.read(int.from_bytes(head, "big"))
     if not content:
         os._exit(0)
-    return pickle.loads(content)
+    return unpack(content)
 
 
 def _listen(worker: Worker) -> None:
@@ -189,7 +188,7 @@ def _watch(limit: int) -> None:
     """End at the limit of resident memory, since one on addresses would count mapped files."""
     while (held := resident_bytes()) <= limit:
         time.sleep(WATCH_S)
-    print(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may", file=sys.stderr)
+    sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
     sys.stderr.flush()
     os._exit(1)
 
