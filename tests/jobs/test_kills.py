@@ -259,6 +259,7 @@ def real_outcome(folder: Path, num: int, monkeypatch: pytest.MonkeyPatch) -> tup
 
 @needs_strace
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("part", range(4))
 def test_a_run_killed_at_its_writes_ends_as_the_same_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int

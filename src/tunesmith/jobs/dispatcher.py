@@ -389,7 +389,8 @@ class Dispatcher:
             return
         error = self._keep_results(job, run)
         with suppress(OSError, RunError, StorageError):
-            for path in (run.rows_path, run.checkpoints_path):  # the result and the report stay
+            # The result and the report stay. A run killed after its last event leaves who wrote it.
+            for path in (run.rows_path, run.checkpoints_path, run.path / "lock.json"):
                 remove(path)
         if error is not None and (error := self._keep_results(job, run)) is not None:  # now the disk may have room
             self.on_note(f"{name}: the results of its steps are not kept: {error}")
