@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,19 +26,12 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     return Example(parts if answered else parts[:1], source, "said", plain=True)
 
 
-SAID = SimpleNamespace(
-    NAME="said",
-    FIELDS=("say",),
-    REQUIRED=("say",),
-    INPUTS=("say",),
-    matches=lambda record: "say" in record,
-    parse=parse,
-)
+SAID = formats.Format("said", parse, fields=("say",), required=("say",), inputs=("say",))
 """A format: {"say": "..."}."""
 
 
 def encoder(settings: EncoderSettings) -> RowEncoder:
-    return CompletionEncoder(settings.tokenizer, settings.fast, settings.limit)
+    return CompletionEncoder(settings)
 
 
 ECHO = Task(

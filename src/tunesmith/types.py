@@ -286,8 +286,9 @@ class Task:
     A task that learns classes takes its `labels` too, see `tasks.bind`."""
     measure: Callable[..., Measured]
     """(model, batch) -> the same losses one by one, without gradient, and the model's outputs."""
-    encoder: Callable[[Any], Any]
-    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.renderer`."""
+    encoder: str | Callable[[Any], Any]
+    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.renderer`; or its
+    name, "module:function", which is imported when rows are encoded."""
     record: Callable[..., dict[str, Any]]
     """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
     is_chat: bool = False

@@ -346,32 +346,3 @@ def test_conversations_with_one_first_turn_have_one_input():
     assert len({input_hash(row) for row in rows}) == 1
     assert len({content_hash(row) for row in rows}) == 3
     assert input_hash(an_example(greeting, question, answers[0])) != input_hash(rows[0])
-
-
-@pytest.mark.parametrize(
-    ("row", "shape", "texts"),
-    [
-        ({"question": "a", "answer": "b"}, "prompt_completion", ["a", "b"]),
-        ({"user": "a", "assistant": "b"}, "prompt_completion", ["a", "b"]),
-        ({"instruction": "a", "context": "c", "response": "b"}, "alpaca", ["a\n\nc", "b"]),
-    ],
-)
-def test_well_known_names_are_read_as_they_are_and_that_is_said(
-    row: dict[str, str], shape: str, texts: list[str], tmp_path: Path
-):
-    found, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([row, row])))
-    assert [(example.shape, [part.text for part in example.parts]) for example in found] == [(shape, texts)] * 2
-    assert (problem.code, problem.severity) == ("read_as", "warning")
-    path = put(tmp_path, "asked.jsonl", json_lines([{name: row[name] for name in list(row)[:-1]}]))
-    (asked,), _ = examples_in(path, task="chat", answered=False)
-    assert [part.text for part in asked.parts] == texts[:1]
-
-
-def test_preferences_are_refused_in_one_line_by_tasks_that_learn_nothing_from_them(tmp_path: Path):
-    rows = [{"prompt": f"a{i}", "chosen": "b", "rejected": "c"} for i in range(9)]
-    path = put(tmp_path, "rows.jsonl", json_lines(rows))
-    _, (problem,) = examples_in(path, task="chat")
-    assert problem.code == "preference_pairs"
-    assert "which the task chat does not learn from" in problem.message
-    found, _ = examples_in(path, columns={"completion": "chosen"})  # what the way out says
-    assert len(found) == 9

@@ -16,7 +16,7 @@ from export.exports import quick
 from tiny_run import model_folder
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
-from tunesmith.data.formats import FORMATS, find_shape
+from tunesmith.data.formats import FORMATS
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluation.scores import score
 from tunesmith.export.export_run import export_run
@@ -230,23 +230,6 @@ def test_answers_without_scores_are_the_best_first():
     found = FORMATS["scored_answers"].parse({"prompt": "Q", "answers": ["a", "b", "c"]}, Source("a", 1))
     assert isinstance(found, Example)
     assert found.labels == ("2.0", "1.0", "0.0")
-
-
-def test_rows_of_ultrafeedback_are_read_with_the_mean_of_their_ratings():
-    ratings = [("a", 2.5, 10), ("b", 4.25, 7), ("c", 2.5, 1)]
-    completions = [
-        {"response": text, "fine-grained_score": fine, "overall_score": overall, "model": "m"}
-        for text, fine, overall in ratings
-    ]
-    row = {"source": "evol", "instruction": "Q", "models": ["m"], "completions": completions}
-    assert FORMATS["scored_answers"].matches(row)
-    assert find_shape(row) == "scored_answers"
-    found = FORMATS["scored_answers"].parse(row, Source("a", 1))
-    assert isinstance(found, Example)
-    assert [part.text for (part,) in found.branches] == ["b", "a", "c"]
-    assert found.labels == ("4.25", "2.5", "2.5")
-    (problem,) = FORMATS["scored_answers"].parse({**row, "completions": [{"response": "a"}] * 2}, Source("a", 1))
-    assert problem.code == "bad_numbers"
 
 
 def test_a_served_reward_is_of_a_prompt_and_its_answer(tmp_path):

@@ -153,7 +153,7 @@ def test_a_prompt_that_the_model_does_not_pool_is_left_out(tmp_path):
     assert_a_prompt_is_left_out(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["data.embedding", "serve.served_model"])
+@pytest.mark.parametrize("place", ["data.branch_encoders", "serve.served_model"])
 def test_the_test_sees_a_prompt_in_the_mean(tmp_path, monkeypatch, place):
     monkeypatch.setattr(f"tunesmith.{place}.first_pooled", lambda *_: 0)
     with pytest.raises(AssertionError):

@@ -19,7 +19,7 @@ from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words,
 from tiny_run import model_folder, same_run, stop_at, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import join, lines_of
-from tunesmith.data.formats.preference import SIDES
+from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.renderer import LengthLimit
 from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped
@@ -349,7 +349,7 @@ def test_an_answer_is_learnt_with_one_end_and_nothing_behind_it(tmp_path, is_pla
                               (newline, False)]
 )  # fmt: skip
 def test_another_end_would_be_seen(tmp_path, monkeypatch, planted, is_plain):
-    monkeypatch.setattr("tunesmith.data.preference.join", planted)
+    monkeypatch.setattr("tunesmith.data.branch_encoders.join", planted)
     with pytest.raises(AssertionError):
         assert_learnt_with_one_end(answers_to_learn(tmp_path, is_plain=is_plain))
 

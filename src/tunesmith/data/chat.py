@@ -19,13 +19,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 
-from tunesmith.data.chat_template import ChatTemplate, Message, Rendering, Request, TemplateRefusal
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
-from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, FastTokenizer, Tokens
+from tunesmith.data.chat_template import ChatTemplate, Message, TemplateRefusal
+from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
+from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, Tokens
 from tunesmith.errors import DataError, ModelError
 from tunesmith.types import Example, Part, Problem, Source
 
@@ -36,8 +35,6 @@ CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "
 
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether to open the assistant's turn) -> text"""
-MakeRequest = Callable[[Sequence[Message], bool], Request]
-"""The same for a text that is rendered later, with those of other rows."""
 
 
 class Ambiguous(Exception):
@@ -90,19 +87,19 @@ class _Row:
 class ChatEncoder(RowEncoder):
     """Renders and tokenizes chats. `stop_ids` close an assistant's turn, found by rendering."""
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, date: str | None) -> None:
-        self._template = ChatTemplate(tokenizer, date)
-        self._fast = fast
-        self._limit = limit
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._template = ChatTemplate(settings.tokenizer, settings.date)
+        self._fast = fast = settings.fast
+        self._limit = settings.limit
         self.template_text = self._template.text
-        self.control = ControlTokens(tokenizer, self.template_text)
+        self.control = ControlTokens(settings.tokenizer, self.template_text)
         self._run, self.stop_ids = find_stops(self._bare_render, self.control, name=fast.name)
         self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([self._run[0], *self.stop_ids]))
         if self._starts_with_two_bos(fast.ids([self._bare_render([QUESTION], True)])[0].tolist()):
             raise ModelError(f"{fast.name}: its chat template writes BOS twice. Give a corrected one by data.template.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        texts = self._template.render_all([self._render(example) for example in examples])
+        texts = [self._render(example) for example in examples]
         tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)], with_offsets=False))
         rows = [self._row(text, next(tokens)) if isinstance(text, _Text) else text for text in texts]
         prompts = sorted({text for row in rows if isinstance(row, _Row) for text, _ in row.openings.values()})
@@ -122,19 +119,19 @@ class ChatEncoder(RowEncoder):
         ids: list[int] = self._fast.ids([text])[0].tolist()
         return ids
 
-    def _render(self, example: Example) -> Rendering[_Text | Problem]:
+    def _render(self, example: Example) -> _Text | Problem:
         messages = [as_message(part) for part in example.parts]
 
-        def request(some: Sequence[Message], prompt: bool) -> Request:
-            return Request(some, prompt, example.tools)
+        def render(some: Sequence[Message], prompt: bool) -> str:
+            return self._template.render(some, tools=example.tools, prompt=prompt)
 
         index = -1
         try:
-            whole = yield request(messages, False)
+            whole = render(messages, False)
             turns = []
             for index, part in enumerate(example.parts):
                 if part.trained:
-                    turns.append((yield from find_turn(request, messages, index, whole=whole, ends=self._ends)))
+                    turns.append(find_turn(render, messages, index, whole=whole, ends=self._ends))
         except TemplateRefusal as refusal:
             fix = "Change the row, or give another template by data.template."
             return Problem(example.source, "template_error", f"the chat template refuses the row: {refusal}", fix)
@@ -274,24 +271,22 @@ def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: 
         yield Problem(example.source, "not_shown", message, fix, severity="warning")
 
 
-def find_turn(
-    request: MakeRequest, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]
-) -> Rendering[Turn]:
+def find_turn(render: Render, messages: Sequence[Message], index: int, *, whole: str, ends: Sequence[str]) -> Turn:
     """Find the turn `index` in `whole`, the text of all messages; `ends` are the texts that close a turn.
 
     Raises `Ambiguous`, or `TemplateRefusal` when the template does not take the messages before the turn.
     """
     # No serving prompt exists for a conversation that the assistant opens: templates refuse an empty list.
-    prompt = (yield request(messages[:index], True)) if index else None
+    prompt = render(messages[:index], True) if index else None
     if prompt is not None and whole.startswith(prompt):
         turn = _verbatim(messages[index], index, prompt, whole, ends)
         if turn is None:
-            turn = yield from _by_prefix(request, messages, index, prompt, whole)
+            turn = _by_prefix(render, messages, index, prompt, whole)
         if turn is not None:
             return turn
     else:
         prompt = None
-    return (yield from _by_sentinel(request, messages, index, prompt, whole))
+    return _by_sentinel(render, messages, index, prompt, whole)
 
 
 def closings(render: Render, question: Message) -> tuple[str, str]:
@@ -319,15 +314,13 @@ def _verbatim(message: Message, index: int, prompt: str, whole: str, ends: Seque
     return Turn(index, len(prompt), start=len(prompt), close=close, limit=len(whole))
 
 
-def _by_prefix(
-    request: MakeRequest, messages: Sequence[Message], index: int, prompt: str, whole: str
-) -> Rendering[Turn | None]:
-    until = yield request(messages[: index + 1], False)
+def _by_prefix(render: Render, messages: Sequence[Message], index: int, prompt: str, whole: str) -> Turn | None:
+    until = render(messages[: index + 1], False)
     if not whole.startswith(until) or len(until) < len(prompt):
         return None
     turn = until[len(prompt) :]
     try:
-        before, after = _around((yield request([*messages[:index], _bare(messages[index]["role"])], False)))
+        before, after = _around(render([*messages[:index], _bare(messages[index]["role"])], False))
     except (TemplateRefusal, Ambiguous):
         before, after = prompt, ""
     start = _start(prompt, before) if until.startswith(before) else len(prompt)
@@ -336,12 +329,10 @@ def _by_prefix(
     return Turn(index, len(prompt), start=start, close=close, limit=len(until))
 
 
-def _by_sentinel(
-    request: MakeRequest, messages: Sequence[Message], index: int, prompt: str | None, whole: str
-) -> Rendering[Turn]:
+def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt: str | None, whole: str) -> Turn:
     bare = _bare(messages[index]["role"])
     try:
-        before, after = _around((yield request([*messages[:index], bare, *messages[index + 1 :]], False)))
+        before, after = _around(render([*messages[:index], bare, *messages[index + 1 :]], False))
     except TemplateRefusal as refusal:
         raise Ambiguous(str(refusal)) from refusal
     start, close = len(before), len(whole) - len(after)

@@ -5,15 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, RowEncoder
-from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
+from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, RowEncoder
+from tunesmith.data.tokenizer import ControlTokens, Tokens
 from tunesmith.errors import RecipeError
-from tunesmith.types import Example, ModelKind, Problem
+from tunesmith.types import Example, Problem
 
 
 class ClassificationEncoder(RowEncoder):
@@ -24,13 +23,14 @@ class ClassificationEncoder(RowEncoder):
     elsewhere meets the head as it was trained. Raises `RecipeError` for a limit without place for a token of each text.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
-        self._fast = fast
-        self._limit = limit
-        of_both = fast.causal_frame(closed=False)
-        self._frames = {1: of_both, 2: of_both} if kind == "causal" else {1: fast.frame(1), 2: fast.frame(2)}
-        self._pooled = -1 if kind == "causal" else 0
-        self.control = ControlTokens(tokenizer, "")
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._fast = fast = settings.fast
+        self._limit = limit = settings.limit
+        self._frames = {1: fast.frame(1), 2: fast.frame(2)}
+        if settings.kind == "causal":
+            self._frames = dict.fromkeys((1, 2), fast.causal_frame(closed=False))
+        self._pooled = -1 if settings.kind == "causal" else 0
+        self.control = ControlTokens(settings.tokenizer, "")
         if limit.max_tokens is not None and limit.max_tokens < self._frames[2].num_added(2) + 2:
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves two texts no token. Raise it.")
 
@@ -82,11 +82,11 @@ class TaggingEncoder(RowEncoder):
     Raises `RecipeError` for a limit without place for a token.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, kind: ModelKind) -> None:
-        self._fast = fast
-        self._limit = limit
-        self._frame = fast.causal_frame(closed=False) if kind == "causal" else fast.frame(1)
-        self.control = ControlTokens(tokenizer, "")
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._fast = fast = settings.fast
+        self._limit = limit = settings.limit
+        self._frame = fast.causal_frame(closed=False) if settings.kind == "causal" else fast.frame(1)
+        self.control = ControlTokens(settings.tokenizer, "")
         if limit.max_tokens is not None and limit.max_tokens <= self._frame.num_added():
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a word no token. Raise it.")
 

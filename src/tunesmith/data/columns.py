@@ -43,15 +43,6 @@ _OFTEN: Mapping[str, tuple[str, ...]] = {
     "positive": ("answer", "passage", "document", "sentence2", "text_pair", "hypothesis", "body"),
 }  # fmt: skip
 """Other common names of our fields."""
-
-
-_ASKED = ("prompt", "instruction")
-_WELL_KNOWN: tuple[tuple[Mapping[str, str], set[str]], ...] = (
-    ({"instruction": "instruction", "input": "context", "output": "response"}, set()),  # Dolly
-    ({"prompt": "question", "completion": "answer"}, {"context", "passage", "choices", "options"}),
-    ({"prompt": "user", "completion": "assistant"}, {"context"}),
-)
-"""Names that are read without data.columns: ours to theirs, and fields that rule this out, since answers need them."""
 _PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
 
 
@@ -79,9 +70,9 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
     if columns:
         return "unknown_shape", message, f"Did you mean {paste(columns)}?"
-    fields = FORMATS[SHAPES[task][-1]].REQUIRED if task else ("prompt", "completion")
+    fields = FORMATS[SHAPES[task][-1]].required if task else ("prompt", "completion")
     own = paste(dict(zip(fields, [*(name for name in record if len(name) < 40), "...", "..."], strict=False)))
-    takes = ", or ".join(" and ".join(FORMATS[name].REQUIRED) for name in (SHAPES[task] if task else _USUAL))
+    takes = ", or ".join(" and ".join(FORMATS[name].required) for name in (SHAPES[task] if task else _USUAL))
     return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
 
 
@@ -91,7 +82,7 @@ def propose(record: Mapping[str, Any], shapes: Iterable[Shape]) -> dict[str, str
         if shape not in shapes:
             continue
         found: dict[str, str] = {}
-        for ours in FORMATS[shape].REQUIRED:
+        for ours in FORMATS[shape].required:
             near = difflib.get_close_matches(ours, record, 1, 0.8)
             theirs = next(
                 (name for name in (ours, *_OFTEN[ours], *near) if name in record and name not in found.values()), None
@@ -113,20 +104,6 @@ def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
     listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
     words = [f"--set task={task}"] if task else []
     return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
-
-
-def read_as(record: Mapping[str, Any], task: TaskName | None, *, answered: bool) -> Mapping[str, str]:
-    """Our names of the fields, to theirs, where a row has the ones of a well-known data set; else empty."""
-    if task is not None and "prompt_completion" not in SHAPES[task]:
-        return {}
-    for columns, others in _WELL_KNOWN:
-        needed = [theirs for ours, theirs in columns.items() if ours != "input" and (answered or ours in _ASKED)]
-        if not answered and "input" in columns:
-            needed.append(columns["input"])
-        own = set(FIELDS) - set(FORMATS["text_pairs"].FIELDS) - set(columns.values())
-        if all(name in record for name in needed) and not record.keys() & (own | others):
-            return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-    return {}
 
 
 _CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")

@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
+from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem
@@ -35,11 +34,11 @@ class CompletionEncoder(RowEncoder):
     Raises `ModelError` for a tokenizer without EOS, or one that writes anything behind a text.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit) -> None:
-        self._fast = fast
-        self._limit = limit
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._fast = fast = settings.fast
+        self._limit = settings.limit
         self._eos_id = _eos_of(fast)
-        self.control = ControlTokens(tokenizer, "")
+        self.control = ControlTokens(settings.tokenizer, "")
         self.stop_ids = (self._eos_id,)
         alone = fast.ids(["a"], add_special_tokens=True)[0]
         self._num_added = int(self.control.are_reserved(alone).sum())
@@ -92,15 +91,15 @@ class Seq2SeqEncoder(RowEncoder):
     without EOS, `RecipeError` for a limit without place for a token.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str | None) -> None:
+    def __init__(self, settings: EncoderSettings, prompt: str = PLACEHOLDER) -> None:
+        self._fast = fast = settings.fast
+        self._limit = limit = settings.limit
         self._eos_id = _eos_of(fast)
-        self._fast = fast
-        self._limit = limit
-        self._prompt = prompt or PLACEHOLDER
+        self._prompt = prompt
         self._frame = fast.frame(1)
         if limit.max_tokens is not None and limit.max_tokens <= self._frame.num_added():
             raise RecipeError(f"data.max_tokens: {limit.max_tokens} leaves a text no token. Raise it.")
-        self.control = ControlTokens(tokenizer, "")
+        self.control = ControlTokens(settings.tokenizer, "")
         self.stop_ids = (self._eos_id,)
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
@@ -160,3 +159,8 @@ def pair_of(example: Example) -> tuple[str, str] | Problem:
         message = f"{sum(trained)} of its {len(trained)} parts are trained; generate takes a prompt and one completion."
         return Problem(example.source, "not_a_pair", message, "Use task: chat for conversations.")
     return "".join(part.text for part in example.parts[:-1]), example.parts[-1].text
+
+
+def completion_encoder(settings: EncoderSettings) -> RowEncoder:
+    """The encoder of task generate."""
+    return (Seq2SeqEncoder if settings.kind == "encoder_decoder" else CompletionEncoder)(settings)

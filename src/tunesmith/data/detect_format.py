@@ -40,27 +40,8 @@ SUFFIXES: dict[str, tuple[FileFormat, ...]] = {
     ".bio": ("CoNLL",),
     ".iob": ("CoNLL",),
 }
-_UNPACK = "Unpack it."
-_BINARIES = {
-    b"PK\x03\x04": ("a zip archive (or an Excel or Word file)", _UNPACK),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
-    b"Rar!\x1a\x07": ("a rar archive", _UNPACK),
-    b"\xfd7zXZ\x00": ("an xz file", _UNPACK),
-    b"BZh": ("a bzip2 file", _UNPACK),
-    b"\x28\xb5\x2f\xfd": ("a zstd file", _UNPACK),
-    GZIP: ("gzipped twice", _UNPACK),
-    b"ARROW1\x00\x00": ("an Arrow file", SAVE_AS),
-    b"SQLite format 3\x00": ("an SQLite database", SAVE_AS),
-    b"%PDF": ("a PDF", SAVE_AS),
-    b"\xd0\xcf\x11\xe0": ("an old Excel or Word file", SAVE_AS),
-    b"GGUF": ("a GGUF model", SAVE_AS),
-}
-"""Kinds of files that cannot be read and the way out, by their first bytes."""
-_OFFICE = {
-    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), "Save the sheet as CSV (UTF-8)."),
-    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf"), "Save the text as .txt (UTF-8)."),
-}
-"""Advice for files of office programs, by suffix."""
+_ARCHIVES = (b"PK\x03\x04", b"7z\xbc\xaf", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")
+"""First bytes of files of zip (and so of Excel and Word), 7z, xz, bzip2 and zstd."""
 _KNOWN_COLUMNS = {
     b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion", b"text", b"label", b"document",
     b"summary",
@@ -82,8 +63,7 @@ def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
     if head.startswith(b"PAR1"):
         return "Parquet", ","
     if reason := no_text(head):
-        code, message, fix = reason
-        raise refusal(path, 0, code, message, _OFFICE.get(suffix_of(path), fix))
+        raise refusal(path, 0, *reason)
     if not text and len(head) < HEAD_BYTES:
         raise refusal(path, 0, "empty_dataset", "it holds no row.")
     if "CoNLL" in SUFFIXES.get(suffix_of(path), ()) or _is_tagged(text):
@@ -97,15 +77,12 @@ def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
 
 def no_text(head: bytes) -> tuple[str, str, str] | None:
     """Code, message and way out where bytes are those of something else than UTF-8 text."""
-    for magic, (what, fix) in _BINARIES.items():
-        if head.startswith(magic):
-            return ("archive" if fix == _UNPACK else "binary"), f"this is {what}.", fix
-    if head[257:262] == b"ustar":
-        return "archive", "this is a tar archive.", _UNPACK
+    if head.startswith((*_ARCHIVES, GZIP)):
+        return "archive", "this is an archive, or gzipped twice.", "Unpack it; save a sheet as CSV, a document as .txt."
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
         fix = "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
         return "wrong_encoding", "this is UTF-16.", fix
-    if _num_controls(head) > len(head) // 5:
+    if head.startswith(b"%PDF") or _num_controls(head) > len(head) // 5:
         return "binary", "this is not text.", SAVE_AS
     return None
 

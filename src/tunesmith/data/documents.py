@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, LengthLimit, OnCut, RowEncoder, Tools
+from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Example, Part, Problem, Source
@@ -40,13 +39,13 @@ class DocumentEncoder(_WindowEncoder):
     `stride` (None: the longest) that leaves tokens out.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
-        self.control = ControlTokens(tokenizer, "")
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._fast = fast = settings.fast
+        self.control = ControlTokens(settings.tokenizer, "")
         self.stop_ids = () if fast.eos_id is None else (fast.eos_id,)
-        self._fast = fast
         self._frame = fast.causal_frame(closed=True)
-        self._width = limit.max_tokens
-        self._stride = _checked_stride(stride, width=self._width, num_read=1)
+        self._width = settings.limit.max_tokens
+        self._stride = _checked_stride(settings.stride, width=self._width, num_read=1)
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids of a text that is to be continued. `tools` have no meaning."""
@@ -72,17 +71,18 @@ class MaskedDocumentEncoder(_WindowEncoder):
     leaves tokens out.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, stride: int | None) -> None:
-        if tokenizer.mask_token_id is None:
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._fast = fast = settings.fast
+        most = settings.limit.max_tokens
+        if settings.tokenizer.mask_token_id is None:
             raise ModelError(
                 f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
                 "text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
             )
-        self.control = ControlTokens(tokenizer, "")
-        self._fast = fast
+        self.control = ControlTokens(settings.tokenizer, "")
         self._frame = fast.frame(1)
-        self._width = None if limit.max_tokens is None else limit.max_tokens - self._frame.num_added()
-        self._stride = _checked_stride(stride, width=self._width, num_read=0)
+        self._width = None if most is None else most - self._frame.num_added()
+        self._stride = _checked_stride(settings.stride, width=self._width, num_read=0)
 
     def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
         maskable_T = ~self.control.are_reserved(spelled.ids_T)
@@ -95,6 +95,11 @@ class MaskedDocumentEncoder(_WindowEncoder):
             trained_T[at : at + end - start] = learnt_T
             drafts.append(Draft(ids_T, trained_T, num_bytes=int(spelled.bytes_T[start:end][learnt_T].sum())))
         return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
+
+
+def document_encoder(settings: EncoderSettings) -> RowEncoder:
+    """The encoder of task text."""
+    return (MaskedDocumentEncoder if settings.kind == "encoder" else DocumentEncoder)(settings)
 
 
 def windows(num_tokens: int, *, width: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:

@@ -24,7 +24,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import line_tokens
-from tunesmith.data.chat_template import PROCESS as TEMPLATES
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import content_hash, examples, input_hash
 from tunesmith.data.read import OnProblem
@@ -135,8 +134,7 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
     try:
         yield begin
     except BrokenProcessPool as ended:
-        what = "a process that encodes rows ended: memory ran out, or a chat template did not end"
-        raise TunesmithError(f"{what}. To see which, set data.num_proc: 1.") from ended
+        raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from ended
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -165,7 +163,6 @@ def _begin(renderer: Renderer) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    TEMPLATES.render_here()
     _RENDERER.append(renderer)
     gc.freeze()  # the collector need not look through the libraries again and again
     gc.set_threshold(100_000)  # rows hold no circles

@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import check_column_names, explain, paste, read_as
+from tunesmith.data.columns import check_column_names, explain
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape, matches
-from tunesmith.data.formats.preference import differ_in_space_alone
+from tunesmith.data.formats.comparisons import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import OnProblem, read
 from tunesmith.errors import InputError
@@ -97,43 +97,28 @@ class FileExamples:
     """Fields that are not used, with the first place of each."""
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Our names of fields to the file's: data.columns, or those of a well-known data set."""
-
-    def __post_init__(self) -> None:
-        self.columns = self.data.columns
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
         raw = record
-        if not self.columns and self.shape is None:
-            self.columns = read_as(record, self.task, answered=self.answered)
-            if self.columns:
-                as_ours = ", ".join(f"{theirs} as {ours}" for ours, theirs in self.columns.items())
-                self._note(source, "read_as", f"{as_ours}: so the fields of its rows are read.", "")
-        renamed = self._renamed(record, source) if self.columns else record
+        renamed = self._renamed(record, source) if self.data.columns else record
         if renamed is None:
             return None
         record = renamed
-        is_pair = self.shape is None and record.keys() >= {"chosen", "rejected"}
-        if is_pair and self.task and "preference" not in SHAPES[self.task]:
-            fix = "To learn the chosen answers alone: " + paste({"prompt": "prompt", "completion": "chosen"}) + "."
-            message = f"its rows are preferences (chosen and rejected), which the task {self.task} does not learn from."
-            raise refusal(self.facts.path, source.line, "preference_pairs", message, fix)
         shape = self.shape
         if shape is None or not matches(shape, record):
             shape = self._shape(record, source)
             if shape is None:
                 return None
-        module = FORMATS[shape]
-        problems = self._too_many(record, source, module.FIELDS) if shape in (*CHATS, *COMPARED) else []
-        parsed = problems or module.parse(record, source, answered=self.answered)
+        form = FORMATS[shape]
+        problems = self._too_many(record, source, form.fields) if shape in (*CHATS, *COMPARED) else []
+        parsed = problems or form.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
         if not isinstance(parsed, Example):
             for problem in parsed:
                 self.on_problem(problem)
             return None
-        if record.keys() - set(FORMATS[shape].FIELDS):
+        if record.keys() - set(FORMATS[shape].fields):
             self._ignore(record, source, shape)
         if self.keep is not None:
             parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))
@@ -178,7 +163,7 @@ class FileExamples:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))
 
     def _renamed(self, record: dict[str, Any], source: Source) -> dict[str, Any] | None:
-        columns = self.columns
+        columns = self.data.columns
         found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         if not found:
             return record
@@ -186,7 +171,7 @@ class FileExamples:
         needed = {
             field
             for name in (SHAPES[self.task] if self.task else FORMATS)
-            for field in (FORMATS[name].REQUIRED if self.answered else FORMATS[name].INPUTS)
+            for field in (FORMATS[name].required if self.answered else FORMATS[name].inputs)
         }
         missing = [theirs for ours, theirs in columns.items() if ours not in found and ours in needed]
         if missing:
@@ -209,7 +194,7 @@ class FileExamples:
         shape = find_shape(record, task=self.task, answered=self.answered)
         if self.shape is not None and shape is None:
             shape = find_shape(record)  # of another task
-        if self.shape is not None and (shape is None or set(FORMATS[shape].FIELDS) <= set(FORMATS[self.shape].FIELDS)):
+        if self.shape is not None and (shape is None or set(FORMATS[shape].fields) <= set(FORMATS[self.shape].fields)):
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task)
@@ -238,7 +223,7 @@ class FileExamples:
         ]
 
     def _ignore(self, record: dict[str, Any], source: Source, shape: Shape) -> None:
-        for name in record.keys() - set(FORMATS[shape].FIELDS) - self.ignored.keys() - set(self.keep or ()):
+        for name in record.keys() - set(FORMATS[shape].fields) - self.ignored.keys() - set(self.keep or ()):
             self._ignore_one(name, source)
 
     def _ignore_one(self, name: str, source: Source) -> None:

@@ -77,22 +77,13 @@ def decode(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise invalid_utf8(raw, error.start) from None
-
-
-def invalid_utf8(raw: bytes, at: int) -> BadRow:
-    byte = raw[at]
-    around = raw[max(0, at - 12) : at + 12].decode("latin-1")
-    if byte == 0xED and raw[at + 1 : at + 2] >= b"\xa0":
-        fix = "It is half of a UTF-16 pair: have the program that wrote it write UTF-8."
-    elif 0xC2 <= byte <= 0xF4 and (at + 1 == len(raw) or 0x80 <= raw[at + 1] <= 0xBF):
-        fix = "A character is cut off: take the text from where it was whole."
-    else:
+        at = error.start
+        around = raw[max(0, at - 12) : at + 12].decode("latin-1")
         fix = (
             f"Read as Latin-1 (Windows-1252) it says {around!r}. "
             "If that is right, convert the file: iconv -f WINDOWS-1252 -t UTF-8."
         )
-    return BadRow("invalid_utf8", f"byte 0x{byte:02X} is not UTF-8", fix, at=at)
+        raise BadRow("invalid_utf8", f"byte 0x{raw[at]:02X} is not UTF-8", fix, at=at) from None
 
 
 def nul_character(at: int) -> BadRow:
@@ -169,7 +160,7 @@ def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
         return "not_a_number", f"{rest[:12]}… is too large a number", "Write it as text, or leave it out."
     if rest.startswith(_NOT_NUMBERS):
         return "not_a_number", f"{rest[:12]!r} is not a number in JSON", "Leave it out."
-    if "end of data" in reason or pos >= len(text.rstrip()):
+    if "end of data" in reason or "Unterminated" in reason or pos >= len(text.rstrip()):
         message = f"the row stops before its end: …{text.rstrip()[-40:]!r}"
         return "truncated_json", message, "A row of JSON lines is on one line. If it is, export the file again."
     return "bad_json", f"not JSON: {reason}, {_around(text, pos)}", _hint(rest, reason)
@@ -243,61 +234,59 @@ def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
 
     Raises `DataError` where the array is not JSON: nothing then says where the next row begins.
     """
-    for raw, offset in _elements(stream, facts):
-        facts.line += 1
+    for raw in _elements(stream, facts):
         facts.rows += 1
-        if len(raw) > limits.line_bytes:
-            on_bad(facts.line, too_long(len(raw), limits.line_bytes))
-            continue
-        if not raw.strip():
-            raise _broken(facts, f"there is no value next to a comma (byte {offset + 1:,}).", "Remove the comma.")
         try:
-            value = loads(raw, depth=limits.depth)
+            if len(raw) > limits.line_bytes:
+                raise too_long(len(raw), limits.line_bytes)
+            yield facts.line, loads(raw, depth=limits.depth)
         except BadRow as bad:
-            if bad.code in ("bad_json", "truncated_json"):
-                raise _broken(facts, f"{bad.message} (byte {offset + 1 + (bad.at or 0):,}).", bad.fix) from None
             on_bad(facts.line, bad)
-        else:
-            yield facts.line, value
 
 
-_DEEP = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
-_FLAT = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+_SCANNER = json.JSONDecoder(parse_int=str, parse_float=str, strict=False)
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[tuple[bytes, int]]:
-    """The elements of an array, and their places in the file. What is inside of them is not looked at."""
-    raw, offset = stream.read(MOST_ARRAY_BYTES + 1), 3 if facts.has_bom else 0
+def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[bytes]:
+    """The elements of an array, each counted as a line of the file."""
+    raw = stream.read(MOST_ARRAY_BYTES + 1)
     if len(raw) > MOST_ARRAY_BYTES:
         message = f"the array has more than {MOST_ARRAY_BYTES:,} bytes, which is the most that is held at once."
         raise refusal(facts.path, 0, "array_too_large", message, "Write it as JSON lines, one object a line.")
-    depth = begin = at = 0
-    is_first = True
-    while match := (_DEEP if depth > 1 else _FLAT).search(raw, at):
-        at, mark = match.end(), match.group()
-        if mark == b'"':  # it is never closed
-            break
-        depth += (mark in (b"[", b"{")) - (mark in (b"]", b"}"))
-        if depth == 1 and begin == 0:
-            begin = at
-        elif depth == 0 or (depth == 1 and mark == b","):
-            piece = raw[begin : match.start()]
-            if piece.strip() or depth or not is_first:
-                yield piece, offset + begin
-            begin, is_first = at, False
-        if depth == 0:
-            if rest := raw[at:].strip():
-                facts.line += 1
-                fix = "Several arrays in one file: join them, or write one object a line."
-                message = f"{rest[:20].decode('utf-8', 'replace')!r} follows the end of the array."
-                raise refusal(facts.path, facts.line, "trailing_data", message, fix)
-            return
-    facts.line += 1
-    tail = raw[begin:][-40:].decode("utf-8", "replace")
-    message = f"the array is not closed: the file ends in row {facts.line}, …{tail!r}."
-    raise refusal(facts.path, facts.line, "truncated_json", message, "Copy or export it again.")
+    text, at, mark = raw.decode("latin-1"), raw.index(b"["), ","  # a character a byte
+
+    def skip(at: int) -> int:
+        return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+    if text.startswith("]", skip(at + 1)):
+        at, mark = skip(at + 1), "]"
+    while mark == ",":
+        facts.line += 1
+        begin = skip(at + 1)
+        try:
+            _, end = _SCANNER.raw_decode(text, begin)
+        except RecursionError:
+            raise _broken(facts, begin, "too_deep", "it nests too deeply.") from None
+        except json.JSONDecodeError as error:
+            before = raw[begin : error.pos].decode("utf-8", "replace")
+            here = before + raw[error.pos : error.pos + 99].decode("utf-8", "replace")
+            code, message, fix = _finding(here, len(before), error.msg)
+            raise _broken(facts, error.pos, code, f"{message}.", fix) from None
+        yield raw[begin:end]
+        at = skip(end)
+        mark = text[at : at + 1]
+    if not mark:
+        raise _broken(facts, at, "truncated_json", "the array is not closed.", "Copy or export it again.")
+    if mark != "]":
+        raise _broken(facts, at, "bad_json", "no comma follows the row.", "Write one between rows.")
+    if rest := raw[at + 1 :].strip():
+        facts.line += 1
+        message = f"{rest[:20].decode('utf-8', 'replace')!r} follows the end of the array."
+        fix = "Several arrays in one file: join them, or write one object a line."
+        raise refusal(facts.path, facts.line, "trailing_data", message, fix)
 
 
-def _broken(facts: FileFacts, message: str, fix: str) -> DataError:
-    fix = f"{fix} Nothing after it was read.".strip()
-    return refusal(facts.path, facts.line, "bad_json", message, fix)
+def _broken(facts: FileFacts, at: int, code: str, message: str, fix: str = "") -> DataError:
+    place = f"{message.removesuffix('.')} (byte {at + 1 + 3 * facts.has_bom:,})."
+    return refusal(facts.path, facts.line, code, place, f"{fix} Nothing after it was read.".strip())

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import numpy as np
@@ -177,7 +178,8 @@ class Renderer:
         self.stride = stride
         self.prompt = prompt
         self.pooling = pooling
-        self._encoder: RowEncoder = task.encoder(
+        encoder = resolve_name(task.encoder) if isinstance(task.encoder, str) else task.encoder
+        self._encoder: RowEncoder = encoder(
             EncoderSettings(tokenizer, fast, limit, kind, stride, prompt, date, pooling)
         )
         self.date = date if "strftime_now" in self._encoder.template_text else None

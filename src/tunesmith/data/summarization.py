@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from tunesmith.data.chat import ChatEncoder
-from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder
-from tunesmith.data.renderer import Drafts, LengthLimit, OnCut, RowEncoder, Tools
-from tunesmith.data.tokenizer import FastTokenizer
+from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder, Seq2SeqEncoder
+from tunesmith.data.renderer import Drafts, EncoderSettings, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.errors import RecipeError
 from tunesmith.types import Example, ModelKind, Part, Problem
 
@@ -27,16 +25,11 @@ class SummarizationEncoder(RowEncoder):
     document from the summary. A row that is too long loses the end of its document.
     """
 
-    def __init__(self, tokenizer: Any, fast: FastTokenizer, limit: LengthLimit, prompt: str, date: str | None) -> None:
-        unbounded = LengthLimit(None, limit.too_long)
-        self._is_chat = bool(tokenizer.chat_template)
-        self._inner = (
-            ChatEncoder(tokenizer, fast, unbounded, date)
-            if self._is_chat
-            else CompletionEncoder(tokenizer, fast, unbounded)
-        )
-        self._fast = fast
-        self._limit = limit
+    def __init__(self, settings: EncoderSettings, prompt: str) -> None:
+        self._fast, self._limit = settings.fast, settings.limit
+        self._is_chat = bool(settings.tokenizer.chat_template)
+        unbounded = replace(settings, limit=LengthLimit(None, self._limit.too_long))
+        self._inner = (ChatEncoder if self._is_chat else CompletionEncoder)(unbounded)
         self._prompt = prompt + ("\n\n" if prompt.endswith(PLACEHOLDER) and not self._is_chat else "")
         self.control = self._inner.control
         self.template_text = self._inner.template_text
@@ -110,3 +103,9 @@ def summary_prompt(prompt: str | None, kind: ModelKind) -> str:
     if prompt is not None and PLACEHOLDER not in prompt:
         raise RecipeError(f"data.prompt: {prompt[:60]!r} has no place for the document: write {PLACEHOLDER} there.")
     return DEFAULT_PROMPTS[kind] if prompt is None else prompt
+
+
+def summary_encoder(settings: EncoderSettings) -> RowEncoder:
+    """The encoder of task summarize. Raises `RecipeError` for a prompt without a place for the document."""
+    prompt = summary_prompt(settings.prompt, settings.kind)
+    return (Seq2SeqEncoder if settings.kind == "encoder_decoder" else SummarizationEncoder)(settings, prompt)

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from tunesmith.data.formats import messages as messages_format
+from tunesmith.data.formats.chats import parse_chat
 from tunesmith.data.read_json import BadRow, check_depth, loads
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Source
@@ -311,7 +311,7 @@ class ChatBody(SampledBody):
             message = "max_tokens and max_completion_tokens: two names of one limit, and they differ. Give one."
             raise refuse("invalid_value", "max_tokens", message)
         record = {"messages": [dict(message) for message in self.messages], "tools": list(self.tools)}
-        found = messages_format.parse(record, Source("messages", 1), answered=False)  # the rules of training rows
+        found = parse_chat(record, Source("messages", 1), answered=False)  # the rules of training rows
         if isinstance(found, list):
             raise refuse("invalid_messages", "messages", " ".join(problem.message for problem in found[:10]))
         return self

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.data.branch_encoders import first_pooled, pooled
 from tunesmith.data.collate import build_batch
-from tunesmith.data.embedding import first_pooled, pooled
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, ModelError

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Loss, Recipe, resolved
-from tunesmith.tasks.chat import CHAT
-from tunesmith.tasks.classify import CLASSIFY
 from tunesmith.tasks.embed import EMBED
-from tunesmith.tasks.generate import GENERATE
+from tunesmith.tasks.labels import CLASSIFY, TAG
 from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
 from tunesmith.tasks.rank import RANK
 from tunesmith.tasks.reward import REWARD
-from tunesmith.tasks.summarize import SUMMARIZE
-from tunesmith.tasks.tag import TAG
-from tunesmith.tasks.text import TEXT
+from tunesmith.tasks.texts import CHAT, GENERATE, SUMMARIZE, TEXT
 from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
 
 if TYPE_CHECKING:

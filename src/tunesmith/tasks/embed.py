@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.tasks.embedding_losses import ALONE, embedding_loss_sum, embedding_measure, look
@@ -14,20 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tunesmith.data.dataset import RowStore
-    from tunesmith.data.renderer import EncoderSettings, RowEncoder
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
-
-
-def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.embedding import EmbeddingEncoder
-
-    pooling = settings.pooling or Pooling()
-    return EmbeddingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind, pooling)
-
-
-def _record(text: str, answer: str | None = None) -> dict[str, Any]:
-    return {"anchor": text} | ({} if answer is None else {"positive": answer})
 
 
 def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
@@ -88,8 +76,8 @@ EMBED = Task(
     heads={"encoder": "vector", "causal": "vector"},
     loss_sum=embedding_loss_sum,
     measure=embedding_measure,
-    encoder=_encoder,
-    record=_record,
+    encoder="tunesmith.data.branch_encoders:EmbeddingEncoder",
+    record=lambda text, answer=None: {"anchor": text} | ({} if answer is None else {"positive": answer}),
     input_role="anchor",
     detected="rows are texts that belong together",
     on_overlong=("cut", "the beginning of a text shows what it is about; cut texts are counted"),

@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tunesmith.data.dataset import RowStore
-    from tunesmith.data.renderer import EncoderSettings, RowEncoder
     from tunesmith.recipe.schema import Recipe
-
-
-def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.preference import PreferenceEncoder
-
-    return PreferenceEncoder(settings.tokenizer, settings.fast, settings.limit, settings.date)
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -74,7 +67,7 @@ PREFER = Task(
     heads={"causal": "next_token"},
     loss_sum=preference_loss_sum,
     measure=preference_measure,
-    encoder=_encoder,
+    encoder="tunesmith.data.branch_encoders:PreferenceEncoder",
     record=_record,
     is_chat=True,
     writes_answers=True,

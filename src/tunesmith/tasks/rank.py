@@ -18,8 +18,6 @@ from tunesmith.types import Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tunesmith.data.renderer import EncoderSettings, RowEncoder
-
 
 def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, options: Rank) -> Tensor:
     """[B] the loss of each row. Sources: docs/embeddings.md."""
@@ -39,12 +37,6 @@ def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_
     return torch.stack(lists)
 
 
-def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.reward import RankingEncoder
-
-    return RankingEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind)
-
-
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     if answer is None:
         return {"query": text, "document": text}
@@ -58,7 +50,7 @@ RANK = Task(
     heads={"encoder": "sequence", "causal": "sequence"},
     loss_sum=partial(branch_loss_sum, losses=ranking_losses),
     measure=partial(branch_measure, losses=ranking_losses),
-    encoder=_encoder,
+    encoder="tunesmith.data.branch_encoders:RankingEncoder",
     record=_record,
     learns_classes=True,
     takes_pairs=True,

@@ -18,8 +18,6 @@ from tunesmith.types import Batch, Measured, Rates, Task
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tunesmith.data.renderer import EncoderSettings, RowEncoder
-
 
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
     """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row.
@@ -67,12 +65,6 @@ def branch_measure(model: nn.Module, batch: Batch, *, losses: Callable[..., Tens
     return measured(losses_B, parts)
 
 
-def _encoder(settings: EncoderSettings) -> RowEncoder:
-    from tunesmith.data.reward import RewardEncoder
-
-    return RewardEncoder(settings.tokenizer, settings.fast, settings.limit, settings.kind, settings.date)
-
-
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     if answer is None:
         return {"prompt": text, "completion": text}
@@ -86,7 +78,7 @@ REWARD = Task(
     heads={"causal": "sequence", "encoder": "sequence"},
     loss_sum=partial(branch_loss_sum, losses=reward_losses),
     measure=partial(branch_measure, losses=reward_losses),
-    encoder=_encoder,
+    encoder="tunesmith.data.branch_encoders:RewardEncoder",
     record=_record,
     is_chat=True,
     learns_classes=True,

@@ -1,52 +1,36 @@
-"""The shapes that a row can have, found by the names of its fields. To add one: a file, and a row in FORMATS."""
+"""The shapes that a row can have, found by the names of its fields. To add one: a `Format`, and a row in FORMATS."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.data.formats import (
-    alpaca,
-    document_summary,
-    messages,
-    preference,
-    prompt_completion,
-    ranked_documents,
-    scored_answers,
-    sharegpt,
-    text,
-    text_label,
-    text_pairs,
-    tokens_tags,
-    unpaired,
+from tunesmith.data.formats.chats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT
+from tunesmith.data.formats.comparisons import PREFERENCE, SCORED_ANSWERS, UNPAIRED
+from tunesmith.data.formats.format import Format
+from tunesmith.data.formats.texts import (
+    DOCUMENT_SUMMARY,
+    RANKED_DOCUMENTS,
+    TEXT,
+    TEXT_LABEL,
+    TEXT_PAIRS,
+    TOKENS_TAGS,
 )
 from tunesmith.types import Shape, TaskName
 
-FORMATS: dict[Shape, Any] = {
-    module.NAME: module
-    for module in (
-        scored_answers,
-        preference,
-        unpaired,
-        text_pairs,
-        ranked_documents,
-        messages,
-        sharegpt,
-        alpaca,
-        prompt_completion,
-        document_summary,
-        text_label,
-        tokens_tags,
-        text,
+FORMATS: dict[Shape, Format] = {
+    one.name: one
+    for one in (
+        SCORED_ANSWERS, PREFERENCE, UNPAIRED, TEXT_PAIRS, RANKED_DOCUMENTS, MESSAGES, SHAREGPT, ALPACA,
+        PROMPT_COMPLETION, DOCUMENT_SUMMARY, TEXT_LABEL, TOKENS_TAGS, TEXT,
     )
-}
-"""Each has NAME, FIELDS it knows, those REQUIRED, INPUTS that are enough for an answer, and parse(record, source,
-answered=); one that needs other fields than REQUIRED has matches(record). The first match counts."""
+}  # fmt: skip
+"""The first that matches a row counts."""
 
 COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
-_KNOWN = sorted(FORMATS.values(), key=lambda module: module.NAME in (*COMPARED, *SEARCHED))
-FIELDS = tuple(dict.fromkeys(field for module in _KNOWN for field in module.FIELDS))
+_KNOWN = sorted(FORMATS.values(), key=lambda one: one.name in (*COMPARED, *SEARCHED))
+FIELDS = tuple(dict.fromkeys(field for one in _KNOWN for field in one.fields))
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
@@ -67,8 +51,8 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
 
 def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
     """Whether a row has the fields of a shape."""
-    own = getattr(FORMATS[shape], "matches", None)
-    return bool(own(record)) if own else all(field in record for field in FORMATS[shape].REQUIRED)
+    one = FORMATS[shape]
+    return one.matches(record) if one.matches else all(field in record for field in one.required)
 
 
 def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
@@ -77,6 +61,6 @@ def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answe
     Without answers, the fields that are enough to predict decide.
     """
     for name in SHAPES[task] if task else FORMATS:
-        if matches(name, record) if answered else all(field in record for field in FORMATS[name].INPUTS):
+        if matches(name, record) if answered else all(field in record for field in FORMATS[name].inputs):
             return name
     return None

@@ -1,8 +1,12 @@
-"""Preferences: {"prompt": "...", "chosen": "...", "rejected": "..."}, each text or a list of messages.
+"""Answers to a prompt that are compared: pairs, answers that are wanted or not, and answers with scores.
 
-Read as well: chosen and rejected as whole conversations or transcripts, whose common beginning is the prompt (TRL's
-implicit prompt, UltraFeedback, Anthropic's HH); OpenAI's input, preferred_output and non_preferred_output;
-LLaMA-Factory's conversations with chosen and rejected turns; messages with rejected_response (ms-swift).
+    {"prompt": "...", "chosen": "...", "rejected": "..."}, each text or a list of messages
+    {"prompt": "...", "completion": "...", "label": true}, or messages with a label
+    {"prompt": "...", "answers": ["...", "..."], "scores": [4, 1]}, or the best first without scores
+
+Pairs are read as well with chosen and rejected as whole conversations or transcripts, whose common beginning is the
+prompt (TRL's implicit prompt, UltraFeedback, Anthropic's HH); as OpenAI's input, preferred_output and
+non_preferred_output; and as LLaMA-Factory's conversations with chosen and rejected turns.
 """
 
 from __future__ import annotations
@@ -12,31 +16,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tunesmith.data.formats._turns import check_order, parts_of, tools_of, without_answer
-from tunesmith.data.formats.prompt_completion import prompt_alone
-from tunesmith.data.formats.sharegpt import as_messages
+from tunesmith.data.formats.chats import as_messages, parse_chat, parse_pair, prompt_alone
+from tunesmith.data.formats.format import Format
+from tunesmith.data.formats.turns import check_order, parts_of, tools_of
 from tunesmith.data.problems import RowProblems
-from tunesmith.types import Example, Part, Problem, Shape, Source
+from tunesmith.types import Example, Part, Problem, Source
 
-NAME: Shape = "preference"
 SIDES = ("chosen", "rejected")
-FIELDS = (
-    "prompt", "chosen", "rejected", "margin", "tools", "score_chosen", "score_rejected", "input", "preferred_output",
-    "non_preferred_output", "conversations", "system", "messages", "rejected_response",
-)  # fmt: skip
-REQUIRED = ("prompt", *SIDES)
-INPUTS = ("prompt",)
 _OPENAI = {"preferred_output", "non_preferred_output"}
-_NAMES = {*SIDES, *_OPENAI, "rejected_response"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def matches(record: dict[str, Any]) -> bool:
-    return not _NAMES.isdisjoint(record) and "completion" not in record
-
-
-def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_preference(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its prompt, and as branches the preferred and the other answer, both trained.
 
     Not `answered`: the prompt alone.
@@ -44,7 +36,7 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     found, given = RowProblems(source), record.get("input")
     tools = tools_of(given if "tools" not in record and isinstance(given, dict) else record, found)
     if not answered:
-        return prompt_alone(record.get("prompt"), tools, found, NAME)
+        return prompt_alone(record.get("prompt"), tools, found, "preference")
     margin = record.get("margin")
     (margin,) = found.numbers(0.0 if margin in (None, "") else margin, 1, "margin")
     if margin < 0:
@@ -56,7 +48,9 @@ def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> E
     if None not in scores and scores[0] == scores[1]:
         found.add("tie", f"score_chosen and score_rejected are both {scores[0]}: neither is better.", "Remove the row.")
     sides = tuple(map(tuple, branches))
-    return found.problems or Example(tuple(parts), source, NAME, tools, plain=plain, branches=sides, values=(margin,))
+    return found.problems or Example(
+        tuple(parts), source, "preference", tools, plain=plain, branches=sides, values=(margin,)
+    )
 
 
 def _is_plain(record: dict[str, Any]) -> bool:
@@ -86,10 +80,6 @@ def _turns(record: dict[str, Any], found: RowProblems) -> tuple[list[Part], list
         keys, place = ("preferred_output", "non_preferred_output"), "input.messages"
         prompt = given.get("messages", []) if isinstance(given, dict) else []
     sides = [record.get(key) for key in keys]
-    if "rejected_response" in record:
-        whole = parts_of(record.get("messages"), found)
-        before = without_answer(whole, found)
-        return _untrained(before), [whole[len(before) :], _answer(record, "rejected_response", found)]
     if "conversations" in record:
         system = found.optional_text(record, "system")
         first = [{"role": "system", "content": system}] if system else []
@@ -160,3 +150,72 @@ def _transcript(text: str) -> list[dict[str, str]]:
     pieces = _TURN.split(text)[1:]
     pairs = zip(pieces[::2], pieces[1::2], strict=True)
     return [{"role": _SPEAKERS[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
+def _parse_unpaired(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: its prompt, and as its one branch what is trained, with 1 where it is wanted, else 0."""
+    label = record.get("label")
+    if answered and not isinstance(label, bool):
+        return [Problem(source, "bad_label", f"label is {str(label)[:40]}.", "true: the answer is wanted; or false.")]
+    found = (parse_chat if "messages" in record else parse_pair)(record, source, answered=answered)
+    if not answered or not isinstance(found, Example):
+        return found
+    first = next((i for i, part in enumerate(found.parts) if part.trained), len(found.parts))
+    prompt, answer = found.parts[:first], found.parts[first:]
+    branches = (answer,) if answer else ()
+    return replace(found, parts=prompt, shape="unpaired", branches=branches, values=(float(bool(label)),))
+
+
+def _parse_scored(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels.
+
+    Answers without scores are in order, and each counts those that follow.
+    """
+    if not answered:
+        return parse_pair(record, source)
+    found = RowProblems(source)
+    answers = record.get("answers")
+    if not isinstance(answers, list):
+        found.wrong_type("answers", answers, "a list of texts")
+        return found.problems
+    example = prompt_alone(record.get("prompt"), tools_of(record, found), found, "scored_answers")
+    num, given = len(answers), record.get("scores")
+    scores = [float(num - 1 - i) for i in range(num)] if given is None else found.numbers(given, num, "scores")
+    texts = found.answers(answers, "answers")
+    if len(answers) < 2:
+        found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
+    elif len(set(scores)) == 1 and not found.problems:
+        found.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
+    if found.problems or not isinstance(example, Example):
+        return found.problems
+    order = sorted(range(len(texts)), key=lambda i: -scores[i])
+    branches = tuple((Part("assistant", texts[i], True),) for i in order)
+    labels = tuple(repr(scores[i]) for i in order)
+    return replace(example, labels=labels, branches=branches, values=(0.0,))
+
+
+PREFERENCE = Format(
+    "preference",
+    _parse_preference,
+    ("prompt", *SIDES, "margin", "tools", "score_chosen", "score_rejected", "input", "preferred_output",
+     "non_preferred_output", "conversations", "system"),
+    ("prompt", *SIDES),
+    ("prompt",),
+    matches=lambda record: not {*SIDES, *_OPENAI}.isdisjoint(record) and "completion" not in record,
+)  # fmt: skip
+UNPAIRED = Format(
+    "unpaired",
+    _parse_unpaired,
+    ("prompt", "completion", "label", "messages", "tools"),
+    ("prompt", "completion", "label"),
+    ("prompt",),
+    matches=lambda record: isinstance(record.get("label"), bool) and ("completion" in record or "messages" in record),
+)
+SCORED_ANSWERS = Format(
+    "scored_answers",
+    _parse_scored,
+    ("prompt", "answers", "scores", "completion", "tools"),
+    ("prompt", "answers"),
+    ("prompt", "completion"),
+    matches=lambda record: "prompt" in record and isinstance(record.get("answers"), list),
+)

@@ -1,0 +1,26 @@
+"""A shape that a row can have: its fields, and how they become an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.types import Example, Problem, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A row of `data.formats.FORMATS`."""
+
+    name: Shape
+    parse: Callable[..., Example | list[Problem]]
+    """(record, source, answered=True) -> the example of one row, or its problems. Not `answered`: what is to be
+    predicted is not read."""
+    fields: tuple[str, ...]
+    """Every field that it knows."""
+    required: tuple[str, ...]
+    inputs: tuple[str, ...]
+    """Fields that are enough for an answer."""
+    matches: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a row has this shape; None: if it has the required fields."""

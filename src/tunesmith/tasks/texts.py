@@ -1,0 +1,76 @@
+"""Tasks that learn the tokens of a text: chat, generate, text and summarize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.tasks.losses import token_loss_sum, token_measure
+from tunesmith.types import Task
+
+
+def _conversation(text: str, answer: str | None = None) -> dict[str, Any]:
+    answers = [] if answer is None else [{"role": "assistant", "content": answer}]
+    return {"messages": [{"role": "user", "content": text}, *answers]}
+
+
+CHAT = Task(
+    name="chat",
+    doc="Answers of the assistant in a conversation, in the model's own chat template.",
+    shapes=("messages", "sharegpt", "alpaca", "prompt_completion"),
+    heads={"causal": "next_token"},
+    loss_sum=token_loss_sum,
+    measure=token_measure,
+    encoder="tunesmith.data.chat:ChatEncoder",
+    record=_conversation,
+    is_chat=True,
+    writes_answers=True,
+    answer_key="answer",
+    headline_metrics=("perplexity", "token_accuracy", "rougeL"),
+    next_commands=(("chat", "--compare"), ("show",)),
+)
+GENERATE = Task(
+    name="generate",
+    doc="The completion of a prompt, plain text, followed by the end token.",
+    shapes=("prompt_completion",),
+    heads={"causal": "next_token", "encoder_decoder": "next_token"},
+    loss_sum=token_loss_sum,
+    measure=token_measure,
+    encoder="tunesmith.data.completion:completion_encoder",
+    record=lambda text, answer=None: {"prompt": text} | ({} if answer is None else {"completion": f" {answer}"}),
+    raw_text=True,
+    writes_answers=True,
+    answer_key="completion",
+    headline_metrics=("perplexity", "token_accuracy", "rougeL"),
+    next_commands=(("chat", "--compare"), ("show",)),
+)
+TEXT = Task(
+    name="text",
+    doc="Every token of plain documents; for an encoder, masked tokens.",
+    shapes=("text",),
+    heads={"causal": "next_token", "encoder": "masked_token"},
+    loss_sum=token_loss_sum,
+    measure=token_measure,
+    encoder="tunesmith.data.documents:document_encoder",
+    record=lambda text, answer=None: {"text": text if answer is None else f"{text} {answer}"},
+    raw_text=True,
+    answer_key="continuation",
+    detected="rows are plain text, learnt as it is",
+    headline_metrics=("perplexity", "bits_per_byte", "token_accuracy"),
+)
+SUMMARIZE = Task(
+    name="summarize",
+    doc="The summary of a document.",
+    shapes=("document_summary",),
+    heads={"causal": "next_token", "encoder_decoder": "next_token"},
+    loss_sum=token_loss_sum,
+    measure=token_measure,
+    encoder="tunesmith.data.summarization:summary_encoder",
+    record=lambda text, answer=None: {"document": text} | ({} if answer is None else {"summary": answer}),
+    has_prompt=True,
+    writes_answers=True,
+    input_role="document",
+    answer_key="summary",
+    detected="rows are documents and their summaries",
+    on_overlong=("cut", "the end of a document is cut, never its summary; cut rows are counted"),
+    headline_metrics=("rougeL", "rouge1", "perplexity"),
+)
