@@ -131,7 +131,8 @@ def _fixed_row(task: TaskName, text: str, question: str, place: Source) -> Examp
     record = TASKS[task].record(text, question) if answered else TASKS[task].record(text)
     shape = find_shape(record, task=task, answered=answered)
     assert shape is not None, "a task's own record has a shape of the task"
-    row: Example = FORMATS[shape].parse(record, place, answered=answered)
+    row = FORMATS[shape].parse(record, place, answered=answered)
+    assert isinstance(row, Example), "and no problems"
     return row
 
 
