@@ -22,7 +22,7 @@ import psutil
 
 from tunesmith.environment import for_child
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.sender import SenderProcess
+from tunesmith.trackers import sender
 from tunesmith.types import Event
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on",
@@ -67,9 +67,7 @@ def measure(folder: Path, name: str, trackers: list[str], *, steps: int) -> tupl
 def processor_share(folder: Path, name: str, *, rate: float = 10.0, seconds: float = 60.0) -> tuple[float, float]:
     """(share of one core that a tracker's processes take, seconds of it to start) while a run writes `rate` steps/s."""
     run = Run.create(folder, f"written-{name}", "model: ./model\n")
-    begun, process = time.monotonic(), SenderProcess(name, offline=True)
-    process.wait_ready()
-    process.begin(run)
+    begun, process = time.monotonic(), sender.start(name, run, offline=True)
     run.append(Event("start", 0, time.time(), {"model": "./model", "versions": {}, "identity": {}}, {}))
     used, after_start = [], 5.0
     for step in range(1, int(rate * (seconds + after_start)) + 1):
@@ -79,7 +77,7 @@ def processor_share(folder: Path, name: str, *, rate: float = 10.0, seconds: flo
             used.append((processor_seconds(process.pid), time.monotonic()))
         time.sleep(max(0.0, begun + step / rate - time.monotonic()))
     run.append(Event("end", step, time.time(), {}, {}))
-    process.finish(60)
+    sender.finish(process, run, name, 60)
     (start, begun), (end, ended) = used
     return (end - start) / (ended - begun), start
 

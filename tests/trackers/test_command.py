@@ -9,7 +9,6 @@ from trackers.logs import new_run
 from tunesmith.cli.app import app
 from tunesmith.recipe.docs import as_yaml, changed
 from tunesmith.recipe.load import load, validate
-from tunesmith.trackers.sender import state_path
 
 
 def test_a_run_is_not_sent_to_none() -> None:
@@ -29,16 +28,6 @@ def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
     found = CliRunner().invoke(app, [places.get(word, word) for word in words] + [name])
     assert found.exit_code == 2
     assert message in " ".join(found.output.split())
-
-
-def test_a_tracker_that_has_everything_is_not_sent_to_again(tmp_path: Path) -> None:
-    run = new_run(tmp_path)
-    state_path(run, "tensorboard").parent.mkdir()
-    state_path(run, "tensorboard").write_text('{"place": "here", "step": 9, "done": true}', "utf-8")
-    found = CliRunner().invoke(app, ["track", str(run.path), "--to", "tensorboard"])
-    if "is missing" not in found.output:
-        assert found.exit_code == 0
-        assert "tensorboard has everything: here." in found.output
 
 
 def test_the_trackers_of_a_recipe_are_kept_and_are_no_part_of_its_meaning(tmp_path: Path) -> None:

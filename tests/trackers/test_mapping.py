@@ -2,7 +2,6 @@
 tests checks it. test_libraries.py has the same with the real ones."""
 
 import importlib
-import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +11,6 @@ from unittest.mock import MagicMock, call
 import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
-from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.tracker import RunReader, StepMetrics, artifacts_of
 
@@ -40,13 +38,13 @@ def send(run: Run, module: str) -> list[StepMetrics]:
     tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader)
     assert tracker.last_step == -1
     tracker.log(steps)
-    tracker.finish(reader, artifacts_of(run)[0])
+    tracker.finish(reader, artifacts_of(run))
     return steps
 
 
 def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock(), Artifact=MagicMock())
+    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     opened = wandb.init.return_value
     opened.settings.mode, opened.resumed, opened.step = "online", False, 0
@@ -58,7 +56,7 @@ def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened.log.call_args_list == [
         call({**step.values, "_timestamp": step.time}, step=step.step, commit=True) for step in steps
     ]
-    assert {one.kwargs["type"] for one in wandb.Artifact.call_args_list} == {"model", "report"}
+    assert {one.kwargs["type"] for one in opened.log_artifact.call_args_list} == {"model", "report"}
     assert opened.notes == "few rows\nkept: the last step"
     opened.finish.assert_called_once_with(exit_code=0)
 
@@ -72,33 +70,32 @@ def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatc
     assert module.open_run(run, RunReader(run)).last_step == 2
 
 
-def test_wandb_offline_goes_on_beside_a_damaged_part(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_synced", "last_step"), [(False, -1), (True, 7)])
+def test_wandb_offline_is_written_anew_until_a_part_was_synced(
+    is_synced: bool, last_step: int, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     reader = RunReader(run)
-    for name, text in (("a", '{"step": 3}'), ("b", "damaged"), ("c", '{"step": null}')):
-        folder = tmp_path / "wandb" / f"offline-run-{name}-{reader.key}"
+    names = (f"a-{reader.key}", f"b-{reader.key}", "c-of-another-run")
+    folders = [tmp_path / "wandb" / f"offline-run-{name}" for name in names]
+    for folder in folders:
         folder.mkdir(parents=True)
-        (folder / f"run-{reader.key}.wandb").write_text(text)
-
-    def inspect(words: list[str], **options: Any) -> Any:
-        text = Path(words[-1]).read_text()
-        return SimpleNamespace(returncode=int(text == "damaged"), stdout=text)
-
-    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock(), __version__="0.30.2")
+    if is_synced:
+        (folders[0] / f"run-{reader.key}.wandb.synced").touch()
+    (run.path / "tracking").mkdir()
+    run.write_json("tracking/wandb.json", {"step": 7})
+    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("subprocess.run", inspect)
-    wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folder / "files")
-    module = importlib.import_module("tunesmith.trackers.wandb_run")
-    opened = module.open_run(run, reader)
-    assert opened.last_step == 3
-    assert re.search(rf"; damaged, and not read: \S+/offline-run-b-{reader.key}/run-{reader.key}.wandb$", opened.place)
-    with pytest.raises(InputError, match=r"wandb: 0.30.2 is too old\. Install it: "):
-        module.check(offline=False)
+    wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folders[1] / "files")
+    opened = importlib.import_module("tunesmith.trackers.wandb_run").open_run(run, reader)
+    assert (opened.last_step, opened.place) == (last_step, str(folders[1]))
+    assert [folder.is_dir() for folder in folders] == [is_synced, True, True]
 
 
 def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     mlflow, entities = install(monkeypatch, "mlflow"), install(monkeypatch, "mlflow.entities")
     mlflow.MlflowClient, mlflow.get_tracking_uri = MagicMock(), lambda: "sqlite:///mlflow.db"
+    mlflow.set_experiment = MagicMock()
     entities.Metric = entities.Param = entities.RunTag = lambda *values: values
     client = mlflow.MlflowClient.return_value
     client.search_runs.return_value, client.get_metric_history.return_value = [], []
@@ -127,33 +124,3 @@ def test_trackio(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened.log.call_args_list == [*(call(step.values, step=step.step) for step in steps), notes]
     assert {one.kwargs["type"] for one in opened.log_artifact.call_args_list} == {"model", "report"}
     opened.finish.assert_called_once_with()
-
-
-def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (
-        "tensorboard", "tensorboard.summary", "tensorboard.summary.writer", "tensorboard.compat",
-        "tensorboard.compat.proto", "tensorboard.plugins", "tensorboard.plugins.text",
-        "tensorboard.backend", "tensorboard.backend.event_processing",
-    )  # fmt: skip
-    for name in names:
-        install(monkeypatch, name)
-    writer, loader = MagicMock(), MagicMock()
-    functions = {
-        "summary.writer.event_file_writer": {"EventFileWriter": writer},
-        "backend.event_processing.event_file_loader": {"EventFileLoader": loader},
-        "compat.proto.event_pb2": {"Event": SimpleNamespace},
-        "compat.proto.summary_pb2": {"Summary": MagicMock()},
-        "plugins.text.summary_v2": {"text_pb": lambda tag, text: (tag, text)},
-    }
-    for name, values in functions.items():
-        install(monkeypatch, f"tensorboard.{name}").configure_mock(**values)
-    summary = functions["compat.proto.summary_pb2"]["Summary"]
-    summary.Value.side_effect = lambda **fields: (fields["tag"], fields["simple_value"])
-    summary.side_effect = lambda value: value
-    steps = send(run, "tensorboard_run")
-    added = [one.args[0] for one in writer.return_value.add_event.call_args_list]
-    wanted = [list(step.values.items()) for step in steps]
-    assert [event.summary for event in added[: len(steps)]] == wanted
-    assert [event.step for event in added[: len(steps)]] == [step.step for step in steps]
-    assert {event.summary[0] for event in added[len(steps) :]} == {"recipe", "facts", "notes", "files"}
-    writer.assert_called_once_with(str(run.path / "tensorboard"))

@@ -207,28 +207,21 @@ def track(
 
     tunesmith track runs/support-3f2a --to wandb --follow
     """
-    from tunesmith.trackers.sender import read_state, state_path, tracked
+    from tunesmith.trackers.sender import read_state, tracked
     from tunesmith.trackers.tracker import check_names
 
     names = check_names(to)
     if not names:
         raise InputError("--to: none: names no tracker. Give tensorboard, wandb, mlflow or trackio.")
     found, screen, failed = Run.open(run, root), console(stderr=as_json), dict[str, str]()
-    for name in [name for name in names if read_state(found, name).get("done")]:
-        place, path = read_state(found, name)["place"], state_path(found, name)
-        screen.print(f"{name} has everything: {place}. To send all again, remove {path}.", soft_wrap=True)
-        names.remove(name)
 
     def say(is_sent: bool, line: str) -> None:
         screen.print(line, soft_wrap=True)
         failed.update({} if is_sent else {line.partition(":")[0]: line})
 
-    with (
-        screen.status(f"sending {found.path.name} to {', '.join(names)}"),
-        tracked(names, offline=offline, say=say, wait_s=None) as begin,
-    ):
+    with tracked(names, offline=offline, say=say, wait_s=None) as begin:
         begin(found)
-        while follow and names and found.state() in ("new", "running"):
+        while follow and found.state() in ("new", "running"):
             time.sleep(POLL_S)
     for name in names if as_json else ():
         json_line({"kind": "track", "tracker": name, "sent": name not in failed, **read_state(found, name)})

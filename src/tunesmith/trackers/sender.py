@@ -1,11 +1,11 @@
 """The process that sends a run's events to one tracker, and its parent's side, which waits no longer than promised.
 
-    python -m tunesmith.trackers.sender NAME
+    python -m tunesmith.trackers.sender NAME RUN [--offline]
 
-writes one line: empty once the tracker can be used, else why it cannot. Then it reads the run's folder from its parent,
-follows the run until the parent closes the pipe or dies, and ends with exit code 0 if everything is sent. events.jsonl
-is the queue: what fails is read and sent again. What a tracker holds already is found out from the tracker itself
-whenever a run is opened in it, so a kill between sending and noting it down does not write a value twice.
+follows the run in this folder until its parent closes the pipe or dies, sends the rest, and ends with exit code 0 if
+everything is sent. With an empty RUN it finds out whether the tracker can be used; else its last line says why not.
+events.jsonl is the queue: what fails is read and sent again. What a tracker holds already is found out from the tracker
+itself whenever a run is opened in it, so a kill between sending and noting it down does not write a value twice.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ import filelock
 
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError, RunError
-from tunesmith.phrases import command, size
+from tunesmith.phrases import command
 from tunesmith.runs.atomic import clean, storing
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import QUIET, TRACKERS, RunReader, StepMetrics, Tracker, artifacts_of, check_names, load
+from tunesmith.trackers.tracker import SETTINGS, TRACKERS, RunReader, artifacts_of, check, check_names, load
 
-POLL_S = 1.0
-PAUSE_S = 5.0
-"""Shortest time between two batches: each is a request or a transaction, whatever it holds."""
-LONGEST_WAIT_S = 60.0
-"""Longest pause before a tracker that failed is tried again."""
-ORPHAN_S = 120.0
-"""Time that is left to send the rest once the parent is gone."""
+PAUSE_S, MOST_STEPS = 5.0, 20
+"""Shortest time between two batches, and steps that a tracker gets at once: each call is a request or a transaction."""
+RETRY_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Shortest and longest pause before a tracker that failed is tried again."""
 TRIES = 3
 """Attempts in a row that send nothing, before what is left is given up."""
 READY_S = 60.0
@@ -46,208 +43,140 @@ LAST_S = 30.0
 """Longest wait for the rest to be sent once a run has ended."""
 
 
-def state_path(run: Run, name: str) -> Path:
-    """The file that records what a tracker has: {"place", "step", "kept", "done", "bytes", "error"}.
-
-    `kept` is the newest step when the tracker last closed the run in peace.
-    """
-    return run.path / "tracking" / f"{name}.json"
-
-
 def read_state(run: Run, name: str) -> dict[str, Any]:
-    """The recorded state; empty if there is none."""
+    """What tracking/NAME.json records: {"place", "step", "done", "error"}."""
+    state = {"place": "", "step": -1, "done": False, "error": ""}
     with suppress(RunError):
-        return dict(run.read_json(f"tracking/{name}.json"))
-    return {}
+        state |= run.read_json(f"tracking/{name}.json")
+    return state
 
 
-class Sender:
-    """One attempt to send a run's steps to a tracker, in batches, from the first event on: what the tracker has of them
-    is not sent again."""
-
-    def __init__(self, run: Run, name: str, is_over: Callable[[], bool]) -> None:
-        self.run, self.name, self.is_over = run, name, is_over
-        self.reader = RunReader(run)
-        self.state: dict[str, Any] = {"place": "", "step": -1, "kept": -1, "done": False, **read_state(run, name)}
-        self.num_sent = 0
-        self._tracker: Tracker | None = None
-
-    def send(self) -> None:
-        """Send everything until the run is over. Raises whatever the tracker raises."""
-        tail, is_last = Tail(self.run.events_path), False
-        while not is_last:
-            is_last = self.is_over()
-            steps = [step for event in tail.read() for step in self.reader.add(event)]
-            steps += self.reader.rest() if is_last else []
-            if steps or is_last:
-                self._send(steps)
-            if not is_last:
-                _pause(PAUSE_S, self.is_over)
-        assert self._tracker is not None
-        is_done = self.reader.state == "end"
-        artifacts, num_bytes = artifacts_of(self.run) if is_done else ({}, 0)
-        self._tracker.finish(self.reader, artifacts)
-        self._save(kept=self.state["step"], done=is_done, bytes=num_bytes)
-
-    def abandon(self, error: Exception) -> None:
-        """Close what is open, and note the error down."""
-        with suppress(Exception):  # it has failed already
-            if self._tracker is not None:
-                self._tracker.close()
-        self._save(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-    def _send(self, steps: Sequence[StepMetrics]) -> None:
-        if self._tracker is None:
-            self._tracker = load(self.name).open_run(self.run, self.reader)
-            place = self._tracker.place
-            self._save(place=place, step=self._tracker.last_step, error="")
-        new: list[StepMetrics] = []
-        for step in steps:  # a resumed run repeats steps
-            if step.step > (new[-1].step if new else self.state["step"]):
-                new.append(step)
-        if new:
-            self._tracker.log(new)
-            self.num_sent += len(new)
-            self._save(step=new[-1].step)
-
-    def _save(self, **values: Any) -> None:
-        self.state |= values
-        self.run.write_json(f"tracking/{self.name}.json", self.state)
-
-
-def _pause(seconds: float, is_over: Callable[[], bool]) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not is_over():
-        time.sleep(POLL_S)
-
-
-def send(run: Run, name: str, is_over: Callable[[], bool]) -> None:
+def send(run: Run, name: str, over: threading.Event) -> None:
     """Send a run to a tracker until the run is over, again after errors.
 
     Raises what the tracker raised in the last of `TRIES` attempts that sent nothing.
     """
-    failures = 0
-    while True:
-        sender = Sender(run, name, is_over)
+    state, failures = read_state(run, name), 0
+
+    def keep(**values: Any) -> None:
+        state.update(values)
+        run.write_json(f"tracking/{name}.json", state)
+
+    while not state["done"]:
+        before = state["step"]
         try:
-            return sender.send()
+            return _attempt(run, name, over, keep)
         except Exception as error:  # any library, any network: events.jsonl keeps what was not sent
-            sender.abandon(error)
-            failures = 1 if sender.num_sent else failures + 1
-            if is_over() and failures >= TRIES:
+            keep(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            failures = 1 if state["step"] > before else failures + 1
+            if over.is_set() and failures >= TRIES:
                 raise
-        time.sleep(POLL_S)
-        _pause(min(LONGEST_WAIT_S, 2.0**failures), is_over)
+        time.sleep(RETRY_S)
+        over.wait(min(LONGEST_WAIT_S, 2.0**failures))
+
+
+def _attempt(run: Run, name: str, over: threading.Event, keep: Callable[..., None]) -> None:
+    """Send steps in batches from the first event on, without those that the tracker has. Raises whatever it raises."""
+    reader, tail, is_last = RunReader(run), Tail(run.events_path), False
+    tracker: Any = None
+    try:
+        while not is_last:
+            is_last = over.is_set()
+            steps = [step for event in tail.read() for step in reader.add(event)]
+            if tracker is None and (steps or is_last):
+                tracker = load(name).open_run(run, reader)
+                keep(place=tracker.place, step=tracker.last_step, error="")
+            new = [step for step in steps if step.step > tracker.last_step] if tracker is not None else []
+            for at in range(0, len(new), MOST_STEPS):
+                tracker.log(new[at : at + MOST_STEPS])
+                keep(step=new[at : at + MOST_STEPS][-1].step)
+            if not is_last:
+                over.wait(PAUSE_S)
+        is_done = reader.state == "end"
+        tracker.finish(reader, artifacts_of(run) if is_done else {})
+        keep(done=is_done)
+    except Exception:
+        with suppress(Exception):  # it has failed already
+            tracker.close()
+        raise
 
 
 def main() -> None:
     """Run the process."""
-    name, offline = sys.argv[1], "--offline" in sys.argv
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries print what they like
+    name, place, offline = sys.argv[1], sys.argv[2], "--offline" in sys.argv
     if hasattr(os, "nice"):
         os.nice(10)  # training comes first
-    os.environ |= QUIET
+    os.environ |= {**SETTINGS, **os.environ, **({"WANDB_MODE": "offline"} if offline else {})}
     try:
-        load(name).check(offline)
-        refusal = ""
-    except Exception as error:  # a broken installation raises anything
-        refusal = str(error) if isinstance(error, InputError) else f"{name}: {type(error).__name__}: {error}"
-    with suppress(BrokenPipeError):
-        answers.write(f"{' '.join(refusal.split())}\n")
-        answers.flush()
-    place = sys.stdin.readline()
-    if refusal or not place:
-        return
-    run, over = Run(Path(place.rstrip("\n"))), threading.Event()
+        if place:
+            _follow(Run(Path(place)), name)
+        else:
+            check(name, offline=offline)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)  # at once, whatever threads a library left running
+
+
+def _follow(run: Run, name: str) -> None:
+    folder, over = run.path / "tracking", threading.Event()
     threading.Thread(target=_wait_for_parent, args=(over,), daemon=True).start()
-    folder = state_path(run, name).parent
     with storing(folder):
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
-        try:
-            send(run, name, over.is_set)
-        except Exception:
-            traceback.print_exc()  # read_state has it too
-            os._exit(1)
-    os._exit(0)  # at once, whatever threads a library left running
+        send(run, name, over)
 
 
 def _wait_for_parent(over: threading.Event) -> None:
-    parent = os.getppid()
     sys.stdin.read()
     over.set()
-    while os.getppid() == parent:
-        time.sleep(POLL_S)
-    time.sleep(ORPHAN_S)
-    os._exit(1)
 
 
-class SenderProcess:
-    """A process that sends a run to one tracker."""
+def start(name: str, run: Run | None, *, offline: bool) -> subprocess.Popen[str]:
+    """The process; without a run it only finds out whether the tracker can be used."""
+    words = [name, "" if run is None else str(run.path.absolute()), *(["--offline"] if offline else [])]
+    is_silent = run is not None and os.environ.get("TUNESMITH_DEBUG") != "1"
+    return subprocess.Popen(
+        [sys.executable, "-m", "tunesmith.trackers.sender", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if is_silent else subprocess.PIPE if run is None else None,
+        text=True,
+        env=for_child(),
+        start_new_session=True,  # Ctrl-C is for the run
+    )
 
-    def __init__(self, name: str, *, offline: bool) -> None:
-        self.name = name
-        self.run: Run | None = None
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tunesmith.trackers.sender", name, *(["--offline"] if offline else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("TUNESMITH_DEBUG") == "1" else subprocess.DEVNULL,
-            text=True,
-            env=for_child(),
-            start_new_session=True,  # Ctrl-C is for the run
-        )
-        self.pid = self._process.pid
 
-    def wait_ready(self) -> None:
-        """Wait until the tracker can be used. Raises InputError if it cannot."""
-        assert self._process.stdout is not None
-        late = threading.Timer(READY_S, self._process.kill)
-        late.start()
-        try:
-            answer = self._process.stdout.readline()
-        finally:
-            late.cancel()
-        if answer != "\n":
-            self.kill()
-            no_answer = f"track: {self.name}: no answer for {READY_S:.0f} s. Leave it out, and send the run later:"
-            raise InputError(answer.strip() or f"{no_answer} {command('track', 'RUN', '--to', self.name)}")
+def refuse_unusable(name: str, *, offline: bool) -> None:
+    """Raise InputError if a tracker cannot be used."""
+    process = start(name, None, offline=offline)
+    try:
+        said = process.communicate(timeout=READY_S)[1]
+    except subprocess.TimeoutExpired:
+        way = f"Leave it out, and send the run later: {command('track', 'RUN', '--to', name)}"
+        raise InputError(f"track: {name}: no answer for {READY_S:.0f} s. {way}") from None
+    finally:
+        process.kill()
+    if process.returncode:
+        raise InputError(said.strip().rpartition("\n")[2] or f"track: {name}: its process ended.")
 
-    def begin(self, run: Run) -> None:
-        """Let it send a run's events from now on."""
-        assert self._process.stdin is not None
-        self.run = run
-        with suppress(OSError):  # it has ended: its exit code says so
-            self._process.stdin.write(f"{run.path.absolute()}\n")
-            self._process.stdin.flush()
 
-    def finish(self, wait_s: float | None) -> tuple[bool, str]:
-        """Let it send the rest, for `wait_s` seconds or as long as it takes; return whether all is sent, and a line."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
-        if self.run is None:
-            self.kill()
-            return True, ""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(wait_s)
-        self.kill()
-        state = read_state(self.run, self.name)
-        step = f"up to step {state['step']:,}" if state.get("step", -1) >= 0 else "nothing yet"
-        if self._process.returncode == 0:
-            names = "report and adapter" if self.run.adapter_path.exists() else "report"
-            with_files = f", {names}, {size(state['bytes'])}" if state.get("bytes") else ""
-            return True, f"{self.name}: sent {step}{with_files}: {state['place']}"
-        why = state.get("error") or ("no answer" if wait_s is None else f"no answer within {wait_s:.0f} s")
-        way = command("track", self.run.path, "--to", self.name)
-        return False, f"{self.name}: sent {step}; not all of it: {why}. Send the rest with: {way}"
-
-    def kill(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-        self._process.wait()
+def finish(process: subprocess.Popen[str], run: Run, name: str, wait_s: float | None) -> tuple[bool, str]:
+    """Let a process send the rest, for `wait_s` seconds or as long as it takes; whether all is sent, and a line."""
+    assert process.stdin is not None
+    process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(wait_s)
+    process.kill()
+    state, code = read_state(run, name), process.wait()
+    step = f"up to step {state['step']:,}" if state["step"] >= 0 else "nothing yet"
+    if code == 0:
+        return True, f"{name}: sent {step}{', with the results' * state['done']}: {state['place']}"
+    why = state["error"] or "no answer" + (f" within {wait_s:.0f} s" if wait_s is not None else "")
+    way = command("track", run.path, "--to", name)
+    return False, f"{name}: sent {step}; not all of it: {why}. Send the rest with: {way}"
 
 
 @contextmanager
@@ -261,30 +190,23 @@ def tracked(
     cannot be used.
     """
     chosen = check_names(names)
-    titles = ", ".join(TRACKERS[name] for name in chosen)
-    processes = [SenderProcess(name, offline=offline) for name in chosen]
+    processes: dict[str, tuple[subprocess.Popen[str], Run]] = {}
+    for name in chosen:
+        say(True, f"opening {TRACKERS[name]}")
+        refuse_unusable(name, offline=offline)
     try:
-        if processes:
-            say(True, f"opening {titles}")
-        for process in processes:
-            process.wait_ready()
-
-        def begin(run: Run) -> None:
-            for process in processes:
-                process.begin(run)
-
-        yield begin
+        yield lambda run: processes.update((name, (start(name, run, offline=offline), run)) for name in chosen)
     except KeyboardInterrupt:
-        wait_s = min(LAST_S, LAST_S if wait_s is None else wait_s)
+        wait_s = LAST_S
         raise
     finally:
-        until = None if wait_s is None else time.monotonic() + wait_s
-        if any(process.run for process in processes):
-            say(True, f"sending the rest to {titles}" + (f", for at most {wait_s:.0f} s" if wait_s else ""))
-        for process in processes:
-            is_sent, line = process.finish(None if until is None else max(0.1, until - time.monotonic()))
-            if line:
-                say(is_sent, line)
+        until = time.monotonic() + (wait_s or 0)
+        for process, _ in processes.values():
+            assert process.stdin is not None
+            process.stdin.close()
+        for name, (process, run) in processes.items():
+            say(True, f"sending the rest to {TRACKERS[name]}" + (f", for at most {wait_s:.0f} s" if wait_s else ""))
+            say(*finish(process, run, name, None if wait_s is None else max(0.1, until - time.monotonic())))
 
 
 if __name__ == "__main__":

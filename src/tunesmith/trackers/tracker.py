@@ -1,4 +1,4 @@
-"""The trackers: a table of them, their shared interface, and checks before anything is loaded."""
+"""The trackers: a table of them, their shared interface, and a run's events in the form that they take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import importlib.util
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError
@@ -19,46 +19,38 @@ from tunesmith.recipe import yaml_io
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
-QUIET = {
+TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
+"""Names, which are those of packages too, and titles. The module NAME_run has
+
+    WAY_OUT                     what to do where the tracker cannot be used
+    server()                    the address that it sends to; empty: it works without the network
+    check()                     raises anything if it cannot be used, after its server answered
+    open_run(run, reader)       a run that is open in the tracker, found again if it was there:
+        .place                  where a person finds it: an address or a folder
+        .last_step              newest step that the tracker holds; -1: none
+        .log(steps)             stores values of new steps, in order
+        .finish(reader, files)  stores facts, notes and files, {name: path}; closes the run
+        .close()                closes it after an error, without waiting for anything
+
+All may raise whatever the library raises; the caller tries again later.
+"""
+SETTINGS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_ANALYTICS_ENABLED": "False",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
-"""Variables that switch off what these libraries would send to their makers."""
+"""Variables of the sending process: nothing is sent to the makers of these libraries, and no server is waited for."""
 PATIENCE_S = 10.0
 """Longest wait for the first answer of a server."""
 
 
-class Tracker(Protocol):
-    """A run that is open in a tracker. Methods raise whatever the library raises; the caller tries again later."""
-
-    place: str
-    """Where a person finds it: an address or a folder."""
-    last_step: int
-    """Newest step that the tracker holds; -1: none."""
-
-    def log(self, steps: Sequence[StepMetrics]) -> None:
-        """Store values of new steps, in order."""
-        ...
-
-    def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
-        """Store facts and notes, and of a run that is done its last values and artifacts; close the run."""
-        ...
-
-    def close(self) -> None:
-        """Close the run after an error, without waiting for anything."""
-        ...
-
-
-TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
-"""Names, which are those of packages too, and titles."""
-
-
 def load(name: str) -> Any:
-    """The module of a tracker: `check(offline)`, which raises InputError, and `open_run(run, reader) -> Tracker`."""
+    """The module of a tracker."""
     return importlib.import_module(f"tunesmith.trackers.{name}_run")
 
 
@@ -76,33 +68,39 @@ def check_names(names: Sequence[str]) -> list[str]:
     return chosen
 
 
-def refuse_unreachable(address: str, way_out: str) -> None:
-    """Raise InputError if no server answers at an HTTP address; any answer will do."""
+def check(name: str, *, offline: bool) -> None:
+    """Raise InputError if a tracker cannot be used: a broken package, no server, no login, or no network allowed."""
+    module = load(name)
+    try:
+        address = module.server()
+        if address and offline:
+            raise InputError(f"{address} needs the network, and --offline forbids it")
+        if address.startswith("http"):
+            _reach(address)
+        module.check()
+    except Exception as error:  # of the library, of a database or of the network
+        cause = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise InputError(f"track: {name}: {cause}. {module.WAY_OUT}") from error
+
+
+def _reach(address: str) -> None:
+    """Any answer will do."""
     try:
         urllib.request.urlopen(address, timeout=PATIENCE_S).close()
     except urllib.error.HTTPError:
         return
     except (OSError, ValueError) as error:
-        cause = getattr(error, "reason", error)
-        raise InputError(f"{address}: no server answers: {cause}. {way_out}") from error
+        raise InputError(f"{address}: no server answers: {getattr(error, 'reason', error)}") from error
 
 
-def refuse_offline(name: str, address: str) -> None:
-    """Raise InputError: the tracker would need the network."""
-    raise InputError(f"track: {name}: {address} needs the network, and --offline forbids it. Drop one of the two.")
-
-
-def artifacts_of(run: Run) -> tuple[dict[str, Path], int]:
-    """Files and folders of a finished run that trackers get, its report and its adapter if it has one, and their
-    bytes."""
+def artifacts_of(run: Run) -> dict[str, Path]:
+    """Files and folders of a finished run that trackers get: its report, and its adapter if it has one."""
     files = [run.path / name for name in ("report.html", "report.md", "report.json")]
-    found = {path.name: path for path in (*files, run.adapter_path) if path.exists()}
-    inside = (file for path in found.values() for file in (path, *path.rglob("*")))
-    return found, sum(file.stat().st_size for file in inside if file.is_file())
+    return {path.name: path for path in (*files, run.adapter_path) if path.exists()}
 
 
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
-TIMING = {"seconds": "seconds", "tokens_per_second": "tokens_per_second", "peak_bytes": "peak_bytes"}
+TIMING = ("seconds", "tokens_per_second", "peak_bytes")
 MEASURED = {"evaluation": "eval", "answers": "answers", "general": "general"}
 
 
@@ -117,33 +115,32 @@ class StepMetrics:
 
 
 def metrics_of(event: Event) -> dict[str, float]:
-    """Values of an event by names that trackers group at the slash: train/loss, eval/loss, eval/loss_low."""
+    """Values of an event by names that trackers group at the slash: train/loss, eval/loss, eval/loss_low. Those of the
+    tuned model are there as result/eval/loss too."""
+    values = event.values
     if event.kind == "step":
-        found = {f"train/{name}": event.values[key] for key, name in STEP.items() if key in event.values}
-        return found | {f"train/{name}": event.timing[key] for key, name in TIMING.items() if key in event.timing}
+        found = {f"train/{name}": values[key] for key, name in STEP.items() if key in values}
+        return found | {f"train/{key}": event.timing[key] for key in TIMING if key in event.timing}
     if event.kind not in MEASURED:
         return {}
     prefix = MEASURED[event.kind]
-    found = {f"{prefix}/loss": event.values["loss"]} if event.kind == "general" else {}
-    found |= _with_intervals(prefix, event.values.get("measures", {}))
-    for source, measures in event.values.get("sources", {}).items():
-        loss = {"loss": measures["loss"]}
-        found |= _with_intervals(f"{prefix}/{re.sub(r'[^A-Za-z0-9_.-]', '_', source)}", loss)
-    return found
-
-
-def _with_intervals(prefix: str, measures: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    ends = (("value", ""), ("low", "_low"), ("high", "_high"))
-    return {
-        f"{prefix}/{name}{end}": float(measure[key])
+    measures = {f"{prefix}/{name}": measure for name, measure in values.get("measures", {}).items()}
+    if event.kind == "general":
+        measures["general/loss"] = {"value": values["loss"]}
+    for source, of_source in values.get("sources", {}).items():
+        measures[f"{prefix}/{re.sub(r'[^A-Za-z0-9_.-]', '_', source)}/loss"] = of_source["loss"]
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    found = {
+        f"{name}{end}": float(measure[key])
         for name, measure in measures.items()
-        for key, end in ends
+        for key, end in ends.items()
         if measure.get(key) is not None
     }
+    return found | ({f"result/{name}": value for name, value in found.items()} if values.get("name") == "after" else {})
 
 
 class RunReader:
-    """Turns events into complete steps, and keeps the facts of the run as they are now."""
+    """Turns events into complete steps, each once, and keeps the facts of the run as they are now."""
 
     def __init__(self, run: Run) -> None:
         created = hashlib.sha256(repr(run.created).encode()).hexdigest()[:8]
@@ -152,59 +149,42 @@ class RunReader:
         """Name of the run for a tracker, the same wherever its folder lies."""
         self.recipe: dict[str, Any] = yaml_io.parse(run.recipe_path.read_text("utf-8"), str(run.recipe_path)) or {}
         self.facts: dict[str, dict[str, Any]] = {}
-        """Versions, SHA-256 of the data files, and the size of the run."""
+        """Versions, and SHA-256 of the data files."""
         self.notes: list[str] = []
         self.state = ""
         """Kind of the last "end", "stopped" or "failed" event; empty: none yet, or the run continues."""
-        self.last_values: dict[str, float] = {}
-        """Metrics of the last evaluation, by their names."""
-        self.total_steps = 0
+        self.newest = -1
+        """Newest step that was given out."""
         self._open: StepMetrics | None = None
 
     def add(self, event: Event) -> list[StepMetrics]:
-        """Take the next event; return the steps that are complete with it. An event of an earlier step means that a
-        resumed run repeats some: they come again."""
-        if event.kind in ("start", "plan"):
-            self._remember(event)
-        elif event.kind == "note":
-            self.notes.append(event.values["text"])
-        if event.kind in ("end", "stopped", "failed", "resume"):
-            self.state = "" if event.kind == "resume" else event.kind
-        values = metrics_of(event)
-        if event.values.get("name") == "after":
-            self.last_values |= {f"result/{name}": value for name, value in values.items()}
-        done: list[StepMetrics] = []
-        if values:
-            if self._open is not None and event.step != self._open.step:
-                done = [self._open] if event.step > self._open.step else []
-                self._open = None
-            if self._open is None:
-                self._open = StepMetrics(event.step, event.time)
-            for name, value in values.items():
-                self._open.values.setdefault(name, value)  # the last step may be measured as "step" and as "after"
-        return done + (self.rest() if self.state else [])
+        """Take the next event; return the step that is complete with it: one of a later step came, or the run ended.
 
-    def rest(self) -> list[StepMetrics]:
-        """The newest step, if nothing more can come for it. A step that was to be evaluated, and was not before the run
-        was killed or failed, waits for the run to be resumed."""
-        step = self._open
-        if step is None:
-            return []
-        every = (self.recipe.get("evaluation") or {}).get("every")
-        is_due = step.step == self.total_steps or (every and step.step % every == 0)
-        if self.state not in ("end", "stopped") and is_due and "eval/loss" not in step.values:
-            return []
-        self._open = None
-        return [step]
-
-    def _remember(self, event: Event) -> None:
-        values = event.values
-        if event.kind == "start":
+        The newest step of a run that was killed waits, since its evaluation may be missing, until the run goes on.
+        """
+        kind, values = event.kind, event.values
+        if kind == "start":
             hashes = {key[5:]: digest for key, digest in values["identity"].items() if key.startswith("data ")}
-            self.facts |= {"versions": dict(values["versions"]), "data": hashes}
-            return
-        self.total_steps = values["steps"]
-        self.notes += [text for text in values.get("warnings", ()) if text not in self.notes]
-        keys = ("model", "task", "method", "steps", "trained_parameters", "total_parameters", "device", "precision")
-        sizes = {f"rows.{name}": number for name, number in values.get("rows", {}).items()}
-        self.facts["run"] = {**{key: values[key] for key in keys if key in values}, **sizes}
+            self.facts = {"versions": dict(values["versions"]), "data": hashes}
+        elif kind in ("plan", "note"):
+            texts = values.get("warnings", ()) if kind == "plan" else [values["text"]]
+            self.notes += [text for text in texts if text not in self.notes]
+        elif kind in ("end", "stopped", "failed", "resume"):
+            self.state = "" if kind == "resume" else kind
+        done: list[StepMetrics] = []
+        found = metrics_of(event) if event.step > self.newest else {}  # a resumed run repeats steps
+        if found and (self._open is None or event.step != self._open.step):
+            done = self._complete(before=event.step)
+            self._open = StepMetrics(event.step, event.time)
+        if found and self._open is not None:
+            for name, value in found.items():
+                self._open.values.setdefault(name, value)  # the last step may be measured as "step" and as "after"
+        return done + (self._complete() if self.state in ("end", "stopped") else [])
+
+    def _complete(self, before: float = float("inf")) -> list[StepMetrics]:
+        """The open step, if it is one before another."""
+        step, self._open = self._open, None
+        if step is None or step.step >= before:
+            return []
+        self.newest = step.step
+        return [step]

@@ -9,26 +9,21 @@ from typing import Any
 
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_offline, refuse_unreachable
+from tunesmith.trackers.tracker import RunReader, StepMetrics
+
+WAY_OUT = "Without TRACKIO_SERVER_URL and TRACKIO_SPACE_ID the run stays on this machine."
 
 
-def check(offline: bool) -> None:
-    """Check that a server answers, or a login for a Space is there, if one of them is set."""
-    server, space = os.environ.get("TRACKIO_SERVER_URL"), os.environ.get("TRACKIO_SPACE_ID")
-    if (server or space) and offline:
-        refuse_offline("trackio", space or server or "")
+def server() -> str:
+    return os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or ""
+
+
+def check() -> None:
     import trackio  # noqa: F401
+    from huggingface_hub import get_token
 
-    if space:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            raise InputError(
-                f"TRACKIO_SPACE_ID={space}: there is no login for it. Set HF_TOKEN, call `hf auth login`, or unset "
-                "TRACKIO_SPACE_ID to keep the run on this machine."
-            )
-    elif server:
-        refuse_unreachable(server, "Check TRACKIO_SERVER_URL, or unset it to keep the run on this machine.")
+    if os.environ.get("TRACKIO_SPACE_ID") and get_token() is None:
+        raise InputError(f"{server()}: there is no login for it. Set HF_TOKEN, or call `hf auth login`")
 
 
 class TrackioRun:
@@ -36,19 +31,11 @@ class TrackioRun:
         import trackio
         from trackio.utils import TRACKIO_DIR
 
+        project, config = os.environ.get("TRACKIO_PROJECT", "tunesmith"), {**reader.recipe, **reader.facts}
+        how: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._markdown = trackio.Markdown
-        project = os.environ.get("TRACKIO_PROJECT", "tunesmith")
-        self._run: Any = trackio.init(
-            project=project,
-            name=reader.key,
-            resume="allow",
-            config={**reader.recipe, **reader.facts},
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
-        where = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or str(TRACKIO_DIR)
-        self.place = f"{where}, project {project}, run {reader.key}"
+        self._run: Any = trackio.init(project=project, name=reader.key, resume="allow", config=config, **how)
+        self.place = f"{server() or TRACKIO_DIR}, project {project}, run {reader.key}"
         self.last_step = int(self._run._next_step) - 1
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
@@ -56,12 +43,11 @@ class TrackioRun:
             self._run.log(dict(step.values), step=step.step)
 
     def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
-        if reader.state == "end":
-            if reader.notes and int(self._run._next_step) <= reader.total_steps + 1:  # a step of their own: once
-                self._run.log({"notes": self._markdown("\n\n".join(reader.notes))}, step=reader.total_steps + 1)
-            for name, path in artifacts.items():
-                self._run.log_artifact(path, name=f"{reader.key}-{name}", type="model" if path.is_dir() else "report")
-        self._run.finish()
+        if reader.state == "end" and reader.notes and self._run._next_step <= reader.newest + 1:  # once
+            self._run.log({"notes": self._markdown("\n\n".join(reader.notes))}, step=reader.newest + 1)
+        for name, path in artifacts.items():
+            self._run.log_artifact(path, name=f"{reader.key}-{name}", type="model" if path.is_dir() else "report")
+        self.close()
 
     def close(self) -> None:
         self._run.finish()

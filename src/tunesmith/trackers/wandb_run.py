@@ -1,52 +1,43 @@
-"""Weights & Biases: a run of its own id, resumed by it; offline, one folder a process, which `wandb sync` joins."""
+"""Weights & Biases: a run of its own id, resumed by it. Offline it is one folder, written anew whenever the run is
+opened, since it follows from events.jsonl, until `wandb sync` has sent it."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import install_command
 from tunesmith.errors import InputError, RunError
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import RunReader, StepMetrics, refuse_unreachable
+from tunesmith.trackers.tracker import RunReader, StepMetrics
 
 OFFLINE = ("offline", "dryrun")
-_WAY_OUT = "Set WANDB_API_KEY, call `wandb login`, or work without the network: WANDB_MODE=offline."
+WAY_OUT = "Set WANDB_API_KEY, call `wandb login`, or work without the network: WANDB_MODE=offline."
 
 
-def check(offline: bool) -> None:
-    """Check that the login works and the server answers, unless it works offline."""
-    if offline:
-        os.environ["WANDB_MODE"] = "offline"
+def server() -> str:
     import wandb
 
-    if tuple(map(int, wandb.__version__.split(".")[:2])) < (0, 31):  # the first whose `leet inspect` is used
-        raise InputError(f"track: wandb: {wandb.__version__} is too old. Install it: {install_command('wandb')}")
     settings = wandb.setup().settings
-    if settings.mode in OFFLINE:
-        return
     if settings.mode == "disabled":
-        raise InputError("WANDB_MODE=disabled: nothing would be tracked. Unset it, or leave --track wandb out.")
-    refuse_unreachable(settings.base_url, _WAY_OUT)
-    try:
-        has_login = wandb.login(verify=True, timeout=1)
-    except Exception as error:  # wandb raises errors of many classes, all of them about the login here
-        raise InputError(f"wandb: {settings.base_url}: the login fails: {error}. {_WAY_OUT}") from error
-    if not has_login:
-        raise InputError(f"wandb: {settings.base_url}: there is no login. {_WAY_OUT}")
+        raise InputError("WANDB_MODE=disabled: nothing would be tracked")
+    return "" if settings.mode in OFFLINE else str(settings.base_url)
+
+
+def check() -> None:
+    import wandb
+
+    if wandb.setup().settings.mode not in OFFLINE and not wandb.login(verify=True, timeout=1):
+        raise InputError("there is no login")
 
 
 class WandbRun:
     def __init__(self, run: Run, reader: RunReader) -> None:
         import wandb
 
-        self._wandb = wandb
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, x_disable_stats=True, x_disable_meta=True,
             x_save_requirements=False,
@@ -60,15 +51,8 @@ class WandbRun:
             settings=settings,
         )
         if self._run.settings.mode in OFFLINE:
-            every = Path(self._run.dir).parents[1] / f"offline-run-*-{reader.key}"
-            self.place = str(every)  # wandb makes a folder each time; its `sync` joins them
-            steps = {str(path): _last_step(path) for path in every.parent.glob(f"{every.name}/run-{reader.key}.wandb")}
-            self.last_step = max([-1, *(step for step in steps.values() if step is not None)])
-            if damaged := [path for path, step in steps.items() if step is None]:
-                with suppress(RunError):  # the newest step when wandb last closed the run in peace
-                    state = run.read_json("tracking/wandb.json")
-                    self.last_step = max(self.last_step, state["kept"] if state["place"].startswith(self.place) else -1)
-                self.place += f"; damaged, and not read: {', '.join(damaged)}"
+            own = Path(self._run.dir).parent
+            self.place, self.last_step = str(own), _sent_before(own, run, reader.key)
         else:
             self.place = str(self._run.url)
             self.last_step = int(self._run.step) - 1 if self._run.resumed else -1
@@ -78,29 +62,24 @@ class WandbRun:
             self._run.log({**step.values, "_timestamp": step.time}, step=step.step, commit=True)
 
     def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
-        self._run.config.update({**reader.recipe, **reader.facts}, allow_val_change=True)
         self._run.notes = "\n".join(reader.notes)
-        if reader.state == "end":
-            self._run.summary.update(reader.last_values)
-            for name, path in artifacts.items():
-                is_model = path.is_dir()
-                artifact = self._wandb.Artifact(f"{reader.key}-{name}", type="model" if is_model else "report")
-                (artifact.add_dir if is_model else artifact.add_file)(str(path))
-                self._run.log_artifact(artifact)
+        for name, path in artifacts.items():
+            self._run.log_artifact(str(path), name=f"{reader.key}-{name}", type="model" if path.is_dir() else "report")
         self._run.finish(exit_code=0 if reader.state in ("end", "stopped") else 1)
 
     def close(self) -> None:
         self._run.finish(exit_code=1)
 
 
-def _last_step(path: Path) -> int | None:
-    """Newest step in a .wandb file of an offline run, as wandb reads it; -1: none; None: it cannot read the file."""
-    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
-    found = subprocess.run(words, capture_output=True, check=False)
-    if found.returncode:
-        return None
-    step = json.loads(found.stdout)["step"]
-    return -1 if step is None else int(step)
+def _sent_before(own: Path, run: Run, key: str) -> int:
+    """The newest step in other folders of the run once `wandb sync` has sent one; else -1, and they are removed."""
+    others = [folder for folder in own.parent.glob(f"offline-run-*-{key}") if folder != own]
+    if any(path for folder in others for path in folder.glob("*.synced")):
+        with suppress(RunError):
+            return int(run.read_json("tracking/wandb.json")["step"])
+    for folder in others:
+        shutil.rmtree(folder, ignore_errors=True)
+    return -1
 
 
 open_run = WandbRun
