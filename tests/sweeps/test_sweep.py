@@ -12,11 +12,9 @@ import pytest
 
 from sweeps.fake_trials import FakeTrials, event, grid_file, measured
 from tunesmith.errors import InputError, RunError, Stopped
-from tunesmith.evaluation.report.pages import as_html
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.grid import read_grid
-from tunesmith.sweeps.page import sweep_page
 from tunesmith.sweeps.sweep import Sweep, Watch, best_of
 from tunesmith.sweeps.trial import Follower, OneByOne
 
@@ -60,9 +58,6 @@ def test_asha_stops_the_poor_by_their_own_stop_and_says_why(tmp_path: Path) -> N
     assert any("lr-04: stops" in line for line in said)
     kept = orjson.loads((sweep.path / "sweep.json").read_bytes())
     assert kept["stopped"]["lr-04"]["rank"] == 4
-    page = as_html(sweep_page(sweep.grid, sweep.outcomes()))
-    assert page.count("<svg") == 1
-    assert "held-out loss 9.0000 at step 10 was place 4 of 4" in page
 
     again = FakeTrials(LOSSES)
     other = sweep_of(tmp_path, f"{FOUR}asha: {{factor: 2}}")
@@ -113,6 +108,16 @@ def test_a_trial_that_fails_is_a_line_of_the_table_and_the_others_go_on(tmp_path
     assert [state for state, _ in last.values()].count("done") == 3
     run(sweep_of(tmp_path), again := FakeTrials(LOSSES))
     assert again.began == []
+
+
+def test_a_trial_that_is_refused_before_any_run_is_made_ends_the_sweep(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    with (
+        pytest.raises(InputError, match=r"trial lr-01 \(optim.lr=1e-05\) cannot be run: no row can be read"),
+        sweep.opened(),
+    ):
+        sweep.run(OneByOne(lambda job: "no row can be read"), Watch(poll_s=0.005))
+    assert not any((sweep.root / trial.name).exists() for trial in sweep.grid.trials)
 
 
 def test_no_trial_that_ends_well_is_an_error_with_the_reasons(tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,11 +14,10 @@ from tunesmith.cli.options import Json, Offline, Quiet, Root
 from tunesmith.cli.render import print_table
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
-from tunesmith.environment import for_child, refuse_ranks
-from tunesmith.errors import DoesNotFitError, InputError, Stopped
+from tunesmith.environment import refuse_ranks
+from tunesmith.errors import Stopped
 from tunesmith.evaluation.metrics import info_of
-from tunesmith.phrases import command, plural, size, visible
-from tunesmith.runs.atomic import from_json, write_atomic
+from tunesmith.phrases import command, plural, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +26,10 @@ if TYPE_CHECKING:
     from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
     from tunesmith.sweeps.trial import TrialRunner
 
-MOST_PROBLEMS = 5
-"""Rows that a refusal names."""
+CHOSEN = (
+    "The best of several trials looks a little better on the rows it was chosen by than it is: measure it on rows that "
+    "no trial was measured on."
+)
 COLUMNS = ("trial", "options", "measure", "steps", "state")
 
 
@@ -65,7 +63,8 @@ def sweep(
 
     found = Sweep(read_grid(grid, name), root, offline)
     screen = console(stderr=as_json)
-    _say_needs(found, screen, quiet=quiet)
+    if not quiet:
+        screen.print(f"{plural(len(found.grid.trials), 'trial')} of {', '.join(found.grid.keys)}")
     with found.opened():
         with (
             _watching(screen, quiet=quiet) as watch,
@@ -112,56 +111,6 @@ def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
         yield Watch(lambda text: screen.print(visible(text), soft_wrap=True))
 
 
-def _say_needs(found: Sweep, screen: Console, *, quiet: bool) -> None:
-    """Say how many trials there are and what disk they take; refuse what will not fit."""
-    from tunesmith.training.setup import free_bytes
-
-    grid, needed = found.grid, 0
-    fresh = [trial for trial in grid.trials if not (found.root / trial.name).exists()]
-    if not quiet:
-        screen.print(f"{plural(len(grid.trials), 'trial')} of {', '.join(grid.keys)}")
-    plans: dict[str, int] = {}
-    for trial in fresh:
-        key = f"{trial.recipe.optim.name} {trial.recipe.model_dump_json(include={'model', 'method', 'checkpoint'})}"
-        if key not in plans:
-            with screen.status(f"planning {trial.name}") if screen.is_terminal else nullcontext():
-                plans[key] = _disk_of(found, trial)
-        needed += plans[key]
-    free = free_bytes(found.root)
-    if not quiet and needed:
-        room = "" if free is None else f" of {size(free)} free"
-        screen.print(visible(f"disk: {size(needed)}{room}, if all go to their end; runs are in {found.root}"))
-    if free is not None and needed > free:
-        raise DoesNotFitError(
-            f"{found.root}: the disk has {size(free)} free, but {plural(len(fresh), 'trial')} need {size(needed)}. "
-            "Free some space, try fewer values, or choose a folder on a larger disk with --runs.",
-            needed=needed,
-            room=free,
-        )
-
-
-def _disk_of(found: Sweep, trial: Trial) -> int:
-    """Bytes that a trial takes, by `tunesmith plan`. Raises InputError with its words if it cannot be run."""
-    from tunesmith.recipe.docs import as_yaml
-
-    with TemporaryDirectory(prefix="tunesmith-") as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(as_yaml(trial.recipe, comments=False), "utf-8")
-        words = ["plan", "--recipe", str(file), "--runs", str(found.root), "--no-probe", "--json"]
-        words += ["--offline"] if found.offline else []
-        done = subprocess.run(
-            [sys.executable, "-m", "tunesmith", *words], capture_output=True, env=for_child(), check=False
-        )
-    lines = done.stdout.splitlines()
-    values = from_json(lines[-1]) if lines else {}
-    if values.get("kind") == "plan" and done.returncode == 0:
-        return int(((values.get("forecast") or {}).get("disk") or {}).get("total", 0))
-    reasons = values.get("warnings") if values.get("kind") == "plan" else [values.get("message")]
-    rows = [f"{one['file']}:{one['line']}: {one['message']}" for one in values.get("problems", [])[:MOST_PROBLEMS]]
-    text = "\n".join(filter(None, [*(reasons or []), *rows])) or done.stderr.decode("utf-8", "replace").strip()
-    raise InputError(f"trial {trial.name} ({_options(trial)}) cannot be run: {text}")
-
-
 def _options(trial: Trial) -> str:
     from tunesmith.sweeps.sweep import options_text
 
@@ -169,17 +118,13 @@ def _options(trial: Trial) -> str:
 
 
 def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
-    """The table, the page, and the best run with what to do next."""
-    from tunesmith.evaluation.report.pages import as_html
-    from tunesmith.sweeps.page import sweep_page
+    """The table, and the best run with what to do next."""
     from tunesmith.sweeps.sweep import best_of
 
     outcomes, screen = found.outcomes(), console()
-    page = found.path / "sweep.html"
-    write_atomic(page, as_html(sweep_page(found.grid, outcomes)).encode())
     if as_json:
         name = outcomes[0].trial.name if outcomes[0].state == "done" else None
-        values = {"kind": "sweep", "metric": found.grid.metric, "best": name, "page": str(page)}
+        values = {"kind": "sweep", "metric": found.grid.metric, "best": name}
         json_line({**values, "trials": [_values(found, outcome) for outcome in outcomes]})
         best_of(outcomes)
         return
@@ -191,15 +136,11 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     if quiet:
         screen.print(str(run))
         return
-    screen.print(visible(f"\nThe best is {run} ({_options(best.trial)}); table and picture: {page}. Next:\n"))
-    for words in (("show", run), ("eval", run, "FILE"), *_against(found, outcomes)):
+    screen.print(visible(f"\nThe best is {run} ({_options(best.trial)}). Next:\n"))
+    second = [found.root / outcome.trial.name for outcome in outcomes[1:2] if outcome.state == "done"]
+    for words in (("show", run), ("eval", run, "FILE"), *(("compare", other, run) for other in second)):
         screen.print(f"  {command(*words)}", soft_wrap=True)
-
-
-def _against(found: Sweep, outcomes: Sequence[Outcome]) -> list[tuple[Any, ...]]:
-    """The command that says whether the best is clearly better than the second."""
-    done = [found.root / outcome.trial.name for outcome in outcomes if outcome.state == "done"]
-    return [("compare", done[1], done[0])] if len(done) > 1 else []
+    screen.print(f"\n{CHOSEN}")
 
 
 def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
+MOST_PROBLEMS = 5
+"""Rows that an error names."""
+
 
 def train_in_child(recipe: Recipe, *, root: Path, out: Path | None, **how: Any) -> Run:
     """Run `tunesmith train` for a recipe; raises what it failed with. `how`: see `run_words`."""
@@ -75,7 +78,9 @@ def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithErro
     after what it said of its progress, and its exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else re.split(r"^error: ", text, flags=re.M)[-1]
+    listed = [f"{one['file']}:{one['line']}: {one['message']}" for one in last.get("problems", [])[:MOST_PROBLEMS]]
     message = message or f"the process of the run ended with code {code}"
+    message = "\n".join([message, *(line for line in listed if line not in message)])
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
         kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
     found: errors.TunesmithError = kind(message)

@@ -1,6 +1,6 @@
 """A sweep: its folder, the loop that runs and judges its trials, and what came of each.
 
-    runs/lr/          sweep.json (which trials were stopped or failed, and why), recipes/, sweep.html, lock
+    runs/lr/          sweep.json (which trials were stopped or failed, and why), recipes/, lock
     runs/lr-01/ ...   its trials, ordinary runs
 
 Everything else is read from the run folders, so that a sweep which was killed goes on where its trials are.
@@ -143,7 +143,8 @@ class Sweep:
     def run(self, engine: TrialRunner | None = None, watch: Watch | None = None) -> None:
         """Run what is left of every trial, in the order of the grid.
 
-        Raises Stopped, after the trials at work have saved a checkpoint, if asked to stop.
+        Raises Stopped, after the trials at work have saved a checkpoint, if asked to stop, and InputError if a trial
+        is refused before any has made its run.
         """
         engine, watch = engine or OneByOne(), watch or Watch()
         waiting, running = self._left(watch), list[Trial]()
@@ -213,10 +214,10 @@ class Sweep:
         if run.state() == "done":  # before it heard that it should stop
             self.stopped.pop(trial.name, None)
             self.failed.pop(trial.name, None)
-        elif failure and trial.name not in self.stopped and not is_over:
-            self.failed[trial.name] = failure
-        elif not failure and trial.name not in self.stopped and not is_over:
-            self.failed[trial.name] = "stopped by somebody else"
+        elif trial.name not in self.stopped and not is_over:
+            if failure and not any(map(self._has_run, self.grid.trials)):
+                raise InputError(f"trial {trial.name} ({options_text(trial.options)}) cannot be run: {failure}")
+            self.failed[trial.name] = failure or "stopped by somebody else"
         self._save()
         outcome = self.outcome(trial)
         value = "" if outcome.measure is None else f", {measure_text(self.grid.metric, outcome.measure)}"
