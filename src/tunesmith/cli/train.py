@@ -121,11 +121,11 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     ):
         from tunesmith.training import trainer as training
 
-        if recipe.export.to and first:
-            from tunesmith.export.export_run import check_planned
+        if recipe.export.to:
+            from tunesmith.export.targets import parse_export
 
-            for note in check_planned(recipe, root=root, offline=offline):
-                display.note(note)
+            for word in recipe.export.to:
+                parse_export(word)
         run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
         if first:
             display.done(run)

@@ -43,8 +43,6 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
     if result.base.kind != "hub":
         name = result.base.path.name
         notes.append(f"the base is not on the hub: others need the same {name}; its SHA-256 is in {BASE_FILE}")
-    if result.planned_config is not None:
-        return notes
     _copied(result)
     if left := sorted({path.name for path in result.folder.iterdir()} - COPIED):
         notes.append(f"left out, since it is no part of an adapter: {', '.join(left)}")
@@ -136,7 +134,6 @@ ADAPTER = ExportTarget(
     check=_check,
     write=_write,
     load=_load,
-    num_bytes=lambda result, options: (result.folder / WEIGHTS).stat().st_size,
     tolerances=lambda result, options: EXACT if result.recipe.precision == "float32" else ROUNDED,
     card=_card,
     reads=(),

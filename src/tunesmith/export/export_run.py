@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -10,26 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
-from tunesmith.errors import ExportError, InputError, StorageError
+from tunesmith.errors import ExportError, InputError
 from tunesmith.export import verify
 from tunesmith.export.hub import CHECK_FILE, comparison_section, write_card
 from tunesmith.export.run_result import RunResult, open_result
 from tunesmith.export.target import ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.targets import check, check_options, default_folder, parse_export
 from tunesmith.export.verify import ExportComparison, TunedOutputs
-from tunesmith.methods import METHODS
-from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.atomic import (
-    REPLACED,
-    clean,
-    remove,
-    replace_folder,
-    storing,
-    temporary_folder,
-    to_json,
-)
+from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
-from tunesmith.training.inputs import find_inputs
 
 OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
@@ -79,7 +67,6 @@ def export_run(
     result = open_result(run, offline=offline)
     notes = [*filter(None, [result.unchecked]), *check(result, target, options)]
     _clean_up(out)
-    _check_space(out, chosen.num_bytes(result, options) + (verify.disk_space(result) if proof else 0))
     holder = temporary_folder(out.parent, out.name)
     try:
         done = _export(result, chosen, holder, options, proof=proof, notes=notes, on_progress=on_progress)
@@ -104,7 +91,7 @@ def _export(
         rows = verify.find_rows(result)
         seen = verify.tuned_outputs(result, rows)
     on_progress("write", 0, 1)
-    with storing(folder, num_bytes=target.num_bytes(result, options)):
+    with storing(folder):
         notes = [*notes, *target.write(result, folder, options)]
     done = Exported(folder, target.name, _tolerances(target, result, options), None, "", "", notes)
     if proof:
@@ -163,38 +150,6 @@ def _clean_up(out: Path) -> None:
     if aside.exists() and not out.exists():
         aside.rename(out)
     clean(out.parent, name=out.name, older_than_s=DEAD_S)
-
-
-def _check_space(out: Path, num_bytes: int) -> None:
-    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if free < num_bytes:
-        raise StorageError(
-            f"{out}: {num_bytes:,} bytes are needed, {free:,} are free. Free some space, or name a folder on "
-            "another disk with --out.",
-            path=str(out), errno_name="ENOSPC", bytes_needed=num_bytes,
-        )  # fmt: skip
-
-
-def check_planned(recipe: Recipe, *, root: Path, offline: bool) -> list[str]:
-    """Notes about the exports of a recipe (`export.to`), before its run is made.
-
-    Raises:
-        RecipeError: there is no such export.
-        ModelError, RunError: this model, task or method cannot be exported so.
-    """
-    words = [parse_export(word) for word in recipe.export.to]
-    if not words:
-        return []
-    start = find_inputs(recipe, root=root, offline=offline)
-    run, method = Run(Path(start.recipe.name or "run")), start.recipe.method
-    row = METHODS[method.name]
-    folder = run.adapter_path if row.is_adapter else run.model_path
-    result = RunResult(
-        run, start.recipe, start.located, folder, start.renderer.tokenizer, start.kind, start.head, None, {},
-        planned_config=row.adapter_config(method),
-    )  # fmt: skip
-    return [f"{target}: {note}" for target, options in words for note in check(result, target, options)]
 
 
 def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what, done, total: None) -> Exported:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,7 +46,6 @@ from tunesmith.models import load
 from tunesmith.models.gguf import GgufHeader, read_gguf
 from tunesmith.models.load import pretrained_args, wrap_errors
 from tunesmith.models.resolve_model import resolve_model
-from tunesmith.models.size import model_size
 from tunesmith.recipe.schema import Recipe
 
 GgmlType: TypeAlias = gguf.GGMLQuantizationType
@@ -133,11 +131,10 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
             f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it "
             f"by `{install_command('llama-cpp')}`, or use one of {ours}."
         )
-    pre = find_vocabulary(result).pre
-    notes = [f"llama.cpp's pre-tokenizer is {pre.name}: {pre.how}"]
+    find_vocabulary(result)
     if isinstance(result.tokenizer.chat_template, dict):
         raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
-    return notes
+    return []
 
 
 def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
@@ -156,19 +153,7 @@ def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list
     file_type = int(QUANT_TYPES[options.quant].file)
     llama_cpp.requantize(unquantized, path, file_type=file_type, threads=torch.get_num_threads())
     unquantized.unlink()
-    return _rows_without_blocks(path)
-
-
-def _rows_without_blocks(path: Path) -> list[str]:
-    """A note about matrices of a K type whose rows are no multiple of 256, and their types."""
-    tensors = read_gguf(path).tensors.items()
-    odd = {name: info for name, info in tensors if len(info.shape) > 1 and info.shape[-1] % 256}
-    if not odd:
-        return []
-    types = Counter(info.dtype for info in odd.values())
-    listed = ", ".join(f"{num} {name}" for name, num in sorted(types.items()))
-    ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in odd}))
-    return [f"{len(odd)} matrices cannot be cut into blocks of 256 and have larger types ({listed}): {ends}"]
+    return []
 
 
 _ADD = {
@@ -246,15 +231,6 @@ def gguf_writer(
         writer.close()
 
 
-def num_bytes(result: RunResult, options: ExportOptions) -> int:
-    """Size of the file, and of the quantizer's input."""
-    quant, num_params = QUANT_TYPES[options.quant], model_size(result.weights).num_params
-    if not quant.by_llama_cpp:
-        return stored_bytes((num_params,), quant.ggml)
-    # At most 8 bits: rows that make no blocks of 256 are stored in larger types.
-    return stored_bytes((num_params,), GgmlType.F16) + stored_bytes((num_params,), GgmlType.Q8_0)
-
-
 _HEADER_TO_CONFIG = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -308,7 +284,6 @@ GGUF = ExportTarget(
     check=check_model,
     write=write_model,
     load=load_model,
-    num_bytes=num_bytes,
     tolerances=lambda result, options: QUANT_TYPES[options.quant].tolerances,
     card=_card,
     reads=("quant",),

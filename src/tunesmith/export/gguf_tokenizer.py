@@ -57,21 +57,14 @@ LLAMA3_SPLIT, QWEN2_SPLIT = _WORDS + r"\p{N}{1,3}" + _REST, _WORDS + r"\p{N}" + 
 _SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
 
 
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """llama.cpp's name of a pre-tokenizer, and how it was found."""
-
-    name: str
-    how: str
-
-
 @dataclass(frozen=True)
 class GgufVocabulary:
     """The tokenizer of a GGUF."""
 
     model: str
     """gpt2: byte-level BPE; llama: sentencepiece."""
-    pre: PreTokenizer
+    pre: str
+    """llama.cpp's name of the pre-tokenizer."""
     backend: Mapping[str, Any]
     """Content of tokenizer.json."""
 
@@ -81,16 +74,15 @@ def probe_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.encode(PROBE)).encode()).hexdigest()
 
 
-def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | None) -> PreTokenizer:
+def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | None) -> str:
     """The pre-tokenizer of a byte-level tokenizer: that of the GGUF it came from, else by hash or steps.
 
     Raises ModelError if none is found, or if the tokenizer contradicts the GGUF.
     """
-    by_hash, by_steps = HASHES.get(probe_hash(tokenizer)), pre_tokenizer_of_steps(tokenizer)
-    found = by_hash or by_steps
+    found = HASHES.get(probe_hash(tokenizer)) or pre_tokenizer_of_steps(tokenizer)
     way_out = "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
     if of_gguf is not None and found in (None, of_gguf):
-        return PreTokenizer(of_gguf, "named in the GGUF that was tuned")
+        return of_gguf
     if of_gguf is not None:
         raise ModelError(
             f"gguf: the file that was tuned names the pre-tokenizer {of_gguf}, but its tokenizer follows {found}. "
@@ -99,7 +91,7 @@ def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | Non
     if found is None:
         name, digest = tokenizer.name_or_path, probe_hash(tokenizer)[:16]
         raise ModelError(f"gguf: the pre-tokenizer of {name} is unknown (hash {digest}). {way_out}")
-    return PreTokenizer(found, "by the hash of its tokens" if by_hash else "by the steps in its file")
+    return found
 
 
 def pre_tokenizer_of_steps(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -141,7 +133,7 @@ def find_vocabulary(result: RunResult) -> GgufVocabulary:
             "that with llama.cpp's convert_hf_to_gguf.py."
         )
     if model.get("byte_fallback"):
-        return GgufVocabulary("llama", PreTokenizer("default", "sentencepiece has no pre-tokenizer"), backend)
+        return GgufVocabulary("llama", "default", backend)  # sentencepiece has none
     base = result.base
     of_gguf = read_gguf(base.path).metadata.get("tokenizer.ggml.pre") if base.is_gguf else None
     return GgufVocabulary("gpt2", find_pre_tokenizer(tokenizer, of_gguf=of_gguf), backend)
@@ -152,7 +144,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GgufVocabulary, result: 
     tokenizer, backend = result.tokenizer, vocabulary.backend
     tokens, types = _tokens(tokenizer, backend, num_rows)
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre.name)
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if vocabulary.model == "gpt2":

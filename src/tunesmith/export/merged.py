@@ -17,7 +17,6 @@ from tunesmith.models.load import model_kind
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import save_model
-from tunesmith.models.size import model_size
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 
@@ -89,7 +88,6 @@ MERGED = ExportTarget(
     check=_check,
     write=_write,
     load=_load,
-    num_bytes=lambda result, options: model_size(result.weights).num_params * _dtype(result, options).itemsize,
     tolerances=_tolerances,
     card=_card,
     reads=("dtype",),

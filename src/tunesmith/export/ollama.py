@@ -181,7 +181,6 @@ OLLAMA = ExportTarget(
     check=_check,
     write=_write,
     load=GGUF.load,
-    num_bytes=GGUF.num_bytes,
     tolerances=GGUF.tolerances,
     card=_card,
     reads=GGUF.reads,

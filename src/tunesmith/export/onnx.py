@@ -33,7 +33,6 @@ from tunesmith.models.load import model_kind
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_generation_config, save_tokenizer
-from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
@@ -186,7 +185,6 @@ ONNX = ExportTarget(
     check=_check,
     write=_write,
     load=load_onnx,
-    num_bytes=lambda result, options: model_size(result.weights).num_params * 4,
     tolerances=lambda result, options: EXACT,
     card=_card,
     reads=(),

@@ -55,8 +55,6 @@ class RunResult:
     """SHA-256 of the base's files, by name; empty if every weight was tuned."""
     unchecked: str = ""
     """Note about a result whose run recorded no hashes."""
-    planned_config: dict[str, Any] | None = None
-    """Config of the adapter that a run will write; set only before training, when `folder` does not exist."""
 
     @property
     def is_adapter(self) -> bool:
@@ -70,7 +68,7 @@ class RunResult:
     @property
     def weights(self) -> ModelRef:
         """The model that is loaded first: the base under an adapter, or the result itself."""
-        return self.base if self.is_adapter or self.planned_config is not None else self.located
+        return self.base if self.is_adapter else self.located
 
     @property
     def located(self) -> ModelRef:
@@ -99,13 +97,11 @@ class RunResult:
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's config in PEFT's format."""
-        return read_config(self.folder) if self.planned_config is None else self.planned_config
+        return read_config(self.folder)
 
     @property
     def adapted(self) -> list[str]:
-        """Names of the layers with a low-rank path; empty before training."""
-        if self.planned_config is not None:
-            return []
+        """Names of the layers with a low-rank path."""
         names = read_safetensors(self.folder / WEIGHTS)
         return [name.removeprefix(PREFIX).removesuffix(_A) for name in names if name.endswith(_A)]
 

@@ -143,8 +143,6 @@ class ExportTarget:
     """(result, folder, options) -> notes. Fills an empty folder."""
     load: Callable[[Path, Recipe], ExportedModel]
     """(folder, recipe) -> the model, from the exported files alone (an adapter: on its base)."""
-    num_bytes: Callable[[RunResult, ExportOptions], int]
-    """Upper estimate of the disk space needed while writing."""
     tolerances: Callable[[RunResult, ExportOptions], Tolerances]
     card: Callable[[RunResult, Path, ExportOptions], dict[str, Any]]
     """Fields of the model card: library, relation, "use" as (language, code), "servers"."""

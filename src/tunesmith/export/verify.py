@@ -39,7 +39,6 @@ from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
 from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
-from tunesmith.models.size import model_size
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.schema import Base
 from tunesmith.runs.atomic import from_json
@@ -349,11 +348,6 @@ def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows) -> Outputs:
     renderer, masked = model.renderer, result.recipe.train.masked
     loaded = TorchModel(renderer.tokenizer, result.kind, model.head, "", model.model)
     return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked)
-
-
-def disk_space(result: RunResult) -> int:
-    """Upper estimate of the bytes on disk that the outputs of the check take."""
-    return MAX_ROWS * POSITIONS * model_size(result.weights).vocab_size * 4
 
 
 def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path) -> Outputs:

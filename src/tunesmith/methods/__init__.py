@@ -78,8 +78,6 @@ class Method:
     """Storage of the weights of the base, as in `nf4 with scales in 8 bits`; empty: as they are."""
     unshareable: Callable[[Any], str | None] = lambda settings: None
     """(settings) -> why the result cannot share one base in memory with other adapters; None: it can."""
-    adapter_config: Callable[[Any], dict[str, Any]] = lambda settings: {}
-    """(settings) -> the main entries of adapter_config.json before there is a result."""
 
 
 _LOW_RANK: dict[str, Any] = {
@@ -90,7 +88,6 @@ _LOW_RANK: dict[str, Any] = {
     "describe": lora.describe,
     "low_rank": True,
     "randomness": lambda settings: "method.dropout" if settings.dropout else None,
-    "adapter_config": adapter_format.planned_config,
     "unshareable": lora.unshareable,
 }
 

@@ -129,18 +129,6 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
     }
 
 
-def planned_config(settings: LowRankMethod) -> dict[str, Any]:
-    """The main entries of the config of an adapter that is not trained yet."""
-    return {
-        "peft_type": "LORA",
-        "r": settings.rank,
-        "use_dora": isinstance(settings, DoraMethod),
-        "use_rslora": settings.rslora,
-        "modules_to_save": list(settings.also_train),
-        "target_modules": list(settings.targets),
-    }
-
-
 def task_type(model: PreTrainedModel) -> str | None:
     """peft's name of the model's task; it has none for models that guess masked tokens."""
     names = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "masked_token": None, "vector": "FEATURE_EXTRACTION"}

@@ -295,8 +295,7 @@ class ResultExportOptions(OptionGroup):
     """Exports of the result when the run is done."""
 
     to: Words = ()
-    """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m. Exports that this model or method does not
-    support are refused before the first step."""
+    """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m."""
 
 
 @dataclass(frozen=True, slots=True)
