@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ def why_refused(error: Exception, repo: str, kind: Kind, revision: str | None) -
         whose = "The token here was not granted access." if has_token else "Then `hf auth login`."
         return f"gated: its owner asks you to accept terms first: {page}. {whose}"
     if isinstance(error, RevisionNotFoundError):
-        return f"no revision {revision!r} on the hub. There are: {_revisions(repo, kind)}."
+        return f"no revision {revision!r} on the hub. Give a branch, a tag or a commit of it."
     if has_token and status == 401:
         return f"{hub} does not accept the token here ({text}). `hf auth login` again, or correct HF_TOKEN."
     if isinstance(error, RepositoryNotFoundError):
@@ -166,13 +165,3 @@ def why_refused(error: Exception, repo: str, kind: Kind, revision: str | None) -
         return f"{hub}: the token here has no right to read it ({text}). Give the token that right."
     place = "not a folder, not in the local cache, and the hub" if kind == "model" else "the hub"
     return f"{place} cannot be reached: {hub} ({text}). Check the network, or give local files."
-
-
-def _revisions(repo: str, kind: Kind) -> str:
-    from huggingface_hub import HfApi
-
-    with suppress(Exception):  # which only adds to a message
-        refs = HfApi().list_repo_refs(repo, repo_type=kind)
-        names = [ref.name for ref in (*refs.branches, *refs.tags)]
-        return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return "branches, tags and commits"

@@ -118,7 +118,6 @@ class Hub:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_refs", None)
         monkeypatch.setattr(huggingface_hub.HfApi, "parse_safetensors_file_metadata", headers)
 
 

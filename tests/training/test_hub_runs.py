@@ -125,7 +125,7 @@ def test_eval_predict_and_check_take_addresses(hub, tmp_path):
     ("data", "message"),
     [
         ("hf://datasets/acme/none", "no such data set on the hub"),
-        ("hf://datasets/acme/chats?split=test", "no split 'test'. There is: train."),
+        ("hf://datasets/acme/chats?split=test", "no split 'test'. There are: train."),
         ("hf://datasets/acme/columns", "unknown_shape"),
         ("hf://datasets/acme/bad", "hf://datasets/acme/bad@"),
     ],
@@ -173,7 +173,7 @@ def test_refusals_of_models_say_why(hub, tmp_path, monkeypatch):
     hub.model("acme/gated", files, gated=True)
     hub.model("acme/private", files, private=True, readers=("mine",))
     for model, message in (
-        ("acme/tiny@v9", "no revision 'v9' on the hub. There are: main."),
+        ("acme/tiny@v9", "no revision 'v9' on the hub. Give a branch"),
         ("acme/gated", f"gated: its owner asks you to accept terms first: {hub.url}/acme/gated. Then `hf auth login`"),
         ("acme/private", "neither a folder nor a model on the hub.* a private one needs `hf auth login`"),
         ("acme/none", "neither a folder nor a model on the hub"),

@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -34,35 +34,32 @@ from tunesmith.runs.atomic import write_atomic
 
 OnProgress = Callable[[str, int, int], None]
 """(what is done, bytes done, bytes in all)"""
+Listing = tuple[str, Sequence[RemoteFile]]
+"""An address, of the hub with its commit, and its files in their order."""
 
 HUB = "hf://"
-CONVERTED = "refs/convert/parquet"
-"""Branch into which the hub converts data sets: subset/split/0000.parquet."""
+GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
 SIDES = ("train", "eval", "replay")
 DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
 _MAGIC = re.compile(r"[*?\[]")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Splits by words in the names of files, as in the library datasets."""
 
 
 def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     """The data with every address of the hub pinned to a commit, and what is said of it.
 
-    Data without an address is returned as it is, and nothing is asked of anybody. Raises DataError for every address
-    that cannot be used, all at once.
+    Data without an address is returned as it is, and nothing is asked of anybody. Raises DataError for an address that
+    cannot be used.
     """
-    refused: list[str] = []
     notes: list[str] = []
-    sides: dict[str, tuple[DataFile, ...]] = {}
-    for side in SIDES:
-        files = []
-        for file in getattr(data, side):
-            try:
-                files.append(_pinned(file, notes, offline=offline))
-            except DataError as error:
-                refused.append(str(error))
-        sides[side] = tuple(files)
-    if refused:
-        raise DataError("\n".join(dict.fromkeys(refused)))
+    sides = {side: tuple(_pinned(file, notes, offline=offline) for file in getattr(data, side)) for side in SIDES}
     return data.model_copy(update=sides), notes
 
 
@@ -74,23 +71,21 @@ def pin_path(path: str, *, offline: bool) -> tuple[str, list[str]]:
 
 def short_name(path: str) -> str:
     """The name of a data file, folder or data set, for a person."""
-    if path.startswith(HUB):
-        return HubAddress.parse(path).repo.rpartition("/")[2]
-    return Path(path).name
+    return str(_parts(path)[0].id).rpartition("/")[2] if path.startswith(HUB) else Path(path).name
 
 
 def _pinned(file: DataFile, notes: list[str], *, offline: bool) -> DataFile:
     if not is_address(file.at):
         return file
-    listing = find_listing(file.at, offline=offline)
-    missing = [one for one in listing.files if one.cached() is None]
+    found: list[str] = []
+    address, files = find_files(file.at, found, offline=offline)
+    missing = [one for one in files if one.cached() is None]
     if offline and missing and file.at.startswith(HUB):
         raise DataError(f"{missing[0].address}: not downloaded yet, and --offline forbids it. Run once without.")
-    remote.register(listing.address, listing.files)
-    counted = f"{plural(len(listing.files), 'file')}, {size(_sum(listing.files))}, {_cost(missing)}"
-    pinned = f"pinned to {listing.address}: " if listing.address != file.at else ""
-    notes += [f"{file.path}: {pinned}{counted}", *listing.notes]
-    return file.model_copy(update={"path": listing.address})
+    remote.register(address, files)
+    pinned = f"pinned to {address}: " if address != file.at else ""
+    notes += [f"{file.path}: {pinned}{plural(len(files), 'file')}, {size(_sum(files))}, {_cost(missing)}", *found]
+    return file.model_copy(update={"path": address})
 
 
 def members(address: str) -> list[DataFile]:
@@ -98,9 +93,9 @@ def members(address: str) -> list[DataFile]:
 
     Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
     """
-    listing = None if address in remote.REGISTERED else remembered(address)
-    if listing is not None and all(file.cached() for file in listing.files):
-        remote.register(address, listing.files)
+    listing = None if address in remote.REGISTERED else _remembered(address)
+    if listing is not None and all(file.cached() for file in listing[1]):
+        remote.register(*listing)
     return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in remote.registered(address)]
 
 
@@ -112,21 +107,12 @@ def fetch(data: Data, on_progress: OnProgress) -> None:
     """
     files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
     missing = [remote.known(one.path) for file in files for one in members(file.at) if is_address(one.at)]
-    if not missing:
-        return
-    total, arrived = _sum(missing), 0
-    words = f"data: {plural(len(missing), 'file')}, {size(total)}, {_cost(missing)}"
-
-    def tick(num: int) -> None:
-        nonlocal arrived
-        arrived = min(arrived + num, total)
+    words, total, arrived = f"data: {plural(len(missing), 'file')}, {_cost(missing)}", _sum(missing), 0
+    for file in missing if _fit(missing) else ():
         on_progress(words, arrived, total)
-
-    tick(0)
-    if _fit(missing):
-        for file in missing:
-            remote.download(file, None, tick)
-        tick(total)
+        remote.download(file)
+        arrived += file.num_bytes
+        on_progress(words, arrived, total)
 
 
 def _cost(missing: Sequence[RemoteFile]) -> str:
@@ -144,218 +130,153 @@ def _cost(missing: Sequence[RemoteFile]) -> str:
 
 def _fit(missing: Sequence[RemoteFile]) -> bool:
     """Whether files are kept: all are of the hub, and their place has room."""
-    if not all(file.address.startswith(HUB) for file in missing):
-        return False
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = Path(HF_HUB_CACHE)
-    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    return _sum(missing) <= DISK_SHARE * shutil.disk_usage(place).free
+    place = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
+    has_room = _sum(missing) <= DISK_SHARE * shutil.disk_usage(place).free
+    return has_room and all(file.address.startswith(HUB) for file in missing)
 
 
 def _sum(files: Sequence[RemoteFile]) -> int:
     return sum(file.num_bytes for file in files)
 
 
-GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""Splits by words in the names of files, as in the library datasets."""
-
-
-@dataclass(frozen=True, slots=True)
-class HubAddress:
-    """The parts of an address."""
-
-    repo: str
-    revision: str = ""
-    path: str = ""
-    subset: str = ""
-    split: str = ""
-    commit: str = ""
-    """Commit that `revision` is now; not part of the text."""
-
-    @property
-    def pinned(self) -> str:
-        """The address with its commit as its revision."""
-        return str(replace(self, revision=self.commit))
-
-    @classmethod
-    def parse(cls, text: str) -> HubAddress:
-        """Raises DataError for an address of another form."""
-        from huggingface_hub import parse_hf_uri
-        from huggingface_hub.errors import HfUriError
-
-        place, _, query = text.partition("?")
-        words = dict(parse_qsl(query, keep_blank_values=True))
-        try:
-            uri = parse_hf_uri(place.rstrip("/"))
-        except HfUriError as error:
-            why = error.msg.strip().rstrip(".")
-            raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
-        if uri.type != "dataset" or words.keys() - {"subset", "split"}:
-            raise DataError(f"{text}: not the address of a data set. Write {GRAMMAR}.")
-        if uri.path_in_repo and query:
-            raise DataError(f"{text}: a path says which files are read, and a subset or split too. Give one of both.")
-        return cls(uri.id, uri.revision or "", uri.path_in_repo, words.get("subset", ""), words.get("split", ""))
-
-    def __str__(self) -> str:
-        from huggingface_hub import HfUri
-
-        query = urlencode({key: value for key in ("subset", "split") if (value := getattr(self, key))})
-        place = HfUri("dataset", self.repo, self.revision or None, self.path).to_uri()
-        return f"{place}?{query}" if query else str(place)
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files of an address, in their order."""
-
-    address: str
-    """Pinned to a commit."""
-    files: tuple[RemoteFile, ...]
-    notes: tuple[str, ...] = ()
-
-
-def find_listing(text: str, *, offline: bool) -> Listing:
-    """The files of an address, pinned. Of a commit that was listed before, and `offline`, the hub is not asked.
+def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
+    """The files of an address. Of a commit that was listed before, and `offline`, the hub is not asked.
 
     Raises DataError: an address of another form, a data set that is missing, gated, private or out of reach, a
     revision, subset, split or path that is not there.
     """
-    if not text.startswith(HUB):
-        return _of_file_system(text, offline=offline)
     from huggingface_hub.constants import is_offline_mode
 
-    address = HubAddress.parse(text)
-    is_offline = offline or is_offline_mode()
-    known = remembered(text) if is_offline or _COMMIT.fullmatch(address.revision) else None
-    if known is not None:
-        return known
-    if is_offline:
-        why = "--offline" if offline else "HF_HUB_OFFLINE"
-        raise DataError(f"{text}: it was never asked for on this machine, and {why} forbids that. Run once without.")
+    is_hub = text.startswith(HUB)
+    uri: Any = None
+    words: dict[str, str] = {}
+    if is_hub:
+        uri, words = _parts(text)
+    offline_by = "--offline" if offline else "HF_HUB_OFFLINE" if is_hub and is_offline_mode() else ""
+    if is_hub and (offline_by or _COMMIT.fullmatch(uri.revision or "")) and (listing := _remembered(text)):
+        return listing
+    if offline_by and not text.startswith(("file://", "memory://")):
+        raise DataError(
+            f"{text}: it was never asked for on this machine, and {offline_by} forbids that. Run once without."
+        )
     try:
-        listing = _ask(address)
-    except hub_failures() as error:
-        way = " --offline reads what was downloaded before." if remembered(text) else ""
-        raise DataError(f"{text}: {why_refused(error, address.repo, 'dataset', address.revision)}{way}") from error
-    for name in {str(address), listing.address}:
-        with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
-            write_atomic(_listing_path(name), orjson.dumps(asdict(listing)))
-    return listing
-
-
-def _of_file_system(address: str, *, offline: bool) -> Listing:
-    if offline and not address.startswith(("file://", "memory://")):
-        raise DataError(f"{address}: it is not on this machine, and --offline forbids to fetch it. Use a local file.")
-    try:
-        remote.file_system(address)[0].invalidate_cache()
-        return Listing(address, _rows_at(address, [address]))
-    except DataError:
-        raise
+        if not is_hub:
+            remote.file_system(text)[0].invalidate_cache()
+            return text, _rows_at(text, [text])
+        address, files = _ask(uri, words, notes)
     except Exception as error:  # of a dozen libraries, one a file system
-        way = "Check the address, and that this machine may read it"
-        raise DataError(f"{address}: it cannot be listed ({type(error).__name__}: {reason(error)}). {way}.") from error
+        if isinstance(error, DataError) or (is_hub and not isinstance(error, hub_failures())):
+            raise
+        why = f"it cannot be listed ({type(error).__name__}: {reason(error)}). Check it, and your right to read it."
+        why = why_refused(error, uri.id, "dataset", uri.revision) if is_hub else why
+        raise DataError(f"{text}: {why}") from error
+    for name in {text, address}:
+        with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
+            write_atomic(_listing_path(name), orjson.dumps([address, [asdict(file) for file in files]]))
+    return address, files
 
 
 def _listing_path(name: str) -> Path:
     from huggingface_hub import cached_assets_path
 
     digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-    return Path(cached_assets_path("tunesmith", "datasets", "listings")) / f"{digest}.json"
+    return Path(cached_assets_path("tunesmith", "datasets", "files")) / f"{digest}.json"
 
 
-def remembered(text: str) -> Listing | None:
-    """The listing of an address of the hub that was asked for before on this machine."""
-    with suppress(OSError, ValueError, KeyError, TypeError, DataError):
-        kept = orjson.loads(_listing_path(str(HubAddress.parse(text))).read_bytes())
-        files = [RemoteFile(file["address"], file["num_bytes"], file["version"]) for file in kept["files"]]
-        return Listing(kept["address"], tuple(files), tuple(kept["notes"]))
+def _remembered(text: str) -> Listing | None:
+    """The files of an address of the hub that was asked for before on this machine."""
+    with suppress(OSError, ValueError, TypeError):
+        address, files = orjson.loads(_listing_path(text).read_bytes())
+        return address, [RemoteFile(**file) for file in files]
     return None
 
 
-def _ask(address: HubAddress) -> Listing:
+def _parts(text: str) -> tuple[Any, dict[str, str]]:
+    """The `HfUri` of an address of the hub, and its {"subset", "split"}. Raises DataError for another form."""
+    from huggingface_hub import parse_hf_uri
+    from huggingface_hub.errors import HfUriError
+
+    place, _, query = text.partition("?")
+    words = dict(parse_qsl(query, keep_blank_values=True))
+    try:
+        uri = parse_hf_uri(place.rstrip("/"))
+    except HfUriError as error:
+        why = error.msg.strip().rstrip(".")
+        raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
+    if uri.type != "dataset" or words.keys() - {"subset", "split"} or (uri.path_in_repo and words):
+        raise DataError(f"{text}: not the address of a data set, with a path or a subset and split. Write {GRAMMAR}.")
+    return uri, words
+
+
+def _address(uri: Any, words: Mapping[str, str]) -> str:
+    query = urlencode({key: words[key] for key in ("subset", "split") if words.get(key)})
+    return f"{uri.to_uri()}?{query}" if query else str(uri.to_uri())
+
+
+def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
     from huggingface_hub import HfApi
 
-    info = HfApi().dataset_info(address.repo, revision=address.revision or None)
+    info = HfApi().dataset_info(uri.id, revision=uri.revision)
     if info.gated:
-        HfApi().auth_check(address.repo, repo_type="dataset")
-    address = replace(address, commit=str(info.sha))
-    if address.path:
-        return Listing(address.pinned, _rows_at(address, [address.pinned]))
+        HfApi().auth_check(uri.id, repo_type="dataset")
+    given, uri = _address(uri, words), replace(uri, revision=str(info.sha))
+    root = uri.to_uri()
+    if uri.path_in_repo:
+        return root, _rows_at(given, [root])
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
-    configs = [one for one in configs if isinstance(one, Mapping) and one.get("data_files")]
-    if not configs:
-        return _by_name(address)
-    by_name = {str(config.get("config_name", "default")): config for config in configs}
-    preferred = next((name for name, config in by_name.items() if config.get("default")), "default")
-    subset = _chosen(address, "subset", by_name, preferred)
-    splits = _patterns(by_name[subset]["data_files"], str(by_name[subset].get("data_dir") or ""))
-    address = replace(address, subset=subset, split=_chosen(address, "split", splits, "train"))
-    root = HubAddress(address.repo, commit=address.commit).pinned
-    files = _rows_at(address, [f"{root}/{pattern}" for pattern in splits[address.split]])
-    return Listing(address.pinned, files, _others(address, splits))
+    subsets = {str(one.get("config_name", "default")): one for one in configs if dict(one).get("data_files")}
+    if subsets or words.get("subset"):
+        usual = next((name for name, config in subsets.items() if config.get("default")), "default")
+        words["subset"] = _chosen(given, "subset", words, subsets, usual)
+    patterns = _patterns(subsets[words["subset"]]) if subsets else {}
+    by_name = {} if subsets else _by_name(given, root, notes)
+    words["split"] = split = _chosen(given, "split", words, patterns or by_name, "train")
+    if others := [name for name in patterns or by_name if name != split]:
+        notes.append(f"{uri.id}: the split {split} is read; others: {listed(others)}")
+    files = by_name[split] if by_name else _rows_at(given, [f"{root}/{pattern}" for pattern in patterns[split]])
+    return _address(uri, words), files
 
 
-def _patterns(data_files: Any, folder: str) -> dict[str, list[str]]:
+def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Patterns of paths by split, of any form that `data_files` has in a README."""
     found: dict[str, list[str]] = {}
+    data_files, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
     if isinstance(data_files, Mapping):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     for one in [data_files] if isinstance(data_files, str) else data_files:
         split, path = (one["split"], one["path"]) if isinstance(one, Mapping) else ("train", one)
         paths = [path] if isinstance(path, str) else path
-        found.setdefault(str(split), []).extend("/".join(filter(None, [folder.strip("/"), name])) for name in paths)
+        found.setdefault(str(split), []).extend("/".join(filter(None, [folder, name])) for name in paths)
     return found
 
 
-def _by_name(address: HubAddress) -> Listing:
-    """By words in the names of files; all files are the split train where no name has one."""
-    if address.subset:
-        raise DataError(f"{address}: this data set has no subsets. Leave ?subset= out.")
-    root, splits = HubAddress(address.repo, commit=address.commit).pinned, dict[str, list[RemoteFile]]()
-    for file in _rows_at(address, [root], HubAddress(address.repo, CONVERTED)):
+def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFile]]:
+    """Files by splits that words in their names say; all files are the split train where no name has one."""
+    splits: dict[str, list[RemoteFile]] = {}
+    for file in _rows_at(given, [root]):
         folder, _, name = file.address.removeprefix(root).lower().rpartition("/")
         words = re.findall("[a-z]+", f"{name} {folder}")
         splits.setdefault(next((_WORDS[word] for word in words if word in _WORDS), ""), []).append(file)
-    others = splits.pop("", []) if len(splits) > 1 else []
-    splits = {name or "train": found for name, found in splits.items()}
-    address = replace(address, split=_chosen(address, "split", splits, "train"))
-    names = listed(file.address.removeprefix(f"{root}/") for file in others)
-    left = [f"{address.repo}: {names}: not of a split by name, and not read"] if others else []
-    return Listing(address.pinned, tuple(splits[address.split]), (*_others(address, splits), *left))
+    if len(splits) > 1 and (others := splits.pop("", [])):
+        names = listed(file.address.removeprefix(f"{root}/") for file in others)
+        notes.append(f"{given}: {names}: not of a split by name, and not read")
+    return {name or "train": found for name, found in splits.items()}
 
 
-def _chosen(address: HubAddress, what: str, names: Iterable[str], preferred: str) -> str:
+def _chosen(given: str, what: str, words: Mapping[str, str], names: Iterable[str], usual: str) -> str:
     """The subset or split that was asked for, or the one that is meant if none was. Raises DataError."""
-    names, given = list(names), getattr(address, what)
-    if given in names:
-        return str(given)
-    there = f"There {'is' if len(names) == 1 else 'are'}: {listed(names, 20)}."
-    if given:
-        raise DataError(f"{address}: no {what} {given!r}. {there}")
-    if len(names) == 1:
-        return names[0]
-    if preferred in names:
-        return preferred
-    way = replace(address, **{what: names[0]})
-    raise DataError(f"{address}: it has {len(names)} {what}s, and none is the usual one. {there} Such as: {way}")
+    names, asked = list(names), words.get(what)
+    if asked in names:
+        return str(asked)
+    if asked is None and (len(names) == 1 or usual in names):
+        return names[0] if len(names) == 1 else usual
+    why = f"no {what} {asked!r}" if asked else f"it has {len(names)} {what}s, and none is the usual one"
+    raise DataError(f"{given}: {why}. There are: {listed(names, 20) or 'none'}. Choose by ?{what}=NAME.")
 
 
-def _others(address: HubAddress, splits: Iterable[str]) -> tuple[str, ...]:
-    others = [name for name in splits if name != address.split]
-    if not others:
-        return ()
-    held_out = next((name for name in others if name in ("validation", "test")), others[0])
-    return (f"other splits: {listed(others)}; to measure on one: --eval '{replace(address, split=held_out)}'",)
-
-
-def _rows_at(given: object, addresses: Iterable[str], way: object = "") -> tuple[RemoteFile, ...]:
+def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
     """The files of rows at addresses, each a file, a folder or a pattern, in the order of addresses and names.
 
     Raises DataError where there are none, for the address `given`, and whatever a file system raises.
@@ -367,15 +288,15 @@ def _rows_at(given: object, addresses: Iterable[str], way: object = "") -> tuple
         entries = fs.glob(path, detail=True) if _MAGIC.search(path) else fs.find(path, detail=True)
         for name, facts in sorted(entries.items()):
             if name != path and not _is_rows(name):
-                others.append(name)
+                others.append(os.path.basename(name))
             elif facts["type"] == "file":
                 one = RemoteFile(fs.unstrip_protocol(name), int(facts["size"]), _version(fs, name, facts))
                 found.setdefault(one.address, one)
     if not found:
-        held = f" It holds {listed(map(os.path.basename, others))}." if others else ""
-        converted = f" The hub may have converted it: {way}/SUBSET/SPLIT" if way else ""
-        raise DataError(f"{given}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}{converted}")
-    return tuple(found.values())
+        held = f" It holds {listed(others)}." if others else ""
+        held += " The hub may have converted it: @refs/convert/parquet." if given.startswith(HUB) else ""
+        raise DataError(f"{given}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}")
+    return list(found.values())
 
 
 def _version(fs: Any, name: str, facts: Mapping[str, Any]) -> str:

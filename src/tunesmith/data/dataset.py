@@ -32,7 +32,7 @@ from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProgress, complete
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.parts import JoinedParts, downloaded, in_parts, one_at_a_time
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
-from tunesmith.data.remote import is_address, known, verified
+from tunesmith.data.remote import is_address, known
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -412,7 +412,7 @@ def _signature(path: str) -> tuple[int, int, int, int]:
 def file_hash(file: DataFile) -> str:
     """SHA-256 of a file, or the version of one at an address. Raises DataError."""
     try:
-        return verified(file)
+        return known(file.path).version if is_address(file.path) else disk.sha256_file(Path(file.at))
     except OSError as error:
         raise DataError(f"{file.at}: cannot be read: {error.strerror}. Check the path and its permissions.") from error
 

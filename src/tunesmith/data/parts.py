@@ -34,35 +34,25 @@ Build = Callable[..., "RowStore"]
 @contextmanager
 def one_at_a_time(folder: Path, files: Sequence[DataFile]) -> Iterator[None]:
     """Wait until no other process downloads files into `folder`; for local files nobody waits."""
-    if not any(is_address(file.at) for file in files):
-        yield
-        return
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "parts.lock"):
+    with ExitStack() as held:
+        if any(is_address(file.at) for file in files):
+            with storing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(filelock.FileLock(folder / "parts.lock"))
         yield
 
 
 @contextmanager
 def downloaded(
-    data: Data, files: Sequence[DataFile], renderer: Renderer, folder: Path, *, num_bytes: int, **listeners: Any
+    data: Data, files: Sequence[DataFile], renderer: Renderer, folder: Path, **how: Any
 ) -> Iterator[Encoding]:
     """The encoding of files; those at an address are downloaded into `folder`, and removed when the block ends.
 
-    `num_bytes`: of all files. `listeners`: `on_problem` and `progress`. Raises DataError, StorageError.
+    `how`: of `Encoding`. Raises DataError, StorageError.
     """
-    arrived, progress = 0, listeners["progress"]
-
-    def on_bytes(num: int) -> None:
-        nonlocal arrived
-        arrived = min(arrived + num, num_bytes)
-        progress(0, arrived // 2, num_bytes)
-
-    if any(is_address(file.at) for file in files):
-        listeners["progress"] = lambda rows, done, total: progress(rows, (total + done) // 2, total)
     with ExitStack() as held:
-        there = [held.enter_context(local(file, folder / f"{i}", on_bytes)) for i, file in enumerate(files)]
-        yield Encoding(data, there, renderer, num_bytes=num_bytes, **listeners)
+        there = [held.enter_context(local(file, folder / f"{i}")) for i, file in enumerate(files)]
+        yield Encoding(data, there, renderer, **how)
 
 
 def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
