@@ -25,10 +25,10 @@ from benchmarks.table import place
 PARTS = {
     "starting": (("starting",), ("start", "resume")),
     "training": (("training",), ("step",)),
-    "held-out rows": (("held_out",), ("evaluation",)),
-    "answers and general text": (("answering", "general"), ("sample", "answers", "general")),
+    "measured rows": (("measuring",), ("evaluation", "general")),
+    "answers": (("answering",), ("sample", "answers")),
     "checkpoints": (("saving",), ("plan", "checkpoint")),
-    "surprising rows and the end": (("surprising", "finishing"), ("end",)),
+    "the end": (("finishing",), ("end",)),
 }
 """Part of a run → kinds of work of its forecast, and events that end it."""
 
@@ -108,7 +108,7 @@ def taken_by_part(events: Sequence[dict[str, Any]], begun: float, ended: float) 
         part = part_of.get(event["kind"], part)
         taken[part] += event["time"] - last
         last = event["time"]
-    taken["surprising rows and the end"] += ended - last
+    taken["the end"] += ended - last
     return taken
 
 

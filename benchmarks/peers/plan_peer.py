@@ -11,8 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
-from tunesmith.evaluation.predict_rows import predict_rows
-from tunesmith.planning.duration import seen_rows
+from tunesmith.evaluation.predict_rows import predict_rows, sample_rows
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.loop import training_steps
@@ -97,9 +96,10 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     assert setup.forecast.duration is not None
     plan = setup.sampler
     events = list(training_steps(setup))
+    seen = sample_rows(setup.rows.store, setup.rows.train_rows, resolved(setup.recipe.evaluation.surprising))
     for collator, rows in (
         (setup.held_collator, setup.rows.held_rows),
-        (setup.collator, seen_rows(setup.recipe, setup.rows)),
+        (setup.collator, seen),
     ):
         tokens = resolved(setup.recipe.train.tokens_per_pass)
         predict_rows(setup.model, setup.task, collator, [int(i) for i in rows], tokens_per_pass=tokens)
@@ -108,7 +108,6 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     return {
         "predicted_bytes": setup.forecast.memory.total,
         "parts": setup.forecast.memory.parts(),
-        "phase": setup.forecast.memory.phase,
         "predicted_seconds": setup.forecast.duration.step,
         "measured_seconds": per_token * float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         "seconds": [event.timing["seconds"] for event in events],

@@ -245,7 +245,7 @@ def test_a_plan_of_classes_counts_them_and_shows_no_tokens() -> None:
 
 
 FORECAST = {
-    "memory": {"total": 3 * 2**30, "phase": "rest", "parts": {"weights": 2**30}},
+    "memory": {"total": 3 * 2**30, "parts": {"weights": 2**30}},
     "pass": {"step": 1, "rows": 1, "tokens": 9, "targets": 9},
     "room": 2**34,
     "seconds": None,

@@ -13,8 +13,7 @@ from tunesmith.planning.duration import KINDS
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {
-    "memory": {"total": 3 * 2**30, "phase": "step", "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
-    "phases": {"step": 3 * 2**30},
+    "memory": {"total": 3 * 2**30, "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
     "room": 2**34,
     "pass": {"step": 7, "rows": 4, "tokens": 1987, "targets": 612},
     "layers": {"all": 30, "recomputed": 0},
@@ -24,8 +23,7 @@ FORECAST = {
         "work": {
             **{kind: {"count": 0, "price": 0.0, "seconds": 0.0} for kind in KINDS},
             "training": {"count": 66, "price": 1.5, "seconds": 99.0},
-            "held_out": {"count": 1000, "price": 0.02, "seconds": 20.0},
-            "surprising": {"count": 100, "price": 0.01, "seconds": 1.0},
+            "measuring": {"count": 1050, "price": 0.02, "seconds": 21.0},
         },
     },
     "disk": {"rows": 0, "checkpoints": 2**20, "result": 2**19, "total": 2**20 + 2**19},
@@ -65,7 +63,7 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
 def test_for_machines_a_probe_is_plain_values(tmp_path, monkeypatch):
     """What a probe finds is measured in tests/planning/test_probe.py."""
     steps = [Timed(0.02, 90, step=7), Timed(0.01, 60, step=2)]
-    work = {kind: Timed(0.1, 10) for kind in KINDS if kind not in ("training", "general")}
+    work = {kind: Timed(0.1, 10) for kind in KINDS if kind != "training"}
     monkeypatch.setattr("tunesmith.training.probe.probe", lambda *args, **how: Found(steps, work, peak=2**28))
     told = json.loads(plan(tmp_path, "--json", "--probe"))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"], "it leaves no run"
@@ -93,9 +91,8 @@ PROBE = {
         {"step": 5, "count": 250, "seconds": 2.0},
     ],
     "work": {
-        "held_out": {"count": 100, "seconds": 2.5, "num_bytes": 0},
-        "saving": {"count": 1, "seconds": 0.5, "num_bytes": 2**20},
-        "starting": {"count": 1, "seconds": 3.0, "num_bytes": 0},
+        "measuring": {"count": 100, "seconds": 2.5},
+        "saving": {"count": 1, "seconds": 0.5},
     },
     "notes": [],
     "ended": "the system killed it, as it does where memory ends",
@@ -121,7 +118,7 @@ def test_words_of_a_probe_of_what_cannot_be_estimated():
 
 def test_words_of_a_forecast():
     assert dict(forecast_facts(FORECAST)) == {
-        "memory": "3.0 GiB at most, of 16.0 GiB, in the heaviest pass of step 7 (4 rows, 1,987 tokens, 612 targets): "
+        "memory": "3.0 GiB at most, of 16.0 GiB, in step 7 (4 rows, 1,987 tokens, 612 targets): "
         "weights 1.0 GiB, logits 2.0 GiB",
         "time": "1:24 to 2:36 min: 1:39 min to train (1.5 s a step), 21 s for all else",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",

@@ -13,15 +13,15 @@ from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import Device, named
-from tunesmith.planning.duration import Work, num_tokens, step_seconds
+from tunesmith.planning.duration import Work, step_seconds, targets_of
 from tunesmith.planning.memory import Load, Sizes
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 
 SIZES = Sizes(
-    weights=1000, masters=0, optimizer=0, trained_parameters=0, itemsize=4, features_L=(10, 10, 10, 10),
-    recomputable=4, kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50,
-    trains_output=False, fused_loss=True, can_pack=True,
+    weights=1000, masters=0, optimizer=0, trained_parameters=0, itemsize=4, layers=4, recomputable=4, features=40,
+    kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50, trains_output=False,
+    fused_loss=True, can_pack=True,
 )  # fmt: skip
 SAID = "memory and time could not be forecast: "
 
@@ -30,7 +30,6 @@ def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
     forecast = resolve_run(tiny_recipe(tmp_path), root=tmp_path).forecast
     assert forecast.fits
     assert forecast.memory.total == sum(forecast.memory.parts().values())
-    assert {phase.phase for phase in forecast.phases} == {"step", "update", "evaluation"}
     assert forecast.heavy.load.tokens <= 96
     assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
     assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
@@ -52,7 +51,7 @@ def test_a_row_of_several_classes_is_one_target(tmp_path):
     found = resolve_run(recipe, root=tmp_path)
     assert set(found.rows.store.denominators) == {3.0}
     assert found.forecast.heavy.load.targets == len(found.forecast.heavy.rows)
-    assert num_tokens(found.rows.store, found.rows.train_rows)[1] == len(found.rows.train_rows)
+    assert targets_of(found.rows.store)[found.rows.train_rows].sum() == len(found.rows.train_rows)
 
 
 def test_time_is_products_bytes_and_starts():
@@ -66,7 +65,7 @@ def test_time_is_products_bytes_and_starts():
     assert step_seconds(SIZES, load, device=starts, **how) == 4 * 150
 
 
-@pytest.mark.parametrize("target", ["sizes_of", "phases", "heaviest"])
+@pytest.mark.parametrize("target", ["sizes_of", "peak", "heaviest"])
 def test_a_forecast_that_fails_is_said_and_the_run_is_prepared(tmp_path, monkeypatch, target):
     def fail(*args: Any, **how: Any) -> Any:
         raise ModelError("no config") if target == "sizes_of" else KeyError("nothing")

@@ -12,7 +12,7 @@ from tiny_run import tiny_recipe
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.devices import CUDA_CONTEXT, Device, named
-from tunesmith.planning.memory import Heavy, Load, Sizes, phases, sizes_of
+from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.setup import Setup, prepare
@@ -20,9 +20,9 @@ from tunesmith.types import Choice
 
 CPU = Device("cpu", "cpu", 2**40)
 SIZES = Sizes(
-    weights=1000, masters=0, optimizer=800, trained_parameters=100, itemsize=4, features_L=(10, 10, 10, 10),
-    recomputable=4, kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50,
-    trains_output=False, fused_loss=True, can_pack=True,
+    weights=1000, masters=0, optimizer=800, trained_parameters=100, itemsize=4, layers=4, recomputable=4, features=40,
+    kept=1.0, first=0, linear_weights=500, trains_linear=1.0, hidden=4, heads=2, outputs=50, trains_output=False,
+    fused_loss=True, can_pack=True,
 )  # fmt: skip
 
 
@@ -46,25 +46,17 @@ def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
     assert sizes.gradients == 4 * sizes.trained_parameters
-    assert len(sizes.features_L) == 2
+    assert sizes.layers == 2
 
 
-@pytest.mark.parametrize(
-    ("arch", "settings", "layers"),
-    [
-        ("mpnet", {}, 3),
-        ("albert", {"embedding_size": 8}, 3),  # one layer, used three times
-        ("squeezebert", {"embedding_size": 32}, 3),  # convolutions of width 1
-        ("xlm", {"emb_dim": 32, "n_layers": 3, "n_heads": 4}, 3),  # a list for each part of a layer
-    ],
-)
-def test_layers_that_cannot_be_recomputed_keep_activations_all_the_same(tmp_path, arch, settings, layers):
-    """A BERT-like layer of width 32 has at least 6 · 32 outputs of linear layers, and 4 · 32 inputs."""
+@pytest.mark.parametrize(("arch", "settings"), [("mpnet", {}), ("albert", {"embedding_size": 8})])
+def test_layers_that_cannot_be_recomputed_keep_activations_all_the_same(tmp_path, arch, settings):
+    """Linear layers of a BERT-like layer of width 32 have 8 · 32 outputs, as many inputs. ALBERT uses one 3 times."""
     recipe, located = encoder(tmp_path, arch, num_hidden_layers=3, **settings)
     sizes, _ = sizes_of(recipe, located, head="masked_token", labels=None, store=None)
-    assert (len(sizes.features_L), sizes.recomputable, sizes.first) == (layers, 0, 0)
-    assert all(features >= 10 * 32 for features in sizes.features_L)
-    assert step(sizes).activations > 100 * 4 * sum(sizes.features_L)
+    assert (sizes.layers, sizes.recomputable, sizes.first) == (3, 0, 0)
+    assert sizes.features >= 3 * 2 * 7 * 32
+    assert needs(sizes).activations > 1000 * 4 * sizes.features
 
 
 def encoder(folder: Path, arch: str, **settings: Any) -> tuple[Recipe, ModelRef]:
@@ -86,42 +78,41 @@ def test_layers_above_trained_rows_of_the_embedding_keep_activations(tmp_path, t
     assert sizes.first == first
 
 
-def step(sizes: Sizes = SIZES, *, tokens: int = 100, recomputed: int = 0, **more: Any) -> Any:
-    heavy = Heavy(1, (0,), more.pop("accumulating", False), Load(tokens, targets=10, **more))
-    return phases(sizes, heavy, Load(100, 10), recomputed=recomputed, device=CPU)[0]
+def needs(
+    sizes: Sizes = SIZES, *, tokens: int = 1000, recomputed: int = 0, device: Device = CPU, **load: Any
+) -> Memory:
+    heavy = Heavy(1, (0,), load.pop("accumulating", False), Load(1000, load.pop("targets", 10), **load))
+    return peak(sizes, heavy, recomputed=recomputed, device=device, base=7)
 
 
 def test_layers_keep_their_inputs_and_outputs_and_recomputed_ones_their_input():
     """4 layers of 10 features of 4 bytes a token, 0.7 of one at work; recomputed: 16 bytes, one layer whole."""
-    assert step().activations == 100 * (4 * 40) + 2800
-    assert step(recomputed=4).activations == 100 * (4 * 16 + 40) + 2800
-    assert step(recomputed=2).activations == 100 * (2 * 16 + 40 + 2 * 40) + 2800
-    assert step(replace(SIZES, first=2)).activations == 100 * (2 * 40) + 2800, (
-        "nothing below the first layer that learns"
-    )
+    assert needs().activations == 1000 * (4 * 40) + 28000
+    assert needs(recomputed=4).activations == 1000 * (4 * 16 + 40) + 28000
+    assert needs(recomputed=2).activations == 1000 * (2 * 16 + 40 + 2 * 40) + 28000
+    assert needs(replace(SIZES, first=2)).activations == 1000 * (2 * 40) + 28000
 
 
 def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():
     narrow = replace(SIZES, itemsize=2)
-    more = step(narrow, short_squares=1000).activations - step(narrow).activations
-    assert more == pytest.approx(4 * 2 * 2 * 1000, rel=0.3)
-    assert step(short_squares=1000).activations == step().activations
+    assert needs(narrow, short_squares=1000).activations - needs(narrow).activations == 4 * 2 * 2 * 1000
+    assert needs(short_squares=1000).activations == needs().activations
 
 
 def test_logits_are_those_of_a_piece_where_the_loss_is_fused():
     large = replace(SIZES, outputs=50_000)
-    many = Load(2000, targets=2000)
-    for sizes, most in ((large, 2 * 4 * 96 * 50_000), (replace(large, fused_loss=False), 2000 * 50_000 * 16)):
-        found = phases(sizes, Heavy(1, (0,), False, many), Load(0, 0), recomputed=0, device=CPU)[0]
-        assert found.logits == most
+    assert needs(large, targets=2000).logits == 2 * 4 * 96 * 50_000
+    assert needs(replace(large, fused_loss=False), targets=2000).logits == 2000 * 50_000 * 16
+    assert needs(replace(large, trains_output=True), targets=2000).gradients == 8 * 4 * 50_000
 
 
-def test_gradients_of_earlier_micro_batches_are_there_already():
-    assert (step().gradients, step(accumulating=True).gradients) == (0, 400)
+def test_gradients_are_there_before_a_pass_or_when_the_update_needs_more():
+    assert (needs().gradients, needs(accumulating=True).gradients) == (0, 400)
+    update = needs(replace(SIZES, trained_parameters=10**6))
+    assert (update.gradients, update.activations, update.logits) == (4 * 10**6, 28000, 0)
 
 
 def test_a_card_counts_its_context_and_what_its_allocator_cannot_use():
-    heavy = Heavy(1, (0,), False, Load(100, 10))
-    for one in phases(SIZES, heavy, Load(100, 10), recomputed=0, device=named("24G")):
-        assert one.runtime == CUDA_CONTEXT
-        assert one.allocator == int(0.05 * (one.total - one.runtime - one.allocator))
+    found = needs(device=named("24G"))
+    assert found.runtime == 7 + CUDA_CONTEXT
+    assert found.allocator == int(0.05 * (found.total - found.runtime - found.allocator))

@@ -296,13 +296,6 @@ LEAST_PART = 2**20 / 10
 SETTLED = 8
 """Steps of usual size that count in a probe, the last ones."""
 
-_PHASES = {
-    "step": "in the heaviest pass of step {step}",
-    "update": "in an update",
-    "evaluation": "while held-out rows are measured",
-    "rest": "at rest",
-}
-
 
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
     """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
@@ -348,23 +341,20 @@ def _measured(measured: str, where: str, predicted: str, found: float, expected:
 
 def _memory(forecast: Mapping[str, Any]) -> str:
     memory, one = forecast["memory"], forecast["pass"]
-    where = _PHASES[memory["phase"]].format(step=one["step"])
-    of = plural(one["rows"], "row")
-    heavy = f" ({of}, {one['tokens']:,} tokens, {one['targets']:,} targets)" if memory["phase"] == "step" else ""
+    heavy = f"{plural(one['rows'], 'row')}, {one['tokens']:,} tokens, {one['targets']:,} targets"
     parts = ", ".join(f"{name} {size(num)}" for name, num in memory["parts"].items() if num > LEAST_PART)
     each = " on each device" if forecast.get("group") else ""
-    return f"{size(memory['total'])}{each} at most, of {size(forecast['room'])}, {where}{heavy}: {parts}"
+    return (
+        f"{size(memory['total'])}{each} at most, of {size(forecast['room'])}, in step {one['step']} ({heavy}): {parts}"
+    )
 
 
 def _group(group: Mapping[str, Any]) -> str:
-    summed = f"sums of gradients take {group['sum_seconds']:.2g} s a step"
-    busy = f"a device has {100 * group['balance']:.0f} % of the busiest one's work on average"
     has = "the whole model"
-    if "split" in group:
-        part = size(group["split"] // group["devices"])
-        has = f"{part} of the layers and all other weights"
-        summed += f", bringing the layers together {group['gather_seconds']:.2g} s"
-    return f"{group['devices']}, each with {has} and a part of each step: {busy}, {summed}"
+    if group.get("split"):
+        has = f"{size(group['split'] // group['devices'])} of the layers and all other weights"
+    seconds = group.get("exchange_seconds", group.get("sum_seconds", 0.0))  # the second of an earlier version
+    return f"{group['devices']}, each with {has} and a part of each step; they exchange numbers {seconds:.2g} s a step"
 
 
 def _time(seconds: Mapping[str, Any]) -> str:

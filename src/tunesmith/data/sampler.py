@@ -116,11 +116,6 @@ class StepSampler:
             targets=() if self.targets_I is None else self._sides_of(rows)[:, 1].tolist(),
         )
 
-    def loads(self, step: int) -> list[int]:
-        """Tokens that each part of a step computes, without padding."""
-        units = self._units(self.rows(step))
-        return [sum(units[i][0] for i in share) for share in shares([cost for cost, _ in units], self.part[1])]
-
     def _units(self, rows: Sequence[int]) -> list[tuple[int, list[int]]]:
         """(tokens, places in `rows`) of what one process computes: copies of a row, so that `copies_in` numbers them,
         and rows with one prefix, unless they are more than a fair share."""

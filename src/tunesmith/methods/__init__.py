@@ -63,7 +63,7 @@ class Method:
     """Rows of tokens that the recipe adds can be trained."""
     reads_tokens: bool = False
     """`attach` takes `tokens`, all ids that training can meet, ascending; None where they are not known."""
-    kept_activations: float = 1.33
+    kept_activations: float = 1.15
     """Activations kept for backward, as a multiple of the inputs and outputs of the linear layers; measured."""
     package: str | None = None
     """The optional package that it needs."""
@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
     "dora": Method(
         name="dora",
         doc="LoRA that also trains the length of each row of a weight; the result is an adapter in PEFT's format.",
-        kept_activations=2.0,
+        kept_activations=1.7,
         **_LOW_RANK,
     ),
     "qlora": Method(

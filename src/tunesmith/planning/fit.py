@@ -1,14 +1,11 @@
-"""Making a run fit into memory: as many layers recomputed and passes as small as it takes, and no more, or layers split
-over devices; or saying what else would fit."""
+"""Make a run fit into memory: as many layers recomputed and passes as small as it takes, or layers split over devices;
+or say what else would fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from tunesmith.environment import install_command
 from tunesmith.errors import DoesNotFitError, RecipeError, TunesmithError
 from tunesmith.methods import METHODS
 from tunesmith.models import load
@@ -22,28 +19,13 @@ from tunesmith.types import Choice, ModelKind
 
 MARGIN = 0.08
 """Share of the memory that automatic choices leave free: what a forecast by formula may be off."""
+PARTS = 8
+"""Parts of the layers that are recomputed, one more at a time."""
 MOST_ALTERNATIVES = 3
 SMALLEST_PASS = 128
 """Tokens: below, passes get slow without getting smaller."""
 
 Predict = Callable[[Recipe], Forecast]
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """Another plan that fits."""
-
-    settings: tuple[str, ...]
-    """As `--set` takes them."""
-    total: int
-    """Predicted peak, bytes."""
-    needs: str = ""
-    """Packages to install first; empty: none."""
-
-    def words(self) -> str:
-        """For the command line, with the prediction."""
-        needs = f", after: {self.needs}" if self.needs else ""
-        return f"{' '.join(f'--set {setting}' for setting in self.settings)}  ({gib(self.total)}{needs})"
 
 
 def gib(num_bytes: float) -> str:
@@ -56,74 +38,28 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
 
     What was set is left as it is, whether it fits or not.
     """
-    automatic = recipe.train.checkpointed_layers == "auto"
-    recipe = _with(recipe, "train.checkpointed_layers", 0) if automatic else recipe
-    asked = resolved(recipe.train.tokens_per_pass)
+    automatic, asked = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
     found = predict(recipe)
-    smaller = recipe
-    while True:
-        best, forecast = _fewest_layers(smaller, predict) if automatic else (smaller, predict(smaller))
-        tokens = resolved(best.train.tokens_per_pass)
-        if _easily(forecast) or not free_tokens or tokens <= max(longest, SMALLEST_PASS):
+    num, room = found.num_layers, gib(found.device.room)
+    numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
+    sizes, least = [asked], max(longest, SMALLEST_PASS)
+    while free_tokens and sizes[-1] > least:
+        sizes.append(max(least, sizes[-1] // 2))
+    for tokens, layers in ((tokens, layers) for tokens in sizes for layers in numbers):
+        best = _with(_with(recipe, "train.tokens_per_pass", tokens), "train.checkpointed_layers", layers)
+        forecast = predict(best)
+        if forecast.memory.total <= (1 - MARGIN) * forecast.device.room:
             break
-        smaller = _with(recipe, "train.tokens_per_pass", max(longest, SMALLEST_PASS, tokens // 2))
     choices = []
-    if free_tokens and tokens != asked:
-        reason = f"{asked:,} would need {gib(found.memory.total)} of {gib(found.device.room)}; the update is the same"
+    if tokens != asked:
+        reason = f"{asked:,} would need {gib(found.memory.total)} of {room}; the update is the same"
         choices.append(Choice("train.tokens_per_pass", tokens, reason))
     if automatic:
-        choices.append(_layers_choice(best, found, forecast))
-    return best, choices, forecast
-
-
-def fill_card(recipe: Recipe, predict: Predict, *, tokens: int) -> tuple[Recipe, list[Choice]]:
-    """The recipe with micro-batches of `tokens`, or of half as many and so on, as far as they fit easily without more
-    layers computed twice; as it is if none of them fit."""
-    usual = resolved(recipe.train.tokens_per_pass)
-    layers = 0 if recipe.train.checkpointed_layers == "auto" else recipe.train.checkpointed_layers
-    while tokens > usual:
-        larger = _with(recipe, "train.tokens_per_pass", tokens)
-        if _easily(predict(_with(larger, "train.checkpointed_layers", layers))):
-            reason = "so many that starting operations takes at most a third of the time, as far as memory allows"
-            return larger, [Choice("train.tokens_per_pass", tokens, reason)]
-        tokens //= 2
-    return recipe, []
-
-
-def _layers_choice(recipe: Recipe, without: Forecast, forecast: Forecast) -> Choice:
-    layers = recipe.train.checkpointed_layers
-    need, room = gib(without.memory.total), gib(without.device.room)
-    if layers == 0:
         reason = f"{gib(forecast.memory.total)} of {room} are needed: nothing has to be computed twice"
-    else:
-        reason = f"without, {need} of {room} would be needed; of {forecast.num_layers} layers no more than it takes"
-    return Choice("train.checkpointed_layers", layers, reason)
-
-
-def _fewest_layers(recipe: Recipe, predict: Predict) -> tuple[Recipe, Forecast]:
-    """Recompute as few layers as fit easily; all if that is not enough, none if it makes no difference."""
-    plain = predict(recipe)
-    if _easily(plain) or not plain.num_layers:
-        return recipe, plain
-    most = _with(recipe, "train.checkpointed_layers", plain.num_layers)
-    all_of_them = predict(most)
-    if all_of_them.memory.total >= plain.memory.total:
-        return recipe, plain
-    if not _easily(all_of_them):
-        return most, all_of_them
-    low, high = 0, plain.num_layers  # low does not fit, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _easily(predict(_with(recipe, "train.checkpointed_layers", middle))):
-            high = middle
-        else:
-            low = middle
-    best = _with(recipe, "train.checkpointed_layers", high)
-    return best, predict(best)
-
-
-def _easily(forecast: Forecast) -> bool:
-    return forecast.memory.total <= (1 - MARGIN) * forecast.device.room
+        if layers:
+            reason = f"without, {gib(found.memory.total)} of {room} would be needed; it is so many of {num} layers"
+        choices.append(Choice("train.checkpointed_layers", layers, reason))
+    return best, choices, forecast
 
 
 def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int) -> DoesNotFitError:
@@ -133,19 +69,20 @@ def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int
     lines = [
         f"memory: this run needs {gib(forecast.memory.total)}, and {gib(forecast.device.room)} are there ({parts}).",
         "These would fit:" if found else "Nothing that is known would make it fit: take a smaller model.",
-        *(f"  {alternative.words()}" for alternative in found),
+        *(f"  {settings}  ({gib(total)})" for settings, total in found.items()),
         "To run it all the same: --set memory=warn",
     ]
     return DoesNotFitError("\n".join(lines), needed=forecast.memory.total, room=forecast.device.room)
 
 
-def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternative]:
-    """At most three plans that fit, those that change least first, and none that changes more than one of them."""
-    found: list[Alternative] = []
-    seen: list[frozenset[str]] = []
+def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]:
+    """At most three plans that fit, as the command line takes them, with the bytes of each: those that change least
+    first, and none that changes more than one of them."""
+    found: dict[str, int] = {}
+    seen: list[set[str]] = []
     for change in _changes(recipe, predict(recipe).num_layers, longest):
-        keys = frozenset(f"{key}={value}" if key.startswith("method") else key for key, value in change.items())
-        if any(keys >= fewer for fewer in seen):
+        keys = {f"{key}={value}" if key.startswith("method") else key for key, value in change.items()}
+        if any(keys >= fewer for fewer in seen) or len(found) == MOST_ALTERNATIVES:
             continue
         other = recipe
         try:
@@ -155,26 +92,18 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> list[Alternati
         except TunesmithError:  # a setting that this model or machine does not take
             continue
         if forecast.fits:
-            package = METHODS[other.method.name].package
-            needs = install_command(package) if package and find_spec(package) is None else ""
-            settings = tuple(f"{key}={value}" for key, value in change.items())
-            found.append(Alternative(settings, forecast.memory.total, needs))
+            found[" ".join(f"--set {key}={value}" for key, value in change.items())] = forecast.memory.total
             seen.append(keys)
-        if len(found) == MOST_ALTERNATIVES:
-            break
     return found
 
 
 def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
-    least = max(longest, SMALLEST_PASS)
     tokens = resolved(recipe.train.tokens_per_pass)
-    for fewer in sorted({max(least, tokens // 2), max(least, tokens // 4), least}, reverse=True):
-        if fewer < tokens:
-            yield {"train.tokens_per_pass": fewer}
-    for layers in (num_layers // 2, num_layers):
-        if layers > resolved(recipe.train.checkpointed_layers):
-            yield {"train.checkpointed_layers": layers}
-    smallest = {"train.tokens_per_pass": min(least, tokens), "train.checkpointed_layers": num_layers}
+    least = min(tokens, max(longest, SMALLEST_PASS))
+    smallest = {"train.tokens_per_pass": least, "train.checkpointed_layers": num_layers}
+    for fewer in (max(least, tokens // 4), least):
+        yield {"train.tokens_per_pass": fewer}
+    yield {"train.checkpointed_layers": num_layers}
     yield smallest
     if recipe.precision == "float32":
         yield {"precision": "bfloat16"}
@@ -183,8 +112,7 @@ def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str
     if method.quantizes:
         return
     # A method of low rank keeps its rank and targets.
-    methods = [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]
-    for other in methods:
+    for other in [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]:
         yield other
         yield {**other, **smallest}
         yield {**other, "precision": "bfloat16", **smallest}

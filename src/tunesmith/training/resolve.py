@@ -16,7 +16,6 @@ from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
-from tunesmith.inference.load import has_token_types
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
@@ -30,14 +29,15 @@ from tunesmith.planning.defaults import (
     with_choice,
 )
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fit import fill_card, fit, gib, refuse, refuse_shard, split_choice, why_whole
-from tunesmith.planning.forecast import Forecast, Forecaster, decide_sharing, shared_prefixes
+from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, split_choice, why_whole
+from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import DTYPES
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs, find_inputs
+from tunesmith.training.sharing import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
@@ -179,9 +179,10 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
-    def shares(recipe: Recipe, model: Any, sampler: StepSampler) -> bool:
-        choice = decide_sharing_for(recipe, inputs, rows, model, sampler)
-        return choice is not None and bool(choice.value)
+    def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
+        sampler = replace(sampler_of(recipe, rows, layout), part=(0, size))
+        choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
+        return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
     if inputs.head == "masked_token":
         for store in (rows.store, rows.held_store):
@@ -191,56 +192,41 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         kind=inputs.kind,
         head=inputs.head,
         rows=rows,
-        sampler_of=lambda recipe, layout: replace(sampler_of(recipe, rows, layout), part=(0, size)),
-        shares=shares,
+        sampler_of=steps_of,
         device=device,
         base=resident_bytes(),
         general_tokens=_general_tokens(recipe, inputs),
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
-    whole = recipe
-    recipe, fitted, forecast = _fitted(whole, forecaster, longest=longest, free_tokens=free_tokens)
+    whole, predict = recipe, forecaster.forecast
+    recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
     if not forecast.fits and can_split:
         choice = split_choice(recipe, needed=gib(forecast.memory.total), room=gib(device.room))
         split = with_choice(whole, choice)
         with suppress(RecipeError):  # of a model whose layers cannot be split
-            split, others, other = _fitted(split, forecaster, longest=longest, free_tokens=free_tokens)
+            split, others, other = fit(split, predict, longest=longest, free_tokens=free_tokens)
             if other.fits:
                 recipe, fitted, forecast = split, [choice, *others], other
     if not forecast.fits:
-        refusal = refuse(recipe, forecast, forecaster.forecast, longest=longest)
+        refusal = refuse(recipe, forecast, predict, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
-    if few := _few_rows(recipe, forecast):
-        found.notes.append(few)
+    found.notes += _few_rows(recipe, size)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
     found.recipe, found.forecast = recipe, forecast
 
 
-def _fitted(
-    recipe: Recipe, forecaster: Forecaster, *, longest: int, free_tokens: bool
-) -> tuple[Recipe, list[Choice], Forecast]:
-    """The recipe as it fits best, see `planning.fit`."""
-    filled: list[Choice] = []
-    if free_tokens and forecaster.device.kind == "cuda":
-        recipe, filled = fill_card(recipe, forecaster.forecast, tokens=forecaster.card_tokens(recipe))
-    recipe, fitted, forecast = fit(recipe, forecaster.forecast, longest=longest, free_tokens=free_tokens)
-    fitted = [*(choice for choice in filled if choice.key not in {one.key for one in fitted}), *fitted]
-    return recipe, fitted, forecast
-
-
-def _few_rows(recipe: Recipe, forecast: Forecast) -> str:
-    """A note where a step has too few rows to fill the devices; empty: it has enough."""
-    rows, size = resolved(recipe.train.rows_per_step), forecast.sampler.part[1]
-    if size == 1 or rows >= ROWS_OF_A_DEVICE * size:
-        return ""
-    busy = f"they are busy {100 * forecast.balance:.0f} % of the time of the busiest"
-    return (
-        f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: {busy}. {ROWS_OF_A_DEVICE * size} "
+def _few_rows(recipe: Recipe, size: int) -> list[str]:
+    """A note where a step has too few rows to fill the devices."""
+    rows, wanted = resolved(recipe.train.rows_per_step), ROWS_OF_A_DEVICE * size
+    if size == 1 or rows >= wanted:
+        return []
+    return [
+        f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: some wait for others. {wanted} "
         "would fill them, but are another update: fewer steps, each of more rows"
-    )
+    ]
 
 
 def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
@@ -248,18 +234,6 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
     if world.joined:
         return min(int(one["room"]) for one in world.joined)
     return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
-
-
-def decide_sharing_for(recipe: Recipe, inputs: Inputs, rows: Splits, model: Any, sampler: StepSampler) -> Choice | None:
-    """Whether shared prefixes are computed once, as far as it can be decided without weights; None: they cannot be."""
-    if (
-        inputs.kind != "causal"
-        or inputs.head == "vector"
-        or sampler.layout != "packed"
-        or has_token_types(model, inputs.renderer.tokenizer)
-    ):
-        return None
-    return decide_sharing(model, recipe, shared_prefixes(sampler, rows.store))
 
 
 def _reason(error: Exception) -> str:

@@ -25,7 +25,6 @@ from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.resolve_model import resolve_base
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.child import train_in_child
-from tunesmith.planning.forecast import random_option
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import EvaluationOptions, Recipe
 from tunesmith.runs import checkpoint
@@ -33,6 +32,7 @@ from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener
 from tunesmith.training.setup import Setup, packed_agrees, prepare
+from tunesmith.training.sharing import random_option
 from tunesmith.training.step import step_loss
 from tunesmith.types import TaskName
 

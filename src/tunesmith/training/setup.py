@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tunesmith.data import sampler
 from tunesmith.data.branches import lines_of
-from tunesmith.data.collate import Collator, Masking, build_batch, pads_to_multiple
-from tunesmith.data.prefixes import share_prefixes
+from tunesmith.data.collate import Collator, Masking, pads_to_multiple
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
@@ -28,21 +26,19 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
-from tunesmith.models.forward import hidden_states
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
-from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES, PackingCheck, check_packing, layouts_of
+from tunesmith.models.modes import checkpoint_layers, disable_dropout
+from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
-from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.models.special_tokens import pad_id, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
 from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.duration import kept_checkpoints
-from tunesmith.planning.forecast import KEY, Forecast, filled_by, shared_prefixes
+from tunesmith.planning.forecast import Forecast
 from tunesmith.planning.memory import DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
@@ -51,9 +47,10 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.resolve import OnProgress, ResolvedRun, decide_sharing_for, resolve_run, sampler_of
+from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sampler_of
+from tunesmith.training.sharing import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Batch, Choice, HeadName, Labels, Layout, ModelKind, Row
+from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
 
 
 @dataclass
@@ -353,12 +350,7 @@ def collators(
     """
     tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
     masks = inputs.head == "masked_token"
-    choice = decide_sharing_for(recipe, inputs, rows, model, sampler)
-    if choice is not None and choice.value:
-        shared = shared_prefixes(sampler, rows.store)
-        if problem := disagreement(model, shared.probe):
-            what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
-            choice = Choice(KEY, False, f"{what} could be computed once, but the model then {problem}")
+    choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
 
     def collator(store: Any, seed: int, *, shares: bool) -> Collator:
         return Collator(
@@ -377,48 +369,3 @@ def collators(
     shares = choice is not None and bool(choice.value)
     choices = [] if choice is None else [choice]
     return collator(rows.store, recipe.seed, shares=shares), collator(rows.held_store, 0, shares=False), choices
-
-
-def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
-    """Name the difference if the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
-    rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
-    plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
-    shared = share_prefixes(plain, [row.ids for row in rows])
-    prefix = shared.pieces[0].tokens
-    with eval_mode(model), torch.enable_grad():
-        hidden, grad = _answer(model, plain, prefix)
-        try:
-            shared_hidden, shared_grad = _answer(model, shared, prefix)
-        except (UnsupportedAttentionError, RuntimeError) as refusal:
-            return f"refuses ({refusal})"
-    away = float((hidden - shared_hidden).norm() / (hidden - hidden.mean(0)).norm())
-    if not away <= TOLERANCES[model.dtype]:
-        return f"answers otherwise, by {away:.3g} of the spread"
-    away = float((grad - shared_grad).norm() / grad.norm())
-    if not away <= TOLERANCES[model.dtype]:
-        return f"learns otherwise, by {away:.3g} of the gradient"
-    return None
-
-
-def _whole(row: Row) -> Row:
-    """The row with every token as a target."""
-    trained = row.trained.copy()
-    trained[:] = True
-    return Row(row.ids, trained, row.source)
-
-
-def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, Tensor]:
-    """[N, D] at the targets, and [P, D], the gradient at the first P positions, summed over the rows; float32."""
-    embedded: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    with model.get_input_embeddings().register_forward_hook(keep):
-        hidden_ND = hidden_states(model, batch)[batch.predict_N].float()
-    weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(0)).to(hidden_ND)
-    (grad_1TD,) = torch.autograd.grad(hidden_ND, embedded, weights_ND)
-    sums_TD = grad_1TD.new_zeros(max(batch.lengths), grad_1TD.shape[-1], dtype=torch.float32)
-    sums_TD.index_add_(0, batch.positions_BT[0], grad_1TD[0].float())
-    return hidden_ND.detach(), sums_TD[:prefix]

@@ -1,0 +1,146 @@
+"""Decide whether the prefix that rows of a step share is computed once: by rows and recipe, then by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tunesmith.data.branches import lines_of
+from tunesmith.data.collate import build_batch
+from tunesmith.data.dataset import RowStore
+from tunesmith.data.prefixes import share_prefixes, stretches
+from tunesmith.data.sampler import StepSampler
+from tunesmith.inference.load import has_token_types
+from tunesmith.methods import METHODS
+from tunesmith.models.forward import hidden_states
+from tunesmith.models.modes import eval_mode
+from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
+from tunesmith.models.segments import UnsupportedAttentionError
+from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import TASKS
+from tunesmith.training.inputs import Inputs
+from tunesmith.types import Batch, Choice, Row
+
+LEAST_SAVED = 0.05
+"""Share of the tokens that has to be saved: each shared prefix is one more piece of a micro-batch."""
+PROBE_STEPS, PROBE_ROWS = 4, 3
+KEY = "kernels.shared_beginnings"
+
+
+@dataclass(frozen=True, slots=True)
+class CommonPrefixes:
+    """Tokens that rows share."""
+
+    saved: float
+    """Share of the tokens of the first steps that need not be computed."""
+    probe: tuple[Row, ...]
+    """Some rows with a common prefix."""
+
+
+def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
+    """Tokens shared by rows of the first steps, whoever computes them: a function of the sampler alone."""
+    sampler = filled_by(replace(sampler, part=(0, 1)), store)
+    tokens, computed = 0, 0
+    probe: tuple[Row, ...] = ()
+    for step in range(1, min(PROBE_STEPS, sampler.steps_per_epoch) + 1):
+        for members in sampler.step(step):
+            rows = [line for i in members for line in lines_of(store.row(i))]
+            tokens += sum(len(row.ids) for row in rows)
+            for one in stretches([row.ids for row in rows]):
+                computed += one.stop - one.start
+                if len(one.members) > 1 and not probe:
+                    probe = tuple(rows[i] for i in one.members[:PROBE_ROWS])
+    return CommonPrefixes(1 - computed / tokens, probe)
+
+
+def decide_sharing(
+    recipe: Recipe, inputs: Inputs, store: RowStore, model: PreTrainedModel, sampler: StepSampler
+) -> Choice | None:
+    """Whether shared prefixes are computed once; None where they cannot be: only in packed batches of a causal model
+    without token types. A model with weights is asked too, whether it then answers and learns the same."""
+    if (
+        inputs.kind != "causal"
+        or inputs.head == "vector"
+        or sampler.layout != "packed"
+        or has_token_types(model, inputs.renderer.tokenizer)
+    ):
+        return None
+    shared = shared_prefixes(sampler, store)
+    if shared.saved < LEAST_SAVED:
+        return Choice(KEY, False, f"what rows of a step begin with alike is {100 * shared.saved:.0f} % of their tokens")
+    what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
+    problem = ""
+    if recipe.kernels == "plain":
+        problem = "kernels: plain leaves them"
+    elif not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe)):
+        problem = f"{random} draws anew for each row"
+    elif model.device.type != "meta" and (found := disagreement(model, shared.probe)):
+        problem = f"the model then {found}"
+    if problem:
+        return Choice(KEY, False, f"{what} could be computed once, but {problem}")
+    return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")
+
+
+def filled_by(sampler: StepSampler, store: RowStore) -> StepSampler:
+    """The steps again, in micro-batches filled by what is computed where prefixes are shared."""
+    return replace(sampler, ids_of=lambda index: store.row(index).ids)
+
+
+def random_option(model: nn.Module, recipe: Recipe) -> str | None:
+    """The option that makes a forward pass random in training; None: none does."""
+    if option := METHODS[recipe.method.name].randomness(recipe.method):
+        return option
+    settings = model.config.get_text_config().to_dict().items()  # type: ignore[union-attr,operator]
+    inside = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    if inside or any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings):
+        return "the model's dropout"
+    return None
+
+
+def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
+    """Name the difference if the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
+    rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
+    plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
+    shared = share_prefixes(plain, [row.ids for row in rows])
+    prefix = shared.pieces[0].tokens
+    with eval_mode(model), torch.enable_grad():
+        hidden, grad = _answer(model, plain, prefix)
+        try:
+            shared_hidden, shared_grad = _answer(model, shared, prefix)
+        except (UnsupportedAttentionError, RuntimeError) as refusal:
+            return f"refuses ({refusal})"
+    away = float((hidden - shared_hidden).norm() / (hidden - hidden.mean(0)).norm())
+    if not away <= TOLERANCES[model.dtype]:
+        return f"answers otherwise, by {away:.3g} of the spread"
+    away = float((grad - shared_grad).norm() / grad.norm())
+    if not away <= TOLERANCES[model.dtype]:
+        return f"learns otherwise, by {away:.3g} of the gradient"
+    return None
+
+
+def _whole(row: Row) -> Row:
+    """The row with every token as a target."""
+    trained = row.trained.copy()
+    trained[:] = True
+    return Row(row.ids, trained, row.source)
+
+
+def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, Tensor]:
+    """[N, D] at the targets, and [P, D], the gradient at the first P positions, summed over the rows; float32."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    with model.get_input_embeddings().register_forward_hook(keep):
+        hidden_ND = hidden_states(model, batch)[batch.predict_N].float()
+    weights_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(0)).to(hidden_ND)
+    (grad_1TD,) = torch.autograd.grad(hidden_ND, embedded, weights_ND)
+    sums_TD = grad_1TD.new_zeros(max(batch.lengths), grad_1TD.shape[-1], dtype=torch.float32)
+    sums_TD.index_add_(0, batch.positions_BT[0], grad_1TD[0].float())
+    return hidden_ND.detach(), sums_TD[:prefix]
