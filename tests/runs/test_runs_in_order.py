@@ -123,7 +123,7 @@ def test_prune_keeps_what_another_run_starts_from(root):
     starts_from(Run(root / "three"), root / "one" / "merged")
     code, out = call("prune", "one", "--yes")
     assert code == 0
-    assert "one: merged stays: three starts from it" in out
+    assert "one/merged stays: three starts from it" in out
     assert (root / "one" / "merged" / "weights.bin").is_file()
     assert not (root / "one" / "checkpoints").exists()
 
@@ -171,14 +171,14 @@ def test_rm_refuses_a_run_that_another_starts_from_unless_both_go(root):
     starts_from(Run(root / "three"), root / "one" / "merged")
     code, out = call("rm", "one", "--yes")
     assert code == 2
-    assert "one: three starts from it" in out
+    assert "one stays: three starts from it" in out
     assert call("rm", "one", "three", "--yes")[0] == 0
     assert sorted(path.name for path in root.iterdir()) == ["broken", "two"]
 
 
 def test_run_under_way_is_neither_removed_nor_pruned(root):
     run = Run(root / "one")
-    (part, *_), _ = removal.prunable(run)
+    (part, *_), _ = removal.removable([run], whole=False)
     with run.lock():
         for verb in ("rm", "prune"):
             code, _ = call(verb, "one", "--yes")
@@ -198,7 +198,7 @@ def test_link_to_a_run_is_not_removed(root, tmp_path):
 
 
 def test_interrupted_removal_leaves_no_half_run_and_the_next_one_finishes_it(root, monkeypatch):
-    real, parts = shutil.rmtree, removal.removable([Run(root / name) for name in ("one", "two")])
+    real, parts = shutil.rmtree, removal.removable([Run(root / name) for name in ("one", "two")], whole=True)[0]
 
     def killed(path):
         os.unlink(next(Path(path).rglob("weights.bin")))

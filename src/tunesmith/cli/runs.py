@@ -26,16 +26,13 @@ from tunesmith.cli.render import (
     sparkline,
 )
 from tunesmith.cli.streams import console, json_line, json_page
-from tunesmith.errors import InputError, TunesmithError
+from tunesmith.errors import InputError, RunError, TunesmithError
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import command, did_you_mean, duration, listed, plural, size, visible
+from tunesmith.phrases import command, did_you_mean, duration, plural, size, visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from tunesmith.runs.folder import Run
-    from tunesmith.runs.prune import Removable
 
 
 COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
@@ -88,16 +85,17 @@ def runs(
                 console(stderr=not screen.is_terminal).print(visible(f"{row['name']}: {words}"), soft_wrap=True)
 
 
-def rm(names: Names = None, yes: Yes = False, root: Root = Path("runs"), as_json: Json = False) -> None:
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs by name, path, or [bold]last[/].")],
+    yes: Yes = False,
+    root: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
     """Remove runs with everything in their folders, after asking.
 
     tunesmith runs rm support-3f2a support-77b0
     """
-    from tunesmith.runs.prune import removable
-
-    if not names:
-        raise InputError("RUN: nothing was given. Write: tunesmith runs rm RUN, or tunesmith runs to list them.")
-    _remove(removable(_opened(names, root)), verb="rm", yes=yes, as_json=as_json)
+    _remove([Run.open(name, root) for name in names], verb="rm", yes=yes, as_json=as_json)
 
 
 def prune(
@@ -113,45 +111,37 @@ def prune(
 
     tunesmith runs prune --where "loss>2" --yes
     """
-    from tunesmith.runs.prune import prunable
-
-    if names:
-        chosen = _opened(names, root)
-    else:
-        chosen = [Run(Path(row["path"])) for row in _selected(root, where, "name") if row["state"] == "done"]
-    parts = []
-    for run in chosen:
-        found, kept = prunable(run)
-        parts += found
-        for reason in kept:
-            console(stderr=as_json).print(visible(f"{run.path.name}: {reason}"), soft_wrap=True)
-    _remove(parts, verb="prune", yes=yes, as_json=as_json)
+    done = [] if names else [row["path"] for row in _selected(root, where, "name") if row["state"] == "done"]
+    _remove([Run.open(name, root) for name in names or done], verb="prune", yes=yes, as_json=as_json)
 
 
-def _opened(names: Sequence[str], root: Path) -> list[Run]:
-    return list({run.path.resolve(): run for run in (Run.open(name, root) for name in names)}.values())
-
-
-def _remove(parts: Sequence[Removable], *, verb: str, yes: bool, as_json: bool) -> None:
+def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> None:
     """Say what each part frees, ask, and remove them. Raises InputError where nobody can answer."""
-    from tunesmith.runs.prune import remove_removable
+    from tunesmith.runs.prune import removable, remove_removable
 
+    parts, kept = removable(list({run.path.resolve(): run for run in chosen}.values()), whole=verb == "rm")
+    if kept and verb == "rm":
+        raise RunError("\n".join(kept))
     screen, total = console(stderr=as_json), sum(part.num_bytes for part in parts)
-    for part in parts:
-        where = part.path.relative_to(part.run.path.parent)
-        screen.print(visible(f"{where}: {size(part.num_bytes)} ({part.reason})"), soft_wrap=True)
+    names = [part.path.relative_to(part.run.path.parent) for part in parts]
+    facts = [f"{name}: {size(part.num_bytes)} ({part.reason})" for name, part in zip(names, parts, strict=True)]
+    for line in [*kept, *(facts or ["nothing to remove"])]:
+        screen.print(visible(line), soft_wrap=True)
     words = f"Remove {size(total)} of {plural(len({part.run.path for part in parts}), 'run')}?"
-    if not parts:
-        screen.print("nothing to remove")
-    elif not yes and not sys.stdin.isatty():
+    if parts and not yes and not sys.stdin.isatty():
         raise InputError(f"{words} Nobody can answer here. Pass --yes.")
-    elif not yes and not typer.confirm(words, err=True):
+    if parts and not yes and not typer.confirm(words, err=True):
         return
     for part in parts:
         remove_removable(part)
     if as_json:
-        removed = [{"path": str(part.path), "bytes": part.num_bytes} for part in parts]
-        json_line({"kind": verb, "removed": removed, "bytes": total})
+        json_line(
+            {
+                "kind": verb,
+                "removed": [{"path": str(part.path), "bytes": part.num_bytes} for part in parts],
+                "bytes": total,
+            }
+        )
     elif parts:
         screen.print(f"freed {size(total)}")
 
@@ -224,9 +214,6 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "!=": operator.ne, "=": operator.eq,
     "==": operator.eq,
 }  # fmt: skip
-EXAMPLE = '--where "task=chat", --where "loss<1.7", --where "model=*SmolLM*"'
-PLAIN = ("name", "state", "model", "task", "method", "step", "steps", "created")
-"""Fields of every run. Its metrics (`loss`, before training `before.loss`) and the options of its recipe are others."""
 
 
 def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> list[dict[str, Any]]:
@@ -235,16 +222,22 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
     `sort`: a field, with a minus in front from large to small; runs without it come last.
     Raises InputError for a condition that cannot be read, or a field that no run has.
     """
-    known = {*PLAIN, *(name for row in rows for name in row["fields"])}
-    for text in where if rows else ():
-        match = _CONDITION.fullmatch(text)
-        if match is None:
-            raise InputError(f"--where {text}: not of the form FIELD=VALUE. Such as: {EXAMPLE}.")
-        _refuse_unknown(f"--where {text}", match[1], known)
-        rows = [row for row in rows if _holds(text, row["fields"].get(match[1]), match[2], match[3])]
+    known = sorted({name for row in rows for name in row["fields"]})
+    conditions = [(f"--where {text}", _CONDITION.fullmatch(text)) for text in where]
     field = sort.removeprefix("-")
-    if rows:
-        _refuse_unknown(f"--sort {sort}", field, known)
+    for place, name in [*((place, match and match[1]) for place, match in conditions), (f"--sort {sort}", field)]:
+        if name is None:
+            raise InputError(
+                f'{place}: not of the form FIELD=VALUE, such as "task=chat", "loss<1.7", "model=*SmolLM*".'
+            )
+        if rows and name not in known:
+            ways = (
+                "There are those of `tunesmith runs --json`, metrics (before.loss: before training), options (optim.lr)"
+            )
+            raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}.")
+    for place, match in conditions:
+        assert match is not None
+        rows = [row for row in rows if _holds(place, row["fields"].get(match[1]), match[2], match[3])]
     there = [row for row in rows if row["fields"].get(field) is not None]
     are_numbers = all(isinstance(row["fields"][field], int | float) for row in there)
     there.sort(
@@ -253,7 +246,7 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
     return [*there, *(row for row in rows if row["fields"].get(field) is None)]
 
 
-def _holds(text: str, found: Any, sign: str, value: str) -> bool:
+def _holds(place: str, found: Any, sign: str, value: str) -> bool:
     """Whether `found sign value` is true, never without the field. Raises InputError for text compared by size."""
     if found is None:
         return False
@@ -261,20 +254,11 @@ def _holds(text: str, found: Any, sign: str, value: str) -> bool:
         if isinstance(found, int | float) and not isinstance(found, bool):
             return _OPERATORS[sign](found, float(value))
     except ValueError:
-        raise InputError(f"--where {text}: it is a number, such as {found:g}.") from None
+        raise InputError(f"{place}: it is a number, such as {found:g}.") from None
     if sign in ("<", "<=", ">", ">="):
-        raise InputError(f"--where {text}: it is text, such as {found!r}: use = or !=, and * for any text.")
+        raise InputError(f"{place}: it is text, such as {found!r}: use = or !=, and * for any text.")
     given = str(found).lower() if isinstance(found, bool) else str(found)
     return fnmatch.fnmatchcase(given, value) == (sign != "!=")
-
-
-def _refuse_unknown(place: str, field: str, known: set[str]) -> None:
-    if field not in known:
-        metrics = sorted(name.removeprefix("before.") for name in known if name.startswith("before."))
-        raise InputError(
-            f"{place}: no run has a field {field}.{did_you_mean(field, sorted(known))} There are: {', '.join(PLAIN)}; "
-            f"metrics such as {listed(metrics or ['loss'])} (before.loss: before training); options such as optim.lr."
-        )
 
 
 MOST_ANSWERS = 16
