@@ -24,12 +24,11 @@ def pair(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]
 GOOD = [pair(f"q{i}", "a longer answer" if i % 2 else "no", "short" if i % 2 else "a longer one") for i in range(8)]
 
 
-def test_good_pairs_are_fine_and_their_lengths_are_said(tmp_path):
+def test_good_pairs_are_fine(tmp_path):
     found = report(tmp_path, GOOD)
     assert found.ok
     assert not found.errors
     assert not found.warnings
-    assert any("longer one in 50% of the pairs" in note for note in found.notes)
 
 
 # trap: P12
@@ -38,7 +37,6 @@ def test_good_pairs_are_fine_and_their_lengths_are_said(tmp_path):
     [
         (pair("q9", "same", "same"), "identical_sides"),
         (pair("q9", "a", "b", score_chosen=5, score_rejected=5), "tie"),
-        (pair("q1", "short", "a longer answer"), "flipped_pair"),
         (pair("q9", "the answer", "the  answer"), "space_only"),
         (pair("q1", "a longer answer", "short"), "duplicate"),
     ],
@@ -48,38 +46,9 @@ def test_pairs_that_teach_nothing_are_found_by_line(tmp_path, row, code):
     assert {**found.errors, **found.warnings} == {code: 1}
     (problem,) = found.problems
     assert (problem.code, problem.source.line) == (code, 9)
-    if code == "flipped_pair":
-        assert "pairs.jsonl:2" in problem.message
 
 
 def test_a_reader_that_lets_identical_sides_pass_would_be_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(comparisons, "_check", lambda *args: None)
     with pytest.raises(AssertionError):
         test_pairs_that_teach_nothing_are_found_by_line(tmp_path, pair("q9", "same", "same"), "identical_sides")
-
-
-def test_the_same_pair_with_another_margin_is_not_flipped(tmp_path):
-    found = report(tmp_path, [*GOOD, {**GOOD[1], "margin": 2.0}])
-    assert "flipped_pair" not in found.warnings
-
-
-@pytest.mark.parametrize(
-    ("task", "rows", "code"),
-    [
-        ("prefer", [{"prompt": f"q{i}", "completion": "a", "label": bool(i % 2)} for i in range(8)], "flipped_pair"),
-        ("reward", [{"prompt": f"q{i}", "answers": ["a", "b", "c"]} for i in range(8)], "flipped_pair"),
-    ],
-)
-def test_labels_and_orders_that_contradict_each_other_are_found(tmp_path, task, rows, code):
-    path = tmp_path / "rows.jsonl"
-    first = rows[1]
-    other = {**first, "label": not first["label"]} if "label" in first else {**first, "answers": ["c", "b", "a"]}
-    for more, expected in (([], {}), ([other], {code: 1})):
-        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]), "utf-8")
-        found = check(Data(train=[str(path)], held_out=0), task=task)
-        assert {**found.errors, **found.warnings} == expected
-
-
-def test_a_file_where_longer_is_better_is_noted(tmp_path):
-    found = report(tmp_path, [pair(f"q{i}", "a longer answer", "short") for i in range(8)])
-    assert any("length alone may be learnt" in note for note in found.notes)

@@ -57,7 +57,6 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
     return Draft(
         np.concatenate([first[:stem], *(draft.ids_T[stem:] for draft in drafts)]),
         np.concatenate([drafts[0].trained_T[:stem], *(draft.trained_T[stem:] for draft in drafts)]),
-        num_unspelled=sum(draft.num_unspelled for draft in drafts),
         warnings=[warning for draft in drafts for warning in draft.warnings],
         classes_N=tuple(name for of_draft in classes for name in of_draft) if classes else None,
         second=drafts[0].second,

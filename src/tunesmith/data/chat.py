@@ -164,12 +164,7 @@ class ChatEncoder(RowEncoder):
             fix = "Remove the BOS from the first message: the chat template writes one."
             return Problem(source, "double_bos", "its text begins with two BOS tokens.", fix)
         whole, ids_T = row.text.whole, row.tokens.ids_T
-        draft = Draft(
-            ids_T,
-            np.zeros(len(ids_T), np.bool_),
-            num_unspelled=row.places.num_unspelled,
-            warnings=list(row.text.warnings),
-        )
+        draft = Draft(ids_T, np.zeros(len(ids_T), np.bool_), warnings=list(row.text.warnings))
         for turn in row.text.turns:
             served = None
             if turn.index in row.openings:

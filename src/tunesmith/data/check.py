@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,8 +20,8 @@ from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, renamed
-from tunesmith.data.examples import examples, hash_of
-from tunesmith.data.formats import COMPARED, SHAPES
+from tunesmith.data.examples import examples
+from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.problems import SKIP, num_refused, unusable
@@ -52,7 +51,6 @@ _REPEATS = {
     "duplicate": "the row repeats {}.",
     "overlap": "this held-out row is also at {}, where it is trained.",
     "conflicting_labels": "the text is also at {}, with another label: one of them is likely wrong.",
-    "flipped_pair": "the same is at {} the other way round: one of both is likely wrong.",
 }
 """Messages about a row that repeats another in some way, by code."""
 
@@ -158,51 +156,6 @@ class _Unread:
         return found
 
 
-MOSTLY = 0.8
-"""Share of pairs from which the longer answer being the better one is worth a warning."""
-
-
-class Preferences:
-    """Facts kept of the usable preferences of one side: 24 bytes each."""
-
-    def __init__(self) -> None:
-        self._unordered, self._ordered, self._chars = array("Q"), array("Q"), array("i")
-
-    def add(self, example: Example) -> None:
-        """Keep what is needed of a row; nothing of one that compares no answers."""
-        if not example.branches:
-            return
-        ends = (example.branches[0], *example.branches[1:][-1:])
-        sides = [[[part.role, part.text, part.fields] for part in (*example.parts, *branch)] for branch in ends]
-        hashes = [hash_of(side) for side in sides]
-        self._ordered.append(hash_of(hashes if len(ends) > 1 else [hashes, example.values]))
-        self._unordered.append(hash_of(sorted(hashes)))
-        if len(ends) > 1:
-            self._chars.extend(sum(len(part.text) for part in branch if part.trained) for branch in ends)
-
-    def flipped(self, num_rows: int) -> NDArray[np.int64]:
-        """(row, the first row with the same two answers the other way round); none where rows of other shapes are."""
-        if len(self._ordered) != num_rows:
-            return np.empty((0, 2), np.int64)
-        unordered_I, ordered_I = (np.frombuffer(of, np.uint64) for of in (self._unordered, self._ordered))
-        return conflicts(unordered_I, ordered_I)
-
-    def notes(self) -> Iterator[str]:
-        """Lengths of chosen and rejected answers."""
-        if not self._chars:
-            return
-        chars_I2 = np.frombuffer(self._chars, np.int32).reshape(-1, 2)
-        longer = float((chars_I2[:, 0] > chars_I2[:, 1]).mean())
-        chosen, rejected = np.median(chars_I2, axis=0)
-        yield (
-            f"the chosen answer is the longer one in {longer:.0%} of the pairs; the median of the chosen ones has "
-            f"{chosen:,.0f} characters, that of the rejected ones {rejected:,.0f}"
-        )
-        if not 1 - MOSTLY < longer < MOSTLY:
-            which = "longer" if longer > 0.5 else "shorter"
-            yield f"the {which} answer is nearly always the chosen one: length alone may be learnt (see prefer.length)"
-
-
 class _Side:
     """The usable rows of one side, without their tokens."""
 
@@ -211,7 +164,6 @@ class _Side:
         """Labels by first appearance."""
         self.many = False
         self.shape: Shape | None = None
-        self.preferences = Preferences()
         self._batches: list[pa.RecordBatch] = []
 
     def add(self, encoded: Encoded) -> None:
@@ -262,8 +214,6 @@ class _Check:
         conflicting = 0
         if train.shape == "text_label":
             conflicting = self._pairs(conflicts(train.inputs, train_I), "train", "conflicting_labels")
-        self._pairs(train.preferences.flipped(len(train_I)), "train", "flipped_pair")
-        self._notes += train.preferences.notes()
         labels, label_refusals = self._labels()
         held_out = self._held_out()
         return CheckReport(
@@ -343,8 +293,6 @@ class _Check:
         rows.add(encoded)
         for example in usable:
             rows.shape = example.shape
-            if example.shape in COMPARED:
-                rows.preferences.add(example)
             if side == "train" and len(self._first_rows) < FIRST_ROWS:
                 self._show(example)
         return len(usable)

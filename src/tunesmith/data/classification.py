@@ -54,7 +54,6 @@ class ClassificationEncoder(RowEncoder):
         draft = Draft(
             ids_T,
             trained_T,
-            num_unspelled=self.control.num_unspelled(np.concatenate(texts), *(part.text for part in example.parts)),
             classes_N=example.labels,
             second=frame.second(kept[0]) if len(texts) == 2 else 0,
         )
@@ -110,7 +109,6 @@ class TaggingEncoder(RowEncoder):
         draft = Draft(
             ids_T,
             trained_T,
-            num_unspelled=self.control.num_unspelled(tokens.ids_T, *words),
             classes_N=tuple(example.labels[word] for word in learnt_W) if example.labels else (),
         )
         silent = np.flatnonzero(first_W < 0)

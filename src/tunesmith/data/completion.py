@@ -41,7 +41,6 @@ class CompletionEncoder(RowEncoder):
         self.control = ControlTokens(settings.tokenizer, "")
         self.stop_ids = (self._eos_id,)
         alone = fast.ids(["a"], add_special_tokens=True)[0]
-        self._num_added = int(self.control.are_reserved(alone).sum())
         if self.control.are_reserved(alone[-1:]).any():
             raise ModelError(
                 f"{fast.name}: its tokenizer writes a control token behind every text, so no prompt can be "
@@ -66,22 +65,18 @@ class CompletionEncoder(RowEncoder):
     def _draft(
         self, example: Example, pair: tuple[str, str], prompt_P: NDArray[np.int32], whole_T: NDArray[np.int32]
     ) -> Drafts:
-        prompt, completion = pair
         num_prompt = len(prompt_P)
         if not np.array_equal(whole_T[:num_prompt], prompt_P):
             # The last token of the prompt would join the completion: keep the prompt as it is served.
-            apart = np.concatenate([prompt_P, self._fast.ids([completion])[0]])
+            apart = np.concatenate([prompt_P, self._fast.ids([pair[1]])[0]])
             if self._fast.decode(apart) != self._fast.decode(whole_T):
                 message = "the prompt's last token joins the start of the completion, and apart they give another text."
                 fix = "Move the white space between them to the start of the completion."
                 return Problem(example.source, "token_boundary", message, fix)
             whole_T = apart
-        num_control = int(self.control.are_reserved(whole_T).sum()) - self._num_added
         if not len(whole_T) or whole_T[-1] != self._eos_id:
             whole_T = np.append(whole_T, np.int32(self._eos_id))
-        num_spelled = self.control.count(prompt) + self.control.count(completion)
-        draft = Draft(whole_T, np.arange(len(whole_T)) >= num_prompt, num_unspelled=num_control - num_spelled)
-        return self._limit.fit(example.source, draft)
+        return self._limit.fit(example.source, Draft(whole_T, np.arange(len(whole_T)) >= num_prompt))
 
 
 class Seq2SeqEncoder(RowEncoder):
@@ -108,7 +103,7 @@ class Seq2SeqEncoder(RowEncoder):
         sources = iter(self._fast.ids([self._prompt.replace(PLACEHOLDER, text) for text, _ in good]))
         targets = iter(self._fast.ids([text for _, text in good]))
         return [
-            pair if isinstance(pair, Problem) else self._draft(example, pair, next(sources), next(targets))
+            pair if isinstance(pair, Problem) else self._draft(example, next(sources), next(targets))
             for example, pair in zip(examples, pairs, strict=True)
         ]
 
@@ -124,10 +119,7 @@ class Seq2SeqEncoder(RowEncoder):
         excess = self._limit.excess(len(text_T) + self._frame.num_added()) if self._limit.too_long == "cut" else 0
         return self._frame.around(text_T[: len(text_T) - excess])
 
-    def _draft(
-        self, example: Example, pair: tuple[str, str], text_T: NDArray[np.int32], target_T: NDArray[np.int32]
-    ) -> Drafts:
-        num_unspelled = self.control.num_unspelled(np.concatenate([text_T, target_T]), *pair, self._prompt)
+    def _draft(self, example: Example, text_T: NDArray[np.int32], target_T: NDArray[np.int32]) -> Drafts:
         source_S = self._source(text_T)
         target_T = self._frame.around(target_T)
         if target_T[-1:].tolist() != [self._eos_id]:
@@ -137,11 +129,8 @@ class Seq2SeqEncoder(RowEncoder):
         for side, ids_T in (("prompt", source_S), ("answer", target_T)):
             if self._limit.excess(len(ids_T)):
                 return self._limit.refusal(example.source, f"the {len(ids_T)} tokens of its {side}")
-        draft = Draft(
-            np.concatenate([source_S, target_T]),
-            np.arange(len(source_S) + len(target_T)) >= len(source_S),
-            num_unspelled=num_unspelled,
-        )
+        ids_T = np.concatenate([source_S, target_T])
+        draft = Draft(ids_T, np.arange(len(ids_T)) >= len(source_S))
         cut = len(text_T) + self._frame.num_added() - len(source_S)
         if cut:
             what = f"the {len(text_T) + self._frame.num_added()} tokens of its prompt"

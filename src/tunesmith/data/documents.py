@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.types import Example, Part, Problem
 
 
 class _WindowEncoder(RowEncoder):
@@ -24,11 +23,18 @@ class _WindowEncoder(RowEncoder):
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         texts = [example.parts[0].text for example in examples]
         return [
-            self._windows(example.source, text, spelled)
-            for example, text, spelled in zip(examples, texts, spell(self._fast, texts), strict=True)
+            self._learnable(example, list(self._windows(tokens.ids_T, _num_bytes(text, tokens))))
+            for example, text, tokens in zip(examples, texts, self._fast.encode(texts), strict=True)
         ]
 
-    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
+    def _learnable(self, example: Example, drafts: Sequence[Draft]) -> Drafts:
+        """The windows in which something is learnt."""
+        message = "its text gives no token that could be learnt."
+        found = [draft for draft in drafts if draft.trained_T.any()]
+        return found or Problem(example.source, "no_target", message, "Remove the row.")
+
+    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
+        """The windows of a text's tokens, each with the UTF-8 bytes from the end of the token before it to its own."""
         raise NotImplementedError
 
 
@@ -52,16 +58,13 @@ class DocumentEncoder(_WindowEncoder):
         ids_T = self._fast.ids([parts[0].text])[0]
         return [int(token_id) for token_id in np.concatenate([self._frame.before_ids, ids_T])]
 
-    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
-        ids_T = self._frame.around(spelled.ids_T)
+    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
+        ids_T = self._frame.around(text_T)
         bytes_T = np.zeros(len(ids_T), np.int64)
-        bytes_T[len(self._frame.before_ids) :][: len(spelled.ids_T)] = spelled.bytes_T
-        drafts = []
+        bytes_T[len(self._frame.before_ids) :][: len(text_T)] = num_bytes_T
         for start, end, seen in windows(len(ids_T), width=self._width, stride=self._stride):
             trained_T = np.arange(start, end) >= max(seen, 1)  # nothing predicts the first token of all
-            num_bytes = int(bytes_T[start:end][trained_T].sum())
-            drafts.append(Draft(ids_T[start:end], trained_T, num_bytes=num_bytes))
-        return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
+            yield Draft(ids_T[start:end], trained_T, num_bytes=int(bytes_T[start:end][trained_T].sum()))
 
 
 class MaskedDocumentEncoder(_WindowEncoder):
@@ -84,17 +87,15 @@ class MaskedDocumentEncoder(_WindowEncoder):
         self._width = None if most is None else most - self._frame.num_added()
         self._stride = _checked_stride(settings.stride, width=self._width, num_read=0)
 
-    def _windows(self, source: Source, text: str, spelled: Spelled) -> Drafts:
-        maskable_T = ~self.control.are_reserved(spelled.ids_T)
+    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
+        maskable_T = ~self.control.are_reserved(text_T)
         at = len(self._frame.before_ids)
-        drafts = []
-        for start, end, seen in windows(len(spelled.ids_T), width=self._width, stride=self._stride):
+        for start, end, seen in windows(len(text_T), width=self._width, stride=self._stride):
             learnt_T = maskable_T[start:end] & (np.arange(start, end) >= seen)
-            ids_T = self._frame.around(spelled.ids_T[start:end])
+            ids_T = self._frame.around(text_T[start:end])
             trained_T = np.zeros(len(ids_T), np.bool_)
             trained_T[at : at + end - start] = learnt_T
-            drafts.append(Draft(ids_T, trained_T, num_bytes=int(spelled.bytes_T[start:end][learnt_T].sum())))
-        return _learnable(source, drafts, self.control.num_unspelled(spelled.ids_T, text))
+            yield Draft(ids_T, trained_T, num_bytes=int(num_bytes_T[start:end][learnt_T].sum()))
 
 
 def document_encoder(settings: EncoderSettings) -> RowEncoder:
@@ -127,37 +128,10 @@ def _checked_stride(stride: int | None, *, width: int | None, num_read: int) -> 
     return stride or longest
 
 
-def _learnable(source: Source, drafts: list[Draft], num_unspelled: int) -> Drafts:
-    """The windows in which something is learnt."""
-    drafts = [draft for draft in drafts if draft.trained_T.any()]
-    if not drafts:
-        return Problem(source, "no_target", "its text gives no token that could be learnt.", "Remove the row.")
-    drafts[0].num_unspelled = num_unspelled
-    return drafts
-
-
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """The tokens of a text, without anything around it."""
-
-    ids_T: NDArray[np.int32]
-    bytes_T: NDArray[np.int64]
-    """UTF-8 bytes of the text from the end of the token before to the end of each; all of a text's in sum."""
-
-
-def spell(fast: FastTokenizer, texts: Sequence[str]) -> list[Spelled]:
-    """Tokens of each text."""
-    return [_spelled(text, tokens) for text, tokens in zip(texts, fast.encode(texts), strict=True)]
-
-
-def _spelled(text: str, tokens: Tokens) -> Spelled:
+def _num_bytes(text: str, tokens: Tokens) -> NDArray[np.int64]:
+    """UTF-8 bytes from the end of the token before to the end of each; all of a text's in sum."""
     ends_T = np.maximum.accumulate(tokens.ends_T)
     ends_T[-1:] = len(text)
-    return Spelled(tokens.ids_T, _num_bytes(text, ends_T))
-
-
-def _num_bytes(text: str, ends_T: NDArray[np.int64]) -> NDArray[np.int64]:
-    """UTF-8 bytes of a text from each of the given places to the next, the first from its start."""
     if text.isascii():
         return np.diff(ends_T, prepend=0)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)

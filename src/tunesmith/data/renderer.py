@@ -25,8 +25,6 @@ class Draft:
 
     ids_T: NDArray[np.int32]
     trained_T: NDArray[np.bool_]
-    num_unspelled: int = 0
-    """Control tokens that are not spelled in its text."""
     warnings: list[Problem] = field(default_factory=list)
     classes_N: tuple[str, ...] | None = None
     """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
@@ -210,11 +208,6 @@ class Renderer:
             if isinstance(drafted, Problem):
                 results[i] = [drafted]
                 continue
-            num_unspelled = sum(draft.num_unspelled for draft in drafted)
-            if num_unspelled and self.control_tokens == "error":
-                message = f"the tokenizer makes {num_unspelled} control tokens of text that does not spell them."
-                results[i] = [_control_problem(examples[i], message)]
-                continue
             results[i] = [_row(examples[i], draft, known) for draft in drafted]
             for warning in (warning for draft in drafted for warning in draft.warnings):
                 if on_warning is not None:
@@ -235,9 +228,9 @@ class Renderer:
     def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
         found = None if self.control_tokens == "allow" else self._spelled(example)
-        return (
-            [_control_problem(example, f"its text contains {found}, a control token of this model.")] if found else []
-        )
+        message = f"its text contains {found}, a control token of this model."
+        fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
+        return [Problem(example.source, "control_token", message, fix)] if found else []
 
     def _spelled(self, example: Example) -> str | None:
         """The first control token that a text of a row spells."""
@@ -247,11 +240,6 @@ class Renderer:
         if self._control.in_text("\n".join(texts)) is None:  # nearly always: looking text by text takes long
             return None
         return next((token for text in texts if (token := self._control.in_text(text))), None)
-
-
-def _control_problem(example: Example, message: str) -> Problem:
-    fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
-    return Problem(example.source, "control_token", message, fix)
 
 
 def _empty(example: Example) -> Iterator[Problem]:

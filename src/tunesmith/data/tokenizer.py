@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
@@ -172,10 +172,10 @@ class ControlTokens:
         self._reserved_re = _alternatives(self.reserved.values())
         # What no word of the vocabulary spells becomes the unknown token, which structures nothing.
         known = {i: text for i, text in self.reserved.items() if i != tokenizer.unk_token_id}
-        self._known_re = _alternatives(known.values())
         self._closing_re = _alternatives(self.closing.values())
-        self._known = frozenset(known)
-        self._cuts = _cuts(added)
+        self._cuts = frozenset(
+            i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)
+        )
         self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry is for every id beyond
         self._is_reserved[list(known)] = True
         control = {**{i: added[i].content for i in self._cuts}, **known, **self.closing}
@@ -191,30 +191,20 @@ class ControlTokens:
         found = self._reserved_re.search(text)
         return found.group() if found else None
 
-    def count(self, text: str) -> int:
-        """Control tokens that a text spells out."""
-        return len(self._known_re.findall(text))
-
-    def num_unspelled(self, ids_T: NDArray[np.int32], *texts: str) -> int:
-        """Control tokens among the ids of texts that these do not spell out."""
-        return int(self.are_reserved(ids_T).sum()) - sum(self.count(text) for text in texts)
-
     def places(self, text: str, tokens: Tokens) -> ControlPlaces:
         """The control tokens of a text."""
         ids_T = tokens.ids_T
         places = np.flatnonzero(self._is_control[np.minimum(ids_T, len(self._is_control) - 1)]).tolist()
-        ids, num_unspelled = ids_T[places].tolist(), 0
+        ids = ids_T[places].tolist()
         found = list(self._control_re.finditer(text)) if self._is_spelled else []
         if [self._id_of[match.group()] for match in found] == ids:
             spans = [match.span() for match in found]
         else:
             spans = [tokens.offsets[place] for place in places]
-            num_unspelled = sum(token_id in self._known for token_id in ids) - self.count(text)
         located = list(zip(ids, zip(places, spans, strict=True), strict=True))
         return ControlPlaces(
             cuts=[place for token_id, place in located if token_id in self._cuts],
             closing=[place for token_id, place in located if token_id in self.closing],
-            num_unspelled=num_unspelled,
         )
 
     def closing_run(self, text: str) -> list[int]:
@@ -250,8 +240,6 @@ class ControlPlaces:
     """Tokens behind which a text is tokenized as if it began there, whatever precedes them."""
     closing: list[tuple[int, tuple[int, int]]]
     """Tokens that can close a turn."""
-    num_unspelled: int
-    """Tokens that structure the text, and that it does not spell out."""
 
 
 def check_against_file(tokenizer: Any, file: Path) -> None:
@@ -288,10 +276,6 @@ def fingerprint(tokenizer: Any, template_text: str) -> str:
         "eos": tokenizer.eos_token_id,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _cuts(added: Mapping[int, Any]) -> frozenset[int]:
-    return frozenset(i for i, t in added.items() if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
