@@ -125,12 +125,6 @@ def test_a_template_that_never_ends_an_answer_is_refused() -> None:
         renderer("no_end")
 
 
-def test_an_end_text_that_is_no_token_is_refused() -> None:
-    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", "<|fin|>"))
-    with pytest.raises(ModelError, match="never stop"):
-        Renderer(tokenizer, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
-
-
 def test_what_phi_writes_behind_the_last_turn_is_not_trained() -> None:
     row, tokenizer = row_of(three_turns(), "phi3")
     assert runs(row, tokenizer, trained=False)[-1] == "\n<|endoftext|>"
@@ -196,11 +190,6 @@ def test_a_template_that_rewrites_an_answer_is_an_error_that_names_row_and_messa
     assert "messages[1] (assistant)" in problems[0].message
 
 
-def test_the_last_answer_of_a_template_that_rewrites_earlier_ones_can_be_trained() -> None:
-    row, tokenizer = row_of(chat(("user", "a"), ("assistant", "b")), "rewrites")
-    assert runs(row, tokenizer, trained=True) == ["b<|im_end|>"]
-
-
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -224,26 +213,12 @@ def test_a_tool_call_that_the_template_does_not_show_is_an_error() -> None:
     assert (problems[0].code, problems[0].severity) == ("not_shown", "error")
 
 
-def test_tools_that_the_template_does_not_show_are_a_warning() -> None:
-    made, _ = renderer("chatml")
-    heard: list[Problem] = []
-    made.encode([chat(("user", "Rain?"), ("assistant", "No."), tools=(TOOL,))], on_warning=heard.append)
-    assert [(w.code, "weather" in w.message) for w in heard] == [("not_shown", True)]
-
-
 def test_what_the_template_refuses_is_a_problem_in_its_words() -> None:
     made, _ = renderer("gemma")
     results = made.encode([chat(("system", "Be kind."), ("user", "a"), ("assistant", "b")), three_turns()])
     assert results[0][0].code == "template_error"
     assert "System role not supported" in results[0][0].message
     assert isinstance(results[1][0], Row)
-
-
-def test_untrained_answers_stay_untrained() -> None:
-    example = three_turns()
-    parts = tuple(part if i != 1 else type(part)(part.role, part.text, False) for i, part in enumerate(example.parts))
-    row, tokenizer = row_of(Example(parts, example.source, "messages"), "chatml")
-    assert runs(row, tokenizer, trained=True) == [f"{answer}<|im_end|>" for answer in ANSWERS[1:]]
 
 
 TEXTS = st.text(

@@ -99,19 +99,6 @@ def test_bad_rows_that_may_be_skipped_do_not_refuse_the_data(tmp_path: Path):
     assert [problem.code for problem in report.problems] == ["truncated_json"]
 
 
-def test_a_file_that_breaks_off_refuses_the_data_whatever_may_be_skipped(tmp_path: Path):
-    path = put(tmp_path, "t.csv", b'prompt,completion\na,b\nc,d\n"e,f\n')
-    report = check(data_of(path, bad_rows="skip"))
-    assert not report.ok
-    assert report.files[0].usable == 2
-    assert report.files[0].is_readable is False
-
-
-def test_nothing_left_to_train_refuses_the_data(tmp_path: Path):
-    report = check(data_of(put(tmp_path, "a.jsonl", b"{\n"), bad_rows="skip"))
-    assert report.refusals == ("data.train: no row can be used",)
-
-
 def finds_repeated_rows(checked: Callable[[Data], CheckReport], folder: Path) -> None:
     rows = [pair("a"), pair("b"), pair("a"), pair("c"), pair("a"), pair("b")]
     report = checked(
@@ -157,22 +144,6 @@ def test_overlap_can_be_an_error(tmp_path: Path):
     assert check(data_of(path, held=[path], overlap="error", bad_rows="skip")).refusals == report.refusals
 
 
-def test_many_repeated_rows_are_counted_and_few_listed(tmp_path: Path):
-    path = put(tmp_path, "a.jsonl", json_lines([pair("a")] * 5000))
-    report = check(data_of(path, held=[path]))
-    assert (report.duplicates, report.overlap) == (4999, 5000)
-    assert report.warnings == {"duplicate": 4999, "overlap": 5000}
-    assert len(report.problems) == 40
-
-
-def test_a_share_too_small_for_the_rows_is_said(tmp_path: Path):
-    report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a"), pair("b")])), held_out=1e-12))
-    assert report.held_out == 1
-    assert report.notes[0].startswith("1 held-out row is too few")
-    report = check(data_of(put(tmp_path, "a.jsonl", json_lines([pair("a")]))))
-    assert report.notes == ("nothing is held out: it takes two different rows",)
-
-
 def test_progress_ends_where_the_files_end(tmp_path: Path):
     files = [put(tmp_path, f"{n}.jsonl", json_lines([pair(str(i)) for i in range(3000)])) for n in range(2)]
     seen: list[tuple[int, int]] = []
@@ -181,12 +152,6 @@ def test_progress_ends_where_the_files_end(tmp_path: Path):
     assert seen == sorted(seen)
     assert len(seen) > 6
     assert seen[-1] == (total, total)
-
-
-def test_nothing_is_written(tmp_path: Path):
-    path = put(tmp_path, "a.jsonl", json_lines([pair("a")]))
-    check(data_of(path), renderer=renderer())
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # labels and documents
@@ -215,14 +180,6 @@ def test_words_are_shown_with_their_tags_and_tags_counted(tmp_path: Path):
     assert report.first_rows[0] == (("Ann ", False), ("B-PER ", True), ("sings ", False), ("O ", True))
     assert (report.files[0].format, report.files[0].rows) == ("CoNLL", 2)
     assert report.warnings == {"document_marks": 1}
-
-
-def test_numbers_and_lists_are_told_apart(tmp_path: Path):
-    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", 0.5), ("b", -1), ("c", 2.5)))))
-    assert (report.label_kind, report.labels) == ("number", ())
-    assert "labels are numbers from -1 to 2.5" in report.notes
-    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", ["x"]), ("b", []), ("c", ["x", "y"])))))
-    assert (report.label_kind, report.labels) == ("many", (("x", 2), ("y", 1)))
 
 
 def finds_conflicts(checked: Callable[[Data], CheckReport], folder: Path) -> None:
@@ -255,14 +212,6 @@ def test_labels_that_training_would_refuse_are_refused_with_their_place(tmp_path
     assert "every training row has the class 'eye'" in report.refusals[0]
     report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "eye "), ("c", "ear")))))
     assert any("'eye' and 'eye ' differ only in white space" in note for note in report.notes)
-
-
-def test_a_task_decides_what_rows_are_taken_for(tmp_path: Path):
-    path = put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "ear")))
-    assert check(data_of(path), task="text").files[0].shape == "text"
-    report = check(data_of(path), task="chat")
-    assert report.errors == {"other_task": 2}
-    assert all(problem.fix == "Add --set task=classify." for problem in report.problems)
 
 
 def test_documents_of_a_folder_are_reported_together(tmp_path: Path):

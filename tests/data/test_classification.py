@@ -65,14 +65,6 @@ def test_a_causal_text_that_is_cut_learns_at_the_last_token_that_is_left() -> No
     assert row.trained.tolist() == [False] * 5 + [True]
 
 
-def test_a_text_of_no_token_is_named() -> None:
-    made = Renderer(
-        tiny_tokenizer(None, eos=None), TASKS["classify"], max_tokens=9, too_long="cut", control_tokens="error"
-    )
-    assert only_row(made.encode([labelled("9")])[0]).trained.tolist() == [True]
-    assert [problem.code for problem in made.encode([labelled("")])[0]] == ["empty"]
-
-
 @given(lengths=st.tuples(st.integers(0, 30), st.integers(0, 30)), data=st.data())
 def test_the_longer_text_is_cut_first(lengths: tuple[int, int], data: st.DataObject) -> None:
     excess = data.draw(st.integers(0, sum(lengths)))
@@ -112,16 +104,6 @@ def test_a_control_token_in_a_text_is_a_problem(name: str, token: str) -> None:
         assert problem.code == "control_token"
         assert f"its text contains {token}" in problem.message
     only_row(renderer(name, control_tokens="allow").encode([labelled(f"a {token} b")])[0])
-
-
-@pytest.mark.parametrize("text", ["", "  \n"])
-def test_an_empty_text_is_a_problem(text: str) -> None:
-    assert only_problem(renderer("bert").encode([labelled(text)])[0]).code == "empty"
-    assert only_problem(renderer("causal").encode([labelled(text)])[0]).code == "empty"
-
-
-def test_a_text_of_unknown_characters_is_a_row() -> None:
-    assert TOKENIZERS["bert"].unk_token_id in only_row(renderer("bert").encode([labelled("☃")])[0]).ids
 
 
 def test_classes_are_counted_by_their_first_appearance_in_rows_that_are_used() -> None:

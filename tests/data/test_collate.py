@@ -1,8 +1,7 @@
 """Batches of every layout, labels that are not shifted, and masked tokens."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,13 +70,6 @@ def test_the_second_text_has_its_own_type_and_padding_has_none(layout: Any, expe
     rows = [row([5, 6, 7, 8], [1, 0, 0, 0], np.array([0]), second=2), row([5, 6], [1, 0], np.array([0]))]
     assert build_batch(rows, (0, 1), layout=layout, device="cpu", has_types=True).types_BT.tolist() == expected  # type: ignore[union-attr]
     assert build_batch(rows, (0, 1), layout=layout, device="cpu").types_BT is None
-
-
-def test_targets_know_their_row() -> None:
-    rows = [row([5, 6, 7, 8], [0, 0, 1, 1]), row([9, 4, 2], [1, 1, 1]), row([9, 4], [0, 1])]
-    for layout in ("packed", "padded"):
-        batch = build_batch(rows, (2, 0, 1), layout=layout, device="cpu")  # type: ignore[arg-type]
-        assert batch.row_of_N.tolist() == [0, 0, 1, 1, 2]
 
 
 # --- Masks
@@ -199,9 +191,3 @@ def test_copies_of_a_row_in_one_step_have_masks_of_their_own(tmp_path: Path) -> 
 def test_copies_that_are_not_counted_would_be_seen(tmp_path: Path) -> None:  # trap: L15 planted
     with pytest.raises(AssertionError):
         assert_copies_teach_different_words((0, 0, 0, 0), tmp_path)
-
-
-def test_a_feed_without_masks_gives_the_rows_of_the_store() -> None:
-    store = cast(RowStore, SimpleNamespace(row=lambda index: TAGGED[index], branches=SimpleNamespace(partners=None)))
-    batch = Collator(store, layout="padded", device="cpu").batch([1, 0], draw=0)
-    assert (batch.row_indices, batch.targets_N.tolist()) == ((1, 0), [2, 1, 3])

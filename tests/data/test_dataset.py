@@ -80,13 +80,6 @@ def test_rows_are_those_of_the_renderer(tmp_path: Path, files: list[DataFile], m
     assert len(set(store.hashes.tolist())) == 12
 
 
-def test_there_is_no_row_beyond_the_last(tmp_path: Path, files: list[DataFile]) -> None:
-    store, _ = make(tmp_path / "rows", *files)
-    for index in (12, -1):
-        with pytest.raises(IndexError):
-            store.row(index)
-
-
 def test_rows_are_encoded_once(tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = make(tmp_path / "rows", *files)
     renderer = make_renderer()
@@ -134,15 +127,6 @@ def test_one_changed_byte_changes_the_key_although_size_and_time_stay(tmp_path: 
     assert first.data_hashes != again.data_hashes
 
 
-def test_a_renamed_file_is_found_and_named_as_it_is_called_now(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", line("one", "two"))
-    make(tmp_path / "rows", file)
-    os.rename(file.path, tmp_path / "b.jsonl")
-    store, _ = make(tmp_path / "rows", DataFile(path=str(tmp_path / "b.jsonl")))
-    assert store.reused
-    assert str(store.source(0)) == f"{tmp_path / 'b.jsonl'}:1"
-
-
 def bad_files(folder: Path) -> DataFile:
     return write(
         folder / "bad.jsonl",
@@ -172,26 +156,6 @@ def test_warnings_are_counted_and_their_rows_kept(tmp_path: Path) -> None:
     assert store.summary.warnings == {"cut": 1}
     assert [p.severity for p in heard if p.code == "cut"] == ["warning"]
     assert store.lengths.max() == 200
-
-
-def test_problems_beyond_the_limit_are_counted_but_not_told(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", *(line("<s>", "b") for _ in range(30)), line("a", "b"))
-    store, heard = make(tmp_path / "rows", file, data=Data(limits=Limits(problems=4)))
-    assert len(heard) == 4
-    assert store.summary.errors == {"control_token": 30}
-    assert store.skipped == 30
-
-
-def test_a_store_without_rows_can_be_opened(tmp_path: Path) -> None:
-    store, _ = make(tmp_path / "rows", write(tmp_path / "a.jsonl", line("<s>", "b")))
-    assert (len(store), store.lengths.dtype, store.hashes.dtype) == (0, np.int32, np.uint64)
-
-
-def test_all_files_that_are_missing_are_named_at_once(tmp_path: Path, files: list[DataFile]) -> None:
-    gone = [DataFile(path=str(tmp_path / name)) for name in ("gone.jsonl", "lost.jsonl")]
-    with pytest.raises(DataError, match=r"(?s)gone\.jsonl.*lost\.jsonl"):
-        make(tmp_path / "rows", gone[0], files[0], gone[1])
-    assert left_in(tmp_path / "rows") == []
 
 
 @pytest.mark.parametrize("what", ["written to", "replaced", "removed"])
@@ -254,26 +218,6 @@ def test_a_kept_store_stays_when_the_first_is_gone(
     kept, _ = make(tmp_path / "run" / "train", *files)
     assert kept.reused
     assert kept.row(3).ids.tolist() == store.row(3).ids.tolist()
-
-
-def test_progress_ends_within_the_bytes_there_are(
-    tmp_path: Path, files: list[DataFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(encoding_module, "CHUNK_EXAMPLES", 2)
-    told: list[tuple[int, int, int]] = []
-    build(
-        tmp_path / "rows",
-        data=Data(),
-        files=files,
-        renderer=make_renderer(),
-        on_problem=lambda problem: None,
-        progress=lambda *numbers: told.append(numbers),
-    )
-    total = sum(os.stat(file.path).st_size for file in files)
-    assert all(of == total for _, _, of in told)
-    done = [bytes_done for _, bytes_done, _ in told]
-    assert done == sorted(done)
-    assert told[-1] == (12, total, total)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of itself")

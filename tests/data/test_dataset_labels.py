@@ -1,23 +1,21 @@
 """Rows with classes in a store: by the store's own ids until it is known what is learnt, then as targets."""
 
 import json
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from data.families import bert_like, t5_like
 from tunesmith.data import encode as encoding_module
-from tunesmith.data.dataset import LabelColumn, RowStore, build
+from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
-from tunesmith.types import IGNORE, Labels
+from tunesmith.types import Labels
 
 BERT = bert_like()
 
@@ -96,24 +94,6 @@ def test_labels_are_counted_as_row_by_row(chosen: list[int] | None, tmp_path: Pa
     for name in seen.counts:
         line = min(i for i in rows if name in ROWS[i]) + 1
         assert seen.place(seen.names.index(name)).line == line
-
-
-def test_rows_that_wait_for_an_answer_have_no_labels(tmp_path: Path) -> None:
-    store = store_of(tmp_path, texts("a", "b"))
-    column = LabelColumn(pa.table({"labels": pa.array([[IGNORE], [1]], pa.list_(pa.int64()))}), ("a", "b"))
-    store.labels = column
-    assert store.count_labels().counts == {"b": 1}
-
-
-def test_a_million_labels_are_counted_in_no_time() -> None:
-    ids = np.random.default_rng(0).integers(0, 5, 1_000_000)
-    lists = pa.ListArray.from_arrays(pa.array(np.arange(1_000_001, dtype=np.int32)), pa.array(ids))
-    batches = pa.Table.from_arrays([lists], ["labels"]).to_batches(max_chunksize=8192)
-    column = LabelColumn(pa.Table.from_batches(batches), "abcde")
-    begun = time.process_time()
-    counts_V = column.counts(np.ones(len(ids), np.int64))
-    assert time.process_time() - begun < 0.3  # 0.02 s; a loop over the rows takes about two
-    assert counts_V.tolist() == np.bincount(ids).tolist()
 
 
 def test_numbers_are_read_from_their_words(tmp_path: Path) -> None:

@@ -49,13 +49,6 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path: Path):
     assert "'topic'" in problem.message
 
 
-def test_fields_that_are_different_in_each_row_do_not_fill_the_memory(tmp_path: Path):
-    rows = [{**PAIR, f"key{i}": i} for i in range(3000)]
-    found, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines(rows)))
-    assert len(found) == 3000
-    assert len(problem.message) < 500
-
-
 @pytest.mark.parametrize("name", WRITERS)
 def test_columns_rename_fields(name: str, tmp_path: Path):
     rows = [{"question": "a", "answer": "b", "n": "1"}]
@@ -63,12 +56,6 @@ def test_columns_rename_fields(name: str, tmp_path: Path):
     (found,), problems = examples_in(put(tmp_path, name, WRITERS[name](rows)), columns=columns)
     assert [part.text for part in found.parts] == ["a", "b"]
     assert [problem.code for problem in problems] == ["ignored_fields"]
-
-
-def test_columns_can_exchange_fields(tmp_path: Path):
-    columns = {"prompt": "completion", "completion": "prompt"}
-    (found,), _ = examples_in(put(tmp_path, "rows.jsonl", json_lines([PAIR])), columns=columns)
-    assert [part.text for part in found.parts] == ["b", "a"]
 
 
 def test_a_field_in_the_place_of_a_mapped_one_is_said_to_be_ignored(tmp_path: Path):
@@ -190,16 +177,6 @@ def test_without_answers_an_example_is_what_a_prediction_is_made_from(
     assert errors(problems) == []
 
 
-def test_a_chat_that_nobody_asks_anything_in_cannot_be_answered(tmp_path: Path):
-    path = put(tmp_path, "rows.jsonl", json_lines([{"messages": [{"role": "assistant", "content": "a"}]}]))
-    assert errors(examples_in(path, task="chat", answered=False)[1]) == [("no_question", 1)]
-
-
-def test_question_without_text_is_a_warning(tmp_path: Path):
-    _, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines([{"prompt": "", "completion": "b"}])))
-    assert [(problem.code, problem.severity) for problem in problems] == [("empty_text", "warning")]
-
-
 def an_example(*parts: Part, tools: tuple[Any, ...] = (), line: int = 1) -> Example:
     return Example(parts, Source("x.jsonl", line), "messages", tools)
 
@@ -270,12 +247,6 @@ def test_a_split_by_chance_would_be_caught():
         stays_when_rows_are_added(by_chance)
 
 
-def test_share_is_met():
-    hashes = np.array([content_hash(an_example(Part("assistant", str(i), True))) for i in range(20_000)], np.uint64)
-    for num, share in ((20_000, 0.05), (600, 0.1), (60, 0.2), (15, 0.2)):
-        assert int(held_out_mask(hashes[:num], share).sum()) == round(share * num)
-
-
 @pytest.mark.parametrize(
     ("num_rows", "num_held"),
     [(2, 0), (15, 3), (60, 12), (100, 20), (250, 50), (500, 50), (600, 60), (1000, 100), (2000, 100), (10_000, 500)],
@@ -314,24 +285,6 @@ def test_split_leaves_no_side_empty_and_keeps_equal_rows_together(hashes_I: np.n
 def test_a_larger_share_holds_out_the_same_rows_and_more(hashes_I: np.ndarray, shares: tuple[float, float]):
     less, more = (held_out_mask(hashes_I, share) for share in sorted(shares))
     assert not (less & ~more).any()
-
-
-def test_split_of_nothing_is_nothing():
-    assert held_out_mask(np.array([], np.uint64), 0.5).tolist() == []
-
-
-def test_both_hashes_are_those_that_each_function_gives():
-    text = (Part("text", "Hi", False),)
-    shapes = [
-        an_example(*BASE),
-        Example(
-            (Part("user", "a", False), Part("assistant", "b", True)), Source("x", 1), "prompt_completion", plain=True
-        ),
-        Example((Part("text", "all", True),), Source("x", 1), "text", plain=True),
-        Example(text, Source("x", 1), "text_label", labels=("a",)),
-        Example((Part("word", "Hi", False),), Source("x", 1), "tokens_tags", labels=("O",)),
-    ]
-    assert len({(content_hash(example), input_hash(example)) for example in shapes}) == len(shapes)
 
 
 def test_conversations_with_one_first_turn_have_one_input():

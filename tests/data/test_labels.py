@@ -1,12 +1,8 @@
 """Classes keep their ids whatever the order of rows, and labels that cannot be learnt are named with their place."""
 
 import itertools
-import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.utils.class_weight import compute_class_weight
 
 from tunesmith.data.dataset import LabelColumn, RowStore
-from tunesmith.data.labels import count_classes, is_number, order, resolve_labels, similar_names_notes, targets
+from tunesmith.data.labels import order, resolve_labels, similar_names_notes, targets
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, Labels, Source, TaskName
@@ -77,24 +73,6 @@ def refused(*args: Any, **options: Any) -> list[str]:
 
 NAMES = ["2", "10", "b", "a"]
 ORDERED = ("2", "10", "a", "b")
-ORDER_IN_A_PROCESS = """
-import json, sys
-from tunesmith.data import labels
-rows = json.loads(sys.argv[1])
-print(json.dumps(labels.order({name for name in rows})))
-"""
-
-
-def in_a_process(names: Iterable[str], hash_seed: int) -> tuple[str, ...]:
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": str(hash_seed)}
-    run = subprocess.run(
-        [sys.executable, "-c", ORDER_IN_A_PROCESS, json.dumps(list(names))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return tuple(json.loads(run.stdout))
 
 
 def keeps_ids(ordered: Callable[[Sequence[str]], Sequence[str]]) -> None:
@@ -120,18 +98,6 @@ def test_other_orders_would_be_caught(ordered: Callable[[Sequence[str]], Sequenc
         keeps_ids(ordered)
 
 
-@pytest.mark.parametrize("hash_seed", range(2))
-def test_ids_are_the_same_in_every_process(hash_seed: int):  # trap: A12
-    assert in_a_process(NAMES, hash_seed) == ORDERED
-
-
-def test_an_order_that_follows_hashes_would_be_caught(monkeypatch: pytest.MonkeyPatch):  # trap: A12, planted
-    monkeypatch.setattr(sys.modules[__name__], "ORDER_IN_A_PROCESS", ORDER_IN_A_PROCESS.replace("labels.order", "list"))
-    orders = {in_a_process(NAMES, hash_seed) for hash_seed in range(3)}
-    with pytest.raises(AssertionError):
-        assert orders == {ORDERED}
-
-
 @given(st.lists(st.text(max_size=4) | st.integers().map(str), min_size=1))
 def test_order_is_one_of_all_names_and_repeats(names: list[str]):
     ordered = order(names)
@@ -151,10 +117,6 @@ def test_rows_that_are_added_change_no_id_once_the_order_is_in_the_recipe():  # 
     assert resolved == labels.names == ("a", "b", "c")
     assert decided(["c", "b", "a"] * 9, labels=resolved)[0].names == ("a", "b", "c")
     assert "'aa' is not one of the classes (a, b, c)" in refused(["c", "b", "a", "aa"], labels=resolved)[0]
-
-
-def test_a_class_that_no_held_out_row_has_keeps_its_id():  # trap: A12
-    assert decided(["b", "a", "c"], held=["c", "c"])[0].names == ("a", "b", "c")
 
 
 # kinds
@@ -177,13 +139,6 @@ def test_kind_is_read_from_the_labels_and_said(rows: Sequence[Any], kind: str):
     assert labels.kind == kind
     assert ("data.label_kind", kind) in [(choice.key, choice.value) for choice in choices]
     assert labels.num_outputs == (1 if kind == "number" else len(labels.names))
-
-
-def test_kind_can_be_said():
-    assert decided(["1", "2"], label_kind="number")[0].kind == "number"
-    assert decided(["1.5", "2.5"], label_kind="one")[0].names == ("1.5", "2.5")
-    assert decided(["a", "b"], label_kind="many")[0].kind == "many"
-    assert decided([["O", "B-PER"], ["O"]], task="tag")[0] == Labels("tags", ("B-PER", "O"))
 
 
 # refusals
@@ -213,11 +168,6 @@ def test_labels_that_are_no_numbers_are_refused():
         "train.csv:3: unknown_label: the label 'high' is not a number",
         "test.csv:2: unknown_label: the label 'inf' is not a number",
     ]
-
-
-@pytest.mark.parametrize("name", ["", "nan", "-inf", "1_000", " 1", "1e39", "0x1", "1,5", "١"])
-def test_what_looks_like_a_number_to_python_alone_is_none(name: str):
-    assert not is_number(name)
 
 
 def test_one_class_teaches_nothing():
@@ -302,11 +252,6 @@ def test_targets_are_what_the_head_learns():
         targets(Labels("one", ("a", "b")), np.array([2]), vocabulary)
 
 
-def test_classes_of_some_rows_are_counted_by_id():
-    store: Any = FakeStore(["b", "a", "b", "c"])
-    assert count_classes(store.count_labels(np.array([0, 1, 2])), ("a", "b", "c", "d")).tolist() == [1, 2, 0, 0]
-
-
 # remarks
 
 
@@ -322,7 +267,3 @@ def test_classes_of_some_rows_are_counted_by_id():
 )
 def test_classes_that_look_alike_are_remarked_on(names: tuple[str, ...], num: int):
     assert len(similar_names_notes(names)) == num
-
-
-def test_a_remark_shows_the_white_space():
-    assert "the classes 'eye' and 'eye ' differ only in white space" in similar_names_notes(["eye ", "eye"])[0]

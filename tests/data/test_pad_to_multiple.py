@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from packed import batch_of, rows_of, sharp
-from tunesmith.data.collate import pad_to_multiple, pads_to_multiple
+from tunesmith.data.collate import pad_to_multiple
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import MULTIPLE, padded_size
 from tunesmith.models.attention import use_packed_attention
@@ -72,15 +72,3 @@ def test_filling_is_a_token_of_the_data_at_positions_of_its_own():
     assert whole.ids_BT[0, 12:].tolist() == [batch.ids_BT[0, -1].item()] * (MULTIPLE - 12)
     assert whole.positions_BT[0, 12:].tolist() == list(range(MULTIPLE - 12))
     assert whole.types_BT[0].tolist() == [1] * 12 + [0] * (MULTIPLE - 12)
-
-
-def test_a_pass_of_a_whole_size_stays_as_it_is():
-    batch = batch_of(rows_of((MULTIPLE - 5, 5)))
-    assert pad_to_multiple(batch) is batch
-
-
-def test_only_packed_batches_whose_products_are_compiled_are_filled():
-    assert pads_to_multiple("packed", device="cpu", precision="bfloat16")
-    assert not pads_to_multiple("padded", device="cpu", precision="bfloat16")
-    assert not pads_to_multiple("packed", device="cuda", precision="bfloat16")
-    assert not pads_to_multiple("packed", device="cpu", precision="float32")

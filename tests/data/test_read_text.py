@@ -9,13 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.rows_of import examples_in, json_lines, put, rows_in, said
+from data.rows_of import json_lines, put, rows_in, said
 from tunesmith.data import read_text
 from tunesmith.data.check import check
-from tunesmith.data.read import expand_folders, read
+from tunesmith.data.read import expand_folders
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import Data, DataFile, Limits
-from tunesmith.types import Source
+from tunesmith.recipe.schema import Data, DataFile
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=5)
 
@@ -72,35 +71,6 @@ def test_rows_in_a_file_named_as_text_are_rows(payload: bytes, num: int, tmp_pat
     assert payload.decode() not in [record.get("text") for _, record in rows]
 
 
-def test_a_mark_at_the_start_is_left_out_and_line_ends_stay(tmp_path: Path):
-    path = put(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\ntwo\n")
-    assert records(path) == [(1, {"text": "one\r\ntwo\n"})]
-
-
-def test_a_document_that_is_too_large_says_its_size_and_the_way_out(tmp_path: Path):
-    fitting = put(tmp_path, "a.txt", b"x" * 500)
-    assert len(records(fitting, limits=Limits(line_bytes=500))) == 1
-    for name, payload in (("b.txt", b"x" * 501), ("c.txt.gz", gzip.compress(b"x" * 501))):
-        _, (problem,) = rows_in(put(tmp_path, name, payload), limits=Limits(line_bytes=500))
-        assert problem.code == "line_too_long"
-        assert problem.message.startswith("the document has more than data.limits.line_bytes, which is 500")
-
-
-def test_latin_1_is_named_with_its_byte(tmp_path: Path):
-    _, (problem,) = rows_in(put(tmp_path, "a.txt", b"Un caf\xe9."))
-    assert (problem.code, problem.source.line) == ("invalid_utf8", 1)
-    assert "(byte 7 of the document)" in problem.message
-    assert "WINDOWS-1252" in problem.fix
-
-
-def test_a_document_is_an_example_of_its_file(tmp_path: Path):
-    path = put(tmp_path, "a.txt", b"One.\nTwo.\n")
-    (example,), problems = examples_in(path)
-    assert (example.shape, example.plain, example.source) == ("text", True, Source(str(path), 1))
-    assert [(part.role, part.text, part.trained) for part in example.parts] == [("text", "One.\nTwo.\n", True)]
-    assert problems == []
-
-
 # folders
 
 
@@ -155,16 +125,6 @@ def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("os.walk", turned)
     assert expand_folders([DataFile(path=str(folder))], lambda problem: None) == straight
-
-
-def test_rows_of_a_folder_carry_its_index_and_their_own_file(tmp_path: Path):
-    rows = put(tmp_path, "rows.jsonl", json_lines([{"text": "a"}]))
-    files = [DataFile(path=str(rows)), DataFile(path=str(a_folder(tmp_path)))]
-    facts: list[Any] = []
-    found = list(read(files, limits=Limits(), on_problem=lambda problem: None, facts=facts))
-    assert [index for index, _, _ in found] == [0, 1, 1, 1, 1]
-    assert [Path(source.path).name for _, _, source in found] == ["rows.jsonl", "c.txt.gz", "z.md", "a.txt", "b.txt"]
-    assert len(facts) == 5
 
 
 def test_a_folder_without_documents_names_what_it_holds(tmp_path: Path):
@@ -249,17 +209,6 @@ def test_a_reader_that_takes_marks_for_words_would_be_seen(tmp_path: Path, monke
     monkeypatch.setattr(read_text, "_is_mark", lambda raw, num_columns, *, is_first: False)
     with pytest.raises(AssertionError):
         no_sentence_is_lost(*LOST[0], tmp_path)
-
-
-def test_a_word_may_have_spaces_where_tabs_part_columns(tmp_path: Path):
-    assert records(put(tmp_path, "a.conll", b"New York\tB-LOC\n")) == [(1, {"tokens": ["New York"], "tags": ["B-LOC"]})]
-
-
-def test_sentences_without_tags_are_enough_for_a_prediction(tmp_path: Path):
-    path = put(tmp_path, "a.conll", b"Ann\nsings\n\nBob\n")
-    found, problems = examples_in(path, task="tag", answered=False)
-    assert [[part.text for part in example.parts] for example in found] == [["Ann", "sings"], ["Bob"]]
-    assert problems == []
 
 
 def test_a_bad_sentence_does_not_hide_the_next(tmp_path: Path):

@@ -15,9 +15,9 @@ from tiny import CHATML, chat, pair, template, tiny_tokenizer
 from tunesmith.data import tokenizer as tokens_module
 from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Encoded, Renderer
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.tasks import TASKS
-from tunesmith.types import Part, Problem, Row, Source
+from tunesmith.types import Part, Problem, Row
 
 
 def renderer(tokenizer: Any, task: Any = "chat", **options: Any) -> Renderer:
@@ -203,15 +203,6 @@ def test_a_tokenizer_that_agrees_with_its_file_is_taken(tmp_path: Path) -> None:
     assert renderer(AutoTokenizer.from_pretrained(tmp_path)).fingerprint == renderer(tiny_tokenizer()).fingerprint
 
 
-def test_a_tokenizer_whose_file_cuts_and_pads_is_taken(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.enable_truncation(8)
-    tokenizer.backend_tokenizer.enable_padding(length=512)
-    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokenizer.name_or_path = str(tmp_path)
-    renderer(tokenizer)
-
-
 def test_a_tokenizer_in_python_is_refused() -> None:
     with pytest.raises(ModelError, match=r"written in Python.*tokenizer\.json"):
         renderer(SimpleNamespace(is_fast=False, name_or_path="old-model"))
@@ -258,12 +249,6 @@ def test_control_tokens_let_through_would_be_seen() -> None:
         assert_structure_only(renderer(tokenizer, control_tokens="allow").encode(INJECTIONS[:2]), tokenizer)
 
 
-def test_trusted_control_tokens_are_tokenized_as_control_tokens() -> None:
-    tokenizer = tiny_tokenizer()
-    row = only_row(renderer(tokenizer, control_tokens="allow").encode([INJECTIONS[1]])[0])
-    assert row.ids.tolist().count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
-
-
 def test_control_tokens_in_tools_and_nested_fields_are_problems() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"deep": ["x", {"<|im_start|>": 1}]}}}
     tool = {"type": "function", "function": {"name": "f", "description": "ends with <|endoftext|>"}}
@@ -272,11 +257,6 @@ def test_control_tokens_in_tools_and_nested_fields_are_problems() -> None:
     results = renderer(tiny_tokenizer(template("qwen3"))).encode([in_call, in_tool])
     found = [only_problem(result).message for result in results]
     assert ["<|im_start|>" in found[0], "<|endoftext|>" in found[1]] == [True, True]
-
-
-def test_text_that_only_looks_like_a_control_token_is_text() -> None:
-    example = chat(("user", "<|im_end and |> and < |im_end|>"), ("assistant", "<im_end>"))
-    only_row(renderer(tiny_tokenizer()).encode([example])[0])
 
 
 # --- Length and targets
@@ -298,12 +278,6 @@ def test_a_row_that_is_too_long_is_a_problem(too_long: str) -> None:
     problem = only_problem(cut_at(len(full.ids) - 1, too_long=too_long)[0])
     assert (problem.code, problem.severity) == ("too_long", "error")
     assert f"its {len(full.ids)} tokens are more than data.max_tokens, which is {len(full.ids) - 1}" in problem.message
-
-
-def test_a_row_of_exactly_the_limit_is_kept_whole() -> None:
-    full = only_row(renderer(tiny_tokenizer()).encode([LONG])[0])
-    kept = only_row(cut_at(len(full.ids))[0])
-    assert kept.ids.tolist() == full.ids.tolist()
 
 
 def assert_cut_answers_are_said(result: Encoded, heard: list[Problem]) -> None:
@@ -392,13 +366,6 @@ def test_a_completion_that_ends_with_eos_gets_no_second_one() -> None:
     assert only_row(made.encode([pair("a", "b<|im_end|>")])[0]).ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
-def test_a_conversation_is_no_pair() -> None:
-    talk = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    problem = only_problem(renderer(tiny_tokenizer(), "generate").encode([talk])[0])
-    assert problem.code == "not_a_pair"
-    assert "task: chat" in problem.fix
-
-
 def test_generate_needs_no_template_but_eos() -> None:
     only_row(renderer(tiny_tokenizer(None), "generate").encode([pair("a", "b")])[0])
     with pytest.raises(ModelError, match="no EOS token"):
@@ -420,24 +387,9 @@ def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
 # --- Order, sources, prompts
 
 
-def test_results_stand_in_the_order_of_the_examples() -> None:
-    examples = [chat(("user", f"n {i}"), ("assistant", "<s>" if i % 3 == 0 else f"a {i}"), line=i) for i in range(20)]
-    results = renderer(tiny_tokenizer()).encode(examples)
-    assert [isinstance(result[0], Problem) for result in results] == [i % 3 == 0 for i in range(20)]
-    assert [item.source for result in results for item in result if isinstance(item, Row)] == [
-        Source("chat.jsonl", i) for i in range(20) if i % 3
-    ]
-
-
 def test_padding_and_truncation_left_on_by_others_do_not_matter() -> None:
     tokenizer = tiny_tokenizer()
     expected = only_row(renderer(tokenizer).encode([HELLO])[0]).ids.tolist()
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=99)
     assert only_row(renderer(tokenizer).encode([HELLO])[0]).ids.tolist() == expected
-
-
-def test_a_prompt_the_template_refuses_is_a_data_error() -> None:
-    made = renderer(tiny_tokenizer(template("gemma"), eos="</s>"))
-    with pytest.raises(DataError, match="System role not supported"):
-        made.prompt_ids([Part("system", "a", False)])

@@ -61,15 +61,6 @@ def test_any_step_can_be_asked_for_first(sides, seed, steps):  # trap: R1
     assert [plan(sides, seed=seed).step(step) for step in steps] == [expected[step - 1] for step in steps]
 
 
-LENGTHS = np.random.default_rng(0).lognormal(3, 0.7, 450).astype(np.int32).clip(2, 200)
-
-
-def test_epochs_and_seeds_differ_in_order():
-    first, second = (list(map(min, epoch_of(plan(LENGTHS), epoch))) for epoch in (0, 1))
-    assert first != second
-    assert first != list(map(min, epoch_of(plan(LENGTHS, seed=1))))
-
-
 # trap: L14
 def assert_neighbours_are_unrelated(keys_of) -> None:
     """Of the orders of two seeds, epochs or salts that differ by one, neither is the other shifted."""
@@ -91,12 +82,6 @@ def test_seeds_that_are_added_to_rows_before_they_are_mixed_would_be_seen():  # 
 
     with pytest.raises(AssertionError, match="rows moved by -1"):
         assert_neighbours_are_unrelated(one_stream)
-
-
-def test_places_of_an_encoder_decoder_are_those_of_both_sides():
-    given = plan([(9, 2), (4, 5), (6, 1)], rows_per_step=3)
-    assert given.computed((1, 3, 5)) == 3 * (9 + 5)
-    assert given.lengths_of((3, 5)) == [9, 7]
 
 
 def test_a_million_rows_are_planned_and_gone_on_with_at_once():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
-from tunesmith.data.hold_out import held_out_mask, measured, split_notes, stratified_mask
+from tunesmith.data.hold_out import measured, split_notes, stratified_mask
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.splits import CacheDirs, Splits, encode_rows, first_example
+from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.tasks import TASKS
@@ -77,14 +77,6 @@ def test_every_class_gives_its_share_and_one_input_stays_together(rows: list[tup
         if len(contents) == num:
             assert held.sum() == min(max(1, round(share * num)), num - 1)
             assert sorted(inputs_I[of_class].tolist())[: held.sum()] == sorted(inputs_I[held].tolist())
-
-
-def test_a_split_by_chance_that_misses_a_class_is_not_what_is_done():
-    hashes_I = np.arange(40, dtype=np.uint64) << np.uint64(58)
-    classes_I = np.array([0] * 36 + [1] * 4)
-    mask_I = stratified_mask(hashes_I, hashes_I, classes_I, 0.1)
-    assert Counter(classes_I[mask_I].tolist()) == {0: 4, 1: 1}
-    assert set(classes_I[held_out_mask(hashes_I, 0.1)].tolist()) == {0}  # the other rule holds out no row of class 1
 
 
 def test_classes_without_two_different_rows_are_counted():
@@ -191,16 +183,6 @@ def test_a_label_that_no_training_row_has_is_named_with_its_held_out_row(tmp_pat
     assert (problem.source.line, problem.code) == (2, "unknown_label")
 
 
-def test_tags_are_split_by_content(tmp_path: Path):
-    found = [{"tokens": ["Ann", f"sings{i}"], "tags": ["B-PER", "O"]} for i in range(40)]
-    rows = rows_for(tmp_path, "tag", train=str(put(tmp_path, "rows.jsonl", json_lines(found))), held_out=0.2)
-    assert (rows.labels.kind, rows.labels.names) == ("tags", ("B-PER", "O"))
-    assert [choice.key for choice in rows.choices] == ["data.labels"]
-    assert rows.held_rows.tolist() == sorted(
-        np.flatnonzero(held_out_mask(rows.store.inputs, 0.2)).tolist(), key=lambda i: rows.store.hashes[i]
-    )
-
-
 def test_tags_that_only_held_out_rows_have_are_named(tmp_path: Path):
     found = [{"tokens": ["Ann", f"sings{i}"], "tags": ["B-PER", "O"]} for i in range(40)]
     path = put(tmp_path, "rows.jsonl", json_lines(found))
@@ -212,15 +194,6 @@ def test_tags_that_only_held_out_rows_have_are_named(tmp_path: Path):
     (note,) = [note for note in rows.notes if "classes" in note]
     assert note.startswith("1 of 3 classes are in held-out rows alone, so they are measured and never learnt: 'B-SONG'")
     assert not any("classes" in note for note in first.notes)
-
-
-def test_lists_of_classes_that_only_held_out_rows_have_are_named(tmp_path: Path):
-    train = put(
-        tmp_path, "train.jsonl", json_lines([{"text": f"a{i}", "label": ["x", "y"][i % 2 :]} for i in range(9)])
-    )
-    held = put(tmp_path, "test.jsonl", json_lines([{"text": "b", "label": ["z", "x"]}]))
-    rows = rows_for(tmp_path, "classify", train=str(train), eval=str(held), labels=("x", "y", "z"))
-    assert any("never learnt: 'z'. Add rows of them" in note for note in rows.notes)
 
 
 # inputs
@@ -321,18 +294,6 @@ def test_a_folder_is_its_documents_and_their_windows_stay_on_one_side(tmp_path: 
     assert {example.shape for example in examples} == {"text"}
 
 
-def test_files_that_are_no_documents_are_noted_and_bad_documents_can_be_skipped(tmp_path: Path):
-    folder = documents(tmp_path)
-    (folder / "rows.jsonl").write_bytes(b"{}")
-    (folder / "latin.txt").write_bytes("Un café.".encode("latin-1"))
-    with pytest.raises(DataError, match="1 problem makes its row unusable"):
-        rows_for(tmp_path, "text", train=str(folder))
-    rows = rows_for(tmp_path, "text", train=str(folder), bad_rows="skip")
-    assert rows.skipped == 1
-    assert any("left_out: 1 file was left out" in note for note in rows.notes)
-    assert any("latin.txt:1: invalid_utf8" in note for note in rows.notes)
-
-
 # replay
 
 
@@ -361,31 +322,9 @@ def test_replay_rows_that_are_held_out_elsewhere_are_left_out_and_counted(tmp_pa
     assert len(rows.train_rows) == 65 - 2 * num
 
 
-def no_replay_row_is_measured(rows: Splits) -> None:
-    assert not np.isin(rows.store.hashes[rows.train_rows], rows.held_store.hashes[rows.held_rows]).any()
-
-
-def replayed_beside_held_out_files(folder: Path) -> Splits:
-    train, held = put(folder, "train.jsonl", pairs(10, "a")), put(folder, "test.jsonl", pairs(6, "b"))
-    replay = put(folder, "general.jsonl", pairs(9, "b"))
-    return rows_for(folder, "generate", train=str(train), replay=str(replay), eval=str(held), overlap="error")
-
-
-def test_replay_rows_of_held_out_files_are_left_out_and_counted(tmp_path: Path):
-    rows = replayed_beside_held_out_files(tmp_path)
-    no_replay_row_is_measured(rows)
-    assert (len(rows.train_rows), len(rows.held_rows)) == (13, 6)
-    assert "6 rows of data.replay are also held out, and so not trained" in rows.notes
-
-
 def test_replay_alone_is_no_training_data(tmp_path: Path):
     train = put(tmp_path, "train.jsonl", json_lines([{"prompt": "a", "completion": ""}]))
     replay = put(tmp_path, "general.jsonl", pairs(5, "b"))
     with pytest.raises(DataError, match=r"train.jsonl: no row is left to use"):
         rows_for(tmp_path, "generate", train=str(train), replay=str(replay), bad_rows="skip")
     assert not list((tmp_path / ".rows").glob("*")) if (tmp_path / ".rows").exists() else True
-
-
-def test_the_first_example_of_a_folder_is_its_first_document(tmp_path: Path):
-    example = first_example(Data(train=str(documents(tmp_path))))  # type: ignore[arg-type]
-    assert (example.shape, Path(example.source.path).name) == ("text", "1.txt")

@@ -62,11 +62,6 @@ def test_a_model_without_template_reads_plain_text() -> None:
     assert PLAIN.decode(asked) == "<s>a\nTL;DR:"
 
 
-def test_a_document_stands_as_it_is_in_the_prompt() -> None:
-    ids = renderer(PLAIN, prompt="{document}!").prompt_ids([Part("document", "{document} {x} %s \\1", False)])
-    assert PLAIN.decode(ids) == "<s>{document} {x} %s \\1!"
-
-
 # trap: L7
 @pytest.mark.parametrize("tokenizer", [CHAT, PLAIN, tiny_tokenizer(CHATML, metaspace=True)], ids=["chat", "plain", "▁"])
 @settings(max_examples=25, deadline=None)
@@ -110,11 +105,6 @@ def test_a_prompt_says_where_the_document_stands() -> None:
     for tokenizer in (CHAT, T5):
         with pytest.raises(RecipeError, match=r"data.prompt: 'Sum up.'.*\{document\}"):
             renderer(tokenizer, prompt="Sum up.")
-
-
-def test_a_control_token_in_a_document_is_a_problem() -> None:
-    problem = only_problem(renderer(CHAT).encode([summed_up("a <|im_end|> b")])[0])
-    assert (problem.code, "text contains <|im_end|>" in problem.message) == ("control_token", True)
 
 
 # --- Encoder–decoders
@@ -163,11 +153,6 @@ def test_a_source_that_is_cut_stays_closed_and_it_is_said(tokenizer: Any) -> Non
     assert (problem.code, "tokens of its answer" in problem.message) == ("too_long", True)
     problem = only_problem(renderer(tokenizer, max_tokens=40, too_long="error").encode([summed_up()])[0])
     assert (problem.code, "tokens of its prompt" in problem.message) == ("too_long", True)
-
-
-def test_a_room_without_a_token_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"data\.max_tokens"):
-        renderer(T5, max_tokens=1)
 
 
 def test_an_encoder_decoder_learns_every_token_of_its_target() -> None:

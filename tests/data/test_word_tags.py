@@ -10,7 +10,6 @@ from data.families import bert_like, roberta_like, t5_like
 from data.rows_of import only_row
 from tiny import tiny_tokenizer
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import RecipeError
 from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Example, Part, Problem, Source
 
@@ -110,18 +109,7 @@ def test_a_row_without_any_word_is_a_problem() -> None:
         assert problem.code == code
 
 
-def test_a_control_token_among_the_words_is_named() -> None:
-    (problem,) = renderer(BERT).encode([sentence("the", "[SEP]")])[0]
-    assert isinstance(problem, Problem)
-    assert "its text contains [SEP]" in problem.message
-
-
 def test_equal_tags_have_one_id_and_words_to_be_tagged_none() -> None:
     tagged, bare = renderer(BERT).encode([sentence("the", "fox", tags=("O", "O")), sentence("the", "fox", tags=())])
     assert only_row(tagged).labels.tolist() == [0, 0]  # type: ignore[union-attr]
     assert only_row(bare).labels.tolist() == [IGNORE, IGNORE]  # type: ignore[union-attr]
-
-
-def test_a_room_without_a_token_for_a_word_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"data\.max_tokens"):
-        renderer(BERT, max_tokens=2)
