@@ -17,7 +17,7 @@ from serve.running import Running, running, wait_for
 from tunesmith.errors import InputError
 from tunesmith.serve import app, http, middleware, request_schemas
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, ApiKeys, read_keys
-from tunesmith.serve.responses import RequestError, Usage
+from tunesmith.serve.protocol import RequestError
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
@@ -92,7 +92,7 @@ def test_a_key_that_is_asked_for_by_path_lets_others_in(locked: Running, monkeyp
         return right(self, scope)  # type: ignore[arg-type]
 
     def replace_rules(old: AccessMiddleware) -> AccessMiddleware:
-        return AccessMiddleware(old.app, replace(old.policy, keys=None))
+        return AccessMiddleware(old.app, replace(old.policy, keys=None), ())
 
     monkeypatch.setattr(AccessMiddleware, "_refusal", by_path)
     with pytest.raises(AssertionError):
@@ -150,7 +150,7 @@ def web_pages_stay_outside(server: Running) -> None:
 
 def test_web_pages_stay_outside(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     web_pages_stay_outside(server)
-    monkeypatch.setattr(AccessMiddleware, "_allowed_origin", lambda self, scope: "*")
+    monkeypatch.setattr(AccessMiddleware, "_wrong_source", lambda self, scope: None)
     with pytest.raises(AssertionError):
         web_pages_stay_outside(server)
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_a_page_that_is_allowed_may_ask() -> None:
         asked = {"Origin": page, "Access-Control-Request-Method": "POST"}
         asked["Access-Control-Request-Headers"] = "authorization,content-type"
         status, _, head = server.ask("OPTIONS", "/v1/chat/completions", headers=asked)
-        assert status == 204
+        assert status == 200
         assert f"access-control-allow-origin: {page}" in head
         assert "authorization" in head
         status, _, head = server.ask("POST", "/v1/chat/completions", CHAT, headers={"Origin": page})
@@ -380,20 +380,12 @@ def quoting(app_: AccessMiddleware, scope: dict[str, object]) -> RequestError | 
     )
 
 
-def told_with_headers(app_: AccessMiddleware, scope: dict[str, object], *told: object) -> None:
-    """The planted bug: the line of a request has its headers where nothing was found."""
-    for listener in app_.listeners:
-        listener(middleware.RequestLog("0", "POST", str(scope["headers"]), "", 401, 0.0, Usage()))
-
-
 def test_a_key_is_nowhere_but_in_the_hand(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     a_key_is_nowhere_but_in_the_hand(locked)
-    for name, planted in (("_wrong_key", quoting), ("_log", told_with_headers)):
-        with monkeypatch.context() as patched:
-            patched.setattr(AccessMiddleware, name, planted)
-            with pytest.raises(AssertionError):
-                a_key_is_nowhere_but_in_the_hand(locked)
-        locked.answered.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(AccessMiddleware, "_wrong_key", quoting)
+        with pytest.raises(AssertionError):
+            a_key_is_nowhere_but_in_the_hand(locked)
     # The planted bug: keys are kept as they were read.
     kept = ApiKeys((KEY.encode(),))
     locked.gate.policy, locked.policy, before = (

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from tunesmith import __version__
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
@@ -39,9 +39,9 @@ from tunesmith.serve.responses import (
     ChatFormat,
     CompletionFormat,
     Events,
-    EventStream,
     Format,
     Usage,
+    event_stream,
     json_response,
     on_error,
     whole_answer,
@@ -96,7 +96,7 @@ def make_app(
         """Counters for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return AccessMiddleware(api, policy, [metrics.count, *listeners])
+    return AccessMiddleware(api, policy, (metrics.count, *listeners))
 
 
 def _page_policy() -> str:
@@ -143,18 +143,11 @@ def make_router(engine: Engine) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
         """The answer to a conversation."""
-        card = find_model(engine, body.model, "text")
-        tools = tuple(body.tools) if body.tool_choice != "none" else ()
-        generation = GenerationRequest(
-            messages=tuple(body.messages), tools=tools,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            json_schema=body.response_format.wanted,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            **body.sampling,
-        )  # fmt: skip
+        card, generation = find_model(engine, body.model, "text"), body.to_request()
         events = engine.generate(generation)
-        if tools and card.calls is not None:
-            events = with_tool_calls(events, card.calls, {str(tool["function"]["name"]) for tool in tools})
+        if generation.tools and card.calls is not None:
+            names = {str(tool["function"]["name"]) for tool in generation.tools}
+            events = with_tool_calls(events, card.calls, names)
         return await _answer(events, body, request, ChatFormat(logprobs=body.logprobs, n=body.n), prefix="chatcmpl")
 
     @router.post("/v1/completions")
@@ -206,7 +199,8 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
     async def classify(body: ClassifyBody, request: Request) -> Response:
         """A label for each text, and the probability of each class."""
         find_model(engine, body.model, "labels")
-        lines = await engine.classify(body.model, body.input)
+        texts = [one if isinstance(one, str) else (one.text, one.text_pair) for one in body.input]
+        lines = await engine.classify(body.model, texts)
         data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
         return json_response({"object": "list", "data": data, "model": body.model})
 
@@ -230,7 +224,10 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
         await events.aclose()
         raise
     shows_usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(first, events, head, form, usage, shows_usage=shows_usage)
+    pieces = event_stream(first, events, head, form, usage, shows_usage=shows_usage)
+    # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
+    headers = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
+    return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
 
 
 def _base64(vector: Sequence[float]) -> str:

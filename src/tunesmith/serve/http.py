@@ -8,7 +8,7 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,38 +139,15 @@ class BoundedConnection(H11Protocol):
         self.transport.close()
 
 
-class HttpServer(uvicorn.Server):
-    """uvicorn's server, ended by its caller and not by signals of its own."""
-
-    should_stop: Callable[[], bool]
-    """Looked at a few times a second: no more often is a core woken that a run may want."""
-    has_ended: asyncio.Event
-
-    async def main_loop(self) -> None:
-        while not self.should_stop():
-            await self.on_tick(0)  # the date of answers
-            await asyncio.sleep(_POLL_S)
-        self.has_ended.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
-def make_server(app: AccessMiddleware, *, grace_s: float) -> HttpServer:
-    """A server of `app` that waits so long for requests under way once `should_exit` is set."""
-    # uvicorn's own log would quote requests; the middleware logs what may be shown.
-    silent = {"handlers": ["nowhere"], "level": "CRITICAL", "propagate": False}
+def make_server(app: AccessMiddleware, *, grace_s: float) -> uvicorn.Server:
+    """A server of `app`, ended by its caller and not by signals of its own, that waits so long for requests under way
+    once `should_exit` is set."""
     settings: dict[str, Any] = {
         "http": BoundedConnection,
         "ws": "none",
         "lifespan": "off",
-        "log_config": {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "handlers": {"nowhere": {"class": "logging.NullHandler"}},
-            "loggers": {"uvicorn": silent},
-        },
+        "log_config": None,  # uvicorn's own log would quote requests; the middleware logs what may be shown
+        "log_level": "critical",
         "access_log": False,
         "proxy_headers": False,
         "server_header": False,
@@ -178,16 +155,18 @@ def make_server(app: AccessMiddleware, *, grace_s: float) -> HttpServer:
         "timeout_graceful_shutdown": int(grace_s) + AFTER_GRACE_S,
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
     }
-    return HttpServer(uvicorn.Config(app, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    return server
 
 
 async def serve(
-    server: HttpServer, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
+    server: uvicorn.Server, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
 ) -> None:
     """Answer until `should_stop()`; then refuse new requests, finish the others within the grace, and end."""
-    server.should_stop, server.has_ended = should_stop, asyncio.Event()
-    serving, ended = (asyncio.create_task(one) for one in (server.serve([bound.socket]), server.has_ended.wait()))
-    await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
-    ended.cancel()
+    serving = asyncio.create_task(server.serve([bound.socket]))
+    while not (should_stop() or serving.done()):
+        await asyncio.sleep(_POLL_S)
+    server.should_exit = True
     # The engine ends in time what takes longer, so that each client gets a reason.
     await asyncio.gather(serving, engine.close(grace_s))

@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,15 +32,9 @@ CLIENT_GONE = 499
 KEY_VARIABLE = "TUNESMITH_API_KEY"
 PROJECT: ContextVar[str | None] = ContextVar("project", default=None)
 """The project of the request under way, if an Admission gave it one."""
-READ_QUERIES = ("/v1/files", "/v1/fine_tuning")
-"""Beginnings of paths whose routes, of jobs, read the query of a URL."""
 
 _MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
-_PREFLIGHT = (
-    (b"access-control-allow-methods", b"GET, POST, DELETE"),
-    (b"access-control-max-age", b"600"),
-)
 
 
 @dataclass(frozen=True)
@@ -132,21 +127,29 @@ class AccessPolicy:
     """Answers for which no route is needed."""
 
 
-@dataclass
 class AccessMiddleware:
     """An ASGI app around another: refuses what the policy does not allow, cancels what nobody waits for, logs all."""
 
-    app: ASGIApp
-    policy: AccessPolicy
-    listeners: list[Callable[[RequestLog], None]] = field(default_factory=list)
-    num_active: int = 0
+    def __init__(self, app: ASGIApp, policy: AccessPolicy, listeners: Sequence[Callable[[RequestLog], None]]) -> None:
+        self.app, self.policy, self.listeners = app, policy, listeners
+        self.num_active = 0
+        # Outside of the rules, so that a page that is allowed can read why it is refused.
+        self._with_cors = CORSMiddleware(
+            self._handle, allow_origins=tuple(policy.origins), allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",), expose_headers=("*",),
+        )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-            return
+        elif _headers(scope, b"origin") and _headers(scope, b"origin")[0].decode("latin-1") in self.policy.origins:
+            await self._with_cors(scope, receive, send)
+        else:
+            await self._handle(scope, receive, send)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
-        response = _Response(send, secrets.token_hex(8), self._allowed_origin(scope))
+        response = _Response(send, secrets.token_hex(8))
         scope.setdefault("state", {})["request_id"] = response.id
         self.num_active += 1
         fault, is_gone = "", False
@@ -168,8 +171,12 @@ class AccessMiddleware:
                 raise  # the server closes the connection: half an answer must not look whole
         finally:
             self.num_active -= 1
+            usage, route = scope["state"].get("usage") or Usage(), getattr(scope.get("route"), "path", "")
             status = CLIENT_GONE if is_gone else response.status or 500
-            self._log(scope, response.id, status, time.monotonic() - started, fault)
+            seconds = time.monotonic() - started
+            log = RequestLog(response.id, scope["method"], str(scope["path"]), route, status, seconds, usage, fault)
+            for listener in self.listeners:
+                listener(log)
 
     async def _until_disconnect(self, scope: Scope, receive: Receive, response: _Response) -> None:
         """Answer; raises ClientDisconnect when the client goes away before the end."""
@@ -188,7 +195,7 @@ class AccessMiddleware:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        tasks = [asyncio.create_task(self._answer(scope, receiving, response)), asyncio.create_task(disconnected())]
+        tasks = [asyncio.ensure_future(one) for one in (self.app(scope, receiving, response), disconnected())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not (tasks[0].done() or response.is_complete):
@@ -199,17 +206,8 @@ class AccessMiddleware:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _is_preflight(scope):
-            wanted = _headers(scope, b"access-control-request-headers")  # of an origin that is allowed
-            headers = [*_PREFLIGHT, *((b"access-control-allow-headers", names) for names in wanted)]
-            await send({"type": "http.response.start", "status": 204, "headers": headers})
-            await send({"type": "http.response.body", "body": b""})
-        else:
-            await self.app(scope, receive, send)
-
     def _refusal(self, scope: Scope) -> RequestError | None:
-        return self._wrong_source(scope) or self._wrong_key(scope) or self._not_now(scope)
+        return self._wrong_source(scope) or self._wrong_key(scope) or self._not_now()
 
     def _wrong_source(self, scope: Scope) -> RequestError | None:
         if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
@@ -224,7 +222,7 @@ class AccessMiddleware:
             message = "The Host of this request is not one that is served here. Allow it with --allow-host NAME."
             return RequestError(message, status=403, code="host_not_allowed")
         own = (b"http://" + hosts[0].lower(), b"https://" + hosts[0].lower())
-        if origins and origins[0].lower() not in own and self._allowed_origin(scope) is None:
+        if any(one.lower() not in own and one.decode("latin-1") not in self.policy.origins for one in origins):
             message = "Web pages of this origin may not send requests here. Allow it with --allow-origin URL."
             return RequestError(message, status=403, code="origin_not_allowed")
         return None
@@ -247,10 +245,7 @@ class AccessMiddleware:
                 return error
         return None
 
-    def _not_now(self, scope: Scope) -> RequestError | None:
-        if scope["query_string"] and not str(scope["path"]).startswith(READ_QUERIES):
-            message = "Nothing is read from the query of a URL. Parameters belong in the body, a key in a header."
-            return RequestError(message, code="unknown_parameter")
+    def _not_now(self) -> RequestError | None:
         if self.num_active > self.policy.max_requests:
             message = f"{self.policy.max_requests} requests are under way, and no more are taken. Try again soon."
             return RequestError(message, status=429, code="too_many_requests")
@@ -266,25 +261,13 @@ class AccessMiddleware:
             return True
         return name in self.policy.hosts
 
-    def _allowed_origin(self, scope: Scope) -> str | None:
-        origins = [origin.decode("latin-1") for origin in _headers(scope, b"origin")]
-        return origins[0] if len(origins) == 1 and origins[0] in self.policy.origins else None
-
-    def _log(self, scope: Scope, request_id: str, status: int, seconds: float, fault: str) -> None:
-        usage = scope["state"].get("usage") or Usage()
-        route = getattr(scope.get("route"), "path", "")
-        log = RequestLog(request_id, scope["method"], str(scope["path"]), route, status, seconds, usage, fault)
-        for listener in self.listeners:
-            listener(log)
-
 
 class _Response:
     """`send` that remembers the status and adds the headers of every answer."""
 
-    def __init__(self, send: Send, request_id: str, origin: str | None) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
         self.id = request_id
-        self._origin = origin
         self.status = 0
         self.is_complete = False
 
@@ -295,9 +278,6 @@ class _Response:
             headers += [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
             if not any(name == b"cache-control" for name, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
-            if self._origin is not None:
-                headers += [(b"access-control-allow-origin", self._origin.encode("latin-1")), (b"vary", b"Origin")]
-                headers.append((b"access-control-expose-headers", b"*"))
             message = {**message, "headers": headers}
         await self._send(message)
         self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -308,13 +288,8 @@ def _headers(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def _is_for_all(scope: Scope) -> bool:
-    """Browsers ask without a key whether a page of this origin may send requests. The page at / is not secret."""
-    is_question = bool(_headers(scope, b"origin")) and _is_preflight(scope)
-    return is_question or (scope["method"] == "GET" and scope["path"] == "/")
-
-
-def _is_preflight(scope: Scope) -> bool:
-    return scope["method"] == "OPTIONS" and bool(_headers(scope, b"access-control-request-method"))
+    """The page at / is not secret."""
+    return bool(scope["method"] == "GET" and scope["path"] == "/")
 
 
 def _where(error: BaseException) -> str:

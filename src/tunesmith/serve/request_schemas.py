@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import difflib
 import email.message
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from tunesmith.data.formats.chats import parse_chat
-from tunesmith.data.read_json import BadRow, check_depth, loads
-from tunesmith.serve.protocol import RequestError
+from tunesmith.data.read_json import BadRow, loads
+from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.types import Source
 
 MAX_BYTES = 1 << 20
@@ -25,13 +24,12 @@ MAX_DEPTH = 64
 TIMEOUT_S = 30.0
 DRAINED_BYTES = 16 * MAX_BYTES
 """Read of a body that is too large: a client that is cut off while it writes does not read the answer."""
-MAX_STOPS = 4
 MAX_INPUTS = 2048
 
 NO_EFFECT = (
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 )  # fmt: skip
-"""Accepted without effect. docs/serve.md has the same three tables, and a test compares them."""
+"""Accepted without effect. docs/serve.md has the same two tables, and a test compares them."""
 ONLY: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -43,18 +41,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 """Accepted with these values, which change nothing."""
-REFUSED = {
-    "audio": "models here read and write text.",
-    "function_call": "no function can be forced. Give tools, which the model's template shows it.",
-    "functions": "give tools, which replaced them.",
-    "logprobs": "/v1/chat/completions has them.",
-    "moderation": "nothing is moderated here.",
-    "prediction": "nothing is predicted ahead here.",
-    "reasoning_effort": "a model reasons as it was tuned to.",
-    "verbosity": "a model writes as it was tuned to.",
-    "web_search_options": "nothing is searched here.",
-    "dimensions": "a vector has the size that its model gives it.",
-}
 
 
 class StrictRoute(APIRoute):
@@ -75,18 +61,14 @@ class StrictRoute(APIRoute):
 
 
 def check_headers(request: Request) -> None:
-    """Raises RequestError 415 for a body that is not declared as plain JSON in UTF-8."""
+    """Raises RequestError 415 for a body that is not declared as plain JSON in UTF-8: a web page may send others."""
     header = email.message.Message()
     header["content-type"] = request.headers.get("content-type", "")
-    if header.get_content_type() != "application/json":
-        message = "The body has to be sent as Content-Type: application/json."
-    elif header.get_content_charset() not in (None, "utf-8", "utf8"):
-        message = "The body has to be UTF-8."
-    elif request.headers.get("content-encoding", "identity") != "identity":
-        message = "The body has to be sent as it is, without a Content-Encoding."
-    else:
-        return
-    raise _closing(415, "unsupported_media_type", message)
+    is_json = header.get_content_type() == "application/json"
+    is_plain = request.headers.get("content-encoding", "identity") == "identity"
+    if not (is_json and is_plain and header.get_content_charset() in (None, "utf-8", "utf8")):
+        message = "The body has to be sent as Content-Type: application/json, in UTF-8 and without a Content-Encoding."
+        raise _closing(415, "unsupported_media_type", message)
 
 
 async def _read(request: Request) -> bytes:
@@ -94,15 +76,12 @@ async def _read(request: Request) -> bytes:
 
     async def receive() -> None:
         nonlocal num_bytes
-        more = True
-        while more and num_bytes <= DRAINED_BYTES:
-            event = await request.receive()
-            if event["type"] == "http.disconnect":
-                raise ClientDisconnect
-            num_bytes += len(event.get("body", b""))
+        async for piece in request.stream():
+            num_bytes += len(piece)
             if num_bytes <= MAX_BYTES:
-                kept.extend(event.get("body", b""))
-            more = event.get("more_body", False)
+                kept.extend(piece)
+            elif num_bytes > DRAINED_BYTES:
+                break
 
     try:
         await asyncio.wait_for(receive(), TIMEOUT_S)
@@ -120,49 +99,15 @@ def _closing(status: int, code: str, message: str) -> RequestError:
 
 def _parse(raw: bytes) -> Any:
     try:
-        check_depth(raw, MAX_DEPTH)
-    except BadRow:
-        raise RequestError(f"The body nests deeper than {MAX_DEPTH}.", code="invalid_json") from None
-    try:
         return loads(raw, depth=MAX_DEPTH)
     except BadRow as bad:
-        message = "it stops before its end" if bad.code == "truncated_json" else f"{bad.message}. {bad.fix}".strip()
-        raise RequestError(f"The body cannot be read as JSON: {message}", code="invalid_json") from None
+        raise RequestError(f"The body cannot be read as JSON: {bad.message}.", code="invalid_json") from None
 
 
 def refuse(code: str, param: str, message: str) -> PydanticCustomError:
     """An error with its code and parameter, which the answer names."""
     # pydantic fills in {names} of a message: a client's text must not be read as one.
     return PydanticCustomError("refused", "{message}", {"code": code, "param": param, "message": message})
-
-
-def without_unused(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """The parameters that are given and have a meaning here. Null is the same as missing.
-
-    Raises PydanticCustomError naming every parameter that is unknown or would have to be ignored.
-    """
-    known = set(known)
-    problems = [(name, *found) for name, value in given.items() if (found := _problem(name, value, known))]
-    if problems:
-        name, code, _ = problems[0]
-        raise refuse(code, name, " ".join(message for _, _, message in problems[:10]))
-    return {name: value for name, value in given.items() if name in known and value is not None}
-
-
-def _problem(name: str, value: Any, known: set[str]) -> tuple[str, str] | None:
-    """(code, message) of a parameter that cannot be ignored."""
-    if name in known or name in NO_EFFECT or (value is None and (name in ONLY or name in REFUSED)):
-        return None
-    if name in ONLY:
-        if any(type(value) is type(allowed) and value == allowed for allowed in ONLY[name]):
-            return None
-        allowed = " or ".join(repr(value) for value in ONLY[name])
-        return "unsupported_value", f"{name}: only {allowed} is supported here."
-    if name in REFUSED:
-        return "unsupported_parameter", f"{name}: not supported here: {REFUSED[name]}"
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f", did you mean {near[0]}?" if near else "."
-    return "unknown_parameter", f"{name[:60]}: unknown parameter{hint}"
 
 
 class StrictModel(BaseModel):
@@ -172,12 +117,28 @@ class StrictModel(BaseModel):
 
 
 class Parameters(StrictModel):
-    """An object of parameters: null is the same as missing, and unknown ones are named with what may be meant."""
+    """An object of parameters: null is the same as missing, and all that would have to be ignored are named at once,
+    with what may be meant."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_parameters(cls, given: Any) -> Any:
-        return without_unused(given, cls.model_fields) if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        problems = []
+        for name, value in given.items():
+            if name in cls.model_fields or name in NO_EFFECT or (value is None and name in ONLY):
+                continue
+            allowed = ONLY.get(name, ())
+            if any(type(value) is type(one) and value == one for one in allowed):
+                continue
+            near = difflib.get_close_matches(name, cls.model_fields, n=1)
+            said = f"unknown parameter{f', did you mean {near[0]}?' if near else '.'}"
+            said = f"only {' or '.join(map(repr, allowed))} is supported here." if allowed else said
+            problems.append((name, "unsupported_value" if allowed else "unknown_parameter", f"{name[:60]}: {said}"))
+        if problems:
+            raise refuse(problems[0][1], problems[0][0], " ".join(said for _, _, said in problems[:10]))
+        return {name: value for name, value in given.items() if name in cls.model_fields and value is not None}
 
 
 class Body(Parameters):
@@ -186,13 +147,9 @@ class Body(Parameters):
     model: str
 
 
-def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError("should be a text, or a list of texts, none of them empty")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"should have at most {MAX_STOPS} texts, and has {len(stops)}")
-    return stops
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A text or a list of texts."""
 
 
 class StreamOptions(StrictModel):
@@ -209,7 +166,7 @@ class SampledBody(Body):
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = []
+    stop: Texts = Field([], max_length=4)
     n: int = Field(1, ge=1, le=128)
     presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
@@ -225,8 +182,8 @@ class SampledBody(Body):
     @property
     def sampling(self) -> dict[str, Any]:
         """The fields of a GenerationRequest that both kinds share."""
-        names = ("model", "temperature", "top_p", "seed", "n", "presence_penalty", "frequency_penalty")
-        return {"stop": tuple(self.stop), **{name: getattr(self, name) for name in names}}
+        names = {"model", "temperature", "top_p", "seed", "n", "presence_penalty", "frequency_penalty"}
+        return {**self.model_dump(include=names), "stop": tuple(self.stop)}
 
 
 class JsonSchema(StrictModel):
@@ -258,50 +215,18 @@ class ResponseFormat(StrictModel):
         return {} if self.json_schema is None else self.json_schema.schema_
 
 
-def _messages(value: Any) -> Any:
-    if not isinstance(value, list) or not value:
-        raise ValueError("should be a list of at least one message")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def _message(message: Any, place: str) -> dict[str, Any]:
-    """A message without nulls and with the parts of its content joined, as in training."""
-    if not isinstance(message, dict):
-        example = '{"role": "user", "content": "Hi"}'
-        raise refuse("invalid_value", place, f"{place}: should be an object such as {example}.")
-    kept = {name: value for name, value in message.items() if value is not None or name == "content"}
-    if isinstance(kept.get("content"), list):
-        kept["content"] = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(kept["content"]))
-    return kept
-
-
-def _part(part: Any, place: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text":
-        message = f"{place}: a part of type {str(kind)[:40]!r}: models here read text."
-        raise refuse("unsupported_content", place, message)
-    if not isinstance(part.get("text"), str):
-        raise refuse("invalid_value", place, f"{place}: a part without a text.")
-    return str(part["text"])
-
-
-def _tool_choice(value: Any) -> Any:
-    if value not in ("auto", "none"):
-        message = "tool_choice: auto or none: a call cannot be forced, the model decides."
-        raise refuse("unsupported_value", "tool_choice", message)
-    return value
-
-
 class ChatBody(SampledBody):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[dict[str, Any]], BeforeValidator(_messages)]
+    messages: list[Any] = Field(min_length=1)
+    """Held to the rules of training rows."""
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat = ResponseFormat(type="text")
     tools: list[dict[str, Any]] = Field([], max_length=128)
-    tool_choice: Annotated[Literal["auto", "none"], BeforeValidator(_tool_choice)] = "auto"
+    tool_choice: Literal["auto", "none"] = "auto"
+    """A call cannot be forced: the model decides."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
@@ -310,11 +235,27 @@ class ChatBody(SampledBody):
         if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
             message = "max_tokens and max_completion_tokens: two names of one limit, and they differ. Give one."
             raise refuse("invalid_value", "max_tokens", message)
-        record = {"messages": [dict(message) for message in self.messages], "tools": list(self.tools)}
-        found = parse_chat(record, Source("messages", 1), answered=False)  # the rules of training rows
+        record = {"messages": self.messages, "tools": self.tools}
+        found = parse_chat(record, Source("messages", 1), answered=False)
         if isinstance(found, list):
             raise refuse("invalid_messages", "messages", " ".join(problem.message for problem in found[:10]))
         return self
+
+    def to_request(self) -> GenerationRequest:
+        """As the engine takes it: without nulls, and each content one text, as in training."""
+
+        def one_text(content: Any) -> Any:
+            return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+        fields = [{name: value for name, value in one.items() if value is not None} for one in self.messages]
+        return GenerationRequest(
+            messages=tuple({**one, "content": one_text(one.get("content"))} for one in fields),
+            tools=tuple(self.tools) if self.tool_choice == "auto" else (),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            json_schema=self.response_format.wanted,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            **self.sampling,
+        )
 
 
 def _prompt(value: Any) -> str | Sequence[int]:
@@ -334,57 +275,39 @@ class CompletionBody(SampledBody):
     prompt: Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | list[str] | list[int])]
 
 
-def _texts(value: Any) -> Any:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("should be a text, or a list of texts, none of them empty; token ids are not read here")
-    return texts
-
-
 class EmbeddingBody(Body):
     """POST /v1/embeddings"""
 
-    input: Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])] = Field(
-        max_length=MAX_INPUTS
-    )
+    input: Texts = Field(min_length=1, max_length=MAX_INPUTS)
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
     input_type: Literal["query", "document"] = "document"
 
 
 def _documents(value: Any) -> Any:
-    texts = [one.get("text") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError('should be a list of texts, or of {"text": ...}')
-    return texts
+    return [one.get("text") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else value
 
 
 class RerankBody(Body):
     """POST /v1/rerank"""
 
-    query: str = Field(min_length=1)
-    documents: Annotated[list[str], BeforeValidator(_documents, json_schema_input_type=list[str])] = Field(
-        max_length=MAX_INPUTS
-    )
+    query: Text
+    documents: Annotated[list[str], BeforeValidator(_documents)] = Field(min_length=1, max_length=MAX_INPUTS)
+    """Each a text or {"text": ...}."""
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = True
 
 
-def _texts_or_pairs(value: Any) -> Any:
-    found = []
-    for one in value if isinstance(value, list) else [value]:
-        texts: tuple[Any, ...] = (one,) if isinstance(one, str) else ()
-        if isinstance(one, dict) and one.keys() == {"text", "text_pair"}:
-            texts = (one["text"], one["text_pair"])
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError('should be a text, {"text": ..., "text_pair": ...}, or a list of them')
-        found.append(texts[0] if len(texts) == 1 else texts)
-    return found
+class TextPair(StrictModel):
+    """Two texts that are classified together."""
+
+    text: str
+    text_pair: str
 
 
 class ClassifyBody(Body):
     """POST /v1/classify"""
 
-    input: Annotated[list[Any], BeforeValidator(_texts_or_pairs, json_schema_input_type=str | list[str])] = Field(
-        min_length=1, max_length=MAX_INPUTS
-    )
+    input: Annotated[
+        list[str | TextPair], BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+    ] = Field(min_length=1, max_length=MAX_INPUTS)

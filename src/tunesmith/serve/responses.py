@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import orjson
@@ -14,7 +15,6 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from tunesmith.serve.protocol import (
     Delta,
@@ -115,6 +115,25 @@ class Usage:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
+@dataclass
+class Answer:
+    """What was written of one answer."""
+
+    text: str = ""
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+
+    def add(self, event: Delta | ToolCall | Finished) -> None:
+        if isinstance(event, Delta):
+            self.text += event.text
+            self.tokens += event.tokens
+        elif isinstance(event, ToolCall):
+            self.calls.append(_call(event))
+        else:
+            self.reason = event.reason
+
+
 class ChatFormat:
     """Choices of /v1/chat/completions."""
 
@@ -128,35 +147,36 @@ class ChatFormat:
         """The streamed choices of one event."""
         if isinstance(event, Started):
             for index in range(self._n):
-                yield _chunk(index, {"role": "assistant", "content": "", "refusal": None})
+                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         elif isinstance(event, Delta):
-            yield _chunk(event.index, {"content": event.text}, self._logprobs(event.tokens) if event.tokens else None)
+            yield self._chunk(event.index, {"content": event.text}, tokens=event.tokens)
         elif isinstance(event, ToolCall):
-            yield _chunk(event.index, {"tool_calls": [{"index": event.number, **_call(event)}]})
+            yield self._chunk(event.index, {"tool_calls": [{"index": event.number, **_call(event)}]})
         else:
-            yield _chunk(event.index, {}, reason=event.reason)
+            yield self._chunk(event.index, {}, event.reason)
 
-    def whole(self, deltas: Sequence[Delta], calls: Sequence[ToolCall], finished: Finished) -> dict[str, Any]:
+    def _chunk(
+        self, index: int, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(tokens) if tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
         """The choice of a complete answer."""
-        text = "".join(delta.text for delta in deltas)
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
-        logprobs = self._logprobs([token for delta in deltas for token in delta.tokens])
-        return {"index": finished.index, "message": message, "logprobs": logprobs, "finish_reason": finished.reason}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.text or None, "tool_calls": answer.calls}
+        logprobs = self._logprobs(answer.tokens)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._has_logprobs:
             return None
-        listed = [{**_chat_token(one), "top_logprobs": [_chat_token(top) for top in one.top]} for one in tokens]
+        listed = [{**_token(one), "top_logprobs": [_token(top) for top in one.top]} for one in tokens]
         return {"content": listed, "refusal": None}
 
 
-def _chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+def _token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(token.bytes)}
 
 
@@ -170,17 +190,12 @@ class CompletionFormat:
     whole_object = chunk_object = "text_completion"
 
     def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Delta):
-            yield _text_choice(event.index, event.text)
-        elif isinstance(event, Finished):
-            yield _text_choice(event.index, "", event.reason)
+        if isinstance(event, Delta | Finished):
+            text, reason = (event.text, None) if isinstance(event, Delta) else ("", event.reason)
+            yield {"index": event.index, "text": text, "logprobs": None, "finish_reason": reason}
 
-    def whole(self, deltas: Sequence[Delta], calls: Sequence[ToolCall], finished: Finished) -> dict[str, Any]:
-        return _text_choice(finished.index, "".join(delta.text for delta in deltas), finished.reason)
-
-
-def _text_choice(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.reason}
 
 
 Format: TypeAlias = ChatFormat | CompletionFormat
@@ -188,64 +203,42 @@ Format: TypeAlias = ChatFormat | CompletionFormat
 
 async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, usage: Usage) -> dict[str, Any]:
     """The body of an answer that is not streamed. `head`: id, created and model."""
-    deltas: dict[int, list[Delta]] = {}
-    calls: dict[int, list[ToolCall]] = {}
-    finished: dict[int, Finished] = {}
+    answers: dict[int, Answer] = defaultdict(Answer)
     async with aclosing(events):
         async for event in events:
             usage.count(event)
-            if isinstance(event, Delta):
-                deltas.setdefault(event.index, []).append(event)
-            elif isinstance(event, ToolCall):
-                calls.setdefault(event.index, []).append(event)
-            elif isinstance(event, Finished):
-                finished[event.index] = event
-    choices = [form.whole(deltas.get(i, []), calls.get(i, []), finished[i]) for i in sorted(finished)]
+            if not isinstance(event, Started):
+                answers[event.index].add(event)
+    choices = [form.whole(index, answer) for index, answer in sorted(answers.items())]
     return {**head, "object": form.whole_object, "choices": choices, "usage": usage.as_dict()}
 
 
-class EventStream(Response):
+async def event_stream(
+    first: StreamEvent, events: Events, head: Mapping[str, Any], form: Format, usage: Usage, *, shows_usage: bool
+) -> AsyncGenerator[bytes, None]:
     """An answer as server-sent events: `data: {...}` for each chunk, then `data: [DONE]`.
 
     The first event has been awaited: a request that is refused at once has its own status. A later error is the last
     event, since the status has been sent.
     """
+    head = {**head, "object": form.chunk_object}
+    no_usage: dict[str, Any] = {"usage": None} if shows_usage else {}
 
-    media_type = "text/event-stream"
+    def chunks(event: StreamEvent) -> bytes:
+        usage.count(event)
+        return b"".join(_sse({**head, "choices": [choice], **no_usage}) for choice in form.chunks(event))
 
-    def __init__(
-        self, first: StreamEvent, events: Events, head: Mapping[str, Any], form: Format, usage: Usage,
-        *, shows_usage: bool,
-    ) -> None:  # fmt: skip
-        # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
-        super().__init__(headers={"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._first, self._events, self._form, self._usage = first, events, form, usage
-        self._head = {**head, "object": form.chunk_object}
-        self._shows_usage = shows_usage
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                await self._write(self._first, send)
-                async for event in self._events:
-                    await self._write(event, send)
-                end = b"data: [DONE]\n\n"
-                if self._shows_usage:
-                    end = _sse({**self._head, "choices": [], "usage": self._usage.as_dict()}) + end
-            except RequestError as error:
-                self._usage.failed = error.code
-                end = _sse(error_body(error))
-            await send({"type": "http.response.body", "body": end, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _write(self, event: StreamEvent, send: Send) -> None:
-        self._usage.count(event)
-        usage: dict[str, Any] = {"usage": None} if self._shows_usage else {}
-        for choice in self._form.chunks(event):
-            piece = _sse({**self._head, "choices": [choice], **usage})
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    async with aclosing(events):
+        try:
+            yield chunks(first)
+            async for event in events:
+                yield chunks(event)
+            if shows_usage:
+                yield _sse({**head, "choices": [], "usage": usage.as_dict()})
+            yield b"data: [DONE]\n\n"
+        except RequestError as error:
+            usage.failed = error.code
+            yield _sse(error_body(error))
 
 
 def _sse(value: Mapping[str, Any]) -> bytes:
