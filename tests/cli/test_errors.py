@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import signal
@@ -142,23 +141,6 @@ def test_failed_allocations_of_others_are_told_as_the_end_of_memory(
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: ")
     assert "fault in tunesmith" not in said
-
-
-def test_an_interrupt_that_a_library_swallowed_is_still_one() -> None:
-    app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
-
-    @app.callback()
-    def about() -> None: ...
-
-    @app.command()
-    def imports() -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            signals._interrupt(2, None)
-        raise ModuleNotFoundError("Could not import module 'PreTrainedModel'.")
-
-    result = CliRunner().invoke(app, ["imports"])
-    assert result.exit_code == 130
-    assert "fault in tunesmith" not in result.output
 
 
 def test_faults_of_ours_say_so(capsys: pytest.CaptureFixture[str]) -> None:

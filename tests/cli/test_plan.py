@@ -101,19 +101,12 @@ PROBE = {
 
 
 def test_words_of_a_probe():
-    assert probe_facts(PROBE, FORECAST, 200.0) == [
+    assert probe_facts(PROBE, FORECAST) == [
         ("memory", "2.2 GiB, estimated 3.0 GiB (+33 %)"),
-        ("step", "2 s (the heaviest: step 7; 400 tokens), estimated 3 s (+50 %)"),
-        ("step", "1.5 s (usual ones: step 2, 5; 200 tokens), estimated 1.5 s (+0 %)"),
+        ("step", "1.5 s, of 200 tokens"),
         ("ended", "early: the system killed it, as it does where memory ends"),
     ]
-
-
-def test_words_of_a_probe_of_what_cannot_be_estimated():
-    assert probe_facts(PROBE, None, 200.0)[:2] == [
-        ("memory", "2.2 GiB"),
-        ("step", "2 s (the heaviest: step 7; 400 tokens)"),
-    ]
+    assert probe_facts(PROBE, None)[0] == ("memory", "2.2 GiB")
 
 
 def test_words_of_a_forecast():

@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 
 import pytest
@@ -43,14 +42,6 @@ def test_one_line_is_cut_with_an_ellipsis() -> None:
 )
 def test_numbers_as_text(show: Callable[[float], str], shown: dict[float, str]) -> None:
     assert {number: show(number) for number in shown} == shown
-
-
-def test_sparkline_spans_lowest_to_highest() -> None:
-    assert render.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert render.sparkline([5.0, 5.0]) == "▄▄"
-    assert render.sparkline([]) == ""
-    assert render.sparkline([1.0, math.nan, 2.0]) == "▁ █"
-    assert render.sparkline(list(range(100)), width=3) == "▁▅█"
 
 
 @pytest.mark.parametrize(

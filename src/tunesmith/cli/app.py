@@ -20,10 +20,9 @@ from tunesmith.cli.options import OPTIONS
 from tunesmith.cli.predict import predict
 from tunesmith.cli.runs import prune, rm, runs, show
 from tunesmith.cli.serve import serve
-from tunesmith.cli.signals import interruptible, was_interrupted
+from tunesmith.cli.signals import interruptible
 from tunesmith.cli.sweep import sweep
 from tunesmith.cli.train import resume, track, train
-from tunesmith.errors import TunesmithError
 
 
 class PlainFlags:
@@ -66,8 +65,6 @@ class Commands(TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if any(kind.__name__ == "ClickException" for kind in type(error).__mro__):  # typer reports it, with usage
                 raise
-            if was_interrupted() and not isinstance(error, TunesmithError):
-                raise typer.Exit(errors.report(KeyboardInterrupt())) from None
             raise typer.Exit(errors.report(error, as_json=bool(ctx.meta.get("json")))) from None
 
 

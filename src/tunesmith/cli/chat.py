@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Root
-from tunesmith.cli.signals import forget_interrupt
 from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
 from tunesmith.phrases import command, plural, visible
@@ -217,7 +216,6 @@ class Conversation:
                 try:
                     self.send(text.removeprefix("/") if text.startswith("//") else text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
-                    forget_interrupt()
                     self.screen.print("\n(answer stopped)", style="bright_black")
                 except RequestError as error:
                     is_full = typed and error.code == "context_length_exceeded"

@@ -10,12 +10,8 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import rich.live
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
-from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from tunesmith.cli.render import (
@@ -29,7 +25,6 @@ from tunesmith.cli.render import (
     plan_panel,
     print_result,
     sample_row,
-    sparkline,
 )
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
@@ -94,7 +89,7 @@ class Plain(Silent):
             for line in plan_lines(self.series.plan):
                 self.say(line)
         elif event.kind == "step" and self._step_is_due(event):
-            self.say(self.step_line())
+            self.say(step_line(self.series))
         elif event.kind == "end":
             print_result(self.console, self.series.report)
         elif line := event_line(event, self.series):
@@ -108,14 +103,26 @@ class Plain(Silent):
             return True
         return False
 
-    def step_line(self) -> str:
-        series, left = self.series, self.series.seconds_left
-        last = series.steps[series.step]
-        return (
-            f"step {last.step}/{series.total_steps}: loss {loss(last.loss)}, lr {last.lr:.3g}, "
-            f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
-            + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
-        )
+
+def step_line(series: RunSeries) -> str:
+    """The newest step: loss, learning rate, speed, memory, time left."""
+    last, left = series.steps[series.step], series.seconds_left
+    return (
+        f"step {last.step}/{series.total_steps}: loss {loss(last.loss)}, lr {last.lr:.3g}, "
+        f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
+        + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
+    )
+
+
+def bars(screen: Console) -> Progress:
+    """Bars below the last printed line of a terminal, with words before and `more` words after."""
+    columns = (
+        SpinnerColumn("dots", style=ACCENT),
+        TextColumn("{task.description}"),
+        BarColumn(24, complete_style=ACCENT),
+    )
+    more = TextColumn("{task.fields[more]}", style=MUTED)
+    return Progress(*columns, more, console=screen, transient=True, refresh_per_second=REFRESH_PER_SECOND)
 
 
 class Live(Silent):
@@ -123,31 +130,32 @@ class Live(Silent):
 
     def __init__(self, console: Console, series: RunSeries) -> None:
         super().__init__(series)
-        self.console = console
-        self.phase: tuple[str, int, int] | None = None
-        self.area = rich.live.Live(
-            console=console, get_renderable=self.moving, refresh_per_second=REFRESH_PER_SECOND, transient=True
-        )
+        self.console, self.area = console, bars(console)
+        self.phase = self.area.add_task("getting ready", total=1, more="")
+        self.steps = self.area.add_task("", visible=False, more="")
 
     def __enter__(self) -> Live:
         self.area.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.phase = None
         self.area.stop()
 
     def say(self, text: str) -> None:
         self.console.print(Text(visible(text), style=MUTED))
 
     def progress(self, what: str, done: int, total: int) -> None:
-        self.phase = (what, done, total)
+        show_phase(self.area, self.phase, PHASES.get(what, what), done, total)
 
     def event(self, event: Event) -> None:
         super().event(event)
-        self.phase = None
+        self.area.update(self.phase, visible=False)
         values, console = event.values, self.console
-        if event.kind == "plan":
+        if event.kind == "step":
+            words, _, more = step_line(self.series).partition(": ")
+            total = self.series.total_steps
+            self.area.update(self.steps, description=words, completed=event.step, total=total, more=more, visible=True)
+        elif event.kind == "plan":
             console.print(plan_panel(self.series.plan))
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
@@ -162,53 +170,11 @@ class Live(Silent):
         elif values.get("name") != "after" and (line := event_line(event, self.series)):
             console.print(visible(line), style="yellow" if event.kind == "note" else "")
 
-    def moving(self) -> RenderableType:
-        """The live area below the last printed line."""
-        parts: list[RenderableType] = []
-        if self.series.steps:
-            parts += [self._bar(), self._curves()]
-        if self.phase:
-            parts.append(_phase(*self.phase))
-        elif not self.series.steps:
-            parts.append(Spinner("dots", Text("getting ready", style=MUTED), style=ACCENT))
-        return Group(*parts)
 
-    def _bar(self) -> Table:
-        """Step, loss, learning rate, tokens/s, memory, time left."""
-        series, left = self.series, self.series.seconds_left
-        last = next(reversed(series.steps.values()))
-        table = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(series.total_steps, 1), completed=last.step, width=24, complete_style=ACCENT)
-        facts = Text.assemble(
-            (f"loss {loss(last.loss)}", "bold"),
-            (f"  rate {last.lr:.2e}", MUTED),
-            f"  {last.tokens_per_second:,.0f} tokens/s",
-            (f"  {size(series.peak_bytes)}", MUTED),
-            f"  {duration(left)} left" if left is not None else "",
-        )
-        table.add_row(Text(f"step {last.step}/{series.total_steps}"), bar, facts)
-        return table
-
-    def _curves(self) -> Text:
-        text = Text("training ", style=MUTED)
-        text.append(sparkline(self.series.smoothed(), 24), style=ACCENT)
-        curve = self.series.curve
-        if len(curve) > 1:
-            text.append("   held out ", style=MUTED)
-            text.append(f"{loss(curve[0])} ")
-            text.append(sparkline(curve, 24), style="green")
-            text.append(f" {loss(curve[-1])}")
-        return text
-
-
-def _phase(what: str, done: int, total: int) -> RenderableType:
-    words = PHASES.get(what, what)
-    if total <= 1:
-        return Spinner("dots", Text(words, style=MUTED), style=ACCENT)
-    share = TextColumn("{task.percentage:.0f} %")
-    progress = Progress(TextColumn("{task.description}"), BarColumn(24), share)
-    progress.add_task(words, total=total, completed=done)
-    return progress.make_tasks_table(progress.tasks)
+def show_phase(area: Progress, task: TaskID, words: str, done: int, total: int) -> None:
+    """Show how far a phase is, by its share if that is known."""
+    share = f"{done / total:.0%}" if total > 1 else ""
+    area.update(task, description=words, completed=done, total=max(total, 1), more=share, visible=True)
 
 
 def display_for(console: Console, *, quiet: bool, series: RunSeries) -> Silent:
@@ -241,19 +207,9 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
     if not screen.is_terminal:
         yield progress_lines(screen, words)
         return
-    columns = TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:.0f} %")
-    with Progress(*columns, TimeRemainingColumn(), console=screen, transient=True) as progress:
-        bar = progress.add_task("")
-        now = ""
-
-        def tick(what: str, done: int, total: int) -> None:
-            nonlocal now
-            if what != now:
-                now = what
-                progress.reset(bar, description=words.get(what, what))
-            progress.update(bar, completed=done, total=total)
-
-        yield tick
+    with bars(screen) as area:
+        bar = area.add_task("", visible=False, more="")
+        yield lambda what, done, total: show_phase(area, bar, words.get(what, what), done, total)
 
 
 def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
 
 
-_BARS = "▁▂▃▄▅▆▇█"
 ACCENT, MUTED, TRAINED = "cyan", "bright_black", "bold green"
 BETTER, WORSE = "green", "red"
 COLOURS = {"better": BETTER, "worse": WORSE}
@@ -66,23 +65,6 @@ def percent(share: float) -> str:
 def option(value: Any) -> str:
     """The value of an option as text, without control characters."""
     return visible(phrases.option(value))
-
-
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Values as bars, lowest to highest of those shown; the newest `width` of them. Not finite: a gap."""
-    shown = list(values)[-width:]
-    finite = [value for value in shown if math.isfinite(value)]
-    if not finite:
-        return ""
-    low, span = min(finite), max(finite) - min(finite)
-    top = len(_BARS) - 1
-
-    def bar(value: float) -> str:
-        if not math.isfinite(value):
-            return " "
-        return _BARS[round((value - low) / span * top)] if span else _BARS[top // 2]
-
-    return "".join(map(bar, shown))
 
 
 def metric_line(event: Event, series: RunSeries) -> str:
@@ -213,7 +195,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan.get("forecast"):
         facts += forecast_facts(plan["forecast"], plan.get("probe"))
     if plan.get("probe"):
-        found = probe_facts(plan["probe"], plan.get("forecast"), plan["tokens_per_step"])
+        found = probe_facts(plan["probe"], plan.get("forecast"))
         facts += [(f"measured {name}", text) for name, text in found]
     return [fact for fact in facts if fact[1]]
 
@@ -311,32 +293,18 @@ def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None 
     return facts
 
 
-def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None, tokens_per_step: float) -> Facts:
+def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None) -> Facts:
     """(name, text) of what a probe measured, and what was estimated."""
-    seconds = (forecast or {}).get("seconds")
-    price = float(seconds["work"]["training"]["price"]) if seconds else 0.0
-    facts = []
-    if probe["memory"]:
+    facts, found = [], probe["memory"]
+    if found:
         total = forecast["memory"]["total"] if forecast else 0
-        facts.append(("memory", _measured(size(probe["memory"]), "", size(total), probe["memory"], total)))
-    usual = probe["steps"][1:][-SETTLED:]
-    for some, what in ((probe["steps"][:1], "the heaviest: step {}"), (usual, "usual ones: step {}")):
-        if some:
-            tokens, taken = sum(one["count"] for one in some), sum(one["seconds"] for one in some)
-            expected = price * tokens / tokens_per_step / len(some)
-            where = f"{what.format(', '.join(str(one['step']) for one in some))}; {tokens / len(some):,.0f} tokens"
-            mean = taken / len(some)
-            facts.append(("step", _measured(f"{mean:.3g} s", where, f"{expected:.3g} s", mean, expected)))
+        away = f", estimated {size(total)} ({100 * total / found - 100:+.0f} %)" if total else ""
+        facts.append(("memory", f"{size(found)}{away}"))
+    if usual := probe["steps"][1:][-SETTLED:]:
+        tokens, taken = (sum(one[key] for one in usual) / len(usual) for key in ("count", "seconds"))
+        facts.append(("step", f"{taken:.3g} s, of {tokens:,.0f} tokens"))
     facts += [("note", text) for text in probe["notes"]]
-    if probe["ended"]:
-        facts.append(("ended", f"early: {probe['ended']}"))
-    return facts
-
-
-def _measured(measured: str, where: str, predicted: str, found: float, expected: float) -> str:
-    of = f" ({where})" if where else ""
-    away = f", estimated {predicted} ({100 * expected / found - 100:+.0f} %)" if expected and found else ""
-    return f"{measured}{of}{away}"
+    return facts + ([("ended", f"early: {probe['ended']}")] if probe["ended"] else [])
 
 
 def _memory(forecast: Mapping[str, Any]) -> str:

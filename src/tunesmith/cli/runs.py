@@ -23,7 +23,6 @@ from tunesmith.cli.render import (
     plan_panel,
     print_result,
     print_table,
-    sparkline,
 )
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, RunError, TunesmithError
@@ -313,12 +312,12 @@ def took(report: Mapping[str, Any]) -> str:
 
 def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
     if series.steps:
-        losses, curve = [step.loss for step in series.steps.values()], sparkline(series.smoothed())
-        screen.print(f"training loss {loss(losses[0])} {curve} {loss(losses[-1])}, {plural(series.step, 'step')}")
+        losses = [step.loss for step in series.steps.values()]
+        screen.print(f"training loss {loss(losses[0])} → {loss(losses[-1])}, {plural(series.step, 'step')}")
     if len(series.curve) > 1:
         kept = series.report.get("kept", {}).get("step", series.step)
         aside = "" if kept == series.step else f", kept: step {kept:,}"
-        screen.print(f"held-out loss {loss(series.curve[0])} {sparkline(series.curve)} {loss(series.curve[-1])}{aside}")
+        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(series.curve[-1])}{aside}")
     print_result(screen, report or {})
     if series.samples:
         if len(series.samples) > MOST_ANSWERS:

@@ -12,7 +12,6 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130
 _LOST = "stopping: a SIGTERM came, or another process of this run was lost."
-_interrupted = threading.Event()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -27,24 +26,8 @@ def leave_at_once() -> None:
 
 def interruptible() -> None:
     """From here on Ctrl-C is a KeyboardInterrupt, as in any program."""
-    forget_interrupt()
     if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, _interrupt)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def was_interrupted() -> bool:
-    """Whether a KeyboardInterrupt was raised: libraries that are being imported turn it into errors of their own."""
-    return _interrupted.is_set()
-
-
-def forget_interrupt() -> None:
-    """The interrupt was handled; later errors have other causes."""
-    _interrupted.clear()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -77,7 +60,7 @@ def stopping_on_signals(
             except RuntimeError:  # the signal came while a line was being written: streams are not reentrant
                 os.write(2, f"{text}\n".encode())
         else:
-            _interrupt(number, frame)
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield requested.is_set  # only the main thread may take signals: another thread has other ways to stop

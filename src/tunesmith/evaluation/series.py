@@ -115,13 +115,6 @@ class RunSeries:
         kept = self.report.get("kept", {}).get("step")
         return [values["loss"] for _, values in sorted(self.course(kept), key=lambda pair: pair[0])]
 
-    def smoothed(self, width: int = 24) -> list[float]:
-        """Training losses as `width` means of equal parts, for a curve of few characters."""
-        losses = [step.loss for step in self.steps.values()]
-        part_size = max(1, -(-len(losses) // width))
-        parts = [losses[i : i + part_size] for i in range(0, len(losses), part_size)]
-        return [sum(part) / len(part) for part in parts]
-
     def score(self, name: str) -> dict[str, Any] | None:
         """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
         of `general_tokens` behind them; None if nothing was held out, or of the "before" of a new head."""
