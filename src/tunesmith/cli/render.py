@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith import phrases
-from tunesmith.evaluation.metrics import VERDICTS, info_of
+from tunesmith.evaluation.metrics import VERDICTS, info_of, with_bounds
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import duration, mix_text, one_line, plural, size, span, visible
 from tunesmith.types import Event
@@ -135,8 +135,8 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
     rows: list[list[str | Text]] = []
     for line in values.metric_lines(report):
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
-        compared = [values.with_bounds(line.other, line.other_bounds)] if other else []
-        after = Text(values.with_bounds(line.after, line.after_bounds), style="bold")
+        compared = [with_bounds(line.other, line.other_bounds)] if other else []
+        after = Text(with_bounds(line.after, line.after_bounds), style="bold")
         change = [Text(words, style=COLOURS.get(line.verdict, MUTED))] if other else []
         rows.append([line.label, *compared, after, *change])
     print_table(screen, ["", *([other] if other else []), ours, *(["difference"] if other else [])], rows)

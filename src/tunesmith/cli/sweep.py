@@ -157,10 +157,7 @@ def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:
 
 
 def _cells(outcome: Outcome, metric: str) -> list[str]:
-    info, measure, measured = info_of(metric), outcome.measure, "–"
-    if measure is not None:
-        bounds = info.bounds(measure)
-        measured = info.text(measure["value"]) + (f" ({bounds})" if bounds else "")
+    measured = "–" if outcome.measure is None else info_of(metric).whole(outcome.measure)
     state = f"{outcome.state}: {outcome.reason}" if outcome.reason else outcome.state
     steps = f"{outcome.step}/{outcome.total}" if outcome.total else "–"
     return [outcome.trial.name, _options(outcome.trial), measured, steps, state]

@@ -315,10 +315,9 @@ def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mappi
     """accuracy is 67.3% (62.8–72.0), against 65.4% for always answering `positive` (majority baseline): …"""
     key = baseline["key"]
     info, its = info_of(key), baseline["measures"][key]
-    value, ends = info.text(measures[key]["value"]), info.bounds(measures[key])
     where = "" if baseline["from"] == "the training rows" else f" of {baseline['from']}"
     return (
-        f"{info.label} is {value}{f' ({ends})' if ends else ''}, against {info.text(its['value'])} for "
+        f"{info.label} is {info.whole(measures[key])}, against {info.text(its['value'])} for "
         f"{baseline['words']} ({baseline['name']}{where}): {info.worth(its['change'])}"
     )
 

@@ -46,6 +46,10 @@ class MetricInfo:
         text = f"{low:.2f}{dash}{high:.2f}" if self.form == "ratio" else f"{low:.3f}{dash}{high:.3f}"
         return text.replace("-", "−")
 
+    def whole(self, interval: Mapping[str, Any]) -> str:
+        """A value with its interval: 1.2300 (1.200–1.250)."""
+        return with_bounds(self.text(interval["value"]), self.bounds(interval))
+
     def difference(self, interval: Mapping[str, Any]) -> str:
         """A difference of two values with its interval: +3.2 (+1.0 to +5.1) points."""
         if not math.isfinite(interval["value"]):
@@ -70,6 +74,10 @@ class MetricInfo:
             return "few" if change.get("low", 0) > 0 or change.get("high", 0) < 0 else "unclear"
         gain = {"lower": -1, "higher": 1, "neither": 0}[self.better] * change["value"]
         return "better" if gain > 0 else "worse" if gain < 0 else ""
+
+
+def with_bounds(value: str, bounds: str) -> str:
+    return f"{value} ({bounds})" if bounds else value
 
 
 METRICS: Mapping[str, MetricInfo] = {

@@ -13,8 +13,8 @@ import yaml
 
 from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError
-from tunesmith.evaluation.metrics import METRICS
-from tunesmith.evaluation.report.values import kept_report, metric_lines, sides, with_bounds
+from tunesmith.evaluation.metrics import METRICS, with_bounds
+from tunesmith.evaluation.report.values import kept_report, metric_lines, sides
 from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
 from tunesmith.runs.atomic import from_json

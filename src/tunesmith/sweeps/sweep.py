@@ -220,7 +220,8 @@ class Sweep:
             self.failed[trial.name] = failure or "stopped by somebody else"
         self._save()
         outcome = self.outcome(trial)
-        value = "" if outcome.measure is None else f", {measure_text(self.grid.metric, outcome.measure)}"
+        info = info_of(self.grid.metric)
+        value = "" if outcome.measure is None else f", {info.label} {info.whole(outcome.measure)}"
         why = f": {outcome.reason}" if outcome.state == "failed" else ""
         watch.say(f"{trial.name}: {outcome.state} after step {outcome.step}{value}{why}")
 
@@ -269,10 +270,3 @@ def options_text(options: Mapping[str, Any]) -> str:
     from tunesmith.recipe.yaml_io import dump
 
     return " ".join(f"{key}={dump(value)}" for key, value in options.items())
-
-
-def measure_text(metric: str, measure: Mapping[str, float]) -> str:
-    """A measure with its interval: loss 1.2300 (1.20–1.25)."""
-    info = info_of(metric)
-    bounds = info.bounds(measure)
-    return f"{info.label} {info.text(measure['value'])}{f' ({bounds})' if bounds else ''}"

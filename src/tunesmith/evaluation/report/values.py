@@ -314,12 +314,11 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         return
     key = _leading_key(report)
     info, value, baseline = info_of(key), after["measures"][key], report["baseline"]
-    now = with_bounds(info.text(value["value"]), info.bounds(value))
+    now = info.whole(value)
     where = f"On {_counted_on(report, key)}, "
     if before is not None:
         change = report["changes"].get(key)
-        was = before["measures"][key]
-        moved = f"{info.label} went from {with_bounds(info.text(was['value']), info.bounds(was))} to {now}"
+        moved = f"{info.label} went from {info.whole(before['measures'][key])} to {now}"
         worth = info.worth(change) if change else ""
         yield f"{where}{moved}{f': {worth}' if worth else ''}."
         if "loss" not in report["changes"]:
@@ -396,10 +395,6 @@ def mark(answer: str, reference: str | None) -> str:
 
 def selected_step(report: Mapping[str, Any]) -> int:
     return int(report["kept"].get("step", report["steps"]))
-
-
-def with_bounds(value: str, bounds: str) -> str:
-    return f"{value} ({bounds})" if bounds else value
 
 
 def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:
