@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data import addresses, remote
+from tunesmith.data import addresses
 from tunesmith.data.addresses import fetch, members, pin, pin_path
 from tunesmith.data.dataset import build
 from tunesmith.data.read import read
@@ -34,7 +34,7 @@ def chat(i: int) -> dict[str, Any]:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     with hub_at(tmp_path, monkeypatch) as running:
         yield running
 
@@ -126,7 +126,7 @@ def test_listed_and_downloaded_data_needs_no_hub(chats, server):
     data, _ = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
     fetch(data, lambda what, done, total: None)
     before, num = rows_of(data.train[0].path), len(server.requests)
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     assert rows_of(data.train[0].path, offline=True) == before
     assert rows_of("hf://datasets/acme/chats", offline=True) == before
     assert len(server.requests) == num
@@ -263,7 +263,7 @@ def test_data_without_an_address_asks_nobody(no_sockets, tmp_path):
 def test_address_that_no_command_pinned_is_not_fetched(chats):
     """A run's data are looked up again by `serve` and `export`, which fetch nothing."""
     pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     with pytest.raises(DataError, match="not on this machine, and nothing is fetched here"):
         members(pinned)
 
@@ -306,27 +306,20 @@ def test_download_goes_on_after_cut_connections(server, monkeypatch):
 
 
 def test_download_that_failed_goes_on_with_the_files_that_are_missing(chats, server, monkeypatch):
-    data, real = pinned_data(), remote.download
+    data, real = pinned_data(), addresses.download
 
     def failing(file):
         server.down = "train-00002" in file.address
         real(file)
 
-    monkeypatch.setattr(remote, "download", failing)
+    monkeypatch.setattr(addresses, "download", failing)
     with pytest.raises(DataError, match=r"train-00002\S*: unreadable: it cannot be downloaded: .* not fetched twice"):
         fetch(data, lambda what, done, total: None)
-    monkeypatch.setattr(remote, "download", real)
+    monkeypatch.setattr(addresses, "download", real)
     server.down = False
     server.requests.clear()
     fetch(data, lambda what, done, total: None)
     assert {one.split("/")[-1][:11] for one in server.downloads()} == {"train-00002", "train-00003"}
-
-
-def test_cut_connection_of_a_range_is_asked_again(server):
-    server.dataset("acme/chats", {"train.parquet": parquet([chat(i) for i in range(3000)])})
-    pinned, _ = pin_path("hf://datasets/acme/chats", offline=False)
-    server.cut_after = [1000]
-    assert len(rows_of(pinned)) == 3000
 
 
 def test_streamed_rows_are_those_of_downloaded_files(chats, tmp_path, full_disk, monkeypatch):
@@ -357,17 +350,17 @@ def encoded_locally(chats: Any, tmp_path: Path, data: Data) -> Any:
 def test_interrupted_stream_goes_on_with_the_shard_that_is_missing(chats, server, tmp_path, full_disk, monkeypatch):
     monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
     data = pinned_data()
-    real = remote.download
+    real = addresses.download
 
     def killed(file, path):
         if "train-00002" in file.address:
             raise KeyboardInterrupt
         real(file, path)
 
-    monkeypatch.setattr(remote, "download", killed)
+    monkeypatch.setattr(addresses, "download", killed)
     with pytest.raises(KeyboardInterrupt):
         encoded(data, tmp_path / "rows")
-    monkeypatch.setattr(remote, "download", real)
+    monkeypatch.setattr(addresses, "download", real)
     server.requests.clear()
     store = encoded(data, tmp_path / "rows")
     assert len(store) == 20
@@ -394,12 +387,16 @@ def test_at_most_one_shard_is_on_the_disk(chats, tmp_path, full_disk, monkeypatc
     monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
     data, most = pinned_data(), 0
 
-    def look(rows: int, done: int, total: int) -> None:
+    def look(file, path):
         nonlocal most
-        most = max(most, len(list((tmp_path / "rows").rglob("*.parquet"))))
+        real(file, path)
+        most = max(most, len(list(tmp_path.rglob("*.parquet"))))
 
-    encoded(data, tmp_path / "rows", progress=look)
+    real = addresses.download
+    monkeypatch.setattr(addresses, "download", look)
+    encoded(data, tmp_path / "rows")
     assert most == 1
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_bad_rows_of_streamed_shards_are_named_by_file_and_row(server, tmp_path, full_disk, monkeypatch):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from hub_server import Hub, hub_at, json_lines, parquet
 from tiny_run import chats, model_folder, same_run, stop_at, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.data import addresses, remote
+from tunesmith.data import addresses
 from tunesmith.errors import DataError, ModelError, Stopped
 from tunesmith.inference.load import load_run
 from tunesmith.models.resolve_model import resolve_model
@@ -23,7 +23,7 @@ from tunesmith.training.trainer import resume, train
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     with hub_at(tmp_path, monkeypatch) as running:
         yield running
 
@@ -82,7 +82,7 @@ def test_stopped_run_is_resumed_with_its_commits_and_without_the_hub(hub, tmp_pa
         train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     push_others(hub, tmp_path)
     hub.down = True
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     run = runs(tmp_path / "runs")[0]
     same_run(resume(run, offline=True), straight)
     assert load_run(Run(run.path), offline=True).head == "next_token"
@@ -94,7 +94,7 @@ def test_streamed_run_is_resumed_from_its_own_rows(hub, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     straight = train(recipe_of(tmp_path), root=tmp_path / "straight")
-    remote.REGISTERED.clear()
+    addresses.REGISTERED.clear()
     run = resume(runs(tmp_path / "runs")[0])
     same_run(run, straight)
     assert not list((tmp_path / "cache" / "hub").glob("datasets--*/snapshots/*/data/*.parquet"))

@@ -174,8 +174,8 @@ def build_recipe(
 
 def refuse_unreadable(paths: Sequence[str]) -> None:
     """Raise DataError for local data files that cannot be read, before anything heavy is loaded."""
+    from tunesmith.data.addresses import is_address
     from tunesmith.data.read import inspect_files
-    from tunesmith.data.remote import is_address
     from tunesmith.recipe.schema import DataFile
 
     inspect_files([DataFile(path=path) for path in paths if not is_address(path)], lambda problem: None)

@@ -11,37 +11,39 @@ files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
 
-from tunesmith.data import remote
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
-from tunesmith.data.remote import PART_BYTES, RemoteFile, is_address, reason
+from tunesmith.data.problems import refusal
+from tunesmith.environment import install_command
 from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
 from tunesmith.phrases import listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.runs.atomic import write_atomic
+from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing, write_atomic
 
 OnProgress = Callable[[str, int, int], None]
 """(what is done, bytes done, bytes in all)"""
-Listing = tuple[str, Sequence[RemoteFile]]
-"""An address, of the hub with its commit, and its files in their order."""
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
 SIDES = ("train", "eval", "replay")
 DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
+STALE_S = 86400.0
+"""Age at which a downloaded file that is to be removed is taken for that of a killed process."""
 _MAGIC = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WORDS = {
@@ -50,6 +52,67 @@ _WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Splits by words in the names of files, as in the library datasets."""
+
+
+_HUB_PAGE = re.compile(r"https?://(?:huggingface|hf)\.co/datasets/([^/?#]+/[^/?#]+)")
+_HUB_FILE = re.compile(r"hf://datasets/(?P<repo_id>[^/]+/[^/@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file at an address; of the hub, hf://datasets/owner/name@commit/path."""
+
+    address: str
+    num_bytes: int
+    version: str
+    """Changes with the content: its SHA-256 where that is known, else a hash that the hub or the file system gives."""
+
+    def cached(self) -> str | None:
+        """Its place in the hub's cache, if it is there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        on_hub = _HUB_FILE.fullmatch(self.address)
+        found = try_to_load_from_cache(**on_hub.groupdict(), repo_type="dataset") if on_hub else None
+        return found if isinstance(found, str) else None
+
+
+Listing = tuple[str, Sequence[RemoteFile]]
+"""An address, of the hub with its commit, and its files in their order."""
+REGISTERED: dict[str, Sequence[RemoteFile]] = {}
+"""The files of each address that was listed in this process, and each of them by its own."""
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is an address, such as hf://datasets/owner/name or s3://bucket/rows.jsonl."""
+    return "://" in path
+
+
+def register(address: str, files: Sequence[RemoteFile]) -> None:
+    """Let the files of an address be opened."""
+    REGISTERED.update({address: files, **{file.address: [file] for file in files}})
+
+
+def registered(address: str) -> Sequence[RemoteFile]:
+    """The files of a registered address. Raises DataError for another."""
+    if address not in REGISTERED:
+        message = "it is not on this machine, and nothing is fetched here."
+        raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
+    return REGISTERED[address]
+
+
+def known(address: str) -> RemoteFile:
+    """Facts about a registered file. Raises DataError for another address."""
+    return registered(address)[0]
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file, wherever it is; 0: it is not there."""
+    if is_address(path):
+        return known(path).num_bytes
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
@@ -82,7 +145,7 @@ def _pinned(file: DataFile, notes: list[str], *, offline: bool) -> DataFile:
     missing = [one for one in files if one.cached() is None]
     if offline and missing and file.at.startswith(HUB):
         raise DataError(f"{missing[0].address}: not downloaded yet, and --offline forbids it. Run once without.")
-    remote.register(address, files)
+    register(address, files)
     pinned = f"pinned to {address}: " if address != file.at else ""
     notes += [f"{file.path}: {pinned}{plural(len(files), 'file')}, {size(_sum(files))}, {_cost(missing)}", *found]
     return file.model_copy(update={"path": address})
@@ -93,10 +156,10 @@ def members(address: str) -> list[DataFile]:
 
     Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
     """
-    listing = None if address in remote.REGISTERED else _remembered(address)
+    listing = None if address in REGISTERED else _remembered(address)
     if listing is not None and all(file.cached() for file in listing[1]):
-        remote.register(*listing)
-    return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in remote.registered(address)]
+        register(*listing)
+    return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in registered(address)]
 
 
 def fetch(data: Data, on_progress: OnProgress) -> None:
@@ -106,11 +169,11 @@ def fetch(data: Data, on_progress: OnProgress) -> None:
     Raises DataError if one cannot be fetched; what has arrived is not fetched again. StorageError.
     """
     files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
-    missing = [remote.known(one.path) for file in files for one in members(file.at) if is_address(one.at)]
+    missing = [known(one.path) for file in files for one in members(file.at) if is_address(one.at)]
     words, total, arrived = f"data: {plural(len(missing), 'file')}, {_cost(missing)}", _sum(missing), 0
     for file in missing if _fit(missing) else ():
         on_progress(words, arrived, total)
-        remote.download(file)
+        download(file)
         arrived += file.num_bytes
         on_progress(words, arrived, total)
 
@@ -121,7 +184,7 @@ def _cost(missing: Sequence[RemoteFile]) -> str:
         return "all here"
     if _fit(missing):
         return f"{size(_sum(missing))} to download, kept in the hub's cache"
-    most = size(max(file.num_bytes for file in missing) + PART_BYTES)
+    most = size(max(file.num_bytes for file in missing))
     return (
         f"streamed: {size(_sum(missing))} to download, of which at most {most} are on the disk at a time; encoded rows "
         "need up to twice their size while they are put together"
@@ -163,7 +226,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
         )
     try:
         if not is_hub:
-            remote.file_system(text)[0].invalidate_cache()
+            file_system(text)[0].invalidate_cache()
             return text, _rows_at(text, [text])
         address, files = _ask(uri, words, notes)
     except Exception as error:  # of a dozen libraries, one a file system
@@ -284,7 +347,7 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
     found: dict[str, RemoteFile] = {}
     others: list[str] = []
     for address in addresses:
-        fs, path = remote.file_system(address)
+        fs, path = file_system(address)
         entries = fs.glob(path, detail=True) if _MAGIC.search(path) else fs.find(path, detail=True)
         for name, facts in sorted(entries.items()):
             if name != path and not _is_rows(name):
@@ -309,3 +372,71 @@ def _version(fs: Any, name: str, facts: Mapping[str, Any]) -> str:
 def _is_rows(path: str) -> bool:
     name = path.rpartition("/")[2]
     return suffix_of(path) in (*SUFFIXES, *DOCUMENTS) and not name.startswith((".", "_")) and not is_about(name)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        DataError: there is none, its package is not installed, or it is a page of the hub.
+    """
+    import fsspec
+
+    if page := _HUB_PAGE.match(address):
+        raise DataError(f"{address}: a page of the hub. The data set is hf://datasets/{page[1]}.")
+    try:
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(address))
+    except ImportError as error:
+        way = f"Install it, or download the data; for s3:// and gs://: {install_command('cloud')}"
+        raise DataError(f"{address}: a package is not installed ({error}). {way}") from error
+    except ValueError as error:
+        raise DataError(f"{address}: {error}. There are hf://, s3://, gs:// and others of fsspec.") from error
+
+
+@contextmanager
+def local(address: str) -> Iterator[str]:
+    """A registered file on this disk while the block lasts: downloaded, then removed.
+
+    Raises DataError if it cannot be fetched; StorageError.
+    """
+    from huggingface_hub import cached_assets_path
+
+    file, folder = known(address), Path(cached_assets_path("tunesmith", "datasets", "streamed"))
+    clean(folder, older_than_s=STALE_S)
+    with storing(folder, num_bytes=file.num_bytes):
+        place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    try:
+        download(file, place / os.path.basename(address))
+        yield str(place / os.path.basename(address))
+    finally:
+        remove(place)
+
+
+def download(file: RemoteFile, path: Path | None = None) -> None:
+    """Put a file at a path, or one of the hub into the hub's cache, where a download that was cut continues.
+
+    Raises DataError if it cannot be fetched; StorageError.
+    """
+    try:
+        if path is None:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.utils import disable_progress_bars
+
+            disable_progress_bars()
+            hf_hub_download(**cast("re.Match[str]", _HUB_FILE.fullmatch(file.address)).groupdict(), repo_type="dataset")
+            return
+        fs, there = file_system(file.address)
+        fs.get_file(there, str(path))
+    except DataError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            with storing(path or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):
+                raise
+        way = "Start again: files that have arrived are not fetched twice."
+        raise refusal(file.address, 0, "unreadable", f"it cannot be downloaded: {reason(error)}.", way) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error of another library in one line."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import size_of
 from tunesmith.data.branches import lines_of
 from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
@@ -26,7 +27,6 @@ from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_not
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.problems import SKIP, num_refused, unusable
 from tunesmith.data.read import expand_folders
-from tunesmith.data.remote import local, size_of
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, LabelKind, Problem, Row, Shape, Source, TaskName
@@ -267,12 +267,10 @@ class _Check:
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
         try:
-            with local(file) as there:
-                source = examples([there], self._data, self._hear, facts=facts, task=self._task)
-                for chunk in chunks(source):
-                    shape = chunk[-1][1].shape
-                    usable += self._chunk(side, [example for _, example in chunk])
-                    self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
+            for chunk in chunks(examples([file], self._data, self._hear, facts=facts, task=self._task)):
+                shape = chunk[-1][1].shape
+                usable += self._chunk(side, [example for _, example in chunk])
+                self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
         except DataError as error:
             is_readable = False
             self._hear_all(error)

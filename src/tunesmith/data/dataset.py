@@ -16,7 +16,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,12 +27,12 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
-from tunesmith.data.encode import SCHEMA, EncodingCounts, OnProgress, complete
+from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, OnProgress, complete
 from tunesmith.data.labels import LabelCounts, targets
-from tunesmith.data.parts import JoinedParts, downloaded, in_parts, one_at_a_time
+from tunesmith.data.parts import JoinedParts, in_parts, one_at_a_time
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
-from tunesmith.data.remote import is_address, known
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -280,7 +280,7 @@ def build(
     files = expand_folders(files, on_problem)
     inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
     listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
-    with one_at_a_time(folder, files), ExitStack() as held:
+    with one_at_a_time(folder, files):
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
@@ -301,8 +301,7 @@ def build(
         if len(parts) > 1:
             encoding = JoinedParts(data, parts, partial(build, aside, data=data, renderer=renderer), **listeners)
         else:
-            there = downloaded(data, files, renderer, aside, num_bytes=sum(sizes), **listeners)
-            encoding = held.enter_context(there)
+            encoding = Encoding(data, files, renderer, num_bytes=sum(sizes), **listeners)
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
         disk.remove(aside)

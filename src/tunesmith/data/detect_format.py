@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from tunesmith.data.problems import refusal
-from tunesmith.data.remote import is_address, known, open_remote
 from tunesmith.errors import DataError
 from tunesmith.phrases import near_file
 
@@ -190,8 +189,8 @@ def inspect_file(path: str, at: str = "") -> FileFacts:
         DataError: it is missing, not a file, not readable, empty, an archive, or in no known format.
     """
     try:
-        num_bytes = known(at).num_bytes if is_address(at) else _size_of_file(path, at)
-        with _open(at or path) as file:
+        num_bytes = _size_of_file(path, at)
+        with open(at or path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError as error:
         if at in ("", path):
@@ -218,10 +217,6 @@ def _size_of_file(path: str, at: str) -> int:
     return status.st_size
 
 
-def _open(at: str) -> BinaryIO:
-    return open_remote(at) if is_address(at) else open(at, "rb")
-
-
 @contextmanager
 def open_text(facts: FileFacts) -> Iterator[ByteStream]:
     """The unpacked bytes of a text file, after its byte order mark. Raises `DataError` when it cannot be read."""
@@ -241,7 +236,7 @@ def open_parquet(facts: FileFacts) -> BinaryIO:
 
 def _packed(facts: FileFacts) -> BinaryIO:
     try:
-        return _open(facts.at or facts.path)
+        return open(facts.at or facts.path, "rb")
     except OSError as error:
         raise cannot_open(facts.path, error) from None
 

@@ -1,7 +1,7 @@
-"""Encoding of files that are not on this machine: a few at a time are downloaded, encoded and removed.
+"""Encoding of files that are not on this machine, each of which is here only while it is read.
 
-Each part is a row store of its own in a folder next to the whole one, so that an interrupted encoding continues with
-the first part that is not there. At the end the parts are put together and removed.
+Each part of them is a row store of its own in a folder next to the whole one, so that an interrupted encoding continues
+with the first part that is not there. At the end the parts are put together and removed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import filelock
 import numpy as np
 import pyarrow as pa
 
-from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, renamed
+from tunesmith.data.addresses import is_address, size_of
+from tunesmith.data.encode import SCHEMA, EncodingCounts, renamed
 from tunesmith.data.problems import SKIP, num_refused, refused
-from tunesmith.data.remote import PART_BYTES, is_address, local, size_of
-from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile
@@ -27,6 +26,8 @@ from tunesmith.runs.atomic import storing
 if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
 
+PART_BYTES = 256 * 1024 * 1024
+"""Least size of a part."""
 Build = Callable[..., "RowStore"]
 """`dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts."""
 
@@ -40,19 +41,6 @@ def one_at_a_time(folder: Path, files: Sequence[DataFile]) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(filelock.FileLock(folder / "parts.lock"))
         yield
-
-
-@contextmanager
-def downloaded(
-    data: Data, files: Sequence[DataFile], renderer: Renderer, folder: Path, **how: Any
-) -> Iterator[Encoding]:
-    """The encoding of files; those at an address are downloaded into `folder`, and removed when the block ends.
-
-    `how`: of `Encoding`. Raises DataError, StorageError.
-    """
-    with ExitStack() as held:
-        there = [held.enter_context(local(file, folder / f"{i}")) for i, file in enumerate(files)]
-        yield Encoding(data, there, renderer, **how)
 
 
 def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:

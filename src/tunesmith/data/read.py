@@ -6,9 +6,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from tunesmith.data.addresses import members
+from tunesmith.data.addresses import is_address, known, local, members
 from tunesmith.data.detect_format import (
     DOCUMENTS,
     SUFFIXES,
@@ -22,7 +23,6 @@ from tunesmith.data.detect_format import (
 from tunesmith.data.problems import describe_type, names, refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, json_array, json_lines
 from tunesmith.data.read_text import conll_sentences, document
-from tunesmith.data.remote import is_address, known
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 from tunesmith.types import Problem, Source
@@ -135,12 +135,11 @@ def read(
             Files that cannot be opened are named together, before the first row.
     """
     for index, found in inspect_files(files, on_problem):
-        of_file = found
-        if is_address(found.at):  # opened now, not before: there may be thousands
-            of_file = inspect_file(found.path, found.at)
-        if facts is not None:
-            facts.append(of_file)
-        yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
+        with local(found.at) if is_address(found.at) else nullcontext("") as there:
+            of_file = inspect_file(found.path, there) if there else found
+            if facts is not None:
+                facts.append(of_file)
+            yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
 
 
 def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[int, FileFacts]]:

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import is_address
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SEARCHED, SHAPES
@@ -20,7 +21,6 @@ from tunesmith.data.hold_out import choose_held_out, few_note, measured_rows, ne
 from tunesmith.data.labels import ClassWeights, resolve_labels, similar_names_notes
 from tunesmith.data.problems import SKIP, num_refused, refused, unusable
 from tunesmith.data.read import expand_folders
-from tunesmith.data.remote import is_address
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile

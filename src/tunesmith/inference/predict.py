@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import pin_path
+from tunesmith.data.addresses import is_address, pin_path
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import file_hash
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.read import expand_folders
-from tunesmith.data.remote import is_address
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, generate
