@@ -26,7 +26,6 @@ def required() -> list[str]:
     ("extra", "packages"),
     [
         ("serve", {"fastapi", "uvicorn", "h11", "prometheus-client"}),
-        ("bleu", {"sacrebleu"}),
         ("llama-cpp", {"llama-cpp-python"}),
         ("json", {"llguidance"}),
     ],

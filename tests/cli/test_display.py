@@ -219,7 +219,7 @@ def test_measures_are_written_with_their_intervals() -> None:
         return info.text(value), info.bounds(interval)
 
     assert shown("accuracy", 0.7123, 0.69, 0.731) == ("71.2%", "69.0–73.1")
-    assert shown("bleu", 31.234, 29.0, 33.5) == ("31.23", "29.00–33.50")
+    assert shown("length_ratio", 1.234, 1.1, 1.5) == ("1.23", "1.10–1.50")
     assert shown("macro_f1", 0.5, 0.5, 0.5) == ("0.5000", "")
     assert shown("a_newer_one", 0.5, 0.4, 0.6) == ("0.5000", "0.400–0.600")
     assert shown("margin", -0.5, -0.7, -0.3) == ("−0.5000", "−0.700 to −0.300")  # one minus sign

@@ -19,7 +19,7 @@ from tunesmith.types import Event
 ROWS = [
     {"fields": {"name": "a", "task": "chat", "loss": 1.5, "steps": 10, "optim.lr": 1e-4, "before.loss": 2.0}},
     {"fields": {"name": "b", "task": "chat", "loss": 1.8, "steps": 30, "optim.lr": 1e-3}},
-    {"fields": {"name": "c", "task": "classify", "loss": None, "steps": 20, "evaluation.bleu": True}},
+    {"fields": {"name": "c", "task": "classify", "loss": None, "steps": 20, "evaluation.general": True}},
 ]
 
 
@@ -38,7 +38,7 @@ def chosen(*where: str, sort: str = "name") -> str:
         (["loss>=1.5", "steps>10"], "b"),
         (["loss!=1.5"], "b"),
         (["optim.lr=0.001"], "b"),
-        (["evaluation.bleu=true"], "c"),
+        (["evaluation.general=true"], "c"),
         (["name=[ab]"], "ab"),
     ],
 )

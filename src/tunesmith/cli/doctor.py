@@ -32,7 +32,6 @@ EXTRAS = {
     "json": ("llguidance", "answers that follow a JSON schema, on the server"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
     "peft": ("peft", "the methods of PEFT"),
-    "bleu": ("sacrebleu", "BLEU and chrF of answers"),
     "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),
     "ray": ("ray", "sweeps of several runs at once, and runs on a Ray cluster"),
     "onnx": ("onnxscript onnxruntime", "exports to ONNX"),

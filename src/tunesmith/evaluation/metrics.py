@@ -118,8 +118,6 @@ METRICS: Mapping[str, MetricInfo] = {
     "rouge2": MetricInfo("ROUGE-2", "number", "higher", "F1 of word pairs shared with the reference (rouge-score)."),
     "rougeL": MetricInfo("ROUGE-L", "number", "higher", "F1 of the longest common subsequence (rouge-score)."),
     "length_ratio": MetricInfo("length ratio", "ratio", "neither", "Words of answers over those of references."),
-    "bleu": MetricInfo("BLEU", "ratio", "higher", "Corpus BLEU, 0 to 100 (sacrebleu)."),
-    "chrf": MetricInfo("chrF", "ratio", "higher", "Corpus chrF, 0 to 100 (sacrebleu)."),
     "preference_accuracy": MetricInfo(
         "preference accuracy",
         "percent",
@@ -153,7 +151,7 @@ METRICS: Mapping[str, MetricInfo] = {
 
 BASELINES = ("majority", "baseline_mse")
 """Metrics of a constant answer: they say something of the rows, not of the model."""
-ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "length_ratio", "bleu", "chrf")
+ANSWER_METRICS = ("exact_match", "rouge1", "rouge2", "rougeL", "length_ratio")
 """Metrics of the prompts that were answered, not of all rows."""
 
 HEAD_METRICS: Mapping[str, tuple[str, ...]] = {

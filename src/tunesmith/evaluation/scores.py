@@ -1,7 +1,7 @@
 """Metrics of a task from the results of its rows, each with its interval, and metrics of generated answers.
 
-A row's result is one line of evaluation/<name>.jsonl. Values equal those of scikit-learn, scipy, seqeval, rouge-score
-and sacrebleu. Definitions: docs/measures.md.
+A row's result is one line of evaluation/<name>.jsonl. Values equal those of scikit-learn, scipy, seqeval and
+rouge-score. Definitions: docs/measures.md.
 """
 
 # I rows, C classes
@@ -17,8 +17,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.environment import install_command
-from tunesmith.errors import RecipeError
 from tunesmith.evaluation import bootstrap, branch_scores
 from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, intervals, ratio, value_of
 from tunesmith.evaluation.branch_scores import HABITS, column
@@ -393,11 +391,11 @@ def are_short(references: Sequence[str]) -> bool:
     return bool(references) and sum(map(is_short, references)) >= MOSTLY * len(references)
 
 
-def score_answers(answers: Sequence[str], references: Sequence[str], *, bleu: bool) -> dict[str, Interval]:
-    """exact_match, rouge1, rouge2, rougeL, length_ratio, and with `bleu` also bleu and chrf; {} for no answers.
+def score_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, Interval]:
+    """exact_match, rouge1, rouge2, rougeL and length_ratio; {} for no answers.
 
     Without rouge2 where no reference has two words, since it is 0 for any answer then. The order of the answers has no
-    say. Raises RecipeError where `bleu` is set and sacrebleu is not installed.
+    say.
     """
     if not answers:
         return {}
@@ -409,8 +407,6 @@ def score_answers(answers: Sequence[str], references: Sequence[str], *, bleu: bo
     statistics = {key: ratio([one[key] for one in scores]) for key in keys}
     lengths_2I = [[len(words(text)) for text in texts] for texts in (answers, references)]
     statistics["length_ratio"] = ratio(*map(np.array, lengths_2I))
-    if bleu:
-        statistics |= _corpus_statistics(answers, references)
     return intervals(len(scores), statistics)
 
 
@@ -424,26 +420,3 @@ def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dic
         rouges = {key: one.fmeasure for key, one in scorer.score(reference, answer).items()}
         found.append({"exact_match": float(answer.strip() == reference.strip()), **rouges})
     return found
-
-
-def _corpus_statistics(answers: Sequence[str], references: Sequence[str]) -> Iterator[tuple[str, Statistic]]:
-    """BLEU and chrF of a corpus from each answer's counts, which sacrebleu sums; there is no public way to them."""
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as error:
-        raise RecipeError(
-            "evaluation.bleu: true needs the package sacrebleu, which is not installed. "
-            f"Run {install_command('bleu')}, or set evaluation.bleu: false."
-        ) from error
-
-    def statistic(metric: Any) -> Statistic:
-        counts_IK = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]), np.float64)
-
-        def of_weights(weights_RI: Floats) -> Floats:
-            sums_RK = (weights_RI @ counts_IK).astype(np.int64)
-            return np.array([metric._compute_score_from_stats(sums_K.tolist()).score for sums_K in sums_RK])
-
-        return of_weights
-
-    # force: a warning about text that looks tokenized would be printed by sacrebleu's own logger.
-    yield from (("bleu", statistic(BLEU(force=True))), ("chrf", statistic(CHRF())))

@@ -175,7 +175,7 @@ def evaluate_file(
         num_trained = None if trained is None or loaded.is_base else trained.count(store.hashes)
     notes += [*counted([store], problems), *_beside_report(loaded, num_trained, len(store))]
     sampled, _, more = _answer(loaded, *_chosen(loaded, data, store, samples), on_progress)
-    measures |= score_answers(*_columns(sampled), bleu=loaded.recipe.evaluation.bleu)
+    measures |= score_answers(*_columns(sampled))
     baseline = row_baseline(results, details.get("constant"), classes)
     if baseline is None and sampled:
         scored = zip(sampled, answer_scores(*_columns(sampled)), strict=True)

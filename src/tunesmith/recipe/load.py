@@ -50,6 +50,7 @@ OTHER_NAMES = {
 REMOVED: dict[str, Any] = {
     "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
     "method.quant": "nf4", "method.double_quant": True, "loss.neftune_alpha": 0.0, "train.group_by_length": False,
+    "evaluation.bleu": False,
 }  # fmt: skip
 """Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
 

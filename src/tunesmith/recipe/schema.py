@@ -262,8 +262,6 @@ class EvaluationOptions(OptionGroup):
     name or a date; fewer in a short run."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
-    bleu: bool = False
-    """BLEU and chrF of the answers too; needs the package sacrebleu."""
     general: bool | Auto = "auto"
     """Measure before and after how well a causal model still does on general text. auto: true, except
     in a short run."""

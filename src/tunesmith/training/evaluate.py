@@ -164,7 +164,7 @@ def _answer(session: Session, name: str) -> None:
     scored = zip(given, answer_scores(answers, references), strict=True)
     lines = [{**{key: sample[key] for key in _OF_AN_ANSWER}, **scores} for sample, scores in scored]
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
-    measures = score_answers(answers, references, bleu=setup.recipe.evaluation.bleu)
+    measures = score_answers(answers, references)
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
 
 
