@@ -40,6 +40,7 @@ def without_colours(text: str) -> str:
 
 def test_plain_lines_tell_the_whole_run() -> None:
     lines = told(plain_console(), fake_events.whole_run()).splitlines()
+    assert ESCAPE not in "".join(lines)
     assert lines[:5] == [
         "model: SmolLM2-135M-Instruct.gguf, 139.4 M weights",
         "task: chat, by lora: 4.9 M weights are trained (3.5 %)",
@@ -64,10 +65,6 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "ROUGE-L\t0.2000 (0.000–0.400)\t0.3000 (0.100–0.500)\t+0.1000",
         "general text\t3.1000\t3.2000\t+0.1000 (+0.0900 to +0.1100), worse",
     ]
-
-
-def test_plain_lines_hold_no_escapes() -> None:
-    assert ESCAPE not in told(plain_console(), fake_events.whole_run())
 
 
 def test_plain_log_of_a_long_run_is_short() -> None:
@@ -120,11 +117,6 @@ def test_trained_tokens_are_coloured_and_others_are_not() -> None:
 def test_nothing_is_wider_than_the_terminal(width: int) -> None:
     text = without_colours(told(terminal(width), fake_events.whole_run()))
     assert max(map(len, text.splitlines())) <= width
-
-
-def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", told(terminal(), fake_events.whole_run()))
 
 
 @pytest.mark.parametrize("make", [plain_console, terminal])

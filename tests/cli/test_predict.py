@@ -70,14 +70,6 @@ def test_rows_that_cannot_be_used_say_why_in_their_place(one: Path, tmp_path: Pa
     assert "2 rows answered; 2 rows could not be, and say why" in result.stderr
 
 
-def test_nothing_that_can_be_read_is_bad_input(one: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text("{\n{\n")
-    result = predict(one, path, code=2)
-    assert len(told(result)) == 2
-    assert f"no row could be answered. The first: {path}:1: " in result.stderr
-
-
 @pytest.mark.parametrize("kept", [0, 1, 7, 20])
 def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path, kept: int) -> None:
     whole, begun = tmp_path / "whole.jsonl", tmp_path / "begun.jsonl"
@@ -349,12 +341,6 @@ def test_eval_says_why_its_measures_are_not_those_of_the_report(run: Run, tmp_pa
     assert rows == "all 8 rows are measured; the run's report is of at most 5 (evaluation.max_rows)"
 
 
-def test_eval_advises_only_what_it_has(run: Run, tmp_path: Path) -> None:
-    path = write(tmp_path / "bad.jsonl", [*rows_of("classify", 3), {"text": "a pear", "label": ""}])
-    error = tunesmith("eval", run.path, path, "--offline", code=2).stderr
-    assert "1 problem makes its row unusable. Correct the data, or remove these rows from it." in error
-
-
 def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
     import tunesmith as package
 
@@ -366,11 +352,6 @@ def test_predict_of_a_run_and_its_python_face_agree(run: Run) -> None:
     assert set(labels) <= {"fruit", "place"}
     measures = package.evaluate(run, held_out(run), offline=True)
     assert measures["accuracy"]["low"] <= measures["accuracy"]["value"] <= measures["accuracy"]["high"]
-
-
-def test_chat_with_a_classifier_names_the_verb(run: Run) -> None:
-    error = tunesmith("chat", run.path, "--once", "hello", "--offline", code=2).stderr
-    assert f"tunesmith predict {run.path}" in error
 
 
 def test_compare_of_a_run_with_itself_finds_no_difference(run: Run) -> None:

@@ -4,7 +4,6 @@ import pytest
 
 from tunesmith import phrases
 from tunesmith.cli import render
-from tunesmith.evaluation.metrics import METRICS
 
 
 @pytest.mark.parametrize(
@@ -24,11 +23,6 @@ from tunesmith.evaluation.metrics import METRICS
 def test_what_cannot_be_seen_is_shown_by_a_sign(given: str, shown: str) -> None:
     assert phrases.visible(given) == shown
     assert phrases.visible(shown) == shown
-
-
-def test_one_line_is_cut_with_an_ellipsis() -> None:
-    assert phrases.one_line("a\n  b\tc", 10) == "a b c"
-    assert phrases.one_line("0123456789abc", 10) == "012345678…"
 
 
 @pytest.mark.parametrize(
@@ -75,26 +69,7 @@ def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
     assert phrases.span(low, high) == shown
 
 
-@pytest.mark.parametrize(
-    ("number", "noun", "shown"),
-    [
-        (1, "row", "1 row"),
-        (2000, "row", "2,000 rows"),
-        (0, "class", "0 classes"),
-        (2, "entry", "2 entries"),
-        (2, "day", "2 days"),
-    ],
-)
-def test_counted_nouns(number: int, noun: str, shown: str) -> None:
-    assert phrases.plural(number, noun) == shown
-
-
 @pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])
 def test_targets_of_a_row_are_known_without_colors(in_color: bool, shown: str) -> None:
     row = render.sample_row([("Hi ", False), ("Yes.", True)], in_color=in_color)
     assert row.plain.splitlines()[1] == shown
-
-
-def test_an_interval_below_zero_is_not_written_with_two_kinds_of_dashes() -> None:
-    assert METRICS["margin"].bounds({"low": -0.42, "high": -0.102}) == "−0.420 to −0.102"
-    assert METRICS["margin"].bounds({"low": 0.1, "high": 0.2}) == "0.100–0.200"

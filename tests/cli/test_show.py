@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from evaluation.fake_runs import fake_run
@@ -56,23 +57,11 @@ def test_a_classifier_is_shown_beside_the_majority_baseline(shown) -> None:
 
 
 def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
-    from rich.console import Console
-
     console = Console(width=100, record=True)
     rows = [{"prompt": "How was it?", "reference": "positive", "before": "Great!", "after": "positive"}]
+    rows.append({"prompt": "And now?", "reference": "negative", "before": "Well"})  # not answered yet
     console.print(answers_table(dict(enumerate(rows)), width=100, most=4))
     text = console.export_text()
-    for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive"):
+    for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive", "✗ Well", "not yet"):
         assert words in text
-
-
-def test_an_answer_that_is_not_there_yet_is_not_an_empty_or_wrong_one() -> None:
-    from rich.console import Console
-
-    console = Console(width=100, record=True)
-    rows = [{"prompt": "How was it?", "reference": "positive", "before": "Great!"}]
-    console.print(answers_table(dict(enumerate(rows)), width=100, most=4))
-    text = console.export_text()
-    assert "not yet" in text
     assert "nothing" not in text
-    assert text.count("✗") == 1

@@ -32,18 +32,10 @@ def test_resamples_repeat_and_do_not_depend_on_how_many_are_held_at_once(monkeyp
     assert np.array_equal(np.concatenate(list(resamples(50))), whole)
 
 
-def test_one_row_has_no_width():
-    assert intervals(1, {"share": shares(1)})["share"] == {"value": 0, "low": 0, "high": 0}
-
-
 def test_resamples_where_a_measure_is_not_defined_are_left_out():
     found = interval(2.0, np.array([math.nan, 1.0, 3.0]))
     assert (found["low"], found["high"]) == pytest.approx((1.05, 2.95))
     assert all(math.isnan(end) for end in interval(2.0, np.array([math.nan])).values() if end != 2.0)
-
-
-def test_ratio_without_a_denominator_is_not_defined():
-    assert math.isnan(ratio(np.array([1.0]), np.array([0.0]))(np.ones((1, 1)))[0])
 
 
 def test_bins_hold_their_upper_edge():

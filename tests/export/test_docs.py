@@ -27,11 +27,6 @@ def test_every_model_type_of_onnx_is_named() -> None:
     assert [name for name in KNOWN if f"`{name}`" not in PAGE.partition("### onnx")[2]] == []
 
 
-def test_help_names_every_target() -> None:
-    text = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"}).stdout
-    assert [name for name in TARGETS if name not in text] == []
-
-
 def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     words = ["export", str(finished("chat").path), "--to", "merged", "--out", str(tmp_path / "out"), "--offline"]

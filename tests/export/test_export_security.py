@@ -14,7 +14,6 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.export import hub as push_module
 from tunesmith.export.export_run import export_run
 from tunesmith.export.target import ExportOptions
-from tunesmith.export.targets import TARGETS
 from tunesmith.runs.folder import Run
 
 
@@ -103,10 +102,3 @@ def test_a_template_that_reaches_for_python_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         exported(run, "ollama", tmp_path)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_target_is_a_word_of_a_table(tmp_path: Path) -> None:
-    for word in ("../x", "/etc", "merged/../..", "", "gguf\n"):
-        assert word not in TARGETS
-        with pytest.raises(InputError, match="there is no such target"):
-            exported(finished("chat"), word, tmp_path)

@@ -17,7 +17,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.export import gguf_models
 from tunesmith.export.export_run import Exported, export_run
-from tunesmith.export.gguf import QUANT_TYPES, load_model
+from tunesmith.export.gguf import QUANT_TYPES
 from tunesmith.export.gguf_models import ARCHITECTURES, interleave
 from tunesmith.export.gguf_tokenizer import HASHES, find_pre_tokenizer, pre_tokenizer_of_steps, probe_hash
 from tunesmith.export.run_result import open_result
@@ -27,16 +27,12 @@ from tunesmith.models.gguf import read_gguf
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.runs.folder import Run
 
-ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
+ARCHS = list(ARCHITECTURES)
 
 
 def written(run: Run, tmp_path: Path, *, quant: str = "f16", proof: bool = True, **words: Any) -> Exported:
     options = ExportOptions(quant=quant, **words)
     return export_run(run, "gguf", out=tmp_path / "out", options=options, proof=proof, offline=True)
-
-
-def test_the_list_is_whole() -> None:
-    assert set(ARCHS) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -86,25 +82,6 @@ def test_a_wrong_layout_fails_and_leaves_nothing(
     with pytest.raises(ExportError, match="nothing was kept: its KL divergence"):
         written(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_planted_bug_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = of_architecture("llama")
-    monkeypatch.setattr(gguf_models, "interleave", halves)
-    done = written(run, tmp_path, proof=False)
-    monkeypatch.undo()
-    with pytest.raises(AssertionError):
-        assert_same_weights(done, run)
-    assert_same_weights(written(run, tmp_path, proof=False, quant="f32"), run)
-
-
-def assert_same_weights(done: Exported, run: Run) -> None:
-    source = open_result(run, offline=True)
-    model = load_model(done.path, source.recipe).model
-    live, _ = source.load(torch.float32)
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        assert torch.allclose(model(ids).logits, live(ids).logits, atol=1e-4)  # float32: order of additions
 
 
 def test_queries_and_keys_are_put_in_turns() -> None:

@@ -18,7 +18,6 @@ from tunesmith.export import merged, verify
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result, tuned_tensors
 from tunesmith.export.target import ExportOptions
-from tunesmith.export.targets import TARGETS
 from tunesmith.export.verify import find_rows
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.recipe.schema import DataFile
@@ -217,14 +216,6 @@ def test_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     exported("chat", tmp_path, proof=False)
     again = exported("chat", tmp_path, proof=False, options=ExportOptions(dtype="float16"))
     assert load_file(again.path / "model.safetensors")["model.norm.weight"].dtype == torch.float16
-
-
-def test_words_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--to: coreml: there is no such target"):
-        export_run(finished("chat"), "coreml", out=tmp_path / "out")
-    with pytest.raises(InputError, match=r"--quant: q3: not offered here\. One of f32, f16, bf16, q8_0, q6_k, "):
-        export_run(finished("chat"), "gguf", out=tmp_path / "out", options=ExportOptions(quant="q3"))
-    assert "merged" in TARGETS
 
 
 def test_a_run_without_a_result_is_refused(tmp_path: Path) -> None:

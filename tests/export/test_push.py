@@ -143,9 +143,3 @@ def test_the_verb_pushes_a_folder_and_says_where(adapter: Exported, hub: str, mo
 
 def test_exporting_opens_no_socket(tmp_path: Path, no_sockets: None) -> None:
     export_run(finished("chat"), "merged", out=tmp_path / "out", proof=False, offline=True)
-
-
-def test_a_target_that_does_not_exist_is_refused_by_name() -> None:
-    result = CliRunner().invoke(app, ["push", str(finished("chat").path), "me/tuned", "--to", "foo"])
-    assert result.exit_code == 2
-    assert "--to: foo: there is no such target. One of merged, adapter" in " ".join(result.output.split())

@@ -18,8 +18,6 @@ from tunesmith.runs.folder import Run, refuse_taken, runs
 from tunesmith.training.trainer import train
 from tunesmith.types import Event
 
-SOURCE = Path(__file__).parents[2] / "src"
-
 
 @pytest.fixture
 def root(tmp_path) -> Path:
@@ -168,16 +166,6 @@ def test_state_follows_lock_and_events(run):
     assert [event.kind for event in events.follow(run.events_path, lambda: True)] == ["start", "stopped"]
     assert events.truncate_after(run.events_path, 2) == 1
     assert run.state() == "interrupted"
-
-
-def test_stop_is_asked_and_forgotten(run):
-    assert not run.stop_asked()
-    run.ask_stop()
-    run.ask_stop()
-    assert run.stop_asked()
-    run.clear_stop()
-    run.clear_stop()
-    assert not run.stop_asked()
 
 
 def test_json_files_round_trip_and_say_what_is_wrong(run):

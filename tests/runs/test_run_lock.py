@@ -61,38 +61,15 @@ def test_second_writer_touches_nothing(run):
         assert sorted(os.listdir(run.path)) == before
 
 
-@contextmanager
-def locked_by_a_file(run: Run):
-    """Planted bug: a file that says who holds the lock, which a dead process cannot take away."""
-    try:
-        os.close(os.open(run.path / "lock", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        raise RunError("in use") from None
-    yield
-    os.unlink(run.path / "lock")
-
-
-def check_dead_process_holds_nothing(lock, run: Run) -> None:
+def test_dead_process_holds_nothing(run):
     def hold_and_die() -> None:
-        with lock(run):
+        with run.lock():
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(hold_and_die) == -9
-    try:
-        with lock(run):
-            pass
-    except RunError as error:
-        raise AssertionError(str(error)) from error
-
-
-def test_dead_process_holds_nothing(run):
-    check_dead_process_holds_nothing(Run.lock, run)
+    with run.lock():
+        assert run.state() == "running"
     assert run.state() == "new"
-
-
-def test_the_check_catches_a_lock_that_outlives_its_holder(run):  # planted
-    with pytest.raises(AssertionError, match="in use"):
-        check_dead_process_holds_nothing(locked_by_a_file, run)
 
 
 def test_lock_is_free_after_an_error_inside(run):
