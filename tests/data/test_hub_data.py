@@ -11,7 +11,7 @@ from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import addresses
-from tunesmith.data.addresses import fetch, members, pin, pin_path
+from tunesmith.data.addresses import members, pin, pin_path
 from tunesmith.data.dataset import build
 from tunesmith.data.read import read
 from tunesmith.data.renderer import Renderer
@@ -124,7 +124,6 @@ def test_pinned_address_reads_the_same_rows_after_a_push(chats):
 
 def test_listed_and_downloaded_data_needs_no_hub(chats, server):
     data, _ = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
-    fetch(data, lambda what, done, total: None)
     before, num = rows_of(data.train[0].path), len(server.requests)
     addresses.REGISTERED.clear()
     assert rows_of(data.train[0].path, offline=True) == before
@@ -296,36 +295,32 @@ def test_download_goes_on_after_cut_connections(server, monkeypatch):
     data = pinned_data()
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     server.cut_after = [len(content) // 3, len(content) // 3]
-    seen: list[tuple[int, int]] = []
-    fetch(data, lambda what, done, total: seen.append((done, total)))
+    assert len(rows_of(data.train[0].path)) == 3000
     assert Path(members(data.train[0].path)[0].at).read_bytes() == content
     ranges = [one for one in server.downloads() if "bytes=" in one]
     assert len(ranges) == 2  # each goes on where the one before was cut
-    assert seen[0] == (0, len(content))
-    assert seen[-1] == (len(content), len(content))
 
 
 def test_download_that_failed_goes_on_with_the_files_that_are_missing(chats, server, monkeypatch):
     data, real = pinned_data(), addresses.download
 
-    def failing(file):
+    def failing(file, folder=None):
         server.down = "train-00002" in file.address
-        real(file)
+        return real(file, folder)
 
     monkeypatch.setattr(addresses, "download", failing)
     with pytest.raises(DataError, match=r"train-00002\S*: unreadable: it cannot be downloaded: .* not fetched twice"):
-        fetch(data, lambda what, done, total: None)
+        rows_of(data.train[0].path)
     monkeypatch.setattr(addresses, "download", real)
     server.down = False
     server.requests.clear()
-    fetch(data, lambda what, done, total: None)
+    assert len(rows_of(data.train[0].path)) == 20
     assert {one.split("/")[-1][:11] for one in server.downloads()} == {"train-00002", "train-00003"}
 
 
 def test_streamed_rows_are_those_of_downloaded_files(chats, tmp_path, full_disk, monkeypatch):
     monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
     data, notes = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
-    fetch(data, lambda what, done, total: pytest.fail("nothing is kept"))
     assert "streamed: " in notes[0]
     streamed = encoded(data, tmp_path / "streamed")
     assert not (tmp_path / "cache" / "hub").exists()
@@ -352,10 +347,10 @@ def test_interrupted_stream_goes_on_with_the_shard_that_is_missing(chats, server
     data = pinned_data()
     real = addresses.download
 
-    def killed(file, path):
+    def killed(file, folder):
         if "train-00002" in file.address:
             raise KeyboardInterrupt
-        real(file, path)
+        return real(file, folder)
 
     monkeypatch.setattr(addresses, "download", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -387,10 +382,11 @@ def test_at_most_one_shard_is_on_the_disk(chats, tmp_path, full_disk, monkeypatc
     monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
     data, most = pinned_data(), 0
 
-    def look(file, path):
+    def look(file, folder):
         nonlocal most
-        real(file, path)
+        place = real(file, folder)
         most = max(most, len(list(tmp_path.rglob("*.parquet"))))
+        return place
 
     real = addresses.download
     monkeypatch.setattr(addresses, "download", look)

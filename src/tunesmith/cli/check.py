@@ -83,11 +83,11 @@ def check(
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
 
-    from tunesmith.cli.display import fetched, phases
+    from tunesmith.cli.display import phases, pinned
     from tunesmith.data.check import check as check_rows
     from tunesmith.data.splits import mix
 
-    chosen = chosen.model_copy(update={"data": fetched(chosen.data, offline=offline)})
+    chosen = chosen.model_copy(update={"data": pinned(chosen.data, offline=offline)})
     with phases(console(stderr=True)) as tick:
         renderer = _renderer(chosen, offline) if chosen.model else None
         task = None if chosen.task == "auto" else chosen.task

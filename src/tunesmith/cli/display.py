@@ -225,17 +225,14 @@ def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, 
     return line
 
 
-def fetched(data: Data, *, offline: bool) -> Data:
-    """The data with addresses pinned, said on stderr, and their files on this machine as far as they fit."""
-    from tunesmith.data.addresses import fetch, pin
+def pinned(data: Data, *, offline: bool) -> Data:
+    """The data with addresses pinned, which is said on stderr."""
+    from tunesmith.data.addresses import pin
 
-    screen = console(stderr=True)
-    pinned, notes = pin(data, offline=offline)
+    found, notes = pin(data, offline=offline)
     for note in notes:
-        screen.print(visible(f"note: {note}"), style="bright_black")
-    with phases(screen) as progress:
-        fetch(pinned, progress)
-    return pinned
+        console(stderr=True).print(visible(f"note: {note}"), style="bright_black")
+    return found
 
 
 @dataclass

@@ -159,11 +159,11 @@ def _file(
     offline: bool,
     shown: str,
 ) -> Counts:
-    from tunesmith.cli.display import fetched, phases
+    from tunesmith.cli.display import phases, pinned
     from tunesmith.inference.predict import predict_file, predict_to
     from tunesmith.recipe.schema import Data, DataFile
 
-    data = fetched(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
+    data = pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
     with phases(console(stderr=True), {"rows": "answering rows"}) as tick:
         progress = partial(tick, "rows")
         if out is not None:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,9 +33,6 @@ from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
 from tunesmith.phrases import listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing, write_atomic
-
-OnProgress = Callable[[str, int, int], None]
-"""(what is done, bytes done, bytes in all)"""
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
@@ -66,6 +63,8 @@ class RemoteFile:
     num_bytes: int
     version: str
     """Changes with the content: its SHA-256 where that is known, else a hash that the hub or the file system gives."""
+    is_kept: bool = False
+    """Downloads go into the hub's cache and stay there."""
 
     def cached(self) -> str | None:
         """Its place in the hub's cache, if it is there."""
@@ -145,14 +144,14 @@ def _pinned(file: DataFile, notes: list[str], *, offline: bool) -> DataFile:
     missing = [one for one in files if one.cached() is None]
     if offline and missing and file.at.startswith(HUB):
         raise DataError(f"{missing[0].address}: not downloaded yet, and --offline forbids it. Run once without.")
-    register(address, files)
+    register(address, [replace(one, is_kept=_fit(missing)) for one in files])
     pinned = f"pinned to {address}: " if address != file.at else ""
     notes += [f"{file.path}: {pinned}{plural(len(files), 'file')}, {size(_sum(files))}, {_cost(missing)}", *found]
     return file.model_copy(update={"path": address})
 
 
 def members(address: str) -> list[DataFile]:
-    """The files of an address, each read where it is: on this machine, or by ranges.
+    """The files of an address, those that are on this machine with their place.
 
     Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
     """
@@ -160,22 +159,6 @@ def members(address: str) -> list[DataFile]:
     if listing is not None and all(file.cached() for file in listing[1]):
         register(*listing)
     return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in registered(address)]
-
-
-def fetch(data: Data, on_progress: OnProgress) -> None:
-    """Download the data's files into the hub's cache if half of the free disk has room for them.
-
-    Those that do not fit, and those of other file systems, stay where they are: `dataset.build` takes one at a time.
-    Raises DataError if one cannot be fetched; what has arrived is not fetched again. StorageError.
-    """
-    files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
-    missing = [known(one.path) for file in files for one in members(file.at) if is_address(one.at)]
-    words, total, arrived = f"data: {plural(len(missing), 'file')}, {_cost(missing)}", _sum(missing), 0
-    for file in missing if _fit(missing) else ():
-        on_progress(words, arrived, total)
-        download(file)
-        arrived += file.num_bytes
-        on_progress(words, arrived, total)
 
 
 def _cost(missing: Sequence[RemoteFile]) -> str:
@@ -393,45 +376,52 @@ def file_system(address: str) -> tuple[Any, str]:
         raise DataError(f"{address}: {error}. There are hf://, s3://, gs:// and others of fsspec.") from error
 
 
+def is_elsewhere(file: DataFile) -> bool:
+    """Whether a file has to be fetched to be read."""
+    return is_address(file.at) and known(file.at).cached() is None
+
+
 @contextmanager
 def local(address: str) -> Iterator[str]:
-    """A registered file on this disk while the block lasts: downloaded, then removed.
+    """A registered file on this disk: of the hub in its cache if there is room, else only while the block lasts.
 
     Raises DataError if it cannot be fetched; StorageError.
     """
     from huggingface_hub import cached_assets_path
 
     file, folder = known(address), Path(cached_assets_path("tunesmith", "datasets", "streamed"))
+    if file.is_kept or file.cached():
+        yield download(file)
+        return
     clean(folder, older_than_s=STALE_S)
     with storing(folder, num_bytes=file.num_bytes):
         place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
     try:
-        download(file, place / os.path.basename(address))
-        yield str(place / os.path.basename(address))
+        yield download(file, place)
     finally:
         remove(place)
 
 
-def download(file: RemoteFile, path: Path | None = None) -> None:
-    """Put a file at a path, or one of the hub into the hub's cache, where a download that was cut continues.
+def download(file: RemoteFile, folder: Path | None = None) -> str:
+    """Put a file into a folder, or one of the hub into its cache, where a download that was cut continues; its place.
 
     Raises DataError if it cannot be fetched; StorageError.
     """
     try:
-        if path is None:
+        if folder is None:
             from huggingface_hub import hf_hub_download
-            from huggingface_hub.utils import disable_progress_bars
 
-            disable_progress_bars()
-            hf_hub_download(**cast("re.Match[str]", _HUB_FILE.fullmatch(file.address)).groupdict(), repo_type="dataset")
-            return
+            on_hub = cast("re.Match[str]", _HUB_FILE.fullmatch(file.address)).groupdict()
+            return str(hf_hub_download(**on_hub, repo_type="dataset"))
         fs, there = file_system(file.address)
-        fs.get_file(there, str(path))
+        place = str(folder / os.path.basename(file.address))
+        fs.get_file(there, place)
+        return place
     except DataError:
         raise
-    except Exception as error:
+    except Exception as error:  # of a dozen libraries, one a file system
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            with storing(path or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):
+            with storing(folder or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):
                 raise
         way = "Start again: files that have arrived are not fetched twice."
         raise refusal(file.address, 0, "unreadable", f"it cannot be downloaded: {reason(error)}.", way) from error

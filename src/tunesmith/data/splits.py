@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import is_address
+from tunesmith.data.addresses import is_elsewhere
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.formats import SEARCHED, SHAPES
@@ -98,7 +98,7 @@ class Splits:
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""
         files, rows_I = self.data.eval or self.data.train, self.held_rows
-        if any(is_address(file.at) for file in files):  # not here: of the first file alone, if it has enough
+        if any(map(is_elsewhere, files)):  # not here: of the first file alone, if it has enough
             rows_I = rows_I[np.argsort(self.held_store.file_index[rows_I], kind="stable")]
         # Several rows can be windows of one document.
         wanted = list(islice(dict.fromkeys(str(self.held_store.source(int(i))) for i in rows_I), num))
@@ -256,7 +256,7 @@ def texts_of(
 ) -> dict[int, str]:
     """The text of some rows, by their numbers; those are missing whose file is not here, or says something else."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
-    if task == "text" or any(is_address(file.at) for file in files):
+    if task == "text" or any(map(is_elsewhere, files)):
         return {}
     try:
         found = examples_at(files, data, task, wanted)

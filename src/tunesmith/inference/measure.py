@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import fetch, pin_path
+from tunesmith.data.addresses import pin_path
 from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
@@ -147,7 +147,7 @@ def evaluate_file(
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
         raise InputError(f"--samples: a model of task {task} has no head for writing answers. Leave it out.")
-    data, notes = _data_of(loaded, path, offline, on_progress)
+    data, notes = _data_of(loaded, path, offline)
     if judge:
         rates = _judge_answers(loaded, data, judge, SAMPLES if samples is None else samples, on_progress)
         keep(iter(rates.samples))
@@ -309,17 +309,15 @@ def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) 
         yield "whether rows were trained on by this run is not known: it keeps no rows that this release reads"
 
 
-def _data_of(loaded: LoadedModel, path: str, offline: bool, on_progress: OnProgress) -> tuple[Data, list[str]]:
-    """The run's options of data for this file, with the classes of the model; one at an address is fetched."""
+def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[str]]:
+    """The run's options of data for this file, with the classes of the model."""
     path, notes = pin_path(path, offline=offline)
     labels = loaded.labels
     known: dict[str, Any] = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
-    data = loaded.recipe.data.model_copy(update=update)
-    fetch(data, on_progress)
-    return data, notes
+    return loaded.recipe.data.model_copy(update=update), notes
 
 
 def _feed(loaded: LoadedModel, store: RowStore) -> Collator:

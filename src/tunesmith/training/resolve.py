@@ -9,7 +9,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.addresses import fetch
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
@@ -89,8 +88,6 @@ def resolve_run(
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
-    else:  # a run has its rows
-        fetch(inputs.recipe.data, on_progress)
     rows = _rows(inputs, cache_dirs, on_progress)
     recipe = reduce(with_choice, rows.choices, inputs.recipe)
     _check_evaluation(recipe, inputs.head, rows)
