@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -390,8 +390,6 @@ HIGH_RATE = 100
 """Learning rates that are so many times the usual one are noted."""
 HELD = 1000
 """Most held-out rows measured in it."""
-FEW_HELD = 50
-"""Held-out rows that are measured in every run: fewer tell nothing."""
 FEW_PROMPTS = 4
 """Prompts that are answered at least, if any are."""
 TRAINED = 3.0
@@ -413,55 +411,30 @@ def decide_measuring(
     """The recipe without "auto" in `evaluation`, and what was made less than in a longer run.
 
     `given`: the recipe as a person wrote it: what it does not leave to "auto" stays. `held_tokens`: of the held-out
-    rows that would be measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured.
+    rows that are measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured.
     """
-    was, evaluation = given.evaluation, recipe.evaluation
-    row, held_rows = float(facts.lengths_I.mean()), len(facts.held_targets_I)
-    prompts = held_rows if writes else 0
-    answer_tokens = new_tokens_for(facts.held_targets_I, evaluation.sample_tokens)
+    row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
+    answer = 2.0 * WORD * new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
     unnoticed = UNNOTICED_S * operations_per_second(facts.device) / (2 * facts.num_parameters)
     trained = steps * resolved(recipe.train.rows_per_step) * row
-    budget = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed)
+    left = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed) - 2 * held_tokens
+    choices: list[Choice] = []
 
-    def answering(samples: int) -> float:
-        return 2.0 * WORD * math.ceil(min(samples, prompts) / ANSWER_BATCH) * answer_tokens
+    def spend(name: str, values: Sequence[int | bool], cost: Callable[[Any], float]) -> None:
+        """Take the first value that there is time for; the last one costs nothing."""
+        nonlocal recipe, left
+        if getattr(given.evaluation, name) == "auto":
+            value, longer = next(value for value in values if cost(value) <= max(0.0, left)), str(values[0]).lower()
+            reason = f"the run is short, and measuring takes at most about a third of it; {longer} in a longer one"
+            recipe = with_choice(recipe, Choice(f"evaluation.{name}", value, reason))
+            choices.extend([Choice(f"evaluation.{name}", value, reason)] if value != values[0] else [])
+        left -= cost(getattr(recipe.evaluation, name))
 
-    found: dict[str, tuple[int | bool, int | bool]] = {}  # name → what is chosen, what a longer run has
-
-    rows = HELD if was.max_rows == "auto" else was.max_rows
-    left = budget - 2 * held_tokens
-    if was.max_rows == "auto":
-        if left < 0 and was.every is None and held_rows > FEW_HELD:
-            rows = max(FEW_HELD, math.floor(held_rows * budget / (2 * held_tokens)))
-            left = 0.0
-        found["max_rows"] = (rows or HELD, HELD)
-
-    samples = most = resolved(evaluation.samples)
-    if was.samples == "auto":
-        while samples and answering(samples) > max(0.0, left):
-            samples = samples // 2 if samples // 2 >= FEW_PROMPTS else 0
-        found["samples"] = (samples, most)
-    left -= answering(samples)
-
-    general = was.general
-    cost = 2.0 * GENERAL_TOKENS if speaks else 0.0
-    if general == "auto":
-        general = cost <= left
-        found["general"] = (general, True)
-    left -= cost if general else 0.0
-
-    if was.surprising == "auto":
-        most = resolved(evaluation.surprising)
-        found["surprising"] = (min(most, max(0, math.floor(left / row))), most)
-
-    choices = []
-    for name, (value, longer) in found.items():
-        reason = f"the run is short, and measuring takes at most about a third of it; {_text(longer)} in a longer one"
-        choice = Choice(f"evaluation.{name}", value, reason)
-        recipe = with_choice(recipe, choice)
-        choices += [choice] if value != longer else []
+    samples = resolved(recipe.evaluation.samples)
+    halves = [samples >> i for i in range(samples.bit_length()) if i == 0 or samples >> i >= FEW_PROMPTS]
+    spend("samples", [*halves, 0], lambda num: answer * math.ceil(min(num, prompts) / ANSWER_BATCH))
+    spend("general", (True, False), lambda is_measured: 2.0 * GENERAL_TOKENS * speaks * is_measured)
+    spend("surprising", range(resolved(recipe.evaluation.surprising), -1, -1), lambda num: num * row)
+    if given.evaluation.max_rows == "auto":
+        recipe = with_choice(recipe, Choice("evaluation.max_rows", HELD, ""))
     return recipe, choices
-
-
-def _text(value: int | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:,}"

@@ -249,8 +249,7 @@ class EvaluationOptions(OptionGroup):
     every: Positive | Literal["epoch"] | None = None
     """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last only."""
     max_rows: Positive | Auto | None = "auto"
-    """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000, or fewer in
-    a short run: measuring takes at most about a third of a run."""
+    """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000."""
     metric: str = "loss"
     """Held-out measure that says which evaluation was best: loss, token_accuracy, accuracy, macro_f1, span_f1, ..."""
     patience: Positive | None = None

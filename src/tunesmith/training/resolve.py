@@ -97,7 +97,15 @@ def resolve_run(
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
     recipe, choices = decide(recipe, facts)
     recipe, counted = _count_steps(recipe, rows)
-    rows, recipe, measuring = _measuring(recipe, inputs, rows, facts, cache_dirs=cache_dirs, on_progress=on_progress)
+    recipe, measuring = decide_measuring(
+        recipe,
+        inputs.recipe,
+        facts,
+        steps=total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
+        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
+        writes=inputs.head == "next_token",
+        speaks=_speaks(inputs),
+    )
     choices = [choice for choice in choices if choice.key not in [one.key for one in measuring]]
     choices = [*inputs.choices, *grouped, *rows.choices, *choices, *counted, *measuring]
     if device is not None:
@@ -135,25 +143,6 @@ def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
     # The layout of rows does not change the number of steps.
     choice = Choice("evaluation.every", sampler_of(recipe, rows, "padded").steps_per_epoch, "the steps of an epoch")
     return with_choice(recipe, choice), [choice]
-
-
-def _measuring(
-    recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts, *, cache_dirs: CacheDirs, on_progress: OnProgress
-) -> tuple[Splits, Recipe, list[Choice]]:
-    """Decide how much is measured if the recipe leaves it open; the rows again if fewer of them are held out."""
-    recipe, choices = decide_measuring(
-        recipe,
-        inputs.recipe,
-        facts,
-        steps=total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
-        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
-        writes=inputs.head == "next_token",
-        speaks=_speaks(inputs),
-    )
-    if any(choice.key == "evaluation.max_rows" for choice in choices):
-        fewer = inputs.recipe.model_copy(update={"evaluation": recipe.evaluation})
-        rows = _rows(replace(inputs, recipe=fewer), cache_dirs, on_progress)
-    return rows, recipe, choices
 
 
 def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
