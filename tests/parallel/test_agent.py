@@ -24,7 +24,6 @@ from tunesmith.parallel.launch import devices_of, ending, record_failure, report
 from tunesmith.parallel.world import OWN_AGENT, Place, place_of
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
-from tunesmith.training.selftest import selftest
 from tunesmith.training.together import take_card
 from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event
@@ -156,16 +155,6 @@ def test_rows_that_cannot_be_used_end_with_2_and_are_named_once(folder: Path) ->
     assert said.count("Correct the data") <= 1
     assert "Traceback" not in said
     assert not (folder / "bad").exists()
-
-
-@pytest.mark.slow
-def test_selftest_compares_two_processes_with_one(folder: Path) -> None:
-    recipe = recipe_of(folder).model_copy(update={"precision": "float32"})
-    found = {proof.name: proof for proof in selftest(recipe, offline=True, devices=2)}
-    proof = found["several processes take the steps of one"]
-    assert proof.passed, proof.found
-    assert "losses of 1 and 2 processes differ by" in proof.found
-    assert proof.found.endswith("allowed is 1e-05")
 
 
 def codes(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:

@@ -31,9 +31,7 @@ def test_train_refuses_and_leaves_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     text = str(refused.value)
     assert f"{tmp_path / 'runs'}: the disk has 1000 B free, but this run needs " in text
     assert "for checkpoints and" in text
-    assert text.endswith(
-        "choose a folder on a larger disk with --runs, keep fewer checkpoints with --set checkpoint.keep=1."
-    )
+    assert "choose a folder on a larger disk with --runs, or keep fewer checkpoints" in text
     assert refused.value.needed > refused.value.room == 1000
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"]
 
@@ -59,7 +57,7 @@ def test_resume_counts_what_the_run_has_already(tmp_path: Path, monkeypatch: pyt
         train(tiny_recipe(tmp_path), root=tmp_path, out=tmp_path / "half", listener=listener)
     run = Run.open("half", tmp_path)
     leave(monkeypatch, 1000)
-    with pytest.raises(DoesNotFitError, match=r"that it has. Free some space, or move the run") as refused:
+    with pytest.raises(DoesNotFitError, match="of which it has") as refused:
         resume(run)
     leave(monkeypatch, refused.value.needed)
     assert resume(run).state() == "done"
@@ -72,11 +70,3 @@ def test_plan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
     assert "the disk has 1000 B free, but this run needs" in " ".join(done.output.split())
-
-
-def test_a_disk_that_does_not_say_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: object) -> None:
-        raise OSError
-
-    monkeypatch.setattr(shutil, "disk_usage", fail)
-    assert train(tiny_recipe(tmp_path, train={"max_steps": 1}), root=tmp_path / "runs").state() == "done"

@@ -266,7 +266,7 @@ def _small_disk(forecast: Any, root: Path) -> str:
 
     needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
     free = free_bytes(root)
-    if free is None or needed <= free:
+    if needed <= free:
         return ""
     return f"{root}: the disk has {size(free)} free, but this run needs {size(needed)}: train will refuse it"
 

@@ -101,7 +101,6 @@ def _together() -> str:
 def selftest(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     settings: Settings = None,
-    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Compare N processes with one, too.")] = 1,
     root: Root = Path("runs"),
     offline: Offline = False,
     as_json: Json = False,
@@ -117,7 +116,7 @@ def selftest(
     from tunesmith.training import selftest as proofs
 
     failed = 0
-    for proof in proofs.selftest(recipe, offline=offline, devices=devices):
+    for proof in proofs.selftest(recipe, offline=offline):
         failed += not proof.passed
         if as_json:
             json_line(asdict(proof))

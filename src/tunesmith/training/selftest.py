@@ -24,15 +24,12 @@ from tunesmith.models.load import model_kind
 from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.resolve_model import resolve_base
 from tunesmith.optim import Optimizer
-from tunesmith.parallel.child import train_in_child
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.schema import EvaluationOptions, Recipe
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps
-from tunesmith.training.progress import Listener
 from tunesmith.training.setup import Setup, packed_agrees, prepare
-from tunesmith.training.sharing import random_option
 from tunesmith.training.step import step_loss
 from tunesmith.types import TaskName
 
@@ -60,9 +57,8 @@ class Proof:
     found: str
 
 
-def selftest(recipe: Recipe, *, offline: bool = False, devices: int = 1) -> Iterator[Proof]:
-    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none. `devices`: also the
-    steps of so many processes, if there are several."""
+def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
+    """Every proof in turn, on the recipe's model and rows, or on built-in rows when it names none."""
     with tempfile.TemporaryDirectory(prefix="tunesmith-selftest-") as name:
         folder = Path(name)
         refuse_ranks(os.environ)
@@ -73,8 +69,6 @@ def selftest(recipe: Recipe, *, offline: bool = False, devices: int = 1) -> Iter
             yield _templates(setup)
         yield _accumulation(setup)
         yield _resume(setup, folder)
-        if devices > 1:
-            yield _several(setup, folder, devices, offline=offline)
 
 
 def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
@@ -179,30 +173,6 @@ def _resume(setup: Setup, folder: Path) -> Proof:
     passed = same and losses == straight_losses
     found = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
     return Proof("a resumed run is the same run", passed, found)
-
-
-def _several(setup: Setup, folder: Path, devices: int, *, offline: bool) -> Proof:
-    """The steps of one process and of several: the same rows and losses."""
-    recipe = setup.recipe.model_copy(
-        update={
-            "devices": devices,
-            "train": setup.recipe.train.model_copy(update={"max_steps": STEPS, "epochs": float(STEPS)}),
-            "evaluation": EvaluationOptions(samples=0, general=False, surprising=0, keep="last"),
-        }
-    )
-    one = prepare(recipe.model_copy(update={"devices": 1}), root=folder, offline=offline)
-    alone = list(training_steps(one))
-    run = train_in_child(recipe, root=folder, out=folder / "several", offline=offline, listener=Listener())
-    together = [event for event in run.events() if event.kind == "step"]
-    rows = [[sorted(event.values["rows"]) for event in events] for events in (alone, together)]
-    losses = [[event.values["loss"] for event in events] for events in (alone, together)]
-    worst = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(*losses, strict=True))
-    random = random_option(one.model, recipe)
-    allowed = 1e-5 if recipe.precision == "float32" else 2e-2
-    found = f"losses of 1 and {devices} processes differ by {worst:.1e}"
-    found += f", since {random} draws other numbers in each" if random else f", allowed is {allowed:.0e}"
-    passed = rows[0] == rows[1] and (bool(random) or worst <= allowed)
-    return Proof("several processes take the steps of one", passed, found)
 
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
