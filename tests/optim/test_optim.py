@@ -168,16 +168,12 @@ def give_gradients(tensors: dict[str, Tensor], step: int, *, scale: float = 1.0)
         tensor.grad = torch.randn(tensor.shape, generator=generator) * scale
 
 
-def test_the_kernel_is_fused_where_it_may_be_and_said_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_fused_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     update = Optimizer(some_tensors(), Optim(lr=1e-3))
     assert update.parts[0][2].defaults["fused"] is True
-    assert update.describe().value == "fused"
-    # 44 weights, and a step for each of four tensors.
-    assert update.describe().reason == "one kernel updates all tensors on cpu; 8.36 bytes of state a weight"
     monkeypatch.setattr("tunesmith.optim.optimizers.FUSED_DEVICES", ())
     elsewhere = Optimizer(some_tensors(), Optim(lr=1e-3))
     assert elsewhere.parts[0][2].defaults["fused"] is False
-    assert elsewhere.describe().reason.startswith("cpu: the fused kernel is not used there, updates are slower")
 
 
 def test_the_norm_is_that_of_all_gradients_together() -> None:

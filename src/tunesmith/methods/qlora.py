@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
-from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, Unpacked, check_installed
+from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
 from tunesmith.recipe.methods import QloraMethod
 
 ELEMENT_SIZE = 0.5625
@@ -54,11 +54,12 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     model.to(device)
     free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    before, after = (sum(sizes) for sizes in zip(*((one.was.num_bytes, one.num_bytes) for one in packed), strict=True))
-    off_by = (sum(one.was.error for one in packed) / max(sum(one.was.square for one in packed), 1e-30)) ** 0.5
+    before, after = (
+        sum(one.weight_shape.numel() * one.weight_dtype.itemsize for one in packed),
+        sum(one.num_bytes for one in packed),
+    )
     notes = [
-        f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {_mib(before)} become "
-        f"{_mib(after)}; a weight is off by {off_by:.1%} of the size of weights (root mean square)"
+        f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {_mib(before)} become {_mib(after)}"
     ]
     if left_out:
         notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
@@ -80,13 +81,8 @@ def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target]
 
 @torch.no_grad()
 def _pack(module: nn.Module, *, device: str | torch.device) -> QuantizedLinear:
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     packed = QuantizedLinear(module, device=device)
     packed.train(module.training)
-    there = weight.to(device).float()
-    square = float(there.square().sum())
-    error = float(there.sub_(packed.weight).square_().sum())
-    packed.was = Unpacked(weight.numel() * weight.element_size(), square, error)
     return packed
 
 

@@ -14,7 +14,6 @@ whole in memory before it is quantised.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -56,22 +55,9 @@ def _functional() -> Any:
     return import_bitsandbytes().functional
 
 
-@dataclass(frozen=True, slots=True)
-class Unpacked:
-    """A weight before it was packed."""
-
-    num_bytes: int
-    square: float
-    """Sum of its squares."""
-    error: float
-    """Sum of the squares of what packing changed."""
-
-
 class QuantizedLinear(nn.Module):
     """Replaces an `nn.Linear`, or GPT-2's `Conv1D`, whose weight is stored transposed."""
 
-    was: Unpacked
-    """Set by whoever compares the weights."""
     packed: Tensor
     """uint8, two weights each."""
     scales: Tensor

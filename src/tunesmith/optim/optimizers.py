@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.types import Choice, required
+from tunesmith.types import required
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Optim
@@ -62,8 +62,6 @@ class OptimizerRow:
 
     name: str
     doc: str
-    kernel: Callable[[str], tuple[str, str]]
-    """device type → (the code that computes the update, one sentence on it)."""
     build: Callable[[Groups, Optim], torch.optim.Optimizer]
     state: Callable[[Tensor], Mapping[str, Slot]]
     """The state of a tensor after its first update, by its library's names."""
@@ -99,12 +97,6 @@ def _adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     device = groups[0]["params"][0][1].device.type
     betas, eps = required(optim.betas), required(optim.eps)
     return torch.optim.AdamW(groups, lr=float(optim.lr), betas=betas, eps=eps, fused=device in FUSED_DEVICES)
-
-
-def _adamw_kernel(device: str) -> tuple[str, str]:
-    if device in FUSED_DEVICES:
-        return "fused", f"one kernel updates all tensors on {device}"
-    return "plain", f"{device}: the fused kernel is not used there, updates are slower"
 
 
 def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
@@ -156,15 +148,10 @@ def _muon(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.Muon(groups, lr=float(optim.lr), momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
 
-def _from(library: str) -> Callable[[str], tuple[str, str]]:
-    return lambda device: (library, f"updates are computed by {library} on {device}")
-
-
 OPTIMIZERS: dict[str, OptimizerRow] = {
     "adamw": OptimizerRow(
         name="adamw",
         doc="Adam with decoupled decay: the usual choice.",
-        kernel=_adamw_kernel,
         build=_adamw,
         state=_adamw_state,
         rate=(1.0, ""),
@@ -173,7 +160,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "adamw_8bit": OptimizerRow(
         name="adamw_8bit",
         doc="AdamW whose state is kept in 8 bits, a scale for every 256 values.",
-        kernel=_from("bitsandbytes"),
         build=_adamw_8bit,
         state=_adamw_8bit_state,
         rate=(1.0, "8-bit AdamW takes AdamW's rate (arXiv 2110.02861)"),
@@ -184,7 +170,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "lion": OptimizerRow(
         name="lion",
         doc="The sign of a mean of gradients: one number of state a weight.",
-        kernel=_from("bitsandbytes"),
         build=_lion,
         state=lambda tensor: {"step": Slot(torch.Size(), torch.int64, "number"), "state1": _like(tensor)},
         rate=(0.2, "Lion takes a third to a tenth of AdamW's rate (arXiv 2302.06675, section 5)"),
@@ -193,7 +178,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "adafactor": OptimizerRow(
         name="adafactor",
         doc="Means of squares kept as one row and one column a matrix: almost no state, no momentum.",
-        kernel=_from("torch"),
         build=_adafactor,
         state=_adafactor_state,
         rate=(1.0, "Adafactor's updates have AdamW's size (arXiv 1804.04235, section 6)"),
@@ -202,7 +186,6 @@ OPTIMIZERS: dict[str, OptimizerRow] = {
     "muon": OptimizerRow(
         name="muon",
         doc="Momentum made orthogonal for the matrices inside the layers; AdamW for all else.",
-        kernel=_from("torch"),
         build=_muon,
         state=lambda tensor: {"momentum_buffer": _like(tensor)},
         rate=(1.0, "Muon's updates are scaled to AdamW's size (arXiv 2502.16982, section 2.2)"),
@@ -339,21 +322,6 @@ class Optimizer:
         for (_, _, optimizer), state in zip(self.parts, states, strict=True):
             optimizer.state.clear()
             optimizer.state.update(state)
-
-    def describe(self) -> Choice:
-        """The code that computes the update, the share of each optimizer, and the size of the state."""
-        device = next(iter(self.trained.values())).device.type
-        row = self.parts[0][0]
-        value, reason = row.kernel(device)
-        total = sum(tensor.numel() for tensor in self.trained.values())
-        shares = [
-            f"{part.name} takes {sum(self.trained[name].numel() for name in names) / total:.0%} of the trained weights"
-            for part, names, _ in self.parts
-        ]
-        split = f"; {', '.join(shares)}" if len(shares) > 1 else ""
-        return Choice(
-            "optim.kernel", value, f"{reason}{split}; {self.state_bytes() / total:.2f} bytes of state a weight"
-        )
 
     def state_bytes(self) -> int:
         """The size of the state after the first update of every tensor."""

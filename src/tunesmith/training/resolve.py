@@ -95,19 +95,8 @@ def resolve_run(
     targets_I = rows.held_store.targets[rows.held_rows]
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
-    recipe, choices = decide(recipe, facts)
-    recipe, counted = _count_steps(recipe, rows)
-    recipe, measuring = decide_measuring(
-        recipe,
-        inputs.recipe,
-        facts,
-        steps=total_steps(recipe, sampler_of(recipe, rows, "padded").steps_per_epoch),
-        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
-        writes=inputs.head == "next_token",
-        speaks=_speaks(inputs),
-    )
-    choices = [choice for choice in choices if choice.key not in [one.key for one in measuring]]
-    choices = [*inputs.choices, *grouped, *rows.choices, *choices, *counted, *measuring]
+    recipe, choices = _decided(recipe, inputs, rows, facts)
+    choices = [*inputs.choices, *grouped, *rows.choices, *choices]
     if device is not None:
         choices = [choice for choice in choices if choice.key not in ("device", "threads")]
     if run is not None or not world.is_first:
@@ -136,13 +125,24 @@ def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int
     return recipe, [], recipe.devices
 
 
-def _count_steps(recipe: Recipe, rows: Splits) -> tuple[Recipe, list[Choice]]:
-    """Evaluations by epoch, as a number of steps."""
-    if recipe.evaluation.every != "epoch":
-        return recipe, []
-    # The layout of rows does not change the number of steps.
-    choice = Choice("evaluation.every", sampler_of(recipe, rows, "padded").steps_per_epoch, "the steps of an epoch")
-    return with_choice(recipe, choice), [choice]
+def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tuple[Recipe, list[Choice]]:
+    """Everything that rows decide; evaluations by epoch become a number of steps."""
+    recipe, choices = decide(recipe, facts)
+    steps_per_epoch = sampler_of(recipe, rows, "padded").steps_per_epoch  # the layout does not change it
+    if recipe.evaluation.every == "epoch":
+        choices.append(Choice("evaluation.every", steps_per_epoch, "the steps of an epoch"))
+        recipe = with_choice(recipe, choices[-1])
+    recipe, measuring = decide_measuring(
+        recipe,
+        inputs.recipe,
+        facts,
+        steps=total_steps(recipe, steps_per_epoch),
+        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
+        writes=inputs.head == "next_token",
+        speaks=_speaks(inputs),
+    )
+    less = {choice.key for choice in measuring}
+    return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
 def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:

@@ -145,7 +145,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
     return Setup(
         recipe=recipe,
-        choices=[*found.choices, *sharing, optimizer.describe()],
+        choices=[*found.choices, *sharing],
         notes=[*notes, *attachment.notes, *sample_notes],
         located=inputs.located,
         model=model,
