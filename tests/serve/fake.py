@@ -79,8 +79,8 @@ class FakeEngine:
     def _chances(word: str, num: int | None) -> tuple[TokenLogprob, ...]:
         if num is None:
             return ()
-        likeliest = [TokenLogprob(word if i == 0 else f"other{i}", word.encode(), -0.5 - i) for i in range(num)]
-        return (TokenLogprob(word, word.encode(), -0.5, tuple(likeliest)),)
+        likeliest = [TokenLogprob(word if i == 0 else f"other{i}", -0.5 - i) for i in range(num)]
+        return (TokenLogprob(word, -0.5, tuple(likeliest)),)
 
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:
         return [{"label": "good", "probabilities": {"good": 0.75, "bad": 0.25}} for _ in texts]

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
 from tunesmith.evaluation.generate import read_answer
-from tunesmith.serve.detokenizer import StreamingDecoder, TokenBytes
+from tunesmith.serve.detokenizer import StreamingDecoder, with_text
 from tunesmith.serve.protocol import TokenLogprob
 from tunesmith.serve.sampling import SampledToken
 
@@ -19,7 +19,7 @@ SAID = "Ça va très bien 🦊🦊, 今日はいい天気ですね。\n\n  The q
 
 
 def chance(token_id: int) -> TokenLogprob:
-    return TokenLogprob(str(token_id), b"", -1.0)
+    return TokenLogprob(str(token_id), -1.0)
 
 
 def written(tokenizer: Any, prompt: list[int], ids: list[int], *, stops: tuple[str, ...] = ()) -> list[str]:
@@ -112,22 +112,17 @@ def test_white_space_around_an_answer_is_left_out(said: str) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), tiny_tokenizer(metaspace=True), word_tokenizer()])
-def test_bytes_of_tokens_spell_the_text(tokenizer: Any) -> None:
-    tokens = TokenBytes(tokenizer)
-    text = "Ça 🦊 12" if tokenizer.unk_token != "[UNK]" else "red"
+def test_listed_tokens_spell_the_text(tokenizer: Any) -> None:
+    text = " Ask 12" if tokenizer.unk_token != "[UNK]" else "red"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert b"".join(tokens.bytes_of(i) for i in ids).decode().strip() == text
-    told = tokens.logprob(SampledToken(ids[0], -0.5, ((ids[0], -0.5), (ids[-1], -math.inf))))
-    assert (told.bytes, told.logprob, [one.bytes for one in told.top]) == (
-        tokens.bytes_of(ids[0]),
-        -0.5,
-        [tokens.bytes_of(ids[0]), tokens.bytes_of(ids[-1])],
-    )
+    listed = [with_text(tokenizer, SampledToken(i, -0.5, ((i, -0.5), (ids[-1], -math.inf)))) for i in ids]
+    assert "".join(token.text for token in listed).strip() == text.strip()
+    assert listed[0].logprob == -0.5
+    assert [one.text for one in listed[0].top] == [listed[0].text, listed[-1].text]
 
 
-def test_an_id_beyond_the_tokenizer_has_no_bytes() -> None:
+def test_an_id_beyond_the_tokenizer_has_no_text() -> None:
     """Rows that pad a model's table, as Qwen's and Phi's do."""
     tokenizer = tiny_tokenizer()
-    tokens = TokenBytes(tokenizer)
-    told = tokens.logprob(SampledToken(5, -0.1, ((5, -0.1), (len(tokenizer) + 3, -9.0))))
-    assert (told.top[1].text, told.top[1].bytes) == ("", b"")
+    token = SampledToken(5, -0.1, ((5, -0.1), (len(tokenizer) + 3, -9.0)))
+    assert with_text(tokenizer, token).top[1].text == ""

@@ -95,7 +95,7 @@ def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
         if shutil.which("curl"):
             answer = subprocess.run([*shlex.split(curl), "-s"], capture_output=True, check=True)
             assert json.loads(answer.stdout)["choices"][0]["message"]["content"] == "Hello"
-        process.until("A request without a temperature has 1")
+        process.until("Give a temperature")
         assert process.end() == 0
     assert process.said.endswith("ended\n")
 

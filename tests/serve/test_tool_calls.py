@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from serve.running import Running
 from tiny import template, tiny_tokenizer
-from tunesmith.serve.protocol import ToolCall, ToolCallFormat
+from tunesmith.serve.protocol import Delta, Finished, StreamEvent, ToolCall, ToolCallFormat
 from tunesmith.serve.registry import tool_call_format
-from tunesmith.serve.responses import ToolCallParser
+from tunesmith.serve.responses import with_tool_calls
 
 TOOLS = frozenset({"find", "look_up"})
 CALL = '<tool_call>\n{"name": "find", "arguments": {"word": "fox ä", "num": 2}}\n</tool_call>'
@@ -21,14 +23,23 @@ NAMED = [{"type": "function", "function": {"name": "find", "parameters": {"type"
 
 def read(form: ToolCallFormat, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
     """The text and the calls of one answer."""
-    reader = ToolCallParser(form, TOOLS)
-    found = [one for piece in pieces for one in reader.feed(piece)] + list(reader.finish())
+
+    async def answer() -> AsyncGenerator[StreamEvent, None]:
+        for piece in pieces:
+            yield Delta(0, piece)
+        yield Finished(0, "stop", 5)
+
+    async def heard() -> list[StreamEvent]:
+        return [event async for event in with_tool_calls(answer(), form, TOOLS)]
+
+    *found, last = asyncio.run(heard())
     calls = [one for one in found if isinstance(one, ToolCall)]
     assert [call.number for call in calls] == list(range(len(calls)))
     assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
-    assert all(one for one in found if isinstance(one, str)), "no empty text"
-    text = "".join(one for one in found if isinstance(one, str))
-    return text, [(call.name, json.loads(call.arguments)) for call in calls]
+    assert last == Finished(0, "tool_calls" if calls else "stop", 5)
+    texts = [one.text for one in found if isinstance(one, Delta)]
+    assert all(texts), "no empty text"
+    return "".join(texts), [(call.name, json.loads(call.arguments)) for call in calls]
 
 
 HERMES: list[tuple[str, str, int]] = [

@@ -44,7 +44,6 @@ KeyFile = Annotated[
 ]
 Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
 Queue = Annotated[int, typer.Option(min=0, help="Most requests that wait for a place.")]
-Prompt = Annotated[int | None, typer.Option(min=1, help="Longest prompt (default: the model's context window).")]
 Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Memory = Annotated[
     float | None, typer.Option(min=0.1, help="Memory at which the model is restarted (default: 90 % of the machine).")
@@ -74,7 +73,6 @@ def serve(
     key_file: KeyFile = None,
     streams: Streams = 16,
     queue: Queue = 64,
-    max_prompt_tokens: Prompt = None,
     max_new_tokens: Answer = 4096,
     memory_gib: Memory = None,
     threads: Threads = None,
@@ -101,24 +99,20 @@ def serve(
 
     tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    names = _named(targets, jobs=jobs, bases=bases, ray=ray)
-    access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
-    memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
-    options = EngineOptions(
-        max_prompt_tokens, max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model
-    )
-    output = ServerOutput(console(stderr=as_json), quiet, as_json)
-    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store, ray=ray) if jobs else None
-    serve_own(names, access, options, root=root, grace_s=grace, output=output, jobs=where)
-
-
-def _named(targets: list[str] | None, *, jobs: bool, bases: Path | None, ray: str | None) -> list[str]:
     for option, given in (("--bases", bases), ("--ray", ray)):
         if given is not None and not jobs:
             raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None:
         raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
-    return targets or []
+    check_extra("serve")
+    if jobs:
+        check_extra("jobs")
+    memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+    options = EngineOptions(max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model)
+    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store, ray=ray) if jobs else None
+    access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
+    output = ServerOutput(console(stderr=as_json), quiet, as_json)
+    serve_own(targets or [], access, options, root=root, grace_s=grace, output=output, jobs=where)
 
 
 PATH_WIDTH, ERROR_WIDTH = 60, 300
@@ -200,11 +194,7 @@ class ServerOutput:
         # Not wrapped, so that a line can be copied at any width.
         self.screen.print(to_try(bound.url, served[0], has_key=has_key) + "\n", soft_wrap=True)
         if any(one.answers == "text" for one in served):
-            self.screen.print(
-                f"Or open {bound.url}/ in a browser.\nA request without a temperature has 1, as in OpenAI's API, at "
-                "which small models ramble; tunesmith chat has 0.\n",
-                soft_wrap=True,
-            )
+            self.screen.print(f"Or open {bound.url}/ in a browser. Give a temperature: without one it is 1.\n")
 
     def job(self, runs: Path, job: Mapping[str, Any]) -> None:
         """A line for each state that a job comes to; its run lies in `runs`."""
@@ -243,15 +233,11 @@ def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:
     """A line for a shell that asks the model."""
     import orjson
 
-    text: dict[str, Any] = {"input": "The parcel never came."}
-    path, body = {
-        "text": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
-        "embeddings": ("/v1/embeddings", text),
-        "labels": ("/v1/classify", text),
-    }[served.answers]
+    path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[served.answers]
+    text = {"messages": [{"role": "user", "content": "Hello"}]} if served.answers == "text" else {"input": "Hello"}
     key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
-    data = shlex.quote(orjson.dumps({"model": served.name, **body}).decode())
-    return f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d {data}"
+    data = shlex.quote(orjson.dumps({"model": served.name, **text}).decode())
+    return f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"
 
 
 def check_extra(extra: Literal["serve", "jobs"]) -> None:
@@ -270,7 +256,6 @@ def check_extra(extra: Literal["serve", "jobs"]) -> None:
 
 def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> Bases:
     """The models that jobs may tune. Raises InputError."""
-    check_extra("jobs")
     from tunesmith.jobs.bases import bases_of_file, bases_of_model
 
     if jobs.bases is not None:
@@ -282,27 +267,24 @@ def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> Bases:
     return bases_of_model(targets[0])
 
 
-def refuse_open_door(access: Access, bound: BoundSocket, *, has_key: bool) -> None:
-    """Raises InputError for an address that other machines reach, without a key."""
-    from tunesmith.serve.middleware import KEY_VARIABLE
+def make_policy(access: Access, bound: BoundSocket, store: Store | None, keys: Sequence[str]) -> AccessPolicy:
+    """Who may use this server: those with a key from outside, or with one of a store, which says their project too.
 
-    if not has_key and not bound.is_loopback:
+    Raises InputError for an address that other machines reach, without a key.
+    """
+    from tunesmith.serve.middleware import KEY_VARIABLE, MAKE_KEY, AccessPolicy, ApiKeys
+
+    if not (keys or bound.is_loopback or (store is not None and store.keys())):
         raise InputError(
             f"--host {access.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
-            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. "
-            f'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. {MAKE_KEY}"
         )
-
-
-def names_and_origins(access: Access, bound: BoundSocket) -> tuple[frozenset[str], frozenset[str]]:
-    """The names by which this server may be called, and the web pages that may call it."""
     machine = () if bound.is_loopback else (socket.gethostname(),)
     hosts = (name.lower() for name in ("localhost", access.host, *machine, *access.names))
-    return frozenset(hosts), frozenset(origin.rstrip("/") for origin in access.origins)
-
-
-def with_projects(policy: AccessPolicy, store: Store, bound: BoundSocket) -> AccessPolicy:
-    """The policy with the keys of a store, which say the project of a request, and with its answers."""
+    origins = (origin.rstrip("/") for origin in access.origins)
+    policy = AccessPolicy(ApiKeys.of(keys), frozenset(hosts), frozenset(origins))
+    if store is None:
+        return policy
     from tunesmith.jobs.access import ProjectKeys
     from tunesmith.jobs.kept_answers import KeptAnswers
 
@@ -321,24 +303,23 @@ def serve_own(
     jobs: JobPlace | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
-    check_extra("serve")
     import asyncio
 
     from tunesmith.serve import http
     from tunesmith.serve.app import make_app
     from tunesmith.serve.engine import start_engine
-    from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
+    from tunesmith.serve.middleware import read_keys
 
     bases = None if jobs is None else read_bases(jobs, targets, root)
     keys, notes = read_keys(access.key_file, os.environ)
     for note in notes:
         output.note(f"note: {note}")
     bound = http.bind(access.host, access.port)
-    policy = AccessPolicy(ApiKeys.of(keys), *names_and_origins(access, bound))
     store = None if jobs is None else jobs.open(output.note)
     if store is not None:
-        policy, store.on_job = with_projects(policy, store, bound), partial(output.job, store.runs_path)
-    refuse_open_door(access, bound, has_key=(has_key := bool(keys) or (store is not None and store.keys() != {})))
+        store.on_job = partial(output.job, store.runs_path)
+    policy = make_policy(access, bound, store, keys)
+    has_key = bool(keys) or (store is not None and store.keys() != {})
     output.note(f"loading {', '.join(targets if bases is None else bases.bases)}")
 
     async def run() -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
@@ -53,13 +51,13 @@ _ROUTES = {
     "embeddings": "/v1/embeddings",
 }  # fmt: skip
 _PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
-_STATE: dict[str, tuple[type[GaugeMetricFamily | CounterMetricFamily], str, str]] = {
-    "alive": (GaugeMetricFamily, "tunesmith_engine_up", "1 while the model can answer."),
-    "running": (GaugeMetricFamily, "tunesmith_running", "Answers that are being written."),
-    "waiting": (GaugeMetricFamily, "tunesmith_waiting", "Requests that wait for a place."),
-    "restarts": (CounterMetricFamily, "tunesmith_engine_restarts", "Times the worker was started again."),
-    "prompt_tokens": (CounterMetricFamily, "tunesmith_prompt_tokens", "Tokens read."),
-    "completion_tokens": (CounterMetricFamily, "tunesmith_completion_tokens", "Tokens written."),
+_STATE = {
+    "alive": ("tunesmith_engine_up", "1 while the model can answer."),
+    "running": ("tunesmith_running", "Answers that are being written."),
+    "waiting": ("tunesmith_waiting", "Requests that wait for a place."),
+    "restarts": ("tunesmith_engine_restarts_total", "Times the worker was started again."),
+    "prompt_tokens": ("tunesmith_prompt_tokens_total", "Tokens read."),
+    "completion_tokens": ("tunesmith_completion_tokens_total", "Tokens written."),
 }
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -77,12 +75,18 @@ def make_app(
         api.add_exception_handler(kind, on_error)
     for router in (make_router(engine), *routers):
         api.include_router(router)
-    page_headers = {"Content-Security-Policy": _page_policy(), "Referrer-Policy": "no-referrer"}
-    metrics = Metrics(engine)
+    registry, count = make_metrics(engine)
 
     @api.get("/", include_in_schema=False)
     async def page() -> Response:
-        return Response(_PAGE, 200, page_headers, "text/html")
+        # Only the page's own script and style run, and they reach this server only.
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        return Response(re.sub("<(script|style)>", rf'<\1 nonce="{nonce}">', _PAGE), 200, headers, "text/html")
 
     @api.get("/health")
     async def health() -> Response:
@@ -94,23 +98,9 @@ def make_app(
     @api.get("/metrics")
     async def read_metrics() -> Response:
         """Counters for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return AccessMiddleware(api, policy, (metrics.count, *listeners))
-
-
-def _page_policy() -> str:
-    """Only the page's own script and style run, and they reach this server only."""
-
-    def digest(tag: str) -> str:
-        found = re.search(f"<{tag}>(.*?)</{tag}>", _PAGE, re.DOTALL)
-        assert found is not None, f"the page has one <{tag}>"
-        return f"'sha256-{base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode()}'"
-
-    return (
-        f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; img-src data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    return AccessMiddleware(api, policy, (count, *listeners))
 
 
 def find_model(engine: Engine, name: str, answers: Modality | None = None) -> ModelCard:
@@ -235,32 +225,24 @@ def _base64(vector: Sequence[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-class Metrics:
-    """Counters of requests, and the state of the engine when they are read."""
+def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLog], None]]:
+    """The state of the engine when it is read, and counters of requests with the listener that counts."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    for field, (name, said) in _STATE.items():
+        Gauge(name, said, registry=registry).set_function(partial(_read, engine, field))
+    requests = Counter("tunesmith_requests", "Requests answered.", ("route", "status"), registry=registry)
+    seconds = Histogram(
+        "tunesmith_request_seconds", "Time to the end of an answer.", ("route",), registry=registry, buckets=_BUCKETS_S
+    )
 
-    def __init__(self, engine: Engine) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
-        ProcessCollector(registry=self.registry)
-        labels, registry = ("route", "status"), self.registry
-        self._requests = Counter("tunesmith_requests", "Requests answered.", labels, registry=registry)
-        self._seconds = Histogram(
-            "tunesmith_request_seconds", "Time to the end of an answer.", ("route",),
-            registry=registry, buckets=_BUCKETS_S,
-        )  # fmt: skip
-
-    def count(self, log: RequestLog) -> None:
-        """A listener of the middleware."""
+    def count(log: RequestLog) -> None:
         route = log.route or "none"  # never the path itself: a client can send a million different ones
-        self._requests.labels(route, str(log.status)).inc()
-        self._seconds.labels(route).observe(log.seconds)
+        requests.labels(route, str(log.status)).inc()
+        seconds.labels(route).observe(log.seconds)
+
+    return registry, count
 
 
-class _EngineCollector(Collector):
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        for name, value in asdict(self._engine.state()).items():
-            kind, full_name, said = _STATE[name]
-            yield kind(full_name, said, float(value))
+def _read(engine: Engine, field: str) -> float:
+    return float(getattr(engine.state(), field))

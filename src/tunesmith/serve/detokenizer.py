@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,51 +12,18 @@ CONTEXT = 16
 """Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
 LONGEST_CHARACTER = 6
 """Tokens after which bytes that are no character are taken as they are; UTF-8 needs four."""
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
-class TokenBytes:
-    """The bytes of a tokenizer's tokens."""
+def with_text(tokenizer: Any, token: SampledToken) -> TokenLogprob:
+    """A sampled token for its client."""
+    before = list(tokenizer("a", add_special_tokens=False).input_ids)  # some tokenizers drop white space at the start
+    length = len(tokenizer.decode(before))
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        decoder = str(getattr(tokenizer.backend_tokenizer, "decoder", ""))
-        self._bytes = _byte_level() if "ByteLevel" in decoder else None
+    def one(token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(tokenizer.decode([*before, token_id])[length:], logprob, top)
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes a token adds to a text."""
-        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:  # a row that pads the model's table
-            return b""
-        if token_id in self._special:
-            return token.encode()
-        if match := _BYTE.fullmatch(token):
-            return bytes([int(match[1], 16)])
-        if self._bytes is not None:
-            return b"".join(self._bytes.get(sign, sign.encode()) for sign in token)
-        return token.replace("▁", " ").encode()
-
-    def logprob(self, token: SampledToken) -> TokenLogprob:
-        """A sampled token for its client."""
-        top = tuple(self._one(token_id, logprob, ()) for token_id, logprob in token.top)
-        return self._one(token.token_id, token.logprob, top)
-
-    def _one(self, token_id: int, logprob: float, top: tuple[TokenLogprob, ...]) -> TokenLogprob:
-        spelling = self.bytes_of(token_id)
-        return TokenLogprob(spelling.decode("utf-8", "replace"), spelling, logprob, top)
-
-
-def _byte_level() -> dict[str, bytes]:
-    """The characters that GPT-2's byte-level tokenizers write for bytes: printable ones as they are, others from 256.
-
-    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2, and its published code.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    signs = {chr(byte): bytes([byte]) for byte in printable}
-    return signs | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+    return one(token.token_id, token.logprob, tuple(one(*listed) for listed in token.top))
 
 
 class StreamingDecoder:

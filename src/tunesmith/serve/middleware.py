@@ -33,7 +33,7 @@ KEY_VARIABLE = "TUNESMITH_API_KEY"
 PROJECT: ContextVar[str | None] = ContextVar("project", default=None)
 """The project of the request under way, if an Admission gave it one."""
 
-_MAKE_ONE = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
+MAKE_KEY = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
@@ -82,7 +82,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[list[s
             raise InputError(f"{file}: no key can be read: {why}.") from None
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
-            raise InputError(f"{file}: holds no key. One a line. {_MAKE_ONE}")
+            raise InputError(f"{file}: holds no key. One a line. {MAKE_KEY}")
         if mode & 0o077:
             notes.append(f"{file}: others on this machine may read it. chmod 600 {file} keeps it yours.")
     else:
@@ -90,7 +90,7 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[list[s
     for number, key in enumerate(keys, 1):
         place = str(file or KEY_VARIABLE) + (f": key {number}" if len(keys) > 1 else "")
         if not re.fullmatch(r"[!-~]{20,}", key):
-            raise InputError(f"{place}: a key has 20 printable ASCII characters or more, and no blanks. {_MAKE_ONE}")
+            raise InputError(f"{place}: a key has 20 printable ASCII characters or more, and no blanks. {MAKE_KEY}")
     return keys, notes
 
 

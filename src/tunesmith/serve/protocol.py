@@ -64,10 +64,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes and its log probability (natural) before temperature and penalties."""
+    """A token and its log probability (natural) before temperature and penalties."""
 
     text: str
-    bytes: bytes
+    """With a replacement character where it is a part of one."""
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
 
@@ -138,8 +138,6 @@ class RequestError(Exception):
 class EngineOptions:
     """Limits of an engine, given when it is started."""
 
-    max_prompt_tokens: int | None = None
-    """Longest prompt; None: what the model's context window takes."""
     max_new_tokens: int = 4096
     """Most tokens of an answer. A request without a number gets as many as there is room for."""
     streams: int = 16

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence, Set
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -177,7 +178,8 @@ class ChatFormat:
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": list(token.bytes)}
+    spelling = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
+    return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": spelling}
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -245,97 +247,63 @@ def _sse(value: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+OPEN = "<tool_call>"
+_CALL, _WHOLE = re.compile("<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL), re.compile("^.+$", re.DOTALL)
 
 
 async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str]) -> Events:
-    """Tool calls in place of their text, and the reason "tool_calls" for answers that have some."""
-    parsers: dict[int, ToolCallParser] = {}
-    async with aclosing(events):
-        async for event in events:
-            if not isinstance(event, (Delta, Finished)):
-                yield event
-                continue
-            parser = parsers.setdefault(event.index, ToolCallParser(form, tools))
-            tokens = () if isinstance(event, Finished) else event.tokens
-            for found in parser.finish() if isinstance(event, Finished) else parser.feed(event.text):
-                if isinstance(found, ToolCall):
-                    yield replace(found, index=event.index)
-                else:
-                    yield Delta(event.index, found, tokens)
-                    tokens = ()
-            if tokens:
-                yield Delta(event.index, "", tokens)
-            if isinstance(event, Finished):
-                has_called = parser.num_calls > 0 and event.reason == "stop"
-                yield replace(event, reason="tool_calls") if has_called else event
-
-
-class ToolCallParser:
-    """Separates one answer's tool calls from its text, as it is written.
+    """Tool calls in place of their text, and the reason "tool_calls" for answers that have some.
 
     hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, after text or not (Hermes, Qwen)
     json     the whole answer is {"name": ..., "parameters": {...}} (Llama 3)
 
-    Anything that is no call of one of `tools` stays text.
+    Text is passed on as it is written up to the first mark; from there on at the end, with the calls. Anything that is
+    no call of one of `tools` stays text.
     """
+    held: dict[int, str] = defaultdict(str)
+    are_text: set[int] = set()
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Delta):
+                text = held[event.index] + event.text
+                end = len(text) if form == "json" and event.index in are_text else _certain(text, form)
+                held[event.index] = text[end:]
+                are_text |= {event.index} if end else set()
+                if text[:end] or event.tokens:
+                    yield replace(event, text=text[:end])
+            elif isinstance(event, Finished):
+                calls, rest = find_calls(held.pop(event.index, ""), form, tools)
+                if rest and (rest.strip() or not calls):
+                    yield Delta(event.index, rest)
+                for number, (name, arguments) in enumerate(calls):
+                    # Nine letters and digits, as Mistral's templates require.
+                    yield ToolCall(event.index, number, secrets.token_hex(5)[:9], name, arguments)
+                yield replace(event, reason="tool_calls") if calls and event.reason == "stop" else event
+            else:
+                yield event
 
-    def __init__(self, form: ToolCallFormat, tools: Set[str]) -> None:
-        self.num_calls = 0
-        self._form = form
-        self._tools = tools
-        self._held = ""
-        """Text that may be a call, or the start of one."""
-        self._is_text = False
-        self._blank = ""
-        """White space that counts only where text follows."""
 
-    def feed(self, piece: str) -> Iterator[str | ToolCall]:
-        """Text and calls that are certain after this piece."""
-        self._held += piece
-        if self._form == "json":
-            self._is_text = self._is_text or self._held.lstrip()[:1] not in ("", "{")
-            if self._is_text:
-                yield from self._text(self._held)
-                self._held = ""
-            return
-        while (start := self._held.find(OPEN)) >= 0 and (end := self._held.find(CLOSE, start)) >= 0:
-            end += len(CLOSE)
-            yield from self._text(self._held[:start])
-            yield from self._call(self._held[start:end])
-            self._held = self._held[end:]
-        if start < 0:
-            partial = (num for num in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:num]))
-            start = len(self._held) - next(partial, 0)
-        yield from self._text(self._held[:start])
-        self._held = self._held[start:]
+def _certain(text: str, form: ToolCallFormat) -> int:
+    """Characters at the start that are no call, nor white space before one."""
+    if form == "json":
+        return 0 if text.lstrip()[:1] in ("", "{") else len(text)
+    if (start := text.find(OPEN)) < 0:
+        partial = (num for num in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:num]))
+        start = len(text) - next(partial, 0)
+    return len(text[:start].rstrip())
 
-    def finish(self) -> Iterator[str | ToolCall]:
-        """The rest; a call that was not closed is still read."""
-        if self._held:
-            yield from self._call(self._held)
-        if self._blank and not self.num_calls:
-            yield self._blank
-        self._held = self._blank = ""
 
-    def _text(self, text: str) -> Iterable[str]:
-        if stripped := text.rstrip():
-            yield self._blank + stripped
-            self._blank = ""
-        self._blank += text[len(stripped) :]
+def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[tuple[str, str]], str]:
+    """(name, arguments) of the calls in what was written, and the text without them."""
+    calls: list[tuple[str, str]] = []
 
-    def _call(self, text: str) -> Iterator[str | ToolCall]:
-        try:
-            call: Any = json.loads(text.removeprefix(OPEN).removesuffix(CLOSE) if self._form == "hermes" else text)
-        except (ValueError, RecursionError):
-            call = None
-        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
-        name = call.get("name") if isinstance(call, dict) else None
-        if not isinstance(arguments, dict) or not isinstance(name, str) or name not in self._tools:
-            yield from self._text(text)
-            return
-        self._blank = ""
-        # Nine letters and digits, as Mistral's templates require.
-        identifier, written = secrets.token_hex(5)[:9], json.dumps(arguments, ensure_ascii=False)
-        yield ToolCall(0, self.num_calls, identifier, name, written)
-        self.num_calls += 1
+    def take(found: re.Match[str]) -> str:
+        with suppress(ValueError, TypeError, RecursionError):
+            call = json.loads(found[found.lastindex or 0])
+            arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
+            if isinstance(arguments, dict) and call.get("name") in tools:
+                calls.append((call["name"], json.dumps(arguments, ensure_ascii=False)))
+                return ""
+        return found[0]
+
+    return calls, re.sub(_CALL if form == "hermes" else _WHOLE, take, text)

@@ -22,9 +22,6 @@ MOST_LIKELY = 1024
 NO_TOKEN = -1
 MAX_SCHEMA_CHARS = 32_768
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
-_NAMING = ("properties", "patternProperties", "$defs", "definitions")
-_MEANINGLESS: dict[str, Any] = {"uniqueItems": False, "propertyNames": {"type": "string"}}
-"""Keywords that zod and others write with a value that demands nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +140,7 @@ class JsonGrammars:
         """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
         if "x-guidance" in schema:
             raise _invalid("the schema cannot be enforced: x-guidance would change how it is enforced: leave it out")
-        text = json.dumps(_simplified(schema) or {"type": "object"})
+        text = json.dumps(schema or {"type": "object"})
         if len(text) > MAX_SCHEMA_CHARS:
             raise _invalid(f"the schema has {len(text):,} characters, at most {MAX_SCHEMA_CHARS:,} are taken")
         grammar = self._matcher.grammar_from_json_schema(text, overrides=_JSON_STYLE)
@@ -174,21 +171,6 @@ class Grammar:
     def is_complete(self) -> bool:
         """Whether nothing more may be written."""
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
-
-
-def _simplified(schema: Any, *, is_schema: bool = True) -> Any:
-    """A schema without keywords that demand nothing. `is_schema`: the keys are keywords, not names of properties."""
-    if isinstance(schema, list):
-        return [_simplified(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    simplified = {}
-    for name, value in schema.items():
-        if is_schema and name in ("const", "enum"):
-            simplified[name] = value
-        elif not is_schema or value != _MEANINGLESS.get(name, ...):
-            simplified[name] = _simplified(value, is_schema=not (is_schema and name in _NAMING))
-    return simplified
 
 
 def _invalid(message: str) -> RequestError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.serve.decoder import Decoder, PromptPart
-from tunesmith.serve.detokenizer import StreamingDecoder, TokenBytes
+from tunesmith.serve.detokenizer import StreamingDecoder, with_text
 from tunesmith.serve.kv_cache import SequenceSlot, room_for
 from tunesmith.serve.protocol import (
     Delta,
@@ -20,7 +20,6 @@ from tunesmith.serve.protocol import (
     RequestError,
     Started,
     StreamEvent,
-    TokenLogprob,
 )
 from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, sample_all
 
@@ -86,7 +85,6 @@ class Scheduler:
         self._decoder = decoder
         self._prefills: deque[_Prefill] = deque()
         self._answers: dict[SequenceSlot, _Answer] = {}
-        self._token_bytes: dict[int, TokenBytes] = {}
 
     @property
     def running(self) -> int:
@@ -201,7 +199,8 @@ class Scheduler:
         is_end = token.token_id in request.stop_ids
         if not is_end:
             answer.sampler.accept(token.token_id)
-            text.add(token.token_id, self._logprob(request, token))
+            is_listed = request.sampling.logprobs is not None
+            text.add(token.token_id, with_text(request.tokenizer, token) if is_listed else None)
         is_end = is_end or text.is_stopped or (grammar is not None and grammar.is_complete())
         is_last = is_end or answer.num_tokens >= request.max_new_tokens
         if is_last:
@@ -216,12 +215,6 @@ class Scheduler:
             events.append((request.key, finished))
             self._close(answer.slot)
         return events
-
-    def _logprob(self, request: PreparedRequest, token: SampledToken) -> TokenLogprob | None:
-        if request.sampling.logprobs is None:
-            return None
-        tokenizer = request.tokenizer
-        return self._token_bytes.setdefault(id(tokenizer), TokenBytes(tokenizer)).logprob(token)
 
     def _close(self, slot: SequenceSlot) -> None:
         del self._answers[slot]

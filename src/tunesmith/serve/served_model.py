@@ -131,7 +131,7 @@ class ServedModel:
         if num_prompt == 0:
             raise RequestError("the prompt has no token: there is nothing to answer", param=param)
         window, is_separate = self.card.max_tokens, self.renderer.kind == "encoder_decoder"
-        longest = min(options.max_prompt_tokens or window, window if is_separate else window - 1)
+        longest = window if is_separate else window - 1
         if num_prompt > longest:
             message = f"the prompt has {num_prompt:,} tokens, at most {longest:,} are read here: shorten it"
             raise RequestError(message, code=code, param=param)
