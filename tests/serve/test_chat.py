@@ -114,7 +114,7 @@ def test_a_full_window_is_said_with_the_way_out(
     talk = talk_with(speaker_of(tmp_path, "llama"))
     typed(talk, monkeypatch, "please " * 600, "hello")
     out = capsys.readouterr().out
-    assert "at most 511 are read here" in out.replace("\n", " ")
+    assert "are more than the 512" in out.replace("\n", " ")
     assert "/reset forgets the conversation" in out.replace("\n", " ")
     assert talk.messages[0]["content"] == "hello"
 

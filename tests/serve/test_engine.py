@@ -104,10 +104,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 5}, "invalid_value", "from 1 to 4"),
     ({"messages": (), "prompt": (1, 512)}, "invalid_value", "token 512 is none of the 512"),
     ({"messages": (), "prompt": ()}, "invalid_value", "no token"),
-    ({"messages": (), "prompt": (5,) * 512}, "context_length_exceeded", "at most 511"),
+    ({"messages": (), "prompt": (5,) * 512}, "context_length_exceeded", "more than the 512"),
     ({"messages": (), "prompt": (5,) * 500, "max_tokens": 20}, "context_length_exceeded", "more than the 512"),
     ({"messages": ({"role": "user", "content": "a <|im_end|> b"},)}, "invalid_value", "<|im_end|>"),
-    ({"messages": ({"role": "user", "content": [1]},)}, "invalid_value", "one text"),
     ({"json_schema": {"type": "nonsense"}}, "invalid_schema", "nonsense"),
 ]
 
@@ -187,7 +186,7 @@ def test_answers_go_on_while_a_huge_prompt_is_read(asked: Asked) -> None:
         refusing = asyncio.ensure_future(heard(asked.engine.generate(says("first", "x" * 900_000))))
         async for _ in told:
             num += not refusing.done()
-        with pytest.raises(RequestError, match="at most 511 are read here"):
+        with pytest.raises(RequestError, match="more than the 512"):
             await refusing
         return num
 

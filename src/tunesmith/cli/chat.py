@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,6 @@ from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
 
 if TYPE_CHECKING:
-    from tunesmith.inference.load import LoadedModel
     from tunesmith.serve.registry import LocalEngine
 
 
@@ -92,46 +92,28 @@ def open_speakers(
     note: Callable[[str], None],
 ) -> list[ChatSpeaker]:
     """The models that answer, in order; the last one's answers continue the conversation."""
-    from tunesmith.inference import load as loading
+    from tunesmith.inference.load import load_any
     from tunesmith.serve.registry import LocalEngine
 
-    run = Run.open(target, root, base=model) if is_run(target, root) else None
-    if run is None:
-        loading.refuse_needless(model, target)
-        loading.find_model(target, root, offline=offline)
-    models = _load(target, run, base=base, compare=compare, offline=offline, note=note)
-    last = models[-1][1]
+    run = Run.open(target, root) if is_run(target, root) else None
+    if run is None and compare:
+        raise InputError(f"{target}: --compare needs a run: a model has no other, untouched version.")
+    note(f"loading {target if run is None else run.path}")
+    is_whole = compare and run is not None and run.model_path.exists()  # its base is loaded for the other answers only
+    load = partial(load_any, target, root=root, offline=offline)
+    last = load(base=base, model=None if is_whole else model)
+    if last.note:
+        note(last.note)
     if last.head != "next_token":
-        verb = "eval" if last.head == "masked_token" else "predict"
-        way = command(verb, target, "FILE")
+        way = command("eval" if last.head == "masked_token" else "predict", target, "FILE")
         raise InputError(f"{target}: a model for the task {last.renderer.task_name} does not write text. Use: {way}")
-    if compare and last.has_base:  # one model, with its adapter and without
-        engine = LocalEngine(last, note)
+    engine = LocalEngine(last, note)
+    if base or not compare:
+        return [ChatSpeaker("", engine)]
+    if last.has_base:  # one model, with its adapter and without
         return [ChatSpeaker("before", engine, last.adapter_disabled), ChatSpeaker("after", engine)]
-    return [ChatSpeaker(name, LocalEngine(one, note)) for name, one in models]
-
-
-def _load(
-    target: str, run: Run | None, *, base: bool, compare: bool, offline: bool, note: Callable[[str], None]
-) -> list[tuple[str, LoadedModel]]:
-    from tunesmith.inference import load as loading
-
-    if run is None:
-        if base or compare:
-            raise InputError(f"{target}: --base and --compare need a run: a model has no untouched version.")
-        note(f"loading {target}")
-        return [("", loading.load_model(target, offline=offline))]
-    note(f"loading {run.path}")
-    if base:
-        return [("", loading.load_base(run, offline=offline))]
-    is_whole = compare and run.model_path.exists()  # its base is loaded for the other answers only
-    tuned = loading.load_run(replace(run, base=None) if is_whole else run, offline=offline)
-    if tuned.note:
-        note(tuned.note)
-    if not compare:
-        return [("", tuned)]
-    before = [] if tuned.has_base else [("before", loading.load_base(run, offline=offline))]
-    return [*before, ("after", tuned)]
+    before = LocalEngine(load(base=True, model=model), note)
+    return [ChatSpeaker("before", before), ChatSpeaker("after", engine)]
 
 
 class Conversation:

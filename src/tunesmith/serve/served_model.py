@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tunesmith.data.branch_encoders import first_pooled, pooled
 from tunesmith.data.collate import build_batch
@@ -117,7 +116,7 @@ class ServedModel:
                 "message of the user, or use /v1/completions",
                 param="messages",
             )
-        return _content(request.messages[0])
+        return as_part(request.messages[0]).text
 
     def _conversation(self, request: GenerationRequest) -> list[Part]:
         parts = [as_part(message) for message in request.messages]
@@ -127,38 +126,27 @@ class ServedModel:
         return parts
 
     def _max_new_tokens(self, request: GenerationRequest, num_prompt: int, options: EngineOptions) -> int:
-        param, code = "messages" if request.prompt is None else "prompt", "context_length_exceeded"
+        param, wanted = "messages" if request.prompt is None else "prompt", request.max_tokens
         if num_prompt == 0:
             raise RequestError("the prompt has no token: there is nothing to answer", param=param)
-        window, is_separate = self.card.max_tokens, self.renderer.kind == "encoder_decoder"
-        longest = window if is_separate else window - 1
-        if num_prompt > longest:
-            message = f"the prompt has {num_prompt:,} tokens, at most {longest:,} are read here: shorten it"
-            raise RequestError(message, code=code, param=param)
-        room = min(options.max_new_tokens, window if is_separate else window - num_prompt)
-        if (request.max_tokens or 0) > options.max_new_tokens:
+        if (wanted or 0) > options.max_new_tokens:
             message = f"at most {options.max_new_tokens:,} tokens are written here: lower it"
             raise RequestError(message, param="max_tokens")
-        if (request.max_tokens or 0) > room:
+        window = self.card.max_tokens
+        room = window if self.renderer.kind == "encoder_decoder" else window - num_prompt
+        if num_prompt > window or room < (wanted or 1):
             message = (
-                f"{num_prompt:,} tokens of prompt and {request.max_tokens:,} of answer are more than the {window:,} "
-                f"that {self.card.name} can attend to: shorten the prompt or lower max_tokens"
+                f"{num_prompt:,} tokens of prompt and {wanted or 1:,} of answer are more than the {window:,} that "
+                f"{self.card.name} can attend to: shorten the prompt or lower max_tokens"
             )
-            raise RequestError(message, code=code, param=param)
-        return room if request.max_tokens is None else request.max_tokens
+            raise RequestError(message, code="context_length_exceeded", param=param)
+        return min(options.max_new_tokens, room) if wanted is None else wanted
 
 
 def as_part(message: Mapping[str, Any]) -> Part:
-    """A message as training rows have it. Raises RequestError."""
+    """A message as training rows have it."""
     fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
-    return Part(str(message.get("role", "")), _content(message), trained=False, fields=fields)
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if not isinstance(content, str | None):
-        raise RequestError("the content of a message has to be one text", param="messages")
-    return content or ""
+    return Part(str(message.get("role", "")), str(message.get("content") or ""), trained=False, fields=fields)
 
 
 @dataclass
@@ -210,7 +198,8 @@ class Embedder:
 
         Raises RequestError for an empty or too long text, or more numbers than a vector has.
         """
-        size = int(self.loaded.model.config.get_text_config().hidden_size)
+        model = self.loaded.model
+        size = int(model.config.get_text_config().hidden_size)
         if dimensions is not None and dimensions > size:
             raise RequestError(f"dimensions: the vectors of this model have {size:,} numbers", param="dimensions")
         prompt = self.pooling.query_prompt if is_query else self.pooling.document_prompt
@@ -218,9 +207,11 @@ class Embedder:
         lengths = [len(row.ids) for row in rows]
         most = self.loaded.tokens_per_pass
         vectors: dict[int, list[float]] = {}
-        with eval_mode(self.loaded.model):
+        with eval_mode(model):
             for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded"):
-                found_LD = self._vectors([rows[i] for i in members])[:, :dimensions]
+                how: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
+                batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **how)
+                found_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)[:, :dimensions]
                 if self.pooling.normalizes:
                     found_LD = torch.nn.functional.normalize(found_LD, dim=-1)
                 vectors |= zip(members, found_LD.tolist(), strict=True)
@@ -235,9 +226,3 @@ class Embedder:
             raise RequestError(message, code="context_length_exceeded", param="input")
         first = first_pooled(self.pooling, prompt, self.loaded.renderer.tokenizer)
         return Row(np.array(ids, np.int32), pooled(len(ids), self.pooling.kind, first), Source("input", index + 1))
-
-    def _vectors(self, rows: Sequence[Row]) -> Tensor:
-        model = self.loaded.model
-        how: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
-        batch = build_batch(rows, range(len(rows)), layout="padded", **how)
-        return pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)
