@@ -14,7 +14,7 @@ from tunesmith.api import evaluate
 from tunesmith.cli.app import app
 from tunesmith.errors import DataError, InputError
 from tunesmith.inference.load import load_any, load_model
-from tunesmith.inference.measure import evaluate_file, judged, win_rates
+from tunesmith.inference.measure import evaluate_file, judged
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.training.trainer import train
 from tunesmith.types import Example, Part, Source
@@ -22,28 +22,6 @@ from tunesmith.types import Example, Part, Source
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
 SHORT: dict[str, Any] = {"method": LORA, "dropout": 0.0, "train": {"max_steps": 3}}
 PROMPT = Example((Part("user", "Which fruit?", False),), Source("a", 1), "messages")
-
-
-def test_a_win_rate_is_the_mean_with_ties_half():
-    found = win_rates(np.array([1.0, 1.0, 0.5, 0.0]), np.zeros(4))
-    assert found["win_rate"]["value"] == 0.625
-    assert found["win_rate_alike"]["value"] == pytest.approx(0.625, abs=1e-3)
-    assert found["win_rate"]["low"] < 0.625 < found["win_rate"]["high"]
-
-
-def test_wins_that_follow_length_alone_are_none_at_equal_length():
-    draw = np.random.default_rng(0)
-    longer = draw.normal(20, 20, 400)
-    won = (draw.random(400) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))).astype(float)
-    found = win_rates(won, longer)
-    assert found["win_rate"]["low"] > 0.6
-    assert found["win_rate_alike"]["low"] < 0.5 < found["win_rate_alike"]["high"]
-
-
-def test_a_side_that_always_wins_has_a_rate_that_is_finite():
-    found = win_rates(np.ones(8), np.arange(8.0))
-    assert found["win_rate"]["value"] == 1.0
-    assert 0.9 < found["win_rate_alike"]["value"] <= 1.0
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +85,7 @@ def test_prompts_alone_are_judged_and_nothing_else_is_measured(root, tmp_path):
     prompts = [{"messages": row["messages"][:1]} for row in rows]
     run, judge = run_of(root, "chat"), run_of(root, "reward")
     found = evaluate_file(run, str(write(tmp_path / "prompts.jsonl", prompts)), samples=4, judge=judge)
-    assert found.measures.keys() == {"win_rate", "win_rate_alike"}
+    assert found.measures.keys() == {"win_rate"}
     assert len(found.samples) == found.num_rows == 4
     assert "4 prompts judged by" in found.notes[-1]
     answered = evaluate_file(run, str(write(tmp_path / "rows.jsonl", rows)), samples=8, judge=judge)
@@ -119,7 +97,7 @@ def test_chats_and_pairs_are_prompts_to_a_run_of_preferences(root):
     run, judge = run_of(root, "prefer"), run_of(root, "reward")
     found = evaluate_file(run, str(root / "chat-held.jsonl"), samples=4, judge=judge)
     pairs = evaluate_file(run, str(root / "prefer-held.jsonl"), samples=4, judge=judge)
-    assert found.measures.keys() == pairs.measures.keys() == {"win_rate", "win_rate_alike"}
+    assert found.measures.keys() == pairs.measures.keys() == {"win_rate"}
 
 
 def test_a_file_with_prompts_and_one_answer_is_refused_by_line(root, tmp_path):

@@ -139,9 +139,6 @@ METRICS: Mapping[str, MetricInfo] = {
     ),
     "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
-    "win_rate_alike": MetricInfo(
-        "length-controlled win rate", "percent", "higher", "For answers as long as those before."
-    ),
     "recall_1": MetricInfo("recall@1", "percent", "higher", "Anchors whose positive is the nearest of all documents."),
     "recall_10": MetricInfo("recall@10", "percent", "higher", "Anchors whose positive is among the ten nearest."),
     "mrr_10": MetricInfo("MRR@10", "number", "higher", "Mean of 1 / rank of the positive, 0 beyond the tenth."),

@@ -25,7 +25,7 @@ from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
 from tunesmith.data.splits import counted, refuse_bad, texts_of
 from tunesmith.errors import DataError, InputError, NonFiniteError
-from tunesmith.evaluation.bootstrap import Floats, Interval, intervals, ratio
+from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
 from tunesmith.evaluation.compare import (
     MEASURE_MORE,
     answer_baseline,
@@ -50,7 +50,6 @@ from tunesmith.evaluation.predict_rows import (
     predict_rows,
     row_lines,
     row_results,
-    sigmoid,
 )
 from tunesmith.evaluation.retrieval import settled
 from tunesmith.evaluation.scores import MEASURED, answer_scores, score, score_answers
@@ -366,7 +365,7 @@ QUESTION = (
 def judged(
     judge: LoadedModel, prompts: Sequence[Example], before: Sequence[str], after: Sequence[str]
 ) -> tuple[dict[str, Interval], str]:
-    """Win rates of the answers after against those before, and a note. A judge that writes sees both orders; if
+    """`win_rate` of the answers after against those before, and a note. A judge that writes sees both orders; if
     it contradicts itself, or says neither, that is a tie. Raises InputError for a judge that can do neither."""
     if judge.labels is not None and judge.labels.kind == "number":
         sides: list[Sequence[float]] = [_rewards(judge, prompts, answers) for answers in (before, after)]
@@ -374,10 +373,14 @@ def judged(
         sides = [_choices(judge, prompts, *answers) for answers in ((after, before), (before, after))]
     else:
         raise InputError(f"--judge: {judge.located.name} neither gives rewards nor writes. Use a run of task reward.")
-    longer_I = [len(new.split()) - len(old.split()) for old, new in zip(before, after, strict=True)]
-    won = (1 + np.sign(np.subtract(sides[1], sides[0]))) / 2
-    note = f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}"
-    return win_rates(won, np.array(longer_I, np.float64)), f"{note}; {plural(int((won == 0.5).sum()), 'tie')}"
+    won = (1 + np.sign(np.subtract(sides[1], sides[0]))) / 2  # a tie is half
+    old, new = (np.mean([len(text.split()) for text in texts]) for texts in (before, after))
+    note = (
+        f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}; "
+        f"{plural(int((won == 0.5).sum()), 'tie')}; answers have {new:.0f} words on average, before {old:.0f}: judges "
+        "like long ones"
+    )
+    return intervals(len(won), {"win_rate": ratio(won)}), note
 
 
 def _rewards(judge: LoadedModel, prompts: Sequence[Example], answers: Sequence[str]) -> list[float]:
@@ -402,30 +405,3 @@ def _values(judge: LoadedModel, rows: Sequence[Example]) -> Iterator[Any]:
         if isinstance(line, Problem):
             raise DataError(f"--judge: {line}", [line])
         yield next(iter(line.values()))
-
-
-# I prompts, R resamples, 2: constant, length
-
-
-RIDGE = (1e-3, 1.0)  # penalties of a² and b²: they stay finite where one side always wins
-
-
-def win_rates(won_I: Floats, longer_I: Floats) -> dict[str, Interval]:
-    """`win_rate`, and `win_rate_alike`, what it would be for answers as long as those before.
-
-    `won_I`: 1 where the later answer is better, 0.5 a tie. `longer_I`: words that it has more. The second is σ(a) of
-    P(won) = σ(a + b tanh(longer / spread)) (Dubois et al. 2024, arXiv 2404.04475, section 3, without the term of the
-    prompt's difficulty).
-    """
-    given_I2 = np.stack([np.ones_like(longer_I), np.tanh(longer_I / (longer_I.std() or 1.0))], axis=1)
-
-    def alike(weights_RI: Floats) -> Floats:
-        ab_R2 = np.zeros((len(weights_RI), 2))
-        for _ in range(20):  # Newton's method
-            p_RI = sigmoid(ab_R2 @ given_I2.T)
-            slope_R2 = (weights_RI * (won_I - p_RI)) @ given_I2 - RIDGE * ab_R2
-            curve_R22 = np.einsum("ri,ij,ik->rjk", weights_RI * p_RI * (1 - p_RI), given_I2, given_I2) + np.diag(RIDGE)
-            ab_R2 += np.linalg.solve(curve_R22, slope_R2[..., None])[..., 0]
-        return sigmoid(ab_R2[:, 0])
-
-    return intervals(len(won_I), {"win_rate": ratio(won_I), "win_rate_alike": alike})
