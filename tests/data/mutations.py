@@ -12,9 +12,6 @@ from types import FrameType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.recipe.docs import as_yaml
-from tunesmith.recipe.schema import Recipe
-
 PIECES = (
     *(b'"', b"'", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r", b"\r\n", b"\t", b" ", b"\\", b"\\u", b"\x00", b";"),
     *(b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"\\ud800", b"null", b"true", b"NaN", b"1e999"),
@@ -40,18 +37,6 @@ def data_seeds() -> list[tuple[str, bytes]]:
     seeds += [("rows.tsv", csv.replace(b",", b"\t")), ("rows.parquet", parquet.getvalue())]
     seeds += [("rows.conll", b"EU B-ORG\nrejects O\nGerman B-MISC\n\nPeter B-PER\nsaid O\n\n" * 3)]
     return [*seeds, ("rows.txt", "A text of some lines.\n\nAnd another é one.\n".encode() * 5)]
-
-
-def recipe_seeds() -> list[tuple[str, bytes]]:
-    whole = Recipe()
-    plain = whole.model_dump(mode="json")
-    small = b"model: m\ndata:\n  train: [a.jsonl]\nmethod: {name: lora, rank: 8, targets: [q_proj]}\n"
-    return [
-        ("recipe.yaml", as_yaml(whole, comments=True).encode()),
-        ("recipe.json", json.dumps(plain, indent=1).encode()),
-        ("small.yaml", small),
-        ("flow.yaml", json.dumps(plain).encode()),
-    ]
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:

@@ -15,7 +15,7 @@ from tunesmith.data.examples import content_hash
 from tunesmith.data.renderer import Renderer
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Problem, Row, Source
+from tunesmith.types import Problem, Row, Source
 
 
 def pair(text: str, answer: str = "b") -> dict[str, str]:
@@ -144,16 +144,6 @@ def test_overlap_can_be_an_error(tmp_path: Path):
     assert check(data_of(path, held=[path], overlap="error", bad_rows="skip")).refusals == report.refusals
 
 
-def test_progress_ends_where_the_files_end(tmp_path: Path):
-    files = [put(tmp_path, f"{n}.jsonl", json_lines([pair(str(i)) for i in range(3000)])) for n in range(2)]
-    seen: list[tuple[int, int]] = []
-    check(data_of(*files, tmp_path / "gone"), progress=lambda done, total: seen.append((done, total)))
-    total = sum(file.stat().st_size for file in files)
-    assert seen == sorted(seen)
-    assert len(seen) > 6
-    assert seen[-1] == (total, total)
-
-
 # labels and documents
 
 
@@ -200,33 +190,6 @@ def test_a_check_of_whole_rows_only_would_be_caught(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tunesmith.data.encode.input_hash", content_hash)
     with pytest.raises(AssertionError):
         finds_conflicts(check, tmp_path)
-
-
-def test_labels_that_training_would_refuse_are_refused_with_their_place(tmp_path: Path):
-    train = put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "ear")))
-    held = put(tmp_path, "b.jsonl", labelled(("c", "eye"), ("d", "nose")))
-    report = check(data_of(train, held=[held]))
-    assert places(report.problems) == [("b.jsonl", 2, "unknown_label")]
-    assert report.refusals == ("labels that cannot be learnt",)
-    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "eye")))))
-    assert "every training row has the class 'eye'" in report.refusals[0]
-    report = check(data_of(put(tmp_path, "a.jsonl", labelled(("a", "eye"), ("b", "eye "), ("c", "ear")))))
-    assert any("'eye' and 'eye ' differ only in white space" in note for note in report.notes)
-
-
-def test_documents_of_a_folder_are_reported_together(tmp_path: Path):
-    folder = tmp_path / "books"
-    folder.mkdir()
-    for name, payload in (("a.txt", b"One."), ("b.md", b"Two."), ("c.txt", b""), ("d.csv", b"x,y\n")):
-        put(folder, name, payload)
-    report = check(data_of(folder, tmp_path / "none"))
-    file = report.files[0]
-    assert (file.path, file.format, file.shape, file.rows, file.usable) == (str(folder), "3 documents", "text", 3, 2)
-    assert places(report.problems) == [("books", 0, "left_out"), ("c.txt", 1, "no_text"), ("none", 0, "no_such_file")]
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    report = check(data_of(empty))
-    assert (report.files[0].is_readable, report.errors) == (False, {"is_folder": 1})
 
 
 def test_replay_is_checked_and_is_no_training_file(tmp_path: Path):
@@ -276,23 +239,6 @@ def test_rows_that_are_too_long_and_are_to_be_dropped_do_not_refuse_the_data(tmp
     report = check(data_of(path, too_long="drop"), renderer=renderer(max_tokens=64, too_long="drop"))
     assert report.ok
     assert report.errors == {"too_long": 1}
-
-
-def test_rows_are_encoded_a_few_at_a_time(tmp_path: Path):
-    class Counting:
-        tokenizer = tiny_tokenizer()
-        largest = 0
-
-        def encode(self, examples: Sequence[Example], **options: Any) -> list[list[Row]]:
-            self.largest = max(self.largest, len(examples))
-            return [[Row(np.ones(2, np.int32), np.array([False, True]), one.source)] for one in examples]
-
-    counting = Counting()
-    report = check(
-        data_of(put(tmp_path, "a.jsonl", json_lines([pair(str(i)) for i in range(2000)]))), renderer=counting
-    )
-    assert counting.largest == 512
-    assert report.tokens["train"].trained == 2000
 
 
 def test_spans_join_to_the_text_of_the_row():

@@ -11,7 +11,6 @@ from data.rows_of import only_problem, only_row
 from tiny import tiny_tokenizer
 from tunesmith.data.classification import cut_longest
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import RecipeError
 from tunesmith.tasks import TASKS
 from tunesmith.types import IGNORE, Example, Part, Problem, Row, Source
 
@@ -86,14 +85,6 @@ def test_what_a_cut_costs_is_said() -> None:
     assert "of the longer text first" in warning.message
     too_long = only_problem(renderer("bert", max_tokens=12, too_long="error").encode([labelled("山 " * 30)])[0])
     assert too_long.code == "too_long"
-
-
-@pytest.mark.parametrize(("name", "least"), [("bert", 5), ("roberta", 6), ("causal", 4)])
-def test_a_room_without_a_token_for_each_text_is_refused(name: str, least: int) -> None:
-    with pytest.raises(RecipeError, match=r"data\.max_tokens"):
-        renderer(name, max_tokens=least - 1)
-    row = only_row(renderer(name, max_tokens=least).encode([labelled("the fox", "the dog")])[0])
-    assert len(row.ids) == least
 
 
 # trap: T14

@@ -163,16 +163,6 @@ def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: p
         held_out_masks_follow_from_what_rows_say(tmp_path)
 
 
-def test_windows_of_one_text_and_rows_that_are_trained_have_masks_of_their_own(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "rows", '{"text": "' + "fox " * 30 + '"}\n', task=TASKS["text"])
-    made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))
-    for draw in (0, 1):
-        full = [i for i in range(len(store)) if store.targets[i] == store.targets[0]]
-        places = [made.batch([i], draw=draw).predict_N.tolist() for i in full]
-        assert len(places) > 2
-        assert len({str(row) for row in places}) > 1
-
-
 # trap: L15
 def assert_copies_teach_different_words(copies: tuple[int, ...], tmp_path: Path) -> None:
     store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over the lazy dog"}\n', task=TASKS["text"])

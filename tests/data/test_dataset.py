@@ -109,12 +109,6 @@ def test_a_setting_that_matters_changes_the_key(tmp_path: Path, files: list[Data
     assert other.key != first.key
 
 
-def test_a_setting_that_does_not_matter_keeps_the_key(tmp_path: Path, files: list[DataFile]) -> None:
-    make(tmp_path / "rows", *files)
-    data = Data(held_out=0.5, bad_rows="skip", overlap="error", limits=Limits(problems=3))
-    assert make(tmp_path / "rows", *files, data=data)[0].reused
-
-
 def test_one_changed_byte_changes_the_key_although_size_and_time_stay(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", line("one", "two"))
     stat = os.stat(file.path)
@@ -148,14 +142,6 @@ def test_rows_left_out_are_counted_and_told_also_when_found_again(tmp_path: Path
     assert store.lines.tolist() == [1, 4]
     assert store.summary.errors == {"control_token": 1, "too_long": 1}
     assert [(p.code, p.source.line) for p in heard] == [("control_token", 2), ("too_long", 3)]
-
-
-def test_warnings_are_counted_and_their_rows_kept(tmp_path: Path) -> None:
-    store, heard = make(tmp_path / "rows", bad_files(tmp_path), renderer=make_renderer(too_long="cut"))
-    assert (len(store), store.skipped) == (3, 1)
-    assert store.summary.warnings == {"cut": 1}
-    assert [p.severity for p in heard if p.code == "cut"] == ["warning"]
-    assert store.lengths.max() == 200
 
 
 @pytest.mark.parametrize("what", ["written to", "replaced", "removed"])

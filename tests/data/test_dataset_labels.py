@@ -12,7 +12,6 @@ from data.families import bert_like, t5_like
 from tunesmith.data import encode as encoding_module
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.types import Labels
@@ -61,14 +60,6 @@ def test_classes_are_ids_by_first_appearance_until_it_is_known_what_is_learnt(tm
     assert store.row(0).labels.dtype == np.int64  # type: ignore[union-attr]
     assert store.denominators.tolist() == [1.0, 0.5, 1.0, 4.0, 0.5]
     assert store.labels.at(1).tolist() == [1]
-
-
-def test_a_class_that_is_not_learnt_is_an_error(tmp_path: Path) -> None:
-    store = store_of(tmp_path, texts("a", "z"))
-    store.use(Labels("one", ("a", "b")))
-    assert store.row(0).labels.tolist() == [0]  # type: ignore[union-attr]
-    with pytest.raises(DataError, match="z"):
-        store.row(1)
 
 
 def test_lists_of_classes_become_a_line_of_noughts_and_ones(tmp_path: Path) -> None:

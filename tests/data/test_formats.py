@@ -118,43 +118,6 @@ def test_functions_are_the_older_tools():
     assert problem.code == "bad_tool"
 
 
-def test_old_names_of_calls_and_tools_are_understood():
-    messages = [
-        USER,
-        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
-        {"role": "function", "name": "f", "content": "3"},
-        ANSWER,
-    ]
-    example = parsed("messages", {"messages": messages})
-    assert example.parts[1].fields == {
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    }
-    assert example.parts[2] == Part("tool", "3", False, {"name": "f"})
-
-
-def test_everything_wrong_with_a_row_is_said_at_once():
-    messages = [
-        {"role": "assistant", "content": "Hello."},
-        {"role": "customer", "content": 5},
-        {"role": "system", "content": "Be nice."},
-        {"role": "user", "content": "Hi", "weight": 1},
-        {"role": "assistant", "content": " "},
-    ]
-    found = problems("messages", {"messages": messages, "tools": [{}]})
-    assert sorted(problem.code for problem in found) == sorted(
-        [
-            "bad_tool",
-            "unknown_role",
-            "wrong_type",
-            "bad_weight",
-            "empty_answer",
-            "roles_out_of_order",
-            "roles_out_of_order",
-        ]
-    )
-    assert "messages[1].role is 'customer'" in " ".join(map(str, found))
-
-
 # ShareGPT
 
 
@@ -221,14 +184,6 @@ def test_messages_of_the_prompt_are_not_trained():
     assert [part.trained for part in example.parts] == [False, False, False, True, False, True]
 
 
-def test_missing_field_names_the_way_out():
-    (problem,) = problems("prompt_completion", {"prompt": "a", "answer": "b"})
-    assert str(problem) == (
-        "rows.jsonl:7: missing_field: completion is missing. "
-        "Give it, or name the field you have by --set 'data.columns={completion: ...}'."
-    )
-
-
 # texts and labels
 
 
@@ -291,34 +246,8 @@ def test_a_preference_is_read_however_it_is_written(record):
     assert not any(part.trained for part in example.parts)
 
 
-def test_the_prompt_of_plain_texts_is_what_both_begin_with():
-    example = parsed("preference", {"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"})
-    assert sides(example) == [["2 + 2 ="], [" 4"], [" 5"]]
-    assert example.plain
-    margin = parsed("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}).values
-    assert margin == (2.0,)
-
-
 def test_later_turns_and_results_of_tools_belong_to_the_answer():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     tool = {"role": "tool", "content": "3"}
     example = parsed("preference", {"prompt": [HI], "chosen": [call, tool, HELLO], "rejected": [GO]})
     assert [part.trained for part in example.branches[0]] == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("record", "code"),
-    [
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "identical_sides"),
-        ({"chosen": [HI, HELLO], "rejected": [HI, HELLO]}, "identical_sides"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 3, "score_rejected": 3}, "tie"),
-        ({"chosen": [HI, HELLO], "rejected": [{"role": "user", "content": "Ho"}, GO]}, "prompt_differs"),
-        ({"prompt": [HI], "chosen": [HELLO], "rejected": []}, "no_answer"),
-        ({"prompt": [HI], "chosen": [HELLO, HI], "rejected": [GO]}, "no_answer"),
-        ({"prompt": "a", "chosen": "b"}, "missing_field"),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, "empty_answer"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": -1}, "bad_numbers"),
-    ],
-)
-def test_preferences_that_teach_nothing_are_problems(record, code):
-    assert code in [problem.code for problem in problems("preference", record)]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data.mutations import at_most, data_seeds, mutants, recipe_seeds
+from data.mutations import at_most, data_seeds, mutants
 from tunesmith.data.examples import examples
-from tunesmith.errors import DataError, RecipeError
-from tunesmith.recipe import load
+from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem
 
@@ -39,49 +38,29 @@ def outcome_of_file(path: Path) -> str:
     return f"{'read' if num else 'no row'}, {'rows named' if found else 'all good'}"
 
 
-def outcome_of_recipe(path: Path) -> str:
-    lines: list[str] = []
-    try:
-        load.load(str(path))
-    except RecipeError as error:
-        lines = str(error).splitlines() or ["without a word"]
-    assert len(lines) <= 45  # twenty of the text or of the options, and what one of them lists
-    assert "without a word" not in lines
-    return "refused" if lines else "accepted"
-
-
-def tried(num: int, *, recipes: bool, folder: Path) -> Counter[str]:
+def tried(num: int, *, folder: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     slowest = 0.0
-    seeds, outcome = (recipe_seeds(), outcome_of_recipe) if recipes else (data_seeds(), outcome_of_file)
-    for number, (name, content) in enumerate(mutants(seeds, num, SEED)):
+    for number, (name, content) in enumerate(mutants(data_seeds(), num, SEED)):
         path = folder / name
         path.write_bytes(content)
         begun = time.monotonic()
         try:
             with at_most(EACH_S):
-                counts[outcome(path)] += 1
+                counts[outcome_of_file(path)] += 1
         except BaseException as error:
             kept = folder / f"fault-{SEED}-{number}-{name}"
             path.rename(kept)
             raise AssertionError(f"seed {SEED}, file {number}: {kept}: {type(error).__name__}: {error}") from error
         slowest = max(slowest, time.monotonic() - begun)
         path.unlink()
-    print(f"{'recipes' if recipes else 'files'}, seed {SEED}: {num:,} tried, slowest {slowest:.2f} s: {dict(counts)}")
+    print(f"files, seed {SEED}: {num:,} tried, slowest {slowest:.2f} s: {dict(counts)}")
     return counts
 
 
 @pytest.mark.parametrize("num", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_changed_data_files_are_read_or_refused(tmp_path: Path, num: int) -> None:
-    counts = tried(num, recipes=False, folder=tmp_path)
+    counts = tried(num, folder=tmp_path)
     assert sum(counts.values()) == num
     assert counts["refused"] > 0
     assert counts["read, rows named"] > 0
-
-
-@pytest.mark.parametrize("num", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_changed_recipes_are_accepted_or_refused(tmp_path: Path, num: int) -> None:
-    counts = tried(num, recipes=True, folder=tmp_path)
-    assert sum(counts.values()) == num
-    assert counts["refused"] > 0
-    assert counts["accepted"] > 0

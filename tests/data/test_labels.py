@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from tunesmith.data.dataset import LabelColumn, RowStore
 from tunesmith.data.labels import order, resolve_labels, similar_names_notes, targets
-from tunesmith.errors import DataError, RecipeError
+from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, Labels, Source, TaskName
 
@@ -106,11 +106,6 @@ def test_order_is_one_of_all_names_and_repeats(names: list[str]):
     assert order(ordered) == ordered
 
 
-def test_whole_numbers_come_first_by_value():
-    names = ["b", "é", "10", "-3", "B", "2", "007", "7", "1.5", "true", "2 ", "9" * 30]
-    assert order(names) == ("-3", "2", "007", "7", "10", "1.5", "2 ", "9" * 30, "B", "b", "true", "é")
-
-
 def test_rows_that_are_added_change_no_id_once_the_order_is_in_the_recipe():  # trap: A12
     labels, choices = decided(["b", "a", "c"])
     (resolved,) = [choice.value for choice in choices if choice.key == "data.labels"]
@@ -187,28 +182,6 @@ def test_too_many_classes_are_refused_with_what_may_have_been_meant():
     assert decided(names, labels=tuple(names))[0].num_outputs == 30
 
 
-def test_lists_where_one_class_is_expected_are_refused():
-    (text,) = refused(["a", "b"], held=[["a"]])
-    assert text.startswith("test.csv:2: label is a list, but data.label_kind is one, as in the training files.")
-    assert "data.label_kind is number" in refused([["a"], ["b"]], label_kind="number")[0]
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "text"),
-    [
-        (["a", "b"], {"labels": ("a", "b", "a")}, "data.labels: 'a' is there twice"),
-        (["1.5", "2"], {"labels": ("1.5", "2"), "label_kind": "number"}, "data.labels: labels are numbers"),
-        (["1.5", "2"], {"class_weights": "balanced"}, "train.class_weights: labels are numbers"),
-        ([["a"], ["b"]], {"class_weights": "balanced"}, "train.class_weights: a row can have several"),
-        (["eye", "ear"], {"class_weights": {"eyes": 2.0}}, "'eyes' is not one of the classes. Did you mean eye?"),
-    ],
-)
-def test_options_that_do_not_fit_the_labels_are_refused(rows: Sequence[Any], options: dict[str, Any], text: str):
-    with pytest.raises(RecipeError) as error:
-        decided(rows, **options)
-    assert text in str(error.value)
-
-
 # weights
 
 
@@ -226,12 +199,6 @@ def test_balanced_weights_by_hand_from_the_rows_that_are_trained():
     assert labels.weights_C.tolist() == [4 / 6, 2.0, 1.0]
     assert decided(rows, class_weights={"b": 2.5})[0].weights_C.tolist() == [1.0, 2.5, 1.0]  # type: ignore[union-attr]
     assert decided(rows)[0].weights_C is None
-
-
-def test_tags_are_weighed_by_words():
-    labels, _ = decided([["O", "O", "B"], ["O"]], task="tag", class_weights="balanced")
-    assert labels.names == ("B", "O")
-    assert labels.weights_C.tolist() == [4 / 2, 4 / 6]
 
 
 # targets

@@ -182,15 +182,3 @@ def test_sharing_passes_hold_every_row_once_and_compute_no_more_than_the_budget(
     order = rng.permutation(num)
     again = make_sharing_micro_batches(order.tolist(), [ids[i] for i in order], tokens_per_pass=budget)
     assert again == passes  # a function of the rows, in whatever order they come
-
-
-def test_passes_are_filled_by_what_they_compute():
-    """60 rows of 100 and 10 tokens: filled by whole tokens, each pass of 700 would compute 100 + 6 * 10."""
-    common = np.arange(100, dtype=np.int32)
-    ids = [np.concatenate([common, np.full(10, 1000 + i)]).astype(np.int32) for i in range(60)]
-    whole = make_micro_batches(range(60), [110] * 60, tokens_per_pass=700, layout="packed")
-    shared = make_sharing_micro_batches(range(60), ids, tokens_per_pass=700)
-    assert (len(whole), len(shared)) == (10, 3)
-    assert sum(num_computed([ids[i] for i in members]) for members in whole) == 10 * 100 + 600
-    assert sum(num_computed([ids[i] for i in members]) for members in shared) == 3 * 100 + 600
-    assert max(map(len, shared)) == 25  # MOST_READ: 25 * 110 tokens of rows

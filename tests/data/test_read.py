@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, json_lines, parquet, put, rows_in, said
-from tunesmith.data import read_json
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
@@ -94,11 +93,6 @@ def test_csv_rows_carry_the_line_on_which_they_begin(tmp_path: Path):
     assert rows == [(3, {"prompt": "a\n\nb", "completion": "c"}), (7, {"prompt": 'd "e"', "completion": "f"})]
 
 
-def test_csv_keeps_line_ends_inside_text(tmp_path: Path):
-    rows, _ = rows_in(put(tmp_path, "t.csv", b'prompt,completion\r\n"a\r\nb","c\nd\re"\r\n'))
-    assert rows == [(2, {"prompt": "a\r\nb", "completion": "c\nd\re"})]
-
-
 @pytest.mark.parametrize(
     ("header", "delimiter"), [(b"prompt,completion", ","), (b"prompt\tcompletion", "\t"), (b"prompt;completion", ";")]
 )
@@ -160,17 +154,6 @@ def test_bytes_are_counted_in_the_line_that_is_named(tmp_path: Path):
     assert "WINDOWS-1252" in problem.fix
 
 
-def test_arrays_are_cut_where_their_rows_end(tmp_path: Path):
-    rows = [{"a": '\\"]},[{' * n, "b": [[], {}, [{"c": "\\\\"}]], "d": "\\" * n} for n in range(6)]
-    path = put(tmp_path, "rows.json", json.dumps(rows).encode())
-    assert read_texts(path) == rows
-
-
-def test_an_array_that_is_too_large_to_be_held_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(read_json, "MOST_ARRAY_BYTES", 10)
-    assert said(rows_in(put(tmp_path, "rows.json", b'[{"a": "b"}]'))[1]) == [("array_too_large", 0)]
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(
@@ -226,41 +209,6 @@ def test_files_are_named_together_when_they_cannot_be_opened(tmp_path: Path):
 def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path):
     os.mkfifo(tmp_path / "rows.jsonl")
     assert said(rows_in(tmp_path / "rows.jsonl")[1]) == [("not_a_file", 0)]
-
-
-def test_a_disk_that_fails_while_reading_is_named_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = put(tmp_path, "rows.jsonl", json_lines([PAIR] * 10))
-    from tunesmith.data import detect_format
-
-    class Failing:
-        def __init__(self, file: Any) -> None:
-            self.read, self.tell, self.left = file.read, file.tell, 4
-
-        def readline(self, size: int) -> bytes:
-            self.left -= 1
-            if self.left == 0:
-                raise OSError(5, "Input/output error")
-            return json_lines([PAIR])
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args: object) -> None:
-            pass
-
-    real = detect_format._packed
-    monkeypatch.setattr(detect_format, "_packed", lambda path: Failing(real(path)))
-    rows, problems = rows_in(path)
-    assert len(rows) == 3
-    assert said(problems) == [("unreadable", 4)]
-
-
-def test_a_parquet_value_that_python_cannot_hold_is_a_finding(tmp_path: Path):
-    times = pa.array([0, -(2**62)], pa.timestamp("ms"))  # the second lies before the year 1
-    pq.write_table(pa.table({"prompt": ["a", "b"], "time": times}), tmp_path / "t.parquet")
-    rows, problems = rows_in(tmp_path / "t.parquet")
-    assert [line for line, _ in rows] == [1]
-    assert said(problems) == [("wrong_type", 2)]
 
 
 def test_nanoseconds_beside_the_text_do_not_stand_in_its_way(tmp_path: Path):

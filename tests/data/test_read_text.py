@@ -1,7 +1,6 @@
 """Documents are read whole and byte for byte, folders in an order of their own, CoNLL files sentence by sentence."""
 
 import gzip
-import os
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +112,6 @@ def test_a_folder_of_held_out_documents_is_not_trained_with_those_next_to_it(tmp
     assert (report.files[0].is_readable, check(Data(train=tuple(folder))).files[0].is_readable) == (True, False)
 
 
-def test_order_is_not_that_in_which_the_disk_lists_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = a_folder(tmp_path)
-    straight = expand_folders([DataFile(path=str(folder))], lambda problem: None)
-    walk = os.walk
-
-    def turned(top: str, onerror: Any = None) -> Any:
-        for here, folders, members in walk(top, onerror=onerror):
-            folders.reverse()
-            yield here, folders, members[::-1]
-
-    monkeypatch.setattr("os.walk", turned)
-    assert expand_folders([DataFile(path=str(folder))], lambda problem: None) == straight
-
-
-def test_a_folder_without_documents_names_what_it_holds(tmp_path: Path):
-    with pytest.raises(DataError, match=r"a folder without a document .* It is empty"):
-        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
-    put(tmp_path, "rows.pdf", b"%PDF")
-    with pytest.raises(DataError, match=r"It holds 'rows.pdf'\. Give files by their names"):
-        expand_folders([DataFile(path=str(tmp_path))], lambda problem: None)
-
-
 def test_a_folder_of_rows_is_read_in_the_order_of_its_names(tmp_path: Path):
     for name in ("b.jsonl", "a.csv", "README.md"):
         put(tmp_path, name, b"x,y\n")
@@ -181,12 +158,6 @@ def test_sentences_carry_their_first_line_and_marks_are_counted(tmp_path: Path):
     assert problems[0].message.startswith("3 lines hold no word")
 
 
-def test_tags_that_are_measured_as_spans_are_known_by_sight(tmp_path: Path):
-    for tags, num in ((("B-A", "I-A", "E-A", "S-B"), 4), (("B-A", "L-A", "U-B", "U-B"), 1)):
-        payload = "".join(f"w {tag}\n\n" for tag in tags).encode()
-        assert len(records(put(tmp_path, "a.txt", payload))) == num
-
-
 def no_sentence_is_lost(payload: bytes, words: list[list[str]], tmp_path: Path) -> None:
     rows, _ = rows_in(put(tmp_path, "a.conll", payload))
     assert [record["tokens"] for _, record in rows] == words
@@ -209,12 +180,3 @@ def test_a_reader_that_takes_marks_for_words_would_be_seen(tmp_path: Path, monke
     monkeypatch.setattr(read_text, "_is_mark", lambda raw, num_columns, *, is_first: False)
     with pytest.raises(AssertionError):
         no_sentence_is_lost(*LOST[0], tmp_path)
-
-
-def test_a_bad_sentence_does_not_hide_the_next(tmp_path: Path):
-    payload = b"Ann B-PER\n\nbad\nworse\n\nBob B-PER\n\nAndr\xe9 B-PER\n\nEve B-PER\n"
-    path = put(tmp_path, "a.conll", payload)
-    rows, problems = rows_in(path)
-    assert [line for line, _ in rows] == [1, 6, 10]
-    assert said(problems) == [("ragged_row", 3), ("invalid_utf8", 8)]
-    assert "(byte 5 of the sentence)" in problems[1].message

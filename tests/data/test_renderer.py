@@ -54,11 +54,6 @@ def test_tokenizing_the_rendered_text_again_would_be_seen() -> None:
         assert_one_bos(tokenizer(text).input_ids, tokenizer.bos_token_id)
 
 
-def test_a_template_that_writes_bos_twice_is_refused() -> None:
-    with pytest.raises(ModelError, match="BOS twice"):
-        renderer(tiny_tokenizer("{{ bos_token }}" + template("bos"), eos="</s>"))
-
-
 def test_a_message_that_begins_with_bos_is_a_problem_even_when_trusted() -> None:
     tokenizer = tiny_tokenizer(
         template("chatml").replace("'<|im_start|>' + message['role'] + '\\n' + ", ""), eos="</s>"
@@ -360,36 +355,4 @@ def test_a_completion_that_gives_other_text_apart_is_a_problem() -> None:
     assert problem.code == "token_boundary"
 
 
-def test_a_completion_that_ends_with_eos_gets_no_second_one() -> None:
-    tokenizer = tiny_tokenizer()
-    made = renderer(tokenizer, "generate", control_tokens="allow")
-    assert only_row(made.encode([pair("a", "b<|im_end|>")])[0]).ids.tolist().count(tokenizer.eos_token_id) == 1
-
-
-def test_generate_needs_no_template_but_eos() -> None:
-    only_row(renderer(tiny_tokenizer(None), "generate").encode([pair("a", "b")])[0])
-    with pytest.raises(ModelError, match="no EOS token"):
-        renderer(tiny_tokenizer(None, eos=None), "generate")
-
-
-def test_a_tokenizer_that_ends_every_prompt_is_refused() -> None:
-    from tokenizers import processors
-
-    tokenizer = tiny_tokenizer()
-    end = tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
-    )
-    with pytest.raises(ModelError, match="add_eos_token"):
-        renderer(tokenizer, "generate")
-
-
 # --- Order, sources, prompts
-
-
-def test_padding_and_truncation_left_on_by_others_do_not_matter() -> None:
-    tokenizer = tiny_tokenizer()
-    expected = only_row(renderer(tokenizer).encode([HELLO])[0]).ids.tolist()
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=99)
-    assert only_row(renderer(tokenizer).encode([HELLO])[0]).ids.tolist() == expected

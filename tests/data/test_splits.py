@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data.rows_of import json_lines, put
 from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
-from tunesmith.data.hold_out import measured, split_notes, stratified_mask
+from tunesmith.data.hold_out import measured, stratified_mask
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.errors import DataError
@@ -77,16 +77,6 @@ def test_every_class_gives_its_share_and_one_input_stays_together(rows: list[tup
         if len(contents) == num:
             assert held.sum() == min(max(1, round(share * num)), num - 1)
             assert sorted(inputs_I[of_class].tolist())[: held.sum()] == sorted(inputs_I[held].tolist())
-
-
-def test_classes_without_two_different_rows_are_counted():
-    classes_I = np.array([0, 0, 1, 2, 2])
-    hashes_I = np.array([1, 2, 3, 4, 4], np.uint64)
-    mask_I = stratified_mask(hashes_I, hashes_I, classes_I, 0.5)
-    assert mask_I.tolist() == [True, False, False, False, False]
-    (note,) = split_notes(hashes_I, classes_I, mask_I, 0.5)
-    assert note == "2 classes without two different texts: trained and never measured"
-    assert list(split_notes(hashes_I[:2], classes_I[:2], mask_I[:2], 0.5)) == []
 
 
 def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
@@ -242,30 +232,6 @@ def test_held_out_files_with_trained_inputs_are_counted_beside_equal_rows(tmp_pa
     assert any(note.startswith("1 of 4 held-out rows share an input with a trained row") for note in rows.notes)
 
 
-def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path: Path):
-    found = [{"prompt": "", "completion": f"joke {i}"} for i in range(60)]
-    path, general = put(tmp_path, "rows.jsonl", json_lines(found)), put(tmp_path, "b.jsonl", json_lines(found[:1] * 3))
-    rows = rows_for(tmp_path, "generate", train=str(path), replay=str(general), held_out=0.2)
-    assert 0 < len(rows.held_rows) < 30
-    assert len(rows.train_rows) + len(rows.held_rows) in (60, 63)
-
-
-def test_an_input_that_brings_too_many_rows_is_said(tmp_path: Path):
-    often = [{"prompt": "again", "completion": f"{i}"} for i in range(50)]
-    once = [{"prompt": f"p{i}", "completion": "x"} for i in range(50)]
-    path = put(tmp_path, "rows.jsonl", json_lines(often + once))
-    for share in (0.05, 0.1, 0.2):
-        rows = rows_for(tmp_path, "generate", train=str(path), held_out=share)
-        is_held = any(line <= 50 for _, line in places_of(rows, rows.held_rows.tolist()))
-        assert is_held == any("50 of them have the same input or document" in note for note in rows.notes)
-    mask_I = np.arange(100) < 60
-    (note,) = split_notes(np.maximum(np.arange(100), 50).astype(np.uint64), None, mask_I, 0.1)
-    assert note == (
-        "60 rows are held out, where data.held_out (0.1) wants 10: 51 of them have the same input or document, and "
-        "so stay together"
-    )
-
-
 # documents
 
 
@@ -320,11 +286,3 @@ def test_replay_rows_that_are_held_out_elsewhere_are_left_out_and_counted(tmp_pa
     assert f"{num:,} rows of data.replay are also held out, and so not trained" in rows.notes
     assert not np.isin(rows.store.hashes[rows.train_rows], rows.store.hashes[rows.held_rows]).any()
     assert len(rows.train_rows) == 65 - 2 * num
-
-
-def test_replay_alone_is_no_training_data(tmp_path: Path):
-    train = put(tmp_path, "train.jsonl", json_lines([{"prompt": "a", "completion": ""}]))
-    replay = put(tmp_path, "general.jsonl", pairs(5, "b"))
-    with pytest.raises(DataError, match=r"train.jsonl: no row is left to use"):
-        rows_for(tmp_path, "generate", train=str(train), replay=str(replay), bad_rows="skip")
-    assert not list((tmp_path / ".rows").glob("*")) if (tmp_path / ".rows").exists() else True

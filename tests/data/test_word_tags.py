@@ -82,13 +82,6 @@ def test_words_without_a_token_are_said_and_left_out() -> None:
     assert learnt(renderer(BERT), example) == [0, 3, 5]
 
 
-def test_a_word_that_shares_its_token_with_the_one_before_has_none() -> None:
-    tokenizer = tiny_tokenizer(None, eos="</s>")
-    tokenizer.add_tokens(["new york"])
-    made = Renderer(tokenizer, TASKS["tag"], max_tokens=None, too_long="cut", control_tokens="error")
-    assert learnt(made, sentence("in", "new", "york", "city")) == [0, 1, 3]
-
-
 def test_words_that_a_cut_takes_are_counted() -> None:
     heard: list[Problem] = []
     example = sentence(*["山"] * 10)

@@ -112,12 +112,6 @@ def test_rows_that_are_all_one_document_have_no_loss_and_no_gradient():
     assert float(vectors.grad.abs().max()) < 1e-12
 
 
-def test_sizes_are_added():
-    whole, half = (text_losses(some_texts(ROWS), Embed(loss="ranking", dims=dims)) for dims in ((6,), (3,)))
-    both = text_losses(some_texts(ROWS), Embed(loss="ranking", dims=(6, 3)))
-    torch.testing.assert_close(both, whole + half)
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "ranking": {},
     "symmetric": {"symmetric": True},

@@ -71,31 +71,6 @@ def test_pass_test_catches_a_mean_of_means():  # trap: L1 planted
         splits_agree(model_of("llama"), divide="mean of means")
 
 
-def step_loss(sums, counts) -> float:
-    return sum(sums) / sum(counts)
-
-
-def short_and_long_rows_weigh_by_their_targets(step_loss_of) -> None:
-    assert step_loss_of([2 * 1.0, 8 * 3.0], [2, 8]) == pytest.approx(2.6)
-
-
-def test_step_loss_of_stub_passes():  # trap: L1
-    short_and_long_rows_weigh_by_their_targets(step_loss)
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        lambda sums, counts: sum(s / n for s, n in zip(sums, counts, strict=True)) / len(sums),
-        lambda sums, counts: sum(s / n for s, n in zip(sums, counts, strict=True)),
-    ],
-    ids=["mean of means", "unscaled"],
-)
-def test_stub_test_catches(broken):  # trap: L1, L4 planted
-    with pytest.raises(AssertionError):
-        short_and_long_rows_weigh_by_their_targets(broken)
-
-
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_loss_sum_equals_cross_entropy_in_float64_row_by_row(arch):  # trap: L4, T11, T12
     model = tiny_model(arch, vocab_size=VOCAB).eval()

@@ -17,7 +17,6 @@ from tiny_run import model_folder
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.data.formats import FORMATS
-from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluation.scores import score
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_run
@@ -32,7 +31,7 @@ from tunesmith.tasks.reward import branch_loss_sum, reward_losses
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
-from tunesmith.types import Example, Source
+from tunesmith.types import Source
 
 PEER = json.loads((Path(__file__).parent / "trl_losses.json").read_text("utf-8"))
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
@@ -154,16 +153,6 @@ def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_pat
             assert float(model(**given).logits[0, 0]) == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
-METHODS = [{**LORA, "name": "dora"}, {**LORA, "name": "qlora"}, {"name": "peft", "kind": "IA3"}]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
-def test_every_method_learns_rewards(tmp_path, method):
-    run = train(recipe_of(tmp_path, method=method, train={"max_steps": 3}), root=tmp_path / "runs")
-    (line,) = predict_list(Predictor(load_run(run)), [{"prompt": "the big apple", "completion": " eats"}])
-    assert math.isfinite(line["reward"])
-
-
 def by_memory(folder: Path, *sizes: int) -> list[list[tuple[float, float, int]]]:
     found = []
     for tokens in sizes:
@@ -226,12 +215,6 @@ def test_answers_that_teach_nothing_are_found(row, code):
     assert [problem.code for problem in found] == [code]
 
 
-def test_answers_without_scores_are_the_best_first():
-    found = FORMATS["scored_answers"].parse({"prompt": "Q", "answers": ["a", "b", "c"]}, Source("a", 1))
-    assert isinstance(found, Example)
-    assert found.labels == ("2.0", "1.0", "0.0")
-
-
 def test_a_served_reward_is_of_a_prompt_and_its_answer(tmp_path):
     run = train(recipe_of(tmp_path, train={"max_steps": 1}), root=tmp_path / "runs")
     registry = open_registry([str(run.path)], root=tmp_path, options=EngineOptions(), note=lambda text: None)
@@ -242,16 +225,6 @@ def test_a_served_reward_is_of_a_prompt_and_its_answer(tmp_path):
     assert [line["reward"] for line in model.classify(pairs)] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(RequestError, match="a prompt and its answer"):
         model.classify(["the big apple eats"])
-
-
-def test_rows_and_options_that_cannot_be_learnt_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"data\.too_long"):
-        train(recipe_of(tmp_path, data={"too_long": "cut"}), root=tmp_path / "runs")
-    recipe = recipe_of(tmp_path)
-    write(tmp_path / "reward.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "a"}] * 20)
-    with pytest.raises(DataError) as refused:
-        train(recipe, root=tmp_path / "runs")
-    assert {problem.code for problem in refused.value.problems} == {"identical_sides"}
 
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])

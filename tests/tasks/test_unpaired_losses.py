@@ -22,7 +22,6 @@ from tunesmith.recipe.objectives import Prefer
 from tunesmith.runs.folder import runs
 from tunesmith.tasks import preference_losses
 from tunesmith.tasks.preference_losses import kto_losses
-from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 from tunesmith.types import Example, Source
@@ -174,18 +173,6 @@ def test_a_run_stopped_and_resumed_is_the_same_run_and_is_measured_again_as_it_s
     weights = straight.recipe().prefer
     labels = prepare(recipe, root=tmp_path / "runs").store.branches.firsts[first["rows"]]
     assert first["loss"] == pytest.approx(np.where(labels > 0, weights.desirable, weights.undesirable).mean() / 2)
-
-
-def test_a_single_row_may_be_held_out(tmp_path):
-    recipe = recipe_of(tmp_path, train={"max_steps": 2})
-    write(tmp_path / "prefer-held.jsonl", labelled(1, seed=7))
-    run = train(recipe, root=tmp_path / "runs")
-    assert run.state() == "done"
-
-
-def test_the_model_and_rows_prove_themselves(tmp_path):
-    proofs = list(selftest(recipe_of(tmp_path)))
-    assert all(proof.passed for proof in proofs), proofs
 
 
 @pytest.mark.parametrize(
