@@ -228,8 +228,6 @@ class Batch:
     """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
     filling: int = 0
     """Padding tokens after the rows of a packed micro-batch: see `data.collate.pad_to_multiple`."""
-    targets_B: tuple[int, ...] = ()
-    """Tokens of each example that the decoder of an encoder–decoder reads."""
     line_of_N: Tensor | None = None
     """int64, which line each target belongs to; None: rows have no branches."""
     values_BV: Tensor | None = None

@@ -52,9 +52,9 @@ def test_good_data_is_ok(tmp_path: Path):
     )
     assert report.ok
     assert report.problems == ()
-    assert [(f.format, f.shape, f.rows, f.usable, f.skipped) for f in report.files] == [
-        ("JSON lines", "prompt_completion", 100, 100, 0),
-        ("CSV", "prompt_completion", 1, 1, 0),
+    assert [(f.format, f.shape, f.rows, f.usable) for f in report.files] == [
+        ("JSON lines", "prompt_completion", 100, 100),
+        ("CSV", "prompt_completion", 1, 1),
     ]
     assert report.held_out == 20
 
@@ -73,11 +73,11 @@ def test_problems_of_all_files_are_said_in_the_order_of_files_and_lines(tmp_path
         ("held.jsonl", 1, "wrong_type"),
         ("held.jsonl", 1, "missing_field"),
     ]
-    assert [(f.side, f.rows, f.usable, f.skipped, f.is_readable) for f in report.files] == [
-        ("train", 4, 2, 2, True),
-        ("train", 2, 1, 1, True),
-        ("train", 0, 0, 0, False),
-        ("eval", 2, 1, 1, True),
+    assert [(f.side, f.rows, f.usable, f.is_readable) for f in report.files] == [
+        ("train", 4, 2, True),
+        ("train", 2, 1, True),
+        ("train", 0, 0, False),
+        ("eval", 2, 1, True),
     ]
     assert not report.ok
 
@@ -95,7 +95,7 @@ def test_bad_rows_that_may_be_skipped_do_not_refuse_the_data(tmp_path: Path):
     assert not check(data_of(path)).ok
     report = check(data_of(path, bad_rows="skip"))
     assert report.ok
-    assert report.files[0].skipped == 1
+    assert (report.files[0].rows, report.files[0].usable) == (3, 2)
     assert [problem.code for problem in report.problems] == ["truncated_json"]
 
 
@@ -104,7 +104,6 @@ def finds_repeated_rows(checked: Callable[[Data], CheckReport], folder: Path) ->
     report = checked(
         data_of(put(folder, "a.jsonl", json_lines(rows[:4])), put(folder, "b.jsonl", json_lines(rows[4:])))
     )
-    assert report.duplicates == 3
     assert pairs(report) == [("a.jsonl", 3, "a.jsonl:1"), ("b.jsonl", 1, "a.jsonl:1"), ("b.jsonl", 2, "a.jsonl:2")]
     assert report.warnings == {"duplicate": 3}
 
@@ -129,7 +128,6 @@ def test_the_same_words_in_another_format_and_shape_are_the_same_row(tmp_path: P
         tmp_path, "a.jsonl", json_lines([chat, {"messages": [{"role": "user", "content": "z"}, chat["messages"][1]]}])
     )
     report = check(data_of(train, held=[put(tmp_path, "t.csv", comma_separated([pair("a"), pair("y"), pair("a")]))]))
-    assert report.overlap == 2
     assert pairs(report) == [("t.csv", 2, "a.jsonl:1"), ("t.csv", 4, "a.jsonl:1")]
     assert report.warnings == {"overlap": 2}
     assert report.ok
@@ -175,7 +173,6 @@ def test_words_are_shown_with_their_tags_and_tags_counted(tmp_path: Path):
 def finds_conflicts(checked: Callable[[Data], CheckReport], folder: Path) -> None:
     rows = [("Red eye", "eye"), ("Deaf", "ear"), ("Red eye", "ear"), ("Red eye", "eye"), ("Deaf", "ear")]
     report = checked(data_of(put(folder, "a.jsonl", labelled(*rows))))
-    assert report.conflicts == 1
     (problem,) = [problem for problem in report.problems if problem.code == "conflicting_labels"]
     assert f"at {folder / 'a.jsonl'}:1, with another label" in problem.message
     assert report.warnings == {"duplicate": 2, "conflicting_labels": 1}

@@ -66,14 +66,6 @@ def test_json_types_stay_what_they_are(name: str, tmp_path: Path):  # trap: T15
     assert json.dumps(rows_in(path)[0][0][1]) == json.dumps(rows[0])
 
 
-def test_blank_lines_are_counted(tmp_path: Path):
-    facts: list[Any] = []
-    path = put(tmp_path, "rows.jsonl", b"\n" + json_lines([PAIR]) + b" \n")
-    list(read([DataFile(path=str(path))], limits=Limits(), on_problem=lambda problem: None, facts=facts))
-    assert (facts[0].rows, facts[0].blank) == (1, 2)
-    assert facts[0].done_bytes == facts[0].total_bytes == path.stat().st_size
-
-
 def test_mark_at_the_start_and_windows_line_ends_change_nothing(tmp_path: Path):
     for name in ("rows.jsonl", "rows.csv", "rows.json"):
         plain = WRITERS[name]([PAIR, PAIR])

@@ -162,7 +162,7 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
 
 def _verdict(screen: Console, report: CheckReport) -> None:
     """The last line: held-out rows that are trained make what is measured worth less, or nothing."""
-    seen, held = report.overlap, report.held_out
+    seen, held = report.warnings.get("overlap", 0), report.held_out
     if not seen:
         screen.print(Text("can be trained on", style="bold green"))
         return

@@ -69,9 +69,6 @@ class FileReport:
     rows: int
     """Rows read, usable or not."""
     usable: int
-    skipped: int
-    blank: int
-    """Blank lines, which are no rows."""
     is_readable: bool
     """False if reading ended before the end of the file, or never began."""
 
@@ -100,10 +97,6 @@ class CheckReport:
     """Problems that make rows unusable, by code."""
     warnings: dict[str, int]
     files: tuple[FileReport, ...]
-    duplicates: int
-    """Training rows that repeat an earlier one."""
-    overlap: int
-    """Held-out rows that are also trained."""
     held_out: int
     """Rows that are measured: those of the held-out files, or the part that is split off."""
     notes: tuple[str, ...]
@@ -117,8 +110,6 @@ class CheckReport:
     """Kind of the labels of the training rows; None: they have none, or they are refused."""
     labels: tuple[tuple[str, int], ...] = ()
     """Classes in the order of their ids, with the number of training rows (for tags: words); none for numbers."""
-    conflicts: int = 0
-    """Training rows whose text is also in an earlier one, with another label."""
 
     @property
     def ok(self) -> bool:
@@ -208,12 +199,11 @@ class _Check:
             one.done()
         train, held = self._sides["train"], self._sides["eval"]
         train_I, held_I = train.hashes, held.hashes
-        repeated = self._pairs(duplicates(train_I), "train", "duplicate")
-        shared = self._pairs(overlap(train_I, held_I), "eval", "overlap")
+        self._pairs(duplicates(train_I), "train", "duplicate")
+        self._pairs(overlap(train_I, held_I), "eval", "overlap")
         self._notes += input_overlap(np.isin(held_I, train_I), train.inputs, held.inputs)
-        conflicting = 0
         if train.shape == "text_label":
-            conflicting = self._pairs(conflicts(train.inputs, train_I), "train", "conflicting_labels")
+            self._pairs(conflicts(train.inputs, train_I), "train", "conflicting_labels")
         labels, label_refusals = self._labels()
         held_out = self._held_out()
         return CheckReport(
@@ -221,8 +211,6 @@ class _Check:
             errors=dict(self._counts["error"]),
             warnings=dict(self._counts["warning"]),
             files=tuple(files),
-            duplicates=repeated,
-            overlap=shared,
             held_out=held_out,
             notes=tuple(self._notes),
             tokens={
@@ -234,7 +222,6 @@ class _Check:
             refusals=(*self._refusals(files), *label_refusals),
             label_kind=self._label_kind,
             labels=labels,
-            conflicts=conflicting,
         )
 
     def _members(self, file: DataFile, side: Side) -> Sequence[DataFile]:
@@ -257,8 +244,6 @@ class _Check:
             shape=next((member.shape for member in found if member.shape), None),
             rows=sum(member.rows for member in found),
             usable=sum(member.usable for member in found),
-            skipped=sum(member.skipped for member in found),
-            blank=sum(member.blank for member in found),
             is_readable=bool(found) and all(member.is_readable for member in found),
         )
 
@@ -276,8 +261,8 @@ class _Check:
             self._hear_all(error)
         self._done_bytes += size_of(file.at)
         self._progress(min(self._done_bytes, self._total_bytes), self._total_bytes)
-        num, blank, form = (facts[0].rows, facts[0].blank, str(facts[0])) if facts else (0, 0, "")
-        return FileReport(file.path, side, form, shape, num, usable, num - usable, blank, is_readable)
+        num, form = (facts[0].rows, str(facts[0])) if facts else (0, "")
+        return FileReport(file.path, side, form, shape, num, usable, is_readable)
 
     def _chunk(self, side: Side, chunk: Sequence[Example]) -> int:
         """Encode examples and remember those that can be used. Returns how many can."""
@@ -314,7 +299,7 @@ class _Check:
         for problem in error.problems:
             self._hear(problem)
 
-    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str) -> int:
+    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str) -> None:
         """Report the first rows that repeat another, given as (row, row that it repeats); count all."""
         is_error = code == "overlap" and self._data.overlap == "error"
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
@@ -323,7 +308,6 @@ class _Check:
             self._hear(Problem(self._source(side, row), code, said, "", severity))
         if (more := len(found_I) - PAIRS_LISTED) > 0:
             self._counts[severity][code] += more
-        return len(found_I)
 
     def _source(self, side: Side, row: int) -> Source:
         rows = self._sides[side]

@@ -188,7 +188,7 @@ def build_batch(
         positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
         # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
-    decoder_ids_BU, targets = None, list[NDArray[np.int32]]()
+    decoder_ids_BU = None
     learnt = [_learnt(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]
     if is_pair:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
@@ -215,7 +215,6 @@ def build_batch(
         row_indices=tuple(row_indices),
         types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
         decoder_ids_BU=None if decoder_ids_BU is None else tensor(decoder_ids_BU),
-        targets_B=tuple(map(len, targets)),
     )
 
 

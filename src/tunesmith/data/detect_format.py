@@ -159,8 +159,6 @@ class FileFacts:
     """Lines read, or rows of a JSON array or Parquet file; of a document 1."""
     rows: int = 0
     """Rows read, those that cannot be used among them."""
-    blank: int = 0
-    """Blank lines, which are left out."""
     marks: int = 0
     """Lines of a CoNLL file that hold no word: -DOCSTART- and comments."""
     done_bytes: int = 0

@@ -193,7 +193,7 @@ MOST_ARRAY_BYTES = 2**30
 
 
 def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
-    """Each line's number and value; blank lines are counted and left out."""
+    """Each line's number and value; blank lines are left out."""
     limit, depth = limits.line_bytes, limits.depth
     while raw := stream.readline(limit + 2):
         facts.line += 1
@@ -202,9 +202,7 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             facts.rows += 1
             on_bad(facts.line, too_long(size, limit))
             continue
-        if raw.isspace():
-            facts.blank += 1
-        else:
+        if not raw.isspace():
             facts.rows += 1
             try:
                 yield facts.line, loads(raw, depth=depth)

@@ -21,7 +21,7 @@ from tunesmith.recipe.schema import Limits
 def csv_rows(
     stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row's first line and values by column; blank lines are counted and left out.
+    """Each row's first line and values by column; blank lines are left out.
 
     Raises:
         DataError: the header is unusable, a quote is broken or a row too long: nothing says where the next row begins.
@@ -40,7 +40,6 @@ def csv_rows(
             raise _broken_quote(facts, lines, str(error)) from None
         bad = lines.finding()
         if bad is None and (not values or (len(values) == 1 and not values[0].strip())):
-            facts.blank += facts.line - lines.first + 1
             continue
         if facts.columns is None:
             if bad is not None:

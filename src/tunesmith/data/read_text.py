@@ -58,7 +58,6 @@ def conll_sentences(
                 raise refusal(facts.path, first, "line_too_long", message, fix)
             continue
         facts.marks += is_mark
-        facts.blank += is_blank and not sentence and not is_over
         if sentence:
             facts.rows += 1
             try:
