@@ -173,9 +173,9 @@ def test_words_are_shown_with_their_tags_and_tags_counted(tmp_path: Path):
 def finds_conflicts(checked: Callable[[Data], CheckReport], folder: Path) -> None:
     rows = [("Red eye", "eye"), ("Deaf", "ear"), ("Red eye", "ear"), ("Red eye", "eye"), ("Deaf", "ear")]
     report = checked(data_of(put(folder, "a.jsonl", labelled(*rows))))
+    assert report.warnings == {"duplicate": 2, "conflicting_labels": 1}
     (problem,) = [problem for problem in report.problems if problem.code == "conflicting_labels"]
     assert f"at {folder / 'a.jsonl'}:1, with another label" in problem.message
-    assert report.warnings == {"duplicate": 2, "conflicting_labels": 1}
     assert report.ok
 
 
