@@ -23,8 +23,7 @@ from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.export.export_run import export_planned
-from tunesmith.export.targets import parse_export
+from tunesmith.export.export_run import export_planned, parse_export
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from export.exports import finished, quick
 from tunesmith.cli.app import app
+from tunesmith.export.export_run import TARGETS
 from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.onnx import KNOWN
-from tunesmith.export.targets import TARGETS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
 

@@ -11,9 +11,8 @@ from export.exports import of_architecture
 from faults import Faults, in_child, limited_files, tree
 from tunesmith.errors import InputError, StorageError
 from tunesmith.export import llama_cpp
-from tunesmith.export.export_run import export_run
+from tunesmith.export.export_run import TARGETS, export_run
 from tunesmith.export.target import ExportOptions
-from tunesmith.export.targets import TARGETS
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
 QUANTS = {"gguf": "q8_0", "gguf q4_k_m": "q4_k_m"}

@@ -13,7 +13,7 @@ from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import RecipeError
-from tunesmith.export.targets import parse_export
+from tunesmith.export.export_run import parse_export
 
 
 def test_a_word_is_a_target_and_how_it_is_stored() -> None:

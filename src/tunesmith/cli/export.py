@@ -122,9 +122,8 @@ def push(
     from dataclasses import asdict
 
     from tunesmith.cli.display import phases
-    from tunesmith.export.export_run import export_run
+    from tunesmith.export.export_run import default_folder, export_run
     from tunesmith.export.hub import push as upload
-    from tunesmith.export.targets import default_folder
 
     found = Run.open(run, root)
     if folder is None:

@@ -122,7 +122,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
         from tunesmith.training import trainer as training
 
         if recipe.export.to:
-            from tunesmith.export.targets import parse_export
+            from tunesmith.export.export_run import parse_export
 
             for word in recipe.export.to:
                 parse_export(word)

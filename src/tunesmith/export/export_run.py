@@ -1,4 +1,5 @@
-"""Exports from start to end: checked, written next to their place, compared, described, and only then moved there."""
+"""Exports: the targets, the checks of their options, and the way of an export. It is written next to its place, compared,
+described, and only then moved there."""
 
 from __future__ import annotations
 
@@ -9,19 +10,83 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
-from tunesmith.errors import ExportError, InputError
+from tunesmith.errors import ExportError, InputError, RecipeError
 from tunesmith.export import verify
+from tunesmith.export.adapter import ADAPTER
+from tunesmith.export.gguf import GGUF
 from tunesmith.export.hub import CHECK_FILE, comparison_section, write_card
+from tunesmith.export.merged import MERGED
+from tunesmith.export.ollama import OLLAMA
+from tunesmith.export.onnx import ONNX
 from tunesmith.export.run_result import RunResult, open_result
-from tunesmith.export.target import ROUNDED, ExportOptions, ExportTarget, Tolerances
-from tunesmith.export.targets import check, check_options, default_folder, parse_export
+from tunesmith.export.target import DTYPES, ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.verify import ExportComparison, TunedOutputs
+from tunesmith.methods import METHODS
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
 
 OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
 """Age at which an unfinished export of the same name is taken for that of a dead process."""
+
+
+TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
+
+
+def check_options(target: str, options: ExportOptions) -> ExportTarget:
+    """The target. Raises InputError if there is none of this name, or it does not read an option."""
+    chosen = _find(target)
+    if options.license is not None and not options.license.isprintable():
+        raise InputError(f"--license: {options.license!r}: a license is named on one line, such as apache-2.0.")
+    for key, default in asdict(ExportOptions()).items():
+        if key not in (*chosen.reads, "license") and getattr(options, key) != default:
+            readers = ", ".join(name for name, other in TARGETS.items() if key in other.reads)
+            raise InputError(f"--{key.replace('_', '-')}: is not for --to {chosen.name}, only for {readers}.")
+    for key, known in {"dtype": DTYPES, "quant": chosen.quants}.items():
+        value = getattr(options, key)
+        if key in chosen.reads and value not in known:
+            raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
+    return chosen
+
+
+def _find(target: str) -> ExportTarget:
+    if target not in TARGETS:
+        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
+    return TARGETS[target]
+
+
+def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
+    """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
+    method = result.recipe.method
+    row, name = METHODS[method.name], getattr(method, "kind", method.name)
+    if target != ADAPTER.name and row.is_adapter and not row.can_merge(method):
+        raise InputError(
+            f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
+            "Use --to adapter."
+        )
+    return TARGETS[target].check(result, options)
+
+
+def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:
+    """The folder of an export unless another is named. Raises InputError if there is no such target."""
+    quant = f"-{(options or ExportOptions()).quant}" if _find(target).quants else ""
+    return run.path / "exports" / f"{target}{quant}"
+
+
+def parse_export(word: str) -> tuple[str, ExportOptions]:
+    """TARGET or TARGET:VALUE of `export.to`, where VALUE is the --dtype of `merged` and the --quant of other targets.
+
+    Raises RecipeError for anything else.
+    """
+    target, _, value = word.partition(":")
+    options = ExportOptions()
+    if value:
+        options = ExportOptions(dtype=value) if target == MERGED.name else ExportOptions(quant=value)
+    try:
+        check_options(target, options)
+    except InputError as error:
+        raise RecipeError(f"export.to: {word}: {error}") from error
+    return target, options
 
 
 @dataclass(frozen=True)

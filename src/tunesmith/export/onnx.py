@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -103,7 +101,9 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     if has_token_types(model, result.tokenizer):
         inputs["token_type_ids"] = torch.zeros_like(ids_BT)
-    with _silent():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not needed here
+    with warnings.catch_warnings(), silence_transformers():
+        warnings.simplefilter("ignore")
         # Not optimized: onnxruntime folds constants when it loads.
         program = torch.onnx.export(
             _Graph(model, pools=pools).eval(), (), kwargs=inputs, dynamo=True, optimize=False, verbose=False,
@@ -118,20 +118,6 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     if model.can_generate():
         save_generation_config(model, folder, stop_ids=result.renderer.stop_ids)
     return [f"its weights are too large for one file of the format, and are in {FILE}.data next to it"] * is_large
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Silence the exporter's warnings about packages that are not needed here."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), silence_transformers():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_tokenizer import PROBE
 from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
-from tunesmith.export.targets import TARGETS
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.schema import Base
@@ -370,6 +369,8 @@ def launch(job: Path) -> None:
 
 def do_job(path: Path) -> None:
     """Load the export that a job names, and save its outputs next to the job."""
+    from tunesmith.export.export_run import TARGETS  # which checks exports by this module
+
     job = json.loads(path.read_text("utf-8"))
     recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))

@@ -44,8 +44,6 @@ class Outcome:
     total: int
     measure: Mapping[str, float] | None
     """The sweep's metric as {"value", "low", "high"}: of the result, or of the last evaluation."""
-    course: Mapping[int, float]
-    """Step → the metric on the way."""
 
 
 @dataclass
@@ -233,17 +231,15 @@ class Sweep:
 
     def outcome(self, trial: Trial) -> Outcome:
         """The outcome of a trial so far."""
-        follower, metric = self.followers[trial.name], self.grid.metric
+        follower = self.followers[trial.name]
         follower.read()
         state, reason = follower.run.state() if self._has_run(trial) else "new", ""
         if state != "done" and trial.name in self.stopped:
             state, reason = "stopped", self._why_stopped(trial)
         elif state != "done" and trial.name in self.failed:
             state, reason = "failed", self.failed[trial.name].splitlines()[0]
-        course = {step: measures[metric]["value"] for step, measures in follower.course.items() if metric in measures}
-        last = follower.course[max(follower.course)] if follower.course else {}
-        measure = (follower.after if state == "done" else last).get(metric)
-        return Outcome(trial, state, reason, follower.step, follower.total, measure, course)
+        measure = (follower.after if state == "done" else follower.last).get(self.grid.metric)
+        return Outcome(trial, state, reason, follower.step, follower.total, measure)
 
     def outcomes(self) -> list[Outcome]:
         """Every trial, best first: those that are done by their measure, then the others as far as they came."""

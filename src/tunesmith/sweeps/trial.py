@@ -74,8 +74,8 @@ class Follower:
     """Reads the events of a run as they come, also of one that starts over or takes some back."""
 
     run: Run
-    course: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Step → the measures of its evaluation, each {"value", "low", "high"}."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """Measures of the newest evaluation on the way, each {"value", "low", "high"}."""
     step: int = 0
     total: int = 0
     after: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Follower:
             elif event.kind == "evaluation" and values["name"] == "after":
                 self.after = dict(values["measures"])
             elif event.kind == "evaluation":
-                self.course[event.step] = values["measures"]
+                self.last = values["measures"]
                 found += [(event.step, values["measures"])] if values["name"] == "step" else []
         return found
 
