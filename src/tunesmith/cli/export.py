@@ -9,7 +9,7 @@ import typer
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName
 from tunesmith.cli.streams import console, json_line
-from tunesmith.phrases import plural, size, visible
+from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -140,4 +140,4 @@ def push(
     if not done.is_proven:
         screen.print("note: it was exported with --no-verify, and its card says so", style="yellow")
     whose = "everybody can see it" if public else "only you can see it (--public shows it to all)"
-    screen.print(f"{plural(done.num_files, 'file')}, {size(done.num_bytes)}, at {done.url}; {whose}")
+    screen.print(f"{plural(done.num_files, 'file')} at {done.url}; {whose}")

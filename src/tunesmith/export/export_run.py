@@ -1,5 +1,5 @@
-"""Exports: the targets, the checks of their options, and the way of an export. It is written next to its place, compared,
-described, and only then moved there."""
+"""Exports: the targets, the checks of their options, and the way of an export, which is written next to its place,
+compared, described, and only then moved there."""
 
 from __future__ import annotations
 

@@ -183,7 +183,6 @@ class Pushed:
 
     url: str
     num_files: int
-    num_bytes: int
     is_proven: bool
 
 
@@ -218,11 +217,8 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
         text = " ".join(str(error).split())[:300] or type(error).__name__
         way = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there; and check the connection."
         raise ExportError(f"{name}: the hub did not take it: {text}. {way}") from error
-    sizes = [
-        len(content.getvalue()) if isinstance(content, io.BytesIO) else content.stat().st_size for _, content in files
-    ]
     is_proven = bool(from_json((folder / CHECK_FILE).read_bytes())["verified"])
-    return Pushed(str(repository), len(files), sum(sizes), is_proven)
+    return Pushed(str(repository), len(files), is_proven)
 
 
 def _files(folder: Path, name: str) -> Iterator[tuple[str, Path | io.BytesIO]]:

@@ -79,8 +79,6 @@ class Page:
     report: Mapping[str, Any]
     created: float
     summary: str
-    cards: Sequence[values.MetricLine]
-    columns: tuple[str, str]
     sections: Sequence[PageSection]
 
 
@@ -100,8 +98,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
     sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
-    lines, columns = values.headline_lines(report), values.sides(report)
-    return Page(report, run.created, values.summary(report), lines, columns, [one for one in sections if one.blocks])
+    return Page(report, run.created, values.summary(report), [one for one in sections if one.blocks])
 
 
 def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
@@ -325,7 +322,7 @@ def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str
         PageSection("values", "Values", [comparison_table(names, found)]),
         PageSection("differences", "Differences from A", [Block("figures", plots)]),
     ]
-    return Page(report, time.time(), summary, [], ("", ""), sections)
+    return Page(report, time.time(), summary, sections)
 
 
 def comparison_table(names: Sequence[str], found: Sequence[Comparison]) -> Table:

@@ -201,7 +201,6 @@ def regressions(before: RowsByKey, after: RowsByKey) -> list[dict[str, Any]]:
     return found[:MOST_WORSE]
 
 
-NUM_HEADLINE = 3
 Interval = Mapping[str, float]
 """{"value"} and, where rows were resampled, {"low", "high"} of its 95 % interval."""
 
@@ -233,11 +232,6 @@ def metric_lines(report: Mapping[str, Any]) -> list[MetricLine]:
     """Every metric of the result."""
     after = report["metrics"]["after"]
     return [] if after is None else [_line(report, key) for key in after["measures"] if _is_shown(report, key)]
-
-
-def headline_lines(report: Mapping[str, Any]) -> list[MetricLine]:
-    """The few metrics that matter most for this task."""
-    return [_line(report, key) for key in headline_metrics(report)[:NUM_HEADLINE]]
 
 
 def headline_metrics(report: Mapping[str, Any]) -> list[str]:
