@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import RunReader
+from tunesmith.trackers.run_reader import RunReader
 
 Points = Counter[tuple[str, int, float]]
 

@@ -22,7 +22,7 @@ def test_a_run_is_not_sent_to_none() -> None:
 def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
     words: list[str], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.trackers.tracker.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("tunesmith.trackers.libraries.importlib.util.find_spec", lambda name: None)
     places = {"RUN": str(new_run(tmp_path).path), "rows.jsonl": str(tmp_path / "rows.jsonl")}
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', "utf-8")
     found = CliRunner().invoke(app, [places.get(word, word) for word in words] + [name])

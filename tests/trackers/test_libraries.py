@@ -14,8 +14,8 @@ from tunesmith.errors import InputError
 from tunesmith.runs.events import truncate_after
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
+from tunesmith.trackers.libraries import TRACKERS
 from tunesmith.trackers.sender import read_state, refuse_unusable
-from tunesmith.trackers.tracker import TRACKERS
 
 STEPS = 30
 NAMES = [pytest.param(name, marks=pytest.mark.skipif(missing(name), reason="not installed")) for name in TRACKERS]

@@ -1,7 +1,6 @@
 """What each tracker's library is called with; small stand-ins take the place of the libraries, so that every run of the
 tests checks it. test_libraries.py has the same with the real ones."""
 
-import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +11,8 @@ import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import RunReader, StepMetrics, artifacts_of
+from tunesmith.trackers.libraries import TRACKERS
+from tunesmith.trackers.run_reader import RunReader, StepMetrics, artifacts_of
 
 STEPS = 4
 
@@ -32,13 +32,16 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
     return module
 
 
-def send(run: Run, module: str) -> list[StepMetrics]:
+def send(run: Run, name: str) -> list[StepMetrics]:
     reader = RunReader(run)
     steps = [step for event in run.events() for step in reader.add(event)]
-    tracker = importlib.import_module(f"tunesmith.trackers.{module}").open_run(run, reader)
+    tracker = TRACKERS[name](run, reader)
     assert tracker.last_step == -1
     tracker.log(steps)
-    tracker.finish(reader, artifacts_of(run))
+    tracker.describe(reader)
+    for path in artifacts_of(run):
+        tracker.keep(path, path.name, "model" if path.is_dir() else "report")
+    tracker.close(reader.state)
     return steps
 
 
@@ -48,7 +51,7 @@ def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     opened = wandb.init.return_value
     opened.settings.mode, opened.resumed, opened.step = "online", False, 0
-    steps = send(run, "wandb_run")
+    steps = send(run, "wandb")
     options = wandb.init.call_args.kwargs
     assert (options["project"], options["resume"], options["name"]) == ("tunesmith", "allow", run.path.name)
     assert options["config"]["optim"] == {"lr": 0.0003}
@@ -66,8 +69,7 @@ def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init.return_value.settings.mode, wandb.init.return_value.resumed = "online", True
     wandb.init.return_value.step = 3
-    module = importlib.import_module("tunesmith.trackers.wandb_run")
-    assert module.open_run(run, RunReader(run)).last_step == 2
+    assert TRACKERS["wandb"](run, RunReader(run)).last_step == 2
 
 
 @pytest.mark.parametrize(("is_synced", "last_step"), [(False, -1), (True, 7)])
@@ -86,7 +88,7 @@ def test_wandb_offline_is_written_anew_until_a_part_was_synced(
     wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folders[1] / "files")
-    opened = importlib.import_module("tunesmith.trackers.wandb_run").open_run(run, reader)
+    opened = TRACKERS["wandb"](run, reader)
     assert (opened.last_step, opened.place) == (last_step, str(folders[1]))
     assert [folder.is_dir() for folder in folders] == [is_synced, True, True]
 
@@ -100,7 +102,7 @@ def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     client = mlflow.MlflowClient.return_value
     client.search_runs.return_value, client.get_metric_history.return_value = [], []
     client.create_run.return_value.data.metrics, client.create_run.return_value.data.params = {}, {}
-    steps = send(run, "mlflow_run")
+    steps = send(run, "mlflow")
     id_ = client.create_run.return_value.info.run_id
     batches = [one.kwargs for one in client.log_batch.call_args_list]
     sent = [metric for batch in batches for metric in batch.get("metrics", ())]
@@ -117,7 +119,7 @@ def test_trackio(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     trackio.init, trackio.Markdown, utils.TRACKIO_DIR = MagicMock(), lambda text: text, "here"
     opened = trackio.init.return_value
     opened._next_step = 0
-    steps = send(run, "trackio_run")
+    steps = send(run, "trackio")
     options = trackio.init.call_args.kwargs
     assert (options["resume"], options["embed"], options["auto_log_gpu"]) == ("allow", False, False)
     notes = call({"notes": "few rows\n\nkept: the last step"}, step=STEPS + 1)

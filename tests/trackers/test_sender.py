@@ -1,9 +1,8 @@
 """Sending: in batches, again after errors, nothing twice; with a tracker in memory, without any library."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,9 @@ from tunesmith.errors import InputError
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
+from tunesmith.trackers.libraries import TRACKERS, check_names
+from tunesmith.trackers.run_reader import RunReader, StepMetrics
 from tunesmith.trackers.sender import read_state
-from tunesmith.trackers.tracker import RunReader, StepMetrics, check_names
 
 
 class MemoryTracker:
@@ -23,12 +23,12 @@ class MemoryTracker:
     def __init__(self) -> None:
         self.values: list[tuple[str, int, float]] = []
         self.files: list[str] = []
-        self.openings = self.finished = 0
+        self.openings = self.described = 0
         self.fail_after: list[int] = []
         """Numbers of steps after which a call of `log` fails."""
         self.loses = 0
         """Values that are lost whenever it fails: they were not stored yet."""
-        self.place = "memory"
+        self.place, self.has_failed = "memory", False
 
     @property
     def last_step(self) -> int:
@@ -40,14 +40,19 @@ class MemoryTracker:
             self.values += [(name, step.step, value) for name, value in step.values.items()]
         if bound < len(steps):
             self.values = self.values[: len(self.values) - self.loses]
+            self.has_failed = True
             raise ConnectionError("the server went away")
 
-    def finish(self, reader: RunReader, artifacts: Mapping[str, Path]) -> None:
-        self.finished += 1
-        self.files = sorted(artifacts)
+    def describe(self, reader: RunReader) -> None:
+        self.described += 1
 
-    def close(self) -> None:
-        raise RuntimeError("closing fails too")
+    def keep(self, path: Path, name: str, kind: str) -> None:
+        self.files.append(path.name)
+
+    def close(self, state: str = "") -> None:
+        if self.has_failed:
+            self.has_failed = False
+            raise RuntimeError("closing fails too")
 
 
 @pytest.fixture
@@ -58,8 +63,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
         memory.openings += 1
         return memory
 
-    module = SimpleNamespace(check=lambda offline: None, open_run=open_run)
-    monkeypatch.setattr(sender, "load", lambda name: module)
+    monkeypatch.setitem(TRACKERS, "memory", open_run)
     for name in ("PAUSE_S", "RETRY_S", "LONGEST_WAIT_S"):
         monkeypatch.setattr(sender, name, 0.01)
     return memory
@@ -96,7 +100,7 @@ def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tr
     run = whole(tmp_path)
     state = send(run)
     assert tracker.values == expected(run)
-    assert tracker.files == ["adapter", "report.html", "report.json", "report.md"]
+    assert tracker.files == ["report.html", "report.md", "report.json", "adapter"]
     assert state == {"place": "memory", "step": 9, "done": True, "error": ""}
 
 
@@ -178,7 +182,7 @@ def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: M
     over.set()
     thread.join(20)
     assert tracker.values == expected(run)
-    assert tracker.finished == 1
+    assert tracker.described == 1
 
 
 def test_a_planted_sender_that_trusts_its_own_notes_writes_twice(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trackers.logs import draw, ending, evaluation, event, new_run, opening, trained
-from tunesmith.trackers.tracker import RunReader, StepMetrics, metrics_of
+from tunesmith.trackers.run_reader import RunReader, StepMetrics, metrics_of
 from tunesmith.types import Event
 
 

@@ -207,8 +207,8 @@ def track(
 
     tunesmith track runs/support-3f2a --to wandb --follow
     """
+    from tunesmith.trackers.libraries import check_names
     from tunesmith.trackers.sender import read_state, tracked
-    from tunesmith.trackers.tracker import check_names
 
     names = check_names(to)
     if not names:

@@ -31,7 +31,7 @@ from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
-from tunesmith.trackers.tracker import check_names
+from tunesmith.trackers.libraries import check_names
 
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report loads nothing and runs nothing."""

@@ -29,7 +29,8 @@ from tunesmith.phrases import command
 from tunesmith.runs.atomic import clean, storing
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.tracker import SETTINGS, TRACKERS, RunReader, artifacts_of, check, check_names, load
+from tunesmith.trackers.libraries import SETTINGS, TRACKERS, check, check_names
+from tunesmith.trackers.run_reader import RunReader, artifacts_of
 
 PAUSE_S, MOST_STEPS = 5.0, 20
 """Shortest time between two batches, and steps that a tracker gets at once: each call is a request or a transaction."""
@@ -84,7 +85,7 @@ def _attempt(run: Run, name: str, over: threading.Event, keep: Callable[..., Non
             is_last = over.is_set()
             steps = [step for event in tail.read() for step in reader.add(event)]
             if tracker is None and (steps or is_last):
-                tracker = load(name).open_run(run, reader)
+                tracker = TRACKERS[name](run, reader)
                 keep(place=tracker.place, step=tracker.last_step, error="")
             new = [step for step in steps if step.step > tracker.last_step] if tracker is not None else []
             for at in range(0, len(new), MOST_STEPS):
@@ -92,9 +93,11 @@ def _attempt(run: Run, name: str, over: threading.Event, keep: Callable[..., Non
                 keep(step=new[at : at + MOST_STEPS][-1].step)
             if not is_last:
                 over.wait(PAUSE_S)
-        is_done = reader.state == "end"
-        tracker.finish(reader, artifacts_of(run) if is_done else {})
-        keep(done=is_done)
+        tracker.describe(reader)
+        for path in artifacts_of(run) if reader.state == "end" else ():
+            tracker.keep(path, f"{reader.key}-{path.name}", "model" if path.is_dir() else "report")
+        tracker.close(reader.state)
+        keep(done=reader.state == "end")
     except Exception:
         with suppress(Exception):  # it has failed already
             tracker.close()
@@ -193,7 +196,7 @@ def tracked(
     chosen = check_names(names)
     processes: dict[str, tuple[subprocess.Popen[str], Run]] = {}
     for name in chosen:
-        say(True, f"opening {TRACKERS[name]}")
+        say(True, f"opening {TRACKERS[name].title}")
         refuse_unusable(name, offline=offline)
     try:
         yield lambda run: processes.update((name, (start(name, run, offline=offline), run)) for name in chosen)
@@ -206,7 +209,10 @@ def tracked(
             assert process.stdin is not None
             process.stdin.close()
         for name, (process, run) in processes.items():
-            say(True, f"sending the rest to {TRACKERS[name]}" + (f", for at most {wait_s:.0f} s" if wait_s else ""))
+            say(
+                True,
+                f"sending the rest to {TRACKERS[name].title}" + (f", for at most {wait_s:.0f} s" if wait_s else ""),
+            )
             say(*finish(process, run, name, None if wait_s is None else max(0.1, until - time.monotonic())))
 
 

@@ -1,103 +1,16 @@
-"""The trackers: a table of them, their shared interface, and a run's events in the form that they take."""
+"""A run's events as complete steps, with the names and facts that trackers get."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import install_command
-from tunesmith.errors import InputError
 from tunesmith.recipe import yaml_io
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event
-
-TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow", "trackio": "Trackio"}
-"""Names, which are those of packages too, and titles. The module NAME_run has
-
-    WAY_OUT                     what to do where the tracker cannot be used
-    server()                    the address that it sends to; empty: it works without the network
-    check()                     raises anything if it cannot be used, after its server answered
-    open_run(run, reader)       a run that is open in the tracker, found again if it was there:
-        .place                  where a person finds it: an address or a folder
-        .last_step              newest step that the tracker holds; -1: none
-        .log(steps)             stores values of new steps, in order
-        .finish(reader, files)  stores facts, notes and files, {name: path}; closes the run
-        .close()                closes it after an error, without waiting for anything
-
-All may raise whatever the library raises; the caller tries again later.
-"""
-SETTINGS = {
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "WANDB_ERROR_REPORTING": "false",
-    "WANDB_SILENT": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-}
-"""Variables of the sending process: nothing is sent to the makers of these libraries, and no server is waited for."""
-PATIENCE_S = 10.0
-"""Longest wait for the first answer of a server."""
-
-
-def load(name: str) -> Any:
-    """The module of a tracker."""
-    return importlib.import_module(f"tunesmith.trackers.{name}_run")
-
-
-def check_names(names: Sequence[str]) -> list[str]:
-    """The trackers of these names, each once; "none" alone means no tracker.
-
-    Raises InputError for an unknown one, or one whose package is not installed.
-    """
-    chosen = [] if "none" in names else list(dict.fromkeys(names))
-    for name in chosen:
-        if name not in TRACKERS:
-            raise InputError(f"track: {name}: there is no such tracker. One of {', '.join(TRACKERS)}, or none.")
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"track: {name}: the package {name} is missing. Install it: {install_command(name)}")
-    return chosen
-
-
-def check(name: str, *, offline: bool) -> None:
-    """Raise InputError if a tracker cannot be used: a broken package, no server, no login, or no network allowed."""
-    module = load(name)
-    try:
-        address = module.server()
-        if address and offline:
-            raise InputError(f"{address} needs the network, and --offline forbids it")
-        if address.startswith("http"):
-            _reach(address)
-        module.check()
-    except Exception as error:  # of the library, of a database or of the network
-        cause = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise InputError(f"track: {name}: {cause}. {module.WAY_OUT}") from error
-
-
-def _reach(address: str) -> None:
-    """Any answer will do."""
-    try:
-        urllib.request.urlopen(address, timeout=PATIENCE_S).close()
-    except urllib.error.HTTPError:
-        return
-    except (OSError, ValueError) as error:
-        raise InputError(f"{address}: no server answers: {getattr(error, 'reason', error)}") from error
-
-
-def artifacts_of(run: Run) -> dict[str, Path]:
-    """Files and folders of a finished run that trackers get: its report, and its adapter if it has one."""
-    files = [run.path / name for name in ("report.html", "report.md", "report.json")]
-    return {path.name: path for path in (*files, run.adapter_path) if path.exists()}
-
 
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
@@ -188,3 +101,9 @@ class RunReader:
             return []
         self.newest = step.step
         return [step]
+
+
+def artifacts_of(run: Run) -> list[Path]:
+    """Files and folders of a finished run that trackers get: its report, and its adapter if it has one."""
+    names = ("report.html", "report.md", "report.json", "adapter")
+    return [run.path / name for name in names if (run.path / name).exists()]
