@@ -49,7 +49,7 @@ def measured(bench: Bench, setup: Setup, *, warm: int = 3, num: int = 6) -> dict
     if setup.forecast is not None:
         found["predicted GiB"] = setup.forecast.memory.total / 2**30
         duration = setup.forecast.duration
-        found["predicted seconds a step"] = None if duration is None else duration.step
+        found["predicted seconds a step"] = None if duration is None else duration.prices["training"]
     return found
 
 

@@ -108,7 +108,7 @@ def run(recipe: Any, root: Path) -> dict[str, Any]:
     return {
         "predicted_bytes": setup.forecast.memory.total,
         "parts": setup.forecast.memory.parts(),
-        "predicted_seconds": setup.forecast.duration.step,
+        "predicted_seconds": setup.forecast.duration.prices["training"],
         "measured_seconds": per_token * float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch,
         "seconds": [event.timing["seconds"] for event in events],
         "layout": plan.layout,
@@ -123,7 +123,7 @@ def probed(recipe: Any, root: Path) -> dict[str, Any]:
     plan = resolved.forecast.sampler
     duration = found.duration(resolved.forecast, float(plan.lengths_I @ plan.weights_I) / plan.steps_per_epoch)
     assert duration is not None, found.ended
-    return {"probe_bytes": found.peak, "probe_seconds": duration.step}
+    return {"probe_bytes": found.peak, "probe_seconds": duration.prices["training"]}
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monk
     recipe = tiny_recipe(tmp_path, **WAYS[way])
     duration = resolve_run(recipe, root=tmp_path / "runs").forecast.duration
     done = work_of_a_run(recipe, tmp_path, monkeypatch)
-    foreseen = {kind: work.count for kind, work in duration.work.items()}
+    foreseen = dict(duration.counts)
     if recipe.evaluation.keep == "best":  # each best is saved, and which ones are cannot be foreseen
         assert done.pop("saving") >= foreseen.pop("saving")
     assert foreseen == pytest.approx({kind: done[kind] for kind in foreseen}, rel=0.1)  # rows have unequal lengths
-    assert set(duration.work) == set(KINDS)
+    assert set(duration.counts) == set(KINDS)
     if len(recipe.data.eval) or recipe.data.held_out:
-        assert all(work.price > 0 for kind, work in duration.work.items() if work.count)
+        assert all(duration.prices[kind] > 0 for kind, count in duration.counts.items() if count)
 
 
 def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:

@@ -13,7 +13,7 @@ from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import Device, named
-from tunesmith.planning.duration import Work, step_seconds, targets_of
+from tunesmith.planning.duration import step_seconds, targets_of
 from tunesmith.planning.memory import Load, Sizes
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
@@ -31,7 +31,7 @@ def test_it_rests_on_the_recipe_and_names_the_micro_batch(tmp_path):
     assert forecast.fits
     assert forecast.memory.total == sum(forecast.memory.parts().values())
     assert forecast.heavy.load.tokens <= 96
-    assert forecast.duration.work["training"] == Work(12, forecast.duration.step)
+    assert forecast.duration.counts["training"] == 12
     assert forecast.disk.checkpoints == 3 * (forecast.disk.result + 2 * forecast.disk.result + 56 * 2)
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tiny_run import tiny_recipe
-from tunesmith.planning.duration import KINDS, Duration, Work
+from tunesmith.planning.duration import KINDS, Duration
 from tunesmith.training import probe as process
 from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
@@ -135,7 +135,7 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
 
 
 COUNTS = dict(zip(KINDS, (1, 100, 1000, 40, 5, 1), strict=True))
-FORMULA = Duration({kind: Work(count, 1.0) for kind, count in COUNTS.items()})
+FORMULA = Duration(COUNTS, dict.fromkeys(COUNTS, 1.0))
 
 
 def forecast_with(monkeypatch, tmp_path: Path):
@@ -161,7 +161,7 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
     forecast = forecast_with(monkeypatch, tmp_path)
     assert found.values(forecast, 100.0)["memory"] == 5000
     duration = found.duration(forecast, 100.0)
-    seconds = {kind: work.seconds for kind, work in duration.work.items()}
+    seconds = {kind: work["seconds"] for kind, work in duration.values()["work"].items()}
     assert seconds == pytest.approx(dict(zip(KINDS, (3.0, 200.0, 10.0, 4.0, 2.5, 7.0), strict=True)))
     assert duration.spread == SPREAD < FORMULA.spread
     assert duration.total == pytest.approx(226.5)
@@ -171,7 +171,7 @@ def test_of_many_short_steps_the_first_do_not_count(tmp_path, monkeypatch):
     first = [Timed(5.0, 50, step=number) for number in range(1, 6)]
     later = [Timed(1.0, 50, step=number) for number in range(6, 14)]
     duration = Found(steps=[*first, *later]).duration(forecast_with(monkeypatch, tmp_path), 100.0)
-    assert duration.step == 2.0
+    assert duration.prices["training"] == 2.0
 
 
 def test_a_probe_that_ended_before_a_step_corrects_nothing(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ The counts follow from the recipe and the rows; a probe measures the prices and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -50,44 +50,26 @@ FINISHING_S, WRITTEN = 4.0, 300e6
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A kind of work."""
-
-    count: float
-    """Times that it is done in a run."""
-    price: float
-    """Seconds of once."""
-
-    @property
-    def seconds(self) -> float:
-        return self.count * self.price
-
-
-@dataclass(frozen=True, slots=True)
 class Duration:
     """A whole run, from the start of its process to its end."""
 
-    work: Mapping[Kind, Work]
+    counts: Mapping[Kind, float]
+    """Times that each kind of work is done."""
+    prices: Mapping[Kind, float]
+    """Seconds of each, once; for `training` those of a mean step."""
     spread: float = SPREAD
     """Share by which the total may be off, either way."""
 
     @property
     def total(self) -> float:
-        return sum(work.seconds for work in self.work.values())
-
-    @property
-    def step(self) -> float:
-        """Seconds of a mean step."""
-        return self.work["training"].price
-
-    def at(self, prices: Mapping[Kind, float], spread: float) -> Duration:
-        """This work at other prices, as far as they are known."""
-        work = {kind: replace(one, price=prices.get(kind, one.price)) for kind, one in self.work.items()}
-        return Duration(work, spread)
+        return sum(count * self.prices[kind] for kind, count in self.counts.items())
 
     def values(self) -> dict[str, Any]:
         """As JSON."""
-        work = {kind: {**asdict(one), "seconds": one.seconds} for kind, one in self.work.items()}
+        priced = {kind: (count, self.prices[kind]) for kind, count in self.counts.items()}
+        work = {
+            kind: {"count": count, "price": price, "seconds": count * price} for kind, (count, price) in priced.items()
+        }
         return {"total": self.total, "spread": self.spread, "work": work}
 
 

@@ -19,7 +19,7 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
-from tunesmith.planning.duration import Duration, Work, counts, kept_checkpoints, prices, step_seconds, targets_of
+from tunesmith.planning.duration import Duration, counts, kept_checkpoints, prices, step_seconds, targets_of
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, Layout, ModelKind
@@ -132,7 +132,7 @@ class Forecaster:
             found["measuring"] /= size
             steps = total_steps(recipe, sampler.steps_per_epoch)
             counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
-            duration = Duration({kind: Work(count, found[kind]) for kind, count in counted.items()})
+            duration = Duration(counted, found)
         return Forecast(
             memory=peak(sizes, heavy, recomputed=recomputed, device=self.device, base=base),
             duration=duration,

@@ -107,7 +107,7 @@ class Found:
         step = mean_tokens * sum(one.seconds for one in counted) / sum(one.count for one in counted)
         prices: dict[Kind, float] = {kind: one.seconds / one.count for kind, one in self.work.items()}
         spread = forecast.duration.spread if self.ended else SPREAD
-        return forecast.duration.at({**prices, "training": step}, spread)
+        return Duration(forecast.duration.counts, {**forecast.duration.prices, **prices, "training": step}, spread)
 
     def values(self, forecast: Forecast | None, mean_tokens: float) -> dict[str, Any]:
         """As JSON. `memory`: the peak, 0 where it ended before a step."""
