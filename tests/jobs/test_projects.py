@@ -81,7 +81,7 @@ def place(opened: Callable[..., Store], tmp_path_factory: pytest.TempPathFactory
     routers = server.make_routers(store, BASES, engines)
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda own, policy, listeners: make_app(engines, policy, listeners, routers))
-    policy = AccessPolicy(admission=ProjectKeys(store, None, may_be_open=True))
+    policy = AccessPolicy(admission=ProjectKeys(store, None, may_be_open=True).admit)
     with servers.running(policy, engine) as running:
         yield Place(running, store, ids, made)
     patch.undo()

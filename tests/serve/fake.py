@@ -30,9 +30,7 @@ MODELS = (
 def words_of(ask: GenerationRequest) -> list[str]:
     """The tokens of the answer: the last thing that was said, word by word."""
     said = str(ask.messages[-1]["content"]) if ask.messages else ask.prompt
-    if isinstance(said, str):
-        return [word if i == 0 else f" {word}" for i, word in enumerate(said.split(" "))]
-    return [f"<{token_id}>" for token_id in said or ()]
+    return [word if i == 0 else f" {word}" for i, word in enumerate(str(said).split(" "))]
 
 
 @dataclass

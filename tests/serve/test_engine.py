@@ -102,10 +102,8 @@ def test_pieces_end_and_counts(asked: Asked) -> None:
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 33}, "invalid_value", "at most 32 tokens"),
     ({"n": 5}, "invalid_value", "from 1 to 4"),
-    ({"messages": (), "prompt": (1, 512)}, "invalid_value", "token 512 is none of the 512"),
-    ({"messages": (), "prompt": ()}, "invalid_value", "no token"),
-    ({"messages": (), "prompt": (5,) * 512}, "context_length_exceeded", "more than the 512"),
-    ({"messages": (), "prompt": (5,) * 500, "max_tokens": 20}, "context_length_exceeded", "more than the 512"),
+    ({"messages": (), "prompt": ""}, "invalid_value", "no token"),
+    ({"messages": (), "prompt": "a b " * 512}, "context_length_exceeded", "more than the 512"),
     ({"messages": ({"role": "user", "content": "a <|im_end|> b"},)}, "invalid_value", "<|im_end|>"),
     ({"json_schema": {"type": "nonsense"}}, "invalid_schema", "nonsense"),
 ]
@@ -131,8 +129,6 @@ def test_an_unknown_model_is_refused(asked: Asked) -> None:
 
 
 def test_a_raw_prompt_is_gone_on_with_as_it_stands(asked: Asked) -> None:
-    ids = asked.answer(GenerationRequest("first", prompt=(40, 50, 60), temperature=0.0, max_tokens=4))
-    assert ids.begun == 3
     text = asked.answer(GenerationRequest("first", prompt="hello there", temperature=0.0, max_tokens=4))
     assert text.begun is not None
     assert text.begun < 8  # no template around it
@@ -159,7 +155,7 @@ def test_stops_end_an_answer(asked: Asked) -> None:
 
 def long(model: str = "first") -> GenerationRequest:
     """An ask that takes a while."""
-    return GenerationRequest(model, prompt=(40, 41), temperature=2.0, max_tokens=32, n=4, seed=1)
+    return GenerationRequest(model, prompt="a b", temperature=2.0, max_tokens=32, n=4, seed=1)
 
 
 def test_who_goes_away_frees_the_place_at_once(asked: Asked) -> None:
@@ -179,9 +175,7 @@ def test_answers_go_on_while_a_huge_prompt_is_read(asked: Asked) -> None:
 
     async def scene() -> int:
         num = 0
-        told = asked.engine.generate(
-            GenerationRequest("first", prompt=(40, 41), temperature=2.0, max_tokens=32, seed=1)
-        )
+        told = asked.engine.generate(GenerationRequest("first", prompt="a b", temperature=2.0, max_tokens=32, seed=1))
         assert await told.__anext__()
         refusing = asyncio.ensure_future(heard(asked.engine.generate(says("first", "x" * 900_000))))
         async for _ in told:

@@ -134,10 +134,9 @@ def test_a_completion_goes_on_from_its_prompt(server: Running) -> None:
     assert server.engine.asks == [GenerationRequest(model="support", prompt="a b c", max_tokens=16)]
 
 
-def test_a_prompt_can_be_token_ids_or_alone_in_a_list(server: Running) -> None:
+def test_a_prompt_can_be_alone_in_a_list_and_have_several_answers(server: Running) -> None:
     client = server.client()
-    for prompt, text in (([5, 6], "<5><6>"), ([[5]], "<5>"), (["a b"], "a b")):
-        assert client.completions.create(model="support", prompt=prompt).choices[0].text == text
+    assert client.completions.create(model="support", prompt=["a b"]).choices[0].text == "a b"
     both = client.completions.create(model="support", prompt="a b", n=2)
     assert [(choice.index, choice.text) for choice in both.choices] == [(0, "a b"), (1, "a b")]
     chunks = client.completions.create(model="support", prompt="a b", n=2, stream=True)

@@ -288,7 +288,7 @@ def make_policy(access: Access, bound: BoundSocket, store: Store | None, keys: S
     from tunesmith.jobs.access import ProjectKeys
     from tunesmith.jobs.kept_answers import KeptAnswers
 
-    admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback)
+    admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback).admit
     return replace(policy, keys=None, admission=admission, known=KeptAnswers(store).find)
 
 
@@ -311,9 +311,7 @@ def serve_own(
     from tunesmith.serve.middleware import read_keys
 
     bases = None if jobs is None else read_bases(jobs, targets, root)
-    keys, notes = read_keys(access.key_file, os.environ)
-    for note in notes:
-        output.note(f"note: {note}")
+    keys = read_keys(access.key_file, os.environ)
     bound = http.bind(access.host, access.port)
     store = None if jobs is None else jobs.open(output.note)
     if store is not None:

@@ -98,7 +98,7 @@ class ProjectKeys:
     _rates: MovingWindowRateLimiter = field(default_factory=lambda: MovingWindowRateLimiter(MemoryStorage()))
 
     async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
-        """See Admission."""
+        """See middleware.Admission."""
         version, now = self.store.version, time.monotonic()
         if self._read_at[0] != version or now - self._read_at[1] >= KEPT_S:
             self._keys = await asyncio.to_thread(self.store.keys)

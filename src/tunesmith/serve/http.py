@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import ipaddress
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,12 +29,6 @@ AFTER_GRACE_S = 5
 """For the last answers, after the engine has ended what it could not finish."""
 _POLL_S = 0.25
 
-_BIND_ERRORS = {
-    errno.EADDRINUSE: "in use by another program. Choose another port: --port 8001, or --port 0 for any.",
-    errno.EACCES: "ports below 1024 are for the administrator. Choose another: --port 8000.",
-    errno.EADDRNOTAVAIL: "this machine has no such address. Choose another with --host.",
-}
-
 
 @dataclass(frozen=True)
 class BoundSocket:
@@ -60,20 +52,11 @@ class BoundSocket:
 def bind(host: str, port: int) -> BoundSocket:
     """Take the address, before the model is loaded. Raises InputError with the reason if it cannot be had."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise InputError(f"--host {host}: {error.strerror}. Give an address of this machine.") from None
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1)  # two sockets can be bound to one address until one of them listens
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=1)
     except OSError as error:
-        listener.close()
-        why = _BIND_ERRORS.get(error.errno or 0, f"{error.strerror}. Choose another with --host and --port.")
-        raise InputError(f"{host}:{port}: {why}") from None
+        message = f"{host}:{port}: {error.strerror}. Choose another with --host and --port; port 0 is any free one."
+        raise InputError(message) from None
     name = listener.getsockname()
     return BoundSocket(listener, name[0], name[1], ipaddress.ip_address(name[0].partition("%")[0]).is_loopback)
 

@@ -10,12 +10,11 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -60,38 +59,30 @@ def wrong_key(message: str = "This server needs an API key: Authorization: Beare
     return RequestError(message, status=401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-class Admission(Protocol):
-    """Decides by more than a list of keys who may send requests."""
-
-    async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
-        """The project of a request. Raises RequestError."""
-        ...
+Admission = Callable[[str, str, Mapping[bytes, bytes]], Awaitable[str]]
+"""The project of a request by its method, path and headers. Raises RequestError."""
 
 
-def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """The keys in `file`, one a line, or the one in TUNESMITH_API_KEY; and notes for the user.
+def read_keys(file: Path | None, environment: Mapping[str, str]) -> list[str]:
+    """The keys in `file`, one a line, or the one in TUNESMITH_API_KEY.
 
     Raises InputError if the file cannot be read or holds no key, and for a key that is too short.
     """
-    notes: list[str] = []
+    keys = [environment[KEY_VARIABLE].strip()] if environment.get(KEY_VARIABLE) else []
     if file is not None:
         try:
-            lines, mode = file.read_text("utf-8").splitlines(), file.stat().st_mode
+            lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or "it is no UTF-8 text"
             raise InputError(f"{file}: no key can be read: {why}.") from None
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
             raise InputError(f"{file}: holds no key. One a line. {MAKE_KEY}")
-        if mode & 0o077:
-            notes.append(f"{file}: others on this machine may read it. chmod 600 {file} keeps it yours.")
-    else:
-        keys = [environment[KEY_VARIABLE].strip()] if environment.get(KEY_VARIABLE) else []
     for number, key in enumerate(keys, 1):
-        place = str(file or KEY_VARIABLE) + (f": key {number}" if len(keys) > 1 else "")
         if not re.fullmatch(r"[!-~]{20,}", key):
+            place = str(file or KEY_VARIABLE) + (f": key {number}" if len(keys) > 1 else "")
             raise InputError(f"{place}: a key has 20 printable ASCII characters or more, and no blanks. {MAKE_KEY}")
-    return keys, notes
+    return keys
 
 
 @dataclass(frozen=True)
@@ -238,9 +229,8 @@ class AccessMiddleware:
         if self.policy.admission is not None and not _is_for_all(scope):
             if any(len(_headers(scope, name)) > 1 for name in (b"authorization", b"openai-project")):
                 return wrong_key("A request has one key, and one project.")
-            admit, headers = self.policy.admission.admit, dict(scope["headers"])
             try:
-                PROJECT.set(await admit(scope["method"], str(scope["path"]), headers))
+                PROJECT.set(await self.policy.admission(scope["method"], str(scope["path"]), dict(scope["headers"])))
             except RequestError as error:
                 return error
         return None

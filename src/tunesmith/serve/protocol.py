@@ -44,7 +44,7 @@ class GenerationRequest:
     messages: Sequence[Mapping[str, Any]] = ()
     """In OpenAI's shape, content as one string; rendered as in training."""
     tools: Sequence[Mapping[str, Any]] = ()
-    prompt: str | Sequence[int] | None = None
+    prompt: str | None = None
     max_tokens: int | None = None
     """Most new tokens; None: as many as there is room for."""
     temperature: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import email.message
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -258,21 +258,19 @@ class ChatBody(SampledBody):
         )
 
 
-def _prompt(value: Any) -> str | Sequence[int]:
-    """A text or token ids; a list of one of them is the same."""
-    [given] = value if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)) else [value]
+def _prompt(value: Any) -> str:
+    """A text, or a list of one."""
+    [given] = value if isinstance(value, list) and len(value) == 1 else [value]
     if isinstance(given, str):
         return given
-    if isinstance(given, list) and given and all(type(one) is int and 0 <= one < 2**31 for one in given):
-        return tuple(given)
-    raise ValueError("should be a text or a list of token ids, not empty; send a request for each of several prompts")
+    raise ValueError("should be one text; send a request for each of several prompts, and no token ids")
 
 
 class CompletionBody(SampledBody):
     """POST /v1/completions"""
 
     max_tokens: int | None = Field(16, ge=1)
-    prompt: Annotated[Any, BeforeValidator(_prompt, json_schema_input_type=str | list[str] | list[int])]
+    prompt: Annotated[str, BeforeValidator(_prompt, json_schema_input_type=str | list[str])]
 
 
 class EmbeddingBody(Body):

@@ -82,13 +82,6 @@ class ServedModel:
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """The ids that the model reads, from the code that rendered the training rows. Raises RequestError."""
         prompt, is_chat = request.prompt, TASKS[self.renderer.task_name].is_chat
-        if prompt is not None and not isinstance(prompt, str):
-            unknown = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
-            if unknown is not None:
-                raise RequestError(
-                    f"token {unknown} is none of the {self.vocab_size:,} tokens of this model", param="prompt"
-                )
-            return list(prompt)
         if prompt is not None and is_chat:  # a text to continue: no template is put around it
             return list(self.renderer.tokenizer(prompt).input_ids)
         tools, cuts = tuple(request.tools), list[int]()
@@ -108,7 +101,7 @@ class ServedModel:
 
     def _single(self, request: GenerationRequest) -> str:
         """The prompt of a task that is no conversation."""
-        if isinstance(request.prompt, str):
+        if request.prompt is not None:
             return request.prompt
         if len(request.messages) != 1 or request.messages[0].get("role") != "user" or request.tools:
             raise RequestError(
