@@ -23,7 +23,7 @@ from tunesmith.errors import DataError, InputError, RecipeError, RunError
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.export.export_run import export_planned, parse_export
+from tunesmith.export.export_run import export_planned, refuse_planned
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
@@ -89,8 +89,7 @@ def train(
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
-    for word in chosen.export.to:
-        parse_export(word)
+    refuse_planned(chosen, offline=offline)
     place = Path(out) if out else None
     if devices_of(chosen) > 1:
         with _problems_named(), _listening(progress, on_event, should_stop, lambda run: None) as listener:

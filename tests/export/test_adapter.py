@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.exports import card_head, finished, quick
-from tunesmith.errors import RunError
+from tunesmith.errors import InputError
 from tunesmith.export.adapter import ADAPTER, servers
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result
@@ -77,7 +77,7 @@ def test_a_head_brings_its_labels(tmp_path: Path) -> None:
 
 
 def test_a_full_run_has_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"so there is no adapter\. Use --to merged"):
+    with pytest.raises(InputError, match=r"so there is no adapter\. Use --to merged"):
         exported("full", tmp_path)
 
 

@@ -12,7 +12,8 @@ from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.errors import RecipeError
+from tunesmith.errors import InputError, RecipeError
+from tunesmith.export import llama_cpp
 from tunesmith.export.export_run import parse_export
 
 
@@ -24,11 +25,26 @@ def test_a_word_is_a_target_and_how_it_is_stored() -> None:
             parse_export(word)
 
 
-def test_a_word_that_means_no_export_is_refused_before_the_run(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path)
-    recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"to": ("merged", "tflite")})})
-    with pytest.raises(RecipeError, match=r"export\.to: tflite"):
-        tunesmith.train(recipe=recipe, root=tmp_path / "runs", offline=True)
+@pytest.mark.parametrize(
+    ("arch", "export", "method", "says"),
+    [
+        ("llama", "tflite", "lora", r"export\.to: tflite"),
+        ("opt", "gguf", "lora", "a opt cannot be written"),
+        ("mistral", "ollama:q8_0", "lora", "attends to the last 8 tokens only"),
+        ("llama", "gguf:q4_k_m", "lora", "llama-cpp-python is not installed"),
+        ("qwen3_moe", "onnx", "lora", "a qwen3_moe has not been shown"),
+        ("llama", "adapter", "full", "every weight is tuned, so there is no adapter"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_the_run(
+    arch: str, export: str, method: str, says: str, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, arch=arch).model_dump() | {"export": {"to": ["merged", export]}}
+    recipe["method"] = "full" if method == "full" else {"name": "lora", "rank": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "is_installed", lambda: False)
+        with pytest.raises(InputError, match=says):
+            tunesmith.train(recipe=tunesmith.Recipe.model_validate(recipe), root=tmp_path / "runs", offline=True)
     assert not (tmp_path / "runs").exists()
 
 

@@ -121,11 +121,10 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     ):
         from tunesmith.training import trainer as training
 
-        if recipe.export.to:
-            from tunesmith.export.export_run import parse_export
+        if recipe.export.to and first:
+            from tunesmith.export.export_run import refuse_planned
 
-            for word in recipe.export.to:
-                parse_export(word)
+            refuse_planned(recipe, offline=offline)
         run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
         if first:
             display.done(run)

@@ -37,8 +37,6 @@ _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "wpe")
 
 
 def _check(result: RunResult, options: ExportOptions) -> list[str]:
-    if not result.is_adapter:
-        raise RunError(f"{result.run.path}: every weight was tuned, so there is no adapter. Use --to merged.")
     notes = []
     if result.base.kind != "hub":
         name = result.base.path.name

@@ -22,6 +22,9 @@ from tunesmith.export.run_result import RunResult, open_result
 from tunesmith.export.target import DTYPES, ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.verify import ExportComparison, TunedOutputs
 from tunesmith.methods import METHODS
+from tunesmith.models.load import load_config
+from tunesmith.models.resolve_model import resolve_base
+from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
 
@@ -57,14 +60,34 @@ def _find(target: str) -> ExportTarget:
 
 def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
     """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
-    method = result.recipe.method
+    _check_method(target, result.recipe.method)
+    return TARGETS[target].check(result, options)
+
+
+def _check_method(target: str, method: Any) -> None:
     row, name = METHODS[method.name], getattr(method, "kind", method.name)
     if target != ADAPTER.name and row.is_adapter and not row.can_merge(method):
         raise InputError(
             f"--to {target}: {name} is not a change of the model's weights, so it cannot be merged into them. "
             "Use --to adapter."
         )
-    return TARGETS[target].check(result, options)
+    if target == ADAPTER.name and not row.is_adapter:
+        raise InputError(f"--to {target}: every weight is tuned, so there is no adapter. Use --to merged.")
+
+
+def refuse_planned(recipe: Recipe, *, offline: bool) -> None:
+    """Check the exports of a recipe before its run, as far as its method and the config of its model say.
+
+    Raises RecipeError for a word that means none, InputError for one that method or model cannot have.
+    """
+    planned = [parse_export(word) for word in recipe.export.to]
+    if not planned:
+        return
+    config = load_config(resolve_base(recipe, offline=offline, weights=False))
+    for target, options in planned:
+        if recipe.method.name in METHODS:  # else it is chosen later
+            _check_method(target, recipe.method)
+        TARGETS[target].check_base(config, recipe.model, options)
 
 
 def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:

@@ -124,17 +124,22 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
             f"gguf: only decoder-only models that write text can be exported, and this model ({result.kind}) is tuned "
             f"for {result.recipe.task}. Export merged or onnx instead."
         )
-    find_architecture(result.config, result.weights.name)
+    check_base(result.config, result.weights.name, options)
+    find_vocabulary(result)
+    if isinstance(result.tokenizer.chat_template, dict):
+        raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
+    return []
+
+
+def check_base(config: Any, name: str, options: ExportOptions) -> None:
+    """Raise ModelError for an architecture that cannot be written, or a missing quantizer."""
+    find_architecture(config, name)
     if QUANT_TYPES[options.quant].by_llama_cpp and not llama_cpp.is_installed():
         ours = ", ".join(name for name, quant in QUANT_TYPES.items() if not quant.by_llama_cpp)
         raise ModelError(
             f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it "
             f"by `{install_command('llama-cpp')}`, or use one of {ours}."
         )
-    find_vocabulary(result)
-    if isinstance(result.tokenizer.chat_template, dict):
-        raise ModelError("gguf: the tokenizer has several chat templates. Name the one of training in data.template.")
-    return []
 
 
 def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
@@ -288,4 +293,5 @@ GGUF = ExportTarget(
     card=_card,
     reads=("quant",),
     quants=tuple(QUANT_TYPES),
+    check_base=check_base,
 )

@@ -185,4 +185,5 @@ OLLAMA = ExportTarget(
     card=_card,
     reads=GGUF.reads,
     quants=GGUF.quants,
+    check_base=GGUF.check_base,
 )

@@ -70,24 +70,23 @@ class _Graph(nn.Module):
         return scores_BTC[torch.arange(scores_BTC.shape[0]), last_B]
 
 
-def _check(result: RunResult, options: ExportOptions) -> list[str]:
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
+def _check_base(config: Any, name: str, options: ExportOptions) -> None:
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise ModelError(
             f"onnx: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed. "
             f"`{install_command('onnx')}` installs all that is needed."
         )
-    if result.head == "vector":
-        raise ModelError(f"{result.weights.name}: onnx: a graph of vectors is not made here. Export merged instead.")
-    if result.kind == "encoder_decoder":
+    if config.model_type not in KNOWN:
         raise ModelError(
-            f"{result.weights.name}: onnx: only encoders and decoder-only models can be exported, not an "
-            "encoder–decoder. Export merged instead."
-        )
-    if result.config.model_type not in KNOWN:
-        raise ModelError(
-            f"{result.weights.name}: onnx: a {result.config.model_type} has not been shown to compute the same there. "
+            f"{name}: onnx: a {config.model_type} has not been shown to compute the same there. "
             f"Those that do: {', '.join(KNOWN)}. Export merged instead."
         )
+
+
+def _check(result: RunResult, options: ExportOptions) -> list[str]:
+    _check_base(result.config, result.weights.name, options)
+    if result.head == "vector":
+        raise ModelError(f"{result.weights.name}: onnx: a graph of vectors is not made here. Export merged instead.")
     return [] if result.kind == "encoder" else ["it has no cache: each new token reads the whole text again"]
 
 
@@ -174,4 +173,5 @@ ONNX = ExportTarget(
     tolerances=lambda result, options: EXACT,
     card=_card,
     reads=(),
+    check_base=_check_base,
 )

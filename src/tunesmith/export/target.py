@@ -150,3 +150,5 @@ class ExportTarget:
     """Names of the options that it reads besides the license."""
     quants: tuple[str, ...] = ()
     """Values of --quant."""
+    check_base: Callable[[Any, str, ExportOptions], None] = lambda config, name, options: None
+    """(config of the base, its name, options); raises ModelError for one that this target cannot carry."""
