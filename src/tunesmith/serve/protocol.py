@@ -15,7 +15,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 from tunesmith.types import TaskName
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
-"""How a chat template writes tool calls; see responses.ToolCallParser."""
+"""How a chat template writes tool calls; see responses.with_tool_calls."""
+OPEN = "<tool_call>"
 Modality: TypeAlias = Literal["text", "labels", "embeddings"]
 LENGTH_BYTES = 4
 

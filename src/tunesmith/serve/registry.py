@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from tunesmith.data.chat import CALL, QUESTION
-from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.inference import load as loading
@@ -32,6 +28,7 @@ from tunesmith.runs.folder import Run, is_run
 from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
 from tunesmith.serve.decoder import Decoder, choose_decoder, probe
 from tunesmith.serve.protocol import (
+    OPEN,
     EngineOptions,
     GenerationRequest,
     Modality,
@@ -49,14 +46,6 @@ Note = Callable[[str], None]
 M = TypeVar("M", ServedModel, Classifier, Embedder)
 
 PROBE_TOKENS = 37
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Look up a word.",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
-    },
-}
 _ANSWERS = {ServedModel: "answers in text", Classifier: "answers with labels", Embedder: "gives embeddings"}
 
 
@@ -345,33 +334,13 @@ def _name_of(base: ModelRef) -> str:
 
 
 def tool_call_format(tokenizer: Any) -> ToolCallFormat | None:
-    """The way a chat template writes tool calls, found by rendering one.
-
-    None: it has no tools, or writes calls in another way than `responses.ToolCallParser` reads.
-    """
-    if not tokenizer.chat_template:
-        return None
-    template, call = ChatTemplate(tokenizer), {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    try:
-        prompt = template.render([QUESTION], tools=[_TOOL], prompt=True)
-        answer = template.render([QUESTION, call], tools=[_TOOL], prompt=False).removeprefix(prompt)
-    except TemplateRefusal:
-        return None
-    marked = re.search(r"<tool_call>(.*?)</tool_call>", answer, re.DOTALL)
-    if marked is not None and _is_call(marked[1], "arguments"):
+    """The way a chat template writes tool calls. None: in another way than `responses.with_tool_calls` reads."""
+    template = str(tokenizer.chat_template or "")
+    if OPEN in template:
         # A mark that is a special token is not part of an answer's text.
-        ids = tokenizer("<tool_call>", add_special_tokens=False).input_ids
-        return "hermes" if "<tool_call>" in str(tokenizer.decode(ids, skip_special_tokens=True)) else None
-    start, end = answer.find("{"), answer.rfind("}") + 1
-    return "json" if start >= 0 and _is_call(answer[start:end], "parameters") else None
-
-
-def _is_call(text: str, key: str) -> bool:
-    try:
-        call = json.loads(text)
-    except ValueError:
-        return False
-    return isinstance(call, dict) and call.get("name") == "look_up" and isinstance(call.get(key), dict)
+        ids = tokenizer(OPEN, add_special_tokens=False).input_ids
+        return "hermes" if OPEN in str(tokenizer.decode(ids, skip_special_tokens=True)) else None
+    return "json" if '"parameters": ' in template else None
 
 
 class LocalEngine:

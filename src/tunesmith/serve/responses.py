@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tunesmith.serve.protocol import (
+    OPEN,
     Delta,
     Finished,
     RequestError,
@@ -247,7 +248,6 @@ def _sse(value: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
-OPEN = "<tool_call>"
 _CALL, _WHOLE = re.compile("<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL), re.compile("^.+$", re.DOTALL)
 
 

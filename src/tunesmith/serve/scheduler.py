@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tunesmith.serve.decoder import Decoder, PromptPart
-from tunesmith.serve.detokenizer import StreamingDecoder, with_text
 from tunesmith.serve.kv_cache import SequenceSlot, room_for
 from tunesmith.serve.protocol import (
     Delta,
@@ -21,7 +20,7 @@ from tunesmith.serve.protocol import (
     Started,
     StreamEvent,
 )
-from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, sample_all
+from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, StreamingDecoder, sample_all, with_text
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""
