@@ -1,11 +1,6 @@
 import errno
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -163,48 +158,3 @@ def test_a_kill_at_any_call_leaves_a_file_to_go_on_with(tmp_path: Path) -> None:
             go_on(path)
         assert lines_in(path) == WHOLE
     assert at > 15
-
-
-PROGRAM = """
-import sys, time
-from pathlib import Path
-from tunesmith.inference.rows import RowStream
-from tunesmith.inference.rows import OutputFile
-from tunesmith.types import Example, Part, Source
-
-def answers(examples, done, warn):
-    time.sleep(0.002)
-    return [{"value": len(e.parts[0].text)} for e in examples]
-
-output = OutputFile(Path(sys.argv[1]), {"input": "same"})
-lines = RowStream(answers, output.write, chunk_rows=8, skip=output.num_lines)
-for n in range(1, 801):
-    lines.add(Example((Part("text", "word " * (n % 50), False),), Source("a", n), "text_label", plain=True))
-lines.flush()
-output.finish()
-"""
-
-
-def test_killed_again_and_again_the_end_is_the_same(tmp_path: Path) -> None:
-    """Killed at random moments, a file of 800 lines grows to what an undisturbed call writes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    whole, path = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, "-c", PROGRAM]
-    subprocess.run([*command, str(whole)], env=environment, check=True)
-    draw = random.Random(0)
-    num_kills = 0
-    while not path.exists() and size(path) < whole.stat().st_size:
-        before = size(path)
-        work = subprocess.Popen([*command, str(path)], env=environment)
-        while work.poll() is None and size(path) == before:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.15))
-        work.kill()
-        work.wait()
-        num_kills += 1
-        written = path if path.exists() else part(path)
-        assert whole.read_bytes().startswith(written.read_bytes())
-    assert num_kills >= 2
-    if not path.exists():
-        subprocess.run([*command, str(path)], env=environment, check=True)
-    assert path.read_bytes() == whole.read_bytes()
