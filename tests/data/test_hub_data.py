@@ -319,7 +319,7 @@ def test_download_that_failed_goes_on_with_the_files_that_are_missing(chats, ser
 
 
 def test_streamed_rows_are_those_of_downloaded_files(chats, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     data, notes = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
     assert "streamed: " in notes[0]
     streamed = encoded(data, tmp_path / "streamed")
@@ -343,7 +343,7 @@ def encoded_locally(chats: Any, tmp_path: Path, data: Data) -> Any:
 
 
 def test_interrupted_stream_goes_on_with_the_shard_that_is_missing(chats, server, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     data = pinned_data()
     real = addresses.download
 
@@ -365,7 +365,7 @@ def test_interrupted_stream_goes_on_with_the_shard_that_is_missing(chats, server
 
 
 def test_streamed_and_local_files_mix(chats, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     (tmp_path / "own.jsonl").write_bytes(json_lines([chat(77), chat(78)]))
     data = pinned_data()
     data = data.model_copy(update={"train": (*data.train, DataFile(path=str(tmp_path / "own.jsonl"), weight=2.0))})
@@ -379,7 +379,7 @@ def test_streamed_and_local_files_mix(chats, tmp_path, full_disk, monkeypatch):
 
 
 def test_at_most_one_shard_is_on_the_disk(chats, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     data, most = pinned_data(), 0
 
     def look(file, folder):
@@ -396,7 +396,7 @@ def test_at_most_one_shard_is_on_the_disk(chats, tmp_path, full_disk, monkeypatc
 
 
 def test_bad_rows_of_streamed_shards_are_named_by_file_and_row(server, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     bad = {**chat(1), "completion": ""}
     files = {f"train-{i}.jsonl": json_lines([chat(1), bad, chat(i)]) for i in range(3)}
     repo = server.dataset("acme/chats", files)
@@ -413,7 +413,7 @@ def test_bad_rows_of_streamed_shards_are_named_by_file_and_row(server, tmp_path,
 
 
 def test_classes_of_streamed_shards_are_those_of_one_file(server, tmp_path, full_disk, monkeypatch):
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     words = ["b", "a", "c", "a", "d", "b"]
     rows = [{"text": f"text {i}", "label": word} for i, word in enumerate(words)]
     server.dataset("acme/classes", {f"train-{i}.jsonl": json_lines(rows[2 * i : 2 * i + 2]) for i in range(3)})

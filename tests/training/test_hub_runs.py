@@ -90,7 +90,7 @@ def test_stopped_run_is_resumed_with_its_commits_and_without_the_hub(hub, tmp_pa
 
 def test_streamed_run_is_resumed_from_its_own_rows(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(addresses, "DISK_SHARE", 0.0)
-    monkeypatch.setattr("tunesmith.data.parts.PART_BYTES", 1)
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
     with pytest.raises(Stopped):
         train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     straight = train(recipe_of(tmp_path), root=tmp_path / "straight")

@@ -288,10 +288,10 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
 def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Patterns of paths by split, of any form that `data_files` has in a README."""
     found: dict[str, list[str]] = {}
-    data_files, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
-    if isinstance(data_files, Mapping):
-        data_files = [{"split": split, "path": path} for split, path in data_files.items()]
-    for one in [data_files] if isinstance(data_files, str) else data_files:
+    given, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
+    if isinstance(given, Mapping):
+        given = [{"split": split, "path": path} for split, path in given.items()]
+    for one in [given] if isinstance(given, str) else given:
         split, path = (one["split"], one["path"]) if isinstance(one, Mapping) else ("train", one)
         paths = [path] if isinstance(path, str) else path
         found.setdefault(str(split), []).extend("/".join(filter(None, [folder, name])) for name in paths)

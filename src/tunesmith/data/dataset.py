@@ -16,12 +16,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -29,9 +30,8 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
-from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, OnProgress, complete
+from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, JoinedParts, OnProgress, complete, in_parts
 from tunesmith.data.labels import LabelCounts, targets
-from tunesmith.data.parts import JoinedParts, in_parts, one_at_a_time
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
@@ -280,20 +280,24 @@ def build(
     files = expand_folders(files, on_problem)
     inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
     listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
-    with one_at_a_time(folder, files):
+    with ExitStack() as held:
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
         key = _key(hashes, data, renderer)
         paths = [file.path for file in files]
         summary = find(folder, key)
+        if summary is None:
+            with disk.storing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            if any(is_address(file.at) for file in files):  # one process downloads, others wait for its rows
+                held.enter_context(filelock.FileLock(folder / f"{key[:16]}.lock"))
+                summary = find(folder, key)
         if summary is not None:
             for problem in summary.problems:
                 on_problem(Problem(**{**problem, "source": Source(*problem["source"])}))
             progress(summary.num_rows, sum(sizes), sum(sizes))
             return RowStore(folder, summary, paths, reused=True)
-        with disk.storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         disk.clean(folder, older_than_s=STALE_S)
         aside = folder / f"parts-{key[:16]}"
         parts = in_parts(files)

@@ -23,13 +23,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunesmith.data.addresses import is_address, size_of
 from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import content_hash, examples, input_hash
+from tunesmith.data.problems import SKIP, num_refused, refused
 from tunesmith.data.read import OnProblem
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import num_cpus, spawning
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Part, Problem, Row, Source
 
@@ -316,3 +319,68 @@ class Encoding(EncodingCounts):
             self.skipped += 1  # the problems of one row come one after the other
             self._last_bad = problem.source
         self._list(problem)
+
+
+PART_BYTES = 256 * 1024 * 1024
+"""Least size of a part of the files that are not on this machine."""
+
+
+def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
+    """Files in parts of at least PART_BYTES that are not on this machine, in their order; one part if all are here."""
+    parts: list[list[DataFile]] = [[]]
+    to_come = 0
+    for file in files:
+        if to_come >= PART_BYTES:
+            parts.append([])
+            to_come = 0
+        parts[-1].append(file)
+        to_come += size_of(file.at) if is_address(file.at) else 0
+    return parts
+
+
+class JoinedParts(EncodingCounts):
+    """The rows of parts one after the other; `Encoding` of files that are here only while they are read.
+
+    Each part is a row store of its own, so that an interrupted encoding continues with the first one that is not there.
+    `build`: `dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts.
+    """
+
+    def __init__(
+        self, data: Data, parts: Sequence[Sequence[DataFile]], build: Callable[..., Any], **listeners: Any
+    ) -> None:
+        super().__init__(data, **listeners)
+        self._parts, self._build = parts, build
+
+    def batches(self) -> Generator[pa.RecordBatch, None, None]:
+        """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
+        first_file, done_bytes = 0, 0
+        total = sum(size_of(file.at) for part in self._parts for file in part)
+        for part in self._parts:
+
+            def progress(
+                rows: int, done: int, of: int, before: int = done_bytes, num_rows: int = self.num_rows
+            ) -> None:
+                self._progress(num_rows + rows, before + done, total)
+
+            store = self._build(files=part, on_problem=self._list, progress=progress)
+            summary = store.summary
+            self.num_rows += summary.num_rows
+            self.skipped += summary.skipped
+            self.errors.update(summary.errors)
+            self.warnings.update(summary.warnings)
+            if summary.many is not None:
+                self.many = bool(self.many) or summary.many
+            if num_bad := num_refused(self._data, self.errors):  # the others may take days
+                what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(first_file + len(part), 'file')}"
+                way = f"Correct the data, or leave such rows out: {SKIP}."
+                raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
+            for batch in store.batches():
+                yield renamed(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
+            first_file += len(part)
+            done_bytes += sum(size_of(file.at) for file in part)
+
+
+def _renumbered(rows: pa.RecordBatch, first_file: int) -> pa.RecordBatch:
+    at = SCHEMA.get_field_index("file")
+    files = rows.column(at).to_numpy() + np.int32(first_file)
+    return rows.set_column(at, SCHEMA.field(at), pa.array(files.astype(np.int32)))
