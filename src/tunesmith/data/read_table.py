@@ -26,25 +26,40 @@ def csv_rows(
     Raises:
         DataError: the header is unusable, a quote is broken or a row too long: nothing says where the next row begins.
     """
-    # The csv module knows one limit for the whole process; ours is kept by _Lines.
+    # The csv module knows one limit for the whole process; ours is that of a row.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
-    lines = _Lines(stream, facts, limits.line_bytes)
-    reader = csv.reader(lines, delimiter=facts.delimiter, strict=True)
+    row, size = list[bytes](), 0
+    """The lines of the current row, and their bytes."""
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        while raw := stream.readline(limits.line_bytes + 2):
+            facts.line += 1
+            row.append(raw)
+            size += len(raw)
+            if size - len(raw) + len(raw.rstrip(b"\r\n")) > limits.line_bytes:
+                message = f"it has more bytes than data.limits.line_bytes, which is {limits.line_bytes:,}."
+                fix = "Close a double quote that is open, split the row, or raise the limit. Nothing after it was read."
+                raise refusal(facts.path, facts.line + 1 - len(row), "line_too_long", message, fix)
+            yield raw.replace(b"\0", b"").decode("utf-8", "replace")  # a row with either is left out
+
+    reader = csv.reader(lines(), delimiter=facts.delimiter, strict=True)
     while True:
-        lines.begin()
+        first, size = facts.line + 1, 0
+        row.clear()
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise _broken_quote(facts, lines, str(error)) from None
-        bad = lines.finding()
+            raise _broken_quote(facts, first, str(error)) from None
+        bad = _unreadable(row)
         if bad is None and (not values or (len(values) == 1 and not values[0].strip())):
             continue
         if facts.columns is None:
             if bad is not None:
-                raise refusal(facts.path, lines.first, bad.code, f"the header: {bad}.", bad.fix)
-            facts.columns = distinct(facts, values, lines.first)
+                raise refusal(facts.path, first, bad.code, f"the header: {bad}.", bad.fix)
+            facts.columns = distinct(facts, values, first)
             continue
         facts.rows += 1
         if bad is None and len(values) != len(facts.columns):
@@ -52,13 +67,23 @@ def csv_rows(
             fix = "Put text that contains the separator or a line break in double quotes."
             bad = BadRow("ragged_row", message, fix)
         if bad is None:
-            yield lines.first, dict(zip(facts.columns, values, strict=True))
+            yield first, dict(zip(facts.columns, values, strict=True))
         else:
-            on_bad(lines.first, bad)
+            on_bad(first, bad)
 
 
-def _broken_quote(facts: FileFacts, lines: _Lines, reason: str) -> DataError:
-    if lines.at_end:
+def _unreadable(row: list[bytes]) -> BadRow | None:
+    """The first problem of the bytes of a row."""
+    raw = b"".join(row)
+    try:
+        decode(raw)
+    except BadRow as bad:
+        return bad
+    return nul_character(raw.find(b"\0")) if b"\0" in raw else None
+
+
+def _broken_quote(facts: FileFacts, line: int, reason: str) -> DataError:
+    if "end of data" in reason:
         code, message = "unclosed_quote", "a double quote opens here and is never closed."
         fix = "Close it; write a quote in text twice."
     elif "new-line" in reason:
@@ -66,50 +91,7 @@ def _broken_quote(facts: FileFacts, lines: _Lines, reason: str) -> DataError:
         fix = "Save the file with ordinary line ends."
     else:
         code, message, fix = "bad_csv", f"not CSV: {reason}.", 'Write a quote inside quoted text twice, "".'
-    return refusal(facts.path, lines.first, code, message, f"{fix} Nothing after it was read.")
-
-
-class _Lines:
-    """The lines of a file for the csv module, as text."""
-
-    def __init__(self, stream: ByteStream, facts: FileFacts, limit: int) -> None:
-        self.first = 1
-        """Line on which the current row begins."""
-        self.at_end = False
-        self._stream, self._facts, self._limit = stream, facts, limit
-        self._raw: list[bytes] = []
-        """The lines of the current row."""
-        self._size = 0
-
-    def begin(self) -> None:
-        self.first = self._facts.line + 1
-        self._raw, self._size = [], 0
-
-    def finding(self) -> BadRow | None:
-        """The first problem of the bytes of the current row."""
-        raw = b"".join(self._raw)
-        try:
-            decode(raw)
-        except BadRow as bad:
-            return bad
-        return nul_character(raw.find(b"\0")) if b"\0" in raw else None
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        raw = self._stream.readline(self._limit + 2)
-        if not raw:
-            self.at_end = True
-            raise StopIteration
-        self._facts.line += 1
-        self._raw.append(raw)
-        self._size += len(raw)
-        if self._size - len(raw) + len(raw.rstrip(b"\r\n")) > self._limit:
-            message = f"it has more bytes than data.limits.line_bytes, which is {self._limit:,}."
-            fix = "Close a double quote that is open, split the row, or raise the limit. Nothing after it was read."
-            raise refusal(self._facts.path, self.first, "line_too_long", message, fix)
-        return raw.replace(b"\0", b"").decode("utf-8", "replace")  # a row with either is left out
+    return refusal(facts.path, line, code, message, f"{fix} Nothing after it was read.")
 
 
 BATCH_BYTES = 16 * 1024 * 1024
