@@ -9,7 +9,7 @@ without replaying those before it.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +182,8 @@ def make_micro_batches(
     sides_RS = np.array([lengths], np.int64).T
     if targets:
         sides_RS = np.array([np.subtract(lengths, targets), targets], np.int64).T
-    ways = [(*_fill_padded(sides_RS[order_R], tokens_per_pass), order_R) for order_R in _orders(sides_RS, rows)]
-    _, members_of_batches, order_R = min(ways, key=lambda way: way[0])
-    return [tuple(rows[i] for i in order_R[members]) for members in members_of_batches]
+    order_R = np.lexsort((rows, -sides_RS.sum(1)))
+    return [tuple(rows[i] for i in order_R[cut]) for cut in _cut_padded(sides_RS[order_R], tokens_per_pass)]
 
 
 def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
@@ -251,18 +250,8 @@ def _fill_packed(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]
     return batches
 
 
-def _orders(sides_RS: NDArray[np.int64], rows: Sequence[int]) -> Iterator[NDArray[np.intp]]:
-    """Candidate orders of rows before they are cut into padded micro-batches: by length, and for two sides also by
-    either side first."""
-    tokens_R = sides_RS.sum(1)
-    yield np.lexsort((rows, -tokens_R))
-    if sides_RS.shape[1] > 1:
-        for side_R in sides_RS.T:
-            yield np.lexsort((rows, -tokens_R, -side_R))
-
-
-def _fill_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> tuple[float, list[slice]]:
-    """Cut ordered rows into the micro-batches of the lowest cost; returns the cost and the cuts.
+def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> list[slice]:
+    """Cut rows in falling order of length into the micro-batches of the lowest cost.
 
     All rows of a micro-batch cost as much as its longest. Dynamic programming from the last row on.
     """
@@ -283,7 +272,7 @@ def _fill_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> tuple[flo
     while start < num:
         batches.append(slice(start, ends[start]))
         start = ends[start]
-    return float(costs[0]), batches
+    return batches
 
 
 def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int, copy: int = 0) -> NDArray[np.uint64]:
