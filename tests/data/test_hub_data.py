@@ -69,20 +69,6 @@ def rows_of(address: str, **how: Any) -> list[tuple[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "hf://datasets/acme/chats",
-        "hf://datasets/acme/chats@main",
-        "hf://datasets/acme/chats@refs/convert/parquet/default/train/0000.parquet",
-        "hf://datasets/acme/chats@feature%2Fx/data/train-*.parquet",
-        "hf://datasets/acme/chats?subset=small&split=train",
-    ],
-)
-def test_addresses_are_written_as_they_are_read(text):
-    assert addresses._address(*addresses._parts(text)) == text
-
-
 def test_rows_of_all_shards_are_read_in_order_with_commit_and_row_number(chats, server):
     rows = rows_of("hf://datasets/acme/chats")
     commit = chats.branches["main"]

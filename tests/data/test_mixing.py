@@ -31,12 +31,6 @@ def test_shares_let_the_first_source_that_is_used_up_end_the_epoch() -> None:
     assert times_per_epoch(data(train=TWO, mix="shares"), [700, 30]).tolist() == pytest.approx([0.1, 1.0])
 
 
-def test_shares_are_weights_to_each_other() -> None:
-    scaled = [{**file, "weight": file["weight"] * 10} for file in TWO]
-    small, large = (times_per_epoch(data(train=files, mix="shares"), [70, 300]) for files in (TWO, scaled))
-    assert small.tolist() == pytest.approx(large.tolist())
-
-
 def test_files_of_one_folder_share_its_weight() -> None:
     folder, file = DataFile(path="docs", weight=0.5), DataFile(path="b.jsonl", weight=0.5)
     members = [folder.at_place(f"docs/{name}.txt", path=f"docs/{name}.txt") for name in "xy"]
@@ -110,13 +104,6 @@ def test_a_planted_draw_over_all_sources_misses_the_shares() -> None:
     pooled = [copies(weights_I, seed=seed, epoch=0)[:100].sum() for seed in range(5)]
     assert any(num != 50 for num in pooled)
     assert all(copies(weights_I, sources_I, seed=seed, epoch=0)[:100].sum() == 50 for seed in range(5))
-
-
-def test_a_step_is_the_same_whether_or_not_those_before_it_were_taken() -> None:
-    plan, _ = sampler("shares", [70, 90])
-    other, _ = sampler("shares", [70, 90])
-    steps = [plan.step(number) for number in range(1, 30)]
-    assert other.step(29) == steps[-1]
 
 
 def test_a_source_without_a_row_is_refused() -> None:

@@ -68,11 +68,6 @@ def test_wrong_conditions_are_refused_with_the_fields_there_are(where, message):
     assert str(refused.value).startswith(f"--where {where}: ")
 
 
-def test_unknown_field_to_sort_by_is_refused():
-    with pytest.raises(InputError, match=r"--sort -size: no run has a field size"):
-        select(ROWS, [], "-size")
-
-
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three finished runs with checkpoints and exports, and one that was interrupted."""

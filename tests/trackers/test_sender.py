@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from trackers.logs import ending, event, new_run, opening, trained, with_results, write
-from tunesmith.errors import InputError
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
-from tunesmith.trackers.libraries import TRACKERS, check_names
+from tunesmith.trackers.libraries import TRACKERS
 from tunesmith.trackers.run_reader import RunReader, StepMetrics
 from tunesmith.trackers.sender import read_state
 
@@ -150,13 +149,6 @@ def test_steps_that_a_resumed_run_repeats_are_sent_once(tmp_path: Path, tracker:
     assert tracker.values == expected(run)
 
 
-def test_a_batch_with_repeated_steps_has_each_once(tmp_path: Path, tracker: MemoryTracker) -> None:
-    run = new_run(tmp_path)
-    write(run, [*opening(9), *trained(1, 5, 9), event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
-    send(with_results(run))
-    assert [step for name, step, _ in tracker.values if name == "train/loss"] == [*range(1, 10)]
-
-
 def test_a_tracker_that_stays_down_ends_with_its_error_and_the_run_is_as_it_was(
     tmp_path: Path, tracker: MemoryTracker
 ) -> None:
@@ -193,19 +185,3 @@ def test_a_planted_sender_that_trusts_its_own_notes_writes_twice(
     tracker.fail_after = [4]
     send(run)
     assert tracker.values != expected(run)
-
-
-@pytest.mark.parametrize(("names", "message"), [(["wandbb"], "wandbb: there is no such tracker. One of tensorboard")])
-def test_unknown_trackers_are_refused(names: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_names(names)
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"track: wandb: the package wandb is missing. Install it: .* pip install"):
-        check_names(["wandb"])
-
-
-def test_none_means_no_tracker() -> None:
-    assert check_names(["wandb", "none"]) == []
