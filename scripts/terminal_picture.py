@@ -70,7 +70,7 @@ def main(run_path: str, target: str, question: str = "") -> None:
     for event in events:
         live.event(event)
         if event.kind == "step" and not drawn and event.step >= MOMENT * live.series.total_steps:
-            console.print(live.moving())
+            console.print(live.area.get_renderable())
             console.print("⋮", style="bright_black")
             drawn = True
     if question:
