@@ -72,11 +72,6 @@ def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
         layer.gradient_checkpointing = index < num_layers
 
 
-def count_layers(model: nn.Module) -> int:
-    """The number of layers that can be recomputed."""
-    return len(layers_of(model))
-
-
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that can be recomputed, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 
     from tunesmith.data.collate import Collator
     from tunesmith.data.dataset import RowStore
-    from tunesmith.data.sampler import MicroBatch, StepSampler
+    from tunesmith.data.sampler import StepSampler
     from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
-    from tunesmith.types import Attachment, Batch, Task
+    from tunesmith.types import Attachment, Task
 
 FIRST_SCALE = 2.0**16
 """As torch.amp.GradScaler begins."""
@@ -62,52 +61,6 @@ class LossScale:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class BatchKey:
-    """A micro-batch of a step; its batch is a function of these."""
-
-    step: int
-    rows: MicroBatch
-    copies: tuple[int, ...]
-
-    def make(self, collator: Collator) -> Batch:
-        return collator.batch(self.rows, draw=self.step, copies=self.copies, lines="learnt")
-
-
-@dataclass
-class Prefetcher:
-    """Makes one batch ahead for a CUDA device. On a processor, which has no time to spare, each is made when needed."""
-
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
-    _ahead: tuple[BatchKey, Future[Batch]] | None = field(default=None, init=False)
-
-    def batches(
-        self, collator: Collator, keys: Sequence[BatchKey], then: Callable[[], BatchKey | None] = lambda: None
-    ) -> Iterator[Batch]:
-        """The batches of a step, in order. `then`: what is needed after them, found while the last one is at work."""
-        if not works_ahead(collator):
-            yield from (key.make(collator) for key in keys)
-            return
-        for key, following in zip(keys, [*keys[1:], None], strict=True):
-            batch = self._take(collator, key)
-            self._begin(collator, following)
-            yield batch
-        self._begin(collator, then())
-
-    def _take(self, collator: Collator, key: BatchKey) -> Batch:
-        """The batch that was made ahead; made now where another was, as after micro-batches were halved."""
-        ahead, self._ahead = self._ahead, None
-        return ahead[1].result() if ahead is not None and ahead[0] == key else key.make(collator)
-
-    def _begin(self, collator: Collator, key: BatchKey | None) -> None:
-        self._ahead = None if key is None else (key, self._thread.submit(key.make, collator))
-
-
-def works_ahead(collator: Collator) -> bool:
-    """Whether the device of its batches computes while this process goes on."""
-    return torch.device(collator.device).type == "cuda"
-
-
 @dataclass
 class TrainState:
     """A model and its rows, ready for the next step. It knows no folder, no evaluation, no plan of memory."""
@@ -132,5 +85,3 @@ class TrainState:
     world: World = field(default_factory=World, kw_only=True)
     """This process among those that train the run together."""
     loss_scale: LossScale = field(default_factory=LossScale, kw_only=True)
-    ahead: Prefetcher = field(default_factory=Prefetcher, kw_only=True)
-    """Makes the next batch while a CUDA device is at work."""

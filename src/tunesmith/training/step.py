@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from tunesmith.data.collate import LinesOf
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
-from tunesmith.training.state import BatchKey, TrainState
+from tunesmith.training.state import TrainState
 from tunesmith.types import Batch
 
 
@@ -49,8 +49,7 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
             if loss_of is None or state.world.size == 1:  # together, all ranks look once, whichever runs out of memory
                 loss_of = step_loss(state, passes, step)
             torch.manual_seed(_step_seed(state.recipe.seed, step, sampler.part[0]))
-            then = partial(_first_of_next, state, sampler, step)
-            for batch in state.ahead.batches(state.collator, _keys([*passes, *idle], step), then):
+            for batch in _batches(state, [*passes, *idle], step, "learnt"):
                 divisor = num_targets if len(losses) < len(passes) else math.inf
                 loss_sum, tokens = _pass(state, batch, divisor, loss_of)
                 losses.append(loss_sum)
@@ -103,13 +102,9 @@ def _own(
     )
 
 
-def _keys(passes: list[MicroBatch], step: int) -> list[BatchKey]:
-    return [BatchKey(step, rows, copies) for rows, copies in zip(passes, copies_in(passes), strict=True)]
-
-
-def _first_of_next(state: TrainState, sampler: StepSampler, step: int) -> BatchKey | None:
-    keys = _keys(sampler.step(step + 1), step + 1) if step < state.total_steps else []
-    return keys[0] if keys else None
+def _batches(state: TrainState, passes: list[MicroBatch], step: int, lines: LinesOf) -> Iterator[Batch]:
+    for rows, copies in zip(passes, copies_in(passes), strict=True):
+        yield state.collator.batch(rows, draw=step, copies=copies, lines=lines)
 
 
 def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callable[..., Tensor]:
@@ -117,10 +112,8 @@ def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callabl
     if state.task.look is None:
         return state.task.loss_sum
     torch.manual_seed(_step_seed(state.recipe.seed, step, state.sampler.part[0]))
-    keys = _keys(passes, step)
-    batches = (state.collator.batch(key.rows, draw=step, copies=key.copies, lines="looked") for key in keys)
     with torch.no_grad():
-        return state.task.look(state.model, batches, state.world)
+        return state.task.look(state.model, _batches(state, passes, step, "looked"), state.world)
 
 
 def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: Callable[..., Tensor]) -> tuple[Tensor, int]:

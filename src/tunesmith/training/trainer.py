@@ -20,7 +20,7 @@ from tunesmith.errors import CheckpointError, InputError, OutOfMemoryError, Reci
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.methods import restore
-from tunesmith.models.modes import count_layers
+from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
 from tunesmith.phrases import command
@@ -324,7 +324,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         yield from training_steps(session.setup, start=session.progress.step)
     except OutOfMemoryError as error:
         save(session)
-        num_layers = count_layers(session.setup.model)
+        num_layers = len(layers_of(session.setup.model))
         settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
         way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
         message = f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory, or with: {way}"
