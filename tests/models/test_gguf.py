@@ -90,8 +90,7 @@ def test_saved_folder_is_a_plain_model(made, tmp_path):
 def test_size_and_fingerprint_need_no_weights(made):
     located, model = made
     found = model_size(located)
-    assert (found.num_params, found.num_layers, found.hidden) == (model.num_parameters(), 2, 64)
-    assert (found.vocab_size, found.max_tokens) == (model.config.vocab_size, 512)
+    assert (found.num_params, found.max_tokens) == (model.num_parameters(), 512)
     assert list(fingerprint(located)) == ["tiny.gguf"]
 
 

@@ -160,8 +160,7 @@ def test_size_counts_as_the_model_does(folder):
     located = resolve_model(str(folder))
     found, model = model_size(located), load_model(located, **HOW)
     assert found.num_params == model.num_parameters()
-    assert (found.num_layers, found.hidden, found.max_tokens) == (2, 64, 512)
-    assert found.vocab_size == model.config.vocab_size
+    assert found.max_tokens == 512
 
 
 @pytest.mark.parametrize(("arch", "max_tokens"), [("gpt2", 512), ("bloom", UNBOUNDED), ("opt", 512)])
@@ -172,8 +171,8 @@ def test_size_of_other_architectures_and_tied_weights(tmp_path, arch, max_tokens
         change_config(tmp_path / arch, max_position_embeddings=None)
     located = resolve_model(str(tmp_path / arch))
     found = model_size(located)
-    assert (found.num_params, found.num_layers, found.hidden) == (model.num_parameters(), 2, 64)
-    assert (found.vocab_size, found.max_tokens) == (96, max_tokens)
+    assert found.num_params == model.num_parameters()
+    assert found.max_tokens == max_tokens
     assert load_config(located).model_type == arch
 
 

@@ -26,10 +26,7 @@ class ModelSize:
 
     num_params: int
     """Weights that tied layers share count once."""
-    num_layers: int
-    """Layers of encoder and decoder together."""
     hidden: int
-    vocab_size: int
     max_tokens: int
     """Most positions that the model was made for."""
 
@@ -54,14 +51,7 @@ def model_size(located: ModelRef) -> ModelSize:
     stored = sum(prod(info.shape) for info in tensors.values() if not info.dtype.startswith("I"))
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         stored -= prod(tensors["lm_head.weight"].shape)
-    decoder = ("num_decoder_layers", "decoder_layers") if config.is_encoder_decoder else ()
-    return ModelSize(
-        num_params=stored,
-        num_layers=int(config.num_hidden_layers) + sum(getattr(config, name, 0) for name in decoder),
-        hidden=int(config.hidden_size),
-        vocab_size=int(config.vocab_size),
-        max_tokens=_max_tokens(config),
-    )
+    return ModelSize(stored, int(config.hidden_size), _max_tokens(config))
 
 
 def _max_tokens(config: Any) -> int:
@@ -80,22 +70,11 @@ def _max_tokens(config: Any) -> int:
 
 
 def _gguf_size(located: ModelRef, header: GgufHeader) -> ModelSize:
-    name = header.architecture
-
-    def number(key: str) -> int:
-        value = header.metadata.get(f"{name}.{key}")
-        if not isinstance(value, int):
-            raise ModelError(f"{located.path}: {name}.{key}: not in the file. Download it again, or use another one.")
-        return value
-
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return ModelSize(
-        num_params=sum(prod(info.shape) for info in header.tensors.values()),
-        num_layers=number("block_count"),
-        hidden=number("embedding_length"),
-        vocab_size=tokens if isinstance(tokens, int) else number("vocab_size"),
-        max_tokens=number("context_length"),
-    )
+    keys = [f"{header.architecture}.{key}" for key in ("embedding_length", "context_length")]
+    if missing := [key for key in keys if not isinstance(header.metadata.get(key), int)]:
+        raise ModelError(f"{located.path}: {missing[0]}: not in the file. Download it again, or use another one.")
+    hidden, max_tokens = (header.metadata[key] for key in keys)
+    return ModelSize(sum(prod(info.shape) for info in header.tensors.values()), hidden, max_tokens)
 
 
 def meta_model(located: ModelRef, *, dtype: torch.dtype, head: HeadName, labels: Labels | None) -> PreTrainedModel:
