@@ -49,15 +49,16 @@ _STATES = ("A_log", "dt_bias", "time_decay")
 class PackingCheck:
     """The result of the comparison."""
 
-    ok: bool
-    max_difference: float
-    """Between two logits of the same token, packed and alone."""
-    error: float
-    """`normalized_error` of the worst row."""
     reason: str
-    """Why not, in words; empty if ok."""
+    """Why not, in words; empty if the answers are the same."""
+    error: float = nan
+    """`normalized_error` of the worst row."""
     kernels: tuple[str, ...] = ()
     """Kernels of `cuda_attention` that computed the packed rows."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason
 
 
 def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
@@ -74,9 +75,9 @@ def check_packing(
     class only. `has_types`: the model has token types for the two texts of a pair. The model is left as it was.
     """
     if kind == "encoder_decoder":
-        return PackingCheck(False, nan, nan, "an encoder–decoder reads its sources and targets apart")
+        return PackingCheck("an encoder–decoder reads its sources and targets apart")
     if reason := recurrent_layer(model):
-        return PackingCheck(False, nan, nan, reason)
+        return PackingCheck(reason)
     probe = _probe(rows)
     answers = partial(_answers, model, causal=kind == "causal", has_types=has_types)
     own, ids = model.config._attn_implementation, probe[0].ids
@@ -91,12 +92,12 @@ def check_packing(
                 before = (probe[0], other) if kind == "causal" else ()
                 behind = [answers([row, probe[-1]], "packed")[1][:LEAK_TOKENS] for row in before]
         except _REFUSALS as refusal:
-            return PackingCheck(False, nan, nan, str(refusal) or type(refusal).__name__)
+            return PackingCheck(str(refusal) or type(refusal).__name__)
         finally:
             model.set_attn_implementation(own)
     found = _compare(alone, packed, trace, model.dtype, by_row=kind == "causal")
     if behind and found.ok and not (leak := normalized_error(*behind)) <= leak_tolerance(model):
-        return replace(found, ok=False, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
+        return replace(found, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
     return found
 
 
@@ -208,4 +209,4 @@ def _compare(
         reason = f"its attention is limited to {min(missing)} tokens by a mask alone"
     elif not error <= TOLERANCES[dtype]:
         reason = f"packed rows change its logits by up to {largest:.3g}"
-    return PackingCheck(not reason, largest, error, reason, tuple(sorted(trace.kernels)))
+    return PackingCheck(reason, error, tuple(sorted(trace.kernels)))
