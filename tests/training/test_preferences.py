@@ -190,6 +190,15 @@ def test_stopped_and_resumed_it_is_the_same_run(tmp_path, is_lost):
     assert is_lost or kept == {path: path.read_bytes() for path in kept}
 
 
+def test_another_loss_on_the_same_rows_finds_the_reference(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(reference, "_compute", lambda *a, real=reference._compute: computed.append(1) or real(*a))
+    train(recipe_of(tmp_path), root=tmp_path / "runs")
+    run = train(recipe_of(tmp_path, prefer={"loss": "ipo"}), root=tmp_path / "runs")
+    assert len(computed) == 2
+    assert len(list(run.rows_path.glob("*/*.reference"))) == 2
+
+
 # trap: P3
 @pytest.mark.parametrize("cause", ["stale", "dropout"])
 def test_a_reference_of_another_model_ends_the_run_before_an_update(tmp_path, monkeypatch, cause):

@@ -1,6 +1,9 @@
 """The reference of a run that compares answers: what the model of step 1 finds of every branch, computed once and kept.
 
-rows/<side>/<key>.reference    SHA-256 of the rest, then float64 [I, K]
+    rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K]
+
+The digest is of everything that the numbers follow from, so another run on the same rows with another loss finds them
+next to the encoded rows in the folder of all runs.
 """
 
 # I rows, K branches
@@ -11,6 +14,8 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import orjson
+import torch
 from numpy.typing import NDArray
 
 from tunesmith.data.collate import Collator
@@ -41,11 +46,12 @@ def use_reference(session: Session) -> None:
     for store, collator, rows_I in sides:
         if not len(rows_I):  # nothing is held out
             continue
-        folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
-        path = folder / f"{store.key[:16]}.reference"
-        values_IK = _read(path, len(rows_I))
-        if values_IK is None:
-            values_IK = _compute(session, collator, rows_I)
+        own = session.run.rows_path / ("train" if store is rows.store else "held_out")
+        file = f"{store.key[:16]}-{_digest(setup, rows_I, collator)}.reference"
+        kept = {folder / file: _read(folder / file, len(rows_I)) for folder in (own, store.folder)}
+        found = next((one for one in kept.values() if one is not None), None)
+        values_IK = _compute(session, collator, rows_I) if found is None else found
+        for path in (path for path, one in kept.items() if one is None):
             write_atomic(path, _packed(values_IK))
         if store.branches.reference is None:
             store.branches.reference = np.full((len(store), values_IK.shape[1]), np.nan)
@@ -74,6 +80,22 @@ def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) ->
         progress=lambda done, total: session.listener.on_progress("reference", done, total),
     )
     return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
+
+
+def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
+    recipe = setup.recipe
+    parts = {
+        "format": 2,
+        "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
+        "method": recipe.method.model_dump(mode="json"),
+        "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
+        "computed": [recipe.precision, recipe.kernels, recipe.device, recipe.threads],
+        "batches": [collator.layout, collator.shares, collator.pads],
+        "tokens_per_pass": setup.sampler.tokens_per_pass,
+        "seed": recipe.seed,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def _packed(found_IK: NDArray[np.float64]) -> bytes:
