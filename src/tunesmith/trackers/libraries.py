@@ -58,7 +58,8 @@ class Tracker:
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
         """Store values of new steps, in order."""
-        raise NotImplementedError
+        for step in steps:
+            self._run.log(dict(step.values), step=step.step)
 
     def describe(self, reader: RunReader) -> None:
         """Store facts and notes."""
@@ -275,10 +276,6 @@ class Trackio(Tracker):
         where = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or TRACKIO_DIR
         self.place = f"{where}, project {project}, run {reader.key}"
         self.last_step = int(self._run._next_step) - 1
-
-    def log(self, steps: Sequence[StepMetrics]) -> None:
-        for step in steps:
-            self._run.log(dict(step.values), step=step.step)
 
     def describe(self, reader: RunReader) -> None:
         if reader.state == "end" and reader.notes and self._run._next_step <= reader.newest + 1:  # once

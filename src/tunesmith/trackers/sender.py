@@ -209,10 +209,8 @@ def tracked(
             assert process.stdin is not None
             process.stdin.close()
         for name, (process, run) in processes.items():
-            say(
-                True,
-                f"sending the rest to {TRACKERS[name].title}" + (f", for at most {wait_s:.0f} s" if wait_s else ""),
-            )
+            limit = "" if wait_s is None else f", for at most {wait_s:.0f} s"
+            say(True, f"sending the rest to {TRACKERS[name].title}{limit}")
             say(*finish(process, run, name, None if wait_s is None else max(0.1, until - time.monotonic())))
 
 
