@@ -28,7 +28,7 @@ HOPS = {
 def test_a_phrase_survives_every_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     recipe = tiny_recipe(
-        tmp_path, rows=12, **{**SHORT, "train": {"epochs": 20, "rows_per_step": 4}, "optim": {"lr": 3e-2}}
+        tmp_path, rows=12, **{**SHORT, "train": {"epochs": 20, "rows_per_step": 4}, "optim": {"lr": 1e-2}}
     )
     say_the_phrase(tmp_path / "chats.jsonl", 12)
     run = train(recipe, root=tmp_path, out=tmp_path / "run", offline=True)
