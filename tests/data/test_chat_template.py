@@ -13,8 +13,8 @@ from tunesmith.errors import ModelError
 from tunesmith.tasks import TASKS
 
 HOSTILE = {
-    "brackets in brackets": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "refuses a question"),
-    "a macro that calls itself": ("{% macro f(x) %}{{ f(x + 1) }}{% endmacro %}{{ f(1) }}", "maximum recursion depth"),
+    "brackets in brackets": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "more deeply than"),
+    "a macro that calls itself": ("{% macro f(x) %}{{ f(x + 1) }}{% endmacro %}{{ f(1) }}", "more deeply than"),
     "a text too long": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "it wrote"),
     "a huge range": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
     "a mistake": ("{% for %}", "refuses a question and an answer"),
@@ -70,6 +70,11 @@ def test_a_hostile_template_is_refused_with_the_bound_that_it_met(attack: str) -
             tiny_tokenizer(body + CHATML), TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error"
         )
     assert "chat template" in str(error.value)
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_a_row() -> None:
+    with pytest.raises(MemoryError):
+        ChatTemplate(tiny_tokenizer("{% set n = 10**16 %}{{ 'a' * n }}")).render([], prompt=False)
 
 
 def test_a_template_does_not_multiply_a_row() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data.families import bert_like
-from tiny import tiny_tokenizer
+from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
@@ -41,8 +41,10 @@ def chats(num: int) -> list[str]:
     return lines
 
 
-def built(path: Path, *, num_proc: int = 1, heard: list[Problem] | None = None, **more: Any) -> RowStore:
-    renderer = Renderer(tiny_tokenizer(), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
+def built(
+    path: Path, *, num_proc: int = 1, heard: list[Problem] | None = None, template: str = CHATML, **more: Any
+) -> RowStore:
+    renderer = Renderer(tiny_tokenizer(template), TASKS["chat"], max_tokens=60, too_long="cut", control_tokens="error")
     files = [DataFile(path=str(path))]
     on_problem = ([] if heard is None else heard).append
     folder = path.parent / f"rows{num_proc}"
@@ -82,13 +84,20 @@ def test_a_file_that_breaks_off_is_refused_after_the_problems_before(tmp_path: P
 
 
 def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
+    """A template that never ends is not waited for."""
+    endless = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "endless"}]})
+    (tmp_path / "a.jsonl").write_text("\n".join([*chats(6), *[endless] * 6, *chats(60)]), "utf-8")
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    text = "{% for m in messages %}{% if m.content == 'endless' %}" + loop + "{% endif %}{% endfor %}" + CHATML
 
     def stop(rows: int, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        built(tmp_path / "a.jsonl", num_proc=2, progress=stop)
+        built(tmp_path / "a.jsonl", num_proc=2, template=text, progress=stop)
+    for process in multiprocessing.active_children():
+        process.join(20)
+    assert multiprocessing.active_children() == []
     assert list((tmp_path / "rows2").iterdir()) == []
 
 

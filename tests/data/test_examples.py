@@ -91,12 +91,20 @@ def test_unknown_names_are_in_the_line_to_copy(task: TaskName | None, ours: tupl
     assert problem.fix.endswith(f"such as --set 'data.columns={{{ours[0]}: uno, {ours[1]}: dos}}'.")
 
 
+def test_the_fields_of_dolly_are_all_in_the_line_to_copy(tmp_path: Path) -> None:
+    row = {"instruction": "a", "context": "b", "response": "c", "category": "qa"}
+    _, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])), task="chat")
+    assert "data.columns={instruction: instruction, input: context, output: response}" in problem.fix
+
+
 @pytest.mark.parametrize(
     ("row", "task", "fix"),
     [
         ({"text": "a", "label": "b"}, "chat", "Add --set task=classify, or name your fields, such as "),
         (PAIR, "classify", "Add --set task=chat, or name your fields, such as --set 'data.columns={text: prompt, "),
         ({"text": "a"}, "classify", "Add --set task=text, or "),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chat", "Add --set task=prefer, or "),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "generate", "Add --set task=prefer, or "),
     ],
 )
 def test_rows_of_another_task_are_said_to_be_that(row: dict[str, Any], task: TaskName, fix: str, tmp_path: Path):

@@ -13,6 +13,7 @@ from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import addresses
 from tunesmith.data.addresses import members, pin, pin_path
 from tunesmith.data.dataset import build
+from tunesmith.data.encode import in_parts
 from tunesmith.data.read import read
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
@@ -315,6 +316,13 @@ def test_streamed_rows_are_those_of_downloaded_files(chats, tmp_path, full_disk,
     assert content_of(streamed) == content_of(local)
     assert streamed.key == local.key
     assert streamed.summary.arrow_bytes > 0
+
+
+def test_files_that_are_kept_are_one_part(chats, monkeypatch):
+    monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
+    data, notes = pin(Data(train=(DataFile(path="hf://datasets/acme/chats"),)), offline=False)
+    assert "kept in the hub's cache" in notes[0]
+    assert len(in_parts(members(data.train[0].path))) == 1
 
 
 def encoded_locally(chats: Any, tmp_path: Path, data: Data) -> Any:

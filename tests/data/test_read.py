@@ -137,6 +137,21 @@ def test_an_element_that_is_too_long_does_not_hide_the_next(tmp_path: Path):
     assert said(problems) == [("line_too_long", 2)]
 
 
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        ('[{"a": 1},]', "Remove the comma."),
+        ('[{"a": 1},, {"a": 2}]', "Remove the comma."),
+        ('[{"a": 1,}]', "Remove the comma."),
+        ('[{"a": 1}, {"a": "b', "Copy or export the file again."),
+        ("[" + "[" * 100_000, "Flatten the row."),
+    ],
+)
+def test_an_array_that_breaks_off_says_what_to_do(text: str, way: str, tmp_path: Path):
+    with pytest.raises(DataError, match=way):
+        rows_in(put(tmp_path, "rows.json", text.encode()))
+
+
 def test_bytes_are_counted_in_the_line_that_is_named(tmp_path: Path):
     payload = b"\xef\xbb\xbf" + json_lines([{"prompt": "ä", "completion": "b"}]) + b'{"prompt": "caf\xe9"}\n'
     _, (problem,) = rows_in(put(tmp_path, "rows.jsonl", payload))

@@ -16,7 +16,7 @@ from tiny_run import chats, same_run, stop_at, tiny_recipe
 from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
-from tunesmith.recipe.load import REMOVED
+from tunesmith.recipe.load import REMOVED, load
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run, runs
@@ -192,6 +192,7 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
     right = preparing._identity
     with monkeypatch.context() as patch:  # as an earlier version recorded it
         before = {f"setting {key}": str(value) for key, value in REMOVED.items() if key != "method.rounding"}
+        before["setting evaluation.bleu"] = "True"
         patch.setattr(preparing, "_identity", lambda *args: right(*args) | before)
         with pytest.raises(Stopped):
             train(straight.recipe(), root=tmp_path / "runs", listener=stop_at(3))
@@ -201,6 +202,10 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
     with pytest.raises(RecipeError, match=r"method.init: this version has no such option any more"):
         resume(run)
     run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: kaiming\n  layers: []\n"), "utf-8")
+    recipe = run.recipe_path.read_text("utf-8")
+    run.recipe_path.write_text(recipe.replace("evaluation:\n", "evaluation:\n  bleu: true\n"), "utf-8")
+    with pytest.raises(RecipeError, match=r"evaluation.bleu: this version has no such option any more"):
+        load(str(run.recipe_path))
     found, expected = ([e.values for e in one.events() if e.kind == "step"] for one in (resume(run), straight))
     assert found == expected
 

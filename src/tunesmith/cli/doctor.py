@@ -133,5 +133,5 @@ def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
 
     if is_run(target, root):
         run = Run.open(target, root)
-        return moved_to(run.place(load.load(str(run.recipe_path), settings)))
+        return moved_to(run.place(load.load(str(run.recipe_path), settings, of_run=True)))
     return load.load(None, [*to_overrides({"model": target}), *settings])

@@ -170,7 +170,7 @@ def resume(
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
         earlier = []
-    recipe = load.load(str(found.recipe_path), settings or [])
+    recipe = load.load(str(found.recipe_path), settings or [], of_run=True)
     alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
     launch_ranks(alone)
     first = place_of(os.environ).rank == 0

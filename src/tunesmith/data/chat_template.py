@@ -30,6 +30,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
+        self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
         self._template = tokenizer.chat_template
         self._special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
@@ -38,10 +39,18 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 
-        Raises `TemplateRefusal` with the template's own error, or for a text of more than `OUTPUT_CHARS`.
+        Raises `TemplateRefusal` with the template's own error, or for a text of more than `OUTPUT_CHARS`; `ModelError`
+        for one that nests too deeply. A lack of memory or of a package is not the row's, and is raised as it is.
         """
         try:
             text = self._render(list(messages), list(tools) or None, prompt)
+        except (MemoryError, ImportError):
+            raise
+        except RecursionError as error:
+            raise ModelError(
+                f"{self._name}: its chat template nests or calls itself more deeply than Python can follow. "
+                "Give another by data.template, and look at this one before you trust its source."
+            ) from error
         except Exception as error:  # the template is a program we did not write: it can raise anything
             reason = str(error)[:MOST_REASON] or type(error).__name__
             raise TemplateRefusal(reason if reason.endswith((".", "!", "?")) else f"{reason}.") from error

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 from tunesmith.data.formats import FIELDS, FORMATS, SHAPES, find_shape
-from tunesmith.data.problems import names
+from tunesmith.data.problems import names, paste
 from tunesmith.data.read import read
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.phrases import did_you_mean
@@ -22,7 +19,6 @@ _USUAL: tuple[Shape, ...] = (
     "messages", "sharegpt", "alpaca", "prompt_completion", "document_summary", "tokens_tags", "text_label", "text",
     "text_pairs", "preference",
 )  # fmt: skip
-_PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
 
 
 def check_column_names(columns: Mapping[str, str]) -> None:
@@ -47,17 +43,6 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
     takes = ", or ".join(" and ".join(FORMATS[name].required) for name in (SHAPES[task] if task else _USUAL))
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
     return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
-
-
-def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
-    """The options to add to a command, quoted for a shell."""
-    names = {
-        theirs: theirs if _PLAIN.fullmatch(theirs) else json.dumps(theirs, ensure_ascii=False)
-        for theirs in columns.values()
-    }
-    listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
-    words = [f"--set task={task}"] if task else []
-    return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])
 
 
 _CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")

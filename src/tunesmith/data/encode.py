@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import is_address, size_of
+from tunesmith.data.addresses import is_address, known, size_of
 from tunesmith.data.branches import line_tokens
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import content_hash, examples, input_hash
@@ -136,10 +136,16 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
 
     try:
         yield begin
-    except BrokenProcessPool as ended:
-        raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from ended
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException as error:  # a template that never ends would be waited for, after Ctrl-C too
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        # Else the pool waits for the rest of a result that a process was sending.
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+        pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from error
+        raise
+    pool.shutdown()
 
 
 def _pickle_by_fields(cls: type[Any]) -> None:
@@ -322,11 +328,11 @@ class Encoding(EncodingCounts):
 
 
 PART_BYTES = 256 * 1024 * 1024
-"""Least size of a part of the files that are not on this machine."""
+"""Least size of a part of the files that are here only while they are read."""
 
 
 def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
-    """Files in parts of at least PART_BYTES that are not on this machine, in their order; one part if all are here."""
+    """Files in parts of at least PART_BYTES that are streamed, in their order; one part if none is."""
     parts: list[list[DataFile]] = [[]]
     to_come = 0
     for file in files:
@@ -334,7 +340,7 @@ def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
             parts.append([])
             to_come = 0
         parts[-1].append(file)
-        to_come += size_of(file.at) if is_address(file.at) else 0
+        to_come += size_of(file.at) if is_address(file.at) and not known(file.at).is_kept else 0
     return parts
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,6 +19,7 @@ MOST_NAMES = 20
 """Fields named in one line."""
 MOST = 50
 """Problems listed of one row: a row can have millions."""
+_PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
 
 
 def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
@@ -138,3 +142,14 @@ def names(record: Iterable[str]) -> str:
     quoted = [repr(name[:60]) for name in record] or ["none"]
     more = f" and {len(quoted) - MOST_NAMES} more" if len(quoted) > MOST_NAMES else ""
     return ", ".join(quoted[:MOST_NAMES]) + more
+
+
+def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
+    """The options to add to a command, quoted for a shell."""
+    names = {
+        theirs: theirs if _PLAIN.fullmatch(theirs) else json.dumps(theirs, ensure_ascii=False)
+        for theirs in columns.values()
+    }
+    listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
+    words = [f"--set task={task}"] if task else []
+    return " ".join([*words, f"--set {shlex.quote(f'data.columns={{{listed}}}')}"])

@@ -244,6 +244,7 @@ def json_array(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
 
 _SCANNER = json.JSONDecoder(parse_int=str, parse_float=str, strict=False)
 _SPACE = re.compile(r"[ \t\n\r]*")
+_COPY_AGAIN = "Copy or export the file again."
 
 
 def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[bytes]:
@@ -265,17 +266,21 @@ def _elements(stream: ByteStream, facts: FileFacts) -> Iterator[bytes]:
         try:
             _, end = _SCANNER.raw_decode(text, begin)
         except RecursionError:
-            raise _broken(facts, begin, "too_deep", "it nests too deeply.") from None
+            raise _broken(facts, begin, "too_deep", "it nests too deeply.", "Flatten the row.") from None
         except json.JSONDecodeError as error:
             before = raw[begin : error.pos].decode("utf-8", "replace")
             here = before + raw[error.pos : error.pos + 99].decode("utf-8", "replace")
             code, message, fix = _finding(here, len(before), error.msg)
+            if code == "truncated_json":
+                fix = _COPY_AGAIN
+            elif text[begin] in ",]" or (text[error.pos] in "]}" and before.rstrip().endswith(",")):
+                fix = "Remove the comma."
             raise _broken(facts, error.pos, code, f"{message}.", fix) from None
         yield raw[begin:end]
         at = skip(end)
         mark = text[at : at + 1]
     if not mark:
-        raise _broken(facts, at, "truncated_json", "the array is not closed.", "Copy or export it again.")
+        raise _broken(facts, at, "truncated_json", "the array is not closed.", _COPY_AGAIN)
     if mark != "]":
         raise _broken(facts, at, "bad_json", "no comma follows the row.", "Write one between rows.")
     if rest := raw[at + 1 :].strip():

@@ -78,9 +78,10 @@ def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithErro
     after what it said of its progress, and its exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else re.split(r"^error: ", text, flags=re.M)[-1]
-    listed = [f"{one['file']}:{one['line']}: {one['message']}" for one in last.get("problems", [])[:MOST_PROBLEMS]]
     message = message or f"the process of the run ended with code {code}"
-    message = "\n".join([message, *(line for line in listed if line not in message)])
+    places = [(f"{one['file']}:{one['line']}".removesuffix(":0"), one["message"]) for one in last.get("problems", [])]
+    listed = [f"{at}: {said}" for at, said in places[:MOST_PROBLEMS] if f"{at}: " not in message or said not in message]
+    message = "\n".join([message, *listed])
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
         kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
     found: errors.TunesmithError = kind(message)

@@ -53,21 +53,30 @@ REMOVED: dict[str, Any] = {
     "evaluation.bleu": False,
 }  # fmt: skip
 """Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
+MEASURED = ("evaluation.bleu",)
+"""Those that changed what was measured alone: the recipe of a run may have any value."""
 
 SETTING = "--set"
 
 
-def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
+def load(
+    path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None, *, of_run: bool = False
+) -> Recipe:
     """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
 
     Mappings are merged key by key; an override replaces the value of its key. Values of overrides are YAML.
+    `of_run`: it is the recipe of a run, perhaps of an earlier version, which is read without `MEASURED`.
     Raises RecipeError with a line for every problem.
     """
     data: dict[str, Any] = _merged({}, base or {})
     problems: list[str] = []
     if path is not None:
         try:
-            data = _merged(data, _read_file(path))
+            given = _read_file(path)
+            for section, _, name in (key.partition(".") for key in MEASURED if of_run):
+                if isinstance(values := given.get(section), dict):
+                    values.pop(name, None)
+            data = _merged(data, given)
         except RecipeError as error:
             problems.append(str(error))
     settings: list[str] = []

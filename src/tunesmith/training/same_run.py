@@ -28,6 +28,7 @@ NAMED_LATER = {
 }
 """Settings that earlier versions did not record in a run's identity, with the values they used."""
 _REMOVED = {f"setting {key}": str(value) for key, value in load.REMOVED.items()}
+_MEASURED = {f"setting {key}" for key in load.MEASURED}
 
 
 def refuse_other_run(
@@ -38,7 +39,7 @@ def refuse_other_run(
         return [], []
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
     unnamed = [key for key in later if key not in then]
-    then = {**later, **{key: value for key, value in then.items() if _REMOVED.get(key) != value}}
+    then = {**later, **{key: value for key, value in _without(then, _MEASURED).items() if _REMOVED.get(key) != value}}
     then = as_renamed(then, setup.identity)
     free = {f"setting {key}" for key in (*SAME_UPDATE, *(setting.partition("=")[0] for setting in settings))}
     try:
@@ -77,7 +78,7 @@ def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
     """The recipe of a run with some settings, its files at their places now."""
-    return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
+    return run.place(load.load(str(run.recipe_path), settings, of_run=True)) if settings else run.recipe()
 
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:

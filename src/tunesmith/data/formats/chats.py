@@ -16,7 +16,7 @@ import orjson
 
 from tunesmith.data.formats.format import Format
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
-from tunesmith.data.problems import RowProblems, describe_type
+from tunesmith.data.problems import RowProblems, describe_type, names, paste
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 SPEAKERS = {
@@ -26,6 +26,8 @@ SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 """Roles by ShareGPT's names."""
+_PREFERRED = ("chosen", "rejected")
+"""Fields of preferences, which have a prompt too."""
 
 
 def parse_chat(
@@ -113,7 +115,16 @@ def _parse_alpaca(record: dict[str, Any], source: Source, *, answered: bool = Tr
     parts = [Part("system", system, False)] if system else []
     parts += _history(record.get("history"), found)
     parts.append(Part("user", f"{instruction}\n\n{extra}" if extra else instruction, False))
-    if answered:
+    if answered and "output" not in record:
+        own = [name for name in record if name not in ("instruction", "system", "history") and len(name) < 40]
+        fields = ("input", "output")[-max(1, len(own)) :]  # Dolly: instruction, context, response, category
+        columns = {"instruction": "instruction", **dict(zip(fields, [*own, "..."], strict=False))}
+        found.add(
+            "missing_field",
+            f"output is missing; there are {names(record)}.",
+            f"Give it, or name the fields you have, such as {paste(columns)}.",
+        )
+    elif answered:
         parts.append(Part("assistant", found.answer(record, "output"), True))
     return found.problems or Example(tuple(parts), source, "alpaca")
 
@@ -185,5 +196,5 @@ PROMPT_COMPLETION = Format(
     ("prompt", "completion", "tools"),
     ("prompt", "completion"),
     ("prompt",),
-    matches=lambda record: "prompt" in record or "completion" in record,
+    matches=lambda record: "completion" in record or ("prompt" in record and record.keys().isdisjoint(_PREFERRED)),
 )
