@@ -118,6 +118,30 @@ def test_split_layers_leave_each_device_its_part_of_them(folder: Path) -> None:
     assert split.disk.checkpoints == pytest.approx(whole.disk.checkpoints, rel=1e-3)  # they hold whole tensors
 
 
+def test_layers_are_gathered_while_others_compute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.planning.forecast.link", lambda device: 1.0)  # slower than any step
+    split = planned(folder, 4, "H100", FULL, "shard=true")[1]
+    assert split.duration is not None
+    assert split.duration.prices["training"] == split.exchange_seconds
+
+
+def test_each_device_reads_the_general_text_whole(folder: Path) -> None:
+    one, four = (planned(folder, number, "H100", "evaluation.general=true")[1].duration for number in (1, 4))
+    assert one is not None
+    assert four is not None
+    assert one.prices["measuring"] / 2 < four.prices["measuring"]
+    assert one.counts["measuring"] / 4 < four.counts["measuring"] < one.counts["measuring"]
+
+
+def test_rows_that_are_looked_at_before_are_one_forward_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = planned(folder, 1)[1].duration
+    monkeypatch.setattr("tunesmith.planning.forecast.has_look", lambda recipe: True)
+    looked = planned(folder, 1)[1].duration
+    assert plain is not None
+    assert looked is not None
+    assert looked.prices["training"] > plain.prices["training"]
+
+
 def test_layers_are_split_where_a_whole_model_does_not_fit(folder: Path) -> None:
     big = ("train.tokens_per_pass=4096", "train.checkpointed_layers=0", "optim.name=adamw", FULL)
     whole, split = (planned(folder, 4, "H100", *big, f"shard={value}")[1] for value in ("false", "true"))

@@ -49,7 +49,9 @@ def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
     assert sizes.layers == 2
 
 
-@pytest.mark.parametrize(("arch", "settings"), [("mpnet", {}), ("albert", {"embedding_size": 8})])
+@pytest.mark.parametrize(
+    ("arch", "settings"), [("mpnet", {}), ("albert", {"embedding_size": 8}), ("squeezebert", {"embedding_size": 32})]
+)
 def test_layers_that_cannot_be_recomputed_keep_activations_all_the_same(tmp_path, arch, settings):
     """Linear layers of a BERT-like layer of width 32 have 8 · 32 outputs, as many inputs. ALBERT uses one 3 times."""
     recipe, located = encoder(tmp_path, arch, num_hidden_layers=3, **settings)
@@ -81,8 +83,9 @@ def test_layers_above_trained_rows_of_the_embedding_keep_activations(tmp_path, t
 def needs(
     sizes: Sizes = SIZES, *, tokens: int = 1000, recomputed: int = 0, device: Device = CPU, **load: Any
 ) -> Memory:
+    look = Load(2000, load.pop("looked", 0))
     heavy = Heavy(1, (0,), load.pop("accumulating", False), Load(1000, load.pop("targets", 10), **load))
-    return peak(sizes, heavy, recomputed=recomputed, device=device, base=7)
+    return peak(sizes, heavy, look, recomputed=recomputed, device=device, base=7)
 
 
 def test_layers_keep_their_inputs_and_outputs_and_recomputed_ones_their_input():
@@ -104,6 +107,13 @@ def test_logits_are_those_of_a_piece_where_the_loss_is_fused():
     assert needs(large, targets=2000).logits == 2 * 4 * 96 * 50_000
     assert needs(replace(large, fused_loss=False), targets=2000).logits == 2000 * 50_000 * 16
     assert needs(replace(large, trains_output=True), targets=2000).gradients == 8 * 4 * 50_000
+
+
+def test_measured_rows_that_fill_a_pass_are_the_peak_where_they_have_more_logits():
+    large = replace(SIZES, outputs=50_000)
+    plain = needs(replace(large, fused_loss=False), looked=2000)
+    assert (plain.gradients, plain.activations, plain.logits) == (0, 56000, 2000 * 50_000 * 8)
+    assert needs(large, looked=2000).logits == 2 * 4 * 96 * 50_000
 
 
 def test_gradients_are_there_before_a_pass_or_when_the_update_needs_more():

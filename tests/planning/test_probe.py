@@ -1,7 +1,10 @@
 """A probe lives through the heaviest moments of a run in a process of its own, and tells whatever ends it."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -12,10 +15,12 @@ import psutil
 import pytest
 
 from tiny_run import tiny_recipe
+from tunesmith.errors import OutOfMemoryError
 from tunesmith.planning.duration import KINDS, Duration
 from tunesmith.training import probe as process
 from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
+from tunesmith.training.setup import prepare
 
 
 def foreseen(folder: Path, **sections: Any) -> ResolvedRun:
@@ -75,8 +80,8 @@ def child_that(code: str, monkeypatch, tmp_path: Path) -> None:
     package.mkdir()
     (package / "stub_child.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(package))
-    begin = process.subprocess.run
-    monkeypatch.setattr(process.subprocess, "run", lambda words, **how: begin([*words[:2], "stub_child"], **how))
+    begin = process.subprocess.Popen
+    monkeypatch.setattr(process.subprocess, "Popen", lambda words, **how: begin([*words[:2], "stub_child"], **how))
 
 
 def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):
@@ -101,9 +106,6 @@ def test_what_a_child_said_last_is_told_where_it_fails(tmp_path, monkeypatch):
 
 
 def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
-    from tunesmith.errors import OutOfMemoryError
-    from tunesmith.training.setup import prepare
-
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
     monkeypatch.setattr("tunesmith.training.step._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(OutOfMemoryError, match="out of memory in a micro-batch of one row"):
@@ -132,6 +134,28 @@ def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(pid_file.read_text())).wait(timeout=5)
     assert nothing_left(tmp_path / "runs")
+
+
+def test_a_probe_whose_parent_is_killed_ends_and_leaves_nothing(tmp_path):
+    folder = tmp_path / ".tmp-probe"
+    folder.mkdir()
+    code = "import time; from tunesmith.training import probe; probe.prepare = lambda *a, **how: time.sleep(60)"
+    words = [sys.executable, "-c", f"{code}; probe.main()"]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child.stdin.write(
+        json.dumps({"recipe": {"model": "m"}, "root": "", "folder": str(folder), "offline": True}).encode()
+    )
+    child.stdin.write(b"\n")
+    child.stdin.close()  # as the system does for a killed parent
+    assert child.wait(30) == 1
+    assert not folder.exists()
+
+
+def test_the_peak_is_told_after_each_piece(tmp_path):
+    setup, told = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs"), []
+    process.measure(setup, tmp_path, tell=lambda name, value: told.append(name))
+    assert told[1::2] == ["peak"] * (len(told) // 2)
+    assert {"step", "measuring", "answering", "saving", "finishing"} == set(told[::2])
 
 
 COUNTS = dict(zip(KINDS, (1, 100, 1000, 40, 5, 1), strict=True))

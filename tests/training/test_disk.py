@@ -36,6 +36,16 @@ def test_train_refuses_and_leaves_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"]
 
 
+def test_a_disk_that_does_not_say_its_free_space_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Any) -> Any:
+        raise OSError("not here")
+
+    monkeypatch.setattr(shutil, "disk_usage", fail)
+    run = train(tiny_recipe(tmp_path), root=tmp_path / "runs")
+    plan = next(event for event in run.events() if event.kind == "plan")
+    assert f"{tmp_path / 'runs'}: free space unknown" in plan.values["warnings"]
+
+
 def test_what_is_needed_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that a refusal names is what checkpoints and result really take, and little more."""
     recipe = tiny_recipe(tmp_path)

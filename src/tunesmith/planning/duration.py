@@ -28,8 +28,8 @@ Kind = Literal["starting", "training", "measuring", "answering", "saving", "fini
 
     starting   once: from the start of the process to the first event, without encoding rows
     training   steps
-    measuring  tokens that are only read: of held-out rows before, after and on the way, of training rows at the end, of
-               the general text before and after, and of all rows for a reference
+    measuring  tokens that a device only reads: of held-out rows before, after and on the way, of training rows at the
+               end, of the general text before and after, and of all rows for a reference
     answering  tokens written one after the other, before and after, if every answer is as long as it may be
     saving     checkpoints
     finishing  once: the result and its rehearsal before the first step, the report, the end of the process
@@ -97,14 +97,15 @@ def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
     prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
     answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    devices = resolved(recipe.devices)  # among which rows are dealt; the first one computes a reference
     held, trained = rows.held_store.lengths[rows.held_rows], rows.store.lengths[rows.train_rows]
     looked_at = min(1.0, resolved(recipe.evaluation.surprising) / len(trained))
     compares = TASKS[resolved(recipe.task)].compares
     return {
         "starting": 1,
         "training": steps,
-        "measuring": int(held.sum()) * (evaluations + compares)
-        + int(trained.sum()) * (looked_at + compares)
+        "measuring": int(held.sum()) * (evaluations / devices + compares)
+        + int(trained.sum()) * (looked_at / devices + compares)
         + 2 * general_tokens,
         "answering": 2 * -(-prompts // ANSWER_BATCH) * answer if head == "next_token" else 0,
         "saving": saves(recipe, steps),

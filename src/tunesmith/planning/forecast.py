@@ -11,8 +11,9 @@ from torch import nn
 
 from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.dataset import RowStore
-from tunesmith.data.sampler import StepSampler, padded_size
+from tunesmith.data.sampler import StepSampler, micro_batches_of, padded_size
 from tunesmith.data.splits import Splits
+from tunesmith.evaluation.predict_rows import sample_rows
 from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
@@ -22,6 +23,7 @@ from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.duration import Duration, counts, kept_checkpoints, prices, step_seconds, targets_of
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.tasks import has_look
 from tunesmith.types import HeadName, Layout, ModelKind
 
 BUCKET = 64 * 2**20
@@ -63,7 +65,7 @@ class Forecast:
     split: int = 0
     """Bytes of layers that are split over the devices; 0: each has the whole model."""
     exchange_seconds: float = 0.0
-    """Of a step of several devices: to sum gradients, and to bring split layers together."""
+    """Of a step of several devices: to sum gradients, and to bring split layers together, which goes on meanwhile."""
 
     @property
     def fits(self) -> bool:
@@ -105,11 +107,11 @@ class Forecaster:
     general_tokens: int = 0
     """Tokens of the general text; 0 if it is not measured."""
     _sizes: dict[str, tuple[Sizes, nn.Module]] = field(default_factory=dict)
-    _steps: dict[tuple[str, int], tuple[StepSampler, Heavy]] = field(default_factory=dict)
+    _steps: dict[tuple[str, int], tuple[StepSampler, Heavy, Load]] = field(default_factory=dict)
 
     def forecast(self, recipe: Recipe) -> Forecast:
         """Raises ModelError where no model can be made from its config alone, and what attaching the method raises."""
-        sizes, sampler, heavy = self._looked_up(recipe)
+        sizes, sampler, heavy, look = self._looked_up(recipe)
         layers, size = recipe.train.checkpointed_layers, sampler.part[1]
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
         base = self.base if self.device.kind == "cpu" else 0
@@ -123,18 +125,20 @@ class Forecaster:
         )
         load, micro_batches = self._mean(sampler)
         # Each gradient goes out and comes back once, split layers come twice a micro-batch and their gradients go once.
-        moved = 2 * sizes.gradients + micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered
-        exchange = moved * (size - 1) / size / link(self.device)
+        share = (size - 1) / size / link(self.device)
+        summing = 2 * sizes.gradients * share
+        gathering = micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered * share
         duration = None
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
-            found = prices(sizes, load, self.device, result_bytes=disk.result) | {"training": step + exchange}
-            found["measuring"] /= size
+            found = prices(sizes, load, self.device, result_bytes=disk.result)
+            looking = load.tokens * found["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
+            found["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
             steps = total_steps(recipe, sampler.steps_per_epoch)
             counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
             duration = Duration(counted, found)
         return Forecast(
-            memory=peak(sizes, heavy, recomputed=recomputed, device=self.device, base=base),
+            memory=peak(sizes, heavy, look, recomputed=recomputed, device=self.device, base=base),
             duration=duration,
             disk=disk,
             device=self.device,
@@ -144,11 +148,12 @@ class Forecaster:
             recomputed=recomputed,
             trained_parameters=sizes.trained_parameters,
             split=sizes.gathered,
-            exchange_seconds=exchange,
+            exchange_seconds=summing + gathering,
         )
 
-    def _looked_up(self, recipe: Recipe) -> tuple[Sizes, StepSampler, Heavy]:
-        """The sizes of a recipe's model, its steps, and the heaviest micro-batch of any device."""
+    def _looked_up(self, recipe: Recipe) -> tuple[Sizes, StepSampler, Heavy, Load]:
+        """The sizes of a recipe's model, its steps, and the heaviest micro-batches: of any device, and of what is
+        measured."""
         key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.shard}"
         if key not in self._sizes:
             self._sizes[key] = sizes_of(
@@ -161,8 +166,18 @@ class Forecaster:
             sampler = self.sampler_of(recipe, first if sizes.can_pack or not others else others[0], model)
             pads = pads_to_multiple(sampler.layout, device=self.device.kind, precision=resolved(recipe.precision))
             heavy = heaviest(sampler, total_steps(recipe, sampler.steps_per_epoch), self.rows.store, is_filled=pads)
-            self._steps[steps_key] = sampler, heavy
+            self._steps[steps_key] = sampler, heavy, self._look(recipe, sampler)
         return sizes, *self._steps[steps_key]
+
+    def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
+        """The micro-batch of most targets among held-out rows and the training rows that are measured at the end."""
+        rows, found = self.rows, [Load(0, 0)]
+        seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
+        for store, rows_I in ((rows.held_store, rows.held_rows), (rows.store, seen_I)):
+            targets_I, some_I, tokens = targets_of(store), [int(i) for i in rows_I], sampler.tokens_per_pass
+            for one in micro_batches_of(store, some_I, tokens_per_pass=tokens, layout=sampler.layout) if some_I else ():
+                found.append(Load(int(store.lengths[list(one)].sum()), int(targets_I[list(one)].sum())))
+        return max(found, key=lambda load: load.targets)
 
     def _mean(self, sampler: StepSampler) -> tuple[Load, float]:
         """What a device computes in a mean step, and in how many micro-batches."""

@@ -4,6 +4,7 @@
 
     step    gradients of the micro-batches before + activations kept + one layer at work + logits in pieces
     update  gradients + one layer at work
+    look    one layer at work + logits of the rows that are measured, in pieces where the loss is fused
 
 A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone (Chen et
 al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
@@ -12,7 +13,7 @@ al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,10 @@ def sizes_of(
     modules = [target.module for target in inner_linears(model)]
     features, linears = sum(sum(shape_OI(one)) for one in modules), [one.get_parameter("weight") for one in modules]
     saved = _packed_away(linears) if method.quantizes else 0
+    # SqueezeBERT writes its linear layers as convolutions.
+    convs = [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
+    features += sum(one.in_channels + one.out_channels for one in convs)
+    linears += [one.get_parameter("weight") for one in convs]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs one layer again and again
@@ -232,8 +237,9 @@ def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 
-def peak(sizes: Sizes, heavy: Heavy, *, recomputed: int, device: Device, base: int) -> Memory:
-    """The most that a run needs. `recomputed`: layers whose activations are; `base`: bytes held before."""
+def peak(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int) -> Memory:
+    """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes where a
+    step has too few; `recomputed`: layers whose activations are; `base`: bytes held before."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
@@ -246,8 +252,15 @@ def peak(sizes: Sizes, heavy: Heavy, *, recomputed: int, device: Device, base: i
     # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go back to the
     # system, and what measuring rows needs comes besides.
     left = logits + at_work if is_cpu and not wide else 0
-    if sizes.gradients + at_work > gradients + activations + logits:
-        gradients, activations, logits = sizes.gradients, at_work, 0
+    read, _ = _logits(replace(sizes, trains_output=False), look.targets, is_cpu)
+    if not sizes.fused_loss:  # logits as they are computed, in float32, and their softmax
+        read = look.targets * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
+    moments = [
+        (gradients, activations, logits),
+        (sizes.gradients, at_work, 0),
+        (0, int(AT_WORK * sizes.itemsize * look.tokens * sizes.features / sizes.layers), read),
+    ]
+    gradients, activations, logits = max(moments, key=sum)
     runtime = (LIBRARIES_WIDE if wide else LIBRARIES_NARROW) if is_cpu else CUDA_CONTEXT
     tensors = sizes.weights + sizes.masters + sizes.optimizer + gradients + activations + logits
     return Memory(

@@ -2,8 +2,8 @@
 
     python -m tunesmith.training.probe
 
-is the child. It reads what to try from its standard input as JSON, and writes what it measured to its standard output,
-one line of JSON a piece, so that a probe which is killed loses nothing.
+is the child. It reads what to try from its standard input, one line of JSON, and writes what it measured to its
+standard output, one line a piece, so that a probe which is killed loses nothing. It ends when its input ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
-from tunesmith.planning.duration import Duration, Kind, targets_of
+from tunesmith.planning.duration import KINDS, Duration, Kind, targets_of
 from tunesmith.planning.forecast import Forecast, heaviest
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
@@ -52,8 +54,8 @@ SETTLED = 8
 """Steps of usual size that count, the last ones."""
 LOOKED_AT = 64
 """Steps among which those of usual size are looked for."""
-LOOKS = 6
-"""Micro-batches of held-out rows."""
+LOOKS, LOOKS_S = 6, 4.0
+"""Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
 FEW_WORDS, MORE_WORDS = 2, 10
 KILLED = "the system killed it, as it does where memory ends"
 
@@ -86,7 +88,10 @@ class Found:
     """Why it came no further; empty: it came to its end."""
 
     def hear(self, name: str, value: Any) -> None:
-        """Take a line of the child: the name of a field, or a kind of work, and its value."""
+        """Take a line of the child: the name of a field, or a kind of work, and its value.
+
+        Raises ValueError for another name.
+        """
         if name == "step":
             self.steps.append(Timed(**value))
         elif name == "note":
@@ -94,7 +99,7 @@ class Found:
         elif name in ("peak", "ended"):
             setattr(self, name, value)
         else:
-            self.work[name] = Timed(**value)  # type: ignore[index]
+            self.work[KINDS[KINDS.index(name)]] = Timed(**value)
 
     def duration(self, forecast: Forecast | None, mean_tokens: float) -> Duration | None:
         """The whole run at the measured prices; None without a step or a forecast, which has the counts.
@@ -128,20 +133,27 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
     on_progress("probe", 0, 1)
     try:
         with open(folder / "measured", "w+b") as measured, open(folder / "printed", "w+b") as printed:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tunesmith.training.probe"],
+                stdin=subprocess.PIPE,
+                stdout=measured,
+                stderr=printed,
+                env=for_child(),
+                start_new_session=True,  # Ctrl-C reaches this process, which ends the child
+            )
+            assert child.stdin is not None, "it has a pipe, which ends with this process"
             try:
-                child = subprocess.run(
-                    [sys.executable, "-m", "tunesmith.training.probe"],
-                    input=json.dumps(asked).encode(),
-                    stdout=measured,
-                    stderr=printed,
-                    env=for_child(),
-                    timeout=limit_s,
-                    start_new_session=True,  # Ctrl-C reaches this process, which ends the child
-                    check=False,
-                )
-                ended = _why(child.returncode, (folder / "printed").read_text("utf-8", "replace"))
+                with suppress(BrokenPipeError):  # it ended before it read what to try
+                    child.stdin.write(json.dumps(asked).encode() + b"\n")
+                    child.stdin.flush()
+                ended = _why(child.wait(limit_s), folder / "printed")
             except subprocess.TimeoutExpired:
                 ended = f"it was not done within {limit_s:,.0f} s"
+            finally:
+                child.kill()
+                child.wait()
+                with suppress(OSError):  # unsent input
+                    child.stdin.close()
             for line in (folder / "measured").read_text("utf-8").splitlines():
                 found.hear(*json.loads(line))
         found.ended = found.ended or ended
@@ -151,9 +163,9 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
         on_progress("probe", 1, 1)
 
 
-def _why(code: int, printed: str) -> str:
+def _why(code: int, printed: Path) -> str:
     """Why the child ended, in words; empty: it came to its end."""
-    lines = [line for line in printed.splitlines() if line.strip()]
+    lines = [line for line in printed.read_text("utf-8", "replace").splitlines() if line.strip()]
     if code == -signal.SIGKILL:
         return KILLED
     return "" if code == 0 else f"exit code {code}{': ' + lines[-1][:300] if lines else ''}"
@@ -161,7 +173,8 @@ def _why(code: int, printed: str) -> str:
 
 def main() -> int:
     """The child. 0: all was measured, or it was said why not."""
-    asked = json.loads(sys.stdin.read())
+    asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, args=(Path(asked["folder"]),), daemon=True).start()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no message
 
@@ -181,23 +194,37 @@ def main() -> int:
     return 0
 
 
+def _end_with_parent(folder: Path) -> None:
+    """End this process and remove its folder when its input ends, as it does where the parent was killed."""
+    while os.read(0, 1):  # sys.stdin would hold a lock that the interpreter waits for at its end
+        pass
+    try:
+        remove(folder)
+    finally:
+        os._exit(1)
+
+
 def measure(setup: Setup, folder: Path, *, tell: Tell) -> None:
     """Do it, and tell each piece as soon as it is done. A checkpoint and a result are written into `folder`.
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
-    _take_steps(setup, tell)
-    _measure_rows(setup, tell)
-    _answer(setup, tell)
+
+    def tell_all(name: str, value: Any) -> None:
+        tell(name, value)
+        tell("peak", peak(setup.device))
+
+    _take_steps(setup, tell_all)
+    _measure_rows(setup, tell_all)
+    _answer(setup, tell_all)
     began = time.perf_counter()
     checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.optimizer.state(), state={})
-    tell("saving", asdict(Timed(time.perf_counter() - began)))
+    tell_all("saving", asdict(Timed(time.perf_counter() - began)))
     began = time.perf_counter()
     setup.save_result(folder / "result")
     written = time.perf_counter() - began
     smoke_test(length_histogram(setup))  # a report without its numbers
-    tell("finishing", asdict(Timed(written + time.perf_counter() - began)))  # the result is rehearsed, and written
-    tell("peak", peak(setup.device))
+    tell_all("finishing", asdict(Timed(written + time.perf_counter() - began)))  # the result is rehearsed, and written
 
 
 def peak(device: str) -> int:
@@ -221,7 +248,6 @@ def _take_steps(setup: Setup, tell: Tell) -> None:
             tell("note", f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
         seconds = event.timing["seconds"]
         tell("step", asdict(Timed(seconds, event.values["tokens"], step=step)))
-        tell("peak", peak(setup.device))
         spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
         if spent > USUAL_S or (number >= USUAL and spent > MORE_S):
             return
@@ -235,13 +261,15 @@ def _measure_rows(setup: Setup, tell: Tell) -> None:
         return
     targets_I, seconds, tokens = targets_of(collator.store), 0.0, 0
     heavy = max(passes, key=lambda members: float(targets_I[list(members)].sum()))
-    some = [heavy, *passes[:: max(1, len(passes) // LOOKS)]]
+    some = [heavy, *passes[:: max(1, len(passes) // LOOKS)][:LOOKS]]
     for number, members in enumerate(some):
         began = time.perf_counter()
         predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=sampler.tokens_per_pass)
         if number:
             seconds += time.perf_counter() - began
             tokens += int(collator.store.lengths[list(members)].sum())
+        if seconds > LOOKS_S:
+            break
     tell("measuring", asdict(Timed(seconds, tokens)))
 
 

@@ -4,6 +4,7 @@ made before step 1."""
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -302,7 +303,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     needed = checkpoints + result * (1 + snapshots + bool(snapshots)) - min(checkpoints, held)  # one for a stop
-    if needed <= (free := free_bytes(folder)):
+    if (free := free_bytes(folder)) == sys.maxsize:
+        setup.notes.append(f"{folder}: free space unknown")
+    if needed <= free:
         return
     raise DoesNotFitError(
         f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: {size(checkpoints)} for "
@@ -314,8 +317,11 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that exists or will."""
-    return shutil.disk_usage(next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())).free
+    """Free bytes on the disk of a folder that exists or will; `sys.maxsize` where the system does not say."""
+    try:
+        return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+    except OSError:
+        return sys.maxsize
 
 
 def collators(
