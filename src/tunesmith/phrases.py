@@ -52,8 +52,9 @@ def span(low: float, high: float) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:
-    """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are named."""
-    near = difflib.get_close_matches(name, list(names), n=1)
+    """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are named,
+    which have to be liker, since they share suffixes."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6 if folder is None else 0.75)
     return f" Did you mean {near[0] if folder is None else folder / near[0]}?" if near else ""
 
 

@@ -220,7 +220,9 @@ def test_measures_are_written_with_their_intervals() -> None:
 def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:
     before, after = ({"loss": fake_events.interval(x), "accuracy": fake_events.interval(x)} for x in (0.4, 0.6))
     assert headline_metric(before, after) == "accuracy 40.0% → 60.0%"
-    assert headline_metric({"loss": before["loss"]}, after) == ""
+    assert headline_metric({"loss": before["loss"]}, after) == "accuracy 60.0%"
+    assert headline_metric({}, {"preference_accuracy": fake_events.interval(0.75)}) == "preference accuracy 75.0%"
+    assert headline_metric(before, {"loss": before["loss"]}) == ""
     assert headline_metric({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0% (majority 58.0%)"
 
 
@@ -297,10 +299,12 @@ def test_work_outside_a_terminal_is_told_if_it_takes_long(monkeypatch: pytest.Mo
         progress("evaluate", 1, 4)  # at once
         later = time.monotonic() + PLAIN_WAIT_S
         monkeypatch.setattr("time.monotonic", lambda: later)
-        for done in (2, 3):  # within PLAIN_SECONDS
+        for done in (2, 3, 4):  # within PLAIN_SECONDS
             progress("evaluate", done, 4)
+        for done in (1, 4):  # no line has said that it began
+            progress("check", done, 4)
     assert isinstance(screen.file, io.StringIO)
-    assert screen.file.getvalue() == "measuring held-out rows: 50 %\n"
+    assert screen.file.getvalue() == "measuring held-out rows: 50 %\nmeasuring held-out rows: 100 %\n"
 
 
 def test_a_plan_counts_its_steps_in_epochs() -> None:

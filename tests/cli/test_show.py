@@ -65,3 +65,8 @@ def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
     for words in ("prompt", "reference", "before", "after", "✗ Great!", "✓ positive", "✗ Well", "not yet"):
         assert words in text
     assert "nothing" not in text
+    long = {"prompt": "Why?", "reference": "so", "before": "far " * 50, "before_stopped": False}
+    console.print(answers_table({0: long, 1: long | {"before": "far"}}, width=100, most=4))
+    text = console.export_text()
+    assert "… …" not in " ".join(text.split())
+    assert "far …" in text

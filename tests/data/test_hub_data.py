@@ -1,5 +1,6 @@
 """Data sets of the hub by address, over HTTP against a stand-in: what is read, refused, and fetched once."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,22 @@ def pinned_data(address: str = "hf://datasets/acme/chats", **options: Any) -> Da
 @pytest.fixture
 def full_disk(monkeypatch):
     monkeypatch.setattr(addresses, "DISK_SHARE", 0.0)
+
+
+def test_downloads_of_all_sides_share_the_free_disk(server, monkeypatch):
+    """Three addresses of 40 % of it each."""
+    names = [f"acme/part-{i}" for i in range(3)]
+    for i, name in enumerate(names):
+        server.dataset(name, {"train.parquet": parquet([chat(i)])})
+    addresses_ = [DataFile(path=f"hf://datasets/{name}") for name in names]
+    num_bytes = [addresses.find_files(file.path, [], offline=False)[1][0].num_bytes for file in addresses_]
+    usage = shutil.disk_usage("/")._replace(free=int(2.5 * max(num_bytes) / addresses.DISK_SHARE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    _, notes = pin(Data(train=tuple(addresses_[:2]), eval=(addresses_[0],)), offline=False)
+    assert [note.rpartition(", ")[2] for note in notes] == ["kept in the hub's cache"] * 2
+    data, notes = pin(Data(train=tuple(addresses_[:2]), eval=(addresses_[2],)), offline=False)
+    assert ["streamed: " in note for note in notes] == [True] * 3
+    assert not any(addresses.known(file.path).is_kept for file in (*data.train, *data.eval))
 
 
 def test_download_goes_on_after_cut_connections(server, monkeypatch):

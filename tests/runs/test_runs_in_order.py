@@ -55,6 +55,7 @@ def test_runs_are_sorted_and_those_without_a_value_come_last(sort, names):
     ("where", "message"),
     [
         ("tusk=chat", "no run has a field tusk. Did you mean task"),
+        ("foo=1", "`tunesmith show RUN --json` lists those of a run."),
         ("task", "not of the form FIELD=VALUE"),
         ("task<chat", "it is text, such as 'chat'"),
         ("loss<low", "it is a number, such as 1.5"),

@@ -120,6 +120,21 @@ def test_a_trial_that_is_refused_before_any_run_is_made_ends_the_sweep(tmp_path:
     assert not any((sweep.root / trial.name).exists() for trial in sweep.grid.trials)
 
 
+def test_a_trial_that_is_refused_while_others_get_ready_is_recorded(tmp_path: Path) -> None:
+    def before(job: Any) -> str:
+        if job.name != "lr-01":
+            time.sleep(0.2)
+        return "no room for it" if job.name == "lr-01" else ""
+
+    engine, sweep = OneByOne(FakeTrials(LOSSES, before=before)), sweep_of(tmp_path)
+    engine.slots = 2
+    with sweep.opened():
+        sweep.run(engine, Watch(poll_s=0.005))
+    states = {one.trial.name: (one.state, one.reason) for one in sweep.outcomes()}
+    assert states.pop("lr-01") == ("failed", "no room for it")
+    assert {state for state, _ in states.values()} == {"done"}
+
+
 def test_no_trial_that_ends_well_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
     run(sweep, FakeTrials(LOSSES, before=lambda job: "the disk is full"))

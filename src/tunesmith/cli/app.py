@@ -105,7 +105,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={**HELP, "max_content_width": 100},
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 stopped and resumable, 130 interrupted.",
 )
 
 
@@ -121,7 +121,7 @@ def about(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Fine-tune language models on your own data, on the machine you have, and prove that it worked.
+    """Fine-tune language models on your own data, on the machine you have, and see whether it worked.
 
     [bold]tunesmith train[/] HuggingFaceTB/SmolLM2-135M-Instruct support.jsonl
 

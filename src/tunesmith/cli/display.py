@@ -213,13 +213,15 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
 
 
 def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:
-    """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`."""
-    due = time.monotonic() + PLAIN_WAIT_S
+    """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`, and one at the end of a phase that
+    has had a line."""
+    due, shown = time.monotonic() + PLAIN_WAIT_S, ""
 
     def line(what: str, done: int, total: int) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + PLAIN_SECONDS
+        nonlocal due, shown
+        is_end = done >= total > 1
+        if time.monotonic() >= due or (is_end and what == shown):
+            due, shown = time.monotonic() + PLAIN_SECONDS, "" if is_end else what
             screen.print(visible(words.get(what, what) + (f": {100 * done / total:.0f} %" if total > 1 else "")))
 
     return line

@@ -27,7 +27,10 @@ ACCENT, MUTED, TRAINED = "cyan", "bright_black", "bold green"
 BETTER, WORSE = "green", "red"
 COLOURS = {"better": BETTER, "worse": WORSE}
 MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
-LIST_METRICS = ("accuracy", "macro_f1", "micro_f1", "span_f1", "spearman", "rougeL", "token_accuracy")
+LIST_METRICS = (
+    "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman", "rougeL",
+    "token_accuracy",
+)  # fmt: skip
 """A list of runs shows the first of these that was measured."""
 MOST_LABELS = 12
 """Classes named in the plan."""
@@ -144,7 +147,8 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
     """The most important metric, before and after, or with that of the majority baseline; "" if there is none."""
-    key = next((key for key in LIST_METRICS if key in after and (key in before or not before)), None)
+    measured = [key for key in LIST_METRICS if key in after]
+    key = next((key for key in measured if key in before), measured[0] if measured else None)
     if key is None:
         return ""
     info = info_of(key)
@@ -265,8 +269,8 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
             if when not in sample:
                 cells.append(Text("not yet", style=MUTED))
                 continue
-            cut = "" if sample.get(f"{when}_stopped", True) else " …"
-            answer = (one_line(sample.get(when, ""), longest) or "(nothing)") + cut
+            answer = one_line(sample.get(when, ""), longest) or "(nothing)"
+            answer += "" if sample.get(f"{when}_stopped", True) or answer.endswith("…") else " …"
             cells.append(Text.assemble(MARKS[mark(sample.get(when, ""), reference)], answer))
         table.add_row(*cells)
     return table

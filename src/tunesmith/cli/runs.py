@@ -231,9 +231,11 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
             )
         if rows and name not in known:
             ways = (
-                "There are those of `tunesmith runs --json`, metrics (before.loss: before training), options (optim.lr)"
+                "Fields are name, state, model, task, method, step, steps, created and loss; metrics, such as accuracy "
+                "(before.accuracy: before training); and options, such as optim.lr: `tunesmith show RUN --json` lists "
+                "those of a run."
             )
-            raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}.")
+            raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}")
     for place, match in conditions:
         assert match is not None
         rows = [row for row in rows if _holds(place, row["fields"].get(match[1]), match[2], match[3])]

@@ -120,9 +120,29 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     Data without an address is returned as it is, and nothing is asked of anybody. Raises DataError for an address that
     cannot be used.
     """
-    notes: list[str] = []
-    sides = {side: tuple(_pinned(file, notes, offline=offline) for file in getattr(data, side)) for side in SIDES}
-    return data.model_copy(update=sides), notes
+    files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
+    if not files:
+        return data, []
+    listings, others = dict[str, Listing](), dict[str, list[str]]()
+    for at in dict.fromkeys(file.at for file in files):
+        listings[at] = find_files(at, others.setdefault(at, []), offline=offline)
+    missing = {at: [one for one in found if one.cached() is None] for at, (_, found) in listings.items()}
+    of_hub = {one.address: one for at, found in missing.items() if at.startswith(HUB) for one in found}
+    if offline and of_hub:
+        raise DataError(f"{next(iter(of_hub))}: not downloaded yet, and --offline forbids it. Run once without.")
+    have_room, notes = _fit(list(of_hub.values())), list[str]()
+    for file in {file.at: file for file in files}.values():
+        address, found = listings[file.at]
+        is_kept = have_room and address.startswith(HUB)
+        register(address, [replace(one, is_kept=is_kept) for one in found])
+        pinned = f"pinned to {address}: " if address != file.at else ""
+        facts = f"{plural(len(found), 'file')}, {size(_sum(found))}, {_cost(missing[file.at], is_kept=is_kept)}"
+        notes += [f"{file.path}: {pinned}{facts}", *others[file.at]]
+
+    def at_commit(file: DataFile) -> DataFile:
+        return file.model_copy(update={"path": listings[file.at][0]}) if file.at in listings else file
+
+    return data.model_copy(update={side: tuple(map(at_commit, getattr(data, side))) for side in SIDES}), notes
 
 
 def pin_path(path: str, *, offline: bool) -> tuple[str, list[str]]:
@@ -136,20 +156,6 @@ def short_name(path: str) -> str:
     return str(_parts(path)[0].id).rpartition("/")[2] if path.startswith(HUB) else Path(path).name
 
 
-def _pinned(file: DataFile, notes: list[str], *, offline: bool) -> DataFile:
-    if not is_address(file.at):
-        return file
-    found: list[str] = []
-    address, files = find_files(file.at, found, offline=offline)
-    missing = [one for one in files if one.cached() is None]
-    if offline and missing and file.at.startswith(HUB):
-        raise DataError(f"{missing[0].address}: not downloaded yet, and --offline forbids it. Run once without.")
-    register(address, [replace(one, is_kept=_fit(missing)) for one in files])
-    pinned = f"pinned to {address}: " if address != file.at else ""
-    notes += [f"{file.path}: {pinned}{plural(len(files), 'file')}, {size(_sum(files))}, {_cost(missing)}", *found]
-    return file.model_copy(update={"path": address})
-
-
 def members(address: str) -> list[DataFile]:
     """The files of an address, those that are on this machine with their place.
 
@@ -161,26 +167,25 @@ def members(address: str) -> list[DataFile]:
     return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in registered(address)]
 
 
-def _cost(missing: Sequence[RemoteFile]) -> str:
+def _cost(missing: Sequence[RemoteFile], *, is_kept: bool) -> str:
     """The cost of reading files of which these are missing: bytes to download, and bytes of disk."""
     if not missing:
         return "all here"
-    if _fit(missing):
+    if is_kept:
         return f"{size(_sum(missing))} to download, kept in the hub's cache"
     most = size(max(file.num_bytes for file in missing))
     return (
-        f"streamed: {size(_sum(missing))} to download, of which at most {most} are on the disk at a time; encoded rows "
-        "need up to twice their size while they are put together"
+        f"streamed: {size(_sum(missing))} to download, the first file more than once, to see what its rows are; at "
+        f"most {most} are on the disk at a time; encoded rows need up to twice their size while they are put together"
     )
 
 
 def _fit(missing: Sequence[RemoteFile]) -> bool:
-    """Whether files are kept: all are of the hub, and their place has room."""
+    """Whether the hub's cache has room for files that are missing in it."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
-    has_room = _sum(missing) <= DISK_SHARE * shutil.disk_usage(place).free
-    return has_room and all(file.address.startswith(HUB) for file in missing)
+    return _sum(missing) <= DISK_SHARE * shutil.disk_usage(place).free
 
 
 def _sum(files: Sequence[RemoteFile]) -> int:

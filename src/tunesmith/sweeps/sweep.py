@@ -142,7 +142,7 @@ class Sweep:
         """Run what is left of every trial, in the order of the grid.
 
         Raises Stopped, after the trials at work have saved a checkpoint, if asked to stop, and InputError if a trial
-        is refused before any has made its run.
+        is refused before any has made its run and no other is getting ready.
         """
         engine, watch = engine or OneByOne(), watch or Watch()
         waiting, running = self._left(watch), list[Trial]()
@@ -158,7 +158,8 @@ class Sweep:
                 self._hear(trial, watch)
                 if trial.name in ended:
                     running.remove(trial)
-                    self._conclude(trial, ended[trial.name], watch, is_over=stopping or watch.should_stop())
+                    is_over = stopping or watch.should_stop()
+                    self._conclude(trial, ended[trial.name], watch, is_over=is_over, is_alone=not running)
                 elif stopping or trial.name in self.stopped:
                     run = self.followers[trial.name].run
                     if run.is_locked() and not run.stop_asked():
@@ -207,13 +208,13 @@ class Sweep:
         metric = info_of(self.grid.metric)
         return f"{metric.label} {metric.text(at['value'])} at step {at['step']} was place {at['rank']} of {at['of']}"
 
-    def _conclude(self, trial: Trial, failure: str, watch: Watch, *, is_over: bool) -> None:
+    def _conclude(self, trial: Trial, failure: str, watch: Watch, *, is_over: bool, is_alone: bool) -> None:
         run = self.followers[trial.name].run
         if run.state() == "done":  # before it heard that it should stop
             self.stopped.pop(trial.name, None)
             self.failed.pop(trial.name, None)
         elif trial.name not in self.stopped and not is_over:
-            if failure and not any(map(self._has_run, self.grid.trials)):
+            if failure and is_alone and not any(map(self._has_run, self.grid.trials)):
                 raise InputError(f"trial {trial.name} ({options_text(trial.options)}) cannot be run: {failure}")
             self.failed[trial.name] = failure or "stopped by somebody else"
         self._save()

@@ -142,11 +142,11 @@ class Wandb(Tracker):
 
         settings = wandb.setup().settings
         if settings.mode == "disabled":
-            raise InputError("WANDB_MODE=disabled: nothing would be tracked")
+            raise InputError("WANDB_MODE=disabled: nothing would be tracked. Unset it, or leave the tracker out.")
         if settings.mode not in OFFLINE:
-            _reach(settings.base_url, offline)
+            _reach(settings.base_url, offline, "Check it, or work without the network: WANDB_MODE=offline.")
             if not wandb.login(verify=True, timeout=1):
-                raise InputError("there is no login")
+                raise InputError(f"there is no login. {Wandb.way_out}")
 
     def __init__(self, run: Run, reader: RunReader) -> None:
         import wandb
@@ -202,7 +202,7 @@ class Mlflow(Tracker):
     def check(offline: bool) -> None:
         import mlflow
 
-        _reach(mlflow.get_tracking_uri(), offline)
+        _reach(mlflow.get_tracking_uri(), offline, Mlflow.way_out)
         mlflow.MlflowClient().search_experiments(max_results=1)
 
     def __init__(self, run: Run, reader: RunReader) -> None:
@@ -261,9 +261,10 @@ class Trackio(Tracker):
         from huggingface_hub import get_token
 
         space, server = (os.environ.get(f"TRACKIO_{name}", "") for name in ("SPACE_ID", "SERVER_URL"))
-        _reach(f"https://huggingface.co/spaces/{space}" if space and (offline or get_token()) else server, offline)
+        address = f"https://huggingface.co/spaces/{space}" if space and (offline or get_token()) else server
+        _reach(address, offline, Trackio.way_out)
         if space and not get_token():
-            raise InputError(f"{space}: there is no login for it. Set HF_TOKEN, or call `hf auth login`")
+            raise InputError(f"{space}: there is no login for it. Set HF_TOKEN, or call `hf auth login`.")
 
     def __init__(self, run: Run, reader: RunReader) -> None:
         import trackio
@@ -306,20 +307,23 @@ def check(name: str, *, offline: bool) -> None:
     """Raise InputError if a tracker cannot be used: a broken package, no server, no login, or no network allowed."""
     try:
         TRACKERS[name].check(offline)
+    except InputError as error:  # with its own advice
+        raise InputError(f"track: {name}: {' '.join(str(error).split())}") from error
     except Exception as error:  # of the library, of a database or of the network
         cause = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise InputError(f"track: {name}: {cause}. {TRACKERS[name].way_out}") from error
 
 
-def _reach(address: str, offline: bool) -> None:
-    """Raise InputError if the server at an HTTP address does not answer, or must not be asked."""
+def _reach(address: str, offline: bool, way: str) -> None:
+    """Raise InputError if the server at an HTTP address does not answer, with a way out, or must not be asked."""
     if not address.startswith("http"):
         return
     if offline:
-        raise InputError(f"{address} needs the network, and --offline forbids it")
+        raise InputError(f"{address} needs the network, and --offline forbids it. Drop one of the two.")
     try:
         urllib.request.urlopen(address, timeout=PATIENCE_S).close()
     except urllib.error.HTTPError:  # any answer will do
         return
     except (OSError, ValueError) as error:
-        raise InputError(f"{address}: no server answers: {getattr(error, 'reason', error)}") from error
+        why = f"{address}: no server answers: {getattr(error, 'reason', error)}"
+        raise InputError(f"{why}. {way}") from error

@@ -155,14 +155,14 @@ def start(name: str, run: Run | None, *, offline: bool) -> subprocess.Popen[str]
 
 def refuse_unusable(name: str, *, offline: bool) -> None:
     """Raise InputError if a tracker cannot be used."""
-    process = start(name, None, offline=offline)
-    try:
-        said = process.communicate(timeout=READY_S)[1]
-    except subprocess.TimeoutExpired:
-        way = f"Leave it out, and send the run later: {command('track', 'RUN', '--to', name)}"
-        raise InputError(f"track: {name}: no answer for {READY_S:.0f} s. {way}") from None
-    finally:
-        process.kill()
+    with start(name, None, offline=offline) as process:
+        try:
+            said = process.communicate(timeout=READY_S)[1]
+        except subprocess.TimeoutExpired:
+            way = f"Leave it out, and send the run later: {command('track', 'RUN', '--to', name)}"
+            raise InputError(f"track: {name}: no answer for {READY_S:.0f} s. {way}") from None
+        finally:
+            process.kill()
     if process.returncode:
         raise InputError(said.strip().rpartition("\n")[2] or f"track: {name}: its process ended.")
 
