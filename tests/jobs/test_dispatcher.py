@@ -221,6 +221,22 @@ def test_what_a_run_says_while_the_store_fails_is_taken_over_later(opened: Opene
     store.close()
 
 
+def test_a_run_whose_start_clears_a_request_to_stop_is_asked_again(opened: Opened, tmp_path: Path) -> None:
+    store, launcher = opened(tmp_path), FakeLauncher()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, FakeModels())
+    for _ in range(2):
+        working.round()
+    store.act(name, "cancel", "cancelled")
+    [run] = launcher.started
+    stop, requests = run.stop, []
+    run.stop = lambda: requests.append(1) or (len(requests) == 3 and stop())
+    for _ in range(5):
+        working.round()
+    assert (run.is_dead, len(requests), working.active) == (True, 3, {})
+    store.close()
+
+
 def test_one_run_at_a_time_in_the_order_of_creation(opened: Opened, tmp_path: Path) -> None:
     store, launcher, models = opened(tmp_path), FakeLauncher(), FakeModels()
     file = put_file(store, rows(12))

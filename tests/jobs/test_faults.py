@@ -61,7 +61,7 @@ def test_a_thousand_sequences_of_actions_follow_the_rules(opened: Opened, tmp_pa
                 continue
             after = RULES.get((wish, state))
             if after is None:
-                with pytest.raises(RequestError, match=f"is already {state}"):
+                with pytest.raises(RequestError, match=f"already {state}"):
                     store.act(name, wish, wish)
             else:
                 assert store.act(name, wish, wish)["status"] == after

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tunesmith.serve.protocol import Delta, EngineOptions, GenerationRequest
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import ServedModel
+from tunesmith.serve.worker import Worker
 from tunesmith.training.trainer import train
 
 OPTIONS = EngineOptions(attaches=True)
@@ -34,6 +37,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def registry(run: Run) -> Registry:
     base = run.recipe().model
     return open_registry([base], root=Path("nowhere"), options=OPTIONS, note=lambda text: None)
+
+
+def test_the_error_of_a_run_that_cannot_be_read_keeps_its_words() -> None:
+    def read_run(name: str, run: Path) -> None:
+        raise OSError("the disk is gone")
+
+    worker, sent = object.__new__(Worker), []
+    worker.inbox, worker._preparing, worker._send = queue.SimpleQueue(), set(), sent.append
+    worker._registry = SimpleNamespace(read_run=read_run)
+    worker._try(1, worker._read_run, "a", Path())
+    [[(_, error)]] = sent
+    assert (error.code, str(error)) == ("not_servable", "OSError: the disk is gone")
 
 
 def texts(registry: Registry, asked: list[tuple[str, str]], at: dict[int, object]) -> list[str]:

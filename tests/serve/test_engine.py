@@ -252,6 +252,22 @@ def test_the_end_of_a_worker_has_a_reason() -> None:
     assert asyncio.run(scene()) == "exit code 1: no more"
 
 
+def test_a_worker_that_sends_what_cannot_be_read_is_started_again() -> None:
+    notes: list[str] = []
+    made = engine.WorkerEngine([], Path(), OPTIONS, {}, notes.append)
+    made._new_worker = lambda: worker_that("sys.stdin.read()")  # type: ignore[method-assign]
+
+    async def scene() -> None:
+        made._worker = await worker_that("sys.stdout.buffer.write(pack(5)); sys.stdout.flush(); sys.stdin.read()")
+        made._supervisor = asyncio.create_task(made._supervise())
+        await until(lambda: made.state().restarts == 1 and made.state().alive)
+        await made.close(0.0)
+
+    asyncio.run(scene())
+    assert "the engine sent what cannot be read: TypeError" in notes[0]
+    assert "SIGKILL" in notes[1]
+
+
 def test_whatever_a_crash_interrupts_gets_500_and_what_waits_503() -> None:
     made = engine.WorkerEngine([], Path(), OPTIONS, {}, lambda text: None)
     waiting, started, reading = calls = engine._Call(1), engine._Call(1, has_started=True), engine._Call()

@@ -52,7 +52,7 @@ def test_documents_come_in_the_order_of_their_scores(key, monkeypatch):
         assert [one["relevance_score"] for one in answer["results"]] == pytest.approx(expected)
         _, answer, _ = server.ask("POST", "/v1/rerank", {**body, "top_n": 1, "return_documents": False})
         assert [sorted(one) for one in answer["results"]] == [["index", "relevance_score"]]
-        for documents in ([], ["a", 1]):
+        for documents in ([], ["a", 1], [{"text": "a", "title": "b"}]):
             status, answer, _ = server.ask("POST", "/v1/rerank", {**body, "documents": documents})
             assert (status, answer["error"]["code"]) == (400, "invalid_value")
         status, answer, _ = server.ask("POST", "/v1/rerank", {**body, "model": "mood"})
@@ -71,8 +71,12 @@ def test_health_and_metrics(server: Running) -> None:
     assert 'tunesmith_requests_total{route="/v1/chat/completions",status="200"}' in text
     assert 'tunesmith_requests_total{route="none",status="404"}' in text
     assert "nowhere-1" not in text
-    for name in ("tunesmith_engine_up 1.0", "tunesmith_engine_restarts_total 3.0", "tunesmith_completion_tokens_total"):
-        assert name in text
+    for line in (
+        "tunesmith_engine_up 1.0",
+        "tunesmith_engine_restarts_total 3.0",
+        "# TYPE tunesmith_prompt_tokens_total counter",
+    ):
+        assert line in text.splitlines()
 
 
 def test_health_says_when_the_model_cannot_answer() -> None:
@@ -138,6 +142,25 @@ def test_refused_in_one_shape(
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert (answer["error"]["code"], answer["error"]["type"]) == (code, "invalid_request_error")
     assert server.engine.open == 0
+
+
+def test_a_parameter_that_is_null_is_not_there(server: Running) -> None:
+    unused = dict.fromkeys(("audio", "functions", "reasoning_effort", "store"))
+    assert server.ask("POST", "/v1/chat/completions", {**CHAT, **unused})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({**CHAT, "messages": [{"from": "human", "value": "hi"}]}, "messages[0].role"),
+        ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read."),
+        (b" ", "The body is empty or null."),
+        (b"[" * 65, "The body cannot be read as JSON: it nests deeper than 64."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_words_of_a_request(server: Running, body: object, said: str) -> None:
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", body)
+    assert (status, said in answer["error"]["message"]) == (400, True), answer
 
 
 def test_everything_wrong_is_said_at_once(server: Running) -> None:

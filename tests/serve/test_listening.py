@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
@@ -17,7 +18,8 @@ SLOW = [{"role": "user", "content": "SLOW one two three"}]
 
 
 @pytest.mark.parametrize(
-    ("host", "said"), [("203.0.113.7", "203.0.113.7:0: "), ("nowhere.invalid", "nowhere.invalid:0: ")]
+    ("host", "said"),
+    [("203.0.113.7", "203.0.113.7:0: "), ("nowhere.invalid", "nowhere.invalid:0: "), ("a..b", "a..b:0: ")],
 )
 def test_an_address_that_is_not_here_is_refused(host: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
@@ -32,6 +34,19 @@ def test_who_can_reach_an_address_is_told_from_the_address(host: str, is_loopbac
     with bound.socket:
         assert bound.is_loopback is is_loopback
         assert bound.url.startswith(url)
+
+
+def test_a_port_in_use_is_said_without_the_address_twice() -> None:
+    taken = bind("127.0.0.1", 0)
+    with taken.socket, pytest.raises(InputError, match=rf"^127.0.0.1:{taken.port}: Address already in use\. Choose"):
+        bind("127.0.0.1", taken.port)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_address_of_all_of_ipv6_takes_ipv4_too() -> None:
+    bound = bind("::", 0)
+    with bound.socket, socket.create_connection(("127.0.0.1", bound.port), timeout=5):
+        pass
 
 
 def test_what_takes_longer_than_the_grace_hears_why() -> None:

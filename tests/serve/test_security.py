@@ -166,6 +166,10 @@ def test_a_page_that_is_allowed_may_ask() -> None:
         assert status == 200
         assert f"access-control-allow-origin: {page}" in head
         assert "authorization" in head
+        assert "x-request-id" in head
+        assert server.ask("OPTIONS", "/v1/chat/completions", headers={**asked, "Host": "evil.example"})[0] == 403
+        server.wait_until_idle()
+        assert [(one.method, one.status) for one in server.answered] == [("OPTIONS", 200), ("OPTIONS", 403)]
         status, _, head = server.ask("POST", "/v1/chat/completions", CHAT, headers={"Origin": page})
         assert (status, f"access-control-allow-origin: {page}" in head) == (401, True)
         assert server.ask("OPTIONS", "/v1/models", headers={"Origin": page})[0] == 401

@@ -114,8 +114,7 @@ def list_jobs(
 
 def _cells(job: dict[str, Any]) -> tuple[str, ...]:
     made = age(max(0.0, time.time() - job["created_at"]))
-    model = job["fine_tuned_model"] or (job["error"] or {}).get("message") or ""
-    return (job["id"], job["status"], job["model"], job["method"]["type"], made, " ".join(model.split())[:120])
+    return (job["id"], job["status"], job["model"], job["method"]["type"], made, job["fine_tuned_model"] or "–")
 
 
 def show(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
@@ -140,7 +139,8 @@ def _facts(job: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Iterator[s
     numbers = ", ".join(f"{key} {value}" for key, value in job["method"][kind]["hyperparameters"].items())
     yield f"{job['id']}: {job['status']}"
     yield f"{kind} on {job['tunesmith']['base']}: {numbers}, seed {job['seed']}"
-    yield f"trained on {job['training_file']}, measured on {job['validation_file'] or 'nothing'}"
+    measured = f", measured on {job['validation_file']}" if job["validation_file"] else ""
+    yield f"trained on {job['training_file']}{measured}"
     if job["error"] and job["error"]["message"]:
         yield f"{job['error']['code']}: {job['error']['message']}"
     if job["fine_tuned_model"]:

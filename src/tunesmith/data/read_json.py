@@ -66,8 +66,8 @@ def check_depth(raw: bytes, depth: int) -> None:
         if mark in (b"{", b"["):
             now += 1
             if now > allowed:
-                message = f"it nests deeper than {allowed} (data.limits.depth, {DEEPEST} at most)"
-                raise BadRow("too_deep", message, "Flatten the row, or raise the limit.", at=match.start())
+                fix = f"Flatten the row, or raise data.limits.depth ({DEEPEST} at most)."
+                raise BadRow("too_deep", f"it nests deeper than {allowed}", fix, at=match.start())
         elif mark in (b"}", b"]"):
             now -= 1
 
@@ -161,7 +161,7 @@ def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
     if rest.startswith(_NOT_NUMBERS):
         return "not_a_number", f"{rest[:12]!r} is not a number in JSON", "Leave it out."
     if "end of data" in reason or "Unterminated" in reason or pos >= len(text.rstrip()):
-        message = f"the row stops before its end: …{text.rstrip()[-40:]!r}"
+        message = f"it stops before its end: …{text.rstrip()[-40:]!r}"
         return "truncated_json", message, "A row of JSON lines is on one line. If it is, export the file again."
     return "bad_json", f"not JSON: {reason}, {_around(text, pos)}", _hint(rest, reason)
 

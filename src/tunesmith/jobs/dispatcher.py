@@ -58,7 +58,6 @@ class _Active:
     process: ChildProcess | RayRun
     tail: Tail
     translate: EventTranslator
-    is_stopping: bool = False
     is_unwanted: bool = False
     """Whether its job is not running any more."""
 
@@ -251,10 +250,8 @@ class Dispatcher:
         job = self.store.job(one.job)
         assert job is not None, "rows of jobs are never removed"
         one.is_unwanted = job["status"] != "running"
-        if one.is_unwanted and not one.is_stopping:
-            one.process.stop()
-            # Without a folder there is nothing that could take the request yet: it is made again.
-            one.is_stopping = (one.run.path / "run.json").exists()
+        if one.is_unwanted and not (ended or one.run.stop_asked()):
+            one.process.stop()  # a process that has only started may have no folder yet, or clear a request: ask again
         if ended:
             del self.active[one.job]
             if job["status"] == "running":

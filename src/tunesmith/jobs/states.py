@@ -26,6 +26,7 @@ def state_after(state: JobState, action: Action, job: str) -> JobState:
     Raises RequestError for a job that has ended. Its status is 400: clients repeat a 409, which would change nothing.
     """
     if state not in _AFTER[action]:
-        message = f"Job {job} is already {state} and cannot be {_WORDS[action]}."
+        ended = "is already cancelled" if state == "cancelled" else f"has already {state}"
+        message = f"Job {job} {ended} and cannot be {_WORDS[action]}."
         raise RequestError(message, code="invalid_job_state")
     return _AFTER[action][state]

@@ -8,16 +8,17 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
@@ -229,8 +230,7 @@ def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLo
     """The state of the engine when it is read, and counters of requests with the listener that counts."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    for field, (name, said) in _STATE.items():
-        Gauge(name, said, registry=registry).set_function(partial(_read, engine, field))
+    registry.register(_StateCollector(engine))
     requests = Counter("tunesmith_requests", "Requests answered.", ("route", "status"), registry=registry)
     seconds = Histogram(
         "tunesmith_request_seconds", "Time to the end of an answer.", ("route",), registry=registry, buckets=_BUCKETS_S
@@ -244,5 +244,12 @@ def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLo
     return registry, count
 
 
-def _read(engine: Engine, field: str) -> float:
-    return float(getattr(engine.state(), field))
+class _StateCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._engine.state()
+        for field, (name, said) in _STATE.items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield family(name, said, value=float(getattr(state, field)))

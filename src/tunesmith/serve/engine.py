@@ -107,6 +107,14 @@ class WorkerProcess:
                 return f"ended by {signal.Signals(-code).name}"
         return f"exit code {code}" + (f": {self._printed[-1]}" if self._printed else "")
 
+    async def kill(self) -> None:
+        """End the worker at once, and drop what it sent."""
+        assert self.process.stdout is not None, "it has a pipe"
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        with suppress(Exception):
+            await self.process.stdout.read()  # until then its end may not be noticed
+
     async def end(self) -> None:
         """Close the worker's input, which ends it, and wait."""
         assert self.process.stdin is not None, "it has a pipe"
@@ -287,9 +295,13 @@ class WorkerEngine:
         num_short = 0
         while True:
             started = time.monotonic()
-            while (events := await self._worker.receive()) is not None:
-                for key, event in events:
-                    self._on_event(key, event)
+            try:
+                while (events := await self._worker.receive()) is not None:
+                    for key, event in events:
+                        self._on_event(key, event)
+            except Exception as error:  # its next message cannot be found
+                self._note(f"the engine sent what cannot be read: {type(error).__name__}: {error}")
+                await self._worker.kill()
             why = await self._worker.ended()
             self._note(f"the engine ended ({why}) and is started again")
             message = f"the engine ended during this request ({why}); it is started again"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,12 @@ def bind(host: str, port: int) -> BoundSocket:
     """Take the address, before the model is loaded. Raises InputError with the reason if it cannot be had."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=family, backlog=1)
-    except OSError as error:
-        message = f"{host}:{port}: {error.strerror}. Choose another with --host and --port; port 0 is any free one."
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: takes IPv4 too
+        listener = socket.create_server(address[:2], family=family, backlog=1, dualstack_ipv6=both)
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "it is no name of a host"
+        message = f"{host}:{port}: {why}. Choose another with --host and --port; port 0 is any free one."
         raise InputError(message) from None
     name = listener.getsockname()
     return BoundSocket(listener, name[0], name[1], ipaddress.ip_address(name[0].partition("%")[0]).is_loopback)
@@ -122,9 +126,26 @@ class BoundedConnection(H11Protocol):
         self.transport.close()
 
 
-def make_server(app: AccessMiddleware, *, grace_s: float) -> uvicorn.Server:
-    """A server of `app`, ended by its caller and not by signals of its own, that waits so long for requests under way
-    once `should_exit` is set."""
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, ended by its caller and not by signals of its own."""
+
+    should_stop: Callable[[], bool]
+    """Called a few times a second: no more often is a core woken that a run may want."""
+    has_ended: asyncio.Event
+
+    async def main_loop(self) -> None:
+        while not self.should_stop():
+            await self.on_tick(0)  # the date of answers
+            await asyncio.sleep(_POLL_S)
+        self.has_ended.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def make_server(app: AccessMiddleware, *, grace_s: float) -> HttpServer:
+    """A server of `app` that waits so long for requests under way after its end."""
     settings: dict[str, Any] = {
         "http": BoundedConnection,
         "ws": "none",
@@ -138,18 +159,16 @@ def make_server(app: AccessMiddleware, *, grace_s: float) -> uvicorn.Server:
         "timeout_graceful_shutdown": int(grace_s) + AFTER_GRACE_S,
         "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
     }
-    server = uvicorn.Server(uvicorn.Config(app, **settings))
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
-    return server
+    return HttpServer(uvicorn.Config(app, **settings))
 
 
 async def serve(
-    server: uvicorn.Server, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
+    server: HttpServer, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
 ) -> None:
     """Answer until `should_stop()`; then refuse new requests, finish the others within the grace, and end."""
-    serving = asyncio.create_task(server.serve([bound.socket]))
-    while not (should_stop() or serving.done()):
-        await asyncio.sleep(_POLL_S)
-    server.should_exit = True
+    server.should_stop, server.has_ended = should_stop, asyncio.Event()
+    serving, ended = (asyncio.create_task(one) for one in (server.serve([bound.socket]), server.has_ended.wait()))
+    await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
+    ended.cancel()
     # The engine ends in time what takes longer, so that each client gets a reason.
     await asyncio.gather(serving, engine.close(grace_s))

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -133,7 +134,7 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif _headers(scope, b"origin") and _headers(scope, b"origin")[0].decode("latin-1") in self.policy.origins:
+        elif self._is_allowed_page(scope) and not self._is_preflight(scope):
             await self._with_cors(scope, receive, send)
         else:
             await self._handle(scope, receive, send)
@@ -146,7 +147,10 @@ class AccessMiddleware:
         fault, is_gone = "", False
         try:
             error = self._refusal(scope) or await self._not_admitted(scope)
-            known = self.policy.known(scope) if error is None else error_response(error)
+            if error is None and self._is_preflight(scope):
+                known: Response | None = self._with_cors.preflight_response(Headers(scope=scope))
+            else:
+                known = self.policy.known(scope) if error is None else error_response(error)
             if known is not None:
                 await known(scope, receive, response)
             else:
@@ -219,14 +223,14 @@ class AccessMiddleware:
         return None
 
     def _wrong_key(self, scope: Scope) -> RequestError | None:
-        if self.policy.keys is not None and not _is_for_all(scope):
+        if self.policy.keys is not None and not self._needs_no_key(scope):
             given = _headers(scope, b"authorization")
             if len(given) != 1 or not self.policy.keys.accepts(given[0]):
                 return wrong_key()
         return None
 
     async def _not_admitted(self, scope: Scope) -> RequestError | None:
-        if self.policy.admission is not None and not _is_for_all(scope):
+        if self.policy.admission is not None and not self._needs_no_key(scope):
             if any(len(_headers(scope, name)) > 1 for name in (b"authorization", b"openai-project")):
                 return wrong_key("A request has one key, and one project.")
             try:
@@ -240,6 +244,18 @@ class AccessMiddleware:
             message = f"{self.policy.max_requests} requests are under way, and no more are taken. Try again soon."
             return RequestError(message, status=429, code="too_many_requests")
         return None
+
+    def _is_allowed_page(self, scope: Scope) -> bool:
+        return any(one.decode("latin-1") in self.policy.origins for one in _headers(scope, b"origin")[:1])
+
+    def _is_preflight(self, scope: Scope) -> bool:
+        """A browser asks whether an allowed page may send a request."""
+        is_question = scope["method"] == "OPTIONS" and _headers(scope, b"access-control-request-method")
+        return bool(is_question) and self._is_allowed_page(scope)
+
+    def _needs_no_key(self, scope: Scope) -> bool:
+        """The page at / is not secret, and a preflight carries no key."""
+        return (scope["method"] == "GET" and scope["path"] == "/") or self._is_preflight(scope)
 
     def _is_allowed_host(self, host: bytes) -> bool:
         match = _HOST.fullmatch(host)
@@ -275,11 +291,6 @@ class _Response:
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value for header, value in scope["headers"] if header == name]
-
-
-def _is_for_all(scope: Scope) -> bool:
-    """The page at / is not secret."""
-    return bool(scope["method"] == "GET" and scope["path"] == "/")
 
 
 def _where(error: BaseException) -> str:

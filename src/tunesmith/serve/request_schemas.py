@@ -52,7 +52,7 @@ class StrictRoute(APIRoute):
         async def strictly(request: Request) -> Response:
             if self.body_field is not None:
                 check_headers(request)
-                request._body = await _read(request)  # where starlette keeps what it has read
+                request._body = (await _read(request)).strip(b" \t\r\n")  # where starlette keeps what it has read
                 if request._body:
                     request._json = _parse(request._body)
             return await handle(request)
@@ -127,7 +127,7 @@ class Parameters(StrictModel):
             return given
         problems = []
         for name, value in given.items():
-            if name in cls.model_fields or name in NO_EFFECT or (value is None and name in ONLY):
+            if name in cls.model_fields or name in NO_EFFECT or value is None:
                 continue
             allowed = ONLY.get(name, ())
             if any(type(value) is type(one) and value == one for one in allowed):
@@ -235,6 +235,12 @@ class ChatBody(SampledBody):
         if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
             message = "max_tokens and max_completion_tokens: two names of one limit, and they differ. Give one."
             raise refuse("invalid_value", "max_tokens", message)
+        for i, one in enumerate(self.messages):
+            if isinstance(one, dict) and "from" in one:  # a row of training could have it
+                message = (
+                    f"messages[{i}].role and content are needed: from and value are read in rows of training only."
+                )
+                raise refuse("invalid_messages", "messages", message)
         record = {"messages": self.messages, "tools": self.tools}
         found = parse_chat(record, Source("messages", 1), answered=False)
         if isinstance(found, list):
@@ -283,7 +289,11 @@ class EmbeddingBody(Body):
 
 
 def _documents(value: Any) -> Any:
-    return [one.get("text") if isinstance(one, dict) else one for one in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    if any(isinstance(one, dict) and one.keys() != {"text"} for one in value):
+        raise ValueError('should be texts or {"text": ...} without other fields, which no model would read')
+    return [one["text"] if isinstance(one, dict) else one for one in value]
 
 
 class RerankBody(Body):

@@ -90,7 +90,11 @@ def _problem(problem: Mapping[str, Any]) -> tuple[str | None, str, str]:
     if "code" in context:  # raised by our own validators
         return str(context.get("param") or place) or None, str(context["code"]), str(problem["msg"])
     if kind == "missing":
-        return place or None, "missing_required_parameter", f"{place or 'The body'}: missing."
+        return (
+            place or None,
+            "missing_required_parameter",
+            f"{place}: missing." if place else "The body is empty or null.",
+        )
     if kind == "extra_forbidden":
         return place, "unknown_parameter", f"{place}: there is no such parameter."
     message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import sys
 import threading
 import time
@@ -116,8 +117,11 @@ class Worker:
             answer = RequestError(str(error), code="not_servable")
         except BaseException as error:  # libraries in Rust panic with one
             traceback.print_exc()
-            message = f"the request could not be answered: {type(error).__name__}"
-            answer = RequestError(message, status=500, code="internal_error")
+            if work in (self._read_run, self._attach):  # for a job, whose error says why; no request is quoted
+                answer = RequestError(f"{type(error).__name__}: {error}", code="not_servable")
+            else:
+                message = f"the request could not be answered: {type(error).__name__}"
+                answer = RequestError(message, status=500, code="internal_error")
         self._preparing.discard(key)
         self._send([(key, answer)])
 
@@ -185,8 +189,13 @@ def _listen(worker: Worker) -> None:
 
 
 def _watch(limit: int) -> None:
-    """End at the limit of resident memory, since one on addresses would count mapped files."""
+    """End with the server, also while models are loaded, and at the limit of resident memory, since one on addresses
+    would count mapped files."""
+    closed = select.poll()
+    closed.register(sys.stdin, 0)  # its other end was closed
     while (held := resident_bytes()) <= limit:
+        if closed.poll(0):
+            os._exit(0)
         time.sleep(WATCH_S)
     sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
     sys.stderr.flush()

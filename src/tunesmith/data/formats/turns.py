@@ -96,7 +96,7 @@ def _piece(piece: Any, found: RowProblems, place: str) -> str:
         found.wrong_type(f"{place}.text", piece.get("text"), "text")
     else:
         kind = str(piece.get("type"))[:40]
-        found.add("unsupported_content", f"{place} is of type {kind}: only text is trained.", "Remove the row.")
+        found.add("unsupported_content", f"{place} is of type {kind}: only text is read.", "Remove the row.")
     return ""
 
 
