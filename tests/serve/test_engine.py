@@ -20,7 +20,7 @@ from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine
-from tunesmith.serve.protocol import GenerationRequest, RequestError
+from tunesmith.serve.protocol import GenerationRequest, RequestError, pack
 from tunesmith.types import Part
 
 QUESTIONS = ("What is the tallest mountain?", "hello", "the quick brown fox jumps over a lazy dog please")
@@ -298,6 +298,26 @@ def test_closing_finishes_what_is_under_way(root: Path) -> None:
 def test_a_child_over_its_memory_is_ended_before_it_is_ready(root: Path) -> None:
     with pytest.raises(Exception, match=r"it held \d+ MiB of memory, more than the 100 it may"):
         Asked(["first"], root, replace(OPTIONS, memory_limit_bytes=100 * 1024**2))
+
+
+def test_a_child_that_loads_ends_when_its_input_does() -> None:
+    slow = "def load(*a, **k): print('loads', file=sys.stderr, flush=True); time.sleep(300)"
+    code = f"import sys, time\nfrom tunesmith.serve import worker\n{slow}\nworker.open_registry = load\nworker.main()"
+
+    async def scene() -> int:
+        pipe = asyncio.subprocess.PIPE
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe)
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(pack(([], Path(), OPTIONS, {})))
+        while await child.stderr.readline() != b"loads\n":
+            pass
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(child.wait(), 1)
+        child.stdin.close()
+        return await asyncio.wait_for(child.wait(), 10)
+
+    assert asyncio.run(scene()) == 0
 
 
 def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None:
