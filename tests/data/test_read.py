@@ -148,8 +148,8 @@ def test_an_element_that_is_too_long_does_not_hide_the_next(tmp_path: Path):
     ],
 )
 def test_an_array_that_breaks_off_says_what_to_do(text: str, way: str, tmp_path: Path):
-    with pytest.raises(DataError, match=way):
-        rows_in(put(tmp_path, "rows.json", text.encode()))
+    _, problems = rows_in(put(tmp_path, "rows.json", text.encode()))
+    assert way in problems[-1].fix
 
 
 def test_bytes_are_counted_in_the_line_that_is_named(tmp_path: Path):
