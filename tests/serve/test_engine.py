@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -15,12 +16,24 @@ from typing import Any
 import pytest
 
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
+from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine
-from tunesmith.serve.protocol import GenerationRequest, RequestError, pack
+from tunesmith.serve.protocol import (
+    LENGTH_BYTES,
+    Delta,
+    Finished,
+    GenerationRequest,
+    ModelCard,
+    RequestError,
+    Started,
+    TokenLogprob,
+    pack,
+    unpack,
+)
 from tunesmith.types import Part
 
 QUESTIONS = ("What is the tallest mountain?", "hello", "the quick brown fox jumps over a lazy dog please")
@@ -234,6 +247,32 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
     asked.run(until(lambda: asked.engine.state().alive))
     assert asked.answer(says("second", "hello")).texts == expected
     assert asked.engine.state().restarts == 1
+
+
+MESSAGES = (
+    "a note",
+    (3, "generate", GenerationRequest("m", [{"role": "user", "content": "hi"}], tools=[{"": ["Path", "x"]}])),
+    (3, "attach", "ft:m", Path("runs") / "one"),
+    (3, "embed", "m", ["a", "b"], None, True),
+    ((3, Delta(0, "a", (TokenLogprob("a", -math.inf, (TokenLogprob("b", -0.5),)),))), (4, Finished(0, "stop", 2))),
+    ((3, [{"label": "tuple", "scores": [0.25]}]), (4, None), (5, Started(7))),
+    (ModelCard("m", "chat", "text", 64, True, 0),),
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: str(message)[:30])
+def test_a_message_is_read_as_it_was_sent(message: Any) -> None:
+    content = pack(message)
+    assert int.from_bytes(content[:LENGTH_BYTES], "big") == len(content) - LENGTH_BYTES
+    read = unpack(content[LENGTH_BYTES:])
+    assert repr(read).replace("[]", "()") == repr(message).replace("[]", "()")
+
+
+def test_an_error_is_read_as_it_was_sent() -> None:
+    sent = RequestError("no", status=429, code="queue_full", param="n", headers={"retry-after": "1"})
+    found = unpack(pack(((1, sent), (2, InputError("bad"))))[LENGTH_BYTES:])
+    assert (str(found[0][1]), vars(found[0][1])) == ("no", vars(sent))
+    assert (type(found[1][1]), str(found[1][1])) == (InputError, "bad")
 
 
 async def worker_that(code: str) -> engine.WorkerProcess:

@@ -11,7 +11,16 @@ import pytest
 from shape.tree import ROOT, name_of, parsed, source_files, tracked_files
 
 # Code that can run code: (what is called or imported, why not)
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "multiprocessing.reduction",
+}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "os.system"}
 PRINTERS = {"print", "input", "breakpoint"}
 PRINTING_IS_ITS_WORK = ("src/tunesmith/cli/",)
@@ -41,7 +50,7 @@ def forbidden(tree: ast.Module, *, may_print: bool) -> Iterator[str]:
             yield from (
                 f"{node.lineno}: import {a.name}" for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES
             )
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
+        elif isinstance(node, ast.ImportFrom) and FORBIDDEN_MODULES & {node.module, (node.module or "").split(".")[0]}:
             yield f"{node.lineno}: from {node.module}"
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
@@ -74,6 +83,7 @@ def test_source_runs_no_foreign_code_and_prints_nothing(path: Path) -> None:
     "text",
     [
         "import pickle",
+        "from multiprocessing.reduction import ForkingPickler",
         "from joblib import load",
         "torch.load('x')",
         "yaml.load(text)",

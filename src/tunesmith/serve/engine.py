@@ -192,7 +192,8 @@ class WorkerEngine:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _new_worker(self) -> WorkerProcess:
-        return await WorkerProcess.start((self._names, self._root, self._options, self._attached), self._note)
+        attached = {name: str(run) for name, run in self._attached.items()}
+        return await WorkerProcess.start((self._names, self._root, self._options, attached), self._note)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         """See protocol.Engine."""

@@ -2,16 +2,20 @@
 
     route -> GenerationRequest -> Engine -> Started, Delta, Delta, ..., Finished -> route
 
-Server and worker exchange these classes in the frames of `pack`. Standard library only.
+Server and worker exchange these classes in the frames of `pack`. Never imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
+import orjson
+
+from tunesmith.errors import InputError, TunesmithError
 from tunesmith.types import TaskName
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
@@ -202,11 +206,52 @@ class Engine(Protocol):
 
 
 def pack(message: Any) -> bytes:
-    """A message between server and worker, as `multiprocessing` sends it: its length in four bytes, and its pickle."""
-    content = ForkingPickler.dumps(message)
+    """A message between server and worker: its length in four bytes, and its JSON.
+
+    A message is a value: a tuple of values, one of the classes above, an error, a path, or anything that JSON has.
+    """
+    content = orjson.dumps(_tagged(message))
     return len(content).to_bytes(LENGTH_BYTES, "big") + content
 
 
 def unpack(content: bytes) -> Any:
-    """The message in what follows its length."""
-    return ForkingPickler.loads(content)
+    """The message in what follows its length. Sequences in fields are lists."""
+    return _value(orjson.loads(content))
+
+
+def _tagged(value: Any) -> tuple[str, Any]:
+    """(name of the class, content); "" for what JSON has: what a client wrote is never read as one of the classes."""
+    name = type(value).__name__
+    if isinstance(value, tuple):
+        return "tuple", [_tagged(one) for one in value]
+    if isinstance(value, Exception):
+        return name, {"message": str(value), **(vars(value) if isinstance(value, RequestError) else {})}
+    if isinstance(value, Path):
+        return "Path", str(value)
+    return (name if name in _READ else ""), value
+
+
+def _value(tagged: Sequence[Any]) -> Any:
+    name, content = tagged
+    if name == "tuple":
+        return tuple(_value(one) for one in content)
+    return _READ[name](content) if name else content
+
+
+def _token(fields: Mapping[str, Any]) -> TokenLogprob:
+    logprob = -math.inf if fields["logprob"] is None else fields["logprob"]  # JSON has no infinity
+    return TokenLogprob(fields["text"], logprob, tuple(map(_token, fields["top"])))
+
+
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "Delta": lambda fields: Delta(**{**fields, "tokens": tuple(map(_token, fields["tokens"]))}),
+    "Finished": lambda fields: Finished(**fields),
+    "GenerationRequest": lambda fields: GenerationRequest(**fields),
+    "EngineOptions": lambda fields: EngineOptions(**fields),
+    "InputError": lambda fields: InputError(fields["message"]),
+    "ModelCard": lambda fields: ModelCard(**fields),
+    "Path": Path,
+    "RequestError": lambda fields: RequestError(fields.pop("message"), **fields),
+    "Started": lambda fields: Started(**fields),
+    "TunesmithError": lambda fields: TunesmithError(fields["message"]),
+}

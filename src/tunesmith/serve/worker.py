@@ -51,13 +51,13 @@ def main() -> int:
         worker = Worker(registry, options, send, limit=limit)
         for name, run in attached.items():
             try:
-                registry.attach(registry.read_run(name, run))
+                registry.attach(registry.read_run(name, Path(run)))
             except TunesmithError as error:
                 send(f"{name} is not served: {error}")
     except TunesmithError as error:
         send((InputError if isinstance(error, InputError) else TunesmithError)(str(error)))
         return 1
-    send([model.card for model in registry.models.values()])
+    send(tuple(model.card for model in registry.models.values()))
     threading.Thread(target=_listen, args=(worker,), daemon=True).start()
     while True:
         for work in worker.inbox_items():
@@ -123,7 +123,7 @@ class Worker:
                 message = f"the request could not be answered: {type(error).__name__}"
                 answer = RequestError(message, status=500, code="internal_error")
         self._preparing.discard(key)
-        self._send([(key, answer)])
+        self._send(((key, answer),))
 
     def _prepare(self, key: int, request: GenerationRequest) -> None:
         if key in self._preparing:
@@ -152,18 +152,19 @@ class Worker:
 
     def _attach(self, key: int, model: ServedModel) -> None:
         self._registry.attach(model)
-        self._send([(key, model.card)])
+        self._send(((key, model.card),))
 
     def _detach(self, key: int, name: str) -> None:
         self._registry.detach(name)
-        self._send([(key, None)])
+        self._send(((key, None),))
 
-    def _classify(self, key: int, model: str, texts: Sequence[str | tuple[str, str]]) -> None:
-        self._send([(key, self._registry.find(model, Classifier).classify(texts))])
+    def _classify(self, key: int, model: str, lines: Sequence[str | list[str]]) -> None:
+        texts = [one if isinstance(one, str) else (one[0], one[1]) for one in lines]  # JSON has no pairs
+        self._send(((key, self._registry.find(model, Classifier).classify(texts)),))
 
     def _embed(self, key: int, model: str, texts: Sequence[str], dimensions: int | None, is_query: bool) -> None:
         embedder = self._registry.find(model, Embedder)
-        self._send([(key, embedder.embed(texts, dimensions=dimensions, is_query=is_query))])
+        self._send(((key, embedder.embed(texts, dimensions=dimensions, is_query=is_query)),))
 
     def step(self) -> None:
         """One step of all answers under way; sends its events."""
@@ -171,7 +172,7 @@ class Worker:
         if not busy:
             self._registry.drop_detached()
         if events := [event for scheduler in busy for event in scheduler.step()]:
-            self._send(events)
+            self._send(tuple(events))
 
 
 def _receive() -> Any:
