@@ -7,11 +7,11 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -442,3 +442,35 @@ def required(value: T | None) -> T:
     if value is None:
         raise AssertionError("an option without a value here")
     return value
+
+
+@dataclass(slots=True)
+class Draft:
+    """An example, or one window of it, as tokens."""
+
+    ids_T: NDArray[np.int32]
+    trained_T: NDArray[np.bool_]
+    warnings: list[Problem] = field(default_factory=list)
+    classes_N: tuple[str, ...] | None = None
+    """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
+    second: int = 0
+    num_bytes: int = 0
+    branches: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+
+Drafts: TypeAlias = list[Draft] | Problem
+"""The windows of an example, mostly one, or the problem that makes it unusable."""
+
+
+def strings(value: Any) -> Iterable[str]:
+    """Every string in a JSON value, keys included."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += [*one, *one.values()][::-1]
+        elif isinstance(one, list):
+            waiting += one[::-1]

@@ -15,6 +15,7 @@ from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe
 from tiny_tasks import rows_of, task_recipe, word_tokenizer
 from tunesmith.export import verify
+from tunesmith.export.export_run import TARGETS
 from tunesmith.export.gguf_tokenizer import QWEN2_SPLIT
 from tunesmith.inference.load import make_renderer, run_labels
 from tunesmith.methods import METHODS
@@ -140,7 +141,7 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof's other process is this one."""
-    monkeypatch.setattr(verify, "launch", verify.do_job)
+    monkeypatch.setattr(verify, "launch", lambda job: verify.do_job(job, TARGETS))
 
 
 def card_head(folder: Path) -> Any:

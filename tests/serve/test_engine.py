@@ -251,9 +251,9 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
 
 MESSAGES = (
     "a note",
-    (3, "generate", GenerationRequest("m", [{"role": "user", "content": "hi"}], tools=[{"": ["Path", "x"]}])),
+    (3, "answer", GenerationRequest("m", [{"role": "user", "content": "hi"}], tools=[{"": ["Path", "x"]}])),
     (3, "attach", "ft:m", Path("runs") / "one"),
-    (3, "embed", "m", ["a", "b"], None, True),
+    (3, "embeddings", "m", ["a", "b"], None, True),
     ((3, Delta(0, "a", (TokenLogprob("a", -math.inf, (TokenLogprob("b", -0.5),)),))), (4, Finished(0, "stop", 2))),
     ((3, [{"label": "tuple", "scores": [0.25]}]), (4, None), (5, Started(7))),
     (ModelCard("m", "chat", "text", 64, True, 0),),

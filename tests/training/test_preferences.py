@@ -246,7 +246,7 @@ def test_branches_that_do_not_go_on_where_the_stem_ends_would_be_seen(tmp_path, 
         return replace(made, positions_BT=torch.arange(made.ids_BT.shape[1])[None])
 
     monkeypatch.setattr("tunesmith.data.collate.share_prefixes", laid_on)
-    monkeypatch.setattr("tunesmith.training.sharing.disagreement", lambda *args: None)
+    monkeypatch.setattr("tunesmith.training.shared_prefixes.disagreement", lambda *args: None)
     with pytest.raises(AssertionError):
         assert_sharing_changes_nothing(tmp_path)
 

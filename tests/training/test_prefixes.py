@@ -9,7 +9,7 @@ from tiny_run import tiny_recipe
 from tunesmith.models import segments
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
-from tunesmith.training.sharing import KEY
+from tunesmith.training.shared_prefixes import KEY
 
 SYSTEM = "the quick brown fox jumps over a lazy dog what is tallest mountain on Earth"
 

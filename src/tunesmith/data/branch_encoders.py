@@ -20,8 +20,8 @@ from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.classification import ClassificationEncoder
 from tunesmith.data.completion import CompletionEncoder
 from tunesmith.data.formats.comparisons import SIDES
-from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
-from tunesmith.types import Example, Part, Pooling, Problem
+from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
+from tunesmith.types import Draft, Drafts, Example, Part, Pooling, Problem
 
 QUERIES = ("anchor", "query", "sentence1")
 """Roles of texts that search; all others are found."""

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft
-from tunesmith.types import LEAST_PREFIX, Row
+from tunesmith.types import LEAST_PREFIX, Draft, Row
 
 
 def lines_of(row: Row) -> list[Row]:

@@ -23,10 +23,10 @@ from itertools import takewhile
 import numpy as np
 
 from tunesmith.data.chat_template import ChatTemplate, Message, TemplateRefusal
-from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
+from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, Tokens
 from tunesmith.errors import DataError, ModelError
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.types import Draft, Drafts, Example, Part, Problem, Source
 
 SENTINEL = "tunesmithQ7vAnswerZ3kHere"
 """One word, letters and digits only: no template trims, splits or escapes it."""

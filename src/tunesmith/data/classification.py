@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, RowEncoder
+from tunesmith.data.renderer import EncoderSettings, RowEncoder
 from tunesmith.data.tokenizer import ControlTokens, Tokens
 from tunesmith.errors import RecipeError
-from tunesmith.types import Example, Problem
+from tunesmith.types import Draft, Drafts, Example, Problem
 
 
 class ClassificationEncoder(RowEncoder):

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.renderer import Draft, Drafts, EncoderSettings, OnCut, RowEncoder, Tools
+from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.types import Example, Part, Problem
+from tunesmith.types import Draft, Drafts, Example, Part, Problem
 
 
 class _WindowEncoder(RowEncoder):

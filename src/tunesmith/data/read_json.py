@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
@@ -15,6 +15,7 @@ from tunesmith.data.detect_format import ByteStream, FileFacts
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
+from tunesmith.types import strings
 
 DEEPEST = 250
 """Deepest nesting that orjson writes, and so the most that `limits.depth` can allow."""
@@ -88,19 +89,6 @@ def decode(raw: bytes) -> str:
 
 def nul_character(at: int) -> BadRow:
     return BadRow("nul_character", "its text holds a NUL character, which no model can read", "Remove it.", at=at)
-
-
-def strings(value: Any) -> Iterable[str]:
-    """Every string in a JSON value, keys included."""
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            waiting += [*one, *one.values()][::-1]
-        elif isinstance(one, list):
-            waiting += one[::-1]
 
 
 def _num_quotes(raw: bytes) -> int:

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_parquet
 from tunesmith.data.problems import refusal
-from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, strings, too_long
+from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
+from tunesmith.types import strings
 
 
 def csv_rows(

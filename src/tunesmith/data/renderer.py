@@ -5,37 +5,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
-from tunesmith.types import IGNORE, Example, ModelKind, Part, Pooling, Problem, Row, Source, Task
+from tunesmith.types import (
+    IGNORE,
+    Draft,
+    Drafts,
+    Example,
+    ModelKind,
+    Part,
+    Pooling,
+    Problem,
+    Row,
+    Source,
+    Task,
+    strings,
+)
 
 TooLong = Literal["error", "drop", "cut"]
-
-
-@dataclass(slots=True)
-class Draft:
-    """An example, or one window of it, as tokens."""
-
-    ids_T: NDArray[np.int32]
-    trained_T: NDArray[np.bool_]
-    warnings: list[Problem] = field(default_factory=list)
-    classes_N: tuple[str, ...] | None = None
-    """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
-    second: int = 0
-    num_bytes: int = 0
-    branches: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-
-
-Drafts = list[Draft] | Problem
-"""The windows of an example, mostly one, or the problem that makes it unusable."""
 
 
 Tools = Sequence[Mapping[str, Any]]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from tunesmith.data.chat import ChatEncoder
 from tunesmith.data.completion import PLACEHOLDER, CompletionEncoder, Seq2SeqEncoder
-from tunesmith.data.renderer import Drafts, EncoderSettings, LengthLimit, OnCut, RowEncoder, Tools
+from tunesmith.data.renderer import EncoderSettings, LengthLimit, OnCut, RowEncoder, Tools
 from tunesmith.errors import RecipeError
-from tunesmith.types import Example, ModelKind, Part, Problem
+from tunesmith.types import Drafts, Example, ModelKind, Part, Problem
 
 DEFAULT_PROMPTS: Mapping[ModelKind, str] = {
     "causal": f"Summarize the following text.\n\n{PLACEHOLDER}",

@@ -19,8 +19,8 @@ from tunesmith.evaluation.bootstrap import Floats, Statistic, ratio
 Results = Sequence[Mapping[str, Any]]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
 HABITS = ("longer_chosen", "likelier_chosen")
-"""What can choose an answer and knows no preference: its length, and how likely the untouched model finds its tokens in
-the mean, which a row of rewards does not hold."""
+"""Measures that choose an answer without knowing preferences: its length, and how likely the untouched model finds its
+tokens in the mean, which a row of rewards does not hold."""
 
 
 def column(rows: Results, key: str) -> Floats:
@@ -28,8 +28,8 @@ def column(rows: Results, key: str) -> Floats:
 
 
 def gains(row: Mapping[str, Any], what: str) -> Floats:
-    """How much more of something the better of each two answers of a row has: of what the model compares ("margin"), or
-    of what a habit does. Of an answer that is alone, how much it has."""
+    """The lead of the better of each two answers of a row in what the model compares ("margin") or in a habit; for an
+    answer that is alone, its own value."""
     if what == "margin" and "rewards" not in row:
         return np.array([row["margin"]], np.float64)
     values = np.array(row["rewards" if what == "margin" else "lengths"], np.float64)

@@ -3,6 +3,7 @@ compared, described, and only then moved there."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -244,3 +245,7 @@ def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what
     """Make one of the exports of a finished run's recipe. Its base is on this machine."""
     target, options = parse_export(word)
     return export_run(run, target, options=options, offline=True, on_progress=on_progress)
+
+
+if __name__ == "__main__":  # the new process of the check
+    verify.do_job(Path(sys.argv[1]), TARGETS)

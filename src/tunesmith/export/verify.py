@@ -1,6 +1,6 @@
 """The check of an export: it is loaded in a new process, from its files alone, and compared with the tuned model.
 
-    python -m tunesmith.export.verify JOB
+    python -m tunesmith.export.export_run JOB
 
 does the part of the new process: it reads a job file, loads the export, and writes the outputs next to the job.
 """
@@ -10,7 +10,6 @@ does the part of the new process: it reads a job file, loads the export, and wri
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise
@@ -364,18 +363,16 @@ def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows
 def launch(job: Path) -> None:
     """Do a job in a new process. Raises ExportError with the last line of its errors."""
     what = "the export cannot be used in a new process"
-    llama_cpp.run_module("tunesmith.export.verify", str(job), what=what)
+    llama_cpp.run_module("tunesmith.export.export_run", str(job), what=what)
 
 
-def do_job(path: Path) -> None:
+def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
     """Load the export that a job names, and save its outputs next to the job."""
-    from tunesmith.export.export_run import TARGETS  # which checks exports by this module
-
     job = json.loads(path.read_text("utf-8"))
     recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"]))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
-    model = TARGETS[job["target"]].load(Path(job["exported"]), recipe)
+    model = targets[job["target"]].load(Path(job["exported"]), recipe)
     renderer = make_renderer(recipe, model.tokenizer, model.kind)
     rows = [_example(values) for values in job["examples"]]
     outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked)
@@ -387,7 +384,3 @@ def _example(values: Mapping[str, Any]) -> Example:
     rest = {"tools": tuple(values["tools"]), "labels": tuple(values["labels"]), "source": Source(**values["source"])}
     branches = tuple(tuple(Part(**part) for part in branch) for branch in values["branches"])
     return Example(**{**values, **rest, "parts": parts, "branches": branches})
-
-
-if __name__ == "__main__":
-    do_job(Path(sys.argv[1]))

@@ -65,7 +65,7 @@ class Forecast:
     split: int = 0
     """Bytes of layers that are split over the devices; 0: each has the whole model."""
     exchange_seconds: float = 0.0
-    """Of a step of several devices: to sum gradients, and to bring split layers together, which goes on meanwhile."""
+    """Seconds of a step on several devices for summing gradients and gathering split layers, which overlaps with it."""
 
     @property
     def fits(self) -> bool:
@@ -180,7 +180,7 @@ class Forecaster:
         return max(found, key=lambda load: load.targets)
 
     def _mean(self, sampler: StepSampler) -> tuple[Load, float]:
-        """What a device computes in a mean step, and in how many micro-batches."""
+        """The load of a device in a mean step, and its number of micro-batches."""
         weights_I = sampler.weights_I / sampler.steps_per_epoch / sampler.part[1]
         lengths_I = sampler.lengths_I.astype(np.float64)
         load = Load(

@@ -54,7 +54,7 @@ REMOVED: dict[str, Any] = {
 }  # fmt: skip
 """Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
 MEASURED = ("evaluation.bleu",)
-"""Those that changed what was measured alone: the recipe of a run may have any value."""
+"""Removed options that changed only measurements: the recipe of a run may have any value."""
 
 SETTING = "--set"
 

@@ -31,7 +31,7 @@ class Removable:
     path: Path
     reason: str
     num_bytes: int
-    """What its removal frees: a file that has another name elsewhere on the disk counts nothing."""
+    """Bytes that its removal frees: a file that has another name elsewhere on the disk counts nothing."""
 
 
 def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], list[str]]:

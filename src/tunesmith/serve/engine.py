@@ -197,7 +197,7 @@ class WorkerEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         """See protocol.Engine."""
-        worker, key, call = self._worker, *self._open(request.n, "generate", request)
+        worker, key, call = self._worker, *self._open(request.n, "answer", request)
         try:
             while call.num_left:
                 event = await call.next()
@@ -210,14 +210,14 @@ class WorkerEngine:
 
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, Any]]:
         """See protocol.Engine."""
-        lines: list[Mapping[str, Any]] = await self._reply("classify", model, list(texts))
+        lines: list[Mapping[str, Any]] = await self._reply("labels", model, list(texts))
         return lines
 
     async def embed(
         self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
     ) -> tuple[list[list[float]], int]:
         """See protocol.Engine."""
-        found: tuple[list[list[float]], int] = await self._reply("embed", model, list(texts), dimensions, is_query)
+        found: tuple[list[list[float]], int] = await self._reply("embeddings", model, list(texts), dimensions, is_query)
         return found
 
     async def attach(self, name: str, run: Path) -> None:

@@ -65,7 +65,7 @@ class Registry:
 
     models: dict[str, ServedModel | Classifier | Embedder] = field(default_factory=dict)
     shared: SharedBase | None = None
-    """Of a server whose runs are attached while it answers."""
+    """The base, where runs are attached while the server answers."""
     detached: list[str] = field(default_factory=list)
     """Adapters that are on the model still, since answers under way may use them."""
 

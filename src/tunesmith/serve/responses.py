@@ -122,8 +122,8 @@ class Usage:
 
 
 @dataclass
-class Answer:
-    """What was written of one answer."""
+class WrittenAnswer:
+    """The part of one answer that is written so far."""
 
     text: str = ""
     tokens: list[TokenLogprob] = field(default_factory=list)
@@ -167,7 +167,7 @@ class ChatFormat:
         logprobs = self._logprobs(tokens) if tokens else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+    def whole(self, index: int, answer: WrittenAnswer) -> dict[str, Any]:
         """The choice of a complete answer."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
         if answer.calls:
@@ -201,7 +201,7 @@ class CompletionFormat:
             text, reason = (event.text, None) if isinstance(event, Delta) else ("", event.reason)
             yield {"index": event.index, "text": text, "logprobs": None, "finish_reason": reason}
 
-    def whole(self, index: int, answer: Answer) -> dict[str, Any]:
+    def whole(self, index: int, answer: WrittenAnswer) -> dict[str, Any]:
         return {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.reason}
 
 
@@ -210,7 +210,7 @@ Format: TypeAlias = ChatFormat | CompletionFormat
 
 async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, usage: Usage) -> dict[str, Any]:
     """The body of an answer that is not streamed. `head`: id, created and model."""
-    answers: dict[int, Answer] = defaultdict(Answer)
+    answers: dict[int, WrittenAnswer] = defaultdict(WrittenAnswer)
     async with aclosing(events):
         async for event in events:
             usage.count(event)

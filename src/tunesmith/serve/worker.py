@@ -99,7 +99,7 @@ class Worker:
             self._preparing.discard(key)
             for scheduler in self._schedulers.values():
                 scheduler.cancel(key)
-        elif verb == "generate":
+        elif verb == "answer":
             self._preparing.add(key)
             self._preparer.submit(self._try, key, self._prepare, *words)
         elif verb == "attach":
@@ -158,11 +158,11 @@ class Worker:
         self._registry.detach(name)
         self._send(((key, None),))
 
-    def _classify(self, key: int, model: str, lines: Sequence[str | list[str]]) -> None:
+    def _labels(self, key: int, model: str, lines: Sequence[str | list[str]]) -> None:
         texts = [one if isinstance(one, str) else (one[0], one[1]) for one in lines]  # JSON has no pairs
         self._send(((key, self._registry.find(model, Classifier).classify(texts)),))
 
-    def _embed(self, key: int, model: str, texts: Sequence[str], dimensions: int | None, is_query: bool) -> None:
+    def _embeddings(self, key: int, model: str, texts: Sequence[str], dimensions: int | None, is_query: bool) -> None:
         embedder = self._registry.find(model, Embedder)
         self._send(((key, embedder.embed(texts, dimensions=dimensions, is_query=is_query)),))
 

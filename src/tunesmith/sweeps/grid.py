@@ -37,7 +37,7 @@ class Trial:
     name: str
     """Also the name of its run folder."""
     options: Mapping[str, Any]
-    """What the grid chose for it, by key."""
+    """Options that the grid chose for it, by key."""
     recipe: Recipe
 
 

@@ -53,7 +53,7 @@ class Watch:
     say: Callable[[str], None] = lambda text: None
     """A line for each thing that happened."""
     status: Callable[[str], None] = lambda text: None
-    """What is running now."""
+    """Shows the trials under way."""
     should_stop: Callable[[], bool] = lambda: False
     poll_s: float = 0.5
 

@@ -44,7 +44,7 @@ class Tracker:
     way_out: str
     """Advice where the tracker cannot be used."""
     place: str
-    """Where a person finds the run: an address or a folder."""
+    """The address or folder where a person finds the run."""
     last_step = -1
     """Newest step that the tracker holds; -1: none."""
     _run: Any
@@ -271,9 +271,11 @@ class Trackio(Tracker):
         from trackio.utils import TRACKIO_DIR
 
         project, config = os.environ.get("TRACKIO_PROJECT", "tunesmith"), {**reader.recipe, **reader.facts}
-        how: dict[str, Any] = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         self._markdown = trackio.Markdown
-        self._run = trackio.init(project=project, name=reader.key, resume="allow", config=config, **how)
+        self._run = trackio.init(
+            project=project, name=reader.key, resume="allow", config=config,
+            embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
         where = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL") or TRACKIO_DIR
         self.place = f"{where}, project {project}, run {reader.key}"
         self.last_step = int(self._run._next_step) - 1

@@ -36,7 +36,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs, find_inputs
-from tunesmith.training.sharing import decide_sharing, filled_by
+from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]

@@ -48,7 +48,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sampler_of
-from tunesmith.training.sharing import decide_sharing, filled_by
+from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
 
