@@ -26,7 +26,7 @@ from tunesmith.planning import devices
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.training import loop, setup, sharing, step, together, trainer
+from tunesmith.training import loop, setup, shared_prefixes, step, together, trainer
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.together import digest, joined, refuse_other_inputs
@@ -107,12 +107,12 @@ def alike(folder: Path, recipe: Recipe | None = None) -> Any:
 
 def alike_planted(folder: Path) -> Any:
     """Each rank decides by its own part of the steps."""
-    right = sharing.shared_prefixes
+    right = shared_prefixes.shared_prefixes
 
     def own(plan: StepSampler, store: Any) -> Any:
         return replace(right(plan, store), saved=0.0) if plan.part[0] else right(plan, store)
 
-    with patch.object(sharing, "shared_prefixes", own):
+    with patch.object(shared_prefixes, "shared_prefixes", own):
         return alike(folder)
 
 
