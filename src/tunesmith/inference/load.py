@@ -227,7 +227,7 @@ def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> No
     """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
     load on others without an error, and answer something else."""
     then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
-    then = as_renamed(then, hashes)
+    then = follow_renamed_gguf(then, hashes)
     weights = {name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))}
     changed = sorted(name for name in weights if then and then.get(name) != hashes.get(name))
     if changed:
@@ -238,8 +238,8 @@ def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> No
         )
 
 
-def as_renamed(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of files, those under another name now by that name: a GGUF is called as its owner likes."""
+def follow_renamed_gguf(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Hashes of a model's files; a GGUF file that was renamed since has its name of now."""
     names = {digest: name for name, digest in now.items() if name.endswith(".gguf") and name not in then}
     return {names.get(value, key) if key not in now else key: value for key, value in then.items()}
 

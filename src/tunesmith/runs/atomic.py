@@ -124,8 +124,8 @@ def temporary_folder(parent: Path, name: str) -> Path:
 def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
     """Sync everything in `tmp`, then rename it to `final`, its sibling.
 
-    If `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; a kill in
-    between leaves one of the two, which `clean` puts in place.
+    If `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; after a
+    kill in between `clean` puts the old one back and deletes the new one.
     """
     old = final.with_name(REPLACED + final.name)
     with storing(final):

@@ -1,7 +1,7 @@
 """Losses: of tokens (the next one, or the one under a mask), of whole texts, and of single words.
 
-Every function gives a sum, not a mean: the loop divides once, by the targets of the whole step, so a row weighs the
-same whichever micro-batch it lands in.
+Every function gives a sum, not a mean: `training/step.py` divides once, by the targets of the whole step, so a row
+weighs the same whichever micro-batch it lands in.
 """
 
 # B rows, N targets, V vocabulary, C classes

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tunesmith.errors import RecipeError, RunError
-from tunesmith.inference.load import as_renamed
+from tunesmith.inference.load import follow_renamed_gguf
 from tunesmith.parallel.world import World
 from tunesmith.recipe import load
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.training.setup import Setup
 
-SAME_UPDATE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
+MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
 """Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
 NAMED_LATER = {
     "setting devices": "1",
@@ -40,14 +40,14 @@ def refuse_other_run(
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
     unnamed = [key for key in later if key not in then]
     then = {**later, **{key: value for key, value in _without(then, _MEASURED).items() if _REMOVED.get(key) != value}}
-    then = as_renamed(then, setup.identity)
-    free = {f"setting {key}" for key in (*SAME_UPDATE, *(setting.partition("=")[0] for setting in settings))}
+    then = follow_renamed_gguf(then, setup.identity)
+    free = {f"setting {key}" for key in (*MAY_CHANGE, *(setting.partition("=")[0] for setting in settings))}
     try:
         _refuse_changes(run, _without(setup.identity, free), _without(then, free))
     except RunError:
         setup.rows.discard()
         raise
-    pairs = [(key, setup.identity.get(f"setting {key}"), then.get(f"setting {key}")) for key in SAME_UPDATE]
+    pairs = [(key, setup.identity.get(f"setting {key}"), then.get(f"setting {key}")) for key in MAY_CHANGE]
     # A `resume --set` that was killed before its checkpoint left them.
     notes = [f"{key} is {new} in recipe.yaml; it was {old} until here" for key, new, old in pairs if new != old]
     return [] if settings else notes, unnamed
@@ -68,9 +68,9 @@ def settings_of_group(recipe: Recipe, world: World) -> list[str]:
 def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
     """The recipe of a run with settings that a person gave. Raises RecipeError for one that makes it another run."""
     keys = [setting.partition("=")[0].strip() for setting in settings]
-    if other := [key for key in keys if key not in SAME_UPDATE]:
+    if other := [key for key in keys if key not in MAY_CHANGE]:
         raise RecipeError(
-            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(SAME_UPDATE)} can "
+            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(MAY_CHANGE)} can "
             "change; for anything else start a new run with `tunesmith train`."
         )
     return recipe_with(run, settings)

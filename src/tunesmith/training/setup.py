@@ -81,7 +81,8 @@ class Setup(TrainState):
     forecast: Forecast | None
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     identity: dict[str, str] = field(default_factory=dict)
-    """Hashes of data, model, tokenizer and template, and settings, that must stay the same for an exact resume."""
+    """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
+    `same_run.MAY_CHANGE`."""
 
     @property
     def can_generate(self) -> bool:

@@ -145,7 +145,7 @@ def _follow(setup: Setup, listener: Listener) -> Run:
 def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, listener: Listener | None = None) -> Run:
     """Continue a stopped or broken run at the step after its newest whole checkpoint, as if it had never stopped.
 
-    `settings`: key=value of SAME_UPDATE.
+    `settings`: key=value of MAY_CHANGE.
 
     Raises:
         RecipeError: a setting that would make it another run.
