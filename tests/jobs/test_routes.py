@@ -140,7 +140,7 @@ def test_a_job_is_created_with_what_was_sent(served: Served, file: str) -> None:
         ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "auto"),
         ({"hyperparameters": {"learning_rate_multiplier": -1}}, "hyperparameters.learning_rate_multiplier", "above 0"),
         ({"method": {"type": "reinforcement"}}, "method", "is not available here"),
-        ({"sufix": "x"}, "sufix", "did you mean suffix?"),
+        ({"sufix": "x"}, "sufix", "unknown parameter"),
         ({"suffix": "x" * 65}, "suffix", "64"),
         ({"seed": 2**31}, "seed", ""),
     ],

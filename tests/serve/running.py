@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from serve.fake import FakeEngine
 from tunesmith.serve.app import make_app
-from tunesmith.serve.http import BoundSocket, bind, make_server, serve
+from tunesmith.serve.http import BoundSocket, HttpServer, bind
 from tunesmith.serve.middleware import AccessPolicy, RequestLog
 
 
@@ -29,6 +29,7 @@ class Running:
     loop: asyncio.AbstractEventLoop
     policy: AccessPolicy
     answered: list[RequestLog] = field(default_factory=list)
+    num_active: int = 0
 
     def __post_init__(self) -> None:
         self.gate = make_app(self.engine, self.policy, [self.answered.append])
@@ -65,7 +66,7 @@ class Running:
 
     def wait_until_idle(self) -> None:
         """Until no ask is open in the engine, and all has been told of every request."""
-        wait_for(lambda: self.engine.open == 0 and self.gate.num_active == 0)
+        wait_for(lambda: self.engine.open == 0 and self.num_active == 0)
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result()
 
 
@@ -102,12 +103,16 @@ def running(
     loop = asyncio.new_event_loop()
     it = Running(bind("127.0.0.1", 0), engine or FakeEngine(), loop, policy or AccessPolicy())
     stop = threading.Event()
-    server = make_server(it.gate, grace_s=grace_s)
 
-    async def work() -> None:
-        await serve(server, it.bound, it.engine, grace_s=grace_s, should_stop=stop.is_set)
+    async def counted(scope: Any, receive: Any, send: Any) -> None:
+        it.num_active += 1
+        try:
+            await it.gate(scope, receive, send)
+        finally:
+            it.num_active -= 1
 
-    thread = threading.Thread(target=lambda: loop.run_until_complete(work()))
+    server = HttpServer(counted, it.engine, grace_s=grace_s, should_stop=stop.is_set)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([it.bound.socket])))
     thread.start()
     wait_for(lambda: server.started)
     try:

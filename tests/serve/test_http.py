@@ -10,7 +10,6 @@ import pytest
 
 from serve.fake import MODELS, FakeEngine
 from serve.running import Running, running
-from tunesmith.serve import request_schemas
 from tunesmith.serve.protocol import ModelCard
 from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBody
 
@@ -121,7 +120,7 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
         ("POST", "/v1/chat/completions", {**CHAT, "response_format": BARE_SCHEMA}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": []}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "support", "prompt": ["a", "b"]}, {}, 400, "invalid_value"),
-        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "unsupported_value"),
+        ("POST", "/v1/completions", {"model": "support", "prompt": "a", "echo": True}, {}, 400, "invalid_value"),
         ("POST", "/v1/completions", {"model": "s", "prompt": "a", "logprobs": 1}, {}, 400, "unknown_parameter"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": ""}, {}, 400, "invalid_value"),
         ("POST", "/v1/embeddings", {"model": "vectors", "input": [[1, 2]]}, {}, 400, "invalid_value"),
@@ -154,7 +153,7 @@ def test_a_parameter_that_is_null_is_not_there(server: Running) -> None:
     [
         ({**CHAT, "messages": [{"from": "human", "value": "hi"}]}, "messages[0].role"),
         ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read."),
-        (b" ", "The body is empty or null."),
+        (b" ", "The body: missing."),
         (b"[" * 65, "The body cannot be read as JSON: it nests deeper than 64."),
     ],
 )  # fmt: skip
@@ -170,8 +169,7 @@ def test_everything_wrong_is_said_at_once(server: Running) -> None:
     asked = {**CHAT, "temprature": 1, "best_off": 2}
     error = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]
     assert error["param"] == "temprature"
-    assert "did you mean temperature?" in error["message"]
-    assert "best_off" in error["message"]
+    assert error["message"] == "temprature: unknown parameter. best_off: unknown parameter."
 
 
 def test_a_text_with_braces_in_a_name_is_only_text(server: Running) -> None:
@@ -206,7 +204,7 @@ def test_one_line_can_be_told_of_each_request(server: Running) -> None:
 def test_every_parameter_is_on_its_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text("utf-8")
     taken = {*ChatBody.model_fields, *CompletionBody.model_fields, *ClassifyBody.model_fields}
-    for name in {*taken, *request_schemas.NO_EFFECT, *request_schemas.ONLY}:
+    for name in taken:
         assert f"`{name}" in page or f'"{name}"' in page, name
 
 

@@ -35,11 +35,12 @@ def read(form: ToolCallFormat, pieces: list[str]) -> tuple[str, list[tuple[str, 
     *found, last = asyncio.run(heard())
     calls = [one for one in found if isinstance(one, ToolCall)]
     assert [call.number for call in calls] == list(range(len(calls)))
-    assert all(len(call.id) == 9 and call.id.isalnum() for call in calls)
+    assert all(len(one.call["id"]) == 9 and one.call["id"].isalnum() for one in calls)
     assert last == Finished(0, "tool_calls" if calls else "stop", 5)
     texts = [one.text for one in found if isinstance(one, Delta)]
     assert all(texts), "no empty text"
-    return "".join(texts), [(call.name, json.loads(call.arguments)) for call in calls]
+    functions = [one.call["function"] for one in calls]
+    return "".join(texts), [(one["name"], json.loads(one["arguments"])) for one in functions]
 
 
 HERMES: list[tuple[str, str, int]] = [

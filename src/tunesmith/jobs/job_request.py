@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tunesmith.serve.request_schemas import Body, Parameters, StrictModel, refuse
+from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.request_schemas import Body, Parameters, StrictModel
 
 MAX_METADATA = 16
 
@@ -109,16 +110,16 @@ class JobBody(Body):
     def _consistent(self) -> JobBody:
         if self.kind not in ("supervised", "dpo"):
             message = f"method: {self.kind[:40]!r} is not available here. Use supervised or dpo."
-            raise refuse("method_not_available", "method", message)
+            raise RequestError(message, code="method_not_available", param="method")
         inner = None if self.method is None else self.method.hyperparameters
         outer = {} if self.hyperparameters is None else self.hyperparameters.model_dump()
         if inner is not None and any(getattr(inner, key) != value for key, value in outer.items()):
             message = "hyperparameters: differ from those in method. Give them once, in method."
-            raise refuse("invalid_value", "hyperparameters", message)
+            raise RequestError(message, param="hyperparameters")
         pairs = (self.metadata or {}).items()
         if len(pairs) > MAX_METADATA or any(len(key) > 64 or len(value) > 512 for key, value in pairs):
             message = f"metadata: at most {MAX_METADATA} pairs, of keys of 64 and values of 512 characters at most."
-            raise refuse("invalid_value", "metadata", message)
+            raise RequestError(message, param="metadata")
         return self
 
     @property

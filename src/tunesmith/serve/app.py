@@ -9,6 +9,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
 from tunesmith import __version__
@@ -137,15 +139,15 @@ def make_router(engine: Engine) -> APIRouter:
         card, generation = find_model(engine, body.model, "text"), body.to_request()
         events = engine.generate(generation)
         if generation.tools and card.calls is not None:
-            names = {str(tool["function"]["name"]) for tool in generation.tools}
+            names = {str(tool.get("function", tool)["name"]) for tool in generation.tools}
             events = with_tool_calls(events, card.calls, names)
-        return await _answer(events, body, request, ChatFormat(logprobs=body.logprobs, n=body.n), prefix="chatcmpl")
+        return await _answer(events, body, request, ChatFormat(body.n), prefix="chatcmpl")
 
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         """The continuation of a text."""
         find_model(engine, body.model, "text")
-        events = engine.generate(GenerationRequest(prompt=body.prompt, max_tokens=body.max_tokens, **body.sampling))
+        events = engine.generate(GenerationRequest(prompt=body.prompt[0], max_tokens=body.max_tokens, **body.sampling))
         return await _answer(events, body, request, CompletionFormat(), prefix="cmpl")
 
     add_readers(router, engine)
@@ -159,8 +161,8 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """A vector for each text."""
         find_model(engine, body.model, "embeddings")
-        how: Any = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
-        vectors, num_tokens = await engine.embed(body.model, body.input, **how)
+        how = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
+        vectors, num_tokens = await engine.read(body.model, body.input, **how)
         request.state.usage = Usage(num_tokens)
         encode = _base64 if body.encoding_format == "base64" else list
         data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]
@@ -174,13 +176,14 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         if card.labels:
             message = f"{body.model} answers with classes: /v1/rerank needs a model that gives one number"
             raise RequestError(message, code="wrong_route", param="model")
-        lines = await engine.classify(body.model, [(body.query, text) for text in body.documents])
+        texts = [one if isinstance(one, str) else one.text for one in body.documents]
+        lines = await engine.read(body.model, [(body.query, text) for text in texts])
         values = [next(float(one) for one in line.values() if isinstance(one, int | float)) for line in lines]
         results = [
             {
                 "index": i,
                 "relevance_score": (1 + math.tanh(values[i] / 2)) / 2,
-                **({"document": {"text": body.documents[i]}} if body.return_documents else {}),
+                **({"document": {"text": texts[i]}} if body.return_documents else {}),
             }
             for i in sorted(range(len(values)), key=lambda i: -values[i])[: body.top_n]
         ]
@@ -191,7 +194,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         """A label for each text, and the probability of each class."""
         find_model(engine, body.model, "labels")
         texts = [one if isinstance(one, str) else (one.text, one.text_pair) for one in body.input]
-        lines = await engine.classify(body.model, texts)
+        lines = await engine.read(body.model, texts)
         data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
         return json_response({"object": "list", "data": data, "model": body.model})
 
@@ -208,17 +211,22 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     request.state.usage = usage = Usage()
     if not body.stream:
-        return json_response(await whole_answer(events, head, form, usage))
-    try:
-        first = await anext(events)
-    except BaseException:
-        await events.aclose()
-        raise
-    shows_usage = body.stream_options is not None and body.stream_options.include_usage
+        return json_response(await whole_answer(_while_connected(events, request), head, form, usage))
+    first = await anext(events)
+    shows_usage = (body.stream_options or {}).get("include_usage", False)
     pieces = event_stream(first, events, head, form, usage, shows_usage=shows_usage)
     # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
     headers = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
+
+
+async def _while_connected(events: Events, request: Request) -> Events:
+    """The events of an answer that is not streamed. Raises ClientDisconnect when the client has gone away."""
+    async with aclosing(events):
+        async for event in events:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            yield event
 
 
 def _base64(vector: Sequence[float]) -> str:
@@ -228,9 +236,17 @@ def _base64(vector: Sequence[float]) -> str:
 
 def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLog], None]]:
     """The state of the engine when it is read, and counters of requests with the listener that counts."""
+
+    class StateCollector(Collector):
+        def collect(self) -> Iterator[Metric]:
+            state = engine.state()
+            for field, (name, said) in _STATE.items():
+                family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                yield family(name, said, value=float(getattr(state, field)))
+
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    registry.register(_StateCollector(engine))
+    registry.register(StateCollector())
     requests = Counter("tunesmith_requests", "Requests answered.", ("route", "status"), registry=registry)
     seconds = Histogram(
         "tunesmith_request_seconds", "Time to the end of an answer.", ("route",), registry=registry, buckets=_BUCKETS_S
@@ -242,14 +258,3 @@ def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLo
         seconds.labels(route).observe(log.seconds)
 
     return registry, count
-
-
-class _StateCollector(Collector):
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        state = self._engine.state()
-        for field, (name, said) in _STATE.items():
-            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield family(name, said, value=float(getattr(state, field)))

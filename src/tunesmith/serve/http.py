@@ -16,11 +16,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.errors import InputError
-from tunesmith.serve.middleware import MAX_HEADER_BYTES, AccessMiddleware
+from tunesmith.serve.middleware import AccessMiddleware
 from tunesmith.serve.protocol import Engine, RequestError
 from tunesmith.serve.responses import error_body
 
 MAX_CONNECTIONS = 512
+MAX_HEADER_BYTES = 32 * 1024
 HEADERS_TIMEOUT_S = 15.0
 """From the first byte of a connection or a request to the end of its headers."""
 WRITE_TIMEOUT_S = 60.0
@@ -29,6 +30,7 @@ KEEP_ALIVE_S = 30
 AFTER_GRACE_S = 5
 """For the last answers, after the engine has ended what it could not finish."""
 _POLL_S = 0.25
+"""Pause between two looks for the end: no more often is a core woken that a run may want."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ class BoundSocket:
     @property
     def url(self) -> str:
         """For a person on this machine."""
-        address = ipaddress.ip_address(self.host)
-        if address.is_unspecified:
-            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
-        return f"http://[{address}]:{self.port}" if address.version == 6 else f"http://{address}:{self.port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 def bind(host: str, port: int) -> BoundSocket:
@@ -127,48 +127,39 @@ class BoundedConnection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server, ended by its caller and not by signals of its own."""
+    """uvicorn's server, which ends with `engine` when `should_stop()`, and not by signals of its own.
 
-    should_stop: Callable[[], bool]
-    """Called a few times a second: no more often is a core woken that a run may want."""
-    has_ended: asyncio.Event
+    It refuses new requests then, and finishes the others within `grace_s`.
+    """
+
+    def __init__(
+        self, app: AccessMiddleware, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
+    ) -> None:
+        settings: dict[str, Any] = {
+            "http": BoundedConnection,
+            "ws": "none",
+            "lifespan": "off",
+            "log_config": None,  # uvicorn's own log would quote requests; the middleware logs what may be shown
+            "log_level": "critical",
+            "access_log": False,
+            "proxy_headers": False,
+            "server_header": False,
+            "timeout_keep_alive": KEEP_ALIVE_S,
+            "timeout_graceful_shutdown": int(grace_s) + AFTER_GRACE_S,
+            "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
+        }
+        super().__init__(uvicorn.Config(app, **settings))
+        self._engine, self._grace_s, self._should_stop = engine, grace_s, should_stop
 
     async def main_loop(self) -> None:
-        while not self.should_stop():
+        while not self._should_stop():
             await self.on_tick(0)  # the date of answers
             await asyncio.sleep(_POLL_S)
-        self.has_ended.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # The engine ends in time what takes longer, so that each client gets a reason.
+        await asyncio.gather(super().shutdown(sockets), self._engine.close(self._grace_s))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
-
-
-def make_server(app: AccessMiddleware, *, grace_s: float) -> HttpServer:
-    """A server of `app` that waits so long for requests under way after its end."""
-    settings: dict[str, Any] = {
-        "http": BoundedConnection,
-        "ws": "none",
-        "lifespan": "off",
-        "log_config": None,  # uvicorn's own log would quote requests; the middleware logs what may be shown
-        "log_level": "critical",
-        "access_log": False,
-        "proxy_headers": False,
-        "server_header": False,
-        "timeout_keep_alive": KEEP_ALIVE_S,
-        "timeout_graceful_shutdown": int(grace_s) + AFTER_GRACE_S,
-        "h11_max_incomplete_event_size": MAX_HEADER_BYTES,
-    }
-    return HttpServer(uvicorn.Config(app, **settings))
-
-
-async def serve(
-    server: HttpServer, bound: BoundSocket, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
-) -> None:
-    """Answer until `should_stop()`; then refuse new requests, finish the others within the grace, and end."""
-    server.should_stop, server.has_ended = should_stop, asyncio.Event()
-    serving, ended = (asyncio.create_task(one) for one in (server.serve([bound.socket]), server.has_ended.wait()))
-    await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
-    ended.cancel()
-    # The engine ends in time what takes longer, so that each client gets a reason.
-    await asyncio.gather(serving, engine.close(grace_s))

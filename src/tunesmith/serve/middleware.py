@@ -1,8 +1,7 @@
-"""Access rules of every request, before any route: Host, Origin, API key and number; and a log entry for each."""
+"""Access rules of every request, before any route: Host, Origin and API key; and a log entry for each."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -16,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.datastructures import Headers
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -26,7 +25,6 @@ from tunesmith.errors import InputError
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.responses import Usage, error_response
 
-MAX_HEADER_BYTES = 32 * 1024
 CLIENT_GONE = 499
 """Logged status of a request whose client went away before its answer."""
 KEY_VARIABLE = "TUNESMITH_API_KEY"
@@ -104,7 +102,7 @@ class RequestLog:
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may send requests, and how many at once."""
+    """Who may send requests."""
 
     keys: ApiKeys | None = None
     """None: no key is needed."""
@@ -112,7 +110,6 @@ class AccessPolicy:
     """Allowed names in a Host header. Addresses are always allowed: only a name can be made to point elsewhere."""
     origins: frozenset[str] = frozenset()
     """Web pages that may send requests from a browser, such as https://chat.example.org."""
-    max_requests: int = 256
     admission: Admission | None = None
     """In place of `keys`."""
     known: Callable[[Scope], Response | None] = lambda scope: None
@@ -120,11 +117,10 @@ class AccessPolicy:
 
 
 class AccessMiddleware:
-    """An ASGI app around another: refuses what the policy does not allow, cancels what nobody waits for, logs all."""
+    """An ASGI app around another: refuses what the policy does not allow, and logs every request."""
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, listeners: Sequence[Callable[[RequestLog], None]]) -> None:
         self.app, self.policy, self.listeners = app, policy, listeners
-        self.num_active = 0
         # Outside of the rules, so that a page that is allowed can read why it is refused.
         self._with_cors = CORSMiddleware(
             self._handle, allow_origins=tuple(policy.origins), allow_methods=("GET", "POST", "DELETE"),
@@ -132,86 +128,49 @@ class AccessMiddleware:
         )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})
-        elif self._is_allowed_page(scope) and not self._is_preflight(scope):
+        if scope["type"] == "http":
             await self._with_cors(scope, receive, send)
         else:
-            await self._handle(scope, receive, send)
+            await send({"type": "websocket.close", "code": 1008})
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.monotonic()
-        response = _Response(send, secrets.token_hex(8))
-        scope.setdefault("state", {})["request_id"] = response.id
-        self.num_active += 1
-        fault, is_gone = "", False
+        started, request_id, fault = time.monotonic(), secrets.token_hex(8), ""
+        status, is_complete = 500, False
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def sending(message: Message) -> None:
+            nonlocal status, is_complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"], headers["X-Content-Type-Options"] = request_id, "nosniff"
+                headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+
         try:
-            error = self._refusal(scope) or await self._not_admitted(scope)
-            if error is None and self._is_preflight(scope):
-                known: Response | None = self._with_cors.preflight_response(Headers(scope=scope))
-            else:
-                known = self.policy.known(scope) if error is None else error_response(error)
-            if known is not None:
-                await known(scope, receive, response)
-            else:
-                await self._until_disconnect(scope, receive, response)
+            error = await self._refusal(scope)
+            answer = self.policy.known(scope) or self.app if error is None else error_response(error)
+            await answer(scope, receive, sending)
         except ClientDisconnect:
-            is_gone = True
-        except asyncio.CancelledError:
-            is_gone = True
-            raise
-        except Exception as error:
+            is_complete = False
+        except Exception as error:  # uvicorn closes the connection: half an answer must not look whole
             fault = _where(error)
-            if not response.is_complete:
-                raise  # the server closes the connection: half an answer must not look whole
         finally:
-            self.num_active -= 1
             usage, route = scope["state"].get("usage") or Usage(), getattr(scope.get("route"), "path", "")
-            status = CLIENT_GONE if is_gone else response.status or 500
-            seconds = time.monotonic() - started
-            log = RequestLog(response.id, scope["method"], str(scope["path"]), route, status, seconds, usage, fault)
+            status, seconds = status if is_complete or fault else CLIENT_GONE, time.monotonic() - started
+            log = RequestLog(request_id, scope["method"], str(scope["path"]), route, status, seconds, usage, fault)
             for listener in self.listeners:
                 listener(log)
 
-    async def _until_disconnect(self, scope: Scope, receive: Receive, response: _Response) -> None:
-        """Answer; raises ClientDisconnect when the client goes away before the end."""
-        body_read = asyncio.Event()
-
-        async def receiving() -> Message:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            if not message.get("more_body", False):
-                body_read.set()
-            return message
-
-        async def disconnected() -> None:
-            await body_read.wait()
-            while (await receive())["type"] != "http.disconnect":
-                pass
-
-        tasks = [asyncio.ensure_future(one) for one in (self.app(scope, receiving, response), disconnected())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not (tasks[0].done() or response.is_complete):
-                raise ClientDisconnect
-            await tasks[0]
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _refusal(self, scope: Scope) -> RequestError | None:
-        return self._wrong_source(scope) or self._wrong_key(scope) or self._not_now()
+    async def _refusal(self, scope: Scope) -> RequestError | None:
+        return self._wrong_source(scope) or await self._wrong_key(scope)
 
     def _wrong_source(self, scope: Scope) -> RequestError | None:
         if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
             # A proxy that believes the other of the two would read the rest of the body as a request (RFC 9112, 6.1).
             message = "A request has a Content-Length or a Transfer-Encoding, not both."
             return RequestError(message, code="bad_request", headers={"Connection": "close"})
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            message = f"The headers have more than {MAX_HEADER_BYTES:,} bytes."
-            return RequestError(message, status=431, code="headers_too_large")
         hosts, origins = _headers(scope, b"host"), _headers(scope, b"origin")
         if len(hosts) != 1 or not self._is_allowed_host(hosts[0]):
             message = "The Host of this request is not one that is served here. Allow it with --allow-host NAME."
@@ -222,40 +181,21 @@ class AccessMiddleware:
             return RequestError(message, status=403, code="origin_not_allowed")
         return None
 
-    def _wrong_key(self, scope: Scope) -> RequestError | None:
-        if self.policy.keys is not None and not self._needs_no_key(scope):
-            given = _headers(scope, b"authorization")
-            if len(given) != 1 or not self.policy.keys.accepts(given[0]):
-                return wrong_key()
-        return None
-
-    async def _not_admitted(self, scope: Scope) -> RequestError | None:
-        if self.policy.admission is not None and not self._needs_no_key(scope):
-            if any(len(_headers(scope, name)) > 1 for name in (b"authorization", b"openai-project")):
-                return wrong_key("A request has one key, and one project.")
+    async def _wrong_key(self, scope: Scope) -> RequestError | None:
+        keys, admission = self.policy.keys, self.policy.admission
+        if (keys is None and admission is None) or (scope["method"], scope["path"]) == ("GET", "/"):
+            return None  # the page is not secret
+        if any(len(_headers(scope, name)) > 1 for name in (b"authorization", b"openai-project")):
+            return wrong_key("A request has one key, and one project.")
+        headers = dict(scope["headers"])
+        if keys is not None and not keys.accepts(headers.get(b"authorization")):
+            return wrong_key()
+        if admission is not None:
             try:
-                PROJECT.set(await self.policy.admission(scope["method"], str(scope["path"]), dict(scope["headers"])))
+                PROJECT.set(await admission(scope["method"], str(scope["path"]), headers))
             except RequestError as error:
                 return error
         return None
-
-    def _not_now(self) -> RequestError | None:
-        if self.num_active > self.policy.max_requests:
-            message = f"{self.policy.max_requests} requests are under way, and no more are taken. Try again soon."
-            return RequestError(message, status=429, code="too_many_requests")
-        return None
-
-    def _is_allowed_page(self, scope: Scope) -> bool:
-        return any(one.decode("latin-1") in self.policy.origins for one in _headers(scope, b"origin")[:1])
-
-    def _is_preflight(self, scope: Scope) -> bool:
-        """A browser asks whether an allowed page may send a request."""
-        is_question = scope["method"] == "OPTIONS" and _headers(scope, b"access-control-request-method")
-        return bool(is_question) and self._is_allowed_page(scope)
-
-    def _needs_no_key(self, scope: Scope) -> bool:
-        """The page at / is not secret, and a preflight carries no key."""
-        return (scope["method"] == "GET" and scope["path"] == "/") or self._is_preflight(scope)
 
     def _is_allowed_host(self, host: bytes) -> bool:
         match = _HOST.fullmatch(host)
@@ -266,27 +206,6 @@ class AccessMiddleware:
             ipaddress.ip_address(name.strip("[]"))
             return True
         return name in self.policy.hosts
-
-
-class _Response:
-    """`send` that remembers the status and adds the headers of every answer."""
-
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
-        self.id = request_id
-        self.status = 0
-        self.is_complete = False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = list(message.get("headers", ()))
-            headers += [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
-            if not any(name == b"cache-control" for name, _ in headers):
-                headers.append((b"cache-control", b"no-store"))
-            message = {**message, "headers": headers}
-        await self._send(message)
-        self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:

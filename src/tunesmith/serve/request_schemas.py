@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
-import email.message
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from tunesmith.data.formats.chats import parse_chat
+from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.problems import RowProblems
 from tunesmith.data.read_json import BadRow, loads
 from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.types import Source
@@ -25,22 +23,6 @@ TIMEOUT_S = 30.0
 DRAINED_BYTES = 16 * MAX_BYTES
 """Read of a body that is too large: a client that is cut off while it writes does not read the answer."""
 MAX_INPUTS = 2048
-
-NO_EFFECT = (
-    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-)  # fmt: skip
-"""Accepted without effect. docs/serve.md has the same two tables, and a test compares them."""
-ONLY: dict[str, tuple[Any, ...]] = {
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-}
-"""Accepted with these values, which change nothing."""
 
 
 class StrictRoute(APIRoute):
@@ -53,8 +35,11 @@ class StrictRoute(APIRoute):
             if self.body_field is not None:
                 check_headers(request)
                 request._body = (await _read(request)).strip(b" \t\r\n")  # where starlette keeps what it has read
-                if request._body:
-                    request._json = _parse(request._body)
+                try:
+                    request._json = loads(request._body, depth=MAX_DEPTH) if request._body else None
+                except BadRow as bad:
+                    message = f"The body cannot be read as JSON: {bad.message}."
+                    raise RequestError(message, code="invalid_json") from None
             return await handle(request)
 
         return strictly
@@ -62,29 +47,28 @@ class StrictRoute(APIRoute):
 
 def check_headers(request: Request) -> None:
     """Raises RequestError 415 for a body that is not declared as plain JSON in UTF-8: a web page may send others."""
-    header = email.message.Message()
-    header["content-type"] = request.headers.get("content-type", "")
-    is_json = header.get_content_type() == "application/json"
+    kind, *more = request.headers.get("content-type", "").replace(" ", "").replace('"', "").lower().split(";")
     is_plain = request.headers.get("content-encoding", "identity") == "identity"
-    if not (is_json and is_plain and header.get_content_charset() in (None, "utf-8", "utf8")):
+    if kind != "application/json" or more not in ([], ["charset=utf-8"], ["charset=utf8"]) or not is_plain:
         message = "The body has to be sent as Content-Type: application/json, in UTF-8 and without a Content-Encoding."
         raise _closing(415, "unsupported_media_type", message)
 
 
 async def _read(request: Request) -> bytes:
-    kept, num_bytes = bytearray(), 0
+    kept = bytearray()
 
-    async def receive() -> None:
-        nonlocal num_bytes
+    async def receive() -> int:
+        num_bytes = 0
         async for piece in request.stream():
             num_bytes += len(piece)
             if num_bytes <= MAX_BYTES:
                 kept.extend(piece)
             elif num_bytes > DRAINED_BYTES:
                 break
+        return num_bytes
 
     try:
-        await asyncio.wait_for(receive(), TIMEOUT_S)
+        num_bytes = await asyncio.wait_for(receive(), TIMEOUT_S)
     except asyncio.TimeoutError:
         message = f"The body did not arrive within {TIMEOUT_S:.0f} seconds."
         raise _closing(408, "request_timeout", message) from None
@@ -97,19 +81,6 @@ def _closing(status: int, code: str, message: str) -> RequestError:
     return RequestError(message, status=status, code=code, headers={"Connection": "close"})
 
 
-def _parse(raw: bytes) -> Any:
-    try:
-        return loads(raw, depth=MAX_DEPTH)
-    except BadRow as bad:
-        raise RequestError(f"The body cannot be read as JSON: {bad.message}.", code="invalid_json") from None
-
-
-def refuse(code: str, param: str, message: str) -> PydanticCustomError:
-    """An error with its code and parameter, which the answer names."""
-    # pydantic fills in {names} of a message: a client's text must not be read as one.
-    return PydanticCustomError("refused", "{message}", {"code": code, "param": param, "message": message})
-
-
 class StrictModel(BaseModel):
     """An object without unknown fields, whose values are not converted."""
 
@@ -117,66 +88,60 @@ class StrictModel(BaseModel):
 
 
 class Parameters(StrictModel):
-    """An object of parameters: null is the same as missing, and all that would have to be ignored are named at once,
-    with what may be meant."""
+    """An object of parameters: null is the same as missing."""
 
     @model_validator(mode="before")
     @classmethod
-    def _known_parameters(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        problems = []
-        for name, value in given.items():
-            if name in cls.model_fields or name in NO_EFFECT or value is None:
-                continue
-            allowed = ONLY.get(name, ())
-            if any(type(value) is type(one) and value == one for one in allowed):
-                continue
-            near = difflib.get_close_matches(name, cls.model_fields, n=1)
-            said = f"unknown parameter{f', did you mean {near[0]}?' if near else '.'}"
-            said = f"only {' or '.join(map(repr, allowed))} is supported here." if allowed else said
-            problems.append((name, "unsupported_value" if allowed else "unknown_parameter", f"{name[:60]}: {said}"))
-        if problems:
-            raise refuse(problems[0][1], problems[0][0], " ".join(said for _, _, said in problems[:10]))
-        return {name: value for name, value in given.items() if name in cls.model_fields and value is not None}
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Body(Parameters):
     """A request's JSON object."""
 
     model: str
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    """These six have no effect."""
 
 
 Text = Annotated[str, Field(min_length=1)]
-Texts = Annotated[list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+_LISTED = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+Texts = Annotated[list[Text], _LISTED]
 """A text or a list of texts."""
-
-
-class StreamOptions(StrictModel):
-    """Options of a streamed answer."""
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
 
 
 class SampledBody(Body):
     """Parameters that chats and completions share."""
 
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Texts = Field([], max_length=4)
     n: int = Field(1, ge=1, le=128)
-    presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    modalities: list[Literal["text"]] = ["text"]
+    parallel_tool_calls: Literal[True] = True
+    logit_bias: dict[str, Any] = Field({}, max_length=0)
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+    """The last eight are accepted with values that change nothing."""
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> SampledBody:
         if self.stream_options is not None and not self.stream:
-            raise refuse("invalid_value", "stream_options", "stream_options: only for stream: true.")
+            raise RequestError("stream_options: only for stream: true.", param="stream_options")
         return self
 
     @property
@@ -231,32 +196,24 @@ class ChatBody(SampledBody):
     @model_validator(mode="after")
     def _consistent(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise refuse("invalid_value", "top_logprobs", "top_logprobs: only with logprobs: true.")
+            raise RequestError("top_logprobs: only with logprobs: true.", param="top_logprobs")
         if None not in (limits := (self.max_tokens, self.max_completion_tokens)) and limits[0] != limits[1]:
             message = "max_tokens and max_completion_tokens: two names of one limit, and they differ. Give one."
-            raise refuse("invalid_value", "max_tokens", message)
-        for i, one in enumerate(self.messages):
-            if isinstance(one, dict) and "from" in one:  # a row of training could have it
-                message = (
-                    f"messages[{i}].role and content are needed: from and value are read in rows of training only."
-                )
-                raise refuse("invalid_messages", "messages", message)
-        record = {"messages": self.messages, "tools": self.tools}
-        found = parse_chat(record, Source("messages", 1), answered=False)
-        if isinstance(found, list):
-            raise refuse("invalid_messages", "messages", " ".join(problem.message for problem in found[:10]))
+            raise RequestError(message, param="max_tokens")
         return self
 
     def to_request(self) -> GenerationRequest:
-        """As the engine takes it: without nulls, and each content one text, as in training."""
-
-        def one_text(content: Any) -> Any:
-            return "".join(part["text"] for part in content) if isinstance(content, list) else content
-
-        fields = [{name: value for name, value in one.items() if value is not None} for one in self.messages]
+        """As the engine takes it. Raises RequestError for messages and tools that a row of training could not have."""
+        found = RowProblems(Source("messages", 1))
+        parts, tools = parts_of(self.messages, found, trained=False), tools_of({"tools": self.tools}, found)
+        without_answer(parts, found)
+        check_order(parts, found, answered=False)
+        if found.problems:
+            message = " ".join(problem.message for problem in found.problems[:10])
+            raise RequestError(message, code="invalid_messages", param="messages")
         return GenerationRequest(
-            messages=tuple({**one, "content": one_text(one.get("content"))} for one in fields),
-            tools=tuple(self.tools) if self.tool_choice == "auto" else (),
+            messages=tuple({"role": part.role, "content": part.text, **part.fields} for part in parts),
+            tools=tools if self.tool_choice == "auto" else (),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             json_schema=self.response_format.wanted,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
@@ -264,19 +221,12 @@ class ChatBody(SampledBody):
         )
 
 
-def _prompt(value: Any) -> str:
-    """A text, or a list of one."""
-    [given] = value if isinstance(value, list) and len(value) == 1 else [value]
-    if isinstance(given, str):
-        return given
-    raise ValueError("should be one text; send a request for each of several prompts, and no token ids")
-
-
 class CompletionBody(SampledBody):
     """POST /v1/completions"""
 
     max_tokens: int | None = Field(16, ge=1)
-    prompt: Annotated[str, BeforeValidator(_prompt, json_schema_input_type=str | list[str])]
+    prompt: Texts = Field(min_length=1, max_length=1)
+    """One, also in a list."""
 
 
 class EmbeddingBody(Body):
@@ -288,20 +238,17 @@ class EmbeddingBody(Body):
     input_type: Literal["query", "document"] = "document"
 
 
-def _documents(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    if any(isinstance(one, dict) and one.keys() != {"text"} for one in value):
-        raise ValueError('should be texts or {"text": ...} without other fields, which no model would read')
-    return [one["text"] if isinstance(one, dict) else one for one in value]
+class Document(StrictModel):
+    """A document as Cohere's clients send it."""
+
+    text: str
 
 
 class RerankBody(Body):
     """POST /v1/rerank"""
 
     query: Text
-    documents: Annotated[list[str], BeforeValidator(_documents)] = Field(min_length=1, max_length=MAX_INPUTS)
-    """Each a text or {"text": ...}."""
+    documents: list[str | Document] = Field(min_length=1, max_length=MAX_INPUTS)
     top_n: int | None = Field(None, ge=1)
     return_documents: bool = True
 
@@ -316,6 +263,4 @@ class TextPair(StrictModel):
 class ClassifyBody(Body):
     """POST /v1/classify"""
 
-    input: Annotated[
-        list[str | TextPair], BeforeValidator(lambda value: value if isinstance(value, list) else [value])
-    ] = Field(min_length=1, max_length=MAX_INPUTS)
+    input: Annotated[list[str | TextPair], _LISTED] = Field(min_length=1, max_length=MAX_INPUTS)

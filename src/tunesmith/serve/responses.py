@@ -8,7 +8,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import orjson
@@ -24,20 +24,25 @@ from tunesmith.serve.protocol import (
     RequestError,
     Started,
     StreamEvent,
-    TokenLogprob,
+    Token,
     ToolCall,
     ToolCallFormat,
 )
 
-MIN_LOGPROB = -9999.0
-"""OpenAI's value for the logarithm of a probability of 0."""
 RETRY_AFTER_S = 1
 MAX_PROBLEMS = 10
-NOT_FOUND = "There is nothing here by this path. GET /openapi.json lists what there is."
-NO_RESPONSES = (
-    "The Responses API is not served here: use POST /v1/chat/completions (in OpenAI's package "
-    "client.chat.completions.create), which takes the same messages."
-)
+_HTTP_ERRORS = {
+    404: (
+        "not_found",
+        "There is nothing here by this path. Chats are at POST /v1/chat/completions (in OpenAI's package "
+        "client.chat.completions.create); GET /openapi.json lists what there is.",
+    ),
+    405: ("method_not_allowed", "This path takes another method. GET /openapi.json lists them."),
+}
+_PROBLEMS = {
+    "missing": ("missing_required_parameter", "missing"),
+    "extra_forbidden": ("unknown_parameter", "unknown parameter"),
+}
 _ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
 
 Events: TypeAlias = AsyncGenerator[StreamEvent, None]
@@ -69,11 +74,7 @@ async def on_error(request: Request, error: Exception) -> Response:
         texts += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
         return error_response(RequestError(" ".join(texts), code=found[0][1], param=found[0][0]))
     if isinstance(error, HTTPException):
-        code, message = "error", str(error.detail)
-        if error.status_code == 404:
-            code, message = "not_found", NO_RESPONSES if request.url.path.startswith("/v1/responses") else NOT_FOUND
-        elif error.status_code == 405:
-            code, message = "method_not_allowed", "This path takes another method. GET /openapi.json lists them."
+        code, message = _HTTP_ERRORS.get(error.status_code, ("error", str(error.detail)))
         return error_response(RequestError(message, status=error.status_code, code=code, headers=error.headers))
     # An unexpected error's own words could quote the request.
     message = f"Something went wrong inside the server. It is in its log as {request.state.request_id}."
@@ -82,23 +83,11 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 def _problem(problem: Mapping[str, Any]) -> tuple[str | None, str, str]:
     """(param, code, message) of one problem that pydantic found."""
-    place = ""
-    for part in problem["loc"]:
-        if part != "body":
-            place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
-    kind, context = str(problem["type"]), problem.get("ctx") or {}
-    if "code" in context:  # raised by our own validators
-        return str(context.get("param") or place) or None, str(context["code"]), str(problem["msg"])
-    if kind == "missing":
-        return (
-            place or None,
-            "missing_required_parameter",
-            f"{place}: missing." if place else "The body is empty or null.",
-        )
-    if kind == "extra_forbidden":
-        return place, "unknown_parameter", f"{place}: there is no such parameter."
-    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    return place or None, "invalid_value", f"{place or 'The body'}: {message}."
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if part != "body")
+    place = "".join(parts).lstrip(".")
+    said = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    code, said = _PROBLEMS.get(problem["type"], ("invalid_value", said))
+    return place or None, code, f"{place[:60] or 'The body'}: {said}."
 
 
 @dataclass
@@ -121,74 +110,33 @@ class Usage:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-@dataclass
-class WrittenAnswer:
-    """The part of one answer that is written so far."""
-
-    text: str = ""
-    tokens: list[TokenLogprob] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    reason: str = ""
-
-    def add(self, event: Delta | ToolCall | Finished) -> None:
-        if isinstance(event, Delta):
-            self.text += event.text
-            self.tokens += event.tokens
-        elif isinstance(event, ToolCall):
-            self.calls.append(_call(event))
-        else:
-            self.reason = event.reason
-
-
 class ChatFormat:
-    """Choices of /v1/chat/completions."""
+    """Choices of /v1/chat/completions with `n` answers."""
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *, logprobs: bool, n: int) -> None:
-        self._has_logprobs = logprobs
+    def __init__(self, n: int) -> None:
         self._n = n
 
     def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
         """The streamed choices of one event."""
         if isinstance(event, Started):
             for index in range(self._n):
-                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+                yield _choice(index, delta={"role": "assistant", "content": "", "refusal": None})
         elif isinstance(event, Delta):
-            yield self._chunk(event.index, {"content": event.text}, tokens=event.tokens)
+            yield _choice(event.index, tokens=event.tokens, delta={"content": event.text})
         elif isinstance(event, ToolCall):
-            yield self._chunk(event.index, {"tool_calls": [{"index": event.number, **_call(event)}]})
+            yield _choice(event.index, delta={"tool_calls": [{"index": event.number, **event.call}]})
         else:
-            yield self._chunk(event.index, {}, event.reason)
+            yield _choice(event.index, event.reason, delta={})
 
-    def _chunk(
-        self, index: int, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[TokenLogprob] = ()
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(tokens) if tokens else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-    def whole(self, index: int, answer: WrittenAnswer) -> dict[str, Any]:
-        """The choice of a complete answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if answer.calls:
-            message |= {"content": answer.text or None, "tool_calls": answer.calls}
-        logprobs = self._logprobs(answer.tokens)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.reason}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._has_logprobs:
-            return None
-        listed = [{**_token(one), "top_logprobs": [_token(top) for top in one.top]} for one in tokens]
-        return {"content": listed, "refusal": None}
-
-
-def _token(token: TokenLogprob) -> dict[str, Any]:
-    spelling = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
-    return {"token": token.text, "logprob": max(token.logprob, MIN_LOGPROB), "bytes": spelling}
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    def whole(self, index: int, events: Sequence[Any]) -> dict[str, Any]:
+        """The choice of a complete answer, which `Finished` ends."""
+        message: dict[str, Any] = {"role": "assistant", "content": _text(events), "refusal": None}
+        if calls := [event.call for event in events if isinstance(event, ToolCall)]:
+            message |= {"content": message["content"] or None, "tool_calls": calls}
+        tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
+        return _choice(index, events[-1].reason, tokens, message=message)
 
 
 class CompletionFormat:
@@ -197,12 +145,22 @@ class CompletionFormat:
     whole_object = chunk_object = "text_completion"
 
     def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Delta | Finished):
-            text, reason = (event.text, None) if isinstance(event, Delta) else ("", event.reason)
-            yield {"index": event.index, "text": text, "logprobs": None, "finish_reason": reason}
+        if isinstance(event, Delta):
+            yield _choice(event.index, text=event.text)
+        elif isinstance(event, Finished):
+            yield _choice(event.index, event.reason, text="")
 
-    def whole(self, index: int, answer: WrittenAnswer) -> dict[str, Any]:
-        return {"index": index, "text": answer.text, "logprobs": None, "finish_reason": answer.reason}
+    def whole(self, index: int, events: Sequence[Any]) -> dict[str, Any]:
+        return _choice(index, events[-1].reason, text=_text(events))
+
+
+def _text(events: Sequence[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def _choice(index: int, reason: str | None = None, tokens: Sequence[Token] = (), **content: Any) -> dict[str, Any]:
+    logprobs = {"content": tokens, "refusal": None} if tokens else None
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
 
 Format: TypeAlias = ChatFormat | CompletionFormat
@@ -210,12 +168,12 @@ Format: TypeAlias = ChatFormat | CompletionFormat
 
 async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, usage: Usage) -> dict[str, Any]:
     """The body of an answer that is not streamed. `head`: id, created and model."""
-    answers: dict[int, WrittenAnswer] = defaultdict(WrittenAnswer)
+    answers: dict[int, list[StreamEvent]] = defaultdict(list)
     async with aclosing(events):
         async for event in events:
             usage.count(event)
             if not isinstance(event, Started):
-                answers[event.index].add(event)
+                answers[event.index].append(event)
     choices = [form.whole(index, answer) for index, answer in sorted(answers.items())]
     return {**head, "object": form.whole_object, "choices": choices, "usage": usage.as_dict()}
 
@@ -279,9 +237,8 @@ async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str])
                 calls, rest = find_calls(held.pop(event.index, ""), form, tools)
                 if rest and (rest.strip() or not calls):
                     yield Delta(event.index, rest)
-                for number, (name, arguments) in enumerate(calls):
-                    # Nine letters and digits, as Mistral's templates require.
-                    yield ToolCall(event.index, number, secrets.token_hex(5)[:9], name, arguments)
+                for number, call in enumerate(calls):
+                    yield ToolCall(event.index, number, call)
                 yield replace(event, reason="tool_calls") if calls and event.reason == "stop" else event
             else:
                 yield event
@@ -297,16 +254,18 @@ def _certain(text: str, form: ToolCallFormat) -> int:
     return len(text[:start].rstrip())
 
 
-def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[tuple[str, str]], str]:
-    """(name, arguments) of the calls in what was written, and the text without them."""
-    calls: list[tuple[str, str]] = []
+def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[dict[str, Any]], str]:
+    """The calls in what was written, in OpenAI's shape, and the text without them."""
+    calls: list[dict[str, Any]] = []
 
     def take(found: re.Match[str]) -> str:
         with suppress(ValueError, TypeError, RecursionError):
             call = json.loads(found[found.lastindex or 0])
             arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
             if isinstance(arguments, dict) and call.get("name") in tools:
-                calls.append((call["name"], json.dumps(arguments, ensure_ascii=False)))
+                function = {"name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}
+                # Nine letters and digits, as Mistral's templates require.
+                calls.append({"id": secrets.token_hex(5)[:9], "type": "function", "function": function})
                 return ""
         return found[0]
 
