@@ -109,7 +109,9 @@ def served(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     from concurrent.futures import ThreadPoolExecutor
 
     import httpx
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
     words = [sys.executable, "-m", "tunesmith", "serve", job["model"], "--port", "0", "--json", "--offline"]
     words += ["--threads", str(job["threads"]), "--streams", str(max(job["streams"]))]
     out = tempfile.NamedTemporaryFile("w+", suffix=".jsonl")  # noqa: SIM115 (open as long as the process is)
@@ -128,7 +130,7 @@ def served(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
         """As many zeros as there were tokens: their ids are not told over HTTP."""
         left, number = job["new_tokens"], first
         while left:
-            asked = {**body, "prompt": list(prompts[number % len(prompts)]), "max_tokens": left}
+            asked = {**body, "prompt": tokenizer.decode(prompts[number % len(prompts)]), "max_tokens": left}
             with client.stream("POST", "/v1/completions", json=asked) as answer:
                 *_, last = [line for line in answer.iter_lines() if line.startswith("data: {")]
             left -= json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]

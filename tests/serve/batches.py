@@ -21,7 +21,7 @@ from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.adapters import AdapterSet, LowRankPath
 from tunesmith.serve.decoder import BatchedDecoder, Decoder
-from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, TokenLogprob
+from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, Token
 from tunesmith.serve.scheduler import KeyedEvent, PreparedRequest, Scheduler
 
 TOKENIZER = tiny_tokenizer()
@@ -105,7 +105,7 @@ class Heard:
     begun: int | None = None
     texts: dict[int, str] = field(default_factory=lambda: defaultdict(str))
     pieces: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    tokens: dict[int, list[TokenLogprob]] = field(default_factory=lambda: defaultdict(list))
+    tokens: dict[int, list[Token]] = field(default_factory=lambda: defaultdict(list))
     ended: dict[int, Finished] = field(default_factory=dict)
     refused: RequestError | None = None
 

@@ -11,14 +11,14 @@ import pytest
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
 from tunesmith.evaluation.generate import read_answer
-from tunesmith.serve.protocol import TokenLogprob
+from tunesmith.serve.protocol import Token
 from tunesmith.serve.sampling import SampledToken, StreamingDecoder, with_text
 
 SAID = "Ça va très bien 🦊🦊, 今日はいい天気ですね。\n\n  The quick  brown fox end "
 
 
-def chance(token_id: int) -> TokenLogprob:
-    return TokenLogprob(str(token_id), -1.0)
+def chance(token_id: int) -> Token:
+    return {"token": str(token_id), "logprob": -1.0}
 
 
 def written(tokenizer: Any, prompt: list[int], ids: list[int], *, stops: tuple[str, ...] = ()) -> list[str]:
@@ -35,7 +35,7 @@ def written(tokenizer: Any, prompt: list[int], ids: list[int], *, stops: tuple[s
     text, tokens = writer.take(last=True)
     told += tokens
     if not stops:
-        assert [token.text for token in told] == [str(token_id) for token_id in ids]
+        assert [token["token"] for token in told] == [str(token_id) for token_id in ids]
     return [*pieces, text]
 
 
@@ -115,13 +115,13 @@ def test_listed_tokens_spell_the_text(tokenizer: Any) -> None:
     text = " Ask 12" if tokenizer.unk_token != "[UNK]" else "red"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     listed = [with_text(tokenizer, SampledToken(i, -0.5, ((i, -0.5), (ids[-1], -math.inf)))) for i in ids]
-    assert "".join(token.text for token in listed).strip() == text.strip()
-    assert listed[0].logprob == -0.5
-    assert [one.text for one in listed[0].top] == [listed[0].text, listed[-1].text]
+    assert "".join(token["token"] for token in listed).strip() == text.strip()
+    assert [token["logprob"] for token in listed[0]["top_logprobs"]] == [-0.5, -9999.0]
+    assert [one["token"] for one in listed[0]["top_logprobs"]] == [listed[0]["token"], listed[-1]["token"]]
 
 
 def test_an_id_beyond_the_tokenizer_has_no_text() -> None:
     """Rows that pad a model's table, as Qwen's and Phi's do."""
     tokenizer = tiny_tokenizer()
     token = SampledToken(5, -0.1, ((5, -0.1), (len(tokenizer) + 3, -9.0)))
-    assert with_text(tokenizer, token).top[1].text == ""
+    assert with_text(tokenizer, token)["top_logprobs"][1]["token"] == ""

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from tunesmith.serve import sampling
 from tunesmith.serve.protocol import GenerationRequest
-from tunesmith.serve.sampling import Sampler, sample_all
+from tunesmith.serve.sampling import Sampler
 
 V = 50
 params = partial(GenerationRequest, "", temperature=0.0)
@@ -108,7 +108,10 @@ def test_a_grammar_bars_tokens_and_logits_stay() -> None:
     given = torch.stack([logits(), logits(1)])
     before = given.clone()
     choosers = [Sampler(params(), index=0, grammar=grammar), Sampler(params(), index=0, grammar=None)]
-    assert [one.token_id for one in sample_all(choosers, given)] == [7, int(logits(1).argmax())]
+    assert [one.sample(logits_V).token_id for one, logits_V in zip(choosers, given, strict=True)] == [
+        7,
+        int(logits(1).argmax()),
+    ]
     assert torch.equal(given, before)
     choosers[0].accept(7)
     assert grammar.accepted == [7]

@@ -100,6 +100,7 @@ class AdapterSet:
 
     def put(self, name: str, paths: Mapping[str, LowRankPath]) -> None:
         """Put an adapter on the model, between two passes. Raises ModelError if a layer is missing."""
+        self.drop(name)
         layers = {layer: self.model.get_submodule(layer) for layer in paths}
         bare = [layer for layer, module in layers.items() if not isinstance(module, MultiLoraLinear)]
         for target in named_targets(self.model, bare):
@@ -116,10 +117,6 @@ class AdapterSet:
         for module in self.model.modules():
             if isinstance(module, MultiLoraLinear):
                 module.paths.pop(name, None)
-
-    def adapts(self, module: nn.Module | None) -> bool:
-        """Whether a layer of the model has adapters."""
-        return isinstance(module, MultiLoraLinear)
 
     @contextmanager
     def active(self, names: Sequence[str | None], *, mixed: bool = False) -> Iterator[None]:

@@ -23,12 +23,12 @@ from tunesmith.models.attention import AttentionTrace, packed_forward
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
-from tunesmith.serve.adapters import AdapterSet
+from tunesmith.serve.adapters import AdapterSet, MultiLoraLinear
 from tunesmith.serve.kv_cache import (
     BatchLayout,
     DecodeRows,
-    KVBlock,
     KVCache,
+    KVPool,
     PrefillSpan,
     SequenceSlot,
     room_for,
@@ -57,12 +57,12 @@ class BatchedDecoder:
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         """A slot for a prompt of so many tokens, of which nothing has been read."""
-        return SequenceSlot(adapter, KVBlock(1, room_for(num_tokens)))
+        return SequenceSlot(adapter, KVPool(room_for(num_tokens)))
 
     @torch.inference_mode()
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
         """Sequences that continue a prompt that has been read; its own slot is not used any more."""
-        slots = [SequenceSlot(slot.adapter, slot.block, slot.length) for _ in range(copies)]
+        slots = [SequenceSlot(slot.adapter, slot.pool, slot.length) for _ in range(copies)]
         for one in slots:
             self._cache.add(one)
         return slots
@@ -76,7 +76,7 @@ class BatchedDecoder:
         """Number of tokens whose keys and values fit into so much memory; None if unknown."""
         slot = self.open(None, 1)
         self.step({}, [(slot, [0])])
-        return max(0, num_bytes) // slot.block.bytes_per_token()
+        return max(0, num_bytes) // slot.pool.bytes_per_token()
 
     @torch.inference_mode()
     def step(
@@ -95,16 +95,16 @@ class BatchedDecoder:
         last = list(range(len(slots)))
         rows: list[DecodeRows] = []
         for pool in self._cache.pools.values():
-            rows.append(DecodeRows.of(pool, sum(len(one.pool.slots) for one in rows), device))
-        spans = []
+            rows.append(DecodeRows(pool, sum(len(one.pool.slots) for one in rows), device))
+        spans: list[PrefillSpan] = []
         for slot, prompt in parts:
-            spans.append(PrefillSpan(slot, len(ids), len(prompt)))
+            spans.append((slot, slice(len(ids), len(ids) + len(prompt))))
             ids += prompt
             positions += range(slot.length, slot.length + len(prompt))
             adapters += [slot.adapter] * len(prompt)
             last.append(len(ids) - 1)
         # An adapted head has to see every token, since adapters are assigned by token.
-        head_is_adapted = self.adapters.adapts(self.model.get_output_embeddings())
+        head_is_adapted = isinstance(self.model.get_output_embeddings(), MultiLoraLinear)
         with packed_forward(), self.adapters.active(adapters, mixed=True):
             logits_NV: Tensor = self.model(
                 input_ids=torch.tensor([ids], device=device),
@@ -133,13 +133,13 @@ class SequentialDecoder:
         self._encoded: dict[SequenceSlot, Any] = {}
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
-        slot = SequenceSlot(adapter, KVBlock(0, 0))
+        slot = SequenceSlot(adapter, KVPool(0))
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         self._caches[slot] = EncoderDecoderCache(cache, DynamicCache()) if self.reads_whole else cache
         return slot
 
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
-        slots = [SequenceSlot(slot.adapter, slot.block, slot.length) for _ in range(copies)]
+        slots = [SequenceSlot(slot.adapter, slot.pool, slot.length) for _ in range(copies)]
         for one in slots:
             self._caches[one] = copy.deepcopy(self._caches[slot])
             if slot in self._encoded:
@@ -183,12 +183,7 @@ Decoder: TypeAlias = BatchedDecoder | SequentialDecoder
 
 
 def choose_decoder(
-    name: str,
-    model: PreTrainedModel,
-    adapters: AdapterSet,
-    note: Callable[[str], None],
-    *,
-    streams: int | None = None,
+    name: str, model: PreTrainedModel, adapters: AdapterSet, note: Callable[[str], None], *, streams: int | None = None
 ) -> Decoder:
     """A decoder of many sequences at once if the model gives them the logits that it gives each alone.
 
@@ -211,9 +206,10 @@ def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrained
     Texts of different lengths are read in parts and then continued together, and their logits compared with those of
     the model's own attention, each text alone; and those of one text beside others with those beside others again.
     """
-    own, texts, is_batched = model.config._attn_implementation, _probes(model), kind is BatchedDecoder
+    own, is_batched = model.config._attn_implementation, kind is BatchedDecoder
+    texts = [probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
     with eval_mode(model):
-        alone = [_whole(model, ids) for ids in texts]
+        whole = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1:] for ids in texts]
         try:  # transformers warns of attention that cannot be replaced
             with silence_transformers(), packed_forward() if is_batched else nullcontext(AttentionTrace()) as trace:
                 together = _decoded(kind(model, adapters), texts)
@@ -227,24 +223,15 @@ def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrained
         return "its attention is its own and cannot be replaced"
     if missing := trace.local_masks - trace.windows:
         return f"its attention is limited to {min(missing)} tokens by a mask alone"
-    error, leak = _distance(together, alone), _distance(again[:1], together[:1])
+    error = max(normalized_error(a_1V, b_1V.float()) for a_1V, b_1V in zip(together, whole, strict=True))
+    leak = normalized_error(again[0], together[0])
     if error <= TOLERANCES[model.dtype] and leak <= leak_tolerance(model):
         return ""
     return f"others beside a text change its logits, by {max(error, leak):.2g}"
 
 
-def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    return max(normalized_error(a_V[None], b_V[None]) for a_V, b_V in zip(some, others, strict=True))
-
-
-def _whole(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """[V] of the last token, by the model itself."""
-    logits_V: Tensor = model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0, -1]
-    return logits_V.float()
-
-
 def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
-    """[V] of the last token of each text."""
+    """[1, V] of the last token of each text."""
     slots = [decoder.open(None, num) for num, _ in PROBES]
     prompts = [ids[:num] for ids, (_, num) in zip(texts, PROBES, strict=True)]
     for parts in ([ids[: len(ids) // 2] for ids in prompts], [ids[len(ids) // 2 :] for ids in prompts]):
@@ -253,16 +240,11 @@ def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     while decoding:
         slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in decoding.items()}, [])
-        for slot, logits_V in zip(slots, logits_NV, strict=True):
+        for slot, logits_1V in zip(slots, logits_NV[:, None], strict=True):
             if slot.length == len(texts[decoding[slot]]):
-                found[decoding.pop(slot)] = logits_V
+                found[decoding.pop(slot)] = logits_1V
                 decoder.close(slot)
     return [found[i] for i in range(len(texts))]
-
-
-def _probes(model: PreTrainedModel) -> list[list[int]]:
-    vocab_size = int(model.config.get_text_config().vocab_size)
-    return [probe(vocab_size, num) for num, _ in PROBES]
 
 
 def probe(vocab_size: int, num: int) -> list[int]:

@@ -11,7 +11,7 @@ pool; a row that ends is filled with the last one, so that rows stay dense.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,21 +40,36 @@ def room_for(num_tokens: int) -> int:
     return max(SMALLEST, 1 << (num_tokens - 1).bit_length())
 
 
-class KVBlock:
-    """Keys and values of `rows` sequences, by layer: [N, G, L, D] each, allocated when a layer first writes."""
+@dataclass(eq=False)
+class SequenceSlot:
+    """One sequence: how much of it has been read, and where that is kept."""
 
-    def __init__(self, rows: int, room: int) -> None:
-        self.rows = rows
-        self.room = room
+    adapter: str | None
+    pool: KVPool
+    """Its own while the prompt is read, then one of the cache."""
+    length: int = 0
+    row: int = 0
+
+
+class KVPool:
+    """Keys and values of sequences with `room` tokens each, by layer: [N, G, L, D], made when a layer first writes.
+
+    `slots` are the sequences that are decoded, in rows 0 to N - 1; none: the first row is of a prompt that is read.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room, self.rows = room, 1
+        self.slots: list[SequenceSlot] = []
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: int, key_1GTD: Tensor, value_1GTD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, shaped after its new ones."""
         if layer not in self.layers:
             # Zeros: masked values are multiplied by zero, and garbage can be NaN.
-            shapes = ((self.rows, like.shape[1], self.room, like.shape[3]) for like in (key_1GTD, value_1GTD))
-            key_shape, value_shape = shapes
-            self.layers[layer] = (key_1GTD.new_zeros(key_shape), value_1GTD.new_zeros(value_shape))
+            key, value = (
+                like.new_zeros(self.rows, like.shape[1], self.room, like.shape[3]) for like in (key_1GTD, value_1GTD)
+            )
+            self.layers[layer] = key, value
         return self.layers[layer]
 
     def bytes_per_token(self) -> int:
@@ -62,54 +77,30 @@ class KVBlock:
         tensors = (tensor for pair in self.layers.values() for tensor in pair)
         return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
 
-    def copy_row(self, row: int, source: KVBlock, source_row: int, num_tokens: int) -> None:
-        """Copy the first tokens of a row of another block, or of this one, into a row of this; zeros follow."""
-        for layer, (key_NGLD, value_NGLD) in source.layers.items():
-            own = self.of(layer, key_NGLD[:1], value_NGLD[:1])
-            for to_NGLD, from_NGLD in zip(own, (key_NGLD, value_NGLD), strict=True):
-                to_NGLD[row, :, :num_tokens] = from_NGLD[source_row, :, :num_tokens]
-                to_NGLD[row, :, num_tokens:] = 0  # an earlier sequence's values are masked, but 0 times NaN is NaN
-
-
-@dataclass(eq=False)
-class SequenceSlot:
-    """One sequence: how much of it has been read, and where that is kept."""
-
-    adapter: str | None
-    block: KVBlock
-    """Its own while the prompt is read, then that of its pool."""
-    length: int = 0
-    row: int = 0
-    pool: KVPool | None = None
-
-
-class KVPool:
-    """Sequences with `room` tokens each, in rows 0 to N - 1."""
-
-    def __init__(self, room: int) -> None:
-        self.block = KVBlock(1, room)
-        self.slots: list[SequenceSlot] = []
-
     def add(self, slot: SequenceSlot) -> None:
         """Copy a sequence into a row of this pool."""
-        num = len(self.slots)
-        if num == self.block.rows:
-            larger = KVBlock(2 * num, self.block.room)
-            for row, other in enumerate(self.slots):
-                larger.copy_row(row, self.block, row, other.length)
-                other.block = larger
-            self.block = larger
-        self.block.copy_row(num, slot.block, slot.row, slot.length)
-        slot.block, slot.row, slot.pool = self.block, num, self
+        if len(self.slots) == self.rows:
+            self.rows *= 2
+            for layer, (key_NGLD, value_NGLD) in self.layers.items():
+                self.layers[layer] = torch.cat([key_NGLD] * 2), torch.cat([value_NGLD] * 2)
+        self._copy_row(len(self.slots), slot)
+        slot.pool, slot.row = self, len(self.slots)
         self.slots.append(slot)
 
     def free(self, row: int) -> None:
         """Free a row; the last one takes its place."""
         last = self.slots.pop()
         if row != len(self.slots):
-            self.block.copy_row(row, self.block, last.row, last.length)
-            self.slots[row] = last
-            last.row = row
+            self._copy_row(row, last)
+            self.slots[row], last.row = last, row
+
+    def _copy_row(self, row: int, slot: SequenceSlot) -> None:
+        """Copy what was read of a sequence into a row; zeros follow."""
+        for layer, (key_NGLD, value_NGLD) in slot.pool.layers.items():
+            own = self.of(layer, key_NGLD[:1], value_NGLD[:1])
+            for to_NGLD, from_NGLD in zip(own, (key_NGLD, value_NGLD), strict=True):
+                to_NGLD[row, :, : slot.length] = from_NGLD[slot.row, :, : slot.length]
+                to_NGLD[row, :, slot.length :] = 0  # an earlier sequence's values are masked, but 0 times NaN is NaN
 
 
 class KVCache:
@@ -128,44 +119,35 @@ class KVCache:
         room = room_for(slot.length + 1)
         self.pools.setdefault(room, KVPool(room)).add(slot)
 
-    def free(self, pool: KVPool | None, row: int) -> None:
+    def free(self, pool: KVPool, row: int) -> None:
         """Free a row and, with its last one, the pool."""
-        if pool is not None:
+        if pool.slots:
             pool.free(row)
             if not pool.slots:
-                del self.pools[pool.block.room]
+                del self.pools[pool.room]
 
     def make_room(self) -> None:
         """Move every sequence that fills its room to the next pool."""
         for slot in self.slots:
             pool, row = slot.pool, slot.row
-            if pool is not None and slot.length == pool.block.room:
+            if slot.length == pool.room:
                 self.add(slot)
                 self.free(pool, row)
 
 
-@dataclass(frozen=True, slots=True)
 class DecodeRows:
     """A pool's tokens in a pass: one a row, from token `first` of the pass."""
 
-    pool: KVPool
-    first: int
-    positions_N: Tensor
-    index_N: Tensor
-    longest: int
-    """Tokens of the longest row, with the new one."""
-    masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, pool: KVPool, first: int, device: torch.device) -> DecodeRows:
+    def __init__(self, pool: KVPool, first: int, device: torch.device) -> None:
         lengths = [slot.length for slot in pool.slots]
-        positions_N = torch.tensor(lengths, device=device)
-        return cls(pool, first, positions_N, torch.arange(len(lengths), device=device), max(lengths) + 1)
+        self.pool, self.first, self.longest = pool, first, max(lengths) + 1
+        self.positions_N, self.index_N = torch.tensor(lengths, device=device), torch.arange(len(lengths), device=device)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """[N, 1, 1, L], bool or added to scores; None if every row reads everything."""
         key = (window, dtype)
-        if key not in self.masks:
+        if key not in self._masks:
             places_1L = torch.arange(self.longest, device=self.positions_N.device)[None]
             last_N1 = self.positions_N[:, None]
             seen_NL = places_1L <= last_N1
@@ -174,17 +156,12 @@ class DecodeRows:
             mask = None if bool(seen_NL.all()) else seen_NL[:, None, None]
             if mask is not None and dtype != torch.bool:
                 mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
-            self.masks[key] = mask
-        return self.masks[key]
+            self._masks[key] = mask
+        return self._masks[key]
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """Tokens of one prompt in a pass, from token `first`, behind the `slot.length` that were read before."""
-
-    slot: SequenceSlot
-    first: int
-    num: int
+PrefillSpan = tuple[SequenceSlot, slice]
+"""A sequence, and the place in a pass of the tokens of its prompt behind those that were read before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +215,7 @@ def _decode(rows: DecodeRows, layer: int, new: _New, how: AttentionOptions) -> T
     query_1HTD, key_1GTD, value_1GTD = new
     num = len(rows.pool.slots)
     place = slice(rows.first, rows.first + num)
-    key_NGLD, value_NGLD = rows.pool.block.of(layer, key_1GTD, value_1GTD)
+    key_NGLD, value_NGLD = rows.pool.of(layer, key_1GTD, value_1GTD)
     key_NGLD[rows.index_N, :, rows.positions_N] = key_1GTD[0, :, place].transpose(0, 1)
     value_NGLD[rows.index_N, :, rows.positions_N] = value_1GTD[0, :, place].transpose(0, 1)
     k_NGLD, v_NGLD = key_NGLD[:num, :, : rows.longest], value_NGLD[:num, :, : rows.longest]
@@ -255,10 +232,10 @@ def _decode(rows: DecodeRows, layer: int, new: _New, how: AttentionOptions) -> T
 
 def _prefill(span: PrefillSpan, layer: int, new: _New, how: AttentionOptions, segments: Segments) -> Tensor:
     """[T of the span, H, D]"""
-    query_1HTD, key_1GTD, value_1GTD = new
-    length = span.slot.length
-    place, stop = slice(span.first, span.first + span.num), length + span.num
-    key_1GLD, value_1GLD = span.slot.block.of(layer, key_1GTD, value_1GTD)
+    (query_1HTD, key_1GTD, value_1GTD), (slot, place) = new, span
+    length, num = slot.length, place.stop - place.start
+    stop = length + num
+    key_1GLD, value_1GLD = slot.pool.of(layer, key_1GTD, value_1GTD)
     key_1GLD[:, :, length:stop] = key_1GTD[:, :, place]
     value_1GLD[:, :, length:stop] = value_1GTD[:, :, place]
     # The first key that the first query's window reaches.
@@ -267,10 +244,10 @@ def _prefill(span: PrefillSpan, layer: int, new: _New, how: AttentionOptions, se
     num_keys = stop - first
     window = num_keys if how.window is None else min(how.window, num_keys)
     if how.softcap is not None:
-        band = segments.band(span.num, num_keys, window)
+        band = segments.band(num, num_keys, window)
         return explicit_attention(q_1HQD, k_1GKD, v_1GKD, band, how)[0].transpose(0, 1)
-    causal = span.num == num_keys == window
-    mask = None if causal else segments.band(span.num, num_keys, window)
+    causal = num == num_keys == window
+    mask = None if causal else segments.band(num, num_keys, window)
     shared = q_1HQD.shape[1] != k_1GKD.shape[1]
     out_1HQD = F.scaled_dot_product_attention(
         q_1HQD, k_1GKD, v_1GKD, attn_mask=mask, is_causal=causal, scale=how.scaling, enable_gqa=shared

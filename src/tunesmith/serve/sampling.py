@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.serve.protocol import GenerationRequest, RequestError, TokenLogprob
+from tunesmith.serve.protocol import GenerationRequest, RequestError, Token
 
 CONTEXT = 16
 """Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
@@ -24,7 +24,8 @@ LONGEST_CHARACTER = 6
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 MOST_LIKELY = 1024
 """Tokens among which top-p looks first: sorting the whole vocabulary takes longer than many a model."""
-NO_TOKEN = -1
+MIN_LOGPROB = -9999.0
+"""OpenAI's value for the logarithm of a probability of 0."""
 MAX_SCHEMA_CHARS = 32_768
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
 
@@ -49,13 +50,6 @@ class Sampler:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._random.manual_seed((seed * 1_000_003 + index) % 2**63)  # answers of one request differ
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the highest logit is the answer."""
-        params = self.params
-        changes = params.temperature or params.presence_penalty or params.frequency_penalty
-        return not changes and params.logprobs is None and self.grammar is None
-
     def accept(self, token_id: int) -> None:
         """Record a token that was written."""
         self._counts[token_id] += 1
@@ -63,13 +57,20 @@ class Sampler:
             self.grammar.accept(token_id)
 
     def sample(self, logits_V: Tensor) -> SampledToken:
-        """The next token, from float32 logits, which are not changed. `NO_TOKEN` if the grammar allows none."""
+        """The next token, from float32 logits, which are not changed.
+
+        Raises RequestError for logits that are not finite, and where the grammar allows no token.
+        """
+        if not math.isfinite(float(logits_V.amax())):
+            message = "the model's logits are not finite: its precision may be too low for it"
+            raise RequestError(message, status=500, code="non_finite")
         masked_V = self._penalized(logits_V)
         if self.grammar is not None:
             masked_V = masked_V.clone() if masked_V is logits_V else masked_V
             self.grammar.mask(masked_V)
             if float(masked_V.amax()) == -math.inf:
-                return SampledToken(NO_TOKEN)
+                message = "no token may follow here: the schema cannot be met by what this model writes"
+                raise RequestError(message, code="invalid_schema")
         token_id = int(masked_V.argmax()) if self.params.temperature == 0 else self._draw(masked_V)
         if self.params.logprobs is None:
             return SampledToken(token_id)
@@ -112,15 +113,6 @@ def _at(probs_K: Tensor, point: float) -> int:
     return min(place, len(probs_K) - 1)
 
 
-def sample_all(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken]:
-    """The next token of each answer."""
-    best = logits_NV.argmax(-1).tolist()
-    return [
-        SampledToken(token_id) if sampler.is_plain else sampler.sample(logits_V)
-        for sampler, logits_V, token_id in zip(samplers, logits_NV, best, strict=True)
-    ]
-
-
 class JsonGrammars:
     """Grammars of JSON schemas for one tokenizer, by the library llguidance (the extra `json`).
 
@@ -130,16 +122,15 @@ class JsonGrammars:
     def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: Sequence[int]) -> None:
         try:
             import llguidance.hf
-        except ImportError as error:
-            message = "answers in JSON need the package llguidance, which is not installed on the server"
+
+            eos = list(stop_ids) or None
+            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
+        except (ImportError, ValueError) as error:
+            why = "is not installed on the server"
+            why = f"cannot read this model's tokenizer: {error}" if isinstance(error, ValueError) else why
+            message = f"answers in JSON need the package llguidance, which {why}"
             raise RequestError(message, code="unsupported_parameter", param="response_format") from error
         self._matcher = llguidance.LLMatcher
-        eos = list(stop_ids) or None
-        try:
-            self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos)
-        except ValueError as error:
-            message = f"answers in JSON are not supported: llguidance cannot read this model's tokenizer: {error}"
-            raise RequestError(message, code="unsupported_parameter", param="response_format") from error
 
     def compile(self, schema: Mapping[str, Any]) -> Callable[[], Grammar]:
         """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
@@ -182,15 +173,17 @@ def _invalid(message: str) -> RequestError:
     return RequestError(message, code="invalid_schema", param="response_format")
 
 
-def with_text(tokenizer: Any, token: SampledToken) -> TokenLogprob:
-    """A sampled token for its client."""
+def with_text(tokenizer: Any, token: SampledToken) -> Token:
+    """A sampled token for its client, with a replacement character where it is a part of one."""
     before = list(tokenizer("a", add_special_tokens=False).input_ids)  # some tokenizers drop white space at the start
     length = len(tokenizer.decode(before))
 
-    def one(token_id: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        return TokenLogprob(tokenizer.decode([*before, token_id])[length:], logprob, top)
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        text = tokenizer.decode([*before, token_id])[length:]
+        spelling = None if _BROKEN in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": spelling}
 
-    return one(token.token_id, token.logprob, tuple(one(*listed) for listed in token.top))
+    return {**one(token.token_id, token.logprob), "top_logprobs": [one(*listed) for listed in token.top]}
 
 
 class StreamingDecoder:
@@ -210,10 +203,10 @@ class StreamingDecoder:
             self._start = 0
         self._text = ""
         self._sent = 0
-        self._tokens: list[tuple[int, int, TokenLogprob | None]] = []
+        self._tokens: list[tuple[int, int, Token | None]] = []
         """Start and end in the text of each token that was not returned yet."""
 
-    def add(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+    def add(self, token_id: int, logprob: Token | None = None) -> None:
         """Append one token."""
         self._ids.append(token_id)
         start, new = len(self._text), self._new_text()
@@ -229,7 +222,7 @@ class StreamingDecoder:
             self._append(self._new_text())
             self._find_stop(start)
 
-    def take(self, *, last: bool = False) -> tuple[str, tuple[TokenLogprob, ...]]:
+    def take(self, *, last: bool = False) -> tuple[str, tuple[Token, ...]]:
         """The text that is certain since the last call, and its tokens. `last`: after `finish`."""
         end = len(self._text)
         if not last and not self.is_stopped:

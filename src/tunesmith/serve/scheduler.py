@@ -7,20 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tunesmith.serve.decoder import Decoder, PromptPart
 from tunesmith.serve.kv_cache import SequenceSlot, room_for
-from tunesmith.serve.protocol import (
-    Delta,
-    Finished,
-    GenerationRequest,
-    RequestError,
-    Started,
-    StreamEvent,
-)
-from tunesmith.serve.sampling import NO_TOKEN, Grammar, SampledToken, Sampler, StreamingDecoder, sample_all, with_text
+from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
+from tunesmith.serve.sampling import Grammar, SampledToken, Sampler, StreamingDecoder, with_text
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""
@@ -95,12 +87,15 @@ class Scheduler:
         return bool(self.waiting or self._prefills or self._answers)
 
     def add(self, request: PreparedRequest) -> None:
-        """Put a request at the end of the queue."""
+        """Put a request at the end of the queue. Raises RequestError if there is never room for it."""
+        if self.room is not None and request.room > self.room:
+            raise RequestError(
+                f"{request.sampling.n} answers of up to {request.max_new_tokens:,} tokens to a prompt of "
+                f"{len(request.prompt):,} do not fit into the memory of this server: lower max_tokens or n",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
         self.waiting.append(request)
-
-    def could_hold(self, request: PreparedRequest) -> bool:
-        """Whether there is room for a request when nothing else runs."""
-        return self.room is None or request.room <= self.room
 
     def cancel(self, key: int) -> None:
         """Drop a request, wherever it is; it has no further events."""
@@ -171,24 +166,13 @@ class Scheduler:
     def _sample(self, answers: list[_Answer], logits_NV: Tensor) -> list[KeyedEvent]:
         """The next token of each answer, and its events."""
         events: list[KeyedEvent] = []
-        if not answers:
-            return events
-        not_finite = (~torch.isfinite(logits_NV.amax(-1))).tolist()
-        sampled = sample_all([answer.sampler for answer in answers], logits_NV)
-        for answer, token, is_bad in zip(answers, sampled, not_finite, strict=True):
-            if answer.slot not in self._answers:  # another answer of its request has just failed
-                continue
-            if not is_bad and token.token_id != NO_TOKEN:
-                events += self._write(answer, token)
-                continue
-            self.cancel(answer.request.key)
-            if is_bad:
-                message = "the model's logits are not finite: its precision may be too low for it"
-                error = RequestError(message, status=500, code="non_finite")
-            else:
-                message = "no token may follow here: the schema cannot be met by what this model writes"
-                error = RequestError(message, code="invalid_schema")
-            events.append((answer.request.key, error))
+        for answer, logits_V in zip(answers, logits_NV, strict=True):
+            if answer.slot in self._answers:  # else another answer of its request has just failed
+                try:
+                    events += self._write(answer, answer.sampler.sample(logits_V))
+                except RequestError as error:
+                    self.cancel(answer.request.key)
+                    events.append((answer.request.key, error))
         return events
 
     def _write(self, answer: _Answer, token: SampledToken) -> list[KeyedEvent]:
