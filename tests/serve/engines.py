@@ -16,7 +16,7 @@ from serve.batches import Heard, sharp
 from tiny_run import tiny_recipe
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine
-from tunesmith.serve.engine import WorkerEngine, start_engine
+from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, StreamEvent
 from tunesmith.training import trainer as training
 
@@ -41,8 +41,8 @@ class Asked:
         self.loop = asyncio.new_event_loop()
         self.notes: list[str] = []
         try:
-            started = start_engine(names, root=root, options=options, on_note=self.notes.append)
-            engine = self.loop.run_until_complete(started)
+            made = WorkerEngine(names, root=root, options=options, on_note=self.notes.append)
+            engine = self.loop.run_until_complete(made.start())
         except BaseException:
             self.loop.close()
             raise

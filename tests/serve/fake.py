@@ -16,7 +16,7 @@ from tunesmith.serve.protocol import (
     RequestError,
     Started,
     StreamEvent,
-    TokenLogprob,
+    Token,
 )
 
 MODELS = (
@@ -74,16 +74,20 @@ class FakeEngine:
             self.open -= 1
 
     @staticmethod
-    def _chances(word: str, num: int | None) -> tuple[TokenLogprob, ...]:
-        if num is None:
-            return ()
-        likeliest = [TokenLogprob(word if i == 0 else f"other{i}", -0.5 - i) for i in range(num)]
-        return (TokenLogprob(word, -0.5, tuple(likeliest)),)
+    def _chances(word: str, num: int | None) -> list[Token]:
+        def token(text: str, logprob: float) -> dict[str, object]:
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        likeliest = [token(word if i == 0 else f"other{i}", -0.5 - i) for i in range(num or 0)]
+        return [] if num is None else [{**token(word, -0.5), "top_logprobs": likeliest}]
+
+    async def read(self, model: str, texts: Sequence[object], **how: object) -> object:
+        return await (self.embed if model == "vectors" else self.classify)(model, texts)  # type: ignore[arg-type]
 
     async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:
         return [{"label": "good", "probabilities": {"good": 0.75, "bad": 0.25}} for _ in texts]
 
-    async def embed(self, model: str, texts: Sequence[str], **how: object) -> tuple[list[list[float]], int]:
+    async def embed(self, model: str, texts: Sequence[str]) -> tuple[list[list[float]], int]:
         return [[float(len(text)), 0.5] for text in texts], sum(len(text.split()) for text in texts)
 
     async def detach(self, name: str) -> None:

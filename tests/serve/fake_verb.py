@@ -12,15 +12,20 @@ from tunesmith.cli import main
 from tunesmith.errors import InputError
 
 
-async def start_engine(names: Any, *, root: Any, options: Any, on_note: Any) -> FakeEngine:
-    if "broken" in names:
-        raise InputError("broken: its prompts are not those of training.")
-    on_note(f"note: {options.streams} streams")
-    return FakeEngine()
+class WorkerEngine(FakeEngine):
+    def __init__(self, names: Any, *, root: Any, options: Any, on_note: Any) -> None:
+        super().__init__()
+        self.names, self.options, self.on_note = names, options, on_note
+
+    async def start(self) -> FakeEngine:
+        if "broken" in self.names:
+            raise InputError("broken: its prompts are not those of training.")
+        self.on_note(f"note: {self.options.streams} streams")
+        return self
 
 
 module = ModuleType("tunesmith.serve.engine")
-module.start_engine = start_engine  # type: ignore[attr-defined]
+module.WorkerEngine = WorkerEngine  # type: ignore[attr-defined]
 sys.modules["tunesmith.serve.engine"] = module
 
 

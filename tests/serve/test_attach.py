@@ -87,7 +87,7 @@ def test_answers_under_way_stay_and_the_run_answers_as_from_the_start(run: Run, 
     assert texts(registry, [("ft:x", "hello"), *asked], {3: lambda: registry.detach("ft:x")}) == [*tuned, *expected]
     assert "ft:x" not in registry.models
     registry.drop_detached()
-    assert registry.detached == []
+    assert registry.detached == set()
     assert texts(registry, asked, {}) == expected
     registry.attach(registry.read_run("ft:x", run.path))
     assert texts(registry, [("ft:x", "hello")], {}) == tuned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import subprocess
@@ -23,14 +22,12 @@ from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve import engine
 from tunesmith.serve.protocol import (
-    LENGTH_BYTES,
     Delta,
     Finished,
     GenerationRequest,
     ModelCard,
     RequestError,
     Started,
-    TokenLogprob,
     pack,
     unpack,
 )
@@ -101,8 +98,8 @@ def test_pieces_end_and_counts(asked: Asked) -> None:
         assert 1 <= ended.completion_tokens <= 5
         assert len(found.tokens[index]) in (ended.completion_tokens, ended.completion_tokens - 1)
         for token in found.tokens[index]:
-            assert len(token.top) == 2
-            assert token.logprob <= token.top[0].logprob <= 0
+            assert len(token["top_logprobs"]) == 2
+            assert token["logprob"] <= token["top_logprobs"][0]["logprob"] <= 0
     before = asked.engine.state()
     again = asked.answer(says("first", "hello", n=2, temperature=1.0, seed=3, max_tokens=5))
     after = asked.engine.state()
@@ -133,8 +130,7 @@ def test_what_cannot_be_answered_is_refused(asked: Asked, how: dict[str, Any], c
 def test_an_unknown_model_is_refused(asked: Asked) -> None:
     for work in (
         heard(asked.engine.generate(says("third", "hello"))),
-        asked.engine.classify("first", ["a"]),
-        asked.engine.embed("first", ["a"]),
+        asked.engine.read("first", ["a"]),
     ):
         with pytest.raises(RequestError) as refusal:
             asked.run(work)
@@ -251,10 +247,10 @@ def test_a_crash_fails_what_was_under_way_and_the_next_life_answers(asked: Asked
 
 MESSAGES = (
     "a note",
-    (3, "answer", GenerationRequest("m", [{"role": "user", "content": "hi"}], tools=[{"": ["Path", "x"]}])),
-    (3, "attach", "ft:m", Path("runs") / "one"),
-    (3, "embeddings", "m", ["a", "b"], None, True),
-    ((3, Delta(0, "a", (TokenLogprob("a", -math.inf, (TokenLogprob("b", -0.5),)),))), (4, Finished(0, "stop", 2))),
+    (3, "answer", GenerationRequest("m", [{"role": "user", "content": "a\nb"}], tools=[{"": ["Path", "x"]}])),
+    (3, "attach", "ft:m", "runs/one"),
+    (3, "read", "m", ["a", "b"], {"dimensions": None, "is_query": True}),
+    ((3, Delta(0, "a", [{"token": "a", "logprob": -0.5, "bytes": [97]}])), (4, Finished(0, "stop", 2))),
     ((3, [{"label": "tuple", "scores": [0.25]}]), (4, None), (5, Started(7))),
     (ModelCard("m", "chat", "text", 64, True, 0),),
 )
@@ -263,14 +259,14 @@ MESSAGES = (
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: str(message)[:30])
 def test_a_message_is_read_as_it_was_sent(message: Any) -> None:
     content = pack(message)
-    assert int.from_bytes(content[:LENGTH_BYTES], "big") == len(content) - LENGTH_BYTES
-    read = unpack(content[LENGTH_BYTES:])
+    assert content.find(b"\n") == len(content) - 1
+    read = unpack(content)
     assert repr(read).replace("[]", "()") == repr(message).replace("[]", "()")
 
 
 def test_an_error_is_read_as_it_was_sent() -> None:
     sent = RequestError("no", status=429, code="queue_full", param="n", headers={"retry-after": "1"})
-    found = unpack(pack(((1, sent), (2, InputError("bad"))))[LENGTH_BYTES:])
+    found = unpack(pack(((1, sent), (2, InputError("bad")))))
     assert (str(found[0][1]), vars(found[0][1])) == ("no", vars(sent))
     assert (type(found[1][1]), str(found[1][1])) == (InputError, "bad")
 
@@ -293,7 +289,7 @@ def test_the_end_of_a_worker_has_a_reason() -> None:
 
 def test_a_worker_that_sends_what_cannot_be_read_is_started_again() -> None:
     notes: list[str] = []
-    made = engine.WorkerEngine([], Path(), OPTIONS, {}, notes.append)
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS, on_note=notes.append)
     made._new_worker = lambda: worker_that("sys.stdin.read()")  # type: ignore[method-assign]
 
     async def scene() -> None:
@@ -304,11 +300,11 @@ def test_a_worker_that_sends_what_cannot_be_read_is_started_again() -> None:
 
     asyncio.run(scene())
     assert "the engine sent what cannot be read: TypeError" in notes[0]
-    assert "SIGKILL" in notes[1]
+    assert "exit code 0" in notes[1]
 
 
 def test_whatever_a_crash_interrupts_gets_500_and_what_waits_503() -> None:
-    made = engine.WorkerEngine([], Path(), OPTIONS, {}, lambda text: None)
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS)
     waiting, started, reading = calls = engine._Call(1), engine._Call(1, has_started=True), engine._Call()
     made._calls = dict(enumerate(calls))
     made._fail_all("it ended", status=500, code="engine_crashed")
@@ -348,7 +344,7 @@ def test_a_child_that_loads_ends_when_its_input_does() -> None:
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe)
         assert child.stdin is not None
         assert child.stderr is not None
-        child.stdin.write(pack(([], Path(), OPTIONS, {})))
+        child.stdin.write(pack(([], ".", OPTIONS, {})))
         while await child.stderr.readline() != b"loads\n":
             pass
         with pytest.raises(asyncio.TimeoutError):
@@ -363,9 +359,10 @@ def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None
     code = f"""
 import asyncio, os, pathlib, sys
 from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.engine import start_engine
+from tunesmith.serve.engine import WorkerEngine
 async def main():
-    engine = await start_engine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
+    engine = WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
+    await engine.start()
     heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
     print(engine._worker.process.pid, *heavy, flush=True)
     os._exit(1)

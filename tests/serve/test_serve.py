@@ -206,10 +206,10 @@ def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
     ],
 )
 def test_refused_before_anything_is_served(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def start_engine(*args: object, **how: object) -> None:
+    async def start(engine: object) -> None:
         raise InputError("broken: its prompts are not those of training.")
 
-    monkeypatch.setattr("tunesmith.serve.engine.start_engine", start_engine)
+    monkeypatch.setattr("tunesmith.serve.engine.WorkerEngine.start", start)
     assert said in refused(*words, "--port", "0")
 
 

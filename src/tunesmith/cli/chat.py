@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,10 +65,8 @@ def chat(
 
 HELP = """/reset  forget the conversation
 /help   these lines
-/exit   leave; so do /quit and Ctrl-D
-//text  send something that begins with a slash"""
+/exit   leave; so do /quit and Ctrl-D"""
 STYLES = {"before": "default", "after": "green", "": "default"}
-_COMMAND = re.compile(r"/[A-Za-z]*(\s.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -116,30 +113,29 @@ def open_speakers(
     return [ChatSpeaker("before", before), ChatSpeaker("after", engine)]
 
 
+@dataclass
 class Conversation:
     """Turns of one conversation, or single prompts if the task is no conversation."""
 
-    def __init__(
-        self,
-        speakers: list[ChatSpeaker],
-        sampled: GenerationRequest,
-        max_new_tokens: int,
-        *,
-        system: str | None = None,
-        as_json: bool = False,
-    ) -> None:
+    speakers: list[ChatSpeaker]
+    sampled: GenerationRequest
+    max_new_tokens: int
+    system: str | None = None
+    as_json: bool = False
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         from tunesmith.tasks import TASKS
 
-        self.speakers = speakers
-        self.sampled = sampled
-        self.max_new_tokens = max_new_tokens
-        self.as_json = as_json
-        self.is_chat = TASKS[speakers[-1].engine.model.renderer.task_name].is_chat
-        if system and not self.is_chat:
+        self.is_chat = TASKS[self.speakers[-1].engine.model.renderer.task_name].is_chat
+        if self.system and not self.is_chat:
             raise InputError("--system: only conversations have one, and this model was tuned for single prompts.")
-        self.start = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.start)
-        self.screen = console(stderr=as_json)
+        self.screen = console(stderr=self.as_json)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def send(self, text: str) -> dict[str, str]:
         """Every model's answer, shown as it is written. After a RequestError the conversation is as before."""
@@ -162,7 +158,9 @@ class Conversation:
             for event in events:
                 if isinstance(event, Delta):
                     pieces.append(event.text)
-                    self._show(event.text, speaker)
+                    if not self.as_json:
+                        self.screen.print(visible(event.text), end="", style=STYLES[speaker.name], soft_wrap=True)
+                        self.screen.file.flush()
                 elif isinstance(event, Finished):
                     finished = event
         if not self.as_json:
@@ -175,11 +173,6 @@ class Conversation:
             self.screen.print(cut, style="bright_black")
         return "".join(pieces)
 
-    def _show(self, piece: str, speaker: ChatSpeaker) -> None:
-        if not self.as_json:
-            self.screen.print(visible(piece), end="", style=STYLES[speaker.name], soft_wrap=True)
-            self.screen.file.flush()
-
     def run(self) -> None:
         """Answer what is typed, or piped in line by line, until it ends."""
         typed = sys.stdin.isatty()
@@ -189,25 +182,19 @@ class Conversation:
             if text in ("/exit", "/quit"):
                 return
             if text == "/reset":
-                self.messages = list(self.start)
+                self.reset()
             elif text == "/help":
                 self.screen.print(HELP, style="bright_black")
-            elif _COMMAND.fullmatch(text):
-                self._refuse(f"{text.split()[0]}: no such command. /help lists them.", typed)
             elif text:
                 try:
-                    self.send(text.removeprefix("/") if text.startswith("//") else text)
+                    self.send(text)
                 except KeyboardInterrupt:  # Ctrl-C ends an answer, not the conversation
                     self.screen.print("\n(answer stopped)", style="bright_black")
                 except RequestError as error:
-                    is_full = typed and error.code == "context_length_exceeded"
-                    way_out = ". /reset forgets the conversation." if is_full else "." if typed else ""
-                    self._refuse(f"{error}{way_out}", typed)
-
-    def _refuse(self, message: str, typed: bool) -> None:
-        if not typed:
-            raise InputError(message)
-        self.screen.print(visible(message), style="red")
+                    if not typed:
+                        raise InputError(str(error)) from error
+                    way_out = ". /reset forgets the conversation" * (error.code == "context_length_exceeded")
+                    self.screen.print(f"{visible(str(error))}{way_out}.", style="red")
 
     def _lines(self, typed: bool) -> Iterator[str]:
         if typed:

@@ -16,7 +16,7 @@ import typer
 
 from tunesmith.cli.options import Json
 from tunesmith.cli.render import age, print_table
-from tunesmith.cli.serve import JobPlace, StorePlace, check_extra
+from tunesmith.cli.serve import StorePlace, check_extra, open_store
 from tunesmith.cli.streams import console, json_line, json_page
 from tunesmith.errors import InputError, Stopped, TunesmithError
 from tunesmith.phrases import visible
@@ -239,7 +239,7 @@ def _open(place: str, *, is_new: bool = False) -> Store:
     check_extra("jobs")
     if not is_new and "://" not in place and not Path(place).is_dir():
         raise InputError(f"--store {place}: there is no store. Name the folder that `tunesmith serve --jobs` uses.")
-    return JobPlace(place, None).open(lambda text: None, is_server=False)
+    return open_store(place, is_server=False)
 
 
 def make_key(

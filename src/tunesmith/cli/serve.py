@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,25 +32,18 @@ if TYPE_CHECKING:
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import AccessPolicy, RequestLog
 
+LOOPBACK = "127.0.0.1"
 
 Targets = Annotated[
     list[str] | None,
     typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name."),
 ]
-Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")]
 KeyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Accepted API keys, one a line; or one in TUNESMITH_API_KEY.")
 ]
-Streams = Annotated[int, typer.Option(min=1, help="Answers written at once.")]
-Queue = Annotated[int, typer.Option(min=0, help="Most requests that wait for a place.")]
-Answer = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")]
 Memory = Annotated[
     float | None, typer.Option(min=0.1, help="Memory at which the model is restarted (default: 90 % of the machine).")
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")]
-Grace = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests under way at the end.")]
-Hosts = Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further name of this server.")]
 Jobs = Annotated[bool, typer.Option("--jobs", help="Take files and fine-tuning jobs too, in OpenAI's shape, on MODEL.")]
 StorePlace = Annotated[
     str, typer.Option("--store", metavar="DIR|postgresql://...", help="Files, jobs and models of --jobs.")
@@ -63,22 +56,21 @@ BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help=
 RayAt = Annotated[
     str | None, typer.Option("--ray", metavar="local|auto|HOST:PORT", help="Run jobs at once on Ray (extra ray).")
 ]
-Origins = Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may send requests.")]
 
 
 def serve(
     targets: Targets = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     key_file: KeyFile = None,
-    streams: Streams = 16,
-    queue: Queue = 64,
-    max_new_tokens: Answer = 4096,
+    streams: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, help="Most requests that wait for a place.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 4096,
     memory_gib: Memory = None,
-    threads: Threads = None,
-    grace: Grace = 30.0,
-    allow_host: Hosts = None,
-    allow_origin: Origins = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")] = None,
+    grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests at the end.")] = 30.0,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Another name of this server.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may ask.")] = None,
     jobs: Jobs = False,
     store: StorePlace = "jobs",
     store_files: StoreFiles = Path("jobs"),
@@ -104,56 +96,26 @@ def serve(
             raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None:
         raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
-    check_extra("serve")
-    if jobs:
-        check_extra("jobs")
+    check_extra("jobs" if jobs else "serve")
+    from tunesmith.serve import http
+    from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
+
     memory_limit_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     options = EngineOptions(max_new_tokens, streams, queue, memory_limit_bytes, threads, offline, base=model)
-    where = JobPlace(store, bases, store_files, may_upgrade=upgrade_store, ray=ray) if jobs else None
-    access = Access(host, port, key_file, tuple(allow_host or ()), tuple(allow_origin or ()))
+    keys, bound = ApiKeys.of(read_keys(key_file, os.environ)), http.bind(host, port)
+    machine = () if bound.is_loopback else (socket.gethostname(),)
+    names = frozenset(name.lower() for name in ("localhost", host, *machine, *(allow_host or ())))
+    policy = AccessPolicy(keys, names, frozenset(origin.rstrip("/") for origin in allow_origin or ()))
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
-    serve_own(targets or [], access, options, root=root, grace_s=grace, output=output, jobs=where)
+    work = None
+    if jobs:
+        models = read_bases(bases, targets or [], root)
+        opened = open_store(store, store_files, may_upgrade=upgrade_store, on_note=output.note)
+        work = ServedJobs(opened, models, ray)
+    serve_own(targets or [], bound, policy, options, root=root, grace_s=grace, output=output, work=work)
 
 
 PATH_WIDTH, ERROR_WIDTH = 60, 300
-
-
-@dataclass(frozen=True)
-class Access:
-    """The address of a server and who may use it, from the command line."""
-
-    host: str
-    port: int
-    key_file: Path | None = None
-    names: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class JobPlace:
-    """The store of a server that takes jobs, and the file of the models they may tune."""
-
-    store: str
-    """A folder, or postgresql://…"""
-    bases: Path | None
-    files: Path = Path("jobs")
-    """Folder of contents and runs, if the store is no folder."""
-    may_upgrade: bool = False
-    ray: str | None = None
-    """Address of the cluster that runs are started on; None: on this machine."""
-
-    def cluster(self) -> AbstractContextManager[Any]:
-        """Ray, or None. Raises InputError if it is not reached."""
-        from tunesmith.parallel.cluster import connected
-
-        return nullcontext() if self.ray is None else connected(self.ray)
-
-    def open(self, on_note: Callable[[str], None], *, is_server: bool = True) -> Store:
-        """Raises InputError."""
-        from tunesmith.jobs.store import Store
-
-        folder, url = (self.files, self.store) if "://" in self.store else (Path(self.store), None)
-        return Store(folder, url, is_server=is_server, may_upgrade=self.may_upgrade, on_note=on_note)
 
 
 @dataclass
@@ -254,98 +216,97 @@ def check_extra(extra: Literal["serve", "jobs"]) -> None:
         raise InputError(message) from None
 
 
-def read_bases(jobs: JobPlace, targets: Sequence[str], root: Path) -> Bases:
+@dataclass(frozen=True)
+class ServedJobs:
+    """The store of a server's jobs, the models that they may tune, and the address of the cluster that runs them."""
+
+    store: Store
+    bases: Bases
+    ray: str | None
+
+
+def open_store(place: str, files: Path = Path("jobs"), **how: Any) -> Store:
+    """The store in a folder, or at postgresql://… with contents and runs in the folder `files`. Raises InputError."""
+    from tunesmith.jobs.store import Store
+
+    return Store(files, place, **how) if "://" in place else Store(Path(place), **how)
+
+
+def read_bases(file: Path | None, targets: Sequence[str], root: Path) -> Bases:
     """The models that jobs may tune. Raises InputError."""
     from tunesmith.jobs.bases import bases_of_file, bases_of_model
 
-    if jobs.bases is not None:
-        if targets:
-            raise InputError(f"{targets[0]}: --bases {jobs.bases} names the models already. Give one of the two.")
-        return bases_of_file(jobs.bases)
+    if file is not None and targets:
+        raise InputError(f"{targets[0]}: --bases {file} names the models already. Give one of the two.")
+    if file is not None:
+        return bases_of_file(file)
     if len(targets) != 1 or is_run(targets[0], root):
         raise InputError(f"{', '.join(targets)}: --jobs takes one MODEL, no run; several models: --bases FILE.")
     return bases_of_model(targets[0])
 
 
-def make_policy(access: Access, bound: BoundSocket, store: Store | None, keys: Sequence[str]) -> AccessPolicy:
-    """Who may use this server: those with a key from outside, or with one of a store, which says their project too.
-
-    Raises InputError for an address that other machines reach, without a key.
-    """
-    from tunesmith.serve.middleware import KEY_VARIABLE, MAKE_KEY, AccessPolicy, ApiKeys
-
-    if not (keys or bound.is_loopback or (store is not None and store.keys())):
-        raise InputError(
-            f"--host {access.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
-            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. {MAKE_KEY}"
-        )
-    machine = () if bound.is_loopback else (socket.gethostname(),)
-    hosts = (name.lower() for name in ("localhost", access.host, *machine, *access.names))
-    origins = (origin.rstrip("/") for origin in access.origins)
-    policy = AccessPolicy(ApiKeys.of(keys), frozenset(hosts), frozenset(origins))
-    if store is None:
-        return policy
-    from tunesmith.jobs.access import ProjectKeys
-    from tunesmith.jobs.kept_answers import KeptAnswers
-
-    admission = ProjectKeys(store, policy.keys, may_be_open=bound.is_loopback).admit
-    return replace(policy, keys=None, admission=admission, known=KeptAnswers(store).find)
-
-
 def serve_own(
     targets: Sequence[str],
-    access: Access,
+    bound: BoundSocket,
+    policy: AccessPolicy,
     options: EngineOptions,
     *,
     root: Path,
     grace_s: float,
     output: ServerOutput,
-    jobs: JobPlace | None = None,
+    work: ServedJobs | None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Everything that can be refused is refused before a model is loaded."""
     import asyncio
 
     from tunesmith.serve import http
     from tunesmith.serve.app import make_app
-    from tunesmith.serve.engine import start_engine
-    from tunesmith.serve.middleware import read_keys
+    from tunesmith.serve.engine import WorkerEngine
+    from tunesmith.serve.middleware import KEY_VARIABLE, MAKE_KEY
 
-    bases = None if jobs is None else read_bases(jobs, targets, root)
-    keys = read_keys(access.key_file, os.environ)
-    bound = http.bind(access.host, access.port)
-    store = None if jobs is None else jobs.open(output.note)
-    if store is not None:
-        store.on_job = partial(output.job, store.runs_path)
-    policy = make_policy(access, bound, store, keys)
-    has_key = bool(keys) or (store is not None and store.keys() != {})
-    output.note(f"loading {', '.join(targets if bases is None else bases.bases)}")
+    has_key = policy.keys is not None or (work is not None and work.store.keys() != {})
+    if not (has_key or bound.is_loopback):
+        raise InputError(
+            f"--host {bound.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
+            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. {MAKE_KEY}"
+        )
+    if work is not None:
+        from tunesmith.jobs.access import ProjectKeys
+        from tunesmith.jobs.kept_answers import KeptAnswers
+
+        work.store.on_job = partial(output.job, work.store.runs_path)
+        admission = ProjectKeys(work.store, policy.keys, may_be_open=bound.is_loopback).admit
+        policy = replace(policy, keys=None, admission=admission, known=KeptAnswers(work.store).find)
+    output.note(f"loading {', '.join(targets if work is None else work.bases.bases)}")
 
     async def run() -> None:
         async with AsyncExitStack() as stack:
-            routers: Sequence[APIRouter] = ()
-            if bases is None or store is None or jobs is None:
-                engine: Engine = await start_engine(targets, root=root, options=options, on_note=output.note)
+            if work is None:
+                engine: Engine = await WorkerEngine(targets, root=root, options=options, on_note=output.note).start()
+                routers: Sequence[APIRouter] = ()
             else:
-                from tunesmith.jobs.server import JobServer
-
-                stack.callback(store.close)
-                ray = stack.enter_context(jobs.cluster())
-                working = await JobServer.start(store, bases, options, root=root, on_note=output.note, ray=ray)
-                stack.push_async_callback(working.close)
-                engine, routers = working.engines, working.routers
-            try:
-                server = http.make_server(make_app(engine, policy, [output.request], routers), grace_s=grace_s)
-                output.serving(bound, engine.served, has_key=has_key)
-            except BaseException:
-                await engine.close(0)
-                raise
-            await http.serve(server, bound, engine, grace_s=grace_s, should_stop=should_stop)
+                engine, routers = await start_jobs(work, options, root, output.note, stack)
+            app = make_app(engine, policy, [output.request], routers)
+            output.serving(bound, engine.served, has_key=has_key)
+            await http.HttpServer(app, engine, grace_s=grace_s, should_stop=should_stop).serve([bound.socket])
 
     words = f"stopping: what is under way has {grace_s:g} s to end. Once more to leave at once."
-    with (
-        bound.socket,
-        stopping_on_signals(has_begun=lambda: output.has_started, say=output.note, words=words) as should_stop,
-    ):
+    signals = stopping_on_signals(has_begun=lambda: output.has_started, say=output.note, words=words)
+    with bound.socket, signals as should_stop:
         asyncio.run(run())
     if not output.as_json and not output.quiet:
         output.screen.print("ended")
+
+
+async def start_jobs(
+    work: ServedJobs, options: EngineOptions, root: Path, note: Callable[[str], None], stack: AsyncExitStack
+) -> tuple[Engine, Sequence[APIRouter]]:
+    """The engine and the routes of a server of jobs, which ends with `stack`. Raises InputError."""
+    from tunesmith.jobs.server import JobServer
+    from tunesmith.parallel.cluster import connected
+
+    stack.callback(work.store.close)
+    ray = None if work.ray is None else stack.enter_context(connected(work.ray))
+    server = await JobServer.start(work.store, work.bases, options, root=root, on_note=note, ray=ray)
+    stack.push_async_callback(server.close)
+    return server.engines, server.routers

@@ -195,17 +195,15 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
-def load_base(
-    run: Run, *, offline: bool = False, as_trained: bool = True, hashes: Mapping[str, str] | None = None
-) -> LoadedModel:
+def load_base(run: Run, *, offline: bool = False, as_trained: bool = True) -> LoadedModel:
     """The untouched base of a run, with the tokenizer and template that the run used.
 
-    `hashes`: of its files, where they are known. Raises RunError where they are not those that the run was tuned on.
+    Raises RunError where its files are not those that the run was tuned on.
     """
     recipe = run.recipe()
     labels = run_labels(recipe)
     located = resolve_base(recipe, offline=offline)
-    hashing = in_background(partial(files.fingerprint, located) if hashes is None else partial(dict, hashes))
+    hashing = in_background(partial(files.fingerprint, located))
     for folder in (run.adapter_path, run.model_path):
         if folder.exists():
             saved = ModelRef("folder", folder, str(folder))

@@ -44,13 +44,7 @@ from tunesmith.evaluation.generate import (
     sample_notes,
     sample_prompts,
 )
-from tunesmith.evaluation.predict_rows import (
-    Predictions,
-    constant_answer,
-    predict_rows,
-    row_lines,
-    row_results,
-)
+from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
 from tunesmith.evaluation.retrieval import settled
 from tunesmith.evaluation.scores import MEASURED, answer_scores, score, score_answers
 from tunesmith.inference.load import LoadedModel, load_base
@@ -189,7 +183,8 @@ def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -
     if num is None:
         usual = MOST_SHORT if has_short_answers(store.targets) else SAMPLES
         num = usual if TASKS[task].writes_answers else 0
-    rows = (example for _, example in examples(data.train, data, ignore, task=task)) if num else ()
+    # Problems of rows were reported when they were encoded.
+    rows = (example for _, example in examples(data.train, data, lambda problem: None, task=task)) if num else ()
     new_tokens = new_tokens_for(store.targets, loaded.recipe.evaluation.sample_tokens)
     return heapq.nsmallest(num, rows, key=content_hash), new_tokens
 
@@ -260,10 +255,6 @@ def _headline(
     are_documents = "text" in TASKS[task].shapes
     num, unit = (len(np.unique(store.hashes)), "document") if are_documents else (len(store), "row")
     return [*sentence, *never_right(details), *too_few(num, unit, MEASURE_MORE)]
-
-
-def ignore(problem: Problem) -> None:
-    """Ignore problems of rows that were reported when the rows were encoded."""
 
 
 def _encoded(

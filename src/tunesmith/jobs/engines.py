@@ -57,17 +57,10 @@ class Engines:
         finally:
             await events.aclose()
 
-    async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, object]]:
+    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
         """See protocol.Engine."""
         engine, name = self._find(model)
-        return await engine.classify(name, texts)
-
-    async def embed(
-        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
-    ) -> tuple[list[list[float]], int]:
-        """See protocol.Engine."""
-        engine, name = self._find(model)
-        return await engine.embed(name, texts, dimensions=dimensions, is_query=is_query)
+        return await engine.read(name, texts, **how)
 
     async def attach(self, base: str, name: str, run: Path) -> None:
         """Serve a run as `name` on its base; see WorkerEngine."""

@@ -21,7 +21,7 @@ from tunesmith.jobs.ray_launcher import RayLauncher
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.webhooks import WebhookSender
-from tunesmith.serve.engine import WorkerEngine, start_engine
+from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.protocol import EngineOptions
 
 
@@ -46,7 +46,7 @@ class JobServer:
         on_note: Callable[[str], None],
         ray: Any = None,
     ) -> JobServer:
-        """Load every base with its tuned models, and begin to work on the jobs. Raises what `start_engine` raises."""
+        """Load every base with its tuned models, and begin to work on the jobs. Raises what starting an engine does."""
         store.rules = bases
         started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
@@ -58,9 +58,8 @@ class JobServer:
         try:
             for name, base in bases.bases.items():
                 attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
-                started[name] = await start_engine(
-                    [base.model], root=root, options=replace(options, attaches=True), attached=attached, on_note=on_note
-                )
+                how: Any = {"options": replace(options, attaches=True), "attached": attached, "on_note": on_note}
+                started[name] = await WorkerEngine([base.model], root=root, **how).start()
                 if not any(card.is_base and card.answers == "text" for card in started[name].served):
                     raise InputError(f"{base.model}: writes no text, and jobs tune models that do.")
         except BaseException:

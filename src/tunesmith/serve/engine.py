@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.environment import for_child
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
-    LENGTH_BYTES,
     EngineOptions,
     EngineState,
     Finished,
@@ -32,9 +31,10 @@ from tunesmith.serve.protocol import (
 )
 
 END_TIMEOUT_S = 5.0
-MAX_PAUSE_S = 30.0
-LONG_LIFE_S = 60.0
-"""A worker that lived so long is started again at once."""
+PAUSE_S = 5.0
+"""After a worker that could not be started."""
+MAX_LINE_BYTES = 1 << 30
+"""Of a message of the worker; as much is read ahead, so that its end is always noticed."""
 MAX_PRINTED = 20
 """Lines of the worker's output kept for the reason of its end."""
 
@@ -47,6 +47,7 @@ class WorkerProcess:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.served: Sequence[ModelCard] = ()
         self.process = process
+        self._input, self._output, self._errors = cast(Any, (process.stdin, process.stdout, process.stderr))
         self._printed: deque[str] = deque(maxlen=MAX_PRINTED)
         self._printing = asyncio.create_task(self._collect_output())
 
@@ -56,7 +57,7 @@ class WorkerProcess:
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tunesmith.serve.worker",
-            stdin=pipe, stdout=pipe, stderr=pipe,
+            stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE_BYTES,
             env=for_child(TOKENIZERS_PARALLELISM="false"),
             start_new_session=True,  # Ctrl-C is for the server, which finishes what is under way
         )  # fmt: skip
@@ -84,19 +85,14 @@ class WorkerProcess:
 
     def send(self, message: Any) -> None:
         """Send a message; does nothing if the worker has just ended."""
-        assert self.process.stdin is not None, "it has a pipe"
         with suppress(OSError, RuntimeError):
             if self.is_alive:
-                self.process.stdin.write(pack(message))
+                self._input.write(pack(message))
 
     async def receive(self) -> Any:
         """The worker's next message; None: it has ended."""
-        assert self.process.stdout is not None, "it has a pipe"
-        try:
-            length = int.from_bytes(await self.process.stdout.readexactly(LENGTH_BYTES), "big")
-            return unpack(await self.process.stdout.readexactly(length))
-        except asyncio.IncompleteReadError:
-            return None
+        line = await self._output.readline()
+        return unpack(line) if line.endswith(b"\n") else None
 
     async def ended(self) -> str:
         """The reason of the worker's end, once it has ended."""
@@ -107,30 +103,20 @@ class WorkerProcess:
                 return f"ended by {signal.Signals(-code).name}"
         return f"exit code {code}" + (f": {self._printed[-1]}" if self._printed else "")
 
-    async def kill(self) -> None:
-        """End the worker at once, and drop what it sent."""
-        assert self.process.stdout is not None, "it has a pipe"
-        with suppress(ProcessLookupError):
-            self.process.kill()
-        with suppress(Exception):
-            await self.process.stdout.read()  # until then its end may not be noticed
-
     async def end(self) -> None:
         """Close the worker's input, which ends it, and wait."""
-        assert self.process.stdin is not None, "it has a pipe"
-        self.process.stdin.close()
+        self._input.close()
         try:
             await asyncio.wait_for(self.process.wait(), END_TIMEOUT_S)
         except asyncio.TimeoutError:
             with suppress(ProcessLookupError):
                 self.process.kill()
-            await self.process.wait()
+        await self.process.wait()
         self._printing.cancel()
         await asyncio.gather(self._printing, return_exceptions=True)
 
     async def _collect_output(self) -> None:
-        assert self.process.stderr is not None, "it has a pipe"
-        while chunk := await self.process.stderr.read(1 << 16):
+        while chunk := await self._errors.read(1 << 16):
             self._printed.extend(line for line in chunk.decode("utf-8", "replace").splitlines() if line.strip())
 
 
@@ -149,34 +135,25 @@ class _Call:
         return event
 
 
-async def start_engine(
-    names: Sequence[str],
-    *,
-    root: Path,
-    options: EngineOptions,
-    attached: Mapping[str, Path] = MappingProxyType({}),
-    on_note: Note = lambda text: None,
-) -> WorkerEngine:
-    """An engine over a worker process, ready for requests.
+class WorkerEngine:
+    """`protocol.Engine` over a worker process, from its `start`.
 
     `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too. `root`: the
     folder of runs. `attached`: runs to attach from the start, by the names to serve them as. `on_note`: receives a line
     for each thing the user should know, such as a restart.
-    Raises InputError or TunesmithError if a name cannot be served; no worker is left then.
     """
-    engine = WorkerEngine(names, root, options, dict(attached), on_note)
-    await engine.start()
-    return engine
-
-
-class WorkerEngine:
-    """`protocol.Engine` over a worker process."""
 
     def __init__(
-        self, names: Sequence[str], root: Path, options: EngineOptions, attached: dict[str, Path], on_note: Note
+        self,
+        names: Sequence[str],
+        *,
+        root: Path,
+        options: EngineOptions,
+        attached: Mapping[str, Path] = MappingProxyType({}),
+        on_note: Note = lambda text: None,
     ) -> None:
         self.served: Sequence[ModelCard] = ()
-        self._names, self._root, self._options, self._attached = list(names), root, options, attached
+        self._names, self._root, self._options, self._attached = list(names), root, options, dict(attached)
         self._note = on_note
         self._worker: WorkerProcess
         self._supervisor: asyncio.Task[None]
@@ -185,15 +162,19 @@ class WorkerEngine:
         self._is_closing = False
         self._restarts = self._prompt_tokens = self._completion_tokens = 0
 
-    async def start(self) -> None:
-        """Start the first worker; raises its error."""
+    async def start(self) -> WorkerEngine:
+        """Start the first worker, which is ready for requests then.
+
+        Raises InputError or TunesmithError if a name cannot be served; no worker is left then.
+        """
         self._worker = await self._new_worker()
         self.served = self._worker.served
         self._supervisor = asyncio.create_task(self._supervise())
+        return self
 
     async def _new_worker(self) -> WorkerProcess:
         attached = {name: str(run) for name, run in self._attached.items()}
-        return await WorkerProcess.start((self._names, self._root, self._options, attached), self._note)
+        return await WorkerProcess.start((self._names, str(self._root), self._options, attached), self._note)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         """See protocol.Engine."""
@@ -208,17 +189,9 @@ class WorkerEngine:
             if call.num_left:
                 worker.send((key, "cancel"))
 
-    async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, Any]]:
+    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
         """See protocol.Engine."""
-        lines: list[Mapping[str, Any]] = await self._reply("labels", model, list(texts))
-        return lines
-
-    async def embed(
-        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
-    ) -> tuple[list[list[float]], int]:
-        """See protocol.Engine."""
-        found: tuple[list[list[float]], int] = await self._reply("embeddings", model, list(texts), dimensions, is_query)
-        return found
+        return await self._reply("read", model, texts, how)
 
     async def attach(self, name: str, run: Path) -> None:
         """Serve the result of a run on the base as `name`, without disturbing the answers under way.
@@ -226,7 +199,7 @@ class WorkerEngine:
         Does nothing if `name` is served already. Raises RequestError if the run cannot be served.
         """
         if name not in self._attached:
-            card = await self._reply("attach", name, run)
+            card = await self._reply("attach", name, str(run))
             self._attached[name] = run
             self.served = (*self.served, card)
 
@@ -293,30 +266,25 @@ class WorkerEngine:
 
     async def _supervise(self) -> None:
         """Pass on what the worker sends, and start a new one whenever it ends, until the engine is closed."""
-        num_short = 0
         while True:
-            started = time.monotonic()
             try:
                 while (events := await self._worker.receive()) is not None:
                     for key, event in events:
                         self._on_event(key, event)
             except Exception as error:  # its next message cannot be found
                 self._note(f"the engine sent what cannot be read: {type(error).__name__}: {error}")
-                await self._worker.kill()
+                await self._worker.end()
             why = await self._worker.ended()
             self._note(f"the engine ended ({why}) and is started again")
             message = f"the engine ended during this request ({why}); it is started again"
             self._fail_all(message, status=500, code="engine_crashed")
-            if time.monotonic() - started > LONG_LIFE_S:
-                num_short = 0
             while not self._worker.is_alive:
-                await asyncio.sleep(min(MAX_PAUSE_S, 0.25 * 2**num_short) if num_short else 0)
-                num_short += 1
                 self._restarts += 1
                 try:
                     self._worker = await self._new_worker()
                 except Exception as error:  # a full process table, a damaged pipe: the next try may succeed
                     self._note(f"the engine could not be started again: {error}")
+                    await asyncio.sleep(PAUSE_S)
 
     def _fail_all(self, message: str, *, status: int, code: str) -> None:
         for call in self._calls.values():

@@ -7,10 +7,8 @@ Server and worker exchange these classes in the frames of `pack`. Never imports 
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import orjson
@@ -22,7 +20,6 @@ ToolCallFormat: TypeAlias = Literal["hermes", "json"]
 """How a chat template writes tool calls; see responses.with_tool_calls."""
 OPEN = "<tool_call>"
 Modality: TypeAlias = Literal["text", "labels", "embeddings"]
-LENGTH_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +64,8 @@ class GenerationRequest:
     """The answer is JSON of this schema; {}: any JSON object."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token and its log probability (natural) before temperature and penalties."""
-
-    text: str
-    """With a replacement character where it is a part of one."""
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
+Token: TypeAlias = Mapping[str, Any]
+"""A token in OpenAI's shape: its text, log probability before temperature and penalties, bytes and likeliest tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +81,16 @@ class Delta:
 
     index: int
     text: str
-    tokens: tuple[TokenLogprob, ...] = ()
+    tokens: Sequence[Token] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """Tool call `number` of answer `index`; `arguments` is JSON."""
+    """Tool call `number` of answer `index`, in OpenAI's shape."""
 
     index: int
     number: int
-    id: str
-    name: str
-    arguments: str
+    call: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +122,7 @@ class RequestError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.headers = dict(headers or {})
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +172,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def classify(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[Mapping[str, Any]]:
-        """A line for each text, as `tunesmith predict` writes it."""
-        ...
+    async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
+        """A line for each text or pair of texts, as `tunesmith predict` writes it.
 
-    async def embed(
-        self, model: str, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
-    ) -> tuple[list[list[float]], int]:
-        """A vector for each text, cut to `dimensions` numbers, and the number of tokens read.
-
-        `is_query`: with the prompt of texts that search."""
+        Of a model that embeds: a vector for each text, cut to `dimensions` numbers, and the number of tokens read;
+        `is_query`: with the prompt of texts that search.
+        """
         ...
 
     def state(self) -> EngineState: ...
@@ -206,17 +188,22 @@ class Engine(Protocol):
 
 
 def pack(message: Any) -> bytes:
-    """A message between server and worker: its length in four bytes, and its JSON.
+    """A message between server and worker, as a line of JSON.
 
-    A message is a value: a tuple of values, one of the classes above, an error, a path, or anything that JSON has.
+    A message is a value: a tuple of values, one of the classes above, an error, or anything that JSON has.
     """
-    content = orjson.dumps(_tagged(message))
-    return len(content).to_bytes(LENGTH_BYTES, "big") + content
+    return orjson.dumps(_tagged(message), option=orjson.OPT_APPEND_NEWLINE)
 
 
-def unpack(content: bytes) -> Any:
-    """The message in what follows its length. Sequences in fields are lists."""
-    return _value(orjson.loads(content))
+def unpack(line: bytes) -> Any:
+    """The message in a line. Sequences in fields are lists."""
+    return _value(orjson.loads(line))
+
+
+_CLASSES: Mapping[str, Any] = {
+    one.__name__: one for one in (Delta, EngineOptions, Finished, GenerationRequest, ModelCard, Started)
+}
+_ERRORS: Mapping[str, Any] = {one.__name__: one for one in (InputError, RequestError, TunesmithError)}
 
 
 def _tagged(value: Any) -> tuple[str, Any]:
@@ -225,33 +212,14 @@ def _tagged(value: Any) -> tuple[str, Any]:
     if isinstance(value, tuple):
         return "tuple", [_tagged(one) for one in value]
     if isinstance(value, Exception):
-        return name, {"message": str(value), **(vars(value) if isinstance(value, RequestError) else {})}
-    if isinstance(value, Path):
-        return "Path", str(value)
-    return (name if name in _READ else ""), value
+        return name, {"message": str(value), **vars(value)}
+    return (name if name in _CLASSES else ""), value
 
 
 def _value(tagged: Sequence[Any]) -> Any:
     name, content = tagged
     if name == "tuple":
         return tuple(_value(one) for one in content)
-    return _READ[name](content) if name else content
-
-
-def _token(fields: Mapping[str, Any]) -> TokenLogprob:
-    logprob = -math.inf if fields["logprob"] is None else fields["logprob"]  # JSON has no infinity
-    return TokenLogprob(fields["text"], logprob, tuple(map(_token, fields["top"])))
-
-
-_READ: Mapping[str, Callable[[Any], Any]] = {
-    "Delta": lambda fields: Delta(**{**fields, "tokens": tuple(map(_token, fields["tokens"]))}),
-    "Finished": lambda fields: Finished(**fields),
-    "GenerationRequest": lambda fields: GenerationRequest(**fields),
-    "EngineOptions": lambda fields: EngineOptions(**fields),
-    "InputError": lambda fields: InputError(fields["message"]),
-    "ModelCard": lambda fields: ModelCard(**fields),
-    "Path": Path,
-    "RequestError": lambda fields: RequestError(fields.pop("message"), **fields),
-    "Started": lambda fields: Started(**fields),
-    "TunesmithError": lambda fields: TunesmithError(fields["message"]),
-}
+    if name in _ERRORS:
+        return _ERRORS[name](content.pop("message"), **content)
+    return _CLASSES[name](**content) if name else content

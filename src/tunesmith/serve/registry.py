@@ -43,20 +43,9 @@ from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling
 
 Note = Callable[[str], None]
-M = TypeVar("M", ServedModel, Classifier, Embedder)
+M = TypeVar("M", ServedModel, Classifier)
 
 PROBE_TOKENS = 37
-_ANSWERS = {ServedModel: "answers in text", Classifier: "answers with labels", Embedder: "gives embeddings"}
-
-
-@dataclass(frozen=True)
-class SharedBase:
-    """A base that takes the adapters of runs."""
-
-    loaded: LoadedModel
-    adapters: AdapterSet
-    decoder: Decoder
-    hashes: Future[dict[str, str]]
 
 
 @dataclass
@@ -64,22 +53,23 @@ class Registry:
     """The models that are loaded, by name: runs in the order they were given, then their base."""
 
     models: dict[str, ServedModel | Classifier | Embedder] = field(default_factory=dict)
-    shared: SharedBase | None = None
+    shared: ServedModel | None = None
     """The base, where runs are attached while the server answers."""
-    detached: list[str] = field(default_factory=list)
+    hashes: Future[dict[str, str]] = field(default_factory=Future)
+    """Of its files."""
+    detached: set[str] = field(default_factory=set)
     """Adapters that are on the model still, since answers under way may use them."""
 
     @property
     def decoders(self) -> list[Decoder]:
         """The decoders of all models that write, each once."""
-        writers = (model for model in self.models.values() if isinstance(model, ServedModel))
-        return list({id(model.decoder): model.decoder for model in writers}.values())
+        return list(dict.fromkeys(one.decoder for one in self.models.values() if isinstance(one, ServedModel)))
 
     def find(self, name: str, kind: type[M]) -> M:
         """Raises RequestError if there is no such model of this kind."""
         model = self.models.get(name)
         if not isinstance(model, kind):
-            message = f"no model {name} here {_ANSWERS[kind]}"
+            message = f"there is no model {name} that answers so"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return model
 
@@ -92,7 +82,7 @@ class Registry:
         chain = [run]
         while (parent := chain[-1].started_from()) is not None:
             chain.append(parent)
-        loading.refuse_other_base(chain[-1], shared.loaded.located, shared.hashes.result())
+        loading.refuse_other_base(chain[-1], shared.loaded.located, self.hashes.result())
         paths = read_paths(chain, shared.loaded)
         return _tuned(shared.loaded, name, run, shared.decoder, paths, note=lambda text: None)
 
@@ -100,12 +90,12 @@ class Registry:
         """Serve a run that was read, between two steps. Raises ModelError or RunError; nothing is changed then."""
         name, shared = model.card.name, self.shared
         assert shared is not None, "read_run refuses it otherwise"
-        self.drop_detached(only=name)
-        shared.adapters.put(name, model.paths)
+        self.detached.discard(name)
+        shared.decoder.adapters.put(name, model.paths)
         try:
             check_adapter(model)
         except BaseException as error:
-            shared.adapters.drop(name)
+            shared.decoder.adapters.drop(name)
             if isinstance(error, RowMismatchError):
                 raise ModelError(f"{name}: cannot share its base: {error}") from error
             raise
@@ -114,14 +104,12 @@ class Registry:
     def detach(self, name: str) -> None:
         """Serve a run no longer; its adapter stays until no answer uses it."""
         if self.models.pop(name, None) is not None:
-            self.detached.append(name)
+            self.detached.add(name)
 
-    def drop_detached(self, *, only: str | None = None) -> None:
-        """Free the adapters of detached runs. No answer may be under way, but for those of other runs than `only`."""
-        for name in [name for name in self.detached if only in (None, name)]:
-            assert self.shared is not None, "it was attached to it"
-            self.shared.adapters.drop(name)
-            self.detached.remove(name)
+    def drop_detached(self) -> None:
+        """Free the adapters of detached runs, when no answer is under way."""
+        while self.detached and self.shared is not None:
+            self.shared.decoder.adapters.drop(self.detached.pop())
 
     def add(self, model: ServedModel | Classifier | Embedder) -> None:
         name = model.card.name
@@ -172,52 +160,43 @@ def why_unshareable(run: Run) -> str | None:
     return METHODS[recipe.method.name].unshareable(recipe.method)
 
 
-def _one_base(runs: Sequence[Run], models: Sequence[ModelRef], *, offline: bool) -> tuple[ModelRef, Any]:
-    """The base of all models and adapters, and the hashes of its files if a run is on it.
-
-    Raises InputError if there are several.
-    """
-    found = list(models)
-    users = [(str(base.path.resolve()), base.revision, "", base.name) for base in found]
-    hashes: dict[Path, dict[str, str]] = {}
+def _one_base(runs: Sequence[Run], models: Sequence[ModelRef], *, offline: bool) -> ModelRef:
+    """The base of all models and adapters. Raises InputError if there are several."""
+    users = [(base, "", base.name) for base in models]
     for run in runs:
-        base = resolve_base(run.recipe(), offline=offline)
-        path = base.path.resolve()
-        hashes[path] = hashes.get(path) or load.fingerprint(base)
-        loading.refuse_other_base(run, base, hashes[path])
-        found.append(base)
         form = METHODS[run.recipe().method.name].base_format
-        users.append((str(path), base.revision, f" in {form}" if form else "", str(run.path)))
-    if (num := len({(path, revision, form) for path, revision, form, _ in users})) > 1:
-        several = "; ".join(f"{user} on {path}{form}" for path, _, form, user in users)
+        users.append((resolve_base(run.recipe(), offline=offline), f" in {form}" if form else "", str(run.path)))
+    if (num := len({(base.path.resolve(), base.revision, form) for base, form, _ in users})) > 1:
+        several = "; ".join(f"{user} on {base.path.resolve()}{form}" for base, form, user in users)
         raise InputError(f"one base is served with its adapters, but these are on {num}: {several}. Serve apart.")
-    return found[0], next(iter(hashes.values()), None)
+    return users[0][0]
 
 
 def _add_shared(
     registry: Registry, runs: Sequence[Run], models: Sequence[ModelRef], options: EngineOptions, note: Note
 ) -> None:
     """The base, loaded once, and the adapters of `runs` on it."""
-    base, hashes = _one_base(runs, models, offline=options.offline)
-    loaded = loading.load_base(runs[0], hashes=hashes) if runs else loading.load_model(base.name)
+    base = _one_base(runs, models, offline=options.offline)
+    loaded = loading.load_base(runs[0], offline=options.offline) if runs else loading.load_model(base.name)
+    for other in runs[1:]:
+        loading.refuse_other_base(other, base, loaded.base_hashes or {})
     if loaded.head != "next_token":
         if len(runs) > 1:
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
-        run = runs[0] if runs else None
-        return _add_single(registry, loading.load_adapter(loaded, run) if run else loaded, run, note)
-    adapters, paths = AdapterSet(loaded.model), dict[str, Mapping[str, LowRankPath]]()
+        alone = runs[0] if runs else None
+        return _add_single(registry, loading.load_adapter(loaded, alone) if alone else loaded, alone, note)
+    adapters, found = AdapterSet(loaded.model), list[tuple[Run, str, dict[str, LowRankPath]]]()
     for run in runs:
-        name = run.path.resolve().name
-        paths[name] = read_paths([run], loaded)
-        adapters.put(name, paths[name])
-        for text in filter(None, (run.check_result(run.adapter_path), loaded.packed)):
-            note(f"{run.path}: {text}")
+        name, paths = run.path.resolve().name, read_paths([run], loaded, note)
+        adapters.put(name, paths)
+        found.append((run, name, paths))
+        if loaded.packed:
+            note(f"{run.path}: {loaded.packed}")
         if (precision := run.recipe().precision) != loaded.recipe.precision:
             note(f"{run.path}: tuned in {precision}, served in {loaded.recipe.precision}, as the first run was")
     decoder = choose_decoder(base.name, loaded.model, adapters, note)
-    for run in runs:
-        name = run.path.resolve().name
-        model = _tuned(loaded, name, run, decoder, paths[name], note=note)
+    for run, name, paths in found:
+        model = _tuned(loaded, name, run, decoder, paths, note=note)
         check_adapter(model)
         registry.add(model)
     if runs:
@@ -230,18 +209,20 @@ def _add_shared(
             return note(f"{_name_of(base)}: the base itself is not served: {error}")
         if loaded.packed:
             note(f"{_name_of(base)}: the base itself answers quantised too, as its runs were tuned on it")
-    registry.add(ServedModel(_card(loaded, _name_of(base), None, "text"), loaded, decoder))
+    served = ServedModel(_card(loaded, _name_of(base), None, "text"), loaded, decoder)
+    registry.add(served)
     if options.attaches:
-        registry.shared = SharedBase(loaded, adapters, decoder, in_background(partial(load.fingerprint, base)))
+        registry.shared, registry.hashes = served, in_background(partial(load.fingerprint, base))
 
 
-def read_paths(chain: Sequence[Run], base: LoadedModel) -> dict[str, LowRankPath]:
+def read_paths(chain: Sequence[Run], base: LoadedModel, note: Note = lambda text: None) -> dict[str, LowRankPath]:
     """The low-rank paths, by layer, of a run and of those that it started from and that are not part of the base.
 
     Raises RunError or ModelError for an adapter that was changed or is damaged.
     """
     for run in chain:
-        run.check_result(run.adapter_path)
+        if unchecked := run.check_result(run.adapter_path):
+            note(f"{run.path}: {unchecked}")
     paths = {
         layer: path.to(base.model.device, base.model.dtype)
         for layer, path in joined_paths([read_low_rank(run.adapter_path) for run in chain]).items()
@@ -303,7 +284,6 @@ def check_adapter(model: ServedModel) -> None:
     for adapter in (None, model.adapter):
         slot = decoder.open(adapter, PROBE_TOKENS)
         logits.append(decoder.step({}, [(slot, probe(model.vocab_size, PROBE_TOKENS))])[1])
-        decoder.close(slot)
     if torch.equal(*logits):
         raise RunError(
             f"{model.card.name}: its adapter changes nothing: the base alone would answer in its name. Look at the "
@@ -312,15 +292,13 @@ def check_adapter(model: ServedModel) -> None:
 
 
 def _card(loaded: LoadedModel, name: str, run: Run | None, answers: Modality) -> ModelCard:
-    path = loaded.located.path
-    files = [path, *path.parent.glob(f"{path.name}/*")]
     return ModelCard(
         name=name,
         task=loaded.renderer.task_name,
         answers=answers,
         max_tokens=loaded.max_tokens,
         is_base=run is None,
-        created=int(max(file.stat().st_mtime for file in files) if run is None else run.created),
+        created=int(loaded.located.path.stat().st_mtime if run is None else run.created),
         labels=loaded.labels.names if loaded.labels is not None else (),
         calls=tool_call_format(loaded.renderer.tokenizer) if TASKS[loaded.renderer.task_name].is_chat else None,
     )

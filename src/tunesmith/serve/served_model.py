@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,6 @@ class ServedModel:
     decoder: Decoder
     paths: Mapping[str, LowRankPath] = field(default_factory=dict)
     """Of its adapter on the base; empty: it answers as the model that is loaded."""
-    grammars: JsonGrammars | None = field(default=None, init=False)
-    """Made when it is first needed."""
 
     @property
     def renderer(self) -> Renderer:
@@ -55,28 +54,26 @@ class ServedModel:
     def vocab_size(self) -> int:
         return int(self.loaded.model.get_output_embeddings().weight.shape[0])
 
+    @cached_property
+    def grammars(self) -> JsonGrammars:
+        """Raises RequestError where answers in JSON are not supported."""
+        return JsonGrammars(self.renderer.tokenizer, vocab_size=self.vocab_size, stop_ids=self.renderer.stop_ids)
+
     def prepare(self, key: int, request: GenerationRequest, options: EngineOptions) -> PreparedRequest:
         """The request as the scheduler takes it. Raises RequestError."""
         if request.n > options.streams:
             raise RequestError(f"n is {request.n}; it has to be from 1 to {options.streams}", param="n")
         prompt = self.prompt_ids(request)
-        max_new_tokens = self._max_new_tokens(request, len(prompt), options)
-        grammar = None
-        if request.json_schema is not None:
-            if self.grammars is None:
-                tokenizer, stop_ids = self.renderer.tokenizer, self.renderer.stop_ids
-                self.grammars = JsonGrammars(tokenizer, vocab_size=self.vocab_size, stop_ids=stop_ids)
-            grammar = self.grammars.compile(request.json_schema)
         return PreparedRequest(
             key,
             tuple(prompt),
             self.renderer.tokenizer,
             request,
             adapter=self.adapter,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=self._max_new_tokens(request, len(prompt), options),
             stop_ids=frozenset(self.renderer.stop_ids),
             strip=not TASKS[self.renderer.task_name].raw_text,
-            grammar=grammar,
+            grammar=None if request.json_schema is None else self.grammars.compile(request.json_schema),
         )
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
@@ -109,10 +106,13 @@ class ServedModel:
                 "message of the user, or use /v1/completions",
                 param="messages",
             )
-        return as_part(request.messages[0]).text
+        return str(request.messages[0]["content"])
 
     def _conversation(self, request: GenerationRequest) -> list[Part]:
-        parts = [as_part(message) for message in request.messages]
+        parts = []
+        for one in request.messages:
+            fields = {key: value for key, value in one.items() if key not in ("role", "content")}
+            parts.append(Part(one["role"], one["content"], trained=False, fields=fields))
         example = Example(tuple(parts), Source("request", 1), "messages", tuple(request.tools))
         for problem in self.renderer.control_problems(example):
             raise RequestError(problem.message, param="messages")
@@ -136,12 +136,6 @@ class ServedModel:
         return min(options.max_new_tokens, room) if wanted is None else wanted
 
 
-def as_part(message: Mapping[str, Any]) -> Part:
-    """A message as training rows have it."""
-    fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
-    return Part(str(message.get("role", "")), str(message.get("content") or ""), trained=False, fields=fields)
-
-
 @dataclass
 class Classifier:
     """A model whose head answers with classes, a number, or a tag for each word."""
@@ -149,7 +143,7 @@ class Classifier:
     card: ModelCard
     loaded: LoadedModel
 
-    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Line]:
+    def classify(self, texts: Sequence[str | Sequence[str]]) -> list[Line]:
         """A line for each text, as `tunesmith predict` writes it. Raises RequestError for the first bad text."""
         lines = []
         examples = [self._example(text, i) for i, text in enumerate(texts)]
@@ -160,7 +154,7 @@ class Classifier:
             lines.append(line)
         return lines
 
-    def _example(self, text: str | tuple[str, str], index: int) -> Example:
+    def _example(self, text: str | Sequence[str], index: int) -> Example:
         source = Source("input", index + 1)
         if TASKS[self.card.task].by_word:
             if not isinstance(text, str):

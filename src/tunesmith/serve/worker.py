@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import queue
-import select
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -27,7 +26,7 @@ import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.serve.protocol import LENGTH_BYTES, EngineOptions, GenerationRequest, RequestError, pack, unpack
+from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError, pack, unpack
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
@@ -37,6 +36,8 @@ SCRATCH_BYTES = 256 * 1024**2
 """For everything but weights, keys and values."""
 
 Send = Callable[[Any], None]
+Inbox = queue.SimpleQueue[Any]
+"""Messages of the server, and calls of the second thread, to be done between two steps."""
 
 
 def main() -> int:
@@ -45,10 +46,12 @@ def main() -> int:
     names, root, options, attached = _receive()
     torch.set_num_threads(options.threads or num_cpus())
     limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
+    inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_watch, args=(limit,), daemon=True).start()
+    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
     try:
-        registry = open_registry(names, root=root, options=options, note=send)
-        worker = Worker(registry, options, send, limit=limit)
+        registry = open_registry(names, root=Path(root), options=options, note=send)
+        worker = Worker(registry, options, inbox, send, limit=limit)
         for name, run in attached.items():
             try:
                 registry.attach(registry.read_run(name, Path(run)))
@@ -58,10 +61,8 @@ def main() -> int:
         send((InputError if isinstance(error, InputError) else TunesmithError)(str(error)))
         return 1
     send(tuple(model.card for model in registry.models.values()))
-    threading.Thread(target=_listen, args=(worker,), daemon=True).start()
     while True:
-        for work in worker.inbox_items():
-            work()
+        worker.work()
         worker.step()
 
 
@@ -72,9 +73,8 @@ class Worker:
     for which the answers under way do not wait.
     """
 
-    def __init__(self, registry: Registry, options: EngineOptions, send: Send, *, limit: int) -> None:
-        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """To be done between two steps."""
+    def __init__(self, registry: Registry, options: EngineOptions, inbox: Inbox, send: Send, *, limit: int) -> None:
+        self.inbox = inbox
         self._registry = registry
         self._options = options
         self._send = send
@@ -87,11 +87,12 @@ class Worker:
             for decoder in decoders
         }
 
-    def inbox_items(self) -> Iterator[Callable[[], None]]:
-        """Everything in the inbox; waits for something if there is nothing else to do."""
+    def work(self) -> None:
+        """Do everything in the inbox; wait for something if there is nothing else to do."""
         with suppress(queue.Empty):
             while True:
-                yield self.inbox.get(block=not any(scheduler.is_busy for scheduler in self._schedulers.values()))
+                work = self.inbox.get(block=not any(scheduler.is_busy for scheduler in self._schedulers.values()))
+                work() if callable(work) else self.take(*work)
 
     def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
@@ -107,10 +108,10 @@ class Worker:
         else:
             self._try(key, getattr(self, f"_{verb}"), *words)
 
-    def _try(self, key: int, work: Callable[..., None], *words: Any) -> None:
-        """Call `work`, whose error is the answer to the request and must not end others."""
+    def _try(self, key: int, work: Callable[..., Any], *words: Any) -> None:
+        """Call `work`. What it returns, or its error, which must not end others, is the answer to the request."""
         try:
-            return work(key, *words)
+            answer = work(key, *words)
         except RequestError as error:
             answer = error
         except TunesmithError as error:
@@ -122,49 +123,37 @@ class Worker:
             else:
                 message = f"the request could not be answered: {type(error).__name__}"
                 answer = RequestError(message, status=500, code="internal_error")
-        self._preparing.discard(key)
-        self._send(((key, answer),))
+        if answer is not None:
+            self._preparing.discard(key)
+            self._send(((key, answer),))
 
     def _prepare(self, key: int, request: GenerationRequest) -> None:
         if key in self._preparing:
-            model = self._registry.find(request.model, ServedModel)
-            self.inbox.put(partial(self._try, key, self._start, model, model.prepare(key, request, self._options)))
+            prepared = self._registry.find(request.model, ServedModel).prepare(key, request, self._options)
+            self.inbox.put(partial(self._try, key, self._start, prepared))
 
-    def _start(self, key: int, model: ServedModel, request: PreparedRequest) -> None:
-        if key not in self._preparing:
-            return
-        self._preparing.discard(key)
-        if self._registry.models.get(model.card.name) is not model:
-            message = f"the model {model.card.name} was removed"
-            raise RequestError(message, status=404, code="model_not_found", param="model")
-        scheduler = self._schedulers[model.decoder]
-        if not scheduler.could_hold(request):
-            raise RequestError(
-                f"{request.sampling.n} answers of up to {request.max_new_tokens:,} tokens to a prompt of "
-                f"{len(request.prompt):,} do not fit into the memory of this server: lower max_tokens or n",
-                code="context_length_exceeded",
-                param="max_tokens",
-            )
-        scheduler.add(request)
+    def _start(self, key: int, request: PreparedRequest) -> None:
+        if key in self._preparing:
+            self._preparing.discard(key)
+            model = self._registry.find(request.sampling.model, ServedModel)  # it can have been removed meanwhile
+            self._schedulers[model.decoder].add(request)
 
-    def _read_run(self, key: int, name: str, run: Path) -> None:
-        self.inbox.put(partial(self._try, key, self._attach, self._registry.read_run(name, run)))
+    def _read_run(self, key: int, name: str, run: str) -> None:
+        self.inbox.put(partial(self._try, key, self._attach, self._registry.read_run(name, Path(run))))
 
-    def _attach(self, key: int, model: ServedModel) -> None:
+    def _attach(self, key: int, model: ServedModel) -> Any:
         self._registry.attach(model)
-        self._send(((key, model.card),))
+        return model.card
 
-    def _detach(self, key: int, name: str) -> None:
+    def _detach(self, key: int, name: str) -> Any:
         self._registry.detach(name)
-        self._send(((key, None),))
+        return name
 
-    def _labels(self, key: int, model: str, lines: Sequence[str | list[str]]) -> None:
-        texts = [one if isinstance(one, str) else (one[0], one[1]) for one in lines]  # JSON has no pairs
-        self._send(((key, self._registry.find(model, Classifier).classify(texts)),))
-
-    def _embeddings(self, key: int, model: str, texts: Sequence[str], dimensions: int | None, is_query: bool) -> None:
-        embedder = self._registry.find(model, Embedder)
-        self._send(((key, embedder.embed(texts, dimensions=dimensions, is_query=is_query)),))
+    def _read(self, key: int, model: str, texts: Sequence[Any], how: Mapping[str, Any]) -> Any:
+        found = self._registry.models.get(model)
+        if isinstance(found, Embedder):
+            return found.embed(texts, **how)
+        return self._registry.find(model, Classifier).classify(texts)
 
     def step(self) -> None:
         """One step of all answers under way; sends its events."""
@@ -177,26 +166,20 @@ class Worker:
 
 def _receive() -> Any:
     """The next message; ends this process, whatever it does, when its input ends."""
-    head = sys.stdin.buffer.read(LENGTH_BYTES)
-    content = sys.stdin.buffer.read(int.from_bytes(head, "big"))
-    if not content:
+    line = sys.stdin.buffer.readline()
+    if not line:
         os._exit(0)
-    return unpack(content)
+    return unpack(line)
 
 
-def _listen(worker: Worker) -> None:
+def _listen(inbox: Inbox) -> None:
     while True:
-        worker.inbox.put(partial(worker.take, *_receive()))
+        inbox.put(_receive())
 
 
 def _watch(limit: int) -> None:
-    """End with the server, also while models are loaded, and at the limit of resident memory, since one on addresses
-    would count mapped files."""
-    closed = select.poll()
-    closed.register(sys.stdin, 0)  # its other end was closed
+    """End at the limit of resident memory, since one on addresses would count mapped files."""
     while (held := resident_bytes()) <= limit:
-        if closed.poll(0):
-            os._exit(0)
         time.sleep(WATCH_S)
     sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
     sys.stderr.flush()
@@ -205,16 +188,14 @@ def _watch(limit: int) -> None:
 
 def _sender() -> Send:
     """A function that writes to the original standard output; what libraries print goes to standard error from now."""
-    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    out, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)
-    lock = threading.Lock()
 
     def send(message: Any) -> None:
-        text = memoryview(pack(message))
         try:
             with lock:
-                while text:
-                    text = text[out.write(text) or 0 :]
+                out.write(pack(message))
+                out.flush()
         except BrokenPipeError:  # the server has ended
             os._exit(0)
 
