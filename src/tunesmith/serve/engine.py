@@ -34,7 +34,7 @@ END_TIMEOUT_S = 5.0
 PAUSE_S = 5.0
 """After a worker that could not be started."""
 MAX_LINE_BYTES = 1 << 30
-"""Of a message of the worker; as much is read ahead, so that its end is always noticed."""
+"""Longest message of the worker; as much is read ahead, so that its end is always noticed."""
 MAX_PRINTED = 20
 """Lines of the worker's output kept for the reason of its end."""
 

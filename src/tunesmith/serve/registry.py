@@ -56,7 +56,7 @@ class Registry:
     shared: ServedModel | None = None
     """The base, where runs are attached while the server answers."""
     hashes: Future[dict[str, str]] = field(default_factory=Future)
-    """Of its files."""
+    """SHA-256 of its files, by name."""
     detached: set[str] = field(default_factory=set)
     """Adapters that are on the model still, since answers under way may use them."""
 
