@@ -316,13 +316,15 @@ def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, 
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         batches = encoding.batches()
-        gc.freeze()  # the collector need not look through the libraries again and again
+        if is_ours := not gc.get_freeze_count():  # a program that keeps the collector from its objects goes on so
+            gc.freeze()  # the collector need not look through the libraries again and again
         try:
             with closing(batches), pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as sink:
                 for batch in batches:
                     sink.write_batch(batch)
         finally:
-            gc.unfreeze()
+            if is_ours:
+                gc.unfreeze()
         check()
     return Summary(
         version=VERSION,
