@@ -316,15 +316,14 @@ def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, 
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         batches = encoding.batches()
-        if is_ours := not gc.get_freeze_count():  # a program that keeps the collector from its objects goes on so
-            gc.freeze()  # the collector need not look through the libraries again and again
+        threshold = gc.get_threshold()
+        gc.set_threshold(100_000)  # rows hold no circles; a program's frozen objects stay so
         try:
             with closing(batches), pa.ipc.new_file(pa.PythonFile(file, "w"), SCHEMA) as sink:
                 for batch in batches:
                     sink.write_batch(batch)
         finally:
-            if is_ours:
-                gc.unfreeze()
+            gc.set_threshold(*threshold)
         check()
     return Summary(
         version=VERSION,
