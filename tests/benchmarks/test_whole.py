@@ -4,7 +4,7 @@ import pytest
 from benchmarks.planning import errors
 from benchmarks.whole import PARTS, foreseen, taken_by_part
 
-from tunesmith.planning.duration import KINDS
+from tunesmith.planning.forecast import KINDS
 
 
 def test_errors_are_shares_of_what_was_measured():

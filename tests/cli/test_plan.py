@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.cli.render import forecast_facts, probe_facts
-from tunesmith.planning.duration import KINDS
+from tunesmith.planning.forecast import KINDS
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {

@@ -126,7 +126,8 @@ def test_a_run_trains_the_rows_of_its_data(tmp_path: Path, optimizer: str, is_by
     expected = len(setup.rows.store.tokens) if is_by_rows else setup.model.get_input_embeddings().num_embeddings
     assert len(setup.attachment.trained[name]) == expected
     assert any("rows are trained" in note for note in setup.notes) == is_by_rows
-    assert setup.forecast.trained_parameters == sum(tensor.numel() for tensor in setup.attachment.trained.values())
+    trained = setup.attachment.trained.values()
+    assert setup.forecast.sizes.trained_parameters == sum(tensor.numel() for tensor in trained)
 
 
 def test_an_unfinished_run_answers_with_the_rows_of_its_checkpoint(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_layers_are_split_where_a_whole_model_does_not_fit(folder: Path) -> None
     room = (split.memory.total + whole.memory.total) // 2
     found, forecast = planned(folder, 4, "H100", *big, room=room)
     choice = next(choice for choice in found.choices if choice.key == "shard")
-    assert (found.recipe.shard, forecast.split) == (True, split.split)
+    assert (found.recipe.shard, forecast.sizes.gathered) == (True, split.sizes.gathered)
     assert choice.reason.startswith("a whole model on each device would need")
     assert planned(folder, 4, "H100", *big)[0].recipe.shard is False
 

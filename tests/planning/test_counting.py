@@ -8,7 +8,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.evaluation import general
-from tunesmith.planning.duration import KINDS
+from tunesmith.planning.forecast import KINDS
 from tunesmith.training import evaluate as looking
 from tunesmith.training import trainer as training
 from tunesmith.training.resolve import resolve_run

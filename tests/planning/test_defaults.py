@@ -75,11 +75,11 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
 @pytest.mark.parametrize(
     ("parameters", "length", "rows", "every", "reason"),
     [
-        (135_000_000, 57, 1825, 11, "a tenth of 115 steps is the most that a crash costs"),
-        (135_000_000, 57, 320, 10, "short run"),
-        (22_700_000, 11, 1600, 126, "steps are short: less than a minute is the most that a crash costs"),
-        (22_700_000, 11, 320_000, 500, "a tenth of 20,000 steps is the most that a crash costs"),
-        (100_000, 11, 1600, 500, "steps are short: less than a minute is the most that a crash costs"),
+        (135_000_000, 57, 1825, 11, "11 of 115 steps are the most that a crash costs"),
+        (135_000_000, 57, 320, 10, "10 of 20 steps are the most that a crash costs"),
+        (22_700_000, 11, 1600, 126, "a run of 100 steps is saved before the first and after the last"),
+        (22_700_000, 11, 320_000, 500, "500 of 20,000 steps are the most that a crash costs"),
+        (100_000, 11, 1600, 500, "a run of 100 steps is saved before the first and after the last"),
     ],
 )
 def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, rows, every, reason):

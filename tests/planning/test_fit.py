@@ -1,5 +1,7 @@
 """Runs are made to fit, with as little changed as that takes, or are refused with what would fit."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tiny_run import tiny_recipe
@@ -33,7 +35,9 @@ def predictor(room: int, asked: list[Recipe] | None = None) -> fitting.Predict:
         held = {"lora": 20, "qlora": 5}.get(recipe.method.name, 100)
         heavy = Heavy(1, (0,), False, Load(0, 0))
         memory, device = Memory(weights=held, activations=kept), Device("cpu", "cpu", room)
-        return Forecast(memory, None, Disk(0, 0, 0), device, heavy, None, LAYERS, recomputed, 1)
+        return Forecast(
+            memory, None, Disk(0, 0, 0), device, heavy, None, SimpleNamespace(recomputable=LAYERS), recomputed
+        )
 
     return predict
 

@@ -13,7 +13,7 @@ from tunesmith.cli.app import app
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning.devices import Device, named
-from tunesmith.planning.duration import step_seconds, targets_of
+from tunesmith.planning.forecast import step_seconds, targets_of
 from tunesmith.planning.memory import Load, Sizes
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare

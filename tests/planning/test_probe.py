@@ -16,7 +16,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import OutOfMemoryError
-from tunesmith.planning.duration import KINDS, Duration
+from tunesmith.planning.forecast import KINDS, Duration
 from tunesmith.training import probe as process
 from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
@@ -80,15 +80,17 @@ def child_that(code: str, monkeypatch, tmp_path: Path) -> None:
     package.mkdir()
     (package / "stub_child.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(package))
-    begin = process.subprocess.Popen
-    monkeypatch.setattr(process.subprocess, "Popen", lambda words, **how: begin([*words[:2], "stub_child"], **how))
+    run = process.subprocess.run
+    monkeypatch.setattr(process.subprocess, "run", lambda words, **how: run([*words[:2], "stub_child"], **how))
 
 
 def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):
     seen = foreseen(tmp_path)
     child_that(
-        "import os, signal\n"
-        'print(\'["step", {"seconds": 2.0, "count": 5, "step": 1}]\\n["peak", 7]\', flush=True)\n'
+        "import json, os, signal, sys\n"
+        "measured = open(json.load(sys.stdin)['folder'] + '/measured', 'w')\n"
+        'measured.write(\'{"steps": [{"seconds": 2.0, "count": 5, "step": 1}], "peak": 7}\')\n'
+        "measured.close()\n"
         "os.kill(os.getpid(), signal.SIGKILL)",
         monkeypatch,
         tmp_path,
@@ -109,7 +111,7 @@ def test_memory_that_ends_in_the_probe_is_told(tmp_path, monkeypatch):
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs")
     monkeypatch.setattr("tunesmith.training.step._pass", lambda *args: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(OutOfMemoryError, match="out of memory in a micro-batch of one row"):
-        process.measure(setup, tmp_path, tell=lambda name, value: None)
+        list(process.measure(setup, tmp_path, Found()))
 
 
 def test_ctrl_c_ends_the_child_too(tmp_path, monkeypatch):
@@ -140,22 +142,18 @@ def test_a_probe_whose_parent_is_killed_ends_and_leaves_nothing(tmp_path):
     folder = tmp_path / ".tmp-probe"
     folder.mkdir()
     code = "import time; from tunesmith.training import probe; probe.prepare = lambda *a, **how: time.sleep(60)"
+    asked = {"recipe": {"model": "m"}, "root": "", "folder": str(folder), "offline": True, "parent": -1}
     words = [sys.executable, "-c", f"{code}; probe.main()"]
-    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    child.stdin.write(
-        json.dumps({"recipe": {"model": "m"}, "root": "", "folder": str(folder), "offline": True}).encode()
-    )
-    child.stdin.write(b"\n")
-    child.stdin.close()  # as the system does for a killed parent
-    assert child.wait(30) == 1
+    done = subprocess.run(words, check=False, input=json.dumps(asked).encode(), capture_output=True, timeout=60)
+    assert done.returncode == 1
     assert not folder.exists()
 
 
-def test_the_peak_is_told_after_each_piece(tmp_path):
-    setup, told = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs"), []
-    process.measure(setup, tmp_path, tell=lambda name, value: told.append(name))
-    assert told[1::2] == ["peak"] * (len(told) // 2)
-    assert {"step", "measuring", "answering", "saving", "finishing"} == set(told[::2])
+def test_each_piece_is_kept_as_soon_as_it_is_there(tmp_path):
+    setup, found = prepare(tiny_recipe(tmp_path), root=tmp_path / "runs"), Found()
+    numbers = [len(found.steps) + len(found.work) for _ in process.measure(setup, tmp_path, found)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert {"measuring", "answering", "saving", "finishing"} == set(found.work)
 
 
 COUNTS = dict(zip(KINDS, (1, 100, 1000, 40, 5, 1), strict=True))

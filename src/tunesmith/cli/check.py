@@ -262,7 +262,7 @@ def _resolve(
 
 def _small_disk(forecast: Any, root: Path) -> str:
     """A warning if the disk has less room than the run takes; empty: it has enough."""
-    from tunesmith.training.setup import free_bytes
+    from tunesmith.runs.atomic import free_bytes
 
     needed = forecast.disk.checkpoints + forecast.disk.result if forecast else 0
     free = free_bytes(root)

@@ -29,7 +29,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_look, task_of
-from tunesmith.types import Choice, Example, HeadName, ModelKind, Task, TaskName
+from tunesmith.types import Choice, HeadName, ModelKind, Task, TaskName
 
 SMALL_MODEL = 30_000_000
 """Most weights for which full tuning costs no more than LoRA."""
@@ -46,7 +46,7 @@ TEXT_STEP_TOKENS = 4096
 OPERATIONS = 6
 """Operations of a step for each weight and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
 OPERATIONS_PER_SECOND = {"cpu": 1e11, "mps": 2e12}
-"""A low guess of the speed of a device; others: 1e13."""
+"""A low guess of the speed of a device, the same every day; others: 1e13."""
 SAFE_SECONDS = 30.0
 """Training time that a crash may cost."""
 FEW_LOOKS = 200
@@ -92,8 +92,7 @@ def decide_before_rows(
 
     def choose(key: str, rule: Callable[[], Choice]) -> None:
         nonlocal recipe
-        section, _, name = key.rpartition(".")
-        value = getattr(getattr(recipe, section) if section else recipe, name)
+        value = reduce(getattr, key.split("."), recipe)
         if value == "auto" or getattr(value, "name", None) == "auto":
             choices.append(rule())
             recipe = with_choice(recipe, choices[-1])
@@ -125,10 +124,8 @@ def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     if recipe.train.rows_per_step == 1 and has_look(recipe):
         raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
     for key, rule in _RULES.items():
-        section, _, name = key.rpartition(".")
-        if getattr(getattr(recipe, section) if section else recipe, name) == "auto":
-            value, reason = rule(recipe, facts)
-            choices.append(Choice(key, value, reason))
+        if reduce(getattr, key.split("."), recipe) == "auto":
+            choices.append(Choice(key, *rule(recipe, facts)))
             if key == "optim.lr":  # the rate contains the factor now
                 recipe = with_choice(recipe, Choice("optim.lr_times", 1.0, ""))
             recipe = with_choice(recipe, choices[-1])
@@ -148,23 +145,13 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     return checked if recipe.base is None else checked.on_base(recipe.base)
 
 
-_KINDS: dict[ModelKind, str] = {
-    "causal": "a causal model",
-    "encoder": "an encoder",
-    "encoder_decoder": "an encoder–decoder",
-}
-
-
 def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
     heads = TASKS[resolved(recipe.task)].heads
     if kind not in heads:
-        others = " or ".join(_KINDS[name] for name in heads)
         can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
-        raise ModelError(
-            f"{located.name}: {_KINDS[kind]} cannot learn the task {recipe.task}. "
-            f"Use {others}, or one of the tasks that it can learn: {can}."
-        )
+        way = f"Use one of the kind {' or '.join(heads)}, or a task that it can learn: {can}"
+        raise ModelError(f"{located.name}: a model of the kind {kind} cannot learn the task {recipe.task}. {way}.")
     return heads[kind]
 
 
@@ -173,20 +160,14 @@ def far_numbers(rows: Splits) -> list[str]:
     if rows.labels is None or rows.labels.kind != "number" or rows.store.branches.has_any:
         return []
     seen = rows.store.count_labels(rows.train_rows)
-    values_V, counts_V = np.array([float(name) for name in seen.names]), seen.counts_V
-    mean = float(np.average(values_V, weights=counts_V))
-    deviation = float(np.sqrt(np.average((values_V - mean) ** 2, weights=counts_V)))
+    values_I = np.repeat([float(name) for name in seen.names], seen.counts_V)
+    mean, deviation = float(values_I.mean()), float(values_I.std())
     if abs(mean) <= FAR and deviation <= FAR:
         return []
     return [
         f"labels are numbers of mean {mean:.4g} and deviation {deviation:.4g}, but a head learns numbers around 0 of "
         "deviation 1 best: subtract the mean and divide by the deviation in your data, and undo it in the answers"
     ]
-
-
-def operations_per_second(device: str) -> float:
-    """A low guess, the same every day."""
-    return OPERATIONS_PER_SECOND.get(device, 1e13)
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -197,9 +178,11 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return min(steps, recipe.train.max_steps or steps)
 
 
-def choose_task(example: Example, kind: ModelKind) -> Choice:
-    """The task for rows of this shape."""
+def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
+    example = first_example(recipe.data)
     if (task := task_of(example.shape)) is not None and task.detected:
+        if task.name == "text" and (question := ask_text_or_classes(recipe.data)):
+            raise DataError(question)
         return Choice("task", task.name, task.detected)
     if example.plain or kind == "encoder_decoder":
         other = "; task: chat would put them into the chat template" if kind == "causal" else ""
@@ -219,13 +202,6 @@ def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens
         )
         return Choice("precision", "float32", reason)
     return machine.choose_precision("auto", device)
-
-
-def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
-    choice = choose_task(first_example(recipe.data), kind)
-    if choice.value == "text" and (question := ask_text_or_classes(recipe.data)):
-        raise DataError(question)
-    return choice
 
 
 def _method(num_parameters: int) -> Choice:
@@ -332,20 +308,15 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     return "best", f"the evaluation with the best {recipe.evaluation.metric} is the result"
 
 
-def _threads(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    return default_threads(facts.processes)
-
-
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows_per_step = resolved(recipe.train.rows_per_step)
     steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
     tokens = float(facts.lengths_I.mean()) * rows_per_step
-    seconds = OPERATIONS * facts.num_parameters * tokens / operations_per_second(facts.device)
-    share, short = max(10, steps // 10), math.ceil(SAFE_SECONDS / seconds)
-    if min(short, 500) > share:
-        return min(short, 500), "steps are short: less than a minute is the most that a crash costs"
-    every = min(500, share)
-    return every, f"a tenth of {steps:,} steps is the most that a crash costs" if every > 10 else "short run"
+    seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
+    every = min(500, max(10, steps // 10, math.ceil(SAFE_SECONDS / seconds)))
+    if every >= steps:
+        return every, f"a run of {plural(steps, 'step')} is saved before the first and after the last"
+    return every, f"{every} of {steps:,} steps are the most that a crash costs"
 
 
 def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -353,10 +324,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
-    return (
-        most,
-        "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the time of the run",
-    )
+    return most, "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the run's time"
 
 
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -375,7 +343,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "train.rows_per_step": _rows_per_step,
     "train.tokens_per_pass": _tokens_per_pass,
     "precision": _precision,
-    "threads": _threads,
+    "threads": lambda recipe, facts: default_threads(facts.processes),
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
     "evaluation.surprising": _surprising,
@@ -415,7 +383,7 @@ def decide_measuring(
     """
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
     answer = 2.0 * WORD * new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
-    unnoticed = UNNOTICED_S * operations_per_second(facts.device) / (2 * facts.num_parameters)
+    unnoticed = UNNOTICED_S * OPERATIONS_PER_SECOND.get(facts.device, 1e13) / (2 * facts.num_parameters)
     trained = steps * resolved(recipe.train.rows_per_step) * row
     left = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed) - 2 * held_tokens
     choices: list[Choice] = []

@@ -12,7 +12,6 @@ from tunesmith.models import load
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
-from tunesmith.recipe.methods import LoraMethod, QloraMethod
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_look
 from tunesmith.types import Choice, ModelKind
@@ -40,7 +39,7 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     """
     automatic, asked = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
     found = predict(recipe)
-    num, room = found.num_layers, gib(found.device.room)
+    num, room = found.sizes.recomputable, gib(found.device.room)
     numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
     sizes, least = [asked], max(longest, SMALLEST_PASS)
     while free_tokens and sizes[-1] > least:
@@ -80,14 +79,14 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
     first, and none that changes more than one of them."""
     found: dict[str, int] = {}
     seen: list[set[str]] = []
-    for change in _changes(recipe, predict(recipe).num_layers, longest):
+    for change in _changes(recipe, predict(recipe).sizes.recomputable, longest):
         keys = {f"{key}={value}" if key.startswith("method") else key for key, value in change.items()}
         if any(keys >= fewer for fewer in seen) or len(found) == MOST_ALTERNATIVES:
             continue
         other = recipe
         try:
             for key, value in change.items():
-                other = _with(other, key, _METHODS[value] if key == "method" else value)
+                other = _with(other, key, {"name": value} if key == "method" else value)
             forecast = predict(other)
         except TunesmithError:  # a setting that this model or machine does not take
             continue
@@ -98,28 +97,20 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
 
 
 def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
-    tokens = resolved(recipe.train.tokens_per_pass)
+    tokens, method = resolved(recipe.train.tokens_per_pass), METHODS[recipe.method.name]
     least = min(tokens, max(longest, SMALLEST_PASS))
     smallest = {"train.tokens_per_pass": least, "train.checkpointed_layers": num_layers}
-    for fewer in (max(least, tokens // 4), least):
-        yield {"train.tokens_per_pass": fewer}
+    narrow = {"precision": "bfloat16"} if recipe.precision == "float32" else {}
+    yield {"train.tokens_per_pass": max(least, tokens // 4)}
+    yield {"train.tokens_per_pass": least}
     yield {"train.checkpointed_layers": num_layers}
     yield smallest
-    if recipe.precision == "float32":
-        yield {"precision": "bfloat16"}
-        yield {"precision": "bfloat16", **smallest}
-    method = METHODS[recipe.method.name]
-    if method.quantizes:
-        return
-    # A method of low rank keeps its rank and targets.
-    for other in [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]:
+    others: list[dict[str, Any]] = [narrow] if narrow else []
+    if not method.quantizes:  # one of low rank keeps its rank and targets
+        others += [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]
+    for other in others:
         yield other
-        yield {**other, **smallest}
-        yield {**other, "precision": "bfloat16", **smallest}
-
-
-_METHODS: dict[str, LoraMethod | QloraMethod] = {"lora": LoraMethod(), "qlora": QloraMethod()}
-"""By the word that stands for all of one in a setting."""
+        yield {**other, **narrow, **smallest}
 
 
 def _with(recipe: Recipe, key: str, value: object) -> Recipe:
@@ -145,12 +136,6 @@ def refuse_shard(recipe: Recipe, located: ModelRef, kind: ModelKind) -> None:
         raise RecipeError(f"shard: true: not with {reason}. Change that, or leave shard out.")
 
 
-def split_choice(recipe: Recipe, *, needed: str, room: str) -> Choice:
-    """The choice to split the layers, where a whole model does not fit."""
-    reason = f"a whole model on each device would need {needed} of {room}: the layers' weights are split over"
-    return Choice("shard", True, f"{reason} {resolved(recipe.devices)}")
-
-
 def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str]:
     method: Any = recipe.method
     if recipe.devices in ("auto", 1):
@@ -171,13 +156,7 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield "precision: float16: a step that overflows is made again, which every device would have to know"
     if method.name == "lora" and method.also_train:
         yield "method.also_train: weights in the layers would be trained whole"
-    if method.name == "full":
-        yield from _reasons_of_full(recipe, located)
-
-
-def _reasons_of_full(recipe: Recipe, located: ModelRef) -> Iterator[str]:
-    if recipe.optim.name not in ELEMENTWISE:
+    if method.name == "full" and recipe.optim.name not in ELEMENTWISE:
         yield f"optim.name: {recipe.optim.name}: it looks at whole matrices; {', '.join(ELEMENTWISE)} do not"
-    config = load.load_config(located).get_text_config()
-    if any(getattr(config, name, None) for name in _EXPERTS):
+    if method.name == "full" and any(getattr(load.load_config(located).get_text_config(), key, 0) for key in _EXPERTS):
         yield "method.name: full: devices whose tokens choose other experts would wait for each other"

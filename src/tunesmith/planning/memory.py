@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
@@ -161,7 +161,9 @@ def sizes_of(
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     modules = [target.module for target in inner_linears(model)]
     features, linears = sum(sum(shape_OI(one)) for one in modules), [one.get_parameter("weight") for one in modules]
-    saved = _packed_away(linears) if method.quantizes else 0
+    saved = 0
+    if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
+        saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in linears) - max(w.nbytes for w in linears)
     # SqueezeBERT writes its linear layers as convolutions.
     convs = [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
     features += sum(one.in_channels + one.out_channels for one in convs)
@@ -207,12 +209,6 @@ def sizes_of(
         gathered=gathered,
         elsewhere=num_trained - own,
     ), model
-
-
-def _packed_away(weights: Sequence[Tensor]) -> int:
-    """Bytes that a base in 4 bits does not hold; one layer at a time is unpacked."""
-    saved = sum(weight.nbytes - round(weight.numel() * QUANTIZED_BITS / 8) for weight in weights)
-    return saved - max(weight.nbytes for weight in weights)
 
 
 def _learns(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -104,6 +105,14 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a restart, finds the old bytes or the new, never a part."""
     with writing(path, num_bytes=len(content)) as file:
         file.write(content)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder that exists or will; `sys.maxsize` where the system does not say."""
+    try:
+        return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+    except OSError:
+        return sys.maxsize
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

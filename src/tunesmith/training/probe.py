@@ -2,8 +2,8 @@
 
     python -m tunesmith.training.probe
 
-is the child. It reads what to try from its standard input, one line of JSON, and writes what it measured to its
-standard output, one line a piece, so that a probe which is killed loses nothing. It ends when its input ends.
+is the child. It reads what to try from its standard input, and keeps what it measured in a file after each piece, so
+that a probe which is killed loses nothing. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from pydantic import TypeAdapter
 
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.environment import for_child
@@ -31,12 +32,11 @@ from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
-from tunesmith.planning.duration import KINDS, Duration, Kind, targets_of
-from tunesmith.planning.forecast import Forecast, heaviest
+from tunesmith.planning.forecast import Duration, Forecast, Kind, heaviest, targets_of
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
-from tunesmith.runs.atomic import remove, temporary_folder
+from tunesmith.runs.atomic import remove, temporary_folder, write_atomic
 from tunesmith.training.loop import training_steps
 from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup, prepare
@@ -58,8 +58,8 @@ LOOKS, LOOKS_S = 6, 4.0
 """Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
 FEW_WORDS, MORE_WORDS = 2, 10
 KILLED = "the system killed it, as it does where memory ends"
-
-Tell = Callable[[str, Any], None]
+MEASURED = "measured"
+"""File of the probe's folder with what it found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +87,6 @@ class Found:
     ended: str = ""
     """Why it came no further; empty: it came to its end."""
 
-    def hear(self, name: str, value: Any) -> None:
-        """Take a line of the child: the name of a field, or a kind of work, and its value.
-
-        Raises ValueError for another name.
-        """
-        if name == "step":
-            self.steps.append(Timed(**value))
-        elif name == "note":
-            self.notes.append(value)
-        elif name in ("peak", "ended"):
-            setattr(self, name, value)
-        else:
-            self.work[KINDS[KINDS.index(name)]] = Timed(**value)
-
     def duration(self, forecast: Forecast | None, mean_tokens: float) -> Duration | None:
         """The whole run at the measured prices; None without a step or a forecast, which has the counts.
 
@@ -121,41 +107,37 @@ class Found:
         return {**asdict(self), "memory": self.peak if self.steps else 0, "seconds": seconds}
 
 
+_JSON = TypeAdapter(Found)
+
+
 def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress, limit_s: float = LIMIT_S) -> Found:
     """Try the heaviest moments of a run whose every "auto" is decided. Nothing of it stays below `root`.
 
     Never raises for what ends the child: `Found.ended` says it.
     """
-    folder, found = temporary_folder(root, "probe"), Found()
+    folder = temporary_folder(root, "probe")
+    asked = {"root": str(root), "folder": str(folder), "offline": offline, "parent": os.getpid(), "born": time.time()}
     # Whether it fits is decided before; the probe shows what happens.
-    plain = {**recipe.model_dump(mode="json"), "memory": "warn"}
-    asked = {"recipe": plain, "root": str(root), "folder": str(folder), "offline": offline, "born": time.time()}
+    asked["recipe"] = {**recipe.model_dump(mode="json"), "memory": "warn"}
     on_progress("probe", 0, 1)
     try:
-        with open(folder / "measured", "w+b") as measured, open(folder / "printed", "w+b") as printed:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.training.probe"],
-                stdin=subprocess.PIPE,
-                stdout=measured,
-                stderr=printed,
-                env=for_child(),
-                start_new_session=True,  # Ctrl-C reaches this process, which ends the child
-            )
-            assert child.stdin is not None, "it has a pipe, which ends with this process"
+        with open(folder / "printed", "w+b") as printed:
             try:
-                with suppress(BrokenPipeError):  # it ended before it read what to try
-                    child.stdin.write(json.dumps(asked).encode() + b"\n")
-                    child.stdin.flush()
-                ended = _why(child.wait(limit_s), folder / "printed")
+                code = subprocess.run(  # it ends the child where an error or Ctrl-C comes, too
+                    [sys.executable, "-m", "tunesmith.training.probe"],
+                    check=False,
+                    input=json.dumps(asked).encode(),
+                    stdout=printed,
+                    stderr=printed,
+                    env=for_child(),
+                    start_new_session=True,  # Ctrl-C reaches this process alone
+                    timeout=limit_s,
+                ).returncode
+                ended = _why(code, folder / "printed")
             except subprocess.TimeoutExpired:
                 ended = f"it was not done within {limit_s:,.0f} s"
-            finally:
-                child.kill()
-                child.wait()
-                with suppress(OSError):  # unsent input
-                    child.stdin.close()
-            for line in (folder / "measured").read_text("utf-8").splitlines():
-                found.hear(*json.loads(line))
+        measured = folder / MEASURED
+        found = _JSON.validate_json(measured.read_bytes()) if measured.exists() else Found()
         found.ended = found.ended or ended
         return found
     finally:
@@ -171,60 +153,57 @@ def _why(code: int, printed: Path) -> str:
     return "" if code == 0 else f"exit code {code}{': ' + lines[-1][:300] if lines else ''}"
 
 
-def main() -> int:
-    """The child. 0: all was measured, or it was said why not."""
-    asked = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, args=(Path(asked["folder"]),), daemon=True).start()
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no message
-
-    def tell(name: str, value: Any) -> None:
-        out.write(json.dumps([name, value]) + "\n")
-        out.flush()
-
+def main() -> None:
+    """The child."""
+    asked, found = json.load(sys.stdin), Found()
+    folder = Path(asked["folder"])
+    threading.Thread(target=_end_with, args=(asked["parent"], folder), daemon=True).start()
     try:
         setup = prepare(validate(asked["recipe"]), root=Path(asked["root"]), offline=asked["offline"])
-        tell("starting", asdict(Timed(time.time() - asked["born"])))
-        measure(setup, Path(asked["folder"]), tell=tell)
+        found.work["starting"] = Timed(time.time() - asked["born"])
+        for _ in measure(setup, folder, found):
+            found.peak = peak(setup.device)
+            write_atomic(folder / MEASURED, _JSON.dump_json(found))
     except (TunesmithError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TunesmithError) and not is_out_of_memory(error):
             raise
         is_plain = isinstance(error, TunesmithError) and not isinstance(error, OutOfMemoryError)
-        tell("ended", str(error) if is_plain else f"memory ended: {error}")
-    return 0
+        found.ended = str(error) if is_plain else f"memory ended: {error}"
+        write_atomic(folder / MEASURED, _JSON.dump_json(found))
 
 
-def _end_with_parent(folder: Path) -> None:
-    """End this process and remove its folder when its input ends, as it does where the parent was killed."""
-    while os.read(0, 1):  # sys.stdin would hold a lock that the interpreter waits for at its end
-        pass
+def _end_with(parent: int, folder: Path) -> None:
+    """End this process and remove its folder when its parent ends."""
+    while os.getppid() == parent and psutil.pid_exists(parent):
+        time.sleep(0.5)
     try:
         remove(folder)
     finally:
         os._exit(1)
 
 
-def measure(setup: Setup, folder: Path, *, tell: Tell) -> None:
-    """Do it, and tell each piece as soon as it is done. A checkpoint and a result are written into `folder`.
+def measure(setup: Setup, folder: Path, found: Found) -> Iterator[None]:
+    """Do it, and yield when `found` has another piece. A checkpoint and a result are written into `folder`.
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
-
-    def tell_all(name: str, value: Any) -> None:
-        tell(name, value)
-        tell("peak", peak(setup.device))
-
-    _take_steps(setup, tell_all)
-    _measure_rows(setup, tell_all)
-    _answer(setup, tell_all)
+    yield from _take_steps(setup, found)
+    if (rows := _measure_rows(setup)) is not None:
+        found.work["measuring"] = rows
+        yield
+    if setup.samples:
+        found.work["answering"] = _answer(setup)
+        yield
     began = time.perf_counter()
     checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.optimizer.state(), state={})
-    tell_all("saving", asdict(Timed(time.perf_counter() - began)))
+    found.work["saving"] = Timed(time.perf_counter() - began)
+    yield
     began = time.perf_counter()
     setup.save_result(folder / "result")
-    written = time.perf_counter() - began
+    written = time.perf_counter() - began  # the result is rehearsed, and written
     smoke_test(length_histogram(setup))  # a report without its numbers
-    tell_all("finishing", asdict(Timed(written + time.perf_counter() - began)))  # the result is rehearsed, and written
+    found.work["finishing"] = Timed(written + time.perf_counter() - began)
+    yield
 
 
 def peak(device: str) -> int:
@@ -234,7 +213,7 @@ def peak(device: str) -> int:
     return peak_memory_bytes(device)
 
 
-def _take_steps(setup: Setup, tell: Tell) -> None:
+def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
     """The heaviest step, and others whose tokens are nearest to the mean."""
     sampler, steps = setup.sampler, setup.total_steps
     heavy = setup.forecast.heavy if setup.forecast else heaviest(sampler, steps, setup.rows.store)
@@ -245,20 +224,21 @@ def _take_steps(setup: Setup, tell: Tell) -> None:
     for number, step in enumerate([heavy.step, *usual]):
         event = next(training_steps(setup, start=step - 1))
         if (halved := event.values.get("tokens_per_pass")) is not None:
-            tell("note", f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
+            found.notes.append(f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
         seconds = event.timing["seconds"]
-        tell("step", asdict(Timed(seconds, event.values["tokens"], step=step)))
+        found.steps.append(Timed(seconds, event.values["tokens"], step=step))
+        yield
         spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
         if spent > USUAL_S or (number >= USUAL and spent > MORE_S):
             return
 
 
-def _measure_rows(setup: Setup, tell: Tell) -> None:
-    """Micro-batches of held-out rows: the one that needs the most memory, and then others."""
+def _measure_rows(setup: Setup) -> Timed | None:
+    """Micro-batches of held-out rows, if there are any: the one that needs the most memory, and then others."""
     collator, rows, sampler = setup.held_collator, [int(i) for i in setup.rows.held_rows], setup.sampler
     passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, layout=sampler.layout)
     if not passes:
-        return
+        return None
     targets_I, seconds, tokens = targets_of(collator.store), 0.0, 0
     heavy = max(passes, key=lambda members: float(targets_I[list(members)].sum()))
     some = [heavy, *passes[:: max(1, len(passes) // LOOKS)][:LOOKS]]
@@ -270,21 +250,19 @@ def _measure_rows(setup: Setup, tell: Tell) -> None:
             tokens += int(collator.store.lengths[list(members)].sum())
         if seconds > LOOKS_S:
             break
-    tell("measuring", asdict(Timed(seconds, tokens)))
+    return Timed(seconds, tokens)
 
 
-def _answer(setup: Setup, tell: Tell) -> None:
+def _answer(setup: Setup) -> Timed:
     """Extra seconds of an answer of more tokens."""
-    if not setup.samples:
-        return
     prompts = [sample.ids for sample in setup.samples[:ANSWER_BATCH]]
     taken = []
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the very first answer is slower
         began = time.perf_counter()
         generate(setup.model, setup.renderer, prompts, words)
         taken.append(time.perf_counter() - began)
-    tell("answering", asdict(Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS)))
+    return Timed(max(0.0, taken[2] - taken[1]), MORE_WORDS - FEW_WORDS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

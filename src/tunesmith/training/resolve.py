@@ -28,7 +28,7 @@ from tunesmith.planning.defaults import (
     with_choice,
 )
 from tunesmith.planning.devices import Device
-from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, split_choice, why_whole
+from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import DTYPES
 from tunesmith.recipe.docs import changed
@@ -187,7 +187,8 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     whole, predict = recipe, forecaster.forecast
     recipe, fitted, forecast = fit(whole, predict, longest=longest, free_tokens=free_tokens)
     if not forecast.fits and can_split:
-        choice = split_choice(recipe, needed=gib(forecast.memory.total), room=gib(device.room))
+        needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
+        choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
         split = with_choice(whole, choice)
         with suppress(RecipeError):  # of a model whose layers cannot be split
             split, others, other = fit(split, predict, longest=longest, free_tokens=free_tokens)

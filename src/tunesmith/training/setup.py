@@ -3,7 +3,6 @@ made before step 1."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,12 +36,12 @@ from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
 from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
-from tunesmith.planning.duration import kept_checkpoints
-from tunesmith.planning.forecast import Forecast
+from tunesmith.planning.forecast import Forecast, kept_checkpoints
 from tunesmith.planning.memory import DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.atomic import free_bytes
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
@@ -315,14 +314,6 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
         needed=needed,
         room=free,
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that exists or will; `sys.maxsize` where the system does not say."""
-    try:
-        return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
-    except OSError:
-        return sys.maxsize
 
 
 def collators(
