@@ -164,6 +164,7 @@ def test_csv_and_gzip_are_read_as_local_files_are(server):
         ("hf://acme/chats", "not the address of a data set"),
         ("hf://datasets/acme/chats?slit=test", "Write hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"),
         ("hf://datasets/acme/chats/data?split=test", "with a path or a subset and split"),
+        ("hf://datasets/acme/chats?split=train&split=test", "a subset or split is given twice"),
         ("hf://datasets/acme/chats?split=tset", "no split 'tset'. There are: train, test."),
         ("hf://datasets/acme/chats?subset=big", "no subset 'big'. There are: default, small."),
         ("hf://datasets/acme/chats@v9", "no revision 'v9' on the hub. Give a branch"),

@@ -55,7 +55,7 @@ def test_runs_are_sorted_and_those_without_a_value_come_last(sort, names):
     ("where", "message"),
     [
         ("tusk=chat", "no run has a field tusk. Did you mean task"),
-        ("foo=1", "`tunesmith show RUN --json` lists those of a run."),
+        ("foo=1", "`tunesmith show RUN --json` lists metrics"),
         ("task", "not of the form FIELD=VALUE"),
         ("task<chat", "it is text, such as 'chat'"),
         ("loss<low", "it is a number, such as 1.5"),
@@ -155,6 +155,21 @@ def test_nothing_is_removed_without_a_yes(root):
     assert "Pass --yes" in out
     assert call("rm", "one")[0] == 2
     assert (root / "one" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--where", "loss>2", "prune", "--yes"),  # the list's options, which these would not see
+        ("--runs", "elsewhere", "rm", "one", "--yes"),
+        ("prune", "one", "--where", "loss>2", "--yes"),
+    ],
+)
+def test_a_condition_or_a_folder_that_would_not_be_heeded_is_refused(root, words):
+    code, out = call(*words)
+    assert code == 2
+    assert "write it after" in out or "runs are named already" in out
+    assert (root / "one" / "checkpoints" / "step-10").is_dir()
 
 
 def test_rm_removes_the_named_runs_alone(root):

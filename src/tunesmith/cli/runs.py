@@ -68,6 +68,10 @@ def runs(
     tunesmith runs prune
     """
     if ctx.invoked_subcommand is not None:
+        for one in ctx.command.params:
+            source = ctx.get_parameter_source(one.name or "")
+            if source is not None and source.name == "COMMANDLINE":
+                raise InputError(f"{one.opts[0]}: write it after {ctx.invoked_subcommand}, which does not see it here.")
         return
     rows = _selected(root, where, sort or "-created")
     screen = console()
@@ -110,6 +114,8 @@ def prune(
 
     tunesmith runs prune --where "loss>2" --yes
     """
+    if names and where:
+        raise InputError(f"--where: {', '.join(names)}: runs are named already. Give names or conditions.")
     done = [] if names else [row["path"] for row in _selected(root, where, "name") if row["state"] == "done"]
     _remove([Run.open(name, root) for name in names or done], verb="prune", yes=yes, as_json=as_json)
 
@@ -122,9 +128,8 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
     if kept and verb == "rm":
         raise RunError("\n".join(kept))
     screen, total = console(stderr=as_json), sum(part.num_bytes for part in parts)
-    names = [part.path.relative_to(part.run.path.parent) for part in parts]
-    facts = [f"{name}: {size(part.num_bytes)} ({part.reason})" for name, part in zip(names, parts, strict=True)]
-    for line in [*kept, *(facts or ["nothing to remove"])]:
+    found = [f"{one.path.relative_to(one.run.path.parent)}: {size(one.num_bytes)} ({one.reason})" for one in parts]
+    for line in [*kept, *(found or ["nothing to remove"])]:
         screen.print(visible(line), soft_wrap=True)
     words = f"Remove {size(total)} of {plural(len({part.run.path for part in parts}), 'run')}?"
     if parts and not yes and not sys.stdin.isatty():
@@ -134,13 +139,8 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
     for part in parts:
         remove_removable(part)
     if as_json:
-        json_line(
-            {
-                "kind": verb,
-                "removed": [{"path": str(part.path), "bytes": part.num_bytes} for part in parts],
-                "bytes": total,
-            }
-        )
+        removed = [{"path": str(part.path), "bytes": part.num_bytes} for part in parts]
+        json_line({"kind": verb, "removed": removed, "bytes": total})
     elif parts:
         screen.print(f"freed {size(total)}")
 
@@ -230,11 +230,7 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
                 f'{place}: not of the form FIELD=VALUE, such as "task=chat", "loss<1.7", "model=*SmolLM*".'
             )
         if rows and name not in known:
-            ways = (
-                "Fields are name, state, model, task, method, step, steps, created and loss; metrics, such as accuracy "
-                "(before.accuracy: before training); and options, such as optim.lr: `tunesmith show RUN --json` lists "
-                "those of a run."
-            )
+            ways = "`tunesmith show RUN --json` lists metrics, such as before.accuracy, and options, such as optim.lr."
             raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}")
     for place, match in conditions:
         assert match is not None

@@ -15,7 +15,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +31,7 @@ from tunesmith.environment import install_command
 from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
 from tunesmith.phrases import listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing, write_atomic
+from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, remove, storing, write_atomic
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
@@ -123,6 +122,8 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
     if not files:
         return data, []
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     listings, others = dict[str, Listing](), dict[str, list[str]]()
     for at in dict.fromkeys(file.at for file in files):
         listings[at] = find_files(at, others.setdefault(at, []), offline=offline)
@@ -130,7 +131,7 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     of_hub = {one.address: one for at, found in missing.items() if at.startswith(HUB) for one in found}
     if offline and of_hub:
         raise DataError(f"{next(iter(of_hub))}: not downloaded yet, and --offline forbids it. Run once without.")
-    have_room, notes = _fit(list(of_hub.values())), list[str]()
+    have_room, notes = _sum(of_hub.values()) <= DISK_SHARE * free_bytes(Path(HF_HUB_CACHE)), list[str]()
     for file in {file.at: file for file in files}.values():
         address, found = listings[file.at]
         is_kept = have_room and address.startswith(HUB)
@@ -173,22 +174,11 @@ def _cost(missing: Sequence[RemoteFile], *, is_kept: bool) -> str:
         return "all here"
     if is_kept:
         return f"{size(_sum(missing))} to download, kept in the hub's cache"
-    most = size(max(file.num_bytes for file in missing))
-    return (
-        f"streamed: {size(_sum(missing))} to download, the first file more than once, to see what its rows are; at "
-        f"most {most} are on the disk at a time; encoded rows need up to twice their size while they are put together"
-    )
+    disk = f"the disk needs {size(max(file.num_bytes for file in missing))} for a file, and twice the encoded rows"
+    return f"streamed: {size(_sum(missing))} to download, the first file once or twice more; {disk}"
 
 
-def _fit(missing: Sequence[RemoteFile]) -> bool:
-    """Whether the hub's cache has room for files that are missing in it."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    place = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.exists())
-    return _sum(missing) <= DISK_SHARE * shutil.disk_usage(place).free
-
-
-def _sum(files: Sequence[RemoteFile]) -> int:
+def _sum(files: Iterable[RemoteFile]) -> int:
     return sum(file.num_bytes for file in files)
 
 
@@ -201,10 +191,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
     from huggingface_hub.constants import is_offline_mode
 
     is_hub = text.startswith(HUB)
-    uri: Any = None
-    words: dict[str, str] = {}
-    if is_hub:
-        uri, words = _parts(text)
+    uri, words = _parts(text) if is_hub else (None, {})
     offline_by = "--offline" if offline else "HF_HUB_OFFLINE" if is_hub and is_offline_mode() else ""
     if is_hub and (offline_by or _COMMIT.fullmatch(uri.revision or "")) and (listing := _remembered(text)):
         return listing
@@ -250,12 +237,15 @@ def _parts(text: str) -> tuple[Any, dict[str, str]]:
     from huggingface_hub.errors import HfUriError
 
     place, _, query = text.partition("?")
-    words = dict(parse_qsl(query, keep_blank_values=True))
+    pairs = parse_qsl(query, keep_blank_values=True)
+    words = dict(pairs)
     try:
         uri = parse_hf_uri(place.rstrip("/"))
     except HfUriError as error:
         why = error.msg.strip().rstrip(".")
         raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
+    if len(pairs) > len(words):
+        raise DataError(f"{text}: a subset or split is given twice. Give an address for each.")
     if uri.type != "dataset" or words.keys() - {"subset", "split"} or (uri.path_in_repo and words):
         raise DataError(f"{text}: not the address of a data set, with a path or a subset and split. Write {GRAMMAR}.")
     return uri, words
@@ -412,18 +402,16 @@ def download(file: RemoteFile, folder: Path | None = None) -> str:
 
     Raises DataError if it cannot be fetched; StorageError.
     """
+    from huggingface_hub import hf_hub_download
+
+    fs, there = file_system(file.address)
     try:
         if folder is None:
-            from huggingface_hub import hf_hub_download
-
             on_hub = cast("re.Match[str]", _HUB_FILE.fullmatch(file.address)).groupdict()
             return str(hf_hub_download(**on_hub, repo_type="dataset"))
-        fs, there = file_system(file.address)
         place = str(folder / os.path.basename(file.address))
         fs.get_file(there, place)
         return place
-    except DataError:
-        raise
     except Exception as error:  # of a dozen libraries, one a file system
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             with storing(folder or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):

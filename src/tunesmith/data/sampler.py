@@ -140,7 +140,8 @@ class StepSampler:
         """Positions that a micro-batch of these rows computes, padding included."""
         if self.ids_of is not None:
             return num_computed([self.ids_of(row) for row in rows])
-        return sum(self.lengths_of(rows)) if self.layout == "packed" else padded_positions(self._sides_of(rows))
+        sides_BS = self._sides_of(rows)
+        return int(sides_BS.sum()) if self.layout == "packed" else len(rows) * int(sides_BS.max(0).sum())
 
     def lengths_of(self, rows: Sequence[int]) -> list[int]:
         """Tokens of each of these training rows."""
@@ -195,11 +196,6 @@ def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
         return seen[row]
 
     return [tuple(map(number, rows)) for rows in batches]
-
-
-def padded_positions(sides_RS: NDArray[np.signedinteger[Any]]) -> int:
-    """Positions of one padded micro-batch: every side is as long as its longest."""
-    return len(sides_RS) * int(sides_RS.max(0).sum())
 
 
 def make_sharing_micro_batches(

@@ -300,14 +300,10 @@ def source_ids(data: Data) -> NDArray[np.int64]:
 def mix(data: Data, rows_F: Sequence[int]) -> list[dict[str, Any]]:
     """Each source as {"path", "rows", "times", "share"}: its rows that are trained, how often each is seen per epoch,
     and its share of the rows of an epoch. Empty for a single source that is seen once."""
-    times_F = times_per_epoch(data, rows_F)
-    found: dict[int, dict[str, Any]] = {}
-    for file, source, num, times in zip(
-        (*data.train, *data.replay), source_ids(data).tolist(), rows_F, times_F.tolist(), strict=True
-    ):
-        one = found.setdefault(source, {"path": file.source, "rows": 0, "times": times, "share": 0.0})
+    files, times_F, found = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, dict[str, Any]]()
+    for file, source, num, times in zip(files, source_ids(data).tolist(), rows_F, times_F.tolist(), strict=True):
+        one = found.setdefault(source, {"path": file.source, "rows": 0, "times": times})
         one["rows"] += int(num)
     total = sum(one["rows"] * one["times"] for one in found.values())
-    for one in found.values():
-        one["share"] = one["rows"] * one["times"] / total if total else 0.0
-    return list(found.values()) if len(found) > 1 or any(one["times"] != 1 for one in found.values()) else []
+    mixed = [{**one, "share": one["rows"] * one["times"] / total if total else 0.0} for one in found.values()]
+    return mixed if len(mixed) > 1 or any(one["times"] != 1 for one in mixed) else []

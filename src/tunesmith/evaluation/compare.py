@@ -200,13 +200,6 @@ def compare_answers(
     return len(shared), paired(len(shared), *sides) if shared else {}
 
 
-def answers_against_constant(answers: Sequence[Mapping[str, Any]], constant: str) -> Difference:
-    """Answers exactly right (B) against those if `constant` were always given (A); paired."""
-    always = ratio([float(one["reference"].strip() == constant) for one in answers])
-    given = ratio(column(answers, "exact_match"))
-    return paired(len(answers), {"exact_match": always}, {"exact_match": given})["exact_match"]
-
-
 def rows_against_constant(
     rows: Sequence[RowResult], constant: Any, *, classes: Sequence[str] = ()
 ) -> dict[str, Difference]:
@@ -286,7 +279,9 @@ def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
     usual, num = Counter(one["reference"].strip() for one in answers).most_common(1)[0]
     if num < max(2, LIKE_A_CLASS * len(answers)):
         return None
-    differs = answers_against_constant(answers, usual)
+    always = ratio([float(one["reference"].strip() == usual) for one in answers])
+    given = ratio(column(answers, "exact_match"))
+    differs = paired(len(answers), {"exact_match": always}, {"exact_match": given})["exact_match"]
     return {
         "name": "majority baseline",
         "words": _words(usual),

@@ -117,25 +117,19 @@ def main() -> None:
             check(name, offline=offline)
     except Exception as error:
         traceback.print_exc()
-        sys.stderr.write(f"{error}\n")
-        sys.stderr.flush()
+        print(error, file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)  # at once, whatever threads a library left running
 
 
 def _follow(run: Run, name: str) -> None:
     folder, over = run.path / "tracking", threading.Event()
-    threading.Thread(target=_wait_for_parent, args=(over,), daemon=True).start()
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     with storing(folder):
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
         send(run, name, over)
-
-
-def _wait_for_parent(over: threading.Event) -> None:
-    sys.stdin.read()
-    over.set()
 
 
 def start(name: str, run: Run | None, *, offline: bool) -> subprocess.Popen[str]:
