@@ -191,6 +191,17 @@ def test_without_a_usual_subset_or_split_one_has_to_be_named(server):
         pin_path("hf://datasets/acme/many", offline=False)
 
 
+def test_a_subset_may_be_a_folder_whose_files_say_their_splits(server):
+    configs = [{"config_name": name, "data_dir": name} for name in ("en", "de")]
+    files = {f"{name}/{split}.jsonl": json_lines([chat(i)])
+             for i, (name, split) in enumerate([("en", "train"), ("en", "test"), ("de", "train")])}  # fmt: skip
+    server.dataset("acme/folders", files, card={"configs": configs})
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/folders?subset=en")] == ["0"]
+    assert [prompt for _, prompt in rows_of("hf://datasets/acme/folders?subset=en&split=test")] == ["1"]
+    with pytest.raises(DataError, match=r"2 subsets, and none is the usual one\. There are: en, de"):
+        pin_path("hf://datasets/acme/folders", offline=False)
+
+
 def test_gated_data_set_says_where_terms_are_accepted(server, monkeypatch):
     server.tokens = {"mine"}
     server.dataset("acme/gated", shards(1), gated=True)

@@ -267,12 +267,14 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
     if uri.path_in_repo:
         return root, _rows_at(given, [root])
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
-    subsets = {str(one.get("config_name", "default")): one for one in configs if dict(one).get("data_files")}
+    known_by = {"data_files", "data_dir"}
+    subsets = {str(one.get("config_name", "default")): one for one in configs if known_by & dict(one).keys()}
     if subsets or words.get("subset"):
         usual = next((name for name, config in subsets.items() if config.get("default")), "default")
         words["subset"] = _chosen(given, "subset", words, subsets, usual)
-    patterns = _patterns(subsets[words["subset"]]) if subsets else {}
-    by_name = {} if subsets else _by_name(given, root, notes)
+    config = subsets[words["subset"]] if subsets else {}
+    patterns = _patterns(config) if config.get("data_files") else {}
+    by_name = {} if patterns else _by_name(given, f"{root}/{config.get('data_dir') or ''}".strip("/"), notes)
     words["split"] = split = _chosen(given, "split", words, patterns or by_name, "train")
     if others := [name for name in patterns or by_name if name != split]:
         notes.append(f"{uri.id}: the split {split} is read; others: {listed(others)}")
