@@ -68,10 +68,10 @@ class RunReader:
         """Kind of the last "end", "stopped" or "failed" event; empty: none yet, or the run continues."""
         self.newest = -1
         """Newest step that was given out."""
-        self._open: StepMetrics | None = None
+        self._open: dict[int, StepMetrics] = {}
 
     def add(self, event: Event) -> list[StepMetrics]:
-        """Take the next event; return the step that is complete with it: one of a later step came, or the run ended.
+        """Take the next event; return the steps that are complete with it: one of a later step came, or the run ended.
 
         The newest step of a run that was killed waits, since its evaluation may be missing, until the run goes on.
         """
@@ -84,23 +84,14 @@ class RunReader:
             self.notes += [text for text in texts if text not in self.notes]
         elif kind in ("end", "stopped", "failed", "resume"):
             self.state = "" if kind == "resume" else kind
-        done: list[StepMetrics] = []
         found = metrics_of(event) if event.step > self.newest else {}  # a resumed run repeats steps
-        if found and (self._open is None or event.step != self._open.step):
-            done = self._complete(before=event.step)
-            self._open = StepMetrics(event.step, event.time)
-        if found and self._open is not None:
-            for name, value in found.items():
-                self._open.values.setdefault(name, value)  # the last step may be measured as "step" and as "after"
-        return done + (self._complete() if self.state in ("end", "stopped") else [])
-
-    def _complete(self, before: float = float("inf")) -> list[StepMetrics]:
-        """The open step, if it is one before another."""
-        step, self._open = self._open, None
-        if step is None or step.step >= before:
-            return []
-        self.newest = step.step
-        return [step]
+        if found:  # the last step may be measured as "step" and as "after"
+            one = self._open.setdefault(event.step, StepMetrics(event.step, event.time))
+            one.values.update(found | one.values)
+        until = float("inf") if self.state in ("end", "stopped") else event.step
+        done = [self._open.pop(step) for step in sorted(self._open) if step < until]
+        self.newest = max([self.newest, *(one.step for one in done)])
+        return done
 
 
 def artifacts_of(run: Run) -> list[Path]:
