@@ -191,7 +191,8 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
     from huggingface_hub.constants import is_offline_mode
 
     is_hub = text.startswith(HUB)
-    uri, words = _parts(text) if is_hub else (None, {})
+    parts: tuple[Any, dict[str, str]] = _parts(text) if is_hub else (None, {})
+    uri, words = parts
     offline_by = "--offline" if offline else "HF_HUB_OFFLINE" if is_hub and is_offline_mode() else ""
     if is_hub and (offline_by or _COMMIT.fullmatch(uri.revision or "")) and (listing := _remembered(text)):
         return listing

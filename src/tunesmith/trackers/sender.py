@@ -124,7 +124,12 @@ def main() -> None:
 
 def _follow(run: Run, name: str) -> None:
     folder, over = run.path / "tracking", threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def wait_for_parent() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
     with storing(folder):
         folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
