@@ -117,7 +117,7 @@ def main() -> None:
             check(name, offline=offline)
     except Exception as error:
         traceback.print_exc()
-        print(error, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{error}\n")
         os._exit(1)
     os._exit(0)  # at once, whatever threads a library left running
 
