@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from jobs.places import BASES, SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from tunesmith.jobs.bases import PublicBase
+from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import events
+from tunesmith.jobs.tables import events, jobs
 from tunesmith.jobs.training_files import rounds
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
@@ -312,3 +314,29 @@ def test_a_file_of_an_open_job_is_kept_until_it_ends(opened: Opened, tmp_path: P
 @pytest.mark.parametrize(("num", "epochs"), [(10, 10), (3, 25), (33, 3), (34, 3), (8333, 3), (8334, 2), (30_000, 1)])
 def test_epochs_follow_the_published_rule(num: int, epochs: int) -> None:
     assert rounds(num) == epochs
+
+
+def test_a_recipe_that_does_not_fit_fails_its_job_and_holds_up_no_other(opened: Opened, tmp_path: Path) -> None:
+    store, models = opened(tmp_path), FakeModels()
+    file = put_file(store, rows(12))
+    odd = put_job(store, file, hyperparameters={"learning_rate_multiplier": 2.0})
+    usual = put_job(store, file)
+    bases = BASES.model_copy(update={"bases": {"tiny": PublicBase(model="tiny", recipe={"optim": {"lr": 1e-4}})}})
+    working = Dispatcher(store, bases, FakeLauncher(), models)
+    working.recover()
+    for _ in range(14):
+        working.round()
+    assert [store.job(name)["status"] for name in (odd, usual)] == ["failed", "succeeded"]
+    assert "optim.lr_times: is a factor of the usual rate" in store.job(odd)["error"]["message"]
+    store.close()
+
+
+def test_a_job_whose_base_is_gone_fails_and_holds_up_no_other(opened: Opened, tmp_path: Path) -> None:
+    store, models = opened(tmp_path), FakeModels()
+    file = put_file(store, rows(12))
+    gone, usual = put_job(store, file), put_job(store, file)
+    store.update(jobs, {"base": "removed"}, id=gone)
+    work(store, FakeLauncher(), models)
+    assert [store.job(name)["status"] for name in (gone, usual)] == ["failed", "succeeded"]
+    assert store.job(gone)["error"]["code"] == "model_not_available"
+    store.close()

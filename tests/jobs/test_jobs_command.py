@@ -18,8 +18,9 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows  # noqa: E402
 from jobs.served import Served, serving  # noqa: E402
 from tunesmith.cli.app import app  # noqa: E402
+from tunesmith.cli.jobs import JobServerClient  # noqa: E402
 from tunesmith.cli.serve import ServerOutput  # noqa: E402
-from tunesmith.jobs.store import Store  # noqa: E402
+from tunesmith.jobs.store import Store, event  # noqa: E402
 from tunesmith.serve.middleware import RequestLog  # noqa: E402
 from tunesmith.serve.responses import Usage  # noqa: E402
 
@@ -65,6 +66,16 @@ def test_a_job_is_followed_to_its_end(served: Served, job: str) -> None:
         6,
         4,
     ]
+
+
+def test_no_event_is_lost_where_many_come_at_once(served: Served, job: str) -> None:
+    client = JobServerClient(f"{served.running.bound.url}/v1")
+    path, seen = client.name(job), set[str]()
+    first = client.new_events(path, seen)
+    served.store.add_events([event(job, f"Step {i}") for i in range(250)])
+    assert [one["message"] for one in client.new_events(path, seen)] == [f"Step {i}" for i in range(250)]
+    assert len(first) == 2
+    assert client.new_events(path, seen) == []
 
 
 def test_jobs_are_listed_as_lines_for_a_pipe(served: Served, job: str) -> None:

@@ -38,7 +38,7 @@ def test_a_key_lives_from_create_to_revoke(tmp_path: Path, monkeypatch: pytest.M
     assert row["used_at"] is not None
     assert key not in out
     assert "red\tactive\tfiles.read" in run("list", "--store", place)[1]
-    assert run("revoke", row["id"], "--store", place)[0] == 0
+    assert run("revoke", row["id"], "--store", place, "--json")[1] == f'{{"id":"{row["id"]}","state":"revoked"}}\n'
     with pytest.raises(Exception, match="is revoked"):
         asyncio.run(admission.admit("GET", "/v1/files", sent))
     server.close()

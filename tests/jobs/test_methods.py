@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
 from tunesmith.jobs import routes
 from tunesmith.jobs.dispatcher import Dispatcher
+from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.objects import checkpoint_object, job_object
 from tunesmith.jobs.run_events import EventTranslator, results_file
 from tunesmith.jobs.store import Store
+from tunesmith.jobs.tables import events
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
@@ -117,6 +120,9 @@ def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
     [paused] = store.tuned(job=name)
     assert (paused["step"], paused["metrics"]) == (2, {"step": 2, "train_loss": 0.5})
     assert models.served == {paused["name"]: str(store.runs_path / name / "snapshots" / "step-2")}
+    said = [row["message"].partition(" with ")[0] for row in store.page(events, newest_first=False, limit=100)[0]]
+    place = said.index("Fine-tuning job paused: its run stops after the step under way")
+    assert said[place + 1 :] == ["Step 2/6: training loss=0.50", "Checkpoint created at step 2"]
     store.act(name, "resume", "Fine-tuning job resumed")
     work(store, working.launcher, models)
     assert [row["step"] for row in store.tuned(job=name)] == [2, SNAPSHOT, STEPS]
@@ -320,7 +326,8 @@ def test_metrics_of_the_validation_file_are_there_for_each_epoch() -> None:
     said = translate(found)
     texts = [row["message"] for row in said]
     assert texts[2] == "Step 2/4: training loss=0.50, validation loss=4.00, full validation loss=4.00"
-    assert len(texts) == 6
+    assert texts[5] == "All steps are done: the result is measured, saved and loaded next"
+    assert len(texts) == 7
     assert said[2]["data"] == {
         "step": 2, "train_loss": 0.5, "total_steps": 4, "valid_loss": 4.0, "full_valid_loss": 4.0,
         "valid_mean_token_accuracy": 0.4, "full_valid_mean_token_accuracy": 0.4,
@@ -364,3 +371,25 @@ def test_a_cancelled_job_keeps_the_results_of_its_steps(tmp_path: Path) -> None:
     assert 1 < len(lines) < STEPS + 1
     assert (store.file(file)["purpose"], job["status"]) == ("fine-tune-results", "cancelled")
     store.close()
+
+
+def test_the_measuring_before_and_after_the_steps_is_said() -> None:
+    def samples(name: str) -> list[Event]:
+        return [Event("sample", 0, 3.0, {"name": name, "index": i}, {}) for i in range(12)]
+
+    after = [*samples("after"), Event("general", 4, 3.0, {"name": "after", "loss": 2.5}, {})]
+    texts = [row["message"] for row in EventTranslator("ftjob-x")([*samples("before"), *after, *after])]
+    assert texts[:2] == [f"Measuring the untouched model: sample prompts answered: {num}" for num in (1, 11)]
+    assert texts[2:5] == [
+        *(f"Measuring the result: sample prompts answered: {num}" for num in (1, 11)),
+        "Measuring the result: loss on general text 2.50",
+    ]
+    ids = [row["id"] for row in EventTranslator("ftjob-x")([*after, *after])]
+    assert ids[:3] == ids[3:], "a run that goes on measures again"
+
+
+def test_no_variable_of_a_process_can_hold_a_nul() -> None:
+    """Such a job could not be started, ever again, and no other after it."""
+    for where in ({"project": "a\0"}, {"project": "p", "tags": ["a\0b"]}):
+        with pytest.raises(ValidationError, match="should match pattern"):
+            JobBody(model="tiny", training_file="file-a", integrations=[{"type": "wandb", "wandb": where}])

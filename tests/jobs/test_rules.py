@@ -184,7 +184,7 @@ def test_a_file_lives_as_long_as_its_client_says(tmp_path: Path) -> None:
         part = served.client.uploads.parts.create(upload.id, data=rows(2))
         joined = served.client.uploads.complete(upload.id, part_ids=[part.id]).file
         assert joined.expires_at == pytest.approx(made.expires_at, abs=5)
-        for seconds in (3599, 2_592_001):
+        for seconds in (3599, 2_592_001, "000003600000000"):
             lifetime = {"anchor": "created_at", "seconds": seconds}
             with pytest.raises(openai.BadRequestError, match="expires_after"):
                 served.client.files.create(file=("a", rows(2)), purpose="fine-tune", expires_after=lifetime)
@@ -214,6 +214,8 @@ def test_what_a_job_or_a_model_needs_is_kept(opened: Opened, tmp_path: Path) -> 
     for name in ("file-open", "file-old"):
         store.update(files, {"created_at": int(time.time()) - 2 * DAY}, id=name)
     failed, kept = ended_job(store, "file-x"), ended_job(store, "file-y")
+    for what in ("output", "lock"):
+        (store.runs_path / f".{failed}.{what}").touch()
     store.change_job(kept, if_status=["failed"], status="running")
     model = {"name": "ft:a:tunesmith::b", "job": kept, "base": "tiny", "step": 1, "metrics": {}}
     result = {"id": "file-r", "purpose": "fine-tune-results", "filename": "r", "bytes": 1, "sha256": ""}
@@ -408,3 +410,10 @@ def test_a_name_cannot_become_another_address_after_the_check(
     assert post(endpoint(tmp_path, url, private=True), json.dumps({}).encode(), {}) == 200
     assert receiver.got[0][0]["Host"] == f"hook.example:{receiver.server_port}"
     assert asked == ["hook.example"]
+
+
+@pytest.mark.parametrize("url", ["https://host:port/x", "https://\u2603.com/", "https://[::1/x"])
+def test_an_address_that_no_request_can_have_is_refused_at_the_start(tmp_path: Path, url: str) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    with pytest.raises(ValueError, match="url: "):
+        WebhookEndpoint(url=url, secret_file=tmp_path / "secret")

@@ -143,6 +143,13 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str, words: str
     assert "secret" not in str(caught.value)
 
 
+def tuned_or_status(store: Store, name: str) -> list[object] | int:
+    try:
+        return list(store.tuned(name=name))
+    except RequestError as error:  # PostgreSQL refuses to look for a NUL
+        return error.status
+
+
 def test_names_are_data(opened: Opened, tmp_path: Path) -> None:
     store = opened(tmp_path)
     name = put_job(store, put_file(store, rows(1)), metadata={"a'; DROP TABLE jobs; --": "\0 %s"}, suffix="\0'\"")
@@ -152,6 +159,7 @@ def test_names_are_data(opened: Opened, tmp_path: Path) -> None:
     for nothing in ("' OR '1'='1", "x\0y", "%"):
         assert store.job(nothing) is None
         assert store.file(nothing) is None
+        assert tuned_or_status(store, nothing) in ([], 400)
     store.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,3 +152,28 @@ def test_a_kill_in_the_end_leaves_a_pending_upload(served: Served, monkeypatch: 
     served.store.sweep(with_uploads=True)
     assert sorted(served.store.files_path.iterdir()) == before
     assert served.client.uploads.complete(upload.id, part_ids=[part]).status == "completed"
+
+
+def test_a_part_is_taken_while_another_gets_its_name(served: Served) -> None:
+    upload = begin(served)
+    add(served, upload, WHOLE[:10])
+    (served.store.parts_path / upload.id / ".part_gone").symlink_to("nowhere")  # listed, and not there any more
+    assert add(served, upload, WHOLE[10:]).startswith("part_")
+    served.client.uploads.cancel(upload.id)
+
+
+def test_an_upload_that_is_made_during_a_sweep_keeps_its_parts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = served.store
+    read, folder = store._read, store.parts_path / "upload_new"
+    facts = {"status": "pending", "bytes": 1, "filename": "a", "purpose": "evals", "expires_at": int(time.time()) + 99}
+
+    def read_and_be_overtaken(statement: Any) -> Any:
+        found = read(statement)
+        if "uploads" in str(statement) and not folder.exists():
+            store.insert(upload_parts.uploads, {"id": folder.name, **facts})
+            folder.mkdir()
+        return found
+
+    monkeypatch.setattr(store, "_read", read_and_be_overtaken)
+    store.sweep()
+    assert folder.is_dir()

@@ -17,7 +17,7 @@ import typer
 from tunesmith.cli.options import Json
 from tunesmith.cli.render import age, print_table
 from tunesmith.cli.serve import StorePlace, check_extra, open_store
-from tunesmith.cli.streams import console, json_line, json_page
+from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, Stopped, TunesmithError
 from tunesmith.phrases import visible
 
@@ -78,11 +78,18 @@ class JobServerClient:
         return f"/{urllib.parse.quote(job, safe='')}"
 
     def new_events(self, path: str, seen: set[str]) -> list[dict[str, Any]]:
-        """Events that are not in `seen`, which gets them, oldest first; of a long job the last thousand."""
-        page = self.ask("GET", f"{path}/events", limit=PAGE if seen else MOST_EVENTS)["data"]
-        found = [one for one in reversed(page) if one["id"] not in seen]
+        """Events that are not in `seen`, which gets them, oldest first; of a long job at first the last thousand."""
+        found: list[dict[str, Any]] = []
+        query: dict[str, Any] = {"limit": PAGE if seen else MOST_EVENTS}
+        while True:
+            page = self.ask("GET", f"{path}/events", **query)
+            new = [one for one in page["data"] if one["id"] not in seen]
+            found += new
+            if not seen or len(new) < len(page["data"]) or not page["has_more"]:
+                break
+            query["after"] = new[-1]["id"]
         seen.update(one["id"] for one in found)
-        return found
+        return found[::-1]
 
 
 def _refusal(error: HTTPError, address: str) -> TunesmithError:
@@ -104,7 +111,7 @@ def list_jobs(
     """
     found = JobServerClient(url).ask("GET", "", limit=limit)["data"]
     if as_json:
-        typer.echo(json_page(found))
+        json_line(found)
         return
     if found or not console().is_terminal:
         print_table(console(), COLUMNS, map(_cells, found))
@@ -127,7 +134,7 @@ def show(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
     found = client.ask("GET", path)
     checkpoints = client.ask("GET", f"{path}/checkpoints")["data"]
     if as_json:
-        typer.echo(json_page({**found, "checkpoints": checkpoints}))
+        json_line({**found, "checkpoints": checkpoints})
         return
     screen = console()
     for line in (*_facts(found, checkpoints), *map(_line, client.ask("GET", f"{path}/events", limit=10)["data"][::-1])):
@@ -259,7 +266,7 @@ def make_key(
 
         row, key = create_key(opened, project=project, scopes=scope or (), days=days, label=label)
     if as_json:
-        typer.echo(json_page({**_shown(row), "key": key}))
+        json_line({**_shown(row), "key": key})
     else:
         typer.echo(key)
         typer.echo(f"{row['id']}, project {project}: {', '.join(row['scopes'])}. It is not shown again.", err=True)
@@ -270,7 +277,7 @@ def list_keys(store: StorePlace = "jobs", as_json: Json = False) -> None:
     with closing(_open(store)) as opened:
         rows = [_shown(row) for row in reversed(opened.keys().values())]
     if as_json:
-        typer.echo(json_page(rows))
+        json_line(rows)
     else:
         print_table(console(), KEY_COLUMNS, [[_cell(name, row[name]) for name in KEY_COLUMNS] for row in rows])
 
@@ -281,6 +288,8 @@ def end_key(key: KeyName, store: StorePlace = "jobs", as_json: Json = False) -> 
         from tunesmith.jobs.access import revoke_key
 
         revoke_key(opened, key)
+    if as_json:
+        json_line({"id": key, "state": "revoked"})
     typer.echo(f"{key}: revoked", err=as_json)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError
@@ -153,9 +153,13 @@ class Database:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Faults of the database as answers: 507 for a full disk, 503 for everything that may pass."""
+    """Faults of the database as answers: 507 for a full disk, 503 for everything that may pass, 400 for a value that no
+    row can have, such as a text with NUL in PostgreSQL."""
     try:
         yield
+    except DataError as error:
+        reason = " ".join(str(error.orig).split())
+        raise RequestError(f"No row can have such a value: {reason[:200]}", code="invalid_value") from error
     except (OperationalError, InterfaceError) as error:
         reason = " ".join(str(error.orig).split())
         if any(word in reason for word in _FULL):

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.errors import RunError, StorageError
+from tunesmith.errors import InputError, RunError, StorageError
 from tunesmith.jobs.bases import Bases, PublicBase
 from tunesmith.jobs.engines import EnginesFromThread
 from tunesmith.jobs.job_request import Integration
@@ -146,7 +146,7 @@ class Dispatcher:
             if len(self.active) < self.parallel and self._may_run(job):
                 try:
                     self._begin(job)
-                except RunError as error:
+                except InputError as error:  # also a recipe of its base that its numbers do not fit
                     self._fail(job, "run_failed", str(error), None)
 
     def _in_turn(self) -> list[Record]:
@@ -199,7 +199,9 @@ class Dispatcher:
 
     def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""
-        request = job["request"]
+        request, base = job["request"], self.bases.bases.get(job["base"])
+        if base is None:  # the file of bases was changed since
+            raise FileFault("model_not_available", f"{job['base']} may no longer be tuned here.", "model")
         path, method = self._content(request["training_file"], "training"), request.get("method", "supervised")
         found = check_file(path, "training", method=method, min_examples=self.bases.min_examples)
         validation = None
@@ -213,7 +215,6 @@ class Dispatcher:
         if numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(found.num_rows)
         decided = {**numbers, "seed": request["seed"]}
-        base = self.bases.bases[job["base"]]
         if request.get("starts_from"):
             parent = self.store.one(models, name=request["starts_from"])
             assert parent is not None, "a model that an open job starts from is not deleted"
@@ -235,7 +236,7 @@ class Dispatcher:
         """Whether it has ended."""
         try:
             self._follow_run(one, is_new=is_new)
-        except RunError as error:  # its folder is damaged, which is no reason for other jobs to wait
+        except InputError as error:  # its folder is damaged, which is no reason for other jobs to wait
             one.process.stop()
             if not one.process.is_alive():
                 self.active.pop(one.job, None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Body, Parameters, StrictModel
@@ -72,13 +72,17 @@ class MethodChoice(StrictModel):
         return None if options is None else options.hyperparameters
 
 
+_Word = Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")]
+"""Becomes a variable of a process's environment, which can have no NUL."""
+
+
 class WandbProject(StrictModel):
     """Where a run goes in Weights & Biases."""
 
-    project: str = Field(min_length=1, max_length=128)
-    name: str | None = Field(None, max_length=128)
-    entity: str | None = Field(None, max_length=128)
-    tags: list[str] | None = Field(None, max_length=50)
+    project: _Word = Field(min_length=1)
+    name: _Word | None = None
+    entity: _Word | None = None
+    tags: list[_Word] | None = Field(None, max_length=50)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -61,7 +61,7 @@ def read_query(request: Request, *allowed: str) -> dict[str, str]:
 
 def read_limit(query: dict[str, str], usual: int, most: int) -> int:
     text = query.get("limit", str(usual))
-    if not text.isascii() or not text.isdigit() or int(text[:9]) > most:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > most:
         raise RequestError(f"limit: should be a whole number from 0 to {most:,}.", param="limit")
     return int(text)
 

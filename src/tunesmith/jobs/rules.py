@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -22,6 +23,10 @@ class WebhookEndpoint(BaseModel):
     def _usable(self) -> WebhookEndpoint:
         if not self.private and not self.url.startswith("https://"):
             raise ValueError("url: has to begin with https://, unless private: true")
+        try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:  # a port that is no number, a name that cannot be one
+            raise ValueError(f"url: {self.url}: {error}") from None
         try:
             self.secret()
         except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,8 @@ _COLUMNS = (
     "full_valid_mean_token_accuracy",
 )  # fmt: skip
 """Of the results file. The accuracy of training steps is not measured."""
+SAMPLES_AN_EVENT = 10
+_MEASURED = {"before": "untouched model", "after": "result"}
 
 
 class EventTranslator:
@@ -41,6 +43,9 @@ class EventTranslator:
             data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
             text = f"Step {one.step}/{self.total_steps}: training loss={values['loss']:.2f}"
             yield event(self.job, text, data=data, once=f"step {one.step}")
+            if one.step == self.total_steps:  # what follows takes up to a minute, or longer on a large base
+                text = "All steps are done: the result is measured, saved and loaded next"
+                yield event(self.job, text, once="measured next")
         if one.kind == "evaluation" and values["name"] != "before":
             loss = _number(values["loss"])
             data = {
@@ -53,6 +58,12 @@ class EventTranslator:
         if one.kind == "resume":
             text = f"Fine-tuning job goes on after step {values['from_step']}"
             yield event(self.job, text, once=f"resume {values['from_step']} {one.time}")
+        if one.kind == "sample" and one.values["index"] % SAMPLES_AN_EVENT == 0:
+            text = f"Measuring the {_MEASURED[values['name']]}: sample prompts answered: {values['index'] + 1}"
+            yield event(self.job, text, once=f"sample {values['name']} {values['index']}")
+        if one.kind == "general":
+            text = f"Measuring the {_MEASURED[values['name']]}: loss on general text {values['loss']:.2f}"
+            yield event(self.job, text, once=f"general {values['name']}")
         if one.kind == "note":
             yield event(self.job, values["text"], level="warn", once=f"note {one.step} {values['text']}")
 

@@ -42,6 +42,7 @@ from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 
 DATABASE_FILE = "jobs.sqlite"
+RUN_STOPS = ": its run stops after the step under way"
 
 
 def event(
@@ -236,12 +237,14 @@ class Store:
             if path.name in deleted or (with_uploads and path.name not in needed):
                 path.unlink(missing_ok=True)
         for row in self._read(sa.select(jobs.c.id).where(jobs.c.run_removed_at.is_not(None))):
-            if (run := self.runs_path / row["id"]).exists():
-                remove(run)
+            if (run := self.runs_path / row["id"]).exists():  # which goes last: what its launcher wrote goes with it
+                for path in (*self.runs_path.glob(f".{run.name}.*"), self.recipes_path / f"{run.name}.yaml", run):
+                    remove(path)
         fsync_dir(self.files_path)
+        folders = list(self.parts_path.iterdir())  # before the rows: an upload that is made meanwhile is not among them
         is_pending = (uploads.c.status == "pending", uploads.c.expires_at > int(time.time()))
         pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(*is_pending))}
-        for path in self.parts_path.iterdir():
+        for path in folders:
             if path.name not in pending:
                 remove(path)
             for temporary in path.glob(".*") if with_uploads else ():
@@ -306,6 +309,8 @@ class Store:
                 ended = {"finished_at": int(time.time())} if after in ENDED else {}
                 connection.execute(sa.update(jobs).where(jobs.c.id == name).values(status=after, **ended))
                 self._queue_webhook(connection, name, after)
+                # The events of this step, and of what is saved after it, come later than this one.
+                message += RUN_STOPS if row.status == "running" else ""
                 self._add_events(connection, [event(name, message)])
         if after != row.status:
             self._announce(name, after)

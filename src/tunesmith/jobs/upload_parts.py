@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -102,7 +103,10 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
     row = await asyncio.to_thread(_pending, store, upload)
     folder, part = store.parts_path / upload, new_id("part_")
     folder.mkdir(mode=0o700, exist_ok=True)
-    sizes = [path.stat().st_size for path in folder.iterdir()]
+    sizes = list[int]()
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another part has got its own name meanwhile
+            sizes.append(path.stat().st_size)
     if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
     await receive_form(

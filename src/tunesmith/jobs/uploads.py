@@ -159,7 +159,9 @@ def lifetime_s(anchor: object = None, seconds: object = None) -> int | None:
         return None
     least, most = LIFETIMES_S
     text = str(seconds)
-    if anchor != "created_at" or not (text.isascii() and text.isdigit() and least <= int(text[:9]) <= most):
+    if anchor != "created_at" or not (
+        text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most
+    ):
         message = f"expires_after: has the anchor created_at, and seconds from {least:,} to {most:,}."
         raise RequestError(message, param="expires_after")
     return int(text)
