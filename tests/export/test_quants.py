@@ -116,6 +116,20 @@ def untuned(model: Any, attachment: Any) -> Iterator[tuple[str, Any]]:
     yield from model.state_dict().items()
 
 
+def test_every_phase_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "TICK_S", 0.02)
+    heard: dict[str, list[tuple[int, int]]] = {}
+    export_run(
+        of_architecture("llama"), "gguf", out=tmp_path / "out", offline=True,
+        on_progress=lambda what, done, total: heard.setdefault(what, []).append((done, total)),
+    )  # fmt: skip
+    assert list(heard) == ["tuned", "base", "write", "verify"]
+    tensors = len(read_gguf(next((tmp_path / "out").glob("*.gguf"))).tensors)
+    assert heard["write"][1:] == [(i, tensors) for i in range(1, tensors + 1)]
+    assert heard["base"] == [(i, 6) for i in range(1, 7)] == heard["tuned"][1:]
+    assert len(heard["verify"]) > 5, "the other process takes seconds"
+
+
 @needs_llama_cpp
 def test_what_the_quantiser_says_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_module, "_write_file", lambda path, *rest: path.write_bytes(b"no GGUF") and 0)
@@ -129,9 +143,9 @@ def test_a_disk_that_fills_under_the_quantiser_is_told_as_such(tmp_path: Path, m
     """Its own words are of streams; here the size of files is limited, and the disk says that it is full."""
     real = llama_cpp.run_module
 
-    def in_little_room(module: str, *words: str, what: str) -> None:
+    def in_little_room(module: str, *words: str, **how: Any) -> None:
         with limited_files(200_000):
-            real(module, *words, what=what)
+            real(module, *words, **how)
 
     monkeypatch.setattr(llama_cpp, "run_module", in_little_room)
     with pytest.raises(ExportError, match=r"llama\.cpp's quantizer failed"):

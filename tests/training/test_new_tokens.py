@@ -1,8 +1,10 @@
 """A run whose recipe adds tokens: encoded as one, trained, saved, and answered with from base and adapter alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.exports import quick
 from tiny import tiny_tokenizer
+from tiny_model import tiny_model
 from tiny_run import model_folder, same_run, stop_at, tiny_recipe
 from tunesmith.errors import RecipeError, Stopped
 from tunesmith.export.export_run import export_run
@@ -121,3 +124,15 @@ def test_other_models_have_none(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "t5", "t5")
     with pytest.raises(RecipeError, match=r"data.new_tokens: is not for a model that is an encoder–decoder"):
         train(recipe.model_copy(update={"model": str(folder), "task": "generate"}), root=tmp_path / "runs")
+
+
+def test_the_code_of_the_card_makes_a_padded_table_no_shorter(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, data={"new_tokens": list(TEXTS)}, method={"also_train": ["embed_tokens", "lm_head"]})
+    num = len(tiny_tokenizer()) + 64
+    tiny_model("llama", vocab_size=num).save_pretrained(recipe.model)
+    run = train(recipe.model_copy(update={"train": recipe.train.model_copy(update={"max_steps": 1})}), root=tmp_path)
+    out = export_run(run, "adapter", out=tmp_path / "out", proof=False, offline=True).path
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    scope: dict[str, Any] = {}
+    exec(code.replace("PATH", str(out)).replace(f'"{Path(recipe.model).name}"', repr(recipe.model)), scope)
+    assert scope["model"].get_input_embeddings().weight.shape[0] == num

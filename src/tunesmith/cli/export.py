@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from tunesmith.runs.folder import Run
 
 
-PHASES = {"tuned": "running the tuned model", "write": "writing", "verify": "comparing in a new process"}
+PHASES = {
+    "tuned": "running the tuned model",
+    "base": "running its base",
+    "write": "writing",
+    "quantize": "quantizing by llama.cpp",
+    "verify": "comparing in a new process",
+}
 
 
 def export(

@@ -153,12 +153,12 @@ def export_run(
         raise InputError(
             f"{out}: already exists, and is no earlier export: it has no {CHECK_FILE}. Name another folder with --out."
         )
-    result = open_result(run, offline=offline)
+    result = open_result(run, offline=offline, on_progress=on_progress)
     notes = [*filter(None, [result.unchecked]), *check(result, target, options)]
     _clean_up(out)
     holder = temporary_folder(out.parent, out.name)
     try:
-        done = _export(result, chosen, holder, options, proof=proof, notes=notes, on_progress=on_progress)
+        done = _export(result, chosen, holder, options, proof=proof, notes=notes)
         replace_folder(done.path, out, swap=True)
     finally:
         # What cannot be removed now is removed by the next export here; an earlier error matters more.
@@ -168,23 +168,22 @@ def export_run(
 
 
 def _export(
-    result: RunResult, target: ExportTarget, holder: Path, options: ExportOptions, *, proof: bool, notes: Sequence[str],
-    on_progress: OnProgress,
-) -> Exported:  # fmt: skip
+    result: RunResult, target: ExportTarget, holder: Path, options: ExportOptions, *, proof: bool, notes: Sequence[str]
+) -> Exported:
     folder, work = holder / "export", holder / "work"
     with storing(holder):
         folder.mkdir()
         work.mkdir()
     if proof:
-        on_progress("tuned", 0, 1)
+        result.on_progress("tuned", 0, 1)
         rows = verify.find_rows(result)
         seen = verify.tuned_outputs(result, rows)
-    on_progress("write", 0, 1)
+    result.on_progress("write", 0, 1)
     with storing(folder):
         notes = [*notes, *target.write(result, folder, options)]
     done = Exported(folder, target.name, _tolerances(target, result, options), None, "", "", notes)
     if proof:
-        on_progress("verify", 0, 1)
+        result.on_progress("verify", 0, 1)
         done = _verified(result, target, options, done, rows, seen=seen, work=work)
     with storing(folder):
         _describe(result, target, options, done)

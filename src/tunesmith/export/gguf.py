@@ -156,7 +156,10 @@ def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list
     _write_file(unquantized, result, replace(options, quant=QUANTIZER_INPUT), model, tensors)
     del model, attachment, tensors, first  # the quantizer needs the memory
     file_type = int(QUANT_TYPES[options.quant].file)
-    llama_cpp.requantize(unquantized, path, file_type=file_type, threads=torch.get_num_threads())
+    tick = result.on_progress
+    llama_cpp.requantize(
+        unquantized, path, file_type=file_type, threads=torch.get_num_threads(), tick=lambda: tick("quantize", 0, 1)
+    )
     unquantized.unlink()
     return []
 
@@ -191,10 +194,11 @@ def _write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in tensors:
-            if name in names:
-                stored = architecture.to_gguf(name, tensor.detach().float(), config)
-                writer.write_tensor_data(quantized(stored, layout[name][1]))
+        wanted = ((name, tensor) for name, tensor in tensors if name in names)
+        for i, (name, tensor) in enumerate(wanted, start=1):
+            stored = architecture.to_gguf(name, tensor.detach().float(), config)
+            writer.write_tensor_data(quantized(stored, layout[name][1]))
+            result.on_progress("write", i, len(layout))
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
     return sum(len(shape) > 1 and number == GgmlType.F16 != quant.ggml for shape, number in layout.values())

@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from errno import ENOSPC
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ from tunesmith.environment import for_child
 from tunesmith.errors import ExportError
 
 TIMEOUT_S = 3600.0
+TICK_S = 0.5
 _LOG_ERROR = 4
 """ggml's number of this log level."""
 
@@ -27,28 +30,40 @@ def is_installed() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def run_module(module: str, *words: str, what: str) -> None:
-    """Run a module of the package in a new process, offline. Raises ExportError with its last line of stderr, after
-    `what`."""
-    environment = for_child(HF_HUB_OFFLINE="1")
-    command = [sys.executable, "-m", module, *words]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(f"{what}: not done within {TIMEOUT_S / 60:.0f} minutes.") from error
-    if done.returncode != 0:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit code {done.returncode}"]
+def run_module(module: str, *words: str, what: str, tick: Callable[[], None] = lambda: None) -> None:
+    """Run a module of the package in a new process, offline; `tick` is called twice a second meanwhile.
+
+    Raises ExportError with its last line of stderr, after `what`.
+    """
+    command, ends = [sys.executable, "-m", module, *words], time.monotonic() + TIMEOUT_S
+    with subprocess.Popen(
+        command, env=for_child(HF_HUB_OFFLINE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace",
+    ) as child:  # fmt: skip
+        try:
+            errors = None
+            while errors is None:
+                try:
+                    errors = child.communicate(timeout=TICK_S)[1]
+                except subprocess.TimeoutExpired:
+                    tick()
+                    if time.monotonic() > ends:
+                        raise ExportError(f"{what}: not done within {TIMEOUT_S / 60:.0f} minutes.") from None
+        finally:
+            child.kill()  # after an error or Ctrl-C here; one that has ended is left alone
+    if child.returncode != 0:
+        last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit code {child.returncode}"]
         raise ExportError(f"{what}: {last[0][:600]}")
 
 
-def requantize(source: Path, out: Path, *, file_type: int, threads: int) -> None:
-    """Write the GGUF `source` as `out` with matrices of llama.cpp's `file_type`.
+def requantize(source: Path, out: Path, *, file_type: int, threads: int, tick: Callable[[], None]) -> None:
+    """Write the GGUF `source` as `out` with matrices of llama.cpp's `file_type`; `tick`: see `run_module`.
 
     Raises ExportError with the quantizer's own message; OSError if the disk is full.
     """
     words = (str(source), str(out), str(file_type), str(threads))
     try:
-        run_module("tunesmith.export.llama_cpp", *words, what="llama.cpp's quantizer failed")
+        run_module("tunesmith.export.llama_cpp", *words, what="llama.cpp's quantizer failed", tick=tick)
     except ExportError as error:
         written = out.stat().st_size if out.exists() else 0
         # The quantizer says only that writing failed. Its output is at most as large as its input.

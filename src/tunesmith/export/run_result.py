@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +55,8 @@ class RunResult:
     """SHA-256 of the base's files, by name; empty if every weight was tuned."""
     unchecked: str = ""
     """Note about a result whose run recorded no hashes."""
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    """(phase, done, total) of anything that takes seconds while it is exported."""
 
     @property
     def is_adapter(self) -> bool:
@@ -139,7 +141,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_result(run: Run, *, offline: bool) -> RunResult:
+def open_result(
+    run: Run, *, offline: bool, on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> RunResult:
     """The result of a finished run.
 
     Raises:
@@ -162,7 +166,9 @@ def open_result(run: Run, *, offline: bool) -> RunResult:
     tokenizer = load.load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     kind = model_kind(base)
     head = find_head(recipe, base, kind)
-    return RunResult(run, recipe, base, folder, tokenizer, kind, head, run_labels(recipe), hashes, unchecked=unchecked)
+    return RunResult(
+        run, recipe, base, folder, tokenizer, kind, head, run_labels(recipe), hashes, unchecked, on_progress
+    )
 
 
 @torch.no_grad()

@@ -10,8 +10,10 @@ does the part of the new process: it reads a job file, loads the export, and wri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,8 @@ Floats = NDArray[np.float64]
 MAX_ROWS = 32
 MAX_TOKENS = 8192
 """Tokens of all rows together; the first row is always used."""
+PROGRESS = "progress"
+"""File next to a job with the rows done and those of all."""
 POSITIONS = 8
 """Targets of a row whose logits are compared, evenly spaced; losses are of all targets."""
 STANDARD_ERRORS = 2.0
@@ -134,15 +138,16 @@ def _fixed_row(task: TaskName, text: str, question: str, place: Source) -> Examp
 
 
 def compute(
-    model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float
-) -> Outputs:
-    """The outputs of a model. `masked`: share of masked tokens."""
+    model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float,
+    tick: Callable[[int, int], None],
+) -> Outputs:  # fmt: skip
+    """The outputs of a model. `masked`: share of masked tokens; `tick` gets the rows done and those of all."""
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked)
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
-    for row in encoded:
+    for i, row in enumerate(encoded, start=1):
         batch = build_batch([row], [0], layout=layout, device=model.device, pools=model.head == "vector", **settings)
         logits_NV = model.logits(batch)
         if len(logits_NV) == 0:
@@ -152,6 +157,7 @@ def compute(
             outputs.counts.append(batch.num_targets)
         kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
         outputs.logits.append(logits_NV[kept].numpy())
+        tick(i, len(encoded))
     if renderer.stop_ids and model.head == "next_token":
         longest = renderer.max_tokens or MAX_TOKENS
         limit = PromptLimit(longest, cut_to=longest)
@@ -330,22 +336,22 @@ def tuned_outputs(result: RunResult, rows: CheckRows) -> TunedOutputs:
     """Outputs that an export is compared with."""
     quantized_loss = None
     if result.quant is not None:
-        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows).loss
+        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows, "tuned").loss
     model = load_run(result.run, offline=True, as_trained=False)
-    tuned = _outputs(model, result, rows)
+    tuned = _outputs(model, result, rows, "tuned")
     base = None
     if model.has_base:
         with model.adapter_disabled():
-            base = _outputs(model, result, rows)
+            base = _outputs(model, result, rows, "base")
     elif model.attachment is not None:
-        base = _outputs(load_base(result.run, offline=True), result, rows)
+        base = _outputs(load_base(result.run, offline=True), result, rows, "base")
     return TunedOutputs(tuned, base, quantized_loss)
 
 
-def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows) -> Outputs:
-    renderer, masked = model.renderer, result.recipe.train.masked
+def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, phase: str) -> Outputs:
+    renderer, masked, tick = model.renderer, result.recipe.train.masked, partial(result.on_progress, phase)
     loaded = TorchModel(renderer.tokenizer, result.kind, model.head, "", model.model)
-    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked)
+    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked, tick=tick)
 
 
 def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path) -> Outputs:
@@ -356,14 +362,21 @@ def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows
     }  # fmt: skip
     path = work / "job.json"
     path.write_text(json.dumps(facts), encoding="utf-8")
-    launch(path)
+    launch(path, partial(result.on_progress, "verify"))
     return Outputs.load(work)
 
 
-def launch(job: Path) -> None:
+def launch(job: Path, tick: Callable[[int, int], None]) -> None:
     """Do a job in a new process. Raises ExportError with the last line of its errors."""
+
+    def look() -> None:
+        done, total = 0, 1
+        with suppress(OSError, ValueError):  # it still loads, or is writing the numbers
+            done, total = map(int, (job.parent / PROGRESS).read_text("utf-8").split())
+        tick(done, total)
+
     what = "the export cannot be used in a new process"
-    llama_cpp.run_module("tunesmith.export.export_run", str(job), what=what)
+    llama_cpp.run_module("tunesmith.export.export_run", str(job), what=what, tick=look)
 
 
 def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
@@ -375,7 +388,12 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
     model = targets[job["target"]].load(Path(job["exported"]), recipe)
     renderer = make_renderer(recipe, model.tokenizer, model.kind)
     rows = [_example(values) for values in job["examples"]]
-    outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked)
+
+    def tick(done: int, total: int) -> None:
+        with suppress(OSError):  # a disk that is full is said by what has to be written
+            (path.parent / PROGRESS).write_text(f"{done} {total}", "utf-8")
+
+    outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked, tick=tick)
     replace(outputs, loaded_by=model.loaded_by).save(path.parent)
 
 
