@@ -148,3 +148,18 @@ def test_repeatable_kernels_are_taken_on_a_card_alone(monkeypatch):
     machine.use_repeatable_kernels()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_memory_of_an_apple_device_is_freed_without_the_call_for_all_devices(monkeypatch):
+    """torch 2.10: "Allocator for mps is not a DeviceAllocator", https://github.com/pytorch/pytorch/issues/186430."""
+
+    def refuse() -> None:
+        raise RuntimeError("Allocator for mps is not a DeviceAllocator.")
+
+    freed: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator.memory, "empty_cache", refuse)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: freed.append("mps"))
+    machine.free_cached_memory()
+    assert freed == ["mps"]

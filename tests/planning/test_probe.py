@@ -18,7 +18,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.planning.forecast import KINDS, Duration
 from tunesmith.training import probe as process
-from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, probe
+from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, _why, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
 from tunesmith.training.setup import prepare
 
@@ -82,6 +82,13 @@ def child_that(code: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(package))
     run = process.subprocess.run
     monkeypatch.setattr(process.subprocess, "run", lambda words, **how: run([*words[:2], "stub_child"], **how))
+
+
+def test_a_child_that_ends_is_told_where_no_process_can_be_killed_by_a_signal(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr("signal.SIGKILL")
+    (tmp_path / "printed").write_text("why\n")
+    assert _why(3, tmp_path / "printed") == "exit code 3: why"
 
 
 def test_a_child_that_the_system_kills_is_told_as_memory(tmp_path, monkeypatch):

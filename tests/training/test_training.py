@@ -235,3 +235,22 @@ def test_a_result_that_cannot_be_saved_is_known_before_the_first_step(tmp_path, 
     with pytest.raises(ModelError):
         train(recipe_of(tmp_path), root=tmp_path / "runs")
     assert max(event.step for event in runs(tmp_path / "runs")[0].events()) == 0
+
+
+def test_a_device_without_float64_is_trained_and_measured_on(tmp_path, monkeypatch):
+    """As Apple's MPS: what is to be float64 is brought to the processor first."""
+    to_cpu, to_double = torch.Tensor.cpu, torch.Tensor.double
+
+    def brought(tensor, *how):
+        found = to_cpu(tensor, *how)
+        found.is_here = True
+        return found
+
+    def widened(tensor, *how):
+        assert getattr(tensor, "is_here", False), "MPS has no float64"
+        return to_double(tensor, *how)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", brought)
+    monkeypatch.setattr(torch.Tensor, "double", widened)
+    run = train(recipe_of(tmp_path), root=tmp_path / "runs")
+    assert run.state() == "done"

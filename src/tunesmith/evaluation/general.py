@@ -78,7 +78,7 @@ def text_losses(
     with eval_mode(model):
         for members, batch in text_batches(rows, layout=layout, device=device):
             passage_N = passage_I[np.asarray(members)][batch.row_of_N.cpu().numpy()]
-            np.add.at(losses_P, passage_N, measure(model, batch).losses_N.double().cpu().numpy())
+            np.add.at(losses_P, passage_N, measure(model, batch).losses_N.cpu().double().numpy())
             np.add.at(counts_P, passage_N, 1)
     return losses_P, counts_P
 

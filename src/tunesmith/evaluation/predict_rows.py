@@ -93,7 +93,7 @@ def predict_rows(
                 continue
             row_of_N, losses_N, *answers = (
                 tensor.numpy()
-                for tensor in to_host(batch.row_of_N, measured.losses_N.double(), measured.outputs_N, batch.targets_N)
+                for tensor in to_host(batch.row_of_N, measured.losses_N, measured.outputs_N, batch.targets_N)
             )
             sums = np.bincount(row_of_N, losses_N, minlength=len(members))
             cuts = np.flatnonzero(np.diff(row_of_N)) + 1

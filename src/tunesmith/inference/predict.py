@@ -242,7 +242,7 @@ class Predictor:
 
     @torch.no_grad()
     def _logits(self, forward: Callable[[Any, Batch], torch.Tensor], batch: Batch) -> NDArray[np.float64]:
-        return forward(self.loaded.model, batch).double().cpu().numpy()
+        return forward(self.loaded.model, batch).cpu().double().numpy()
 
 
 def predict_to(

@@ -138,5 +138,7 @@ def free_cached_memory() -> None:
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    if torch.accelerator.is_available():
+    if torch.backends.mps.is_available():  # whose allocator torch.accelerator does not know in every version
+        torch.mps.empty_cache()
+    elif torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()

@@ -48,6 +48,7 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
     """
     command = [sys.executable, "-m", "tunesmith", *words, "--json", *(["--offline"] if offline else [])]
     last: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     with (
         TemporaryFile() as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, env=for_child()) as child,
@@ -57,6 +58,7 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
         try:
             for line in child.stdout:
                 last = from_json(line)
+                result = last if last.get("kind") == "result" else result  # lines of exports may follow
                 if "step" in last:
                     listener.on_event(Event(**last))
                 if not is_stopping and listener.should_stop():
@@ -66,8 +68,8 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
         except BaseException:  # of the listener, or Ctrl-C: the run saves a checkpoint and ends
             child.send_signal(signal.SIGTERM)
             raise
-        if code == 0 and last.get("kind") == "result":
-            return Run(Path(last["run"]))
+        if code == 0 and result:
+            return Run(Path(result["run"]))
         said.seek(0)
         text = said.read().decode("utf-8", "replace").strip()
     raise as_error(last, text, code)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -148,7 +147,7 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
 def _why(code: int, printed: Path) -> str:
     """Why the child ended, in words; empty: it came to its end."""
     lines = [line for line in printed.read_text("utf-8", "replace").splitlines() if line.strip()]
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which Windows does not have
         return KILLED
     return "" if code == 0 else f"exit code {code}{': ' + lines[-1][:300] if lines else ''}"
 
