@@ -175,3 +175,13 @@ def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch
     assert told["devices"].startswith("gloo (between processors) is here, NCCL (between CUDA cards) is ")
     lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output.splitlines()
     assert any(line.startswith("extra peft") and "not installed" in line for line in lines)
+
+
+def test_doctor_says_why_it_does_not_know_the_free_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr("shutil.disk_usage", gone)
+    told = CliRunner().invoke(app, ["doctor", "--json"]).output
+    assert json.loads(told)["disk free"] == "not known: No such file or directory"
+    assert told.count("\n") == 1, "every --json is a line"

@@ -221,6 +221,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_eval_does_not_write_over_its_data(run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(before := Path(held_out(run)).read_bytes())
+    result = tunesmith("eval", run.path, rows, "--out", tmp_path / "." / "rows.jsonl", "--offline", code=2)
+    assert "is the data itself" in result.stderr
+    assert rows.read_bytes() == before
+
+
 def test_eval_compares_a_classifier_with_the_commonest_class(run: Run) -> None:
     result = tunesmith("eval", run.path, held_out(run), "--json", "--offline")
     [found] = told(result)

@@ -16,7 +16,8 @@ HOSTILE = {
     "brackets in brackets": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "more deeply than"),
     "a macro that calls itself": ("{% macro f(x) %}{{ f(x + 1) }}{% endmacro %}{{ f(1) }}", "more deeply than"),
     "a text too long": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "it wrote"),
-    "a huge range": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    "a power": ("{{ 9 ** (9**9) }}", "computes a power"),
+    "a huge range": ("{% for i in range(1000000000) %}x{% endfor %}", "Range too big"),
     "a mistake": ("{% for %}", "refuses a question and an answer"),
     "Python by a class": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     "Python by a format": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
@@ -74,7 +75,7 @@ def test_a_hostile_template_is_refused_with_the_bound_that_it_met(attack: str) -
 
 def test_a_lack_of_memory_is_not_the_fault_of_a_row() -> None:
     with pytest.raises(MemoryError):
-        ChatTemplate(tiny_tokenizer("{% set n = 10**16 %}{{ 'a' * n }}")).render([], prompt=False)
+        ChatTemplate(tiny_tokenizer("{% set n = 10000000000000000 %}{{ 'a' * n }}")).render([], prompt=False)
 
 
 def test_a_template_does_not_multiply_a_row() -> None:

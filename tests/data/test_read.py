@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, json_lines, parquet, put, rows_in, said
 from tunesmith.data.read import read
+from tunesmith.data.read_json import BadRow, loads
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 
@@ -228,3 +229,17 @@ def test_nanoseconds_beside_the_text_do_not_stand_in_its_way(tmp_path: Path):
     rows, problems = rows_in(tmp_path / "t.parquet")
     assert problems == []
     assert rows[0][1].items() >= PAIR.items()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"NaN", "NaN is not a number in JSON"),
+        (b"-Infinity", "-Infinity is not a number in JSON"),
+        (b"1e999", "1e999 is too large a number"),
+    ],
+)
+def test_what_is_no_number_is_named_without_the_rest_of_its_line(value: bytes, message: str):
+    with pytest.raises(BadRow) as bad:
+        loads(b'{"a": ' + value + b', "private": "text"}', depth=9)
+    assert (bad.value.code, bad.value.message) == ("not_a_number", message)

@@ -120,6 +120,22 @@ def test_a_trial_that_is_refused_before_any_run_is_made_ends_the_sweep(tmp_path:
     assert not any((sweep.root / trial.name).exists() for trial in sweep.grid.trials)
 
 
+def test_where_every_trial_is_refused_no_further_ones_are_started(tmp_path: Path) -> None:
+    """What is wrong with the first may be wrong with all: those that get ready meanwhile say whether it is."""
+    started = []
+
+    def refuse(job: Any) -> str:
+        started.append(job.name)
+        time.sleep(0.05 * len(started))
+        return "no row can be read"
+
+    engine, sweep = OneByOne(refuse), sweep_of(tmp_path)
+    engine.slots = 2
+    with pytest.raises(InputError, match=r"trial lr-02 .* cannot be run: no row can be read"), sweep.opened():
+        sweep.run(engine, Watch(poll_s=0.005))
+    assert started == ["lr-01", "lr-02"]
+
+
 def test_a_trial_that_is_refused_while_others_get_ready_is_recorded(tmp_path: Path) -> None:
     def before(job: Any) -> str:
         if job.name != "lr-01":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Json, Offline, Root, Settings, to_overrides
-from tunesmith.cli.streams import console, json_line, json_page
+from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import default_threads, install_command
 from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run
@@ -46,7 +47,7 @@ def doctor(as_json: Json = False) -> None:
     """
     found = findings()
     if as_json:
-        typer.echo(json_page(found))
+        json_line(found)
         return
     screen = console()
     for name, value in found.items():
@@ -60,7 +61,6 @@ def doctor(as_json: Json = False) -> None:
 
 def findings() -> dict[str, Any]:
     """Versions, and the device, precision and threads of a training on this machine."""
-    import shutil
     from importlib.util import find_spec
 
     from tunesmith.models.machine import choose_device, choose_precision
@@ -78,9 +78,17 @@ def findings() -> dict[str, Any]:
         "threads": threads,
         "threads reason": why,
         "devices": _together(),
-        "disk free": size(shutil.disk_usage(".").free),
+        "disk free": _free_disk(),
         "extras": {name: all(map(find_spec, modules.split())) for name, (modules, _) in EXTRAS.items()},
     }
+
+
+def _free_disk() -> str:
+    """Free space where runs are written, or why it is not known."""
+    try:
+        return size(shutil.disk_usage(".").free)
+    except OSError as error:  # the folder was removed, or may not be looked into
+        return f"not known: {error.strerror}"
 
 
 def _together() -> str:

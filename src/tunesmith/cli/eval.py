@@ -54,6 +54,9 @@ def evaluate(
     tunesmith eval HuggingFaceTB/SmolLM2-135M-Instruct held-out.jsonl --samples 8 --json
     """
 
+    if out is not None and out.exists() and Path(data).exists() and out.samefile(data):
+        raise InputError(f"--out: {out}: is the data itself, which it would take the place of. Choose another file.")
+
     def keep(lines: Iterator[dict[str, Any]]) -> None:
         if out is not None:
             with writing(out) as file:

@@ -24,7 +24,7 @@ from tunesmith.cli.render import (
     print_result,
     print_table,
 )
-from tunesmith.cli.streams import console, json_line, json_page
+from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError, TunesmithError
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import command, did_you_mean, duration, plural, size, visible
@@ -76,7 +76,7 @@ def runs(
     rows = _selected(root, where, sort or "-created")
     screen = console()
     if as_json:
-        typer.echo(json_page(rows))
+        json_line(rows)
     elif not rows:
         rule = f" of which {' and '.join(where)} holds" if where else " yet. Start one: tunesmith train MODEL DATA"
         screen.print(f"{root}: no runs{rule}")
@@ -269,7 +269,7 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
     """
     found = Run.open(run, root)
     if as_json:
-        typer.echo(json_page(facts(found) | {"report": _report(found)}))
+        json_line(facts(found) | {"report": _report(found)})
         return
     screen = console()
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.created))

@@ -98,8 +98,8 @@ def is_drawn(file: IO[str]) -> bool:
     return file.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
-def json_line(value: Mapping[str, Any]) -> None:
-    """One JSON object on a line of stdout, at once."""
+def json_line(value: Any) -> None:
+    """One JSON value on a line of stdout, at once: the form of every `--json`."""
     from tunesmith.runs.atomic import to_json
 
     sys.stdout.write(_written(to_json(value).decode()) + "\n")
@@ -120,11 +120,6 @@ def refuse_lost() -> None:
     """Raise OSError where stdout takes no more; for what is only worth doing while somebody reads it."""
     if lost := lost_output(sys.stdout):
         raise OSError(lost.errno, lost.strerror, "stdout")
-
-
-def json_page(value: Any) -> str:
-    """JSON to read: indented, one value."""
-    return _written(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
 
 
 def _written(text: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from tunesmith.errors import ModelError
@@ -26,12 +28,13 @@ class TemplateRefusal(Exception):
 class ChatTemplate:
     """The chat template of a tokenizer. `date`: the day that `strftime_now` writes (YYYY-MM-DD); None: today.
 
-    Raises `ModelError` when there is none.
+    Raises `ModelError` when there is none, and for one that computes powers.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
+        _refuse_powers(self._name, self.text)
         self._template = tokenizer.chat_template
         self._special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
         self._date = date
@@ -74,6 +77,20 @@ class ChatTemplate:
                 return str(compiled.render(messages=messages, documents=None, **given))
             messages, given["tools"] = json.loads(json.dumps([messages, tools], default=str))  # dates as text
             return str(render_jinja_template([messages], chat_template=template, **given)[0][0])
+
+
+def _refuse_powers(name: str, text: str) -> None:
+    """Raise `ModelError` for a template with x ** y: nothing ends a process that computes 9**9**9, and jinja does so
+    while it compiles. `f(**options)` is no power."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    with suppress(TemplateSyntaxError):  # which rendering reports
+        tokens = ((kind, value) for _, kind, value in Environment().lex(text) if kind != "whitespace")
+        if any(now == ("operator", "**") and before not in ("(", ",") for (_, before), now in pairwise(tokens)):
+            raise ModelError(
+                f"{name}: its chat template computes a power (**), which may take for ever and no template needs. Give "
+                "another by data.template, and look at this one before you trust its source."
+            )
 
 
 def _is_plain(message: Any) -> bool:

@@ -141,13 +141,14 @@ def _reason(raw: bytes, error: orjson.JSONDecodeError) -> BadRow:
 
 def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
     rest = text[pos:]
+    number = re.match(r"[-+.\w]*", text[pos - text[:pos].endswith("-") :])[0][:24]  # type: ignore[index]
     if "surrogate" in reason:
         message = f"{text[pos - 1 : pos + 5]!r} is half of a character"
         return "lone_surrogate", message, "Have the program that wrote it write both halves, or UTF-8."
     if "infinity" in reason:
-        return "not_a_number", f"{rest[:12]}… is too large a number", "Write it as text, or leave it out."
+        return "not_a_number", f"{number} is too large a number", "Write it as text, or leave it out."
     if rest.startswith(_NOT_NUMBERS):
-        return "not_a_number", f"{rest[:12]!r} is not a number in JSON", "Leave it out."
+        return "not_a_number", f"{number} is not a number in JSON", "Leave it out."
     if "end of data" in reason or "Unterminated" in reason or pos >= len(text.rstrip()):
         message = f"it stops before its end: …{text.rstrip()[-40:]!r}"
         return "truncated_json", message, "A row of JSON lines is on one line. If it is, export the file again."

@@ -21,8 +21,6 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
 
 MOST_TRIALS = 1000
-HELD_OUT_ROWS = 1000
-"""Held-out rows measured where the base leaves it to each run: of all trials the same."""
 SAME_FOR_ALL = ("name", "evaluation", "data.eval", "data.held_out")
 """Keys that would make trials incomparable."""
 SECTIONS = {"base": True, "grid": True, "random": False, "asha": False}
@@ -85,7 +83,8 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
             f"{path}: grid: {num:,} trials: more than {MOST_TRIALS:,}. Give fewer values, or draw some of them with "
             "random: {trials: 20}."
         )
-    base = _base(path, data["base"])
+    base = data["base"]
+    _check_base(path, base)
     combined = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
     chosen = list(_drawn(axes, drawn) if drawn else combined)
     called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
@@ -162,14 +161,11 @@ def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
         yield f"grid.{key}: a value is there twice: keep one."
 
 
-def _base(path: Path, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The base, checked by itself. Raises RecipeError."""
+def _check_base(path: Path, given: Mapping[str, Any]) -> None:
+    """Raises RecipeError for a base that is no recipe by itself."""
     found = load.validate(given, where=f"{path}: base")
     if not found.model or not found.data.train:
         raise RecipeError(f"{path}: base: {'data.train' if found.model else 'model'}: missing: every trial needs it.")
-    if found.evaluation.max_rows != "auto":
-        return given
-    return {**given, "evaluation": {**(given.get("evaluation") or {}), "max_rows": HELD_OUT_ROWS}}
 
 
 def _drawn(axes: Mapping[str, Any], how: Mapping[str, int]) -> Iterator[dict[str, Any]]:

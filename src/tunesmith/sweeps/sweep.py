@@ -148,7 +148,7 @@ class Sweep:
         waiting, running = self._left(watch), list[Trial]()
         while waiting or running:
             stopping = watch.should_stop()
-            while waiting and not stopping and len(running) < engine.slots:
+            while waiting and not stopping and len(running) < engine.slots and not (running and self._is_doubtful()):
                 trial = waiting.pop(0)
                 watch.say(f"trial {trial.name}: {options_text(trial.options)}")
                 engine.start(self.job(trial))
@@ -188,6 +188,10 @@ class Sweep:
             watch.say(f"{over} of {plural(len(self.grid.trials), 'trial')} ended before; {len(left)} left")
         return left
 
+    def _is_doubtful(self) -> bool:
+        """Whether a trial was refused and none has made its run yet: what is wrong may be wrong with all of them."""
+        return bool(self.failed) and not any(map(self._has_run, self.grid.trials))
+
     def _has_run(self, trial: Trial) -> bool:
         return (self.root / trial.name / "run.json").is_file()
 
@@ -214,9 +218,9 @@ class Sweep:
             self.stopped.pop(trial.name, None)
             self.failed.pop(trial.name, None)
         elif trial.name not in self.stopped and not is_over:
-            if failure and is_alone and not any(map(self._has_run, self.grid.trials)):
-                raise InputError(f"trial {trial.name} ({options_text(trial.options)}) cannot be run: {failure}")
             self.failed[trial.name] = failure or "stopped by somebody else"
+            if failure and is_alone and self._is_doubtful():
+                raise InputError(f"trial {trial.name} ({options_text(trial.options)}) cannot be run: {failure}")
         self._save()
         outcome = self.outcome(trial)
         info = info_of(self.grid.metric)
