@@ -72,6 +72,7 @@ def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     from tunesmith.inference.load import load_model
     from tunesmith.serve.adapters import AdapterSet
     from tunesmith.serve.decoder import BatchedDecoder
+    from tunesmith.serve.protocol import GenerationRequest
     from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 
     speaker = load_model(job["model"], offline=True)
@@ -92,7 +93,8 @@ def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
         for key, prompt in enumerate(prompts):
             kept[key] = []
             tokenizer = speaker.renderer.tokenizer
-            batch.add(PreparedRequest(key, tuple(prompt), tokenizer, max_new_tokens=job["new_tokens"]))
+            greedy = GenerationRequest("", temperature=0.0)
+            batch.add(PreparedRequest(key, tuple(prompt), tokenizer, greedy, max_new_tokens=job["new_tokens"]))
         while batch.is_busy:
             batch.step()
         return [list(kept[key]) for key in range(len(prompts))]

@@ -2,7 +2,7 @@
 
     route -> GenerationRequest -> Engine -> Started, Delta, Delta, ..., Finished -> route
 
-Server and worker exchange these classes in the frames of `pack`. Never imports torch.
+Server and worker exchange these classes in lines of JSON, see `pack`. Never imports torch.
 """
 
 from __future__ import annotations
