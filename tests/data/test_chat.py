@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import CHATML, chat, template, tiny_tokenizer
 from tunesmith.data import chat as chat_module
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.tokenizer import ControlTokens
 from tunesmith.errors import ModelError
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Problem, Row
@@ -285,6 +286,28 @@ def test_trained_prompts_are_served_prompts_for_50_chats(family: str, metaspace:
         assert isinstance(row, Row), row
         assert_trained_prompts_are_served_prompts(row, example, tokenizer)
         assert made.prompt_ids(example.parts[:1]) == row.ids[: int(np.argmax(row.trained))].tolist()
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_begin_alike_have_the_tokens_of_each_alone(
+    family: str, metaspace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = renderer(family, metaspace=metaspace)
+    first = (("user", USER[0]), ("assistant", ANSWERS[0]))
+    chats = [chat(*first, ("user", user), ("assistant", answer)) for user, answer in zip(USER, ANSWERS, strict=True)]
+    alone = [shown(*made.encode([one])) for one in chats]
+    num_common, found = ControlTokens.num_common, []
+    monkeypatch.setattr(ControlTokens, "num_common", lambda *given: found.append(num_common(*given)) or found[-1])
+    assert [shown(rows) for rows in made.encode(chats)] == alone
+    assert found[0] > len(USER[0])
+    for inside in range(1, 9):  # where no control token begins: the tokens of whole texts are taken
+        monkeypatch.setattr(ControlTokens, "num_common", lambda *_, inside=inside: inside)
+        assert [shown(rows) for rows in made.encode(chats)] == alone
+
+
+def shown(rows: list[Row] | list[Problem]) -> list[object]:
+    return [(row.ids.tolist(), row.trained.tolist()) if isinstance(row, Row) else row for row in rows]
 
 
 # trap: T7

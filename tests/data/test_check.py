@@ -113,11 +113,11 @@ def test_repeated_rows_are_named_with_the_first_one(tmp_path: Path):
 
 
 def test_a_check_of_neighbours_only_would_be_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def neighbours(hashes_I: Any) -> Any:
-        again = np.flatnonzero(hashes_I[1:] == hashes_I[:-1]) + 1
-        return np.stack([again, again - 1], axis=1)
+    def neighbours(among_I: Any, of_I: Any) -> Any:
+        rows = np.arange(len(of_I))
+        return np.where(np.append(False, of_I[1:] == of_I[:-1]), rows - 1, rows)
 
-    monkeypatch.setattr("tunesmith.data.check.duplicates", neighbours)
+    monkeypatch.setattr("tunesmith.data.check.firsts", neighbours)
     with pytest.raises(AssertionError):
         finds_repeated_rows(check, tmp_path)
 

@@ -18,7 +18,7 @@ from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
 from tunesmith.data.renderer import Renderer
 from tunesmith.environment import for_child
-from tunesmith.errors import DataError, TunesmithError
+from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.types import Problem
@@ -95,14 +95,21 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "a.jsonl", num_proc=2, template=text, progress=stop)
-    deadline = time.monotonic() + 20  # a process that the pool's thread is joining is listed until it has
-    while multiprocessing.active_children() and time.monotonic() < deadline:
-        time.sleep(0.02)
     assert multiprocessing.active_children() == []
     assert list((tmp_path / "rows2").iterdir()) == []
 
 
 def test_what_a_process_fails_at_is_an_error(tmp_path: Path) -> None:
+    deep = (
+        "{% macro again() %}{{ again() }}{% endmacro %}{% if messages[0].content[:10] == 'question 9' %}{{ again() }}"
+    )
+    (tmp_path / "a.jsonl").write_text("\n".join(chats(40)), "utf-8")
+    for num_proc in (1, 2):
+        with pytest.raises(ModelError, match="more deeply than Python can follow"):
+            built(tmp_path / "a.jsonl", num_proc=num_proc, template=deep + "{% endif %}" + CHATML)
+
+
+def test_a_process_that_is_killed_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(chats(60)), "utf-8")
 
     def kill(rows: int, done: int, total: int) -> None:

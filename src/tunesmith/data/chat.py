@@ -100,7 +100,8 @@ class ChatEncoder(RowEncoder):
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         texts = [self._render(example) for example in examples]
-        tokens = iter(self._fast.encode([text.whole for text in texts if isinstance(text, _Text)], with_offsets=False))
+        wholes = [text.whole for text in texts if isinstance(text, _Text)]
+        tokens = iter(self._fast.encode_alike(wholes, self.control.num_common(wholes)))
         rows = [self._row(text, next(tokens)) if isinstance(text, _Text) else text for text in texts]
         prompts = sorted({text for row in rows if isinstance(row, _Row) for text, _ in row.openings.values()})
         prompt_ids = {text: ids_T.tolist() for text, ids_T in zip(prompts, self._fast.ids(prompts), strict=True)}
@@ -251,6 +252,8 @@ def as_message(part: Part) -> Message:
 def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: Sequence[Turn]) -> Iterator[Problem]:
     """Parts of a row that the template does not show: warnings, an error where nothing of an answer is left."""
     for turn in turns:
+        if len(messages[turn.index]) == 2 and not turn.shortened:  # role and content
+            continue
         text = whole[turn.start : turn.limit if turn.close is None else turn.close]
         fields = not_shown(messages[turn.index], text)
         if fields or turn.shortened:

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import size_of
 from tunesmith.data.branches import lines_of
-from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, renamed
-from tunesmith.data.examples import examples
+from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, relabelled
+from tunesmith.data.examples import ask_text_or_classes, examples
 from tunesmith.data.formats import SHAPES
-from tunesmith.data.hold_out import choose_share, conflicts, duplicates, few_note, hold_out, input_overlap, overlap
+from tunesmith.data.hold_out import choose_share, few_note, firsts, hold_out, input_overlap
 from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
 from tunesmith.data.problems import SKIP, num_refused, unusable
 from tunesmith.data.read import expand_folders
@@ -158,7 +157,7 @@ class _Side:
         self._batches: list[pa.RecordBatch] = []
 
     def add(self, encoded: Encoded) -> None:
-        self._batches.append(renamed(encoded.rows, encoded.names, self.vocabulary).select(KEPT))
+        self._batches.append(relabelled(encoded.rows, encoded.names, self.vocabulary).select(KEPT))
         self.many |= bool(encoded.many)
 
     def done(self) -> None:
@@ -199,11 +198,13 @@ class _Check:
             one.done()
         train, held = self._sides["train"], self._sides["eval"]
         train_I, held_I = train.hashes, held.hashes
-        self._pairs(duplicates(train_I), "train", "duplicate")
-        self._pairs(overlap(train_I, held_I), "eval", "overlap")
+        first_I, trained_at_I = firsts(train_I, train_I), firsts(train_I, held_I)
+        self._repeats(first_I, first_I != np.arange(len(first_I)), "train", "duplicate")
+        self._repeats(trained_at_I, trained_at_I >= 0, "eval", "overlap")
         self._notes += input_overlap(np.isin(held_I, train_I), train.inputs, held.inputs)
         if train.shape == "text_label":
-            self._pairs(conflicts(train.inputs, train_I), "train", "conflicting_labels")
+            first_I = firsts(train.inputs, train.inputs)
+            self._repeats(first_I, train_I != train_I[first_I], "train", "conflicting_labels")
         labels, label_refusals = self._labels()
         held_out = self._held_out()
         return CheckReport(
@@ -299,14 +300,15 @@ class _Check:
         for problem in error.problems:
             self._hear(problem)
 
-    def _pairs(self, found_I: NDArray[np.int64], side: Side, code: str) -> None:
-        """Report the first rows that repeat another, given as (row, row that it repeats); count all."""
+    def _repeats(self, first_I: NDArray[np.int64], repeats_I: NDArray[np.bool_], side: Side, code: str) -> None:
+        """Report the first of those rows that repeat a training row, whose number is in `first_I`; count all."""
         is_error = code == "overlap" and self._data.overlap == "error"
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
-        for row, other in found_I[:PAIRS_LISTED].tolist():
-            said = _REPEATS[code].format(self._source("train", other))
+        rows_I = np.flatnonzero(repeats_I)
+        for row in rows_I[:PAIRS_LISTED].tolist():
+            said = _REPEATS[code].format(self._source("train", int(first_I[row])))
             self._hear(Problem(self._source(side, row), code, said, "", severity))
-        if (more := len(found_I) - PAIRS_LISTED) > 0:
+        if (more := len(rows_I) - PAIRS_LISTED) > 0:
             self._counts[severity][code] += more
 
     def _source(self, side: Side, row: int) -> Source:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
-from tunesmith.data.encode import SCHEMA, Encoding, EncodingCounts, JoinedParts, OnProgress, complete, in_parts
+from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, complete, in_parts
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
@@ -279,7 +279,6 @@ def build(
     """
     files = expand_folders(files, on_problem)
     inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
-    listeners: dict[str, Any] = {"on_problem": on_problem, "progress": progress}
     with ExitStack() as held:
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
@@ -300,19 +299,18 @@ def build(
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
         aside = folder / f"parts-{key[:16]}"
-        parts = in_parts(files)
-        encoding: EncodingCounts
-        if len(parts) > 1:
-            encoding = JoinedParts(data, parts, partial(build, aside, data=data, renderer=renderer), **listeners)
-        else:
-            encoding = Encoding(data, files, renderer, num_bytes=sum(sizes), **listeners)
+        how: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
+        encoding = Encoding(files=files, num_bytes=sum(sizes), **how)
+        if len(in_parts(files)) > 1:
+            of_part = partial(build, aside, data=data, renderer=renderer)
+            encoding = JoinedParts(files=files, num_bytes=sum(sizes), build=of_part, **how)
         summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
         disk.remove(aside)
         return RowStore(folder, summary, paths, reused=False)
 
 
-def write(path: Path, key: str, hashes: list[str], encoding: EncodingCounts, *, check: Callable[[], None]) -> Summary:
+def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
     """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
     with disk.writing(path) as file:
         batches = encoding.batches()
@@ -387,13 +385,9 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "limits": limits,
         "tokenizer and template": renderer.fingerprint,
         "task": renderer.task_name,
-        "kind": renderer.kind,
-        "stride": renderer.stride,
-        "prompt": renderer.prompt,
-        "max_tokens": renderer.max_tokens,
-        "too_long": renderer.too_long,
-        "control_tokens": renderer.control_tokens,
     }
+    for name in ("kind", "stride", "prompt", "max_tokens", "too_long", "control_tokens"):
+        parts[name] = getattr(renderer, name)
     if renderer.pooling is not None:
         pooling = asdict(renderer.pooling)
         parts["pooling"] = {key: value for key, value in pooling.items() if key != "include_prompt" or not value}

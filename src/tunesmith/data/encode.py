@@ -11,12 +11,14 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import cycle
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from operator import attrgetter
+from queue import SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -87,7 +89,7 @@ class Encoded(NamedTuple):
 def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
     """Examples in chunks. Raises as `found` does, after the chunks before."""
     chunk: list[tuple[int, Example]] = []
-    num_chars, error = 0, None
+    num_chars = 0
     try:
         for file, example in found:
             chunk.append((file, example))
@@ -95,12 +97,12 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
             if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
                 yield chunk
                 chunk, num_chars = [], 0
-    except TunesmithError as raised:
-        error = raised
+    except TunesmithError:
+        if chunk:
+            yield chunk
+        raise
     if chunk:
         yield chunk
-    if error is not None:
-        raise error
 
 
 def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
@@ -124,28 +126,74 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
 
 @contextmanager
 def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Callable[[], Encoded]]]:
-    """A function that has a chunk encoded, and returns one that waits for its rows; 1: by this process, then."""
+    """A function that has a chunk encoded, and returns one that waits for its rows; 1: by this process, then.
+
+    Processes take chunks by turns, so that the rows of each come in the order in which its chunks were sent.
+    """
     if num == 1:
         yield lambda chunk: partial(encode, renderer, chunk)
         return
-    pool = ProcessPoolExecutor(num, multiprocessing.get_context("spawn"), _begin, (renderer,))
-
-    def begin(chunk: Chunk) -> Callable[[], Encoded]:
-        with spawning():
-            return pool.submit(_encode_here, chunk).result
-
+    context, started = multiprocessing.get_context("spawn"), list[tuple[BaseProcess, Connection]]()
     try:
+        with spawning():
+            for _ in range(num):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_encode_for, args=(theirs,), daemon=True)
+                process.start()
+                started.append((process, ours))
+                theirs.close()
+        for _, ours in started:  # not as an argument of each, which would be read before the next one starts
+            ours.send(renderer)
+        turns = cycle([ours for _, ours in started])
+
+        def begin(chunk: Chunk) -> Callable[[], Encoded]:
+            ours = next(turns)
+            ours.send(chunk)
+            return partial(_rows_from, ours)
+
         yield begin
-    except BaseException as error:  # a template that never ends would be waited for, after Ctrl-C too
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        # Else the pool waits for the rest of a result that a process was sending.
-        pool._result_queue._writer.close()  # type: ignore[attr-defined]
-        pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from error
-        raise
-    pool.shutdown()
+    except (EOFError, ConnectionError) as error:
+        raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from error
+    finally:  # not waited for: a template may never end
+        for one, ours in started:
+            one.kill()
+            one.join()
+            ours.close()
+
+
+def _rows_from(process: Connection) -> Encoded:
+    found: Encoded | Exception = process.recv()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _encode_for(parent: Connection) -> None:
+    """Encode for another process, which sends a renderer and then chunks, and end with it."""
+    sent = SimpleQueue[Any]()
+
+    def read() -> None:
+        while True:
+            try:
+                sent.put(parent.recv())
+            except (EOFError, OSError):
+                os._exit(1)
+            except Exception as error:  # a class that cannot be imported here
+                sent.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    gc.set_threshold(100_000)  # rows hold no circles
+    renderer = sent.get()
+    while True:
+        chunk = sent.get()
+        try:
+            if isinstance(renderer, Exception):
+                raise renderer
+            found: Encoded | Exception = encode(renderer, chunk)
+        except Exception as error:
+            found = error
+        parent.send(found)
 
 
 def _pickle_by_fields(cls: type[Any]) -> None:
@@ -157,46 +205,22 @@ def _pickle_by_fields(cls: type[Any]) -> None:
 for _cls in (Source, Part, Example):
     _pickle_by_fields(_cls)
 
-_RENDERER: list[Renderer] = []
-"""The one of a process that encodes for another."""
-
-
-def _begin(renderer: Renderer) -> None:
-    """Prepare a process that encodes for another, and ends with that."""
-
-    def end_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    _RENDERER.append(renderer)
-    gc.freeze()  # the collector need not look through the libraries again and again
-    gc.set_threshold(100_000)  # rows hold no circles
-
-
-def _encode_here(chunk: Chunk) -> Encoded:
-    return encode(_RENDERER[0], chunk)
-
 
 def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
     """Each item when there are `num` after it, or no more; an error comes after the items before it."""
-    waiting, error = deque[T](), None
+    waiting = deque[T]()
     try:
         for item in items:
             waiting.append(item)
             if len(waiting) > num:
                 yield waiting.popleft()
-    except TunesmithError as raised:
-        error = raised
+    except TunesmithError:
+        yield from waiting
+        raise
     yield from waiting
-    if error is not None:
-        raise error
 
 
-def renamed(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, int]) -> pa.RecordBatch:
+def relabelled(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, int]) -> pa.RecordBatch:
     """Rows whose labels count by `names`, with labels by `vocabulary`, to which new classes are added."""
     ids = np.array([vocabulary.setdefault(name, len(vocabulary)) for name in names] or [0], np.int64)
     at = SCHEMA.get_field_index("labels")
@@ -208,11 +232,11 @@ def renamed(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, in
 
 def complete(rows: pa.RecordBatch) -> pa.RecordBatch:
     """Rows as an earlier version wrote them, with empty lists in the columns that it did not have."""
-    for field in SCHEMA:
-        if field.name not in rows.schema.names:
+    for column in SCHEMA:
+        if column.name not in rows.schema.names:
             offsets = pa.array(np.zeros(rows.num_rows + 1, np.int32))
-            empty = pa.ListArray.from_arrays(offsets, pa.array([], field.type.value_type))
-            rows = rows.append_column(field, empty)
+            empty = pa.ListArray.from_arrays(offsets, pa.array([], column.type.value_type))
+            rows = rows.append_column(column, empty)
     return rows
 
 
@@ -222,89 +246,74 @@ def columns(found: Sequence[tuple[Row, int, int, int]]) -> pa.RecordBatch:
     def numbers(values: Iterable[int], dtype: Any) -> pa.Array:
         return pa.array(np.fromiter(values, dtype, len(found)))
 
-    nothing = np.empty(0, np.int64)
     rows, files, contents, inputs = zip(*found, strict=True) if found else ((), (), (), ())
+    ids, trained = _lists([row.ids for row in rows], np.int32), _lists([row.trained for row in rows], np.bool_)
+    num_trained = np.concatenate([[0], np.cumsum(trained.values.to_numpy(zero_copy_only=False))])
     arrays = [
-        _lists([row.ids for row in rows], np.int32),
-        _lists([row.trained for row in rows], np.bool_),
+        ids,
+        trained,
         numbers((line_tokens(row) for row in rows), np.int32),
-        numbers((int(np.count_nonzero(row.trained)) for row in rows), np.int32),
+        pa.array(np.diff(num_trained[trained.offsets.to_numpy()]).astype(np.int32)),
         numbers(files, np.int32),
         numbers((row.source.line for row in rows), np.int64),
         numbers(contents, np.uint64),
         numbers(inputs, np.uint64),
-        _lists([nothing if row.labels is None else row.labels for row in rows], np.int64),
+        _lists([() if row.labels is None else row.labels for row in rows], np.int64),
         numbers((row.second for row in rows), np.int32),
         numbers((row.num_bytes for row in rows), np.int32),
-        _lists([np.array(row.branches, np.int32) for row in rows], np.int32),
-        _lists([np.array(row.values, np.float64) for row in rows], np.float64),
+        _lists([row.branches for row in rows], np.int32),
+        _lists([row.values for row in rows], np.float64),
     ]
     return pa.record_batch(arrays, schema=SCHEMA)
 
 
-def _lists(arrays: Sequence[NDArray[Any]], dtype: Any) -> pa.ListArray:
-    offsets = np.cumsum([0, *(len(array) for array in arrays)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([np.empty(0, dtype), *arrays])))
+def _lists(lists: Sequence[Sequence[float] | NDArray[Any]], dtype: Any) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, lists)]).astype(np.int32)
+    values = np.concatenate([np.empty(0, dtype), *(np.asarray(one, dtype) for one in lists if len(one))])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-class EncodingCounts:
-    """Counts of rows that are being encoded; complete when all of them were."""
-
-    def __init__(self, data: Data, on_problem: OnProblem, progress: OnProgress) -> None:
-        self._data, self._on_problem, self._progress = data, on_problem, progress
-        self.num_rows = self.skipped = 0
-        self.errors: Counter[str] = Counter()
-        self.warnings: Counter[str] = Counter()
-        self.problems: list[Problem] = []
-        self.vocabulary: dict[str, int] = {}
-        """Classes by their first appearance, which rows count by until it is known what a model learns."""
-        self.many: bool | None = None
-        """Whether classes came as lists; None: rows without classes."""
-
-    def batches(self) -> Generator[pa.RecordBatch, None, None]:
-        """The rows as record batches."""
-        raise NotImplementedError
-
-    def _list(self, problem: Problem) -> None:
-        if len(self.problems) < self._data.limits.problems:
-            self.problems.append(problem)
-            self._on_problem(problem)
-
-
-class Encoding(EncodingCounts):
+@dataclass(kw_only=True)
+class Encoding:
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    `num_bytes`: of all files. By data.num_proc processes, or as many as their size is worth; the rows are the same.
+    By data.num_proc processes, or as many as the files are worth; the rows are the same. Counts are complete when all
+    batches were taken.
     """
 
-    def __init__(
-        self,
-        data: Data,
-        files: Sequence[DataFile],
-        renderer: Renderer,
-        *,
-        num_bytes: int,
-        on_problem: OnProblem,
-        progress: OnProgress,
-    ) -> None:
-        super().__init__(data, on_problem, progress)
-        self._files, self._renderer, self._num_bytes = files, renderer, num_bytes
-        self._num_proc = data.num_proc or (min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1)
-        self._last_bad: Source | None = None
+    data: Data
+    files: Sequence[DataFile]
+    renderer: Renderer
+    num_bytes: int
+    """Size of all files."""
+    on_problem: OnProblem
+    progress: OnProgress
+    num_rows: int = 0
+    skipped: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    vocabulary: dict[str, int] = field(default_factory=dict)
+    """Classes by their first appearance, which rows count by until it is known what a model learns."""
+    many: bool | None = None
+    """Whether classes came as lists; None: rows without classes."""
+    _last_bad: Source | None = None
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises `DataError` for a file that cannot be read, when the rows before it were taken."""
         parts: list[pa.RecordBatch] = []
         num_rows = num_tokens = 0
         facts: list[FileFacts] = []
-        read = examples(self._files, self._data, self._hear, facts=facts, task=self._renderer.task_name)
-        with _processes(self._renderer, self._num_proc) as begin:
+        read = examples(self.files, self.data, self._hear, facts=facts, task=self.renderer.task_name)
+        most = min(num_cpus(), MOST_PROCESSES) if self.num_bytes >= WORTH_BYTES else 1
+        num_proc = self.data.num_proc or most
+        with _processes(self.renderer, num_proc) as begin:
             begun = ((begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(read))
-            for rows_of_chunk, done_bytes in _ahead(begun, AHEAD * self._num_proc if self._num_proc > 1 else 0):
+            for rows_of_chunk, done_bytes in _ahead(begun, AHEAD * num_proc if num_proc > 1 else 0):
                 rows, names, many, problems = rows_of_chunk()
                 for problem in problems:
                     self._hear(problem)
-                parts.append(renamed(rows, names, self.vocabulary))
+                parts.append(relabelled(rows, names, self.vocabulary))
                 num_rows += rows.num_rows
                 num_tokens += len(rows.column("ids").values)
                 self.num_rows += rows.num_rows
@@ -313,10 +322,10 @@ class Encoding(EncodingCounts):
                 if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
                     yield pa.concat_batches(parts)
                     parts, num_rows, num_tokens = [], 0, 0
-                self._progress(self.num_rows, done_bytes, self._num_bytes)
+                self.progress(self.num_rows, done_bytes, self.num_bytes)
         if num_rows:
             yield pa.concat_batches(parts)
-        self._progress(self.num_rows, self._num_bytes, self._num_bytes)
+        self.progress(self.num_rows, self.num_bytes, self.num_bytes)
 
     def _hear(self, problem: Problem) -> None:
         counts = self.errors if problem.severity == "error" else self.warnings
@@ -325,6 +334,11 @@ class Encoding(EncodingCounts):
             self.skipped += 1  # the problems of one row come one after the other
             self._last_bad = problem.source
         self._list(problem)
+
+    def _list(self, problem: Problem) -> None:
+        if len(self.problems) < self.data.limits.problems:
+            self.problems.append(problem)
+            self.on_problem(problem)
 
 
 PART_BYTES = 256 * 1024 * 1024
@@ -344,31 +358,27 @@ def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
     return parts
 
 
-class JoinedParts(EncodingCounts):
-    """The rows of parts one after the other; `Encoding` of files that are here only while they are read.
+@dataclass(kw_only=True)
+class JoinedParts(Encoding):
+    """The rows of files that are here only while they are read, in parts, one after the other.
 
     Each part is a row store of its own, so that an interrupted encoding continues with the first one that is not there.
-    `build`: `dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts.
     """
 
-    def __init__(
-        self, data: Data, parts: Sequence[Sequence[DataFile]], build: Callable[..., Any], **listeners: Any
-    ) -> None:
-        super().__init__(data, **listeners)
-        self._parts, self._build = parts, build
+    build: Callable[..., Any]
+    """`dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts."""
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
         """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
         first_file, done_bytes = 0, 0
-        total = sum(size_of(file.at) for part in self._parts for file in part)
-        for part in self._parts:
+        for part in in_parts(self.files):
 
             def progress(
                 rows: int, done: int, of: int, before: int = done_bytes, num_rows: int = self.num_rows
             ) -> None:
-                self._progress(num_rows + rows, before + done, total)
+                self.progress(num_rows + rows, before + done, self.num_bytes)
 
-            store = self._build(files=part, on_problem=self._list, progress=progress)
+            store = self.build(files=part, on_problem=self._list, progress=progress)
             summary = store.summary
             self.num_rows += summary.num_rows
             self.skipped += summary.skipped
@@ -376,12 +386,12 @@ class JoinedParts(EncodingCounts):
             self.warnings.update(summary.warnings)
             if summary.many is not None:
                 self.many = bool(self.many) or summary.many
-            if num_bad := num_refused(self._data, self.errors):  # the others may take days
+            if num_bad := num_refused(self.data, self.errors):  # the others may take days
                 what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(first_file + len(part), 'file')}"
                 way = f"Correct the data, or leave such rows out: {SKIP}."
-                raise DataError(f"{what}; the others were not read. {way}", refused(self._data, self.problems))
+                raise DataError(f"{what}; the others were not read. {way}", refused(self.data, self.problems))
             for batch in store.batches():
-                yield renamed(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
+                yield relabelled(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
             first_file += len(part)
             done_bytes += sum(size_of(file.at) for file in part)
 

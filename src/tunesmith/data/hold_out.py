@@ -159,20 +159,6 @@ def firsts(among_I: NDArray[np.uint64], of_I: NDArray[np.uint64]) -> NDArray[np.
     return np.where(values[at] == of_I, places[at], -1)
 
 
-def duplicates(hashes_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(row, the first row that is the same) of every row that repeats one, in the order of rows."""
-    first_I = firsts(hashes_I, hashes_I)
-    again_I = np.flatnonzero(first_I != np.arange(len(first_I)))
-    return np.stack([again_I, first_I[again_I]], axis=1)
-
-
-def overlap(train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(held-out row, the first training row that is the same), in the order of held-out rows."""
-    first_I = firsts(train_I, held_I)
-    shared_I = np.flatnonzero(first_I >= 0)
-    return np.stack([shared_I, first_I[shared_I]], axis=1)
-
-
 def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], held_I: NDArray[np.uint64]) -> list[str]:
     """Note about held-out rows whose input is also trained, with another answer.
 
@@ -185,16 +171,6 @@ def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], he
         f"{num:,} of {len(held_I):,} held-out rows share an input with a trained row, with another answer: "
         "their measures are not those of unseen rows"
     ]
-
-
-def conflicts(texts_I: NDArray[np.uint64], rows_I: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(row, the first row with the same text) of every row that is another than that one, in the order of rows.
-
-    `texts_I` are hashes of texts alone, `rows_I` of texts and their labels.
-    """
-    first_I = firsts(texts_I, texts_I)
-    found_I = np.flatnonzero(rows_I != rows_I[first_I])
-    return np.stack([found_I, first_I[found_I]], axis=1)
 
 
 def never_trained(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pkgutil import resolve_name
 from typing import Any, Literal
 
@@ -135,50 +135,40 @@ class LengthLimit:
 Encoded = list[Row] | list[Problem]
 
 
+@dataclass(eq=False, repr=False)
 class Renderer:
     """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
     `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the options of
-    `data`; None: as the option's "auto" or null. `date`: the day that a chat template writes; None: today. `pooling`:
-    for texts that become vectors. Raises `ModelError` for a tokenizer or template that cannot be trained with,
-    `RecipeError` for options that leave a row no room.
+    `data`; None: as the option's "auto" or null. `pooling`: for texts that become vectors.
+    Raises `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for options that leave a
+    row no room.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        task: Task,
-        *,
-        kind: ModelKind = "causal",
-        max_tokens: int | None,
-        too_long: TooLong,
-        control_tokens: Literal["error", "allow"],
-        stride: int | None = None,
-        prompt: str | None = None,
-        date: str | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
-        fast = FastTokenizer(tokenizer)
-        limit = LengthLimit(max_tokens, too_long)
-        self.tokenizer = tokenizer
+    tokenizer: Any
+    task: InitVar[Task]
+    _: KW_ONLY
+    kind: ModelKind = "causal"
+    max_tokens: int | None
+    too_long: TooLong
+    control_tokens: Literal["error", "allow"]
+    stride: int | None = None
+    prompt: str | None = None
+    date: str | None = None
+    """The day that the chat template writes; None: none, or today."""
+    pooling: Pooling | None = None
+
+    def __post_init__(self, task: Task) -> None:
+        fast, limit = FastTokenizer(self.tokenizer), LengthLimit(self.max_tokens, self.too_long)
         self.task_name = task.name
-        self.kind = kind
-        self.max_tokens = max_tokens
-        self.too_long = too_long
-        self.control_tokens = control_tokens
-        self.stride = stride
-        self.prompt = prompt
-        self.pooling = pooling
         encoder = resolve_name(task.encoder) if isinstance(task.encoder, str) else task.encoder
-        self._encoder: RowEncoder = encoder(
-            EncoderSettings(tokenizer, fast, limit, kind, stride, prompt, date, pooling)
-        )
-        self.date = date if "strftime_now" in self._encoder.template_text else None
-        """The day that the chat template writes; None: none, or today."""
+        options = (self.kind, self.stride, self.prompt, self.date, self.pooling)
+        self._encoder: RowEncoder = encoder(EncoderSettings(self.tokenizer, fast, limit, *options))
+        self.date = self.date if "strftime_now" in self._encoder.template_text else None
         self._control = self._encoder.control
         self.stop_ids: tuple[int, ...] = self._encoder.stop_ids
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
-        self.fingerprint: str = fingerprint(tokenizer, self._encoder.template_text)
+        self.fingerprint: str = fingerprint(self.tokenizer, self._encoder.template_text)
         """SHA-256 of the template and of what the tokenizer does to a probe text."""
 
     def encode(
@@ -220,16 +210,19 @@ class Renderer:
 
     def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
-        found = None if self.control_tokens == "allow" else self._spelled(example)
+        if self.control_tokens == "allow" or not (found := self._spelled(example)):
+            return []
         message = f"its text contains {found}, a control token of this model."
         fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
-        return [Problem(example.source, "control_token", message, fix)] if found else []
+        return [Problem(example.source, "control_token", message, fix)]
 
     def _spelled(self, example: Example) -> str | None:
         """The first control token that a text of a row spells."""
         parts = (*example.parts, *(part for branch in example.branches for part in branch))
-        texts = [text for part in parts for text in (part.role, part.text, *strings(part.fields))]
-        texts += strings(list(example.tools))
+        texts = []
+        for part in parts:
+            texts += [part.role, part.text, *(strings(part.fields) if part.fields else ())]
+        texts += strings(list(example.tools)) if example.tools else ()
         if self._control.in_text("\n".join(texts)) is None:  # nearly always: looking text by text takes long
             return None
         return next((token for text in texts if (token := self._control.in_text(text))), None)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,16 +36,13 @@ class Tokens:
     """The tokens of one text."""
 
     ids: list[int]
+    ids_T: NDArray[np.int32]
     find_offsets: Callable[[], list[tuple[int, int]]]
 
     @cached_property
     def offsets(self) -> list[tuple[int, int]]:
         """The characters [start, end) of each token: white space at its sides may be left out."""
         return self.find_offsets()
-
-    @cached_property
-    def ids_T(self) -> NDArray[np.int32]:
-        return np.array(self.ids, np.int32)
 
     @property
     def starts_T(self) -> NDArray[np.int64]:
@@ -102,17 +100,26 @@ class FastTokenizer:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         check_against_file(tokenizer, Path(self.name) / "tokenizer.json")
 
-    def encode(self, texts: Sequence[str], *, with_offsets: bool = True) -> list[Tokens]:
-        """Tokens of each text, without special tokens around it: a chat template has already written BOS.
-
-        `with_offsets` False takes two thirds of the time; offsets that are asked for all the same take twice as much.
-        """
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokens of each text, without special tokens around it: a chat template has already written BOS."""
         self._reset()
-        if with_offsets:
-            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-            return [Tokens(encoding.ids, partial(getattr, encoding, "offsets")) for encoding in encodings]
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [Tokens(found.ids, partial(self._offsets, text)) for found, text in zip(encodings, texts, strict=True)]
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Tokens(found.ids, np.array(found.ids, np.int32), partial(getattr, found, "offsets")) for found in encodings
+        ]
+
+    def encode_alike(self, texts: Sequence[str], num_common: int) -> list[Tokens]:
+        """As `encode`, in less time while no offsets are asked for. Texts begin with `ControlTokens.num_common` same
+        characters, which are tokenized once."""
+        head, *whole = self.ids([texts[0][:num_common], texts[0]] if texts else [""])
+        rests = self.ids([text[num_common:] for text in texts])
+        if whole and not np.array_equal(np.concatenate([head, rests[0]]), whole[0]):
+            head, rests = head[:0], self.ids(texts)  # a tokenizer that does look behind control tokens
+        found = [np.concatenate([head, rest]) for rest in rests]
+        return [
+            Tokens(ids_T.tolist(), ids_T, partial(self._offsets, text))
+            for ids_T, text in zip(found, texts, strict=True)
+        ]
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         return self.encode([text])[0].offsets
@@ -179,9 +186,8 @@ class ControlTokens:
         self._is_reserved = np.zeros(max([*added, 0]) + 2, np.bool_)  # the last entry is for every id beyond
         self._is_reserved[list(known)] = True
         control = {**{i: added[i].content for i in self._cuts}, **known, **self.closing}
-        self._is_control = self._is_reserved.copy()
-        self._is_control[list(control)] = True
         self._control_re = _alternatives(control.values())
+        self._control = frozenset(control)
         self._id_of = {text: i for i, text in control.items()}
         self._is_spelled = control.keys() <= self._cuts
         """Whether a text spells each of them out where its tokens have it, with nothing around it."""
@@ -191,11 +197,16 @@ class ControlTokens:
         found = self._reserved_re.search(text)
         return found.group() if found else None
 
+    def num_common(self, texts: Sequence[str]) -> int:
+        """Characters that all texts begin with, before a control token that cuts them: what precedes it has the same
+        tokens in each, and what follows is tokenized as if it began there. 0 for a single text."""
+        found = self._control_re.finditer(commonprefix(texts)) if len(texts) > 1 else ()  # noqa: RUF071 (it is text)
+        return max((match.start() for match in found if self._id_of[match.group()] in self._cuts), default=0)
+
     def places(self, text: str, tokens: Tokens) -> ControlPlaces:
         """The control tokens of a text."""
-        ids_T = tokens.ids_T
-        places = np.flatnonzero(self._is_control[np.minimum(ids_T, len(self._is_control) - 1)]).tolist()
-        ids = ids_T[places].tolist()
+        places = [place for place, token_id in enumerate(tokens.ids) if token_id in self._control]
+        ids = [tokens.ids[place] for place in places]
         found = list(self._control_re.finditer(text)) if self._is_spelled else []
         if [self._id_of[match.group()] for match in found] == ids:
             spans = [match.span() for match in found]
