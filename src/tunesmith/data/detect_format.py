@@ -10,15 +10,17 @@ import re
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from io import BufferedIOBase, BufferedReader
+from typing import Literal
 
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.phrases import near_file
 
+ByteStream = BufferedIOBase
 FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
 
 HEAD_BYTES = 64 * 1024
@@ -216,54 +218,29 @@ def _size_of_file(path: str, at: str) -> int:
 
 
 @contextmanager
-def open_text(facts: FileFacts) -> Iterator[ByteStream]:
-    """The unpacked bytes of a text file, after its byte order mark. Raises `DataError` when it cannot be read."""
-    with _packed(facts) as packed:
-        stream = ByteStream(gzip.GzipFile(fileobj=packed) if facts.gzipped else packed, packed, facts)
-        if facts.has_bom:
-            stream.read(len(BOM))
-        yield stream
+def open_text(facts: FileFacts) -> Iterator[tuple[ByteStream, BufferedReader]]:
+    """The bytes of a text file after its byte order mark, unpacked, and the file that they are read from.
+
+    Whatever cannot be read, then or later, is raised as a `DataError`.
+    """
+    with open_packed(facts) as packed:
+        stream: ByteStream = gzip.GzipFile(fileobj=packed) if facts.gzipped else packed
+        try:
+            if facts.has_bom:
+                stream.read(len(BOM))
+            yield stream, packed
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise damaged_gzip(facts.path, facts.line + 1, error) from None
+        except OSError as error:
+            raise cannot_open(facts.path, error, facts.line + 1) from None
 
 
-def open_parquet(facts: FileFacts) -> BinaryIO:
-    """A Parquet file. Raises `DataError` when it cannot be read, or is gzipped: parts of it could not be read then."""
-    if facts.gzipped:
-        raise refusal(facts.path, 0, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
-    return _packed(facts)
-
-
-def _packed(facts: FileFacts) -> BinaryIO:
+def open_packed(facts: FileFacts) -> BufferedReader:
+    """A file as it is on disk. Raises `DataError` when it cannot be read."""
     try:
         return open(facts.at or facts.path, "rb")
     except OSError as error:
         raise cannot_open(facts.path, error) from None
-
-
-class ByteStream:
-    """Bytes of one file. Reading keeps `done_bytes` of its facts up to date and raises nothing but `DataError`."""
-
-    def __init__(self, unpacked: BinaryIO | gzip.GzipFile, packed: BinaryIO, facts: FileFacts) -> None:
-        self._unpacked, self._packed, self._facts = unpacked, packed, facts
-
-    def readline(self, size: int) -> bytes:
-        """At most `size` bytes of what is left of a line."""
-        return self._safely(self._unpacked.readline, size)
-
-    def read(self, size: int) -> bytes:
-        return self._safely(self._unpacked.read, size)
-
-    def _safely(self, read: Callable[[int], bytes], size: int) -> bytes:
-        self._facts.done_bytes = self._packed.tell()
-        try:
-            return read(size)
-        except (EOFError, zlib.error, OSError) as error:
-            raise self._error(error) from None
-
-    def _error(self, error: EOFError | zlib.error | OSError) -> DataError:
-        line = self._facts.line + 1
-        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-            return cannot_open(self._facts.path, error, line)
-        return damaged_gzip(self._facts.path, line, error)
 
 
 def cannot_open(path: str, error: OSError, line: int = 0) -> DataError:

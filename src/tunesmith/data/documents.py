@@ -10,97 +10,68 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
-from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, Tokens
+from tunesmith.data.tokenizer import ControlTokens, Tokens
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.types import Draft, Drafts, Example, Part, Problem
 
 
-class _WindowEncoder(RowEncoder):
-    """Base of both: it takes the windows of each text."""
+class DocumentEncoder(RowEncoder):
+    """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one; a window reads at
+    least one token that the one before it has trained. Or for one of masked tokens: each window in the tokenizer's own
+    frame, and trained is what may be masked.
 
-    _fast: FastTokenizer
-
-    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        texts = [example.parts[0].text for example in examples]
-        return [
-            self._learnable(example, list(self._windows(tokens.ids_T, _num_bytes(text, tokens))))
-            for example, text, tokens in zip(examples, texts, self._fast.encode(texts), strict=True)
-        ]
-
-    def _learnable(self, example: Example, drafts: Sequence[Draft]) -> Drafts:
-        """The windows in which something is learnt."""
-        message = "its text gives no token that could be learnt."
-        found = [draft for draft in drafts if draft.trained_T.any()]
-        return found or Problem(example.source, "no_target", message, "Remove the row.")
-
-    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
-        """The windows of a text's tokens, each with the UTF-8 bytes from the end of the token before it to its own."""
-        raise NotImplementedError
-
-
-class DocumentEncoder(_WindowEncoder):
-    """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one.
-
-    A window reads at least one token that the one before it has trained. Raises `RecipeError` for a limit or a
-    `stride` (None: the longest) that leaves tokens out.
+    Raises `ModelError` for a tokenizer without the mask that it needs; `RecipeError` for a limit or a `stride` (None:
+    the longest) that leaves tokens out.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
         self._fast = fast = settings.fast
+        self._is_masked = settings.kind == "encoder"
+        if self._is_masked and settings.tokenizer.mask_token_id is None:
+            raise ModelError(
+                f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
+                "text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
+            )
         self.control = ControlTokens(settings.tokenizer, "")
-        self.stop_ids = () if fast.eos_id is None else (fast.eos_id,)
-        self._frame = fast.causal_frame(closed=True)
-        self._width = settings.limit.max_tokens
-        self._stride = _checked_stride(settings.stride, width=self._width, num_read=1)
+        self.stop_ids = () if self._is_masked or fast.eos_id is None else (fast.eos_id,)
+        self._frame = fast.frame(1) if self._is_masked else fast.causal_frame(closed=True)
+        most = settings.limit.max_tokens
+        self._width = most - self._frame.num_added() if self._is_masked and most is not None else most
+        self._stride = _checked_stride(settings.stride, width=self._width, num_read=0 if self._is_masked else 1)
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        texts = [example.parts[0].text for example in examples]
+        found: list[Drafts] = []
+        for example, text, tokens in zip(examples, texts, self._fast.encode(texts), strict=True):
+            drafts = [draft for draft in self._windows(text, tokens) if draft.trained_T.any()]
+            message = "its text gives no token that could be learnt."
+            found.append(drafts or Problem(example.source, "no_target", message, "Remove the row."))
+        return found
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids of a text that is to be continued. `tools` have no meaning."""
         ids_T = self._fast.ids([parts[0].text])[0]
         return [int(token_id) for token_id in np.concatenate([self._frame.before_ids, ids_T])]
 
-    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
-        ids_T = self._frame.around(text_T)
-        bytes_T = np.zeros(len(ids_T), np.int64)
-        bytes_T[len(self._frame.before_ids) :][: len(text_T)] = num_bytes_T
+    def _windows(self, text: str, tokens: Tokens) -> Iterator[Draft]:
+        """The windows of a text, each with the UTF-8 bytes that its trained tokens spell."""
+        bytes_T, num_before = _num_bytes(text, tokens), len(self._frame.before_ids)
+        if self._is_masked:
+            ids_T, learnable_T = tokens.ids_T, ~self.control.are_reserved(tokens.ids_T)
+        else:
+            ids_T = self._frame.around(tokens.ids_T)
+            learnable_T = np.arange(len(ids_T)) > 0  # nothing predicts the first token of all
+            bytes_T = np.pad(bytes_T, (num_before, len(ids_T) - len(bytes_T) - num_before))
         for start, end, seen in windows(len(ids_T), width=self._width, stride=self._stride):
-            trained_T = np.arange(start, end) >= max(seen, 1)  # nothing predicts the first token of all
-            yield Draft(ids_T[start:end], trained_T, num_bytes=int(bytes_T[start:end][trained_T].sum()))
-
-
-class MaskedDocumentEncoder(_WindowEncoder):
-    """Text for a model of masked tokens: every window in the tokenizer's own frame. Trained: what may be masked.
-
-    Raises `ModelError` for a tokenizer without a mask; `RecipeError` for a limit or a `stride` (None: the longest) that
-    leaves tokens out.
-    """
-
-    def __init__(self, settings: EncoderSettings) -> None:
-        self._fast = fast = settings.fast
-        most = settings.limit.max_tokens
-        if settings.tokenizer.mask_token_id is None:
-            raise ModelError(
-                f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
-                "text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
-            )
-        self.control = ControlTokens(settings.tokenizer, "")
-        self._frame = fast.frame(1)
-        self._width = None if most is None else most - self._frame.num_added()
-        self._stride = _checked_stride(settings.stride, width=self._width, num_read=0)
-
-    def _windows(self, text_T: NDArray[np.int32], num_bytes_T: NDArray[np.int64]) -> Iterator[Draft]:
-        maskable_T = ~self.control.are_reserved(text_T)
-        at = len(self._frame.before_ids)
-        for start, end, seen in windows(len(text_T), width=self._width, stride=self._stride):
-            learnt_T = maskable_T[start:end] & (np.arange(start, end) >= seen)
-            ids_T = self._frame.around(text_T[start:end])
-            trained_T = np.zeros(len(ids_T), np.bool_)
-            trained_T[at : at + end - start] = learnt_T
-            yield Draft(ids_T, trained_T, num_bytes=int(num_bytes_T[start:end][learnt_T].sum()))
-
-
-def document_encoder(settings: EncoderSettings) -> RowEncoder:
-    """The encoder of task text."""
-    return (MaskedDocumentEncoder if settings.kind == "encoder" else DocumentEncoder)(settings)
+            learnt_T = learnable_T[start:end] & (np.arange(start, end) >= seen)
+            num_bytes = int(bytes_T[start:end][learnt_T].sum())
+            if not self._is_masked:
+                yield Draft(ids_T[start:end], learnt_T, num_bytes=num_bytes)
+                continue
+            framed_T = self._frame.around(ids_T[start:end])
+            trained_T = np.zeros(len(framed_T), np.bool_)
+            trained_T[num_before : num_before + end - start] = learnt_T
+            yield Draft(framed_T, trained_T, num_bytes=num_bytes)
 
 
 def windows(num_tokens: int, *, width: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:

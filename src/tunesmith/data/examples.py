@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import check_column_names, explain
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.formats import CHATS, COMPARED, FORMATS, SEARCHED, SHAPES, find_shape, matches
+from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
-from tunesmith.data.problems import names, refusal
+from tunesmith.data.problems import names, paste, refusal
 from tunesmith.data.read import OnProblem, read
-from tunesmith.errors import InputError
+from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
@@ -118,8 +118,8 @@ class FileExamples:
             for problem in parsed:
                 self.on_problem(problem)
             return None
-        if record.keys() - set(FORMATS[shape].fields):
-            self._ignore(record, source, shape)
+        if unknown := [name for name in record if name not in form.fields]:
+            self._ignore(unknown, source)
         if self.keep is not None:
             parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))
         self.shape = shape
@@ -184,7 +184,7 @@ class FileExamples:
         taken = set(columns.values())
         for name, value in record.items():
             if name in found and name not in taken:
-                self._ignore_one(f"{name} (data.columns takes another)", source)
+                self._ignore([f"{name} (data.columns takes another)"], source)
             elif name not in taken:
                 found[name] = value
         return found
@@ -222,13 +222,10 @@ class FileExamples:
             if isinstance(record.get(name), list) and len(record[name]) > limit
         ]
 
-    def _ignore(self, record: dict[str, Any], source: Source, shape: Shape) -> None:
-        for name in record.keys() - set(FORMATS[shape].fields) - self.ignored.keys() - set(self.keep or ()):
-            self._ignore_one(name, source)
-
-    def _ignore_one(self, name: str, source: Source) -> None:
-        if len(self.ignored) < MOST_IGNORED:
-            self.ignored.setdefault(name, source)
+    def _ignore(self, names: Iterable[str], source: Source) -> None:
+        for name in names:
+            if len(self.ignored) < MOST_IGNORED and name not in (self.keep or ()):
+                self.ignored.setdefault(name, source)
 
 
 def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
@@ -259,6 +256,9 @@ def content_hash(example: Example) -> int:
     return hash_of(content)
 
 
+_WITH_INPUT = {*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags"}
+
+
 def input_hash(example: Example) -> int:
     """64-bit hash of the input of an example: its prompt, document, text or words, without the answer.
 
@@ -270,7 +270,7 @@ def input_hash(example: Example) -> int:
     if (example.shape in CHATS or example.branches) and not example.plain:
         parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
     read = [[part.role, part.text, part.fields] for part in parts if not part.trained]
-    has_input = example.plain or example.shape in (*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags")
+    has_input = example.plain or example.shape in _WITH_INPUT
     return hash_of([read, example.tools]) if has_input and read else content_hash(example)
 
 
@@ -278,3 +278,54 @@ def hash_of(content: list[Any]) -> int:
     """64-bit hash of a value as JSON; what JSON has no form for, such as a date of Parquet, counts as text."""
     packed = orjson.dumps(content, default=str, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")
+
+
+_USUAL: tuple[Shape, ...] = (
+    "messages", "sharegpt", "alpaca", "prompt_completion", "document_summary", "tokens_tags", "text_label", "text",
+    "text_pairs", "preference",
+)  # fmt: skip
+
+
+def check_column_names(columns: Mapping[str, str]) -> None:
+    """Raise `RecipeError` when data.columns names a field that no shape has, or one of the data's twice."""
+    for ours, theirs in columns.items():
+        if ours not in FIELDS:
+            swapped = f" Did you mean {{{theirs}: {ours}}}?" if theirs in FIELDS else f" One of {', '.join(FIELDS)}."
+            raise RecipeError(f"data.columns.{ours}: no shape has such a field.{did_you_mean(ours, FIELDS) or swapped}")
+    twice = sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1})
+    if twice:
+        raise RecipeError(f"data.columns: {twice[0]} is named for two fields; a column can be one.")
+
+
+def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str, str]:
+    """Why a row has no shape that `task` learns from: code, message and way out."""
+    shape, fields = find_shape(record), FORMATS[SHAPES[task][-1]].required if task else ("prompt", "completion")
+    own = paste(dict(zip(fields, [*(name for name in record if len(name) < 40), "...", "..."], strict=False)))
+    if shape is not None and task is not None:
+        tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
+        message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
+        return "other_task", message, f"Add --set task={tasks.split()[0]}, or name your fields, such as {own}."
+    takes = ", or ".join(" and ".join(FORMATS[name].required) for name in (SHAPES[task] if task else _USUAL))
+    message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
+    return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
+
+
+_CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")
+"""Fields next to a text that nearly always hold its class."""
+
+
+def ask_text_or_classes(data: Data) -> str | None:
+    """The question to the user if the first row of a file is text, and has a field that is often a class; else None."""
+    text = data.columns.get("text", "text")
+    for file in data.train:
+        with suppress(DataError):  # which is said when its rows are read
+            for _, record, _ in itertools.islice(read([file], limits=data.limits, on_problem=lambda problem: None), 1):
+                renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
+                label = next((name for name in _CLASSES if name in record and name != text), None)
+                if label is not None and find_shape({**record, **renamed}) == "text":
+                    columns = paste({"text": text, "label": label}, task="classify")
+                    return (
+                        f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
+                        f"To learn the class: {columns}. To learn the text itself: --set task=text."
+                    )
+    return None

@@ -208,5 +208,7 @@ def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tup
             return
         readers["CSV"] = csv_rows
     reader = readers[facts.kind]
-    with open_text(facts) as stream:
-        yield from reader(stream, facts, limits=limits, on_bad=on_bad)
+    with open_text(facts) as (stream, packed):
+        for found in reader(stream, facts, limits=limits, on_bad=on_bad):
+            facts.done_bytes = packed.tell()
+            yield found

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_parquet
+from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_packed
 from tunesmith.data.problems import refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, too_long
 from tunesmith.errors import DataError
@@ -105,7 +105,9 @@ _UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
 
 def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row's number, from 1, and values by column. Raises `DataError` when the file is damaged."""
-    with open_parquet(facts) as stream:
+    if facts.gzipped:  # parts of it could not be read
+        raise refusal(facts.path, 0, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
+    with open_packed(facts) as stream:
         try:
             table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         except _BROKEN as error:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.columns import ask_text_or_classes
+from tunesmith.data.examples import ask_text_or_classes
 from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
