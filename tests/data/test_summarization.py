@@ -10,8 +10,8 @@ from data.families import roberta_like, t5_like
 from data.rows_of import only_problem, only_row
 from tiny import CHATML, pair, tiny_tokenizer
 from tunesmith.data.collate import build_batch
+from tunesmith.data.completion import DEFAULT_PROMPTS
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.summarization import DEFAULT_PROMPTS
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Problem, Row, Source

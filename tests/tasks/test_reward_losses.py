@@ -27,7 +27,7 @@ from tunesmith.recipe.objectives import Reward
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
 from tunesmith.tasks import TASKS
-from tunesmith.tasks.reward import branch_loss_sum, reward_losses
+from tunesmith.tasks.scores import branch_loss_sum, reward_losses
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train

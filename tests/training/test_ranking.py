@@ -21,7 +21,7 @@ from tunesmith.recipe.objectives import Rank
 from tunesmith.recipe.schema import Data
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.registry import open_registry
-from tunesmith.tasks.rank import ranking_losses
+from tunesmith.tasks.scores import ranking_losses
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
 from tunesmith.training.trainer import train

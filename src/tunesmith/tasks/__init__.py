@@ -13,12 +13,10 @@ from tunesmith.data.formats import SHAPES
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Loss, Recipe, resolved
 from tunesmith.tasks.embed import EMBED
-from tunesmith.tasks.labels import CLASSIFY, TAG
 from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
-from tunesmith.tasks.rank import RANK
-from tunesmith.tasks.reward import REWARD
-from tunesmith.tasks.texts import CHAT, GENERATE, SUMMARIZE, TEXT
+from tunesmith.tasks.scores import RANK, REWARD
+from tunesmith.tasks.texts import CHAT, CLASSIFY, GENERATE, SUMMARIZE, TAG, TEXT
 from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
 
 if TYPE_CHECKING:

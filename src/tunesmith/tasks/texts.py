@@ -1,16 +1,28 @@
-"""Tasks that learn the tokens of a text: chat, generate, text and summarize."""
+"""Tasks that learn the tokens of a text (chat, generate, text, summarize), or its labels (classify, tag)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.tasks.losses import token_loss_sum, token_measure
+from tunesmith.tasks.losses import (
+    sequence_loss_sum,
+    sequence_measure,
+    token_loss_sum,
+    token_measure,
+    word_loss_sum,
+    word_measure,
+)
 from tunesmith.types import Task
 
 
 def _conversation(text: str, answer: str | None = None) -> dict[str, Any]:
     answers = [] if answer is None else [{"role": "assistant", "content": answer}]
     return {"messages": [{"role": "user", "content": text}, *answers]}
+
+
+def _tagged(text: str, answer: str | None = None) -> dict[str, Any]:
+    words = text.split()
+    return {"tokens": words} | ({} if answer is None else {"tags": [answer] * len(words)})
 
 
 CHAT = Task(
@@ -50,7 +62,7 @@ TEXT = Task(
     heads={"causal": "next_token", "encoder": "masked_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
-    encoder="tunesmith.data.documents:document_encoder",
+    encoder="tunesmith.data.documents:DocumentEncoder",
     record=lambda text, answer=None: {"text": text if answer is None else f"{text} {answer}"},
     raw_text=True,
     answer_key="continuation",
@@ -64,7 +76,7 @@ SUMMARIZE = Task(
     heads={"causal": "next_token", "encoder_decoder": "next_token"},
     loss_sum=token_loss_sum,
     measure=token_measure,
-    encoder="tunesmith.data.summarization:summary_encoder",
+    encoder="tunesmith.data.completion:summary_encoder",
     record=lambda text, answer=None: {"document": text} | ({} if answer is None else {"summary": answer}),
     has_prompt=True,
     writes_answers=True,
@@ -73,4 +85,36 @@ SUMMARIZE = Task(
     detected="rows are documents and their summaries",
     on_overlong=("cut", "the end of a document is cut, never its summary; cut rows are counted"),
     headline_metrics=("rougeL", "rouge1", "perplexity"),
+)
+CLASSIFY = Task(
+    name="classify",
+    doc="Classes of a text or of a pair of texts, or a number for it.",
+    shapes=("text_label",),
+    heads={"encoder": "sequence", "causal": "sequence"},
+    loss_sum=sequence_loss_sum,
+    measure=sequence_measure,
+    encoder="tunesmith.data.classification:ClassificationEncoder",
+    record=lambda text, answer=None: {"text": text} | ({} if answer is None else {"label": answer}),
+    learns_classes=True,
+    takes_pairs=True,
+    detected="rows are texts and their labels",
+    on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
+    headline_metrics=("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
+    next_commands=(("predict", "FILE"), ("show",)),
+)
+TAG = Task(
+    name="tag",
+    doc="A tag for each word, read at the word's first token.",
+    shapes=("tokens_tags",),
+    heads={"encoder": "tokens", "causal": "tokens"},
+    loss_sum=word_loss_sum,
+    measure=word_measure,
+    encoder="tunesmith.data.classification:TaggingEncoder",
+    record=_tagged,
+    learns_classes=True,
+    by_word=True,
+    detected="rows are words and their tags",
+    on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
+    headline_metrics=("span_f1", "span_recall", "tag_accuracy"),
+    next_commands=(("predict", "FILE"), ("show",)),
 )

@@ -1,9 +1,10 @@
-"""Reward: a number for an answer to a prompt, higher for the better of several.
+"""Numbers for texts: for an answer to a prompt (reward), or for a document that may answer a query (rank).
 
-A target is a row: the mean over its pairs of a better and a worse answer, which the step divides by its rows.
+A target is a row, whose loss is the mean over its pairs of a better and a worse text or over its documents,
+or the loss of its list.
 """
 
-# B rows, L lines (one an answer), P pairs of lines
+# B rows, L lines (one an answer or document), P pairs of lines, K documents of a row
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.recipe.objectives import Reward
+from tunesmith.recipe.objectives import Rank, Reward
+from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.preference_losses import measured, values_of
 from tunesmith.types import Batch, Measured, Rates, Task
 
@@ -37,6 +39,24 @@ def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_
     losses_P = losses_P + options.center * (rewards_L[better_P] + rewards_L[worse_P]).square()
     share_P = torch.bincount(row_P, minlength=len(margin_B))[row_P].to(losses_P).reciprocal()
     return torch.zeros_like(margin_B).index_add(0, row_P, losses_P * share_P)
+
+
+def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, options: Rank) -> Tensor:
+    """[B] the loss of each row. Sources: docs/embeddings.md."""
+    import torch
+    from torch.nn import functional as F
+
+    empty_B = torch.zeros_like(values_B)
+    if options.loss == "pairwise":
+        return reward_losses(scores_L, wanted_L, row_of_L, empty_B, Reward(center=0.0))
+    counts_B = torch.bincount(row_of_L, minlength=len(empty_B))
+    if options.loss == "pointwise":
+        weight = scores_L.new_tensor(options.positive_weight)
+        losses_L = F.binary_cross_entropy_with_logits(scores_L, wanted_L, pos_weight=weight, reduction="none")
+        return empty_B.index_add(0, row_of_L, losses_L / counts_B[row_of_L])
+    found = [torch.split(values_L, counts_B.tolist()) for values_L in (scores_L, wanted_L)]
+    lists = [-(wanted_K.softmax(0) * scores_K.log_softmax(0)).sum() for scores_K, wanted_K in zip(*found, strict=True)]
+    return torch.stack(lists)
 
 
 def branch_losses(model: nn.Module, batch: Batch, losses: Callable[..., Tensor], options: Any) -> tuple[Tensor, Tensor]:
@@ -65,10 +85,16 @@ def branch_measure(model: nn.Module, batch: Batch, *, losses: Callable[..., Tens
     return measured(losses_B, parts)
 
 
-def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+def _answered(text: str, answer: str | None = None) -> dict[str, Any]:
     if answer is None:
         return {"prompt": text, "completion": text}
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
+
+
+def _searched(text: str, answer: str | None = None) -> dict[str, Any]:
+    if answer is None:
+        return {"query": text, "document": text}
+    return {"query": text, "documents": [answer, text[::-1]], "labels": [1, 0]}
 
 
 REWARD = Task(
@@ -79,7 +105,7 @@ REWARD = Task(
     loss_sum=partial(branch_loss_sum, losses=reward_losses),
     measure=partial(branch_measure, losses=reward_losses),
     encoder="tunesmith.data.branch_encoders:RewardEncoder",
-    record=_record,
+    record=_answered,
     is_chat=True,
     learns_classes=True,
     answer_key="reward",
@@ -91,4 +117,25 @@ REWARD = Task(
     rows_per_step=32,
     rates=Rates(adapter=(1e-4, 1e-4), full=(3e-5, 1e-5)),
     section="reward",
+)
+RANK = Task(
+    name="rank",
+    doc="A score for a document that may answer a query.",
+    shapes=("ranked_documents",),
+    heads={"encoder": "sequence", "causal": "sequence"},
+    loss_sum=partial(branch_loss_sum, losses=ranking_losses),
+    measure=partial(branch_measure, losses=ranking_losses),
+    encoder="tunesmith.data.branch_encoders:RankingEncoder",
+    record=_searched,
+    learns_classes=True,
+    takes_pairs=True,
+    input_role="query",
+    answer_key="score",
+    detected="rows are a query with documents and their labels",
+    on_overlong=("cut", "the beginning of a document shows what it is about; cut ones are counted"),
+    headline_metrics=("ndcg_10", "mrr_10", "recall_1", "spearman"),
+    next_commands=(("serve",), ("show",)),
+    outcome="lists",
+    rates=EMBED.rates,
+    section="ranking",
 )
