@@ -1,5 +1,6 @@
 """A probe lives through the heaviest moments of a run in a process of its own, and tells whatever ends it."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -161,6 +163,25 @@ def test_each_piece_is_kept_as_soon_as_it_is_there(tmp_path):
     numbers = [len(found.steps) + len(found.work) for _ in process.measure(setup, tmp_path, found)]
     assert numbers == list(range(1, len(numbers) + 1))
     assert {"measuring", "answering", "saving", "finishing"} == set(found.work)
+
+
+def test_the_peak_is_kept_with_each_piece(tmp_path, monkeypatch):
+    """A child that is killed in its next piece has told the memory of those before."""
+    kept: list[int] = []
+
+    def measure(setup, folder, found):
+        for _ in range(3):
+            yield
+            kept.append(json.loads((folder / process.MEASURED).read_bytes())["peak"])
+
+    asked = {"recipe": {"model": "m"}, "root": "", "folder": str(tmp_path), "offline": True, "parent": 0, "born": 0.0}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
+    peaks = iter([5, 7, 9])
+    for name, stub in {"prepare": mock.Mock(), "_end_with": mock.Mock(), "measure": measure}.items():
+        monkeypatch.setattr(process, name, stub)
+    monkeypatch.setattr(process, "peak", lambda device: next(peaks))
+    process.main()
+    assert kept == [5, 7, 9]
 
 
 COUNTS = dict(zip(KINDS, (1, 100, 1000, 40, 5, 1), strict=True))
