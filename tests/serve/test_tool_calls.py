@@ -127,6 +127,21 @@ def test_the_package_reads_calls_whole_and_streamed(server: Running) -> None:
     assert server.engine.asks[-1].messages[1]["tool_calls"][0]["id"] == call.id
 
 
+def test_tools_and_calls_may_have_the_shapes_of_rows(server: Running) -> None:
+    bare = [tool["function"] for tool in NAMED]
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**asked(CALL), "tools": bare})
+    assert (status, answer["choices"][0]["finish_reason"]) == (200, "tool_calls")
+    older = [
+        *asked("x")["messages"],
+        {"role": "assistant", "content": None, "function_call": {"name": "find", "arguments": "{}"}},
+        {"role": "function", "name": "find", "content": "a fox"},
+    ]
+    assert server.ask("POST", "/v1/chat/completions", {"model": "support", "messages": older})[0] == 200
+    _, call, result = server.engine.asks[-1].messages
+    assert call["tool_calls"] == [{"type": "function", "function": {"name": "find", "arguments": "{}"}}]
+    assert result == {"role": "tool", "content": "a fox", "name": "find"}
+
+
 def test_what_is_no_call_stays_text(server: Running) -> None:
     client = server.client()
     cases = (
