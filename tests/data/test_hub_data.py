@@ -488,3 +488,9 @@ def test_missing_package_of_a_file_system_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(DataError, match=r"s3://b/x.jsonl: a package is not installed .* -m pip install"):
         pin_path("s3://b/x.jsonl", offline=False)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(DataError, match=r"sftp://…@host/rows.jsonl: has a password.* FSSPEC_SFTP_USERNAME") as error:
+        addresses.find_files("sftp://me:s3cret@host/rows.jsonl", [], offline=False)
+    assert "s3cret" not in str(error.value)

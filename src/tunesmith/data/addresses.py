@@ -40,6 +40,7 @@ DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
 STALE_S = 86400.0
 """Age at which a downloaded file that is to be removed is taken for that of a killed process."""
+_SECRET = re.compile(r"([\w+.-]+)://[^/@]*:[^/@]*@")
 _MAGIC = re.compile(r"[*?\[]")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WORDS = {
@@ -190,6 +191,11 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
     """
     from huggingface_hub.constants import is_offline_mode
 
+    if secret := _SECRET.match(text):
+        raise DataError(
+            f"{secret[1]}://…@{text[secret.end() :]}: has a password, which the run's files and its report would have "
+            f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads."
+        )
     is_hub = text.startswith(HUB)
     parts: tuple[Any, dict[str, str]] = _parts(text) if is_hub else (None, {})
     uri, words = parts
