@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.collate import build_batch
@@ -254,3 +255,13 @@ def test_a_device_without_float64_is_trained_and_measured_on(tmp_path, monkeypat
     monkeypatch.setattr(torch.Tensor, "double", widened)
     run = train(recipe_of(tmp_path), root=tmp_path / "runs")
     assert run.state() == "done"
+
+
+def test_rows_with_a_token_that_the_model_has_no_vector_for_are_refused(tmp_path):
+    recipe = recipe_of(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer.add_tokens(["tallest"])
+    tokenizer.save_pretrained(recipe.model)
+    with pytest.raises(ModelError, match=r"rows have the token 'tallest' \(\d+\), and its embedding has \d+ rows"):
+        train(recipe, root=tmp_path / "runs")
+    assert runs(tmp_path / "runs") == []

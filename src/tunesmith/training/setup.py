@@ -19,7 +19,7 @@ from tunesmith.data.collate import Collator, Masking, pads_to_multiple
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
-from tunesmith.errors import DoesNotFitError
+from tunesmith.errors import DoesNotFitError, ModelError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
 from tunesmith.inference.load import has_token_types
@@ -131,6 +131,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     if recipe.shard is True:
         world.connect()
     model, num_parameters = _load(recipe, inputs, rows.labels, world)
+    _refuse_longer_tokenizer(model, inputs, rows)
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
@@ -231,6 +232,19 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     if TASKS[resolved(recipe.task)].compares:
         disable_dropout(model)
     return model, num_parameters
+
+
+def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Splits) -> None:
+    """Raise ModelError for rows with a token that the model has no vector for."""
+    tokenizer, num = inputs.renderer.tokenizer, model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= num:
+        return
+    for odd in (int(i) for store in (rows.store, rows.held_store) for i in store.tokens if i >= num):
+        raise ModelError(
+            f"{inputs.located.name}: rows have the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}), and its "
+            f"embedding has {num:,} rows: its tokenizer was made longer, the model was not. Take the tokenizer that "
+            "belongs to it, or save it after resize_token_embeddings of transformers."
+        )
 
 
 def _samples(recipe: Recipe, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
