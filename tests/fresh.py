@@ -100,8 +100,6 @@ what = {{"words": sys.argv[1 + (sys.argv[1] == "-u") :], "cwd": os.getcwd(), "en
 socket.send_fds(server, [json.dumps(what).encode()], fds)
 said = server.makefile()
 pid = int(said.readline())
-with open(f"{place}.{{os.getpid()}}", "w") as file:
-    file.write(str(pid))
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
 code = int(said.readline())
@@ -133,11 +131,6 @@ def _server() -> tuple[socket.socket, Path]:
 def python() -> Path:
     """An executable that is `python` for `-m`, `-u -m` and `-c`. Its process is another, which ends with it."""
     return _server()[1]
-
-
-def forked(process: int) -> int:
-    """The process that works for one of `python`, which signals other than those that end it have to reach."""
-    return int(python().with_name(f"socket.{process}").read_text())
 
 
 class Process:

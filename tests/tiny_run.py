@@ -8,17 +8,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
+from tunesmith.errors import Stopped
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
-from tunesmith.runs.folder import Run
-from tunesmith.training.trainer import Listener
+from tunesmith.runs.folder import Run, runs
+from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event
 
 WORDS = ("the quick brown fox jumps over a lazy dog what is tallest mountain", "on Earth yes please hello")
@@ -117,6 +119,14 @@ def same_run(run: Run, reference: Run) -> None:
         ours, theirs = load_file(run.path / result), load_file(reference.path / result)
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert values_of(run.events()) == values_of(reference.events())
+
+
+def stopped(recipe: Recipe, root: Path, at: int) -> Run:
+    """The only run in `root`, stopped after a step."""
+    with pytest.raises(Stopped):
+        train(recipe, root=root, listener=stop_at(at))
+    (run,) = runs(root)
+    return run
 
 
 def stop_at(step: int) -> Listener:

@@ -2,15 +2,14 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     PreTrainedModel,
@@ -22,6 +21,7 @@ from transformers import (
 from tiny_run import copied, model_folder
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
+from tunesmith.training.trainer import train
 
 WORDS = (
     "red", "green", "blue", "apple", "pear", "plum", "eats", "sells", "takes", "the", "a", "big", "small", "old",
@@ -111,34 +111,6 @@ def encoder_decoder_folder(path: Path, *, hidden: int = 48, dropout: float = 0.0
     return copied(path, f"t5-{hidden}-{dropout}", make)
 
 
-def padded_folder(path: Path) -> Path:
-    """A BART with the same tokenizer, which cannot run rows end to end."""
-
-    def make() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        tokenizer = closing_tokenizer()
-        config = BartConfig(
-            vocab_size=len(tokenizer),
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_ffn_dim=64,
-            decoder_ffn_dim=64,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            max_position_embeddings=64,
-            dropout=0.0,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=1,
-            forced_eos_token_id=1,
-        )
-        torch.manual_seed(0)
-        return BartForConditionalGeneration(config), tokenizer
-
-    return copied(path, "bart", make)
-
-
 def closing_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, and </s> behind every text."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS, "summarize", ":", "."])}
@@ -158,6 +130,25 @@ def folder_of(kind: str, path: Path, *, dropout: float) -> Path:
     if kind == "encoder":
         return encoder_folder(path, dropout=dropout)
     return model_folder(path, dropout=dropout) if kind == "causal" else encoder_decoder_folder(path)
+
+
+def by_memory(folder: Path, recipe_of: Callable[..., Recipe], *sizes: int, **sections: Any) -> list[list[Any]]:
+    """Loss, gradient norm and micro-batches of two steps of eight rows, for each number of tokens a micro-batch."""
+    found = []
+    for tokens in sizes:
+        (folder / str(tokens)).mkdir(parents=True)
+        how = {"train": {"rows_per_step": 8, "max_steps": 2, "tokens_per_pass": tokens}, **sections}
+        run = train(recipe_of(folder / str(tokens), **how), root=folder / "runs")
+        steps = [event.values for event in run.events() if event.kind == "step"]
+        found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps])
+    return found
+
+
+def assert_alike(found: list[list[Any]]) -> None:
+    for steps in found[1:]:
+        for (loss, norm, _), (first, first_norm, _) in zip(steps, found[0], strict=True):
+            assert loss == pytest.approx(first, rel=1e-5)
+            assert norm == pytest.approx(first_norm, rel=1e-4)
 
 
 def texts(num: int, *, seed: int = 0, most: int = 9) -> list[str]:

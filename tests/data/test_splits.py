@@ -16,7 +16,6 @@ from tunesmith.data.examples import content_hash
 from tunesmith.data.hold_out import measured, stratified_mask
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
-from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data
 from tunesmith.tasks import TASKS
 from tunesmith.types import TaskName
@@ -162,15 +161,6 @@ def test_ids_by_first_appearance_would_be_caught(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tunesmith.data.labels.order", lambda names: tuple(dict.fromkeys(names)))
     with pytest.raises(AssertionError):
         keeps_ids_and_sides(encoded, tmp_path)
-
-
-def test_a_label_that_no_training_row_has_is_named_with_its_held_out_row(tmp_path: Path):
-    train = put(tmp_path, "train.jsonl", json_lines([*labelled(3, "eye"), *labelled(3, "ear")]))
-    held = put(tmp_path, "test.jsonl", json_lines([*labelled(1, "eye", start=9), *labelled(1, "eyes")]))
-    with pytest.raises(DataError) as refused:
-        rows_for(tmp_path, "classify", train=str(train), eval=str(held))
-    (problem,) = refused.value.problems
-    assert (problem.source.line, problem.code) == (2, "unknown_label")
 
 
 def test_tags_that_only_held_out_rows_have_are_named(tmp_path: Path):

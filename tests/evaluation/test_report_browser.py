@@ -1,6 +1,5 @@
 """Reports opened in a real browser: nothing is asked of the network, plots are there, hostile text is only text."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from tunesmith.phrases import visible
 
 pytestmark = pytest.mark.pages
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MEASURE_PLOTS = """() => [...document.querySelectorAll('.plot svg')].map(svg => {
     const box = svg.getBoundingClientRect(), marks = [...svg.querySelectorAll('path, use, text')];
     return {width: box.width, height: box.height, marks: marks.length,
@@ -23,18 +21,6 @@ PAPER = "() => getComputedStyle(document.documentElement).backgroundColor"
 CUT_OFF = """() => [...document.querySelectorAll('section, table, figure, article, pre, .card, h1, p')]
     .filter(box => !box.closest('.scroll, .plot') && box.getBoundingClientRect().right > innerWidth + 1)
     .map(box => box.outerHTML.slice(0, 200))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""Both stores for the same tests."""
+"""Both stores for the same tests, and a server of the routes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,12 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Store]:
     if request.param == "postgresql":
         cluster()  # or a reason to skip
     return partial(open_store, kind=request.param)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `Served`, of all tests of a module."""
+    from jobs.served import serving
+
+    with serving(tmp_path_factory.mktemp("served")) as it:
+        yield it

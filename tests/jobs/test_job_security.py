@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,12 @@ import pytest
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import BASES, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows  # noqa: E402
-from jobs.served import Served, serving  # noqa: E402
+from jobs.served import Served  # noqa: E402
 from serve.running import running  # noqa: E402
 from tunesmith.jobs.tables import TABLES  # noqa: E402
 from tunesmith.serve.middleware import AccessPolicy  # noqa: E402
 
 SQL = "x'); DROP TABLE jobs; --"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served")) as it:
-        yield it
 
 
 def test_a_page_that_is_allowed_may_delete_and_no_other() -> None:

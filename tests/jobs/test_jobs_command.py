@@ -17,6 +17,7 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows  # noqa: E402
 from jobs.served import Served, serving  # noqa: E402
+from jobs.test_dispatcher import work  # noqa: E402
 from tunesmith.cli.app import app  # noqa: E402
 from tunesmith.cli.jobs import JobServerClient  # noqa: E402
 from tunesmith.cli.serve import ServerOutput  # noqa: E402
@@ -41,15 +42,8 @@ def run(served: Served, *words: str) -> Result:
     return CliRunner().invoke(app, ["jobs", *words, "--url", f"{served.running.bound.url}/v1"])
 
 
-def work(served: Served) -> None:
-    working = dispatcher(served.store, FakeLauncher(), FakeModels())
-    working.recover()
-    for _ in range(14):
-        working.round()
-
-
 def test_a_job_is_followed_to_its_end(served: Served, job: str) -> None:
-    work(served)
+    work(served.store, FakeLauncher(), FakeModels())
     done = run(served, "follow", "last")
     assert done.exit_code == 0
     said = [line.partition(" ")[2] for line in done.output.splitlines()]

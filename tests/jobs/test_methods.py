@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from jobs.places import SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, pairs, put_file, put_job, rows
+from jobs.test_dispatcher import work
 from tunesmith.jobs import routes
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.job_request import JobBody
@@ -25,13 +26,6 @@ from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
 
 DPO = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2}}}
-
-
-def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int = 14) -> None:
-    working = dispatcher(store, launcher, models)
-    working.recover()
-    for _ in range(num):
-        working.round()
 
 
 def recipe_of(store: Store, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,8 @@ import pytest
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import rows  # noqa: E402
-from jobs.served import Served, serving  # noqa: E402
+from jobs.served import Served  # noqa: E402
 from tunesmith.jobs.store import Store, event  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served")) as it:
-        yield it
 
 
 @pytest.fixture

@@ -9,19 +9,53 @@ from pathlib import Path
 import pytest
 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from tunesmith.jobs.rules import ProjectRules, Rules
 from tunesmith.jobs.states import ENDED, state_after
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events
 from tunesmith.serve.protocol import RequestError
 
 OPEN = ("validating_files", "queued", "running", "paused")
+RULES = {
+    **{("cancel", state): "cancelled" for state in OPEN},
+    **{("pause", state): "paused" for state in OPEN},
+    **{("resume", state): state for state in OPEN},
+    ("resume", "paused"): "queued",
+}
+"""What the hosted service does; whatever is not here is refused."""
+MOVES = {"checked": ("validating_files", "queued"), "started": ("queued", "running"), "done": ("running", "succeeded")}
+"""What the dispatcher does."""
 
 
-@pytest.mark.parametrize("state", OPEN)
-def test_an_open_job_can_be_cancelled_and_paused(state) -> None:
-    assert state_after(state, "cancel", "j") == "cancelled"
-    assert state_after(state, "pause", "j") == "paused"
-    assert state_after(state, "resume", "j") == ("queued" if state == "paused" else state)
+def test_random_sequences_of_actions_follow_the_rules(opened: Callable[..., Store], tmp_path: Path) -> None:
+    store, draw = opened(tmp_path), random.Random(7)
+    if store._database.is_sqlite:
+        store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
+    store.rules = Rules(every_project=ProjectRules(jobs_waiting=10_000))
+    file = put_file(store, rows(12))
+    for _ in range(300 if store._database.is_sqlite else 50):
+        state, name, said = "validating_files", put_job(store, file), 0
+        for _ in range(draw.randint(1, 6)):
+            wish = draw.choice([*MOVES, "cancel", "pause", "pause", "resume", "resume"])
+            if wish in MOVES:
+                before, after = MOVES[wish]
+                moved = store.change_job(name, if_status=[before], status=after)
+                assert moved == (state == before)
+                state = after if moved else state
+                continue
+            after = RULES.get((wish, state))
+            if after is None:
+                with pytest.raises(RequestError, match=f"already {state}"):
+                    store.act(name, wish, wish)
+            else:
+                assert store.act(name, wish, wish)["status"] == after
+                said += after != state
+                state = after
+        job = store.job(name)
+        assert job["status"] == state
+        assert (job["finished_at"] is not None) == (state in ENDED)
+        assert len(store.page(events, events.c.job == name, limit=50)[0]) == said + 2
+    store.close()
 
 
 @pytest.mark.parametrize("state", ENDED)

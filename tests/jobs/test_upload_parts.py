@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +13,11 @@ import pytest
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import rows  # noqa: E402
-from jobs.served import Served, serving  # noqa: E402
+from jobs.served import Served  # noqa: E402
 from tunesmith.jobs import upload_parts  # noqa: E402
 
 WHOLE = rows(40)
 CUT = 1000
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served")) as it:
-        yield it
 
 
 def begin(served: Served, *, num_bytes: int = len(WHOLE), purpose: str = "fine-tune") -> Any:

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from methods.test_lora_layer import base_layer
 from tiny_model import tiny_model
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import DoraLinear
@@ -17,15 +17,6 @@ from tunesmith.recipe.methods import DoraMethod
 
 VOCAB = 61
 IDS = torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
-
-
-def base_layer(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    layers = {"linear": nn.Linear(24, 40), "no bias": nn.Linear(24, 40, bias=False), "conv1d": Conv1D(40, 24)}
-    layer = layers[kind].to(dtype).requires_grad_(False)
-    if kind == "conv1d":
-        nn.init.normal_(layer.bias)
-    return layer
 
 
 def moved(layer: DoraLinear) -> DoraLinear:
@@ -94,7 +85,7 @@ def test_norms_are_computed_once_an_update(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_lengths_are_float32_in_a_model_that_is_not() -> None:
-    layer = DoraLinear(base_layer("no bias", torch.bfloat16), rank=4, scale=1.0, dropout=0.0)
+    layer = DoraLinear(base_layer("no bias", dtype=torch.bfloat16), rank=4, scale=1.0, dropout=0.0)
     assert layer.lora_magnitude_vector.dtype == torch.float32
     assert layer.lora_A.dtype == torch.bfloat16
     assert layer(torch.randn(3, 24).bfloat16()).dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import fresh
+from methods.test_adapter_format import rewrite
 from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
@@ -112,12 +113,6 @@ def test_adapters_and_heads_of_peft_are_read(arch: str, tmp_path: Path) -> None:
     attachment = load_adapter(model, tmp_path)
     assert attachment.whole.head == heads.new_head_names(model)
     assert (logits(model) - logits(theirs)).abs().max() <= 1e-5
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
 
 
 def save_whole(folder: Path, names: list[str]) -> None:

@@ -8,27 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from methods.test_adapter_format import IDS, VOCAB, logits
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.recipe.methods import LoraMethod
 
-VOCAB = 61
-IDS = torch.randint(0, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
-
 
 def base(arch: str = "llama", *, tied: bool = False) -> PreTrainedModel:
     return tiny_model(arch, vocab_size=VOCAB, tie_word_embeddings=tied).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = model(IDS).logits
-    return out
 
 
 def trained(model: PreTrainedModel, **settings: object) -> LoraAttachment:

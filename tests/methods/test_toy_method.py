@@ -7,14 +7,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tiny_run import same_run, stop_at, tiny_recipe
-from tunesmith.errors import RecipeError, Stopped
+from tiny_run import same_run, stopped, tiny_recipe
+from tunesmith.errors import RecipeError
 from tunesmith.inference.load import load_model, load_run
 from tunesmith.methods import METHODS, Method, full
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.recipe.methods import METHOD_OPTIONS, RegisteredMethod
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.folder import runs
 from tunesmith.training.trainer import resume, train
 from tunesmith.types import Attachment
 
@@ -75,9 +74,7 @@ def test_a_method_from_outside_trains_resumes_and_is_loaded(tmp_path: Path) -> N
     assert run.recipe().method == NormsMethod(rate_factor=2.0)  # as it was written into the run's folder
     losses = [event.values["loss"] for event in run.events() if event.kind == "step"]
     assert losses[-1] < losses[0]
-    with pytest.raises(Stopped):
-        train(recipe, root=tmp_path / "stopped", listener=stop_at(2))
-    same_run(resume(runs(tmp_path / "stopped")[0]), run)
+    same_run(resume(stopped(recipe, tmp_path / "stopped", 2)), run)
     tuned = load_run(run).model.state_dict()
     base = load_model(recipe.model).model.state_dict()
     moved = {name for name, weight in tuned.items() if not torch.equal(weight.float(), base[name].float())}

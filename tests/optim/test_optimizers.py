@@ -14,15 +14,14 @@ from torch import Tensor
 
 from optim_references import REFERENCES, adamw
 from tiny_model import tiny_model
-from tiny_run import same_run, stop_at, tiny_recipe
-from tunesmith.errors import CheckpointError, RecipeError, Stopped
+from tiny_run import same_run, stopped, tiny_recipe
+from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.methods import METHODS
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.optim import OPTIMIZERS, Optimizer
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import USUAL, Optim, OptimizerName
-from tunesmith.runs.folder import runs
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
@@ -303,9 +302,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, tmp_pa
     recipe = validate({**recipe.model_dump(), "method": settings})
     straight = train(recipe, root=tmp_path / "straight")
     for step in (1, 4) if name == "adamw" else (4,):
-        with pytest.raises(Stopped):
-            train(straight.recipe(), root=tmp_path / "stopped", listener=stop_at(step))
-        run = runs(tmp_path / "stopped")[0]
+        run = stopped(straight.recipe(), tmp_path / "stopped", step)
         same_run(resume(run), straight)
         shutil.rmtree(run.path)
 
@@ -314,10 +311,9 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_same_run(name: str, tmp_pa
 def test_the_run_test_sees_a_state_that_is_lost(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tmp_path, rows=12, optim={"name": name, "lr": 1e-3})
     straight = train(recipe, root=tmp_path / "straight")
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=tmp_path / "stopped", listener=stop_at(3))
+    run = stopped(straight.recipe(), tmp_path / "stopped", 3)
     monkeypatch.setattr("tunesmith.optim.Optimizer.load", lambda self, tensors: None)
-    run = resume(runs(tmp_path / "stopped")[0])
+    resume(run)
     with pytest.raises(AssertionError):
         same_run(run, straight)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -14,7 +12,6 @@ from serve.running import Running, running
 from tunesmith.serve.middleware import AccessPolicy, ApiKeys
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ACCEPT = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
@@ -50,18 +47,6 @@ def test_the_page_is_all_that_is_given_without_a_key() -> None:
 def test_the_responses_api_is_refused_with_the_way_out(server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="POST /v1/chat/completions"):
         server.client().responses.create(model="support", input="hello")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 def test_one_can_chat_on_the_page(browser: Any) -> None:

@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiny_model import tiny_model
-from tiny_run import same_run, stop_at, tiny_recipe
+from tiny_run import same_run, stopped, tiny_recipe
 from tunesmith.data.collate import build_batch
-from tunesmith.errors import RecipeError, Stopped
+from tunesmith.errors import RecipeError
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.recipe.schema import Loss
-from tunesmith.runs.folder import runs
 from tunesmith.tasks import bind
 from tunesmith.tasks.losses import target_losses
 from tunesmith.training.loop import training_steps
@@ -129,9 +128,7 @@ def test_held_out_rows_are_measured_by_the_plain_loss(tmp_path: Path) -> None:  
 def test_a_run_with_all_of_them_resumes_bit_for_bit(tmp_path: Path) -> None:
     loss = {"label_smoothing": 0.1, "z_loss": 1e-3}
     straight = train(tiny_recipe(tmp_path, rows=12, dropout=0.1, loss=loss), root=tmp_path / "straight")
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=tmp_path / "stopped", listener=stop_at(3))
-    same_run(resume(runs(tmp_path / "stopped")[0]), straight)
+    same_run(resume(stopped(straight.recipe(), tmp_path / "stopped", 3)), straight)
 
 
 def test_class_weights_multiply_all_that_a_target_adds() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.exports import quick
 from tiny_run import model_folder
-from tiny_tasks import rows_of, task_recipe, write
+from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.data.formats import FORMATS
 from tunesmith.evaluation.scores import score
@@ -153,25 +153,10 @@ def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_pat
             assert float(model(**given).logits[0, 0]) == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
-def by_memory(folder: Path, *sizes: int) -> list[list[tuple[float, float, int]]]:
-    found = []
-    for tokens in sizes:
-        (folder / str(tokens)).mkdir(parents=True)
-        how = {"train": {"rows_per_step": 8, "max_steps": 2, "tokens_per_pass": tokens}}
-        run = train(recipe_of(folder / str(tokens), **how), root=folder / "runs")
-        steps = [event.values for event in run.events() if event.kind == "step"]
-        found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps])
-    return found
-
-
-def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
-    assert [steps[0][2] for steps in found] == [1, 8]
-    for ours, theirs in zip(*found, strict=True):
-        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
-
-
 def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
-    assert_alike(by_memory(tmp_path / "right", 4096, 1))
+    found = by_memory(tmp_path / "right", recipe_of, 4096, 1)
+    assert [steps[0][2] for steps in found] == [1, 8]
+    assert_alike(found)
 
     def of_the_pass(*given: Any) -> Any:
         losses = reward_losses(*given)
@@ -179,7 +164,7 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
 
     other = replace(TASKS["reward"], loss_sum=partial(branch_loss_sum, losses=of_the_pass))
     monkeypatch.setitem(TASKS, "reward", other)
-    planted = by_memory(tmp_path / "planted", 4096, 1)
+    planted = by_memory(tmp_path / "planted", recipe_of, 4096, 1)
     with pytest.raises(AssertionError):
         assert_alike(planted)
 

@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_run import same_run, stop_at
-from tiny_tasks import rows_of, task_recipe, write
+from tiny_run import same_run, stopped
+from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
 from tunesmith.data.branches import BranchColumns, lines_of, partner_line
 from tunesmith.data.formats import FORMATS
-from tunesmith.errors import DataError, RecipeError, Stopped
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluation.compare import row_baseline
 from tunesmith.evaluation.scores import score
 from tunesmith.inference.load import load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.recipe.objectives import Prefer
-from tunesmith.runs.folder import runs
 from tunesmith.tasks import preference_losses
 from tunesmith.tasks.preference_losses import kto_losses
 from tunesmith.training.setup import prepare
@@ -65,27 +64,11 @@ def peer_loss(case: Any, *, moved: float = 0.0) -> float:
     return float(losses.mean())
 
 
-def by_memory(folder: Path, *sizes: int) -> list[list[tuple[float, float, int]]]:
-    found = []
-    for tokens in sizes:
-        (folder / str(tokens)).mkdir()
-        how = {"train": {"rows_per_step": 8, "max_steps": 3, "tokens_per_pass": tokens}}
-        run = train(recipe_of(folder / str(tokens), **how), root=folder / "runs")
-        found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps_of(run)])
-    return found
-
-
-def assert_alike(found: list[list[tuple[float, float, int]]]) -> None:
-    assert [steps[0][2] for steps in found] == [1, 8]
-    for steps in found[1:]:
-        for (loss, norm, _), (first, first_norm, _) in zip(steps, found[0], strict=True):
-            assert loss == pytest.approx(first, rel=1e-5)
-            assert norm == pytest.approx(first_norm, rel=1e-4)
-
-
 # trap: P17
 def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
-    assert_alike(by_memory(tmp_path, 4096, 1))
+    found = by_memory(tmp_path, recipe_of, 4096, 1)
+    assert [steps[0][2] for steps in found] == [1, 8]
+    assert_alike(found)
 
     def of_the_pass(model: Any, batch: Any, *, options: Any, output: Any = None, z0: float = 0.0) -> Any:
         s, _ = preference_losses.line_logps(model, batch, output)
@@ -94,9 +77,9 @@ def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
         return kto_losses(r, batch.values_BV[:, 0] > 0, own, options).sum().float()
 
     monkeypatch.setattr(preference_losses, "kto_loss_sum", of_the_pass)
-    (tmp_path / "planted").mkdir()
+    planted = by_memory(tmp_path / "planted", recipe_of, 4096, 1)
     with pytest.raises(AssertionError):
-        assert_alike(by_memory(tmp_path / "planted", 4096, 1))
+        assert_alike(planted)
 
 
 def test_the_reference_point_is_the_mean_over_the_step_without_gradient_and_never_below_0(tmp_path):
@@ -160,10 +143,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run_and_is_measured_again_as_it_s
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
     straight = train(recipe.model_copy(update={"task": "auto"}), root=tmp_path / "straight")
     assert straight.recipe().prefer.loss == "kto"
-    with pytest.raises(Stopped):
-        train(recipe, root=tmp_path / "halting", listener=stop_at(3))
-    (halting,) = runs(tmp_path / "halting")
-    resume(halting)
+    halting = resume(stopped(recipe, tmp_path / "halting", 3))
     same_run(halting, straight)
     said = next(e.values for e in straight.events() if e.kind == "evaluation" and e.values["name"] == "after")
     found = evaluate_file(load_run(straight), str(tmp_path / "prefer-held.jsonl"), samples=0).measures

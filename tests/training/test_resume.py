@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fresh
-from tiny_run import chats, same_run, stop_at, tiny_recipe
+from tiny_run import chats, same_run, stop_at, stopped, tiny_recipe
 from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
 from tunesmith.recipe.docs import as_yaml
@@ -47,9 +47,7 @@ def test_stopped_and_resumed_is_the_same_run(reference):  # trap: R1, R2, R3
     assert total >= 8
     some = {1, 2, 3, total - 1}  # before any checkpoint, at one, behind one and an evaluation, and the last but one
     for step in some if straight.recipe().method.name == "lora" else {4}:
-        with pytest.raises(Stopped):
-            train(straight.recipe(), root=folder / "stopped", listener=stop_at(step))
-        run = runs(folder / "stopped")[0]
+        run = stopped(straight.recipe(), folder / "stopped", step)
         assert run.state() == "stopped"
         same_run(resume(run), straight)
         shutil.rmtree(run.path)
@@ -57,9 +55,7 @@ def test_stopped_and_resumed_is_the_same_run(reference):  # trap: R1, R2, R3
 
 def test_stopped_twice_and_resumed_is_the_same_run(reference):
     folder, straight = reference
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=folder / "twice", listener=stop_at(2))
-    run = runs(folder / "twice")[0]
+    run = stopped(straight.recipe(), folder / "twice", 2)
     with pytest.raises(Stopped):
         resume(run, listener=stop_at(5))
     same_run(resume(run), straight)
@@ -67,9 +63,7 @@ def test_stopped_twice_and_resumed_is_the_same_run(reference):
 
 def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypatch):  # trap: R2 planted
     folder, straight = reference
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=folder / "planted", listener=stop_at(3))
-    run = runs(folder / "planted")[0]
+    run = stopped(straight.recipe(), folder / "planted", 3)
     monkeypatch.setattr("tunesmith.training.step._step_seed", lambda seed, step, rank: seed + step + 12345)
     resume(run)
     with pytest.raises(AssertionError):
@@ -78,9 +72,7 @@ def test_resume_test_catches_random_numbers_that_start_over(reference, monkeypat
 
 def test_resume_test_catches_a_fresh_optimizer(reference, monkeypatch):  # trap: R3 planted
     folder, straight = reference
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=folder / "planted-optimizer", listener=stop_at(3))
-    run = runs(folder / "planted-optimizer")[-1]
+    run = stopped(straight.recipe(), folder / "planted-optimizer", 3)
     monkeypatch.setattr("tunesmith.optim.Optimizer.load", lambda self, tensors: None)
     resume(run)
     with pytest.raises(AssertionError):
@@ -93,10 +85,7 @@ def test_the_saved_recipe_repeats_the_run(reference):
 
 
 def stopped_run(tmp_path: Path) -> Run:
-    recipe = tiny_recipe(tmp_path)
-    with pytest.raises(Stopped):
-        train(recipe, root=tmp_path / "runs", listener=stop_at(2))
-    return runs(tmp_path / "runs")[0]
+    return stopped(tiny_recipe(tmp_path), tmp_path / "runs", 2)
 
 
 def changed_data(run: Run, folder: Path) -> None:
@@ -194,9 +183,7 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
         before = {f"setting {key}": str(value) for key, value in REMOVED.items() if key != "method.rounding"}
         before["setting evaluation.bleu"] = "True"
         patch.setattr(preparing, "_identity", lambda *args: right(*args) | before)
-        with pytest.raises(Stopped):
-            train(straight.recipe(), root=tmp_path / "runs", listener=stop_at(3))
-    run = runs(tmp_path / "runs")[0]
+        run = stopped(straight.recipe(), tmp_path / "runs", 3)
     recipe = run.recipe_path.read_text("utf-8")
     run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: pissa\n"), "utf-8")
     with pytest.raises(RecipeError, match=r"method.init: this version has no such option any more"):
@@ -212,9 +199,7 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
-    with pytest.raises(Stopped):
-        train(straight.recipe(), root=tmp_path / "runs", listener=stop_at(5))
-    run = runs(tmp_path / "runs")[0]
+    run = stopped(straight.recipe(), tmp_path / "runs", 5)
     weights = run.checkpoints_path / "step-5" / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-20:] = bytes(20)
