@@ -128,6 +128,8 @@ def test_check_refuses_what_train_refuses(place: Place, tmp_path: Path) -> None:
     out = tmp_path / "skipped"
     tunesmith("train", place.model, bad, *skip, *settings("train.max_steps=1"), "--out", out, "--offline", "--quiet")
     assert json.loads((out / "report.json").read_text())["rows"]["skipped"] == 1
+    listed = [json.loads(line) for line in (out / "rows" / "problems.jsonl").read_text().splitlines()]
+    assert {one["source"] for one in listed} == {f"{bad}:19"}
 
 
 def test_runs_lists_what_was_tried(place: Place, done: tuple[Run, Result]) -> None:

@@ -1,9 +1,6 @@
 """Files and functions stay small enough to be read at one sitting."""
 
 import ast
-from pathlib import Path
-
-import pytest
 
 from shape.tree import name_of, parsed, source_files
 
@@ -16,17 +13,16 @@ MAX_PACKAGE = 46_150
 """Why not less: docs/decisions/004-size-of-the-package.md"""
 
 
-@pytest.mark.parametrize("path", source_files(), ids=name_of)
-def test_file_and_its_functions_are_short(path: Path) -> None:
-    lines = path.read_text("utf-8").count("\n")
-    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines: split it where its subject splits"
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            limit = LONGER_FUNCTIONS.get(node.name, MAX_FUNCTION)
-            assert length <= limit, f"{name_of(path)}:{node.lineno} {node.name} has {length} lines, at most {limit}"
-
-
-def test_package_stays_small() -> None:
-    total = sum(path.read_text("utf-8").count("\n") for path in source_files())
-    assert total <= MAX_PACKAGE
+def test_files_and_functions_are_short_and_the_package_stays_small() -> None:
+    lines = {name_of(path): path.read_text("utf-8").count("\n") for path in source_files()}
+    assert [f"{name}: {num}: split it where its subject splits" for name, num in lines.items() if num > MAX_LINES] == []
+    assert sum(lines.values()) <= MAX_PACKAGE
+    long = [
+        f"{name_of(path)}:{node.lineno} {node.name}: {length}, at most {limit}"
+        for path in source_files()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1)
+        > (limit := LONGER_FUNCTIONS.get(node.name, MAX_FUNCTION))
+    ]
+    assert long == []
