@@ -173,12 +173,6 @@ def test_another_optimizer_from_python_has_its_own_defaults(name: str) -> None:
     assert kept.optim.eps == 1e-6  # one that was chosen stays
 
 
-def test_rows_in_memory_are_checked_as_those_of_files(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model")
-    with pytest.raises(DataError):
-        tunesmith.train(folder, [{"nothing": "known"}] * 3, root=tmp_path, offline=True)
-
-
 def test_a_refusal_from_python_names_the_row_and_what_is_wrong(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 8 + [{"prompt": "a", "completion": ""}]
     with pytest.raises(DataError, match=r"jsonl:9: empty_answer: completion is empty") as refused:

@@ -251,11 +251,6 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
     assert len(answers) > 4, "runs that answer alike would prove nothing"
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "mistral", "qwen3"])
-def test_texts_of_common_families_are_decoded_together(arch: str) -> None:
-    assert why_unlike(BatchedDecoder, sharp(arch), AdapterSet(sharp(arch))) == ""
-
-
 @pytest.mark.parametrize("arch", ["bloom", "falcon"])
 def test_a_model_with_an_attention_of_its_own_is_run_apart(arch: str) -> None:
     model = sharp(arch)

@@ -13,7 +13,7 @@ from hub_server import Hub, hub_at, json_lines, parquet
 from tiny_run import chats, model_folder, same_run, stopped, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.data import addresses
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.inference.load import load_run
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.schema import DataFile
@@ -135,18 +135,6 @@ def test_wrong_data_ends_with_exit_code_2_before_weights_are_fetched(hub, tmp_pa
     assert message in said.replace("\n", "")
     assert not [one for one in hub.downloads() if one.endswith("model.safetensors")]
     assert not runs(tmp_path / "runs")
-
-
-def test_row_of_a_shard_is_named_in_its_problem(hub, tmp_path):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
-    repo = hub.dataset("acme/bad", {"train.parquet": parquet(rows)})
-    recipe = recipe_of(tmp_path)
-    data = recipe.data.model_copy(update={"train": (DataFile(path="hf://datasets/acme/bad"),)})
-    recipe = recipe.model_copy(update={"data": data, "task": "generate"})
-    with pytest.raises(DataError) as refused:
-        train(recipe, root=tmp_path / "runs")
-    [problem] = refused.value.problems
-    assert str(problem.source) == f"hf://datasets/acme/bad@{repo.branches['main']}/train.parquet:2"
 
 
 # Models
