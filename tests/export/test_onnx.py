@@ -40,6 +40,7 @@ def test_every_architecture_is_what_was_tuned(arch: str, tmp_path: Path, monkeyp
     done = exported(of_encoder(arch) if arch in ENCODERS else of_architecture(arch), tmp_path)
     assert done.loaded_by == f"onnxruntime {onnxruntime.__version__}"
     assert done.found.same_ids
+    assert not (done.path / "model.onnx.data").exists()
     assert done.found.kl < 1e-9  # float32 on both sides, added up in another order: 1e-15 to 1e-12 were measured
     assert done.found.carried == pytest.approx(1.0, abs=1e-4)
 
@@ -52,26 +53,22 @@ def test_every_head(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.found.kl < 1e-9
 
 
-def test_weights_too_many_for_one_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_the_folder_is_needed_where_weights_lie_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card's own lines, on rows of other lengths than those that were traced, padded on the right."""
     quick(monkeypatch)
     monkeypatch.setattr(onnx, "MAX_FILE_BYTES", 1000)
     done = exported(of_encoder("bert"), tmp_path)
     assert (done.path / "model.onnx.data").stat().st_size > 10 * 1000
     assert (done.path / "model.onnx").stat().st_size < 1_000_000
-    assert done.found is not None
     assert any("are in model.onnx.data" in note for note in done.notes)
-
-
-def test_nothing_but_the_folder_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card's own lines, on rows of other lengths than those that were traced, padded on the right."""
-    quick(monkeypatch)
-    done = exported(of_encoder("bert"), tmp_path)
     text = (done.path / "README.md").read_text()
     assert 'padding_side="right"' in text
     assert card_head(done.path)["library_name"] == "onnx"
     assert done.found is not None
     assert done.found.kl < 1e-9
-    names = {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json", "labels.json"}
+    names = {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json", "tokenizer_config.json", "labels.json"}
     assert names | {"README.md", "verify.json"} == {path.name for path in done.path.iterdir()}
     source = Path(of_encoder("bert").recipe().model) / "tokenizer.json"
     assert (done.path / "tokenizer.json").read_bytes() == source.read_bytes()

@@ -74,6 +74,9 @@ def main() -> None:
     scenarios = importlib.import_module(sys.argv[2])
     from torch.distributed.rendezvous import rendezvous
 
+    from tunesmith.parallel import world
+
+    world.POLL_S = 0.025  # how long a rank waits for the word of one that failed, too: twenty of these
     kept = next(rendezvous("env://"))  # one store for all scenarios
     folder, found = Path(sys.argv[1]), {}
     own = folder / f"rank-{os.environ['RANK']}.json"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import fresh
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
 from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
@@ -341,14 +342,15 @@ def test_a_child_that_loads_ends_when_its_input_does() -> None:
 
     async def scene() -> int:
         pipe = asyncio.subprocess.PIPE
-        child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=pipe, stdout=pipe, stderr=pipe)
+        words = (str(fresh.python()), "-c", code)
+        child = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
         assert child.stdin is not None
         assert child.stderr is not None
         child.stdin.write(pack(([], ".", OPTIONS, {})))
         while await child.stderr.readline() != b"loads\n":
             pass
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(child.wait(), 1)
+            await asyncio.wait_for(child.wait(), 0.3)
         child.stdin.close()
         return await asyncio.wait_for(child.wait(), 10)
 
@@ -357,11 +359,12 @@ def test_a_child_that_loads_ends_when_its_input_does() -> None:
 
 def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None:
     code = f"""
-import asyncio, os, pathlib, sys
+import asyncio, os, pathlib, sys, types
+from tunesmith.serve import engine as module
 from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.engine import WorkerEngine
+module.sys = types.SimpleNamespace(executable={str(fresh.python())!r})
 async def main():
-    engine = WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
+    engine = module.WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
     await engine.start()
     heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
     print(engine._worker.process.pid, *heavy, flush=True)
