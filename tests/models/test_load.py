@@ -58,13 +58,6 @@ def test_weight_of_another_shape_is_an_error(folder):
         load_model(resolve_model(str(folder)), **HOW)
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": 2**40}, {"num_hidden_layers": 3}, {"vocab_size": 7}])
-def test_config_that_does_not_fit_the_weights_is_an_error(folder, changes):
-    change_config(folder, **changes)
-    with pytest.raises(ModelError, match="tiny-llama"):
-        load_model(resolve_model(str(folder)), **HOW)
-
-
 def test_weights_without_a_place_are_told(folder):
     change_weights(folder, lambda tensors: tensors.update({"vision.weight": torch.ones(2)}))
     notes: list[str] = []
@@ -76,10 +69,11 @@ def test_weights_without_a_place_are_told(folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model_type": "brain"}, {"model_type": "bert"}, {"num_attention_heads": "many"}, {"hidden_act": "leap"},
+    [{"hidden_size": 2**40}, {"num_hidden_layers": 3}, {"vocab_size": 7},  # do not fit the weights
+     {"model_type": "brain"}, {"model_type": "bert"}, {"num_attention_heads": "many"}, {"hidden_act": "leap"},
      {"rope_parameters": {"rope_type": "spiral"}}, {"num_attention_heads": 0}],
 )  # fmt: skip
-def test_config_that_transformers_cannot_use_is_a_model_error(folder, changes):
+def test_config_that_cannot_be_used_is_a_model_error(folder, changes):
     change_config(folder, **changes)
     with pytest.raises(ModelError, match="tiny-llama"):
         load_model(resolve_model(str(folder)), **HOW)

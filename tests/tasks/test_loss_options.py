@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tasks.test_loss import VOCAB, rows_of
 from tiny_model import tiny_model
 from tiny_run import same_run, stopped, tiny_recipe
 from tunesmith.data.collate import build_batch
@@ -21,9 +22,8 @@ from tunesmith.tasks.losses import target_losses
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
-from tunesmith.types import Labels, Row, Source
+from tunesmith.types import Labels
 
-VOCAB = 96
 LOSSES = {
     "plain": Loss(),
     "smoothing": Loss(label_smoothing=0.1),
@@ -54,16 +54,6 @@ def test_losses_and_gradients_equal_the_definition_in_float64(loss: Loss) -> Non
     found, expected = target_losses(ours, targets, loss).sum(), reference(theirs, targets, loss)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)  # float32
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
-
-
-def rows_of(lengths: list[int]) -> list[Row]:
-    draw = np.random.default_rng(0)
-    rows = []
-    for n in lengths:
-        trained = np.zeros(n, bool)
-        trained[n - max(1, n // 2) :] = True
-        rows.append(Row(draw.integers(3, VOCAB, n).astype(np.int32), trained, Source("x.jsonl", 1)))
-    return rows
 
 
 LENGTHS = [3, 5, 9, 40, 4, 17, 28, 11]
