@@ -368,7 +368,7 @@ ADAPTERS = [
     for name, arch in GRID
     if CASES[name].name != "full" and getattr(CASES[name], "kind", "IA3") in MERGEABLE
 ]
-adapters = cases_of(ADAPTERS)
+adapters = cases_of([*ADAPTERS, ("lora", "falcon")])
 """Those of `qlora` are merged into the base as it was: into a quantised one nothing is."""
 
 
@@ -402,6 +402,32 @@ def merge_by_adding_the_product(attachment: LoraAttachment) -> None:
         a_RI, b_OR = attachment.matrices(name)
         layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
     attachment.unload()
+
+
+@torch.no_grad()
+def merge_without_scale(attachment: LoraAttachment) -> None:
+    for name, layer in attachment.layers.items():
+        a_RI, b_OR = attachment.matrices(name)
+        layer.weight_OI.add_((b_OR @ a_RI).to(layer.weight_OI.dtype))
+    attachment.unload()
+
+
+@torch.no_grad()
+def merge_by_way_of_bfloat16(attachment: LoraAttachment) -> None:
+    for name, layer in attachment.layers.items():
+        a_RI, b_OR = (matrix.bfloat16() for matrix in attachment.matrices(name))
+        layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
+    attachment.unload()
+
+
+@pytest.mark.parametrize(
+    ("buggy", "dtype"),
+    [(merge_without_scale, torch.float32), (merge_without_scale, torch.bfloat16),
+     (merge_by_way_of_bfloat16, torch.float32)],
+)  # fmt: skip
+def test_the_merge_test_sees_a_wrong_merge(buggy: Callable[[LoraAttachment], None], dtype: torch.dtype) -> None:
+    with pytest.raises(AssertionError):
+        assert_merged_is_live("lora, rank-stabilised", "llama", buggy, dtype=dtype)
 
 
 def test_the_merge_test_sees_a_length_that_is_left_out() -> None:

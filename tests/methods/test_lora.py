@@ -1,8 +1,5 @@
 """Adapters on whole models: fresh, trained, merged."""
 
-import copy
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,66 +89,6 @@ def test_without_adapter_is_the_untouched_model() -> None:
     with attachment.adapter_disabled():
         assert torch.equal(logits(model), before)
     assert not torch.allclose(logits(model), before, atol=1e-2)
-
-
-# trap: A1
-def assert_merge_keeps_outputs(merge_it: Callable[[LoraAttachment], None], *, arch: str = "llama") -> None:
-    model = tiny_model(arch, vocab_size=VOCAB).eval()
-    before = logits(model)
-    attachment = attach(model, LoraMethod(), seed=0)
-    randomise(attachment)
-    adapted = logits(model)
-    merge_it(attachment)
-    assert (adapted - before).abs().max() > 0.1
-    assert (logits(model) - adapted).abs().max() <= 1e-4
-
-
-def assert_merge_in_bfloat16_is_small_beside_the_effect(merge_it: Callable[[LoraAttachment], None]) -> None:
-    exact_model = tiny_model("llama", vocab_size=VOCAB, hidden=256).eval()
-    model = copy.deepcopy(exact_model).to(torch.bfloat16)
-    before = logits(model).float()
-    attachment = attach(model, LoraMethod(), seed=0)
-    randomise(attachment)
-    adapted = logits(model).float()
-    merge_it(attachment)
-    effect, error = (adapted - before).norm(), (logits(model).float() - adapted).norm()
-    assert error / effect <= 0.05
-
-
-@torch.no_grad()
-def merge_without_scale(attachment: LoraAttachment) -> None:
-    for name, layer in attachment.layers.items():
-        a_RI, b_OR = attachment.matrices(name)
-        layer.weight_OI.add_(b_OR @ a_RI)
-    attachment.unload()
-
-
-@torch.no_grad()
-def merge_by_way_of_bfloat16(attachment: LoraAttachment) -> None:
-    for name, layer in attachment.layers.items():
-        a_RI, b_OR = (matrix.bfloat16() for matrix in attachment.matrices(name))
-        layer.weight_OI.add_((b_OR @ a_RI * layer.scale).to(layer.weight_OI.dtype))
-    attachment.unload()
-
-
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "falcon"])
-def test_merge_keeps_outputs(arch: str) -> None:
-    assert_merge_keeps_outputs(LoraAttachment.merge, arch=arch)
-
-
-def test_merge_in_bfloat16_keeps_outputs_beside_the_effect() -> None:
-    assert_merge_in_bfloat16_is_small_beside_the_effect(LoraAttachment.merge)
-
-
-@pytest.mark.parametrize("buggy", [merge_without_scale, merge_by_way_of_bfloat16])
-def test_the_merge_tests_see_a_wrong_merge(buggy: Callable[[LoraAttachment], None]) -> None:
-    with pytest.raises(AssertionError):
-        assert_merge_keeps_outputs(buggy)
-
-
-def test_the_bfloat16_merge_test_sees_a_missing_scale() -> None:
-    with pytest.raises(AssertionError):
-        assert_merge_in_bfloat16_is_small_beside_the_effect(merge_without_scale)
 
 
 # trap: A7
