@@ -300,7 +300,7 @@ def unmet(folder: Path, **more: str) -> tuple[int, str, float]:
     """One of two ranks, started by nobody."""
     environ = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     program = (
-        "import tunesmith.parallel.world as world, sys; world.JOIN_S = 3.0\n"
+        "import tunesmith.parallel.world as world, sys; world.JOIN_S = 1.0\n"
         f"sys.argv = ['tunesmith', *{train_words(folder, folder / 'unmet')}]\n"
         "from tunesmith.cli import main; main()"
     )

@@ -277,12 +277,12 @@ def test_a_body_without_end_is_cut_off(server: Running) -> None:
 # trap: S6
 
 
-def nothing_is_held_by_doing_nothing(server: Running) -> None:
+def nothing_is_held_by_doing_nothing(server: Running, limit_s: float = 3) -> None:
     """Connections that say nothing, a header byte by byte, a body that stops: each is let go."""
     place = (server.bound.host, server.bound.port)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for begun in (b"", b"GET /v1/mo", head, head + b"Content-Length: 100\r\n\r\n{"):
-        with socket.create_connection(place, timeout=3) as connection:
+        with socket.create_connection(place, timeout=limit_s) as connection:
             connection.sendall(begun)
             received = b""
             try:
@@ -292,7 +292,7 @@ def nothing_is_held_by_doing_nothing(server: Running) -> None:
                 pytest.fail(f"held with {begun!r}")
             assert received.split()[1] == b"408", begun
     # The second request of a connection, too.
-    with socket.create_connection(place, timeout=3) as connection:
+    with socket.create_connection(place, timeout=limit_s) as connection:
         connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/models HT")
         try:
             while connection.recv(4096):
@@ -307,7 +307,7 @@ def test_nothing_is_held_by_doing_nothing(server: Running, monkeypatch: pytest.M
     nothing_is_held_by_doing_nothing(server)
     monkeypatch.setattr(http.BoundedConnection, "_await_headers", lambda self: None)
     with pytest.raises(pytest.fail.Exception):
-        nothing_is_held_by_doing_nothing(server)
+        nothing_is_held_by_doing_nothing(server, limit_s=0.6)
 
 
 def test_headers_have_a_size(server: Running) -> None:

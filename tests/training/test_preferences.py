@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tunesmith
+from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stopped, values_of
 from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
@@ -396,7 +397,8 @@ def test_the_same_prompt_is_on_one_side_whatever_its_answers(tmp_path):
         assert not set(inputs[hashes < np.median(hashes)]) & set(inputs[hashes >= np.median(hashes)])
 
 
-def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tmp_path):
+def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tmp_path, monkeypatch):
+    quick(monkeypatch)
     root = tmp_path / "runs"
     first = train(task_recipe(tmp_path, "chat", "causal", method=LORA), root=root)
     recipe = recipe_of(tmp_path)
