@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ def opened(request: pytest.FixtureRequest) -> Callable[..., Store]:
     if request.param == "postgresql":
         cluster()  # or a reason to skip
     return partial(open_store, kind=request.param)
+
+
+@pytest.fixture
+def store(opened: Callable[..., Store], tmp_path: Path) -> Iterator[Store]:
+    made = opened(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

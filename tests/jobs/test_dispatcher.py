@@ -54,8 +54,8 @@ def work(store: Store, launcher: FakeLauncher, models: FakeModels, *, num: int =
         working.round()
 
 
-def test_a_job_becomes_a_model(opened: Opened, tmp_path: Path) -> None:
-    store, models = opened(tmp_path), FakeModels()
+def test_a_job_becomes_a_model(store: Store) -> None:
+    models = FakeModels()
     name = put_job(store, put_file(store, rows(12)), suffix="My Suffix!", seed=3)
     assert store.job(name)["status"] == "validating_files"
     work(store, FakeLauncher(), models)
@@ -72,7 +72,6 @@ def test_a_job_becomes_a_model(opened: Opened, tmp_path: Path) -> None:
     said = [row["message"] for row in store.page(events, newest_first=False, limit=100)[0]]
     assert said[said.index("Plan: 6 steps") + 1] == "Chosen: optim.lr = 0.1: usual"
     assert len(results) == STEPS + 1
-    store.close()
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +117,8 @@ def test_a_server_killed_at_any_transaction_goes_on(
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])
-def test_a_run_that_is_killed_thrice_without_a_new_checkpoint_fails(
-    opened: Opened, tmp_path: Path, with_checkpoint: bool
-) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_a_run_that_is_killed_thrice_without_a_new_checkpoint_fails(store: Store, with_checkpoint: bool) -> None:
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     for start in range(3):
@@ -135,7 +132,6 @@ def test_a_run_that_is_killed_thrice_without_a_new_checkpoint_fails(
         working.round()
     job = store.job(name)
     assert (job["status"], job["error"]["code"], len(launcher.started)) == ("failed", "run_crashed", 3)
-    store.close()
 
 
 class RefusingModels(FakeModels):
@@ -153,9 +149,9 @@ class RefusingModels(FakeModels):
 
 @pytest.mark.parametrize("status", ["paused", "cancelled"])
 def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_where_it_was_cancelled_none(
-    opened: Opened, tmp_path: Path, status: str
+    store: Store, status: str
 ) -> None:
-    store, models = opened(tmp_path), RefusingModels([503, 503, 503])
+    models = RefusingModels([503, 503, 503])
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), models)
     for _ in range(3):
@@ -164,12 +160,11 @@ def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_
     for _ in range(8):
         working.round()
     assert len(store.tuned(job=name)) == len(models.served) == (status == "paused")
-    store.close()
 
 
-def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_path: Path) -> None:
+def test_a_result_waits_for_an_engine_that_is_started_again(store: Store) -> None:
     refusals = [503, 503]
-    store, models = opened(tmp_path), RefusingModels(refusals)
+    models = RefusingModels(refusals)
     name = put_job(store, put_file(store, rows(12)))
     work(store, FakeLauncher(), models)
     assert (store.job(name)["status"], refusals) == ("succeeded", [])
@@ -180,15 +175,14 @@ def test_a_result_waits_for_an_engine_that_is_started_again(opened: Opened, tmp_
     name = put_job(store, "file-a")
     work(store, FakeLauncher(), models)
     assert store.job(name)["error"]["code"] == "result_not_served"
-    store.close()
 
 
 @pytest.mark.parametrize(("num", "status"), [(2, "succeeded"), (3, "failed")])
 def test_an_engine_that_is_killed_while_a_result_is_put_on_it_is_no_fault_of_the_job(
-    opened: Opened, tmp_path: Path, num: int, status: str
+    store: Store, num: int, status: str
 ) -> None:
     """The third time it is: then the result itself ends the engine."""
-    store, models = opened(tmp_path), FakeModels()
+    models = FakeModels()
     name = put_job(store, put_file(store, rows(12)))
     attach, crashes = models.attach, [500] * num
 
@@ -200,11 +194,9 @@ def test_an_engine_that_is_killed_while_a_result_is_put_on_it_is_no_fault_of_the
     models.attach = crashing
     work(store, FakeLauncher(), models, num=20)
     assert (store.job(name)["status"], crashes) == (status, [])
-    store.close()
 
 
-def test_what_a_run_says_while_the_store_fails_is_taken_over_later(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_what_a_run_says_while_the_store_fails_is_taken_over_later(store: Store) -> None:
     name = put_job(store, put_file(store, rows(12)))
     change, refusals = store.change_job, [503]
 
@@ -220,11 +212,10 @@ def test_what_a_run_says_while_the_store_fails_is_taken_over_later(opened: Opene
             working.round()
     assert refusals == []
     assert store.job(name)["numbers"] == {"n_epochs": 1, "batch_size": 2, "learning_rate_multiplier": 1.0}
-    store.close()
 
 
-def test_a_run_whose_start_clears_a_request_to_stop_is_asked_again(opened: Opened, tmp_path: Path) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_a_run_whose_start_clears_a_request_to_stop_is_asked_again(store: Store) -> None:
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     for _ in range(2):
@@ -236,11 +227,10 @@ def test_a_run_whose_start_clears_a_request_to_stop_is_asked_again(opened: Opene
     for _ in range(5):
         working.round()
     assert (run.is_dead, len(requests), working.active) == (True, 3, {})
-    store.close()
 
 
-def test_one_run_at_a_time_in_the_order_of_creation(opened: Opened, tmp_path: Path) -> None:
-    store, launcher, models = opened(tmp_path), FakeLauncher(), FakeModels()
+def test_one_run_at_a_time_in_the_order_of_creation(store: Store) -> None:
+    launcher, models = FakeLauncher(), FakeModels()
     file = put_file(store, rows(12))
     names = [put_job(store, file) for _ in range(3)]
     working = dispatcher(store, launcher, models)
@@ -249,11 +239,9 @@ def test_one_run_at_a_time_in_the_order_of_creation(opened: Opened, tmp_path: Pa
         assert len(working.active) <= 1
     assert [one.path.name for one in launcher.started] == names
     assert {store.job(name)["status"] for name in names} == {"succeeded"}
-    store.close()
 
 
-def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(store: Store) -> None:
     put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), FakeModels())
     for _ in range(3):
@@ -263,7 +251,6 @@ def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(opened: Opened,
     working.round()
     assert store.page(events, limit=1)[0][0]["message"].startswith("Step 3/")
     assert num_reads == []
-    store.close()
 
 
 @pytest.mark.parametrize(
@@ -280,10 +267,8 @@ def test_a_run_that_only_makes_steps_lets_the_store_read_nothing(opened: Opened,
         (b'{"foo": 1}\n' * 12, "invalid_training_file", "The job failed due to an invalid training file."),
     ],
 )  # fmt: skip
-def test_faults_of_rows_are_the_jobs_error(
-    opened: Opened, tmp_path: Path, content: bytes, code: str, words: str
-) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_faults_of_rows_are_the_jobs_error(store: Store, tmp_path: Path, content: bytes, code: str, words: str) -> None:
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, content))
     work(store, launcher, FakeModels(), num=2)
     job = store.job(name)
@@ -295,11 +280,9 @@ def test_faults_of_rows_are_the_jobs_error(
     assert str(tmp_path) not in job["error"]["message"]
     assert job["finished_at"] is not None
     assert launcher.started == []
-    store.close()
 
 
-def test_a_file_of_an_open_job_is_kept_until_it_ends(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_a_file_of_an_open_job_is_kept_until_it_ends(store: Store) -> None:
     file = put_file(store, rows(12))
     put_job(store, file)
     assert store.delete_file(file)
@@ -308,7 +291,6 @@ def test_a_file_of_an_open_job_is_kept_until_it_ends(opened: Opened, tmp_path: P
     assert store.content_path(file).exists()
     work(store, FakeLauncher(), FakeModels())
     assert not store.content_path(file).exists()
-    store.close()
 
 
 @pytest.mark.parametrize(("num", "epochs"), [(10, 10), (3, 25), (33, 3), (34, 3), (8333, 3), (8334, 2), (30_000, 1)])

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from jobs.test_dispatcher import TRANSACTIONS, outcome, work
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import files, jobs
 from tunesmith.serve.protocol import RequestError
-
-Opened = Callable[..., Store]
 
 # A killed server
 
@@ -238,15 +235,14 @@ def test_folders_and_files_are_for_their_owner_alone(tmp_path: Path) -> None:
         b"\0" * 100 + b"\n",
     ],
 )
-def test_rows_made_to_harm_are_an_error_of_the_job(opened: Opened, tmp_path: Path, content: bytes) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_rows_made_to_harm_are_an_error_of_the_job(store: Store, content: bytes) -> None:
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, content * 12))
     work(store, launcher, FakeModels(), num=3)
     job = store.job(name)
     assert (job["status"], job["error"]["param"]) == ("failed", "training_file")
     assert len(job["error"]["message"]) < 20_000
     assert launcher.started == []
-    store.close()
 
 
 @pytest.mark.parametrize("text", ["a[b]", "%' OR 1=1 --", '"', "\\", "a=b&c", "\u202e", "x" * 64])

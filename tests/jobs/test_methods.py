@@ -28,12 +28,17 @@ from tunesmith.types import Event
 DPO = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2}}}
 
 
+@pytest.fixture
+def opened() -> type[Store]:
+    """SQLite alone."""
+    return Store
+
+
 def recipe_of(store: Store, name: str) -> dict[str, Any]:
     return json.loads((store.recipes_path / f"{name}.yaml").read_text())
 
 
-def test_a_job_by_dpo_learns_from_preferences(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_a_job_by_dpo_learns_from_preferences(store: Store) -> None:
     file, valid = put_file(store, pairs(12)), put_file(store, pairs(3), "file-b")
     name = put_job(store, file, method=DPO, validation_file=valid)
     work(store, FakeLauncher(), FakeModels())
@@ -44,16 +49,13 @@ def test_a_job_by_dpo_learns_from_preferences(tmp_path: Path) -> None:
     shown = job_object(job)
     assert set(shown["hyperparameters"]) == {"n_epochs", "batch_size", "learning_rate_multiplier"}
     assert shown["method"] == {"type": "dpo", "dpo": {"hyperparameters": {**shown["hyperparameters"], "beta": 0.3}}}
-    store.close()
 
 
-def test_the_usual_beta_is_shown_once_it_is_chosen(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+def test_the_usual_beta_is_shown_once_it_is_chosen(store: Store) -> None:
     name = put_job(store, put_file(store, pairs(12)), method={"type": "dpo"}, hyperparameters={"batch_size": 4})
     assert store.job(name)["numbers"]["beta"] == "auto"
     work(store, FakeLauncher(), FakeModels())
     assert job_object(store.job(name))["method"]["dpo"]["hyperparameters"]["beta"] == 0.1
-    store.close()
 
 
 @pytest.mark.parametrize(
@@ -73,18 +75,16 @@ def test_the_usual_beta_is_shown_once_it_is_chosen(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_rows_of_another_method_are_the_jobs_error(tmp_path: Path, content: bytes, method: str, words: str) -> None:
-    store = Store(tmp_path)
+def test_rows_of_another_method_are_the_jobs_error(store: Store, content: bytes, method: str, words: str) -> None:
     name = put_job(store, put_file(store, content), method={"type": method})
     work(store, FakeLauncher(), FakeModels(), num=2)
     error = store.job(name)["error"]
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     assert error["message"].startswith(f"The job failed due to an invalid training file. {words}")
-    store.close()
 
 
-def test_ends_of_epochs_are_checkpoints(tmp_path: Path) -> None:
-    store, models = Store(tmp_path), FakeModels()
+def test_ends_of_epochs_are_checkpoints(store: Store) -> None:
+    models = FakeModels()
     name = put_job(store, put_file(store, rows(12)), suffix="mine")
     working = dispatcher(store, FakeLauncher(), models)
     while not models.served:
@@ -99,11 +99,10 @@ def test_ends_of_epochs_are_checkpoints(tmp_path: Path) -> None:
     assert first["metrics"] == {"step": 4, "train_loss": 0.25}
     assert (last["step_number"], last["fine_tuned_model_checkpoint"]) == (STEPS, store.job(name)["tuned_name"])
     assert first["id"] != last["id"]
-    store.close()
 
 
-def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
-    store, models = Store(tmp_path), FakeModels()
+def test_a_pause_makes_a_checkpoint_that_can_be_asked(store: Store) -> None:
+    models = FakeModels()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), models)
     while not any(event.kind == "step" for event in Run(store.runs_path / name).events()):
@@ -120,7 +119,6 @@ def test_a_pause_makes_a_checkpoint_that_can_be_asked(tmp_path: Path) -> None:
     store.act(name, "resume", "Fine-tuning job resumed")
     work(store, working.launcher, models)
     assert [row["step"] for row in store.tuned(job=name)] == [2, SNAPSHOT, STEPS]
-    store.close()
 
 
 def pause(store: Store, working: Dispatcher, name: str) -> None:
@@ -141,8 +139,8 @@ def kept_steps(store: Store, name: str) -> list[str]:
     return sorted(path.parent.name for path in run.snapshots_path.glob("*/adapter"))
 
 
-def test_of_the_results_at_stops_the_newest_is_kept(tmp_path: Path) -> None:
-    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+def test_of_the_results_at_stops_the_newest_is_kept(store: Store) -> None:
+    models, launcher = FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     pause(store, working, name)
@@ -154,31 +152,29 @@ def test_of_the_results_at_stops_the_newest_is_kept(tmp_path: Path) -> None:
     work(store, launcher, models)
     assert [row["step"] for row in store.tuned(job=name)] == [3, SNAPSHOT, STEPS]
     assert set(models.served) == {row["name"] for row in store.tuned()}
-    store.close()
 
 
-def test_the_result_at_a_stop_before_stays_where_the_newest_cannot_be_served(tmp_path: Path) -> None:
+def test_the_result_at_a_stop_before_stays_where_the_newest_cannot_be_served(store: Store) -> None:
     class Refusing(FakeModels):
         def attach(self, base: str, name: str, run: Path) -> None:
             if name.endswith("step-3"):
                 raise ValueError("refused")
             super().attach(base, name, run)
 
-    store, models, launcher = Store(tmp_path), Refusing(), FakeLauncher()
+    models, launcher = Refusing(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     pause(store, working, name)
     pause(store, working, name)
     assert [row["step"] for row in store.tuned(job=name)] == [2]
     assert [served.rpartition("-")[2] for served in models.served] == ["2"]
-    store.close()
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpoints(
-    tmp_path: Path, is_damaged: bool
+    store: Store, is_damaged: bool
 ) -> None:
-    store, notes, launcher, models = Store(tmp_path), list[str](), FakeLauncher(), FakeModels()
+    notes, launcher, models = list[str](), FakeLauncher(), FakeModels()
     name, other = (put_job(store, put_file(store, rows(12), file)) for file in ("file-a", "file-b"))
     store.act(other, "pause", "Fine-tuning job paused")
     working = dispatcher(store, launcher, models)
@@ -198,11 +194,10 @@ def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpo
     assert not run.checkpoints_path.exists()
     assert (store.job(name)["result_file"] is None) == is_damaged == any(name in note for note in notes)
     assert store.job(other)["status"] == "succeeded"
-    store.close()
 
 
-def test_a_damaged_run_fails_its_job_and_no_other(tmp_path: Path) -> None:
-    store, launcher = Store(tmp_path), FakeLauncher()
+def test_a_damaged_run_fails_its_job_and_no_other(store: Store) -> None:
+    launcher = FakeLauncher()
     name, other = (put_job(store, put_file(store, rows(12), file)) for file in ("file-a", "file-b"))
     working = dispatcher(store, launcher, FakeModels())
     run = Run(store.runs_path / name)
@@ -214,13 +209,12 @@ def test_a_damaged_run_fails_its_job_and_no_other(tmp_path: Path) -> None:
         working.round()
     assert [store.job(one)["status"] for one in (name, other)] == ["failed", "succeeded"]
     assert "events.jsonl" in store.job(name)["error"]["message"]
-    store.close()
 
 
 def test_a_disk_that_is_full_at_first_keeps_the_results_of_a_cancelled_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, launcher = Store(tmp_path), FakeLauncher()
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     pause(store, working, name)
@@ -236,11 +230,10 @@ def test_a_disk_that_is_full_at_first_keeps_the_results_of_a_cancelled_job(
     working.round()
     assert not full
     assert store.job(name)["result_file"] is not None
-    store.close()
 
 
-def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_ended(tmp_path: Path) -> None:
-    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_ended(store: Store) -> None:
+    models, launcher = FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     pause(store, working, name)
@@ -253,14 +246,13 @@ def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_
     store.act(further, "cancel", "Fine-tuning job cancelled")
     work(store, launcher, models, num=1)
     assert kept_steps(store, name) == ["step-3"]
-    store.close()
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
 def test_a_job_that_is_cancelled_in_its_pause_keeps_results_and_what_can_be_asked(
-    tmp_path: Path, is_restarted: bool
+    store: Store, is_restarted: bool
 ) -> None:
-    store, models, launcher = Store(tmp_path), FakeModels(), FakeLauncher()
+    models, launcher = FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     pause(store, working, name)
@@ -275,11 +267,10 @@ def test_a_job_that_is_cancelled_in_its_pause_keeps_results_and_what_can_be_aske
     assert (kept_steps(store, name), len(models.served)) == (["step-2"], 1)
     assert store.file(store.job(name)["result_file"])["purpose"] == "fine-tune-results"
     assert {run.checkpoints_path, run.rows_path}.isdisjoint(run.path.iterdir()), "nothing goes on from them"
-    store.close()
 
 
-def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(tmp_path: Path) -> None:
-    store, models = Store(tmp_path), FakeModels()
+def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(store: Store) -> None:
+    models = FakeModels()
     file = put_file(store, rows(12))
     work(store, launcher := FakeLauncher(), models, num=14 if put_job(store, file) else 0)
     parent = store.tuned()[-1]
@@ -303,7 +294,6 @@ def test_a_tuned_model_is_tuned_further_and_kept_while_it_is_needed(tmp_path: Pa
     assert not adapter.exists()
     with pytest.raises(RequestError, match="is not available for fine-tuning or does not exist"):
         put_job(store, file, model=parent["name"])
-    store.close()
 
 
 def test_metrics_of_the_validation_file_are_there_for_each_epoch() -> None:
@@ -333,10 +323,10 @@ def test_metrics_of_the_validation_file_are_there_for_each_epoch() -> None:
 WANDB = [{"type": "wandb", "wandb": {"project": "p", "name": "n", "tags": ["a", "b"]}}]
 
 
-def test_metrics_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_go_to_weights_and_biases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "check_names", lambda names: names)
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    store, launcher = Store(tmp_path), FakeLauncher()
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, rows(12)), integrations=WANDB)
     work(store, launcher, FakeModels())
     assert recipe_of(store, name)["track"] == ["wandb"]
@@ -346,11 +336,10 @@ def test_metrics_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(RequestError, match="set WANDB_API_KEY"):
         put_job(store, "file-a", integrations=WANDB)
-    store.close()
 
 
-def test_a_cancelled_job_keeps_the_results_of_its_steps(tmp_path: Path) -> None:
-    store, launcher = Store(tmp_path), FakeLauncher()
+def test_a_cancelled_job_keeps_the_results_of_its_steps(store: Store) -> None:
+    launcher = FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     for _ in range(4):
@@ -364,7 +353,6 @@ def test_a_cancelled_job_keeps_the_results_of_its_steps(tmp_path: Path) -> None:
     lines = base64.b64decode(store.content_path(file).read_bytes()).decode().splitlines()
     assert 1 < len(lines) < STEPS + 1
     assert (store.file(file)["purpose"], job["status"]) == ("fine-tune-results", "cancelled")
-    store.close()
 
 
 def test_the_measuring_before_and_after_the_steps_is_said() -> None:

@@ -90,8 +90,7 @@ def test_a_fault_is_named(tmp_path: Path, old: str, new: str, words: str) -> Non
 # Limits
 
 
-def test_no_more_jobs_wait_than_a_project_may_have(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_no_more_jobs_wait_than_a_project_may_have(store: Store) -> None:
     store.rules = every(jobs_waiting=2)
     for project in ("red", "blue"):  # each for itself
         with as_project(project):
@@ -103,11 +102,10 @@ def test_no_more_jobs_wait_than_a_project_may_have(opened: Opened, tmp_path: Pat
             assert (error.status, error.code, error.headers["Retry-After"]) == (429, "rate_limit_exceeded", "60")
             store.act(names[0], "cancel", "cancelled")
             put_job(store, file)
-    store.close()
 
 
-def test_projects_take_turns(opened: Opened, tmp_path: Path) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_projects_take_turns(store: Store) -> None:
+    launcher = FakeLauncher()
     owner = {}
     for project, num in (("red", 3), ("blue", 2)):
         with as_project(project):
@@ -117,11 +115,10 @@ def test_projects_take_turns(opened: Opened, tmp_path: Path) -> None:
     for _ in range(60):
         working.round()
     assert [owner[one.path.name] for one in launcher.started] == ["red", "blue", "red", "blue", "red"]
-    store.close()
 
 
-def test_no_more_jobs_run_than_a_project_may_have(opened: Opened, tmp_path: Path) -> None:
-    store, launcher = opened(tmp_path), FakeLauncher()
+def test_no_more_jobs_run_than_a_project_may_have(store: Store) -> None:
+    launcher = FakeLauncher()
     store.rules = Rules(projects={"red": ProjectRules(jobs_running=1)})
     for project, num in (("red", 3), ("blue", 3)):
         with as_project(project):
@@ -137,7 +134,6 @@ def test_no_more_jobs_run_than_a_project_may_have(opened: Opened, tmp_path: Path
             most[project] = max(most[project], sum(one.project == project for one in working.active.values()))
     assert most == {"red": 1, "blue": 2}
     assert len(launcher.started) == 6
-    store.close()
 
 
 def test_files_have_room_or_are_refused_whole(tmp_path: Path) -> None:
@@ -205,8 +201,7 @@ def ended_job(store: Store, name: str) -> str:
     return job
 
 
-def test_what_a_job_or_a_model_needs_is_kept(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_what_a_job_or_a_model_needs_is_kept(store: Store) -> None:
     store.rules = every(keep_files_days=1, keep_runs_days=1)
     job = put_job(store, put_file(store, rows(12), "file-open"))
     put_file(store, rows(12), "file-old")
@@ -234,7 +229,6 @@ def test_what_a_job_or_a_model_needs_is_kept(opened: Opened, tmp_path: Path) -> 
     assert not store.content_path("file-open").exists()
     store.delete_model("ft:a:tunesmith::b")
     assert store.expire() == [f"{kept}: its run is removed, no model of it is left"]
-    store.close()
 
 
 def test_a_deletion_that_is_killed_is_finished_at_the_next_start(opened: Opened, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -27,8 +25,8 @@ MOVES = {"checked": ("validating_files", "queued"), "started": ("queued", "runni
 """What the dispatcher does."""
 
 
-def test_random_sequences_of_actions_follow_the_rules(opened: Callable[..., Store], tmp_path: Path) -> None:
-    store, draw = opened(tmp_path), random.Random(7)
+def test_random_sequences_of_actions_follow_the_rules(store: Store) -> None:
+    draw = random.Random(7)
     if store._database.is_sqlite:
         store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
     store.rules = Rules(every_project=ProjectRules(jobs_waiting=10_000))
@@ -55,7 +53,6 @@ def test_random_sequences_of_actions_follow_the_rules(opened: Callable[..., Stor
         assert job["status"] == state
         assert (job["finished_at"] is not None) == (state in ENDED)
         assert len(store.page(events, events.c.job == name, limit=50)[0]) == said + 2
-    store.close()
 
 
 @pytest.mark.parametrize("state", ENDED)
@@ -67,9 +64,9 @@ def test_a_job_that_has_ended_stays_so(state, action) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_actions_end_as_the_last_wish_says(opened: Callable[..., Store], tmp_path: Path, seed: int) -> None:
+def test_random_actions_end_as_the_last_wish_says(store: Store, seed: int) -> None:
     draw = random.Random(seed)
-    store, launcher, models = opened(tmp_path), FakeLauncher(), FakeModels()
+    launcher, models = FakeLauncher(), FakeModels()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
     for _ in range(25):
@@ -92,4 +89,3 @@ def test_random_actions_end_as_the_last_wish_says(opened: Callable[..., Store], 
     messages = [row["message"] for row in store.page(events, limit=200)[0]]
     steps = [one for one in messages if one.startswith("Step ")]
     assert steps[::-1] == [f"Step {i}/6: training loss={1 / i:.2f}" for i in range(1, 7)]  # each once
-    store.close()

@@ -34,11 +34,9 @@ def old_store(folder: Path) -> None:
     connection.close()
 
 
-def test_migrations_make_the_tables_that_are_declared(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_migrations_make_the_tables_that_are_declared(store: Store) -> None:
     with store.writing() as connection:
         assert compare_metadata(MigrationContext.configure(connection), TABLES) == []
-    store.close()
 
 
 def test_a_store_has_one_server(opened: Opened, tmp_path: Path) -> None:
@@ -150,8 +148,7 @@ def tuned_or_status(store: Store, name: str) -> list[object] | int:
         return error.status
 
 
-def test_names_are_data(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_names_are_data(store: Store) -> None:
     name = put_job(store, put_file(store, rows(1)), metadata={"a'; DROP TABLE jobs; --": "\0 %s"}, suffix="\0'\"")
     store.add_events([event(name, "a\0b % ' \\ \U0001f600")])
     assert store.job(name)["request"]["metadata"] == {"a'; DROP TABLE jobs; --": "\0 %s"}
@@ -160,7 +157,6 @@ def test_names_are_data(opened: Opened, tmp_path: Path) -> None:
         assert store.job(nothing) is None
         assert store.file(nothing) is None
         assert tuned_or_status(store, nothing) in ([], 400)
-    store.close()
 
 
 def test_a_server_that_lost_its_database_writes_again_only_with_the_lock(tmp_path: Path) -> None:
@@ -195,8 +191,7 @@ def test_a_server_that_lost_its_database_writes_again_only_with_the_lock(tmp_pat
         own.remove()
 
 
-def test_a_full_disk_is_said_and_nothing_is_half_written(opened: Opened, tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_a_full_disk_is_said_and_nothing_is_half_written(store: Store) -> None:
     if store._database.is_sqlite:
         with store.writing() as connection:
             pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
@@ -216,4 +211,3 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(opened: Opened, tmp_pat
         with store.writing() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
         put_job(store, name)
-    store.close()
