@@ -151,6 +151,19 @@ def assert_alike(found: list[list[Any]]) -> None:
             assert norm == pytest.approx(first_norm, rel=1e-4)
 
 
+def refuse_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are padded, as for a model that computes something else where they are packed."""
+    refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
+    monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+
+
+def sentence_transformers_python() -> Path:
+    python = Path(__file__).parents[1] / ".peers" / "st" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
+    return python
+
+
 def texts(num: int, *, seed: int = 0, most: int = 9) -> list[str]:
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=draw.randint(3, most))) for _ in range(num)]

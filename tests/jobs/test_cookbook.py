@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -131,5 +130,4 @@ def test_the_cells_of_a_notebook_run_as_they_are(tmp_path: Path, name: str) -> N
         for text in expected:
             assert text in done.stdout
     finally:
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()

@@ -54,6 +54,10 @@ class Live:
         wait_for(url, timeout_s=120)
         return cls(popen, openai.OpenAI(base_url=f"{url()}/v1", api_key="none", max_retries=0))
 
+    def end(self) -> None:
+        self.popen.send_signal(signal.SIGTERM)
+        assert self.popen.wait(60) == 0
+
     def finished(self, job: Any) -> Any:
         """The job, once it has ended, and the answer of its model in the next second."""
         wait_for(lambda: self.client.fine_tuning.jobs.retrieve(job.id).finished_at is not None, timeout_s=180)
@@ -131,8 +135,7 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         assert job.fine_tuned_model not in [model.id for model in client.models.list()]
         assert live.answer(again.fine_tuned_model) == tuned
     finally:
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in written if b"planted-" in path.read_bytes()] == []
 
@@ -175,8 +178,7 @@ def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_
         num = Counter(what.partition(" ")[0] for what in kills.elements())
         print(f"10 jobs in {time.monotonic() - started:.0f} s; killed: {dict(num)}")
     finally:
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()
 
 
 def usual_events(client: openai.OpenAI, job: Any) -> list[str]:
@@ -211,14 +213,12 @@ def test_a_job_by_dpo_tunes_a_tuned_model_further(tmp_path: Path) -> None:
         step = list(client.fine_tuning.jobs.checkpoints.list(second.id))[-1].fine_tuned_model_checkpoint
         third, last = live.finished(client.fine_tuning.jobs.create(model=step, training_file=rows, **OLD))
         assert client.models.delete(first.fine_tuned_model).deleted
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()
         live = Live.start(tmp_path)
         assert live.answer(second.fine_tuned_model) == other, "it needs the adapter of the deleted model"
         assert live.answer(third.fine_tuned_model) == last
     finally:
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()
 
 
 @pytest.mark.slow
@@ -237,8 +237,7 @@ def test_other_versions_of_the_client_go_from_upload_to_chat(tmp_path: Path) -> 
             assert done.returncode == 0, done.stderr
             print(done.stdout, end="")
     finally:
-        live.popen.send_signal(signal.SIGTERM)
-        assert live.popen.wait(60) == 0
+        live.end()
 
 
 OLD: dict[str, Any] = {"hyperparameters": {"n_epochs": 3, "learning_rate_multiplier": 8.0}, "seed": 3}

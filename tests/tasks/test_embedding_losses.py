@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shape.tree import ROOT
-from tiny_tasks import task_recipe, texts, write
+from tiny_tasks import sentence_transformers_python, task_recipe, texts, write
 from tunesmith.errors import RecipeError
 from tunesmith.parallel.world import World
 from tunesmith.recipe.objectives import Embed
@@ -45,9 +44,7 @@ def test_every_loss_is_that_of_sentence_transformers(case):
 
 @pytest.mark.slow
 def test_the_peer_still_says_so(tmp_path):
-    python = ROOT / ".peers" / "st" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
+    python = sentence_transformers_python()
     script = Path(__file__).with_name("st_losses.py")
     subprocess.run([python, script, tmp_path / "again.json"], check=True, capture_output=True)
     again = json.loads((tmp_path / "again.json").read_text("utf-8"))

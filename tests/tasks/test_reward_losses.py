@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.exports import quick
 from tiny_run import model_folder
-from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
+from tiny_tasks import assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
 from tunesmith.data.formats import FORMATS
 from tunesmith.evaluation.scores import score
@@ -101,8 +101,7 @@ def assert_centred(rewards: list[float]) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
 def test_a_reward_is_read_at_the_last_token_whatever_pads(tmp_path, layout, arch, monkeypatch):
     if layout == "padded":
-        refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
-        monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+        refuse_packing(monkeypatch)
     recipe = recipe_of(tmp_path).model_copy(update={"model": str(model_folder(tmp_path / arch, arch))})
     setup = prepare(recipe, root=tmp_path / "runs")
     setup.model.config.pad_token_id = setup.renderer.tokenizer.eos_token_id

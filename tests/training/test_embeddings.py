@@ -12,8 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, train_words
-from shape.tree import ROOT
-from tiny_tasks import encoder_folder, rows_of, task_recipe, write, write_pooling
+from tiny_tasks import encoder_folder, rows_of, sentence_transformers_python, task_recipe, write, write_pooling
 from tunesmith.data.branches import lines_of
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError, RecipeError
@@ -217,9 +216,7 @@ print(json.dumps({
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
 def test_sentence_transformers_answers_alike(tmp_path, kind, pooling, include_prompt):
-    python = ROOT / ".peers" / "st" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
+    python = sentence_transformers_python()
     torch.manual_seed(0)
     prompts = PROMPTS if kind == "encoder" else {"query_prompt": "find: ", "document_prompt": "text: "}
     options = {**prompts, "pooling": pooling, "include_prompt": include_prompt}

@@ -18,7 +18,7 @@ import tunesmith
 from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stopped, values_of
-from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
+from tiny_tasks import assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
 from tunesmith.data.branches import join, lines_of
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.prefixes import share_prefixes
@@ -80,8 +80,7 @@ def own_logps(model: Any, row: Any, *, before: int = 1) -> list[float]:
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, monkeypatch):
     if layout == "padded":
-        refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
-        monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+        refuse_packing(monkeypatch)
     recipe = recipe_of(tmp_path)
     recipe = recipe.model_copy(update={"model": str(model_folder(tmp_path / arch, arch))})
     setup = prepare(recipe, root=tmp_path / "runs")
@@ -113,8 +112,7 @@ def shifted(row: Any) -> Any:
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, layout, monkeypatch):
     if layout == "padded":
-        refused = type("Refused", (), {"ok": False, "reason": "it is a test"})()
-        monkeypatch.setattr("tunesmith.training.setup.packed_agrees", lambda *args, **kwargs: refused)
+        refuse_packing(monkeypatch)
     found = by_memory(tmp_path, recipe_of, 4096, 120, 1, prefer={"nll": 1.0})
     assert [steps[0][2] for steps in found][::2] == [1 if layout == "packed" else 2, 8]
     assert_alike(found)
