@@ -1,10 +1,12 @@
 """`python -m benchmarks classify`: both sides on the same rows, measured from outside, and told without loss."""
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,13 @@ def test_verdict_compares_our_median_with_the_peers_lowest(ours: tuple[float, ..
     found, text = verdict(results(OURS, *ours), results("Trainer", 0.60, 0.70, 0.65))
     assert found is holds
     assert ("WORSE than Trainer" in text) is not holds
+
+
+@pytest.mark.parametrize(("seeds", "chance"), [(3, Fraction(1, 5)), (5, Fraction(1, 12))])
+def test_equal_methods_fail_the_rule_as_rarely_as_it_says(seeds: int, chance: Fraction) -> None:
+    places = list(itertools.combinations(range(2 * seeds), seeds))  # where ours stand among all, the lowest first
+    below = [ours for ours in places if ours[seeds // 2] < min(set(range(2 * seeds)) - set(ours))]
+    assert Fraction(len(below), len(places)) == chance
 
 
 def bench(found: list[Result]) -> Bench:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, train_words
-from tiny_tasks import encoder_folder, rows_of, sentence_transformers_python, task_recipe, write, write_pooling
+from shape.tree import ROOT
+from tiny_tasks import encoder_folder, rows_of, task_recipe, write, write_pooling
 from tunesmith.data.branches import lines_of
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError, RecipeError
@@ -158,8 +158,7 @@ def test_the_test_sees_a_prompt_in_the_mean(tmp_path, monkeypatch, place):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
-def test_an_adapter_is_merged_and_proven(tmp_path, kind, monkeypatch):
-    quick(monkeypatch)
+def test_an_adapter_is_merged_and_proven(tmp_path, kind):
     run = train(recipe_of(tmp_path, kind, method="lora"), root=tmp_path / "runs")
     kept = "last" if kind == "causal" else "mean"
     assert find_pooling(run.adapter_path).kind == kept
@@ -216,7 +215,9 @@ print(json.dumps({
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
 def test_sentence_transformers_answers_alike(tmp_path, kind, pooling, include_prompt):
-    python = sentence_transformers_python()
+    python = ROOT / ".peers" / "st" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
     torch.manual_seed(0)
     prompts = PROMPTS if kind == "encoder" else {"query_prompt": "find: ", "document_prompt": "text: "}
     options = {**prompts, "pooling": pooling, "include_prompt": include_prompt}

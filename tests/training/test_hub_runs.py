@@ -10,10 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from hub_server import Hub, hub_at, json_lines, parquet
-from tiny_run import chats, model_folder, same_run, stopped, tiny_recipe
+from tiny_run import chats, model_folder, same_run, stop_at, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.data import addresses
-from tunesmith.errors import ModelError
+from tunesmith.errors import DataError, ModelError, Stopped
 from tunesmith.inference.load import load_run
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.schema import DataFile
@@ -78,10 +78,12 @@ def test_recipe_of_a_run_has_the_commits_and_repeats_it_after_a_push(hub, tmp_pa
 
 def test_stopped_run_is_resumed_with_its_commits_and_without_the_hub(hub, tmp_path, monkeypatch):
     straight = train(recipe_of(tmp_path), root=tmp_path / "straight")
-    run = stopped(recipe_of(tmp_path), tmp_path / "runs", 3)
+    with pytest.raises(Stopped):
+        train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     push_others(hub, tmp_path)
     hub.down = True
     addresses.REGISTERED.clear()
+    run = runs(tmp_path / "runs")[0]
     same_run(resume(run, offline=True), straight)
     assert load_run(Run(run.path), offline=True).head == "next_token"
 
@@ -89,10 +91,12 @@ def test_stopped_run_is_resumed_with_its_commits_and_without_the_hub(hub, tmp_pa
 def test_streamed_run_is_resumed_from_its_own_rows(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(addresses, "DISK_SHARE", 0.0)
     monkeypatch.setattr("tunesmith.data.encode.PART_BYTES", 1)
-    run = stopped(recipe_of(tmp_path), tmp_path / "runs", 3)
+    with pytest.raises(Stopped):
+        train(recipe_of(tmp_path), root=tmp_path / "runs", listener=stop_at(3))
     straight = train(recipe_of(tmp_path), root=tmp_path / "straight")
     addresses.REGISTERED.clear()
-    same_run(resume(run), straight)
+    run = resume(runs(tmp_path / "runs")[0])
+    same_run(run, straight)
     assert not list((tmp_path / "cache" / "hub").glob("datasets--*/snapshots/*/data/*.parquet"))
 
 
@@ -135,6 +139,18 @@ def test_wrong_data_ends_with_exit_code_2_before_weights_are_fetched(hub, tmp_pa
     assert message in said.replace("\n", "")
     assert not [one for one in hub.downloads() if one.endswith("model.safetensors")]
     assert not runs(tmp_path / "runs")
+
+
+def test_row_of_a_shard_is_named_in_its_problem(hub, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    repo = hub.dataset("acme/bad", {"train.parquet": parquet(rows)})
+    recipe = recipe_of(tmp_path)
+    data = recipe.data.model_copy(update={"train": (DataFile(path="hf://datasets/acme/bad"),)})
+    recipe = recipe.model_copy(update={"data": data, "task": "generate"})
+    with pytest.raises(DataError) as refused:
+        train(recipe, root=tmp_path / "runs")
+    [problem] = refused.value.problems
+    assert str(problem.source) == f"hf://datasets/acme/bad@{repo.branches['main']}/train.parquet:2"
 
 
 # Models

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from export.exports import quick
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tiny_run import model_folder, same_run, stopped, tiny_recipe
-from tunesmith.errors import RecipeError
+from tiny_run import model_folder, same_run, stop_at, tiny_recipe
+from tunesmith.errors import RecipeError, Stopped
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import load_base, load_run
 from tunesmith.models import special_tokens
@@ -87,10 +87,13 @@ def test_the_test_sees_an_adapter_without_the_rows(finished: Run, tmp_path: Path
         assert_base_and_adapter_are_enough(finished, tmp_path / "adapter")
 
 
-def test_stopped_and_resumed_is_the_same_run(finished: Run, tmp_path: Path) -> None:
-    run = stopped(finished.recipe(), tmp_path, 5)
-    assert "not finished" in load_run(run).note  # its checkpoint has the rows too
-    same_run(resume(run), finished)
+def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
+    folder = finished.path.parents[1]
+    with pytest.raises(Stopped):
+        train(finished.recipe(), out=folder / "stopped", listener=stop_at(5))
+    stopped = Run.open(str(folder / "stopped"), folder)
+    assert "not finished" in load_run(stopped).note  # its checkpoint has the rows too
+    same_run(resume(stopped), finished)
 
 
 @pytest.mark.parametrize("target", ["merged", "adapter", "gguf"])

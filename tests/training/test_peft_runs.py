@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from export.exports import quick
 from serve.batches import run as run_batch
 from serve.engines import says
-from tiny_run import same_run, stopped, tiny_recipe
-from tunesmith.errors import InputError
+from tiny_run import same_run, stop_at, tiny_recipe
+from tunesmith.errors import InputError, Stopped
 from tunesmith.evaluation.generate import generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
@@ -18,7 +18,7 @@ from tunesmith.inference.load import load_any, load_run
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.recipe.methods import PeftMethod
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.folder import Run
+from tunesmith.runs.folder import Run, runs
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.registry import open_registry
 from tunesmith.serve.scheduler import Scheduler
@@ -54,7 +54,9 @@ def plan_of(run: Run) -> dict:
 
 
 def test_stopped_and_resumed_is_the_same_run(straight: Run, tmp_path: Path) -> None:
-    same_run(resume(stopped(straight.recipe(), tmp_path, 3)), straight)
+    with pytest.raises(Stopped):
+        train(straight.recipe(), root=tmp_path, listener=stop_at(3))
+    same_run(resume(runs(tmp_path)[0]), straight)
 
 
 def test_what_the_plan_says(straight: Run) -> None:

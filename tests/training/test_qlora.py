@@ -1,7 +1,6 @@
 """A run on a quantised base: stopped and resumed, answered from, exported."""
 
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor
 
 from export.exports import quick
 from serve.engines import OPTIONS
-from tiny_run import same_run, stopped, tiny_recipe
-from tunesmith.errors import InputError
+from tiny_run import same_run, stop_at, tiny_recipe
+from tunesmith.errors import InputError, Stopped
 from tunesmith.export.export_run import export_run
 from tunesmith.inference.load import LoadedModel, load_base, load_run
 from tunesmith.models.quantized import QuantizedLinear
@@ -32,9 +31,12 @@ def answers(speaker: LoadedModel) -> Tensor:
     return logits
 
 
-def test_stopped_and_resumed_is_the_same_run(finished: Run, tmp_path: Path) -> None:
+def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
     """Packing is deterministic, so that the base is the same in every process."""
-    same_run(resume(stopped(finished.recipe(), tmp_path, 5)), finished)
+    folder = finished.path.parents[1]
+    with pytest.raises(Stopped):
+        train(finished.recipe(), out=folder / "stopped", listener=stop_at(5))
+    same_run(resume(Run.open(str(folder / "stopped"), folder)), finished)
 
 
 def test_what_was_packed_is_said_in_the_plan_and_when_it_answers(finished: Run) -> None:

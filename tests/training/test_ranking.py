@@ -11,7 +11,8 @@ import pytest
 import torch
 from sklearn.metrics import ndcg_score
 
-from tiny_tasks import rows_of, sentence_transformers_python, task_recipe, write
+from shape.tree import ROOT
+from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.examples import examples
 from tunesmith.evaluation.retrieval import _in_list
 from tunesmith.inference.load import load_any
@@ -117,7 +118,9 @@ print(json.dumps(CrossEncoder(sys.argv[1], device="cpu").predict(json.loads(sys.
 
 @pytest.mark.slow
 def test_a_cross_encoder_of_sentence_transformers_answers_alike(tmp_path):
-    python = sentence_transformers_python()
+    python = ROOT / ".peers" / "st" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment with sentence-transformers: python -m benchmarks.environments .peers st")
     run = train(task_recipe(tmp_path, "rank", "encoder", train={"max_steps": 2}), root=tmp_path / "runs")
     pairs = [("Ada in Rome", "the big old apple"), ("a plum", "red red plum")]
     words = [python, "-c", PEER_SCRIPT, run.model_path, json.dumps(pairs)]

@@ -16,6 +16,8 @@ from tunesmith.runs.folder import Run, runs
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 
+FULL = {"name": "full"}
+
 
 def pairs(path: Path, num: int = 18) -> Path:
     rows = [{"prompt": f"the quick fox {i}", "completion": f" jumps over dog {i % 3}"} for i in range(num)]
@@ -43,6 +45,7 @@ def report_of(run: Run) -> dict:
 @pytest.mark.parametrize(
     ("arch", "precision", "method", "task"),
     [
+        ("llama", "float32", "lora", "chat"),
         ("llama", "bfloat16", "lora", "generate"),
         ("llama", "bfloat16", "full", "chat"),
         ("gpt2", "float32", "full", "generate"),
@@ -56,7 +59,12 @@ def test_a_run_lowers_the_loss_on_rows_it_never_saw(tmp_path, task, method, arch
     assert report["metrics"]["after"]["loss"] < report["metrics"]["before"]["loss"]
     assert report["task"] == task
     assert report["method"] == method
-    assert (report["rows"]["skipped"], report["rows"]["overlap"]) == (0, 0)
+    assert report["rows"] == {
+        "train": report["rows"]["train"],
+        "held_out": report["rows"]["held_out"],
+        "skipped": 0,
+        "overlap": 0,
+    }
     assert report["steps"] == max(event.step for event in run.events())
     assert report["tokens"]["processed"] > report["tokens"]["trained"] > 0
     assert set(report["seconds"]) == {"prepare", "train", "evaluate"}
@@ -110,6 +118,34 @@ def test_one_row_can_be_trained_on_and_nothing_is_measured(tmp_path):
     assert report["metrics"] == {"before": None, "after": None}
     assert report["rows"]["held_out"] == 0
     assert any("held out" in note for note in report["notes"])
+
+
+def test_bad_rows_refuse_the_data_or_are_skipped_and_listed(tmp_path):
+    recipe = recipe_of(tmp_path)
+    path = Path(recipe.data.train[0].path)
+    path.write_text(path.read_text() + '{"messages": [{"role": "user", "content": "no answer"}]}\n{"broken\n')
+    with pytest.raises(DataError) as refusal:
+        train(recipe, root=tmp_path / "runs")
+    assert {problem.source.line for problem in refusal.value.problems} == {19, 20}
+    assert runs(tmp_path / "runs") == []
+    skip = recipe.model_copy(update={"data": recipe.data.model_copy(update={"bad_rows": "skip"})})
+    run = train(skip, root=tmp_path / "runs")
+    assert report_of(run)["rows"]["skipped"] == 2
+    listed = [json.loads(line) for line in (run.rows_path / "problems.jsonl").read_text().splitlines()]
+    assert {problem["source"] for problem in listed} == {f"{path}:19", f"{path}:20"}
+
+
+def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):
+    def held(recipe) -> set[int]:
+        rows = prepare(recipe, root=tmp_path).rows
+        return {int(rows.store.hashes[i]) for i in rows.held_rows}
+
+    recipe = recipe_of(tmp_path, rows=40)
+    before = held(recipe)
+    path = Path(recipe.data.train[0].path)
+    path.write_text(chats(tmp_path / "more.jsonl", 30, seed=9).read_text() + path.read_text())
+    assert before
+    assert before <= held(recipe)
 
 
 def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loaded(tmp_path):
