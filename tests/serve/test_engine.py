@@ -357,6 +357,24 @@ def test_a_child_that_loads_ends_when_its_input_does() -> None:
     assert asyncio.run(scene()) == 0
 
 
+def test_a_child_that_cannot_load_says_why() -> None:
+    code = """
+import runpy, tunesmith.serve.registry as registry
+def load(*args, **how):
+    raise RuntimeError("no room for it")
+registry.open_registry = load
+runpy.run_module("tunesmith.serve.worker", run_name="__main__")
+"""
+
+    async def scene() -> str:
+        worker = await worker_that(code)
+        worker.send(([], ".", OPTIONS, {}))
+        assert await worker.receive() is None
+        return await worker.ended()
+
+    assert asyncio.run(scene()) == "exit code 1: RuntimeError: no room for it"
+
+
 def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None:
     code = f"""
 import asyncio, os, pathlib, sys, types

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import socket
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.fake import MODELS, FakeEngine
-from serve.running import Running, running
-from tunesmith.serve.protocol import ModelCard
+from serve.running import Running, running, wait_for
+from tunesmith.serve.protocol import GenerationRequest, ModelCard, Started, StreamEvent
 from tunesmith.serve.request_schemas import ChatBody, ClassifyBody, CompletionBody
 
 CHAT = {"model": "support", "messages": [{"role": "user", "content": "hello there"}]}
@@ -216,3 +220,33 @@ def test_every_route_is_described(server: Running) -> None:
         "/v1/classify", "/health", "/metrics",
     }  # fmt: skip
     assert described["components"]["schemas"]["ChatBody"]["additionalProperties"] is False
+
+
+class Queued(FakeEngine):
+    """Says nothing, as an engine without a free place."""
+
+    async def generate(self, ask: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
+        self.open += 1
+        try:
+            await asyncio.sleep(60)
+            yield Started(1)
+        finally:
+            self.open -= 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_leaves_the_queue(stream: bool) -> None:
+    body = json.dumps({**CHAT, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with running(engine=Queued()) as server:
+        with socket.create_connection((server.bound.host, server.bound.port)) as connection:
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            wait_for(lambda: server.engine.open == 1)
+        server.wait_until_idle()
+        assert [one.status for one in server.answered] == [499]
+
+
+@pytest.mark.parametrize("prompt", ["", [""]])
+def test_an_empty_text_can_be_continued(server: Running, prompt: Any) -> None:
+    assert server.ask("POST", "/v1/completions", {"model": "support", "prompt": prompt})[0] == 200
+    assert server.engine.asks[-1].prompt == ""

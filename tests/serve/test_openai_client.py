@@ -171,6 +171,10 @@ def test_vectors_come_as_the_package_asks_for_them(server: Running) -> None:
         ({"tool_choice": "required"}, openai.BadRequestError, "invalid_value", "tool_choice"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, openai.BadRequestError, "invalid_value", "max_tokens"),
         ({"stream_options": {"include_usage": True}}, openai.BadRequestError, "invalid_value", "stream_options"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            openai.BadRequestError, "invalid_value", "stream_options",
+        ),
         ({"messages": []}, openai.BadRequestError, "invalid_value", "messages"),
         ({"messages": [{"role": "usr", "content": "x"}]}, openai.BadRequestError, "invalid_messages", "messages"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 import re
@@ -9,7 +10,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 
 from tunesmith import __version__
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
-from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError
+from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError, StreamEvent
 from tunesmith.serve.request_schemas import (
     ChatBody,
     ClassifyBody,
@@ -62,6 +63,8 @@ _STATE = {
     "prompt_tokens": ("tunesmith_prompt_tokens_total", "Tokens read."),
     "completion_tokens": ("tunesmith_completion_tokens_total", "Tokens written."),
 }
+LOOK_S = 0.5
+"""Pause between two looks for a client that has gone away, while nothing comes for it."""
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -212,7 +215,7 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
     request.state.usage = usage = Usage()
     if not body.stream:
         return json_response(await whole_answer(_while_connected(events, request), head, form, usage))
-    first = await anext(events)
+    first = await _next(events, request)
     shows_usage = (body.stream_options or {}).get("include_usage", False)
     pieces = event_stream(first, events, head, form, usage, shows_usage=shows_usage)
     # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
@@ -223,10 +226,24 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
 async def _while_connected(events: Events, request: Request) -> Events:
     """The events of an answer that is not streamed. Raises ClientDisconnect when the client has gone away."""
     async with aclosing(events):
-        async for event in events:
+        with suppress(StopAsyncIteration):
+            while True:
+                yield await _next(events, request)
+
+
+async def _next(events: Events, request: Request) -> StreamEvent:
+    """The next event, which can be a long time coming while the request is in the queue. Raises ClientDisconnect when
+    the client has gone away, and StopAsyncIteration."""
+    coming = asyncio.ensure_future(anext(events))
+    try:
+        while not coming.done():
             if await request.is_disconnected():
                 raise ClientDisconnect
-            yield event
+            await asyncio.wait((coming,), timeout=LOOK_S)
+        return coming.result()
+    finally:
+        coming.cancel()
+        await asyncio.wait((coming,))
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -142,6 +142,8 @@ class SampledBody(Body):
     def _options_of_a_stream(self) -> SampledBody:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options: only for stream: true.", param="stream_options")
+        if (self.stream_options or {}).get("include_obfuscation"):
+            raise RequestError("stream_options.include_obfuscation: only false is taken.", param="stream_options")
         return self
 
     @property
@@ -225,8 +227,8 @@ class CompletionBody(SampledBody):
     """POST /v1/completions"""
 
     max_tokens: int | None = Field(16, ge=1)
-    prompt: Texts = Field(min_length=1, max_length=1)
-    """One, also in a list."""
+    prompt: Annotated[list[str], _LISTED] = Field(min_length=1, max_length=1)
+    """One, also in a list; an empty one is what the tokenizer makes of it."""
 
 
 class EmbeddingBody(Body):

@@ -94,6 +94,7 @@ class Sampler:
         Holtzman et al., "The Curious Case of Neural Text Degeneration", arXiv 1904.09751, section 3.1.
         """
         # Temperatures beyond float32 make all tokens equal, or leave the most likely one.
+        logits_V = logits_V.cpu() if logits_V.is_mps else logits_V  # which has no float64
         probs_V = (logits_V.double() / self.params.temperature).softmax(-1)
         point = float(torch.rand((), generator=self._random, dtype=torch.float64))
         if self.params.top_p >= 1:

@@ -203,4 +203,9 @@ def _sender() -> Send:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)  # the interpreter's own end would wait for stdin, which `_listen` holds, and abort
