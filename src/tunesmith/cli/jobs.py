@@ -230,7 +230,7 @@ def jobs(ctx: typer.Context) -> None:
         typer.echo(ctx.get_help())
 
 
-Project = Annotated[str, typer.Option(metavar="NAME", help="What the key's requests belong to: letters a-z, digits and -.")]
+Project = Annotated[str, typer.Option(metavar="NAME", help="What the key belongs to: letters a-z, digits and -.")]
 Scopes = Annotated[
     list[str] | None,
     typer.Option("--scope", metavar="SCOPE", help="What it may do (default: admin, which is all). Repeatable."),
