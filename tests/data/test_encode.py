@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -118,6 +119,14 @@ def test_a_process_that_is_killed_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(TunesmithError, match=r"a process that encodes rows ended.*data\.num_proc: 1"):
         built(tmp_path / "a.jsonl", num_proc=2, progress=kill)
+
+
+def test_a_process_that_is_killed_while_it_sends_is_an_error() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"the beginning of a thousand bytes")
+    theirs.close()
+    with pytest.raises(TunesmithError, match=r"a process that encodes rows ended.*data\.num_proc: 1"):
+        encode_module._rows_from(ours)
 
 
 SCRIPT = """

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,17 +144,17 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
                 started.append((process, ours))
                 theirs.close()
         for _, ours in started:  # not as an argument of each, which would be read before the next one starts
-            ours.send(renderer)
+            with _alive():
+                ours.send(renderer)
         turns = cycle([ours for _, ours in started])
 
         def begin(chunk: Chunk) -> Callable[[], Encoded]:
             ours = next(turns)
-            ours.send(chunk)
+            with _alive():
+                ours.send(chunk)
             return partial(_rows_from, ours)
 
         yield begin
-    except (EOFError, ConnectionError) as error:
-        raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from error
     finally:  # not waited for: a template may never end
         for one, ours in started:
             one.kill()
@@ -161,8 +162,18 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
             ours.close()
 
 
+@contextmanager
+def _alive() -> Iterator[None]:
+    """Raise `TunesmithError` where a process ended, in the middle of a message too."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise TunesmithError("a process that encodes rows ended: memory ran out. Set data.num_proc: 1.") from error
+
+
 def _rows_from(process: Connection) -> Encoded:
-    found: Encoded | Exception = process.recv()
+    with _alive():
+        found: Encoded | Exception = process.recv()
     if isinstance(found, Exception):
         raise found
     return found
@@ -188,10 +199,12 @@ def _encode_for(parent: Connection) -> None:
     while True:
         chunk = sent.get()
         try:
-            if isinstance(renderer, Exception):
-                raise renderer
+            for one in (renderer, chunk):
+                if isinstance(one, Exception):
+                    raise one
             found: Encoded | Exception = encode(renderer, chunk)
         except Exception as error:
+            error.add_note(traceback.format_exc())  # which the other process does not have
             found = error
         parent.send(found)
 
