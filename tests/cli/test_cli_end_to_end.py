@@ -126,7 +126,8 @@ def test_check_refuses_what_train_refuses(place: Place, tmp_path: Path) -> None:
     skip = ["--set", "data.bad_rows=skip"]
     assert "18 of 19 rows can be used" in tunesmith("check", bad, *skip).stdout
     out = tmp_path / "skipped"
-    tunesmith("train", place.model, bad, *skip, *settings("train.max_steps=1"), "--out", out, "--offline", "--quiet")
+    places = ["--runs", tmp_path / "runs", "--out", out]
+    tunesmith("train", place.model, bad, *skip, *settings("train.max_steps=1"), *places, "--offline", "--quiet")
     assert json.loads((out / "report.json").read_text())["rows"]["skipped"] == 1
     listed = [json.loads(line) for line in (out / "rows" / "problems.jsonl").read_text().splitlines()]
     assert {one["source"] for one in listed} == {f"{bad}:19"}
