@@ -88,6 +88,10 @@ def spawning() -> Iterator[None]:
         config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
         daemon = config.pop("daemon", None)
         main = sys.modules["__main__"]
+        if sys.platform != "win32":
+            from multiprocessing import resource_tracker
+
+            resource_tracker.ensure_running()  # starting it lets Ctrl-C through again
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else None
         sys.modules["__main__"] = ModuleType("__main__")
         try:
