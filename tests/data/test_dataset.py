@@ -91,6 +91,14 @@ def test_rows_are_encoded_once(tmp_path: Path, files: list[DataFile], monkeypatc
     assert all((again.row(i).ids == first.row(i).ids).all() for i in range(12))
 
 
+def test_problems_of_rows_that_are_found_name_the_file_of_now(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        file = write(tmp_path / name, line("one", "two"), "{broken")
+        store, heard = make(tmp_path / "rows", file)
+        assert [(problem.source.path, problem.source.line) for problem in heard] == [(file.path, 2)]
+    assert store.reused
+
+
 def test_a_program_that_froze_its_objects_keeps_them_so(tmp_path: Path, files: list[DataFile]) -> None:
     """As these tests do, for which every run would look through all libraries otherwise: half of their time."""
     gc.freeze()

@@ -192,7 +192,7 @@ def test_without_a_usual_subset_or_split_one_has_to_be_named(server):
 
 
 def test_a_subset_may_be_a_folder_whose_files_say_their_splits(server):
-    configs = [{"config_name": name, "data_dir": name} for name in ("en", "de")]
+    configs = [{"config_name": name, "data_dir": f"./{name}/"} for name in ("en", "de")]
     files = {f"{name}/{split}.jsonl": json_lines([chat(i)])
              for i, (name, split) in enumerate([("en", "train"), ("en", "test"), ("de", "train")])}  # fmt: skip
     server.dataset("acme/folders", files, card={"configs": configs})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import posixpath
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -281,7 +282,7 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
         words["subset"] = _chosen(given, "subset", words, subsets, usual)
     config = subsets[words["subset"]] if subsets else {}
     patterns = _patterns(config) if config.get("data_files") else {}
-    by_name = {} if patterns else _by_name(given, f"{root}/{config.get('data_dir') or ''}".strip("/"), notes)
+    by_name = {} if patterns else _by_name(given, f"{root}/{_data_dir(config)}".strip("/"), notes)
     words["split"] = split = _chosen(given, "split", words, patterns or by_name, "train")
     if others := [name for name in patterns or by_name if name != split]:
         notes.append(f"{uri.id}: the split {split} is read; others: {listed(others)}")
@@ -292,7 +293,7 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
 def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """Patterns of paths by split, of any form that `data_files` has in a README."""
     found: dict[str, list[str]] = {}
-    given, folder = config["data_files"], str(config.get("data_dir") or "").strip("/")
+    given, folder = config["data_files"], _data_dir(config)
     if isinstance(given, Mapping):
         given = [{"split": split, "path": path} for split, path in given.items()]
     for one in [given] if isinstance(given, str) else given:
@@ -300,6 +301,11 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
         paths = [path] if isinstance(path, str) else path
         found.setdefault(str(split), []).extend("/".join(filter(None, [folder, name])) for name in paths)
     return found
+
+
+def _data_dir(config: Mapping[str, Any]) -> str:
+    """The folder of a subset in a README, which may be written as ./en/ too."""
+    return posixpath.normpath(f"/{config.get('data_dir') or ''}").strip("/")
 
 
 def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFile]]:
@@ -378,6 +384,8 @@ def file_system(address: str) -> tuple[Any, str]:
         raise DataError(f"{address}: a package is not installed ({error}). {way}") from error
     except ValueError as error:
         raise DataError(f"{address}: {error}. There are hf://, s3://, gs:// and others of fsspec.") from error
+    except Exception as error:  # of a dozen libraries: no region, no credentials
+        raise DataError(f"{address}: its file system cannot be opened: {reason(error)}.") from error
 
 
 def is_elsewhere(file: DataFile) -> bool:

@@ -59,7 +59,7 @@ class Summary:
     warnings: dict[str, int]
     """Problems by code, of rows that are."""
     problems: list[dict[str, Any]]
-    """The first `data.limits.problems` of both kinds."""
+    """The first `data.limits.problems` of both kinds. A source is the number of its file, and a line."""
     labels: list[str]
     """Classes by first appearance."""
     many: bool | None
@@ -294,7 +294,9 @@ def build(
                 summary = find(folder, key)
         if summary is not None:
             for problem in summary.problems:
-                on_problem(Problem(**{**problem, "source": Source(*problem["source"])}))
+                file, line = problem["source"]  # earlier versions wrote the path
+                source = Source(paths[file] if isinstance(file, int) else file, line)
+                on_problem(Problem(**{**problem, "source": source}))
             progress(summary.num_rows, sum(sizes), sum(sizes))
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
@@ -304,14 +306,21 @@ def build(
         if len(in_parts(files)) > 1:
             of_part = partial(build, aside, data=data, renderer=renderer)
             encoding = JoinedParts(files=files, num_bytes=sum(sizes), build=of_part, **how)
-        summary = write(arrow_path(folder, key), key, hashes, encoding, check=lambda: _check_unchanged(files, before))
+        check = partial(_check_unchanged, files, before)
+        summary = write(arrow_path(folder, key), key, paths, hashes, encoding, check=check)
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
         disk.remove(aside)
         return RowStore(folder, summary, paths, reused=False)
 
 
-def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check: Callable[[], None]) -> Summary:
-    """The summary of the file at `path`, which appears there complete, and only if `check` does not raise."""
+def write(
+    path: Path, key: str, paths: list[str], hashes: list[str], encoding: Encoding, *, check: Callable[[], None]
+) -> Summary:
+    """The summary of the file at `path`, which appears there complete, and only if `check` does not raise.
+
+    `paths`, `hashes`: of the data files.
+    """
+    numbers = {one: number for number, one in enumerate(paths)}
     with disk.writing(path) as file:
         batches = encoding.batches()
         threshold = gc.get_threshold()
@@ -331,7 +340,8 @@ def write(path: Path, key: str, hashes: list[str], encoding: Encoding, *, check:
         errors=dict(encoding.errors),
         warnings=dict(encoding.warnings),
         problems=[
-            {**asdict(problem), "source": [problem.source.path, problem.source.line]} for problem in encoding.problems
+            {**asdict(problem), "source": [numbers.get(problem.source.path, problem.source.path), problem.source.line]}
+            for problem in encoding.problems
         ],
         labels=list(encoding.vocabulary),
         many=encoding.many,

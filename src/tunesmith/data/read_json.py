@@ -141,7 +141,8 @@ def _reason(raw: bytes, error: orjson.JSONDecodeError) -> BadRow:
 
 def _finding(text: str, pos: int, reason: str) -> tuple[str, str, str]:
     rest = text[pos:]
-    number = re.match(r"[-+.\w]*", text[pos - text[:pos].endswith("-") :])[0][:24]  # type: ignore[index]
+    number = re.match(r"[-+.\w]*", text[pos - text[:pos].endswith("-") :])[0]  # type: ignore[index]
+    number = number if len(number) <= 24 else f"{number[:24]}…"
     if "surrogate" in reason:
         message = f"{text[pos - 1 : pos + 5]!r} is half of a character"
         return "lone_surrogate", message, "Have the program that wrote it write both halves, or UTF-8."
