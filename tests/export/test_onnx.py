@@ -1,6 +1,7 @@
 """An ONNX model is what was tuned: every head, every architecture, large ones too; what does not go is said before."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
 
@@ -143,7 +144,7 @@ def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
 ) -> None:  # trap: A1
     proven = tmp_path_factory.mktemp("proven")
 
-    def prove(job: Path) -> None:
+    def prove(job: Path, tick: Callable[[int, int], None]) -> None:
         copytree(json.loads(job.read_text())["exported"], proven, dirs_exist_ok=True)
         verify.do_job(job, TARGETS)
 
