@@ -140,7 +140,7 @@ def check(folder: Path, made: list[str]) -> None:
     assert Counter(row["status"] for row in rows.values()) == {"succeeded": NUM_JOBS}
     assert sorted(row["job"] for row in store.tuned()) == sorted(made)
     expected = ["Created", "Validating", "Files", "Fine-tuning", "Plan:", "Chosen:"]
-    expected += ["Step"] * killed.STEPS + ["Checkpoint", "New", "The"]
+    expected += ["Step"] * killed.STEPS + ["All", "Checkpoint", "New", "The"]
     for name in made:
         found = [row["message"] for row in store.page(events, events.c.job == name, limit=100)[0]]
         usual = [one for one in found if "again" not in one]
