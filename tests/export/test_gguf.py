@@ -1,6 +1,7 @@
 """A GGUF is what was tuned: weights of every architecture, tokens, template; what cannot be written is said before."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +163,19 @@ def test_a_gguf_that_was_tuned_goes_back_to_one(tmp_path: Path, monkeypatch: pyt
     quick(monkeypatch)
     folder = tmp_path / "from"
     folder.mkdir()
-    tokenizer = tiny_tokenizer()
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    levels = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
+    tokenizer = smollm_like()
     model = tiny_model("llama", vocab_size=len(tokenizer), tie_word_embeddings=False)
     write_gguf(folder / "base.gguf", model, tokenizer, pre="smollm")
     recipe = chat_recipe(folder).model_copy(update={"model": str(folder / "base.gguf")})
-    done = written(as_if_tuned(recipe, folder / "run"), tmp_path, quant="f32")
+    run = as_if_tuned(recipe, folder / "run")
+    done = written(run, tmp_path, quant="f32")
     assert done.found.kl < 1e-9
     assert read_gguf(next(done.path.glob("*.gguf"))).metadata["tokenizer.ggml.pre"] == "smollm"
+    adapter = export_run(run, "adapter", out=tmp_path / "adapter", proof=False, offline=True).path
+    [code] = re.findall(r"```python\n(.*?)```", (adapter / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)  # where the base is
+    exec(code.replace("PATH", str(adapter)), names := {})
+    assert torch.isfinite(names["model"](torch.arange(5, 12)[None]).logits).all()
 
 
 def smollm_like() -> Any:

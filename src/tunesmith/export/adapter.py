@@ -98,13 +98,15 @@ def _load(folder: Path, recipe: Recipe) -> TorchModel:
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
-    name, base = auto_class(result.head, result.kind), base_id(result) or result.base.path.name
+    name, base = auto_class(result.head, result.kind), f'"{base_id(result) or result.base.path.name}"'
+    if result.base.is_gguf:
+        base = f'".", gguf_file="{result.base.path.name}"'
     labels = f", num_labels={result.labels.num_outputs}" if result.labels is not None else ""
     rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"  # a padded table is longer than needed
     resize = f"base.resize_token_embeddings({rows})\n" if result.recipe.data.new_tokens else ""
     code = (
         f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {name}\n\n"
-        f'base = {name}.from_pretrained("{base}"{labels})\n'
+        f"base = {name}.from_pretrained({base}{labels})\n"
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
         f'{resize}model = PeftModel.from_pretrained(base, "PATH")'
     )

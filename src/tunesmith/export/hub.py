@@ -162,7 +162,7 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
     value = f"{found.kl:.2g} ({found.kl_max:.2g}){unit}"
     lines = [
         ("tokens of rows and prompts", "identical" if found.same_ids else "different", "must be identical"),
-        (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"allowed {allowed.kl:g}"),
+        (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"mean allowed {allowed.kl:g}"),
     ]
     if found.carried is not None:
         lines.append(("share of the tuning effect", f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"))
