@@ -8,6 +8,7 @@ import copyreg
 import gc
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from collections import Counter, deque
@@ -204,7 +205,8 @@ def _encode_for(parent: Connection) -> None:
                     raise one
             found: Encoded | Exception = encode(renderer, chunk)
         except Exception as error:
-            error.add_note(traceback.format_exc())  # which the other process does not have
+            if sys.version_info >= (3, 11):
+                error.add_note(traceback.format_exc())  # which the other process does not have
             found = error
         parent.send(found)
 
