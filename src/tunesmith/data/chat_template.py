@@ -20,7 +20,7 @@ OUTPUT_CHARS = 64 * 1024 * 1024
 """Longest text of one row: eight times `limits.line_bytes`."""
 MOST_REASON = 10_000
 _RENDERING = threading.Lock()
-"""All tokenizers with one template share what it is compiled to, whose day is that of one of them."""
+"""transformers compiles a template once for all tokenizers; its date is set before each rendering."""
 
 
 class TemplateRefusal(Exception):

@@ -64,7 +64,7 @@ _STATE = {
     "completion_tokens": ("tunesmith_completion_tokens_total", "Tokens written."),
 }
 LOOK_S = 0.5
-"""Pause between two looks for a client that has gone away, while nothing comes for it."""
+"""Pause between two checks for a client that has gone away."""
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 

@@ -30,7 +30,7 @@ KEEP_ALIVE_S = 30
 AFTER_GRACE_S = 5
 """For the last answers, after the engine has ended what it could not finish."""
 _POLL_S = 0.25
-"""Pause between two looks for the end: no more often is a core woken that a run may want."""
+"""Pause between two checks for the end, long enough to leave the core to a run."""
 
 
 @dataclass(frozen=True)

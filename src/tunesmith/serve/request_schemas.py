@@ -106,7 +106,7 @@ class Body(Parameters):
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
-    """These six have no effect."""
+    """`user` and the five after it have no effect."""
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -228,7 +228,7 @@ class CompletionBody(SampledBody):
 
     max_tokens: int | None = Field(16, ge=1)
     prompt: Annotated[list[str], _LISTED] = Field(min_length=1, max_length=1)
-    """One, also in a list; an empty one is what the tokenizer makes of it."""
+    """A prompt, or a list of one. An empty prompt is the tokenizer's own beginning of a text."""
 
 
 class EmbeddingBody(Body):
