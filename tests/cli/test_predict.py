@@ -70,6 +70,17 @@ def test_rows_that_cannot_be_used_say_why_in_their_place(one: Path, tmp_path: Pa
     assert "2 rows answered; 2 rows could not be, and say why" in result.stderr
 
 
+@pytest.mark.parametrize("content", ['{"words": 1}\nnot json\n', "words,more\na,b\n"])
+def test_without_an_answer_nothing_is_left(one: Path, tmp_path: Path, content: str) -> None:
+    path, out = tmp_path / "none", tmp_path / "out" / "answers.jsonl"
+    path.write_text(content)
+    out.parent.mkdir()
+    error = predict(one, path, "--out", out, code=2).stderr
+    assert "unknown_shape: " in error
+    assert ("no row could be answered" in error) == ("not written" in error) == content.startswith("{")
+    assert not list(out.parent.iterdir())
+
+
 @pytest.mark.parametrize("kept", [0, 1, 7, 20])
 def test_a_file_of_answers_is_gone_on_with(one: Path, rows: Path, tmp_path: Path, kept: int) -> None:
     whole, begun = tmp_path / "whole.jsonl", tmp_path / "begun.jsonl"
@@ -90,8 +101,8 @@ def _begin(model: Path, rows: Path, out: Path, lines: list[bytes]) -> None:
 
     predictor = Predictor(load_model(str(model), offline=True))
     output = OutputFile(out, fingerprint(predictor, str(rows), bare=False))
-    output.close()
     output.part.write_bytes(b"".join(lines) + b'{"source": "ro')
+    output.close()
 
 
 def test_id_reference_and_answer_stand_in_one_line(one: Path, tmp_path: Path) -> None:

@@ -99,6 +99,13 @@ def test_bad_rows_that_may_be_skipped_do_not_refuse_the_data(tmp_path: Path):
     assert [problem.code for problem in report.problems] == ["truncated_json"]
 
 
+def test_skipping_is_offered_where_rows_are_left(tmp_path: Path):
+    some, none = put(tmp_path, "a.jsonl", b"{\n" + json_lines([pair("a")])), put(tmp_path, "b.jsonl", b"{\n{\n")
+    assert "data.bad_rows=skip" in check(data_of(some)).refusals[0]
+    assert check(data_of(none)).refusals == ("2 problems make rows unusable", "data.train: no row can be used")
+    assert "skip" not in "".join(check(data_of(some, held=[none])).refusals)
+
+
 def finds_repeated_rows(checked: Callable[[Data], CheckReport], folder: Path) -> None:
     rows = [pair("a"), pair("b"), pair("a"), pair("c"), pair("a"), pair("b")]
     report = checked(

@@ -42,6 +42,26 @@ def test_fields_that_nobody_reads_are_named_once(tmp_path: Path):
     assert "'topic'" in problem.message
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"mesages": CHAT["messages"], "topic": "x"}, "{messages: mesages}"),
+        ({"prompt": "a", "completon": "b"}, "{completion: completon}"),
+        ({"promt": "a", "completon": "b"}, "{prompt: promt, completion: completon}"),
+        ({"question": "a", "answer": "b"}, "{prompt: question, completion: answer}"),
+    ],
+)
+def test_a_field_that_is_likely_misspelt_is_named_first(row: dict[str, Any], columns: str, tmp_path: Path):
+    _, (problem,) = examples_in(put(tmp_path, "rows.jsonl", json_lines([row])))
+    assert problem.fix.endswith(f"--set 'data.columns={columns}'.")
+    assert ("Did you mean messages? Correct the name, or add " in problem.fix) == ("mesages" in row)
+
+
+def test_example_rows_of_the_project_have_no_problem():
+    paths = (Path(__file__).parents[2] / "examples" / "data").glob("*.jsonl")
+    assert [examples_in(path)[1] for path in paths] == [[], []]
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_columns_rename_fields(name: str, tmp_path: Path):
     rows = [{"question": "a", "answer": "b", "n": "1"}]

@@ -202,6 +202,23 @@ def test_a_subset_may_be_a_folder_whose_files_say_their_splits(server):
         pin_path("hf://datasets/acme/folders", offline=False)
 
 
+def test_subsets_that_name_no_files_are_offered_with_those_that_do(server):
+    configs = [
+        {"config_name": "en", "data_files": [{"split": "train", "path": "en/rows.jsonl"}]},
+        {"config_name": "de", "data_dir": "de"},
+        {"config_name": "all"},
+    ]
+    files = {"en/rows.jsonl": json_lines([chat(0)]), "de/train.jsonl": json_lines([chat(1)]),
+             "train.jsonl": json_lines([chat(2)])}  # fmt: skip
+    server.dataset("acme/mixed", files, card={"configs": configs})
+    with pytest.raises(DataError, match=r"3 subsets, and none is the usual one\. There are: en, de, all"):
+        pin_path("hf://datasets/acme/mixed", offline=False)
+    found = {name: rows_of(f"hf://datasets/acme/mixed?subset={name}") for name in ("en", "de", "all")}
+    assert {name: [prompt for _, prompt in rows] for name, rows in found.items()} == {
+        "en": ["0"], "de": ["1"], "all": ["1", "2"]
+    }  # fmt: skip
+
+
 def test_gated_data_set_says_where_terms_are_accepted(server, monkeypatch):
     server.tokens = {"mine"}
     server.dataset("acme/gated", shards(1), gated=True)

@@ -1,6 +1,7 @@
 """Runs whose model and data come from the hub, over HTTP against a stand-in: pinned, resumed, repeated, refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_streamed_run_is_resumed_from_its_own_rows(hub, tmp_path, monkeypatch):
     run = resume(runs(tmp_path / "runs")[0])
     same_run(run, straight)
     assert not list((tmp_path / "cache" / "hub").glob("datasets--*/snapshots/*/data/*.parquet"))
+
+
+def test_an_old_run_with_a_password_in_an_address_says_what_to_do(server, tmp_path, monkeypatch):
+    import fsspec
+
+    rows = chats(tmp_path / "rows.jsonl", 18).read_bytes()
+    fsspec.filesystem("memory").pipe("/me:s3cret@bucket/rows.jsonl", rows)
+    recipe = tiny_recipe(tmp_path)
+    data = recipe.data.model_copy(update={"train": (DataFile(path="memory://me:s3cret@bucket/rows.jsonl"),)})
+    old = recipe.model_copy(update={"data": data})
+    with monkeypatch.context() as earlier:
+        earlier.setattr(addresses, "_SECRET", re.compile("(?!)"))
+        with pytest.raises(Stopped):
+            train(old, root=tmp_path / "runs", listener=stop_at(3))
+    with pytest.raises(DataError, match=r"made with it ends with the version that began it, or is made again") as said:
+        resume(runs(tmp_path / "runs")[0])
+    assert "s3cret" not in str(said.value)
 
 
 def command(*words: object) -> tuple[int, str]:

@@ -127,12 +127,20 @@ def test_bad_rows_refuse_the_data_or_are_skipped_and_listed(tmp_path):
     with pytest.raises(DataError) as refusal:
         train(recipe, root=tmp_path / "runs")
     assert {problem.source.line for problem in refusal.value.problems} == {19, 20}
+    assert "data.bad_rows=skip" in str(refusal.value)
     assert runs(tmp_path / "runs") == []
     skip = recipe.model_copy(update={"data": recipe.data.model_copy(update={"bad_rows": "skip"})})
     run = train(skip, root=tmp_path / "runs")
     assert report_of(run)["rows"]["skipped"] == 2
     listed = [json.loads(line) for line in (run.rows_path / "problems.jsonl").read_text().splitlines()]
     assert {problem["source"] for problem in listed} == {f"{path}:19", f"{path}:20"}
+
+
+def test_skipping_is_not_offered_where_no_row_is_left(tmp_path):
+    recipe = recipe_of(tmp_path)
+    Path(recipe.data.train[0].path).write_text('{"prompt": "", "completion": ""}\n' * 2)
+    with pytest.raises(DataError, match=r"rows unusable\. Correct the data: no row is left without them\.$"):
+        train(recipe, root=tmp_path / "runs")
 
 
 def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):

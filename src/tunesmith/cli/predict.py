@@ -186,14 +186,13 @@ def _summarize(counts: Counts, out: Path | None, say: Callable[[str], None], *, 
     """Print counts and warnings; exit code 2 if no row could be answered."""
     for note in counts.notes():
         say(f"note: {note}")
+    if not counts.answered:
+        reasons = [f" The first: {problem}" for problem in counts.first.values() if problem.severity == "error"]
+        nothing = "no row could be answered" + (f", so {out} was not written" if out is not None else "")
+        raise InputError("".join([f"{nothing}.", *reasons[:1]]))
     if out is not None and as_json:
         json_line({"kind": "result", "out": str(out), "answered": counts.answered, "errors": counts.errors})
     done = plural(counts.answered, "row") + " answered" + (f", in {out}" if out is not None else "")
     if counts.errors:
         done += f"; {plural(counts.errors, 'row')} could not be, and {'says' if counts.errors == 1 else 'say'} why"
     say(done)
-    if not counts.answered:
-        reasons = [problem for problem in counts.first.values() if problem.severity == "error"]
-        raise InputError(
-            f"no row could be answered. The first: {reasons[0]}" if reasons else "no row could be answered."
-        )

@@ -195,7 +195,8 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
     if secret := _SECRET.match(text):
         raise DataError(
             f"{secret[1]}://…@{text[secret.end() :]}: has a password, which the run's files and its report would have "
-            f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads."
+            f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads. A run "
+            "that was made with it ends with the version that began it, or is made again."
         )
     is_hub = text.startswith(HUB)
     parts: tuple[Any, dict[str, str]] = _parts(text) if is_hub else (None, {})
@@ -275,8 +276,7 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
     if uri.path_in_repo:
         return root, _rows_at(given, [root])
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
-    known_by = {"data_files", "data_dir"}
-    subsets = {str(one.get("config_name", "default")): one for one in configs if known_by & dict(one).keys()}
+    subsets = {str(one.get("config_name", "default")): one for one in configs}
     if subsets or words.get("subset"):
         usual = next((name for name, config in subsets.items() if config.get("default")), "default")
         words["subset"] = _chosen(given, "subset", words, subsets, usual)

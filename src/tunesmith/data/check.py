@@ -361,13 +361,13 @@ class _Check:
     def _refusals(self, files: Sequence[FileReport]) -> list[str]:
         refusals = [f"{file.path} cannot be used as it is" for file in files if not file.is_readable]
         of_rows = {code: num for code, num in self._counts["error"].items() if code not in ("overlap", "unknown_label")}
+        sides = ("train", "eval") if self._data.eval else ("train",)
+        empty = [side for side in sides if not any(file.usable for file in files if file.side == side)]
         if not refusals and (num_bad := num_refused(self._data, of_rows)):
-            refusals.append(f"{unusable(num_bad)}; {SKIP} leaves such rows out")
+            refusals.append(unusable(num_bad) + ("" if empty else f"; {SKIP} leaves such rows out"))
         if self._counts["error"]["overlap"]:
             refusals.append("held-out rows are also in the training files, and data.overlap is error")
-        for side in ("train", "eval") if self._data.eval else ("train",):
-            if not any(file.usable for file in files if file.side == side):
-                refusals.append(f"data.{side}: no row can be used")
+        refusals += [f"data.{side}: no row can be used" for side in empty]
         if self._task is None and (question := ask_text_or_classes(self._data)):
             refusals.append(question)
         return refusals

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -305,9 +307,22 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
         tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
         message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
         return "other_task", message, f"Add --set task={tasks.split()[0]}, or name your fields, such as {own}."
-    takes = ", or ".join(" and ".join(FORMATS[name].required) for name in (SHAPES[task] if task else _USUAL))
+    wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
+    if near := _misspelt(tuple(record), tuple(wanted)):
+        return "unknown_shape", message, f"Did you mean {', '.join(near)}? Correct the name, or add {paste(near)}."
+    takes = ", or ".join(map(" and ".join, wanted))
     return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
+
+
+@lru_cache(maxsize=1)  # rows of a file mostly have the same fields
+def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
+    for fields in wanted:
+        near = {ours: theirs for ours in fields for theirs in get_close_matches(ours, given, 1, 0.8)}
+        if len(near) == len(fields):
+            return {ours: theirs for ours, theirs in near.items() if ours != theirs}
+    return {}
 
 
 _CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")

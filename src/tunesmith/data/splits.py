@@ -200,7 +200,8 @@ def refuse_bad(
     """Raise for rows that cannot be used, unless the recipe says that they are left out."""
     errors = refused(data, problems)
     if num_bad := sum(num_refused(data, store.summary.errors) for store in stores):
-        raise DataError(f"{unusable(num_bad)}. Correct the data, or {way}.", errors)
+        left = f", or {way}" if all(map(len, stores)) else ": no row is left without them"
+        raise DataError(f"{unusable(num_bad)}. Correct the data{left}.", errors)
     for store in stores:
         if len(store) == 0:
             raise DataError(f"{', '.join(store.paths)}: no row is left to use", errors)

@@ -256,7 +256,8 @@ def predict_to(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Counts:
-    """Predict all rows of a file into the file `out`, from where an earlier call left off.
+    """Predict all rows of a file into the file `out`, from where an earlier call left off. Without an answer there is
+    no file.
 
     Raises:
         InputError: `out` holds something else, was made from another file or model, or is the file itself.
@@ -271,11 +272,14 @@ def predict_to(
             say(f"{out}: continues after {output.num_lines:,} rows")
         skip = output.num_lines
         counts = predict_file(predictor, path, output.write, bare=bare, keep=keep, skip=skip, progress=progress)
-        output.finish()
+        counts.errors += output.num_errors
+        counts.answered += output.num_lines - output.num_errors
+        if counts.answered:
+            output.finish()
+        else:
+            output.discard()
     finally:
         output.close()
-    counts.errors += output.num_errors
-    counts.answered += output.num_lines - output.num_errors
     return counts
 
 

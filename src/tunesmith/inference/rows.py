@@ -273,14 +273,24 @@ class OutputFile:
 
     def finish(self) -> None:
         """Give the complete file its name."""
-        self.close()  # not everywhere can an open file be renamed
+        self._file.close()  # not everywhere can an open file be renamed
         with atomic.storing(self.path):
             os.replace(self.part, self.path)
             self._progress.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Remove every line."""
+        self._file.truncate(0)
+        self.close()
+
     def close(self) -> None:
-        """Close the file, to be continued by a later call."""
+        """Close the file, to be continued by a later call; without a line it is removed."""
+        is_empty = not self._file.closed and not os.fstat(self._file.fileno()).st_size
         self._file.close()
+        if is_empty:
+            with atomic.storing(self.path):
+                self.part.unlink(missing_ok=True)
+                self._progress.unlink(missing_ok=True)
 
 
 def _lock(descriptor: int, path: Path) -> None:
