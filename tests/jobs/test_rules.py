@@ -6,6 +6,7 @@ import asyncio
 import base64
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,25 @@ def test_files_have_room_or_are_refused_whole(tmp_path: Path) -> None:
         assert {path.name for path in served.store.files_path.iterdir()} == {one.id for one in made}
         served.client.files.delete(made[0].id)
         served.client.files.create(file=("a", rows(10)), purpose="fine-tune")
+
+
+def test_a_refused_upload_reads_its_answer_to_the_end(tmp_path: Path) -> None:
+    """A server that closes with bytes unread resets the connection: a client that still sends may lose the answer."""
+    size = 5_000_000
+    head = f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    with serving(tmp_path) as served:
+        served.store.rules = every(file_bytes=10)
+        at = served.client.base_url
+        with socket.create_connection((at.host, at.port)) as connection:
+            connection.settimeout(10)
+            for _ in range(2):  # the second on the same connection
+                connection.sendall(head.encode())
+                answer = connection.recv(65536)
+                connection.sendall(b"x" * size)
+                while b"insufficient_quota" not in answer:
+                    answer += connection.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 429")
 
 
 def test_requests_a_minute(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ class Store:
             taken = int(reader.scalar(sa.select(sa.func.sum(files.c.bytes)).where(*own(files), is_live())) or 0)
         if taken + num_bytes > most:
             message = f"The files of this project have {taken:,} bytes and may have {most:,}. Delete some."
-            headers = {"x-should-retry": "false", "Connection": "close"}
+            headers = {"x-should-retry": "false"}
             raise RequestError(message, status=429, code="insufficient_quota", param="file", headers=headers)
 
     def file(self, name: str) -> Record | None:

@@ -185,7 +185,7 @@ async def receive_form(
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not 0 < len(options.get(b"boundary", b"")) <= 256:
         message = "A file has to be sent as Content-Type: multipart/form-data."
-        raise RequestError(message, status=415, code="unsupported_media_type", headers={"Connection": "close"})
+        raise RequestError(message, status=415, code="unsupported_media_type")
     temporary = target.with_name(f".{target.name}")
     try:
         with storing_upload(), open(temporary, "xb") as out:
@@ -245,13 +245,10 @@ async def _feed(request: Request, parser: MultipartParser) -> None:
         parser.finalize()
     except asyncio.TimeoutError:
         message = f"The file came slower than {SLOW_BYTES // 1024} KiB in {SLOW_S:g} s."
-        raise RequestError(message, status=408, code="request_timeout", headers={"Connection": "close"}) from None
+        raise RequestError(message, status=408, code="request_timeout") from None
     except MultipartParseError as error:
         message = f"The form cannot be read: {error}."
-        raise RequestError(message, code="invalid_form", headers={"Connection": "close"}) from None
-    except RequestError as error:
-        error.headers["Connection"] = "close"  # the rest of the body is not read
-        raise
+        raise RequestError(message, code="invalid_form") from None
 
 
 def _check_file(form: Form) -> None:

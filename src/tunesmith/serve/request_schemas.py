@@ -51,7 +51,7 @@ def check_headers(request: Request) -> None:
     is_plain = request.headers.get("content-encoding", "identity") == "identity"
     if kind != "application/json" or more not in ([], ["charset=utf-8"], ["charset=utf8"]) or not is_plain:
         message = "The body has to be sent as Content-Type: application/json, in UTF-8 and without a Content-Encoding."
-        raise _closing(415, "unsupported_media_type", message)
+        raise RequestError(message, status=415, code="unsupported_media_type")
 
 
 async def _read(request: Request) -> bytes:
