@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,11 @@ def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
     monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
     with pytest.raises(ExportError, match=r"If rounding is the cause, a finer --dtype has less of it\."):
         exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"))
+
+
+def test_a_run_with_an_option_of_earlier_versions_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    run = Run(shutil.copytree(finished("classify-encoder").path, tmp_path / "run"))
+    text = run.recipe_path.read_text("utf-8").replace("evaluation:\n", "evaluation:\n  bleu: true\n")
+    run.recipe_path.write_text(text, "utf-8")
+    assert export_run(run, "merged", offline=True).found is not None

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from methods.saved import save_adapter
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, StorageError
-from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.recipe.methods import LoraMethod

@@ -109,6 +109,15 @@ def test_a_token_that_was_not_foreseen_is_an_error_and_no_lost_gradient() -> Non
         model(input_ids=torch.tensor([[3, 5, 7]])).logits.square().mean().backward()
 
 
+def test_a_gradient_that_is_no_number_is_left_to_the_step() -> None:
+    """Also behind padding, whose token has no row: a scale that gives way in float16, or the error of the step."""
+    model = made("llama")
+    attachment = attach(model, FullMethod(), seed=0, tokens=SEEN)
+    (model(input_ids=torch.tensor([[3, 7, 5]])).logits * torch.nan).sum().backward()
+    attachment.collect_gradients()
+    assert attachment.trained["model.embed_tokens.weight"].grad.isnan().any()
+
+
 def test_taken_off_the_model_is_its_own_again() -> None:
     model = made("llama")
     attachment = tuned(model, SEEN)

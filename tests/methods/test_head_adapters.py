@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import fresh
+from methods.saved import save_adapter
 from methods.test_adapter_format import rewrite
 from tiny import tiny_tokenizer
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods import METHODS
-from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models import heads

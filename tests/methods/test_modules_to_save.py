@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from methods.saved import save_adapter
 from methods.test_adapter_format import IDS, VOCAB, logits
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter, save_adapter
+from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, load_adapter
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.recipe.methods import LoraMethod
 

@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from methods.saved import save_adapter
 from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
-from tunesmith.methods.adapter_format import load_adapter, save_adapter
+from tunesmith.methods.adapter_format import load_adapter
 from tunesmith.methods.lora import attach
 from tunesmith.methods.new_token_embeddings import ROWS, TokenRows
 from tunesmith.models.special_tokens import NewTokens, resize_embeddings

@@ -17,7 +17,7 @@ from tunesmith.models import save
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.load import TOKENIZER_FILES, load_model, load_tokenizer
 from tunesmith.models.resolve_model import ModelRef, resolve_model
-from tunesmith.models.save import generation_config, save_model
+from tunesmith.models.save import generation_config, save_model, save_tokenizer
 
 IDS = torch.arange(3, 15)[None]
 HOW = {"dtype": torch.float32, "device": "cpu"}
@@ -139,6 +139,17 @@ def test_changed_tokenizer_is_written_anew(tmp_path, located, loaded):
     assert (
         load_tokenizer(resolve_model(str(tmp_path / "out")), None).convert_tokens_to_ids("<new>") == len(tokenizer) - 1
     )
+
+
+def test_a_tokenizer_that_comes_as_a_sentencepiece_file_alone_is_whole_in_the_result(folder, tmp_path, monkeypatch):
+    """As of DeBERTa-v3 (spm.model) and mBART: without it transformers makes another tokenizer of the rest."""
+    right = load_tokenizer(resolve_model(str(folder)), None)
+    monkeypatch.setattr(save, "load_tokenizer", lambda located, template: right)  # for which sentencepiece is needed
+    (folder / "tokenizer.json").rename(folder / "spm.model")
+    (tmp_path / "out").mkdir()
+    save_tokenizer(right, tmp_path / "out", located=ModelRef("folder", folder, "m"))
+    again = load_tokenizer(ModelRef("folder", tmp_path / "out", "m"), None)
+    assert again("a fox, 1000 times").input_ids == right("a fox, 1000 times").input_ids
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["template in tokenizer_config.json", "template in a file"])

@@ -280,7 +280,14 @@ def test_a_process_cannot_be_several_by_itself(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("visible", "device", "seen"),
-    [(None, "auto", "1"), ("4,6", "cuda", "6"), ("3", "cuda", "3"), (None, "cpu", None), ("4,6", "cpu", "4,6")],
+    [
+        (None, "auto", "1"),
+        ("4,6", "cuda", "6"),
+        ("3", "cuda", "3"),
+        (None, "cpu", None),
+        ("4,6", "cpu", "4,6"),
+        ("", "auto", ""),
+    ],
 )
 def test_each_process_sees_a_card_of_its_own(visible: str | None, device: str, seen: str | None) -> None:
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}

@@ -28,9 +28,11 @@ class Heard:
         return False
 
 
-def child_that_prints(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: dict[str, Any], code: int = 0) -> None:
+def child_that_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: dict[str, Any] | str, code: int = 0
+) -> None:
     script = folder / "python"
-    said = "".join(f"print({json.dumps(json.dumps(line))})\n" for line in lines)
+    said = "".join(f"print({(line if isinstance(line, str) else json.dumps(line))!r})\n" for line in lines)
     script.write_text(f"#!{PYTHON}\nimport sys\n{said}sys.exit({code})\n")
     script.chmod(0o755)
     monkeypatch.setattr("tunesmith.parallel.child.sys.executable", str(script))
@@ -49,4 +51,16 @@ def test_what_ends_without_a_result_is_an_error(tmp_path: Path, monkeypatch: pyt
         run_words(["train"], offline=True, listener=Heard())
     child_that_prints(tmp_path, monkeypatch, STEP, RESULT, ERROR, code=1)
     with pytest.raises(ExportError, match="not what was tuned"):
+        run_words(["train"], offline=True, listener=Heard())
+
+
+def test_lines_of_libraries_and_a_line_cut_off_are_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child_that_prints(tmp_path, monkeypatch, "NCCL version 2.27.5+cuda12.9", STEP, "{'loss': 1.5}", RESULT)
+    heard = Heard()
+    assert run_words(["train"], offline=True, listener=heard).path == Path("runs/a")
+    assert heard.steps == [1]
+    child_that_prints(tmp_path, monkeypatch, STEP)
+    script = tmp_path / "python"
+    script.write_text(script.read_text().replace("sys.exit(0)", "print('{\"kind\": \"st', end=''); sys.exit(137)"))
+    with pytest.raises(GroupError, match="ended with code 137"):
         run_words(["train"], offline=True, listener=Heard())

@@ -176,6 +176,26 @@ def test_the_room_of_a_process_is_bounded_by_its_control_group(monkeypatch):
     assert devices.room("cpu") == 3 * 10**9 + devices.resident_bytes()
 
 
+def test_a_control_group_inside_another_is_bounded_by_both(tmp_path, monkeypatch):
+    """As a job of Slurm or `systemd-run -p MemoryMax=4G` is, which no container hides."""
+    for folder, most in (("", None), ("slurm", 9_000), ("slurm/job_7", None), ("slurm/job_7/step", 4_000)):
+        group = tmp_path / "groups" / folder
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text(f"{most or 'max'}\n")
+        (group / "memory.current").write_text("3000\n")
+        (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
+    (tmp_path / "own").write_text("1:name=systemd:/\n0::/slurm/job_7/step\n")
+    monkeypatch.setattr(devices, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "own")
+    assert devices._group_free() == 4_000 - 3_000 + 500
+    (tmp_path / "own").write_text("0::/slurm/job_7\n")
+    assert devices._group_free() == 9_000 - 3_000 + 500
+    (tmp_path / "own").write_text("0::/\n")
+    assert devices._group_free() == 2**63
+    monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "nowhere")
+    assert devices._group_free() == 2**63
+
+
 @pytest.mark.parametrize("rows_per_step", [3, 18])
 def test_the_heaviest_pass_is_one_that_will_occur(tmp_path, rows_per_step):
     setup = prepare(tiny_recipe(tmp_path, train={"rows_per_step": rows_per_step}), root=tmp_path)

@@ -74,6 +74,7 @@ def test_what_is_wrong_is_named_with_its_place_and_rule(tmp_path: Path, rest: st
     [
         ("base: {data: {train: [a.jsonl]}}\n", "", "base: model: missing"),
         ("base: {model: m}\n", "", "base: data.train: missing"),
+        ("base: {model: last, data: {train: [a]}}\n", "", "model: last: is the trial before for every trial but"),
         ("base: {model: m, data: {train: [a]}, optim: {lr: fast}}\n", "", "base: optim.lr: 'fast' is"),
         ("base: {model: m, data: {train: [a]}}\n", "asha: {}\n", "evaluation.every: missing"),
         ("base: {model: m, data: {train: [a]}, evaluation: {metric: beauty}}\n", "", "beauty is no measure"),

@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import time
+from functools import partial
 
 import pytest
 
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import RunError
+from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
+from tunesmith.training import inputs
+from tunesmith.training.inputs import start_from
 from tunesmith.training.trainer import train
 
 
@@ -34,6 +39,24 @@ def test_the_second_run_begins_where_the_first_ended(tmp_path, method):
     train(recipe.model_copy(update={"model": str(first.path)}), root=root)
     assert merged.stat().st_mtime_ns == made
     assert json.loads(merged.read_text())["architectures"]
+
+
+def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, monkeypatch):
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
+    first = train(recipe, root=tmp_path / "runs")
+    merges, load_run = [], inputs.load_run
+
+    def slow(*args, **how):
+        merges.append(args)
+        time.sleep(2)  # the lock is waited for for a second
+        return load_run(*args, **how)
+
+    monkeypatch.setattr(inputs, "load_run", slow)
+    begun = [
+        in_background(partial(start_from, str(first.path), root=tmp_path / "runs", offline=True)) for _ in range(2)
+    ]
+    assert {one.result()[0] for one in begun} == {str(first.merged_path)}
+    assert len(merges) == 1
 
 
 def test_domain_then_task(tmp_path):

@@ -98,11 +98,6 @@ def ggml_type(name: str, shape: tuple[int, ...], quant: QuantType, *, is_tied: b
     return GgmlType.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[number][0] else number
 
 
-def stored_bytes(shape: tuple[int, ...], number: GgmlType) -> int:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
-    return int(prod(shape) // block * block_bytes)
-
-
 def quantized(tensor: Tensor, number: GgmlType) -> NDArray[Any]:
     found: NDArray[Any] = gguf.quantize(np.ascontiguousarray(tensor.detach().cpu().numpy()), number)
     return found
@@ -188,7 +183,8 @@ def _write_file(
         add_vocabulary(writer, find_vocabulary(result), result, num_rows=num_embeddings(model))
         float32 = np.dtype(np.float32)
         for name, (shape, number) in layout.items():
-            writer.add_tensor_info(names[name], shape, float32, stored_bytes(shape, number), raw_dtype=number)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[number]
+            writer.add_tensor_info(names[name], shape, float32, prod(shape) // block * block_bytes, raw_dtype=number)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, tuple(factors.shape), float32, factors.numel() * 4)
         writer.write_header_to_file()

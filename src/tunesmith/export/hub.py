@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 CHECK_FILE = "verify.json"
 """The numbers of the check, in every export."""
-UNKNOWN = "unknown"
-"""The hub's word for a license that nobody has stated."""
 
 _PIPELINES = {
     "sequence": "text-classification", "tokens": "token-classification", "masked_token": "fill-mask",
@@ -76,7 +74,7 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
         stated = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
         if isinstance(stated, str):
             return stated, "that of the base model's card."
-    return UNKNOWN, "nobody has stated one. The license of the base model holds here too: look it up."
+    return "unknown", "nobody has stated one. The license of the base model holds here too: look it up."
 
 
 def _head(

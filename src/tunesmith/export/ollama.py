@@ -19,7 +19,6 @@ MODELFILE = "Modelfile"
 _ROLES = ("system", "user", "assistant")
 _MARKS = ("Qx1zK", "Wv2yJ", "Ru3xH", "Ts4wG")
 """Message contents that no template writes by itself."""
-_RAW = "{{ .Prompt }}"
 
 Messages = Sequence[Mapping[str, str]]
 Parts = Mapping[str, tuple[str, str]]
@@ -33,7 +32,7 @@ def go_template(result: RunResult) -> tuple[str | None, list[str]]:
     Derived from what the chat template writes around messages of each role, then compared on conversations.
     """
     if TASKS[result.renderer.task_name].raw_text or not result.tokenizer.chat_template:
-        return _RAW, []
+        return "{{ .Prompt }}", []
     template = ChatTemplate(result.tokenizer, result.renderer.date)
     bos = result.tokenizer.bos_token if begins_with_bos(result) else ""
 

@@ -124,7 +124,6 @@ class OnnxModel(ExportedModel):
     """A session of onnxruntime on the CPU."""
 
     session: Any
-    folder: Path
 
     @property
     def has_types(self) -> bool:
@@ -149,7 +148,7 @@ def load_onnx(folder: Path, recipe: Recipe) -> OnnxModel:
     session = onnxruntime.InferenceSession(folder / FILE, settings, providers=["CPUExecutionProvider"])
     kind = model_kind(located)
     by = f"onnxruntime {version('onnxruntime')}"
-    return OnnxModel(load.load_tokenizer(located, None), kind, find_head(recipe, located, kind), by, session, folder)
+    return OnnxModel(load.load_tokenizer(located, None), kind, find_head(recipe, located, kind), by, session)
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:

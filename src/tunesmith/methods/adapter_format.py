@@ -71,16 +71,11 @@ _READ = {
 def save_result(
     attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
-    """Write the adapter, the labels of a head, and the tokenizer with the template that it was trained with."""
+    """Write the adapter, in float32 whatever the model computes in, the labels of a head, and the tokenizer with the
+    template that it was trained with."""
     config = to_config(attachment, base=base_reference(located), revision=located.revision)
     with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as staged:
         _write(attachment, config, staged)
-
-
-def save_adapter(attachment: LoraAttachment, folder: Path, *, base: str, revision: str | None = None) -> None:
-    """Write the adapter alone, completely or not at all; float32, whatever the model computes in."""
-    with writing_folder(folder, num_bytes=_num_bytes(attachment)) as staged:
-        _write(attachment, to_config(attachment, base=base, revision=revision), staged)
 
 
 @contextmanager

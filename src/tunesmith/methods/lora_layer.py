@@ -97,9 +97,6 @@ class LoraLinear(nn.Module):
     def refresh(self) -> None:
         """Recompute what follows from the matrices. Call after they changed."""
 
-    def extra_repr(self) -> str:
-        return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"
-
 
 class DoraLinear(LoraLinear):
     """A frozen linear layer with a low-rank path and a length for each output."""

@@ -135,9 +135,6 @@ class QuantizedLinear(nn.Module):
         out: Tensor = _Product.apply(x, self.bias, self)  # type: ignore[no-untyped-call]
         return out
 
-    def extra_repr(self) -> str:
-        return f"nf4, {self.shape_OI[1]} → {self.shape_OI[0]}"
-
 
 def num_weights(model: PreTrainedModel) -> int:
     """Weights of a model, packed ones too."""

@@ -143,7 +143,10 @@ def _in_folder(path: Path, name: str) -> ModelRef:
 
 _SMALL = (".json", ".jinja", ".model", ".txt")
 """Endings of configs, tokenizers and templates."""
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model", "vocab.json",
+    "vocab.txt",
+)  # fmt: skip
 
 
 def _from_hub(model: str, *, revision: str | None, offline: bool, weights: bool) -> ModelRef:

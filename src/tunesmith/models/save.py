@@ -81,11 +81,12 @@ def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:
-    """The tokenizer's files: copies of those it came from, unless it was changed or came out of a GGUF.
+    """The tokenizer's files: copies of those it came from, unless it was changed or they have no tokenizer.json, as
+    those of a GGUF and of older models that bring a sentencepiece file.
 
     A chat template that was given by file is written too, and replaces any other.
     """
-    source = None if located.is_gguf else load_tokenizer(located, None)
+    source = load_tokenizer(located, None) if (located.path / "tokenizer.json").is_file() else None
     if source is None or not _same(source, tokenizer):
         with silence_transformers():
             tokenizer.save_pretrained(folder)

@@ -57,6 +57,8 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
         is_stopping = False
         try:
             for line in child.stdout:
+                if not line.startswith(b'{"') or not line.endswith(b"\n"):  # a library's, or cut off by a kill
+                    continue
                 last = from_json(line)
                 result = last if last.get("kind") == "result" else result  # lines of exports may follow
                 if "step" in last:

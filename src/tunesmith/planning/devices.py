@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,8 @@ CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
 """Rows, inner size and columns of the product that is timed. On a card a small one takes as long as its launch."""
 CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
 """Bytes of the copy that is timed."""
+GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Linux's control groups, and which of them this process is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +142,17 @@ def _memory_free() -> int:
 
 
 def _group_free() -> int:
-    """Bytes that the control group of this process (a container) leaves; cached files can be given up."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, now = (int((group / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
-    except (OSError, ValueError):  # no such limit, or "max"
-        return 2**63
-    return most - now + int(stat.get("inactive_file", 0))
+    """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside the
+    other; cached files can be given up."""
+    free, group = 2**63, GROUPS
+    with suppress(OSError):
+        group /= "".join(re.findall(r"^0::/(.*)", OWN_GROUP.read_text("utf-8"), re.M))
+    for folder in (group, *group.parents):
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            most, now = (int((folder / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+            free = min(free, most - now + int(stat.get("inactive_file", 0)))
+    return free
 
 
 @cache

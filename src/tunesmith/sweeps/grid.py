@@ -90,6 +90,8 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
     called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
     digits = max(2, len(str(len(chosen))))
     recipes = _recipes(path, text, base, chosen)
+    if any(recipe.model == "last" for recipe in recipes):
+        raise RecipeError(f"{path}: model: last: is the trial before for every trial but the first. Name the run.")
     trials = [
         Trial(f"{called}-{i:0{digits}d}", options, recipe)
         for i, (options, recipe) in enumerate(zip(chosen, recipes, strict=True), start=1)

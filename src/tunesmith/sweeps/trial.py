@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from tunesmith.errors import Stopped, TunesmithError
@@ -18,7 +19,6 @@ from tunesmith.parallel.child import run_words
 from tunesmith.runs.background import in_background
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event
 
 POLL_S = 0.2
 
@@ -33,16 +33,6 @@ class Job:
     folder: Path
     """Working folder, to which the recipe's relative paths belong."""
     offline: bool = False
-
-
-class _Unheard:
-    """A listener for a run that is followed by its folder."""
-
-    def on_event(self, event: Event) -> None:
-        return None
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def run_trial(job: Job) -> str:
@@ -60,8 +50,9 @@ def run_trial(job: Job) -> str:
         if run.state() == "done":
             return ""
         words = ["resume", str(job.run)]
+    unheard: Any = SimpleNamespace(on_event=lambda event: None, should_stop=lambda: False)  # its folder is followed
     try:
-        run_words(words, offline=job.offline, listener=_Unheard())
+        run_words(words, offline=job.offline, listener=unheard)
     except Stopped:
         return ""
     except TunesmithError as error:
@@ -101,9 +92,6 @@ class Follower:
         return found
 
 
-RunTrial = Callable[[Job], str]
-
-
 class TrialRunner(Protocol):
     """Starts trials and knows which have ended."""
 
@@ -124,7 +112,7 @@ class OneByOne:
 
     slots = 1
 
-    def __init__(self, run: RunTrial = run_trial) -> None:
+    def __init__(self, run: Callable[[Job], str] = run_trial) -> None:
         self._run = run
         self._calls: dict[str, Future[str]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -139,16 +140,28 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
             f"{run.path}: it has no result yet, so nothing can start from it. Go on with `tunesmith resume`."
         )
     merged = run.merged_path
-    config, adapter = merged / "config.json", run.adapter_path / "adapter_config.json"
-    if not (config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime):
-        _merge(run, merged, offline=offline)
+    while not _is_merged(run):
+        try:
+            _merge(run, merged, offline=offline)
+            break
+        except RunError:
+            if not run.is_locked():
+                raise
+            time.sleep(0.2)  # another run that starts from it merges
     return str(merged), f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
+
+
+def _is_merged(run: Run) -> bool:
+    config, adapter = run.merged_path / "config.json", run.adapter_path / "adapter_config.json"
+    return config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:
     if (below := run.started_from()) is not None:
         start_from(str(below.path), root=run.path.parent, offline=offline)  # its merged base may be gone
     with run.lock():
+        if _is_merged(run):  # meanwhile
+            return
         remove(merged)
         speaker = load_run(run, offline=offline, as_trained=False)  # a merge is never written into quantised weights
         speaker.attachment.merge()

@@ -55,7 +55,7 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> N
     if device == "cpu" or place.local_size == 1:
         return
     cards = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-    if len(cards) == 1:  # its agent has given it one
+    if len(cards) == 1 or environ.get("CUDA_VISIBLE_DEVICES") == "":  # its agent has given it one, or a person none
         return
     if cards and len(cards) < place.local_size:
         raise InputError(
