@@ -41,6 +41,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MEMORY_WORDS)
 
 
+def one_line(error: BaseException) -> str:
+    """An error of another library, for a message."""
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+
+
 class TunesmithError(Exception):
     """Root of every error raised on purpose; its text is meant for the person at the terminal."""
 
@@ -149,7 +154,7 @@ def why_refused(error: Exception, repo: str, kind: Kind, revision: str | None) -
 
     has_token, hub = bool(get_token()), constants.ENDPOINT
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     if isinstance(error, GatedRepoError):
         page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repo}"
         whose = "The token here was not granted access." if has_token else "Then `hf auth login`."

@@ -218,7 +218,7 @@ def test_cut_download_of_weights_goes_on(hub):
 # Size
 
 STREAM = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[3])
 from tunesmith.data import addresses, encode
@@ -237,6 +237,7 @@ addresses.DISK_SHARE, encode.PART_BYTES = 0.0, 1
 data, _ = pin(Data(train=(DataFile(path=sys.argv[1]),)), offline=False)
 renderer = Renderer(tiny_tokenizer(CHATML), TASKS["generate"], max_tokens=200, too_long="cut", control_tokens="error")
 before = most = anonymous()
+started = time.monotonic()
 files = 0
 def look(rows, done, total):
     global most, files
@@ -244,7 +245,9 @@ def look(rows, done, total):
     files = max(files, sum(path.stat().st_size for path in Path(os.environ["HF_HOME"]).rglob("*.parquet")))
 store = build(Path(sys.argv[2]), data=data, files=data.train, renderer=renderer, on_problem=print, progress=look)
 most = max(most, anonymous())
-print(json.dumps({"rows": len(store), "grown": (most - before) * 1024, "files": files}))
+rate = len(store) / (time.monotonic() - started)
+found = {"rows": len(store), "grown": (most - before) * 1024, "files": files, "most": most * 1024, "rate": rate}
+print(json.dumps(found))
 """
 
 

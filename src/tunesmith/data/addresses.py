@@ -1,12 +1,8 @@
 """Data by address: which files are meant, what fetching them costs, and the fetching, if they fit on the disk.
 
-Data sets of the hub are pinned to a commit:
-
-    hf://datasets/owner/name[@revision][/path][?subset=S&split=T]
-
-The part before the question mark is huggingface_hub's own form of a path. `path` names a file, a folder or a pattern
-(data/train-*). Without it, subsets and splits are those of the README's `configs:`; else those in the names of the
-files.
+Data sets of the hub are pinned to a commit. The part of `GRAMMAR` before the question mark is huggingface_hub's own;
+`path` names a file, a folder or a pattern (data/train-*). Without it, subsets and splits are those of the README's
+`configs:`; else those in the names of the files.
 """
 
 from __future__ import annotations
@@ -16,11 +12,12 @@ import hashlib
 import os
 import posixpath
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from glob import has_magic
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode
 
@@ -29,10 +26,10 @@ import orjson
 from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_of
 from tunesmith.data.problems import refusal
 from tunesmith.environment import install_command
-from tunesmith.errors import DataError, StorageError, hub_failures, why_refused
+from tunesmith.errors import DataError, StorageError, hub_failures, one_line, why_refused
 from tunesmith.phrases import listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, remove, storing, write_atomic
+from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, storing, write_atomic
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
@@ -41,17 +38,9 @@ DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
 STALE_S = 86400.0
 """Age at which a downloaded file that is to be removed is taken for that of a killed process."""
+_SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
+"""Words in the names of files that say their split, as in the library datasets."""
 _SECRET = re.compile(r"([\w+.-]+)://[^/@]*:[^/@]*@")
-_MAGIC = re.compile(r"[*?\[]")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""Splits by words in the names of files, as in the library datasets."""
-
-
 _HUB_PAGE = re.compile(r"https?://(?:huggingface|hf)\.co/datasets/([^/?#]+/[^/?#]+)")
 _HUB_FILE = re.compile(r"hf://datasets/(?P<repo_id>[^/]+/[^/@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 
@@ -76,8 +65,6 @@ class RemoteFile:
         return found if isinstance(found, str) else None
 
 
-Listing = tuple[str, Sequence[RemoteFile]]
-"""An address, of the hub with its commit, and its files in their order."""
 REGISTERED: dict[str, Sequence[RemoteFile]] = {}
 """The files of each address that was listed in this process, and each of them by its own."""
 
@@ -93,15 +80,19 @@ def register(address: str, files: Sequence[RemoteFile]) -> None:
 
 
 def registered(address: str) -> Sequence[RemoteFile]:
-    """The files of a registered address. Raises DataError for another."""
+    """The files of an address that `pin` has seen in this process, or that are all on this machine. Raises DataError
+    for another."""
     if address not in REGISTERED:
-        message = "it is not on this machine, and nothing is fetched here."
-        raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
+        listing = _remembered(address)
+        if listing is None or not all(file.cached() for file in listing[1]):
+            message = "it is not on this machine, and nothing is fetched here."
+            raise refusal(address, 0, "not_here", message, "Download it, and use the local file.")
+        register(*listing)
     return REGISTERED[address]
 
 
 def known(address: str) -> RemoteFile:
-    """Facts about a registered file. Raises DataError for another address."""
+    """Facts about a file of a registered address. Raises DataError for another."""
     return registered(address)[0]
 
 
@@ -109,10 +100,9 @@ def size_of(path: str) -> int:
     """Bytes of a file, wherever it is; 0: it is not there."""
     if is_address(path):
         return known(path).num_bytes
-    try:
+    with suppress(OSError, ValueError):
         return os.stat(path).st_size
-    except (OSError, ValueError):
-        return 0
+    return 0
 
 
 def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
@@ -121,26 +111,25 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     Data without an address is returned as it is, and nothing is asked of anybody. Raises DataError for an address that
     cannot be used.
     """
-    files = [file for side in SIDES for file in getattr(data, side) if is_address(file.at)]
+    files = {file.at: file for side in SIDES for file in getattr(data, side) if is_address(file.at)}
     if not files:
         return data, []
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    listings, others = dict[str, Listing](), dict[str, list[str]]()
-    for at in dict.fromkeys(file.at for file in files):
-        listings[at] = find_files(at, others.setdefault(at, []), offline=offline)
+    others: dict[str, list[str]] = {at: [] for at in files}
+    listings = {at: find_files(at, others[at], offline=offline) for at in files}
     missing = {at: [one for one in found if one.cached() is None] for at, (_, found) in listings.items()}
     of_hub = {one.address: one for at, found in missing.items() if at.startswith(HUB) for one in found}
     if offline and of_hub:
         raise DataError(f"{next(iter(of_hub))}: not downloaded yet, and --offline forbids it. Run once without.")
     have_room, notes = _sum(of_hub.values()) <= DISK_SHARE * free_bytes(Path(HF_HUB_CACHE)), list[str]()
-    for file in {file.at: file for file in files}.values():
-        address, found = listings[file.at]
+    for at, file in files.items():
+        address, found = listings[at]
         is_kept = have_room and address.startswith(HUB)
         register(address, [replace(one, is_kept=is_kept) for one in found])
-        pinned = f"pinned to {address}: " if address != file.at else ""
-        facts = f"{plural(len(found), 'file')}, {size(_sum(found))}, {_cost(missing[file.at], is_kept=is_kept)}"
-        notes += [f"{file.path}: {pinned}{facts}", *others[file.at]]
+        pinned = f"pinned to {address}: " if address != at else ""
+        facts = f"{plural(len(found), 'file')}, {size(_sum(found))}, {_cost(missing[at], is_kept=is_kept)}"
+        notes += [f"{file.path}: {pinned}{facts}", *others[at]]
 
     def at_commit(file: DataFile) -> DataFile:
         return file.model_copy(update={"path": listings[file.at][0]}) if file.at in listings else file
@@ -148,26 +137,9 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     return data.model_copy(update={side: tuple(map(at_commit, getattr(data, side))) for side in SIDES}), notes
 
 
-def pin_path(path: str, *, offline: bool) -> tuple[str, list[str]]:
-    """The path of one file as `pin` has it."""
-    data, notes = pin(Data(train=(DataFile(path=path),)), offline=offline)
-    return data.train[0].path, notes
-
-
 def short_name(path: str) -> str:
     """The name of a data file, folder or data set, for a person."""
     return str(_parts(path)[0].id).rpartition("/")[2] if path.startswith(HUB) else Path(path).name
-
-
-def members(address: str) -> list[DataFile]:
-    """The files of an address, those that are on this machine with their place.
-
-    Raises DataError for one that `pin` has not seen in this process and that is not on this machine either.
-    """
-    listing = None if address in REGISTERED else _remembered(address)
-    if listing is not None and all(file.cached() for file in listing[1]):
-        register(*listing)
-    return [DataFile(path=file.address).at_place(file.cached() or file.address) for file in registered(address)]
 
 
 def _cost(missing: Sequence[RemoteFile], *, is_kept: bool) -> str:
@@ -184,12 +156,9 @@ def _sum(files: Iterable[RemoteFile]) -> int:
     return sum(file.num_bytes for file in files)
 
 
-def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
-    """The files of an address. Of a commit that was listed before, and `offline`, the hub is not asked.
-
-    Raises DataError: an address of another form, a data set that is missing, gated, private or out of reach, a
-    revision, subset, split or path that is not there.
-    """
+def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequence[RemoteFile]]:
+    """An address, of the hub with its commit, and its files in their order. Of a commit that was listed before, and
+    offline, the hub is not asked. Raises DataError for what is no address, is not there or may not be read."""
     from huggingface_hub.constants import is_offline_mode
 
     if secret := _SECRET.match(text):
@@ -198,30 +167,30 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> Listing:
             f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads. A run "
             "that was made with it ends with the version that began it, or is made again."
         )
+    if page := _HUB_PAGE.match(text):
+        raise DataError(f"{text}: a page of the hub. The data set is hf://datasets/{page[1]}.")
     is_hub = text.startswith(HUB)
     parts: tuple[Any, dict[str, str]] = _parts(text) if is_hub else (None, {})
-    uri, words = parts
     offline_by = "--offline" if offline else "HF_HUB_OFFLINE" if is_hub and is_offline_mode() else ""
-    if is_hub and (offline_by or _COMMIT.fullmatch(uri.revision or "")) and (listing := _remembered(text)):
+    listing = _remembered(text)
+    if listing and (offline_by or listing[0] == text):
         return listing
     if offline_by and not text.startswith(("file://", "memory://")):
-        raise DataError(
-            f"{text}: it was never asked for on this machine, and {offline_by} forbids that. Run once without."
-        )
+        raise DataError(f"{text}: never asked for on this machine, and {offline_by} forbids that. Run once without.")
     try:
         if not is_hub:
             file_system(text)[0].invalidate_cache()
             return text, _rows_at(text, [text])
-        address, files = _ask(uri, words, notes)
+        address, files = _ask(*parts, notes)
     except Exception as error:  # of a dozen libraries, one a file system
         if isinstance(error, DataError) or (is_hub and not isinstance(error, hub_failures())):
             raise
-        why = f"it cannot be listed ({type(error).__name__}: {reason(error)}). Check it, and your right to read it."
-        why = why_refused(error, uri.id, "dataset", uri.revision) if is_hub else why
+        why = f"it cannot be listed ({type(error).__name__}: {one_line(error)}). Check it, and your right to read it."
+        why = why_refused(error, parts[0].id, "dataset", parts[0].revision) if is_hub else why
         raise DataError(f"{text}: {why}") from error
     for name in {text, address}:
         with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
-            write_atomic(_listing_path(name), orjson.dumps([address, [asdict(file) for file in files]]))
+            write_atomic(_listing_path(name), orjson.dumps([address, files]))
     return address, files
 
 
@@ -232,7 +201,7 @@ def _listing_path(name: str) -> Path:
     return Path(cached_assets_path("tunesmith", "datasets", "files")) / f"{digest}.json"
 
 
-def _remembered(text: str) -> Listing | None:
+def _remembered(text: str) -> tuple[str, Sequence[RemoteFile]] | None:
     """The files of an address of the hub that was asked for before on this machine."""
     with suppress(OSError, ValueError, TypeError):
         address, files = orjson.loads(_listing_path(text).read_bytes())
@@ -253,36 +222,34 @@ def _parts(text: str) -> tuple[Any, dict[str, str]]:
     except HfUriError as error:
         why = error.msg.strip().rstrip(".")
         raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
-    if len(pairs) > len(words):
-        raise DataError(f"{text}: a subset or split is given twice. Give an address for each.")
-    if uri.type != "dataset" or words.keys() - {"subset", "split"} or (uri.path_in_repo and words):
+    is_odd = words.keys() - {"subset", "split"} or (uri.path_in_repo and words) or len(pairs) > len(words)
+    if uri.type != "dataset" or is_odd:
         raise DataError(f"{text}: not the address of a data set, with a path or a subset and split. Write {GRAMMAR}.")
     return uri, words
 
 
 def _address(uri: Any, words: Mapping[str, str]) -> str:
-    query = urlencode({key: words[key] for key in ("subset", "split") if words.get(key)})
-    return f"{uri.to_uri()}?{query}" if query else str(uri.to_uri())
+    return f"{uri.to_uri()}?{urlencode(words)}" if words else str(uri.to_uri())
 
 
-def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
+def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> tuple[str, Sequence[RemoteFile]]:
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(uri.id, revision=uri.revision)
     if info.gated:
         HfApi().auth_check(uri.id, repo_type="dataset")
     given, uri = _address(uri, words), replace(uri, revision=str(info.sha))
-    root = uri.to_uri()
     if uri.path_in_repo:
-        return root, _rows_at(given, [root])
+        return uri.to_uri(), _rows_at(given, [uri.to_uri()])
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
     subsets = {str(one.get("config_name", "default")): one for one in configs}
     if subsets or words.get("subset"):
         usual = next((name for name, config in subsets.items() if config.get("default")), "default")
         words["subset"] = _chosen(given, "subset", words, subsets, usual)
     config = subsets[words["subset"]] if subsets else {}
-    patterns = _patterns(config) if config.get("data_files") else {}
-    by_name = {} if patterns else _by_name(given, f"{root}/{_data_dir(config)}".strip("/"), notes)
+    folder = posixpath.normpath(f"/{config.get('data_dir') or ''}")  # it may be written as ./en/ too
+    root, patterns = f"{uri.to_uri()}{folder}".rstrip("/"), _patterns(config.get("data_files") or ())
+    by_name = {} if patterns else _by_name(given, root, notes)
     words["split"] = split = _chosen(given, "split", words, patterns or by_name, "train")
     if others := [name for name in patterns or by_name if name != split]:
         notes.append(f"{uri.id}: the split {split} is read; others: {listed(others)}")
@@ -290,22 +257,13 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> Listing:
     return _address(uri, words), files
 
 
-def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
+def _patterns(given: Any) -> dict[str, list[str]]:
     """Patterns of paths by split, of any form that `data_files` has in a README."""
     found: dict[str, list[str]] = {}
-    given, folder = config["data_files"], _data_dir(config)
-    if isinstance(given, Mapping):
-        given = [{"split": split, "path": path} for split, path in given.items()]
     for one in [given] if isinstance(given, str) else given:
         split, path = (one["split"], one["path"]) if isinstance(one, Mapping) else ("train", one)
-        paths = [path] if isinstance(path, str) else path
-        found.setdefault(str(split), []).extend("/".join(filter(None, [folder, name])) for name in paths)
+        found.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
     return found
-
-
-def _data_dir(config: Mapping[str, Any]) -> str:
-    """The folder of a subset in a README, which may be written as ./en/ too."""
-    return posixpath.normpath(f"/{config.get('data_dir') or ''}").strip("/")
 
 
 def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFile]]:
@@ -314,7 +272,8 @@ def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFi
     for file in _rows_at(given, [root]):
         folder, _, name = file.address.removeprefix(root).lower().rpartition("/")
         words = re.findall("[a-z]+", f"{name} {folder}")
-        splits.setdefault(next((_WORDS[word] for word in words if word in _WORDS), ""), []).append(file)
+        named = (split for word in words for split, ours in _SPLITS.items() if word in ours.split())
+        splits.setdefault(next(named, ""), []).append(file)
     if len(splits) > 1 and (others := splits.pop("", [])):
         names = listed(file.address.removeprefix(f"{root}/") for file in others)
         notes.append(f"{given}: {names}: not of a split by name, and not read")
@@ -341,12 +300,14 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
     others: list[str] = []
     for address in addresses:
         fs, path = file_system(address)
-        entries = fs.glob(path, detail=True) if _MAGIC.search(path) else fs.find(path, detail=True)
+        entries = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
         for name, facts in sorted(entries.items()):
             if name != path and not _is_rows(name):
                 others.append(os.path.basename(name))
             elif facts["type"] == "file":
-                one = RemoteFile(fs.unstrip_protocol(name), int(facts["size"]), _version(fs, name, facts))
+                small = f"git {facts['blob_id']}" if "blob_id" in facts else f"listed as {fs.ukey(name)}"
+                version = str(facts["lfs"]["sha256"]) if facts.get("lfs") else small
+                one = RemoteFile(fs.unstrip_protocol(name), int(facts["size"]), version)
                 found.setdefault(one.address, one)
     if not found:
         held = f" It holds {listed(others)}." if others else ""
@@ -355,37 +316,20 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
     return list(found.values())
 
 
-def _version(fs: Any, name: str, facts: Mapping[str, Any]) -> str:
-    """Changes with a file's content: the SHA-256 of a large file of the hub, else a hash that the file system gives."""
-    if facts.get("lfs"):
-        return str(facts["lfs"]["sha256"])
-    return f"git {facts['blob_id']}" if "blob_id" in facts else f"listed as {fs.ukey(name)}"
-
-
 def _is_rows(path: str) -> bool:
     name = path.rpartition("/")[2]
     return suffix_of(path) in (*SUFFIXES, *DOCUMENTS) and not name.startswith((".", "_")) and not is_about(name)
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it.
-
-    Raises:
-        DataError: there is none, its package is not installed, or it is a page of the hub.
-    """
+    """The file system of an address, and the path in it. Raises DataError where its package is not installed."""
     import fsspec
 
-    if page := _HUB_PAGE.match(address):
-        raise DataError(f"{address}: a page of the hub. The data set is hf://datasets/{page[1]}.")
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(address))
     except ImportError as error:
         way = f"Install it, or download the data; for s3:// and gs://: {install_command('cloud')}"
         raise DataError(f"{address}: a package is not installed ({error}). {way}") from error
-    except ValueError as error:
-        raise DataError(f"{address}: {error}. There are hf://, s3://, gs:// and others of fsspec.") from error
-    except Exception as error:  # of a dozen libraries: no region, no credentials
-        raise DataError(f"{address}: its file system cannot be opened: {reason(error)}.") from error
 
 
 def is_elsewhere(file: DataFile) -> bool:
@@ -407,11 +351,9 @@ def local(address: str) -> Iterator[str]:
         return
     clean(folder, older_than_s=STALE_S)
     with storing(folder, num_bytes=file.num_bytes):
-        place = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
-    try:
-        yield download(file, place)
-    finally:
-        remove(place)
+        place = TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True)
+    with place:
+        yield download(file, Path(place.name))
 
 
 def download(file: RemoteFile, folder: Path | None = None) -> str:
@@ -421,22 +363,16 @@ def download(file: RemoteFile, folder: Path | None = None) -> str:
     """
     from huggingface_hub import hf_hub_download
 
-    fs, there = file_system(file.address)
+    name = os.path.basename(file.address)
     try:
-        if folder is None:
-            on_hub = cast("re.Match[str]", _HUB_FILE.fullmatch(file.address)).groupdict()
-            return str(hf_hub_download(**on_hub, repo_type="dataset"))
-        place = str(folder / os.path.basename(file.address))
-        fs.get_file(there, place)
+        if on_hub := _HUB_FILE.fullmatch(file.address):
+            return str(hf_hub_download(**on_hub.groupdict(), repo_type="dataset", cache_dir=folder))
+        fs, there = file_system(file.address)
+        fs.get_file(there, place := os.path.join(folder or "", name))
         return place
     except Exception as error:  # of a dozen libraries, one a file system
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            with storing(folder or Path(os.path.basename(file.address)), num_bytes=file.num_bytes):
+            with storing(folder or Path(name), num_bytes=file.num_bytes):
                 raise
         way = "Start again: files that have arrived are not fetched twice."
-        raise refusal(file.address, 0, "unreadable", f"it cannot be downloaded: {reason(error)}.", way) from error
-
-
-def reason(error: BaseException) -> str:
-    """An error of another library in one line."""
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise refusal(file.address, 0, "unreadable", f"it cannot be downloaded: {one_line(error)}.", way) from error

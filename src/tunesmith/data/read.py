@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from tunesmith.data.addresses import is_address, known, local, members
+from tunesmith.data.addresses import is_address, known, local, registered
 from tunesmith.data.detect_format import (
     DOCUMENTS,
     SUFFIXES,
@@ -46,7 +46,8 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
     for file in files:
         try:
             if is_address(file.at):
-                found += [file.at_place(one.at, path=one.path) for one in members(file.at)]
+                for one in registered(file.at):
+                    found.append(file.at_place(one.cached() or one.address, path=one.address))
                 continue
             if not os.path.isdir(file.at):
                 found.append(file)
@@ -54,9 +55,7 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
             for name in _documents(file.path, file.at, on_problem, trained):
                 found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
         except DataError as error:
-            refused += error.problems or [
-                Problem(Source(file.path, 0), "not_here", str(error).removeprefix(f"{file.path}: "))
-            ]
+            refused += error.problems
     if refused:
         raise DataError("\n".join(map(str, refused)), refused)
     return tuple(found)

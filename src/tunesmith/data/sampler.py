@@ -297,9 +297,9 @@ def copies(
     """Copies of each row in an epoch: w times, and for a fraction w, a part of the rows of that weight and source."""
     whole_I = np.floor(weights_I).astype(np.int64)
     part_I = weights_I - whole_I
-    sources = [None] if sources_I is None else np.unique(sources_I)
-    for source in sources:
-        own_I = np.arange(len(part_I)) if source is None else np.flatnonzero(sources_I == source)
+    sources_I = np.zeros(len(part_I), np.int64) if sources_I is None else sources_I
+    for source in np.unique(sources_I):
+        own_I = np.flatnonzero(sources_I == source)
         for weight in np.unique(part_I[own_I][part_I[own_I] > 0]):
             members = own_I[part_I[own_I] == weight]
             keys = sort_keys(members, seed, epoch, salt=1)

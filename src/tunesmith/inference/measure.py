@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import pin_path
+from tunesmith.data.addresses import pin
 from tunesmith.data.collate import Collator, Masking
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
@@ -301,13 +301,12 @@ def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) 
 
 def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[str]]:
     """The run's options of data for this file, with the classes of the model."""
-    path, notes = pin_path(path, offline=offline)
     labels = loaded.labels
     known: dict[str, Any] = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
-    return loaded.recipe.data.model_copy(update=update), notes
+    return pin(loaded.recipe.data.model_copy(update=update), offline=offline)
 
 
 def _feed(loaded: LoadedModel, store: RowStore) -> Collator:

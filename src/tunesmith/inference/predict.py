@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tunesmith.data.addresses import is_address, pin_path
+from tunesmith.data.addresses import is_address
 from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import file_hash
 from tunesmith.data.detect_format import FileFacts
@@ -263,7 +263,6 @@ def predict_to(
         InputError: `out` holds something else, was made from another file or model, or is the file itself.
         DataError: the file, or what is left of it, cannot be read; the lines before are kept. StorageError.
     """
-    path, _ = pin_path(path, offline=False)
     if out.exists() and Path(path).exists() and out.samefile(path):
         raise InputError(f"{out}: these are the rows themselves. Choose another --out.")
     output = OutputFile(out, fingerprint(predictor, path, bare=bare, keep=keep), kept=keep, overwrite=overwrite)
@@ -307,7 +306,6 @@ def predict_file(
     """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were written
     before."""
     data = predictor.loaded.recipe.data
-    path, _ = pin_path(path, offline=False)
     facts: list[FileFacts] = []
 
     def tick(done: int, of_chunk: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
-from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
+from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.models.machine import free_cached_memory
@@ -224,8 +224,7 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, ModelError) else f"{type(error).__name__}: {text}"
+    return one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
