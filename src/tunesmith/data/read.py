@@ -46,14 +46,12 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
     for file in files:
         try:
             if is_address(file.at):
-                for one in registered(file.at):
-                    found.append(file.at_place(one.cached() or one.address, path=one.address))
-                continue
-            if not os.path.isdir(file.at):
+                found += [file.at_place(one.cached() or one.address, path=one.address) for one in registered(file.at)]
+            elif os.path.isdir(file.at):
+                for name in _documents(file.path, file.at, on_problem, trained):
+                    found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
+            else:
                 found.append(file)
-                continue
-            for name in _documents(file.path, file.at, on_problem, trained):
-                found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
         except DataError as error:
             refused += error.problems
     if refused:
@@ -64,8 +62,9 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
 def _documents(folder: str, at: str, on_problem: Callable[[Problem], None], trained: bool) -> list[str]:
     """Their paths from the folder on, which is read `at` a place."""
     listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
-    documents = [name for name in listed if suffix_of(name) in DOCUMENTS and _is_text(name)]
-    rows = [name for name in listed if suffix_of(name) in SUFFIXES and _is_text(name)]
+    writable = [name for name in listed if name.encode("utf-8", "ignore").decode() == name]  # others are not UTF-8
+    documents = [name for name in writable if suffix_of(name) in DOCUMENTS]
+    rows = [name for name in writable if suffix_of(name) in SUFFIXES]
     if rows and all(is_about(name) for name in documents):
         chosen, what = rows, "files of rows"
     else:
@@ -107,15 +106,6 @@ def _walk(folder: str) -> Iterator[str]:
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (os.path.relpath(os.path.join(here, name), folder) for name in files if not name.startswith("."))
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written: some file systems hold names that are not UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 OnProblem = Callable[[Problem], None]

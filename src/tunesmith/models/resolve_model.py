@@ -155,15 +155,13 @@ def _from_hub(model: str, *, revision: str | None, offline: bool, weights: bool)
     Raises ModelError: unknown, gated, out of reach, or without safetensors.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
     try:
-        validate_repo_id(model)
+        cached = _cached(model, revision)
     except HFValidationError as error:
         raise ModelError(
             f"{model}: neither a folder nor the form of a hub id ({error}). Check the spelling."
         ) from error
-    cached = _cached(model, revision)
     if cached is not None:
         return ModelRef("hub", cached, model, cached.name)
     if offline:
