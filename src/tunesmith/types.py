@@ -33,6 +33,7 @@ TaskName = str
 """A key of `tasks.TASKS`."""
 TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "embed", "rank"]
 """Values of a recipe's `task`; `tasks.register` adds to them."""
+EXPORT_NAMES = ("merged", "adapter", "gguf", "ollama", "onnx")
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]
 """A head predicts the next token, a masked token, something about a whole text, or about each of its words; `vector`:

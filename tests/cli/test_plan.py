@@ -13,7 +13,7 @@ from tunesmith.planning.forecast import KINDS
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {
-    "memory": {"total": 3 * 2**30, "parts": {"weights": 2**30, "masters": 0, "logits": 2**31}},
+    "memory": {"total": 3 * 2**30, "parts": {"weights": 2**30, "master weights": 0, "logits": 2**31}},
     "room": 2**34,
     "pass": {"step": 7, "rows": 4, "tokens": 1987, "targets": 612},
     "layers": {"all": 30, "recomputed": 0},

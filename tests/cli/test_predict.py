@@ -224,7 +224,9 @@ def test_eval_finds_what_the_run_found(run: Run, tmp_path: Path) -> None:
     kept = {line["hash"]: line["predicted"] for line in _lines(run.path / "evaluation" / "after.jsonl")}
     assert {line["hash"]: line["predicted"] for line in _lines(out)} == kept
     plain = tunesmith("eval", run.path, held_out(run), "--offline").stdout
-    assert plain.startswith(f"classify: {after['rows']} rows\nmetric\tvalue\t95 % interval\nheld-out loss\t")
+    trained = f", {found['trained_on']} of them trained on by this run"
+    head = f"classify: measured on {after['rows']} rows{trained}\nmetric\tvalue\t95 % interval\nloss\t"
+    assert (found["trained_on"] > 0, plain.startswith(head)) == (True, True)
     assert "\naccuracy\t" in plain
 
 

@@ -70,3 +70,34 @@ def test_answers_stand_beside_the_right_one_and_are_marked() -> None:
     text = console.export_text()
     assert "… …" not in " ".join(text.split())
     assert "far …" in text
+
+
+def shown_with(tmp_path: Path, events: list[Event]) -> str:
+    run, _, _ = fake_run(tmp_path / "run", "chat")
+    [plan, *_] = [event for event in run.events() if event.kind == "plan"]
+    values = {
+        "rows": {"train": 9, "held_out": 3},
+        "tokens_per_epoch": 9.0,
+        "method": "lora",
+        "task": "chat",
+        "steps": 40,
+    }
+    run.events_path.write_bytes(b"")
+    for event in [Event("plan", 0, 0.0, {**plan.values, **values}, plan.timing), *events]:
+        run.append(event)
+    result = CliRunner().invoke(app, ["show", str(run.path)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_training_loss_is_a_mean_of_several_steps_at_both_ends(tmp_path: Path) -> None:
+    steps = [Event("step", i, 0.0, {"loss": float(i % 2) + (i <= 20), "lr": 1e-3}) for i in range(1, 41)]
+    text = shown_with(tmp_path, steps)
+    assert "training loss 1.5000 → 0.5000: means of the first and the last 10 of 40 steps" in text
+
+
+def test_run_that_was_killed_shows_what_was_measured_before_its_first_step(tmp_path: Path) -> None:
+    values = {"name": "before", "loss": 2.5, "rows": 3, "targets": 9, "measures": {}}
+    text = shown_with(tmp_path, [Event("start", 0, 0.0, {}), Event("evaluation", 0, 0.0, values)])
+    assert "held-out loss of the untouched model 2.5000" in text
+    assert "continue with: " in text

@@ -32,7 +32,7 @@ def test_rows_that_all_move_alike_are_a_fault_however_few() -> None:
         found = compared([0.03] * num)
         assert (found.loss_error is None) == (num == 1)  # of one row nobody knows what is chance
         [problem] = found.problems(ROUNDED)
-        assert problem.startswith("its held-out loss is +0.0300 from the tuned model's, at most 0.02 allowed")
+        assert problem.startswith("its loss is +0.0300 from the tuned model's, at most 0.02 allowed")
 
 
 def test_the_error_is_that_of_means_where_rows_are_of_one_length() -> None:

@@ -32,9 +32,11 @@ def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words = ["export", str(finished("chat").path), "--to", "merged", "--out", str(tmp_path / "out"), "--offline"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "agrees with the tuned model within limits: 2 held-out rows, by transformers" in result.stdout
+    assert (
+        "agrees with the tuned model within limits: 2 of 2 held-out rows, each alone, by transformers" in result.stdout
+    )
     assert "  tokens of rows and prompts: identical (must be identical)" in result.stdout
-    assert "held-out loss, tuned and exported" in result.stdout
+    assert "loss on these rows, tuned and exported" in result.stdout
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--no-verify"]).stdout)
     assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
     wrong = CliRunner().invoke(app, [*words[:3], "coreml"])

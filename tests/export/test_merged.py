@@ -82,7 +82,7 @@ def test_card_says_what_it_is_and_how_good(tmp_path: Path, monkeypatch: pytest.M
     assert loss.metric_value == pytest.approx(report["metrics"]["after"]["loss"], abs=1e-6)
     text = (done.path / "README.md").read_text()
     before, after = (report["metrics"][name]["loss"] for name in ("before", "after"))
-    assert f"| held-out loss | {before:.4f} | {after:.4f} (" in text
+    assert f"| loss | {before:.4f} | {after:.4f} (" in text
     assert "16 rows to learn from, 2 held out, 0 skipped; `chats.jsonl`" in text
     assert "Loaded in a new process by transformers" in text
     assert str(finished("chat").path.parent) not in text  # a card is published: no folders of this machine
@@ -129,8 +129,8 @@ REAL_MERGE = LoraAttachment.merge
 @pytest.mark.parametrize(
     ("bug", "says"),
     [
-        (lost, "it carries 0.0% of the tuning effect"),
-        (doubled, "of the tuning effect"),
+        (lost, "it keeps 0.0% of the change from the base"),
+        (doubled, "of the change from the base"),
         (one_layer_lost, "its KL divergence from the tuned model"),
     ],
 )

@@ -150,7 +150,7 @@ def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
 
     monkeypatch.setattr(verify, "launch", prove)
     monkeypatch.setattr(LoraAttachment, "merge", LoraAttachment.unload)
-    with pytest.raises(ExportError, match=r"it carries 0\.0% of the tuning effect"):
+    with pytest.raises(ExportError, match=r"it keeps 0\.0% of the change from the base"):
         exported(of_encoder("bert"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError, match="allclose"):  # and without the proof the bug would have gone out

@@ -1,6 +1,7 @@
 """Exports that a recipe asks for: a word that means none is refused before the run, the others are there after it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tunesmith.cli.app import app
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.export import llama_cpp
 from tunesmith.export.export_run import parse_export
+from tunesmith.recipe.load import validate
 
 
 def test_a_word_is_a_target_and_how_it_is_stored() -> None:
@@ -44,7 +46,7 @@ def test_what_cannot_be_exported_is_refused_before_the_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llama_cpp, "is_installed", lambda: False)
         with pytest.raises(InputError, match=says):
-            tunesmith.train(recipe=tunesmith.Recipe.model_validate(recipe), root=tmp_path / "runs", offline=True)
+            tunesmith.train(recipe=validate(recipe), root=tmp_path / "runs", offline=True)
     assert not (tmp_path / "runs").exists()
 
 
@@ -64,3 +66,11 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     told = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"kind":"export"')]
     assert [(one["target"], one["verified"]) for one in told] == [("merged", True), ("gguf", True)]
     assert (tmp_path / "run" / "exports" / "gguf-q8_0" / "run-q8_0.gguf").is_file()
+    shutil.rmtree(tmp_path / "run" / "exports" / "merged")
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    assert (result.exit_code, "its export merged is missing: it is made now" in result.stderr) == (0, True), (
+        result.output
+    )
+    assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    assert "this run is done" in result.stderr

@@ -107,7 +107,7 @@ def test_other_weights_are_past_the_bound_of_every_kind(tmp_path: Path, monkeypa
     widest = max((kind.tolerances for kind in QUANT_TYPES.values()), key=lambda tolerances: tolerances.kl)
     monkeypatch.setitem(QUANT_TYPES, "f16", dataclasses.replace(QUANT_TYPES["f16"], tolerances=widest))
     monkeypatch.setattr(gguf_module, "tuned_tensors", untuned)
-    with pytest.raises(ExportError, match=r"it carries -?\d+\.\d% of the tuning effect"):
+    with pytest.raises(ExportError, match=r"it keeps -?\d+\.\d% of the change from the base"):
         written(of_architecture("llama", hidden=256), tmp_path, "f16")
 
 

@@ -53,7 +53,7 @@ def test_asha_stops_the_poor_by_their_own_stop_and_says_why(tmp_path: Path) -> N
         "lr-04": "stopped",
     } or found["lr-03"].state == "done"
     assert found["lr-04"].state == "stopped"
-    assert found["lr-04"].reason == "held-out loss 9.0000 at step 10 was place 4 of 4"
+    assert found["lr-04"].reason == "loss 9.0000 at step 10 was place 4 of 4"
     assert Run(sweep.root / "lr-04").state() == "stopped"
     assert any("lr-04: stops" in line for line in said)
     kept = orjson.loads((sweep.path / "sweep.json").read_bytes())

@@ -65,7 +65,7 @@ def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(
     quick(monkeypatch)
     done = export_run(finished, "merged", out=finished.path / "original")
     assert done.found.carried == pytest.approx(1, abs=1e-3)  # of that base plus delta
-    assert done.notes[-1].startswith("trained on its base in nf4, exported on the original base: held-out loss ")
+    assert done.notes[-1].startswith("trained on its base in nf4, exported on the original base: the loss ")
     assert abs(float(done.notes[-1].split()[-1])) < 0.1
 
 

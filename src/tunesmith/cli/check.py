@@ -33,10 +33,9 @@ from tunesmith.cli.options import (
     build_recipe,
     files,
     mix_of,
-    refuse_unreadable,
     to_overrides,
 )
-from tunesmith.cli.render import label_counts, percent, plan_panel, sample_row
+from tunesmith.cli.render import label_counts, percent, sample_row
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
@@ -220,14 +219,15 @@ def plan(
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
     found = build_recipe("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
-    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
 
     values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody
     if as_json:
         json_line({"kind": "plan", **values})
     else:
-        _draw(console(), values)
+        from tunesmith.cli.display import print_plan
+
+        print_plan(console(), values)
     if not fits:
         raise typer.Exit(InputError.exit_code)
 
@@ -289,18 +289,6 @@ def _probe(resolved: Any, values: Mapping[str, Any], root: Path, *, offline: boo
 
     found = probe(resolved.recipe, root=root, offline=offline, on_progress=tick)
     return found.values(resolved.forecast, values["tokens_per_step"])
-
-
-def _draw(screen: Console, values: Mapping[str, Any]) -> None:
-    from tunesmith.cli.display import plan_lines
-
-    if screen.is_terminal:
-        screen.print(plan_panel(values))
-        for note in values["warnings"]:
-            screen.print(f"note: {visible(note)}")
-        return
-    for line in plan_lines(values):
-        screen.print(visible(line))
 
 
 def recipe(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.folder import Run
     from tunesmith.training.trainer import Listener
 
-PLAIN_STEP_LINES = 50
+PLAIN_STEP_LINES = 10
 """Most step lines of a plain log, besides one every PLAIN_SECONDS."""
 PLAIN_SECONDS = 30.0
 PLAIN_WAIT_S = 2.0
@@ -86,8 +86,7 @@ class Plain(Silent):
     def event(self, event: Event) -> None:
         super().event(event)
         if event.kind == "plan":
-            for line in plan_lines(self.series.plan):
-                self.say(line)
+            print_plan(self.console, self.series.plan)
         elif event.kind == "step" and self._step_is_due(event):
             self.say(step_line(self.series))
         elif event.kind == "end":
@@ -156,12 +155,10 @@ class Live(Silent):
             total = self.series.total_steps
             self.area.update(self.steps, description=words, completed=event.step, total=total, more=more, visible=True)
         elif event.kind == "plan":
-            console.print(plan_panel(self.series.plan))
+            print_plan(console, self.series.plan)
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
                 console.print(sample_row(spans, in_color=console.color_system is not None), "")
-            for text in values.get("warnings", ()):
-                console.print(f"note: {visible(text)}", style="yellow")
         elif event.kind == "end":
             self.area.stop()
             print_result(console, self.series.report)
@@ -197,8 +194,16 @@ def event_line(event: Event, series: RunSeries) -> str:
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """A plan as whole lines: facts, choices, notes."""
     lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
-    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan["choices"]]
+    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan.get("choices", ())]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
+
+
+def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
+    """A plan as a panel with notes below on a terminal, in whole lines elsewhere."""
+    if screen.is_terminal:
+        screen.print(plan_panel(plan))
+    for line in [f"note: {text}" for text in plan.get("warnings", ())] if screen.is_terminal else plan_lines(plan):
+        screen.print(visible(line), style="yellow" if screen.is_terminal else "")
 
 
 @contextmanager

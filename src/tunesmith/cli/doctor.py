@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, Settings, to_overrides
+from tunesmith.cli.options import Json, Offline, Root, Settings, named, to_overrides
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import default_threads, install_command
 from tunesmith.phrases import plural, size
@@ -140,6 +140,6 @@ def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
     from tunesmith.recipe.origin import moved_to
 
     if is_run(target, root):
-        run = Run.open(target, root)
+        run = Run.open(named(target, root), root)
         return moved_to(run.place(load.load(str(run.recipe_path), settings, of_run=True)))
     return load.load(None, [*to_overrides({"model": target}), *settings])

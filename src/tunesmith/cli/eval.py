@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, named, refuse_unusable
 from tunesmith.cli.render import loss, print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
@@ -89,21 +89,22 @@ def measured(
 ) -> EvaluationResult:
     """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: none
     but those on the run itself is repeated."""
+    refuse_no_answers(samples, judge)
+    target, of_task = named(target, root), as_task(task)
+    refuse_unusable(target, data, root, of_task, answered=judge is None)
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file
 
-    refuse_no_answers(samples, judge)
-    refuse_unreadable([data])
     screen = console(stderr=True)
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
-        loaded = load_any(target, root=root, base=base, task=as_task(task), model=model, offline=offline)
+        loaded = load_any(target, root=root, base=base, task=of_task, model=model, offline=offline)
         arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
         how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     said = set() if said is None else said
-    for note in filter(None, (loaded.note, *found.notes)):
+    for note in filter(None, (loaded.note, export_note(loaded.located.path), *found.notes)):
         if note in said and note != loaded.note and "this run" not in note:
             continue
         said.add(note)
@@ -111,9 +112,25 @@ def measured(
     return found
 
 
+def export_note(place: Path) -> str:
+    """A note on a model that is an export: why its loss is not that of its run."""
+    from tunesmith.export.hub import CHECK_FILE
+
+    folder = place if place.is_dir() else place.parent
+    if not (folder / CHECK_FILE).is_file():
+        return ""
+    facts = from_json((folder / CHECK_FILE).read_bytes())
+    note = f"an export ({facts['target']}): `tunesmith show` has the loss of its run on rows held out there"
+    if facts.get("loss_tuned") is None or facts.get("loss_exported") is None:
+        return note
+    was, now = loss(facts["loss_tuned"]), loss(facts["loss_exported"])
+    return f"{note}; on the {facts['rows']} rows of its check the loss of the run was {was}, of this {now}"
+
+
 def _draw(found: EvaluationResult, out: Path | None) -> None:
     screen = console()
-    screen.print(f"{found.task}: {plural(found.num_rows, 'row')}")
+    trained = f", {found.num_trained:,} of them trained on by this run" if found.num_trained else ""
+    screen.print(f"{found.task}: measured on {plural(found.num_rows, 'row')}{trained}")
     shown = [(info_of(key), interval) for key, interval in found.measures.items()]
     rows = [[info.label, info.text(interval["value"]), info.bounds(interval)] for info, interval in shown]
     print_table(screen, ["metric", "value", "95 % interval"], rows)
@@ -125,11 +142,10 @@ def _draw(found: EvaluationResult, out: Path | None) -> None:
 
 SHOWN = 5
 """Rows listed on which one is better, of each side; all with --json."""
-Targets = Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs; with --data also models.")]
 
 
 def compare(
-    targets: Targets,
+    targets: Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Runs; with --data also models.")],
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Evaluate all on this data file first.")
     ] = None,
@@ -151,48 +167,33 @@ def compare(
     """
     from tunesmith.evaluation.compare import compare_runs
 
+    targets = [named(target, root) for target in targets]
     if len(targets) < 2:
         raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
     if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
         raise InputError(f"--model {model}: no run is measured here. Give --data FILE, or leave it out.")
-    named = targets if data is not None or out is not None else ()
-    tasks = [task for name in named if (task := _task_of(name, root))]
+    of_runs = [name for name in targets if is_run(name, root)] if data is not None or out is not None else []
+    task = Run.open(of_runs[0], root).recipe().task if of_runs else None
     if data is None:
         sides = [_kept(name, root) for name in targets]
     else:
-        options: dict[str, Any] = {"task": next(iter(tasks), None), "root": root, "offline": offline, "said": set()}
+        options: dict[str, Any] = {"task": task, "root": root, "offline": offline, "said": set()}
         sides = [_measured(name, data, model if is_run(name, root) else None, **options) for name in targets]
     try:
         found = compare_runs([side.rows for side in sides])
     except InputError as error:
-        names = " ".join(targets)
-        raise InputError(
-            f"{' and '.join(targets)}: {error} Or measure now: tunesmith compare {names} --data FILE"
-        ) from error
+        way = f"tunesmith compare {' '.join(targets)} --data FILE"
+        raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {way}") from error
     if len(targets) == 2:
-        _show_two(found[0], (targets[0], targets[1]), sides, as_json=as_json)
+        _show_two(found[0], targets, sides, is_kept=data is None, as_json=as_json)
     else:
         _show_many(found, targets, as_json=as_json)
     if out is not None:
         from tunesmith.evaluation.report.pages import as_html
         from tunesmith.evaluation.report.sections import comparison_page
 
-        write_atomic(out, as_html(comparison_page(targets, found, next(iter(tasks), ""))).encode())
+        write_atomic(out, as_html(comparison_page(targets, found, task or "")).encode())
         console(stderr=True).print(f"a page with the table and a picture: {out}")
-
-
-def _show_two(found: Comparison, names: tuple[str, str], sides: Sequence[_Side], *, as_json: bool) -> None:
-    from tunesmith.evaluation.compare import compare_answers
-
-    num_answers, of_answers = compare_answers(*(side.answers for side in sides))
-    if as_json:
-        values = {
-            "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
-            "answers": {"num": num_answers, "measures": _as_values(of_answers)},
-        }
-        json_line({"kind": "compare", "a": names[0], "b": names[1], **as_values(found), **values})
-    else:
-        _print(found, names, sides, num_answers, of_answers)
 
 
 def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bool) -> None:
@@ -218,7 +219,6 @@ class _Side:
     answers: list[dict[str, Any]] = field(default_factory=list)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     baseline: Mapping[str, Any] | None = None
-    is_kept: bool = True  # made when the run ended, not now on --data
 
 
 def _kept(name: str, root: Path) -> _Side:
@@ -240,20 +240,20 @@ def _kept(name: str, root: Path) -> _Side:
 
 
 def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
-    side = _Side(is_kept=False)
+    side = _Side()
     found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
     side.metrics, side.baseline = found.measures, found.baseline
     return side
 
 
-def _task_of(name: str, root: Path) -> str | None:
-    """The task of a run: a model that it is compared with is measured on the same."""
-    return Run.open(name, root).recipe().task if is_run(name, root) else None
-
-
-def as_values(found: Comparison) -> dict[str, Any]:
-    """All of a comparison, JSON-ready."""
+def _two_values(
+    found: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, of_answers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All of a comparison of two, JSON-ready."""
     return {
+        "kind": "compare",
+        "a": names[0],
+        "b": names[1],
         "rows": found.num_rows,
         "are_documents": found.are_documents,
         "only_a": found.only_a,
@@ -264,6 +264,8 @@ def as_values(found: Comparison) -> dict[str, Any]:
         "ties": found.num_ties,
         "won": [{"a": was, "b": now} for was, now in found.won],
         "lost": [{"a": was, "b": now} for was, now in found.lost],
+        "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
+        "answers": {"num": num_answers, "measures": _as_values(of_answers)},
     }
 
 
@@ -274,15 +276,14 @@ def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
     }
 
 
-def _print(
-    found: Comparison,
-    names: tuple[str, str],
-    sides: Sequence[_Side],
-    num_answers: int,
-    of_answers: Mapping[str, Difference],
-) -> None:
-    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, baseline_sentence, too_few
+def _show_two(found: Comparison, names: Sequence[str], sides: Sequence[_Side], *, is_kept: bool, as_json: bool) -> None:
+    """Two runs side by side: every metric, and the rows on which one is better."""
+    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, baseline_sentence, compare_answers, too_few
 
+    num_answers, of_answers = compare_answers(*(side.answers for side in sides))
+    if as_json:
+        json_line(_two_values(found, names, sides, num_answers, of_answers))
+        return
     screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
     is_once = not found.are_documents and len(sides[0].rows) > found.num_rows + found.only_a
     only = ["repeated ones counted once"] if is_once else []
@@ -299,7 +300,7 @@ def _print(
     for name, side in zip(names, sides, strict=True):
         if side.baseline is not None:
             screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
-    for sentence in too_few(found.num_rows, unit, HOLD_OUT_MORE if sides[0].is_kept else MEASURE_MORE):
+    for sentence in too_few(found.num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
         screen.print(sentence)
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
@@ -325,20 +326,15 @@ def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
 
 def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A row in both evaluations: bad → good, right is good; or the loss of both."""
+    from tunesmith.evaluation.report.values import label_text, target_of
+    from tunesmith.evaluation.scores import num_right
+
     text = one_line(str(now.get("text", "")), 60)
-    if "label" in now:
-        words = f"{_named(was['predicted'])} → {_named(now['predicted'])}, right is {_named(now['label'])}"
-    elif "value" in now:
-        words = f"{was['predicted']:g} → {now['predicted']:g}, right is {now['value']:g}"
+    if "label" in now or "value" in now:
+        bad, good, right = map(label_text, (was["predicted"], now["predicted"], target_of(now)))
+        words = f"{bad} → {good}, right is {right}"
     elif "tags" in now:
-        hits = [
-            sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True)) for row in (was, now)
-        ]
-        words = f"{hits[0]} → {hits[1]} of {len(now['tags'])} words right"
+        words = f"{num_right(was)} → {num_right(now)} of {len(now['tags'])} words right"
     else:
         words = f"loss {loss(was['loss'] / was['count'])} → {loss(now['loss'] / now['count'])}"
     return f"{words}: {text}" if text else words
-
-
-def _named(label: str | Sequence[str]) -> str:
-    return label if isinstance(label, str) else " + ".join(label) or "none"

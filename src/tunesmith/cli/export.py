@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named
 from tunesmith.cli.streams import console, json_line
+from tunesmith.errors import InputError
 from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
+from tunesmith.types import EXPORT_NAMES
 
 if TYPE_CHECKING:
     from tunesmith.export.export_run import Exported
@@ -56,11 +58,13 @@ def export(
 
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
+    if to not in EXPORT_NAMES:
+        raise InputError(f"--to: {to}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
+    found = Run.open(named(run, root), root, base=model)
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import export_run
     from tunesmith.export.target import ExportOptions
 
-    found = Run.open(run, root, base=model)
     options = ExportOptions(dtype=dtype, quant=quant, license=license)
     with phases(console(stderr=True), PHASES) as progress:
         done = export_run(
@@ -69,38 +73,44 @@ def export(
     _report(done, as_json=as_json)
 
 
-def make_planned(run: Run, *, as_json: bool) -> None:
-    """Make the exports of a finished run's recipe, and report each."""
+def make_planned(run: Run, *, as_json: bool, only_missing: bool = False) -> int:
+    """Make the exports of a finished run's recipe, or those that are not there, and report each; their number."""
+    words = run.recipe().export.to
+    if not words:
+        return 0
     from tunesmith.cli.display import phases
-    from tunesmith.export.export_run import export_planned
+    from tunesmith.export.export_run import default_folder, export_planned, parse_export
 
-    for word in run.recipe().export.to:
+    if only_missing:
+        words = tuple(word for word in words if not default_folder(run, *parse_export(word)).exists())
+    for word in words:
+        if only_missing:
+            text = f"{run.path}: the run is done, its export {word} is missing: it is made now"
+            console(stderr=True).print(visible(text), soft_wrap=True)
         with phases(console(stderr=True), PHASES) as progress:
             done = export_planned(run, word, on_progress=progress)
         _report(done, as_json=as_json)
+    return len(words)
 
 
 def _report(done: Exported, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    if not as_json:
-        _print(done)
-        return
-    values = {"target": done.target, "path": str(done.path), "verified": done.found is not None}
-    numbers = None if done.found is None else asdict(done.found)
-    json_line({"kind": "export", **values, "proof": numbers, "bounds": asdict(done.allowed), "notes": list(done.notes)})
-
-
-def _print(done: Exported) -> None:
     from tunesmith.export.hub import comparison_lines
 
     screen = console()
+    if as_json:
+        numbers = None if done.found is None else asdict(done.found)
+        values = {"target": done.target, "path": str(done.path), "verified": done.found is not None, "proof": numbers}
+        json_line({"kind": "export", **values, "bounds": asdict(done.allowed), "notes": list(done.notes)})
+        return
     for note in done.notes:
         screen.print(visible(f"note: {note}"), style="bright_black")
     if done.found is None:
         screen.print("not verified (--no-verify): nobody has compared it with the tuned model", style="yellow")
     else:
-        screen.print(f"agrees with the tuned model within limits: {done.found.rows} {done.rows}, by {done.loaded_by}:")
+        compared = f"{done.found.rows} {done.rows}, each alone, by {done.loaded_by}"
+        screen.print(f"agrees with the tuned model within limits: {compared}:")
         for what, value, bound in comparison_lines(done.found, done.allowed):
             screen.print(f"  {what}: {value} ({bound})")
     screen.print(f"{done.target} in {done.path}")
@@ -125,13 +135,13 @@ def push(
 
     tunesmith push last me/support --to merged --public
     """
+    found = Run.open(named(run, root), root)
     from dataclasses import asdict
 
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import default_folder, export_run
     from tunesmith.export.hub import push as upload
 
-    found = Run.open(run, root)
     if folder is None:
         target = to or ("adapter" if found.adapter_path.exists() else "merged")
         folder = default_folder(found, target)

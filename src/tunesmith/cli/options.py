@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.errors import InputError, RecipeError
+from tunesmith.cli.streams import console
+from tunesmith.errors import DataError, InputError, RecipeError, RunError
+from tunesmith.phrases import visible
+from tunesmith.runs import events
 from tunesmith.runs.atomic import to_json
-from tunesmith.types import TASK_NAMES, TaskName
+from tunesmith.runs.folder import Run, is_run, runs
+from tunesmith.types import TASK_NAMES, Problem, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -151,7 +156,8 @@ def build_recipe(
 ) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `settings`.
 
-    Raises InputError without a model or rows, and where an option and a setting name one key.
+    Raises InputError without a model or rows, where an option and a setting name one key, and for files and paths of
+    models that are not there.
     """
     from tunesmith.recipe import load
 
@@ -169,7 +175,49 @@ def build_recipe(
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
+    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
+    refuse_missing(found.model)
     return found
+
+
+def named(target: str, root: Path) -> str:
+    """The path of the run that "last" means, which is printed on stderr with its state; any other target as it is."""
+    found = runs(root) if target == "last" and not Path(target).exists() else []
+    if not found:
+        return target
+    run = Run.open(target, root)
+    said = f"last: {run.path}, {run.state()}"
+    if run.state() != "done":
+        with suppress(RunError):  # a damaged log, which the command itself says
+            said += f" at step {getattr(events.newest(run.events_path), 'step', 0)}"
+        done = [one for one in found if one.state() == "done"]
+        said += f"; the last finished run is {max(done, key=lambda one: one.created).path}" if done else ""
+    console(stderr=True).print(visible(said), style="bright_black", soft_wrap=True)
+    return str(run.path)
+
+
+def refuse_missing(model: str) -> None:
+    """Raise ModelError for the path of a model where nothing is, before anything heavy is loaded."""
+    from tunesmith.models.resolve_model import looks_like_path, resolve_model, split_revision
+
+    if looks_like_path(split_revision(model)[0]) and not Path(model).expanduser().exists():
+        resolve_model(model, offline=True)
+
+
+def refuse_unusable(target: str, data: str, root: Path, task: TaskName | None, *, answered: bool) -> None:
+    """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of which a
+    run can use no row that is `answered`, before anything heavy is loaded."""
+    from tunesmith.data.addresses import is_address
+    from tunesmith.data.examples import examples
+    from tunesmith.recipe.schema import DataFile, resolved
+
+    refuse_missing(target)
+    refuse_unreadable([data])
+    if is_address(data) or not is_run(target, root) or not answered:
+        return
+    recipe, problems = Run.open(target, root).recipe(), list[Problem]()
+    if not any(examples([DataFile(path=data)], recipe.data, problems.append, task=task or resolved(recipe.task))):
+        raise DataError(f"{data}: no row of it can be used. Correct it, or name its columns.", problems)
 
 
 def refuse_unreadable(paths: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, refuse_unreadable
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, named, refuse_unreadable
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural, visible
@@ -125,7 +125,7 @@ def _predictor(
     from tunesmith.inference.load import load_any
     from tunesmith.inference.predict import Predictor
 
-    loaded = load_any(target, **options)
+    loaded = load_any(named(target, options["root"]), **options)
     if loaded.note:
         say(f"note: {loaded.note}")
     predictor = Predictor(loaded, max_new_tokens, threshold)

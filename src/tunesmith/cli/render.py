@@ -79,10 +79,7 @@ def metric_line(event: Event, series: RunSeries) -> str:
     measures = {"general_loss": {"value": values["loss"]}} if event.kind == "general" else values.get("measures", {})
     if event.kind == "evaluation":
         measures = measures_of(values)
-    shown = [
-        f"{info_of(key).label.removeprefix('held-out ')} {info_of(key).text(interval['value'])}"
-        for key, interval in measures.items()
-    ]
+    shown = [f"{info_of(key).label} {info_of(key).text(interval['value'])}" for key, interval in measures.items()]
     return f"{', '.join(shown)} ({_counts(event)})"
 
 

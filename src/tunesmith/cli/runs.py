@@ -9,26 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Json, Root, RunName
-from tunesmith.cli.render import (
-    age,
-    answers_table,
-    headline_metric,
-    loss,
-    plan_facts,
-    plan_panel,
-    print_result,
-    print_table,
-)
+from tunesmith.cli.options import Json, Root, RunName, named
+from tunesmith.cli.render import age, answers_table, headline_metric, loss, print_result, print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError, TunesmithError
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import command, did_you_mean, duration, plural, size, visible
+from tunesmith.runs import events
 from tunesmith.runs.folder import Run
+from tunesmith.runs.folder import runs as all_runs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +39,7 @@ Where = Annotated[
         "--where", metavar="FIELD=VALUE", help="Only runs of which this holds: task=chat, loss<1.7. Repeatable."
     ),
 ]
-Names = Annotated[list[str] | None, typer.Argument(metavar="RUN...", help="Runs by name, path, or [bold]last[/].")]
+Names = typer.Argument(metavar="RUN...", help="Runs by name, path, or [bold]last[/].")
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -73,10 +67,10 @@ def runs(
             if source is not None and source.name == "COMMANDLINE":
                 raise InputError(f"{one.opts[0]}: write it after {ctx.invoked_subcommand}, which does not see it here.")
         return
-    rows = _selected(root, where, sort or "-created")
+    rows = select(list(map(facts, all_runs(root))), where or (), sort or "-created")
     screen = console()
     if as_json:
-        json_line(rows)
+        json_line([{key: value for key, value in row.items() if key != "fields"} for row in rows])
     elif not rows:
         rule = f" of which {' and '.join(where)} holds" if where else " yet. Start one: tunesmith train MODEL DATA"
         screen.print(f"{root}: no runs{rule}")
@@ -89,7 +83,7 @@ def runs(
 
 
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs by name, path, or [bold]last[/].")],
+    names: Annotated[list[str], Names],
     yes: Yes = False,
     root: Root = Path("runs"),
     as_json: Json = False,
@@ -98,11 +92,11 @@ def rm(
 
     tunesmith runs rm support-3f2a support-77b0
     """
-    _remove([Run.open(name, root) for name in names], verb="rm", yes=yes, as_json=as_json)
+    _remove([Run.open(named(name, root), root) for name in names], verb="rm", yes=yes, as_json=as_json)
 
 
 def prune(
-    names: Names = None,
+    names: Annotated[list[str] | None, Names] = None,
     where: Where = None,
     yes: Yes = False,
     root: Root = Path("runs"),
@@ -116,8 +110,9 @@ def prune(
     """
     if names and where:
         raise InputError(f"--where: {', '.join(names)}: runs are named already. Give names or conditions.")
-    done = [] if names else [row["path"] for row in _selected(root, where, "name") if row["state"] == "done"]
-    _remove([Run.open(name, root) for name in names or done], verb="prune", yes=yes, as_json=as_json)
+    found = [] if names else select(list(map(facts, all_runs(root))), where or (), "name")
+    done = [row["path"] for row in found if row["state"] == "done"]
+    _remove([Run.open(named(name, root), root) for name in names or done], verb="prune", yes=yes, as_json=as_json)
 
 
 def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> None:
@@ -145,14 +140,6 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
         screen.print(f"freed {size(total)}")
 
 
-def _selected(root: Path, where: Sequence[str] | None, sort: str) -> list[dict[str, Any]]:
-    """The facts of runs, filtered and sorted."""
-    from tunesmith.runs import folder as run_folder
-
-    rows = select([facts(run) for run in run_folder.runs(root)], where or (), sort)
-    return [{key: value for key, value in row.items() if key != "fields"} for row in rows]
-
-
 def facts(run: Run) -> dict[str, Any]:
     """One run in plain values; one that cannot be read says why instead of hiding the others.
 
@@ -163,26 +150,17 @@ def facts(run: Run) -> dict[str, Any]:
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
         recipe, series = run.recipe(), RunSeries.of(run.events())
-        general = {name: {"general_loss": {"value": found["loss"]}} for name, found in series.general.items()}
-        before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
-        found = known | {
-            "created": run.created,
-            "state": run.state(),
-            "model": recipe.model,
-            "task": recipe.task,
-            "method": recipe.method.name,
-            "step": series.step,
-            "steps": series.total_steps,
-            "before": before.get("loss"),
-            "after": after.get("loss", series.curve[-1] if len(series.curve) > 1 else None),
-            "measures": {"before": before.get("measures", {}), "after": after.get("measures", {})},
-        }
+        plain = {"name": run.path.name, "state": run.state(), "created": run.created, "model": recipe.model}
     except TunesmithError as error:
         return known | {"problem": str(error), "fields": known}
-    after = {key: one["value"] for key, one in found["measures"]["after"].items()}
-    before = {f"before.{key}": one["value"] for key, one in found["measures"]["before"].items()}
-    plain = {key: found[key] for key in ("name", "state", "model", "task", "method", "step", "steps", "created")}
-    return found | {"fields": {**flat(recipe.model_dump()), **before, "loss": found["after"], **after, **plain}}
+    plain |= {"task": recipe.task, "method": recipe.method.name, "step": series.step, "steps": series.total_steps}
+    general = {name: {"general_loss": {"value": found["loss"]}} for name, found in series.general.items()}
+    before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
+    losses = {"before": before.get("loss"), "after": after.get("loss", series.curve[-1] if series.curve[1:] else None)}
+    fields = flat(recipe.model_dump()) | {f"before.{key}": one["value"] for key, one in before["measures"].items()}
+    fields |= {"loss": losses["after"]} | {key: one["value"] for key, one in after["measures"].items()}
+    measures = {"before": before["measures"], "after": after["measures"]}
+    return {**known, **plain, **losses, "measures": measures, "fields": fields | plain}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -222,25 +200,27 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
     Raises InputError for a condition that cannot be read, or a field that no run has.
     """
     known = sorted({name for row in rows for name in row["fields"]})
-    conditions = [(f"--where {text}", _CONDITION.fullmatch(text)) for text in where]
+    for text in where:
+        match = _CONDITION.fullmatch(text)
+        if match is None:
+            form = 'FIELD=VALUE, such as "task=chat", "loss<1.7", "model=*SmolLM*"'
+            raise InputError(f"--where {text}: not of the form {form}.")
+        _refuse_unknown(f"--where {text}", match[1], known)
+        rows = [row for row in rows if _holds(f"--where {text}", row["fields"].get(match[1]), match[2], match[3])]
     field = sort.removeprefix("-")
-    for place, name in [*((place, match and match[1]) for place, match in conditions), (f"--sort {sort}", field)]:
-        if name is None:
-            raise InputError(
-                f'{place}: not of the form FIELD=VALUE, such as "task=chat", "loss<1.7", "model=*SmolLM*".'
-            )
-        if rows and name not in known:
-            ways = "`tunesmith show RUN --json` lists metrics, such as before.accuracy, and options, such as optim.lr."
-            raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}")
-    for place, match in conditions:
-        assert match is not None
-        rows = [row for row in rows if _holds(place, row["fields"].get(match[1]), match[2], match[3])]
+    _refuse_unknown(f"--sort {sort}", field, known)
     there = [row for row in rows if row["fields"].get(field) is not None]
     are_numbers = all(isinstance(row["fields"][field], int | float) for row in there)
     there.sort(
         key=lambda row: row["fields"][field] if are_numbers else str(row["fields"][field]), reverse=sort[:1] == "-"
     )
     return [*there, *(row for row in rows if row["fields"].get(field) is None)]
+
+
+def _refuse_unknown(place: str, name: str, known: Sequence[str]) -> None:
+    if known and name not in known:
+        ways = "`tunesmith show RUN --json` lists metrics, such as before.accuracy, and options, such as optim.lr."
+        raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}")
 
 
 def _holds(place: str, found: Any, sign: str, value: str) -> bool:
@@ -277,7 +257,10 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
     series = RunSeries.of(found.events())
     report = _report(found)
     if series.plan:
-        _plan(screen, series, report)
+        from tunesmith.cli.display import print_plan
+
+        spent = {} if report is None else {"forecast": None, "took": took(report)}
+        print_plan(screen, {**series.plan, **spent})
     _measures(screen, series, report)
     _tail(screen, found)
 
@@ -291,16 +274,6 @@ def _report(run: Run) -> dict[str, Any] | None:
     return kept_report(run)
 
 
-def _plan(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
-    """The plan; of a finished run with the time and memory it took instead of the forecast."""
-    plan = series.plan if report is None else {**series.plan, "forecast": None, "took": took(report)}
-    if screen.is_terminal:
-        screen.print(plan_panel(plan))
-        return
-    for name, text in plan_facts(plan):
-        screen.print(f"{name}: {visible(text)}")
-
-
 def took(report: Mapping[str, Any]) -> str:
     """The time and memory that a finished run took."""
     parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
@@ -311,8 +284,13 @@ def took(report: Mapping[str, Any]) -> str:
 def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
     if series.steps:
         losses = [step.loss for step in series.steps.values()]
-        screen.print(f"training loss {loss(losses[0])} → {loss(losses[-1])}, {plural(series.step, 'step')}")
-    if len(series.curve) > 1:
+        num = min(max(10, len(losses) // 10), (len(losses) + 1) // 2)  # one step may have a single row
+        first, last = fmean(losses[:num]), fmean(losses[-num:])
+        means = f"means of the first and the last {num} of {plural(series.step, 'step')}"
+        screen.print(f"training loss {loss(first)} → {loss(last)}: {means}")
+    if len(series.curve) == 1:
+        screen.print(f"held-out loss of the untouched model {loss(series.curve[0])}")
+    elif series.curve:
         kept = series.report.get("kept", {}).get("step", series.step)
         aside = "" if kept == series.step else f", kept: step {kept:,}"
         screen.print(f"held-out loss {loss(series.curve[0])} → {loss(series.curve[-1])}{aside}")
@@ -325,9 +303,7 @@ def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | No
 
 def _tail(screen: Console, run: Run) -> None:
     """The error, if there was one, and what to do next."""
-    last = None
-    for event in run.events():
-        last = event
+    last = events.newest(run.events_path)
     if last is not None and last.kind == "failed":
         screen.print(f"failed after step {last.step}: {visible(str(last.values.get('message', '')))}")
     state = run.state()

@@ -22,7 +22,6 @@ from tunesmith.phrases import command, plural, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.sweeps.grid import Trial
     from tunesmith.sweeps.sweep import Outcome, Sweep, Watch
     from tunesmith.sweeps.trial import TrialRunner
 
@@ -111,15 +110,9 @@ def _watching(screen: Console, *, quiet: bool) -> Iterator[Watch]:
         yield Watch(lambda text: screen.print(visible(text), soft_wrap=True))
 
 
-def _options(trial: Trial) -> str:
-    from tunesmith.sweeps.sweep import options_text
-
-    return options_text(trial.options)
-
-
 def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     """The table, and the best run with what to do next."""
-    from tunesmith.sweeps.sweep import best_of
+    from tunesmith.sweeps.sweep import best_of, options_text
 
     outcomes, screen = found.outcomes(), console()
     if as_json:
@@ -136,7 +129,7 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     if quiet:
         screen.print(str(run))
         return
-    screen.print(visible(f"\nThe best is {run} ({_options(best.trial)}). Next:\n"))
+    screen.print(visible(f"\nThe best is {run} ({options_text(best.trial.options)}). Next:\n"))
     second = [found.root / outcome.trial.name for outcome in outcomes[1:2] if outcome.state == "done"]
     for words in (("show", run), ("eval", run, "FILE"), *(("compare", other, run) for other in second)):
         screen.print(f"  {command(*words)}", soft_wrap=True)
@@ -157,7 +150,9 @@ def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:
 
 
 def _cells(outcome: Outcome, metric: str) -> list[str]:
+    from tunesmith.sweeps.sweep import options_text
+
     measured = "–" if outcome.measure is None else info_of(metric).whole(outcome.measure)
     state = f"{outcome.state}: {outcome.reason}" if outcome.reason else outcome.state
     steps = f"{outcome.step}/{outcome.total}" if outcome.total else "–"
-    return [outcome.trial.name, _options(outcome.trial), measured, steps, state]
+    return [outcome.trial.name, options_text(outcome.trial.options), measured, steps, state]

@@ -31,7 +31,7 @@ from tunesmith.cli.options import (
     Task,
     Track,
     build_recipe,
-    refuse_unreadable,
+    named,
 )
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
@@ -87,7 +87,6 @@ def train(
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
-    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
     if ray is not None:
         _tune_on_ray(found, ray, out=out, offline=offline, as_json=as_json, quiet=quiet)
         return
@@ -165,7 +164,9 @@ def resume(
     from tunesmith.recipe import load
     from tunesmith.trackers.sender import tracked
 
-    found = Run.open(run, root, base=model)
+    found = Run.open(named(run, root), root, base=model)
+    if found.state() == "done" and make_planned(found, as_json=as_json, only_missing=True):
+        return
     try:
         earlier = list(found.events())
     except RunError:  # a damaged log, which training.resume puts right or refuses
@@ -212,7 +213,7 @@ def track(
     names = check_names(to)
     if not names:
         raise InputError("--to: none: names no tracker. Give tensorboard, wandb, mlflow or trackio.")
-    found, screen, failed = Run.open(run, root), console(stderr=as_json), dict[str, str]()
+    found, screen, failed = Run.open(named(run, root), root), console(stderr=as_json), dict[str, str]()
 
     def say(is_sent: bool, line: str) -> None:
         screen.print(line, soft_wrap=True)

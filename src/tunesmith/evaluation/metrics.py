@@ -81,7 +81,7 @@ def with_bounds(value: str, bounds: str) -> str:
 
 
 METRICS: Mapping[str, MetricInfo] = {
-    "loss": MetricInfo("held-out loss", "number", "lower", "Mean loss per target: nats, or squared error of numbers."),
+    "loss": MetricInfo("loss", "number", "lower", "Mean loss per target: nats, or squared error of numbers."),
     "perplexity": MetricInfo("perplexity", "ratio", "lower", "exp of the loss: choices the model wavers between."),
     "token_accuracy": MetricInfo("token accuracy", "percent", "higher", "Targets that were the first choice."),
     "bits_per_byte": MetricInfo(

@@ -206,7 +206,7 @@ def _verified(
     if seen.base is not None and found.carried is None:
         notes.append("the adapter changes nothing on these rows")
     if seen.quantized_loss is not None and found.loss_exported is not None:
-        change = f"held-out loss {found.loss_exported - seen.quantized_loss:+.4f}"
+        change = f"the loss of these rows changes by {found.loss_exported - seen.quantized_loss:+.4f}"
         notes.append(f"trained on its base in {result.quant}, exported on the original base: {change}")
     return replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
 

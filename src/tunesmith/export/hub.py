@@ -160,13 +160,14 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
     value = f"{found.kl:.2g} ({found.kl_max:.2g}){unit}"
     lines = [
         ("tokens of rows and prompts", "identical" if found.same_ids else "different", "must be identical"),
-        (f"{found.measure} at {found.positions:,} places, mean (max)", value, f"mean allowed {allowed.kl:g}"),
+        (f"{found.measure} at {found.positions:,} positions, mean (max)", value, f"mean allowed {allowed.kl:g}"),
     ]
     if found.carried is not None:
-        lines.append(("share of the tuning effect", f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"))
+        kept = f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"
+        lines.append(("change from the base that it keeps, over all logits", *kept))
     if found.loss_tuned is not None and found.loss_exported is not None:
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"
-        lines.append(("held-out loss, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))
+        lines.append(("loss on these rows, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))
     return lines
 
 

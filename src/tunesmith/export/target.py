@@ -44,9 +44,9 @@ class Tolerances:
     kl: float
     """Mean KL divergence of the next token or class, in nats."""
     loss: float
-    """Change of the held-out loss, in nats."""
+    """Change of the loss on the compared rows, in nats."""
     carried: float
-    """Distance from 1 of the share of the tuning effect in the export."""
+    """Distance from 1 of the share of the change from the base that the export keeps."""
 
 
 EXACT = Tolerances(kl=1e-6, loss=1e-4, carried=0.01)

@@ -103,14 +103,17 @@ class CheckRows:
 def find_rows(result: RunResult) -> CheckRows:
     """Up to 32 rows: held-out rows, else the first training rows, else fixed texts if the data files are gone."""
     after = result.run.evaluation_path / "after.jsonl"
-    lines = after.read_bytes().splitlines() if after.is_file() else []
-    wanted = list(islice(dict.fromkeys(str(from_json(line)["source"]) for line in lines), MAX_ROWS))
+    lines = list(map(from_json, after.read_bytes().splitlines())) if after.is_file() else []
+    sources = list(dict.fromkeys(str(line["source"]) for line in lines))
+    wanted = sources[:MAX_ROWS]
     try:
         if wanted:
             side = "eval" if result.recipe.data.eval else "train"
             matching = (example for example in _examples(result, side) if str(example.source) in wanted)
             if found := list(islice(matching, len(wanted))):
-                return CheckRows(sorted(found, key=lambda one: wanted.index(str(one.source))), "held-out rows")
+                unit = "documents, the first window of each" if any("bytes" in line for line in lines) else "rows"
+                described = f"of {len(sources):,} held-out {unit}"
+                return CheckRows(sorted(found, key=lambda one: wanted.index(str(one.source))), described)
         if first := list(islice(_examples(result, "train"), MAX_ROWS)):
             return CheckRows(first, "training rows, since none is held out")
     except DataError:
@@ -231,7 +234,7 @@ class ExportComparison:
     loss_error: float | None
     """Standard error of their difference over rows; None for fewer than two."""
     carried: float | None
-    """Share of the tuning effect in the export: slope of (exported − base) on (tuned − base) over all logits. None if
+    """Share of the change from the base that the export keeps: slope of (exported − base) on (tuned − base). None if
     there is no base, or no effect."""
     measure: str = "KL divergence"
 
@@ -246,10 +249,10 @@ class ExportComparison:
             chance = STANDARD_ERRORS * (self.loss_error or 0.0)
             if not abs(change) <= allowed.loss + chance:
                 limit = f"{allowed.loss:g} allowed" + (f", and {chance:.4f} by chance on few rows" if chance else "")
-                found.append(f"its held-out loss is {change:+.4f} from the tuned model's, at most {limit}")
+                found.append(f"its loss is {change:+.4f} from the tuned model's, at most {limit}")
         if self.carried is not None and not abs(self.carried - 1) <= allowed.carried:
             share = f"{round(self.carried, 3) + 0.0:.1%}"
-            found.append(f"it carries {share} of the tuning effect, at most {allowed.carried:.0%} off 100 % allowed")
+            found.append(f"it keeps {share} of the change from the base, 100 % ± {allowed.carried:.0%} allowed")
         return found
 
 
@@ -312,7 +315,7 @@ def _divergence(tuned_NV: NDArray[np.float32], exported_NV: NDArray[np.float32],
 
 
 def _carried(tuned: Outputs, exported: Outputs, base: Outputs) -> float | None:
-    """The share of the tuning effect in the export, over logits less their mean, which no probability depends on."""
+    """The share of the change from the base that the export keeps, over logits less their mean."""
     inner = effect = 0.0
     for logits in zip(tuned.logits, exported.logits, base.logits, strict=True):
         a, b, c = (x.astype(np.float64) for x in logits)

@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
     ),
     "full": Method(
         name="full",
-        doc="Every weight is trained, through float32 masters; the result is a model folder.",
+        doc="Every weight is trained, through float32 master weights; the result is a model folder.",
         attach=full.attach,
         save_result=full.save_result,
         load_result=full.load_result,

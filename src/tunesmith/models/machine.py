@@ -35,12 +35,7 @@ def choose_device(name: str) -> Choice:
 
 
 def _present(name: str) -> str:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise RecipeError(f"device: {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps.")
+    device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RecipeError("device: mps: no Apple graphics processor that torch can use. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

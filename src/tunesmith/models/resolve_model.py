@@ -64,7 +64,7 @@ def resolve_model(model: str, *, revision: str | None = None, offline: bool = Fa
         located = ModelRef("gguf", _gguf_file(path), model)
     elif path.is_dir():
         located = _in_folder(path, model)
-    elif _looks_like_path(model):
+    elif looks_like_path(model):
         raise ModelError(f"{model}: no such folder or file.{near_file(path) or _GIVE}")
     else:
         try:
@@ -111,7 +111,8 @@ def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True)
     return replace(located, name=recipe.model)
 
 
-def _looks_like_path(model: str) -> bool:
+def looks_like_path(model: str) -> bool:
+    """Whether a name, without a revision, is that of a file or folder rather than a hub id."""
     path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
     return path or ("/" in model and Path(model).parent.is_dir())
 

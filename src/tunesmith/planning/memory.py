@@ -1,6 +1,6 @@
 """Peak memory by formula. It is an estimate: docs/planning.md says what it counts.
 
-    peak = runtime + weights + masters + optimizer + the larger of these, + allocator
+    peak = runtime + weights + master weights + optimizer + the larger of these, + unused reserve
 
     step    gradients of the micro-batches before + activations kept + one layer at work + logits in pieces
     update  gradients + one layer at work
@@ -130,14 +130,14 @@ class Memory:
     """Bytes by what they are for, at the moment that needs the most."""
 
     weights: int
-    masters: int = 0
+    master_weights: int = 0
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
     runtime: int = 0
     """Python, torch, and what they keep for themselves."""
-    allocator: int = 0
+    unused_reserve: int = 0
     """Freed memory that the process does not give back."""
 
     @property
@@ -146,7 +146,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """Component → bytes."""
-        return asdict(self)
+        return {name.replace("_", " "): num for name, num in asdict(self).items()}
 
 
 def sizes_of(
@@ -261,13 +261,13 @@ def peak(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Dev
     tensors = sizes.weights + sizes.masters + sizes.optimizer + gradients + activations + logits
     return Memory(
         weights=sizes.weights,
-        masters=sizes.masters,
+        master_weights=sizes.masters,
         gradients=gradients,
         optimizer=sizes.optimizer,
         activations=activations,
         logits=logits,
         runtime=base + runtime,
-        allocator=left if is_cpu else int(CUDA_UNUSED * tensors),
+        unused_reserve=left if is_cpu else int(CUDA_UNUSED * tensors),
     )
 
 

@@ -7,6 +7,7 @@ into the run's recipe.yaml.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
-from tunesmith.types import TASK_NAMES
+from tunesmith.types import EXPORT_NAMES, TASK_NAMES
 
 T = TypeVar("T")
 
@@ -288,10 +289,16 @@ class CheckpointOptions(OptionGroup):
     each is a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
 
 
+def _known_exports(words: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := [word for word in words if word.partition(":")[0] not in EXPORT_NAMES]:
+        raise ValueError(f"export.to: {unknown[0]}: there is no such target. One of {', '.join(EXPORT_NAMES)}")
+    return words
+
+
 class ResultExportOptions(OptionGroup):
     """Exports of the result when the run is done."""
 
-    to: Words = ()
+    to: Annotated[Words, AfterValidator(_known_exports)] = ()
     """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m."""
 
 
@@ -305,6 +312,12 @@ class OneOf:
 def _known_task(name: str) -> str:
     if name not in TASK_NAMES:
         raise PydanticCustomError("literal_error", "no such task")
+    return name
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device: {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps")
     return name
 
 
@@ -348,7 +361,7 @@ class Recipe(OptionGroup):
     precision: Auto | Literal["float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; trained weights are always kept in float32. float16 is for NVIDIA cards of
     capability 7 (T4, V100); its loss is scaled, so that small gradients do not become zero."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     devices: Positive | Auto = "auto"
     """Devices that train together, a process each: CUDA cards, or parts of a processor. auto: all cards of this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,6 +142,12 @@ def logged_state(path: Path) -> LoggedState:
         elif result == "new" or kind in ("start", "resume"):
             result = "interrupted"
     return result
+
+
+def newest(path: Path) -> Event | None:
+    """The last event of a log. Raises RunError if that line is none."""
+    lines = deque(_whole_lines(path), maxlen=1)
+    return _event(lines[0], str(path)) if lines else None
 
 
 def _event(line: bytes, where: str) -> Event:

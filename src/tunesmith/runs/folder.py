@@ -58,17 +58,9 @@ State = Literal["new", "running", "stopped", "failed", "done", "interrupted"]
 
 RESULT = "result.json"
 _OWN = (
-    "evaluation",
-    "checkpoints",
-    "snapshots",
-    "rows",
-    "rows/train",
-    "rows/held_out",
-    "exports",
-    "merged",
-    "tracking",
+    "evaluation", "checkpoints", "snapshots", "rows", "rows/train", "rows/held_out", "exports", "merged", "tracking",
     "tensorboard",
-)
+)  # fmt: skip
 """Folders of a run that are written to."""
 
 _LOCK_PATIENCE_S = 1.0  # `state` looks at the lock for an instant: that must not turn a writer away

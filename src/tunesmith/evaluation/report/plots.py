@@ -35,10 +35,9 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"
 
 WIDTH, HEIGHT = 480, 250
 """Size of a plot in CSS pixels, at which its text has the size below."""
-NARROW = 620
-"""Width up to which two plots fit in one row of the page."""
 STYLE = Path(__file__).with_name("report.mplstyle")
 
+HELD_OUT: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
 MOST_POINTS = 2000
 """Most points of a line; beyond, the lowest and highest point of each part are drawn."""
 COURSE_FROM = 3
@@ -55,30 +54,21 @@ class Plot:
     description: str
     """Caption, also for screen readers."""
     svg: str
-    wide: bool = False
 
 
-def draw(
-    name: str,
-    title: str,
-    description: str,
-    paint: Callable[[Any], None],
-    *,
-    width: float = WIDTH,
-    height: float = HEIGHT,
-) -> Plot:
+def draw(name: str, title: str, description: str, paint: Callable[[Any], None], *, height: float = HEIGHT) -> Plot:
     """The plot that `paint` makes of empty axes."""
     file = io.StringIO()
     with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
         # A script that DejaVu lacks is no fault: the browser has the font, only the space set aside is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         paint(figure.add_subplot())
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(description)}</desc>'
-    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    size = f'viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}"'
     head = f'<svg role="img" aria-labelledby="{name}-title {name}-text" {size}>{words}'
-    return Plot(name, title, description, head + _inline(file.getvalue(), name), wide=width > NARROW)
+    return Plot(name, title, description, head + _inline(file.getvalue(), name))
 
 
 def _inline(svg: str, name: str) -> str:
@@ -115,8 +105,7 @@ def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Pl
         else:
             axes.plot(*raw, color=INK, linewidth=1.4, label="training")
         if len(held):
-            style = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
-            axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **style)
+            axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **HELD_OUT)
             chosen = held[held[:, 0] == kept][-1:]
             axes.plot(chosen[:, 0], _finite(chosen[:, 1]), color=ACCENT, linestyle="", marker="o", markersize=7)
         _mark_kept(axes, kept)
@@ -141,8 +130,7 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
         values = np.asarray([interval["value"] for _, interval in found])
         ends = np.asarray([(i.get("low", i["value"]), i.get("high", i["value"])) for _, i in found]).T
         spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
-        style = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
-        axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **style)
+        axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT)
         _mark_kept(axes, kept)
         axes.legend()
 

@@ -1,0 +1,64 @@
+"""Wrong words are refused before torch is imported or a model is read; and the run that `last` means is named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evaluation.fake_runs import fake_run
+from tunesmith.cli.app import app
+from tunesmith.runs.folder import Run
+from tunesmith.types import Event
+
+CASES = [
+    (["train", "model", "rows.jsonl", "--set", "device=tpu"], "device: tpu: not a device"),
+    (["train", "./nowhere", "rows.jsonl"], "./nowhere: no such folder or file"),
+    (["train", "model", "rows.jsonl", "--export", "coreml"], "coreml: there is no such target"),
+    (["export", "one", "--to", "coreml"], "--to: coreml: there is no such target"),
+    (["export", "nowhere", "--to", "gguf"], "nowhere: no such run in runs"),
+    (["eval", "./nowhere", "rows.jsonl"], "./nowhere: no such folder or file"),
+    (["eval", "one", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
+    (["compare", "one", "two", "--data", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
+]
+CODE = """
+import sys
+from typer.testing import CliRunner
+from tunesmith.cli.app import app
+
+for words, says in {cases}:
+    result = CliRunner().invoke(app, words, env={{"COLUMNS": "300"}})
+    assert (result.exit_code, says in result.output) == (2, True), (words, result.output)
+    assert not {{"torch", "transformers"}} & sys.modules.keys(), words
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two runs, the older finished, the newer stopped at step 12."""
+    monkeypatch.chdir(tmp_path)
+    one, two = (fake_run(tmp_path / "runs" / name, "chat")[0] for name in ("one", "two"))
+    one.append(Event("end", 120, 0.0, {"report": {}}))
+    two.append(Event("stopped", 12, 0.0, {"message": "stopped"}))
+    for created, run in enumerate((one, two)):
+        run.write_json("run.json", run.read_json("run.json") | {"created": 1000.0 + created})
+    return tmp_path / "runs"
+
+
+def test_what_is_cheap_to_check_is_refused_before_torch_is_imported(root: Path) -> None:
+    (root.parent / "model").mkdir()
+    (root.parent / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (root.parent / "wrong.jsonl").write_text('{"foo": 1}\n{"foo": 2}\n')
+    code = CODE.format(cases=CASES)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_last_is_named_with_its_state_and_the_last_finished_run(root: Path) -> None:
+    def said() -> str:
+        return CliRunner().invoke(app, ["runs", "rm", "last"]).stderr
+
+    assert "last: runs/two, stopped at step 12; the last finished run is runs/one\n" in said()
+    Run(root / "two").append(Event("end", 120, 0.0, {"report": {}}))
+    assert "last: runs/two, done\n" in said()
