@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tunesmith.models import load as files
 from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
-from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings
+from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings, without_vector
 from tunesmith.phrases import command
 from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head, with_choice
 from tunesmith.recipe.schema import Recipe, resolved
@@ -89,6 +89,10 @@ class LoadedModel:
     def pad_id(self) -> int:
         """The token that shorter rows are padded with."""
         return pad_id(self.model, self.renderer.tokenizer)
+
+    def without_vector(self, token_ids: Iterable[int]) -> str:
+        """See special_tokens."""
+        return without_vector(self.model, self.renderer.tokenizer, token_ids)
 
     @property
     def tokens_per_pass(self) -> int:

@@ -24,7 +24,7 @@ from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
 from tunesmith.data.splits import counted, refuse_bad, texts_of
-from tunesmith.errors import DataError, InputError, NonFiniteError
+from tunesmith.errors import DataError, InputError, ModelError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
 from tunesmith.evaluation.compare import (
     MEASURE_MORE,
@@ -270,6 +270,8 @@ def _encoded(
         progress=lambda rows, done, total: on_progress("encode", done, total),
     )
     refuse_bad(data, [store], problems, way="remove these rows from it")
+    if why := loaded.without_vector(store.tokens):
+        raise ModelError(f"{loaded.located.name}: {why}")
     if loaded.labels is not None:
         find_kind(loaded.renderer.task_name, data, [store.count_labels()])
         refuse_unknown(loaded.labels, store.count_labels())

@@ -135,6 +135,8 @@ class Predictor:
             return Problem(example.source, "no_prompt", str(error))
         if not ids:
             return Problem(example.source, "no_prompt", "it holds no text: there is nothing to answer.")
+        if why := self.loaded.without_vector(ids):
+            return Problem(example.source, "no_vector", why)
         limit = room.limit(cut)
         if len(ids) > limit:
             message = f"its {len(ids):,} tokens are more than the {limit:,} that leave this model room for an answer."
@@ -160,6 +162,8 @@ class Predictor:
             first = found[0]
             if isinstance(first, Problem):
                 results[i] = first
+            elif why := self.loaded.without_vector(first.ids):
+                results[i] = Problem(first.source, "no_vector", why)
             else:
                 rows[i] = first
         with eval_mode(self.loaded.model):

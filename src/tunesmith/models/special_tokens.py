@@ -8,7 +8,7 @@ pad token is set apart for other programs that read the saved model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +130,21 @@ def pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """
     own, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
     return int(own) if own is not None and own < num_rows else 0
+
+
+def without_vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
+    """Why the model cannot read a text: its first token beyond the embedding. "" if every token has a vector."""
+    num = model.get_input_embeddings().weight.shape[0]
+    odd = next((int(i) for i in token_ids if i >= num), None)
+    return (
+        ""
+        if odd is None
+        else (
+            f"the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}) has no vector, for the model's embedding has "
+            f"{num:,} rows: its tokenizer was made longer, the model was not. Take the tokenizer that belongs to it, or "
+            "save it after resize_token_embeddings of transformers."
+        )
+    )
 
 
 def _ends(token_ids: int | list[int] | None) -> set[int]:

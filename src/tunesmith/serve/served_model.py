@@ -64,6 +64,8 @@ class ServedModel:
         if request.n > options.streams:
             raise RequestError(f"n is {request.n}; it has to be from 1 to {options.streams}", param="n")
         prompt = self.prompt_ids(request)
+        if why := self.loaded.without_vector(prompt):
+            raise RequestError(why, param="messages" if request.prompt is None else "prompt")
         return PreparedRequest(
             key,
             tuple(prompt),
@@ -211,5 +213,7 @@ class Embedder:
         if len(ids) > most:
             message = f"input[{index}] has {len(ids):,} tokens, at most {most:,} are read: shorten it"
             raise RequestError(message, code="context_length_exceeded", param="input")
+        if why := self.loaded.without_vector(ids):
+            raise RequestError(f"input[{index}]: {why}", param="input")
         first = first_pooled(self.pooling, prompt, self.loaded.renderer.tokenizer)
         return Row(np.array(ids, np.int32), pooled(len(ids), self.pooling.kind, first), Source("input", index + 1))

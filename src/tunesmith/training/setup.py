@@ -31,7 +31,7 @@ from tunesmith.models.modes import checkpoint_layers, disable_dropout
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
-from tunesmith.models.special_tokens import pad_id, resize_embeddings
+from tunesmith.models.special_tokens import pad_id, resize_embeddings, without_vector
 from tunesmith.optim import Optimizer
 from tunesmith.parallel.world import World
 from tunesmith.phrases import size
@@ -236,15 +236,12 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
 
 def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Splits) -> None:
     """Raise ModelError for rows with a token that the model has no vector for."""
-    tokenizer, num = inputs.renderer.tokenizer, model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) <= num:
+    tokenizer = inputs.renderer.tokenizer
+    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
         return
-    for odd in (int(i) for store in (rows.store, rows.held_store) for i in store.tokens if i >= num):
-        raise ModelError(
-            f"{inputs.located.name}: rows have the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}), and its "
-            f"embedding has {num:,} rows: its tokenizer was made longer, the model was not. Take the tokenizer that "
-            "belongs to it, or save it after resize_token_embeddings of transformers."
-        )
+    for store in (rows.store, rows.held_store):
+        if why := without_vector(model, tokenizer, store.tokens):
+            raise ModelError(f"{inputs.located.name}: {why}")
 
 
 def _samples(recipe: Recipe, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
