@@ -20,7 +20,7 @@ from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestEr
 from tunesmith.serve.registry import LocalEngine, open_registry
 from tunesmith.training import trainer as training
 
-SAID = r"token '<extra>' \(\d+\) has no vector, for the model's embedding has \d+ rows.*resize_token_embeddings"
+SAID = r"token '<extra>' \(\d+\) has no vector, for the embedding of the model has \d+ rows.*resize_token_embeddings"
 BAD, GOOD = "an <extra> apple", "hello"
 OPTIONS = EngineOptions(max_new_tokens=3, offline=True)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.places import BASES, SNAPSHOT, STEPS, FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from jobs.places import BASES, SNAPSHOT, STEPS, FakeLauncher, FakeModels, FakeRun, dispatcher, put_file, put_job, rows
+from tunesmith.errors import RunError
 from tunesmith.jobs.bases import PublicBase
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.names import snapshot_name
@@ -17,6 +18,7 @@ from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events, jobs
 from tunesmith.jobs.training_files import rounds
 from tunesmith.runs.folder import Run
+from tunesmith.runs.prune import removable
 from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
 
@@ -322,3 +324,39 @@ def test_a_job_whose_base_is_gone_fails_and_holds_up_no_other(opened: Opened, tm
     assert [store.job(name)["status"] for name in (gone, usual)] == ["failed", "succeeded"]
     assert store.job(gone)["error"]["code"] == "model_not_available"
     store.close()
+
+
+@pytest.mark.parametrize("made", [["gguf-q8_0"], []])
+def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch, made: list[str]
+) -> None:
+    """`tunesmith train` makes the exports of `export.to` after the run, which is done then whatever comes of them."""
+
+    def error(run: FakeRun) -> dict[str, object] | None:
+        for folder in made:
+            (run.path / "exports" / folder).mkdir(parents=True, exist_ok=True)
+        return None if made else {"code": "StorageError", "message": f"{store.folder}/runs/x: the disk is full."}
+
+    monkeypatch.setattr(FakeRun, "error", error)
+    base = PublicBase(model="tiny-model", recipe={"export": {"to": ["gguf:q8_0", "merged:float32"][: 2 - len(made)]}})
+    working = Dispatcher(store, BASES.model_copy(update={"bases": {"tiny": base}}), FakeLauncher(), FakeModels())
+    name = put_job(store, put_file(store, rows(12)))
+    for _ in range(14):
+        working.round()
+    said = [row["message"] for row in store.page(events, events.c.level == "warn", limit=100, newest_first=False)[0]]
+    way = f"runs/x: the disk is full. Make it on the server: tunesmith export runs/{name} --to"
+    expected = [
+        f"Not made: the export gguf:q8_0. {way} gguf --quant q8_0",
+        f"Not made: the export merged:float32. {way} merged --dtype float32",
+    ]
+    assert said == ([] if made else expected)
+    job = store.job(name)
+    assert (job["status"], [row["name"] for row in store.tuned()][-1]) == ("succeeded", job["tuned_name"])
+
+
+def test_the_run_of_a_job_is_neither_removed_nor_pruned(store: Store) -> None:
+    name = put_job(store, put_file(store, rows(12)))
+    work(store, FakeLauncher(), FakeModels())
+    for whole in (True, False):
+        with pytest.raises(RunError, match=r"ftjob-.*: belongs to a job of `tunesmith serve --jobs`.*keep_runs_days"):
+            removable([Run(store.runs_path / name)], whole=whole)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tunesmith.jobs.job_request import Integration
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
 from tunesmith.jobs.ray_launcher import RayLauncher, RayRun
-from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, results_file, trained_tokens
+from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, missing_exports, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, files, jobs, models
@@ -299,7 +298,7 @@ class Dispatcher:
         state = one.run.state() if (one.run.path / "run.json").exists() else "new"
         error = one.process.error()
         if state == "done":
-            return self._finish(name, one.run)
+            return self._finish(name, one.run, error)
         if error is not None and error["code"] == "Stopped":  # by the end of a server
             self.store.change_job(name, if_status=["running"], status="queued")
             return None
@@ -319,10 +318,13 @@ class Dispatcher:
             if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
                 fault = row_fault(found, which)
                 return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
-        message = error["message"].replace(f"{self.store.folder}/", "")
         if error["code"] == "DoesNotFitError":
-            return self._fail(job, "insufficient_memory", message, "model")
-        return self._fail(job, "run_failed", message, None)
+            return self._fail(job, "insufficient_memory", self._message(error), "model")
+        return self._fail(job, "run_failed", self._message(error), None)
+
+    def _message(self, error: Record) -> str:
+        """The message of a run's error, for clients."""
+        return str(error["message"]).replace(f"{self.store.folder}/", "")
 
     def _fail(self, job: Record, code: str, message: str, param: str | None, lines: Any = ()) -> None:
         said = [event(job["id"], line, level="error") for line in lines]
@@ -385,24 +387,18 @@ class Dispatcher:
         job, run = self.store.job(name), Run(self._run_path(name))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return
-        error = self._keep_results(job, run)
-        with suppress(OSError, RunError, StorageError):
-            # The result and the report stay. A run killed after its last event leaves who wrote it.
-            for path in (run.rows_path, run.checkpoints_path, run.path / "lock.json"):
+        try:  # The result and the report stay.
+            for path in (run.rows_path, *run.checkpoints_path.glob("*")):  # first: the disk may be full
                 remove(path)
-        if error is not None and (error := self._keep_results(job, run)) is not None:  # now the disk may have room
-            self.on_note(f"{name}: the results of its steps are not kept: {error}")
-
-    def _keep_results(self, job: Record, run: Run) -> Exception | None:
-        """Write the results file of a cancelled job, and remove what it made at its stop; returns why that failed."""
-        try:
             if job["status"] == "cancelled" and run.events_path.exists():
                 self._write_cancelled(job, run)
+            for path in (run.checkpoints_path, run.path / "lock.json"):  # a killed run leaves who wrote it
+                remove(path)
         except (OSError, RunError, StorageError) as error:
-            return error
-        return None
+            self.on_note(f"{name}: the results of its steps are not kept: {error}")
 
     def _write_cancelled(self, job: Record, run: Run) -> None:
+        """Write the results file of a cancelled job, and remove what it made at its stop."""
         name, found = job["id"], list(run.events())
         if any(event.kind == "step" for event in found):
             row = self._write_results(name, found)
@@ -412,8 +408,11 @@ class Dispatcher:
             if self.store.one(models, name=tuned) is None:
                 remove(run.path / one.values["path"])
 
-    def _finish(self, name: str, run: Run) -> None:
-        """Results file, model on its base, and then the state: who reads `succeeded` can ask the model."""
+    def _finish(self, name: str, run: Run, failed: Record | None = None) -> None:
+        """Results file, model on its base, and then the state: who reads `succeeded` can ask the model.
+
+        `failed`: the error of its exports.
+        """
         job = self.store.job(name)
         assert job is not None, "rows of jobs are never removed"
         found = list(run.events())
@@ -434,6 +433,7 @@ class Dispatcher:
         said = [
             event(name, f"Checkpoint created at step {step} with Snapshot ID: {tuned}", once="snapshot"),
             event(name, f"New fine-tuned model created: {tuned}", once="model"),
+            *missing_exports(name, run, "" if failed is None else self._message(failed)),
             event(name, "The job has successfully completed", once="completed"),
         ]
         if not self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found)):

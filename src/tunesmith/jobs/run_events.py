@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.jobs.store import event
 from tunesmith.phrases import option, plural
+from tunesmith.runs.folder import Run
 from tunesmith.types import Event
 
 _COLUMNS = (
@@ -100,6 +101,20 @@ def results_file(found: Iterable[Event]) -> bytes:
 def trained_tokens(found: Iterable[Event]) -> int:
     """Tokens of all rows that were trained on, each as often as it was."""
     return sum(int(one.values["tokens"]) for one in found if one.kind == "step")
+
+
+def missing_exports(job: str, run: Run, why: str) -> list[dict[str, Any]]:
+    """A warning for each export of the recipe that is not in the folder of a finished run, with the way to make it."""
+    found = []
+    for word in run.recipe().export.to:
+        target, _, value = word.partition(":")
+        names = {path.name for path in (run.path / "exports").glob(f"{target}*")}
+        if not names & {target, f"{target}-{value}"} and (value or not names):
+            way = ["--dtype" if target == "merged" else "--quant", value] if value else []
+            text = f"Not made: the export {word}. {why}".rstrip()
+            text += f" Make it on the server: {' '.join(['tunesmith export', f'runs/{job}', '--to', target, *way])}"
+            found.append(event(job, text, level="warn", once=f"export {word}"))
+    return found
 
 
 def _number(value: float) -> float | None:

@@ -38,6 +38,7 @@ from tunesmith.jobs.tables import (
 )
 from tunesmith.runs.atomic import fsync_dir, remove, write_atomic
 from tunesmith.runs.folder import Run
+from tunesmith.runs.prune import STORE_MARK
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 
@@ -107,7 +108,7 @@ class Store:
         """Raises InputError for a folder of another database: what that does not know would be removed from it."""
         if (own := self.one(stores)) is None:
             self.insert(stores, {"id": new_id("store-")})
-        own, mark = self.one(stores) or {}, self.folder / "store-id"
+        own, mark = self.one(stores) or {}, self.folder / STORE_MARK
         there = mark.read_text() if mark.exists() else ""
         is_new = not there and not any((*self.files_path.iterdir(), *self.runs_path.iterdir(), self.one(files)))
         if there != own["id"] and not (is_new or self._database.is_sqlite):

@@ -136,14 +136,12 @@ def without_vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
     """Why the model cannot read a text: its first token beyond the embedding. "" if every token has a vector."""
     num = model.get_input_embeddings().weight.shape[0]
     odd = next((int(i) for i in token_ids if i >= num), None)
+    if odd is None:
+        return ""
     return (
-        ""
-        if odd is None
-        else (
-            f"the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}) has no vector, for the model's embedding has "
-            f"{num:,} rows: its tokenizer was made longer, the model was not. Take the tokenizer that belongs to it, or "
-            "save it after resize_token_embeddings of transformers."
-        )
+        f"the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}) has no vector, for the embedding of the model "
+        f"has {num:,} rows: its tokenizer was made longer, the model not. Take the tokenizer that belongs to it, or "
+        "save it after resize_token_embeddings of transformers."
     )
 
 

@@ -19,6 +19,8 @@ from tunesmith.recipe.origin import typed_places
 from tunesmith.runs.atomic import TEMPORARY, clean, remove, storing
 from tunesmith.runs.folder import Run, made_from, runs
 
+STORE_MARK = "store-id"
+"""Name of a file in the folder of a job server, whose runs are in `runs/` next to it."""
 REMOVED = "removed"
 """Name of what is being removed, of which an interrupted removal leaves the rest."""
 
@@ -38,13 +40,17 @@ def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], l
     """The folders of runs (`whole`; they may start from each other), or the parts of finished runs that can go, and why
     others stay.
 
-    Raises RunError for a run that is under way, and with parts for one that is not done: it resumes from them.
+    Raises RunError for a run that is under way or a job server's, and with parts for one that is not done: it resumes
+    from them.
     """
     found: list[Removable] = []
     kept: list[str] = []
     others = {other: _made_from(other) for root in {run.path.parent for run in chosen} for other in runs(root)}
     going = {run.path.resolve() for run in chosen} if whole else set()
     for run in chosen:
+        if (run.path.resolve().parent.parent / STORE_MARK).exists():
+            way = "The server removes it by keep_runs_days in the file of --bases, when no model of it is left"
+            raise RunError(f"{run.path}: belongs to a job of `tunesmith serve --jobs`, which reads it. {way}.")
         if run.is_locked():
             raise RunError(f"{run.path}: a process works on it. Stop it first.")
         if not whole and run.state() != "done":
