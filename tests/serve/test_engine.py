@@ -10,18 +10,21 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 import fresh
 from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, until
+from tiny_tasks import encoder_folder
 from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Answer
 from tunesmith.inference import load as loading
+from tunesmith.models.forward import hidden_states
 from tunesmith.runs.folder import Run
-from tunesmith.serve import engine
+from tunesmith.serve import engine, served_model
 from tunesmith.serve.protocol import (
     Delta,
     Finished,
@@ -32,6 +35,8 @@ from tunesmith.serve.protocol import (
     pack,
     unpack,
 )
+from tunesmith.serve.registry import open_registry
+from tunesmith.serve.worker import Worker
 from tunesmith.types import Part
 
 QUESTIONS = ("What is the tallest mountain?", "hello", "the quick brown fox jumps over a lazy dog please")
@@ -211,6 +216,34 @@ def test_who_goes_away_before_the_prompt_is_read_is_forgotten(asked: Asked) -> N
     before = asked.engine.state().completion_tokens
     asked.run(scene())
     assert asked.engine.state().completion_tokens - before <= 12, "nothing of the one that went away was written"
+
+
+def test_reading_ends_after_the_batch_in_which_the_client_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, texts = encoder_folder(tmp_path / "encoder"), ["red apple " * 20] * 300
+    sent: list[Any] = []
+    read: list[Any] = []
+    cancelled: set[int] = set()
+
+    def counted(model: Any, batch: Any) -> Any:
+        read.append(batch)
+        if len(read) == 2:
+            cancelled.add(1)
+        return hidden_states(model, batch)
+
+    monkeypatch.setattr(served_model, "hidden_states", counted)
+    registry = open_registry([str(folder)], root=Path("runs"), options=OPTIONS, note=lambda text: None)
+    worker = Worker(registry, OPTIONS, SimpleQueue(), sent.append, cancelled, limit=1 << 40)
+    worker.take(0, "read", "encoder", texts, {})
+    assert len(read) > 3
+    read.clear()
+    cancelled.clear()
+    worker.take(1, "read", "encoder", texts, {})
+    assert len(read) == 2
+    worker.take(1, "read", "encoder", texts, {})  # cancelled before it is taken
+    assert len(read) == 2
+    assert [type(answer) for [(_, answer)] in sent] == [tuple, RequestError, RequestError]
+    worker.take(1, "cancel")
+    assert cancelled == set()
 
 
 def test_a_full_queue_is_said(asked: Asked) -> None:

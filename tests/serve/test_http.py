@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,21 @@ def test_what_is_wrong_is_said_in_words_of_a_request(server: Running, body: obje
     assert (status, said in answer["error"]["message"]) == (400, True), answer
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("best_of", True, "should be a valid integer"), ("best_of", 2, "should be 1."), ("store", 0, "a valid boolean"),
+        ("n", True, "should be a valid integer"), ("store", True, "should be false."), ("echo", 0, "a valid boolean"),
+        ("parallel_tool_calls", 1, "a valid boolean"), ("parallel_tool_calls", False, "should be true."),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_not_the_one_that_is_taken(
+    server: Running, name: str, value: Any, said: str
+) -> None:
+    status, answer, _ = server.ask("POST", "/v1/chat/completions", {**CHAT, name: value})
+    assert (status, said in answer["error"]["message"]) == (400, True), answer
+
+
 def test_everything_wrong_is_said_at_once(server: Running) -> None:
     asked = {**CHAT, "temperature": 3, "n": 0, "top_p": "x"}
     message = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]["message"]
@@ -225,6 +240,9 @@ def test_every_route_is_described(server: Running) -> None:
 class Queued(FakeEngine):
     """Says nothing, as an engine without a free place."""
 
+    async def read(self, model: str, texts: Sequence[object], **how: object) -> object:
+        return [event async for event in self.generate(GenerationRequest(model))]
+
     async def generate(self, ask: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         self.open += 1
         try:
@@ -234,10 +252,16 @@ class Queued(FakeEngine):
             self.open -= 1
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_leaves_the_queue(stream: bool) -> None:
-    body = json.dumps({**CHAT, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("chat/completions", {**CHAT, "stream": True}), ("chat/completions", CHAT), ("embeddings", VECTORS),
+        ("classify", {"model": "mood", "input": "a"}),
+    ],
+)  # fmt: skip
+def test_a_client_that_goes_away_leaves_the_queue(route: str, asked: dict[str, Any]) -> None:
+    body = json.dumps(asked).encode()
+    head = f"POST /v1/{route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     with running(engine=Queued()) as server:
         with socket.create_connection((server.bound.host, server.bound.port)) as connection:
             connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)

@@ -9,11 +9,11 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 
 from tunesmith import __version__
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
-from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError, StreamEvent
+from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError
 from tunesmith.serve.request_schemas import (
     ChatBody,
     ClassifyBody,
@@ -50,6 +50,7 @@ from tunesmith.serve.responses import (
     with_tool_calls,
 )
 
+T = TypeVar("T")
 _ROUTES = {
     "text": "/v1/chat/completions or /v1/completions", "labels": "/v1/classify or /v1/rerank",
     "embeddings": "/v1/embeddings",
@@ -165,7 +166,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         """A vector for each text."""
         find_model(engine, body.model, "embeddings")
         how = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
-        vectors, num_tokens = await engine.read(body.model, body.input, **how)
+        vectors, num_tokens = await _connected(engine.read(body.model, body.input, **how), request)
         request.state.usage = Usage(num_tokens)
         encode = _base64 if body.encoding_format == "base64" else list
         data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]
@@ -180,7 +181,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
             message = f"{body.model} answers with classes: /v1/rerank needs a model that gives one number"
             raise RequestError(message, code="wrong_route", param="model")
         texts = [one if isinstance(one, str) else one.text for one in body.documents]
-        lines = await engine.read(body.model, [(body.query, text) for text in texts])
+        lines = await _connected(engine.read(body.model, [(body.query, text) for text in texts]), request)
         values = [next(float(one) for one in line.values() if isinstance(one, int | float)) for line in lines]
         results = [
             {
@@ -197,7 +198,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         """A label for each text, and the probability of each class."""
         find_model(engine, body.model, "labels")
         texts = [one if isinstance(one, str) else (one.text, one.text_pair) for one in body.input]
-        lines = await engine.read(body.model, texts)
+        lines = await _connected(engine.read(body.model, texts), request)
         data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
         return json_response({"object": "list", "data": data, "model": body.model})
 
@@ -215,7 +216,7 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
     request.state.usage = usage = Usage()
     if not body.stream:
         return json_response(await whole_answer(_while_connected(events, request), head, form, usage))
-    first = await _next(events, request)
+    first = await _connected(anext(events), request)
     shows_usage = (body.stream_options or {}).get("include_usage", False)
     pieces = event_stream(first, events, head, form, usage, shows_usage=shows_usage)
     # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
@@ -228,13 +229,13 @@ async def _while_connected(events: Events, request: Request) -> Events:
     async with aclosing(events):
         with suppress(StopAsyncIteration):
             while True:
-                yield await _next(events, request)
+                yield await _connected(anext(events), request)
 
 
-async def _next(events: Events, request: Request) -> StreamEvent:
-    """The next event, which can be a long time coming while the request is in the queue. Raises ClientDisconnect when
-    the client has gone away, and StopAsyncIteration."""
-    coming = asyncio.ensure_future(anext(events))
+async def _connected(answer: Awaitable[T], request: Request) -> T:
+    """An answer of the engine, which can be a long time coming. When the client has gone away, it is cancelled, and
+    ClientDisconnect is raised."""
+    coming = asyncio.ensure_future(answer)
     try:
         while not coming.done():
             if await request.is_disconnected():

@@ -210,9 +210,12 @@ class WorkerEngine:
             await self._reply("detach", name)
 
     async def _reply(self, *message: Any) -> Any:
-        key, call = self._open(0, *message)
+        worker, key, call = self._worker, *self._open(0, *message)
         try:
             return await call.next()
+        except asyncio.CancelledError:
+            worker.send((key, "cancel"))
+            raise
         finally:
             del self._calls[key]
 

@@ -16,12 +16,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.errors import InputError
-from tunesmith.serve.middleware import AccessMiddleware
+from tunesmith.serve.middleware import MAX_HEADER_BYTES, AccessMiddleware
 from tunesmith.serve.protocol import Engine, RequestError
 from tunesmith.serve.responses import error_body
 
 MAX_CONNECTIONS = 512
-MAX_HEADER_BYTES = 32 * 1024
 HEADERS_TIMEOUT_S = 15.0
 """From the first byte of a connection or a request to the end of its headers."""
 WRITE_TIMEOUT_S = 60.0

@@ -15,8 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.datastructures import MutableHeaders
-from starlette.middleware.cors import CORSMiddleware
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +26,7 @@ from tunesmith.serve.responses import Usage, error_response
 
 CLIENT_GONE = 499
 """Logged status of a request whose client went away before its answer."""
+MAX_HEADER_BYTES = 32 * 1024
 KEY_VARIABLE = "TUNESMITH_API_KEY"
 PROJECT: ContextVar[str | None] = ContextVar("project", default=None)
 """The project of the request under way, if an Admission gave it one."""
@@ -121,21 +121,16 @@ class AccessMiddleware:
 
     def __init__(self, app: ASGIApp, policy: AccessPolicy, listeners: Sequence[Callable[[RequestLog], None]]) -> None:
         self.app, self.policy, self.listeners = app, policy, listeners
-        # Outside of the rules, so that a page that is allowed can read why it is refused.
-        self._with_cors = CORSMiddleware(
-            self._handle, allow_origins=tuple(policy.origins), allow_methods=("GET", "POST", "DELETE"),
-            allow_headers=("*",), expose_headers=("*",),
-        )  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await self._with_cors(scope, receive, send)
+            await self._handle(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, request_id, fault = time.monotonic(), secrets.token_hex(8), ""
-        status, is_complete = 500, False
+        status, is_complete, origin = 500, False, Headers(scope=scope).get("origin")
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def sending(message: Message) -> None:
@@ -145,12 +140,14 @@ class AccessMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"], headers["X-Content-Type-Options"] = request_id, "nosniff"
                 headers.setdefault("Cache-Control", "no-store")
+                if origin in self.policy.origins:  # so that the page can read also why it is refused
+                    headers["Access-Control-Allow-Origin"], headers["Access-Control-Expose-Headers"] = origin, "*"
+                    headers.add_vary_header("Origin")
             await send(message)
             is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
-            error = await self._refusal(scope)
-            answer = self.policy.known(scope) or self.app if error is None else error_response(error)
+            answer = await self._answer(scope)
             await answer(scope, receive, sending)
         except ClientDisconnect:
             is_complete = False
@@ -163,10 +160,36 @@ class AccessMiddleware:
             for listener in self.listeners:
                 listener(log)
 
-    async def _refusal(self, scope: Scope) -> RequestError | None:
-        return self._wrong_source(scope) or await self._wrong_key(scope)
+    async def _answer(self, scope: Scope) -> ASGIApp:
+        """The app, or the answer in its place."""
+        if (error := self._wrong_source(scope)) is not None:
+            return error_response(error)
+        if (preflight := self._preflight(scope)) is not None:
+            return preflight
+        if (error := await self._wrong_key(scope)) is not None:
+            return error_response(error)
+        return self.policy.known(scope) or self.app
+
+    def _preflight(self, scope: Scope) -> Response | None:
+        """The answer to a browser that asks, without a key, what a page that is allowed may send."""
+        asked = Headers(scope=scope)
+        if scope["method"] != "OPTIONS" or "access-control-request-method" not in asked or "origin" not in asked:
+            return None
+        headers = {
+            "Access-Control-Allow-Methods": "GET, POST, DELETE",
+            "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*"),
+            "Access-Control-Max-Age": "600",
+        }
+        if "access-control-request-private-network" in asked:  # of a page on the internet, by some browsers
+            headers["Access-Control-Allow-Private-Network"] = "true"
+        return Response(headers=headers)
 
     def _wrong_source(self, scope: Scope) -> RequestError | None:
+        # h11 limits what has arrived of unfinished headers, and they can arrive whole.
+        num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        if num_bytes + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            message = f"The headers have more than {MAX_HEADER_BYTES:,} bytes."
+            return RequestError(message, status=431, code="headers_too_large", headers={"Connection": "close"})
         if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
             # A proxy that believes the other of the two would read the rest of the body as a request (RFC 9112, 6.1).
             message = "A request has a Content-Length or a Transfer-Encoding, not both."

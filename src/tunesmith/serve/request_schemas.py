@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
@@ -115,6 +115,17 @@ Texts = Annotated[list[Text], _LISTED]
 """A text or a list of texts."""
 
 
+def _only(value: bool | int) -> AfterValidator:
+    """The one value of a parameter whose type is checked before: to a Literal, true is 1."""
+
+    def check(given: Any) -> Any:
+        if given != value:
+            raise ValueError(f"should be {str(value).lower()}")
+        return given
+
+    return AfterValidator(check)
+
+
 class SampledBody(Body):
     """Parameters that chats and completions share."""
 
@@ -128,13 +139,13 @@ class SampledBody(Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     stream: bool = False
     stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
-    store: Literal[False] = False
+    store: Annotated[bool, _only(False)] = False
     service_tier: Literal["auto", "default"] = "auto"
     modalities: list[Literal["text"]] = ["text"]
-    parallel_tool_calls: Literal[True] = True
+    parallel_tool_calls: Annotated[bool, _only(True)] = True
     logit_bias: dict[str, Any] = Field({}, max_length=0)
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: Annotated[int, _only(1)] = 1
+    echo: Annotated[bool, _only(False)] = False
     suffix: Literal[""] = ""
     """The last eight are accepted with values that change nothing."""
 

@@ -18,7 +18,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, ModelError
 from tunesmith.inference.load import LoadedModel
-from tunesmith.inference.predict import Predictor
+from tunesmith.inference.predict import Done, Predictor
 from tunesmith.inference.rows import Line
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
@@ -145,11 +145,14 @@ class Classifier:
     card: ModelCard
     loaded: LoadedModel
 
-    def classify(self, texts: Sequence[str | Sequence[str]]) -> list[Line]:
-        """A line for each text, as `tunesmith predict` writes it. Raises RequestError for the first bad text."""
+    def classify(self, texts: Sequence[str | Sequence[str]], done: Done = lambda num: None) -> list[Line]:
+        """A line for each text, as `tunesmith predict` writes it. `done` is called after each batch.
+
+        Raises RequestError for the first bad text.
+        """
         lines = []
         examples = [self._example(text, i) for i, text in enumerate(texts)]
-        for line in Predictor(self.loaded)(examples, lambda num: None, lambda problem: None):
+        for line in Predictor(self.loaded)(examples, done, lambda problem: None):
             if isinstance(line, Problem):
                 code = "context_length_exceeded" if line.code == "too_long" else "invalid_value"
                 raise RequestError(f"input[{line.source.line - 1}]: {line.message}", code=code, param="input")
@@ -181,9 +184,15 @@ class Embedder:
     pooling: Pooling
 
     def embed(
-        self, texts: Sequence[str], *, dimensions: int | None = None, is_query: bool = False
+        self,
+        texts: Sequence[str],
+        done: Done = lambda num: None,
+        *,
+        dimensions: int | None = None,
+        is_query: bool = False,
     ) -> tuple[list[list[float]], int]:
-        """A vector for each text, and the number of tokens read. `dimensions`: cut to so many numbers.
+        """A vector for each text, and the number of tokens read. `dimensions`: cut to so many numbers. `done` is called
+        after each batch.
 
         Raises RequestError for an empty or too long text, or more numbers than a vector has.
         """
@@ -204,6 +213,7 @@ class Embedder:
                 if self.pooling.normalizes:
                     found_LD = torch.nn.functional.normalize(found_LD, dim=-1)
                 vectors |= zip(members, found_LD.tolist(), strict=True)
+                done(len(vectors))
         return [vectors[i] for i in range(len(rows))], sum(lengths)
 
     def _row(self, prompt: str, text: str, index: int) -> Row:

@@ -48,10 +48,11 @@ def main() -> int:
     limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_watch, args=(limit,), daemon=True).start()
-    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
+    cancelled: set[int] = set()
+    threading.Thread(target=_listen, args=(inbox, cancelled), daemon=True).start()
     try:
         registry = open_registry(names, root=Path(root), options=options, note=send)
-        worker = Worker(registry, options, inbox, send, limit=limit)
+        worker = Worker(registry, options, inbox, send, cancelled, limit=limit)
         for name, run in attached.items():
             try:
                 registry.attach(registry.read_run(name, Path(run)))
@@ -73,8 +74,11 @@ class Worker:
     for which the answers under way do not wait.
     """
 
-    def __init__(self, registry: Registry, options: EngineOptions, inbox: Inbox, send: Send, *, limit: int) -> None:
+    def __init__(
+        self, registry: Registry, options: EngineOptions, inbox: Inbox, send: Send, cancelled: set[int], *, limit: int
+    ) -> None:
         self.inbox = inbox
+        self._cancelled = cancelled
         self._registry = registry
         self._options = options
         self._send = send
@@ -97,6 +101,7 @@ class Worker:
     def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
         if verb == "cancel":
+            self._cancelled.discard(key)
             self._preparing.discard(key)
             for scheduler in self._schedulers.values():
                 scheduler.cancel(key)
@@ -150,10 +155,15 @@ class Worker:
         return name
 
     def _read(self, key: int, model: str, texts: Sequence[Any], how: Mapping[str, Any]) -> Any:
+        def done(num: int) -> None:
+            if key in self._cancelled:
+                raise RequestError("the client has gone away", status=499)
+
+        done(0)
         found = self._registry.models.get(model)
         if isinstance(found, Embedder):
-            return found.embed(texts, **how)
-        return self._registry.find(model, Classifier).classify(texts)
+            return found.embed(texts, done, **how)
+        return self._registry.find(model, Classifier).classify(texts, done)
 
     def step(self) -> None:
         """One step of all answers under way; sends its events."""
@@ -172,9 +182,13 @@ def _receive() -> Any:
     return unpack(line)
 
 
-def _listen(inbox: Inbox) -> None:
+def _listen(inbox: Inbox, cancelled: set[int]) -> None:
+    """Put messages into the inbox. `cancelled`: keys of those that were cancelled meanwhile."""
     while True:
-        inbox.put(_receive())
+        key, verb, *_ = message = _receive()
+        if verb == "cancel":
+            cancelled.add(key)
+        inbox.put(message)
 
 
 def _watch(limit: int) -> None:
