@@ -1,5 +1,6 @@
 """A chat template writes what transformers makes of it, and cannot reach what is outside of it."""
 
+import time
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CHATML, TEMPLATES, template, tiny_tokenizer
+from tunesmith.data import chat_template
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import ModelError
@@ -76,6 +78,42 @@ def test_a_hostile_template_is_refused_with_the_bound_that_it_met(attack: str) -
 def test_a_lack_of_memory_is_not_the_fault_of_a_row() -> None:
     with pytest.raises(MemoryError):
         ChatTemplate(tiny_tokenizer("{% set n = 10000000000000000 %}{{ 'a' * n }}")).render([], prompt=False)
+
+
+LOOP = "{% for i in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        LOOP * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3,
+        LOOP * 2 + "{% if false %}{{ i }}{% else %}{% continue %}{% endif %}" + "{% endfor %}" * 2,
+        LOOP + "{% for j in range(99999) if j < 0 %}{% else %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for x in [60] recursive %}{% if x %}{{ loop([x - 1, x - 1]) }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_that_loops_without_end_is_named(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDERING_S", 0.2)
+    endless = ChatTemplate(tiny_tokenizer(body))
+    endless._name = "owner/model"
+    for tools in ((), ({"name": "f"},)):
+        started = time.monotonic()
+        with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):
+            endless.render([{"role": "user", "content": "a"}], tools=tools, prompt=False)
+        assert time.monotonic() - started < 2
+
+
+def test_a_template_is_watched_only_where_we_render_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps one compiled template of a text."""
+    monkeypatch.setattr(chat_template, "RENDERING_S", -1.0)
+    tokenizer = tiny_tokenizer("{% for i in range(300) %}{{ messages[0].content }}{% endfor %}")
+    messages = [{"role": "user", "content": "a"}]
+    with pytest.raises(ModelError, match="in a loop"):
+        ChatTemplate(tokenizer).render(messages, prompt=False)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "a" * 300
+    monkeypatch.setattr(chat_template, "RENDERING_S", 20.0)
+    assert ChatTemplate(tokenizer).render(messages, prompt=False) == "a" * 300
 
 
 def test_a_template_does_not_multiply_a_row() -> None:

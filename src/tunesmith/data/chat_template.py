@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from typing import Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
@@ -21,6 +23,10 @@ OUTPUT_CHARS = 64 * 1024 * 1024
 MOST_REASON = 10_000
 _RENDERING = threading.Lock()
 """transformers compiles a template once for all tokenizers; its date is set before each rendering."""
+
+
+RENDERING_S = 20.0
+"""Longest time for one row, which takes microseconds: the sandbox limits each loop, but not loops within loops."""
 
 
 class TemplateRefusal(Exception):
@@ -51,10 +57,12 @@ class ChatTemplate:
             text = self._render(list(messages), list(tools) or None, prompt)
         except (MemoryError, ImportError):
             raise
-        except RecursionError as error:
+        except (RecursionError, TimeoutError) as error:
+            nests = "nests or calls itself more deeply than Python can follow"
+            does = nests if isinstance(error, RecursionError) else f"ran for more than {RENDERING_S:g} s, in a loop"
             raise ModelError(
-                f"{self._name}: its chat template nests or calls itself more deeply than Python can follow. "
-                "Give another by data.template, and look at this one before you trust its source."
+                f"{self._name}: its chat template {does}. Give another by data.template, and look at this one before "
+                "you trust its source."
             ) from error
         except Exception as error:  # the template is a program we did not write: it can raise anything
             reason = str(error)[:MOST_REASON] or type(error).__name__
@@ -71,14 +79,52 @@ class ChatTemplate:
         given: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         with _RENDERING:
             if type(compiled.globals) is not dict:  # but a ChainMap, which takes a fifth of the time of a short chat
+                _watch(compiled, template)
                 compiled.globals = dict(compiled.globals)
             # The environment's own `strftime_now` gives today, which is another day tomorrow.
             day = datetime.fromisoformat(self._date) if self._date else datetime.now()
             compiled.globals["strftime_now"] = day.strftime
-            if tools is None and all(map(_is_plain, messages)):  # half the time
-                return str(compiled.render(messages=messages, documents=None, **given))
-            messages, given["tools"] = json.loads(json.dumps([messages, tools], default=str))  # dates as text
-            return str(render_jinja_template([messages], chat_template=template, **given)[0][0])
+            compiled.environment.deadline = time.monotonic() + RENDERING_S
+            try:
+                if tools is None and all(map(_is_plain, messages)):  # half the time
+                    return str(compiled.render(messages=messages, documents=None, **given))
+                messages, given["tools"] = json.loads(json.dumps([messages, tools], default=str))  # dates as text
+                return str(render_jinja_template([messages], chat_template=template, **given)[0][0])
+            finally:
+                compiled.environment.deadline = math.inf
+
+
+def _watch(compiled: Any, text: str) -> None:
+    """Compile a template again, so that each turn of a loop and each call of a macro calls `environment.turn`, which
+    raises TimeoutError after `environment.deadline`."""
+    from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator
+
+    class Watched(CodeGenerator):
+        def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+            repeated: Any
+            for repeated in node.find_all((nodes.For, nodes.Macro)):
+                repeated.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("turn")))
+            super().visit_Template(node, frame)
+
+        def visit_EnvironmentAttribute(self, node: nodes.EnvironmentAttribute, frame: Any) -> None:
+            self.write(f"environment.{node.name}()")
+
+    environment = compiled.environment
+    environment.turn = chain.from_iterable(_looks(environment)).__next__
+    environment.code_generator_class = Watched
+    watched = environment.from_string(text)
+    compiled.root_render_func, compiled.blocks = watched.root_render_func, watched.blocks
+
+
+def _looks(environment: Any) -> Iterator[Iterable[None]]:
+    """Results of turns: a look at the time comes before each hundred of them."""
+
+    def end(_: None) -> None:
+        raise TimeoutError
+
+    while True:
+        yield repeat(None, 100) if time.monotonic() < environment.deadline else map(end, [None])
 
 
 def _refuse_powers(name: str, text: str) -> None:
