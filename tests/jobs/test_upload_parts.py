@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import time
 from typing import Any
 
@@ -46,20 +44,6 @@ def test_parts_are_joined_in_the_order_of_the_end(served: Served) -> None:
             call()
 
 
-@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.EPERM])
-def test_parts_are_joined_where_the_system_cannot_copy(
-    served: Served, monkeypatch: pytest.MonkeyPatch, code: int | None
-) -> None:
-    def refuse(*_: Any) -> int:
-        raise AttributeError if code is None else OSError(code, "no copy")
-
-    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    upload = begin(served)
-    parts = [add(served, upload, piece) for piece in (WHOLE[:100], WHOLE[100:])]
-    done = served.client.uploads.complete(upload.id, part_ids=parts, md5=hashlib.md5(WHOLE).hexdigest())
-    assert served.client.files.content(done.file.id).read() == WHOLE
-
-
 def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:
     done = served.client.uploads.upload_file_chunked(
         file=WHOLE, filename="b.jsonl", bytes=len(WHOLE), mime_type="text/jsonl", purpose="fine-tune", part_size=CUT
@@ -74,7 +58,6 @@ def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:
         (WHOLE, len(WHOLE), {"md5": "0" * 32}, f"md5: the parts have {hashlib.md5(WHOLE).hexdigest()}"),
         (WHOLE, len(WHOLE), {"part_ids": ["part_none"]}, "is no part of this upload"),
         (WHOLE, len(WHOLE), {"part_ids": ["../../jobs.sqlite"]}, "is no part of this upload"),
-        (b"not json\n", 9, {}, "Line 1 is not a dictionary"),
     ],
 )
 def test_an_end_that_does_not_fit_leaves_the_upload_pending(

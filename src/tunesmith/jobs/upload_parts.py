@@ -8,17 +8,14 @@ with its row and the state of its upload in one transaction, so that a kill leav
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from fastapi import Request
@@ -28,10 +25,8 @@ from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record, files, uploads
 from tunesmith.jobs.uploads import (
-    FIRST_LOOK_BYTES,
     check_purpose,
     lifetime_s,
-    look_at_first_row,
     receive_form,
     storing_upload,
 )
@@ -44,8 +39,6 @@ MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
 LIFETIME_S = 3600
 _BLOCK = 1 << 20
-_NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO)
-"""Errors of file systems and containers without the call; a disk's own EIO comes again from the plain copy."""
 _PART = re.compile(r"part_[0-9A-Za-z]+")
 
 
@@ -109,9 +102,7 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
             sizes.append(path.stat().st_size)
     if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
-    await receive_form(
-        request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True
-    )
+    await receive_form(request, folder / part, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True)
     return part
 
 
@@ -132,7 +123,7 @@ def _end(store: Store, name: str, **values: Any) -> None:
 def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     """Join the parts to a file. The same call again gives the same answer.
 
-    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
+    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5.
     """
     row = find_upload(store, name)
     if row["status"] == "completed" and row["part_ids"] == body.part_ids:
@@ -146,7 +137,7 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     temporary = store.content_path(f".{file}")
     try:
         with storing_upload():
-            sha256 = _join(parts, temporary, row["purpose"], body.md5)
+            sha256 = _join(parts, temporary, body.md5)
             _publish(store, row, file, {"part_ids": body.part_ids, "sha256": sha256})
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,7 +152,7 @@ def _part(store: Store, upload: str, part: str) -> Path:
     return path
 
 
-def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> str:
+def _join(parts: Sequence[Path], out: Path, md5: str | None) -> str:
     """Write the parts behind one another, a block at a time; returns their SHA-256."""
     digests = [hashlib.sha256(), *([] if md5 is None else [hashlib.md5(usedforsecurity=False)])]
     with open(out, "xb") as joined:
@@ -170,29 +161,14 @@ def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> st
                 while block := content.read(_BLOCK):
                     for digest in digests:
                         digest.update(block)
-                _append(content, joined)
+                    joined.write(block)
+        joined.flush()
         os.fsync(joined.fileno())
     if md5 is not None and md5.lower() != (found := digests[1].hexdigest()):
         raise RequestError(
             f"md5: the parts have {found}. Send the wrong ones again, or create the upload anew.", param="md5"
         )
-    if purpose == "fine-tune":
-        with open(out, "rb") as content:
-            look_at_first_row(content.read(FIRST_LOOK_BYTES))
     return digests[0].hexdigest()
-
-
-def _append(source: FileIO, out: BinaryIO) -> None:
-    """Copy a file behind what `out` has: by the system, which need not read it, where it can."""
-    source.seek(0)
-    try:
-        while os.copy_file_range(source.fileno(), out.fileno(), MAX_PART_BYTES):
-            pass
-    except (AttributeError, OSError) as error:  # macOS has no such call
-        if getattr(error, "errno", errno.ENOSYS) not in _NO_COPY:
-            raise
-    shutil.copyfileobj(source, out, _BLOCK)  # what is left
-    out.flush()
 
 
 def _publish(store: Store, row: Record, file: str, found: Record) -> None:
