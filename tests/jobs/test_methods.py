@@ -185,13 +185,14 @@ def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpo
     store.act(name, "resume", "Fine-tuning job resumed")
     working.round()
     run = Run(store.runs_path / name)
-    run.checkpoints_path.mkdir(exist_ok=True)
+    (run.checkpoints_path / "step-1").mkdir(parents=True, exist_ok=True)
     if is_damaged:
         run.events_path.write_bytes(b"{damaged\n" + run.events_path.read_bytes())
     store.act(name, "cancel", "Fine-tuning job cancelled")
     for _ in range(14):
         working.round()
-    assert not run.checkpoints_path.exists()
+    assert not (run.checkpoints_path / "step-1").exists()
+    assert run.checkpoints_path.exists() == is_damaged, "the next server tries again"
     assert (store.job(name)["result_file"] is None) == is_damaged == any(name in note for note in notes)
     assert store.job(other)["status"] == "succeeded"
 
