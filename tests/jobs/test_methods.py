@@ -219,17 +219,38 @@ def test_a_disk_that_is_full_at_first_keeps_the_results_of_a_cancelled_job(
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, FakeModels())
     pause(store, working, name)
-    write, full = working._write_results, [OSError(28, "No space left on device")]
+    write, run = working._write_results, Run(store.runs_path / name)
+    (run.checkpoints_path / "step-1").mkdir(parents=True)
+    notes = list[str]()
+    working.on_note = notes.append
 
     def write_results(*given: Any) -> Any:
-        if full:
-            raise full.pop()
+        if any(run.checkpoints_path.glob("*")):
+            raise OSError(28, "No space left on device")
         return write(*given)
 
     monkeypatch.setattr(working, "_write_results", write_results)
     store.act(name, "cancel", "Fine-tuning job cancelled")
     working.round()
-    assert not full
+    assert (store.job(name)["result_file"] is not None, notes) == (True, [])
+
+
+def test_a_disk_that_stays_full_keeps_them_at_the_next_start(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, notes = FakeLauncher(), list[str]()
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, FakeModels())
+    working.on_note = notes.append
+    pause(store, working, name)
+    Run(store.runs_path / name).checkpoints_path.mkdir()
+
+    def full(*given: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(working, "_write_results", full)
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    working.round()
+    assert (store.job(name)["result_file"], len(notes)) == (None, 1)
+    dispatcher(store, launcher, FakeModels()).recover()
     assert store.job(name)["result_file"] is not None
 
 
