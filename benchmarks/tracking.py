@@ -22,7 +22,7 @@ import psutil
 
 from tunesmith.environment import for_child
 from tunesmith.runs.folder import Run
-from tunesmith.trackers import sender
+from tunesmith.trackers.sender import tracked
 from tunesmith.types import Event
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "what", "is", "tallest", "mountain", "on",
@@ -67,24 +67,28 @@ def measure(folder: Path, name: str, trackers: list[str], *, steps: int) -> tupl
 def processor_share(folder: Path, name: str, *, rate: float = 10.0, seconds: float = 60.0) -> tuple[float, float]:
     """(share of one core that a tracker's processes take, seconds of it to start) while a run writes `rate` steps/s."""
     run = Run.create(folder, f"written-{name}", "model: ./model\n")
-    begun, process = time.monotonic(), sender.start(name, run, offline=True)
+    with tracked([name], offline=True, say=lambda is_sent, line: None, wait_s=60) as begin:
+        begin(run)
+        return _share_while_written(run, rate, seconds)
+
+
+def _share_while_written(run: Run, rate: float, seconds: float) -> tuple[float, float]:
+    begun, sender = time.monotonic(), next(one for one in psutil.Process().children() if one.is_running())
     run.append(Event("start", 0, time.time(), {"model": "./model", "versions": {}, "identity": {}}, {}))
     used, after_start = [], 5.0
     for step in range(1, int(rate * (seconds + after_start)) + 1):
         values = {"loss": 2 + 1 / step, "lr": 1e-4 / step, "grad_norm": 1 + 1 / step, "tokens": 1000 + step}
         run.append(Event("step", step, time.time(), values, {"seconds": 1 / rate, "peak_bytes": 10**9}))
         if step in (int(rate * after_start), int(rate * (seconds + after_start))):
-            used.append((processor_seconds(process.pid), time.monotonic()))
+            used.append((processor_seconds(sender), time.monotonic()))
         time.sleep(max(0.0, begun + step / rate - time.monotonic()))
     run.append(Event("end", step, time.time(), {}, {}))
-    sender.finish(process, run, name, 60)
     (start, begun), (end, ended) = used
     return (end - start) / (ended - begun), start
 
 
-def processor_seconds(pid: int) -> float:
+def processor_seconds(first: psutil.Process) -> float:
     """Seconds of processor that a process and those it started have taken."""
-    first = psutil.Process(pid)
     return sum(sum(one.cpu_times()[:2]) for one in [first, *first.children(recursive=True)])
 
 

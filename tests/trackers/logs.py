@@ -20,7 +20,8 @@ def event(kind: Any, step: int, **values: Any) -> Event:
 
 
 def opening(steps: int) -> list[Event]:
-    identity = {"data chats.jsonl": "ab" * 32, "setting seed": "0"}
+    data = {"data chats.jsonl": "ab" * 32, "data hf://datasets/owner/name/a.parquet": "cd" * 32}
+    identity = {**data, "setting seed": "0"}
     plan = {"model": "./model", "task": "chat", "method": "lora", "steps": steps, "rows": {"train": 9, "held_out": 3}}
     return [
         event("start", 0, model="./model", versions={"torch": "2.13.0"}, identity=identity),
@@ -37,7 +38,8 @@ def draw(*key: Any) -> float:
 def evaluation(name: str, step: int, steps: int) -> Event:
     value = draw("eval", step, steps)
     measures = {"loss": {"value": value, "low": value - 0.1, "high": value + 0.1}}
-    sources = {"a.jsonl": {"loss": {"value": value / 3, "low": None, "high": None}}}
+    names = ("a b.jsonl", "a_b.jsonl", "a/b.jsonl", "hf://datasets/é?split=train")
+    sources = {name: {"loss": {"value": value / at, "low": None, "high": None}} for at, name in enumerate(names, 1)}
     return event("evaluation", step, name=name, loss=value, rows=3, measures=measures, sources=sources)
 
 

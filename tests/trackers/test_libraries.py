@@ -2,33 +2,22 @@
 three kills and resumes too, and each is there once. Skipped where a library is not installed."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from trackers.logs import ending, event, new_run, opening, trained, with_results, write
+from trackers.processes import begun, finish, process_of
 from trackers.stores import READ, in_tensorboard, logged, missing, wandb_records
 from tunesmith.errors import InputError
 from tunesmith.runs.events import truncate_after
 from tunesmith.runs.folder import Run
-from tunesmith.trackers import sender
 from tunesmith.trackers.libraries import TRACKERS
-from tunesmith.trackers.sender import read_state, refuse_unusable
+from tunesmith.trackers.sender import read_state
 
 STEPS = 30
 NAMES = [pytest.param(name, marks=pytest.mark.skipif(missing(name), reason="not installed")) for name in TRACKERS]
-
-
-def start(name: str, run: Run) -> subprocess.Popen[str]:
-    return sender.start(name, run, offline=False)
-
-
-def finish(name: str, run: Run) -> str:
-    is_sent, line = sender.finish(start(name, run), run, name, None)
-    assert is_sent, (line, read_state(run, name))
-    return line
 
 
 def wait_for(run: Run, name: str, step: int) -> None:
@@ -52,9 +41,9 @@ def test_after_three_kills_and_resumes_every_value_is_there_once(name: str, tmp_
     write(run, opening(STEPS))
     for number, (first, last) in enumerate([(1, 8), (7, 16), (15, 22)]):
         write(run, trained(first, last, STEPS))
-        process = start(name, run)
-        wait_for(run, name, last - 1)
-        process.kill()
+        with begun(name, run):
+            wait_for(run, name, last - 1)
+            process_of(name).kill()
         if number == 1:
             (run.path / "tracking" / f"{name}.json").unlink()  # killed before it was written
         truncate_after(run.events_path, last - 4)
@@ -88,6 +77,7 @@ def test_mlflow_gets_parameters_tags_and_artifacts(tmp_path: Path) -> None:
     assert found.info.status == "FINISHED"
     assert found.data.params["optim.lr"] == "0.0003"
     assert found.data.tags["data.chats.jsonl"] == "ab" * 32
+    assert found.data.tags["data.hf___datasets_owner_name_a.parquet"] == "cd" * 32
     assert "few rows" in found.data.tags["mlflow.note.content"]
     paths = {one.path for one in client.list_artifacts(found.info.run_id)}
     assert paths == {"adapter", "report.html", "report.json", "report.md"}
@@ -129,8 +119,8 @@ def test_a_tracker_that_cannot_be_used_says_so_before_anything_begins(
         pytest.skip("not installed")
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    with pytest.raises(InputError, match=message):
-        refuse_unusable(name, offline=False)
+    with pytest.raises(InputError, match=message), begun(name):
+        pytest.fail("it can be used")
 
 
 @pytest.mark.parametrize(
@@ -143,5 +133,6 @@ def test_offline_refuses_a_tracker_that_needs_the_network(
     if missing(name):
         pytest.skip("not installed")
     monkeypatch.setenv(variable, value)
-    with pytest.raises(InputError, match=r"--offline forbids it\. Drop one of the two\.$"):
-        refuse_unusable(name, offline=True)
+    match = r"--offline forbids it\. Drop one of the two\.$"
+    with pytest.raises(InputError, match=match), begun(name, offline=True):
+        pytest.fail("it can be used")

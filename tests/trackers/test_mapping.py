@@ -3,7 +3,7 @@ tests checks it. test_libraries.py has the same with the real ones."""
 
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock, call
 
@@ -11,8 +11,8 @@ import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.libraries import TRACKERS
-from tunesmith.trackers.run_reader import RunReader, StepMetrics, artifacts_of
+from tunesmith.trackers.libraries import TRACKERS, Tracker
+from tunesmith.trackers.run_reader import RunReader, StepMetrics, results_of
 
 STEPS = 4
 
@@ -32,30 +32,42 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str) -> MagicMock:
     return module
 
 
+def opened_in(name: str, run: Run, reader: RunReader) -> Tracker:
+    tracker = TRACKERS[name](offline=False)
+    tracker.open(run, reader)
+    return tracker
+
+
+def install_wandb(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> MagicMock:
+    """A stand-in for wandb, whose run has these facts."""
+    wandb = install(monkeypatch, "wandb")
+    for name in ("setup", "login", "Settings", "init"):
+        setattr(wandb, name, MagicMock())
+    wandb.setup.return_value.settings.mode = "offline"
+    wandb.init.return_value.configure_mock(**facts)
+    return wandb
+
+
 def send(run: Run, name: str) -> list[StepMetrics]:
     reader = RunReader(run)
     steps = [step for event in run.events() for step in reader.add(event)]
-    tracker = TRACKERS[name](run, reader)
+    tracker = opened_in(name, run, reader)
     assert tracker.last_step == -1
     tracker.log(steps)
-    tracker.describe(reader)
-    for path in artifacts_of(run):
-        tracker.keep(path, path.name, "model" if path.is_dir() else "report")
+    tracker.describe(reader, results_of(run))
     tracker.close(reader.state)
     return steps
 
 
 def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    wandb = install_wandb(monkeypatch, offline=False, resumed=False, step=0)
     opened = wandb.init.return_value
-    opened.settings.mode, opened.resumed, opened.step = "online", False, 0
     steps = send(run, "wandb")
     options = wandb.init.call_args.kwargs
     assert (options["project"], options["resume"], options["name"]) == ("tunesmith", "allow", run.path.name)
     assert options["config"]["optim"] == {"lr": 0.0003}
-    assert options["config"]["data"] == {"chats.jsonl": "ab" * 32}
+    assert options["config"]["data"]["chats.jsonl"] == "ab" * 32
     assert opened.log.call_args_list == [
         call({**step.values, "_timestamp": step.time}, step=step.step, commit=True) for step in steps
     ]
@@ -65,11 +77,8 @@ def test_wandb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb_continues_after_the_step_that_its_server_has(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    wandb.init.return_value.settings.mode, wandb.init.return_value.resumed = "online", True
-    wandb.init.return_value.step = 3
-    assert TRACKERS["wandb"](run, RunReader(run)).last_step == 2
+    install_wandb(monkeypatch, offline=False, resumed=True, step=3)
+    assert opened_in("wandb", run, RunReader(run)).last_step == 2
 
 
 @pytest.mark.parametrize(("is_synced", "last_step"), [(False, -1), (True, 7)])
@@ -85,10 +94,8 @@ def test_wandb_offline_is_written_anew_until_a_part_was_synced(
         (folders[0] / f"run-{reader.key}.wandb.synced").touch()
     (run.path / "tracking").mkdir()
     run.write_json("tracking/wandb.json", {"step": 7})
-    wandb: Any = SimpleNamespace(init=MagicMock(), Settings=MagicMock())
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    wandb.init.return_value.settings.mode, wandb.init.return_value.dir = "offline", str(folders[1] / "files")
-    opened = TRACKERS["wandb"](run, reader)
+    install_wandb(monkeypatch, offline=True, dir=str(folders[1] / "files"))
+    opened = opened_in("wandb", run, reader)
     assert (opened.last_step, opened.place) == (last_step, str(folders[1]))
     assert [folder.is_dir() for folder in folders] == [is_synced, True, True]
 
@@ -97,7 +104,7 @@ def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     mlflow, entities = install(monkeypatch, "mlflow"), install(monkeypatch, "mlflow.entities")
     mlflow.MlflowClient, mlflow.get_tracking_uri = MagicMock(), lambda: "sqlite:///mlflow.db"
-    mlflow.set_experiment = MagicMock()
+    mlflow.set_experiment, mlflow.entities = MagicMock(), entities
     entities.Metric = entities.Param = entities.RunTag = lambda *values: values
     client = mlflow.MlflowClient.return_value
     client.search_runs.return_value, client.get_metric_history.return_value = [], []
@@ -116,7 +123,7 @@ def test_mlflow(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trackio(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
     trackio, utils = install(monkeypatch, "trackio"), install(monkeypatch, "trackio.utils")
-    trackio.init, trackio.Markdown, utils.TRACKIO_DIR = MagicMock(), lambda text: text, "here"
+    trackio.init, trackio.Markdown, trackio.utils, utils.TRACKIO_DIR = MagicMock(), lambda text: text, utils, "here"
     opened = trackio.init.return_value
     opened._next_step = 0
     steps = send(run, "trackio")

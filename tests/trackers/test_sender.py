@@ -11,13 +11,15 @@ from trackers.logs import ending, event, new_run, opening, trained, with_results
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.trackers import sender
-from tunesmith.trackers.libraries import TRACKERS
+from tunesmith.trackers.libraries import Tracker
 from tunesmith.trackers.run_reader import RunReader, StepMetrics
 from tunesmith.trackers.sender import read_state
 
 
-class MemoryTracker:
+class MemoryTracker(Tracker):
     """Holds what was sent, across openings, and fails when it is told to."""
+
+    place = "memory"
 
     def __init__(self) -> None:
         self.values: list[tuple[str, int, float]] = []
@@ -27,11 +29,15 @@ class MemoryTracker:
         """Numbers of steps after which a call of `log` fails."""
         self.loses = 0
         """Values that are lost whenever it fails: they were not stored yet."""
-        self.place, self.has_failed = "memory", False
+        self.has_failed = False
 
     @property
-    def last_step(self) -> int:
+    def newest(self) -> int:
         return max((step for _, step, _ in self.values), default=-1)
+
+    def open(self, run: Run, reader: RunReader) -> None:
+        self.openings += 1
+        self.last_step = self.newest
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
         bound = self.fail_after.pop(0) if self.fail_after else len(steps)
@@ -42,11 +48,9 @@ class MemoryTracker:
             self.has_failed = True
             raise ConnectionError("the server went away")
 
-    def describe(self, reader: RunReader) -> None:
+    def describe(self, reader: RunReader, results: Sequence[Path]) -> None:
         self.described += 1
-
-    def keep(self, path: Path, name: str, kind: str) -> None:
-        self.files.append(path.name)
+        self.files += [path.name for path in results]
 
     def close(self, state: str = "") -> None:
         if self.has_failed:
@@ -56,29 +60,20 @@ class MemoryTracker:
 
 @pytest.fixture
 def tracker(monkeypatch: pytest.MonkeyPatch) -> MemoryTracker:
-    memory = MemoryTracker()
-
-    def open_run(run: Run, reader: RunReader) -> MemoryTracker:
-        memory.openings += 1
-        return memory
-
-    monkeypatch.setitem(TRACKERS, "memory", open_run)
     for name in ("PAUSE_S", "RETRY_S", "LONGEST_WAIT_S"):
         monkeypatch.setattr(sender, name, 0.01)
-    return memory
+    return MemoryTracker()
 
 
-def send(run: Run) -> dict[str, Any]:
-    (run.path / "tracking").mkdir(exist_ok=True)
+def send(run: Run, tracker: Tracker) -> dict[str, Any]:
     over = threading.Event()
     over.set()
-    sender.send(run, "memory", over)
+    sender.send(run, "memory", tracker, over)
     return read_state(run, "memory")
 
 
-def following(run: Run, over: threading.Event) -> threading.Thread:
-    (run.path / "tracking").mkdir()
-    thread = threading.Thread(target=sender.send, args=(run, "memory", over))
+def following(run: Run, tracker: Tracker, over: threading.Event) -> threading.Thread:
+    thread = threading.Thread(target=sender.send, args=(run, "memory", tracker, over))
     thread.start()
     return thread
 
@@ -97,7 +92,7 @@ def whole(folder: Path, steps: int = 9) -> Run:
 
 def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tracker: MemoryTracker) -> None:
     run = whole(tmp_path)
-    state = send(run)
+    state = send(run, tracker)
     assert tracker.values == expected(run)
     assert tracker.files == ["report.html", "report.md", "report.json", "adapter"]
     assert state == {"place": "memory", "step": 9, "done": True, "error": ""}
@@ -109,7 +104,7 @@ def test_a_batch_that_breaks_off_is_continued_where_the_tracker_has_it(
 ) -> None:
     run = whole(tmp_path)
     tracker.fail_after = [sent, 1]
-    send(run)
+    send(run, tracker)
     assert tracker.values == expected(run)
     assert tracker.openings == 3
 
@@ -117,8 +112,8 @@ def test_a_batch_that_breaks_off_is_continued_where_the_tracker_has_it(
 def test_what_a_tracker_lost_when_it_failed_is_sent_again(tmp_path: Path, tracker: MemoryTracker) -> None:
     run, over = new_run(tmp_path), threading.Event()
     write(run, [*opening(9), *trained(1, 5, 9)])
-    thread = following(run, over)
-    while tracker.last_step < 4:
+    thread = following(run, tracker, over)
+    while tracker.newest < 4:
         threading.Event().wait(0.01)
     tracker.fail_after, tracker.loses = [0], len([value for value in tracker.values if value[1] >= 3])
     write(run, trained(6, 9, 9))
@@ -131,21 +126,21 @@ def test_what_a_tracker_lost_when_it_failed_is_sent_again(tmp_path: Path, tracke
 def test_a_kill_between_sending_and_noting_it_down_sends_nothing_twice(tmp_path: Path, tracker: MemoryTracker) -> None:
     run = new_run(tmp_path)
     write(run, [*opening(9), *trained(1, 5, 9)])
-    send(run)
+    send(run, tracker)
     (run.path / "tracking" / "memory.json").unlink()  # as if it had never been written
     write(run, [*trained(6, 9, 9), *ending(9)])
-    send(with_results(run))
+    send(with_results(run), tracker)
     assert tracker.values == expected(run)
 
 
 def test_steps_that_a_resumed_run_repeats_are_sent_once(tmp_path: Path, tracker: MemoryTracker) -> None:
     run = new_run(tmp_path)
     write(run, [*opening(9), *trained(1, 5, 9)])
-    send(run)
-    assert tracker.last_step == 4
+    send(run, tracker)
+    assert tracker.newest == 4
     events.truncate_after(run.events_path, 2)
     write(run, [event("resume", 2, from_step=2), *trained(3, 9, 9), *ending(9)])
-    send(with_results(run))
+    send(with_results(run), tracker)
     assert tracker.values == expected(run)
 
 
@@ -156,20 +151,20 @@ def test_a_tracker_that_stays_down_ends_with_its_error_and_the_run_is_as_it_was(
     before = run.events_path.read_bytes()
     tracker.fail_after = [0, 0, 0]
     with pytest.raises(ConnectionError):
-        send(run)
+        send(run, tracker)
     assert read_state(run, "memory")["error"] == "ConnectionError: the server went away"
     assert run.events_path.read_bytes() == before
-    assert send(run)["done"]
+    assert send(run, tracker)["done"]
     assert tracker.values == expected(run)
 
 
 def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: MemoryTracker) -> None:
     run, over = new_run(tmp_path), threading.Event()
-    thread = following(run, over)
+    thread = following(run, tracker, over)
     for part in (opening(9), trained(1, 4, 9), trained(5, 9, 9)):
         write(run, part)
         threading.Event().wait(0.1)
-    assert tracker.last_step == 8
+    assert tracker.newest == 8
     write(with_results(run), ending(9))
     over.set()
     thread.join(20)
@@ -180,8 +175,8 @@ def test_a_run_under_way_is_followed_until_it_is_over(tmp_path: Path, tracker: M
 def test_a_planted_sender_that_trusts_its_own_notes_writes_twice(
     tmp_path: Path, tracker: MemoryTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MemoryTracker, "last_step", -1)
+    monkeypatch.setattr(MemoryTracker, "newest", -1)
     run = whole(tmp_path)
     tracker.fail_after = [4]
-    send(run)
+    send(run, tracker)
     assert tracker.values != expected(run)

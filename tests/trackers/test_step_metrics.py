@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trackers.logs import draw, ending, evaluation, event, new_run, opening, trained
-from tunesmith.trackers.run_reader import RunReader, StepMetrics, metrics_of
+from tunesmith.trackers.run_reader import RunReader, StepMetrics, metrics_of, plainly_named
 from tunesmith.types import Event
 
 
@@ -29,7 +29,19 @@ def test_an_evaluation_comes_with_its_intervals_and_the_loss_of_each_source() ->
         "eval/loss": value,
         "eval/loss_low": value - 0.1,
         "eval/loss_high": value + 0.1,
-        "eval/a.jsonl/loss": value / 3,
+        "eval/a b.jsonl/loss": value,
+        "eval/a_b.jsonl/loss": value / 2,
+        "eval/a_b.jsonl_/loss": value / 3,
+        "eval/hf___datasets_é_split_train/loss": value / 4,
+    }
+
+
+def test_names_that_no_tracker_could_hold_stay_different() -> None:
+    assert plainly_named({"..": 1, "_": 2, "a" * 300: 3, "b" + "a" * 299: 4}) == {
+        "_": 1,
+        "__": 2,
+        "a" * 200: 3,
+        "a" * 200 + "_": 4,
     }
 
 
@@ -57,7 +69,7 @@ def test_the_end_gives_out_the_last_step_and_the_last_values(tmp_path: Path) -> 
     assert [step.step for step in given] == [0, 1, 2, 3, 4]
     assert given[-1].values["result/eval/loss"] == given[-1].values["eval/loss"]
     assert reader.notes == ["few rows", "kept: the last step"]
-    assert reader.facts["data"] == {"chats.jsonl": "ab" * 32}
+    assert reader.facts["data"]["chats.jsonl"] == "ab" * 32
 
 
 def test_steps_that_a_resumed_run_repeats_come_once(tmp_path: Path) -> None:

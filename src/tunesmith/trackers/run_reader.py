@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tunesmith.types import Event
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
 MEASURED = {"evaluation": "eval", "answers": "answers", "general": "general"}
+ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,17 @@ class StepMetrics:
     values: dict[str, float] = field(default_factory=dict)
 
 
+def plainly_named(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a mapping by names that every tracker allows; names that differ stay different."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        plain = re.sub(r"[^\w.\- ]|^\.+$", "_", name)[-200:]
+        while plain in found:
+            plain += "_"
+        found[plain] = value
+    return found
+
+
 def metrics_of(event: Event) -> dict[str, float]:
     """Values of an event by names that trackers group at the slash: train/loss, eval/loss, eval/loss_low. Those of the
     tuned model are there as result/eval/loss too."""
@@ -36,17 +49,15 @@ def metrics_of(event: Event) -> dict[str, float]:
         return found | {f"train/{key}": event.timing[key] for key in TIMING if key in event.timing}
     if event.kind not in MEASURED:
         return {}
-    prefix = MEASURED[event.kind]
-    measures = {f"{prefix}/{name}": measure for name, measure in values.get("measures", {}).items()}
+    measures = dict(values.get("measures", {}))
     if event.kind == "general":
-        measures["general/loss"] = {"value": values["loss"]}
-    for source, of_source in values.get("sources", {}).items():
-        measures[f"{prefix}/{re.sub(r'[^A-Za-z0-9_.-]', '_', source)}/loss"] = of_source["loss"]
-    ends = {"value": "", "low": "_low", "high": "_high"}
+        measures["loss"] = {"value": values["loss"]}
+    for source, of_source in plainly_named(values.get("sources", {})).items():
+        measures[f"{source}/loss"] = of_source["loss"]
     found = {
-        f"{name}{end}": float(measure[key])
+        f"{MEASURED[event.kind]}/{name}{end}": float(measure[key])
         for name, measure in measures.items()
-        for key, end in ends.items()
+        for key, end in ENDS.items()
         if measure.get(key) is not None
     }
     return found | ({f"result/{name}": value for name, value in found.items()} if values.get("name") == "after" else {})
@@ -94,7 +105,7 @@ class RunReader:
         return done
 
 
-def artifacts_of(run: Run) -> list[Path]:
+def results_of(run: Run) -> list[Path]:
     """Files and folders of a finished run that trackers get: its report, and its adapter if it has one."""
     names = ("report.html", "report.md", "report.json", "adapter")
     return [run.path / name for name in names if (run.path / name).exists()]
