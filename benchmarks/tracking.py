@@ -75,7 +75,7 @@ def processor_share(folder: Path, name: str, *, rate: float = 10.0, seconds: flo
 def _share_while_written(run: Run, rate: float, seconds: float) -> tuple[float, float]:
     begun, sender = time.monotonic(), next(one for one in psutil.Process().children() if one.is_running())
     run.append(Event("start", 0, time.time(), {"model": "./model", "versions": {}, "identity": {}}, {}))
-    used, after_start = [], 5.0
+    used, after_start = [], 10.0
     for step in range(1, int(rate * (seconds + after_start)) + 1):
         values = {"loss": 2 + 1 / step, "lr": 1e-4 / step, "grad_norm": 1 + 1 / step, "tokens": 1000 + step}
         run.append(Event("step", step, time.time(), values, {"seconds": 1 / rate, "peak_bytes": 10**9}))
