@@ -111,3 +111,13 @@ def tiny_model(
             setattr(config, name, dropout)
     torch.manual_seed(seed)
     return (AutoModelForSeq2SeqLM if arch in TRANSLATORS else HEADS[head]).from_config(config, dtype=dtype)
+
+
+def seeing_model(vocab_size: int) -> PreTrainedModel:
+    """Gemma 3 as from 4 billion weights on: a language model behind one that sees, with names of layers in common."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    text = {**sizes, "hidden_size": 64, "num_key_value_heads": 2, "vocab_size": vocab_size, **SETTINGS["gemma3_text"]}
+    sight = {**sizes, "num_hidden_layers": 3, "hidden_size": 32, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)

@@ -12,6 +12,7 @@ from tunesmith.methods import METHODS
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.qlora import quantize_base
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.phrases import size
 from tunesmith.recipe.methods import QloraMethod
 
 
@@ -45,8 +46,7 @@ def test_what_is_packed_is_said() -> None:
     model, notes = base()
     after = sum(layer.num_bytes for layer in model.modules() if isinstance(layer, QuantizedLinear))
     assert notes == (
-        f"the base is quantised to nf4 with scales in 8 bits: 14 linear layers, {before / 2**20:.1f} MiB become "
-        f"{after / 2**20:.1f} MiB",
+        f"the base is quantised to nf4 with scales in 8 bits: 14 linear layers, {size(before)} become {size(after)}",
     )
 
 

@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, tiny_model
+from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, seeing_model, tiny_model
 from tunesmith.errors import RecipeError
-from tunesmith.methods.adapter_format import shortest_ends
+from tunesmith.methods.adapter_format import module_names, shortest_ends, to_config
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.methods.targets import by_pattern, check_expression, find_modules, find_targets
@@ -35,6 +35,20 @@ def test_groups_split_the_decoder_of_every_family(arch: str) -> None:
     assert attention
     linear = {name for name, module in model.named_modules() if type(module).__name__.endswith(("Linear", "Conv1D"))}
     assert linear - set(everything) <= {"lm_head", "embed_out"}
+
+
+@pytest.mark.parametrize("word", ["all-linear", "q_proj"])
+def test_layers_that_only_images_pass_through_have_no_adapter(word: str) -> None:
+    """They would stay as they are, and vLLM refuses an adapter that names them."""
+    model = seeing_model(vocab_size=32)
+    found = names(model, word)
+    assert len(found) == {"all-linear": 14, "q_proj": 2}[word]
+    assert all(name.startswith("model.language_model.layers.") for name in found)
+    attachment = attach(model, LoraMethod(targets=(word,)), seed=0)
+    assert attachment.notes[-1].startswith("21 linear layers such as vision_tower.encoder.layers.0.")
+    assert {name for name in module_names(model) if name in found} == set(found)
+    written = to_config(attachment, base="b", revision=None)["target_modules"]
+    assert sorted(found) == sorted(n for n in module_names(model) if any(f".{n}".endswith(f".{w}") for w in written))
 
 
 @pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
-from tiny_model import ENCODERS, TRANSLATORS, tiny_model
+from tiny_model import ENCODERS, TRANSLATORS, seeing_model, tiny_model
 from tunesmith.data.collate import build_batch
 from tunesmith.errors import RecipeError
 from tunesmith.methods.lora import attach
@@ -39,6 +39,14 @@ def test_k_may_be_changed():
     checkpoint_layers(model, 2)
     checkpoint_layers(model, 1)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+
+
+def test_of_a_model_that_sees_the_layers_of_its_language_model_are_recomputed():
+    """Those that only images pass through come first in it; recomputed, they would save nothing."""
+    model = seeing_model(vocab_size=VOCAB)
+    checkpoint_layers(model, 1)
+    assert [layer.gradient_checkpointing for layer in model.model.language_model.layers] == [True, False]
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in model.model.vision_tower.modules())
 
 
 def test_more_layers_than_there_are_is_an_error():

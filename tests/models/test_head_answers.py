@@ -15,7 +15,7 @@ from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.collate import build_batch
 from tunesmith.models import forward
 from tunesmith.models.attention import Segments, use_packed_attention
-from tunesmith.models.forward import logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.models.packing_check import check_packing
 from tunesmith.types import Batch, HeadName, Labels, Layout, Row, Source
 
@@ -86,7 +86,7 @@ def test_encoders_answer_about_tokens_as_alone(arch: str, head: HeadName) -> Non
     model, rows = sharp(arch, head), rows_with(lambda length: range(1, length, 3))
     batch = batch_of(rows, "padded", has_types=has_types(model))
     expected_NC = torch.cat([own(model, row, **types_of(model, row))[row.trained] for row in rows])
-    answers_NC = token_logits(model, batch)
+    answers_NC = logits_at_targets(model, batch)
     assert answers_NC.shape == (batch.num_targets, VOCAB if head == "masked_token" else 3)
     assert (answers_NC - expected_NC).abs().max() <= 1e-4 if head == "masked_token" else 1e-5
     assert expected_NC.std() > 1e-2
@@ -108,7 +108,7 @@ def test_causal_models_tag_as_alone(arch: str, layout: Layout) -> None:
     model, rows = sharp(arch, "tokens"), rows_with(lambda length: range(0, length, 2))
     expected_NC = torch.cat([own(model, row)[row.trained] for row in rows])
     use_packed_attention(model)
-    assert (token_logits(model, batch_of(rows, layout)) - expected_NC).abs().max() <= 1e-5
+    assert (logits_at_targets(model, batch_of(rows, layout)) - expected_NC).abs().max() <= 1e-5
 
 
 def transformers_own(model: PreTrainedModel, batch: Batch) -> Tensor:

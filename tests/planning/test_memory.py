@@ -8,6 +8,8 @@ import pytest
 from torch import Tensor
 from transformers import AutoConfig
 
+from tiny import tiny_tokenizer
+from tiny_model import seeing_model
 from tiny_run import tiny_recipe
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.defaults import with_choice
@@ -47,6 +49,16 @@ def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
     assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
     assert sizes.gradients == 4 * sizes.trained_parameters
     assert sizes.layers == 2
+
+
+def test_layers_that_only_images_pass_through_keep_nothing(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    seeing_model(vocab_size=len(tiny_tokenizer())).save_pretrained(recipe.model)
+    located = ModelRef("folder", Path(recipe.model), recipe.model)
+    sizes, model = sizes_of(recipe, located, head="next_token", labels=None, store=None)
+    assert (sizes.layers, sizes.recomputable, sizes.first) == (2, 2, 0)
+    assert sizes.features == 2 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))
+    assert sizes.weights >= sum(weight.nbytes for weight in model.model.vision_tower.parameters())
 
 
 @pytest.mark.parametrize(

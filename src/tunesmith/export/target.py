@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.inference.load import has_token_types
-from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits, token_logits
+from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Batch, HeadName, ModelKind
@@ -118,7 +118,7 @@ class TorchModel(ExportedModel):
         return found
 
     def logits(self, batch: Batch) -> Tensor:
-        forward = {"sequence": sequence_logits, "tokens": token_logits}.get(self.head, logits_at_targets)
+        forward = sequence_logits if self.head == "sequence" else logits_at_targets
         with eval_mode(self.model):
             if self.head == "vector":
                 return hidden_states(self.model, batch)[batch.predict_N].float().cpu()

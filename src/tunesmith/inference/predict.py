@@ -25,7 +25,7 @@ from tunesmith.evaluation.generate import PromptLimit, generate
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
-from tunesmith.models.forward import sequence_logits, token_logits
+from tunesmith.models.forward import logits_at_targets, sequence_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
 from tunesmith.tasks import TASKS
@@ -226,7 +226,7 @@ class Predictor:
         """A tag a word: `OUTSIDE` for one without a token; a problem where the model has no such tag."""
         labels = self.loaded.labels
         assert labels is not None, "a head for words answers with labels"
-        best_N = self._logits(token_logits, batch).argmax(-1)
+        best_N = self._logits(logits_at_targets, batch).argmax(-1)
         cuts = np.cumsum([int(rows[i].trained.sum()) for i in batch.row_indices])[:-1]
         for i, of_row in zip(batch.row_indices, np.split(best_N, cuts), strict=True):
             word_ids = rows[i].labels

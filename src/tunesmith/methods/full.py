@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,8 +203,6 @@ def _meant(words: Sequence[str], names: Mapping[int, Sequence[str]], option: str
         if not some:
             parts = {part for known in names.values() for name in known for part in name.split(".")}
             hint = near_words(word.rpartition(".")[2], parts)
-            if re.fullmatch(r"(first|last):\d+|\d+(-\d+)?", word):
-                hint = " Layers are no longer counted: name one (layers.3), or several (re:layers\\.(2[0-9])\\.)."
             problems.append(f"method.{option}: {word!r} means no weight.{hint}")
         found |= some
     if problems:

@@ -28,6 +28,7 @@ from tunesmith.methods.targets import (
     refuse_frozen_new,
     replace_module,
     tied_modules,
+    unread_linears,
     weights_of,
 )
 from tunesmith.models.heads import new_head_names
@@ -181,7 +182,7 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     """
     refuse_frozen_new(model, f"method.name: {settings.name}")
     head = new_head_names(model)
-    targets, left_out = find_targets(model, settings.targets), not_linear(model)
+    targets, left_out, unread = find_targets(model, settings.targets), not_linear(model), unread_linears(model)
     ranks = by_pattern(model, targets, settings.rank_pattern, option="method.rank_pattern")
     alphas = by_pattern(model, targets, settings.alpha_pattern, option="method.alpha_pattern")
     adapted = [
@@ -198,6 +199,10 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
         attachment.notes += (
             f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
+        )
+    if unread:
+        attachment.notes += (
+            f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter",
         )
     for name, layer in attachment.layers.items():
         matrices = initial_matrices(layer, name=name, seed=seed)

@@ -92,7 +92,8 @@ def sole_embedding(model: PreTrainedModel) -> str | None:
 def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], ids_K: Tensor, *, alone: bool) -> Any:
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return partial(_head, module, rows, ids_K)
-    scale = 1.0 if type(module).forward is nn.Embedding.forward else _scale(module)
+    is_plain = type(module).forward is nn.Embedding.forward
+    scale: Any = 1.0 if is_plain else getattr(module, "embed_scale", None)  # the factor of Gemma's
     if not isinstance(module, nn.Embedding) or scale is None:
         raise RecipeError(
             f"data.new_tokens: {name} computes in its own way, of which rows cannot be trained alone. Train it whole: "
@@ -101,13 +102,7 @@ def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], i
     places_V = torch.full((module.num_embeddings,), len(ids), device=ids_K.device)
     places_V[ids_K] = torch.arange(len(ids), device=ids_K.device)
     padding = ids.index(module.padding_idx) if module.padding_idx in ids else -1
-    return partial(_embed, module, rows, places_V, _Table(scale, padding, alone=alone))
-
-
-def _scale(module: nn.Module) -> float | None:
-    """The factor of an embedding, as Gemma's; None: unknown."""
-    scale = getattr(module, "embed_scale", None)
-    return None if scale is None else float(scale)
+    return partial(_embed, module, rows, places_V, _Table(float(scale), padding, alone=alone))
 
 
 @dataclass(slots=True)

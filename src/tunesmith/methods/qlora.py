@@ -11,6 +11,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
+from tunesmith.phrases import size
 from tunesmith.recipe.methods import QloraMethod
 
 ELEMENT_SIZE = 0.5625
@@ -54,13 +55,9 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     model.to(device)
     free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    before, after = (
-        sum(one.weight_shape.numel() * one.weight_dtype.itemsize for one in packed),
-        sum(one.num_bytes for one in packed),
-    )
-    notes = [
-        f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {_mib(before)} become {_mib(after)}"
-    ]
+    before = size(sum(one.weight_shape.numel() * one.weight_dtype.itemsize for one in packed))
+    after = size(sum(one.num_bytes for one in packed))
+    notes = [f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {before} become {after}"]
     if left_out:
         notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
     return tuple(notes)
@@ -92,7 +89,3 @@ def unpack_base(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(target.module, QuantizedLinear):
             replace_module(model, target, target.module.unpacked())
     return model
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import new_head_names, new_param_names
+from tunesmith.models.modes import text_part
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.phrases import did_you_mean
 
@@ -50,7 +51,7 @@ class Target:
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is trained
-    whole, are not among them.
+    whole, are not among them, nor `unread_linears`.
 
     Besides names, a word is `all-linear` (every linear layer inside the decoder layers), `attention` (those inside an
     attention module) or `mlp` (the others).
@@ -59,7 +60,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
     """
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
-    linears = [target for target in _named(model, LINEARS) if target.name not in head]
+    unread = {id(target.module) for target in unread_linears(model)}
+    linears = [one for one in _named(model, LINEARS) if one.name not in head and id(one.module) not in unread]
     in_head = [target for target in _named(model, LINEARS) if target.name in head]
     embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
@@ -89,11 +91,19 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     return [target for target in linears if id(target.module) in chosen]
 
 
-def inner_linears(model: nn.Module) -> list[Target]:
-    """Every linear layer inside the decoder and encoder layers, but those of a head that is trained whole."""
+def inner_linears(model: nn.Module, *, unread: bool = True) -> list[Target]:
+    """Every linear layer inside the decoder and encoder layers, but those of a head that is trained whole. `unread`:
+    with those of `unread_linears`."""
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
-    linears = _named(model, LINEARS)
-    return [target for target in linears if target.name not in head and _is_meant("all-linear", target, model)]
+    others = {id(target.module) for target in unread_linears(model)} if not unread else set()
+    linears = [one for one in _named(model, LINEARS) if one.name not in head and id(one.module) not in others]
+    return [target for target in linears if _is_meant("all-linear", target, model)]
+
+
+def unread_linears(model: nn.Module) -> list[Target]:
+    """The linear layers that only images or sound pass through."""
+    read = {id(module) for module in text_part(model).modules()}
+    return [one for one in _named(getattr(model, "base_model", model), LINEARS) if id(one.module) not in read]
 
 
 def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:

@@ -19,17 +19,14 @@ from tunesmith.types import Batch, Segment
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
-    """[N, V] in the model's dtype: row n predicts batch.targets_N[n]. No other position meets the output layer.
+    """[N, V] in the model's dtype: row n predicts batch.targets_N[n], a token or the class of one. No other position
+    meets the output layer.
 
     A packed batch needs a model that was given to `attention.use_packed_attention`.
     """
     with _at_positions(model, batch.predict_N) as done, _attention_of(batch):
         logits: Tensor = model(**_inputs(model, batch)).logits
     return logits[0] if done else logits.flatten(0, 1)[batch.predict_N]
-
-
-token_logits = logits_at_targets
-"""[N, C]: the classes at the position of each target."""
 
 
 def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -74,7 +74,14 @@ def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
 
 def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that can be recomputed, in the order of the model."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in text_part(model).modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """The part that text passes through: the language model of one that sees or hears too."""
+    is_more = getattr(getattr(model, "config", None), "text_config", None) is not None
+    found: nn.Module | None = model.get_decoder() if is_more else None  # type: ignore[operator]
+    return model if found is None else found
 
 
 @contextmanager

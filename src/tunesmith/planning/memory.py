@@ -159,11 +159,12 @@ def sizes_of(
     method = METHODS[recipe.method.name]
     with torch.device("meta"), silence_transformers():
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
-    modules = [target.module for target in inner_linears(model)]
+    modules = [target.module for target in inner_linears(model, unread=False)]
     features, linears = sum(sum(shape_OI(one)) for one in modules), [one.get_parameter("weight") for one in modules]
     saved = 0
     if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
-        saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in linears) - max(w.nbytes for w in linears)
+        packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
+        saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
     # SqueezeBERT writes its linear layers as convolutions.
     convs = [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
     features += sum(one.in_channels + one.out_channels for one in convs)
@@ -178,8 +179,7 @@ def sizes_of(
     state = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors).state_bytes()
     below = attachment.trains_token_rows or _learns(model.get_input_embeddings())
     first = 0 if below else next((i for i, layer in enumerate(stack) if _learns(layer)), len(stack))
-    output = model.get_output_embeddings()
-    linear_weights = sum(weight.numel() for weight in linears)
+    output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
     own = num_trained - int(

@@ -95,19 +95,19 @@ def sequence_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured
 
 def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:
     """Sum of the words' cross-entropies, each at the first token of its word; float32."""
-    from tunesmith.models.forward import token_logits
+    from tunesmith.models.forward import logits_at_targets
 
-    return _class_losses(token_logits(model, batch), batch.targets_N, labels, loss).sum()
+    return _class_losses(logits_at_targets(model, batch), batch.targets_N, labels, loss).sum()
 
 
 def word_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured:
     """Loss and most likely tag of each word, without gradient."""
     import torch
 
-    from tunesmith.models.forward import token_logits
+    from tunesmith.models.forward import logits_at_targets
 
     with torch.no_grad():
-        logits_NC = token_logits(model, batch).float()
+        logits_NC = logits_at_targets(model, batch).float()
         losses_N = _class_losses(logits_NC, batch.targets_N, labels)
         return Measured(losses_N=losses_N, outputs_N=logits_NC.argmax(-1))
 

@@ -173,6 +173,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     if inputs.head == "masked_token":
         for store in (rows.store, rows.held_store):
             store.use_masks(recipe.train.masked)
+    speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
         located=inputs.located,
         kind=inputs.kind,
@@ -181,7 +182,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         sampler_of=steps_of,
         device=device,
         base=resident_bytes(),
-        general_tokens=_general_tokens(recipe, inputs),
+        general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,
     )
     longest = int(rows.store.lengths[rows.train_rows].max())
     whole, predict = recipe, forecaster.forecast
@@ -225,13 +226,6 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
 
 def _reason(error: Exception) -> str:
     return one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
-
-
-def _general_tokens(recipe: Recipe, inputs: Inputs) -> int:
-    """Tokens of the general text, if it is measured."""
-    if not (resolved(recipe.evaluation.general) and _speaks(inputs)):
-        return 0
-    return sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer))
 
 
 def _speaks(inputs: Inputs) -> bool:
