@@ -1,6 +1,7 @@
 """Data sets of the hub by address, over HTTP against a stand-in: what is read, refused, and fetched once."""
 
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,15 @@ def test_files_of_any_file_system_are_streamed_and_never_kept(tmp_path):
     assert encoded(data, tmp_path / "rows").key != store.key
 
 
+def test_rows_in_an_archive_are_read_by_an_address_of_both(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        for i in (1, 2):
+            archive.writestr(f"part-{i}.jsonl", json_lines([chat(i)]))
+    place = f"zip://part-*.jsonl::file://{tmp_path}/rows.zip"
+    assert [prompt for _, prompt in rows_of(place)] == ["1", "2"]
+    assert rows_of(place.replace("*", "2"))[0][0] == f"zip://part-2.jsonl::file://{tmp_path}/rows.zip:1"
+
+
 @pytest.mark.parametrize("host", ["huggingface.co", "hf.co"])
 def test_a_page_of_the_hub_is_answered_with_its_address(host: str):
     with pytest.raises(DataError, match=r"The data set is hf://datasets/acme/support\.$"):
@@ -518,7 +528,17 @@ def test_missing_package_of_a_file_system_is_named(monkeypatch):
         pin_path("s3://b/x.jsonl", offline=False)
 
 
-def test_a_password_in_an_address_is_refused_and_not_repeated():
+@pytest.mark.parametrize("before", ["", "simplecache::", "zip://rows.jsonl::"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(before: str):
     with pytest.raises(DataError, match=r"sftp://…@host/rows.jsonl: has a password.* FSSPEC_SFTP_USERNAME") as error:
-        addresses.find_files("sftp://me:s3cret@host/rows.jsonl", [], offline=False)
+        addresses.find_files(f"{before}sftp://me:s3cret@host/rows.jsonl", [], offline=False)
     assert "s3cret" not in str(error.value)
+
+
+def test_the_owner_in_an_address_of_github_is_no_password(monkeypatch: pytest.MonkeyPatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/github.jsonl", json_lines([chat(1)]))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda address: (memory, "/github.jsonl"))
+    assert addresses.find_files("github://acme:rows@main/github.jsonl", [], offline=False)[1]

@@ -40,7 +40,7 @@ STALE_S = 86400.0
 """Age at which a downloaded file that is to be removed is taken for that of a killed process."""
 _SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 """Words in the names of files that say their split, as in the library datasets."""
-_SECRET = re.compile(r"([\w+.-]+)://[^/@]*:[^/@]*@")
+_SECRET = re.compile(r"\b(?!github:)([\w+.-]+)://[^/@]*:[^/@]*@")  # github://owner:name@revision has none
 _HUB_PAGE = re.compile(r"https?://(?:huggingface|hf)\.co/datasets/([^/?#]+/[^/?#]+)")
 _HUB_FILE = re.compile(r"hf://datasets/(?P<repo_id>[^/]+/[^/@]+)@(?P<revision>[0-9a-f]{40})/(?P<filename>.+)")
 
@@ -161,7 +161,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
     offline, the hub is not asked. Raises DataError for what is no address, is not there or may not be read."""
     from huggingface_hub.constants import is_offline_mode
 
-    if secret := _SECRET.match(text):
+    if secret := _SECRET.search(text):
         raise DataError(
             f"{secret[1]}://…@{text[secret.end() :]}: has a password, which the run's files and its report would have "
             f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads. A run "
@@ -300,6 +300,8 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
     others: list[str] = []
     for address in addresses:
         fs, path = file_system(address)
+        first, mark, rest = address.partition("::")  # zip://*.jsonl::s3://bucket/rows.zip
+        chain = mark + rest if "://" in first else ""
         entries = fs.glob(path, detail=True) if has_magic(path) else fs.find(path, detail=True)
         for name, facts in sorted(entries.items()):
             if name != path and not _is_rows(name):
@@ -307,7 +309,7 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
             elif facts["type"] == "file":
                 small = f"git {facts['blob_id']}" if "blob_id" in facts else f"listed as {fs.ukey(name)}"
                 version = str(facts["lfs"]["sha256"]) if facts.get("lfs") else small
-                one = RemoteFile(fs.unstrip_protocol(name), int(facts["size"]), version)
+                one = RemoteFile(fs.unstrip_protocol(name) + chain, int(facts["size"]), version)
                 found.setdefault(one.address, one)
     if not found:
         held = f" It holds {listed(others)}." if others else ""
