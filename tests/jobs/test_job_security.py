@@ -65,6 +65,7 @@ def test_sql_in_any_text_is_a_text(served: Served) -> None:
         ("POST", "/fine_tuning/jobs", {"model": "tiny", "training_file": SQL}),
         ("POST", "/uploads", {"bytes": 1, "filename": "a", "mime_type": "a", "purpose": SQL}),
         ("POST", f"/uploads/{made.id}/complete", {"part_ids": [SQL]}),
+        ("POST", f"/fine_tuning/checkpoints/{job.id}/permissions", {"project_ids": [SQL]}),
         *(("GET", f"/{place}after=%27%29%3B--", None) for place in ("files?", "fine_tuning/jobs?",
           f"fine_tuning/jobs/{job.id}/events?", f"fine_tuning/jobs/{job.id}/checkpoints?")),
         ("GET", "/files?order=%27%3B--", None), ("DELETE", "/models/%27%3B--", None),

@@ -1,4 +1,4 @@
-"""Projects over HTTP: what is another's is not there, whatever is asked of it; keys and scopes."""
+"""Projects over HTTP: what is another's is not there, whatever is asked of it; keys, scopes and permissions."""
 
 from __future__ import annotations
 
@@ -116,12 +116,12 @@ def every_route(place: Place) -> Iterator[tuple[str, str]]:
 
 def test_whatever_is_anothers_is_not_there(place: Place) -> None:
     blue, key = place.ids["blue"], place.keys["red"]
-    bodies = {"complete": {"part_ids": ["part_x"]}}
+    bodies = {"permissions": {"project_ids": ["red"]}, "complete": {"part_ids": ["part_x"]}}
     seen = 0
     for method, path in every_route(place):
-        kind = "model" if "models" in path else "file" if "files" in path else "job"
+        kind = "model" if "models" in path or "checkpoints/{" in path else "file" if "files" in path else "job"
         name = path.partition("{")[2].partition("}")[0]
-        filled = path.replace(f"{{{name}}}", "%s").replace("{action}", "cancel")
+        filled = path.replace(f"{{{name}}}", "%s").replace("{action}", "cancel").replace("{name}", "cp_x")
         assert "{" not in filled, f"{path}: say here what stands for its name"
         body = bodies.get(path.rsplit("/", 1)[-1]) if method == "POST" else None
         status, answer, _ = place.ask(method, filled % blue[kind], body, key=key)
@@ -170,6 +170,27 @@ def test_a_sweep_in_a_request_keeps_the_files_of_all(place: Place) -> None:
     assert place.client("blue").files.content(place.ids["blue"]["file"]).read() == rows(12)
 
 
+def test_a_permission_lets_another_project_ask_and_nothing_else(place: Place) -> None:
+    model = place.ids["blue"]["model"]
+    permissions = place.client("blue").fine_tuning.checkpoints.permissions
+    [made] = permissions.create(model, project_ids=["red"])
+    [again] = permissions.create(model, project_ids=["red"])
+    assert (made.id, made.project_id, made.object) == (again.id, "red", "checkpoint.permission")
+    red = place.client("red")
+    messages = [{"role": "user", "content": "one two"}]
+    assert red.chat.completions.create(model=model, messages=messages).choices[0].message.content
+    assert model in [one.id for one in red.models.list()]
+    with pytest.raises(openai.NotFoundError):
+        red.models.delete(model)
+    with pytest.raises(openai.NotFoundError):
+        red.fine_tuning.checkpoints.permissions.create(model, project_ids=["green"])
+    listed = place.ask("GET", f"/v1/fine_tuning/checkpoints/{model}/permissions?project_id=red", key=place.keys["blue"])
+    assert [one["id"] for one in listed[1]["data"]] == [made.id]
+    assert permissions.delete(made.id, fine_tuned_model_checkpoint=model).deleted
+    with pytest.raises(openai.NotFoundError):
+        red.chat.completions.create(model=model, messages=messages)
+
+
 NEEDED = [
     ("GET", "/v1/files", "files.read"),
     ("POST", "/v1/files", "files.write"),
@@ -182,6 +203,7 @@ NEEDED = [
     ("DELETE", "/v1/models/ft:x", "models.delete"),
     ("POST", "/v1/chat/completions", "models.ask"),
     ("POST", "/v1/completions", "models.ask"),
+    ("GET", "/v1/fine_tuning/checkpoints/ft:x/permissions", "admin"),
     ("GET", "/metrics", "admin"),
 ]
 

@@ -45,6 +45,9 @@ def test_files_are_paged_and_filtered(served: Served) -> None:
     ("content", "purpose", "words"),
     [
         (b"", "fine-tune", "empty"),
+        (b"hello\n", "fine-tune", 'Line 1 is not a dictionary (HINT: line starts with: "hell...").'),
+        (b"\xff\xfe\n", "fine-tune", "Must be .jsonl"),
+        (b"[1]\n", "fine-tune", "Line 1 is not a dictionary"),
         (b"x", "fine-tune-results", "is not one of"),
         (b"x", "nonsense", "is not one of"),
     ],

@@ -28,6 +28,7 @@ _READ, _WRITE = 0, 1
 _NEEDED: tuple[tuple[str, tuple[str | None, str | None]], ...] = (
     ("/v1/files", ("files.read", "files.write")),
     ("/v1/uploads", ("files.write", "files.write")),
+    ("/v1/fine_tuning/checkpoints", ("admin", "admin")),
     ("/v1/fine_tuning", ("jobs.read", "jobs.write")),
     ("/v1/models", (None, "models.delete")),
     ("/v1", ("models.ask", "models.ask")),

@@ -23,14 +23,20 @@ class Engines:
     def __init__(self, engines: Mapping[str, WorkerEngine], bases: Bases) -> None:
         self._engines = engines
         self._bases = bases
+        self.readers: dict[str, set[str]] = {}
+        """Other projects that may ask a tuned model, by its name."""
 
     @property
     def served(self) -> Sequence[ModelCard]:
-        """Bases by all of their names, then the tuned models of the project of the request."""
+        """Bases by all of their names, then the tuned models that the project of the request may ask."""
         own = {base: next(card for card in engine.served if card.is_base) for base, engine in self._engines.items()}
         named = [replace(own[base], name=name) for name, (base, _) in self._bases.names.items()]
         tuned = (card for engine in self._engines.values() for card in engine.served if not card.is_base)
-        return (*named, *(card for card in tuned if PROJECT.get() in (None, project_of(card.name))))
+        return (*named, *(card for card in tuned if self._may_ask(card.name)))
+
+    def _may_ask(self, tuned: str) -> bool:
+        project = PROJECT.get()
+        return project in (None, project_of(tuned)) or project in self.readers.get(tuned, ())
 
     def _find(self, name: str) -> tuple[WorkerEngine, str]:
         """The engine that answers for a name, and the name there."""

@@ -16,6 +16,7 @@ from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines, EnginesFromThread
 from tunesmith.jobs.launcher import LocalLauncher
+from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.ray_launcher import RayLauncher
 from tunesmith.jobs.routes import make_file_router, make_job_router, make_model_router, make_upload_router
 from tunesmith.jobs.store import Store
@@ -65,6 +66,7 @@ class JobServer:
             for engine in started.values():
                 await engine.close(0)
             raise
+        engines.readers = store.readers()
         stop = threading.Event()
         routers = make_routers(store, bases, engines)
         has_webhooks = any(one.webhook for one in (bases.every_project, *bases.projects.values()))
@@ -88,4 +90,5 @@ def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRoute
         make_upload_router(store),
         make_job_router(store, bases),
         make_model_router(store, bases, engines.detach),
+        make_permission_router(store, engines),
     )

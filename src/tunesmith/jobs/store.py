@@ -31,6 +31,7 @@ from tunesmith.jobs.tables import (
     keys,
     models,
     own,
+    permissions,
     stores,
     uploads,
     webhooks,
@@ -431,6 +432,13 @@ class Store:
     def keys(self) -> dict[str, Record]:
         """All keys that were ever made, by id, oldest first. Where there is one, nobody gets in without one."""
         return {row["id"]: row for row in self._read(sa.select(keys).order_by(keys.c.seq))}
+
+    def readers(self) -> dict[str, set[str]]:
+        """Other projects that may ask a tuned model, by its name."""
+        found: dict[str, set[str]] = {}
+        for row in self._read(sa.select(permissions)):
+            found.setdefault(row["model"], set()).add(row["reader"])
+        return found
 
 
 def _are(table: sa.Table, is_: Record) -> Iterator[sa.ColumnElement[bool]]:

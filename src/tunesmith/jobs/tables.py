@@ -126,5 +126,11 @@ keys = _table(
     sa.Column("revoked_at", BIG),
     sa.Column("used_at", BIG),
 )
+permissions = _table(
+    "permissions",
+    sa.Column("id", sa.String, unique=True, nullable=False),
+    sa.Column("model", sa.String, nullable=False, index=True),
+    sa.Column("reader", sa.String, nullable=False),  # a project that may ask it
+)
 stores = _table("stores", sa.Column("id", sa.String, unique=True, nullable=False))
 """One row: the id that the folder of contents and runs has, too."""

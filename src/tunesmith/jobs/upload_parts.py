@@ -25,8 +25,10 @@ from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record, files, uploads
 from tunesmith.jobs.uploads import (
+    FIRST_LOOK_BYTES,
     check_purpose,
     lifetime_s,
+    look_at_first_row,
     receive_form,
     storing_upload,
 )
@@ -102,7 +104,9 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
             sizes.append(path.stat().st_size)
     if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
-    await receive_form(request, folder / part, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True)
+    await receive_form(
+        request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True
+    )
     return part
 
 
@@ -123,7 +127,7 @@ def _end(store: Store, name: str, **values: Any) -> None:
 def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     """Join the parts to a file. The same call again gives the same answer.
 
-    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5.
+    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
     """
     row = find_upload(store, name)
     if row["status"] == "completed" and row["part_ids"] == body.part_ids:
@@ -137,7 +141,7 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     temporary = store.content_path(f".{file}")
     try:
         with storing_upload():
-            sha256 = _join(parts, temporary, body.md5)
+            sha256 = _join(parts, temporary, row["purpose"], body.md5)
             _publish(store, row, file, {"part_ids": body.part_ids, "sha256": sha256})
     finally:
         temporary.unlink(missing_ok=True)
@@ -152,7 +156,7 @@ def _part(store: Store, upload: str, part: str) -> Path:
     return path
 
 
-def _join(parts: Sequence[Path], out: Path, md5: str | None) -> str:
+def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> str:
     """Write the parts behind one another, a block at a time; returns their SHA-256."""
     digests = [hashlib.sha256(), *([] if md5 is None else [hashlib.md5(usedforsecurity=False)])]
     with open(out, "xb") as joined:
@@ -168,6 +172,9 @@ def _join(parts: Sequence[Path], out: Path, md5: str | None) -> str:
         raise RequestError(
             f"md5: the parts have {found}. Send the wrong ones again, or create the upload anew.", param="md5"
         )
+    if purpose == "fine-tune":
+        with open(out, "rb") as content:
+            look_at_first_row(content.read(FIRST_LOOK_BYTES))
     return digests[0].hexdigest()
 
 

@@ -6,12 +6,13 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
 from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -30,12 +31,15 @@ MAX_FIELDS = 16
 MAX_HEADER_BYTES = 8192
 SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 """Fewest bytes in so many seconds, but for the last ones: 16 KiB a second."""
+FIRST_LOOK_BYTES = 8 << 20
+"""Of a training file: its first row has to end within them."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 FORM_BYTES = 4096
 """Of a form around its file, at most."""
 LIFETIMES_S = (3600, 2_592_000)
 _EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 UNAVAILABLE = 503
+NO_JSONL = "Invalid file format for Fine-Tuning API. Must be .jsonl"
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Form:
     fields: dict[str, bytes] = field(default_factory=dict)
     filename: bytes | None = None
     num_bytes: int = 0
+    head: bytearray = field(default_factory=bytearray)
     is_complete: bool = False
     digest: Any = None
     """SHA-256 of the content so far; None: it is not computed."""
@@ -110,6 +115,8 @@ class Form:
         if self.num_bytes > self.max_bytes:
             message = f"{self.content}: has more than {self.max_bytes:,} bytes."
             raise RequestError(message, status=413, code="file_too_large", param=self.content)
+        if len(self.head) < FIRST_LOOK_BYTES and b"\n" not in self.head.lstrip():
+            self.head += data
         if self.digest is not None:
             self.digest.update(data)
         self.out.write(data)
@@ -125,8 +132,9 @@ async def receive_file(request: Request, store: Store) -> Record:
     await asyncio.to_thread(store.check_room, None, max(least, 1))
     name = new_id("file-")
     form = await receive_form(
-        request, store.content_path(name), content="file", texts=("purpose",), optional=_EXPIRY, max_bytes=MAX_BYTES
-    )
+        request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
+        max_bytes=MAX_BYTES,
+    )  # fmt: skip
     anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)
     row = {
@@ -162,6 +170,7 @@ def lifetime_s(anchor: object = None, seconds: object = None) -> int | None:
 async def receive_form(
     request: Request,
     target: Path,
+    check: Callable[[Form], None],
     *,
     content: str,
     texts: tuple[str, ...],
@@ -190,8 +199,7 @@ async def receive_form(
                     raise RequestError(f"{name}: is missing.", param=name)
             if not form.num_bytes:
                 raise RequestError("The file is empty.", param=content)
-            if "purpose" in texts:
-                check_purpose(form.text("purpose"))
+            check(form)
             out.flush()
             if not is_part:
                 await asyncio.to_thread(os.fsync, out.fileno())
@@ -243,7 +251,33 @@ async def _feed(request: Request, parser: MultipartParser) -> None:
         raise RequestError(message, code="invalid_form") from None
 
 
+def _check_file(form: Form) -> None:
+    """Raises RequestError for a purpose that is none, or a file that no job could use."""
+    check_purpose(form.text("purpose"))
+    if form.text("purpose") == "fine-tune":
+        look_at_first_row(bytes(form.head))
+
+
 def check_purpose(purpose: str) -> None:
     """Raises RequestError."""
     if purpose not in PURPOSES:
         raise RequestError(f"'{purpose[:60]}' is not one of {list(PURPOSES)} - 'purpose'", param="purpose")
+
+
+def look_at_first_row(head: bytes) -> None:
+    """Raises RequestError if the first line that is not blank is no JSON object."""
+    line = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0]
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(NO_JSONL, code="invalid_file_format", param="file") from None
+    try:
+        is_object = isinstance(orjson.loads(line), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        message = (
+            "Expected file to have JSONL format, where every line is a JSON dictionary. Line 1 is not a dictionary "
+            f'(HINT: line starts with: "{text[:4]}...").'
+        )
+        raise RequestError(message, code="invalid_file_format", param="file")

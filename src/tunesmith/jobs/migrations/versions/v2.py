@@ -1,4 +1,4 @@
-"""Uploads in parts, projects with keys, and the id of the store."""
+"""Uploads in parts, projects with keys, permissions, and the id of the store."""
 
 from __future__ import annotations
 
@@ -25,4 +25,5 @@ def upgrade() -> None:
         "keys", "id", needed("project"), needed("label"), needed("digest"), needed("scopes", sa.JSON),
         sa.Column("expires_at", BIG), sa.Column("revoked_at", BIG), sa.Column("used_at", BIG),
     )  # fmt: skip
+    make_table("permissions", "id", needed("model", index=True), needed("reader"))
     make_table("stores", "id")
