@@ -10,6 +10,7 @@ import pytest
 
 from data.rows_of import comma_separated, examples_in, json_lines, put
 from tiny import tiny_tokenizer
+from tunesmith.data import encode
 from tunesmith.data.check import CheckReport, check, spans_of, token_stats
 from tunesmith.data.examples import content_hash
 from tunesmith.data.renderer import Renderer
@@ -204,6 +205,22 @@ def test_replay_is_checked_and_is_no_training_file(tmp_path: Path):
 
 
 # with a model
+
+
+def test_several_processes_say_what_one_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [pair(str(i % 900), "" if i % 50 == 7 else "b") for i in range(1100)]
+    path = put(tmp_path, "a.jsonl", json_lines(rows) + b"{\n" + json_lines(rows[:10]))
+    real, numbers = encode._processes, []
+
+    def counted(renderer: Renderer, num: int) -> Any:
+        numbers.append(num)
+        return real(renderer, num)
+
+    monkeypatch.setattr(encode, "_processes", counted)
+    one, two = (check(data_of(path, num_proc=num), renderer=renderer()) for num in (1, 2))
+    assert one == two
+    assert numbers == [1, 2]
+    assert one.errors == {"empty_answer": 23, "truncated_json": 1}
 
 
 def test_tokens_are_counted_as_the_renderer_counts_them(tmp_path: Path):

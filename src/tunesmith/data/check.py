@@ -19,7 +19,7 @@ from tunesmith.data.addresses import size_of
 from tunesmith.data.branches import lines_of
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import SCHEMA, Encoded, chunks, encode, relabelled
+from tunesmith.data.encode import SCHEMA, Encoded, encode_chunks, num_processes, relabelled
 from tunesmith.data.examples import ask_text_or_classes, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, few_note, firsts, hold_out, input_overlap
@@ -252,11 +252,15 @@ class _Check:
         self._paths.append(file.path)
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
+        read = examples([file], self._data, self._hear, facts=facts, task=self._task)
+        found = ((len(self._paths) - 1, example) for _, example in read)
+        renderer = self._renderer or cast("Renderer", _Unread())
+        num_proc = num_processes(self._data, size_of(file.at)) if self._renderer else 1
         try:
-            for chunk in chunks(examples([file], self._data, self._hear, facts=facts, task=self._task)):
+            for chunk, encoded, done in encode_chunks(found, renderer, facts, num_proc):
                 shape = chunk[-1][1].shape
-                usable += self._chunk(side, [example for _, example in chunk])
-                self._progress(min(self._done_bytes + facts[0].done_bytes, self._total_bytes), self._total_bytes)
+                usable += self._chunk(side, [example for _, example in chunk], encoded)
+                self._progress(min(self._done_bytes + done, self._total_bytes), self._total_bytes)
         except DataError as error:
             is_readable = False
             self._hear_all(error)
@@ -265,11 +269,9 @@ class _Check:
         num, form = (facts[0].rows, str(facts[0])) if facts else (0, "")
         return FileReport(file.path, side, form, shape, num, usable, is_readable)
 
-    def _chunk(self, side: Side, chunk: Sequence[Example]) -> int:
-        """Encode examples and remember those that can be used. Returns how many can."""
-        rows, stand_in = self._sides[side], cast("Renderer", _Unread())
-        numbered = [(len(self._paths) - 1, example) for example in chunk]
-        encoded = encode(self._renderer or stand_in, numbered)
+    def _chunk(self, side: Side, chunk: Sequence[Example], encoded: Encoded) -> int:
+        """Remember the examples that can be used. Returns how many can."""
+        rows = self._sides[side]
         for problem in encoded.problems:
             self._hear(problem)
         lines = set(encoded.rows.column("line").to_pylist())

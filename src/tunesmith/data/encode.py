@@ -236,6 +236,24 @@ def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
     yield from waiting
 
 
+def num_processes(data: Data, num_bytes: int) -> int:
+    """The number of processes that encode files of so many bytes: data.num_proc, or as many as they are worth."""
+    return data.num_proc or (min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1)
+
+
+def encode_chunks(
+    found: Iterator[tuple[int, Example]], renderer: Renderer, facts: Sequence[FileFacts], num_proc: int
+) -> Iterator[tuple[Chunk, Encoded, int]]:
+    """Each chunk of examples, its rows, and the bytes of the files of `facts` that were read until its end.
+
+    Raises as `found` does, after the chunks before, and as `Renderer.encode`.
+    """
+    with _processes(renderer, num_proc) as begin:
+        begun = ((chunk, begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(found))
+        for chunk, rows_of_chunk, done_bytes in _ahead(begun, AHEAD * num_proc if num_proc > 1 else 0):
+            yield chunk, rows_of_chunk(), done_bytes
+
+
 def relabelled(rows: pa.RecordBatch, names: Sequence[str], vocabulary: dict[str, int]) -> pa.RecordBatch:
     """Rows whose labels count by `names`, with labels by `vocabulary`, to which new classes are added."""
     ids = np.array([vocabulary.setdefault(name, len(vocabulary)) for name in names] or [0], np.int64)
@@ -293,8 +311,7 @@ def _lists(lists: Sequence[Sequence[float] | NDArray[Any]], dtype: Any) -> pa.Li
 class Encoding:
     """The rows of `files` as record batches, in memory bounded by chunks of examples and a batch of rows.
 
-    By data.num_proc processes, or as many as the files are worth; the rows are the same. Counts are complete when all
-    batches were taken.
+    The rows are the same by any number of processes. Counts are complete when all batches were taken.
     """
 
     data: Data
@@ -321,24 +338,21 @@ class Encoding:
         num_rows = num_tokens = 0
         facts: list[FileFacts] = []
         read = examples(self.files, self.data, self._hear, facts=facts, task=self.renderer.task_name)
-        most = min(num_cpus(), MOST_PROCESSES) if self.num_bytes >= WORTH_BYTES else 1
-        num_proc = self.data.num_proc or most
-        with _processes(self.renderer, num_proc) as begin:
-            begun = ((begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(read))
-            for rows_of_chunk, done_bytes in _ahead(begun, AHEAD * num_proc if num_proc > 1 else 0):
-                rows, names, many, problems = rows_of_chunk()
-                for problem in problems:
-                    self._hear(problem)
-                parts.append(relabelled(rows, names, self.vocabulary))
-                num_rows += rows.num_rows
-                num_tokens += len(rows.column("ids").values)
-                self.num_rows += rows.num_rows
-                if many is not None:
-                    self.many = bool(self.many) or many
-                if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
-                    yield pa.concat_batches(parts)
-                    parts, num_rows, num_tokens = [], 0, 0
-                self.progress(self.num_rows, done_bytes, self.num_bytes)
+        num_proc = num_processes(self.data, self.num_bytes)
+        for _, encoded, done_bytes in encode_chunks(read, self.renderer, facts, num_proc):
+            rows, names, many, problems = encoded
+            for problem in problems:
+                self._hear(problem)
+            parts.append(relabelled(rows, names, self.vocabulary))
+            num_rows += rows.num_rows
+            num_tokens += len(rows.column("ids").values)
+            self.num_rows += rows.num_rows
+            if many is not None:
+                self.many = bool(self.many) or many
+            if num_rows >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+                yield pa.concat_batches(parts)
+                parts, num_rows, num_tokens = [], 0, 0
+            self.progress(self.num_rows, done_bytes, self.num_bytes)
         if num_rows:
             yield pa.concat_batches(parts)
         self.progress(self.num_rows, self.num_bytes, self.num_bytes)
