@@ -8,9 +8,12 @@ from typer.testing import CliRunner
 
 from export.exports import finished, quick
 from tunesmith.cli.app import app
+from tunesmith.cli.eval import export_note
+from tunesmith.export import verify
 from tunesmith.export.export_run import TARGETS
 from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.onnx import KNOWN
+from tunesmith.export.run_result import open_result
 
 PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
 
@@ -37,8 +40,21 @@ def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     assert "  tokens of rows and prompts: identical (must be identical)" in result.stdout
     assert "loss on these rows, tuned and exported" in result.stdout
+    note = export_note(tmp_path / "out")
+    assert note.startswith(
+        "an export (merged): `tunesmith show` has the loss of its run on rows held out there; on the 2 "
+    )
+    was, now = note.rpartition("the loss of the run was ")[2].split(", of this ")
+    assert f"tuned and exported: {was}, {now} (" in result.stdout
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--no-verify"]).stdout)
     assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
+    assert export_note(tmp_path / "out").endswith("on rows held out there")
     wrong = CliRunner().invoke(app, [*words[:3], "coreml"])
     assert wrong.exit_code == 2
     assert "--to: coreml: there is no such target. One of merged, adapter, gguf, ollama, onnx." in wrong.output
+
+
+def test_rows_that_were_compared_are_counted_of_all_that_were_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "MAX_ROWS", 1)
+    rows = verify.find_rows(open_result(finished("chat"), offline=True))
+    assert (len(rows.examples), rows.described) == (1, "of 2 held-out rows")

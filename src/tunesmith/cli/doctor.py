@@ -93,15 +93,12 @@ def _free_disk() -> str:
 
 def _together() -> str:
     """The libraries by which several devices train one run together, and whether they are here."""
-    from importlib.util import find_spec
-
     import torch.distributed as dist
 
     known = dist.is_available()
     here = {
         "gloo (between processors)": known and dist.is_gloo_available(),
         "NCCL (between CUDA cards)": known and dist.is_nccl_available(),
-        "Ray (clusters)": find_spec("ray") is not None,
     }
     return ", ".join(f"{name} {'is here' if is_here else 'is not here'}" for name, is_here in here.items())
 

@@ -73,20 +73,15 @@ def export(
     _report(done, as_json=as_json)
 
 
-def make_planned(run: Run, *, as_json: bool, only_missing: bool = False) -> int:
-    """Make the exports of a finished run's recipe, or those that are not there, and report each; their number."""
-    words = run.recipe().export.to
-    if not words:
+def make_planned(run: Run, *, as_json: bool) -> int:
+    """Make the exports of a finished run's recipe that are not there, and report each; returns their number."""
+    if not run.recipe().export.to:
         return 0
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import default_folder, export_planned, parse_export
 
-    if only_missing:
-        words = tuple(word for word in words if not default_folder(run, *parse_export(word)).exists())
+    words = [word for word in run.recipe().export.to if not default_folder(run, *parse_export(word)).exists()]
     for word in words:
-        if only_missing:
-            text = f"{run.path}: the run is done, its export {word} is missing: it is made now"
-            console(stderr=True).print(visible(text), soft_wrap=True)
         with phases(console(stderr=True), PHASES) as progress:
             done = export_planned(run, word, on_progress=progress)
         _report(done, as_json=as_json)

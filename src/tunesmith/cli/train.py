@@ -35,7 +35,7 @@ from tunesmith.cli.options import (
 )
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
-from tunesmith.phrases import visible
+from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -165,7 +165,9 @@ def resume(
     from tunesmith.trackers.sender import tracked
 
     found = Run.open(named(run, root), root, base=model)
-    if found.state() == "done" and make_planned(found, as_json=as_json, only_missing=True):
+    if found.state() == "done" and (num := make_planned(found, as_json=as_json)):
+        words = f"{found.path}: it was done but for {plural(num, 'export')}, made now"
+        console(stderr=True).print(visible(words), soft_wrap=True)
         return
     try:
         earlier = list(found.events())
