@@ -62,9 +62,7 @@ def _lasting(stream: IO[str] | None, descriptor: int) -> IO[str]:
     is_drawn = stream is not None and stream.isatty()
     if stream is not None:
         stream.flush()
-    if (
-        stream is not None and is_drawn and sys.platform == "win32"
-    ):  # Windows' console takes UTF-16 by a call of its own
+    if stream is not None and is_drawn and sys.platform == "win32":  # its console takes UTF-16 by another call
         return stream
     raw = _Lasting(descriptor, "w", closefd=False)
     by_line = is_drawn or descriptor == 2

@@ -25,6 +25,7 @@ from tunesmith.evaluation.scores import (
     statistics_of,
     sureness,
 )
+from tunesmith.phrases import plural
 
 # I rows in common
 
@@ -262,14 +263,9 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
         return None
     kind = kind_of(rows[0])
     found = rows_against_constant(rows, constant["answer"], classes=classes)
-    return {
-        "name": _NAMES.get(kind, "majority baseline"),
-        "words": _HABITS[constant["answer"]] if kind in _NAMES and kind != "numbers" else _words(constant["answer"]),
-        "from": constant["from"],
-        "rows": len(rows),
-        "key": CONSTANT_METRICS[kind][0],
-        "measures": {key: {"value": differs.a, "change": differs.as_change()} for key, differs in found.items()},
-    }
+    words = _HABITS[constant["answer"]] if kind in _NAMES and kind != "numbers" else _words(constant["answer"])
+    facts = {"name": _NAMES.get(kind, "majority baseline"), "words": words, "from": constant["from"], "rows": len(rows)}
+    return {**facts, "key": CONSTANT_METRICS[kind][0], "measures": _as_measures(found)}
 
 
 def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
@@ -281,15 +277,13 @@ def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
         return None
     always = ratio([float(one["reference"].strip() == usual) for one in answers])
     given = ratio(column(answers, "exact_match"))
-    differs = paired(len(answers), {"exact_match": always}, {"exact_match": given})["exact_match"]
-    return {
-        "name": "majority baseline",
-        "words": _words(usual),
-        "from": "the answers measured",
-        "rows": len(answers),
-        "key": "exact_match",
-        "measures": {"exact_match": {"value": differs.a, "change": differs.as_change()}},
-    }
+    found = paired(len(answers), {"exact_match": always}, {"exact_match": given})
+    facts = {"name": "majority baseline", "words": _words(usual), "from": "the answers measured", "rows": len(answers)}
+    return {**facts, "key": "exact_match", "measures": _as_measures(found)}
+
+
+def _as_measures(found: Mapping[str, Difference]) -> dict[str, Any]:
+    return {key: {"value": differs.a, "change": differs.as_change()} for key, differs in found.items()}
 
 
 def _words(answer: Any) -> str:
@@ -334,16 +328,15 @@ def never_right(details: Mapping[str, Any]) -> Iterator[str]:
         key=lambda pair: -pair[1],
     )  # fmt: skip
     if never:
-        listed = [f"{named(name)} ({support:,} {unit}{'' if support == 1 else 's'})" for name, support in never]
-        more = len(never) - MOST_NAMED
-        listed = listed[:MOST_NAMED] + ([f"{more:,} more"] if more > 0 else [])
-        words = f"{', '.join(listed[:-1])} and {listed[-1]}" if len(listed) > 1 else listed[0]
+        names = [f"{named(name)} ({plural(support, unit)})" for name, support in never]
+        shown = names[:MOST_NAMED] + [f"{len(names) - MOST_NAMED:,} more"] * (len(names) > MOST_NAMED)
+        words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
 
 
 def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:
     """A sentence that warns of few rows, if they are few."""
-    count = f"{num:,} {unit}{'' if num == 1 else 's'} {'is' if num == 1 else 'are'}"
+    count = f"{plural(num, unit)} {'is' if num == 1 else 'are'}"
     if num < FEWEST_ROWS:
         yield f"{count} too few to conclude anything: below {FEWEST_ROWS} nothing is called better or worse. {way}"
     elif num < FEW_ROWS:

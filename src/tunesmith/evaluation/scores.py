@@ -363,12 +363,8 @@ def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[d
     thresholds_K = np.arange(1, 100) / 100
     called_KI = chances_I >= thresholds_K[:, None]
     right_K, called_K, num = (called_KI & positive_I).sum(1), called_KI.sum(1), positive_I.sum()
-    columns = (
-        thresholds_K,
-        divide(right_K, called_K),
-        divide(right_K, np.full(len(right_K), num)),
-        divide(2 * right_K, called_K + num),
-    )
+    recall_K = divide(right_K, np.full(len(right_K), num))
+    columns = (thresholds_K, divide(right_K, called_K), recall_K, divide(2 * right_K, called_K + num))
     keys = ("threshold", "precision", "recall", "f1")
     return [dict(zip(keys, row, strict=True)) for row in np.stack(columns, axis=1).tolist()]
 

@@ -222,16 +222,11 @@ def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block | Table]:
             num, listed = flips[f"num_{key}"], flips[key]
             yield Block("heading", f"{plural(num, 'row')} went {words}")
             if len(listed) < num:
-                yield Block(
-                    "paragraph", f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all."
-                )
-            rows = [
-                [
-                    *(Cell(row[name]) for name in ("source", "text", "label", "before", "after")),
-                    Cell(f"{row['probability']:.0%}" if row["probability"] else ""),
-                ]
-                for row in listed
-            ]
+                text = f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all."
+                yield Block("paragraph", text)
+            keys = ("source", "text", "label", "before", "after")
+            sure = [f"{row['probability']:.0%}" if row["probability"] else "" for row in listed]
+            rows = [list(map(Cell, [*(row[k] for k in keys), p])) for row, p in zip(listed, sure, strict=True)]
             if rows:
                 yield Table(columns, rows, "rows stack", shown=12)
     elif worse:
