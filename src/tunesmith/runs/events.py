@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -56,25 +57,41 @@ class Tail:
     they are written again."""
 
     path: Path
-    _file: BinaryIO | None = None
+    _seen: array[int] = field(default_factory=lambda: array("q"))
+    """Hashes of the lines that were read."""
+    _last: bytes = b""
     _offset: int = 0
 
     def read(self) -> Iterator[Event]:
         """Yield the events since the last call, up to a line that is no event."""
-        if _is_elsewhere(self.path, self._file):
-            newer = open(self.path, "rb")  # noqa: SIM115 (held from call to call, so that a swap shows)
-            if self._file is not None:
-                self._offset = _end_of_seen(newer, self._file, self._offset)
-                self._file.close()
-            self._file = newer
-        if self._file is None:
+        if not self.path.exists():
             return
-        self._file.seek(self._offset)
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                return
-            self._offset += len(line)
-            yield _event(line, str(self.path))
+        with open(self.path, "rb") as file:  # and closed again: Windows replaces no open file
+            file.seek(self._offset - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                self._find_place(file)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._add(line)
+                yield _event(line, str(self.path))
+
+    def _add(self, line: bytes) -> None:
+        self._seen.append(hash(line))
+        self._last = line
+        self._offset += len(line)
+
+    def _find_place(self, file: BinaryIO) -> None:
+        """Go to the end of the lines that were seen, in a file from which some of them may be gone."""
+        seen, self._seen, self._last, self._offset, at = self._seen, array("q"), b"", 0, 0
+        file.seek(0)
+        for line in file:
+            try:
+                at = seen.index(hash(line), at) + 1
+            except ValueError:
+                break
+            self._add(line)
+        file.seek(self._offset)
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
@@ -172,26 +189,3 @@ def _drop_half_line(file: BinaryIO) -> None:
     if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _is_elsewhere(path: Path, file: BinaryIO | None) -> bool:
-    """Whether `path` exists and is another file than the open one."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return file is None or not os.path.samestat(there, os.fstat(file.fileno()))
-
-
-def _end_of_seen(newer: BinaryIO, older: BinaryIO, offset: int) -> int:
-    """Find the offset in `newer` up to which a reader of `older[:offset]` has seen its lines; some may be gone."""
-    older.seek(0)
-    had = older.read(offset).splitlines(keepends=True)
-    end = at = 0
-    for line in newer:
-        try:
-            at = had.index(line, at) + 1
-        except ValueError:
-            break
-        end += len(line)
-    return end

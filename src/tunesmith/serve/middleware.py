@@ -171,16 +171,16 @@ class AccessMiddleware:
         return self.policy.known(scope) or self.app
 
     def _preflight(self, scope: Scope) -> Response | None:
-        """The answer to a browser that asks, without a key, what a page that is allowed may send."""
-        asked = Headers(scope=scope)
-        if scope["method"] != "OPTIONS" or "access-control-request-method" not in asked or "origin" not in asked:
+        """The answer to a browser's question, without a key, about what a page that is allowed may send."""
+        sent = Headers(scope=scope)
+        if scope["method"] != "OPTIONS" or "access-control-request-method" not in sent or "origin" not in sent:
             return None
         headers = {
             "Access-Control-Allow-Methods": "GET, POST, DELETE",
-            "Access-Control-Allow-Headers": asked.get("access-control-request-headers", "*"),
+            "Access-Control-Allow-Headers": sent.get("access-control-request-headers", "*"),
             "Access-Control-Max-Age": "600",
         }
-        if "access-control-request-private-network" in asked:  # of a page on the internet, by some browsers
+        if "access-control-request-private-network" in sent:  # of a page on the internet, by some browsers
             headers["Access-Control-Allow-Private-Network"] = "true"
         return Response(headers=headers)
 
