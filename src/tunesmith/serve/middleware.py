@@ -162,27 +162,23 @@ class AccessMiddleware:
 
     async def _answer(self, scope: Scope) -> ASGIApp:
         """The app, or the answer in its place."""
-        if (error := self._wrong_source(scope)) is not None:
-            return error_response(error)
-        if (preflight := self._preflight(scope)) is not None:
+        error = self._wrong_source(scope)
+        if error is None and (preflight := self._preflight(scope)) is not None:
             return preflight
-        if (error := await self._wrong_key(scope)) is not None:
-            return error_response(error)
-        return self.policy.known(scope) or self.app
+        error = error or await self._wrong_key(scope)
+        return self.policy.known(scope) or self.app if error is None else error_response(error)
 
     def _preflight(self, scope: Scope) -> Response | None:
         """The answer to a browser's question, without a key, about what a page that is allowed may send."""
         sent = Headers(scope=scope)
         if scope["method"] != "OPTIONS" or "access-control-request-method" not in sent or "origin" not in sent:
             return None
-        headers = {
+        return Response(headers={
             "Access-Control-Allow-Methods": "GET, POST, DELETE",
             "Access-Control-Allow-Headers": sent.get("access-control-request-headers", "*"),
+            "Access-Control-Allow-Private-Network": "true",  # some browsers need it for pages on the internet
             "Access-Control-Max-Age": "600",
-        }
-        if "access-control-request-private-network" in sent:  # of a page on the internet, by some browsers
-            headers["Access-Control-Allow-Private-Network"] = "true"
-        return Response(headers=headers)
+        })  # fmt: skip
 
     def _wrong_source(self, scope: Scope) -> RequestError | None:
         # h11 limits what has arrived of unfinished headers, and they can arrive whole.

@@ -48,11 +48,11 @@ def main() -> int:
     limit = options.memory_limit_bytes or int(0.9 * psutil.virtual_memory().total)
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_watch, args=(limit,), daemon=True).start()
-    cancelled: set[int] = set()
-    threading.Thread(target=_listen, args=(inbox, cancelled), daemon=True).start()
+    wanted: set[int] = set()
+    threading.Thread(target=_listen, args=(inbox, wanted), daemon=True).start()
     try:
         registry = open_registry(names, root=Path(root), options=options, note=send)
-        worker = Worker(registry, options, inbox, send, cancelled, limit=limit)
+        worker = Worker(registry, options, inbox, send, wanted, limit=limit)
         for name, run in attached.items():
             try:
                 registry.attach(registry.read_run(name, Path(run)))
@@ -75,14 +75,13 @@ class Worker:
     """
 
     def __init__(
-        self, registry: Registry, options: EngineOptions, inbox: Inbox, send: Send, cancelled: set[int], *, limit: int
+        self, registry: Registry, options: EngineOptions, inbox: Inbox, send: Send, wanted: set[int], *, limit: int
     ) -> None:
         self.inbox = inbox
-        self._cancelled = cancelled
+        self._wanted = wanted
         self._registry = registry
         self._options = options
         self._send = send
-        self._preparing: set[int] = set()
         self._preparer = ThreadPoolExecutor(1)
         decoders = registry.decoders
         free = limit - resident_bytes() - SCRATCH_BYTES
@@ -101,12 +100,9 @@ class Worker:
     def take(self, key: int, verb: str, *words: Any) -> None:
         """Do, or start to do, what a message says."""
         if verb == "cancel":
-            self._cancelled.discard(key)
-            self._preparing.discard(key)
             for scheduler in self._schedulers.values():
                 scheduler.cancel(key)
         elif verb == "answer":
-            self._preparing.add(key)
             self._preparer.submit(self._try, key, self._prepare, *words)
         elif verb == "attach":
             self._preparer.submit(self._try, key, self._read_run, *words)
@@ -129,17 +125,17 @@ class Worker:
                 message = f"the request could not be answered: {type(error).__name__}"
                 answer = RequestError(message, status=500, code="internal_error")
         if answer is not None:
-            self._preparing.discard(key)
+            self._wanted.discard(key)
             self._send(((key, answer),))
 
     def _prepare(self, key: int, request: GenerationRequest) -> None:
-        if key in self._preparing:
+        if key in self._wanted:
             prepared = self._registry.find(request.model, ServedModel).prepare(key, request, self._options)
             self.inbox.put(partial(self._try, key, self._start, prepared))
 
     def _start(self, key: int, request: PreparedRequest) -> None:
-        if key in self._preparing:
-            self._preparing.discard(key)
+        if key in self._wanted:
+            self._wanted.discard(key)
             model = self._registry.find(request.sampling.model, ServedModel)  # it can have been removed meanwhile
             self._schedulers[model.decoder].add(request)
 
@@ -156,7 +152,7 @@ class Worker:
 
     def _read(self, key: int, model: str, texts: Sequence[Any], how: Mapping[str, Any]) -> Any:
         def done(num: int) -> None:
-            if key in self._cancelled:
+            if key not in self._wanted:
                 raise RequestError("the client has gone away", status=499)
 
         done(0)
@@ -182,12 +178,11 @@ def _receive() -> Any:
     return unpack(line)
 
 
-def _listen(inbox: Inbox, cancelled: set[int]) -> None:
-    """Put messages into the inbox. `cancelled`: keys of those that were cancelled meanwhile."""
+def _listen(inbox: Inbox, wanted: set[int]) -> None:
+    """Put messages into the inbox. `wanted`: keys of those that were not cancelled or answered yet."""
     while True:
         key, verb, *_ = message = _receive()
-        if verb == "cancel":
-            cancelled.add(key)
+        (wanted.discard if verb == "cancel" else wanted.add)(key)
         inbox.put(message)
 
 
