@@ -346,8 +346,8 @@ def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
     said = [row["message"] for row in store.page(events, events.c.level == "warn", limit=100, newest_first=False)[0]]
     way = f"runs/x: the disk is full. Make it on the server: tunesmith export runs/{name} --to"
     expected = [
-        f"Not made: the export gguf:q8_0. {way} gguf --quant q8_0",
-        f"Not made: the export merged:float32. {way} merged --dtype float32",
+        f"Not made: the export gguf --quant q8_0. {way} gguf --quant q8_0",
+        f"Not made: the export merged --dtype float32. {way} merged --dtype float32",
     ]
     assert said == ([] if made else expected)
     job = store.job(name)

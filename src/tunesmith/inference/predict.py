@@ -119,12 +119,10 @@ class Predictor:
             for i, one in zip(members, given, strict=True):
                 results[i] = {key: one.text}
                 if not one.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
-                    warn(self._cut_off(examples[i]))
+                    message = f"its answer was cut off at {self.max_new_tokens} tokens."
+                    way = "Raise --max-tokens."
+                    warn(Problem(examples[i].source, "answer_cut", message, way, severity="warning"))
         return results
-
-    def _cut_off(self, example: Example) -> Problem:
-        message = f"its answer was cut off at {self.max_new_tokens} tokens."
-        return Problem(example.source, "answer_cut", message, "Raise --max-tokens.", severity="warning")
 
     def _prompt(self, example: Example, warn: Warn) -> list[int] | Problem:
         """The ids of the prompt, if they leave room for an answer."""

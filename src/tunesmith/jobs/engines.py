@@ -48,7 +48,6 @@ class Engines:
         return next(owners, first), name
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
-        """See protocol.Engine."""
         engine, name = self._find(request.model)
         events = engine.generate(replace(request, model=name))
         try:
@@ -58,7 +57,6 @@ class Engines:
             await events.aclose()
 
     async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
-        """See protocol.Engine."""
         engine, name = self._find(model)
         return await engine.read(name, texts, **how)
 
@@ -67,7 +65,6 @@ class Engines:
         await self._engines[base].attach(name, run)
 
     async def detach(self, name: str) -> None:
-        """See WorkerEngine."""
         await self._find(name)[0].detach(name)
 
     def state(self) -> EngineState:
@@ -77,7 +74,6 @@ class Engines:
         return EngineState(all(alive), *map(sum, counts))
 
     async def close(self, grace_s: float) -> None:
-        """See protocol.Engine."""
         await asyncio.gather(*(engine.close(grace_s) for engine in self._engines.values()))
 
 

@@ -67,12 +67,10 @@ class RayLauncher:
         return max(1, int(there.get("GPU", 0) or there.get("CPU", 1)))
 
     def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> RayRun:
-        """See LocalLauncher."""
         needs = needs_of(load.validate(orjson.loads(recipe.read_bytes())), self._ray)
         remote = self._ray.remote(max_retries=0, **needs)(hold_place)
         return RayRun(ChildProcess(run), self._ray, remote.remote(run, recipe, dict(environment), self._offline))
 
     def find(self, run: Path) -> RayRun | None:
-        """See LocalLauncher."""
         found = RayRun(ChildProcess(run), self._ray)
         return found if found.is_alive() else None

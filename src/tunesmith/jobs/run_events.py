@@ -106,14 +106,13 @@ def trained_tokens(found: Iterable[Event]) -> int:
 def missing_exports(job: str, run: Run, why: str) -> list[dict[str, Any]]:
     """A warning for each export of the recipe that is not in the folder of a finished run, with the way to make it."""
     found = []
-    for word in run.recipe().export.to:
-        target, _, value = word.partition(":")
-        names = {path.name for path in (run.path / "exports").glob(f"{target}*")}
-        if not names & {target, f"{target}-{value}"} and (value or not names):
-            way = ["--dtype" if target == "merged" else "--quant", value] if value else []
-            text = f"Not made: the export {word}. {why}".rstrip()
-            text += f" Make it on the server: {' '.join(['tunesmith export', f'runs/{job}', '--to', target, *way])}"
-            found.append(event(job, text, level="warn", once=f"export {word}"))
+    for target, _, value in (word.partition(":") for word in run.recipe().export.to):
+        name = target if target == "merged" or not value else f"{target}-{value}"
+        if not any((run.path / "exports").glob(f"{name}*")):
+            how = f" {'--dtype' if target == 'merged' else '--quant'} {value}" if value else ""
+            text = f"Not made: the export {target}{how}. {why}".rstrip()
+            text += f" Make it on the server: tunesmith export runs/{job} --to {target}{how}"
+            found.append(event(job, text, level="warn", once=f"export {target}{how}"))
     return found
 
 

@@ -131,7 +131,6 @@ class Store:
         self._opened.close()
 
     def writing(self, *, only_events: bool = False) -> AbstractContextManager[sa.Connection]:
-        """See Database."""
         return self._database.writing(only_events=only_events)
 
     @property
@@ -151,7 +150,6 @@ class Store:
         return found[0] if found else None
 
     def insert_new(self, table: sa.Table) -> Any:
-        """See Database."""
         return self._database.insert_new(table)
 
     def insert(self, table: sa.Table, row: Record) -> None:

@@ -10,7 +10,6 @@ import secrets
 import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -215,21 +214,13 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     request.state.usage = usage = Usage()
     if not body.stream:
-        return json_response(await whole_answer(_while_connected(events, request), head, form, usage))
+        return json_response(await _connected(whole_answer(events, head, form, usage), request))
     first = await _connected(anext(events), request)
     shows_usage = (body.stream_options or {}).get("include_usage", False)
     pieces = event_stream(first, events, head, form, usage, shows_usage=shows_usage)
     # no-transform, X-Accel-Buffering: for proxies that would collect an answer before they pass it on.
     headers = {"Cache-Control": "no-store, no-transform", "X-Accel-Buffering": "no"}
     return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
-
-
-async def _while_connected(events: Events, request: Request) -> Events:
-    """The events of an answer that is not streamed. Raises ClientDisconnect when the client has gone away."""
-    async with aclosing(events):
-        with suppress(StopAsyncIteration):
-            while True:
-                yield await _connected(anext(events), request)
 
 
 async def _connected(answer: Awaitable[T], request: Request) -> T:

@@ -177,7 +177,6 @@ class WorkerEngine:
         return await WorkerProcess.start((self._names, str(self._root), self._options, attached), self._note)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
-        """See protocol.Engine."""
         worker, key, call = self._worker, *self._open(request.n, "answer", request)
         try:
             while call.num_left:
@@ -190,7 +189,6 @@ class WorkerEngine:
                 worker.send((key, "cancel"))
 
     async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
-        """See protocol.Engine."""
         return await self._reply("read", model, texts, how)
 
     async def attach(self, name: str, run: Path) -> None:
@@ -235,7 +233,6 @@ class WorkerEngine:
         return key, call
 
     def state(self) -> EngineState:
-        """See protocol.Engine."""
         started = [call for call in self._calls.values() if call.has_started]
         return EngineState(
             alive=self._worker.is_alive,
@@ -247,7 +244,6 @@ class WorkerEngine:
         )
 
     async def close(self, grace_s: float) -> None:
-        """See protocol.Engine."""
         self._is_closing = True
         deadline = time.monotonic() + grace_s
         while self._calls and time.monotonic() < deadline and self._worker.is_alive:
