@@ -1,5 +1,7 @@
 import io
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +93,24 @@ def test_slow_steps_are_each_told() -> None:
         display.event(fake_events.step(number, 1.0))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().count("step ") == 7
+
+
+def test_bars_of_libraries_are_whole_lines_in_a_file() -> None:
+    code = """
+import tunesmith.cli.display as display
+display.PLAIN_SECONDS, display.PLAIN_WAIT_S = 0.1, 0.05
+display.plain_bars()
+import time
+from huggingface_hub.utils import tqdm
+for i in tqdm(range(3), desc="short"): pass
+for i in tqdm(range(6), desc="long"): time.sleep(0.1)
+"""
+    written = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr
+    assert b"\r" not in written
+    lines = written.decode().split("\n")[:-2]  # a bar ends with an empty line
+    assert [line[:6] for line in lines] == ["long: "] * len(lines)
+    assert 2 < len(lines) < 8
+    assert "6/6" in lines[-1]
 
 
 def test_quiet_says_nothing() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial, partialmethod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ from tunesmith.cli.render import (
     sample_row,
 )
 from tunesmith.cli.signals import stopping_on_signals
-from tunesmith.cli.streams import console, json_line
+from tunesmith.cli.streams import console, is_drawn, json_line
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
@@ -96,7 +98,7 @@ class Plain(Silent):
 
     def _step_is_due(self, event: Event) -> bool:
         total, now = self.series.total_steps, self.clock()
-        regular = event.step in (1, total) or event.step % max(1, total // PLAIN_STEP_LINES) == 0
+        regular = event.step in (1, total) or event.step % max(1, -(-total // PLAIN_STEP_LINES)) == 0
         if regular or now - self.last_line >= PLAIN_SECONDS:
             self.last_line = now
             return True
@@ -217,9 +219,23 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
         yield lambda what, done, total: show_phase(area, bar, words.get(what, what), done, total)
 
 
+@lru_cache
+def plain_bars() -> None:
+    """Let bars of libraries, such as of downloads, be whole lines every `PLAIN_SECONDS` if stderr is no terminal."""
+    if not is_drawn(sys.stderr):
+        from tqdm import tqdm
+
+        how = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_WAIT_S}
+        tqdm.__init__ = partialmethod(tqdm.__init__, **how)  # type: ignore[assignment, method-assign]
+        tqdm.status_printer = staticmethod(  # type: ignore[method-assign]
+            lambda file: partial(print, file=file, flush=True)
+        )
+
+
 def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:
     """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`, and one at the end of a phase that
     has had a line."""
+    plain_bars()
     due, shown = time.monotonic() + PLAIN_WAIT_S, ""
 
     def line(what: str, done: int, total: int) -> None:
