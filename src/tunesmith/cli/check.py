@@ -13,28 +13,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from tunesmith.cli import options
 from tunesmith.cli.errors import print_problems
-from tunesmith.cli.options import (
-    BatchSize,
-    Data,
-    Epochs,
-    Eval,
-    Fast,
-    Json,
-    MethodName,
-    Model,
-    Offline,
-    Rank,
-    Rate,
-    RecipeFile,
-    Root,
-    Settings,
-    Task,
-    build_recipe,
-    files,
-    mix_of,
-    to_overrides,
-)
+from tunesmith.cli.options import build_recipe, files, mix_of, to_overrides
 from tunesmith.cli.render import label_counts, percent, sample_row
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
@@ -61,9 +42,9 @@ def check(
         str | None, typer.Option(metavar="TASK", help="Task to learn (default: detected from DATA).")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
-    settings: Settings = None,
-    offline: Offline = False,
-    as_json: Json = False,
+    settings: options.Settings = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """List every problem of your data by line, with a way out, before anything is trained.
 
@@ -77,7 +58,13 @@ def check(
         if (Path(path) / "config.json").is_file() and (Path(path) / "tokenizer_config.json").is_file():
             raise InputError(f"{path}: a model folder, not data. Write: tunesmith check DATA --model {path}")
     train = files(data)
-    explicit = {"model": model, "data.train": train, "data.eval": files(eval_), "data.mix": mix_of(train), "task": task}
+    explicit = {
+        "model": model,
+        "data.train": train,
+        "data.eval": files(eval_),
+        "data.mix": mix_of(train),
+        "task": task,
+    }
     chosen = load.load(str(recipe) if recipe else None, [*to_overrides(explicit), *(settings or [])])
     if not chosen.data.train:
         raise InputError("data.train: nothing was given. Write: tunesmith check DATA, or a --recipe that has it.")
@@ -185,27 +172,27 @@ def _say(screen: Console, text: str) -> None:
 
 
 def plan(
-    model: Model = None,
-    data: Data = None,
-    eval_: Eval = None,
-    task: Task = None,
-    method: MethodName = None,
-    rank: Rank = None,
-    lr: Rate = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    fast: Fast = False,
-    recipe: RecipeFile = None,
-    settings: Settings = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    eval_: options.Eval = None,
+    task: options.Task = None,
+    method: options.MethodName = None,
+    rank: options.Rank = None,
+    lr: options.Rate = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    fast: options.Fast = False,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
     device: Annotated[
         str | None, typer.Option(metavar="H100-80G|24G|8xH100|...", help="Plan for cards that are not here.")
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the model in a process of its own and measure, too.")
     ] = True,
-    root: Root = Path("runs"),
-    offline: Offline = False,
-    as_json: Json = False,
+    root: options.Root = Path("runs"),
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what `train` would do with MODEL and DATA and what it would need; then try its heaviest step.
 
@@ -293,7 +280,7 @@ def _probe(resolved: Any, values: Mapping[str, Any], root: Path, *, offline: boo
 
 def recipe(
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="A recipe to complete.")] = None,
-    settings: Settings = None,
+    settings: options.Settings = None,
 ) -> None:
     """Print a complete recipe with a comment on every option, ready to be edited.
 

@@ -10,29 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import (
-    BaseAt,
-    BatchSize,
-    Data,
-    Epochs,
-    Eval,
-    Fast,
-    Json,
-    MethodName,
-    Model,
-    Offline,
-    Quiet,
-    Rank,
-    Rate,
-    RecipeFile,
-    Root,
-    RunName,
-    Settings,
-    Task,
-    Track,
-    build_recipe,
-    named,
-)
+from tunesmith.cli import options
+from tunesmith.cli.options import build_recipe, named
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
 from tunesmith.phrases import plural, visible
@@ -43,23 +22,23 @@ if TYPE_CHECKING:
 
 
 def train(
-    model: Model = None,
-    data: Data = None,
-    eval_: Eval = None,
-    task: Task = None,
-    method: MethodName = None,
-    rank: Rank = None,
-    lr: Rate = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    fast: Fast = False,
+    model: options.Model = None,
+    data: options.Data = None,
+    eval_: options.Eval = None,
+    task: options.Task = None,
+    method: options.MethodName = None,
+    rank: options.Rank = None,
+    lr: options.Rate = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    fast: options.Fast = False,
     export: Annotated[
         list[str] | None,
         typer.Option(metavar="TARGET[:KIND]", help="Export the result at the end: merged, gguf:q4_k_m."),
     ] = None,
-    track: Track = None,
-    recipe: RecipeFile = None,
-    settings: Settings = None,
+    track: options.Track = None,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of this run instead of runs/NAME-1a2b.")
     ] = None,
@@ -67,10 +46,10 @@ def train(
         int | None,
         typer.Option(min=1, metavar="WORKERS", help="Train on so many workers of this Ray cluster; needs --out."),
     ] = None,
-    root: Root = Path("runs"),
-    offline: Offline = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    root: options.Root = Path("runs"),
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fine-tune MODEL on DATA: check the data, plan, measure, train, measure again, and write a run folder.
 
@@ -141,14 +120,14 @@ def launch_ranks(recipe: Recipe) -> None:
 
 
 def resume(
-    run: RunName,
-    settings: Settings = None,
-    model: BaseAt = None,
-    track: Track = None,
-    root: Root = Path("runs"),
-    offline: Offline = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    run: options.RunName,
+    settings: options.Settings = None,
+    model: options.BaseAt = None,
+    track: options.Track = None,
+    root: options.Root = Path("runs"),
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Continue a run that was stopped, failed or killed, with the same result as if it had not been.
 
@@ -194,14 +173,14 @@ POLL_S = 0.5
 
 
 def track(
-    run: RunName,
+    run: options.RunName,
     to: Annotated[
         list[str], typer.Option("--to", metavar="TRACKER", help="tensorboard, wandb, mlflow or trackio. Repeatable.")
     ],
     follow: Annotated[bool, typer.Option("--follow", help="Keep sending until the run ends.")] = False,
-    root: Root = Path("runs"),
-    offline: Offline = False,
-    as_json: Json = False,
+    root: options.Root = Path("runs"),
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Send a run that is done or under way to an experiment tracker: what it does not have yet, and nothing twice.
 
