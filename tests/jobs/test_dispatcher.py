@@ -167,10 +167,11 @@ def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_
 def test_a_result_waits_for_an_engine_that_is_started_again(store: Store) -> None:
     refusals = [503, 503]
     models = RefusingModels(refusals)
-    name = put_job(store, put_file(store, rows(12)))
+    name, states = put_job(store, put_file(store, rows(12))), list[str]()
+    store.on_job = lambda job: states.append(job["status"])
     work(store, FakeLauncher(), models)
     assert (store.job(name)["status"], refusals) == ("succeeded", [])
-
+    assert states == ["queued", "running", "succeeded"], "a line each, however long the engine takes"
     assert len(store.tuned(job=name)) == len(models.served) == 2
 
     refusals += [400, 400, 400]  # the end of an epoch, twice, then the result

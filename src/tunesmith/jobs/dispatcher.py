@@ -72,12 +72,13 @@ class Dispatcher:
     on_note: Callable[[str], None] = lambda text: None
     parallel: int = 1
     active: dict[str, _Active] = field(default_factory=dict)
-    last_start: dict[str, int] = field(default_factory=dict)
-    """The number of the last start of a project."""
-    num_started: int = 0
+    last_start: dict[str, float] = field(default_factory=dict)
+    """The time of the last start of a project."""
     expires_next: float = 0.0
     unserved: set[str] = field(default_factory=set)
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
+    unfinished: set[str] = field(default_factory=set)
+    """Jobs whose runs are done, and whose results wait for an engine."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     seen: int = -1
@@ -124,6 +125,9 @@ class Dispatcher:
             except RunError as error:
                 self.on_note(f"{name}: its checkpoints are not served: {error}")
             self.unserved.discard(name)
+        for name in list(self.unfinished):
+            self._finish(name, Run(self._run_path(name)))
+            self._tidy(name)
         if is_new:
             self._start_jobs()
         if time.monotonic() >= self.expires_next:
@@ -135,7 +139,7 @@ class Dispatcher:
     def _start_jobs(self) -> None:
         """Start what there is room for, and tidy after what waits no longer."""
         for job in self.store.with_status("running"):
-            if job["id"] not in self.active:  # an earlier server, or a full disk, left it so
+            if job["id"] not in (*self.active, *self.unfinished):  # an earlier server, or a full disk, left it so
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
         waiting = {job["id"] for job in self.store.with_status("paused", *WAITING)}
         for name in self.waiting - waiting - self.active.keys():
@@ -188,13 +192,14 @@ class Dispatcher:
         if run.path.exists():
             run.clear_stop()
         path = self.store.recipes_path / f"{name}.yaml"
-        self._follow_new(job, self.launcher.start(run.path, path, environment_of(job)))
+        services = [Integration.model_validate(one).wandb.environment for one in job["request"]["integrations"]]
+        environment = services[0] if services else {}  # for the service that gets the metrics
+        self._follow_new(job, self.launcher.start(run.path, path, environment))
 
     def _follow_new(self, job: Record, process: ChildProcess | RayRun) -> None:
         name, run = job["id"], Run(self._run_path(job["id"]))
         self.active[name] = _Active(name, job["project"], run, process, Tail(run.events_path), EventTranslator(name))
-        self.num_started += 1
-        self.last_start[job["project"]] = self.num_started
+        self.last_start[job["project"]] = time.monotonic()
 
     def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""
@@ -318,9 +323,8 @@ class Dispatcher:
             if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
                 fault = row_fault(found, which)
                 return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
-        if error["code"] == "DoesNotFitError":
-            return self._fail(job, "insufficient_memory", self._message(error), "model")
-        return self._fail(job, "run_failed", self._message(error), None)
+        code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
+        return self._fail(job, code, self._message(error), param)
 
     def _message(self, error: Record) -> str:
         """The message of a run's error, for clients."""
@@ -415,21 +419,24 @@ class Dispatcher:
         """
         job = self.store.job(name)
         assert job is not None, "rows of jobs are never removed"
-        found = list(run.events())
-        self.store.add_events(EventTranslator(name)(found))
-        row = self._write_results(name, found)
-        step, metrics = max(metrics_by_step(found).items())
         tuned = job["tuned_name"]
-        model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
+        self.unfinished.discard(name)
         try:
             self._serve_snapshots(name, run)
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
             attempts = job["attempts"] + (getattr(error, "code", "") == CRASHED)
             if _is_unavailable(error) and attempts < MOST_ATTEMPTS:
-                self.store.change_job(name, if_status=["running"], status="queued", attempts=attempts)
+                self.unfinished.add(name)
+                if attempts > job["attempts"]:
+                    self.store.change_job(name, if_status=["running"], attempts=attempts)
                 return None
             return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
+        found = list(run.events())
+        self.store.add_events(EventTranslator(name)(found))
+        row = self._write_results(name, found)
+        step, metrics = max(metrics_by_step(found).items())
+        model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
         said = [
             event(name, f"Checkpoint created at step {step} with Snapshot ID: {tuned}", once="snapshot"),
             event(name, f"New fine-tuned model created: {tuned}", once="model"),
@@ -453,12 +460,6 @@ def _snapshots(job: Record, found: Iterable[Event]) -> dict[str, Event]:
 def _is_unavailable(error: Exception) -> bool:
     """Whether an engine is being started again, or was killed meanwhile."""
     return isinstance(error, RequestError) and (error.status == UNAVAILABLE or error.code == CRASHED)
-
-
-def environment_of(job: Record) -> dict[str, str]:
-    """Variables for the services that get the metrics of a job."""
-    found = [Integration.model_validate(one).wandb.environment for one in job["request"]["integrations"]]
-    return found[0] if found else {}
 
 
 def job_recipe(

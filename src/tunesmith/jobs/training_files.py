@@ -56,9 +56,8 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     except DataError as error:
         problems += [one for one in error.problems if one not in problems]
         if not problems:
-            raise FileFault(
-                f"invalid_{which}_file", f"{FAILED.format(which=which)} {_plain(str(error), path)}", f"{which}_file"
-            ) from None
+            why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is on this machine
+            raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {why}", f"{which}_file") from None
     if errors := [problem for problem in problems if problem.severity == "error"]:
         raise row_fault(errors, which)
     if None in tasks or len(tasks) > 1:
@@ -94,11 +93,6 @@ def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
     for one in error.get("problems", ()):
         if Path(one["file"]).name == path.name and one["severity"] == "error":
             yield Problem(Source(one["file"], one["line"]), one["code"], one["message"], one["fix"])
-
-
-def _plain(text: str, path: Path) -> str:
-    """A message without the place of the file on this machine."""
-    return text.replace(f"{path}: ", "").replace(str(path), "the file")
 
 
 def rounds(num_rows: int) -> int:

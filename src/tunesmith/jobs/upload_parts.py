@@ -113,15 +113,11 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
 def cancel_upload(store: Store, name: str) -> Record:
     """Drop a pending upload with its parts. Raises RequestError for one that has ended."""
     _pending(store, name)
-    _end(store, name, status="cancelled")
-    remove(store.parts_path / name)
-    return find_upload(store, name)
-
-
-def _end(store: Store, name: str, **values: Any) -> None:
     matches = sa.update(uploads).where(uploads.c.id == name, uploads.c.status == "pending")
     with store.writing() as connection:
-        connection.execute(matches.values(**values))
+        connection.execute(matches.values(status="cancelled"))
+    remove(store.parts_path / name)
+    return find_upload(store, name)
 
 
 def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
