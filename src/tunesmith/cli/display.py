@@ -16,18 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from tunesmith.cli.render import (
-    ACCENT,
-    MUTED,
-    answers_table,
-    loss,
-    metric_line,
-    option,
-    plan_facts,
-    plan_panel,
-    print_result,
-    sample_row,
-)
+from tunesmith.cli import render
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, is_drawn, json_line
 from tunesmith.errors import Stopped
@@ -92,7 +81,7 @@ class Plain(Silent):
         elif event.kind == "step" and self._step_is_due(event):
             self.say(step_line(self.series))
         elif event.kind == "end":
-            print_result(self.console, self.series.report)
+            render.print_result(self.console, self.series.report)
         elif line := event_line(event, self.series):
             self.say(line)
 
@@ -109,7 +98,7 @@ def step_line(series: RunSeries) -> str:
     """The newest step: loss, learning rate, speed, memory, time left."""
     last, left = series.steps[series.step], series.seconds_left
     return (
-        f"step {last.step}/{series.total_steps}: loss {loss(last.loss)}, lr {last.lr:.3g}, "
+        f"step {last.step}/{series.total_steps}: loss {render.loss(last.loss)}, lr {last.lr:.3g}, "
         f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
         + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
     )
@@ -118,11 +107,11 @@ def step_line(series: RunSeries) -> str:
 def bars(screen: Console) -> Progress:
     """Bars below the last printed line of a terminal, with words before and `more` words after."""
     columns = (
-        SpinnerColumn("dots", style=ACCENT),
+        SpinnerColumn("dots", style=render.ACCENT),
         TextColumn("{task.description}"),
-        BarColumn(24, complete_style=ACCENT),
+        BarColumn(24, complete_style=render.ACCENT),
     )
-    more = TextColumn("{task.fields[more]}", style=MUTED)
+    more = TextColumn("{task.fields[more]}", style=render.MUTED)
     return Progress(*columns, more, console=screen, transient=True, refresh_per_second=REFRESH_PER_SECOND)
 
 
@@ -143,7 +132,7 @@ class Live(Silent):
         self.area.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(visible(text), style=MUTED))
+        self.console.print(Text(visible(text), style=render.MUTED))
 
     def progress(self, what: str, done: int, total: int) -> None:
         show_phase(self.area, self.phase, PHASES.get(what, what), done, total)
@@ -160,12 +149,12 @@ class Live(Silent):
             print_plan(console, self.series.plan)
             if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
-                console.print(sample_row(spans, in_color=console.color_system is not None), "")
+                console.print(render.sample_row(spans, in_color=console.color_system is not None), "")
         elif event.kind == "end":
             self.area.stop()
-            print_result(console, self.series.report)
+            render.print_result(console, self.series.report)
             if self.series.samples:
-                console.print(answers_table(self.series.samples, width=console.width, most=MOST_ANSWERS))
+                console.print(render.answers_table(self.series.samples, width=console.width, most=MOST_ANSWERS))
         elif values.get("name") != "after" and (line := event_line(event, self.series)):
             console.print(visible(line), style="yellow" if event.kind == "note" else "")
 
@@ -187,7 +176,7 @@ def event_line(event: Event, series: RunSeries) -> str:
     """One line on a measurement, a note, or a resumption; "" for other events."""
     if event.kind in MEASURED:
         when = WHEN.get(event.values["name"], f"step {event.step}")
-        return f"{when}: {MEASURED[event.kind]}{metric_line(event, series)}"
+        return f"{when}: {MEASURED[event.kind]}{render.metric_line(event, series)}"
     if event.kind == "note":
         return f"note: {event.values['text']}"
     return f"resumed after step {event.step} of {series.total_steps}" if event.kind == "resume" else ""
@@ -195,15 +184,15 @@ def event_line(event: Event, series: RunSeries) -> str:
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """A plan as whole lines: facts, choices, notes."""
-    lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
-    lines += [f"chosen: {c['key']} = {option(c['value'])}: {c['reason']}" for c in plan.get("choices", ())]
+    lines = [f"{name}: {text}" for name, text in render.plan_facts(plan)]
+    lines += [f"chosen: {c['key']} = {render.option(c['value'])}: {c['reason']}" for c in plan.get("choices", ())]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 
 def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
     """A plan as a panel with notes below on a terminal, in whole lines elsewhere."""
     if screen.is_terminal:
-        screen.print(plan_panel(plan))
+        screen.print(render.plan_panel(plan))
     for line in [f"note: {text}" for text in plan.get("warnings", ())] if screen.is_terminal else plan_lines(plan):
         screen.print(visible(line), style="yellow" if screen.is_terminal else "")
 

@@ -34,18 +34,7 @@ import filelock
 import tunesmith
 from tunesmith.errors import RunError
 from tunesmith.phrases import listed
-from tunesmith.runs import events
-from tunesmith.runs.atomic import (
-    clean,
-    from_json,
-    remove,
-    replace_folder,
-    sha256_file,
-    storing,
-    temporary_folder,
-    to_json,
-    write_atomic,
-)
+from tunesmith.runs import atomic, events
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -113,26 +102,26 @@ class Run:
         """
         parent = root if out is None else out.parent
         places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
-        clean(parent, name="new-run", older_than_s=3600)
-        temporary = temporary_folder(parent, "new-run")
+        atomic.clean(parent, name="new-run", older_than_s=3600)
+        temporary = atomic.temporary_folder(parent, "new-run")
         facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__, **more}
         if recipe is not None:
             from tunesmith.recipe.origin import record
 
             facts["made"] = record(recipe, parent)
         try:
-            write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
-            write_atomic(temporary / "run.json", to_json(facts, indent=True) + b"\n")
+            atomic.write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
+            atomic.write_atomic(temporary / "run.json", atomic.to_json(facts, indent=True) + b"\n")
             for path in places:
                 with suppress(OSError):
                     path.rmdir()  # which takes an empty folder only
                 with suppress(FileExistsError):
-                    replace_folder(temporary, path)
+                    atomic.replace_folder(temporary, path)
                     return cls(path)
         except BaseException:
-            remove(temporary)
+            atomic.remove(temporary)
             raise
-        remove(temporary)
+        atomic.remove(temporary)
         refuse_taken(out)
         raise RunError(f"{root}: 100 names such as {places[0].name} are taken, and a run never overwrites anything.")
 
@@ -210,13 +199,13 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name` of this folder, atomically."""
-        write_atomic(self.path / name, to_json(value, indent=True) + b"\n")
+        atomic.write_atomic(self.path / name, atomic.to_json(value, indent=True) + b"\n")
 
     def read_json(self, name: str) -> Any:
         """Read a value written by `write_json`. Raises RunError if the file is missing or broken."""
         path = self.path / name
         try:
-            return from_json(path.read_bytes())
+            return atomic.from_json(path.read_bytes())
         except OSError as error:
             raise RunError(f"{path}: cannot be read: {error.strerror}.") from error
         except ValueError as error:
@@ -229,16 +218,16 @@ class Run:
         Leftovers of a killed writer are removed first. Raises RunError naming the holder.
         """
         lock = filelock.FileLock(self.path / "lock", timeout=_LOCK_PATIENCE_S, thread_local=False)
-        with storing(self.path / "lock"):
+        with atomic.storing(self.path / "lock"):
             try:
                 lock.acquire()
             except filelock.Timeout:
                 raise RunError(f"{self.path}: in use by {self._holder()}. Wait for it, or stop it.") from None
         try:
             self.refuse_links()
-            clean(self.path)
+            atomic.clean(self.path)
             for name in ("checkpoints", "evaluation", "snapshots", "rows/train", "rows/held_out"):
-                clean(self.path / name)
+                atomic.clean(self.path / name)
             self.write_json("lock.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
             yield
         finally:
@@ -314,14 +303,14 @@ class Run:
 
     def ask_stop(self) -> None:
         """Ask the writer to stop after its step."""
-        write_atomic(self.path / "stop", b"")
+        atomic.write_atomic(self.path / "stop", b"")
 
     def stop_asked(self) -> bool:
         return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
         """Forget the request."""
-        with storing(self.path / "stop"):
+        with atomic.storing(self.path / "stop"):
             (self.path / "stop").unlink(missing_ok=True)
 
     def state(self) -> State:
@@ -375,7 +364,7 @@ def is_run(target: str, root: Path) -> bool:
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a folder, by its path in there."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    return {path.relative_to(folder).as_posix(): atomic.sha256_file(path) for path in files}
 
 
 def _slug(name: str) -> str:
