@@ -188,12 +188,14 @@ class Mlflow(Tracker):
         self._id = self._run.info.run_id
         client.update_run(self._id, status="RUNNING")
         self.place = f"{self._mlflow.get_tracking_uri()}, experiment {experiment.name}, run {self._id}"
-        # Every step is stored in one transaction, and each but 0 has a training loss.
+        # Each step but 0 has a training loss, which is stored last: see `log`.
         history = client.get_metric_history(self._id, "train/loss")
         self.last_step = max([0 if self._run.data.metrics else -1, *(metric.step for metric in history)])
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
-        at = [(key, value, int(one.time * 1000), one.step) for one in steps for key, value in one.values.items()]
+        # The library stores 1,000 values in one transaction, so that a kill may cut a step in two.
+        order = [(step, key) for step in steps for key in sorted(step.values, key="train/loss".__eq__)]
+        at = [(key, step.values[key], int(step.time * 1000), step.step) for step, key in order]
         self._client.log_batch(self._id, metrics=[self._entities.Metric(*values) for values in at])
 
     def describe(self, reader: RunReader, results: Sequence[Path]) -> None:
@@ -267,7 +269,7 @@ def check_names(names: Sequence[str]) -> list[str]:
     return chosen
 
 
-def problem_of(name: str, error: Exception) -> str:
+def problem_of(name: str, error: BaseException) -> str:
     """The reason why a tracker cannot be used, with a way out, in one line."""
     cause = " ".join(str(error).split())
     if isinstance(error, InputError):  # with its own advice

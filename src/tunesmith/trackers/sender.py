@@ -125,7 +125,6 @@ def main() -> None:
     os.environ |= {**SETTINGS, **os.environ, **({"WANDB_MODE": "offline"} if offline else {})}
     way = f"Leave it out, and send the run later: {command('track', 'RUN', '--to', name)}"
     late = threading.Timer(READY_S, answer, [f"track: {name}: no answer for {READY_S:.0f} s. {way}"])
-    late.daemon = True
     late.start()
     try:
         tracker = TRACKERS[name](offline)
@@ -134,7 +133,7 @@ def main() -> None:
         if place := sys.stdin.readline():
             threading.Thread(target=wait_for_parent, daemon=True).start()
             send(Run(Path(json.loads(place))), name, tracker, over)
-    except Exception as error:
+    except BaseException as error:  # a library may exit too
         traceback.print_exc()
         answer(problem_of(name, error))
         os._exit(1)
