@@ -24,6 +24,7 @@ def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
 ) -> None:
     monkeypatch.setattr("tunesmith.trackers.libraries.importlib.util.find_spec", lambda name: None)
     places = {"RUN": str(new_run(tmp_path).path), "rows.jsonl": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "model").mkdir()
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', "utf-8")
     found = CliRunner().invoke(app, [places.get(word, word) for word in words] + [name])
     assert found.exit_code == 2
