@@ -34,7 +34,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.trackers.libraries import SETTINGS, TRACKERS, Tracker, check_names, problem_of
 from tunesmith.trackers.run_reader import RunReader, results_of
 
-PAUSE_S, MOST_STEPS = 5.0, 20
+PAUSE_S, MOST_STEPS = 5.0, 100
 """Shortest time between two batches, and steps that a tracker gets at once: each call is a request or a transaction."""
 RETRY_S, LONGEST_WAIT_S = 1.0, 60.0
 """Shortest and longest pause before a tracker that failed is tried again."""
