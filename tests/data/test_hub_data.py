@@ -264,12 +264,12 @@ def test_hub_out_of_reach_is_no_missing_data_set(chats, server):
 
 
 def test_offline_is_refused_without_a_socket(chats, no_sockets, monkeypatch):
-    with pytest.raises(DataError, match="never asked for on this machine, and --offline forbids"):
+    with pytest.raises(DataError, match="never listed on this machine, and --offline forbids"):
         pin_path("hf://datasets/acme/chats", offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids"):
         pin_path("hf://datasets/acme/chats", offline=False)
-    with pytest.raises(DataError, match=r"s3://b/x.jsonl: never asked .* --offline forbids"):
+    with pytest.raises(DataError, match=r"s3://b/x.jsonl: never listed .* --offline forbids"):
         pin_path("s3://b/x.jsonl", offline=True)
 
 

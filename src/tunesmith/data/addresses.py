@@ -108,7 +108,7 @@ def size_of(path: str) -> int:
 def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     """The data with every address of the hub pinned to a commit, and what is said of it.
 
-    Data without an address is returned as it is, and nothing is asked of anybody. Raises DataError for an address that
+    Data without an address is returned as it is, and no server is contacted. Raises DataError for an address that
     cannot be used.
     """
     files = {file.at: file for side in SIDES for file in getattr(data, side) if is_address(file.at)}
@@ -158,7 +158,7 @@ def _sum(files: Iterable[RemoteFile]) -> int:
 
 def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequence[RemoteFile]]:
     """An address, of the hub with its commit, and its files in their order. Of a commit that was listed before, and
-    offline, the hub is not asked. Raises DataError for what is no address, is not there or may not be read."""
+    offline, no server is contacted. Raises DataError for what is no address, is not there or may not be read."""
     from huggingface_hub.constants import is_offline_mode
 
     if secret := _SECRET.search(text):
@@ -176,7 +176,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
     if listing and (offline_by or listing[0] == text):
         return listing
     if offline_by and not text.startswith(("file://", "memory://")):
-        raise DataError(f"{text}: never asked for on this machine, and {offline_by} forbids that. Run once without.")
+        raise DataError(f"{text}: never listed on this machine, and {offline_by} forbids that. Run once without.")
     try:
         if not is_hub:
             file_system(text)[0].invalidate_cache()
@@ -189,7 +189,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
         why = why_refused(error, parts[0].id, "dataset", parts[0].revision) if is_hub else why
         raise DataError(f"{text}: {why}") from error
     for name in {text, address}:
-        with suppress(OSError, StorageError):  # a home that cannot be written to: it is asked for again
+        with suppress(OSError, StorageError):  # a home that cannot be written to: it is listed again
             write_atomic(_listing_path(name), orjson.dumps([address, files]))
     return address, files
 
@@ -202,7 +202,7 @@ def _listing_path(name: str) -> Path:
 
 
 def _remembered(text: str) -> tuple[str, Sequence[RemoteFile]] | None:
-    """The files of an address of the hub that was asked for before on this machine."""
+    """The files of an address of the hub that was listed before on this machine."""
     with suppress(OSError, ValueError, TypeError):
         address, files = orjson.loads(_listing_path(text).read_bytes())
         return address, [RemoteFile(**file) for file in files]
@@ -281,13 +281,13 @@ def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFi
 
 
 def _chosen(given: str, what: str, words: Mapping[str, str], names: Iterable[str], usual: str) -> str:
-    """The subset or split that was asked for, or the one that is meant if none was. Raises DataError."""
-    names, asked = list(names), words.get(what)
-    if asked in names:
-        return str(asked)
-    if asked is None and (len(names) == 1 or usual in names):
+    """The subset or split that was given, or the one that is meant if none was. Raises DataError."""
+    names, named = list(names), words.get(what)
+    if named in names:
+        return str(named)
+    if named is None and (len(names) == 1 or usual in names):
         return names[0] if len(names) == 1 else usual
-    why = f"no {what} {asked!r}" if asked else f"it has {len(names)} {what}s, and none is the usual one"
+    why = f"no {what} {named!r}" if named else f"it has {len(names)} {what}s, and none is the usual one"
     raise DataError(f"{given}: {why}. There are: {listed(names, 20) or 'none'}. Choose by ?{what}=NAME.")
 
 

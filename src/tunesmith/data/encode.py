@@ -249,8 +249,8 @@ def encode_chunks(
     Raises as `found` does, after the chunks before, and as `Renderer.encode`.
     """
     with _processes(renderer, num_proc) as begin:
-        begun = ((chunk, begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(found))
-        for chunk, rows_of_chunk, done_bytes in _ahead(begun, AHEAD * num_proc if num_proc > 1 else 0):
+        sent = ((chunk, begin(chunk), sum(file.done_bytes for file in facts)) for chunk in chunks(found))
+        for chunk, rows_of_chunk, done_bytes in _ahead(sent, AHEAD * num_proc if num_proc > 1 else 0):
             yield chunk, rows_of_chunk(), done_bytes
 
 
