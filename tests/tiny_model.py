@@ -103,7 +103,9 @@ def tiny_model(
             "num_key_value_heads": 2,
             "max_position_embeddings": 512,
         }
-    special = {name: value for name, value in {**SETTINGS, **ENCODERS, **TRANSLATORS}[arch].items() if name != "gpt2"}
+    special = {
+        name: value for name, value in {**SETTINGS, **ENCODERS, **TRANSLATORS}.get(arch, {}).items() if name != "gpt2"
+    }
     names = {} if labels is None else label_settings(labels)
     config = AutoConfig.for_model(arch, vocab_size=vocab_size, **{**sizes, **special, **names, **settings})
     for name in DROPOUTS:

@@ -34,7 +34,7 @@ def reference(layer: DoraLinear, x: Tensor) -> Tensor:
     """Equation 5 of the paper, its norm a constant, by plain autograd."""
     v_OI = layer.weight_OI + layer.scale * layer.lora_B @ layer.lora_A
     rows_OI = layer.lora_magnitude_vector[:, None] * v_OI / v_OI.norm(dim=1, keepdim=True).detach()
-    return F.linear(x, rows_OI, layer.bias_O)
+    return F.linear(x, rows_OI, layer.bias)
 
 
 def assert_equals_the_formula(forward: Callable[[DoraLinear, Tensor], Tensor], kind: str) -> None:
@@ -65,7 +65,7 @@ def test_the_comparison_sees(bug: str) -> None:
             norm_O = layer.weight_OI.norm(dim=1)
         factor_O = layer.lora_magnitude_vector / norm_O
         out = F.linear(x, v_OI * factor_O[:, None])
-        return out + layer.bias_O * (factor_O if bug == "a bias that is scaled" else 1)  # type: ignore[operator]
+        return out + layer.bias * (factor_O if bug == "a bias that is scaled" else 1)  # type: ignore[operator]
 
     with pytest.raises(AssertionError):
         assert_equals_the_formula(wrong, "linear")
@@ -100,5 +100,5 @@ def test_dropout_falls_on_the_low_path_alone() -> None:
     dropped = F.dropout(x, 0.5)
     low = F.linear(F.linear(dropped, layer.lora_A), layer.lora_B) * 2.0
     plain = F.linear(x, layer.weight_OI) + low
-    expected = plain * layer.lora_magnitude_vector / layer.norm_O + layer.bias_O
+    expected = plain * layer.lora_magnitude_vector / layer.norm_O + layer.bias
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)

@@ -179,7 +179,7 @@ def test_bfloat16_is_as_close_to_float32_as_plain_autograd_in_bfloat16() -> None
         return [t.float() for t in torch.autograd.grad(module(leaf), (leaf, *leaves), g.to(dtype))]
 
     def reference(x: Tensor) -> Tensor:
-        return lora_forward_reference(x, layer.weight_OI, layer.bias_O, layer.lora_A, layer.lora_B, scale=2.0)
+        return lora_forward_reference(x, layer.weight_OI, layer.bias, layer.lora_A, layer.lora_B, scale=2.0)
 
     true = gradients(exact, torch.float32, exact.lora_A, exact.lora_B)
     ours = gradients(layer, torch.bfloat16, layer.lora_A, layer.lora_B)

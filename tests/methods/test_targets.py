@@ -1,6 +1,7 @@
 """From the words of a recipe to modules."""
 
 import pytest
+import torch
 from torch import nn
 
 from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, seeing_model, tiny_model
@@ -8,7 +9,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods.adapter_format import module_names, shortest_ends, to_config
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.targets import by_pattern, check_expression, find_modules, find_targets
+from tunesmith.methods.targets import by_pattern, check_expression, find_modules, find_targets, not_linear
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
@@ -49,6 +50,22 @@ def test_layers_that_only_images_pass_through_have_no_adapter(word: str) -> None
     assert {name for name in module_names(model) if name in found} == set(found)
     written = to_config(attachment, base="b", revision=None)["target_modules"]
     assert sorted(found) == sorted(n for n in module_names(model) if any(f".{n}".endswith(f".{w}") for w in written))
+
+
+def test_a_router_that_is_called_a_linear_layer_has_no_adapter_and_a_layer_of_falcon_has() -> None:
+    """PhiMoE's and Llama 4's routers give a choice of experts, Falcon's layers a product written in its own way."""
+    model = tiny_model("phimoe", vocab_size=32, num_local_experts=4, num_experts_per_tok=2)
+    assert {name.rpartition(".")[2] for name in names(model, "all-linear")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "model.layers.0.mlp.router" in not_linear(model)
+    attach(model, LoraMethod(), seed=0)
+    model(input_ids=torch.arange(8)[None])
+    assert len(names(tiny_model("falcon", vocab_size=32), "all-linear")) == 8
+
+
+def test_a_layer_whose_weight_and_bias_are_read_can_be_adapted() -> None:
+    model = tiny_model("falcon_mamba", vocab_size=32, state_size=8)
+    attach(model, LoraMethod(), seed=0)
+    assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])

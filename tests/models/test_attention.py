@@ -174,6 +174,16 @@ def test_long_rows_are_multiplied_together_where_weights_are_dropped(monkeypatch
     assert seen == together
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("lengths", [(7,), (5, 3), None])
+def test_a_model_may_take_a_view_of_the_answers(lengths, softcap):
+    """As AFMoE does with its heads; a pass may be one row."""
+    q, k, v = torch.randn(3, 1, 4, sum(lengths or (7,)), 16)
+    segments = lengths and Segments.of(lengths, device=torch.device("cpu"))
+    out, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, segments=segments, softcap=softcap)
+    assert out.view(1, q.shape[2], 64).shape == (1, q.shape[2], 64)
+
+
 def test_attention_dropout_drops():
     model, batch = sharp("llama", dropout=0.5), batch_of(rows_of())
     use_packed_attention(model)

@@ -246,12 +246,10 @@ class SavedConfig:
 
 def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
     """The value of the first pattern that means a layer, as peft reads them."""
-    return next((value for key, value in patterns.items() if _is_key_of(key, name)), default)
-
-
-def _is_key_of(pattern: str, name: str) -> bool:
     parts = name.split(".")
-    return any(matches(pattern, ".".join(parts[start:]), whole=True) for start in range(len(parts)))
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    found = (value for key, value in patterns.items() if any(matches(key, end, whole=True) for end in ends))
+    return next(found, default)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:

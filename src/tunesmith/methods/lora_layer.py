@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.methods.targets import KNOWN
 from tunesmith.models.heads import generator
 from tunesmith.models.quantized import QuantizedLinear, product
 
@@ -44,7 +45,7 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.active = True
         # A subclass may compute in its own way; then it is called instead of imitated.
-        self._product_is_known = type(base).forward in (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
+        self._product_is_known = type(base).forward in KNOWN
         num_outputs, num_inputs = shape_OI(base)
         weight = self.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
@@ -58,7 +59,8 @@ class LoraLinear(nn.Module):
 
     @property
     def is_transposed(self) -> bool:
-        return is_transposed(self.base)
+        """Whether the base's weight is [I, O], as in GPT-2's Conv1D."""
+        return self.base.lies_transposed if isinstance(self.base, QuantizedLinear) else isinstance(self.base, Conv1D)
 
     @property
     def weight_OI(self) -> Tensor:
@@ -70,9 +72,9 @@ class LoraLinear(nn.Module):
         return self.base.weight_OI if isinstance(self.base, QuantizedLinear) else self.weight_OI
 
     @property
-    def bias_O(self) -> Tensor | None:
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        return bias
+    def bias(self) -> Tensor | None:
+        """The base's, which Mamba and Jamba read."""
+        return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] → [..., O]."""
@@ -81,7 +83,7 @@ class LoraLinear(nn.Module):
             return out
         if (self.dropout and self.training) or not self._product_is_known:
             return self._forward_by_autograd(x)
-        return lora_forward(x, self.frozen, self.bias_O, self.lora_A, self.lora_B, scale=self.scale)
+        return lora_forward(x, self.frozen, self.bias, self.lora_A, self.lora_B, scale=self.scale)
 
     def _forward_by_autograd(self, x: Tensor) -> Tensor:
         # With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
@@ -115,9 +117,9 @@ class DoraLinear(LoraLinear):
             return out
         factor_O = self.lora_magnitude_vector / self.norm_O
         scaled = out * factor_O
-        if self.bias_O is not None:
+        if self.bias is not None:
             # The bias was scaled too. Added apart from the product, it would round otherwise than in the plain layer.
-            scaled = scaled + self.bias_O * (1.0 - factor_O)
+            scaled = scaled + self.bias * (1.0 - factor_O)
         return scaled.to(out.dtype)
 
     @torch.no_grad()
@@ -143,11 +145,6 @@ class DoraLinear(LoraLinear):
 def _length_O(v_OI: Tensor) -> Tensor:
     length_O: Tensor = torch.linalg.vector_norm(v_OI, dim=1)
     return length_O
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a linear layer's weight is [I, O], as in GPT-2's Conv1D."""
-    return layer.lies_transposed if isinstance(layer, QuantizedLinear) else isinstance(layer, Conv1D)
 
 
 def shape_OI(layer: nn.Module) -> tuple[int, int]:

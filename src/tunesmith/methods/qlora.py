@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.targets import Target, find_modules, inner_linears, replace_module, tied_reasons
+from tunesmith.methods.targets import KNOWN, Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
 from tunesmith.phrases import size
@@ -18,7 +17,6 @@ ELEMENT_SIZE = 0.5625
 """Bytes of a packed weight with its scales, at most."""
 BASE_FORMAT = "nf4 with scales in 8 bits"
 """Storage of the base's weights, in words."""
-_KNOWN = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
 
 
 def packing(settings: QloraMethod) -> PackOnLoad:
@@ -69,7 +67,7 @@ def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target]
     whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
     inside = [target for target in inner_linears(model) if id(target.module) not in whole]
     targets = [
-        target for target in inside if type(target.module).forward in _KNOWN and not tied_reasons(model, [target])
+        target for target in inside if type(target.module).forward in KNOWN and not tied_reasons(model, [target])
     ]
     if not targets:
         raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +23,8 @@ from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.phrases import did_you_mean
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
+KNOWN = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
+"""Products with a weight as everybody computes them."""
 GROUPS = ("all-linear", "attention", "mlp")
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
@@ -153,7 +157,7 @@ def not_linear(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if _LAYER_INDEX.search(name)
-        and not isinstance(module, (*LINEARS, nn.Embedding))
+        and not (_is_linear(module) or isinstance(module, nn.Embedding))
         and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
     ]
 
@@ -319,10 +323,23 @@ def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) and (kinds is not LINEARS or _is_linear(module)):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
     return [Target(tuple(names[key]), modules[key]) for key in modules]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer; one that computes in its own way, as Falcon's layers and routers of experts,
+    by what it answers."""
+    if not isinstance(module, LINEARS) or type(module).forward in KNOWN:
+        return isinstance(module, LINEARS)
+    with suppress(Exception):  # of a foreign model
+        rows, columns = module.weight.shape
+        found = module(module.weight.new_zeros(1, columns))
+        return isinstance(found, Tensor) and found.shape == (1, rows)
+    return False
 
 
 def _is_meant(word: str, target: Target, model: nn.Module) -> bool:

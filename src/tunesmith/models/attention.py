@@ -196,7 +196,7 @@ def _by_pieces(
             torch.unflatten(part, 2, (len(some), -1))[0].transpose(0, 1) for part in (query, key, value)
         )
         out.append(equal_rows(q_SHQD, k_SHKD, v_SHKD, segments, options).transpose(1, 2).flatten(0, 1)[None])
-    return torch.cat(out, dim=1) if len(out) > 1 else out[0]
+    return torch.cat(out, dim=1) if len(out) > 1 else out[0].contiguous()  # which AFMoE takes a view of
 
 
 def _layout(
@@ -221,4 +221,4 @@ def _unpacked_capped(
     if mask is None and options.causal and num_queries > 1:
         key_BHKD, value_BHKD = key_BHKD[:, :, :num_queries], value_BHKD[:, :, :num_queries]
         mask = query_BHQD.new_ones(num_queries, num_queries, dtype=torch.bool).tril()
-    return explicit_attention(query_BHQD, key_BHKD, value_BHKD, mask, options).transpose(1, 2)
+    return explicit_attention(query_BHQD, key_BHKD, value_BHKD, mask, options).transpose(1, 2).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -103,8 +104,9 @@ def random_option(model: nn.Module, recipe: Recipe) -> str | None:
 
 def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
     """Name the difference if the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
-    rows = [Row(row.ids[:PROBE_TOKENS], row.trained[:PROBE_TOKENS], row.source) for row in rows]
-    plain = build_batch([_whole(row) for row in rows], range(len(rows)), layout="packed", device=model.device)
+    # With every token as a target.
+    rows = [Row(ids := row.ids[:PROBE_TOKENS], np.ones(len(ids), np.bool_), row.source) for row in rows]
+    plain = build_batch(rows, range(len(rows)), layout="packed", device=model.device)
     shared = share_prefixes(plain, [row.ids for row in rows])
     prefix = shared.pieces[0].tokens
     with eval_mode(model), torch.enable_grad():
@@ -120,13 +122,6 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
     if not away <= TOLERANCES[model.dtype]:
         return f"learns otherwise, by {away:.3g} of the gradient"
     return None
-
-
-def _whole(row: Row) -> Row:
-    """The row with every token as a target."""
-    trained = row.trained.copy()
-    trained[:] = True
-    return Row(row.ids, trained, row.source)
 
 
 def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, Tensor]:

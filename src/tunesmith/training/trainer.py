@@ -263,7 +263,9 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         return
     save_result(setup, run, weights)
     session.listener.on_progress("report", 0, 1)
-    session.emit("end", {"report": write_report(run, _facts(session), asdict(session.progress))})
+    plan = next((event.values for event in run.events() if event.kind == "plan"), {})
+    facts = {**report_facts(setup), "notes": plan.get("warnings", [])}  # of the first start, also in a resumed run
+    session.emit("end", {"report": write_report(run, facts, asdict(session.progress))})
 
 
 def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -275,12 +277,6 @@ def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str
     warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
     kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
     return {**values, **kept, "warnings": warnings}, {**planned.timing, **timing}
-
-
-def _facts(session: Session) -> dict[str, Any]:
-    """Facts for the report; the notes are those of the first start, also in a resumed run."""
-    plan = next((event.values for event in session.run.events() if event.kind == "plan"), {})
-    return {**report_facts(session.setup), "notes": plan.get("warnings", [])}
 
 
 def _take_steps(session: Session) -> None:
