@@ -18,6 +18,7 @@ CASES = [
     (["train", "model", "rows.jsonl", "--export", "coreml"], "coreml: there is no such target"),
     (["export", "one", "--to", "coreml"], "--to: coreml: there is no such target"),
     (["export", "nowhere", "--to", "gguf"], "nowhere: no such run in runs"),
+    (["export", "two", "--to", "gguf"], "runs/two: no result yet, so nothing to export"),
     (["eval", "./nowhere", "rows.jsonl"], "./nowhere: no such folder or file"),
     (["eval", "one", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
     (["compare", "one", "two", "--data", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),

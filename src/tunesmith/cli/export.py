@@ -61,6 +61,7 @@ def export(
     if to not in EXPORT_NAMES:
         raise InputError(f"--to: {to}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
     found = Run.open(named(run, root), root, base=model)
+    found.result()  # refused here, before torch is imported
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import export_run
     from tunesmith.export.target import ExportOptions

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import RunError
 from tunesmith.inference.load import make_renderer, refuse_needless, refuse_other_base, run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, PREFIX, WEIGHTS
@@ -25,7 +24,6 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.special_tokens import resize_embeddings
-from tunesmith.phrases import command
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
@@ -150,9 +148,7 @@ def open_result(
         RunError: the run has no result yet, or its base has changed since.
         ModelError: the base is gone.
     """
-    folder = next((path for path in (run.adapter_path, run.model_path) if path.exists()), None)
-    if folder is None:
-        raise RunError(f"{run.path}: no result yet, so nothing to export. Go on with: {command('resume', run.path)}")
+    folder = run.result()
     unchecked = run.check_result(folder)
     recipe = run.recipe()
     hashes: dict[str, str] = {}

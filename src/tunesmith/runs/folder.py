@@ -33,7 +33,7 @@ import filelock
 
 import tunesmith
 from tunesmith.errors import RunError
-from tunesmith.phrases import listed
+from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
 from tunesmith.types import Event
 
@@ -244,6 +244,14 @@ class Run:
                     f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a folder in "
                     "its place."
                 )
+
+    def result(self) -> Path:
+        """The folder of its adapter or model. Raises RunError where there is none yet."""
+        for path in (self.model_path, self.adapter_path):
+            if path.exists():
+                return path
+        way = command("resume", self.path)
+        raise RunError(f"{self.path}: no result yet, so nothing to export or to start from. Go on with: {way}")
 
     def keep_hashes(self, result: Path) -> None:
         """Record the SHA-256 of every file of the result; loading checks them."""

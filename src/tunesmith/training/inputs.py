@@ -132,13 +132,9 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
     if not (is_whole_name and is_run(model, root)):
         return model, None
     run = Run.open(model, root)
-    if run.model_path.exists():
+    if run.result() == run.model_path:
         run.check_result(run.model_path)
         return str(run.model_path), f"starts from the result of {run.path}"
-    if not run.adapter_path.exists():
-        raise RunError(
-            f"{run.path}: it has no result yet, so nothing can start from it. Go on with `tunesmith resume`."
-        )
     merged = run.merged_path
     while not _is_merged(run):
         try:
