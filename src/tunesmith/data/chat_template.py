@@ -6,10 +6,10 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import chain, pairwise, repeat
+from itertools import pairwise
 from typing import Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
@@ -100,6 +100,8 @@ def _watch(compiled: Any, text: str) -> None:
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
 
+    environment, num_turns = compiled.environment, 0
+
     class Watched(CodeGenerator):
         def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
             repeated: Any
@@ -110,21 +112,15 @@ def _watch(compiled: Any, text: str) -> None:
         def visit_EnvironmentAttribute(self, node: nodes.EnvironmentAttribute, frame: Any) -> None:
             self.write(f"environment.{node.name}()")
 
-    environment = compiled.environment
-    environment.turn = chain.from_iterable(_looks(environment)).__next__
-    environment.code_generator_class = Watched
+    def turn() -> None:
+        nonlocal num_turns
+        num_turns += 1
+        if not num_turns % 100 and time.monotonic() > environment.deadline:
+            raise TimeoutError
+
+    environment.turn, environment.code_generator_class = turn, Watched
     watched = environment.from_string(text)
     compiled.root_render_func, compiled.blocks = watched.root_render_func, watched.blocks
-
-
-def _looks(environment: Any) -> Iterator[Iterable[None]]:
-    """Results of turns: a look at the time comes before each hundred of them."""
-
-    def end(_: None) -> None:
-        raise TimeoutError
-
-    while True:
-        yield repeat(None, 100) if time.monotonic() < environment.deadline else map(end, [None])
 
 
 def _refuse_powers(name: str, text: str) -> None:
