@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.methods.lora_layer import LoraLinear, lora_forward, lora_forward_reference
+from tunesmith.models.quantized import QuantizedLinear
 
 Forward = Callable[..., Tensor]
 
@@ -188,3 +189,17 @@ def test_bfloat16_is_as_close_to_float32_as_plain_autograd_in_bfloat16() -> None
         # The same rounding, at other places: a tenth more at most, and 1 % of the size of the gradient in all.
         assert (mine - t).norm() <= 1.1 * (theirs - t).norm()
         assert (mine - t).norm() <= 0.01 * t.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_may_write_into_the_answer(packed: bool) -> None:
+    """As Longformer and DeBERTa do, which divide their queries in place."""
+    torch.manual_seed(0)
+    base: nn.Module = QuantizedLinear(nn.Linear(64, 8), device="cpu") if packed else nn.Linear(64, 8)
+    layer = LoraLinear(base, rank=2, scale=1.0, dropout=0.0)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    for module in (base, layer):
+        written = module(x)
+        written /= 4.0
+        found, expected = (torch.autograd.grad(out.sum(), x)[0] for out in (written, module(x) / 4.0))
+        assert torch.equal(found, expected)

@@ -185,7 +185,7 @@ class _LoraForward(torch.autograd.Function):
         ctx.weight = weight
         ctx.scale = scale
         ctx.shape = x.shape
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.resize_(*x.shape[:-1], len(b_OR))  # no view of it: Longformer and DeBERTa write into the answer
 
     @staticmethod
     @once_differentiable
