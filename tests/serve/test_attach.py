@@ -44,7 +44,7 @@ def test_the_error_of_a_run_that_cannot_be_read_keeps_its_words() -> None:
         raise OSError("the disk is gone")
 
     worker, sent = object.__new__(Worker), []
-    worker.inbox, worker._preparing, worker._send = queue.SimpleQueue(), set(), sent.append
+    worker.inbox, worker._wanted, worker._send = queue.SimpleQueue(), set(), sent.append
     worker._registry = SimpleNamespace(read_run=read_run)
     worker._try(1, worker._read_run, "a", Path())
     [[(_, error)]] = sent
