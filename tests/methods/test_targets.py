@@ -53,7 +53,7 @@ def test_layers_that_only_images_pass_through_have_no_adapter(word: str) -> None
 
 
 def test_a_router_that_is_called_a_linear_layer_has_no_adapter_and_a_layer_of_falcon_has() -> None:
-    """PhiMoE's and Llama 4's routers give a choice of experts, Falcon's layers a product written in its own way."""
+    """PhiMoE's router gives a choice of experts, Falcon's layers a product written in its own way."""
     model = tiny_model("phimoe", vocab_size=32, num_local_experts=4, num_experts_per_tok=2)
     assert {name.rpartition(".")[2] for name in names(model, "all-linear")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert "model.layers.0.mlp.router" in not_linear(model)

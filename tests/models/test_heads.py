@@ -150,6 +150,14 @@ def test_a_head_that_transformers_lacks_is_named(arch: str, head: HeadName, tmp_
         load(saved(tmp_path / arch, arch), head, None if head == "masked_token" else THREE)
 
 
+def test_a_causal_model_whose_head_does_not_read_the_last_token_alone_is_refused(tmp_path: Path) -> None:
+    """Decoders of ModernBERT (Ettin) have a head of two layers behind a pooling by the pad token."""
+    folder = saved(tmp_path / "m", "modernbert-decoder", pad_token_id=3)
+    assert model_kind(resolve_model(str(folder))) == "causal"
+    with pytest.raises(ModelError, match="head of a ModernBertDecoderForSequenceClassification reads"):
+        load(folder, "sequence", THREE)
+
+
 def test_a_gguf_gets_a_head_on_the_weights_of_its_file(tmp_path: Path) -> None:
     whole = tiny_model("llama", vocab_size=512, rms_norm_eps=1e-5)
     path = write_gguf(tmp_path / "tiny.gguf", whole, tiny_tokenizer())

@@ -203,6 +203,9 @@ def load_model(
             ignore_mismatched_sizes=labels is not None,
             output_loading_info=True,
         )
+    if head == "sequence" and not heads.pools_last(model) and model_kind(located) == "causal":
+        name = type(model).__name__
+        raise ModelError(f"{located.name}: the head of a {name} reads a text in its own way. Use another model.")
     lacks = _lacking(located, model, found, drawable=labels is not None or head in ("masked_token", "vector"))
     if head == "vector" and lacks:
         model.pooler, lacks = None, set()  # it is not read

@@ -147,10 +147,9 @@ def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> Gen
     config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     if config.pad_token_id is None or config.pad_token_id < 0:
         config.pad_token_id = ends[0] if ends else None
-    if not config.do_sample:
-        _unset(config, _SAMPLING)  # they have no effect without sampling, and transformers refuses to save them
-    if config.num_beams in (None, 1):
-        _unset(config, _BEAMS)
+    # Without sampling or beams these have no effect, and transformers refuses to save them.
+    for name in (*(() if config.do_sample else _SAMPLING), *(_BEAMS if config.num_beams in (None, 1) else ())):
+        setattr(config, name, getattr(GenerationConfig(), name, None))
     try:
         with silence_transformers():
             config.validate(strict=True)
@@ -159,11 +158,3 @@ def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> Gen
         kept = {"bos_token_id": config.bos_token_id, "eos_token_id": ends, "pad_token_id": config.pad_token_id}
         return GenerationConfig(**kept)
     return config
-
-
-def _unset(config: GenerationConfig, names: Sequence[str]) -> None:
-    for name in names:
-        setattr(config, name, getattr(_DEFAULTS, name, None))
-
-
-_DEFAULTS = GenerationConfig()
