@@ -137,6 +137,18 @@ def test_missing_or_broken_tokenizer_is_named(folder):
         load_tokenizer(located, None)
 
 
+def test_a_sentencepiece_file_that_nothing_here_reads_is_named_with_what_does(folder, monkeypatch):
+    """As of DeBERTa-v3. transformers asks for tiktoken, which does not read it."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setattr("tunesmith.models.load.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"no tokenizer.json; to read tokenizer.model the package sentencepiece is"):
+        load_tokenizer(resolve_model(str(folder)), None)
+    monkeypatch.setattr("tunesmith.models.load.find_spec", lambda name: name)
+    with pytest.raises(ModelError, match="its tokenizer cannot be used"):
+        load_tokenizer(resolve_model(str(folder)), None)
+
+
 def test_fingerprint_changes_with_weights_tokenizer_and_template(folder):
     first = fingerprint(resolve_model(str(folder)))
     assert set(first) == {

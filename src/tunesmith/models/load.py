@@ -10,6 +10,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,15 @@ def load_tokenizer(
 
     `on_note` gets what a person should know: a template that was replaced, a GGUF's tokenizer that may differ.
     """
-    with wrap_errors(located, "its tokenizer cannot be used"):
-        tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
+    try:
+        with wrap_errors(located, "its tokenizer cannot be used"):
+            tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
+    except ModelError as error:  # transformers takes a file that it cannot read for one of tiktoken
+        alone = sorted(path.name for path in located.path.glob("*.model"))
+        if not alone or find_spec("sentencepiece"):
+            raise
+        way = f"to read {alone[0]} the package sentencepiece is needed: pip install sentencepiece"
+        raise ModelError(f"{located.name}: its tokenizer has no tokenizer.json; {way}") from error
     if not tokenizer.is_fast:
         raise ModelError(f"{located.name}: its tokenizer has no fast form (tokenizer.json). Use a model that has one.")
     if located.is_gguf:
