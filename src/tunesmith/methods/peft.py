@@ -263,7 +263,9 @@ def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAtta
             "fit the base that others have. Choose another initialisation."
         )
     layers = [name for name, module in model.named_modules() if isinstance(module, _layer_class())]
-    if method.kind != "TRAINABLE_TOKENS" and (tied := _tied(model, layers)):  # which trains tied modules together
+    bases = {f"{name}.base_layer": model.get_submodule(name).get_base_layer() for name in layers}
+    targets = [Target((name,), base) for name, base in bases.items() if hasattr(base, "weight")]
+    if method.kind != "TRAINABLE_TOKENS" and (tied := tied_reasons(model, targets)):  # which trains tied ones together
         raise RecipeError(f"method.settings.target_modules: {tied[0]}")
     attachment.notes = _notes(attachment, layers)
     return attachment
@@ -347,12 +349,6 @@ def _notes(attachment: PeftAttachment, layers: list[str]) -> tuple[str, ...]:
     note = f"peft puts {attachment.kind} on {len(layers)} modules, such as {layers[0]}"
     alone = f"{attachment.kind} is not a change of weights, so the result is an adapter that cannot be merged"
     return (note,) if attachment.can_merge else (note, alone)
-
-
-def _tied(model: PreTrainedModel, layers: list[str]) -> list[str]:
-    """Reasons against adapters on weights that another module has too."""
-    bases = {f"{name}.base_layer": model.get_submodule(name).get_base_layer() for name in layers}
-    return tied_reasons(model, [Target((name,), base) for name, base in bases.items() if hasattr(base, "weight")])
 
 
 def _run_once(model: PreTrainedModel) -> None:

@@ -16,7 +16,6 @@ output layer as the model's config describes it gives the model's own logits.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from tunesmith.models.forward import has_cache
 from tunesmith.models.heads import head_of
 from tunesmith.models.modes import eval_mode
 
@@ -109,7 +109,7 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     if output is None:
         return None
     ids_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
+    cache = {"use_cache": False} if has_cache(type(model).forward) else {}
     with eval_mode(model):
         own = model(input_ids=ids_1T, **cache).logits[0]
         hidden_TD = model.base_model(input_ids=ids_1T, **cache).last_hidden_state[0]

@@ -299,7 +299,7 @@ class Optimizer:
         for row, names, optimizer in self.parts:
             for name in names:
                 if kept := optimizer.state.get(self.trained[name]):
-                    found |= {f"{name}/{key}": _as_tensor(kept[key]) for key in row.state(self.trained[name])}
+                    found |= {f"{name}/{key}": torch.as_tensor(kept[key]) for key in row.state(self.trained[name])}
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -329,12 +329,6 @@ class Optimizer:
             slot for row, names, _ in self.parts for name in names for slot in row.state(self.trained[name]).values()
         )
         return sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots if slot.place != "number")
-
-
-def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 def _require_fit(name: str, parts: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:

@@ -47,14 +47,11 @@ class RayTasks:
         for name, task in list(self._tasks.items()):
             if self._ray.wait([task], timeout=0)[0]:
                 del self._tasks[name]
-                over[name] = self._result(task)
+                try:
+                    over[name] = str(self._ray.get(task))
+                except self._ray.exceptions.RayError as error:  # its worker or its machine is gone
+                    over[name] = f"Ray lost it: {' '.join(str(error).split()):.300}"
         return over
-
-    def _result(self, task: Any) -> str:
-        try:
-            return str(self._ray.get(task))
-        except self._ray.exceptions.RayError as error:  # its worker or its machine is gone
-            return f"Ray lost it: {' '.join(str(error).split()):.300}"
 
 
 ATTEMPTS = 4

@@ -109,7 +109,8 @@ def resolve_run(
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
         found.recipe = _unforecast(recipe)
-        found.notes.append(f"memory and time could not be forecast: {_reason(error)}")
+        why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
+        found.notes.append(f"memory and time could not be forecast: {why}")
     on_progress("plan", 1, 1)
     return found
 
@@ -222,10 +223,6 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
     if world.joined:
         return min(int(one["room"]) for one in world.joined)
     return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
-
-
-def _reason(error: Exception) -> str:
-    return one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _speaks(inputs: Inputs) -> bool:
