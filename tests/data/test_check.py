@@ -1,6 +1,7 @@
 """A check says everything at once, counts all of it, and lists no more than it was asked to."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,11 @@ def test_several_processes_say_what_one_says(tmp_path: Path, monkeypatch: pytest
         return real(renderer, num)
 
     monkeypatch.setattr(encode, "_processes", counted)
+    check(data_of(path, num_proc=2), renderer=renderer())  # small, as the files of a folder
+    monkeypatch.setattr(sys.modules[check.__module__], "WORTH_BYTES", 1)
     one, two = (check(data_of(path, num_proc=num), renderer=renderer()) for num in (1, 2))
     assert one == two
-    assert numbers == [1, 2]
+    assert numbers == [1, 1, 2]
     assert one.errors == {"empty_answer": 23, "truncated_json": 1}
 
 

@@ -59,6 +59,15 @@ def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, mo
     assert len(merges) == 1
 
 
+def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch):
+    first = train(
+        task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1}), root=tmp_path / "runs"
+    )
+    monkeypatch.setattr(inputs, "MERGE_WAIT_S", 0.1)
+    with first.lock(), pytest.raises(RunError, match="in use by process"):
+        start_from(str(first.path), root=tmp_path / "runs", offline=True)
+
+
 def test_domain_then_task(tmp_path):
     root = tmp_path / "runs"
     adapted = train(task_recipe(tmp_path, "text", "encoder", method="full"), root=root)

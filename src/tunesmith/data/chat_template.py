@@ -84,7 +84,7 @@ class ChatTemplate:
             # The environment's own `strftime_now` gives today, which is another day tomorrow.
             day = datetime.fromisoformat(self._date) if self._date else datetime.now()
             compiled.globals["strftime_now"] = day.strftime
-            compiled.environment.deadline = time.monotonic() + RENDERING_S
+            compiled.environment.deadline = time.thread_time() + RENDERING_S
             try:
                 if tools is None and all(map(_is_plain, messages)):  # half the time
                     return str(compiled.render(messages=messages, documents=None, **given))
@@ -96,7 +96,7 @@ class ChatTemplate:
 
 def _watch(compiled: Any, text: str) -> None:
     """Compile a template again, so that each turn of a loop and each call of a macro calls `environment.turn`, which
-    raises TimeoutError after `environment.deadline`."""
+    raises TimeoutError once the thread has computed until `environment.deadline`."""
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
 
@@ -115,7 +115,7 @@ def _watch(compiled: Any, text: str) -> None:
     def turn() -> None:
         nonlocal num_turns
         num_turns += 1
-        if not num_turns % 100 and time.monotonic() > environment.deadline:
+        if not num_turns % 100 and time.thread_time() > environment.deadline:
             raise TimeoutError
 
     environment.turn, environment.code_generator_class = turn, Watched

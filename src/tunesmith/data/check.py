@@ -19,7 +19,7 @@ from tunesmith.data.addresses import size_of
 from tunesmith.data.branches import lines_of
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.encode import SCHEMA, Encoded, encode_chunks, num_processes, relabelled
+from tunesmith.data.encode import SCHEMA, WORTH_BYTES, Encoded, encode_chunks, num_processes, relabelled
 from tunesmith.data.examples import ask_text_or_classes, examples
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.hold_out import choose_share, few_note, firsts, hold_out, input_overlap
@@ -255,7 +255,8 @@ class _Check:
         read = examples([file], self._data, self._hear, facts=facts, task=self._task)
         found = ((len(self._paths) - 1, example) for _, example in read)
         renderer = self._renderer or cast("Renderer", _Unread())
-        num_proc = num_processes(self._data, size_of(file.at)) if self._renderer else 1
+        is_large = size_of(file.at) >= WORTH_BYTES  # each file has processes of its own
+        num_proc = num_processes(self._data, WORTH_BYTES) if self._renderer and is_large else 1
         try:
             for chunk, encoded, done in encode_chunks(found, renderer, facts, num_proc):
                 shape = chunk[-1][1].shape

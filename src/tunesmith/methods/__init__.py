@@ -178,7 +178,8 @@ def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
     expected = attachment.trained
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
-        raise CheckpointError(f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}")
+        message = f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}."
+        raise CheckpointError(f"{message} An earlier version trained other layers of such a model: train anew.")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise CheckpointError(f"weights: {name}: {tensors[name].dtype} {tuple(tensors[name].shape)} does not fit")

@@ -185,7 +185,9 @@ class _LoraForward(torch.autograd.Function):
         ctx.weight = weight
         ctx.scale = scale
         ctx.shape = x.shape
-        return y_TO.resize_(*x.shape[:-1], len(b_OR))  # no view of it: Longformer and DeBERTa write into the answer
+        return y_TO.contiguous().resize_(
+            *x.shape[:-1], len(b_OR)
+        )  # no view of it: Longformer and DeBERTa write into the answer
 
     @staticmethod
     @once_differentiable

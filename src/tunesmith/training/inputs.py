@@ -29,6 +29,9 @@ from tunesmith.runs.atomic import remove
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.types import Choice, HeadName, ModelKind
 
+MERGE_WAIT_S = 300.0
+"""Longest wait for another process that has the run which a run starts from, such as to merge its adapter."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -135,13 +138,13 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
     if run.result() == run.model_path:
         run.check_result(run.model_path)
         return str(run.model_path), f"starts from the result of {run.path}"
-    merged = run.merged_path
+    merged, until = run.merged_path, time.monotonic() + MERGE_WAIT_S
     while not _is_merged(run):
         try:
             _merge(run, merged, offline=offline)
             break
         except RunError:
-            if not run.is_locked():
+            if time.monotonic() > until or not (run.is_locked() or _is_merged(run)):
                 raise
             time.sleep(0.2)  # another run that starts from it merges
     return str(merged), f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
