@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tiny_model import tiny_model
 from tiny_run import chats, tiny_recipe, values_of
 from tunesmith.data.collate import build_batch
 from tunesmith.errors import DataError, ModelError
@@ -270,6 +271,18 @@ def test_rows_with_a_token_that_the_model_has_no_vector_for_are_refused(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     tokenizer.add_tokens(["tallest"])
     tokenizer.save_pretrained(recipe.model)
-    with pytest.raises(ModelError, match=r"rows have the token 'tallest' \(\d+\), and its embedding has \d+ rows"):
+    with pytest.raises(ModelError, match=r"the token 'tallest' \(\d+\) has no vector, for .* has \d+ rows"):
         train(recipe, root=tmp_path / "runs")
     assert runs(tmp_path / "runs") == []
+
+
+def test_what_never_got_a_gradient_is_said(tmp_path):
+    """Mamba reads the weight of a layer without calling it, so that its adapter is never used."""
+    recipe = tiny_recipe(tmp_path, train={"max_steps": 1})
+    said = [event.values["text"] for event in train(recipe, root=tmp_path / "a").events() if event.kind == "note"]
+    assert not any("gradient" in text for text in said)
+    tiny_model("falcon_mamba", vocab_size=512, state_size=8).save_pretrained(recipe.model)
+    said = [event.values["text"] for event in train(recipe, root=tmp_path / "b").events() if event.kind == "note"]
+    assert any(
+        "4 trained weights never got a gradient, such as backbone.layers.0.mixer.dt_proj" in text for text in said
+    )

@@ -255,6 +255,10 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         evaluate_run(session, "before")
         save_and_try(session)
     _take_steps(session)
+    learnt = {key.rpartition("/")[0] for key in setup.optimizer.state()}
+    if still := [name for name in setup.attachment.trained if name not in learnt]:
+        text = f"{len(still)} trained weights never got a gradient, such as {still[0]}: they are as they were"
+        session.emit("note", {"text": text})
     _keep_best(session)
     evaluate_run(session, "after")
     find_high_loss_rows(session)
