@@ -111,6 +111,21 @@ for i in tqdm(range(6), desc="long"): time.sleep(0.1)
     assert [line[:6] for line in lines] == ["long: "] * len(lines)
     assert 2 < len(lines) < 8
     assert "6/6" in lines[-1]
+    two = (
+        code.partition("for i")[0]
+        + """
+with tqdm(total=4, desc="outer") as outer, tqdm(total=4, desc="inner", leave=False) as inner:
+    for i in range(4):
+        time.sleep(0.1)
+        outer.update()
+        inner.update()
+"""
+    )
+    written = subprocess.run([sys.executable, "-c", two], capture_output=True, check=True).stderr
+    assert not {b"\r", b"\x1b"} & {written[at : at + 1] for at in range(len(written))}
+    lines = written.decode().splitlines()
+    assert {line[:5] for line in lines} == {"outer", "inner", ""}
+    assert lines.count("") == 2  # each bar ends with one
 
 
 def test_quiet_says_nothing() -> None:

@@ -1,5 +1,6 @@
 """Wrong words are refused before torch is imported or a model is read; and the run that `last` means is named."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ CASES = [
     (["export", "two", "--to", "gguf"], "runs/two: no result yet, so nothing to export"),
     (["eval", "./nowhere", "rows.jsonl"], "./nowhere: no such folder or file"),
     (["eval", "one", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
+    (["eval", "exp 1", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
+    (["eval", "_ä", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
     (["compare", "one", "two", "--data", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
 ]
 CODE = """
@@ -49,6 +52,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_cheap_to_check_is_refused_before_torch_is_imported(root: Path) -> None:
     (root.parent / "model").mkdir()
+    for name in ("exp 1", "_ä"):
+        shutil.copytree(root / "one", root / name)
     (root.parent / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (root.parent / "wrong.jsonl").write_text('{"foo": 1}\n{"foo": 2}\n')
     code = CODE.format(cases=CASES)

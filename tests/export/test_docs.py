@@ -49,6 +49,9 @@ def test_the_verb_prints_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     told = json.loads(CliRunner().invoke(app, [*words, "--json", "--no-verify"]).stdout)
     assert (told["target"], told["verified"], told["proof"]) == ("merged", False, None)
     assert export_note(tmp_path / "out").endswith("on rows held out there")
+    for text in ('{"ok": true}', "[]", "{", '{"target": "x", "loss_tuned": "?", "loss_exported": 1, "rows": 1}'):
+        (tmp_path / "out" / "verify.json").write_text(text)  # of another tool
+        assert export_note(tmp_path / "out") == "", text
     wrong = CliRunner().invoke(app, [*words[:3], "coreml"])
     assert wrong.exit_code == 2
     assert "--to: coreml: there is no such target. One of merged, adapter, gguf, ollama, onnx." in wrong.output

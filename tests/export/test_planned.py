@@ -67,9 +67,23 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     assert [(one["target"], one["verified"]) for one in told] == [("merged", True), ("gguf", True)]
     assert (tmp_path / "run" / "exports" / "gguf-q8_0" / "run-q8_0.gguf").is_file()
     shutil.rmtree(tmp_path / "run" / "exports" / "merged")
-    result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    recipe = tmp_path / "run" / "recipe.yaml"  # of a version that had one more target
+    recipe.write_text(recipe.read_text("utf-8").replace("to: [merged", "to: [gguf-adapter, merged"), "utf-8")
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "run"), "--track", "mlflow"])
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'run'}: it was done but for 1 export, made now\n" in result.stderr
+    assert (
+        f"{tmp_path / 'run'}: it was done but for 1 export, made now. --track (see `tunesmith track`) had no effect\n"
+        in result.stderr
+    )
+    assert "note: export.to: gguf-adapter: --to: gguf-adapter: there is no such target. One of merged" in result.stderr
     assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
     assert "this run is done" in result.stderr
+    shutil.rmtree(tmp_path / "run" / "exports" / "merged")
+    reached = list[str]()
+    monkeypatch.setattr("tunesmith.training.trainer.resume", lambda run, **_: reached.append(run.path.name) or run)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
+    assert (result.exit_code, reached) == (0, ["run"]), result.output
+    assert not (tmp_path / "run" / "exports" / "merged").exists()  # one of several ranks makes none

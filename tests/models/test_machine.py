@@ -82,13 +82,14 @@ def test_fastest_device_is_taken(monkeypatch):
     assert (choose_device("auto").value, choose_device("auto").reason) == ("cuda", "Volta 9000 is here")
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", "cuda", "cuda:1"])
 def test_present_device_is_taken_as_asked(monkeypatch, name):
     cuda(monkeypatch, (9, 0))
+    assert validate({"device": name}).device == name
     assert (choose_device(name).value, choose_device(name).reason) == (name, "as given")
 
 
-@pytest.mark.parametrize("name", ["tpu", "gpu", "cuda:x", "meta", ""])
+@pytest.mark.parametrize("name", ["tpu", "gpu", "cuda:x", "cuda:01", "meta", ""])
 def test_word_that_is_no_device_is_refused_by_the_recipe(name):
     with pytest.raises(RecipeError, match=f"device: {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps"):
         validate({"device": name})

@@ -219,6 +219,8 @@ def plain_bars() -> None:
         tqdm.status_printer = staticmethod(  # type: ignore[method-assign]
             lambda file: partial(print, file=file, flush=True)
         )
+        tqdm.moveto = lambda self, n: None  # type: ignore[method-assign]
+        tqdm.leave = property(lambda _: True, lambda _, value: None)  # type: ignore[assignment]
 
 
 def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:

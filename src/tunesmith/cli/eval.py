@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,11 +101,12 @@ def measured(
     with phases(screen, {**PHASES, "evaluate": "measuring rows", "answer": "answering prompts"}) as progress:
         progress("load", 0, 1)
         loaded = load_any(target, root=root, base=base, task=of_task, model=model, offline=offline)
+        of_export = export_note(loaded.located.path)
         arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
         how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
         found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
     said = set() if said is None else said
-    for note in filter(None, (loaded.note, export_note(loaded.located.path), *found.notes)):
+    for note in filter(None, (loaded.note, of_export, *found.notes)):
         if note in said and note != loaded.note and "this run" not in note:
             continue
         said.add(note)
@@ -117,14 +119,14 @@ def export_note(place: Path) -> str:
     from tunesmith.export.hub import CHECK_FILE
 
     folder = place if place.is_dir() else place.parent
-    if not (folder / CHECK_FILE).is_file():
-        return ""
-    facts = from_json((folder / CHECK_FILE).read_bytes())
-    note = f"an export ({facts['target']}): `tunesmith show` has the loss of its run on rows held out there"
-    if facts.get("loss_tuned") is None or facts.get("loss_exported") is None:
-        return note
-    was, now = loss(facts["loss_tuned"]), loss(facts["loss_exported"])
-    return f"{note}; on the {facts['rows']} rows of its check the loss of the run was {was}, of this {now}"
+    with suppress(OSError, KeyError, TypeError, ValueError):  # no such file, or that of another tool
+        facts = from_json((folder / CHECK_FILE).read_bytes())
+        note = f"an export ({facts['target']}): `tunesmith show` has the loss of its run on rows held out there"
+        if facts.get("loss_tuned") is None or facts.get("loss_exported") is None:
+            return note
+        was, now = loss(facts["loss_tuned"]), loss(facts["loss_exported"])
+        return f"{note}; on the {facts['rows']} rows of its check the loss of the run was {was}, of this {now}"
+    return ""
 
 
 def _draw(found: EvaluationResult, out: Path | None) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named
 from tunesmith.cli.streams import console, json_line
-from tunesmith.errors import InputError
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
 from tunesmith.types import EXPORT_NAMES
@@ -81,7 +81,12 @@ def make_planned(run: Run, *, as_json: bool) -> int:
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import default_folder, export_planned, parse_export
 
-    words = [word for word in run.recipe().export.to if not default_folder(run, *parse_export(word)).exists()]
+    words = list[str]()
+    for word in run.recipe().export.to:
+        try:
+            words += [] if default_folder(run, *parse_export(word)).exists() else [word]
+        except RecipeError as error:  # of an earlier version
+            console(stderr=True).print(visible(f"note: {error}"), style="bright_black", soft_wrap=True)
     for word in words:
         with phases(console(stderr=True), PHASES) as progress:
             done = export_planned(run, word, on_progress=progress)

@@ -17,7 +17,7 @@ from tunesmith.phrases import visible
 from tunesmith.runs import events
 from tunesmith.runs.atomic import to_json
 from tunesmith.runs.folder import Run, is_run, runs
-from tunesmith.types import TASK_NAMES, Problem, TaskName
+from tunesmith.types import EXPORT_NAMES, TASK_NAMES, Problem, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -172,6 +172,8 @@ def build_recipe(
         for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
             message = message.replace(f"--set: {key}: ", f"{OPTIONS[key]}: ")
         raise RecipeError(message) from error
+    if unknown := [word for word in found.export.to if word.partition(":")[0] not in EXPORT_NAMES]:
+        raise RecipeError(f"export.to: {unknown[0]}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
@@ -197,10 +199,12 @@ def named(target: str, root: Path) -> str:
 
 
 def refuse_missing(model: str) -> None:
-    """Raise ModelError for the path of a model where nothing is, before anything heavy is loaded."""
+    """Raise ModelError for the path of a model where nothing is, before anything heavy is loaded; any name without a
+    slash may be that of a run."""
     from tunesmith.models.resolve_model import looks_like_path, resolve_model, split_revision
 
-    if looks_like_path(split_revision(model)[0]) and not Path(model).expanduser().exists():
+    is_path = bool(re.search(r"^[.~]|[/\\]", model)) and looks_like_path(split_revision(model)[0])
+    if is_path and not Path(model).expanduser().exists():
         resolve_model(model, offline=True)
 
 

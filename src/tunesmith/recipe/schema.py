@@ -28,7 +28,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
-from tunesmith.types import EXPORT_NAMES, TASK_NAMES
+from tunesmith.types import TASK_NAMES
 
 T = TypeVar("T")
 
@@ -289,16 +289,10 @@ class CheckpointOptions(OptionGroup):
     each is a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
 
 
-def _known_exports(words: tuple[str, ...]) -> tuple[str, ...]:
-    if unknown := [word for word in words if word.partition(":")[0] not in EXPORT_NAMES]:
-        raise ValueError(f"export.to: {unknown[0]}: there is no such target. One of {', '.join(EXPORT_NAMES)}")
-    return words
-
-
 class ResultExportOptions(OptionGroup):
     """Exports of the result when the run is done."""
 
-    to: Annotated[Words, AfterValidator(_known_exports)] = ()
+    to: Words = ()
     """Exports to make, each TARGET or TARGET:KIND: merged, gguf:q4_k_m."""
 
 
@@ -316,7 +310,7 @@ def _known_task(name: str) -> str:
 
 
 def _known_device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|(cpu|mps|cuda)(:(0|[1-9]\d?))?", name):
         raise ValueError(f"device: {name}: not a device. Use auto, cpu, cuda, cuda:1 or mps")
     return name
 
