@@ -185,9 +185,8 @@ class _LoraForward(torch.autograd.Function):
         ctx.weight = weight
         ctx.scale = scale
         ctx.shape = x.shape
-        return y_TO.contiguous().resize_(
-            *x.shape[:-1], len(b_OR)
-        )  # no view of it: Longformer and DeBERTa write into the answer
+        # No view of it: Longformer and DeBERTa write into the answer.
+        return y_TO.contiguous().resize_(*x.shape[:-1], len(b_OR))
 
     @staticmethod
     @once_differentiable

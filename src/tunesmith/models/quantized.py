@@ -148,10 +148,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_O: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        y_TO = product(x.reshape(-1, x.shape[-1]), layer.weight_OI(), bias_O)
-        return y_TO.contiguous().resize_(
-            *x.shape[:-1], y_TO.shape[1]
-        )  # no view of it: some models write into the answer
+        y_TO = product(x.reshape(-1, x.shape[-1]), layer.weight_OI(), bias_O).contiguous()
+        return y_TO.resize_(*x.shape[:-1], y_TO.shape[1])  # no view of it: some models write into the answer
 
     @staticmethod
     @once_differentiable

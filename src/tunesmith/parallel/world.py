@@ -227,10 +227,9 @@ class World:
             return [value]
         return [json.loads(content) for content in self.gather(json.dumps(value).encode())]
 
-    def agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same on all. False for a run alone, which reads its own word."""
+    def agree_to_stop(self) -> None:
+        """Find out on all ranks whether any was asked to stop; a run alone reads its own word."""
         self.stops = self.size > 1 and any(self.gather_values(bool(self.wants_stop())))
-        return self.stops
 
     def fail(self, error: BaseException) -> None:
         """Leave the reason of this rank's end to the others."""
