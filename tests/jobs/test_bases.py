@@ -10,7 +10,7 @@ import pytest
 from serve.fake import FakeEngine
 from tunesmith.errors import InputError
 from tunesmith.jobs.bases import bases_of_file, bases_of_model
-from tunesmith.jobs.engines import Engines
+from tunesmith.jobs.engines import Engines, EnginesFromThread
 from tunesmith.serve.protocol import Finished, GenerationRequest
 
 GOOD = """
@@ -81,3 +81,17 @@ def test_an_alias_is_answered_by_its_base(tmp_path: Path) -> None:
         assert isinstance(asyncio.run(ask(name))[-1], Finished)
     assert {request.model for request in engine.asks} == {"owner/base"}
     assert engines.state() == engine.state()
+
+
+def test_an_engine_that_does_not_answer_is_a_reason_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(FakeEngine):
+        async def attach(self, name: str, run: Path) -> None:
+            await asyncio.Event().wait()
+
+    async def attach() -> None:
+        models = EnginesFromThread(Engines({"small": Silent()}, read(tmp_path, GOOD)), asyncio.get_running_loop())
+        await asyncio.to_thread(models.attach, "small", "ft:small", tmp_path)
+
+    monkeypatch.setattr("tunesmith.jobs.engines.ATTACH_TIMEOUT_S", 0.1)
+    with pytest.raises(TimeoutError, match=r"the engine did not answer within 0\.1 s"):
+        asyncio.run(attach())

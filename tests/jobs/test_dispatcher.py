@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from tunesmith.errors import RunError
 from tunesmith.jobs.bases import PublicBase
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.names import snapshot_name
+from tunesmith.jobs.run_events import missing_exports
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events, jobs
 from tunesmith.jobs.training_files import rounds
@@ -180,6 +182,37 @@ def test_a_result_waits_for_an_engine_that_is_started_again(store: Store) -> Non
     assert store.job(name)["error"]["code"] == "result_not_served"
 
 
+def test_a_job_that_is_cancelled_while_its_result_waits_for_an_engine_is_tidied_once(store: Store) -> None:
+    name = put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, FakeLauncher(), RefusingModels([503] * 100))
+    while name not in working.unfinished:
+        working.round()
+    store.act(name, "cancel", "Fine-tuning job cancelled")
+    working.round()
+    version = store.version
+    for _ in range(20):
+        working.round()
+    assert (store.version, working.unfinished) == (version, {})
+    assert store.content_path(store.job(name)["result_file"]).exists()
+
+
+@pytest.mark.parametrize("refusals", [0, 9])
+def test_what_cannot_be_removed_after_a_success_is_said_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tunesmith.jobs.dispatcher.remove", refuse)
+    name, notes, models = put_job(store, put_file(store, rows(12))), list[str](), RefusingModels([503] * refusals)
+    working = dispatcher(store, FakeLauncher(), models)
+    working.on_note = notes.append
+    for _ in range(20):
+        working.round()
+    assert (store.job(name)["status"], models.refusals) == ("succeeded", [])
+    assert notes == [f"{name}: what it no longer needs cannot be removed: [Errno 13] Permission denied"]
+
+
 @pytest.mark.parametrize(("num", "status"), [(2, "succeeded"), (3, "failed")])
 def test_an_engine_that_is_killed_while_a_result_is_put_on_it_is_no_fault_of_the_job(
     store: Store, num: int, status: str
@@ -327,9 +360,9 @@ def test_a_job_whose_base_is_gone_fails_and_holds_up_no_other(opened: Opened, tm
     store.close()
 
 
-@pytest.mark.parametrize("made", [["gguf-q8_0"], []])
+@pytest.mark.parametrize(("made", "refusals"), [(["gguf-q8_0"], 0), ([], 0), ([], 9)])
 def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
-    store: Store, monkeypatch: pytest.MonkeyPatch, made: list[str]
+    store: Store, monkeypatch: pytest.MonkeyPatch, made: list[str], refusals: int
 ) -> None:
     """`tunesmith train` makes the exports of `export.to` after the run, which is done then whatever comes of them."""
 
@@ -340,10 +373,12 @@ def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
 
     monkeypatch.setattr(FakeRun, "error", error)
     base = PublicBase(model="tiny-model", recipe={"export": {"to": ["gguf:q8_0", "merged:float32"][: 2 - len(made)]}})
-    working = Dispatcher(store, BASES.model_copy(update={"bases": {"tiny": base}}), FakeLauncher(), FakeModels())
+    bases, models = BASES.model_copy(update={"bases": {"tiny": base}}), RefusingModels([503] * refusals)
+    working = Dispatcher(store, bases, FakeLauncher(), models)
     name = put_job(store, put_file(store, rows(12)))
-    for _ in range(14):
+    for _ in range(20):
         working.round()
+    assert models.refusals == []
     said = [row["message"] for row in store.page(events, events.c.level == "warn", limit=100, newest_first=False)[0]]
     way = f"runs/x: the disk is full. Make it on the server: tunesmith export runs/{name} --to"
     expected = [
@@ -353,6 +388,25 @@ def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
     assert said == ([] if made else expected)
     job = store.job(name)
     assert (job["status"], [row["name"] for row in store.tuned()][-1]) == ("succeeded", job["tuned_name"])
+
+
+def test_an_export_is_made_where_its_own_folder_is(tmp_path: Path) -> None:
+    """One of another quantisation, and what a user put next to it, is not it."""
+    from tunesmith.export.export_run import default_folder, parse_export
+
+    words = ["merged:float32", "adapter", "onnx", "gguf", "gguf:q4_k_m", "ollama", "ollama:q8_0"]
+    recipe = {"model": "m", "data": {"train": ["a.jsonl"]}, "export": {"to": words}}
+    run = Run.create(tmp_path, "x", json.dumps(recipe))
+    folders = [default_folder(run, *parse_export(word)) for word in words]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        folder.with_name(f"{folder.name}-old").mkdir()
+    for word, folder in zip(words, folders, strict=True):
+        assert missing_exports("ftjob-x", run, "") == []
+        folder.rmdir()
+        [said] = missing_exports("ftjob-x", run, "")
+        assert f"the export {word.partition(':')[0]}" in said["message"]
+        folder.mkdir()
 
 
 def test_the_run_of_a_job_is_neither_removed_nor_pruned(store: Store) -> None:

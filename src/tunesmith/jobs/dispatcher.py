@@ -44,7 +44,6 @@ MOST_ATTEMPTS = 3
 """Starts without a new checkpoint between them, or crashes of the engine while a result was attached."""
 UNAVAILABLE = 503
 CRASHED = "engine_crashed"
-RUN_DONE_AGAIN = "Fine-tuning job will be started again: its run was ended from outside"
 
 
 @dataclass
@@ -77,8 +76,8 @@ class Dispatcher:
     expires_next: float = 0.0
     unserved: set[str] = field(default_factory=set)
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
-    unfinished: set[str] = field(default_factory=set)
-    """Jobs whose runs are done, and whose results wait for an engine."""
+    unfinished: dict[str, Record | None] = field(default_factory=dict)
+    """Jobs whose runs are done, and whose results wait for an engine, with the errors of their exports."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     seen: int = -1
@@ -125,8 +124,11 @@ class Dispatcher:
             except RunError as error:
                 self.on_note(f"{name}: its checkpoints are not served: {error}")
             self.unserved.discard(name)
-        for name in list(self.unfinished):
-            self._finish(name, Run(self._run_path(name)))
+        for name, failed in list(self.unfinished.items()):
+            job = self.store.job(name) or {}
+            del self.unfinished[name]
+            if job["status"] == "running":
+                self._finish(name, Run(self._run_path(name)), failed)
             self._tidy(name)
         if is_new:
             self._start_jobs()
@@ -189,8 +191,7 @@ class Dispatcher:
             return
         if (run.path / "run.json").exists() and run.state() == "done":
             return self._finish(name, run)
-        if run.path.exists():
-            run.clear_stop()
+        run.clear_stop()
         path = self.store.recipes_path / f"{name}.yaml"
         services = [Integration.model_validate(one).wandb.environment for one in job["request"]["integrations"]]
         environment = services[0] if services else {}  # for the service that gets the metrics
@@ -286,8 +287,7 @@ class Dispatcher:
 
     def _take_numbers(self, one: _Active) -> None:
         """The hyperparameters that were chosen."""
-        job, recipe = self.store.job(one.job), one.run.recipe()
-        assert job is not None, "it is under way"
+        job, recipe = self.store.job(one.job) or {}, one.run.recipe()
         times = job["numbers"]["learning_rate_multiplier"]
         numbers = {
             "n_epochs": int(float(recipe.train.epochs)), "batch_size": recipe.train.rows_per_step,
@@ -300,9 +300,8 @@ class Dispatcher:
     def _end(self, job: Record, one: _Active) -> None:
         """The state of a job whose run has ended by itself."""
         name = job["id"]
-        state = one.run.state() if (one.run.path / "run.json").exists() else "new"
         error = one.process.error()
-        if state == "done":
+        if (one.run.path / "run.json").exists() and one.run.state() == "done":
             return self._finish(name, one.run, error)
         if error is not None and error["code"] == "Stopped":  # by the end of a server
             self.store.change_job(name, if_status=["running"], status="queued")
@@ -313,7 +312,7 @@ class Dispatcher:
         if attempts >= MOST_ATTEMPTS:
             message = f"The run was ended from outside {attempts} times without a new checkpoint between."
             return self._fail(job, "run_crashed", message, None)
-        said = [event(name, RUN_DONE_AGAIN, level="warn")]
+        said = [event(name, "Fine-tuning job will be started again: its run was ended from outside", level="warn")]
         self.store.change_job(name, said, if_status=["running"], status="queued", attempts=attempts)
         return None
 
@@ -399,7 +398,10 @@ class Dispatcher:
             for path in (run.checkpoints_path, run.path / "lock.json"):  # a killed run leaves who wrote it
                 remove(path)
         except (OSError, RunError, StorageError) as error:
-            self.on_note(f"{name}: the results of its steps are not kept: {error}")
+            lost = "the results of its steps are not kept"
+            if job["status"] == "succeeded":
+                lost = "what it no longer needs cannot be removed"
+            self.on_note(f"{name}: {lost}: {error}")
 
     def _write_cancelled(self, job: Record, run: Run) -> None:
         """Write the results file of a cancelled job, and remove what it made at its stop."""
@@ -420,14 +422,13 @@ class Dispatcher:
         job = self.store.job(name)
         assert job is not None, "rows of jobs are never removed"
         tuned = job["tuned_name"]
-        self.unfinished.discard(name)
         try:
             self._serve_snapshots(name, run)
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
             attempts = job["attempts"] + (getattr(error, "code", "") == CRASHED)
             if _is_unavailable(error) and attempts < MOST_ATTEMPTS:
-                self.unfinished.add(name)
+                self.unfinished[name] = failed
                 if attempts > job["attempts"]:
                     self.store.change_job(name, if_status=["running"], attempts=attempts)
                 return None
@@ -445,7 +446,6 @@ class Dispatcher:
         ]
         if not self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found)):
             return self.models.detach(tuned)  # it was paused or cancelled in the last moment
-        self._tidy(name)
         self.store.sweep()
         self.store.sweep_models()
         return None

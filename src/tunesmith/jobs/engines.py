@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -93,4 +94,7 @@ class EnginesFromThread:
         self._wait(self.engines.detach(name))
 
     def _wait(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)
+        try:
+            asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)
+        except concurrent.futures.TimeoutError as error:
+            raise TimeoutError(f"the engine did not answer within {ATTACH_TIMEOUT_S:g} s") from error

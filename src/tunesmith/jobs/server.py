@@ -50,8 +50,7 @@ class JobServer:
         store.rules = bases
         started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
-        local = LocalLauncher(offline=options.offline)
-        launcher = local if ray is None else RayLauncher(ray, offline=options.offline)
+        launcher = LocalLauncher(offline=options.offline) if ray is None else RayLauncher(ray, offline=options.offline)
         slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
         dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)
         await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
