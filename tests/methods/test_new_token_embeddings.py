@@ -133,6 +133,12 @@ def test_a_new_row_begins_as_the_mean_of_its_pieces_and_a_padded_table_never_shr
     assert model.config.vocab_size == 71
 
 
+def test_new_tokens_beyond_a_gap_are_refused() -> None:
+    model = tiny_model("llama", vocab_size=64)
+    with pytest.raises(ModelError, match="has 66 tokens before them, the embedding of the model 64 rows"):
+        resize_embeddings(model, NewTokens((66,), ((1,),)))
+
+
 def test_a_table_trained_whole_takes_the_rows_along() -> None:
     attachment = tuned(made(tied=True), LoraMethod(rank=4, also_train=("embed_tokens",)))
     assert attachment.rows is None

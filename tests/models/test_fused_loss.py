@@ -170,6 +170,14 @@ def test_an_output_layer_with_a_forward_of_its_own_is_left_to_it():
     assert find_output_layer(model) is None
 
 
+def test_a_model_without_a_base_of_its_own_computes_its_logits_itself(monkeypatch):
+    """Llama 4 keeps it by another name than its class says."""
+    model = sharp("llama")
+    assert find_output_layer(model) is not None
+    monkeypatch.setattr(type(model), "base_model_prefix", "language_model")
+    assert find_output_layer(model) is None
+
+
 def test_the_test_catches_a_cap_that_is_forgotten_in_the_backward(monkeypatch):
     monkeypatch.setattr(output_module, "_before_scale", lambda glogits_NV, logits_NV, output: glogits_NV)
     with pytest.raises(AssertionError):

@@ -106,7 +106,7 @@ def output_layer_of(model: PreTrainedModel) -> OutputLayer | None:
 def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     """`output_layer_of` the model, if it gives the model's own logits on a few tokens."""
     output = output_layer_of(model)
-    if output is None:
+    if output is None or model.base_model is model:  # Llama 4's base has another name than its class says
         return None
     ids_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
     cache = {"use_cache": False} if has_cache(type(model).forward) else {}

@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import pools_last
 
 
@@ -57,8 +57,13 @@ def resize_embeddings(model: PreTrainedModel, new: NewTokens) -> None:
     """
     if not new.ids:
         return
-    weight = _weight(model.get_input_embeddings())
-    if max(new.ids) >= weight.shape[0]:
+    num_rows = _weight(model.get_input_embeddings()).shape[0]
+    if min(new.ids) > num_rows:
+        raise ModelError(
+            f"data.new_tokens: the tokenizer has {min(new.ids):,} tokens before them, the embedding of the model "
+            f"{num_rows:,} rows: those between have no vector. Take the tokenizer that belongs to the model."
+        )
+    if max(new.ids) >= num_rows:
         model.resize_token_embeddings(max(new.ids) + 1, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is None:
