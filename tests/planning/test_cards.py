@@ -64,7 +64,7 @@ def test_so_does_one_of_an_encoder(tmp_path, monkeypatch):
 def test_the_test_sees_a_plan_that_does(tmp_path, monkeypatch):
     """A card whose kind is a processor's, as the first forecast took it."""
     without_a_processor(monkeypatch)
-    monkeypatch.setattr("tunesmith.training.resolve._reason", lambda error: pytest.fail(str(error)))
+    monkeypatch.setattr("tunesmith.training.resolve.one_line", lambda error: pytest.fail(str(error)))
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         planned(tiny_recipe(tmp_path, **AUTO), tmp_path, Device("H100-80G", "cpu", 2**36, 1e14, 1e12))
 
