@@ -247,6 +247,11 @@ def compared(*words: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_few_rows_of_many_runs_are_said_to_be_few(tmp_path, monkeypatch):
+    monkeypatch.setattr("tunesmith.evaluation.compare.FEW_ROWS", 41)
+    assert "\n40 rows are few: " in compared(*(measured(tmp_path / name, {1}) for name in "abc"))[1]
+
+
 def test_many_runs_are_one_table_against_the_first(tmp_path):
     paths = [measured(tmp_path / name, set(range(num))) for name, num in (("a", 20), ("b", 21), ("c", 40))]
     code, out = compared(*paths)

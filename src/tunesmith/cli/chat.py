@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, named
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, named, refuse_missing
 from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
 from tunesmith.phrases import command, plural, visible
@@ -89,10 +89,11 @@ def open_speakers(
     note: Callable[[str], None],
 ) -> list[ChatSpeaker]:
     """The models that answer, in order; the last one's answers continue the conversation."""
+    target = named(target, root)
+    refuse_missing(target)
     from tunesmith.inference.load import load_any
     from tunesmith.serve.registry import LocalEngine
 
-    target = named(target, root)
     run = Run.open(target, root) if is_run(target, root) else None
     if run is None and compare:
         raise InputError(f"{target}: --compare needs a run: a model has no other, untouched version.")

@@ -113,7 +113,7 @@ def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | Non
         _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
     num = sum(nums.values()) if nums else len(problems)
     if (left := num - len(shown[:SHOWN_LINES])) > 0:
-        listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} in all"
+        listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} of all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
 
 

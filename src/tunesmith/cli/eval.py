@@ -170,6 +170,8 @@ def compare(
     from tunesmith.evaluation.compare import compare_runs
 
     targets = [named(target, root) for target in targets]
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out}: not a page in a folder that is there. Give FILE.html.")
     if len(targets) < 2:
         raise InputError("compare: one run was given. Write: tunesmith compare RUN RUN, or more of them.")
     if model is not None and (data is None or not any(is_run(name, root) for name in targets)):
@@ -189,7 +191,7 @@ def compare(
     if len(targets) == 2:
         _show_two(found[0], targets, sides, is_kept=data is None, as_json=as_json)
     else:
-        _show_many(found, targets, as_json=as_json)
+        _show_many(found, targets, is_kept=data is None, as_json=as_json)
     if out is not None:
         from tunesmith.evaluation.report.pages import as_html
         from tunesmith.evaluation.report.sections import comparison_page
@@ -198,12 +200,13 @@ def compare(
         console(stderr=True).print(f"a page with the table and a picture: {out}")
 
 
-def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bool) -> None:
+def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bool, as_json: bool) -> None:
     """A row for each run: its values, and how they differ from those of the first run."""
     if as_json:
         runs = [{"name": name, "measures": _as_values(one.metrics)} for name, one in zip(names[1:], found, strict=True)]
         json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
         return
+    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, too_few
     from tunesmith.evaluation.report.sections import comparison_table
 
     screen, unit, table = console(), "document" if found[0].are_documents else "row", comparison_table(names, found)
@@ -211,6 +214,8 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, as_json: bo
     screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
     print_table(screen, [column.title for column in table.columns], cells)
+    for sentence in too_few(found[0].num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
+        screen.print(sentence)
 
 
 @dataclass

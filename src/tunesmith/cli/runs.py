@@ -219,7 +219,7 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
 
 def _refuse_unknown(place: str, name: str, known: Sequence[str]) -> None:
     if known and name not in known:
-        ways = "`tunesmith show RUN --json` lists metrics, such as before.accuracy, and options, such as optim.lr."
+        ways = "`tunesmith show RUN --json` lists metrics (before.NAME: of the base) and options, such as optim.lr."
         raise InputError(f"{place}: no run has a field {name}.{did_you_mean(name, known)} {ways}")
 
 
