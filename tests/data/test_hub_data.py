@@ -228,6 +228,53 @@ def test_subsets_that_name_no_files_are_offered_with_those_that_do(server):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["hf://datasets/acme/chats", "memory://chats", "zip"])
+def test_a_folder_at_an_address_with_held_out_rows_is_not_trained(server, tmp_path: Path, place: str):
+    import fsspec
+
+    files = {f"data/{name}-0.jsonl": json_lines([chat(i)]) for i, name in enumerate(("train", "test"))}
+    if place.startswith("hf"):
+        server.dataset("acme/chats", files)
+    elif place == "zip":
+        with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        fsspec.filesystem("memory").pipe({f"/chats/{name}": content for name, content in files.items()})
+    end = f"::file://{tmp_path}/rows.zip" if place == "zip" else ""
+    folder = f"zip://data{end}" if place == "zip" else f"{place}/data"
+    pinned, _ = pin_path(folder, offline=False)
+    with pytest.raises(
+        DataError, match=r"is_folder: .*held-out rows: 'test-0.jsonl'. They would be trained"
+    ) as refused:
+        expand_folders([DataFile(path=pinned)], pytest.fail, trained=True)
+    assert f"/data/train-0.jsonl{end} --eval " in str(refused.value).replace("zip://data", "/data")
+    assert len(members(pinned)) == 2
+    pattern, _ = pin_path(f"zip://data/t*{end}" if end else f"{folder}/t*", offline=False)
+    assert len(expand_folders([DataFile(path=pattern)], pytest.fail, trained=True)) == 2  # as by their names
+
+
+def test_a_path_that_is_not_there_is_answered_with_the_files_that_are(chats):
+    for path, said in {
+        "small/b.parquet": " Did you mean small/a.parquet? There are: small/a.parquet.",
+        "data/trian-*": f" There are: data/test-00000-of-00001.parquet, {', '.join(shards(4))}.",
+        "none/x.parquet": ", data/train-00003-of-00004.parquet, small/a.parquet.",
+    }.items():
+        with pytest.raises(DataError, match=r"no file of rows is there: JSON lines, JSON, CSV or Parquet\.") as refused:
+            pin_path(f"hf://datasets/acme/chats/{path}", offline=False)
+        assert str(refused.value).endswith(said)
+
+
+def test_offline_names_the_addresses_that_were_listed(chats):
+    pin_path("hf://datasets/acme/chats?subset=default&split=test", offline=False)
+    for address in ("hf://datasets/acme/chats?split=test", "hf://datasets/acme/chats@main?subset=default&split=test"):
+        said = rf": listed only as hf://datasets/acme/chats\?subset=default&split=test, .*@{chats.branches['main']}"
+        with pytest.raises(DataError, match=said):
+            pin_path(address, offline=True)
+    with pytest.raises(DataError, match="never listed"):
+        pin_path("hf://datasets/acme/other", offline=True)
+
+
 def test_gated_data_set_says_where_terms_are_accepted(server, monkeypatch):
     server.tokens = {"mine"}
     server.dataset("acme/gated", shards(1), gated=True)

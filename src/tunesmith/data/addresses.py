@@ -27,7 +27,7 @@ from tunesmith.data.detect_format import DOCUMENTS, SUFFIXES, is_about, suffix_o
 from tunesmith.data.problems import refusal
 from tunesmith.environment import install_command
 from tunesmith.errors import DataError, StorageError, hub_failures, one_line, why_refused
-from tunesmith.phrases import listed, plural, size
+from tunesmith.phrases import did_you_mean, listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, storing, write_atomic
 
@@ -176,7 +176,8 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
     if listing and (offline_by or listing[0] == text):
         return listing
     if offline_by and not text.startswith(("file://", "memory://")):
-        raise DataError(f"{text}: never listed on this machine, and {offline_by} forbids that. Run once without.")
+        known_as = f"listed only as {listed(others, 20)}" if (others := _listed_as(parts[0])) else "never listed"
+        raise DataError(f"{text}: {known_as} on this machine, and {offline_by} forbids more. Run once without.")
     try:
         if not is_hub:
             file_system(text)[0].invalidate_cache()
@@ -190,7 +191,7 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
         raise DataError(f"{text}: {why}") from error
     for name in {text, address}:
         with suppress(OSError, StorageError):  # a home that cannot be written to: it is listed again
-            write_atomic(_listing_path(name), orjson.dumps([address, files]))
+            write_atomic(_listing_path(name), orjson.dumps([address, files, name]))
     return address, files
 
 
@@ -204,9 +205,19 @@ def _listing_path(name: str) -> Path:
 def _remembered(text: str) -> tuple[str, Sequence[RemoteFile]] | None:
     """The files of an address of the hub that was listed before on this machine."""
     with suppress(OSError, ValueError, TypeError):
-        address, files = orjson.loads(_listing_path(text).read_bytes())
+        address, files, *_ = orjson.loads(_listing_path(text).read_bytes())
         return address, [RemoteFile(**file) for file in files]
     return None
+
+
+def _listed_as(uri: Any) -> list[str]:
+    """The addresses, as they were given, by which a data set of the hub was listed before on this machine."""
+    found: set[str] = set()
+    for path in _listing_path("").parent.glob("*.json") if uri else ():
+        with suppress(OSError, ValueError, TypeError):
+            address, _, *name = orjson.loads(path.read_bytes())
+            found |= {*name, address} if _parts(address)[0].id == uri.id else set()
+    return sorted(found, key=lambda name: (len(name), name))  # those with a commit last
 
 
 def _parts(text: str) -> tuple[Any, dict[str, str]]:
@@ -312,10 +323,22 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
                 one = RemoteFile(fs.unstrip_protocol(name) + chain, int(facts["size"]), version)
                 found.setdefault(one.address, one)
     if not found:
-        held = f" It holds {listed(others)}." if others else ""
-        held += " The hub may have converted it: @refs/convert/parquet." if given.startswith(HUB) else ""
+        held = f" It holds {listed(others)}." if others else _near(fs, path)
+        if given.startswith(HUB) and "There are: " not in held:
+            held += " The hub may have converted it: @refs/convert/parquet."
         raise DataError(f"{given}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}")
     return list(found.values())
+
+
+def _near(fs: Any, path: str) -> str:
+    """The files of rows in the folder of a path that is not there; on the hub, else in its repository."""
+    folder, repository = path.partition("*")[0].rpartition("/")[0], "/".join(path.split("/")[:3])
+    for place, how in ((folder, {"maxdepth": 1}), *([(repository, {})] if fs.protocol == "hf" else [])):
+        with suppress(OSError):  # of the folder too, there may be nothing
+            root = f"{repository if fs.protocol == 'hf' else place}/"
+            if names := sorted(name.removeprefix(root) for name in fs.find(place, **how) if _is_rows(name)):
+                return f"{did_you_mean(path.removeprefix(root), names)} There are: {listed(names, 20)}."
+    return ""
 
 
 def _is_rows(path: str) -> bool:

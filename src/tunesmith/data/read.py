@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from glob import has_magic
 from typing import Any
 
 from tunesmith.data.addresses import is_address, known, local, registered
@@ -46,6 +47,8 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
     for file in files:
         try:
             if is_address(file.at):
+                if trained and not has_magic(file.at):  # neither a pattern nor a split
+                    _refuse_held_out_at(file.at, [one.address for one in registered(file.at)])
                 found += [file.at_place(one.cached() or one.address, path=one.address) for one in registered(file.at)]
             elif os.path.isdir(file.at):
                 for name in _documents(file.path, file.at, on_problem, trained):
@@ -83,7 +86,16 @@ def _documents(folder: str, at: str, on_problem: Callable[[Problem], None], trai
     return chosen
 
 
-def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str]) -> None:
+def _refuse_held_out_at(address: str, found: Sequence[str]) -> None:
+    """`_refuse_held_out` for the files of a folder at an address, which may be in an archive."""
+    _, mark, archive = address.partition("::")
+    names = [one.removesuffix(mark + archive) for one in found]
+    folder = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071
+    inside = [name.removeprefix(f"{folder}/").replace("/", os.sep) for name in names]
+    _refuse_held_out(folder, inside, [name for name in inside if suffix_of(name) in SUFFIXES], mark + archive)
+
+
+def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str], archive: str = "") -> None:
     """Raise `DataError` where files of rows, or folders next to one named train, are held-out rows by their names."""
     tops = sorted({name.split(os.sep)[0] for name in chosen if os.sep in name})
     held_tops = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
@@ -91,7 +103,7 @@ def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str]) ->
     others = [name for name in rows if name not in held_rows]
     for kept, held in ((others, held_rows), ([top for top in tops if top.lower() == "train"], held_tops)):
         if kept and held:
-            ours, theirs = ([shlex.quote(os.path.join(folder, name)) for name in side] for side in (kept, held))
+            ours, theirs = ([shlex.quote(os.path.join(folder, at) + archive) for at in side] for side in (kept, held))
             message = f"by their names, these are held-out rows: {names(held)}. They would be trained."
             fix = f"Give by name: {' '.join(ours)} --eval {' --eval '.join(theirs)}"
             raise refusal(folder, 0, "is_folder", message, fix)
