@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tunesmith.cli.options import data_file, mix_of
+from tunesmith.cli.app import app
+from tunesmith.cli.options import data_file, mix_of, refuse_unreadable
 from tunesmith.errors import InputError
 
 
@@ -34,6 +36,26 @@ def test_a_file_whose_whole_name_is_there_wins(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     Path("part:2").write_text("", "utf-8")
     assert data_file("part:2") == {"path": "part:2"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["a.jsonl:1e3"], "a.jsonl:1e3: its weight is 1e3: 100 is the most"),
+        (["a.jsonl:x"], "a.jsonl:x: 'x' is no weight of a.jsonl. Write a number above 0: a.jsonl:0.5"),
+        (["a.jsonl:0.7", "a.jsonl:0.3"], "a.jsonl: is there twice: give it once, with a weight (a.jsonl:2)."),
+        ([""], "DATA is empty. Give the name of a file, a folder or an address."),
+    ],
+)
+def test_what_was_typed_as_data_is_refused_by_its_own_name(
+    typed: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "a"}\n', "utf-8")
+    result = CliRunner().invoke(app, ["check", *typed])
+    assert f"error: {message}" in result.stderr
+    with pytest.raises(InputError, match="DATA is empty"):
+        refuse_unreadable([""])
 
 
 @pytest.mark.parametrize("typed", ["a.jsonl:0", "a.jsonl:-0.3", "a.jsonl:0.0"])

@@ -282,7 +282,7 @@ def _files_of_no_use() -> None:
     ):
         _case(f"file: {name}", filename, payload, code, 1)
     _case(
-        "file: pretty-printed JSON", "rows.json", json.dumps(json.loads(GOOD), indent=2).encode(), "truncated_json", 1
+        "file: pretty-printed JSON", "rows.json", json.dumps(json.loads(GOOD), indent=2).encode(), "indented_object", 0
     )
     _case("file: words named JSON lines", "rows.jsonl", b"Hello there\n" + GOOD, "bad_json", 1)
     _case("file: gzip cut off", "rows.jsonl.gz", _cut_gzip(300), "damaged_gzip", 101)

@@ -180,7 +180,12 @@ def test_csv_and_gzip_are_read_as_local_files_are(server):
         ("hf://datasets/acme/chats/none.parquet", "no file of rows is there"),
         ("hf://datasets/acme/nothing", "no such data set on the hub"),
         ("hf://datasets/acme/-x-", "not the address of a data set ("),
-        ("xyz://bucket/rows.jsonl", "Protocol not known: xyz"),
+        (
+            "xyz://bucket/rows.jsonl",
+            "xyz://: no such kind of address. There are hf://, s3://, gs:// and others of fsspec.",
+        ),
+        ("HF://datasets/acme/chats", "HF://: no such kind of address. Did you mean hf?"),
+        ("hf://datasets/acme/chats?splt=test", "'splt' is neither subset nor split. Did you mean split? Write hf://"),
         ("memory://nothing.jsonl", "no file of rows is there"),
     ],
 )
@@ -573,6 +578,18 @@ def test_missing_package_of_a_file_system_is_named(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(DataError, match=r"s3://b/x.jsonl: a package is not installed .* -m pip install"):
         pin_path("s3://b/x.jsonl", offline=False)
+
+
+def test_missing_package_of_https_is_the_one_to_install(monkeypatch):
+    import fsspec
+
+    def missing(address):
+        text = 'HTTPFileSystem requires "requests" and "aiohttp" to be installed'  # as fsspec says it
+        raise ImportError(text) from ModuleNotFoundError("No module named 'aiohttp'", name="aiohttp")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(DataError, match=r"a package is not installed .* install it: pip install aiohttp$"):
+        pin_path("https://example.com/x.jsonl", offline=False)
 
 
 @pytest.mark.parametrize("before", ["", "simplecache::", "zip://rows.jsonl::"])

@@ -1,7 +1,11 @@
 """Rows are read byte for byte, whatever the file is called and however it arrives."""
 
+import gzip
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataFile, Limits
 
 PAIR = {"prompt": "a", "completion": "b"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 # Surrogates are no text, and NUL is refused by name.
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"))
 ROWS = st.lists(st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}), min_size=1, max_size=5)
@@ -201,6 +206,32 @@ def test_parquet_rows_cross_row_groups(tmp_path: Path):
     found, _ = rows_in(tmp_path / "t.parquet")
     assert [record for _, record in found] == rows
     assert [line for line, _ in found] == list(range(1, 5001))
+
+
+def test_a_link_to_what_is_not_there_is_said_to_be_that(tmp_path: Path):
+    (tmp_path / "dangling.jsonl").symlink_to("gone.jsonl")
+    [problem] = rows_in(tmp_path / "dangling.jsonl")[1]
+    assert problem.message == "this is a link to 'gone.jsonl', which is not there."
+    assert "Did you mean" not in problem.fix
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "it's.json", "rows.json.gz"])
+def test_one_indented_object_is_one_error_with_a_way_out(name: str, tmp_path: Path):
+    rows = [{"prompt": "ä", "completion": "b"}, PAIR]
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    for whole, which, converted in (({"version": 1, "data": rows}, "its list 'data'", rows), (CHAT, "one row", [CHAT])):
+        path = put(tmp_path, name, pack(json.dumps(whole, indent=2, ensure_ascii=False).encode()))
+        found, problems = rows_in(path)
+        assert not found
+        assert [(one.code, one.message) for one in problems] == [
+            ("indented_object", "this is one indented object, not JSON lines.")
+        ]
+        assert which in problems[0].fix
+        line = problems[0].fix.partition(": python ")[2]
+        subprocess.run(f"{shlex.quote(sys.executable)} {line}", shell=True, cwd=tmp_path, check=True)
+        assert read_texts(next(tmp_path.glob("*-rows.jsonl"))) == converted
+    cut = put(tmp_path, "cut.jsonl", b'{"prompt": "a",\n' + json_lines([PAIR]))
+    assert said(rows_in(cut)[1]) == [("truncated_json", 1)]
 
 
 def test_files_are_named_together_when_they_cannot_be_opened(tmp_path: Path):

@@ -56,7 +56,7 @@ def check(
     for path in data or ():
         if (Path(path) / "config.json").is_file() and (Path(path) / "tokenizer_config.json").is_file():
             raise InputError(f"{path}: a model folder, not data. Write: tunesmith check DATA --model {path}")
-    train = files(data)
+    train = files(data, once=True)
     explicit = {
         "model": model,
         "data.train": train,

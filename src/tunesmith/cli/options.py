@@ -116,14 +116,20 @@ def data_file(text: str) -> dict[str, Any]:
     """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter in front
     of the colon is a drive of Windows.
 
-    Raises InputError for a weight that is not above 0.
+    Raises InputError for an empty name, and for a weight that is no number above 0 and up to 100.
     """
+    _refuse_empty([text])
     match = _WEIGHT.fullmatch(text)
     if match is None or Path(text).exists():
+        path, _, word = text.rpartition(":")
+        if path and Path(path).is_file() and not Path(text).exists():
+            raise InputError(f"{text}: {word!r} is no weight of {path}. Write a number above 0: {path}:0.5")
         return {"path": text}
     weight = float(match["weight"])
     if weight <= 0:
         raise InputError(f"{text}: its weight is {match['weight']}: it must be above 0. Leave the file out instead.")
+    if weight > 100:
+        raise InputError(f"{text}: its weight is {match['weight']}: 100 is the most, each row 100 times an epoch.")
     return {"path": match["path"], "weight": weight}
 
 
@@ -162,7 +168,7 @@ def build_recipe(
     from tunesmith.recipe import load
 
     _refuse_twice(words, settings or ())
-    train = files(data)
+    train = files(data, once=True)
     explicit = {"model": model, "data.train": train, "data.eval": files(held_out), "data.mix": mix_of(train), **words}
     overrides = [*to_overrides(explicit), *(FAST if fast else ()), *(settings or ())]
     try:
@@ -230,7 +236,13 @@ def refuse_unreadable(paths: Sequence[str]) -> None:
     from tunesmith.data.read import inspect_files
     from tunesmith.recipe.schema import DataFile
 
+    _refuse_empty(paths)
     inspect_files([DataFile(path=path) for path in paths if not is_address(path)], lambda problem: None)
+
+
+def _refuse_empty(paths: Sequence[str]) -> None:
+    if not all(path.strip() for path in paths):
+        raise InputError("DATA is empty. Give the name of a file, a folder or an address.")
 
 
 def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:
@@ -249,5 +261,10 @@ def as_task(name: str | None) -> TaskName | None:
     return name
 
 
-def files(paths: Sequence[str] | None) -> list[dict[str, Any]]:
-    return [data_file(path) for path in paths or ()]
+def files(paths: Sequence[str] | None, *, once: bool = False) -> list[dict[str, Any]]:
+    """The files that were typed. Raises InputError for one that is there twice where each may be there `once`."""
+    found = [data_file(path) for path in paths or ()]
+    names = [file["path"] for file in found]
+    if once and (twice := [name for name in names if names.count(name) > 1]):
+        raise InputError(f"{twice[0]}: is there twice: give it once, with a weight ({twice[0]}:2).")
+    return found

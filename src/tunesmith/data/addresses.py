@@ -233,7 +233,10 @@ def _parts(text: str) -> tuple[Any, dict[str, str]]:
     except HfUriError as error:
         why = error.msg.strip().rstrip(".")
         raise DataError(f"{text}: not the address of a data set ({why}). Write {GRAMMAR}.") from None
-    is_odd = words.keys() - {"subset", "split"} or (uri.path_in_repo and words) or len(pairs) > len(words)
+    if unknown := [word for word in words if word not in ("subset", "split")]:
+        near = did_you_mean(unknown[0], ("subset", "split"))
+        raise DataError(f"{text}: {unknown[0]!r} is neither subset nor split.{near} Write {GRAMMAR}.")
+    is_odd = (uri.path_in_repo and words) or len(pairs) > len(words)
     if uri.type != "dataset" or is_odd:
         raise DataError(f"{text}: not the address of a data set, with a path or a subset and split. Write {GRAMMAR}.")
     return uri, words
@@ -347,14 +350,24 @@ def _is_rows(path: str) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises DataError where its package is not installed."""
+    """The file system of an address, and the path in it. Raises DataError where its package is not installed, and for
+    a kind that fsspec does not know."""
     import fsspec
 
     try:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(address))
     except ImportError as error:
-        way = f"Install it, or download the data; for s3:// and gs://: {install_command('cloud')}"
-        raise DataError(f"{address}: a package is not installed ({error}). {way}") from error
+        lacking, cloud = getattr(error.__cause__, "name", None) or "", install_command("cloud")
+        is_named = lacking in str(error) and lacking not in cloud
+        way = f"pip install {lacking}" if is_named else f"for s3:// and gs://, {cloud}"
+        why = f"a package is not installed ({error}). Download the data, or install it: {way}"
+        raise DataError(f"{address}: {why}") from error
+    except ValueError as error:
+        if not (unknown := re.fullmatch("Protocol not known: (.*)", str(error))):
+            raise
+        near = did_you_mean(unknown[1].lower(), fsspec.available_protocols())
+        kinds = f"no such kind of address.{near} There are {HUB}, s3://, gs:// and others of fsspec."
+        raise DataError(f"{address}: {unknown[1]}://: {kinds}") from error
 
 
 def is_elsewhere(file: DataFile) -> bool:

@@ -245,6 +245,9 @@ def open_packed(facts: FileFacts) -> BufferedReader:
 
 def cannot_open(path: str, error: OSError, line: int = 0) -> DataError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
+        if os.path.islink(path):
+            message = f"this is a link to {os.readlink(path)!r}, which is not there."
+            return refusal(path, line, "no_such_file", message, "Correct the link, or put the file there.")
         way = near_file(path).strip() or _of_hub(path) or "Look at the path."
         return refusal(path, line, "no_such_file", "there is no such file.", way)
     if isinstance(error, PermissionError):

@@ -4,14 +4,16 @@ here, with place and reason."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
 
-from tunesmith.data.detect_format import ByteStream, FileFacts
+from tunesmith.data.detect_format import ByteStream, FileFacts, open_text
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
@@ -178,6 +180,8 @@ OnBadRow = Callable[[int, BadRow], None]
 """Gets the line of a row and its problem."""
 
 CHUNK_BYTES = 256 * 1024
+MOST_INDENTED_BYTES = 2**26
+"""The most of a file that is read at once to see whether its lines are those of one object."""
 MOST_ARRAY_BYTES = 2**30
 """A JSON array is held whole while its rows are read, unlike JSON lines."""
 
@@ -197,7 +201,32 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             try:
                 yield facts.line, loads(raw, depth=depth)
             except BadRow as bad:
+                if facts.rows == 1 and bad.code == "truncated_json":
+                    _refuse_indented(facts)
                 on_bad(facts.line, bad)
+
+
+def _refuse_indented(facts: FileFacts) -> None:
+    """Raise `DataError` for a file that is one object on several lines."""
+    with open_text(facts) as (stream, _):
+        try:
+            whole = orjson.loads(stream.read(MOST_INDENTED_BYTES))
+        except orjson.JSONDecodeError:
+            return
+    if not isinstance(whole, dict):
+        return
+    of_a_row = ("messages", "conversations", "tools")
+    lists = [key for key, value in whole.items() if isinstance(value, list) and key not in of_a_row]
+    lists = [key for key in lists if whole[key] and all(isinstance(one, dict) for one in whole[key])]
+    place = "FILE" if "://" in facts.path else facts.path
+    load = f"json.load({'gzip.' * facts.gzipped}open({place!r}, 'rb'))"
+    fix, code = "If it is one row, write it on one line:", f"print(json.dumps({load}))"
+    if len(lists) == 1:
+        fix = f"If the rows are its list {lists[0]!r}, put that alone into a file:"
+        code = f"[print(json.dumps(row)) for row in {load}[{lists[0]!r}]]"
+    out = shlex.quote(f"{os.path.splitext(os.path.basename(place))[0]}-rows.jsonl")
+    way = f"{fix} python -c {shlex.quote(f'import gzip, json; {code}')} > {out}"
+    raise refusal(facts.path, 0, "indented_object", "this is one indented object, not JSON lines.", way)
 
 
 def rest_of_line(stream: ByteStream, raw: bytes) -> int:
