@@ -161,8 +161,8 @@ def resident_bytes() -> int:
 _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>[^\"']+)[\"']")
 
 
-def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra of tunesmith into the Python that runs.
+def install_command(*extras: str) -> str:
+    """The command that installs the packages of extras of tunesmith into the Python that runs.
 
     It names the packages and not `tunesmith[extra]`, which an index would have to know: tunesmith is installed from a
     checkout.
@@ -172,5 +172,5 @@ def install_command(extra: str) -> str:
         found = [_NEEDED_BY.fullmatch(text) for text in requires("tunesmith") or ()]
     except PackageNotFoundError:  # its source runs without being installed
         found = []
-    packages = [match["package"] for match in found if match and match["extra"] == extra]
-    return f"{python} -m pip install {' '.join(map(shlex.quote, packages)) or shlex.quote('.[' + extra + ']')}"
+    packages = [match["package"] for match in found if match and match["extra"] in extras]
+    return f"{python} -m pip install {' '.join(map(shlex.quote, packages)) or shlex.quote('.[' + ','.join(extras) + ']')}"

@@ -1,5 +1,7 @@
 """The processes that send to trackers, as a command has them."""
 
+import http.server
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,3 +42,27 @@ def process_of(name: str) -> psutil.Process:
     """The one process of a tracker."""
     (found,) = [one for one in processes() if name in one.cmdline()]
     return found
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Says 200 and an empty object to everything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def answering() -> Iterator[str]:
+    """A block with a server that is no tracker's; its host and port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()

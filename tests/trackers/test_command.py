@@ -7,8 +7,10 @@ from typer.testing import CliRunner
 
 from trackers.logs import new_run
 from tunesmith.cli.app import app
+from tunesmith.errors import InputError
 from tunesmith.recipe.docs import as_yaml, changed
 from tunesmith.recipe.load import load, validate
+from tunesmith.trackers.libraries import check_names, problem_of
 
 
 def test_a_run_is_not_sent_to_none() -> None:
@@ -29,6 +31,18 @@ def test_an_unknown_or_missing_tracker_ends_with_exit_code_2(
     found = CliRunner().invoke(app, [places.get(word, word) for word in words] + [name])
     assert found.exit_code == 2
     assert message in " ".join(found.output.split())
+
+
+def test_all_missing_packages_are_named_with_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.trackers.libraries.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"wandb, mlflow: the packages are missing.*pip install .*(mlflow|tracking)"):
+        check_names(["wandb", "mlflow"])
+
+
+def test_a_missing_driver_of_a_database_comes_with_its_command() -> None:
+    line = problem_of("mlflow", ModuleNotFoundError("No module named 'psycopg'"))
+    assert "'psycopg'. Install it: " in line
+    assert line.endswith("-m pip install 'psycopg[binary]'")
 
 
 def test_the_trackers_of_a_recipe_are_kept_and_are_no_part_of_its_meaning(tmp_path: Path) -> None:

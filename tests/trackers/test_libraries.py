@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from trackers.logs import ending, event, new_run, opening, trained, with_results, write
-from trackers.processes import begun, finish, process_of
-from trackers.stores import READ, in_tensorboard, logged, missing, wandb_records
+from trackers.processes import answering, begun, finish, process_of
+from trackers.stores import READ, in_mlflow, in_tensorboard, logged, missing, wandb_records
 from tunesmith.errors import InputError
 from tunesmith.runs.events import truncate_after
 from tunesmith.runs.folder import Run
@@ -33,6 +33,26 @@ def test_a_finished_run_is_there_with_all_its_digits(name: str, tmp_path: Path) 
     write(run, [*opening(STEPS), *trained(1, STEPS, STEPS), *ending(STEPS)])
     assert f"sent up to step {STEPS}, with the results: " in finish(name, run)
     assert READ[name](run) == logged(run, name)
+
+
+@pytest.mark.skipif(missing("mlflow"), reason="not installed")
+def test_a_run_that_is_done_in_one_database_is_sent_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = with_results(new_run(tmp_path / "runs"))
+    write(run, [*opening(4), *trained(1, 4, 4), *ending(4)])
+    for folder in ("a", "b", "a"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+        assert f"with the results: sqlite:///{(tmp_path / folder / 'mlflow.db').as_posix()}" in finish("mlflow", run)
+        assert in_mlflow(run) == logged(run, "mlflow")
+
+
+@pytest.mark.skipif(missing("mlflow"), reason="not installed")
+def test_what_is_no_mlflow_server_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering() as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://u:secret@{address}")
+        with pytest.raises(InputError, match=f"http://{address}: what answers is no MLflow server"), begun("mlflow"):
+            pytest.fail("it can be used")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,6 +127,7 @@ def test_a_tensorboard_file_that_was_cut_short_is_continued(tmp_path: Path) -> N
         ),
         ("wandb", {"WANDB_MODE": "disabled"}, "WANDB_MODE=disabled: nothing would be tracked. Unset it"),
         ("mlflow", {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}, "127.0.0.1:9: no server answers.*sqlite:///"),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "http://u:pw@127.0.0.1:9"}, "mlflow: http://127.0.0.1:9: no server answers"),
         ("mlflow", {"MLFLOW_TRACKING_URI": "sqlite:////dev/null/x.db"}, "File exists: ./dev/null"),
         ("trackio", {"TRACKIO_SPACE_ID": "me/space"}, "there is no login for it. Set HF_TOKEN"),
         ("trackio", {"TRACKIO_SERVER_URL": "http://127.0.0.1:9"}, "127.0.0.1:9: no server answers"),

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from trackers.logs import ending, new_run, opening, trained, with_results, write
-from trackers.processes import begun, finish, process_of, processes
+from trackers.processes import answering, begun, finish, process_of, processes
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
@@ -44,6 +44,8 @@ class Opened:
         pass
 
 def init(**options):
+    with open("init.txt", "a") as file:
+        file.write(options["project"] + "\\n")
     return Opened()
 """
 
@@ -69,9 +71,28 @@ def gone(pid: int) -> bool:
 
 
 def test_a_tracker_is_checked_and_sent_to_by_one_process(tmp_path: Path, run: Run) -> None:
-    assert finish("trackio", run).startswith("trackio: sent up to step 3, with the results: here, project tunesmith")
+    place = f"{tmp_path / 'here'}, project tunesmith"
+    assert finish("trackio", run).startswith(f"trackio: sent up to step 3, with the results: {place}")
     assert (tmp_path / "imports.txt").read_text() == "once\n"
     assert processes() == []
+
+
+def test_a_run_that_is_done_is_sent_to_another_place_and_no_secret_is_written(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish("trackio", run)
+    monkeypatch.setenv("TRACKIO_PROJECT", "other")
+    assert "sent up to step 3, with the results: " in (line := finish("trackio", run))
+    assert f"{tmp_path / 'here'}, project other" in line
+    assert (tmp_path / "init.txt").read_text() == "tunesmith\nother\n"
+    finish("trackio", run)
+    assert (tmp_path / "init.txt").read_text() == "tunesmith\nother\n"
+    with answering() as address:
+        monkeypatch.setenv("TRACKIO_SERVER_URL", f"http://u:secret@{address}/?write_token=secret")
+        assert f"http://{address}/, project other" in finish("trackio", run)
+    with pytest.raises(InputError, match=f"http://{address}/: no server answers") as caught, begun("trackio"):
+        pytest.fail("it can be used")
+    assert "secret" not in str(caught.value) + (run.path / "tracking" / "trackio.json").read_text()
 
 
 def test_without_a_run_the_process_ends_and_nothing_is_said(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_finished_run_is_sent_whole_with_report_and_adapter(tmp_path: Path, tr
     state = send(run, tracker)
     assert tracker.values == expected(run)
     assert tracker.files == ["report.html", "report.md", "report.json", "adapter"]
-    assert state == {"place": "memory", "step": 9, "done": True, "error": ""}
+    assert state == {"where": [], "place": "memory", "step": 9, "done": True, "error": ""}
 
 
 @pytest.mark.parametrize("sent", [0, 3, 7])

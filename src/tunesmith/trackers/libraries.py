@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +44,8 @@ class Tracker:
 
     way_out: str
     """Advice where the tracker cannot be used."""
+    where: Sequence[str] = ()
+    """Address or folder, without secrets, and project: a run that is done here may not be elsewhere."""
     place: str
     """The address or folder where a person finds the run."""
     last_step = -1
@@ -120,7 +125,10 @@ class Wandb(Tracker):
         self._wandb, settings = wandb, wandb.setup().settings
         if settings.mode == "disabled":
             raise InputError("WANDB_MODE=disabled: nothing would be tracked. Unset it, or leave the tracker out.")
+        self._project = os.environ.get("WANDB_PROJECT", "tunesmith")
+        self.where = [os.path.abspath(settings.root_dir), self._project]
         if settings.mode not in ("offline", "dryrun"):
+            self.where = [without_secrets(f"{settings.base_url}/{settings.entity or ''}"), self._project]
             _reach(settings.base_url, offline)
             if not wandb.login(verify=True, timeout=1):
                 raise PermissionError("there is no login")
@@ -130,7 +138,7 @@ class Wandb(Tracker):
             console="off", disable_git=True, x_disable_stats=True, x_disable_meta=True, x_save_requirements=False
         )
         self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tunesmith"),
+            project=self._project,
             id=reader.key,
             name=os.environ.get("WANDB_NAME", reader.name),
             resume="allow",
@@ -175,19 +183,25 @@ class Mlflow(Tracker):
     def __init__(self, offline: bool) -> None:
         import mlflow
 
-        _reach(mlflow.get_tracking_uri(), offline)
-        self._mlflow, self._entities, self._client = mlflow, mlflow.entities, mlflow.MlflowClient()
-        self._client.search_experiments(max_results=1)
+        address, name = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith")
+        _reach(address, offline)
+        self._entities, self._client = mlflow.entities, mlflow.MlflowClient()
+        known = self._client.get_experiment_by_name(name)
+        if known is not None and not known.name:  # other servers answer too
+            raise ConnectionError(f"{address}: what answers is no MLflow server")
+        self._experiment = mlflow.set_experiment(name)
+        _, sqlite, path = address.rpartition("sqlite:///")
+        is_server = not sqlite and ("://" in address or address == "databricks")
+        self.where = [without_secrets(address) if is_server else sqlite + Path(path).absolute().as_posix(), name]
 
     def open(self, run: Run, reader: RunReader) -> None:
         client = self._client
-        experiment = self._mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "tunesmith"))
-        of_it, tags = [experiment.experiment_id], {"tunesmith.run": reader.key}
+        of_it, tags = [self._experiment.experiment_id], {"tunesmith.run": reader.key}
         found = client.search_runs(of_it, f"tags.`tunesmith.run` = '{reader.key}'", max_results=1)
         self._run = found[0] if found else client.create_run(*of_it, run_name=reader.name, tags=tags)
         self._id = self._run.info.run_id
         client.update_run(self._id, status="RUNNING")
-        self.place = f"{self._mlflow.get_tracking_uri()}, experiment {experiment.name}, run {self._id}"
+        self.place = f"{self.where[0]}, experiment {self.where[1]}, run {self._id}"
         # Each step but 0 has a training loss, which is stored last: see `log`.
         history = client.get_metric_history(self._id, "train/loss")
         self.last_step = max([0 if self._run.data.metrics else -1, *(metric.step for metric in history)])
@@ -229,15 +243,21 @@ class Trackio(Tracker):
         if space and not (offline or get_token()):
             raise InputError(f"{space}: there is no login for it. Set HF_TOKEN, or call `hf auth login`.")
         _reach(server, offline)
-        self._where = space or server or trackio.utils.TRACKIO_DIR
+        if server and not (space or "write_token=" in server or os.environ.get("TRACKIO_WRITE_TOKEN")):
+            raise InputError(
+                f"{without_secrets(server)}: there is no write token for it. Set TRACKIO_WRITE_TOKEN; `trackio show` "
+                "prints it on the server."
+            )
+        where = space or without_secrets(server) or str(Path(trackio.utils.TRACKIO_DIR).absolute())
+        self.where = [where, os.environ.get("TRACKIO_PROJECT", "tunesmith")]
 
     def open(self, run: Run, reader: RunReader) -> None:
-        project, config = os.environ.get("TRACKIO_PROJECT", "tunesmith"), {**reader.recipe, **reader.facts}
+        where, project = self.where
         self._run = self._trackio.init(
-            project=project, name=reader.key, resume="allow", config=config,
+            project=project, name=reader.key, resume="allow", config={**reader.recipe, **reader.facts},
             embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
-        self.place = f"{self._where}, project {project}, run {reader.key}"
+        self.place = f"{where}, project {project}, run {reader.key}"
         self.last_step = int(self._run._next_step) - 1
 
     def log(self, steps: Sequence[StepMetrics]) -> None:
@@ -253,34 +273,51 @@ class Trackio(Tracker):
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow, "trackio": Trackio}
 """By their names, which are those of packages too."""
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Packages of modules that have other names."""
 
 
 def check_names(names: Sequence[str]) -> list[str]:
     """The trackers of these names, each once; "none" alone means no tracker.
 
-    Raises InputError for an unknown one, or one whose package is not installed.
+    Raises InputError for an unknown one, or for all whose packages are not installed.
     """
     chosen = [] if "none" in names else list(dict.fromkeys(names))
-    for name in chosen:
-        if name not in TRACKERS:
-            raise InputError(f"track: {name}: there is no such tracker. One of {', '.join(TRACKERS)}, or none.")
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"track: {name}: the package {name} is missing. Install it: {install_command(name)}")
+    if unknown := [name for name in chosen if name not in TRACKERS]:
+        raise InputError(f"track: {unknown[0]}: there is no such tracker. One of {', '.join(TRACKERS)}, or none.")
+    if missing := [name for name in chosen if importlib.util.find_spec(name) is None]:
+        all_of_them, are = ", ".join(missing), "packages are" if len(missing) > 1 else "package is"
+        raise InputError(f"track: {all_of_them}: the {are} missing. To install: {install_command(*missing)}")
     return chosen
 
 
 def problem_of(name: str, error: BaseException) -> str:
     """The reason why a tracker cannot be used, with a way out, in one line."""
-    cause = " ".join(str(error).split())
+    cause = line_of(error)
     if isinstance(error, InputError):  # with its own advice
         return f"track: {name}: {cause}"
-    return f"track: {name}: {cause[:300].rstrip('.') or type(error).__name__}. {TRACKERS[name].way_out}"
+    way_out = TRACKERS[name].way_out
+    if lacking := re.search(r"No module named '(\w+)'", cause):  # of a database
+        package = DRIVERS.get(lacking[1], lacking[1])
+        way_out = f"Install it: {shlex.quote(sys.executable)} -m pip install {shlex.quote(package)}"
+    return f"track: {name}: {cause[:300].rstrip('.') or type(error).__name__}. {way_out}"
+
+
+def line_of(error: BaseException) -> str:
+    """The text of an error in one line, without the secrets of addresses."""
+    return without_secrets(" ".join(str(error).split()))
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have lost user, password and query."""
+    return re.sub(r"(?<=://)[^/\s]*@|\?[\w.-]+=[^\s'\")]*", "", text)
 
 
 def _reach(address: str, offline: bool) -> None:
     """Raise InputError if the server at an HTTP address must not be asked, ConnectionError if it does not answer."""
     if not address.startswith("http"):
         return
+    address = without_secrets(address)
     if offline:
         raise InputError(f"{address} needs the network, and --offline forbids it. Drop one of the two.")
     try:

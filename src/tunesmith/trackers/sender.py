@@ -31,7 +31,7 @@ from tunesmith.phrases import command
 from tunesmith.runs.atomic import clean
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.libraries import SETTINGS, TRACKERS, Tracker, check_names, problem_of
+from tunesmith.trackers.libraries import SETTINGS, TRACKERS, Tracker, check_names, line_of, problem_of
 from tunesmith.trackers.run_reader import RunReader, results_of
 
 PAUSE_S, MOST_STEPS = 5.0, 100
@@ -47,8 +47,8 @@ LAST_S = 30.0
 
 
 def read_state(run: Run, name: str) -> dict[str, Any]:
-    """What tracking/NAME.json records: {"place", "step", "done", "error"}."""
-    state = {"place": "", "step": -1, "done": False, "error": ""}
+    """What tracking/NAME.json records: {"where", "place", "step", "done", "error"}."""
+    state = {"where": [], "place": "", "step": -1, "done": False, "error": ""}
     with suppress(RunError):
         state |= run.read_json(f"tracking/{name}.json")
     return state
@@ -63,11 +63,14 @@ def send(run: Run, name: str, tracker: Tracker, over: threading.Event) -> None:
     folder.mkdir(exist_ok=True)
     with filelock.FileLock(folder / f"{name}.lock"):  # of an earlier process that still sends the rest
         clean(folder, name=f"{name}.json")
-        while not (before := read_state(run, name))["done"]:
+        here = list(tracker.where)
+        if read_state(run, name)["where"] not in ([], here):
+            _note(run, name, place="", step=-1, done=False)  # of another place
+        while (before := read_state(run, name))["where"] != here or not before["done"]:
             try:
                 return _attempt(run, name, tracker, over)
             except Exception as error:  # any library, any network: events.jsonl keeps what was not sent
-                state = _note(run, name, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                state = _note(run, name, error=f"{type(error).__name__}: {line_of(error)[:300]}")
                 failures = 1 if state["step"] > before["step"] else failures + 1
                 if over.is_set() and failures >= TRIES:
                     raise
@@ -90,7 +93,8 @@ def _attempt(run: Run, name: str, tracker: Tracker, over: threading.Event) -> No
             steps = [step for event in tail.read() for step in reader.add(event)]
             if not is_open and (steps or is_last):
                 tracker.open(run, reader)
-                _note(run, name, place=tracker.place, step=tracker.last_step, error="")
+                where = list(tracker.where)
+                _note(run, name, where=where, place=tracker.place, step=tracker.last_step, error="")
                 is_open = True
             new = [step for step in steps if step.step > tracker.last_step]
             for at in range(0, len(new), MOST_STEPS):
