@@ -126,7 +126,7 @@ def resume(
             place = ["--model", found.base] if found.base is not None else []
             return run_words(["resume", str(found.path), *place], offline=offline, listener=listener)
     with (
-        tracked(found.recipe().track, offline=offline, say=_warn) as on_run,
+        tracked((), offline=offline, say=_warn, optional=found.recipe().track) as on_run,
         _listening(progress, on_event, should_stop, on_run) as listener,
     ):
         training.resume(found, offline=offline, listener=listener)

@@ -173,4 +173,5 @@ def install_command(*extras: str) -> str:
     except PackageNotFoundError:  # its source runs without being installed
         found = []
     packages = [match["package"] for match in found if match and match["extra"] in extras]
-    return f"{python} -m pip install {' '.join(map(shlex.quote, packages)) or shlex.quote('.[' + ','.join(extras) + ']')}"
+    packages = packages or [f".[{','.join(extras)}]"]
+    return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"

@@ -31,7 +31,7 @@ def wait_for(run: Run, name: str, step: int) -> None:
 def test_a_finished_run_is_there_with_all_its_digits(name: str, tmp_path: Path) -> None:
     run = with_results(new_run(tmp_path / "runs"))
     write(run, [*opening(STEPS), *trained(1, STEPS, STEPS), *ending(STEPS)])
-    assert f"sent up to step {STEPS}, with the results: " in finish(name, run)
+    assert f" up to step {STEPS}, with the results: " in finish(name, run)
     assert READ[name](run) == logged(run, name)
 
 

@@ -16,7 +16,7 @@ from trackers.processes import answering, begun, finish, process_of, processes
 from tunesmith.environment import for_child
 from tunesmith.errors import InputError
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.sender import tracked
+from tunesmith.trackers.sender import _result, tracked
 
 STAND_IN = """
 import os, time
@@ -120,6 +120,32 @@ def test_a_tracker_that_cannot_be_used_is_refused(what: str, message: str, monke
     with pytest.raises(InputError, match=message), begun("trackio"):
         pytest.fail("it can be used")
     assert processes() == []
+
+
+@pytest.mark.parametrize("what", ["breaks", "dies", "is missing"])
+def test_a_resumed_run_goes_on_without_a_tracker_of_its_recipe(
+    what: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", what)
+    if what == "is missing":
+        monkeypatch.setattr("tunesmith.trackers.libraries.importlib.util.find_spec", lambda name: None)
+    said: list[tuple[bool, str]] = []
+    with tracked((), offline=False, say=lambda *line: said.append(line), optional=["trackio"]) as begin:
+        begin(run)
+    assert said[-1][0] is False
+    assert said[-1][1].endswith("goes on without it; send it later: tunesmith track RUN --to trackio")
+    assert processes() == []
+    with tracked(["none"], offline=False, say=lambda *line: pytest.fail(line[1]), optional=["trackio"]):
+        pass
+
+
+def test_a_folder_of_wandb_is_written_and_its_way_is_named(run: Run, tmp_path: Path) -> None:
+    (run.path / "tracking").mkdir()
+    run.write_json("tracking/wandb.json", {"place": str(tmp_path), "step": 8, "done": True})
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        line = _result(run, "wandb", process, None)[1]
+    assert line.startswith("wandb: written up to step 8, with the results: ")
+    assert line.endswith(f"Send it with: wandb sync {tmp_path}")
 
 
 def test_a_refusal_ends_the_processes_of_the_other_trackers() -> None:

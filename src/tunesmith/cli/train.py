@@ -160,10 +160,10 @@ def resume(
     alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
     launch_ranks(alone)
     first = place_of(os.environ).rank == 0
-    trackers = [*found.recipe().track, *(track or [])] if first else []
+    trackers, of_recipe = (track or [], found.recipe().track) if first else ([], ())
     with (
         run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,
-        tracked(trackers, offline=offline, say=display.tracked) as on_run,
+        tracked(trackers, offline=offline, say=display.tracked, optional=of_recipe) as on_run,
     ):
         from tunesmith.training import trainer as training
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -146,13 +147,18 @@ def main() -> None:
 
 @contextmanager
 def tracked(
-    names: Sequence[str], *, offline: bool, say: Callable[[bool, str], None], wait_s: float | None = LAST_S
+    names: Sequence[str],
+    *,
+    offline: bool,
+    say: Callable[[bool, str], None],
+    wait_s: float | None = LAST_S,
+    optional: Sequence[str] = (),
 ) -> Iterator[Callable[[Run], None]]:
     """A block in which a run is sent to trackers: it calls what is yielded with the run once its folder exists.
 
     Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left, or as long as it
     takes; `say` gets whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one
-    cannot be used.
+    cannot be used; of the optional ones, those of a resumed recipe, it is said, and the run goes on without.
     """
     processes = {
         name: subprocess.Popen(
@@ -164,7 +170,7 @@ def tracked(
             env=for_child(),
             start_new_session=True,  # Ctrl-C is for the run
         )
-        for name in check_names(names)
+        for name in [*check_names(names), *_usable([] if "none" in names else optional, names, say)]
     }
     runs: list[Run] = []
 
@@ -175,11 +181,16 @@ def tracked(
                 cast(IO[bytes], process.stdin).write(json.dumps(str(run.path.absolute())).encode() + b"\n")
 
     try:
-        for name, process in processes.items():
+        for name, process in list(processes.items()):
             say(True, f"opening {name}")
             said = cast(IO[bytes], process.stdout).readline().decode()
             if said != "\n":
-                raise InputError(said.strip() or f"track: {name}: its process ended.")
+                problem = said.strip() or f"track: {name}: its process ended."
+                if name in names:
+                    raise InputError(problem)
+                say(False, _without(name, problem))
+                with processes.pop(name):
+                    process.kill()
         yield begin
     except KeyboardInterrupt:
         wait_s = LAST_S
@@ -196,6 +207,22 @@ def tracked(
                 process.kill()
 
 
+def _usable(optional: Sequence[str], others: Sequence[str], say: Callable[[bool, str], None]) -> list[str]:
+    """The optional trackers, without the others, whose packages are here; of the rest it is said that they are not."""
+    found = []
+    for name in dict.fromkeys(optional):
+        if name not in others:
+            try:
+                found += check_names([name])
+            except InputError as error:
+                say(False, _without(name, str(error)))
+    return found
+
+
+def _without(name: str, problem: str) -> str:
+    return f"{problem} The run goes on without it; send it later: {command('track', 'RUN', '--to', name)}"
+
+
 def _result(run: Run, name: str, process: subprocess.Popen[bytes], until: float | None) -> tuple[bool, str]:
     """Wait for a process to send the rest; whether all is sent, and a line."""
     is_sent, why = False, "no answer in time"
@@ -205,7 +232,9 @@ def _result(run: Run, name: str, process: subprocess.Popen[bytes], until: float 
     state = read_state(run, name)
     step = f"up to step {state['step']:,}" if state["step"] >= 0 else "nothing yet"
     if is_sent:
-        return True, f"{name}: sent {step}{', with the results' * state['done']}: {state['place']}"
+        sent = "written" if (is_folder := Path(state["place"]).is_dir()) else "sent"
+        way = f". Send it with: wandb sync {shlex.quote(state['place'])}" if is_folder and name == "wandb" else ""
+        return True, f"{name}: {sent} {step}{', with the results' * state['done']}: {state['place']}{way}"
     way = command("track", run.path, "--to", name)
     return False, f"{name}: sent {step}; not all of it: {state['error'] or why}. Send the rest with: {way}"
 
