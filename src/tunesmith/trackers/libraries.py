@@ -244,10 +244,7 @@ class Trackio(Tracker):
             raise InputError(f"{space}: there is no login for it. Set HF_TOKEN, or call `hf auth login`.")
         _reach(server, offline)
         if server and not (space or "write_token=" in server or os.environ.get("TRACKIO_WRITE_TOKEN")):
-            raise InputError(
-                f"{without_secrets(server)}: there is no write token for it. Set TRACKIO_WRITE_TOKEN; `trackio show` "
-                "prints it on the server."
-            )
+            raise InputError(f"{without_secrets(server)}: there is no write token for it. Set TRACKIO_WRITE_TOKEN.")
         where = space or without_secrets(server) or str(Path(trackio.utils.TRACKIO_DIR).absolute())
         self.where = [where, os.environ.get("TRACKIO_PROJECT", "tunesmith")]
 

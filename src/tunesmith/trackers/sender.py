@@ -45,6 +45,7 @@ READY_S = 60.0
 """Longest wait for a tracker to say that it can be used."""
 LAST_S = 30.0
 """Longest wait for the rest to be sent once a run has ended."""
+Say = Callable[[bool, str], None]
 
 
 def read_state(run: Run, name: str) -> dict[str, Any]:
@@ -94,8 +95,7 @@ def _attempt(run: Run, name: str, tracker: Tracker, over: threading.Event) -> No
             steps = [step for event in tail.read() for step in reader.add(event)]
             if not is_open and (steps or is_last):
                 tracker.open(run, reader)
-                where = list(tracker.where)
-                _note(run, name, where=where, place=tracker.place, step=tracker.last_step, error="")
+                _note(run, name, where=tracker.where, place=tracker.place, step=tracker.last_step, error="")
                 is_open = True
             new = [step for step in steps if step.step > tracker.last_step]
             for at in range(0, len(new), MOST_STEPS):
@@ -147,12 +147,7 @@ def main() -> None:
 
 @contextmanager
 def tracked(
-    names: Sequence[str],
-    *,
-    offline: bool,
-    say: Callable[[bool, str], None],
-    wait_s: float | None = LAST_S,
-    optional: Sequence[str] = (),
+    names: Sequence[str], *, offline: bool, say: Say, wait_s: float | None = LAST_S, optional: Sequence[str] = ()
 ) -> Iterator[Callable[[Run], None]]:
     """A block in which a run is sent to trackers: it calls what is yielded with the run once its folder exists.
 
@@ -207,7 +202,7 @@ def tracked(
                 process.kill()
 
 
-def _usable(optional: Sequence[str], others: Sequence[str], say: Callable[[bool, str], None]) -> list[str]:
+def _usable(optional: Sequence[str], others: Sequence[str], say: Say) -> list[str]:
     """The optional trackers, without the others, whose packages are here; of the rest it is said that they are not."""
     found = []
     for name in dict.fromkeys(optional):
