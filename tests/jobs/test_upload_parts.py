@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import time
 from typing import Any
 
@@ -42,6 +44,20 @@ def test_parts_are_joined_in_the_order_of_the_end(served: Served) -> None:
     for call in (lambda: served.client.uploads.cancel(upload.id), lambda: add(served, upload, b"x")):
         with pytest.raises(openai.BadRequestError, match="is completed: only a pending one"):
             call()
+
+
+@pytest.mark.parametrize("code", [None, errno.EXDEV, errno.EPERM])
+def test_parts_are_joined_where_the_system_cannot_copy(
+    served: Served, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise AttributeError if code is None else OSError(code, "no copy")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    upload = begin(served)
+    parts = [add(served, upload, piece) for piece in (WHOLE[:100], WHOLE[100:])]
+    done = served.client.uploads.complete(upload.id, part_ids=parts, md5=hashlib.md5(WHOLE).hexdigest())
+    assert served.client.files.content(done.file.id).read() == WHOLE
 
 
 def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:

@@ -9,7 +9,7 @@ MAX_LINES = 500
 MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
-MAX_PACKAGE = 45_800
+MAX_PACKAGE = 45_820
 """Why not less: docs/decisions/004-size-of-the-package.md"""
 
 

@@ -95,6 +95,17 @@ def test_a_run_that_is_done_is_sent_to_another_place_and_no_secret_is_written(
     assert "secret" not in str(caught.value) + (run.path / "tracking" / "trackio.json").read_text()
 
 
+def test_trackio_needs_a_write_token_for_a_server_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering() as address:
+        monkeypatch.setenv("TRACKIO_SERVER_URL", f"http://{address}/")
+        with pytest.raises(InputError, match=f"http://{address}/: there is no write token"), begun("trackio"):
+            pytest.fail("it can be used")
+        monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "secret")
+        with begun("trackio") as said:
+            pass
+    assert said == [(True, "opening trackio")]
+
+
 def test_without_a_run_the_process_ends_and_nothing_is_said(tmp_path: Path) -> None:
     with begun("trackio") as said:
         assert len(processes()) == 1
