@@ -15,8 +15,11 @@ from tiny_run import chats, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.export import llama_cpp
-from tunesmith.export.export_run import parse_export
+from tunesmith.export.export_run import TARGETS, parse_export
+from tunesmith.export.target import ExportOptions
 from tunesmith.recipe.load import validate
+from tunesmith.runs.folder import Run
+from tunesmith.types import EXPORT_NAMES
 
 
 def test_a_word_is_a_target_and_how_it_is_stored() -> None:
@@ -25,6 +28,15 @@ def test_a_word_is_a_target_and_how_it_is_stored() -> None:
     for word, says in (("coreml", "there is no such target"), ("gguf:q3", "--quant: q3"), ("adapter:f16x", "--quant")):
         with pytest.raises(RecipeError, match=rf"export\.to: {word}: .*{says}"):
             parse_export(word)
+
+
+def test_a_folder_is_named_by_target_and_quantisation() -> None:
+    """`Run.export_path` is read without torch, so it knows by itself which targets have quantisations."""
+    run = Run(Path("run"))
+    assert tuple(TARGETS) == EXPORT_NAMES
+    for name, target in TARGETS.items():
+        assert run.export_path(name).name == (f"{name}-{ExportOptions().quant}" if target.quants else name)
+        assert run.export_path(f"{name}:x").name == (f"{name}-x" if target.quants else name)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +87,7 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
         f"{tmp_path / 'run'}: it was done but for 1 export, made now. --track (see `tunesmith track`) had no effect\n"
         in result.stderr
     )
-    assert "note: export.to: gguf-adapter: --to: gguf-adapter: there is no such target. One of merged" in result.stderr
+    assert "note: export.to: gguf-adapter: there is no such target. One of merged" in result.stderr
     assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
     assert "this run is done" in result.stderr

@@ -392,12 +392,10 @@ def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
 
 def test_an_export_is_made_where_its_own_folder_is(tmp_path: Path) -> None:
     """One of another quantisation, and what a user put next to it, is not it."""
-    from tunesmith.export.export_run import default_folder, parse_export
-
     words = ["merged:float32", "adapter", "onnx", "gguf", "gguf:q4_k_m", "ollama", "ollama:q8_0"]
     recipe = {"model": "m", "data": {"train": ["a.jsonl"]}, "export": {"to": words}}
     run = Run.create(tmp_path, "x", json.dumps(recipe))
-    folders = [default_folder(run, *parse_export(word)) for word in words]
+    folders = [run.export_path(word) for word in words]
     for folder in folders:
         folder.mkdir(parents=True)
         folder.with_name(f"{folder.name}-old").mkdir()

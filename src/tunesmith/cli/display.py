@@ -191,10 +191,12 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
 
 def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
     """A plan as a panel with notes below on a terminal, in whole lines elsewhere."""
+    lines, style = plan_lines(plan), ""
     if screen.is_terminal:
         screen.print(render.plan_panel(plan))
-    for line in [f"note: {text}" for text in plan.get("warnings", ())] if screen.is_terminal else plan_lines(plan):
-        screen.print(visible(line), style="yellow" if screen.is_terminal else "")
+        lines, style = [f"note: {text}" for text in plan.get("warnings", ())], "yellow"
+    for line in lines:
+        screen.print(visible(line), style=style)
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named, refuse_unknown_target
 from tunesmith.cli.streams import console, json_line
-from tunesmith.errors import InputError, RecipeError
+from tunesmith.errors import InputError
 from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
-from tunesmith.types import EXPORT_NAMES
 
 if TYPE_CHECKING:
     from tunesmith.export.export_run import Exported
@@ -58,8 +57,7 @@ def export(
 
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
-    if to not in EXPORT_NAMES:
-        raise InputError(f"--to: {to}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
+    refuse_unknown_target("--to", to)
     found = Run.open(named(run, root), root, base=model)
     found.result()  # refused here, before torch is imported
     from tunesmith.cli.display import phases
@@ -76,18 +74,17 @@ def export(
 
 def make_planned(run: Run, *, as_json: bool) -> int:
     """Make the exports of a finished run's recipe that are not there, and report each; returns their number."""
-    if not run.recipe().export.to:
-        return 0
-    from tunesmith.cli.display import phases
-    from tunesmith.export.export_run import default_folder, export_planned, parse_export
-
-    words = list[str]()
-    for word in run.recipe().export.to:
+    words = [word for word in run.recipe().export.to if not run.export_path(word).exists()]
+    for word in words.copy():
         try:
-            words += [] if default_folder(run, *parse_export(word)).exists() else [word]
-        except RecipeError as error:  # of an earlier version
+            refuse_unknown_target("export.to", word)
+        except InputError as error:  # of an earlier version
             console(stderr=True).print(visible(f"note: {error}"), style="bright_black", soft_wrap=True)
-    for word in words:
+            words.remove(word)
+            continue
+        from tunesmith.cli.display import phases
+        from tunesmith.export.export_run import export_planned
+
         with phases(console(stderr=True), PHASES) as progress:
             done = export_planned(run, word, on_progress=progress)
         _report(done, as_json=as_json)
@@ -140,12 +137,12 @@ def push(
     from dataclasses import asdict
 
     from tunesmith.cli.display import phases
-    from tunesmith.export.export_run import default_folder, export_run
+    from tunesmith.export.export_run import export_run
     from tunesmith.export.hub import push as upload
 
     if folder is None:
         target = to or ("adapter" if found.adapter_path.exists() else "merged")
-        folder = default_folder(found, target)
+        folder = found.export_path(target)
         if not folder.exists():
             with phases(console(stderr=True), PHASES) as progress:
                 folder = export_run(found, target, on_progress=progress).path

@@ -178,8 +178,8 @@ def build_recipe(
         for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
             message = message.replace(f"--set: {key}: ", f"{OPTIONS[key]}: ")
         raise RecipeError(message) from error
-    if unknown := [word for word in found.export.to if word.partition(":")[0] not in EXPORT_NAMES]:
-        raise RecipeError(f"export.to: {unknown[0]}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
+    for word in found.export.to:
+        refuse_unknown_target("export.to", word)
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
@@ -202,6 +202,12 @@ def named(target: str, root: Path) -> str:
         said += f"; the last finished run is {max(done, key=lambda one: one.created).path}" if done else ""
     console(stderr=True).print(visible(said), style="bright_black", soft_wrap=True)
     return str(run.path)
+
+
+def refuse_unknown_target(place: str, word: str) -> None:
+    """Raise InputError for an export TARGET or TARGET:VALUE of which there is no target, before torch is imported."""
+    if word.partition(":")[0] not in EXPORT_NAMES:
+        raise InputError(f"{place}: {word}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
 
 
 def refuse_missing(model: str) -> None:

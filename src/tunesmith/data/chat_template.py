@@ -21,12 +21,10 @@ Message = Mapping[str, Any]
 OUTPUT_CHARS = 64 * 1024 * 1024
 """Longest text of one row: eight times `limits.line_bytes`."""
 MOST_REASON = 10_000
-_RENDERING = threading.Lock()
-"""transformers compiles a template once for all tokenizers; its date is set before each rendering."""
-
-
 RENDERING_S = 20.0
 """Longest time for one row, which takes microseconds: the sandbox limits each loop, but not loops within loops."""
+_RENDERING = threading.Lock()
+"""transformers compiles a template once for all tokenizers; its date is set before each rendering."""
 
 
 class TemplateRefusal(Exception):

@@ -39,7 +39,9 @@ TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, G
 
 def check_options(target: str, options: ExportOptions) -> ExportTarget:
     """The target. Raises InputError if there is none of this name, or it does not read an option."""
-    chosen = _find(target)
+    if target not in TARGETS:
+        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
+    chosen = TARGETS[target]
     if options.license is not None and not options.license.isprintable():
         raise InputError(f"--license: {options.license!r}: a license is named on one line, such as apache-2.0.")
     for key, default in asdict(ExportOptions()).items():
@@ -51,12 +53,6 @@ def check_options(target: str, options: ExportOptions) -> ExportTarget:
         if key in chosen.reads and value not in known:
             raise InputError(f"--{key.replace('_', '-')}: {value}: not offered here. One of {', '.join(known)}.")
     return chosen
-
-
-def _find(target: str) -> ExportTarget:
-    if target not in TARGETS:
-        raise InputError(f"--to: {target}: there is no such target. One of {', '.join(TARGETS)}.")
-    return TARGETS[target]
 
 
 def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
@@ -89,12 +85,6 @@ def refuse_planned(recipe: Recipe, *, offline: bool) -> None:
         if recipe.method.name in METHODS:  # else it is chosen later
             _check_method(target, recipe.method)
         TARGETS[target].check_base(config, recipe.model, options)
-
-
-def default_folder(run: Run, target: str, options: ExportOptions | None = None) -> Path:
-    """The folder of an export unless another is named. Raises InputError if there is no such target."""
-    quant = f"-{(options or ExportOptions()).quant}" if _find(target).quants else ""
-    return run.path / "exports" / f"{target}{quant}"
 
 
 def parse_export(word: str) -> tuple[str, ExportOptions]:
@@ -148,7 +138,7 @@ def export_run(
     options = options or ExportOptions()
     chosen = check_options(target, options)
     run.refuse_links()
-    out = out or default_folder(run, target, options)
+    out = out or run.export_path(f"{target}:{options.quant}")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CHECK_FILE).is_file())):
         raise InputError(
             f"{out}: already exists, and is no earlier export: it has no {CHECK_FILE}. Name another folder with --out."

@@ -107,8 +107,7 @@ def missing_exports(job: str, run: Run, why: str) -> list[dict[str, Any]]:
     """A warning for each export of the recipe that is not in the folder of a finished run, with the way to make it."""
     found = []
     for target, _, value in (word.partition(":") for word in run.recipe().export.to):
-        name = f"{target}-{value or 'f16'}" if target in ("gguf", "ollama") else target  # as `export` names it
-        if not (run.path / "exports" / name).exists():
+        if not run.export_path(f"{target}:{value}").exists():
             how = f" {'--dtype' if target == 'merged' else '--quant'} {value}" if value else ""
             text = f"Not made: the export {target}{how}. {why}".rstrip()
             text += f" Make it on the server: tunesmith export runs/{job} --to {target}{how}"

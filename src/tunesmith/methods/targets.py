@@ -329,16 +329,22 @@ def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Target]
     return [Target(tuple(names[key]), modules[key]) for key in modules]
 
 
+_LINEAR_BY_ANSWER: set[type[nn.Module]] = set()
+"""Classes that were found to be linear: a product with each weight of a large Falcon takes seconds."""
+
+
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer; one that computes in its own way, as Falcon's layers and routers of experts,
     by what it answers."""
-    if not isinstance(module, LINEARS) or type(module).forward in KNOWN:
+    if not isinstance(module, LINEARS) or type(module).forward in KNOWN or type(module) in _LINEAR_BY_ANSWER:
         return isinstance(module, LINEARS)
     with suppress(Exception):  # of a foreign model
         rows, columns = module.weight.shape
         found = module(module.weight.new_zeros(1, columns))
-        return isinstance(found, Tensor) and found.shape == (1, rows)
+        if isinstance(found, Tensor) and found.shape == (1, rows):
+            _LINEAR_BY_ANSWER.add(type(module))
+            return True
     return False
 
 

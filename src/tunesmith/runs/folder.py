@@ -253,6 +253,11 @@ class Run:
         way = command("resume", self.path)
         raise RunError(f"{self.path}: no result yet, so nothing to export or to start from. Go on with: {way}")
 
+    def export_path(self, word: str) -> Path:
+        """The folder of an export by a word of `export.to`, TARGET or TARGET:VALUE, unless another is named."""
+        target, _, value = word.partition(":")
+        return self.path / "exports" / (f"{target}-{value or 'f16'}" if target in ("gguf", "ollama") else target)
+
     def keep_hashes(self, result: Path) -> None:
         """Record the SHA-256 of every file of the result; loading checks them."""
         self.write_json(RESULT, _hashes(result))

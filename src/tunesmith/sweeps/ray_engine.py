@@ -12,7 +12,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from tunesmith.environment import install_command
-from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError
+from tunesmith.errors import GroupError, InputError, Stopped, TunesmithError, one_line
 from tunesmith.parallel.child import Hears, as_error
 from tunesmith.parallel.cluster import connected, needs_of
 from tunesmith.recipe.schema import Recipe
@@ -50,7 +50,7 @@ class RayTasks:
                 try:
                     over[name] = str(self._ray.get(task))
                 except self._ray.exceptions.RayError as error:  # its worker or its machine is gone
-                    over[name] = f"Ray lost it: {' '.join(str(error).split()):.300}"
+                    over[name] = f"Ray lost it: {one_line(error)}"
         return over
 
 

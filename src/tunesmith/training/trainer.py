@@ -257,7 +257,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     _take_steps(session)
     learnt = {key.rpartition("/")[0] for key in setup.optimizer.state()}
     if still := [name for name in setup.attachment.trained if name not in learnt]:
-        text = f"{len(still)} trained weights never got a gradient, such as {still[0]}: they are as they were"
+        text = f"{len(still)} trained weights never got a gradient, such as {still[0]}: they have not changed"
         session.emit("note", {"text": text})
     _keep_best(session)
     evaluate_run(session, "after")
