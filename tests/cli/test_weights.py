@@ -42,7 +42,7 @@ def test_a_file_whose_whole_name_is_there_wins(tmp_path: Path, monkeypatch: pyte
     ("typed", "message"),
     [
         (["a.jsonl:1e3"], "a.jsonl:1e3: its weight is 1e3: 100 is the most"),
-        (["a.jsonl:x"], "a.jsonl:x: 'x' is no weight of a.jsonl. Write a number above 0: a.jsonl:0.5"),
+        (["a.jsonl:x"], "a.jsonl:x: 'x' is not a weight for a.jsonl. Write a number above 0: a.jsonl:0.5"),
         (["a.jsonl:0.7", "a.jsonl:0.3"], "a.jsonl: is there twice: give it once, with a weight (a.jsonl:2)."),
         ([""], "DATA is empty. Give the name of a file, a folder or an address."),
     ],

@@ -47,7 +47,7 @@ def test_a_pickle_beside_a_result_is_neither_opened_nor_published(target: str, t
     assert not (tmp_path / "opened").exists()
     assert not list(out.rglob("*.bin"))
     if target == "adapter":
-        assert "left out, since it is no part of an adapter: adapter\\_model.bin" in (out / "README.md").read_text()
+        assert "left out, since it is not part of an adapter: adapter\\_model.bin" in (out / "README.md").read_text()
 
 
 def test_a_link_is_not_followed_out_of_a_result(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def assert_complete(whole: dict[str, bytes], folder: Path) -> None:
 def test_what_is_no_export_is_not_overwritten(target: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("dear")
-    with pytest.raises(InputError, match="is no earlier export"):
+    with pytest.raises(InputError, match="is not an earlier export"):
         exported(target, tmp_path / "out")
     assert tree(tmp_path / "out") == {"diary.txt": b"dear"}
 

@@ -83,10 +83,8 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     recipe.write_text(recipe.read_text("utf-8").replace("to: [merged", "to: [gguf-adapter, merged"), "utf-8")
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run"), "--track", "mlflow"])
     assert result.exit_code == 0, result.output
-    assert (
-        f"{tmp_path / 'run'}: it was done but for 1 export, made now. --track (see `tunesmith track`) had no effect\n"
-        in result.stderr
-    )
+    words = "it was done except for 1 export, made now. --track (see `tunesmith track`) had no effect"
+    assert f"{tmp_path / 'run'}: {words}\n" in result.stderr
     assert "note: export.to: gguf-adapter: there is no such target. One of merged" in result.stderr
     assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])

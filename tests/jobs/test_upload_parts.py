@@ -72,8 +72,8 @@ def test_the_helper_of_the_client_uploads_in_chunks(served: Served) -> None:
     [
         (WHOLE, len(WHOLE) + 1, {}, "and not the"),
         (WHOLE, len(WHOLE), {"md5": "0" * 32}, f"md5: the parts have {hashlib.md5(WHOLE).hexdigest()}"),
-        (WHOLE, len(WHOLE), {"part_ids": ["part_none"]}, "is no part of this upload"),
-        (WHOLE, len(WHOLE), {"part_ids": ["../../jobs.sqlite"]}, "is no part of this upload"),
+        (WHOLE, len(WHOLE), {"part_ids": ["part_none"]}, "is not part of this upload"),
+        (WHOLE, len(WHOLE), {"part_ids": ["../../jobs.sqlite"]}, "is not part of this upload"),
         (b"not json\n", 9, {}, "Line 1 is not a dictionary"),
     ],
 )

@@ -105,7 +105,7 @@ def test_names_and_patterns() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("re:(", "this is no regular expression"),
+        ("re:(", "this is not a regular expression"),
         ("re:(?x)(a) *b", "has flags"),
         ("re:" + "a?" * 5, "could take forever"),
         ("re:" + "(aa)?" * 30, "could take forever"),

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_named_with_its_place_and_rule(tmp_path: Path, rest: st
         ("base: {model: last, data: {train: [a]}}\n", "", "model: last: is the trial before for every trial but"),
         ("base: {model: m, data: {train: [a]}, optim: {lr: fast}}\n", "", "base: optim.lr: 'fast' is"),
         ("base: {model: m, data: {train: [a]}}\n", "asha: {}\n", "evaluation.every: missing"),
-        ("base: {model: m, data: {train: [a]}, evaluation: {metric: beauty}}\n", "", "beauty is no measure"),
+        ("base: {model: m, data: {train: [a]}, evaluation: {metric: beauty}}\n", "", "beauty is not a measure"),
     ],
 )
 def test_a_base_that_cannot_be_trained_is_refused(tmp_path: Path, base: str, rest: str, says: str) -> None:

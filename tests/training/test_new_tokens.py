@@ -112,7 +112,7 @@ def test_a_token_that_is_there_already_is_refused() -> None:
     for texts, message in (
         (["the", "<|im_end|>"], "'<|im_end|>' is a token of this model already"),
         (["abc", "abc"], "'abc' is there twice"),
-        ([" "], "' ' is no text"),
+        ([" "], "' ' is not a text"),
     ):
         with pytest.raises(RecipeError) as raised:
             special_tokens.add_tokens(tokenizer, texts)

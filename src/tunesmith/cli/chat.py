@@ -117,7 +117,7 @@ def open_speakers(
 
 @dataclass
 class Conversation:
-    """Turns of one conversation, or single prompts if the task is no conversation."""
+    """Turns of one conversation, or single prompts if the task is not a conversation."""
 
     speakers: list[ChatSpeaker]
     sampled: GenerationRequest

@@ -147,7 +147,7 @@ class Live(Silent):
             self.area.update(self.steps, description=words, completed=event.step, total=total, more=more, visible=True)
         elif event.kind == "plan":
             print_plan(console, self.series.plan)
-            if values.get("sample") and not values.get("labels"):  # a class is no token: the plan counts the classes
+            if values.get("sample") and not values.get("labels"):  # a class is not a token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
                 console.print(render.sample_row(spans, in_color=console.color_system is not None), "")
         elif event.kind == "end":
@@ -212,7 +212,7 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
 
 @lru_cache
 def plain_bars() -> None:
-    """Let bars of libraries, such as of downloads, be whole lines every `PLAIN_SECONDS` if stderr is no terminal."""
+    """Let bars of libraries, such as of downloads, be whole lines every `PLAIN_SECONDS` if stderr is not a terminal."""
     if not is_drawn(sys.stderr):
         from tqdm import tqdm
 

@@ -116,14 +116,14 @@ def data_file(text: str) -> dict[str, Any]:
     """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter in front
     of the colon is a drive of Windows.
 
-    Raises InputError for an empty name, and for a weight that is no number above 0 and up to 100.
+    Raises InputError for an empty name, and for a weight that is not a number above 0 and up to 100.
     """
     _refuse_empty([text])
     match = _WEIGHT.fullmatch(text)
     if match is None or Path(text).exists():
         path, _, word = text.rpartition(":")
         if path and Path(path).is_file() and not Path(text).exists():
-            raise InputError(f"{text}: {word!r} is no weight of {path}. Write a number above 0: {path}:0.5")
+            raise InputError(f"{text}: {word!r} is not a weight for {path}. Write a number above 0: {path}:0.5")
         return {"path": text}
     weight = float(match["weight"])
     if weight <= 0:

@@ -146,7 +146,7 @@ def resume(
     found = Run.open(named(run, root), root, base=model)
     is_alone = place_of(os.environ).size == 1  # ranks would all make the same exports
     if is_alone and found.state() == "done" and (num := make_planned(found, as_json=as_json)):
-        words = f"{found.path}: it was done but for {plural(num, 'export')}, made now"
+        words = f"{found.path}: it was done except for {plural(num, 'export')}, made now"
         options_given = {"--track (see `tunesmith track`)": track, "--set": settings}
         unused = " and ".join(option for option, given in options_given.items() if given)
         words += f". {unused} had no effect" if unused else ""

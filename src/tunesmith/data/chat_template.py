@@ -123,7 +123,7 @@ def _watch(compiled: Any, text: str) -> None:
 
 def _refuse_powers(name: str, text: str) -> None:
     """Raise `ModelError` for a template with x ** y: nothing ends a process that computes 9**9**9, and jinja does so
-    while it compiles. `f(**options)` is no power."""
+    while it compiles. `f(**options)` is not a power."""
     from jinja2 import Environment, TemplateSyntaxError
 
     with suppress(TemplateSyntaxError):  # which rendering reports

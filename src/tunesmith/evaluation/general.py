@@ -50,7 +50,7 @@ def passages() -> list[str]:
 def general_rows(tokenizer: Any) -> list[Row]:
     """The general text as rows of at most `MAX_TOKENS`: every token of a passage but its first is a target once.
 
-    Control tokens that the tokenizer writes around a text are no targets: whether a text ends says nothing of the
+    Control tokens that the tokenizer writes around a text are not targets: whether a text ends says nothing of the
     language. Raises ModelError for a tokenizer that cannot be used.
     """
     control = ControlTokens(tokenizer, "")

@@ -40,7 +40,7 @@ class Predictions:
     counts_I: Floats
     """Share of each row in the denominator of the loss."""
     num_bytes_I: NDArray[np.int64]
-    """UTF-8 bytes that the row's targets spell; 0 for rows that are no documents."""
+    """UTF-8 bytes that the row's targets spell; 0 for rows that are not documents."""
     outputs: list[NDArray[np.generic]]
     """The likeliest token or tag of each target, int64 [N]; of sequence heads logits or the number, float32 [1, C]."""
     targets: list[NDArray[np.generic]]

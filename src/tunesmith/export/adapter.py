@@ -43,7 +43,7 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
         notes.append(f"the base is not on the hub: others need the same {name}; its SHA-256 is in {BASE_FILE}")
     _copied(result)
     if left := sorted({path.name for path in result.folder.iterdir()} - COPIED):
-        notes.append(f"left out, since it is no part of an adapter: {', '.join(left)}")
+        notes.append(f"left out, since it is not part of an adapter: {', '.join(left)}")
     return notes
 
 

@@ -141,7 +141,7 @@ def export_run(
     out = out or run.export_path(f"{target}:{options.quant}")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / CHECK_FILE).is_file())):
         raise InputError(
-            f"{out}: already exists, and is no earlier export: it has no {CHECK_FILE}. Name another folder with --out."
+            f"{out}: already exists and is not an earlier export: it has no {CHECK_FILE}. Choose another --out."
         )
     result = open_result(run, offline=offline, on_progress=on_progress)
     notes = [*filter(None, [result.unchecked]), *check(result, target, options)]

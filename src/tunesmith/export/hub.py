@@ -70,7 +70,7 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
 
     card = result.base.path / "README.md" if result.is_adapter and result.base.path.is_dir() else None
     text = card.read_text("utf-8", errors="replace") if card is not None and card.is_file() else ""
-    with suppress(ValueError, yaml.YAMLError):  # a header that is no mapping states nothing
+    with suppress(ValueError, yaml.YAMLError):  # a header that is not a mapping states nothing
         stated = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
         if isinstance(stated, str):
             return stated, "that of the base model's card."
@@ -191,7 +191,7 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     `endpoint` None: the hub, or what HF_ENDPOINT says. The token is that of `hf auth login` or HF_TOKEN.
 
     Raises:
-        InputError: the folder is no export or has a link in it, or the name is none of a model.
+        InputError: the folder is not an export or has a link in it, or the name is none of a model.
         ExportError: the hub refuses or is out of reach; what was there before is there still.
     """
     from huggingface_hub import CommitOperationAdd, HfApi

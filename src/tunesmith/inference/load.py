@@ -257,7 +257,7 @@ def find_model(target: str, root: Path, *, offline: bool) -> ModelRef:
 
 
 def refuse_non_finite(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Raise ModelError naming a weight that holds a value which is no number: every answer would be none."""
+    """Raise ModelError naming a weight that holds a value which is not a number: every answer would be none."""
     for name, weight in weights.items():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise ModelError(f"{folder}: {name} holds NaN or infinite values, so it cannot answer. Take a copy of it.")

@@ -133,9 +133,9 @@ def evaluate_file(
     from before; then nothing else is measured, and lines are answers.
 
     Raises:
-        InputError: `samples` for a model that writes nothing, or a judge of what is no run.
+        InputError: `samples` for a model that writes nothing, or a judge of what is not a run.
         DataError: rows cannot be used, or have labels that the model does not know; see `build`.
-        NonFiniteError: the loss is no number.
+        NonFiniteError: the loss is not a number.
     """
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":

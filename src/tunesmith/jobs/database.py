@@ -171,7 +171,7 @@ def _translated() -> Iterator[None]:
 
 
 def _postgres_url(text: str) -> sa.URL:
-    """Raises InputError for what is no address, or holds a password."""
+    """Raises InputError for what is not an address, or holds a password."""
     try:
         import psycopg  # noqa: F401
     except ModuleNotFoundError:

@@ -241,7 +241,7 @@ class Dispatcher:
         """Whether it has ended."""
         try:
             self._follow_run(one, is_new=is_new)
-        except InputError as error:  # its folder is damaged, which is no reason for other jobs to wait
+        except InputError as error:  # its folder is damaged, which is not a reason for other jobs to wait
             one.process.stop()
             if not one.process.is_alive():
                 self.active.pop(one.job, None)

@@ -47,7 +47,7 @@ def job_made_with(store: Store, key: str, body: JobBody) -> Record | None:
 
 
 def job_made_before(store: Store, body: JobBody, retry: int) -> Record | None:
-    """The job that an earlier try of this request made. Two equal requests that are no repeats make two jobs."""
+    """The job that an earlier try of this request made. Two equal requests that are not repeats make two jobs."""
     if not retry:
         return None
     sent = digest_of(body)

@@ -25,7 +25,7 @@ class WebhookEndpoint(BaseModel):
             raise ValueError("url: has to begin with https://, unless private: true")
         try:
             httpx.URL(self.url)
-        except httpx.InvalidURL as error:  # a port that is no number, a name that cannot be one
+        except httpx.InvalidURL as error:  # a port that is not a number, a name that cannot be one
             raise ValueError(f"url: {self.url}: {error}") from None
         try:
             self.secret()

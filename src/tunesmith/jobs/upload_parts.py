@@ -153,7 +153,7 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
 def _part(store: Store, upload: str, part: str) -> Path:
     path = store.parts_path / upload / part
     if not _PART.fullmatch(part) or not path.is_file():
-        raise RequestError(f"part_ids: {part[:60]!r} is no part of this upload.", param="part_ids")
+        raise RequestError(f"part_ids: {part[:60]!r} is not part of this upload.", param="part_ids")
     return path
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from tunesmith.methods.targets import KNOWN
+from tunesmith.methods.targets import PLAIN_FORWARDS
 from tunesmith.models.heads import generator
 from tunesmith.models.quantized import QuantizedLinear, product
 
@@ -45,7 +45,7 @@ class LoraLinear(nn.Module):
         self.dropout = dropout
         self.active = True
         # A subclass may compute in its own way; then it is called instead of imitated.
-        self._product_is_known = type(base).forward in KNOWN
+        self._product_is_known = type(base).forward in PLAIN_FORWARDS
         num_outputs, num_inputs = shape_OI(base)
         weight = self.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.errors import RecipeError
-from tunesmith.methods.targets import KNOWN, Target, find_modules, inner_linears, replace_module, tied_reasons
+from tunesmith.methods.targets import PLAIN_FORWARDS, Target, find_modules, inner_linears, replace_module, tied_reasons
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
 from tunesmith.phrases import size
@@ -67,7 +67,9 @@ def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target]
     whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
     inside = [target for target in inner_linears(model) if id(target.module) not in whole]
     targets = [
-        target for target in inside if type(target.module).forward in KNOWN and not tied_reasons(model, [target])
+        target
+        for target in inside
+        if type(target.module).forward in PLAIN_FORWARDS and not tied_reasons(model, [target])
     ]
     if not targets:
         raise RecipeError("method.name: qlora: the model has no linear layer that can be quantised. Use method: lora.")

@@ -23,8 +23,8 @@ from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.phrases import did_you_mean
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
-KNOWN = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
-"""Products with a weight as everybody computes them."""
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
+"""Forwards that are x Wᵀ + b and nothing else."""
 GROUPS = ("all-linear", "attention", "mlp")
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
@@ -152,7 +152,7 @@ def tied_reasons(model: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 def not_linear(model: nn.Module) -> list[str]:
-    """Modules inside numbered layers that hold matrices and are no linear layers, such as fused experts."""
+    """Modules inside numbered layers that hold matrices and are not linear layers, such as fused experts."""
     return [
         name
         for name, module in model.named_modules()
@@ -288,7 +288,7 @@ def _problem(pattern: str) -> str:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"this is no regular expression: {error}. {instead}"
+        return f"this is not a regular expression: {error}. {instead}"
     repeats, paths = _size(plain)
     if repeats > MAX_REPEATS or paths > MAX_PATHS or _REPEATED.search(plain):
         return (
@@ -337,7 +337,7 @@ _LINEAR_BY_ANSWER: set[type[nn.Module]] = set()
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer; one that computes in its own way, as Falcon's layers and routers of experts,
     by what it answers."""
-    if not isinstance(module, LINEARS) or type(module).forward in KNOWN or type(module) in _LINEAR_BY_ANSWER:
+    if not isinstance(module, LINEARS) or type(module).forward in PLAIN_FORWARDS or type(module) in _LINEAR_BY_ANSWER:
         return isinstance(module, LINEARS)
     with suppress(Exception):  # of a foreign model
         rows, columns = module.weight.shape

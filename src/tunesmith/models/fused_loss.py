@@ -115,7 +115,7 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
         hidden_TD = model.base_model(input_ids=ids_1T, **cache).last_hidden_state[0]
     found = output.logits(hidden_TD)
     tolerance = 4 * torch.finfo(own.dtype).eps * float(own.abs().max())
-    # A model of values that are no numbers has no such layer: its losses then say so.
+    # A model of values that are not numbers has no such layer: its losses then say so.
     return output if found.shape == own.shape and bool(((found - own).abs() <= tolerance).all()) else None
 
 

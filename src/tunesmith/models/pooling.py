@@ -33,7 +33,7 @@ def find_pooling(folder: Path) -> Pooling | None:
     modules = _json(folder / _MODULES)
     places = [str(module["path"]) for module in modules]
     if outside := [place for place in places if place and (Path(place).name != place or place == "..")]:
-        raise ModelError(f"{folder}: {_MODULES}: {outside[0]!r} is no folder in it. Download the model again.")
+        raise ModelError(f"{folder}: {_MODULES}: {outside[0]!r} is not a folder in it. Download the model again.")
     names = [str(module["type"]).rpartition(".")[2] for module in modules]
     if strange := [name for name in names if name not in _KNOWN_MODULES]:
         raise ModelError(f"{folder}: {_MODULES}: {strange[0]}: only {', '.join(_KNOWN_MODULES)} can be computed here.")

@@ -40,7 +40,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewT
         if text in known:
             problems.append(f"data.new_tokens: {text!r} is a token of this model already. Leave it out.")
         elif not text.strip() or not some:
-            problems.append(f"data.new_tokens: {text!r} is no text. Leave it out.")
+            problems.append(f"data.new_tokens: {text!r} is not a text. Leave it out.")
         elif texts.count(text) > 1:
             problems.append(f"data.new_tokens: {text!r} is there twice. Give it once.")
     if problems:

@@ -38,7 +38,7 @@ class OptionGroup(BaseModel):  # noqa: PLW1641 (pydantic gives frozen models a h
     )
 
     def __eq__(self, other: object) -> bool:
-        """Whether both say the same; where the files of a run are now is no part of it."""
+        """Whether both say the same; where the files of a run are now is not part of it."""
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
 

@@ -25,7 +25,7 @@ TYPES = {
 def parse(text: str, where: str) -> Any:
     """The value of a YAML or JSON text. Raises RecipeError with `where`, the line and the rule."""
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise RecipeError(f"{where}: larger than {MAX_BYTES // 1024} KiB: this is no recipe. Is it a data file?")
+        raise RecipeError(f"{where}: larger than {MAX_BYTES // 1024} KiB: this is not a recipe. Is it a data file?")
     if where.lower().endswith(".json"):  # which YAML reads too, but for tabs between its tokens
         text = text.replace("\t", " ")
     try:

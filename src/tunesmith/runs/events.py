@@ -43,9 +43,9 @@ def append(path: Path, event: Event) -> None:
 
 
 def read(path: Path) -> Iterator[Event]:
-    """Yield every event, oldest first. A partial last line, left by a killed writer, is no event.
+    """Yield every event, oldest first. A partial last line, left by a killed writer, is not an event.
 
-    Raises RunError naming a complete line that is no event.
+    Raises RunError naming a complete line that is not an event.
     """
     for number, line in enumerate(_whole_lines(path), start=1):
         yield _event(line, f"{path}:{number}")
@@ -63,7 +63,7 @@ class Tail:
     _offset: int = 0
 
     def read(self) -> Iterator[Event]:
-        """Yield the events since the last call, up to a line that is no event."""
+        """Yield the events since the last call, up to a line that is not an event."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:  # and closed again: Windows replaces no open file

@@ -109,7 +109,7 @@ class AdapterSet:
         for layer, path in paths.items():
             module = layers[layer]
             if not isinstance(module, MultiLoraLinear):
-                raise ModelError(f"{name}: {layer} is no linear layer of the base that is served.")
+                raise ModelError(f"{name}: {layer} is not a linear layer of the base that is served.")
             module.paths[name] = path
 
     def drop(self, name: str) -> None:

@@ -57,7 +57,7 @@ def bind(host: str, port: int) -> BoundSocket:
         listener = socket.create_server(address[:2], family=family, backlog=1, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:
         number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "it is no name of a host"
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or "it is not the name of a host"
         message = f"{host}:{port}: {why}. Choose another with --host and --port; port 0 is any free one."
         raise InputError(message) from None
     name = listener.getsockname()
@@ -118,7 +118,7 @@ class BoundedConnection(H11Protocol):
             self._headers_timer = None
 
     def _end(self, status: int, code: str, message: str) -> None:
-        """The last answer on this connection, to something that is no request yet."""
+        """The last answer on this connection, to something that is not a request yet."""
         body = orjson.dumps(error_body(RequestError(message, status=status, code=code)))
         head = f"HTTP/1.1 {status} \r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"Connection: close\r\n\r\n" + body)

@@ -169,7 +169,7 @@ class AccessMiddleware:
         return self.policy.known(scope) or self.app if error is None else error_response(error)
 
     def _preflight(self, scope: Scope) -> Response | None:
-        """The answer to a browser's question, without a key, about what a page that is allowed may send."""
+        """The answer to a CORS preflight, for which no key is needed: what an allowed page may send."""
         sent = Headers(scope=scope)
         if scope["method"] != "OPTIONS" or "access-control-request-method" not in sent or "origin" not in sent:
             return None

@@ -245,7 +245,7 @@ async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str])
 
 
 def _certain(text: str, form: ToolCallFormat) -> int:
-    """Characters at the start that are no call, nor white space before one."""
+    """Characters at the start that are not a call, nor white space before one."""
     if form == "json":
         return 0 if text.lstrip()[:1] in ("", "{") else len(text)
     if (start := text.find(OPEN)) < 0:

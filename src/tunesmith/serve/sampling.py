@@ -20,7 +20,7 @@ from tunesmith.serve.protocol import GenerationRequest, RequestError, Token
 CONTEXT = 16
 """Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
 LONGEST_CHARACTER = 6
-"""Tokens after which bytes that are no character are taken as they are; UTF-8 needs four."""
+"""Tokens after which bytes that are not a character are taken as they are; UTF-8 needs four."""
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 MOST_LIKELY = 1024
 """Tokens among which top-p looks first: sorting the whole vocabulary takes longer than many a model."""

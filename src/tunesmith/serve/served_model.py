@@ -99,7 +99,7 @@ class ServedModel:
         return ids
 
     def _single(self, request: GenerationRequest) -> str:
-        """The prompt of a task that is no conversation."""
+        """The prompt of a task that is not a conversation."""
         if request.prompt is not None:
             return request.prompt
         if len(request.messages) != 1 or request.messages[0].get("role") != "user" or request.tools:

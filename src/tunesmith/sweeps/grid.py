@@ -121,7 +121,7 @@ def _problems(data: Any) -> Iterator[str] | list[str]:
             example = _EXAMPLE if key == "grid" else "model: ./model"
             found += [f"{key}: missing: write it, such as {key}: with {example} below."] if is_needed else []
         elif not isinstance(data[key], Mapping) and not (key == "asha" and data[key] is None):
-            found.append(f"{key}: {data[key]!r:.60} is no mapping of options.")
+            found.append(f"{key}: {data[key]!r:.60} is not a mapping of options.")
     if found:
         return found
     if not data["grid"]:
@@ -164,7 +164,7 @@ def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
 
 
 def _check_base(path: Path, given: Mapping[str, Any]) -> None:
-    """Raises RecipeError for a base that is no recipe by itself."""
+    """Raises RecipeError for a base that is not a recipe by itself."""
     found = load.validate(given, where=f"{path}: base")
     if not found.model or not found.data.train:
         raise RecipeError(f"{path}: base: {'data.train' if found.model else 'model'}: missing: every trial needs it.")
@@ -217,7 +217,9 @@ def _placed(problem: str, path: Path, text: str, options: Mapping[str, Any]) -> 
 
 def _refuse_unjudged(path: Path, grid: Grid) -> None:
     if grid.metric not in METRICS:
-        raise RecipeError(f"{path}: base: evaluation.metric: {grid.metric} is no measure: one of {', '.join(METRICS)}.")
+        raise RecipeError(
+            f"{path}: base: evaluation.metric: {grid.metric} is not a measure: one of {', '.join(METRICS)}."
+        )
     if METRICS[grid.metric].better == "neither":
         raise RecipeError(f"{path}: base: evaluation.metric: {grid.metric} is neither better high nor low.")
     if grid.asha is not None and grid.every is None:
@@ -246,7 +248,7 @@ class Judge:
     """Steps between evaluations."""
     lower_is_better: bool
     rungs: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Step of the rung → trial → its measure, lower is better; worse than any where it is no number."""
+    """Step of the rung → trial → its measure, lower is better; worse than any where it is not a number."""
 
     def is_rung(self, step: int) -> bool:
         """Whether trials are judged after this step."""

@@ -126,7 +126,7 @@ class Sweep:
             self.stopped, self.failed = dict(kept["stopped"]), dict(kept["failed"])
             return
         if self.path.exists() and any(self.path.iterdir()):
-            raise RunError(f"{self.path}: is there already and is no sweep. Choose another folder with --name.")
+            raise RunError(f"{self.path}: is there already and is not a sweep. Choose another folder with --name.")
         taken = [trial.name for trial in self.grid.trials if (self.root / trial.name).exists()]
         if taken:
             raise RunError(f"{self.root / taken[0]}: is there already. Choose other names with --name.")

@@ -122,7 +122,7 @@ def _losses(texts: Texts, options: Embed) -> Tensor:
 
 def _ranking(texts: Texts, options: Embed) -> Tensor:
     """Cross-entropy of each anchor's positive among all documents. Those that are the same text as its anchor, or a
-    positive of the same anchor text in another row, are no negatives."""
+    positive of the same anchor text in another row, are not negatives."""
     import torch
     from torch.nn import functional as F
 

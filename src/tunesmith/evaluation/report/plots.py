@@ -60,7 +60,7 @@ def draw(name: str, title: str, description: str, paint: Callable[[Any], None], 
     """The plot that `paint` makes of empty axes."""
     file = io.StringIO()
     with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
-        # A script that DejaVu lacks is no fault: the browser has the font, only the space set aside is a guess.
+        # A script that DejaVu lacks is not a fault: the browser has the font, only the space set aside is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         paint(figure.add_subplot())
@@ -117,7 +117,7 @@ def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Pl
 
 
 def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
-    """The most important metric, where it was measured during training and is no other form of the loss."""
+    """The most important metric, where it was measured during training and is not another form of the loss."""
     measured = [(step, measures_of(values).get(key)) for key in keys for step, values in series.course(kept)]
     found = [
         (step, interval) for step, interval in measured if interval is not None and math.isfinite(interval["value"])

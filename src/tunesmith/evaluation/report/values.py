@@ -122,7 +122,7 @@ def kept_report(run: Run) -> dict[str, Any]:
 def rows_of(run: Run, name: str) -> dict[tuple[str, int], RowResult]:
     """Results of the held-out rows in the evaluation `name`, windows of a document added up; none without its file.
 
-    Raises RunError naming the line that is no row.
+    Raises RunError naming the line that is not a row.
     """
     path = run.path / "evaluation" / f"{name}.jsonl"
     return by_key(_lines(path, ("source", "hash", "loss", "count"))) if path.exists() else {}
