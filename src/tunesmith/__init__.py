@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tunesmith.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tunesmith.api import evaluate, load, predict, resume, train

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from tunesmith import __version__
 from tunesmith.cli import errors, jobs
 from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check, plan, recipe
@@ -23,6 +22,7 @@ from tunesmith.cli.serve import serve
 from tunesmith.cli.signals import interruptible
 from tunesmith.cli.sweep import sweep
 from tunesmith.cli.train import resume, track, train
+from tunesmith.version import __version__
 
 
 class PlainFlags:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError, RecipeError
 from tunesmith.export import verify
 from tunesmith.export.adapter import ADAPTER
@@ -28,6 +27,7 @@ from tunesmith.models.resolve_model import resolve_base
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
+from tunesmith.version import __version__
 
 OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0

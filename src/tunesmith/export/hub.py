@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tunesmith import __version__
 from tunesmith.errors import ExportError, InputError
 from tunesmith.evaluation.metrics import METRICS, with_bounds
 from tunesmith.evaluation.report.values import kept_report, metric_lines, sides
@@ -19,6 +18,7 @@ from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
 from tunesmith.runs.atomic import from_json
 from tunesmith.tasks import TASKS
+from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.export.target import Tolerances

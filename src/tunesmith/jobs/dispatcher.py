@@ -1,4 +1,4 @@
-"""The one dispatcher of a store: takes the oldest job that waits, starts its run, follows it and puts its result on.
+"""The one dispatcher of a store: takes waiting jobs, projects in turn, and sees each run to its end.
 
 What it does can be done again after any kill: a run is an ordinary run folder, events have ids that follow from the
 run, and a job changes its state in one transaction with everything that belongs to it.

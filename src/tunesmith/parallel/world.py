@@ -23,6 +23,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
+from tunesmith.version import __version__
 
 JOIN_S = 60.0
 """Seconds in which every rank must have come, and after which one without a sign of life is given up."""
@@ -277,9 +278,7 @@ class World:
 
 
 def _own_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    import tunesmith
-
-    same = {"tunesmith": tunesmith.__version__, "torch": version("torch"), "transformers": version("transformers")}
+    same = {"tunesmith": __version__, "torch": version("torch"), "transformers": version("transformers")}
     same["Python"] = ".".join(platform.python_version_tuple()[:2])
     return {"host": socket.gethostname(), **facts, "same": {**same, **facts.get("same", {})}}
 

@@ -21,7 +21,7 @@ import secrets
 import socket
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-import tunesmith
 from tunesmith.errors import RunError
 from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
 from tunesmith.types import Event
+from tunesmith.version import __version__
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -104,7 +104,7 @@ class Run:
         places = [parent / f"{_slug(name)}-{secrets.token_hex(2)}" for _ in range(100)] if out is None else [out]
         atomic.clean(parent, name="new-run", older_than_s=3600)
         temporary = atomic.temporary_folder(parent, "new-run")
-        facts = {"format": FORMAT, "created": time.time(), "tunesmith": tunesmith.__version__, **more}
+        facts = {"format": FORMAT, "created": time.time(), "tunesmith": __version__, **more}
         if recipe is not None:
             from tunesmith.recipe.origin import record
 
@@ -309,6 +309,15 @@ class Run:
     def events(self) -> Iterator[Event]:
         """Every event so far, oldest first; see events.read."""
         return events.read(self.events_path)
+
+    def follow(self, stop: Callable[[], bool] | None = None) -> Iterator[Event]:
+        """Yield the events so far and each new one as it comes, until `stop()` holds; without `stop`, until the run
+        is no longer running.
+
+            for event in Run.open("last").follow():
+                print(event.kind, event.step)
+        """
+        return events.follow(self.events_path, stop or (lambda: self.state() != "running"))
 
     def identity(self) -> dict[str, str]:
         """Hashes and settings that the run logged when it started; empty if it did not get so far."""

@@ -24,7 +24,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
-from tunesmith import __version__
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, RequestLog
 from tunesmith.serve.protocol import Engine, GenerationRequest, Modality, ModelCard, RequestError
 from tunesmith.serve.request_schemas import (
@@ -48,6 +47,7 @@ from tunesmith.serve.responses import (
     whole_answer,
     with_tool_calls,
 )
+from tunesmith.version import __version__
 
 T = TypeVar("T")
 _ROUTES = {

@@ -148,7 +148,7 @@ def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tupl
 
 def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
-    `found` as it was."""
+    the recipe and the forecast of `found` as they were; notes may have been added."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now

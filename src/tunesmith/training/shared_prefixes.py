@@ -29,7 +29,8 @@ from tunesmith.types import Batch, Choice, Row
 LEAST_SAVED = 0.05
 """Share of the tokens that has to be saved: each shared prefix is one more piece of a micro-batch."""
 PROBE_STEPS, PROBE_ROWS = 4, 3
-KEY = "kernels.shared_beginnings"
+KEY = "shared_prefixes"
+"""Name of the decision in the plan; it is no option: `kernels: plain` turns it off."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith import __version__
 from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
 from tunesmith.data.check import spans_of
@@ -23,6 +22,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Choice
+from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-import tunesmith
 from tunesmith.evaluation.compare import Comparison, Difference
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
@@ -19,6 +18,7 @@ from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_o
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, plural, size
 from tunesmith.runs.folder import Run
+from tunesmith.version import __version__
 
 MOST_MATRIX = 12
 """Most classes whose confusion matrix is shown; of more, the pairs that are confused most."""
@@ -311,7 +311,7 @@ def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str
     keys, unit = list(found[0].metrics), "document" if found[0].are_documents else "row"
     plots = [_plot(key, names, [one.metrics[key] for one in found if key in one.metrics]) for key in keys]
     summary = f"{plural(len(names), 'run')} on the {plural(found[0].num_rows, unit)} that all have; A is {names[0]}."
-    versions = {"tunesmith": tunesmith.__version__}
+    versions = {"tunesmith": __version__}
     report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
     sections = [
         PageSection("values", "Values", [comparison_table(names, found)]),
