@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-quick bench-classify clean
+.PHONY: help demo test test-slow tutorials check format bench bench-quick bench-classify clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,9 @@ check: $(STAMP)-dev ## what a change has to pass: lint, format, types, layers, t
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory test
+
+tutorials: $(STAMP)-test ## every block of docs/tutorials, its numbers within the ranges that it states; ARGS="comments" for one page
+	$(BIN)/python scripts/tutorials.py $(ARGS)
 
 format: $(STAMP)-dev ## put the code into the house format
 	$(BIN)/ruff check --fix .

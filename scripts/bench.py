@@ -14,7 +14,7 @@ SETTINGS = ("train.epochs=1", "evaluation.samples=0", "evaluation.max_rows=16")
 
 
 def main() -> int:
-    words = [sys.executable, "scripts/get_demo_model.py"]
+    words = [sys.executable, "scripts/get_model.py", "smollm2"]
     fetched = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if fetched.returncode:
         return fetched.returncode

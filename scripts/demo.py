@@ -14,7 +14,7 @@ QUESTION = "What can you eat?"
 
 def main() -> int:
     begun = time.monotonic()
-    words = [sys.executable, "scripts/get_demo_model.py"]
+    words = [sys.executable, "scripts/get_model.py", "smollm2"]
     fetched = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if fetched.returncode:
         return fetched.returncode
