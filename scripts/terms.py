@@ -1,0 +1,39 @@
+"""Make examples/data/terms.jsonl and terms-held-out.jsonl: medical terms with the description of their code in ICD-10-CM.
+
+`pip install simple-icd-10-cm==1.5; python scripts/terms.py`. ICD-10-CM is in the public domain. Trained is one term of a code, so that no
+description is there twice; held out are other terms of codes, with the descriptions as the documents to be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "data"
+ROWS = {"terms.jsonl": 3000, "terms-held-out.jsonl": 300}
+
+
+def main() -> None:
+    import simple_icd_10_cm as icd
+
+    codes = icd.get_all_codes(with_dots=True)
+    used = {icd.get_description(code).lower() for code in codes}
+    trained, held_out, described = [], [], set[str]()
+    for code in codes:
+        description = icd.get_description(code)
+        for term in icd.get_inclusion_term(code):
+            if term.lower() in used:
+                continue
+            used.add(term.lower())
+            rows = held_out if description.lower() in described else trained
+            rows.append({"query": term, "positive": description})
+            described.add(description.lower())
+    for name, rows in zip(ROWS, (trained, held_out), strict=True):
+        rows.sort(key=lambda row: hashlib.sha256(row["query"].encode()).digest())
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows[: ROWS[name]]]
+        (FOLDER / name).write_text("".join(lines), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
