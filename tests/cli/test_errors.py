@@ -70,14 +70,23 @@ def test_first_twenty_problems_and_how_many_more() -> None:
     lines = result.stderr.splitlines()
     assert lines[0] == "a.jsonl:1: code_0: not JSON. Mend it."
     assert lines[19].startswith("a.jsonl:20: ")
-    assert lines[20:] == ["and 5 more (all with --json)", "error: 25 rows cannot be used"]
+    assert lines[20:] == [
+        "and 5 more (all with --json)",
+        "error: 25 rows cannot be used",
+        "More: tunesmith explain rows",
+    ]
 
 
 def test_of_one_kind_in_a_file_three_are_printed() -> None:
     three = [f"a.jsonl:{line}: bad_json: not JSON. Mend it." for line in (1, 2, 3)]
     for num, more in ((3, []), (600, ["and 597 more (all with --json)"])):
         result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", problems(num))), ["fail"])
-        assert result.stderr.splitlines() == [*three, *more, "error: they cannot be used"]
+        assert result.stderr.splitlines() == [
+            *three,
+            *more,
+            "error: they cannot be used",
+            "More: tunesmith explain rows",
+        ]
 
 
 def test_what_is_said_of_a_file_is_said_once() -> None:

@@ -14,6 +14,7 @@ from tunesmith.cli.chat import chat
 from tunesmith.cli.check import check, plan, recipe
 from tunesmith.cli.doctor import doctor, selftest
 from tunesmith.cli.eval import compare, evaluate
+from tunesmith.cli.explain import explain
 from tunesmith.cli.export import export, push
 from tunesmith.cli.options import OPTIONS
 from tunesmith.cli.predict import predict
@@ -133,7 +134,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume, sweep),
     "Look and talk": (show, chat),
     "Use and measure": (serve, predict, evaluate, compare, export, push, track),
-    "More": (selftest, recipe, doctor),
+    "More": (explain, selftest, recipe, doctor),
 }
 NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
 for group, commands in GROUPS.items():

@@ -63,13 +63,14 @@ def _report(error: BaseException, *, as_json: bool) -> int:
 def explained(error: BaseException) -> list[str]:
     """The lines for a person: our own errors as they are, others with a name and a way out."""
     if isinstance(error, TunesmithError):
-        return [f"error: {error}"]
+        return [f"error: {error}", *([f"More: tunesmith explain {error.topic}"] if error.topic else [])]
     kind = type(error).__name__
     text = " ".join(str(error).split()) or "no message"
     if is_out_of_memory(error):
         return [
             f"error: out of memory: {text[:300]}",
             "Lower train.tokens_per_pass (same update), set train.checkpointed_layers, or use method: lora.",
+            "More: tunesmith explain out-of-memory",
         ]
     if isinstance(error, OSError) and error.filename:
         return [f"error: {error.filename}: {error.strerror}"]
@@ -82,6 +83,8 @@ def explained(error: BaseException) -> list[str]:
 def as_values(error: BaseException) -> dict[str, Any]:
     """The error as one JSON object."""
     values: dict[str, Any] = {"kind": "error", "code": type(error).__name__, "message": str(error)}
+    if topic := getattr(error, "topic", ""):
+        values["topic"] = topic
     if isinstance(error, DataError):
         values["problems"] = [problem_values(problem) for problem in error.problems]
     return values
