@@ -1,7 +1,7 @@
 """Make examples/data/terms.jsonl and terms-held-out.jsonl: medical terms, each with the description of its code.
 
-`pip install simple-icd-10-cm==1.5; python scripts/terms.py`. Codes are ICD-10-CM's, in the public domain. One term of a code
-is trained, so that no description is there twice; held out are other terms of codes, with the descriptions as the documents to be found.
+`pip install simple-icd-10-cm==1.5; python scripts/terms.py`. Codes are ICD-10-CM's, in the public domain. One term of a
+code is trained, so that no description is there twice; others are held out.
 """
 
 from __future__ import annotations

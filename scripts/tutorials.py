@@ -4,8 +4,8 @@
 empty folder with `examples/`, `scripts/`, `models/` and `docs/` of this checkout, block after block in one shell:
 
 - a block marked `sh` is run by bash, one marked `python` by Python; others show what they print;
-- `<!-- expect: TEXT (NUMBER) in LOW..HIGH -->` after a block: a regular expression with one group that the block's output
-  matches; the last match is a number within the range. Without `in`, the text alone has to be there.
+- `<!-- expect: TEXT (NUMBER) in LOW..HIGH -->` after a block: a regular expression with one group that the block's
+  output matches; the last match is a number within the range. Without `in`, the text alone has to be there.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from tunesmith.types import Problem, Source
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
+MORE = "More: tunesmith explain rows"
+
 
 def failing_app(error: BaseException) -> typer.Typer:
     app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
@@ -73,7 +75,7 @@ def test_first_twenty_problems_and_how_many_more() -> None:
     assert lines[20:] == [
         "and 5 more (all with --json)",
         "error: 25 rows cannot be used",
-        "More: tunesmith explain rows",
+        MORE,
     ]
 
 
@@ -85,7 +87,7 @@ def test_of_one_kind_in_a_file_three_are_printed() -> None:
             *three,
             *more,
             "error: they cannot be used",
-            "More: tunesmith explain rows",
+            MORE,
         ]
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe import yaml_io
+from tunesmith.recipe import other_tools, yaml_io
 from tunesmith.recipe.docs import Option, options, sections
 from tunesmith.recipe.methods import METHOD_OPTIONS
 from tunesmith.recipe.schema import Recipe
@@ -73,6 +73,8 @@ def load(
     if path is not None:
         try:
             given = _read_file(path)
+            if tool := other_tools.tool_of(given):
+                raise RecipeError(_translation(path, given, tool))
             for section, _, name in (key.partition(".") for key in MEASURED if of_run):
                 if isinstance(values := given.get(section), dict):
                     values.pop(name, None)
@@ -103,6 +105,23 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if recipe is None:
         raise RecipeError("\n".join(problems))
     return recipe
+
+
+def _translation(path: str, theirs: Mapping[str, Any], tool: str) -> str:
+    """A recipe of ours for the configuration file of another tool, ready to save, and what it leaves out."""
+    ours, left = other_tools.translate(theirs, tool)
+    tree: dict[str, Any] = {}
+    for key, value in ours.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    _, problems = _checked(tree, lambda key: path)
+    lines = [
+        f"{path}: this is a configuration of {tool}. Save this as a recipe of ours, correct the files, and give that:",
+        *("  " + line for line in yaml_io.dump(tree).splitlines()),
+        *(f"not translated: {key}: {why}" for key, why in left.items()),
+        *(f"to be corrected: {problem}" for problem in problems),
+    ]
+    return "\n".join(lines)
 
 
 def _read_file(path: str) -> dict[str, Any]:
