@@ -3,6 +3,7 @@
 `python scripts/tutorials.py [NAME …]`: all pages of docs/tutorials, or those whose names begin so. Each page runs in an
 empty folder with `examples/`, `scripts/`, `models/` and `docs/` of this checkout, block after block in one shell:
 
+- a notebook's code cells are run as one program;
 - a block marked `sh` is run by bash, one marked `python` by Python; others show what they print;
 - `<!-- expect: TEXT (NUMBER) in LOW..HIGH -->` after a block: a regular expression with one group that the block's
   output matches; the last match is a number within the range. Without `in`, the text alone has to be there.
@@ -10,6 +11,7 @@ empty folder with `examples/`, `scripts/`, `models/` and `docs/` of this checkou
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -37,7 +39,7 @@ class Block:
 
 
 def main(names: list[str]) -> int:
-    pages = [page for page in sorted(PAGES.glob("*.md")) if page.name != "README.md"]
+    pages = [page for page in sorted([*PAGES.glob("*.md"), *PAGES.glob("*.ipynb")]) if page.name != "README.md"]
     chosen = [page for page in pages if not names or any(page.stem.startswith(name) for name in names)]
     problems: list[str] = []
     for page in chosen:
@@ -58,9 +60,16 @@ def blocks_of(text: str) -> list[Block]:
     return blocks
 
 
+def cells_of(text: str) -> str:
+    """The code cells of a notebook as one program, which draws nothing on a screen."""
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join(["import matplotlib", "matplotlib.use('agg')", *("".join(cell["source"]) for cell in cells)])
+
+
 def run_page(page: Path) -> list[str]:
     """Run the blocks of a page; returns what differs from what it says."""
-    blocks = blocks_of(page.read_text("utf-8"))
+    text = page.read_text("utf-8")
+    blocks = [Block("python", cells_of(text))] if page.suffix == ".ipynb" else blocks_of(text)
     with tempfile.TemporaryDirectory(prefix="tutorial-") as folder:
         for name in ("examples", "scripts", "models", "docs"):
             (ROOT / name).mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Size, Tensor
+    from torch import Size, Tensor, nn
 
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
 
@@ -259,6 +259,12 @@ class Measured:
     """The most likely token or class, int64 [N]; of a sequence head what it answered, float32 [N, C]."""
     results: tuple[Mapping[str, Any], ...] = ()
     """Of rows with branches, which have one loss each: what was found of each row, JSON-ready; `outputs_N` is empty."""
+
+
+class LossSum(Protocol):
+    """The loss of a micro-batch: the sum of its targets' losses, a scalar with a gradient, not divided by anything."""
+
+    def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)

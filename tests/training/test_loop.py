@@ -18,6 +18,7 @@ from tunesmith.runs.folder import runs
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.trainer import train
+from tunesmith.types import Batch, LossSum
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,3 +207,20 @@ def test_breaking_off_leaves_the_model_whole(twenty_steps):
     assert all(tensor.isfinite().all() for tensor in weights.values())
     following = next(iter(training_steps(twenty_steps, start=2)))
     assert following.step == 3
+
+
+def test_a_loss_from_outside_takes_the_place_of_the_task_s(tmp_path: Path) -> None:
+    from torch.nn import functional as F
+
+    from tunesmith.models.forward import logits_at_targets
+
+    def spelled_out(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(logits_at_targets(model, batch), batch.targets_N, reduction="sum")
+
+    def losses(loss: LossSum | None) -> list[float]:
+        setup = prepare(tiny_recipe(tmp_path, train={"max_steps": 3, "tokens_per_pass": 40}), root=tmp_path)
+        return [event.values["loss"] for event in training_steps(setup, loss=loss)]
+
+    own = losses(None)
+    assert losses(spelled_out) == pytest.approx(own, abs=1e-6)
+    assert losses(lambda model, batch: 2 * spelled_out(model, batch))[0] == pytest.approx(2 * own[0], abs=1e-6)

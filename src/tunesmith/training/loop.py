@@ -18,10 +18,10 @@ from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import meet
 from tunesmith.training.state import TrainState
 from tunesmith.training.step import compute_gradients, exhausted_error, step_norm
-from tunesmith.types import Event
+from tunesmith.types import Event, LossSum
 
 
-def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
+def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = None) -> Iterator[Event]:
     """Yield one "step" event for every optimizer update after step `start`.
 
     Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole. The loss of a
@@ -29,10 +29,19 @@ def training_steps(state: TrainState, *, start: int = 0) -> Iterator[Event]:
     numbers (dropout) are a function of seed, step and rank alone, since torch's generator is seeded anew at every step:
     nothing done between steps can change the next one.
 
+    `loss` replaces the loss of the task: called with the model and a `Batch`, it returns the sum of the losses of the
+    batch's targets, a scalar with a gradient. It must not divide: the loop divides by the targets of the whole step.
+
+        def loss(model, batch):
+            logits_NV = logits_at_targets(model, batch).float()
+            return torch.nn.functional.cross_entropy(logits_NV, batch.targets_N, reduction="sum")
+
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
+    if loss is not None:
+        state = replace(state, task=replace(state.task, loss_sum=loss, look=None))
     recipe, sampler, attachment, optimizer = state.recipe, state.sampler, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()
