@@ -162,7 +162,7 @@ runpy.run_module("tunesmith", run_name="__main__", alter_sys=True)
 """
 WRITES = "write,pwrite64,fdatasync,fsync,rename,unlink,unlinkat,ftruncate,mkdir"
 REAL = Bases(bases={"tiny": PublicBase(model="tiny", recipe={"checkpoint": {"every": 3}})})
-CHOSEN = re.compile(r"(?<=^Chosen: ).*")
+CHOSEN = re.compile(r"(?<=^Chosen: ).*", re.DOTALL)
 """Its words may depend on what else the machine does."""
 STRIDE = int(os.environ.get("TUNESMITH_KILL_STRIDE", "7"))
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None or sys.platform != "linux", reason="strace is missing")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
 MAX_NAMED = 10
 MAX_LISTED = 100
+MAX_CHARS = 1000
+"""Of what is said about a row."""
+MOST_ERRORS = 1000
+"""Faults after which a file is read no further: its owner corrects the first, and each costs memory and time."""
 _TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
 _FORMATS: dict[TaskName, str] = {
     "chat": "fine-tune-chat", "generate": "fine-tune-completions", "prefer": "fine-tune-preference",
@@ -44,22 +49,47 @@ class CheckedFile:
     task: TaskName
 
 
+class _TooManyErrors(Exception):
+    """Nothing more is read."""
+
+
+@dataclass
+class _Errors:
+    """Counts the errors of a file and keeps the first of them."""
+
+    num: int = 0
+    first: list[Problem] = field(default_factory=list)
+
+    def add(self, problem: Problem) -> None:
+        """Raises _TooManyErrors. Warnings are none of a job's business."""
+        if problem.severity == "error":
+            self.num += 1
+            self.first += [problem] if self.num <= MAX_LISTED else []
+            if self.num >= MOST_ERRORS:
+                raise _TooManyErrors
+
+
 def check_file(path: Path, which: str, *, method: str, min_examples: int) -> CheckedFile:
     """Read all rows of a training or validation file of a job of this method. Raises FileFault."""
-    problems: list[Problem] = []
-    num, tasks = 0, set[TaskName | None]()
-    try:
-        data = Data()
-        for _, example in examples([DataFile(path=str(path))], data, problems.append):
-            num += 1
-            tasks.add(_TASKS.get(example.shape))
-    except DataError as error:
-        problems += [one for one in error.problems if one not in problems]
-        if not problems:
-            why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is on this machine
-            raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {why}", f"{which}_file") from None
-    if errors := [problem for problem in problems if problem.severity == "error"]:
-        raise row_fault(errors, which)
+    if path.is_symlink() or not path.is_file():
+        message = f"The {which} file {path.name} was deleted."
+        raise FileFault(f"invalid_{which}_file", message, f"{which}_file")
+    errors, num, tasks = _Errors(), 0, set[TaskName | None]()
+    with suppress(_TooManyErrors):
+        try:
+            for _, example in examples([DataFile(path=str(path))], Data(), errors.add):
+                num += 1
+                tasks.add(_TASKS.get(example.shape))
+        except DataError as error:
+            for problem in error.problems:
+                if problem not in errors.first:
+                    errors.add(problem)
+            if not errors.num:
+                why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is here
+                message = f"{FAILED.format(which=which)} {why}"
+                raise FileFault(f"invalid_{which}_file", message, f"{which}_file") from None
+    if errors.num:
+        raise row_fault(errors.first, which, errors.num)
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
     task = next(iter(tasks)) or "chat"
@@ -76,12 +106,15 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     return CheckedFile(num, task)
 
 
-def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
-    """All faulty rows by their lines."""
+def row_fault(problems: Sequence[Problem], which: str, num: int) -> FileFault:
+    """The first faulty rows of `num` by their lines."""
     lines = [
-        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip() for one in problems
+        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip()[:MAX_CHARS]
+        for one in problems
     ]
-    more = f" And {len(lines) - MAX_NAMED:,} more." if len(lines) > MAX_NAMED else ""
+    more = f" And {num - MAX_NAMED:,} more." if num > MAX_NAMED else ""
+    if num >= MOST_ERRORS:
+        more = f" And {num - MAX_NAMED:,} more, behind which the file was not read."
     message = f"{FAILED.format(which=which)} Invalid file format. {' '.join(lines[:MAX_NAMED])}{more}"
     return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines[:MAX_LISTED])
 
