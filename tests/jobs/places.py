@@ -146,5 +146,5 @@ class CheckedHere:
 
 def dispatcher(store: Store, launcher: FakeLauncher, models: FakeModels, bases: Bases = BASES) -> Dispatcher:
     working = Dispatcher(store, bases, launcher, models)
-    working.checks.start = CheckedHere
+    working.checks.start = CheckedHere  # type: ignore[assignment]
     return working

@@ -78,7 +78,17 @@ def test_faults_are_counted_to_a_bound_and_named_within_one(tmp_path: Path) -> N
         assert max(map(len, fault.value.lines)) <= 1000
 
 
-def test_a_cancelled_job_ends_its_check_and_another_project_goes_on_meanwhile(store: Store) -> None:
+def its_check_ends(server: Dispatcher, name: str, process: int) -> None:
+    since = time.monotonic()
+    while Path(f"/proc/{process}").exists() or name in server.checks.active:
+        server.round()
+        assert time.monotonic() - since < 2
+
+
+# trap: S21
+def test_a_cancelled_job_ends_its_check_and_another_project_goes_on_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wide = b"".join(json.dumps({f"field {i} {row}": 1 for i in range(90_000)}).encode() + b"\n" for row in range(12))
     slow = put_waiting(store, "red", "file-slow", wide)
     server = working(store)
@@ -90,10 +100,11 @@ def test_a_cancelled_job_ends_its_check_and_another_project_goes_on_meanwhile(st
     assert ended(store, server, other, within_s=30)["status"] == "succeeded"
     assert [store.job(name)["status"] for name in (slow, second)] == ["validating_files"] * 2, "one of a project"
     store.act(slow, "cancel", "cancelled")
-    since = time.monotonic()
-    while Path(f"/proc/{process}").exists() or slow in server.checks.active:
-        server.round()
-        assert time.monotonic() - since < 2
+    with monkeypatch.context() as patch:
+        patch.setattr(ChildProcess, "stop", lambda it: None)
+        with pytest.raises(AssertionError):
+            its_check_ends(server, slow, process)
+    its_check_ends(server, slow, process)
     assert not list(store.runs_path.glob(f".{slow}.check.*"))
     assert ended(store, server, second, within_s=30)["status"] == "succeeded"
 
@@ -108,21 +119,25 @@ def test_a_paused_job_is_checked_again_when_it_goes_on(store: Store) -> None:
     assert ended(store, server, name, within_s=30)["status"] == "succeeded"
 
 
-@pytest.mark.parametrize("what", ["memory", "time"])
+@pytest.mark.parametrize("what", ["memory", "memory, and a library crashes", "time"])
 def test_a_check_that_takes_too_much_is_an_error_of_its_job(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    if what == "memory":
+    if "memory" in what:
         monkeypatch.setattr(file_checks, "MEMORY_BYTES", 32 << 20)
-        content = rows(1) + b'{"messages": [' + b"[]," * 2_000_000 + b"1]}\n"
+        piece = b"{}," * 600_000 if what == "memory" else b"[[[]]]," * 200_000
+        content = rows(1) + b'{"messages": [' + piece + b"1]}\n"
     else:
         monkeypatch.setattr(file_checks, "SECONDS", 1)
         monkeypatch.setattr(file_checks, "BYTES_A_SECOND", 1 << 40)
         content = rows(1000) * 300
     name = put_job(store, put_file(store, content))
     job = ended(store, working(store), name, within_s=60)
-    assert job["error"]["code"] == "invalid_training_file"
-    assert "Reading it takes more than " + {"memory": "32 MiB", "time": "1 s"}[what] in job["error"]["message"]
+    if "crashes" in what:
+        assert job["error"]["code"] in ("check_crashed", "invalid_training_file")
+    else:
+        assert job["error"]["code"] == "invalid_training_file"
+        assert "Reading it takes more than " + {"memory": "32 MiB", "time": "1 s"}[what] in job["error"]["message"]
 
 
 def test_a_check_outlives_its_server(store: Store) -> None:

@@ -257,3 +257,15 @@ def test_a_client_that_polls_is_answered_from_memory_until_the_job_is_another(
     assert jobs.list_events(name, limit=1).data[0].message == "Step 1"
     jobs.cancel(name)
     assert jobs.retrieve(name).status == "cancelled"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_content_that_was_removed_by_hand_is_not_found(served: Served, tmp_path: Path, is_link: bool) -> None:
+    file = served.client.files.create(file=("a.jsonl", rows(12)), purpose="fine-tune").id
+    served.store.content_path(file).unlink()
+    if is_link:  # who may write there could read any file of the server's by it
+        (tmp_path / "secret").write_text("secret")
+        served.store.content_path(file).symlink_to(tmp_path / "secret")
+    status, answer, _ = served.running.ask("GET", f"/v1/files/{file}/content")
+    assert (status, answer["error"]["code"]) == (404, "content_missing")
+    assert served.client.files.delete(file).deleted

@@ -457,6 +457,16 @@ INSIDE += " [64:ff9b::a00:1] [64:ff9b:1::7f00:1] [2002:7f00:1::] [::7f00:1] [fec
 INSIDE += " [64:ff9b::7f00:1] [2002:a00:1::1]"
 
 
+# trap: S24
+def test_a_check_of_the_outer_address_alone_lets_inner_ones_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "_is_public", lambda address: address.is_global)
+    monkeypatch.setattr(sending, "TIMEOUT_S", 0.2)
+    with pytest.raises(AssertionError):
+        test_a_private_address_is_not_called(tmp_path, "[64:ff9b::7f00:1]")
+
+
 def test_public_addresses_are_called_also_through_a_translator() -> None:
     for text in ("8.8.8.8", "2001:4860:4860::8888", "64:ff9b::808:808", "2002:808:808::1", "::ffff:8.8.8.8"):
         assert sending._is_public(ipaddress.ip_address(text)), text

@@ -19,6 +19,7 @@ from tunesmith.jobs.database import LOCK
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import DATABASE_FILE, Store, event
 from tunesmith.jobs.tables import TABLES, events, files, uploads
+from tunesmith.runs.atomic import remove
 from tunesmith.serve.protocol import RequestError
 
 Opened = Callable[..., Store]
@@ -242,7 +243,7 @@ def test_a_lost_database_removes_no_upload_and_the_way_out_is_one(tmp_path: Path
     whole = database.read_bytes()
     Store(tmp_path / "other").close()
     for lost in (None, b"", (tmp_path / "other" / DATABASE_FILE).read_bytes()):
-        database.unlink()
+        database.unlink(missing_ok=True)
         if lost is not None:
             database.write_bytes(lost)
         for _ in range(2):  # what a start leaves does not let the next one in
@@ -274,8 +275,17 @@ def test_keys_are_not_made_in_a_database_that_is_lost(tmp_path: Path) -> None:
     assert not database.exists()
 
 
-def test_what_an_older_copy_of_the_database_does_not_name_is_set_aside(opened: Opened, tmp_path: Path) -> None:
-    folder = tmp_path / "jobs"
+# trap: S22
+def test_what_an_older_copy_of_the_database_does_not_name_is_set_aside(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_unknown_is_lost(opened, tmp_path / "jobs")
+    monkeypatch.setattr("tunesmith.jobs.store.set_aside", lambda folder, unknown: list(map(remove, unknown))[:0])
+    with pytest.raises(AssertionError):
+        nothing_unknown_is_lost(opened, tmp_path / "other")
+
+
+def nothing_unknown_is_lost(opened: Opened, folder: Path) -> None:
     store = opened(folder)
     put_file(store, rows(12), "file-old")
     late = {"file-new": rows(13), "part_new": b"part"}
@@ -283,10 +293,13 @@ def test_what_an_older_copy_of_the_database_does_not_name_is_set_aside(opened: O
     store.content_path(".file-half").write_bytes(b"half")
     (store.parts_path / "upload_new").mkdir()
     (store.parts_path / "upload_new" / "part_new").write_bytes(late["part_new"])
-    [line] = store.sweep(with_uploads=True)
-    assert line.startswith(f"2 uploads that no row of the database names: moved to {folder / 'unknown'}. A kill ")
+    lines = store.sweep(with_uploads=True)
+    store.close()
+    assert [line.partition("moved")[0] for line in lines] == ["2 uploads that no row of the database names: "]
+    assert lines[0].startswith(f"2 uploads that no row of the database names: moved to {folder / 'unknown'}. A kill ")
     assert contents(folder / "unknown") == late
     assert [path.name for path in store.files_path.iterdir()] == ["file-old"]
+    store = opened(folder)
     assert store.sweep(with_uploads=True) == []
     store.close()
 

@@ -33,7 +33,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
     which = "training"
     try:
         checked = check_file(Path(files[which]), which, method=method, min_examples=request["min_examples"])
-        if files["validation"] is not None:
+        if "validation" in files:
             which = "validation"
             other = check_file(Path(files[which]), which, method=method, min_examples=1)
             if other.task != checked.task:
@@ -41,7 +41,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
                 raise FileFault("invalid_validation_file", message, "validation_file")
     except FileFault as fault:
         return {"fault": asdict(fault)}
-    except (_OutOfTimeError, MemoryError) as error:
+    except (_OutOfTimeError, MemoryError, SystemError) as error:  # the last is orjson's, where memory ends in it
         what = f"{request['memory_bytes'] >> 20:,} MiB of memory"
         if isinstance(error, _OutOfTimeError):
             what = f"{request['seconds']:,} s of a processor"

@@ -27,7 +27,7 @@ from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, missing_
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, files, jobs, models
-from tunesmith.jobs.training_files import MAX_LISTED, problems_of, row_fault
+from tunesmith.jobs.training_files import problems_of, row_fault
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
@@ -280,7 +280,7 @@ class Dispatcher:
         for which in ("training", "validation"):
             file = job["request"][f"{which}_file"]
             if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
-                fault = row_fault(found[:MAX_LISTED], which, len(found))
+                fault = row_fault(found, which)
                 return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
         return fail(self.store, job["id"], code, self._message(error), param=param)

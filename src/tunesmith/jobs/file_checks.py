@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 
@@ -38,16 +38,7 @@ SNAPSHOTS = 2
 """Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
 
 
-class Check(Protocol):
-    """A `ChildProcess`, as far as it is needed here."""
-
-    def is_alive(self) -> bool: ...
-    def stop(self) -> None: ...
-    def forget(self) -> None: ...
-    def printed(self) -> dict[str, Any] | None: ...
-
-
-def start_check(place: Path, request: Mapping[str, Any]) -> Check:
+def start_check(place: Path, request: Mapping[str, Any]) -> ChildProcess:
     """Start a check that is known by files next to `place`."""
     words = ["tunesmith.jobs.check_process", orjson.dumps(request).decode()]
     return start_child(place, words, {"OMP_NUM_THREADS": "1"}, room=ANSWER_BYTES)
@@ -59,8 +50,8 @@ class FileChecks:
 
     store: Store
     bases: Bases
-    start: Callable[[Path, Mapping[str, Any]], Check] = start_check
-    active: dict[str, tuple[str, Check]] = field(default_factory=dict)
+    start: Callable[[Path, Mapping[str, Any]], ChildProcess] = start_check
+    active: dict[str, tuple[str, ChildProcess]] = field(default_factory=dict)
     """Project and process of each."""
     last_start: dict[str, float] = field(default_factory=dict)
     """The time of the last start of a project."""
@@ -111,14 +102,13 @@ class FileChecks:
         return self.store.runs_path / f"{name}.check"
 
     def _request(self, job: Record) -> dict[str, Any]:
-        paths = {
-            which: None if (file := job["request"][f"{which}_file"]) is None else self.store.content_path(file)
-            for which in ("training", "validation")
-        }
-        num_bytes = sum(path.stat().st_size for path in paths.values() if path is not None and path.exists())
+        request = job["request"]
+        names = {which: request[f"{which}_file"] for which in ("training", "validation")}
+        paths = {which: self.store.content_path(file) for which, file in names.items() if file is not None}
+        num_bytes = sum(path.stat().st_size for path in paths.values() if path.exists())
         return {
-            "files": {which: None if path is None else str(path) for which, path in paths.items()},
-            "method": job["request"].get("method", "supervised"), "min_examples": self.bases.min_examples,
+            "files": {which: str(path) for which, path in paths.items()},
+            "method": request.get("method", "supervised"), "min_examples": self.bases.min_examples,
             "memory_bytes": MEMORY_BYTES, "seconds": SECONDS + num_bytes // BYTES_A_SECOND,
         }  # fmt: skip
 
@@ -129,7 +119,9 @@ class FileChecks:
             attempts = job["attempts"] + 1
             self.store.change_job(name, if_status=WAITING, attempts=attempts)
             if attempts >= MOST_ATTEMPTS:
-                message = f"Reading its files was ended from outside {attempts} times."
+                message = (
+                    f"The process that reads its files ended {attempts} times without an answer. Send shorter rows."
+                )
                 fail(self.store, name, "check_crashed", message)
             return
         try:

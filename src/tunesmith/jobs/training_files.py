@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,8 @@ class CheckedFile:
     task: TaskName
 
 
-class _TooManyErrors(Exception):
+class _TooManyErrorsError(Exception):
     """Nothing more is read."""
-
-
-@dataclass
-class _Errors:
-    """Counts the errors of a file and keeps the first of them."""
-
-    num: int = 0
-    first: list[Problem] = field(default_factory=list)
-
-    def add(self, problem: Problem) -> None:
-        """Raises _TooManyErrors. Warnings are none of a job's business."""
-        if problem.severity == "error":
-            self.num += 1
-            self.first += [problem] if self.num <= MAX_LISTED else []
-            if self.num >= MOST_ERRORS:
-                raise _TooManyErrors
 
 
 def check_file(path: Path, which: str, *, method: str, min_examples: int) -> CheckedFile:
@@ -74,22 +58,29 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     if path.is_symlink() or not path.is_file():
         message = f"The {which} file {path.name} was deleted."
         raise FileFault(f"invalid_{which}_file", message, f"{which}_file")
-    errors, num, tasks = _Errors(), 0, set[TaskName | None]()
-    with suppress(_TooManyErrors):
+    errors, num, tasks = list[Problem](), 0, set[TaskName | None]()
+
+    def add(problem: Problem) -> None:
+        if problem.severity == "error":
+            errors.append(problem)
+            if len(errors) >= MOST_ERRORS:
+                raise _TooManyErrorsError
+
+    with suppress(_TooManyErrorsError):
         try:
-            for _, example in examples([DataFile(path=str(path))], Data(), errors.add):
+            for _, example in examples([DataFile(path=str(path))], Data(), add):
                 num += 1
                 tasks.add(_TASKS.get(example.shape))
         except DataError as error:
             for problem in error.problems:
-                if problem not in errors.first:
-                    errors.add(problem)
-            if not errors.num:
+                if problem not in errors:
+                    add(problem)
+            if not errors:
                 why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is here
                 message = f"{FAILED.format(which=which)} {why}"
                 raise FileFault(f"invalid_{which}_file", message, f"{which}_file") from None
-    if errors.num:
-        raise row_fault(errors.first, which, errors.num)
+    if errors:
+        raise row_fault(errors, which)
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
     task = next(iter(tasks)) or "chat"
@@ -106,17 +97,16 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     return CheckedFile(num, task)
 
 
-def row_fault(problems: Sequence[Problem], which: str, num: int) -> FileFault:
-    """The first faulty rows of `num` by their lines."""
+def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
+    """All faulty rows by their lines."""
     lines = [
         f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip()[:MAX_CHARS]
-        for one in problems
+        for one in problems[:MAX_LISTED]
     ]
-    more = f" And {num - MAX_NAMED:,} more." if num > MAX_NAMED else ""
-    if num >= MOST_ERRORS:
-        more = f" And {num - MAX_NAMED:,} more, behind which the file was not read."
+    more = f" And {num:,} more" if (num := len(problems) - MAX_NAMED) > 0 else ""
+    more += ", behind which the file was not read." if len(problems) >= MOST_ERRORS else "." if more else ""
     message = f"{FAILED.format(which=which)} Invalid file format. {' '.join(lines[:MAX_NAMED])}{more}"
-    return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines[:MAX_LISTED])
+    return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines)
 
 
 def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
