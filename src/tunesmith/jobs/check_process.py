@@ -66,6 +66,7 @@ def _limit(memory_bytes: int, seconds: int) -> None:
         raise _OutOfTimeError
 
     signal.signal(signal.SIGXCPU, end)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + GRACE_S))
     with suppress(OSError, ValueError):  # macOS has no such limit
         most = psutil.Process().memory_info().vms + memory_bytes

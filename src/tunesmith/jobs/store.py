@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,16 @@ class Store:
             raise InputError(message)
         if there != own["id"]:
             write_atomic(mark, own["id"].encode())
+
+    @contextmanager
+    def receiving(self, key: str, num_bytes: int) -> Iterator[None]:
+        """A block in which so many bytes are `arriving`. For the one thread of the event loop."""
+        self.arriving[key] += num_bytes
+        try:
+            yield
+        finally:
+            self.arriving[key] -= num_bytes
+            self.arriving = +self.arriving  # without zeros
 
     def content_path(self, file: str) -> Path:
         """The content of a file, by an id of ours."""

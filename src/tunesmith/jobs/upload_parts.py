@@ -115,18 +115,14 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
     for path in folder.glob("[!.]*"):
         with suppress(FileNotFoundError):  # another part has got its own name meanwhile
             sizes.append(path.stat().st_size)
-    arriving = store.arriving  # bytes of the parts on their way, by upload; nothing waits between here and its change
-    left = 2 * row["bytes"] - sum(sizes) - arriving[upload]
+    left = 2 * row["bytes"] - sum(sizes) - store.arriving[upload]  # nothing waits between here and its change
     if len(sizes) >= MAX_PARTS or left <= 0:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
     most = min(MAX_PART_BYTES, row["bytes"], left, declared_bytes(request) or MAX_PART_BYTES)
-    arriving[upload] += most
-    try:
+    with store.receiving(upload, most):
         await receive_form(
             request, folder / part, lambda form: None, content="data", texts=(), max_bytes=most, is_part=True
         )
-    finally:
-        arriving[upload] -= most
     return part
 
 

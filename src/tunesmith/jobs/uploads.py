@@ -136,14 +136,11 @@ async def receive_file(request: Request, store: Store) -> Record:
         message = "Files that are on their way need the room that this project has left. Try again later."
         raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "10"})
     name, most = new_id("file-"), min(MAX_BYTES, declared or MAX_BYTES, left)
-    store.arriving[project] += most
-    try:
+    with store.receiving(project, most):
         form = await receive_form(
             request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
             max_bytes=most,
         )  # fmt: skip
-    finally:
-        store.arriving[project] -= most
     anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)
     row = {
