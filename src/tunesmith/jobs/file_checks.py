@@ -40,8 +40,8 @@ SNAPSHOTS = 2
 
 def start_check(place: Path, request: Mapping[str, Any]) -> ChildProcess:
     """Start a check that is known by files next to `place`."""
-    words = ["tunesmith.jobs.check_process", orjson.dumps(request).decode()]
-    return start_child(place, words, {"OMP_NUM_THREADS": "1"}, room=ANSWER_BYTES)
+    words, environment = [orjson.dumps(request).decode()], {"OMP_NUM_THREADS": "1"}
+    return start_child(place, "tunesmith.jobs.check_process", words, environment, room=ANSWER_BYTES)
 
 
 @dataclass

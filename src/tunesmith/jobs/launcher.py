@@ -77,14 +77,16 @@ class LocalLauncher:
         if (run / "run.json").exists():
             words = ["resume", str(run)]
         words += ["--json", *(["--offline"] if self._offline else [])]
-        return start_child(run, ["tunesmith", *words], environment)
+        return start_child(run, "tunesmith", words, environment)
 
     def find(self, run: Path) -> ChildProcess | None:
         """The process that works on a run still; None: there is none."""
         return ChildProcess(run) if _holder(run) is not None else None
 
 
-def start_child(run: Path, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0) -> ChildProcess:
+def start_child(
+    run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0
+) -> ChildProcess:
     """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for what it
     prints, so that a full disk is met before it works. Raises OSError."""
     lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
@@ -95,7 +97,7 @@ def start_child(run: Path, words: Sequence[str], environment: Mapping[str, str],
             out.write(b"\n" * room)
             out.seek(0)
             popen = subprocess.Popen(
-                ["nice", "-n", str(NICE), sys.executable, "-m", *words],
+                ["nice", "-n", str(NICE), sys.executable, "-m", module, *words],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
                 env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip
