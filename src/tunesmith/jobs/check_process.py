@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -60,14 +62,15 @@ def facts_of(answer: Mapping[str, Any]) -> CheckedFile:
 
 
 def _limit(memory_bytes: int, seconds: int) -> None:
-    """Let this process have as much memory as it has and `memory_bytes` more, and so much time of a processor."""
+    """Let this process have `memory_bytes` and `seconds` of a processor beyond what it has taken."""
 
     def end(*signal_and_frame: object) -> None:
         raise _OutOfTimeError
 
     signal.signal(signal.SIGXCPU, end)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + GRACE_S))
+    until = seconds + math.ceil(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (until, until + GRACE_S))
     with suppress(OSError, ValueError):  # macOS has no such limit
         most = psutil.Process().memory_info().vms + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
