@@ -24,16 +24,30 @@ def data_seeds() -> list[tuple[str, bytes]]:
     chat = {"messages": [{"role": "user", "content": "Hi, é 日本"}, {"role": "assistant", "content": "Hello."}]}
     pair = {"prompt": "What is 2 + 2?", "completion": "4"}
     label = {"text": "fine, thanks", "label": "good"}
-    lines = {
-        name: b"".join(json.dumps(row).encode() + b"\n" for row in [row] * 5)
-        for name, row in (("chat", chat), ("pair", pair), ("label", label))
-    }
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    compared = {"prompt": "Hi", "chosen": "Hello, you.", "rejected": "Go away."}
+    rows = {
+        "chat": chat, "pair": pair, "label": label, "preference": compared,
+        "messages": {"chosen": turns, "rejected": [turns[0], {**turns[1], "content": "No."}]},
+        "openai": {
+            "input": {"messages": turns[:1]}, "preferred_output": turns[1:],
+            "non_preferred_output": [{**turns[1], "content": "No."}],
+        },
+        "unpaired": {"prompt": "Hi", "completion": "Hello.", "label": True},
+        "scored": {"prompt": "Hi", "completions": ["Hello.", "No.", "Hm."], "scores": [2.0, 0, 1]},
+        "pairs": {"anchor": "a cat", "positive": "the cat", "negative": "a dog"},
+        "ranked": {"query": "cats", "documents": ["a cat", "a dog"], "labels": [1, 0]},
+    }  # fmt: skip
+    lines = {name: b"".join(json.dumps(row).encode() + b"\n" for row in [row] * 5) for name, row in rows.items()}
+    nested = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([rows["messages"], chat] * 3), nested)
     table = pa.table({"text": ["a b c", "d e", "f"] * 4, "label": ["x", "y", "x"] * 4})
     parquet = io.BytesIO()
     pq.write_table(table, parquet)
     csv = b'text,label\n"one, two",good\n"three ""four""",bad\nfive,good\n' * 3
     seeds = [(f"{name}.jsonl", content) for name, content in lines.items()]
     seeds += [("rows.json", json.dumps([pair] * 4, indent=1).encode()), ("rows.csv", csv)]
+    seeds += [("nested.parquet", nested.getvalue())]
     seeds += [("rows.tsv", csv.replace(b",", b"\t")), ("rows.parquet", parquet.getvalue())]
     seeds += [("rows.conll", b"EU B-ORG\nrejects O\nGerman B-MISC\n\nPeter B-PER\nsaid O\n\n" * 3)]
     return [*seeds, ("rows.txt", "A text of some lines.\n\nAnd another é one.\n".encode() * 5)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.mutations import at_most, data_seeds, mutants
+from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import examples
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
@@ -24,9 +25,10 @@ EACH_S = 20
 def outcome_of_file(path: Path) -> str:
     files = (DataFile(path=str(path)),)
     found: list[Problem] = []
+    facts: list[FileFacts] = []
     num = 0
     try:
-        for _ in examples(files, Data(train=files), found.append):
+        for _ in examples(files, Data(train=files), found.append, facts=facts):
             num += 1
     except DataError as error:
         found += error.problems
@@ -35,6 +37,8 @@ def outcome_of_file(path: Path) -> str:
     if num < 0:
         return "refused"
     assert num or found  # no file is empty without a word
+    lost = {problem.source.line for problem in found if problem.severity == "error"}
+    assert num + len(lost) >= facts[0].rows, "each row is an example, or has a problem by its line"
     return f"{'read' if num else 'no row'}, {'rows named' if found else 'all good'}"
 
 
@@ -58,7 +62,7 @@ def tried(num: int, *, folder: Path) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("num", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num", [300, pytest.param(24_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_changed_data_files_are_read_or_refused(tmp_path: Path, num: int) -> None:
     counts = tried(num, folder=tmp_path)
     assert sum(counts.values()) == num

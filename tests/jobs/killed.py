@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from tunesmith.types import Event
 
 STEPS = 4
 PARALLEL = 3
-ENGINE = "import sys\nfor line in sys.stdin: print('served', line, end='', flush=True)"
+ENGINE = "import sys, time\nfor line in sys.stdin: time.sleep(0.1); print('served', line, end='', flush=True)"
 
 
 def note(path: Path, line: str) -> None:
@@ -77,6 +78,7 @@ class EngineProcess:
         (self.folder / "engine").write_text(str(self.popen.pid))
 
     def attach(self, base: str, name: str, run: Path) -> None:
+        (self.folder / "put on").write_text(name)
         try:
             assert self.popen.stdin is not None
             assert self.popen.stdout is not None
@@ -85,10 +87,11 @@ class EngineProcess:
             answer = self.popen.stdout.readline()
         except OSError:
             answer = ""
+        (self.folder / "put on").unlink()
         if answer != f"served {name}\n":
             self.popen.wait()
             self.start()
-            raise RequestError("the engine is being started again", status=503)
+            raise RequestError("the engine ended", status=500, code="engine_crashed")
 
     def detach(self, name: str) -> None:
         """Nobody asks it."""
@@ -116,5 +119,9 @@ def serve(folder: Path, port: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
+    elif "tunesmith" in sys.argv:
         run_job(sys.argv[sys.argv.index("tunesmith") + 1 :])
+    else:  # a check of files
+        time.sleep(0.2)
+        sys.argv = sys.argv[2:]
+        runpy.run_module(sys.argv[0], run_name="__main__")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.jobs.bases import Bases, PublicBase
+from tunesmith.jobs.check_process import answer_to
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.routes import create_job
@@ -64,7 +65,9 @@ class FakeRun:
             recipe = json.loads(self.recipe.read_text())
             recipe["train"] = {"epochs": 1.0, "rows_per_step": 2}
             Run.create(self.path.parent, "x", json.dumps(recipe), out=self.path)
-            plan = {"steps": STEPS, "choices": [{"key": "optim.lr", "value": 0.1, "reason": "usual"}]}
+            choices = [("optim.lr", 0.1, "usual"), ("optim.warmup", 0.03, "short")]
+            facts = [dict(zip(("key", "value", "reason"), one, strict=True)) for one in choices]
+            plan = {"steps": STEPS, "choices": facts}
             run.append(Event("plan", 0, 1.0, plan, {}))
         done = sum(event.kind == "step" for event in run.events())
         if self.stops:
@@ -121,5 +124,27 @@ class FakeModels:
         self.served.pop(name)
 
 
-def dispatcher(store: Store, launcher: FakeLauncher, models: FakeModels) -> Dispatcher:
-    return Dispatcher(store, BASES, launcher, models)
+@dataclass
+class CheckedHere:
+    """A check that is done when it is started."""
+
+    place: Path
+    request: Mapping[str, Any]
+
+    def is_alive(self) -> bool:
+        return False
+
+    def printed(self) -> dict[str, Any]:
+        return answer_to(self.request)
+
+    def stop(self) -> None:
+        """It has ended."""
+
+    def forget(self) -> None:
+        """It has written nothing."""
+
+
+def dispatcher(store: Store, launcher: FakeLauncher, models: FakeModels, bases: Bases = BASES) -> Dispatcher:
+    working = Dispatcher(store, bases, launcher, models)
+    working.checks.start = CheckedHere  # type: ignore[assignment]
+    return working

@@ -13,7 +13,6 @@ import pytest
 from jobs.places import BASES, SNAPSHOT, STEPS, FakeLauncher, FakeModels, FakeRun, dispatcher, put_file, put_job, rows
 from tunesmith.errors import RunError
 from tunesmith.jobs.bases import PublicBase
-from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.names import snapshot_name
 from tunesmith.jobs.run_events import missing_exports
 from tunesmith.jobs.store import Store
@@ -74,7 +73,8 @@ def test_a_job_becomes_a_model(store: Store) -> None:
     assert results[0] == f"step,{columns},full_valid_loss,full_valid_mean_token_accuracy"
     assert results[1] == "1,1.0,,,,,"
     said = [row["message"] for row in store.page(events, newest_first=False, limit=100)[0]]
-    assert said[said.index("Plan: 6 steps") + 1] == "Chosen: optim.lr = 0.1: usual"
+    chosen = "Chosen: optim.lr = 0.1: usual\noptim.warmup = 0.03: short"
+    assert said[said.index("Plan: 6 steps") + 1 :][:2] == [chosen, "Step 1/6: training loss=1.00"], "one event"
     assert len(results) == STEPS + 1
 
 
@@ -180,6 +180,34 @@ def test_a_result_waits_for_an_engine_that_is_started_again(store: Store) -> Non
     name = put_job(store, "file-a")
     work(store, FakeLauncher(), models)
     assert store.job(name)["error"]["code"] == "result_not_served"
+
+
+class CrashingModels(FakeModels):
+    """Crashes when a result is put on it, so often."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.num = num
+
+    def attach(self, base: str, name: str, run: Path) -> None:
+        if "ckpt" not in name and self.num:
+            self.num -= 1
+            raise RequestError("the engine ended", status=500, code="engine_crashed")
+        super().attach(base, name, run)
+
+
+@pytest.mark.parametrize(("crashes", "status"), [(2, "succeeded"), (3, "failed")])
+def test_kills_of_a_run_do_not_count_when_its_result_is_put_on(store: Store, crashes: int, status: str) -> None:
+    launcher, name = FakeLauncher(), put_job(store, put_file(store, rows(12)))
+    working = dispatcher(store, launcher, CrashingModels(crashes))
+    for _ in range(2):
+        working.round()
+        launcher.started[-1].is_dead = True
+        working.round()
+    assert store.job(name)["attempts"] == 2
+    while store.job(name)["finished_at"] is None:
+        working.round()
+    assert (store.job(name)["status"], len(launcher.started)) == (status, 3)
 
 
 def test_a_job_that_is_cancelled_while_its_result_waits_for_an_engine_is_tidied_once(store: Store) -> None:
@@ -340,7 +368,7 @@ def test_a_recipe_that_does_not_fit_fails_its_job_and_holds_up_no_other(opened: 
     odd = put_job(store, file, hyperparameters={"learning_rate_multiplier": 2.0})
     usual = put_job(store, file)
     bases = BASES.model_copy(update={"bases": {"tiny": PublicBase(model="tiny", recipe={"optim": {"lr": 1e-4}})}})
-    working = Dispatcher(store, bases, FakeLauncher(), models)
+    working = dispatcher(store, FakeLauncher(), models, bases)
     working.recover()
     for _ in range(14):
         working.round()
@@ -374,7 +402,7 @@ def test_an_export_that_was_not_made_is_said_and_the_model_is_there(
     monkeypatch.setattr(FakeRun, "error", error)
     base = PublicBase(model="tiny-model", recipe={"export": {"to": ["gguf:q8_0", "merged:float32"][: 2 - len(made)]}})
     bases, models = BASES.model_copy(update={"bases": {"tiny": base}}), RefusingModels([503] * refusals)
-    working = Dispatcher(store, bases, FakeLauncher(), models)
+    working = dispatcher(store, FakeLauncher(), models, bases)
     name = put_job(store, put_file(store, rows(12)))
     for _ in range(20):
         working.round()

@@ -140,9 +140,41 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
     assert [path for path in written if b"planted-" in path.read_bytes()] == []
 
 
+NUM_KILLED = int(os.environ.get("TUNESMITH_KILLED_REAL_JOBS", "10"))
+
+
+def next_target(runs: Path, made: list[str], seen: set[str], draw: random.Random) -> str:
+    """What is killed next, after a wait: half of new checks of files and of new results are met in the act."""
+    until = time.monotonic() + draw.uniform(1, 2)
+    while time.monotonic() < until:
+        for name in made:
+            state = "put on" if (runs / name / "report.json").exists() else "check"
+            is_met = state == "put on" or _holder(runs / f"{name}.check")
+            if is_met and f"{state} {name}" not in seen:
+                seen.add(f"{state} {name}")
+                if draw.random() < 0.5:
+                    return f"check {name}" if state == "check" else draw.choice(["server", "engine"])
+        time.sleep(0.02)
+    return draw.choice(["server", "engine", *(f"run {name}" for name in made if _holder(runs / name))])
+
+
+def kill(live: Live, what: str, runs: Path) -> bool:
+    """Whether it was there to be killed."""
+    kind, _, name = what.partition(" ")
+    engine = live.engine()
+    pids = {"server": live.popen.pid, "engine": engine[0] if engine else None}
+    pid = pids[kind] if not name else _holder(runs / (f"{name}.check" if kind == "check" else name))
+    with suppress(ProcessLookupError):
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(180 + 60 * NUM_KILLED)
 def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_path: Path) -> None:
-    """The server, a run or the engine, all of them real. Two minutes."""
+    """The server, a check, a run or the engine, all of them real. Two minutes."""
     model_folder(tmp_path / "tiny")
     with_recipe(tmp_path, checkpoint={"every": 3}, evaluation={"general": False})
     draw, kills = random.Random(3), Counter[str]()
@@ -152,20 +184,16 @@ def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_
         body: dict[str, Any] = {"model": "tiny", "training_file": file, "hyperparameters": HOW}
         whole = [live.finished(live.client.fine_tuning.jobs.create(seed=seed, **body)) for seed in range(2)]
         said = [usual_events(live.client, job) for job, _ in whole]
-        made = [live.client.fine_tuning.jobs.create(seed=i % 2, **body).id for i in range(10)]
-        runs, started = tmp_path / "jobs" / "runs", time.monotonic()
-        while unfinished := [name for name in made if not (runs / name / "report.json").exists()]:
-            assert time.monotonic() - started < 300, f"{len(unfinished)} of 10 are left, killed: {kills}"
-            time.sleep(draw.uniform(1, 2))
-            under_way = {f"run {name}": pid for name in unfinished if (pid := _holder(runs / name))}
-            found = {what: pid for what, pid in under_way.items() if kills[what] < 2}  # the third would be its error
-            found["server"] = live.popen.pid
-            if engine := live.engine():
-                found["engine"] = engine[0]
-            what = draw.choice([*found])
+        runs, started, made, seen = tmp_path / "jobs" / "runs", time.monotonic(), list[str](), set[str]()
+        while (left := [name for name in made if not (runs / name / "report.json").exists()]) or len(made) < NUM_KILLED:
+            assert time.monotonic() - started < 30 * (NUM_KILLED + 1), f"{len(left)} of {len(made)} are left: {kills}"
+            while len(left) < 3 and len(made) < NUM_KILLED:  # so that files are checked all the time
+                left.append(live.client.fine_tuning.jobs.create(seed=len(made) % 2, **body).id)
+                made.append(left[-1])
+            what = next_target(runs, made, seen, draw)
+            if (kills[what] >= 2 and " " in what) or not kill(live, what, runs):  # the third would be its error
+                continue
             kills[what] += 1
-            with suppress(ProcessLookupError):
-                os.kill(found[what], signal.SIGKILL)
             if what == "server":
                 live.popen.wait()
                 live = Live.start(tmp_path, "--bases", "bases.yaml")
@@ -176,7 +204,7 @@ def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_
             assert answer == whole[i % 2][1]
             assert usual_events(live.client, job) == said[i % 2]
         num = Counter(what.partition(" ")[0] for what in kills.elements())
-        print(f"10 jobs in {time.monotonic() - started:.0f} s; killed: {dict(num)}")
+        print(f"{NUM_KILLED} jobs in {time.monotonic() - started:.0f} s; killed: {dict(num)}")
     finally:
         live.end()
 
@@ -187,7 +215,7 @@ def usual_events(client: openai.OpenAI, job: Any) -> list[str]:
     assert len({one.id for one in found}) == len(found)
     messages = [one.message.replace(job.id, "JOB").replace(job.fine_tuned_model, "MODEL") for one in found]
     # Reasons of choices name the memory that is free.
-    messages = [re.sub(r":\w{8}:ckpt|(?<=^Chosen: ).*", "", one) for one in messages]
+    messages = [re.sub(r"(?s):\w{8}:ckpt|(?<=^Chosen: ).*", "", one) for one in messages]
     return sorted(one for one in messages if "again" not in one and "goes on" not in one)
 
 

@@ -12,6 +12,12 @@
 | rows with control tokens, deep nesting, 8 MiB lines, gzip | test_faults: rows_made_to_harm_are_an_error_of_the_job; serve/test_security: bombs_are_refused |
 | reports and files run nothing in a browser | test_jobs_command: the_report_is_a_page_that_runs_nothing; here |
 | webhooks to private addresses, moving names, redirects | test_rules: a_private_address_is_not_called, a_name_cannot_become_another_address, a_webhook_is_what_the_client_unwraps |
+| endpoints that hang or drip | test_rules: an_endpoint_that_never_answers_holds_back_its_own_project_alone, an_endpoint_that_answers_by_drops_has_a_time_for_all |
+| training files of a million faults, of wide rows, that take memory or time; cancelled meanwhile | test_file_checks |
+| a lost, empty, foreign, older or damaged database | test_store: a_lost_database_removes_no_upload_and_the_way_out_is_one, what_an_older_copy_of_the_database_does_not_name_is_set_aside, a_damaged_database_is_named_so_and_nothing_is_removed |
+| limits gone around by uploads in parts, pending, at once, or without a length | test_upload_parts: parts_take_no_more_room_than_their_upload_may, pending_uploads_count_for_the_limits_of_their_project, an_upload_without_a_length_ends_where_the_room_of_its_project_does |
+| contents that are deleted by hand, or links | test_file_checks: content_that_is_gone_or_a_link_is_an_error_of_its_job; test_routes: content_that_was_removed_by_hand_is_not_found |
+| connections that ask nothing | serve/test_security: who_opens_connections_and_asks_nothing_keeps_nobody_out |
 | no request names a path or a hub id | here; test_bases |
 | adapters are loaded by their recorded hash | serve/test_attach: a_run_that_started_from_another_answers |
 | folders 0700, files 0600 | test_faults: folders_and_files_are_for_their_owner_alone |

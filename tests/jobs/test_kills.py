@@ -81,16 +81,26 @@ class Target:
     def kill(self, draw: random.Random) -> None:
         """Kill one of the processes that are there."""
         under_way = [one for one in self.running() if self.kills[one[0]] < MOST_KILLS]
-        what = draw.choice(["server", "engine", *["run"] * bool(under_way)])
+        checks = [one for one in under_way if one[0].endswith(".check")]
+        runs = [one for one in under_way if one not in checks]
+        what = draw.choice(["server", "engine", "put on", *["run"] * bool(runs), *["check"] * bool(checks)])
         with suppress(OSError, ValueError):
-            if what == "server":
+            if what == "put on":  # the engine, in the act
+                with suppress(AssertionError):
+                    wait_for((self.folder / "put on").exists, timeout_s=3)
+            if what in ("put on", "engine"):
+                with suppress(FileNotFoundError):
+                    tuned = (self.folder / "put on").read_text()
+                    self.kills[tuned] += 1
+                    if self.kills[tuned] > MOST_KILLS:
+                        return
+                os.kill(int((self.folder / "engine").read_text()), signal.SIGKILL)
+            elif what == "server":
                 self.popen.kill()
                 self.popen.wait()
                 self.start()
-            elif what == "engine":
-                os.kill(int((self.folder / "engine").read_text()), signal.SIGKILL)
             else:
-                name, process = draw.choice(under_way)
+                name, process = draw.choice(runs if what == "run" else checks)
                 os.kill(process, signal.SIGKILL)
                 self.kills[name] += 1
             self.kills[what] += 1
@@ -127,7 +137,7 @@ def test_every_job_succeeds_once_while_something_is_killed_each_second(tmp_path:
     target.popen.wait()
     wait_for(lambda: not Path(f"/proc/{engine}").exists(), timeout_s=10)
     check(tmp_path, made)
-    text = ", ".join(f"{what} {target.kills[what]}" for what in ("server", "run", "engine"))
+    text = ", ".join(f"{what} {target.kills[what]}" for what in ("server", "check", "run", "engine", "put on"))
     print(f"{NUM_JOBS} jobs in {seconds:.0f} s; killed: {text}")
 
 
@@ -162,7 +172,7 @@ runpy.run_module("tunesmith", run_name="__main__", alter_sys=True)
 """
 WRITES = "write,pwrite64,fdatasync,fsync,rename,unlink,unlinkat,ftruncate,mkdir"
 REAL = Bases(bases={"tiny": PublicBase(model="tiny", recipe={"checkpoint": {"every": 3}})})
-CHOSEN = re.compile(r"(?<=^Chosen: ).*")
+CHOSEN = re.compile(r"(?<=^Chosen: ).*", re.DOTALL)
 """Its words may depend on what else the machine does."""
 STRIDE = int(os.environ.get("TUNESMITH_KILL_STRIDE", "7"))
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None or sys.platform != "linux", reason="strace is missing")

@@ -131,9 +131,25 @@ def test_a_job_is_created_with_what_was_sent(served: Served, file: str) -> None:
         ({"training_file": "file-none"}, "training_file", "invalid training_file: file-none"),
         ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "whole number from 1 to 50"),
         ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "auto"),
-        ({"hyperparameters": {"learning_rate_multiplier": -1}}, "hyperparameters.learning_rate_multiplier", "above 0"),
+        ({"hyperparameters": {"learning_rate_multiplier": -1}}, "hyperparameters.learning_rate_multiplier", "0.000001"),
+        (
+            {"hyperparameters": {"learning_rate_multiplier": 1e-320}},
+            "hyperparameters.learning_rate_multiplier",
+            "0.000001",
+        ),
+        ({"hyperparameters": {"n_epoch": 3}}, "hyperparameters.n_epoch", "unknown parameter. Did you mean n_epochs?"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 1e-320}}}},
+            "method.dpo.hyperparameters.beta",
+            "a number from 0.000001 to 2",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"betta": 1}}}},
+            "method.dpo.hyperparameters.betta",
+            "n beta?",
+        ),
         ({"method": {"type": "reinforcement"}}, "method", "is not available here"),
-        ({"sufix": "x"}, "sufix", "unknown parameter"),
+        ({"sufix": "x"}, "sufix", "unknown parameter. Did you mean suffix?"),
         ({"suffix": "x" * 65}, "suffix", "64"),
         ({"seed": 2**31}, "seed", ""),
     ],
@@ -241,3 +257,15 @@ def test_a_client_that_polls_is_answered_from_memory_until_the_job_is_another(
     assert jobs.list_events(name, limit=1).data[0].message == "Step 1"
     jobs.cancel(name)
     assert jobs.retrieve(name).status == "cancelled"
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_content_that_was_removed_by_hand_is_not_found(served: Served, tmp_path: Path, is_link: bool) -> None:
+    file = served.client.files.create(file=("a.jsonl", rows(12)), purpose="fine-tune").id
+    served.store.content_path(file).unlink()
+    if is_link:  # who may write there could read any file of the server's by it
+        (tmp_path / "secret").write_text("secret")
+        served.store.content_path(file).symlink_to(tmp_path / "secret")
+    status, answer, _ = served.running.ask("GET", f"/v1/files/{file}/content")
+    assert (status, answer["error"]["code"]) == (404, "content_missing")
+    assert served.client.files.delete(file).deleted

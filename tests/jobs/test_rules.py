@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.server
+import ipaddress
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -397,10 +398,81 @@ def test_a_webhook_that_is_never_taken_is_given_up(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "[::1]", "localhost", "169.254.169.254", "10.0.0.1", "192.168.1.1", "0.0.0.0", "[::ffff:127.0.0.1]"],
-)
+def queue_webhooks(store: Store, project: str, num: int) -> None:
+    for i in range(num):
+        facts = {"project": project, "job": f"ftjob-{i}", "type": "fine_tuning.job.failed", "next_at": 0}
+        store.insert(webhooks, {"id": f"evt_{project}{i}", **facts})
+
+
+@pytest.mark.parametrize("num", [1, 150])
+def test_an_endpoint_that_never_answers_holds_back_its_own_project_alone(tmp_path: Path, num: int) -> None:
+    store, ends, sent = Store(tmp_path / "store"), threading.Event(), list[str]()
+    hooks = {name: ProjectRules(webhook=endpoint(tmp_path, f"https://{name}.example/")) for name in ("red", "blue")}
+    store.rules = Rules(projects=hooks)
+    queue_webhooks(store, "red", num)
+    queue_webhooks(store, "blue", 3)
+
+    def send(hook: WebhookEndpoint, body: bytes, headers: Any) -> int:
+        if "red" in hook.url:
+            assert ends.wait(20)
+            raise httpx.ReadTimeout("no answer")
+        sent.append(json.loads(body)["data"]["id"])
+        return 200
+
+    sender = WebhookSender(store, lambda line: None, send)
+    since = time.monotonic()
+    sender.round(0.5)
+    sender.round(0.5)
+    assert sent == ["ftjob-0", "ftjob-1", "ftjob-2"]
+    assert time.monotonic() - since < 5
+    assert list(sender.sending) == ["red"], "one at a time"
+    ends.set()
+    for thread in sender.sending.values():
+        thread.join()
+    assert store.one(webhooks, id="evt_red0")["attempts"] == 1
+    store.close()
+
+
+def test_an_endpoint_that_answers_by_drops_has_a_time_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection = listener.accept()[0]
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                for i in range(100):
+                    time.sleep(0.1)
+                    connection.sendall(f"X-{i}: y\r\n".encode())
+
+        threading.Thread(target=drip, daemon=True).start()
+        since = time.monotonic()
+        with pytest.raises(OSError, match=r"no answer within 0\.5 s"):
+            post(endpoint(tmp_path, f"http://127.0.0.1:{listener.getsockname()[1]}/", private=True), b"{}", {})
+        assert time.monotonic() - since < 3
+
+
+INSIDE = "127.0.0.1 [::1] localhost 169.254.169.254 10.0.0.1 192.168.1.1 0.0.0.0 [::ffff:127.0.0.1]"
+INSIDE += " [64:ff9b::a00:1] [64:ff9b:1::7f00:1] [2002:7f00:1::] [::7f00:1] [fec0::1] [::ffff:10.0.0.1] [ff02::1]"
+INSIDE += " [64:ff9b::7f00:1] [2002:a00:1::1]"
+
+
+# trap: S24
+def test_a_check_of_the_outer_address_alone_lets_inner_ones_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "_is_public", lambda address: address.is_global)
+    monkeypatch.setattr(sending, "TIMEOUT_S", 0.2)
+    with pytest.raises(AssertionError):
+        test_a_private_address_is_not_called(tmp_path, "[64:ff9b::7f00:1]")
+
+
+def test_public_addresses_are_called_also_through_a_translator() -> None:
+    for text in ("8.8.8.8", "2001:4860:4860::8888", "64:ff9b::808:808", "2002:808:808::1", "::ffff:8.8.8.8"):
+        assert sending._is_public(ipaddress.ip_address(text)), text
+
+
+@pytest.mark.parametrize("host", INSIDE.split())
 def test_a_private_address_is_not_called(tmp_path: Path, host: str) -> None:
     with pytest.raises(OSError, match="is not a public address"):
         post(endpoint(tmp_path, f"https://{host}/"), b"{}", {})

@@ -18,7 +18,8 @@ from tunesmith.jobs import migrations
 from tunesmith.jobs.database import LOCK
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import DATABASE_FILE, Store, event
-from tunesmith.jobs.tables import TABLES, events
+from tunesmith.jobs.tables import TABLES, events, files, uploads
+from tunesmith.runs.atomic import remove
 from tunesmith.serve.protocol import RequestError
 
 Opened = Callable[..., Store]
@@ -211,3 +212,117 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(store: Store) -> None:
         with store.writing() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
         put_job(store, name)
+
+
+# A database that is lost, older or damaged
+
+
+def used_store(folder: Path) -> tuple[Path, dict[str, bytes]]:
+    """The database of a store that was used, and its contents."""
+    store = Store(folder)
+    for num in range(3):
+        put_file(store, rows(12 + num), f"file-{num}")
+    (store.parts_path / "upload_a").mkdir()
+    (store.parts_path / "upload_a" / "part_a").write_bytes(b"part")
+    store.insert(uploads, {**UPLOAD, "id": "upload_a"})
+    store.close()
+    return folder / DATABASE_FILE, contents(folder)
+
+
+UPLOAD = {"status": "pending", "bytes": 9, "filename": "a", "purpose": "fine-tune", "expires_at": 2**40}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(("jobs.sqlite", "."))]
+    return {path.name: path.read_bytes() for path in paths if path.name != "lock"}
+
+
+def test_a_lost_database_removes_no_upload_and_the_way_out_is_one(tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    database, before = used_store(folder)
+    whole = database.read_bytes()
+    Store(tmp_path / "other").close()
+    for lost in (None, b"", (tmp_path / "other" / DATABASE_FILE).read_bytes()):
+        database.unlink(missing_ok=True)
+        if lost is not None:
+            database.write_bytes(lost)
+        for _ in range(2):  # what a start leaves does not let the next one in
+            with pytest.raises(InputError, match=r"but 3 files and 0 runs are here.* Put a copy of jobs.sqlite back"):
+                Store(folder)
+        assert contents(folder) == before
+    Store(tmp_path / "jobs-new").close()  # as the message says
+    assert contents(folder) == before
+    database.write_bytes(whole)
+    store = Store(folder)
+    assert store.sweep(with_uploads=True) == []
+    assert {row["id"] for row in store.page(files)[0]} <= before.keys()
+    store.close()
+    assert contents(folder) == before
+
+
+def test_a_folder_that_holds_nothing_may_have_another_database(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    (tmp_path / DATABASE_FILE).unlink()
+    Store(tmp_path).close()
+
+
+def test_keys_are_not_made_in_a_database_that_is_lost(tmp_path: Path) -> None:
+    """A server without its keys would let everybody in."""
+    database, _ = used_store(tmp_path)
+    database.unlink()
+    with pytest.raises(InputError, match=r"jobs.sqlite is missing, but 3 files"):
+        Store(tmp_path, is_server=False)
+    assert not database.exists()
+
+
+# trap: S22
+def test_what_an_older_copy_of_the_database_does_not_name_is_set_aside(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_unknown_is_lost(opened, tmp_path / "jobs")
+    monkeypatch.setattr("tunesmith.jobs.store.set_aside", lambda folder, unknown: list(map(remove, unknown))[:0])
+    with pytest.raises(AssertionError):
+        nothing_unknown_is_lost(opened, tmp_path / "other")
+
+
+def nothing_unknown_is_lost(opened: Opened, folder: Path) -> None:
+    store = opened(folder)
+    put_file(store, rows(12), "file-old")
+    late = {"file-new": rows(13), "part_new": b"part"}
+    store.content_path("file-new").write_bytes(late["file-new"])  # named by the database that was lost
+    store.content_path(".file-half").write_bytes(b"half")
+    (store.parts_path / "upload_new").mkdir()
+    (store.parts_path / "upload_new" / "part_new").write_bytes(late["part_new"])
+    lines = store.sweep(with_uploads=True)
+    store.close()
+    assert [line.partition("moved")[0] for line in lines] == ["2 uploads that no row of the database names: "]
+    assert lines[0].startswith(f"2 uploads that no row of the database names: moved to {folder / 'unknown'}. A kill ")
+    assert contents(folder / "unknown") == late
+    assert [path.name for path in store.files_path.iterdir()] == ["file-old"]
+    store = opened(folder)
+    assert store.sweep(with_uploads=True) == []
+    store.close()
+
+
+def flipped(content: bytes) -> bytes:
+    """A bit of the first byte of each page but the first, which says what kind of page it is."""
+    changed = bytearray(content)
+    for start in range(4096, len(content), 4096):
+        changed[start] ^= 0x40
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda it: bytes(len(it)), lambda it: it[: len(it) // 2], flipped, lambda it: b"This is a text. " * 999],
+    ids=["zeros", "half", "flipped bits", "text"],
+)
+def test_a_damaged_database_is_named_so_and_nothing_is_removed(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    database, before = used_store(tmp_path)
+    database.write_bytes(damaged := damage(database.read_bytes()))
+    with pytest.raises(InputError, match=r"jobs.sqlite is damaged \(.*Put a copy of it back, and do not delete it"):
+        Store(tmp_path)
+    assert database.read_bytes() == damaged
+    assert contents(tmp_path) == before

@@ -6,15 +6,22 @@ import errno
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
+import sqlalchemy as sa
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import rows  # noqa: E402
 from jobs.served import Served  # noqa: E402
 from tunesmith.jobs import upload_parts  # noqa: E402
+from tunesmith.jobs.rules import ProjectRules, Rules  # noqa: E402
+from tunesmith.jobs.tables import is_pending, uploads  # noqa: E402
 
 WHOLE = rows(40)
 CUT = 1000
@@ -104,9 +111,11 @@ def test_an_upload_expires(served: Served, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_parts_are_bounded(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_parts, "MAX_PART_BYTES", 10)
+    with pytest.raises(openai.APIStatusError, match="more than 10 bytes"):
+        add(served, begin(served, num_bytes=80), b"x" * 11)
     upload = begin(served, num_bytes=8)
-    with pytest.raises(openai.APIStatusError, match="more than 10 bytes") as caught:
-        add(served, upload, b"x" * 11)
+    with pytest.raises(openai.APIStatusError, match="more than 8 bytes") as caught:
+        add(served, upload, b"x" * 9)
     assert caught.value.status_code == 413
     assert list((served.store.parts_path / upload.id).iterdir()) == []
     add(served, upload, b"x" * 8)
@@ -170,3 +179,98 @@ def test_an_upload_that_is_made_during_a_sweep_keeps_its_parts(served: Served, m
     monkeypatch.setattr(store, "_read", read_and_be_overtaken)
     store.sweep()
     assert folder.is_dir()
+
+
+def test_parts_take_no_more_room_than_their_upload_may(served: Served) -> None:
+    upload = begin(served, num_bytes=1)
+    with pytest.raises(openai.APIStatusError, match=r"data: has more than 1 bytes"):
+        add(served, upload, bytes(20 << 20))
+    add(served, upload, b"x")
+    add(served, upload, b"y")
+    with pytest.raises(openai.BadRequestError, match="has twice its 1 bytes in parts already"):
+        add(served, upload, b"z")
+    folder = served.store.parts_path / upload.id
+    assert sum(path.stat().st_size for path in folder.iterdir()) == 2
+    served.client.uploads.cancel(upload.id)
+
+
+def test_parts_that_arrive_at_once_share_the_room(served: Served) -> None:
+    upload, content = begin(served, num_bytes=1 << 20), bytes(1 << 20)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(add, served, upload, content) for _ in range(8)]
+    assert sum(answer.exception() is None for answer in answers) <= 2
+    folder = served.store.parts_path / upload.id
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2 << 20
+    assert served.store.arriving == {}
+    served.client.uploads.cancel(upload.id)
+
+
+# trap: S23
+def test_pending_uploads_count_for_the_limits_of_their_project(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.jobs.store.is_pending", sa.false)
+        with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+            pending_uploads_are_counted(served, patch)
+    pending_uploads_are_counted(served, monkeypatch)
+
+
+def pending_uploads_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in served.store.page(uploads, is_pending(), limit=1000)[0]:
+        served.client.uploads.cancel(row["id"])
+    taken = sum(file.bytes for file in served.client.files.list())
+    monkeypatch.setattr(served.store, "rules", Rules(every_project=ProjectRules(file_bytes=taken + 2500)))
+    first, _ = begin(served, num_bytes=1000), begin(served, num_bytes=1000)
+    client = served.client.with_options(max_retries=0)
+    with pytest.raises(openai.RateLimitError, match=r"and pending uploads of this project have"):
+        begin(served, num_bytes=1000)
+    with pytest.raises(openai.RateLimitError):
+        client.files.create(file=("a.jsonl", rows(12)), purpose="fine-tune")
+    part = add(served, first, rows(9)[:500] + b" " * 500)
+    with pytest.raises(openai.BadRequestError):  # no rows: but its own bytes are not counted twice
+        served.client.uploads.complete(first.id, part_ids=[part, part])
+    served.client.uploads.cancel(first.id)
+    done = begin(served, num_bytes=1400)
+    content = (rows(10) + b" " * 1400)[:1400]
+    assert served.client.uploads.complete(done.id, part_ids=[add(served, done, content)]).status == "completed"
+    monkeypatch.setattr(served.store, "rules", Rules())
+    monkeypatch.setattr(upload_parts, "MOST_PENDING", 3)
+    begin(served), begin(served)
+    with pytest.raises(openai.RateLimitError, match="3 uploads of this project are pending"):
+        upload_parts.create_upload(served.store, upload_parts.UploadBody(**FACTS))
+
+
+FACTS: dict[str, Any] = {"bytes": 9, "filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+
+
+def test_an_upload_without_a_length_ends_where_the_room_of_its_project_does(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in served.store.page(uploads, is_pending(), limit=1000)[0]:
+        served.client.uploads.cancel(row["id"])
+    taken = sum(file.bytes for file in served.client.files.list())
+    monkeypatch.setattr(served.store, "rules", Rules(every_project=ProjectRules(file_bytes=taken + 2000)))
+    sent = [0]
+
+    def pieces() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n{"a": 1}\n'
+        for _ in range(200):
+            sent[0] += 1
+            yield b"x" * 100_000
+
+    url = f"{served.client.base_url}files"
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    with suppress(httpx.HTTPError):  # it is closed while it sends
+        answer = httpx.post(url, content=pieces(), headers=head)
+        assert (answer.status_code, "has more than 2,000 bytes" in answer.text) == (413, True)
+    assert sent[0] < 200
+    assert not list(served.store.files_path.glob(".*"))
+
+
+def test_ends_of_one_upload_at_once_are_all_answered(served: Served) -> None:
+    for _ in range(10):
+        upload = begin(served)
+        parts = [add(served, upload, WHOLE[:CUT]), add(served, upload, WHOLE[CUT:])]
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(served.client.uploads.complete, upload.id, part_ids=parts) for _ in range(4)]
+        assert len({call.result().file.id for call in calls}) == 1
+    assert served.store.joining == {}

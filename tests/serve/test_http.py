@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import socket
+import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,25 @@ def test_everything_wrong_is_said_at_once(server: Running) -> None:
     asked = {**CHAT, "temprature": 1, "best_off": 2}
     error = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]
     assert error["param"] == "temprature"
-    assert error["message"] == "temprature: unknown parameter. best_off: unknown parameter."
+    hints = (
+        "temprature: unknown parameter. Did you mean temperature?",
+        "best_off: unknown parameter. Did you mean best_of?",
+    )
+    assert error["message"] == " ".join(hints)
+
+
+def test_unknown_names_are_compared_with_those_of_their_place_alone_and_few_of_them(server: Running) -> None:
+    asked = {**CHAT, "max_token": 9, "response_format": {"type": "text", "json_scheme": 1}, "training_fil": 1}
+    message = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]["message"]
+    assert "max_token: unknown parameter. Did you mean max_tokens?" in message
+    assert "response_format.json_scheme: unknown parameter. Did you mean json_schema?" in message
+    assert "training_fil: unknown parameter." in message
+    assert "training_file" not in message
+    many = {**CHAT, **{f"max_token{i:05} {'x' * 20}": 1 for i in range(20_000)}, "max_token" + "s" * 90_000: 1}
+    since = time.monotonic()
+    message = server.ask("POST", "/v1/chat/completions", many)[1]["error"]["message"]
+    assert message.endswith("and 19991 more")
+    assert time.monotonic() - since < 3
 
 
 def test_a_text_with_braces_in_a_name_is_only_text(server: Running) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -324,10 +325,38 @@ def test_connections_are_counted(server: Running, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(http, "MAX_CONNECTIONS", 3)
     place = (server.bound.host, server.bound.port)
     held = [socket.create_connection(place, timeout=3) for _ in range(3)]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+    for connection in held:
+        connection.sendall(head + b"Content-Type: application/json\r\nExpect: 100-continue\r\n\r\n")
+        assert connection.recv(25).startswith(b"HTTP/1.1 100 ")  # a request under way
     assert server.raw(b"GET / HTTP/1.1\r\n").split()[1] == b"503"
     for connection in held:
         connection.close()
     wait_for(lambda: server.ask("GET", "/v1/models")[0] == 200)
+
+
+# trap: S25
+def test_who_opens_connections_and_asks_nothing_keeps_nobody_out(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "MAX_CONNECTIONS", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(http.BoundedConnection, "_end_an_idle_one", lambda it: False)
+        with pytest.raises(AssertionError):
+            idle_connections_keep_nobody_out(server)
+    idle_connections_keep_nobody_out(server)
+
+
+def idle_connections_keep_nobody_out(server: Running) -> None:
+    place = (server.bound.host, server.bound.port)
+    with ExitStack() as opened:
+        held = [opened.enter_context(socket.create_connection(place, timeout=3)) for _ in range(50)]
+        with suppress(OSError):
+            held[45].sendall(b"GET /health HTTP/1.1\r\n")
+        since = time.monotonic()
+        assert [server.ask("GET", "/health")[0] for _ in range(30)] == [200] * 30
+        assert time.monotonic() - since < 3, "not when their time is over, which is 15 s"
+        assert b" 408 " in held[0].recv(100)
 
 
 def test_a_client_that_stops_reading_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,7 @@ def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
         (["support", "--key-file", "none.txt"], "none.txt: no key can be read"),
         (["broken"], "broken: its prompts are not those of training"),
         ([], "name a RUN or MODEL to serve"),
+        (["--jobs"], "serve: --jobs: name the model that jobs tune, `tunesmith serve --jobs MODEL`"),
         (["support", "--bases", "b.yaml"], "give --jobs too"),
         (["support", "other", "--jobs"], "--jobs takes one MODEL, no run"),
         (["--jobs", "--bases", "none.yaml"], "none.yaml: cannot be read"),

@@ -95,7 +95,10 @@ def serve(
         if given is not None and not jobs:
             raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None:
-        raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
+        way = "name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run."
+        if jobs:
+            way = "--jobs: name the model that jobs tune, `tunesmith serve --jobs MODEL`, or several by --bases FILE."
+        raise InputError(f"serve: {way}")
     check_extra("jobs" if jobs else "serve")
     from tunesmith.serve import http
     from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys

@@ -13,7 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, InterfaceError, OperationalError
 
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError
@@ -25,6 +25,11 @@ TIMEOUTS = {"connect_timeout": 5, "keepalives_idle": 30, "tcp_user_timeout": 30_
 """Of PostgreSQL in s, s and ms: a database that is gone holds no request for longer."""
 LOCK = 0x7475_6E65
 """Number of the advisory lock that the server of a PostgreSQL store holds."""
+_DAMAGED = ("is not a database", "malformed", "Could not decode to UTF-8")
+DAMAGED = (
+    "jobs.sqlite is damaged ({reason}). Put a copy of it back, and do not delete it before: it alone knows the files "
+    "and jobs of this folder. `sqlite3 jobs.sqlite .recover` may save its rows."
+)
 _FULL = ("disk is full", "No space left", "could not extend file")
 
 
@@ -64,6 +69,10 @@ class Database:
     def prepare(self, *, may_upgrade: bool, on_note: Callable[[str], None]) -> None:
         """Make the tables, or upgrade them: those of SQLite after a copy. Raises InputError for a newer version."""
         with self.reading() as connection:
+            if self.is_sqlite and self._is_server:  # before anything is removed that a damaged table does not name
+                check = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
+                if check != "ok":
+                    raise RequestError(DAMAGED.format(reason=" ".join(check.split())[:200]), status=503)
             try:
                 version = migrations.version_of(connection)
             except LookupError:
@@ -153,15 +162,19 @@ class Database:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Faults of the database as answers: 507 for a full disk, 503 for everything that may pass, 400 for a value that no
-    row can have, such as a text with NUL in PostgreSQL."""
+    """Faults of the database as answers: 507 for a full disk, 503 for damage and for all that may pass, 400 for a value
+    that no row can have, such as a text with NUL in PostgreSQL."""
     try:
         yield
     except DataError as error:
         reason = " ".join(str(error.orig).split())
         raise RequestError(f"No row can have such a value: {reason[:200]}", code="invalid_value") from error
-    except (OperationalError, InterfaceError) as error:
+    except (DatabaseError, InterfaceError) as error:
         reason = " ".join(str(error.orig).split())
+        if any(word in reason for word in _DAMAGED):
+            raise RequestError(DAMAGED.format(reason=reason[:200]), status=503, code="store_damaged") from error
+        if not isinstance(error, (OperationalError, InterfaceError)):
+            raise
         if any(word in reason for word in _FULL):
             headers = {"x-should-retry": "false"}
             message = "The disk of the store is full. Nothing was changed."

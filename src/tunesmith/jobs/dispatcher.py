@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from tunesmith.errors import InputError, RunError, StorageError
-from tunesmith.jobs.bases import Bases, PublicBase
+from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.engines import EnginesFromThread
+from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail
 from tunesmith.jobs.job_request import Integration
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
@@ -28,8 +27,7 @@ from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, missing_
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
 from tunesmith.jobs.tables import Record, files, jobs, models
-from tunesmith.jobs.training_files import CheckedFile, FileFault, check_file, problems_of, rounds, row_fault
-from tunesmith.recipe import load
+from tunesmith.jobs.training_files import problems_of, row_fault
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
@@ -37,11 +35,7 @@ from tunesmith.serve.protocol import RequestError
 from tunesmith.types import Event
 
 POLL_S = 0.2
-SNAPSHOTS = 2
-"""Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
 EXPIRE_S = 60.0
-MOST_ATTEMPTS = 3
-"""Starts without a new checkpoint between them, or crashes of the engine while a result was attached."""
 UNAVAILABLE = 503
 CRASHED = "engine_crashed"
 
@@ -78,15 +72,22 @@ class Dispatcher:
     """Jobs with results at ends of epochs, or at a stop, that may not be served yet."""
     unfinished: dict[str, Record | None] = field(default_factory=dict)
     """Jobs whose runs are done, and whose results wait for an engine, with the errors of their exports."""
+    crashes: Counter[str] = field(default_factory=Counter)
+    """Crashes of the engine while the result of a job was put on it. What befell the run does not count here."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     seen: int = -1
     """Version of the store at the last round, after which there is nothing to do until it is another."""
 
+    def __post_init__(self) -> None:
+        self.checks = FileChecks(self.store, self.bases)
+
     def recover(self) -> None:
         """Take over the runs of an earlier server. Before the first round."""
-        self.store.sweep(with_uploads=True)
+        for line in self.store.sweep(with_uploads=True):
+            self.on_note(line)
         self.store.sweep_models()
+        self.checks.recover()
         for job in self.store.with_status("running", "paused", "cancelled", "queued"):
             self.unserved.add(job["id"])
             if (process := self.launcher.find(self._run_path(job["id"]))) is not None:
@@ -107,6 +108,7 @@ class Dispatcher:
                     self.on_note(text)
                 last = text
                 stop.wait(5 * POLL_S)
+        self.checks.close()
         for one in self.active.values():
             one.process.stop()
 
@@ -116,6 +118,7 @@ class Dispatcher:
         is_new = version != before
         for one in list(self.active.values()):
             is_new |= self._follow(one, is_new=is_new)
+        is_new |= self.checks.follow()
         for name in list(self.unserved):
             try:
                 self._serve_snapshots(name, Run(self._run_path(name)))
@@ -147,17 +150,17 @@ class Dispatcher:
         for name in self.waiting - waiting - self.active.keys():
             self._tidy(name)
         self.waiting = waiting
+        self.checks.begin(job for job in self.store.with_status(*WAITING) if not job["is_checked"])
+        self.checks.follow()
         for job in self._in_turn():
             if len(self.active) < self.parallel and self._may_run(job):
-                try:
-                    self._begin(job)
-                except InputError as error:  # also a recipe of its base that its numbers do not fit
-                    self._fail(job, "run_failed", str(error), None)
+                self._begin(job)
 
     def _in_turn(self) -> list[Record]:
-        """Jobs that wait, the projects in turn, and each project's oldest first."""
+        """Jobs that wait and are checked, the projects in turn, and each project's oldest first."""
         places = Counter(one.project for one in self.active.values())
-        waiting = [job for job in self.store.with_status(*WAITING) if job["id"] not in self.active]
+        ready = (job for job in self.store.with_status(*WAITING) if job["is_checked"])
+        waiting = [job for job in ready if job["id"] not in self.active]
         order = {}
         for job in waiting:
             order[job["id"]] = (places[job["project"]], self.last_start.get(job["project"], 0), job["seq"])
@@ -175,16 +178,6 @@ class Dispatcher:
 
     def _begin(self, job: Record) -> None:
         name = job["id"]
-        if not job["is_checked"]:
-            try:
-                recipe, numbers = self._check(job)
-            except FileFault as fault:
-                return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
-            write_atomic(self.store.recipes_path / f"{name}.yaml", recipe)
-            said = [event(name, "Files validated, moving job to queued state", once="validated")]
-            values = {"status": "queued", "is_checked": True, "numbers": numbers}
-            if not self.store.change_job(name, said, if_status=WAITING, **values):
-                return  # paused or cancelled meanwhile
         run = Run(self._run_path(name))
         said = [event(name, "Fine-tuning job started", once="started")]
         if not self.store.change_job(name, said, if_status=WAITING, status="running"):
@@ -202,39 +195,6 @@ class Dispatcher:
         self.active[name] = _Active(name, job["project"], run, process, Tail(run.events_path), EventTranslator(name))
         self.last_start[job["project"]] = time.monotonic()
 
-    def _check(self, job: Record) -> tuple[bytes, dict[str, Any]]:
-        """The recipe of a job as YAML, and its numbers so far. Raises FileFault."""
-        request, base = job["request"], self.bases.bases.get(job["base"])
-        if base is None:  # the file of bases was changed since
-            raise FileFault("model_not_available", f"{job['base']} may no longer be tuned here.", "model")
-        path, method = self._content(request["training_file"], "training"), request.get("method", "supervised")
-        found = check_file(path, "training", method=method, min_examples=self.bases.min_examples)
-        validation = None
-        if request["validation_file"] is not None:
-            validation = self._content(request["validation_file"], "validation")
-            other = check_file(validation, "validation", method=method, min_examples=1)
-            if other.task != found.task:
-                message = "The validation file has rows of another shape than the training file."
-                raise FileFault("invalid_validation_file", message, "validation_file")
-        numbers = dict(request["hyperparameters"])
-        if numbers["n_epochs"] == "auto":
-            numbers["n_epochs"] = rounds(found.num_rows)
-        decided = {**numbers, "seed": request["seed"]}
-        if request.get("starts_from"):
-            parent = self.store.one(models, name=request["starts_from"])
-            assert parent is not None, "a model that an open job starts from is not deleted"
-            base = base.model_copy(update={"model": str(self.store.model_path(parent))})
-        recipe = job_recipe(base, found, path, validation, decided)
-        if request["integrations"]:
-            recipe["track"] = ["wandb"]
-        return orjson.dumps(recipe), numbers
-
-    def _content(self, file: str, which: str) -> Path:
-        path = self.store.content_path(file)
-        if not path.exists():
-            raise FileFault(f"invalid_{which}_file", f"The {which} file {file} was deleted.", f"{which}_file")
-        return path
-
     # Follow
 
     def _follow(self, one: _Active, *, is_new: bool) -> bool:
@@ -245,7 +205,7 @@ class Dispatcher:
             one.process.stop()
             if not one.process.is_alive():
                 self.active.pop(one.job, None)
-                self._fail({"id": one.job}, "run_failed", str(error), None)
+                fail(self.store, one.job, "run_failed", str(error))
         return one.job not in self.active
 
     def _follow_run(self, one: _Active, *, is_new: bool) -> None:
@@ -311,7 +271,7 @@ class Dispatcher:
         attempts = job["attempts"] + 1
         if attempts >= MOST_ATTEMPTS:
             message = f"The run was ended from outside {attempts} times without a new checkpoint between."
-            return self._fail(job, "run_crashed", message, None)
+            return fail(self.store, name, "run_crashed", message)
         said = [event(name, "Fine-tuning job will be started again: its run was ended from outside", level="warn")]
         self.store.change_job(name, said, if_status=["running"], status="queued", attempts=attempts)
         return None
@@ -321,20 +281,13 @@ class Dispatcher:
             file = job["request"][f"{which}_file"]
             if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
                 fault = row_fault(found, which)
-                return self._fail(job, fault.code, fault.message, fault.param, fault.lines)
+                return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
-        return self._fail(job, code, self._message(error), param)
+        return fail(self.store, job["id"], code, self._message(error), param=param)
 
     def _message(self, error: Record) -> str:
         """The message of a run's error, for clients."""
         return str(error["message"]).replace(f"{self.store.folder}/", "")
-
-    def _fail(self, job: Record, code: str, message: str, param: str | None, lines: Any = ()) -> None:
-        said = [event(job["id"], line, level="error") for line in lines]
-        text = message if message.startswith("The job failed") else f"The job failed: {message}"
-        said.append(event(job["id"], text, level="error"))
-        error = {"code": code, "message": message, "param": param}
-        self.store.change_job(job["id"], said, if_status=[*WAITING, "running"], status="failed", error=error)
 
     def _serve_snapshots(self, name: str, run: Run) -> None:
         """Put results at ends of epochs and at the newest stop on their base, once each; remove those at earlier stops.
@@ -426,13 +379,11 @@ class Dispatcher:
             self._serve_snapshots(name, run)
             self.models.attach(job["base"], tuned, run.path)
         except Exception as error:
-            attempts = job["attempts"] + (getattr(error, "code", "") == CRASHED)
-            if _is_unavailable(error) and attempts < MOST_ATTEMPTS:
+            self.crashes[name] += getattr(error, "code", "") == CRASHED
+            if _is_unavailable(error) and self.crashes[name] < MOST_ATTEMPTS:
                 self.unfinished[name] = failed
-                if attempts > job["attempts"]:
-                    self.store.change_job(name, if_status=["running"], attempts=attempts)
                 return None
-            return self._fail(job, "result_not_served", f"The result cannot be served: {error}", None)
+            return fail(self.store, name, "result_not_served", f"The result cannot be served: {error}")
         found = list(run.events())
         self.store.add_events(EventTranslator(name)(found))
         row = self._write_results(name, found)
@@ -460,31 +411,3 @@ def _snapshots(job: Record, found: Iterable[Event]) -> dict[str, Event]:
 def _is_unavailable(error: Exception) -> bool:
     """Whether an engine is being started again, or was killed meanwhile."""
     return isinstance(error, RequestError) and (error.status == UNAVAILABLE or error.code == CRASHED)
-
-
-def job_recipe(
-    base: PublicBase, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
-) -> dict[str, Any]:
-    """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
-    times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), found.task == "prefer"
-    is_here = Path(base.model).exists()  # the run may be resumed from another working directory
-    own: dict[str, Any] = {
-        "model": str(Path(base.model).resolve()) if is_here else base.model,
-        "task": found.task,
-        "data": {"train": [str(training)], "too_long": "drop" if is_dpo else "cut"},
-        "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
-        "seed": numbers["seed"],
-        "devices": 1,
-    }
-    own["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}
-    if times != "auto":
-        own["optim"] = {"lr_times": float(times)}
-    if beta != "auto":
-        own["prefer"] = {"beta": float(beta)}
-    whole: dict[str, Any] = {"method": {"name": "lora"}, **base.recipe}
-    whole["checkpoint"] = {"snapshots": SNAPSHOTS, **whole.get("checkpoint", {})}
-    if validation is not None:
-        whole["evaluation"] = {"every": "epoch", "keep": "last", **whole.get("evaluation", {})}
-    for key, value in own.items():
-        whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
-    return load.validate(whole).model_dump(mode="json", exclude_defaults=True) | {"method": whole["method"]}

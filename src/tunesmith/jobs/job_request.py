@@ -27,8 +27,10 @@ def _whole(most: int) -> Any:
     return _auto_or(f"a whole number from 1 to {most}", lambda value: 1 <= value <= most)
 
 
-_POSITIVE = _auto_or("a number above 0, below 1,000,000", lambda value: 0 < value < 1e6, int | float)
-_UP_TO_TWO = _auto_or("a number above 0, 2 at most", lambda value: 0 < value <= 2, int | float)
+LEAST = 1e-6
+"""Of a factor: below it a step changes no weight."""
+_FACTOR = _auto_or("a number from 0.000001 to 1,000,000", lambda value: LEAST <= value <= 1 / LEAST, int | float)
+_UP_TO_TWO = _auto_or("a number from 0.000001 to 2", lambda value: LEAST <= value <= 2, int | float)
 
 
 class Hyperparameters(Parameters):
@@ -36,7 +38,7 @@ class Hyperparameters(Parameters):
 
     n_epochs: Annotated[Any, _whole(50)] = "auto"
     batch_size: Annotated[Any, _whole(256)] = "auto"
-    learning_rate_multiplier: Annotated[Any, _POSITIVE] = "auto"
+    learning_rate_multiplier: Annotated[Any, _FACTOR] = "auto"
 
 
 class DpoHyperparameters(Hyperparameters):

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +46,23 @@ class ChildProcess:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it has not made its folder yet: nothing is lost
 
-    def error(self) -> dict[str, Any] | None:
-        """The error that the ended run printed; None: it printed none, or was killed."""
+    def printed(self) -> dict[str, Any] | None:
+        """The last line that it printed, as JSON; None: it printed none, or was killed."""
         with suppress(OSError, ValueError):
             last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
             found: dict[str, Any] = orjson.loads(last)
-            return found if found.get("kind") == "error" else None
+            return found
         return None
+
+    def error(self) -> dict[str, Any] | None:
+        """The error that the ended run printed; None: it printed none, or was killed."""
+        found = self.printed() or {}
+        return found if found.get("kind") == "error" else None
+
+    def forget(self) -> None:
+        """Remove what its server knows it by."""
+        for what in ("output", "lock"):
+            _beside(self.run, what).unlink(missing_ok=True)
 
 
 class LocalLauncher:
@@ -67,24 +77,34 @@ class LocalLauncher:
         if (run / "run.json").exists():
             words = ["resume", str(run)]
         words += ["--json", *(["--offline"] if self._offline else [])]
-        lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
-            with open(_beside(run, "output"), "wb") as out:
-                popen = subprocess.Popen(
-                    ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
-                    stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
-                    env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
-                )  # fmt: skip
-            os.pwrite(lock, str(popen.pid).encode(), 0)
-        finally:
-            os.close(lock)
-        return ChildProcess(run, popen)
+        return start_child(run, "tunesmith", words, environment)
 
     def find(self, run: Path) -> ChildProcess | None:
         """The process that works on a run still; None: there is none."""
         return ChildProcess(run) if _holder(run) is not None else None
+
+
+def start_child(
+    run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0
+) -> ChildProcess:
+    """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for what it
+    prints, so that a full disk is met before it works. Raises OSError."""
+    lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
+        with open(_beside(run, "output"), "wb", buffering=0) as out:
+            out.write(b"\n" * room)
+            out.seek(0)
+            popen = subprocess.Popen(
+                ["nice", "-n", str(NICE), sys.executable, "-m", module, *words],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
+                env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
+            )  # fmt: skip
+        os.pwrite(lock, str(popen.pid).encode(), 0)
+    finally:
+        os.close(lock)
+    return ChildProcess(run, popen)
 
 
 def _beside(run: Path, what: str) -> Path:

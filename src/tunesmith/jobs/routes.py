@@ -110,8 +110,12 @@ def make_file_router(store: Store) -> APIRouter:
         """The content of a file, as it was sent."""
         read_query(request)
         row = find(name)
+        path = store.content_path(row["id"])
+        if path.is_symlink() or not path.is_file():
+            message = f"{name}: its content was removed from the store by hand. Delete the file, and upload it again."
+            raise RequestError(message, status=404, code="content_missing", param="id")
         headers = {"Content-Disposition": f"attachment; filename*=utf-8''{quote(row['filename'], safe='')}"}
-        return FileResponse(store.content_path(row["id"]), headers=headers, media_type="application/octet-stream")
+        return FileResponse(path, headers=headers, media_type="application/octet-stream")
 
     @router.delete("/v1/files/{name}")
     def delete(name: str, request: Request) -> Response:

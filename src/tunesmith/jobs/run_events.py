@@ -36,9 +36,10 @@ class EventTranslator:
         if one.kind == "plan":
             self.total_steps = values["steps"]
             yield event(self.job, f"Plan: {plural(self.total_steps, 'step')}", once=f"plan {self.total_steps}")
-            for choice in values["choices"]:
-                text = f"Chosen: {choice['key']} = {option(choice['value'])}: {choice['reason']}"
-                yield event(self.job, text, once=f"choice {choice['key']} {choice['value']}")
+            texts = [f"{one['key']} = {option(one['value'])}: {one['reason']}" for one in values["choices"]]
+            if texts:  # one event: clients look at the last ten
+                values_alone = [(one["key"], one["value"]) for one in values["choices"]]
+                yield event(self.job, "Chosen: " + "\n".join(texts), once=f"choices {values_alone}")
         if one.kind == "step":
             self.last_loss = _number(values["loss"])
             data = {"step": one.step, "train_loss": self.last_loss, "total_steps": self.total_steps}

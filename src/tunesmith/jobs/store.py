@@ -4,13 +4,16 @@ jobs/
   jobs.sqlite     the tables, if they are not in PostgreSQL    lock     held by the server that uses the folder
   files/          contents of uploads         runs/    a run folder for each job, named by its id
   recipes/        the recipe of each job      parts/   a folder of parts for each pending upload
+  unknown/        contents that no row named when a server started
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ from tunesmith.jobs.database import Database
 from tunesmith.jobs.names import DEFAULT_PROJECT, derived_id, new_id, snapshot_step
 from tunesmith.jobs.rules import Rules
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
+from tunesmith.jobs.store_folder import DATABASE_FILE, is_used, lost, refuse_lost, set_aside
 from tunesmith.jobs.tables import (
     Record,
     events,
     files,
     is_live,
+    is_pending,
     jobs,
     keys,
     models,
@@ -42,7 +47,6 @@ from tunesmith.runs.prune import STORE_MARK
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 
-DATABASE_FILE = "jobs.sqlite"
 RUN_STOPS = ": its run stops after the step under way"
 
 
@@ -79,6 +83,10 @@ class Store:
         paths = [self.folder / name for name in ("files", "parts", "runs", "recipes")]
         self.files_path, self.parts_path, self.runs_path, self.recipes_path = paths
         self.rules = Rules()
+        self.arriving: Counter[str] = Counter()
+        """Bytes on their way, by project or upload."""
+        self.joining: dict[str, threading.Lock] = {}
+        """Held while the parts of an upload are joined."""
         self.answers: dict[Any, Any] = {}
         """See KeptAnswers."""
         self.on_job: Callable[[Record], None] = lambda job: None
@@ -95,6 +103,8 @@ class Store:
         with ExitStack() as opened:
             opened.callback(self._lock.release)
             try:
+                if url is None:
+                    refuse_lost(self.folder, self.folder / DATABASE_FILE)
                 self._database = Database(url or self.folder / DATABASE_FILE, is_server=is_server)
                 opened.callback(self._database.close)
                 self._database.prepare(may_upgrade=may_upgrade, on_note=on_note)
@@ -110,12 +120,27 @@ class Store:
             self.insert(stores, {"id": new_id("store-")})
         own, mark = self.one(stores) or {}, self.folder / STORE_MARK
         there = mark.read_text() if mark.exists() else ""
-        is_new = not there and not any((*self.files_path.iterdir(), *self.runs_path.iterdir(), self.one(files)))
-        if there != own["id"] and not (is_new or self._database.is_sqlite):
+        has_rows = self.one(files) is not None or self.one(jobs) is not None
+        if self._database.is_sqlite:  # a store of an early version has rows, and no mark yet
+            fits = there == own["id"] or not is_used(self.folder) or (not there and has_rows)
+            message = lost(self.folder, f"{DATABASE_FILE} belongs to another store, or was made anew")
+        else:
+            fits = there == own["id"] or not (there or has_rows or is_used(self.folder))
             message = f"{self.folder}: does not belong to the store in {self._database}. Give its own: --store-files."
+        if not fits:
             raise InputError(message)
         if there != own["id"]:
             write_atomic(mark, own["id"].encode())
+
+    @contextmanager
+    def receiving(self, key: str, num_bytes: int) -> Iterator[None]:
+        """A block in which so many bytes are `arriving`. For the one thread of the event loop."""
+        self.arriving[key] += num_bytes
+        try:
+            yield
+        finally:
+            self.arriving[key] -= num_bytes
+            self.arriving = +self.arriving  # without zeros
 
     def content_path(self, file: str) -> Path:
         """The content of a file, by an id of ours."""
@@ -199,17 +224,24 @@ class Store:
             connection.execute(self.insert_new(files).values(created_at=int(time.time()), **row))
         return self.one(files, id=row["id"]) or {}
 
-    def check_room(self, connection: sa.Connection | None, num_bytes: int) -> None:
-        """Raises RequestError if a file of that size is more than the project of the request may have."""
+    def check_room(self, connection: sa.Connection | None, num_bytes: int) -> int | None:
+        """Bytes that the project of the request may have beyond its files and pending uploads; None: any number.
+
+        Raises RequestError if `num_bytes` are more.
+        """
         most = self.rules.of(PROJECT.get() or DEFAULT_PROJECT).file_bytes
         if most is None:
-            return
+            return None
+        live = ((files, is_live()), (uploads, is_pending()))
         with nullcontext(connection) if connection is not None else self._database.reading() as reader:
-            taken = int(reader.scalar(sa.select(sa.func.sum(files.c.bytes)).where(*own(files), is_live())) or 0)
+            sums = (sa.select(sa.func.sum(table.c.bytes)).where(*own(table), which) for table, which in live)
+            taken = sum(int(reader.scalar(one) or 0) for one in sums)
         if taken + num_bytes > most:
-            message = f"The files of this project have {taken:,} bytes and may have {most:,}. Delete some."
+            message = f"Files and pending uploads of this project have {taken:,} bytes and may have {most:,}. "
             headers = {"x-should-retry": "false"}
+            message += "Delete or cancel some."
             raise RequestError(message, status=429, code="insufficient_quota", param="file", headers=headers)
+        return most - taken
 
     def file(self, name: str) -> Record | None:
         """A file that was not deleted, and has not expired."""
@@ -222,32 +254,40 @@ class Store:
         self.sweep()
         return done
 
-    def sweep(self, *, with_uploads: bool = False) -> None:
+    def sweep(self, *, with_uploads: bool = False) -> list[str]:
         """Remove contents of deleted files that no open job needs, and runs that are kept no longer.
 
-        `with_uploads`: also what no row names, at the start: later it may belong to an upload that is being finished.
+        `with_uploads`: at the start also halves of uploads; and what no row names is set aside, since the database may
+        be an older copy. Later it may belong to an upload that is being finished. Returns a line for what was moved.
         """
         found = self._read(sa.select(files.c.id, files.c.deleted_at))
         # Read after the files: a job that is made of one meanwhile is seen here.
         needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in found if row["deleted_at"] is None}
+        needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written before its row
         deleted = {row["id"] for row in found} - needed
-        for path in self.files_path.iterdir():
-            if path.name in deleted or (with_uploads and path.name not in needed):
+        unknown = []
+        for path in list(self.files_path.iterdir()):
+            if path.name in deleted or (with_uploads and path.name.startswith(".")):
                 path.unlink(missing_ok=True)
+            elif with_uploads and path.name not in needed:
+                unknown.append(path)
         for row in self._read(sa.select(jobs.c.id).where(jobs.c.run_removed_at.is_not(None))):
             if (run := self.runs_path / row["id"]).exists():  # which goes last: what its launcher wrote goes with it
                 for path in (*self.runs_path.glob(f".{run.name}.*"), self.recipes_path / f"{run.name}.yaml", run):
                     remove(path)
         fsync_dir(self.files_path)
         folders = list(self.parts_path.iterdir())  # before the rows: an upload that is made meanwhile is not among them
-        is_pending = (uploads.c.status == "pending", uploads.c.expires_at > int(time.time()))
-        pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(*is_pending))}
+        pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(is_pending()))}
+        ended = {row["id"] for row in self._read(sa.select(uploads.c.id))} - pending
         for path in folders:
-            if path.name not in pending:
+            if path.name in ended or path.name.startswith("."):
                 remove(path)
+            elif with_uploads and path.name not in pending:
+                unknown.append(path)
             for temporary in path.glob(".*") if with_uploads else ():
                 temporary.unlink(missing_ok=True)
+        return set_aside(self.folder, unknown)
 
     def expire(self) -> list[str]:
         """Delete what is kept no longer by its own time or by the rules, rows first; returns a line for each."""
@@ -365,9 +405,10 @@ class Store:
             connection.execute(self.insert_new(webhooks).values(created_at=now, next_at=now, **facts))
 
     def due_webhooks(self) -> list[Record]:
-        """Oldest first."""
+        """The oldest of each project."""
         is_due = (webhooks.c.ended_at.is_(None), webhooks.c.next_at <= int(time.time()))
-        return self._read(sa.select(webhooks).where(*is_due).order_by(webhooks.c.seq).limit(100))
+        first = sa.select(sa.func.min(webhooks.c.seq)).where(*is_due).group_by(webhooks.c.project)
+        return self._read(sa.select(webhooks).where(webhooks.c.seq.in_(first)).order_by(webhooks.c.seq))
 
     # Events and models
 

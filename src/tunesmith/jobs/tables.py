@@ -42,6 +42,11 @@ def is_live() -> sa.ColumnElement[bool]:
     return files.c.deleted_at.is_(None) & (files.c.expires_at.is_(None) | (files.c.expires_at > int(time.time())))
 
 
+def is_pending() -> sa.ColumnElement[bool]:
+    """The condition that an upload in parts can be completed still."""
+    return (uploads.c.status == "pending") & (uploads.c.expires_at > int(time.time()))
+
+
 files = _table(
     "files",
     _owned(),

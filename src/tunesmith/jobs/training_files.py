@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
 MAX_NAMED = 10
 MAX_LISTED = 100
+MAX_CHARS = 1000
+"""Of what is said about a row."""
+MOST_ERRORS = 1000
+"""Faults after which a file is read no further: its owner corrects the first, and each costs memory and time."""
 _TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
 _FORMATS: dict[TaskName, str] = {
     "chat": "fine-tune-chat", "generate": "fine-tune-completions", "prefer": "fine-tune-preference",
@@ -44,21 +49,37 @@ class CheckedFile:
     task: TaskName
 
 
+class _TooManyErrorsError(Exception):
+    """Nothing more is read."""
+
+
 def check_file(path: Path, which: str, *, method: str, min_examples: int) -> CheckedFile:
     """Read all rows of a training or validation file of a job of this method. Raises FileFault."""
-    problems: list[Problem] = []
-    num, tasks = 0, set[TaskName | None]()
-    try:
-        data = Data()
-        for _, example in examples([DataFile(path=str(path))], data, problems.append):
-            num += 1
-            tasks.add(_TASKS.get(example.shape))
-    except DataError as error:
-        problems += [one for one in error.problems if one not in problems]
-        if not problems:
-            why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is on this machine
-            raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {why}", f"{which}_file") from None
-    if errors := [problem for problem in problems if problem.severity == "error"]:
+    if path.is_symlink() or not path.is_file():
+        message = f"The {which} file {path.name} was deleted."
+        raise FileFault(f"invalid_{which}_file", message, f"{which}_file")
+    errors, num, tasks = list[Problem](), 0, set[TaskName | None]()
+
+    def add(problem: Problem) -> None:
+        if problem.severity == "error":
+            errors.append(problem)
+            if len(errors) >= MOST_ERRORS:
+                raise _TooManyErrorsError
+
+    with suppress(_TooManyErrorsError):
+        try:
+            for _, example in examples([DataFile(path=str(path))], Data(), add):
+                num += 1
+                tasks.add(_TASKS.get(example.shape))
+        except DataError as error:
+            for problem in error.problems:
+                if problem not in errors:
+                    add(problem)
+            if not errors:
+                why = str(error).replace(f"{path}: ", "").replace(str(path), "the file")  # not where it is here
+                message = f"{FAILED.format(which=which)} {why}"
+                raise FileFault(f"invalid_{which}_file", message, f"{which}_file") from None
+    if errors:
         raise row_fault(errors, which)
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
@@ -79,11 +100,13 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
 def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
     """All faulty rows by their lines."""
     lines = [
-        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip() for one in problems
+        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip()[:MAX_CHARS]
+        for one in problems[:MAX_LISTED]
     ]
-    more = f" And {len(lines) - MAX_NAMED:,} more." if len(lines) > MAX_NAMED else ""
+    more = f" And {num:,} more" if (num := len(problems) - MAX_NAMED) > 0 else ""
+    more += ", behind which the file was not read." if len(problems) >= MOST_ERRORS else "." if more else ""
     message = f"{FAILED.format(which=which)} Invalid file format. {' '.join(lines[:MAX_NAMED])}{more}"
-    return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines[:MAX_LISTED])
+    return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines)
 
 
 def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,10 +27,11 @@ from pydantic import Field
 
 from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, files, uploads
+from tunesmith.jobs.tables import Record, files, is_pending, own, uploads
 from tunesmith.jobs.uploads import (
     FIRST_LOOK_BYTES,
     check_purpose,
+    declared_bytes,
     lifetime_s,
     look_at_first_row,
     receive_form,
@@ -42,6 +44,8 @@ from tunesmith.serve.request_schemas import Parameters
 MAX_BYTES = 8 << 30
 MAX_PART_BYTES = 64 << 20
 MAX_PARTS = 10_000
+MOST_PENDING = 100
+"""Uploads of a project at once."""
 LIFETIME_S = 3600
 _BLOCK = 1 << 20
 _NO_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EIO)
@@ -67,9 +71,8 @@ class JoinBody(Parameters):
 
 
 def create_upload(store: Store, body: UploadBody) -> Record:
-    """The row of a new upload. Raises RequestError for a purpose that is none."""
+    """The row of a new upload. Raises RequestError for a purpose that is none, and where its project has no room."""
     check_purpose(body.purpose)
-    store.check_room(None, body.bytes)
     store.sweep()
     name, now = new_id("upload_"), int(time.time())
     row = {
@@ -77,7 +80,12 @@ def create_upload(store: Store, body: UploadBody) -> Record:
         "filename": shown_name(body.filename.encode("utf-8", "replace")),
         "expires_after_s": lifetime_s(**(body.expires_after or {})),
     }  # fmt: skip
+    pending = sa.select(sa.func.count()).select_from(uploads).where(*own(uploads), is_pending())
     with store.writing() as connection:
+        store.check_room(connection, body.bytes)
+        if (connection.scalar(pending) or 0) >= MOST_PENDING:
+            message = f"{MOST_PENDING} uploads of this project are pending. Complete or cancel some."
+            raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "60"})
         connection.execute(sa.insert(uploads).values(created_at=now, expires_at=now + LIFETIME_S, **row))
     return find_upload(store, name)
 
@@ -104,14 +112,17 @@ async def add_part(request: Request, store: Store, upload: str) -> str:
     folder, part = store.parts_path / upload, new_id("part_")
     folder.mkdir(mode=0o700, exist_ok=True)
     sizes = list[int]()
-    for path in folder.iterdir():
+    for path in folder.glob("[!.]*"):
         with suppress(FileNotFoundError):  # another part has got its own name meanwhile
             sizes.append(path.stat().st_size)
-    if len(sizes) >= MAX_PARTS or sum(sizes) >= 2 * row["bytes"]:
+    left = 2 * row["bytes"] - sum(sizes) - store.arriving[upload]  # nothing waits between here and its change
+    if len(sizes) >= MAX_PARTS or left <= 0:
         raise RequestError(f"Upload {upload} has twice its {row['bytes']:,} bytes in parts already.", param="data")
-    await receive_form(
-        request, folder / part, lambda form: None, content="data", texts=(), max_bytes=MAX_PART_BYTES, is_part=True
-    )
+    most = min(MAX_PART_BYTES, row["bytes"], left, declared_bytes(request) or MAX_PART_BYTES)
+    with store.receiving(upload, most):
+        await receive_form(
+            request, folder / part, lambda form: None, content="data", texts=(), max_bytes=most, is_part=True
+        )
     return part
 
 
@@ -130,6 +141,14 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
 
     Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
     """
+    with store.joining.setdefault(name, threading.Lock()):  # of calls at one time the first joins, the others see it
+        try:
+            return _completed(store, name, body)
+        finally:
+            store.joining.pop(name, None)
+
+
+def _completed(store: Store, name: str, body: JoinBody) -> Record:
     row = find_upload(store, name)
     if row["status"] == "completed" and row["part_ids"] == body.part_ids:
         return row

@@ -18,11 +18,12 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from tunesmith.jobs.names import new_id, shown_name
+from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, shown_name
 from tunesmith.jobs.repeats import file_made_before, retry_count
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import Record
 from tunesmith.runs.atomic import fsync_dir
+from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 
 MAX_BYTES = 2 << 30
@@ -127,14 +128,19 @@ class Form:
 
 async def receive_file(request: Request, store: Store) -> Record:
     """The row of an uploaded file. Raises RequestError; nothing is left of it then."""
-    length = request.headers.get("content-length", "")
-    least = int(length) - FORM_BYTES if length.isascii() and length.isdigit() else 0
-    await asyncio.to_thread(store.check_room, None, max(least, 1))
-    name = new_id("file-")
-    form = await receive_form(
-        request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
-        max_bytes=MAX_BYTES,
-    )  # fmt: skip
+    declared, project = declared_bytes(request), PROJECT.get() or DEFAULT_PROJECT
+    least = max((declared or 0) - FORM_BYTES, 1)
+    room = await asyncio.to_thread(store.check_room, None, least)
+    left = MAX_BYTES if room is None else room - store.arriving[project]
+    if left < least:
+        message = "Files that are on their way need the room that this project has left. Try again later."
+        raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "10"})
+    name, most = new_id("file-"), min(MAX_BYTES, declared or MAX_BYTES, left)
+    with store.receiving(project, most):
+        form = await receive_form(
+            request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
+            max_bytes=most,
+        )  # fmt: skip
     anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)
     row = {
@@ -151,6 +157,12 @@ async def receive_file(request: Request, store: Store) -> Record:
         if error.status != UNAVAILABLE:  # else the row may be there
             store.content_path(name).unlink(missing_ok=True)
         raise
+
+
+def declared_bytes(request: Request) -> int | None:
+    """The length of a body by its header; None: it comes in chunks."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
 
 
 def lifetime_s(anchor: object = None, seconds: object = None) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
 import httpx
@@ -34,14 +36,21 @@ def post(endpoint: WebhookEndpoint, body: bytes, headers: Mapping[str, str]) -> 
     """
     url = httpx.URL(endpoint.url)
     address = _address(url.host, endpoint)
-    with (
-        httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
-        client.stream(
-            "POST", url.copy_with(host=address), content=body, extensions={"sni_hostname": url.host},
-            headers={**headers, "Host": url.netloc.decode(), "Content-Type": "application/json"},
-        ) as answer,
-    ):  # fmt: skip
-        return answer.status_code
+
+    async def send() -> int:
+        async with (
+            httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client,
+            client.stream(
+                "POST", url.copy_with(host=address), content=body, extensions={"sni_hostname": url.host},
+                headers={**headers, "Host": url.netloc.decode(), "Content-Type": "application/json"},
+            ) as answer,
+        ):  # fmt: skip
+            return answer.status_code
+
+    try:  # all of it, where httpx has a time for each read
+        return asyncio.run(asyncio.wait_for(send(), TIMEOUT_S))
+    except asyncio.TimeoutError:
+        raise OSError(f"no answer within {TIMEOUT_S:g} s") from None
 
 
 def _address(host: str, endpoint: WebhookEndpoint) -> str:
@@ -49,9 +58,25 @@ def _address(host: str, endpoint: WebhookEndpoint) -> str:
     found = [str(one[4][0]) for one in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     for text in found:
         address = ipaddress.ip_address(text.partition("%")[0])
-        if not endpoint.private and (not address.is_global or address.is_multicast):
+        if not endpoint.private and not _is_public(address):
             raise OSError(f"{address} is not a public address; private: true allows it")
     return found[0]
+
+
+_INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "::/96", "fec0::/10")))
+"""IPv6 networks that reach private IPv4 addresses or a site, and that `ipaddress` calls global."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether the address, and the IPv4 address in it, are those of another's machine in the internet."""
+    inner: ipaddress.IPv4Address | None = None
+    if isinstance(address, ipaddress.IPv6Address):
+        if any(address in network for network in _INSIDE):
+            return False
+        inner = address.sixtofour or address.ipv4_mapped
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF) if address in _NAT64 else inner
+    return address.is_global and not address.is_multicast and (inner is None or _is_public(inner))
 
 
 @dataclass
@@ -61,20 +86,34 @@ class WebhookSender:
     store: Store
     on_note: Callable[[str], None]
     post: Post = post
+    sending: dict[str, threading.Thread] = field(default_factory=dict)
+    """Threads at work, by their projects: an endpoint that hangs holds back its own project alone."""
 
     def run(self, stop: threading.Event) -> None:
         while not stop.wait(POLL_S):
             try:
-                self.round()
+                self.round(POLL_S)
             except RequestError:  # the store cannot be reached, which the dispatcher says
                 stop.wait(10 * POLL_S)
+        for thread in self.sending.values():
+            thread.join(TIMEOUT_S)
 
-    def round(self) -> None:
-        """Send what is due. A project whose endpoint has just failed waits for the next round."""
-        failed = set[str]()
+    def round(self, wait_s: float = 2 * TIMEOUT_S) -> None:
+        """Send what is due, each project for itself until its endpoint fails; returns when all is sent, or in time."""
+        self.sending = {project: thread for project, thread in self.sending.items() if thread.is_alive()}
         for row in self.store.due_webhooks():
-            if row["project"] not in failed and not self._send(row):
-                failed.add(row["project"])
+            if (project := row["project"]) not in self.sending:
+                self.sending[project] = threading.Thread(target=self._send_all, args=(project,), daemon=True)
+                self.sending[project].start()
+        until = time.monotonic() + wait_s
+        for thread in self.sending.values():
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _send_all(self, project: str) -> None:
+        with suppress(RequestError):  # the store cannot be reached, which the dispatcher says
+            while rows := [row for row in self.store.due_webhooks() if row["project"] == project]:
+                if not self._send(rows[0]):
+                    break
 
     def _send(self, row: Record) -> bool:
         endpoint, now = self.store.rules.of(row["project"]).webhook, time.time()

@@ -69,13 +69,28 @@ class BoundedConnection(H11Protocol):
 
     _headers_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
+    """When it was opened, or its last answer ended."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        self._idle_since = self.loop.time()
+        if len(self.connections) > MAX_CONNECTIONS and not self._end_an_idle_one():
             self._end(503, "too_many_connections", "There are too many connections. Try again soon.")
         else:
             self._await_headers()
+
+    def _end_an_idle_one(self) -> bool:
+        """Whether another connection gave its place: the one without a request for longest, so that those who open
+        connections and ask nothing keep nobody out."""
+        others: list[Any] = [one for one in self.connections if one is not self and not one.transport.is_closing()]
+        if len(others) < MAX_CONNECTIONS:
+            return True
+        idle = [one for one in others if one.cycle is None or one.cycle.response_complete]
+        if idle:
+            longest = min(idle, key=lambda one: one._idle_since)
+            longest._end(408, "request_timeout", "Others needed the place of this connection, which asked nothing.")
+        return bool(idle)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -86,6 +101,7 @@ class BoundedConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._idle_since = self.loop.time()
         if self.cycle.response_complete and self.conn.trailing_data[0]:
             self._await_headers()  # part of the next request is there
 

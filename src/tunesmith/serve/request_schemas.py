@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import Request
 from fastapi.routing import APIRoute
@@ -85,6 +85,22 @@ class StrictModel(BaseModel):
     """An object without unknown fields, whose values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
+
+
+def fields_at(model: Any, place: Sequence[int | str]) -> list[str]:
+    """The fields of the object at a place of a body, as pydantic names places; none if it is no object of ours."""
+    for part in place:
+        if isinstance(part, str) and part != "body":
+            field = getattr(model, "model_fields", {}).get(part)
+            model = None if field is None else _model_in(field.annotation)
+    return list(getattr(model, "model_fields", ()))
+
+
+def _model_in(annotation: Any) -> Any:
+    """The one model that an annotation names, such as `Supervised | None` or `list[Integration]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
 
 
 class Parameters(StrictModel):

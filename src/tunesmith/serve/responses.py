@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from tunesmith.phrases import did_you_mean
 from tunesmith.serve.protocol import (
     OPEN,
     Delta,
@@ -28,6 +29,7 @@ from tunesmith.serve.protocol import (
     ToolCall,
     ToolCallFormat,
 )
+from tunesmith.serve.request_schemas import fields_at
 
 RETRY_AFTER_S = 1
 MAX_PROBLEMS = 10
@@ -69,9 +71,11 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError):
         return error_response(error)
     if isinstance(error, RequestValidationError):
-        found = [_problem(problem) for problem in error.errors()]
-        texts = [text for _, _, text in found[:MAX_PROBLEMS]]
-        texts += [f"and {len(found) - MAX_PROBLEMS} more"] if len(found) > MAX_PROBLEMS else []
+        problems, body = error.errors(), getattr(request.scope.get("route"), "body_field", None)
+        model = None if body is None else body.field_info.annotation
+        found = [_problem(problem, model) for problem in problems[:MAX_PROBLEMS]]
+        texts = [text for _, _, text in found]
+        texts += [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         return error_response(RequestError(" ".join(texts), code=found[0][1], param=found[0][0]))
     if isinstance(error, HTTPException):
         code, message = _HTTP_ERRORS.get(error.status_code, ("error", str(error.detail)))
@@ -81,13 +85,16 @@ async def on_error(request: Request, error: Exception) -> Response:
     return error_response(RequestError(message, status=500, code="internal_error"))
 
 
-def _problem(problem: Mapping[str, Any]) -> tuple[str | None, str, str]:
-    """(param, code, message) of one problem that pydantic found."""
+def _problem(problem: Mapping[str, Any], model: Any) -> tuple[str | None, str, str]:
+    """(param, code, message) of one problem that pydantic found in the body of a `model`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if part != "body")
     place = "".join(parts).lstrip(".")
     said = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
     code, said = _PROBLEMS.get(problem["type"], ("invalid_value", said))
-    return place or None, code, f"{place[:60] or 'The body'}: {said}."
+    hint = ""
+    if code == "unknown_parameter" and len(name := str(problem["loc"][-1])) <= 60:
+        hint = did_you_mean(name, fields_at(model, problem["loc"][:-1]))
+    return place or None, code, f"{place[:60] or 'The body'}: {said}.{hint}"
 
 
 @dataclass

@@ -1,0 +1,84 @@
+"""The process that reads the files of a job before its run, within limits of its own.
+
+`python -m tunesmith.jobs.check_process REQUEST` prints what a run has to know, or the fault, as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+from tunesmith.jobs.training_files import FAILED, CheckedFile, FileFault, check_file
+
+GRACE_S = 5
+"""Processor time from the signal to the end by the kernel."""
+
+
+class _OutOfTimeError(Exception):
+    """The limit of processor time is reached."""
+
+
+def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a training file, {num_rows, task}, or {fault} of it or of the validation file."""
+    method, files = request["method"], request["files"]
+    which = "training"
+    try:
+        checked = check_file(Path(files[which]), which, method=method, min_examples=request["min_examples"])
+        if "validation" in files:
+            which = "validation"
+            other = check_file(Path(files[which]), which, method=method, min_examples=1)
+            if other.task != checked.task:
+                message = "The validation file has rows of another shape than the training file."
+                raise FileFault("invalid_validation_file", message, "validation_file")
+    except FileFault as fault:
+        return {"fault": asdict(fault)}
+    except (_OutOfTimeError, MemoryError, SystemError) as error:  # the last is orjson's, where memory ends in it
+        what = f"{request['memory_bytes'] >> 20:,} MiB of memory"
+        if isinstance(error, _OutOfTimeError):
+            what = f"{request['seconds']:,} s of a processor"
+        message = (
+            f"{FAILED.format(which=which)} Reading it takes more than {what}. Send shorter rows with fewer fields."
+        )
+        return {"fault": asdict(FileFault(f"invalid_{which}_file", message, f"{which}_file"))}
+    return asdict(checked)
+
+
+def facts_of(answer: Mapping[str, Any]) -> CheckedFile:
+    """What an answer says of a training file. Raises FileFault."""
+    if "fault" in answer:
+        raise FileFault(**answer["fault"])
+    return CheckedFile(**answer)
+
+
+def _limit(memory_bytes: int, seconds: int) -> None:
+    """Let this process have `memory_bytes` and `seconds` of a processor beyond what it has taken."""
+
+    def end(*signal_and_frame: object) -> None:
+        raise _OutOfTimeError
+
+    signal.signal(signal.SIGXCPU, end)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
+    until = seconds + math.ceil(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (until, until + GRACE_S))
+    with suppress(OSError, ValueError):  # macOS has no such limit
+        most = psutil.Process().memory_info().vms + memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    with suppress(OSError):  # where memory is short nevertheless, Linux ends this process before the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    asked = orjson.loads(sys.argv[1])
+    _limit(asked["memory_bytes"], asked["seconds"])
+    sys.stdout.buffer.write(orjson.dumps(answer_to(asked)) + b"\n")
