@@ -7,7 +7,7 @@ import pytest
 
 from data.rows_of import comma_separated, json_lines, put
 from tunesmith.data.check import check
-from tunesmith.data.examples import ask_text_or_classes
+from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.recipe.schema import Data, DataFile
 
 

@@ -19,6 +19,8 @@ FAILED, BAD_INPUT = 1, 2
 SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""
+OF_THE_FILE = ("invalid_utf8",)
+"""Problems of rows whose cause is that of their file, whatever byte shows it."""
 DEBUG = "TUNESMITH_DEBUG"
 
 
@@ -101,21 +103,39 @@ def problem_values(problem: Problem) -> dict[str, Any]:
     }
 
 
-def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | None = None, stderr: bool = True) -> None:
-    """`file:line: code: message fix`: three of each kind in a file, twenty lines at most, and how many more there are.
+def print_problems(
+    problems: Sequence[Problem],
+    *,
+    nums: Mapping[str, int] | None = None,
+    rows: Mapping[str, int] | None = None,
+    stderr: bool = True,
+) -> None:
+    """`file:line: code: message fix`: what several rows of a file share once, three of each kind in a file, twenty
+    lines at most, and how many more there are.
 
-    `nums`: how many there are by code, listed or not.
+    `nums`: how many there are by code, listed or not. `rows`: how many a file has, by its path.
     """
-    alike: Counter[tuple[str, str]] = Counter()
-    shown: list[Problem] = []
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
     for problem in problems:
-        alike[problem.source.path, problem.code] += 1
-        if alike[problem.source.path, problem.code] <= MOST_ALIKE:
-            shown.append(problem)
-    for problem in shown[:SHOWN_LINES]:
-        _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
+        cause = "" if problem.code in OF_THE_FILE else f"{problem.message} {problem.fix}"
+        alike.setdefault((problem.source.path, problem.code, cause), []).append(problem)
+    kinds: Counter[tuple[str, str]] = Counter()
+    num_lines = num_shown = 0
+    for (path, code, _), group in alike.items():
+        kinds[path, code] += 1
+        if kinds[path, code] > MOST_ALIKE or num_lines == SHOWN_LINES:
+            continue
+        size, first = len(group), group[0]
+        if nums and sum(other[1] == code for other in alike) == 1:
+            size = max(size, nums.get(code, 0))  # of which not all are listed
+        which = (
+            f"{path}: all {size:,} rows" if size == (rows or {}).get(path) else f"{first.source} and {size - 1:,} more"
+        )
+        line = str(first) if size == 1 else str(first).replace(str(first.source), which, 1)
+        _print(line, style="red" if first.severity == "error" else "yellow", stderr=stderr)
+        num_lines, num_shown = num_lines + 1, num_shown + size
     num = sum(nums.values()) if nums else len(problems)
-    if (left := num - len(shown[:SHOWN_LINES])) > 0:
+    if (left := num - num_shown) > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} of all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
 

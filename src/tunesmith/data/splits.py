@@ -142,7 +142,10 @@ def encode_rows(
     """
     problems: list[Problem] = []
     sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
-    found = {side: expand_folders(files, problems.append, trained=side != "eval") for side, files in sides.items()}
+    found = {
+        side: expand_folders(files, problems.append, trained=side != "eval", how=data.reading)
+        for side, files in sides.items()
+    }
     data = data.model_copy(update=found)
     notes = [str(problem) for problem in problems]
 
