@@ -92,7 +92,7 @@ def test_documents_by_other_names(tmp_path: Path) -> None:
     for name in ("ls.1.gz", "cat.1.gz"):
         put(tmp_path, name, gzip.compress(b"it lists files.\n"))
     folder = DataFile(path=str(tmp_path))
-    with pytest.raises(DataError, match=r'add --set 'data.suffixes=\[".1"\]'):
+    with pytest.raises(DataError, match=r"add --set 'data.suffixes=\[\"\.1\"\]'"):
         expand_folders([folder], pytest.fail)
     rows, problems = rows_of(tmp_path, suffixes=(".1",))
     assert (rows, problems) == ([{"text": "it lists files.\n"}] * 2, [])

@@ -91,29 +91,27 @@ class Meaning:
 
 
 def sample(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first rows, in bounded memory: of each its first fields, of texts their beginnings."""
+    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts their
+    beginnings."""
     some: list[dict[str, Any]] = []
     num_chars = 0
-    for row in itertools.islice(rows, SAMPLE_ROWS):
-        fields = itertools.islice(row.items(), SAMPLE_COLUMNS)
-        some.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
-        num_chars += sum(len(value) if isinstance(value, str) else 100 for value in some[-1].values())
-        if num_chars > SAMPLE_CHARS:
-            break
+    with suppress(DataError):  # which is said when its rows are read
+        for row in itertools.islice(rows, SAMPLE_ROWS):
+            fields = itertools.islice(row.items(), SAMPLE_COLUMNS)
+            some.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
+            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in some[-1].values())
+            if num_chars > SAMPLE_CHARS:
+                break
     return some
 
 
 def sample_of(file: DataFile, data: Data) -> list[dict[str, Any]]:
     """The first rows of a file or folder; none where it cannot be read."""
-    some: list[dict[str, Any]] = []
+    return sample(row for _, row, _ in read([file], limits=data.limits, on_problem=_ignore, how=data.reading))
 
-    def rows() -> Iterable[dict[str, Any]]:
-        for _, record, _ in read([file], limits=data.limits, on_problem=lambda problem: None, how=data.reading):
-            yield record
 
-    with suppress(DataError):  # which is said when its rows are read
-        some = sample(rows())
-    return some
+def _ignore(problem: Problem) -> None:
+    """A problem that is said when rows are read for another purpose."""
 
 
 def values_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
@@ -295,24 +293,23 @@ _USUAL: tuple[Shape, ...] = (
 
 
 def explain(
-    record: Mapping[str, Any], task: TaskName | None, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
+    record: Mapping[str, Any], task: TaskName | None, suggested: str, columns: Mapping[str, str]
 ) -> tuple[str, str, str]:
-    """Why a row has no shape that `task` learns from: code, message and way out, by the first `rows` of its file."""
+    """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of its
+    file."""
     shape = find_shape(record)
-    suggested = " ".join(map(str, meanings(rows, task)))
-    if columns and columns.keys().isdisjoint(record):
-        absent = next(iter(columns.values()))
-        suggested = (
-            f"data.columns names {absent!r}, which is not there.{did_you_mean(absent, list(record)[:MOST_NAMES])}"
-        )
+    near = [did_you_mean(theirs, list(record)[:MOST_NAMES]) for theirs in columns.values() if theirs not in record]
+    if any(near):
+        suggested = f"data.columns has another name.{next(filter(None, near))}"
     if shape is not None and task is not None:
         tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
         message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
         return "other_task", message, f"Add --set task={tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
-    if near := _misspelt(tuple(record), tuple(wanted)):
-        return "unknown_shape", message, f"Did you mean {', '.join(near)}? Correct the name, or add {paste(near)}."
+    if misspelt := _misspelt(tuple(record)[:MOST_NAMES], tuple(wanted)):
+        way = f"Correct the name, or add {paste(misspelt)}."
+        return "unknown_shape", message, f"Did you mean {', '.join(misspelt)}? {way}"
     takes = ", or ".join(map(" and ".join, wanted))
     if not suggested and (nested := next((name for name, value in record.items() if isinstance(value, dict)), None)):
         suggested = f"{nested!r} is an object: write its texts as fields of the row."
@@ -391,7 +388,7 @@ def absent_columns(data: Data) -> list[Problem]:
         return []
     for file in files:
         with suppress(DataError):
-            for _, row, _ in read([file], limits=data.limits, on_problem=lambda problem: None, how=data.reading):
+            for _, row, _ in read([file], limits=data.limits, on_problem=_ignore, how=data.reading):
                 absent = {ours: theirs for ours, theirs in absent.items() if theirs not in row}
                 if not absent:
                     return []

@@ -6,12 +6,11 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import orjson
 
-from tunesmith.data.columns import explain, sample
+from tunesmith.data.columns import explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
@@ -98,6 +97,8 @@ class FileExamples:
     """Fields that are not used, with the first place of each."""
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
+    suggested: str | None = None
+    """Hints for a row of no shape, once one was seen."""
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
         raw = record
@@ -198,7 +199,7 @@ class FileExamples:
         if self.shape is not None and (shape is None or set(FORMATS[shape].fields) <= set(FORMATS[self.shape].fields)):
             return self.shape  # which says what is missing
         if shape is None:
-            code, message, fix = explain(record, self.task, self._sample or [record], self.data.columns)
+            code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
             if self.facts.columns is not None:
                 raise refusal(self.facts.path, 1, code, message, fix)
             self.on_problem(Problem(source, code, message, fix))
@@ -210,10 +211,12 @@ class FileExamples:
             return None
         return shape
 
-    @cached_property
-    def _sample(self) -> list[dict[str, Any]]:
-        """The first rows of the file; none of a list."""
-        return sample(reread(self.facts, limits=self.data.limits, how=self.data.reading))
+    def _suggested(self, record: dict[str, Any]) -> str:
+        """What the rows of the file may be meant for; of a list, which has no file, what this row may be."""
+        if self.suggested is None:
+            rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
+            self.suggested = " ".join(map(str, meanings(rows, self.task)))
+        return self.suggested
 
     def _too_many(self, record: dict[str, Any], source: Source, fields: Sequence[str]) -> list[Problem]:
         limit = self.data.limits.messages

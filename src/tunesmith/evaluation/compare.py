@@ -316,10 +316,10 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def never_right(details: Mapping[str, Any], weights: Any = "equal") -> Iterator[str]:
-    """A sentence that names the classes of which no held-out row is right, if there are any, and one with a way out.
+def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str]:
+    """A sentence that names the classes of which no held-out row is right, if there are any.
 
-    `weights`: train.class_weights of the run.
+    `weights`: train.class_weights of the run, with which a second sentence says the way out.
     """
     rows = details.get("per_class") or details.get("per_type") or ()
     unit = "span" if rows and "type" in rows[0] and "confusion" not in details else "row"
@@ -335,6 +335,7 @@ def never_right(details: Mapping[str, Any], weights: Any = "equal") -> Iterator[
         shown = names[:MOST_NAMED] + [f"{len(names) - MOST_NAMED:,} more"] * (len(names) > MOST_NAMED)
         words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
+    if never and weights is not None:
         balance = ", or let rare classes count as much as frequent ones: --set train.class_weights=balanced"
         yield f"Train on more {unit}s of {'it' if len(never) == 1 else 'them'}{balance if weights == 'equal' else ''}."
 

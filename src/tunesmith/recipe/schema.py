@@ -115,8 +115,8 @@ class Data(OptionGroup):
     """Encoding of files that are not UTF-8: cp1252, latin-1, cp1251, shift_jis, ... auto: UTF-8, or UTF-16 and UTF-32
     by their byte order marks."""
     suffixes: Words = ()
-    """Ends of names of documents, beside .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document in a
-    folder without others."""
+    """Ends of names of documents, beside .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document
+    in a folder without others."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
     date: Day | Auto | None = "auto"

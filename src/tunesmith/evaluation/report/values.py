@@ -336,7 +336,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
     yield from _one_answer(report)
-    yield from never_right(report["details"]["after"], weights=report.get("class_weights", "equal"))
+    yield from never_right(report["details"]["after"], weights=report.get("class_weights"))
     num, unit = _num_counted(after, key)
     yield from too_few(num, unit)
     flipped = report["flips"]
