@@ -135,6 +135,7 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
         _say(screen, f"labels: {label_counts(dict(report.labels))}; {words[str(report.label_kind)]}")
     for place, spans in report.forms:
         sample = sample_row(spans, in_color=screen.color_system is not None)
+        sample.rstrip()
         screen.print("", *([Text(visible(place))] if len(report.forms) > 1 else []), sample, "", sep="\n")
     if any(file.usable for file in report.files):
         _say(screen, f"held out: {plural(report.held_out, 'row')}")

@@ -436,13 +436,14 @@ def spans_of_texts(example: Example) -> tuple[Span, ...]:
         is_one = len(example.parts) == 1
         spans = [span for part in example.parts for span in _said(part, named=not (is_one or example.labels))]
         has_labels = example.labels or example.many
-        return (*spans, (", ".join(example.labels) or "none", True)) if has_labels else tuple(spans[:-1])
+        return (*spans, (", ".join(example.labels) or "none", True)) if has_labels else tuple(spans)
     spans = [span for part in example.parts for span in _said(part, named=True)]
     for i, branch in enumerate(example.branches):
         spans += [span for part in branch for span in _said(part, named=True)]
         spans += [(example.labels[i], True), ("\n", False)] if i < len(example.labels) else []
-    return tuple(spans[:-1])
+    return tuple(spans)
 
 
 def _said(part: Part, *, named: bool) -> list[Span]:
-    return [*([(f"{part.role}: ", False)] if named else []), (part.text, part.trained), ("\n", False)]
+    name = f"{part.role}: " if named else ""
+    return [(name, False), (part.text, True), ("\n", False)] if part.trained else [(f"{name}{part.text}\n", False)]

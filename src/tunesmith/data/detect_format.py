@@ -111,6 +111,14 @@ def no_text(head: bytes) -> tuple[str, str, str] | None:
     return None
 
 
+def is_text_file(place: str) -> bool:
+    """Whether a file begins like text. Raises OSError, and DataError for a damaged gzip file."""
+    with open(place, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    head = _unpacked_head(place, head) if head.startswith(GZIP) else head
+    return not (no_text(head) or head.startswith(b"PAR1"))
+
+
 def suffix_of(path: str) -> str:
     """The end of a name, in small letters, before .gz."""
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]

@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from glob import has_magic
 from typing import Any
 
@@ -20,6 +19,7 @@ from tunesmith.data.detect_format import (
     FileFormat,
     inspect_file,
     is_about,
+    is_text_file,
     open_text,
     suffix_of,
 )
@@ -30,6 +30,8 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, DataFile, Limits, Reading
 from tunesmith.types import Problem, Source
 
+MOST_LOOKED_AT = 20
+"""Files of a folder that are opened to see whether they may be documents."""
 _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
 
 
@@ -86,21 +88,27 @@ def _documents(
     if not chosen:
         held = f"It holds {names(others)}." if others else "It is empty."
         message = "this is a folder without a document (.txt, .md) or a file of rows (.jsonl, .csv, .parquet, ...)."
-        ends = Counter(suffix_of(name) for name in writable if suffix_of(name))
-        way = f" or, if they are documents, add {_by_suffix([max(ends, key=ends.__getitem__)])}" if ends else ""
+        way = f" or, if they are documents, add {by}" if (by := _by_suffix(at, writable)) else ""
         raise refusal(folder, 0, "is_folder", f"{message} {held}", f"Give files by their names{way}.")
     if others:
         counted = "1 file was" if len(others) == 1 else f"{len(others):,} files were"
         message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
-        ends = dict.fromkeys(suffix_of(name) for name in others if suffix_of(name) not in SUFFIXES)
-        way = f", other documents by {_by_suffix(ends)}" if ends else ""
+        way = f", other documents by {by}" if (by := _by_suffix(at, others)) else ""
         fix = f"Give files of rows by name{way}."
         on_problem(Problem(Source(folder, 0), "left_out", message, fix, severity="warning"))
     return chosen
 
 
-def _by_suffix(ends: Iterable[str]) -> str:
-    return f"--set {shlex.quote(f'data.suffixes={json.dumps([*ends][:4], ensure_ascii=False)}')}"
+def _by_suffix(at: str, others: Sequence[str]) -> str:
+    """The option that takes other files of a folder for documents, as far as they begin like text; "" if none does."""
+    ends: dict[str, str] = {}
+    for name in others[:MOST_LOOKED_AT]:
+        end = suffix_of(name)
+        with suppress(OSError, DataError):
+            if end not in SUFFIXES and end not in ends and is_text_file(os.path.join(at, name)):
+                ends[end] = name
+    listed = json.dumps([*ends][:4], ensure_ascii=False)
+    return f"--set {shlex.quote(f'data.suffixes={listed}')}" if ends else ""
 
 
 def _refuse_held_out_at(address: str, found: Sequence[str]) -> None:
