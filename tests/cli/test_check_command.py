@@ -39,7 +39,8 @@ def test_what_some_rows_share_is_said_once_with_the_first(tmp_path: Path) -> Non
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert (
-        checked(str(path), code=2)[0] == f"{path}:2 and 9 more: bad_label: label is empty. Write it, or remove the row."
+        checked(str(path), code=2)[0]
+        == f"{path}:2, 5, 8 and 7 more: bad_label: label is empty. Write it, or remove the row."
     )
 
 

@@ -138,3 +138,6 @@ def test_never_right_comes_with_the_way_out() -> None:
         "--set train.class_weights=balanced.",
     ]
     assert list(never_right(details, "balanced"))[1] == "Train on more rows of it."
+    details["per_class"][0]["support"] = 2
+    assert list(never_right(details, "equal"))[1] == "Train on more rows of it.", "it is as frequent as the other"
+    assert len(list(never_right(details))) == 1

@@ -120,24 +120,32 @@ def print_problems(
         cause = "" if problem.code in OF_THE_FILE else f"{problem.message} {problem.fix}"
         alike.setdefault((problem.source.path, problem.code, cause), []).append(problem)
     kinds: Counter[tuple[str, str]] = Counter()
-    num_lines = num_shown = 0
+    num_lines = num_shown = num_cut = 0
     for (path, code, _), group in alike.items():
         kinds[path, code] += 1
         if kinds[path, code] > MOST_ALIKE or num_lines == SHOWN_LINES:
             continue
-        size, first = len(group), group[0]
+        first, size = group[0], len(group)
         if nums and sum(other[1] == code for other in alike) == 1:
             size = max(size, nums.get(code, 0))  # of which not all are listed
-        which = (
-            f"{path}: all {size:,} rows" if size == (rows or {}).get(path) else f"{first.source} and {size - 1:,} more"
+        place = (
+            str(first.source)
+            if size == 1
+            else f"{path}:{', '.join(str(one.source.line) for one in group[:MOST_ALIKE])}"
         )
-        line = str(first) if size == 1 else str(first).replace(str(first.source), which, 1)
+        if 1 < size == (rows or {}).get(path):
+            place = f"{path}: all {size:,} rows"
+        elif size > MOST_ALIKE:
+            place, num_cut = f"{place} and {size - MOST_ALIKE:,} more", num_cut + size - MOST_ALIKE
+        line = str(first).replace(str(first.source), place, 1)
         _print(line, style="red" if first.severity == "error" else "yellow", stderr=stderr)
         num_lines, num_shown = num_lines + 1, num_shown + size
     num = sum(nums.values()) if nums else len(problems)
     if (left := num - num_shown) > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} of all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
+    elif num_cut:
+        _print("every line with --json", style="bold", stderr=stderr)
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

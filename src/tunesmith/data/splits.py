@@ -145,8 +145,7 @@ def encode_rows(
     sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
     expand = partial(expand_folders, on_problem=problems.append, how=data.reading)
     found = {side: expand(files, trained=side != "eval") for side, files in sides.items()}
-    data = data.model_copy(update=found)
-    notes = [str(problem) for problem in problems]
+    data, notes = data.model_copy(update=found), [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
         return build(

@@ -336,8 +336,10 @@ def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str
         words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
     if never and weights is not None:
-        balance = ", or let rare classes count as much as frequent ones: --set train.class_weights=balanced"
-        yield f"Train on more {unit}s of {'it' if len(never) == 1 else 'them'}{balance if weights == 'equal' else ''}."
+        is_rare = never[-1][1] * len(rows) < sum(row["support"] for row in rows)
+        way = ", or let rare classes count as much as frequent ones: --set train.class_weights=balanced"
+        more = f"Train on more {unit}s of {'it' if len(never) == 1 else 'them'}"
+        yield f"{more}{way if is_rare and weights == 'equal' else ''}."
 
 
 def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:
