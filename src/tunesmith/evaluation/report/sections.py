@@ -123,7 +123,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
         if other:
             verdict = Cell(VERDICTS[line.verdict], mark=line.verdict)
             cells += [Cell(line.change), verdict]
-        cells += [Cell(line.baseline or "–")] if len(cells) < len(columns) else []
+        cells += [Cell(line.baseline)] if len(cells) < len(columns) else []
         rows.append(cells)
     yield Table(columns, rows, "stack")
     yield Block("facts", [(line.label, line.doc) for line in lines], fold="What each measure is")
