@@ -69,4 +69,4 @@ def test_a_row_of_each_form_is_shown(tmp_path: Path) -> None:
 def test_a_class_that_ends_in_a_space_is_in_quotes(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{'good' if i % 2 else 'good '}\n" for i in range(30)))
-    assert "labels: 2 classes: 'good ' 15, good 15; one a row" in checked(str(path))
+    assert "labels: 2 classes: good 15, 'good ' 15; one a row" in checked(str(path))

@@ -173,7 +173,7 @@ def meanings(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> list[M
     pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *maybe])]
     if len(pair) > 2:
         pair = sorted(sorted(pair, key=lambda name: -_length(rows, name))[:2], key=list(kinds).index)
-    both = [_pair(*pair, task), _pair(*reversed(pair), task)] if len(pair) == 2 else []
+    both = [_pair(pair[0], pair[1], task), _pair(pair[1], pair[0], task)] if len(pair) == 2 else []
     named = {_plain(name): name for name in kinds}
     if (usual := _usual_pair(named, None)) and {"prompt", "completion"} == usual.columns.keys():
         first, second = usual.columns.values()
