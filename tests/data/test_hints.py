@@ -152,6 +152,28 @@ def test_each_hint_can_be_pasted_and_teaches_what_it_says(name: str, kind: str, 
         assert list(learnt) == (last if isinstance(last, list) else [spelt])
 
 
+def assert_none_teaches_nonsense(rows: list[dict[str, Any]], suggested: list[dict[str, str]]) -> None:
+    """What is read or learnt is neither a counter nor a date nor an id, and no class is a text."""
+    kinds = values_of(rows)
+    for columns in suggested:
+        assert not [theirs for theirs in columns.values() if kinds[theirs] == "other"]
+        assert "label" not in columns or kinds[columns["label"]] in ("label", "number", "name")
+        assert "text" not in columns or kinds[columns["text"]] in ("text", "name")
+
+
+# trap: T19
+def test_hints_follow_values_and_not_places() -> None:
+    for rows, _ in ODD.values():
+        assert_none_teaches_nonsense(rows, [one.columns for one in meanings(rows, None)])
+
+    def by_place(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+        return [dict(zip(("prompt", "completion"), rows[0], strict=False))]
+
+    counted = ODD["a counter, a text, a class and dates"][0]
+    with pytest.raises(AssertionError):
+        assert_none_teaches_nonsense(counted, by_place(counted))
+
+
 USUAL = [
     ({"question": words(), "answer": words(6)}, {"prompt": "question", "completion": "answer"}),
     ({"Question": words(), "Answer": words(1)}, {"prompt": "Question", "completion": "Answer"}),
