@@ -8,7 +8,7 @@ REQUIRED = {
     *(f"L{n}" for n in range(1, 18) if n != 13),  # no method adds a term to the loss
     "L3b",
     *(f"D{n}" for n in range(1, 20)),  # several devices
-    *(f"T{n}" for n in range(1, 20)),
+    *(f"T{n}" for n in range(1, 19)),
     *(f"R{n}" for n in range(1, 9)),
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
     *("A13", "A14"),  # GGUF
