@@ -95,7 +95,7 @@ def test_of_one_kind_in_a_file_three_are_printed() -> None:
     found = [replace(problem, message=f"message {i}.") for i, problem in enumerate(problems(9))]
     result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", found)), ["fail"])
     three = [f"a.jsonl:{i + 1}: bad_json: message {i}. Mend it." for i in range(3)]
-    assert result.stderr.splitlines() == [*three, "and 6 more (all with --json)", "error: they cannot be used"]
+    assert result.stderr.splitlines() == [*three, "and 6 more (all with --json)", "error: they cannot be used", MORE]
 
 
 def test_what_is_said_of_a_file_is_said_once() -> None:
