@@ -97,7 +97,7 @@ def recipe_of(*words: str) -> Recipe:
     """What `tunesmith train` makes of a command line."""
     seen: list[Recipe] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tunesmith.cli.options.refuse_unreadable", lambda files: None)
+        patch.setattr("tunesmith.cli.options.refuse_unreadable", lambda files, how: None)
         patch.setattr("tunesmith.cli.train._tune", lambda recipe, **how: seen.append(recipe))
         result = CliRunner().invoke(app, ["train", "m", "rows.jsonl", *words])
     assert result.exit_code == 0, result.output

@@ -124,3 +124,28 @@ def test_a_run_of_an_earlier_version_is_still_shown():
         dict(forecast_facts(earlier))["time"]
         == "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     )
+
+
+def test_a_named_column_that_no_row_has_ends_in_2_with_the_nearest_name(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "p{i}", "completion": "c"}}\n' for i in range(20)))
+    for words in (["plan", str(model), str(rows), "--no-probe"], ["train", str(model), str(rows)]):
+        more = ["--runs", str(tmp_path / "runs"), "--offline", "--set", "data.columns.completion=complation"]
+        found = CliRunner().invoke(app, [*words, *more])
+        assert found.exit_code == 2, found.output
+        assert "no row has 'complation', which data.columns.completion names. Did you mean completion?" in found.output
+    assert not [path for path in (tmp_path / "runs").glob("*") if path.name != ".rows"], "no run was made"
+
+
+def test_usual_names_are_read_and_written_into_the_plan(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model")
+    rows = tmp_path / "qa.jsonl"
+    rows.write_text("".join(f'{{"question": "p{i}", "answer": "c"}}\n' for i in range(20)))
+    words = ["plan", str(model), str(rows), "--no-probe", "--runs", str(tmp_path / "runs"), "--offline", "--json"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    values = json.loads(found.stdout)
+    assert values["recipe"]["data"]["columns"] == {"prompt": "question", "completion": "answer"}
+    (choice,) = [one for one in values["choices"] if one["key"] == "data.columns"]
+    assert choice["reason"] == f"{rows}: 'question' is read as prompt, 'answer' is read as completion"

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from tunesmith.cli.app import app
 from tunesmith.cli.options import data_file, mix_of, refuse_unreadable
 from tunesmith.errors import InputError
+from tunesmith.recipe.schema import AS_IT_IS
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_what_was_typed_as_data_is_refused_by_its_own_name(
     result = CliRunner().invoke(app, ["check", *typed])
     assert f"error: {message}" in result.stderr
     with pytest.raises(InputError, match="DATA is empty"):
-        refuse_unreadable([""])
+        refuse_unreadable([""], AS_IT_IS)
 
 
 @pytest.mark.parametrize("typed", ["a.jsonl:0", "a.jsonl:-0.3", "a.jsonl:0.0"])

@@ -274,9 +274,9 @@ def _files_of_no_use() -> None:
         ("a PDF", "rows.pdf", b"%PDF-1.7\n", "binary"),
         ("noise", "rows.bin", bytes(range(256)) * 8, "binary"),
         ("zeros", "rows.jsonl", b"\0" * 4096, "binary"),
-        ("UTF-16", "rows.jsonl", GOOD.decode().encode("utf-16"), "wrong_encoding"),
+        ("half of a UTF-16 character", "rows.jsonl", GOOD.decode().encode("utf-16")[:-1], "wrong_encoding"),
         ("UTF-16 without a mark", "rows.jsonl", GOOD.decode().encode("utf-16-le"), "wrong_encoding"),
-        ("prose", "book", b"It was a dark night.\nThe rain fell.\n", "unknown_format"),
+        ("prose", "book.html", b"It was a dark night.\nThe rain fell.\n", "unknown_format"),
         ("a web page", "page.html", b"<!doctype html>\n<p>Hi\n", "unknown_format"),
         ("gzip of noise", "rows.jsonl.gz", packed[:10] + b"\xff" * 50, "damaged_gzip"),
     ):

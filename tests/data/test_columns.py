@@ -7,7 +7,7 @@ import pytest
 
 from data.rows_of import comma_separated, json_lines, put
 from tunesmith.data.check import check
-from tunesmith.data.examples import ask_text_or_classes
+from tunesmith.data.columns import ask_text_or_classes
 from tunesmith.recipe.schema import Data, DataFile
 
 
@@ -22,9 +22,12 @@ def texts(num: int = 40, **columns: Any) -> list[dict[str, Any]]:
 def test_a_named_column_that_no_row_has_is_said(tmp_path: Path):
     rows = texts(label=lambda i: "ab"[i % 2])
     for path in (put(tmp_path, "a.csv", comma_separated(rows)), put(tmp_path, "a.jsonl", json_lines(rows))):
-        (problem,) = check(data_of(path, columns={"label": "lable"}), task="classify").problems
-        assert problem.code == "columns_unused"
-        assert "names lable, which no row" in problem.message
+        for how in ({}, {"bad_rows": "skip"}):
+            report = check(data_of(path, columns={"label": "lable"}, **how), task="classify")
+            (problem,) = report.problems
+            assert (problem.code, problem.severity) == ("columns_unused", "error")
+            assert "no row has 'lable', which data.columns.label names. Did you mean label?" in str(problem)
+            assert report.refusals == ("data.columns names what no row has",)
         found = check(data_of(path, columns={"text": "text", "label": "lable"}), task="classify").problems
         assert ("missing_column", "Did you mean label?") in [(one.code, one.fix) for one in found]
 

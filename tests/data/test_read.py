@@ -164,7 +164,7 @@ def test_bytes_are_counted_in_the_line_that_is_named(tmp_path: Path):
     assert problem.code == "invalid_utf8"
     assert "(byte 16 of the line)" in problem.message
     assert "café" in problem.fix
-    assert "WINDOWS-1252" in problem.fix
+    assert "--set data.encoding=cp1252" in problem.fix
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

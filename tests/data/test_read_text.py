@@ -78,7 +78,8 @@ def a_folder(tmp_path: Path) -> Path:
     for name in ("b.txt", "a/z.md", "a/b/c.txt.gz", "a.txt", ".hidden.txt", ".git/x.txt", "rows.jsonl", "a/p.pdf"):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(gzip.compress(b"Packed.") if name.endswith("gz") else b"Text.")
+        packed = gzip.compress(b"Packed.") if name.endswith("gz") else b"Text."
+        target.write_bytes(b"%PDF-1.7 \xff" if name.endswith("pdf") else packed)
     return folder
 
 

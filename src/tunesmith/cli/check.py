@@ -113,8 +113,9 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
     screen = console()
     errors = [problem for problem in report.problems if problem.severity == "error"]
     warnings = [problem for problem in report.problems if problem.severity == "warning"]
-    print_problems(errors, nums=report.errors, stderr=False)
-    print_problems(warnings, nums=report.warnings, stderr=False)
+    rows = {file.path: file.rows for file in report.files}
+    print_problems(errors, nums=report.errors, rows=rows, stderr=False)
+    print_problems(warnings, nums=report.warnings, rows=rows, stderr=False)
     if report.problems:
         _say(screen, "")
     for what, counts in (("error", report.errors), ("warning", report.warnings)):
@@ -132,8 +133,10 @@ def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
     if report.labels:
         words = {"one": "one a row", "many": "any number a row", "tags": "a tag for each word"}
         _say(screen, f"labels: {label_counts(dict(report.labels))}; {words[str(report.label_kind)]}")
-    for spans in report.first_rows[:1]:
-        screen.print("", sample_row(spans, in_color=screen.color_system is not None), "", sep="\n")
+    for place, spans in report.forms:
+        sample = sample_row(spans, in_color=screen.color_system is not None)
+        sample.rstrip()
+        screen.print("", *([Text(visible(place))] if len(report.forms) > 1 else []), sample, "", sep="\n")
     if any(file.usable for file in report.files):
         _say(screen, f"held out: {plural(report.held_out, 'row')}")
     for note in report.notes:

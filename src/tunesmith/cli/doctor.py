@@ -25,6 +25,7 @@ EXTRAS = {
     "serve": ("fastapi uvicorn prometheus_client", "a server that answers as OpenAI's API does"),
     "jobs": ("alembic limits python_multipart standardwebhooks", "fine-tuning jobs on the server"),
     "postgres": ("psycopg", "jobs kept in PostgreSQL"),
+    "excel": ("openpyxl", "rows in Excel files"),
     "cloud": ("s3fs gcsfs", "data by address, s3:// and gs://"),
     "tensorboard": ("tensorboard", "runs in TensorBoard"),
     "wandb": ("wandb", "runs in Weights & Biases"),

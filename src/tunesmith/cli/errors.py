@@ -19,6 +19,8 @@ FAILED, BAD_INPUT = 1, 2
 SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""
+OF_THE_FILE = ("invalid_utf8",)
+"""Problems of rows whose cause is that of their file, whatever byte shows it."""
 DEBUG = "TUNESMITH_DEBUG"
 
 
@@ -101,23 +103,49 @@ def problem_values(problem: Problem) -> dict[str, Any]:
     }
 
 
-def print_problems(problems: Sequence[Problem], *, nums: Mapping[str, int] | None = None, stderr: bool = True) -> None:
-    """`file:line: code: message fix`: three of each kind in a file, twenty lines at most, and how many more there are.
+def print_problems(
+    problems: Sequence[Problem],
+    *,
+    nums: Mapping[str, int] | None = None,
+    rows: Mapping[str, int] | None = None,
+    stderr: bool = True,
+) -> None:
+    """`file:line: code: message fix`: what several rows of a file share once, three of each kind in a file, twenty
+    lines at most, and how many more there are.
 
-    `nums`: how many there are by code, listed or not.
+    `nums`: how many there are by code, listed or not. `rows`: how many a file has, by its path.
     """
-    alike: Counter[tuple[str, str]] = Counter()
-    shown: list[Problem] = []
+    alike: dict[tuple[str, str, str], list[Problem]] = {}
     for problem in problems:
-        alike[problem.source.path, problem.code] += 1
-        if alike[problem.source.path, problem.code] <= MOST_ALIKE:
-            shown.append(problem)
-    for problem in shown[:SHOWN_LINES]:
-        _print(str(problem), style="red" if problem.severity == "error" else "yellow", stderr=stderr)
+        cause = "" if problem.code in OF_THE_FILE else f"{problem.message} {problem.fix}"
+        alike.setdefault((problem.source.path, problem.code, cause), []).append(problem)
+    kinds: Counter[tuple[str, str]] = Counter()
+    num_lines = num_shown = num_cut = 0
+    for (path, code, _), group in alike.items():
+        kinds[path, code] += 1
+        if kinds[path, code] > MOST_ALIKE or num_lines == SHOWN_LINES:
+            continue
+        first, size = group[0], len(group)
+        if nums and sum(other[1] == code for other in alike) == 1:
+            size = max(size, nums.get(code, 0))  # of which not all are listed
+        place = (
+            str(first.source)
+            if size == 1
+            else f"{path}:{', '.join(str(one.source.line) for one in group[:MOST_ALIKE])}"
+        )
+        if 1 < size == (rows or {}).get(path):
+            place = f"{path}: all {size:,} rows"
+        elif size > MOST_ALIKE:
+            place, num_cut = f"{place} and {size - MOST_ALIKE:,} more", num_cut + size - MOST_ALIKE
+        line = str(first).replace(str(first.source), place, 1)
+        _print(line, style="red" if first.severity == "error" else "yellow", stderr=stderr)
+        num_lines, num_shown = num_lines + 1, num_shown + size
     num = sum(nums.values()) if nums else len(problems)
-    if (left := num - len(shown[:SHOWN_LINES])) > 0:
+    if (left := num - num_shown) > 0:
         listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} of all"
         _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
+    elif num_cut:
+        _print("every line with --json", style="bold", stderr=stderr)
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

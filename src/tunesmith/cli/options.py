@@ -20,7 +20,7 @@ from tunesmith.runs.folder import Run, is_run, runs
 from tunesmith.types import EXPORT_NAMES, TASK_NAMES, Problem, TaskName
 
 if TYPE_CHECKING:
-    from tunesmith.recipe.schema import Recipe
+    from tunesmith.recipe.schema import Reading, Recipe
 
 Root = Annotated[
     Path, typer.Option("--runs", envvar="TUNESMITH_RUNS", metavar="DIR", help="Folder that holds the runs.")
@@ -183,7 +183,8 @@ def build_recipe(
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
-    refuse_unreadable([file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)])
+    paths = [file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)]
+    refuse_unreadable(paths, found.data.reading)
     refuse_missing(found.model)
     return found
 
@@ -224,26 +225,38 @@ def refuse_unusable(target: str, data: str, root: Path, task: TaskName | None, *
     """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of which a
     run can use no row that is `answered`, before anything heavy is loaded."""
     from tunesmith.data.addresses import is_address
+    from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples
     from tunesmith.recipe.schema import DataFile, resolved
 
     refuse_missing(target)
-    refuse_unreadable([data])
+    refuse_unreadable([data], reading_of(target, root))
     if is_address(data) or not is_run(target, root) or not answered:
         return
     recipe, problems = Run.open(target, root).recipe(), list[Problem]()
-    if not any(examples([DataFile(path=data)], recipe.data, problems.append, task=task or resolved(recipe.task))):
+    task, file = task or resolved(recipe.task), DataFile(path=data)
+    options = recipe.data.model_copy(update={"train": (file,), "replay": (), "eval": ()})
+    if usual := usual_columns(options, task):
+        options = options.model_copy(update={"columns": usual[0]})
+    if not any(examples([file], options, problems.append, task=task)):
         raise DataError(f"{data}: no row of it can be used. Correct it, or name its columns.", problems)
 
 
-def refuse_unreadable(paths: Sequence[str]) -> None:
+def reading_of(target: str, root: Path) -> Reading:
+    """How the data of a run was read; of a model as files are by default."""
+    from tunesmith.recipe.schema import AS_IT_IS
+
+    return Run.open(target, root).recipe().data.reading if is_run(target, root) else AS_IT_IS
+
+
+def refuse_unreadable(paths: Sequence[str], how: Reading) -> None:
     """Raise DataError for local data files that cannot be read, before anything heavy is loaded."""
     from tunesmith.data.addresses import is_address
     from tunesmith.data.read import inspect_files
     from tunesmith.recipe.schema import DataFile
 
     _refuse_empty(paths)
-    inspect_files([DataFile(path=path) for path in paths if not is_address(path)], lambda problem: None)
+    inspect_files([DataFile(path=path) for path in paths if not is_address(path)], lambda problem: None, how)
 
 
 def _refuse_empty(paths: Sequence[str]) -> None:

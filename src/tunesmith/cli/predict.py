@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, named, refuse_unreadable
+from tunesmith.cli.options import (
+    Base,
+    BaseAt,
+    Json,
+    Offline,
+    Root,
+    TaskOf,
+    as_task,
+    named,
+    reading_of,
+    refuse_unreadable,
+)
 from tunesmith.cli.streams import console, data_line, json_line
 from tunesmith.errors import InputError, Stopped
 from tunesmith.phrases import plural, visible
@@ -68,7 +79,7 @@ def predict(
     _refuse_mixed(data, text, pair, keep, out)
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
-    refuse_unreadable([data] if data not in (None, "-") else [])
+    refuse_unreadable([data] if data not in (None, "-") else [], reading_of(target, root))
     screen = console(stderr=True)
 
     def say(words: str) -> None:

@@ -219,7 +219,8 @@ def given_options(given: Mapping[str, Any]) -> str:
 def label_counts(rows_of: Mapping[str, int]) -> str:
     """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{one_line(name, 40)} {rows:,}" for name, rows in by_size[:MOST_LABELS])
+    names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:MOST_LABELS]]
+    shown = ", ".join(f"{name} {rows:,}" for name, (_, rows) in zip(names, by_size, strict=False))
     more = f", … and {len(by_size) - MOST_LABELS} more" if len(by_size) > MOST_LABELS else ""
     return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 

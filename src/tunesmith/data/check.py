@@ -17,18 +17,19 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import size_of
 from tunesmith.data.branches import lines_of
+from tunesmith.data.columns import absent_columns, ask_text_or_classes, usual_columns
 from tunesmith.data.dataset import LabelColumn
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.encode import SCHEMA, WORTH_BYTES, Encoded, encode_chunks, num_processes, relabelled
-from tunesmith.data.examples import ask_text_or_classes, examples
-from tunesmith.data.formats import SHAPES
-from tunesmith.data.hold_out import choose_share, few_note, firsts, hold_out, input_overlap
-from tunesmith.data.labels import LabelCounts, resolve_labels, similar_names_notes
+from tunesmith.data.examples import examples
+from tunesmith.data.formats import SHAPES, task_of_rows
+from tunesmith.data.hold_out import choose_share, few_note, firsts, hold_out, input_overlap, rare_note
+from tunesmith.data.labels import LabelCounts, missing_names_note, resolve_labels, similar_names_notes
 from tunesmith.data.problems import SKIP, num_refused, unusable
 from tunesmith.data.read import expand_folders
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, LabelKind, Problem, Row, Shape, Source, TaskName
+from tunesmith.types import Example, LabelKind, Part, Problem, Row, Shape, Source, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
@@ -102,7 +103,9 @@ class CheckReport:
     tokens: dict[Side, TokenStats]
     """Empty without a model, or without a usable row."""
     first_rows: tuple[tuple[Span, ...], ...]
-    """The first training rows as the model sees them; for classes and tags, the texts and their labels."""
+    """The first training rows as the model sees them; without a model, and for labels, the texts and their labels."""
+    forms: tuple[tuple[str, tuple[Span, ...]], ...]
+    """A training row of each shape, as `first_rows`, after its place and shape."""
     refusals: tuple[str, ...]
     """Why training would refuse this data, one line each; empty if it would not."""
     label_kind: LabelKind | None = None
@@ -178,19 +181,28 @@ class _Check:
     def __init__(self, data: Data, renderer: Renderer | None, task: TaskName | None, progress: OnProgress) -> None:
         self._data = data
         self._renderer = renderer
-        self._task = task
+        self._task = self._given_task = task
         self._progress = progress
         self._paths: list[str] = []
         """Files and the documents of folders, in the order in which they are read."""
         self._total_bytes = self._done_bytes = 0
         self._sides: dict[Side, _Side] = {side: _Side() for side in SIDES}
         self._first_rows: list[tuple[Span, ...]] = []
+        self._forms: dict[Shape, tuple[str, tuple[Span, ...]]] = {}
         self._counts: dict[str, Counter[str]] = {"error": Counter(), "warning": Counter()}
         self._listed: dict[str, list[Problem]] = {"error": [], "warning": []}
         self._notes: list[str] = []
         self._label_kind: LabelKind | None = None
+        self._absent: list[Problem] = []
 
     def report(self) -> CheckReport:
+        self._absent = absent_columns(self._data)
+        for problem in self._absent:
+            self._hear(problem)
+        if usual := usual_columns(self._data, self._task):
+            columns, said = usual
+            self._data = self._data.model_copy(update={"columns": columns})
+            self._notes.append(said)
         entries = [(side, file, self._members(file, side)) for side in SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
@@ -220,7 +232,8 @@ class _Check:
                 if self._renderer is not None and len(one.hashes)
             },
             first_rows=tuple(self._first_rows),
-            refusals=(*self._refusals(files), *label_refusals),
+            forms=tuple(self._forms.values()),
+            refusals=(*self._refusals(files), *(label_refusals if all(file.is_readable for file in files) else ())),
             label_kind=self._label_kind,
             labels=labels,
         )
@@ -228,7 +241,7 @@ class _Check:
     def _members(self, file: DataFile, side: Side) -> Sequence[DataFile]:
         """The files of one entry of the data; none if it is a folder that cannot be used."""
         try:
-            return expand_folders([file], self._hear, trained=side != "eval")
+            return expand_folders([file], self._hear, trained=side != "eval", how=self._data.reading)
         except DataError as error:
             self._hear_all(error)
             return ()
@@ -280,20 +293,25 @@ class _Check:
         rows.add(encoded)
         for example in usable:
             rows.shape = example.shape
-            if side == "train" and len(self._first_rows) < FIRST_ROWS:
+            if side == "train" and (len(self._first_rows) < FIRST_ROWS or example.shape not in self._forms):
                 self._show(example)
+        if usable and self._task is None:  # as training, which decides by the first row
+            self._task = task_of_rows(usable[0].shape)
         return len(usable)
 
     def _show(self, example: Example) -> None:
-        if example.labels:
-            self._first_rows.append(_labelled_spans(example))
-        elif self._renderer is not None:
+        if example.labels or self._renderer is None:
+            lines = [spans_of_texts(example)]
+        else:
             made = [row for row in self._renderer.encode([example])[0] if isinstance(row, Row)]
-            lines = [line for row in made for line in lines_of(row)]
-            some = lines[: FIRST_ROWS - len(self._first_rows)]
-            self._first_rows += [spans_of(line, self._renderer.tokenizer.decode) for line in some]
+            lines = [spans_of(line, self._renderer.tokenizer.decode) for row in made for line in lines_of(row)]
+        self._first_rows += lines[: FIRST_ROWS - len(self._first_rows)]
+        if lines:
+            self._forms.setdefault(example.shape, (f"{example.source}: {example.shape}", lines[0]))
 
     def _hear(self, problem: Problem) -> None:
+        if problem.code == "columns_unused" and problem.severity == "warning" and self._absent:
+            return  # said of all files
         self._counts[problem.severity][problem.code] += 1
         listed = self._listed[problem.severity]
         if len(listed) < self._data.limits.problems:
@@ -336,7 +354,7 @@ class _Check:
             numbers = sorted(map(float, counts))
             self._notes.append(f"labels are numbers from {numbers[0]:g} to {numbers[-1]:g}")
             return (), []
-        self._notes += similar_names_notes(labels.names)
+        self._notes += [*similar_names_notes(labels.names), *missing_names_note(counts)]
         return tuple((name, counts.get(name, 0)) for name in labels.names), []
 
     def _label_counts(self, side: Side) -> LabelCounts:
@@ -352,6 +370,8 @@ class _Check:
             part = float(choose_share(len(rows.inputs)).value) if share == "auto" else share
             classes_I = rows.labels.firsts() if self._label_kind == "one" else None
             mask_I, notes = hold_out(rows.inputs, rows.hashes, classes_I, part)
+            if classes_I is not None:
+                notes = [*notes, *rare_note(rows.labels.vocabulary, classes_I, mask_I)]
             num = int(mask_I.sum())
         self._notes += [*notes, few] if (few := few_note(num)) else notes
         return num
@@ -363,15 +383,18 @@ class _Check:
 
     def _refusals(self, files: Sequence[FileReport]) -> list[str]:
         refusals = [f"{file.path} cannot be used as it is" for file in files if not file.is_readable]
-        of_rows = {code: num for code, num in self._counts["error"].items() if code not in ("overlap", "unknown_label")}
+        others = ("overlap", "unknown_label", "columns_unused")
+        of_rows = {code: num for code, num in self._counts["error"].items() if code not in others}
         sides = ("train", "eval") if self._data.eval else ("train",)
         empty = [side for side in sides if not any(file.usable for file in files if file.side == side)]
         if not refusals and (num_bad := num_refused(self._data, of_rows)):
             refusals.append(unusable(num_bad) + ("" if empty else f"; {SKIP} leaves such rows out"))
+        if self._absent:
+            refusals.append("data.columns names what no row has")
         if self._counts["error"]["overlap"]:
             refusals.append("held-out rows are also in the training files, and data.overlap is error")
         refusals += [f"data.{side}: no row can be used" for side in empty]
-        if self._task is None and (question := ask_text_or_classes(self._data)):
+        if self._given_task is None and (question := ask_text_or_classes(self._data)):
             refusals.append(question)
         return refusals
 
@@ -404,10 +427,23 @@ def spans_of(row: Row, decode: Callable[[Sequence[int]], str]) -> tuple[Span, ..
     return tuple(spans)
 
 
-def _labelled_spans(example: Example) -> tuple[Span, ...]:
-    """A text and its labels, or words and their tags; labels are shown as trained."""
+def spans_of_texts(example: Example) -> tuple[Span, ...]:
+    """The texts of an example and its labels, before any template; labels are shown as trained."""
     if example.shape == "tokens_tags":
         pairs = zip(example.parts, example.labels, strict=True)
         return tuple(span for part, tag in pairs for span in ((f"{part.text} ", False), (f"{tag} ", True)))
-    text = "\n".join(part.text for part in example.parts)
-    return (f"{text}\n", False), (", ".join(example.labels) or "none", True)
+    if not example.branches:
+        is_one = len(example.parts) == 1
+        spans = [span for part in example.parts for span in _said(part, named=not (is_one or example.labels))]
+        has_labels = example.labels or example.many
+        return (*spans, (", ".join(example.labels) or "none", True)) if has_labels else tuple(spans)
+    spans = [span for part in example.parts for span in _said(part, named=True)]
+    for i, branch in enumerate(example.branches):
+        spans += [span for part in branch for span in _said(part, named=True)]
+        spans += [(example.labels[i], True), ("\n", False)] if i < len(example.labels) else []
+    return tuple(spans)
+
+
+def _said(part: Part, *, named: bool) -> list[Span]:
+    name = f"{part.role}: " if named else ""
+    return [(name, False), (part.text, True), ("\n", False)] if part.trained else [(f"{name}{part.text}\n", False)]

@@ -35,7 +35,7 @@ from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.recipe.schema import AS_IT_IS, Data, DataFile
 from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, Labels, Layout, Problem, Row, Source
 
@@ -277,8 +277,8 @@ def build(
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
-    files = expand_folders(files, on_problem)
-    inspect_files(files, lambda warning: None)  # names all files that cannot be read, before anything is hashed
+    files = expand_folders(files, on_problem, how=data.reading)
+    inspect_files(files, lambda warning: None, data.reading)  # names all that cannot be read, before one is hashed
     with ExitStack() as held:
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
@@ -396,6 +396,8 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "tokenizer and template": renderer.fingerprint,
         "task": renderer.task_name,
     }
+    if data.reading != AS_IT_IS:
+        parts["reading"] = data.reading
     for name in ("kind", "stride", "prompt", "max_tokens", "too_long", "control_tokens"):
         parts[name] = getattr(renderer, name)
     if renderer.pooling is not None:

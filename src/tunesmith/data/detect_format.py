@@ -4,24 +4,27 @@ The name of a file decides only between plain text and what looks like a table."
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import os
 import re
 import stat
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader
-from typing import Literal
+from io import BufferedIOBase, BufferedReader, BytesIO, RawIOBase
+from typing import Any, Literal
 
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.phrases import near_file
+from tunesmith.recipe.schema import AS_IT_IS, Reading
 
 ByteStream = BufferedIOBase
-FileFormat = Literal["JSON lines", "JSON array", "CSV", "Parquet", "CoNLL", "text"]
+FileFormat = Literal["JSON lines", "JSON array", "CSV", "Excel", "Parquet", "CoNLL", "text"]
 
 HEAD_BYTES = 64 * 1024
 BOM = b"\xef\xbb\xbf"
@@ -36,6 +39,8 @@ SUFFIXES: dict[str, tuple[FileFormat, ...]] = {
     ".json": ("JSON lines", "JSON array"),
     ".csv": ("CSV",),
     ".tsv": ("CSV",),
+    ".xlsx": ("Excel",),
+    ".xlsm": ("Excel",),
     ".parquet": ("Parquet",),
     ".conll": ("CoNLL",),
     ".bio": ("CoNLL",),
@@ -43,6 +48,12 @@ SUFFIXES: dict[str, tuple[FileFormat, ...]] = {
 }
 _ARCHIVES = (b"PK\x03\x04", b"7z\xbc\xaf", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")
 """First bytes of files of zip (and so of Excel and Word), 7z, xz, bzip2 and zstd."""
+_OLD_EXCEL = b"\xd0\xcf\x11\xe0"
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+"""Byte order marks of other encodings than UTF-8, the longer ones first."""
 _KNOWN_COLUMNS = {
     b"messages", b"conversations", b"instruction", b"output", b"prompt", b"completion", b"text", b"label", b"document",
     b"summary",
@@ -53,13 +64,14 @@ TAGGED = re.compile(rb"\S.*[ \t](?:O|[BIES]-\S+)")
 """A line of a CoNLL file that names spans: a word, and a tag that is O or begins as in IOB1, IOB2 and IOBES."""
 
 
-def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
+def detect_format(path: str, head: bytes, suffixes: Sequence[str] = ()) -> tuple[FileFormat, str]:
     """Detect the format of a file, and the delimiter of a CSV. Raises `DataError` for other formats.
 
-    A file named as a document is taken for one: problems of its text are problems of that row.
+    A file named as a document, by one of `suffixes` too, is taken for one: problems of its text are problems of that
+    row. So is text without a suffix, unless it is a table.
     """
     text = head.removeprefix(BOM).lstrip()
-    if suffix_of(path) in DOCUMENTS and not head.startswith(b"PAR1"):
+    if suffix_of(path) in (*DOCUMENTS, *suffixes) and not head.startswith(b"PAR1"):
         return _document(text)
     if head.startswith(b"PAR1"):
         return "Parquet", ","
@@ -69,23 +81,42 @@ def detect_format(path: str, head: bytes) -> tuple[FileFormat, str]:
         raise refusal(path, 0, "empty_dataset", "it holds no row.")
     if "CoNLL" in SUFFIXES.get(suffix_of(path), ()) or _is_tagged(text):
         return "CoNLL", " "
-    if text[:1] in (b"{", b""):
-        return "JSON lines", ","
-    if text[:1] == b"[":
-        return "JSON array", ","
+    if text[:1] in (b"{", b"", b"["):
+        return ("JSON array" if text[:1] == b"[" else "JSON lines"), ","
+    if not suffix_of(path) and not _num_controls(text) and not _is_table(text):
+        return _document(text)
     return _table(path, text)
+
+
+def _is_table(text: bytes) -> bool:
+    """Whether the first lines have as many separators as the header, which has some."""
+    delimiter, cells = _header(text)
+    lines = [line for line in text.split(b"\n")[:20] if line.strip()]
+    return len(cells) > 1 and len(lines) > 1 and all(line.count(delimiter.encode()) >= len(cells) - 1 for line in lines)
 
 
 def no_text(head: bytes) -> tuple[str, str, str] | None:
     """Code, message and way out where bytes are those of something else than UTF-8 text."""
     if head.startswith((*_ARCHIVES, GZIP)):
         return "archive", "this is an archive, or gzipped twice.", "Unpack it; save a sheet as CSV, a document as .txt."
-    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")):
-        fix = "Save it as UTF-8, or: iconv -f UTF-16 -t UTF-8 in > out."
-        return "wrong_encoding", "this is UTF-16.", fix
+    if head.startswith(_OLD_EXCEL):
+        message = "this is an Excel file of before 2007 (.xls), or one with a password."
+        return "binary", message, "Save it as .xlsx without a password, or the sheet as CSV."
+    if head.startswith((b"{\0", b"[\0", b"\0{", b"\0[")):
+        which = "le" if head[1:2] == b"\0" else "be"
+        fix = f"Add --set data.encoding=utf-16-{which}, or save it as UTF-8."
+        return "wrong_encoding", "this is UTF-16 without a byte order mark.", fix
     if head.startswith(b"%PDF") or _num_controls(head) > len(head) // 5:
         return "binary", "this is not text.", SAVE_AS
     return None
+
+
+def is_text_file(place: str) -> bool:
+    """Whether a file begins like text. Raises OSError, and DataError for a damaged gzip file."""
+    with open(place, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    head = _unpacked_head(place, head) if head.startswith(GZIP) else head
+    return not (no_text(head) or head.startswith(b"PAR1"))
 
 
 def suffix_of(path: str) -> str:
@@ -153,6 +184,10 @@ class FileFacts:
     kind: FileFormat
     gzipped: bool = False
     has_bom: bool = False
+    encoding: str = ""
+    """Of a text that may not be UTF-8; empty: it is."""
+    sheets: tuple[str, ...] = ()
+    """Sheets of an Excel file, of which the first is read."""
     delimiter: str = ","
     """Between the values of a CSV file."""
     columns: tuple[str, ...] | None = None
@@ -171,7 +206,9 @@ class FileFacts:
 
     def __str__(self) -> str:
         kind = {"\t": "TSV", ";": "CSV with semicolons"}.get(self.delimiter, "CSV") if self.kind == "CSV" else self.kind
-        return f"{kind}, gzipped" if self.gzipped else kind
+        sheet = [f"sheet {self.sheets[0]!r}"] if self.sheets else []
+        encoding = [self.encoding] if self.encoding else []
+        return ", ".join([kind, *sheet, *encoding, *(["gzipped"] if self.gzipped else [])])
 
 
 def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, ...]:
@@ -182,7 +219,7 @@ def distinct(facts: FileFacts, columns: Sequence[str], line: int) -> tuple[str, 
     return tuple(columns)
 
 
-def inspect_file(path: str, at: str = "") -> FileFacts:
+def inspect_file(path: str, at: str = "", how: Reading = AS_IT_IS) -> FileFacts:
     """Detect the format of a file by its content. `at`: where it is read, if not at its path.
 
     Raises:
@@ -204,8 +241,72 @@ def inspect_file(path: str, at: str = "") -> FileFacts:
     gzipped = head.startswith(GZIP)
     if gzipped:
         head = _unpacked_head(path, head)
-    kind, delimiter = detect_format(path, head)
-    return FileFacts(path, kind, gzipped, head.startswith(BOM), delimiter, total_bytes=num_bytes, at=at)
+    if head.startswith(_ARCHIVES[0]) and not gzipped and _is_workbook(at or path):
+        return FileFacts(path, "Excel", total_bytes=num_bytes, at=at)
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "")
+    if how.encoding != "auto" and not encoding and not head.startswith((b"PAR1", BOM, *_ARCHIVES)):
+        encoding = how.encoding
+    if encoding:
+        with _decodes(path, encoding):
+            head = Recoded(BytesIO(head), encoding, is_whole=len(head) < HEAD_BYTES).readall()
+    kind, delimiter = detect_format(path, head, how.suffixes)
+    return FileFacts(path, kind, gzipped, head.startswith(BOM), encoding, (), delimiter, total_bytes=num_bytes, at=at)
+
+
+def _is_workbook(place: str) -> bool:
+    try:
+        with zipfile.ZipFile(place) as parts:
+            return "xl/workbook.xml" in parts.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
+class Recoded(RawIOBase):
+    """The bytes of a text in another encoding, as UTF-8. Where its first part that is not ASCII is UTF-8 already, all
+    stays as it is: a run's encoding counts for files that are not UTF-8.
+
+    Raises UnicodeDecodeError for bytes that the encoding does not have.
+    """
+
+    def __init__(self, stream: ByteStream, encoding: str, *, is_whole: bool = True) -> None:
+        self._stream, self._is_whole = stream, is_whole
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._has_nothing_in_common = "a".encode(encoding) != b"a"
+        self._is_known, self._is_utf8, self._is_over, self._rest = False, False, False, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest and not self._is_over:
+            raw = self._stream.read(HEAD_BYTES)
+            if not (self._is_known or self._has_nothing_in_common or raw.isascii()):
+                raw += self._stream.read(4)  # whatever is cut off at the end of the part
+                self._is_known, self._is_utf8 = True, _is_utf8(raw)
+            self._is_over = not raw
+            self._rest = raw if self._is_utf8 else self._decoder.decode(raw, not raw and self._is_whole).encode()
+        part, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(raw)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _decodes(path: str, encoding: str, facts: FileFacts | None = None) -> Iterator[None]:
+    """Raise a text that does not have the encoding that was given as `DataError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        message = f"byte 0x{error.object[error.start]:02X} is not {encoding}."
+        line = facts.line + 1 if facts else 0
+        raise refusal(path, line, "wrong_encoding", message, "Give its encoding by --set data.encoding=...") from None
 
 
 def _size_of_file(path: str, at: str) -> int:
@@ -228,7 +329,10 @@ def open_text(facts: FileFacts) -> Iterator[tuple[ByteStream, BufferedReader]]:
         try:
             if facts.has_bom:
                 stream.read(len(BOM))
-            yield stream, packed
+            if facts.encoding:
+                stream = BufferedReader(Recoded(stream, facts.encoding), HEAD_BYTES)
+            with _decodes(facts.path, facts.encoding, facts):
+                yield stream, packed
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise damaged_gzip(facts.path, facts.line + 1, error) from None
         except OSError as error:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
 import orjson
 
+from tunesmith.data.columns import explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
-from tunesmith.data.problems import names, paste, refusal
-from tunesmith.data.read import OnProblem, read
-from tunesmith.errors import DataError, InputError, RecipeError
+from tunesmith.data.problems import names, refusal
+from tunesmith.data.read import OnProblem, read, reread
+from tunesmith.errors import InputError, RecipeError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
@@ -70,7 +68,7 @@ def examples(
     known: list[FileFacts] = [] if facts is None else facts
     of_file: FileExamples | None = None
     index = -1
-    for i, record, source in read(files, limits=data.limits, on_problem=on_problem, facts=known):
+    for i, record, source in read(files, limits=data.limits, on_problem=on_problem, facts=known, how=data.reading):
         if of_file is None or i != index:
             if of_file is not None:
                 of_file.finish()
@@ -99,6 +97,8 @@ class FileExamples:
     """Fields that are not used, with the first place of each."""
     mapped: set[str] = field(default_factory=set)
     """Our names in data.columns whose fields rows have."""
+    suggested: str | None = None
+    """Hints for a row of no shape, once one was seen."""
 
     def example(self, record: dict[str, Any], source: Source) -> Example | None:
         raw = record
@@ -158,7 +158,7 @@ class FileExamples:
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
         unused = [theirs for ours, theirs in self.data.columns.items() if ours not in self.mapped]
         if unused and self.facts.rows:
-            message = f"data.columns names {', '.join(unused)}, which no row of this file has: it was read without."
+            message = f"no row of it has {names(unused)}, which data.columns names: it was read by its own names."
             self._note(Source(self.facts.path, 0), "columns_unused", message, "")
 
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
@@ -199,7 +199,7 @@ class FileExamples:
         if self.shape is not None and (shape is None or set(FORMATS[shape].fields) <= set(FORMATS[self.shape].fields)):
             return self.shape  # which says what is missing
         if shape is None:
-            code, message, fix = explain(record, self.task)
+            code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
             if self.facts.columns is not None:
                 raise refusal(self.facts.path, 1, code, message, fix)
             self.on_problem(Problem(source, code, message, fix))
@@ -210,6 +210,13 @@ class FileExamples:
             )
             return None
         return shape
+
+    def _suggested(self, record: dict[str, Any]) -> str:
+        """What the rows of the file may be meant for; of a list, which has no file, what this row may be."""
+        if self.suggested is None:
+            rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
+            self.suggested = " ".join(map(str, meanings(rows, self.task)))
+        return self.suggested
 
     def _too_many(self, record: dict[str, Any], source: Source, fields: Sequence[str]) -> list[Problem]:
         limit = self.data.limits.messages
@@ -282,12 +289,6 @@ def hash_of(content: list[Any]) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "big")
 
 
-_USUAL: tuple[Shape, ...] = (
-    "messages", "sharegpt", "alpaca", "prompt_completion", "document_summary", "tokens_tags", "text_label", "text",
-    "text_pairs", "preference",
-)  # fmt: skip
-
-
 def check_column_names(columns: Mapping[str, str]) -> None:
     """Raise `RecipeError` when data.columns names a field that no shape has, or one of the data's twice."""
     for ours, theirs in columns.items():
@@ -297,50 +298,3 @@ def check_column_names(columns: Mapping[str, str]) -> None:
     twice = sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1})
     if twice:
         raise RecipeError(f"data.columns: {twice[0]} is named for two fields; a column can be one.")
-
-
-def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str, str]:
-    """Why a row has no shape that `task` learns from: code, message and way out."""
-    shape, fields = find_shape(record), FORMATS[SHAPES[task][-1]].required if task else ("prompt", "completion")
-    own = paste(dict(zip(fields, [*(name for name in record if len(name) < 40), "...", "..."], strict=False)))
-    if shape is not None and task is not None:
-        tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
-        message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
-        return "other_task", message, f"Add --set task={tasks.split()[0]}, or name your fields, such as {own}."
-    wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
-    message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
-    if near := _misspelt(tuple(record), tuple(wanted)):
-        return "unknown_shape", message, f"Did you mean {', '.join(near)}? Correct the name, or add {paste(near)}."
-    takes = ", or ".join(map(" and ".join, wanted))
-    return "unknown_shape", message, f"A row has {takes}; name yours, such as {own}."
-
-
-@lru_cache(maxsize=1)  # rows of a file mostly have the same fields
-def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
-    """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
-    for fields in wanted:
-        near = {ours: theirs for ours in fields for theirs in get_close_matches(ours, given, 1, 0.8)}
-        if len(near) == len(fields):
-            return {ours: theirs for ours, theirs in near.items() if ours != theirs}
-    return {}
-
-
-_CLASSES = ("labels", "category", "class", "sentiment", "topic", "intent", "emotion", "rating")
-"""Fields next to a text that nearly always hold its class."""
-
-
-def ask_text_or_classes(data: Data) -> str | None:
-    """The question to the user if the first row of a file is text, and has a field that is often a class; else None."""
-    text = data.columns.get("text", "text")
-    for file in data.train:
-        with suppress(DataError):  # which is said when its rows are read
-            for _, record, _ in itertools.islice(read([file], limits=data.limits, on_problem=lambda problem: None), 1):
-                renamed = {ours: record[theirs] for ours, theirs in data.columns.items() if theirs in record}
-                label = next((name for name in _CLASSES if name in record and name != text), None)
-                if label is not None and find_shape({**record, **renamed}) == "text":
-                    columns = paste({"text": text, "label": label}, task="classify")
-                    return (
-                        f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
-                        f"To learn the class: {columns}. To learn the text itself: --set task=text."
-                    )
-    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.data.formats import SHAPES
 from tunesmith.data.labels import MOST_LISTED, find_kind, order
 from tunesmith.errors import DataError
-from tunesmith.phrases import plural
+from tunesmith.phrases import listed, plural
 from tunesmith.recipe.schema import Data, resolved
 from tunesmith.types import Choice, Labels, TaskName
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FLOOR, PART, LEAST, MOST = 50, 0.1, 0.05, 0.2
 """By itself: a twentieth of many rows, a tenth of up to a thousand, 50 where that is a fifth or less."""
+RARE = 10
+"""Rows of a class below which it is neither learnt well nor measured."""
 FEW = 30
 """Held-out rows below which hardly any difference is distinguishable from chance."""
 
@@ -123,6 +125,16 @@ def split_notes(
             f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) wants "
             f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
         )
+
+
+def rare_note(names: Sequence[str], classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_]) -> list[str]:
+    """A note about classes of few rows; `names` by the ids in `classes_I`."""
+    counts = [(int((classes_I == i).sum()), int(mask_I[classes_I == i].sum()), name) for i, name in enumerate(names)]
+    rare = sorted(one for one in counts if 0 < one[0] < RARE)
+    if not rare:
+        return []
+    shown = listed(f"{name!r} ({plural(num, 'row')}, {held} of them held out)" for num, held, name in rare)
+    return [f"too few rows to be learnt well or to be measured: {shown}. Add rows, or put them into another class"]
 
 
 def _classes_of_inputs(
@@ -232,6 +244,7 @@ def split(
         has_classes = "text_label" in SHAPES[task] and find_kind(task, data, [store.count_labels()])[0] == "one"
         classes = store.labels.firsts()[own] if has_classes else None
         is_held[own], notes = hold_out(store.inputs[own], store.hashes[own], classes, resolved(data.held_out))
+        notes = [*notes, *(rare_note(store.labels.vocabulary, classes, is_held[own]) if classes is not None else [])]
         held = np.flatnonzero(is_held)
         is_leaked = is_replay & np.isin(keys, keys[held])
     if is_leaked.any():

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.formats import SHAPES
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.phrases import did_you_mean
+from tunesmith.phrases import did_you_mean, plural
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Choice, LabelKind, Labels, Problem, Source, TaskName
 
@@ -171,6 +171,17 @@ def similar_names_notes(names: Iterable[str]) -> list[str]:
         for group in alike.values()
         if len(group) > 1
     ]
+
+
+_MISSING = {"nan", "na", "n/a", "#n/a", "null", "none", "-", "?"}
+
+
+def missing_names_note(rows_of: Mapping[str, int]) -> list[str]:
+    """A note about classes that stand for a missing label in other files."""
+    found = [f"{name!r} ({plural(num, 'row')})" for name, num in rows_of.items() if name.strip().lower() in _MISSING]
+    if not found:
+        return []
+    return [f"learnt as classes: {', '.join(found)}. Remove such rows where this means that a label is missing"]
 
 
 def count_classes(seen: LabelCounts, names: Sequence[str]) -> NDArray[np.int64]:

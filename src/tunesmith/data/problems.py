@@ -21,6 +21,8 @@ MOST_NAMES = 20
 MOST = 50
 """Problems listed of one row: a row can have millions."""
 _PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
+_OF_YAML = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+"""Words that are values of their own in a recipe."""
 
 
 def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> DataError:
@@ -143,11 +145,14 @@ def names(record: Iterable[str]) -> str:
     return ", ".join(quoted[:MOST_NAMES]) + more
 
 
+def _is_plain(name: str) -> bool:
+    return bool(_PLAIN.fullmatch(name)) and name == name.strip() and name.lower() not in _OF_YAML
+
+
 def paste(columns: Mapping[str, str], *, task: str | None = None) -> str:
     """The options to add to a command, quoted for a shell."""
     names = {
-        theirs: theirs if _PLAIN.fullmatch(theirs) else json.dumps(theirs, ensure_ascii=False)
-        for theirs in columns.values()
+        theirs: theirs if _is_plain(theirs) else json.dumps(theirs, ensure_ascii=False) for theirs in columns.values()
     }
     listed = ", ".join(f"{ours}: {names[theirs]}" for ours, theirs in columns.items())
     words = [f"--set task={task}"] if task else []

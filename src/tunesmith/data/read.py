@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from glob import has_magic
 from typing import Any
 
@@ -18,6 +19,7 @@ from tunesmith.data.detect_format import (
     FileFormat,
     inspect_file,
     is_about,
+    is_text_file,
     open_text,
     suffix_of,
 )
@@ -25,18 +27,22 @@ from tunesmith.data.problems import describe_type, names, refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, json_array, json_lines
 from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import DataFile, Limits
+from tunesmith.recipe.schema import AS_IT_IS, DataFile, Limits, Reading
 from tunesmith.types import Problem, Source
 
+MOST_LOOKED_AT = 20
+"""Files of a folder that are opened to see whether they may be documents."""
 _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
 
 
-def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained: bool = False) -> tuple[DataFile, ...]:
+def expand_folders(
+    files: Sequence[DataFile], on_problem: OnProblem, *, trained: bool = False, how: Reading = AS_IT_IS
+) -> tuple[DataFile, ...]:
     """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight, and each
     address by the files that it names.
 
-    Documents end in .txt or .md; a README next to files of rows is not one. Hidden files and folders are left out; all
-    others are named in one warning a folder.
+    Documents end in .txt, .md or as `how` says, or where there are none have no suffix; a README next to files of rows
+    is not one. Hidden files and folders are left out; all others are named in one warning a folder.
 
     Raises:
         DataError: a folder cannot be listed, or holds nothing to read, or is `trained` on and holds held-out files
@@ -51,7 +57,7 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
                     _refuse_held_out_at(file.at, [one.address for one in registered(file.at)])
                 found += [file.at_place(one.cached() or one.address, path=one.address) for one in registered(file.at)]
             elif os.path.isdir(file.at):
-                for name in _documents(file.path, file.at, on_problem, trained):
+                for name in _documents(file.path, file.at, on_problem, trained, how.suffixes):
                     found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
             else:
                 found.append(file)
@@ -62,28 +68,47 @@ def expand_folders(files: Sequence[DataFile], on_problem: OnProblem, *, trained:
     return tuple(found)
 
 
-def _documents(folder: str, at: str, on_problem: Callable[[Problem], None], trained: bool) -> list[str]:
+def _documents(
+    folder: str, at: str, on_problem: Callable[[Problem], None], trained: bool, suffixes: Sequence[str]
+) -> list[str]:
     """Their paths from the folder on, which is read `at` a place."""
     listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
     writable = [name for name in listed if name.encode("utf-8", "ignore").decode() == name]  # others are not UTF-8
-    documents = [name for name in writable if suffix_of(name) in DOCUMENTS]
+    documents = [name for name in writable if suffix_of(name) in (*DOCUMENTS, *suffixes)]
     rows = [name for name in writable if suffix_of(name) in SUFFIXES]
     if rows and all(is_about(name) for name in documents):
         chosen, what = rows, "files of rows"
     else:
         chosen, what = documents, "documents (.txt, .md)"
+    if not chosen:
+        chosen, what = [name for name in writable if not suffix_of(name)], "documents without a suffix"
     if trained:
         _refuse_held_out(folder, chosen, rows if chosen is rows else [])
     others = [os.fsencode(name).decode("utf-8", "replace") for name in listed if name not in set(chosen)]
     if not chosen:
         held = f"It holds {names(others)}." if others else "It is empty."
         message = "this is a folder without a document (.txt, .md) or a file of rows (.jsonl, .csv, .parquet, ...)."
-        raise refusal(folder, 0, "is_folder", f"{message} {held}", "Give files by their names.")
+        way = f" or, if they are documents, add {by}" if (by := _by_suffix(at, writable)) else ""
+        raise refusal(folder, 0, "is_folder", f"{message} {held}", f"Give files by their names{way}.")
     if others:
         counted = "1 file was" if len(others) == 1 else f"{len(others):,} files were"
         message = f"{counted} left out, since the {what} of this folder are read: {names(others)}."
-        on_problem(Problem(Source(folder, 0), "left_out", message, "Give files of rows by name.", severity="warning"))
+        way = f", other documents by {by}" if (by := _by_suffix(at, others)) else ""
+        fix = f"Give files of rows by name{way}."
+        on_problem(Problem(Source(folder, 0), "left_out", message, fix, severity="warning"))
     return chosen
+
+
+def _by_suffix(at: str, others: Sequence[str]) -> str:
+    """The option that takes other files of a folder for documents, as far as they begin like text; "" if none does."""
+    ends: dict[str, str] = {}
+    for name in others[:MOST_LOOKED_AT]:
+        end = suffix_of(name)
+        with suppress(OSError, DataError):
+            if end not in SUFFIXES and end not in ends and is_text_file(os.path.join(at, name)):
+                ends[end] = name
+    listed = json.dumps([*ends][:4], ensure_ascii=False)
+    return f"--set {shlex.quote(f'data.suffixes={listed}')}" if ends else ""
 
 
 def _refuse_held_out_at(address: str, found: Sequence[str]) -> None:
@@ -124,7 +149,12 @@ OnProblem = Callable[[Problem], None]
 
 
 def read(
-    files: Sequence[DataFile], *, limits: Limits, on_problem: OnProblem, facts: list[FileFacts] | None = None
+    files: Sequence[DataFile],
+    *,
+    limits: Limits,
+    on_problem: OnProblem,
+    facts: list[FileFacts] | None = None,
+    how: Reading = AS_IT_IS,
 ) -> Iterator[tuple[int, dict[str, Any], Source]]:
     """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
 
@@ -135,21 +165,30 @@ def read(
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
             Files that cannot be opened are named together, before the first row.
     """
-    for index, found in inspect_files(files, on_problem):
+    for index, found in inspect_files(files, on_problem, how):
         with local(found.at) if is_address(found.at) else nullcontext("") as there:
-            of_file = inspect_file(found.path, there) if there else found
+            of_file = inspect_file(found.path, there, how) if there else found
             if facts is not None:
                 facts.append(of_file)
             yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
 
 
-def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tuple[int, FileFacts]]:
+def reread(facts: FileFacts, *, limits: Limits, how: Reading) -> Iterator[dict[str, Any]]:
+    """The rows of a file that is being read, from its beginning; none of what is no file. Raises as `read`."""
+    if os.path.isfile(place := facts.at or facts.path):
+        for _, record, _ in _rows(0, inspect_file(facts.path, place, how), limits=limits, on_problem=lambda said: None):
+            yield record
+
+
+def inspect_files(
+    files: Sequence[DataFile], on_problem: OnProblem, how: Reading = AS_IT_IS
+) -> list[tuple[int, FileFacts]]:
     """Facts of every file and document of a folder, with its index. Raises one `DataError` for all unreadable ones."""
     found: list[tuple[int, FileFacts]] = []
     refused: list[DataError] = []
     for index, file in enumerate(files):
         try:
-            members = expand_folders([file], on_problem)
+            members = expand_folders([file], on_problem, how=how)
         except DataError as error:
             refused.append(error)
             continue
@@ -159,7 +198,7 @@ def inspect_files(files: Sequence[DataFile], on_problem: OnProblem) -> list[tupl
                 found.append((index, facts))
                 continue
             try:
-                found.append((index, inspect_file(member.path, member.at)))
+                found.append((index, inspect_file(member.path, member.at, how)))
             except DataError as error:
                 refused.append(error)
     if refused:
@@ -176,7 +215,7 @@ def _rows(
     path = facts.path
 
     def on_bad(line: int, bad: BadRow) -> None:
-        is_known = bad.at is not None and facts.kind != "Parquet"
+        is_known = bad.at is not None and facts.kind not in ("Parquet", "Excel") and not facts.encoding
         place = f" (byte {(bad.at or 0) + 1:,} of the {_UNITS.get(facts.kind, 'row')})" if is_known else ""
         on_problem(Problem(Source(path, line), bad.code, f"{bad.message}{place}.", bad.fix))
 
@@ -187,14 +226,24 @@ def _rows(
             message = f"the row is {describe_type(record)}, not an object with named fields."
             on_problem(Problem(Source(path, line), "not_an_object", message, 'Write {"prompt": ..., ...}.'))
     facts.done_bytes = facts.total_bytes
+    if others := facts.sheets[1:]:
+        message = f"its first sheet was read, {facts.sheets[0]!r}; left out: {names(others)}."
+        fix = "Save another sheet as a file of its own to use it."
+        on_problem(Problem(Source(path, 0), "left_out", message, fix, severity="warning"))
     if facts.marks:
         message = f"{facts.marks:,} lines hold no word (-DOCSTART- or a comment) and were left out."
         on_problem(Problem(Source(path, 0), "document_marks", message, severity="warning"))
     if facts.rows == 0:
-        raise refusal(path, 0, "empty_dataset", "it holds no row.")
+        held = f"no row, only the names of columns: {names(facts.columns)}" if facts.columns else "no row"
+        raise refusal(path, 0, "empty_dataset", f"it holds {held}.")
 
 
 def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
+    if facts.kind == "Excel":
+        from tunesmith.data.read_excel import excel_rows
+
+        yield from excel_rows(facts, limits=limits, on_bad=on_bad)
+        return
     readers: dict[FileFormat, Callable[..., Iterator[tuple[int, Any]]]] = {
         "JSON lines": json_lines,
         "JSON array": json_array,

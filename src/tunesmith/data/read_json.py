@@ -81,11 +81,8 @@ def decode(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         at = error.start
-        around = raw[max(0, at - 12) : at + 12].decode("latin-1")
-        fix = (
-            f"Read as Latin-1 (Windows-1252) it says {around!r}. "
-            "If that is right, convert the file: iconv -f WINDOWS-1252 -t UTF-8."
-        )
+        around = raw[max(0, at - 12) : at + 12].decode("cp1252", "replace")
+        fix = f"Read as Windows-1252 it says {around!r}. If that is right, add --set data.encoding=cp1252."
         raise BadRow("invalid_utf8", f"byte 0x{raw[at]:02X} is not UTF-8", fix, at=at) from None
 
 

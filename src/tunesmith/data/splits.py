@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,9 @@ def encode_rows(
     """
     problems: list[Problem] = []
     sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
-    found = {side: expand_folders(files, problems.append, trained=side != "eval") for side, files in sides.items()}
-    data = data.model_copy(update=found)
-    notes = [str(problem) for problem in problems]
+    expand = partial(expand_folders, on_problem=problems.append, how=data.reading)
+    found = {side: expand(files, trained=side != "eval") for side, files in sides.items()}
+    data, notes = data.model_copy(update=found), [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
         return build(

@@ -316,8 +316,11 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def never_right(details: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence that names the classes of which no held-out row is right, if there are any."""
+def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str]:
+    """A sentence that names the classes of which no held-out row is right, if there are any.
+
+    `weights`: train.class_weights of the run, with which a second sentence says the way out.
+    """
     rows = details.get("per_class") or details.get("per_type") or ()
     unit = "span" if rows and "type" in rows[0] and "confusion" not in details else "row"
     if rows and "type" in rows[0] and {row["type"] for row in rows} <= set(details.get("labels", ())):
@@ -332,6 +335,11 @@ def never_right(details: Mapping[str, Any]) -> Iterator[str]:
         shown = names[:MOST_NAMED] + [f"{len(names) - MOST_NAMED:,} more"] * (len(names) > MOST_NAMED)
         words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
+    if never and weights is not None:
+        is_rare = never[-1][1] * len(rows) < sum(row["support"] for row in rows)
+        way = ", or let rare classes count as much as frequent ones: --set train.class_weights=balanced"
+        more = f"Train on more {unit}s of {'it' if len(never) == 1 else 'them'}"
+        yield f"{more}{way if is_rare and weights == 'equal' else ''}."
 
 
 def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:

@@ -125,7 +125,7 @@ def find_rows(result: RunResult) -> CheckRows:
 
 def _examples(result: RunResult, side: str) -> Iterator[Example]:
     data = result.recipe.data
-    files = expand_folders(getattr(data, side), lambda problem: None)
+    files = expand_folders(getattr(data, side), lambda problem: None, how=data.reading)
     for _, example in examples(files, data, lambda problem: None, task=result.renderer.task_name):
         yield example
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import pin
 from tunesmith.data.collate import Collator, Masking
+from tunesmith.data.columns import usual_columns
 from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import content_hash, examples
 from tunesmith.data.hold_out import split
@@ -108,7 +109,7 @@ def load_training_rows(run: Run) -> TrainingRows | None:
     if store is None or held_store is None:
         return None
     try:
-        num_replay = len(expand_folders(recipe.data.replay, lambda problem: None))
+        num_replay = len(expand_folders(recipe.data.replay, lambda problem: None, how=recipe.data.reading))
     except DataError:  # a folder that is gone: the run's own rows cannot be separated from it
         return None
     own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
@@ -308,7 +309,9 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
-    return pin(loaded.recipe.data.model_copy(update=update), offline=offline)
+    data, notes = pin(loaded.recipe.data.model_copy(update=update), offline=offline)
+    usual = usual_columns(data, loaded.renderer.task_name)
+    return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
 
 
 def _feed(loaded: LoadedModel, store: RowStore) -> Collator:

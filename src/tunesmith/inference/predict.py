@@ -286,7 +286,7 @@ def predict_to(
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
-    found = expand_folders([DataFile(path=path)], lambda warning: None)
+    found = expand_folders([DataFile(path=path)], lambda warning: None, how=predictor.loaded.recipe.data.reading)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
     files = (file for file in found if is_address(file.path) or Path(file.path).is_file())
     hashes = [f"{file.path} {file_hash(file)}\n" for file in files]

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.detect_format import inspect_file
 from tunesmith.data.examples import examples
+from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Shape, TaskName
@@ -68,6 +70,8 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
 
     with suppress(_TooManyErrorsError):
         try:
+            if inspect_file(str(path)).kind == "Excel":  # its parsers are for files of one's own
+                raise refusal(str(path), 0, "archive", "an Excel file is not read here.", "Upload JSON lines.")
             for _, example in examples([DataFile(path=str(path))], Data(), add):
                 num += 1
                 tasks.add(_TASKS.get(example.shape))

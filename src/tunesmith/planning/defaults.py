@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.data.examples import ask_text_or_classes
+from tunesmith.data.columns import absent_columns, ask_text_or_classes, usual_columns
+from tunesmith.data.formats import task_of_rows
 from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
@@ -28,7 +29,7 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look, task_of
+from tunesmith.tasks import TASKS, has_look
 from tunesmith.types import Choice, HeadName, ModelKind, Task, TaskName
 
 SMALL_MODEL = 30_000_000
@@ -97,6 +98,11 @@ def decide_before_rows(
             choices.append(rule())
             recipe = with_choice(recipe, choices[-1])
 
+    if absent := absent_columns(recipe.data):
+        raise DataError("\n".join(map(str, absent)), absent)
+    if usual := usual_columns(recipe.data, None if recipe.task == "auto" else recipe.task):
+        choices.append(Choice("data.columns", *usual))
+        recipe = with_choice(recipe, choices[-1])
     choose("task", lambda: _task_of_first_row(recipe, kind))
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
@@ -180,7 +186,7 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
     example = first_example(recipe.data)
-    if (task := task_of(example.shape)) is not None and task.detected:
+    if (task := TASKS[task_of_rows(example.shape)]).detected:
         if task.name == "text" and (question := ask_text_or_classes(recipe.data)):
             raise DataError(question)
         return Choice("task", task.name, task.detected)

@@ -7,11 +7,12 @@ into the run's recipe.yaml.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -37,8 +38,8 @@ class DataFile(OptionGroup):
     """One file of rows and how often each of its rows is seen in an epoch."""
 
     path: str
-    """Rows as JSONL, JSON, CSV, TSV, Parquet or CoNLL, may be gzipped; .txt or .md documents; a folder of either; or an
-    address: hf://datasets/owner/name."""
+    """Rows as JSONL, JSON, CSV, TSV, Excel, Parquet or CoNLL, may be gzipped; .txt or .md documents; a folder of
+    either; or an address: hf://datasets/owner/name."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
     _at: str | None = PrivateAttr(None)
@@ -74,6 +75,25 @@ class Limits(OptionGroup):
     """Most problems listed one by one; all are counted."""
 
 
+class Reading(NamedTuple):
+    """How files are read, as far as their content does not say it."""
+
+    encoding: str = "auto"
+    suffixes: tuple[str, ...] = ()
+
+
+AS_IT_IS = Reading()
+
+
+def _known_encoding(name: str) -> str:
+    try:
+        if name != "auto" and not codecs.lookup(name)._is_text_encoding:
+            raise LookupError
+    except (LookupError, ValueError):
+        raise ValueError(f"{name}: no encoding of text has this name. Use cp1252, latin-1, utf-16, ...") from None
+    return name
+
+
 class Data(OptionGroup):
     """Datasets, and how rows become tokens."""
 
@@ -89,7 +109,14 @@ class Data(OptionGroup):
     move when rows are added. auto: a fifth of a small file, 50 to 100 rows of a larger one, a twentieth of a large
     one."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Other names of fields, ours to yours: {prompt: question, completion: answer}."""
+    """Other names of fields, ours to yours: {prompt: question, completion: answer}. A name that no row has is an
+    error."""
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = "auto"
+    """Encoding of files that are not UTF-8: cp1252, latin-1, cp1251, shift_jis, ... auto: UTF-8, or UTF-16 and UTF-32
+    by their byte order marks."""
+    suffixes: Words = ()
+    """Ends of names of documents, beside .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document
+    in a folder without others."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
     date: Day | Auto | None = "auto"
@@ -128,6 +155,11 @@ class Data(OptionGroup):
     counts and errors are the same."""
     limits: Limits = Limits()
     _template_at: str | None = PrivateAttr(None)
+
+    @property
+    def reading(self) -> Reading:
+        """How its files are read."""
+        return Reading(self.encoding, self.suffixes)
 
     @property
     def template_at(self) -> str | None:

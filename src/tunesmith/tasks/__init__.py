@@ -17,7 +17,7 @@ from tunesmith.tasks.losses import PLAIN, token_measure
 from tunesmith.tasks.prefer import PREFER
 from tunesmith.tasks.scores import RANK, REWARD
 from tunesmith.tasks.texts import CHAT, CLASSIFY, GENERATE, SUMMARIZE, TAG, TEXT
-from tunesmith.types import TASK_NAMES, Labels, Shape, Task, TaskName
+from tunesmith.types import TASK_NAMES, Labels, Task, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
@@ -34,12 +34,6 @@ def register(task: Task) -> None:
     SHAPES.setdefault(task.name, task.shapes)
     if task.name not in TASK_NAMES:
         TASK_NAMES.append(task.name)
-
-
-def task_of(shape: Shape) -> Task | None:
-    """The task that rows of this shape are made for; None if several tasks learn from it."""
-    found = [task for task in TASKS.values() if shape in task.shapes]
-    return found[0] if len(found) == 1 else None
 
 
 def has_look(recipe: Recipe) -> bool:

@@ -49,6 +49,12 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
 """Shapes that a task learns from."""
 
 
+def task_of_rows(shape: Shape) -> TaskName:
+    """The task that the first row decides where none is given, for which all others are read. chat stands for generate
+    too, which learns from the same shapes."""
+    return next(task for task, shapes in SHAPES.items() if shape in shapes)
+
+
 def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
     """Whether a row has the fields of a shape."""
     one = FORMATS[shape]

@@ -116,9 +116,12 @@ def _parse_alpaca(record: dict[str, Any], source: Source, *, answered: bool = Tr
     parts += _history(record.get("history"), found)
     parts.append(Part("user", f"{instruction}\n\n{extra}" if extra else instruction, False))
     if answered and "output" not in record:
-        own = [name for name in record if name not in ("instruction", "system", "history") and len(name) < 40]
-        fields = ("input", "output")[-max(1, len(own)) :]  # Dolly: instruction, context, response, category
-        columns = {"instruction": "instruction", **dict(zip(fields, [*own, "..."], strict=False))}
+        answer = next((name for name in ("response", "answer", "completion") if name in record), "...")
+        columns = {
+            "instruction": "instruction",
+            **({"input": "context"} if "context" in record else {}),
+            "output": answer,
+        }
         found.add(
             "missing_field",
             f"output is missing; there are {names(record)}.",

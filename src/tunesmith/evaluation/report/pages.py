@@ -32,7 +32,7 @@ def as_html(page: Page) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
-    environment.filters |= {"data": data, "line": one_line, "name": _name}
+    environment.filters |= {"data": data, "prose": prose, "line": one_line, "name": _name}
     environment.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     environment.globals |= {"svg": lambda plot: Markup(plot.svg), "mark_of": mark}
     here = files(__package__ or "")
@@ -52,6 +52,15 @@ def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:
         return whole
     summary = Markup("<summary><bdi>{}</bdi> <small>{:,} characters</small></summary>")
     return Markup("<details>{}{}</details>").format(summary.format(one_line(shown, 160), len(shown)), whole)
+
+
+def prose(text: str) -> Markup:
+    """A sentence of the page, what it has in backticks as code; one too long is folded."""
+    parts = visible(text).split("`")
+    if len(text) >= 2 * FOLDED_FROM or len(parts) % 2 == 0:
+        return data(text)
+    code = Markup("<code><bdi>{}</bdi></code>")
+    return Markup("").join(code.format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _name(label: str) -> Markup:

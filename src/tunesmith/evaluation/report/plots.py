@@ -105,7 +105,8 @@ def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Pl
         else:
             axes.plot(*raw, color=INK, linewidth=1.4, label="training")
         if len(held):
-            axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **HELD_OUT)
+            line = HELD_OUT if len(held) >= COURSE_FROM else {**HELD_OUT, "linestyle": ""}
+            axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **line)
             chosen = held[held[:, 0] == kept][-1:]
             axes.plot(chosen[:, 0], _finite(chosen[:, 1]), color=ACCENT, linestyle="", marker="o", markersize=7)
         _mark_kept(axes, kept)

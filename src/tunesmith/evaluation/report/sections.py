@@ -115,6 +115,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     compared = [Column(other, "number")] if other else []
     columns = [Column("measure", "head"), *compared, Column(ours, "result")]
     columns += [Column("difference", "number"), Column("", "verdict")] if other else []
+    columns += [Column(report["baseline"]["name"], "number")] if any(line.baseline for line in lines) else []
     rows = []
     for line in lines:
         cells = [Cell(line.label), *([Cell(line.other, line.other_bounds)] if other else [])]
@@ -122,6 +123,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
         if other:
             verdict = Cell(VERDICTS[line.verdict], mark=line.verdict)
             cells += [Cell(line.change), verdict]
+        cells += [Cell(line.baseline)] if len(cells) < len(columns) else []
         rows.append(cells)
     yield Table(columns, rows, "stack")
     yield Block("facts", [(line.label, line.doc) for line in lines], fold="What each measure is")

@@ -15,6 +15,7 @@ from tunesmith.evaluation.compare import (
     baseline_sentence,
     capitalized,
     changes,
+    named,
     never_right,
     row_baseline,
     too_few,
@@ -56,6 +57,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
             [step, values["loss"]] for step, values in series.course(kept.get("step", progress["step"]))
         ],
         "samples": [series.samples[index] for index in sorted(series.samples)],
+        "class_weights": run.recipe().train.class_weights,
         "short_answers": are_short([sample["reference"] for sample in series.samples.values()]),
         "details": {
             "before": {} if new_head else _optional(run, "evaluation/before.json", {}),
@@ -219,6 +221,8 @@ class MetricLine:
     change: str
     """The paired difference with its interval."""
     verdict: Verdict
+    baseline: str = ""
+    """Of the constant answer, where `other` is another side; empty where that has none."""
 
 
 def sides(report: Mapping[str, Any]) -> tuple[str, str]:
@@ -269,6 +273,7 @@ def _line(report: Mapping[str, Any], key: str) -> MetricLine:
         after_bounds=info.bounds(after),
         change=_change(info, after, other, change),
         verdict="" if change is None else info.verdict(change),
+        baseline=_of_constant(report, key),
     )
 
 
@@ -278,6 +283,11 @@ def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Map
         return report["metrics"]["before"]["measures"][key], report["changes"].get(key)
     its = (report["baseline"] or {"measures": {}})["measures"].get(key)
     return (None, None) if its is None else ({"value": its["value"]}, its["change"])
+
+
+def _of_constant(report: Mapping[str, Any], key: str) -> str:
+    constant = (report["baseline"] or {"measures": {}})["measures"].get(key)
+    return "" if constant is None or report["metrics"]["before"] is None else info_of(key).text(constant["value"])
 
 
 def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
@@ -325,7 +335,8 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
-    yield from never_right(report["details"]["after"])
+    yield from _one_answer(report)
+    yield from never_right(report["details"]["after"], weights=report.get("class_weights"))
     num, unit = _num_counted(after, key)
     yield from too_few(num, unit)
     flipped = report["flips"]
@@ -334,6 +345,14 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
             f"{plural(flipped['num_gained'], 'row')} went from wrong to right, "
             f"{plural(flipped['num_lost'], 'row')} from right to wrong."
         )
+
+
+def _one_answer(report: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence where all answers are one, which no measure says as plainly."""
+    answers = [sample["after"].strip() for sample in report["samples"] if "after" in sample]
+    references = {sample["reference"].strip() for sample in report["samples"] if sample.get("reference")}
+    if len(answers) > 1 and len(set(answers)) == 1 < len(references) and is_short(answers[0]):
+        yield f"All {len(answers):,} answers are {named(answers[0])}."
 
 
 def _leading_key(report: Mapping[str, Any]) -> str:

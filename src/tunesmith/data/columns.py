@@ -1,0 +1,408 @@
+"""Fields that have other names than ours: what their values hold, which may be read without a word, and hints for
+the others. See docs/data.md, "Other names"."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, Literal
+
+from tunesmith.data.addresses import is_address
+from tunesmith.data.formats import FORMATS, SHAPES, find_shape, task_of_rows
+from tunesmith.data.problems import names, paste
+from tunesmith.data.read import read
+from tunesmith.errors import DataError
+from tunesmith.phrases import did_you_mean
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Problem, Shape, Source, TaskName
+
+SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
+"""What is looked at of a file: rows, characters of all, fields of a row."""
+LOOKED_AT = 1000
+"""Characters of a value that are looked at."""
+FEW_ROWS = 20
+"""Rows below which values that differ may be classes all the same."""
+MOST_SUGGESTED = 2
+MOST_NAMES = 1000
+"""Names that a misspelt one is compared with."""
+
+Values = Literal["text", "label", "number", "name", "other"]
+"""What a column holds. label: few values that repeat; name: short texts that differ; other: a counter, dates,
+addresses, ids, one value, nothing, or what is neither text nor number."""
+
+_PAIRS = (
+    ("question", "answer"), ("question", "response"), ("query", "answer"), ("query", "response"),
+    ("prompt", "response"), ("prompt", "answer"), ("prompt", "output"), ("input", "output"), ("problem", "solution"),
+)  # fmt: skip
+"""Names of what is said and of its answer, read as prompt and completion."""
+_SPEAKERS = (("user", "assistant"), ("human", "assistant"), ("user", "bot"), ("human", "bot"))
+"""Names of two who speak, read as a turn of a chat."""
+_ANSWERS = ("response", "answer", "completion")
+"""Names of the answer to an instruction, whose context is its input."""
+_TEXTS = (
+    "text", "comment", "review", "sentence", "body", "content", "message", "tweet", "post", "headline", "title",
+    "commenttext", "reviewtext", "reviewbody", "tweettext", "comments", "feedback", "description", "document",
+)  # fmt: skip
+_LABELS = (
+    "label", "labels", "sentiment", "category", "class", "topic", "rating", "intent", "stars", "emotion", "labelname",
+    "tag", "score", "target",
+)  # fmt: skip
+_ABOUT = {
+    "id", "title", "url", "uri", "link", "source", "author", "name", "date", "time", "timestamp", "lang", "language",
+    "license", "split", "dataset", "domain", "meta", "metadata", "subset", "path", "file", "filename",
+}  # fmt: skip
+"""Names of what is about a text, rather than its class."""
+_IS_ID = re.compile(r"(?i:(^|[\W_])(id|nr|no|uuid|guid))$|[a-z]I[dD]$")
+_OTHER = re.compile(
+    r"[a-z][a-z0-9+.-]*://\S+|www\.\S+|\S+@\S+\.\S+|[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}|[0-9a-f]{16,}"
+    r"|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([T ]\d.*)?|\d{1,2}:\d\d(:\d\d)?",
+    re.IGNORECASE,
+)
+"""Values of addresses, mail addresses, UUIDs, hashes, dates and times."""
+_ID = re.compile(r"\w{0,6}[-_#]?\d{2,}")
+_NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """Columns, ours to yours, and what is learnt from them."""
+
+    columns: dict[str, str]
+    learns: str
+    """After "To learn": Stimmung of Bewertung."""
+    task: TaskName | None = None
+    """None: the one that is detected."""
+    by_number: bool = False
+
+    def option(self) -> str:
+        return paste(self.columns, task=self.task) + (" --set data.label_kind=number" if self.by_number else "")
+
+    def __str__(self) -> str:
+        return f"To learn {self.learns}: {self.option()}."
+
+    @property
+    def said(self) -> str:
+        return ", ".join(f"{theirs!r} is read as {ours}" for ours, theirs in self.columns.items() if ours != theirs)
+
+
+def sample(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts their
+    beginnings."""
+    some: list[dict[str, Any]] = []
+    num_chars = 0
+    with suppress(DataError):  # which is said when its rows are read
+        for row in itertools.islice(rows, SAMPLE_ROWS):
+            fields = itertools.islice(row.items(), SAMPLE_COLUMNS)
+            some.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
+            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in some[-1].values())
+            if num_chars > SAMPLE_CHARS:
+                break
+    return some
+
+
+def sample_of(file: DataFile, data: Data) -> list[dict[str, Any]]:
+    """The first rows of a file or folder; none where it cannot be read."""
+    return sample(row for _, row, _ in read([file], limits=data.limits, on_problem=_ignore, how=data.reading))
+
+
+def _ignore(problem: Problem) -> None:
+    """A problem that is said when rows are read for another purpose."""
+
+
+def values_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
+    """What each column of a sample holds, in the order of the columns."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
+
+
+def _values(column: Sequence[Any]) -> Values:
+    given = [value for value in column if value not in (None, "", [])]
+    of_lists = [one for value in given if isinstance(value, list) for one in value]
+    texts = [str(value).strip() for value in of_lists or given]
+    if not texts or not all(isinstance(value, (str, int, float)) for value in of_lists or given):
+        return "other"
+    if len(set(texts)) == 1 < len(texts) or _share(_OTHER, texts) > 0.9:
+        return "other"
+    if _repeat(texts) or of_lists:  # of lists any number of classes hold
+        return "label" if _repeat(texts) else "other"
+    if _share(_NUMBER, texts) == 1:
+        return (
+            "other" if len(set(texts)) == len(texts) and not any(set(text) & set(".,") for text in texts) else "number"
+        )
+    if _share(_OTHER, texts) + _share(_ID, texts) > 0.9 or len(set(texts)) * 2 < len(texts):
+        return "other"
+    num_words, num_chars = sum(len(text.split()) for text in texts), sum(map(len, texts))
+    return "text" if num_words >= 4 * len(texts) or num_chars >= 25 * len(texts) else "name"
+
+
+def _share(pattern: re.Pattern[str], texts: Sequence[str]) -> float:
+    return sum(pattern.fullmatch(text) is not None for text in texts) / max(1, len(texts))
+
+
+def _repeat(texts: Sequence[str]) -> bool:
+    """Whether texts are few and short, and come again: numbers each three times, others twice."""
+    times = 3 if _share(_NUMBER, texts) == 1 else 2
+    distinct = set(texts)
+    return 2 <= len(distinct) <= 200 and len(distinct) * times <= len(texts) and max(map(len, distinct)) <= 60
+
+
+def _length(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) / max(1, len(rows))
+
+
+def meanings(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> list[Meaning]:
+    """What rows of unknown fields may be meant for, the likeliest first, two at most; none where values do not say."""
+    kinds = values_of(rows)
+    by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
+    texts, labels, names = by.get("text", []), by.get("label", []), by.get("name", [])
+    if not texts and names:  # a phrase each
+        texts = [max(names, key=lambda name: _length(rows, name))]
+        names = [name for name in names if name not in texts]
+    if not texts:
+        return []
+    longest = max(texts, key=lambda name: _length(rows, name))
+    labels = sorted(labels, key=lambda name: _plain(name) not in _LABELS)
+    maybe = [name for name in names if len(rows) < FEW_ROWS and _plain(name) not in _ABOUT]
+    classes = [_class_of(longest, name) for name in labels or maybe]
+    numbers = [_class_of(longest, name, by_number=True) for name in by.get("number", [])]
+    pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *maybe])]
+    if len(pair) > 2:
+        pair = sorted(sorted(pair, key=lambda name: -_length(rows, name))[:2], key=list(kinds).index)
+    both = [_pair(pair[0], pair[1], task), _pair(pair[1], pair[0], task)] if len(pair) == 2 else []
+    named = {_plain(name): name for name in kinds}
+    if (usual := _usual_pair(named, None)) and {"prompt", "completion"} == usual.columns.keys():
+        first, second = usual.columns.values()
+        rest = [name for name in texts if name not in (first, second)]
+        with_rest = [_answer_to(first, second, rest[0])] if rest and task in (None, "chat", "generate") else []
+        both = [*with_rest, _pair(first, second, task), _pair(second, first, task)]
+    alone = [Meaning({"text": longest}, f"the text of `{longest}` itself", "text")]
+    if task == "classify":
+        found = classes or numbers
+    elif task == "text":
+        found = alone
+    elif task is not None:
+        found = both[:1] if task in _FIELDS else []
+    elif labels:
+        found = [*classes[:1], *(both[:1] if len(texts) > 1 else classes[1:] or alone)]
+    else:
+        found = [*classes[:1], *both] if classes else [*both, *numbers, *alone]
+    return found[:MOST_SUGGESTED]
+
+
+_FIELDS: dict[TaskName | None, tuple[tuple[str, str], str]] = {
+    None: (("prompt", "completion"), "to write `{1}` from `{0}`"),
+    "chat": (("prompt", "completion"), "to answer `{0}` with `{1}`"),
+    "generate": (("prompt", "completion"), "to write `{1}` from `{0}`"),
+    "summarize": (("document", "summary"), "to sum up `{0}` as `{1}`"),
+    "embed": (("anchor", "positive"), "that `{1}` belongs to `{0}`"),
+}
+"""Fields of two texts, and what is learnt from them, by task."""
+
+
+def _pair(first: str, second: str, task: TaskName | None) -> Meaning:
+    fields, learns = _FIELDS.get(task, _FIELDS[None])
+    return Meaning(dict(zip(fields, (first, second), strict=True)), learns.format(first, second))
+
+
+def _answer_to(question: str, answer: str, extra: str) -> Meaning:
+    columns = {"instruction": question, "input": extra, "output": answer}
+    return Meaning(columns, f"to write `{answer}` from `{question}` and `{extra}`")
+
+
+def _class_of(text: str, label: str, *, by_number: bool = False) -> Meaning:
+    what = "the number" if by_number else "the class"
+    return Meaning({"text": text, "label": label}, f"{what} `{label}` of `{text}`", "classify", by_number)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> Meaning | None:
+    """How rows are read whose fields have the usual names of others; None where that is not clear from the values."""
+    if not rows or _is_whole(rows[0], task):
+        return None
+    kinds, named = values_of(rows), dict[str, str]()
+    for name in kinds:
+        named.setdefault(_plain(name), name)
+    if len(named) < len(kinds):  # two names that differ by a sign
+        return None
+    chat = _usual_pair(named, task)
+    found = chat or _usual_classes(named, kinds, task)
+    if found is None:
+        return None
+    used = set(found.columns.values())
+    if any(not isinstance(row.get(name), str) for row in rows for name in used) and chat:
+        return None
+    # Another text may be what matters: it is asked about.
+    rest = [name for name in kinds if name not in used and kinds[name] == "text" and _plain(name) not in _ABOUT]
+    return None if rest else found
+
+
+def _is_whole(row: Mapping[str, Any], task: TaskName | None) -> bool:
+    """Whether a row has every field that a shape needs, by our names."""
+    shape = find_shape(row, task=task)
+    if shape in ("alpaca", "prompt_completion"):  # which are known by one of their fields
+        return all(field in row for field in FORMATS[shape].required)
+    return shape is not None or find_shape(row) not in (None, "text", "alpaca", "prompt_completion")
+
+
+def _usual_pair(named: Mapping[str, str], task: TaskName | None) -> Meaning | None:
+    if task not in (None, "chat", "generate"):
+        return None
+    found = [(first, second) for first, second in (*_SPEAKERS, *_PAIRS) if first in named and second in named]
+    answers = [name for name in _ANSWERS if name in named] if "instruction" in named else []
+    if len(found) + len(answers) != 1:
+        return None
+    rest = {"system": named["system"]} if "system" in named else {}
+    if answers:
+        extra = {"input": given} if (given := named.get("input", named.get("context"))) else {}
+        columns = {"instruction": named["instruction"], **extra, "output": named[answers[0]], **rest}
+    elif rest or found[0] in _SPEAKERS:
+        columns = {"instruction": named[found[0][0]], "output": named[found[0][1]], **rest}
+    else:
+        columns = dict(zip(("prompt", "completion"), map(named.__getitem__, found[0]), strict=True))
+    return Meaning(columns, "the answers")
+
+
+def _usual_classes(named: Mapping[str, str], kinds: Mapping[str, Values], task: TaskName | None) -> Meaning | None:
+    texts = [named[name] for name in _TEXTS if name in named and kinds[named[name]] in ("text", "name")]
+    if task == "text":
+        return Meaning({"text": texts[0]}, "the text itself", "text") if len(texts) == 1 else None
+    labels = [named[name] for name in _LABELS if name in named and kinds[named[name]] == "label"]
+    if task not in (None, "classify") or len(labels) != 1 or (task is None and "text" in named):
+        return None
+    title = named.get("title", "")
+    fields = ("text", "text_pair") if len(texts) == 2 and title in texts else ("text",)
+    if len(texts) != len(fields):
+        return None
+    texts.sort(key=lambda name: name != title)
+    columns = {**dict(zip(fields, texts, strict=True)), "label": labels[0]}
+    return Meaning(columns, f"the class `{labels[0]}`", "classify")
+
+
+_USUAL: tuple[Shape, ...] = (
+    "messages", "sharegpt", "alpaca", "prompt_completion", "document_summary", "tokens_tags", "text_label", "text",
+    "text_pairs", "preference",
+)  # fmt: skip
+
+
+def explain(
+    record: Mapping[str, Any], task: TaskName | None, suggested: str, columns: Mapping[str, str]
+) -> tuple[str, str, str]:
+    """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of its
+    file."""
+    shape = find_shape(record)
+    near = [did_you_mean(theirs, list(record)[:MOST_NAMES]) for theirs in columns.values() if theirs not in record]
+    if any(near):
+        suggested = f"data.columns has another name.{next(filter(None, near))}"
+    if shape is not None and task is not None:
+        tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
+        message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
+        return "other_task", message, f"Add --set task={tasks.split()[0]}. {suggested}".strip()
+    wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
+    message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
+    if misspelt := _misspelt(tuple(record)[:MOST_NAMES], tuple(wanted)):
+        way = f"Correct the name, or add {paste(misspelt)}."
+        return "unknown_shape", message, f"Did you mean {', '.join(misspelt)}? {way}"
+    takes = ", or ".join(map(" and ".join, wanted))
+    if not suggested and (nested := next((name for name, value in record.items() if isinstance(value, dict)), None)):
+        suggested = f"{nested!r} is an object: write its texts as fields of the row."
+    fields = ", ".join(f"{ours}: ..." for ours in (wanted[-1] if task else ("prompt", "completion")))
+    takes = f"A row has {takes}; name yours by --set 'data.columns={{{fields}}}'."
+    return "unknown_shape", message, suggested or takes
+
+
+@lru_cache(maxsize=1)  # rows of a file mostly have the same fields
+def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
+    for fields in wanted:
+        near = {ours: theirs for ours in fields for theirs in get_close_matches(ours, given, 1, 0.8)}
+        if len(near) == len(fields):
+            return {ours: theirs for ours, theirs in near.items() if ours != theirs}
+    return {}
+
+
+def ask_text_or_classes(data: Data) -> str | None:
+    """The question to the user if the rows of a file are text, and have what may be its class; else None."""
+    text = data.columns.get("text", "text")
+    for file in data.train:
+        rows = sample_of(file, data)
+        if not rows or _shape_of(rows[0], data.columns) != "text":
+            continue
+        kinds = {name: kind for name, kind in values_of(rows).items() if name != text}
+        few = len(rows) < FEW_ROWS
+        labels = [name for name, kind in kinds.items() if kind == "label" and (few or _plain(name) not in _ABOUT)]
+        labels.sort(key=lambda name: _plain(name) not in _LABELS)
+        labels += [name for name in kinds if _plain(name) in _LABELS and name not in labels]
+        maybe = [
+            name for name, kind in kinds.items() if few and kind in ("name", "text") and _plain(name) not in _ABOUT
+        ]
+        if label := next(iter([*labels, *maybe]), None):
+            of_class = _class_of(text, label).option()
+            return (
+                f"{file.path}: the rows are text, and have {label!r}. Is the text to be learnt, or its class? "
+                f"To learn the class: {of_class}. To learn the text itself: --set task=text."
+            )
+    return None
+
+
+def _shape_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Shape | None:
+    return find_shape({**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}})
+
+
+def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:
+    """data.columns where none is given and files have usual names of others; and how each is read, for a person.
+
+    None: none is needed, or it is not clear, or files differ. Without a task, that of the first file counts for all.
+    """
+    if data.columns:
+        return None
+    columns: dict[str, str] = {}
+    said: list[str] = []
+    for file in (*data.train, *data.replay, *data.eval):
+        rows = sample_of(file, data)
+        found = usual_meaning(rows, task)
+        if task is None and rows:
+            shape = find_shape(rows[0])
+            task = found.task or "chat" if found else task_of_rows(shape) if shape else None
+        if found is None:
+            continue
+        if any(columns.get(ours, theirs) != theirs for ours, theirs in found.columns.items()):
+            return None
+        columns |= found.columns
+        said.append(f"{file.path}: {found.said}")
+    return (columns, "; ".join(said)) if columns else None
+
+
+def absent_columns(data: Data) -> list[Problem]:
+    """A problem for each name in data.columns that no row of any local file has, with the nearest that there is."""
+    absent, seen = dict(data.columns), dict[str, None]()
+    files = [file for file in (*data.train, *data.replay, *data.eval) if not is_address(file.at)]
+    if not absent or len(files) < len(data.train) + len(data.replay) + len(data.eval):
+        return []
+    for file in files:
+        with suppress(DataError):
+            for _, row, _ in read([file], limits=data.limits, on_problem=_ignore, how=data.reading):
+                absent = {ours: theirs for ours, theirs in absent.items() if theirs not in row}
+                if not absent:
+                    return []
+                if len(seen) < MOST_NAMES and not row.keys() <= seen.keys():
+                    seen.update(dict.fromkeys(itertools.islice(row, MOST_NAMES - len(seen))))
+    where = Source(files[0].path, 0)
+    return [
+        Problem(
+            where, "columns_unused", f"no row has {theirs!r}, which data.columns.{ours} names.", _near(theirs, seen)
+        )
+        for ours, theirs in absent.items()
+        if seen
+    ]
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    return did_you_mean(name, names).strip() or f"There are: {', '.join(map(repr, itertools.islice(names, 20)))}."

@@ -1,0 +1,72 @@
+"""What `tunesmith check` prints: a cause that rows share once, a row of each form, and the verdict of training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tunesmith.cli.app import app
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+def checked(*words: str, code: int = 0) -> list[str]:
+    result = CliRunner().invoke(app, ["check", *words])
+    assert result.exit_code == code, result.output
+    return result.output.splitlines()
+
+
+def written(path: Path, row: dict[str, Any], num: int = 60) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for _ in range(num)))
+    return str(path)
+
+
+@pytest.mark.parametrize("num", [60, 1500])  # more than are listed
+def test_what_all_rows_share_is_said_once(num: int, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"id": 1, "data": {"q": "a"}}, num)
+    lines = checked(path, code=2)
+    assert lines[0].startswith(f"{path}: all {num:,} rows: unknown_shape: no shape has its fields: 'id', 'data'.")
+    assert lines[1] == ""
+
+
+def test_what_some_rows_share_is_said_once_with_the_first(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": "" if i % 3 == 1 else "ab"[i % 2]} for i in range(30)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert (
+        checked(str(path), code=2)[0]
+        == f"{path}:2, 5, 8 and 7 more: bad_label: label is empty. Write it, or remove the row."
+    )
+
+
+def test_bytes_of_another_encoding_are_said_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        "".join(["text,label\n", *(f"{'a' * i} café,{'ab'[i % 2]}\n" for i in range(30))]).encode("cp1252")
+    )
+    lines = checked(str(path), code=2)
+    assert "all 30 rows: invalid_utf8" in lines[0]
+    assert lines[0].endswith("add --set data.encoding=cp1252.")
+    assert lines[1] == ""
+    assert checked(str(path), "--set", "data.encoding=cp1252")[-1] == "can be trained on"
+
+
+def test_a_row_of_each_form_is_shown(tmp_path: Path) -> None:
+    chats = written(
+        tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    )
+    plain = written(tmp_path / "b.jsonl", {"instruction": "Say", "output": "So"})
+    lines = checked(chats, plain)
+    for wanted in (f"{chats}:1: messages", f"{plain}:1: alpaca", "user: Hi", "assistant: ⟦Ho⟧", "assistant: ⟦So⟧"):
+        assert wanted in lines
+
+
+def test_a_class_that_ends_in_a_space_is_in_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{'good' if i % 2 else 'good '}\n" for i in range(30)))
+    assert "labels: 2 classes: good 15, 'good ' 15; one a row" in checked(str(path))
