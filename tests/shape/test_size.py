@@ -16,6 +16,7 @@ ROOMS = {
     "data": (8_350, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (3_550, "measures with intervals, answers, comparison, the report"),
     "export": (2_950, "five formats, each verified against the run"),
+    "generation": (850, "answers of many sequences together, and those that go on from rows that were measured"),
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_050, "OpenAI's fine-tuning API: files, jobs, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),

@@ -280,6 +280,10 @@ SETTLED = 8
 """Steps of usual size that count in a probe, the last ones."""
 
 
+LEAST_BUSY, MOST_BUSY = 0.15, 0.7
+"""Shares of the processor: from one on other programs are named, and above the other they still leave a part of it."""
+
+
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
     """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
     facts = [("memory", _memory(forecast))]
@@ -330,7 +334,12 @@ def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
         return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     training, low, high = seconds["work"]["training"], 1 - seconds["spread"], 1 + seconds["spread"]
+    busy = seconds.get("busy", 0.0)  # which an earlier version did not look for
+    beside = ""
+    if busy >= LEAST_BUSY:
+        high /= 1 - min(busy, MOST_BUSY)
+        beside = f"; {100 * busy:.0f} % of the processor is taken by other programs"
     return (
         f"{span(low * seconds['total'], high * seconds['total'])}: {duration(training['seconds'])} to train "
-        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else"
+        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else{beside}"
     )

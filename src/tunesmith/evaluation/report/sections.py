@@ -242,11 +242,13 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     if not rows:
         return
     listed, looked = plural(len(rows), "training row"), report["surprising"]["looked_at"]
-    yield Block(
-        "paragraph",
-        f"The {listed} that the tuned model finds least likely, of {looked:,} that were measured. Wrong labels and "
-        "broken rows are often among them.",
-    )
+    which = f"that the tuned model finds least likely, of {looked:,} that were measured"
+    if report["surprising"].get("from") == "training":
+        which = (
+            f"of highest loss, of {looked:,} that were learnt in the last epoch. A loss is the one that training saw: "
+            "before the update of the row's own step"
+        )
+    yield Block("paragraph", f"The {listed} {which}. Wrong labels and broken rows are often among them.")
     has_labels = "predicted" in rows[0]
     names = [Column("label", "name"), Column("model says", "name")] if has_labels else []
     cells = []
