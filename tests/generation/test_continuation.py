@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny_run import tiny_recipe
@@ -228,7 +228,7 @@ def test_prompts_that_do_not_fit_together_are_halved_and_long_ones_read_in_parts
     (tmp_path / "b").mkdir()
     monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None, raising=False)
     expected, _ = samples_of(tmp_path / "a", **HELD)
-    generate, seen = PreTrainedModel.generate, []
+    generate, seen = GenerationMixin.generate, list[int]()
 
     def short(self: Any, ids_BT: torch.Tensor, *, generation_config: Any, **rest: Any) -> Any:
         read = min(ids_BT.shape[1], getattr(generation_config, "prefill_chunk_size", None) or ids_BT.shape[1])
@@ -237,7 +237,7 @@ def test_prompts_that_do_not_fit_together_are_halved_and_long_ones_read_in_parts
             raise torch.OutOfMemoryError("CUDA out of memory")
         return generate(self, ids_BT, generation_config=generation_config, **rest)
 
-    monkeypatch.setattr(PreTrainedModel, "generate", short)
+    monkeypatch.setattr(GenerationMixin, "generate", short)
     found, _ = samples_of(tmp_path / "b", **HELD)
     assert max(seen) > 48
     assert [one["answer"] for one in found] == [one["answer"] for one in expected]

@@ -25,7 +25,8 @@ def decided(rows: int, **recipe):
     ],
 )
 def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, looked_at):
-    assert decided(rows, task="reward", **recipe)[0].evaluation.surprising == looked_at
+    recipe = {**recipe, "train": {"rows_per_step": 16, **recipe.get("train", {})}}
+    assert decided(rows, task="prefer", **recipe)[0].evaluation.surprising == looked_at
 
 
 @pytest.mark.parametrize("recipe", [{}, {"train": {"max_steps": 3}}])
@@ -60,7 +61,7 @@ def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, par
         (2000, 5.0, 0.5, 200),
         (100_000, 0.5, 0.5, 500),
         (200, 0.5, 40.0, 800),  # full tuning of a billion weights on a card: 40 s for 12 GB, in a run of 100 s
-        (20_000, 0.5, 40.0, 2000),
+        (20_000, 0.5, 40.0, 800),
     ],
 )
 def test_saving_takes_at_most_a_tenth_of_a_run(steps, step, saving, every):
@@ -116,11 +117,11 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
 @pytest.mark.parametrize(
     ("parameters", "length", "rows", "every", "reason"),
     [
-        (135_000_000, 57, 1825, 11, "11 of 115 steps are the most that a crash costs"),
-        (135_000_000, 57, 320, 10, "10 of 20 steps are the most that a crash costs"),
-        (22_700_000, 11, 1600, 126, "a run of 100 steps is saved before the first and after the last"),
+        (135_000_000, 57, 1825, 17, "17 of 115 steps are the most that a crash costs"),
+        (135_000_000, 57, 320, 20, "a run of 20 steps is saved before the first and after the last"),
+        (22_700_000, 11, 1600, 100, "a run of 100 steps is saved before the first and after the last"),
         (22_700_000, 11, 320_000, 500, "500 of 20,000 steps are the most that a crash costs"),
-        (100_000, 11, 1600, 500, "a run of 100 steps is saved before the first and after the last"),
+        (100_000, 11, 1600, 100, "a run of 100 steps is saved before the first and after the last"),
     ],
 )
 def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, rows, every, reason):

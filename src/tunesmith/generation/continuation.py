@@ -204,10 +204,10 @@ class Continuation:
                         if token in self.stop_ids or len(ids) >= self.new_tokens:
                             decoder.close(slot)
                             del last[slot]
+                    self.tick(len(self.answers) + len(some) - len(last), len(self.wanted))
             finally:
                 self.model.set_attn_implementation(own)
         self.answers |= written
-        self.tick(len(self.answers), len(self.wanted))
 
     def _prove(self, some: Sequence[_Begun], logits_NV: Tensor) -> None:
         """Compare the losses of the tokens that follow with those of the pass, in deviations of a row's logits."""
