@@ -78,7 +78,7 @@ def measured(
 
 
 def writer(model: PreTrainedModel, *, most: int = 1000) -> Continuation:
-    return Continuation(model, frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
+    return Continuation(model, TASKS["chat"], frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
 
 
 # trap: A18

@@ -86,12 +86,7 @@ def predict_rows(
             task.measure(model, collator.batch(batches[0], draw=0))
         for members in map(batches.__getitem__, mine):
             batch = collator.batch(members, draw=0)
-            if answering:
-                with answering.reading(members) as kept:
-                    measured = task.measure(model, batch)
-                answering.take(members, batch, measured, kept)
-            else:
-                measured = task.measure(model, batch)
+            measured = (answering or task).measure(model, batch)
             done += len(members)
             progress(done, len(rows))
             if measured.results:

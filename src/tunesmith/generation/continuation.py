@@ -12,15 +12,14 @@ are those of writing token by token, but for ties within rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -33,7 +32,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError
-from tunesmith.types import Batch, Measured
+from tunesmith.types import Batch, Measured, Task
 
 PASSES = 4
 """Passes whose tokens are kept until their answers are written: each written token reads all weights."""
@@ -72,6 +71,8 @@ class Continuation:
     """
 
     model: PreTrainedModel
+    task: Task
+    """Measures the rows: tokens, not branches."""
     stop_ids: frozenset[int]
     new_tokens: int
     """Most tokens of an answer."""
@@ -87,30 +88,30 @@ class Continuation:
     """That writing took."""
     _begun: list[_Begun] = field(default_factory=list)
 
-    @contextmanager
-    def reading(self, members: Sequence[int]) -> Iterator[Layers]:
-        """Around a pass over these rows: its keys and values, if any of the rows is to be answered."""
-        if self.why or not any(row in self.wanted for row in members):
-            yield {}
-            return
+    def measure(self, model: nn.Module, batch: Batch) -> Measured:
+        """As the task's: what the pass has said of its rows is kept, and whole batches of answers are written."""
+        if self.why or not any(row in self.wanted for row in batch.row_indices):
+            return self.task.measure(model, batch)
         with packed_forward() as trace:
             kept: Layers = {}
             trace.kept = kept
             try:
-                yield kept
+                measured = self.task.measure(model, batch)
             finally:
                 trace.kept = None
+        self._take(batch, measured, kept)
+        kept.clear()
+        self._write(is_last=False)
+        return measured
 
-    def take(self, members: Sequence[int], batch: Batch, measured: Measured, kept: Layers) -> None:
-        """What the pass has said of its rows; whole batches of answers are written."""
-        if not kept or self.why:
-            return
+    def _take(self, batch: Batch, measured: Measured, kept: Layers) -> None:
+        """Answers that the pass knows whole, and the beginnings of others."""
         starts = np.cumsum([0, *batch.lengths])
         predict_N, row_of_N, targets_N, outputs_N = (
             tensor.cpu().numpy() for tensor in (batch.predict_N, batch.row_of_N, batch.targets_N, measured.outputs_N)
         )
         losses_N = measured.losses_N.cpu().numpy()
-        for b, row in enumerate(members):
+        for b, row in enumerate(batch.row_indices):
             if row not in self.wanted or row in self.answers:
                 continue
             here = np.flatnonzero((row_of_N == b) & (predict_N - starts[b] + 1 >= self.wanted[row]))
@@ -134,8 +135,6 @@ class Continuation:
                     ids=known,
                 )
             )
-        kept.clear()
-        self._write(is_last=False)
 
     def _known(self, places: NDArray[Any], targets: NDArray[Any], outputs: NDArray[Any]) -> list[int]:
         """The beginning of an answer: the row's tokens while they are the likeliest, and the first that is another.

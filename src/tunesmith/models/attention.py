@@ -160,7 +160,7 @@ def packed_attention(
     if segments.shared is not None and not causal:
         raise UnsupportedAttentionError("rows that are read in both directions cannot share a prefix")
     if trace is not None and trace.kept is not None:
-        trace.kept[module.layer_idx] = key_BHTD, value_BHTD  # type: ignore[index]
+        trace.kept[int(getattr(module, "layer_idx", -1))] = key_BHTD, value_BHTD
     key_BHTD, value_BHTD = segments.keys(key_BHTD), segments.keys(value_BHTD)
     if query_BHTD.is_cuda:
         kernel = choose_kernel(AttentionCase.of(query_BHTD, key_BHTD, value_BHTD, segments, options), query_BHTD.device)

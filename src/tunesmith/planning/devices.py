@@ -140,7 +140,7 @@ def busy_share() -> float:
     percent = psutil.cpu_percent(BUSY_S, percpu=True)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
     own = [percent[core] for core in cores if core < len(percent)] or percent
-    return sum(own) / len(own) / 100
+    return float(sum(own)) / len(own) / 100
 
 
 def room(device: str) -> int:

@@ -186,13 +186,12 @@ def sizes_of(
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
-    own = num_trained - int(
-        elsewhere * sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
-    )
-    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack), reverse=True)[:2]
-    at_hand = sum(largest) if split else 0  # a layer that computes, and the next one
+    away = sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
+    own = num_trained - int(elsewhere * away)
+    # Of layers that are split, one that computes and the next one are whole.
+    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack if split), reverse=True)[:2]
     return Sizes(
-        weights=sum(computing.values()) - saved - int(elsewhere * gathered) + at_hand,
+        weights=sum(computing.values()) - saved - int(elsewhere * gathered) + sum(largest),
         masters=masters * own // max(1, num_trained),
         optimizer=state * own // max(1, num_trained),
         trained_parameters=num_trained,

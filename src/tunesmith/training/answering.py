@@ -36,6 +36,7 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
     passes = kept_passes(resolved(setup.recipe.train.checkpointed_layers))
     return Continuation(
         model=setup.model,
+        task=setup.task,
         stop_ids=frozenset(setup.renderer.stop_ids),
         new_tokens=answer_tokens(setup.recipe, setup.rows),
         wanted=wanted,

@@ -163,15 +163,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Pat
     if recipe.shard == "auto":
         recipe = with_choice(recipe, Choice("shard", False, ""))
     is_here = device is None
-    if device is None:
-        threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
-        if recipe.device == "cpu" and recipe.precision == "float16":
-            slow = (
-                "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
-            )
-            found.notes.append(f"precision: float16: {slow}. Leave precision out.")
-        device = devices.here(recipe.device, threads=threads, dtype=dtype)
-        device = replace(device, room=_room_of_a_rank(device, recipe, world))
+    device = device or _this_device(found, recipe, world)
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
@@ -209,19 +201,29 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Pat
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
-    found.notes += _few_rows(recipe, size)
-    if inputs.recipe.checkpoint.every == "auto" and (choice := _saving(recipe, forecast, root if is_here else None)):
-        recipe, fitted = with_choice(recipe, choice), [*fitted, choice]
+    if saving := _saving(inputs.recipe, recipe, forecast, root if is_here else None):
+        recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
         forecast = predict(recipe)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
+    found.notes += _few_rows(recipe, size)
     found.recipe, found.forecast = recipe, forecast
 
 
-def _saving(recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
-    """How often a run is saved, by what a step and a checkpoint will take. `folder`: of runs, on the disk that counts;
-    None: another machine's."""
-    if forecast.duration is None:
+def _this_device(found: ResolvedRun, recipe: Recipe, world: World) -> Device:
+    """The device of this machine, with the room that a rank may take."""
+    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+    if recipe.device == "cpu" and recipe.precision == "float16":
+        slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
+        found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+    device = devices.here(recipe.device, threads=threads, dtype=dtype)
+    return replace(device, room=_room_of_a_rank(device, recipe, world))
+
+
+def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
+    """How often a run is saved, by what a step and a checkpoint will take; None where that is given, or not known.
+    `folder`: of runs, on the disk that counts; None: another machine's."""
+    if forecast.duration is None or given.checkpoint.every != "auto":
         return None
     speed, num_bytes = forecast.device.written, forecast.sizes.checkpoint
     if folder is not None and num_bytes > LARGE_CHECKPOINT:
