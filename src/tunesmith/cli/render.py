@@ -264,7 +264,7 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
         cells = [Text(one_line(sample.get(key, ""), longest) or "(nothing)") for key in ("prompt", "reference")]
         for when in ("before", "after"):
             if when not in sample:
-                cells.append(Text("not yet", style=MUTED))
+                cells.append(Text("not yet" if when == "after" or "after" not in sample else "not asked", style=MUTED))
                 continue
             answer = one_line(sample.get(when, ""), longest) or "(nothing)"
             answer += "" if sample.get(f"{when}_stopped", True) or answer.endswith("…") else " …"

@@ -199,11 +199,14 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     samples = report["samples"]
     if not samples:
         return
+    asked = sum("before" in sample for sample in samples)
+    fewer = f" The untouched model was asked {asked:,} of these {len(samples):,}." if asked < len(samples) else ""
     if not report.get("short_answers"):
-        yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference.")
+        yield Block("paragraph", f"Held-out prompts, answered before and after. ✓ is equal to the reference.{fewer}")
         yield Block("answers", samples)
         return
-    yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
+    words = "Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not."
+    yield Block("paragraph", f"{words}{fewer}")
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
     rows = []
     for sample in samples:
