@@ -21,6 +21,9 @@ from typing import Any
 from benchmarks.measured import machine, run_child, versions
 from tunesmith.environment import prepare_environment
 
+SPREAD, PROBE_SPREAD = 0.5, 0.15
+"""Of `tunesmith.planning.forecast` and `tunesmith.training.probe`, which import torch."""
+
 PEER = Path(__file__).parent / "peers" / "plan_peer.py"
 STEPS = 4
 Shape = tuple[str, int, int, int, int, int, int]
@@ -204,6 +207,12 @@ def markdown(found: Sequence[dict[str, Any]], *, memory_only: bool = False) -> s
                 ]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
+    for way, words, spread in (("predicted", "by formula", SPREAD), ("probe", "after a probe", PROBE_SPREAD)):
+        if (off := errors(whole, "measured_seconds", f"{way}_seconds")) and not memory_only:
+            held = sum(one <= spread for one in off)
+            lines.append(
+                f"The range that is shown {words}, ± {spread:.0%}, holds the seconds of {held} of {len(off)}.  "
+            )
     for name, unit, *_ in kinds:
         for way, words in (("predicted", "by formula"), ("probe", "after a probe")):
             if off := errors(whole, f"{way}_{unit}", f"measured_{unit}"):

@@ -69,9 +69,9 @@ def generate(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
 
 def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """The batch of the engine, every request at once."""
+    from tunesmith.generation.adapters import AdapterSet
+    from tunesmith.generation.decoder import BatchedDecoder
     from tunesmith.inference.load import load_model
-    from tunesmith.serve.adapters import AdapterSet
-    from tunesmith.serve.decoder import BatchedDecoder
     from tunesmith.serve.protocol import GenerationRequest
     from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 

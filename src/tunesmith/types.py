@@ -233,6 +233,8 @@ class Batch:
     """int64, which line each target belongs to; None: rows have no branches."""
     values_BV: Tensor | None = None
     """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
+    losses: list[Tensor] = field(default_factory=list, compare=False)
+    """The loss of each target, float32 [N] without gradient: a task with `sees_rows` leaves it here."""
 
     @property
     def num_tokens(self) -> int:
@@ -343,6 +345,8 @@ class Task:
     """(recipe, its model) -> options of its own section that follow from the model's files."""
     pools: bool = False
     """The trained tokens of a line are pooled, not predicted: targets are not shifted."""
+    sees_rows: bool = False
+    """`loss_sum` adds up losses of single targets, and leaves them in `Batch.losses`."""
     text_measure: Callable[..., Measured] | None = None
     """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
     section: str = ""

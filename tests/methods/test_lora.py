@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 from serve.batches import taken
 from tiny_model import tiny_model
 from tunesmith.errors import RecipeError
+from tunesmith.generation.adapters import AdapterSet
 from tunesmith.methods import lora, targets
 from tunesmith.methods.lora import LoraAttachment, attach
 from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.recipe.schema import Optim
-from tunesmith.serve.adapters import AdapterSet
 
 VOCAB = 61
 

@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Phi3Co
 
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
+from tunesmith.generation.adapters import AdapterSet
+from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.models import packing_check, size
 from tunesmith.models.packing_check import check_packing
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.size import model_size
-from tunesmith.serve.adapters import AdapterSet
-from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 
 BORDER = 64
 COMMON: dict[str, Any] = {

@@ -16,13 +16,17 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import resolve_run
 from tunesmith.types import Choice
 
+TOGETHER = 4 * 2048 // (100 + 1 + 64)
+"""Prompts of 100 tokens that are answered together, in the room of four passes."""
+
 
 def decided(steps: int, *, held: int = 60, params: int = 135_000_000, **evaluation: Any) -> tuple[Recipe, list[Choice]]:
     """Of a chat run with 16 rows of 100 tokens a step."""
-    given = validate({"model": "m", "evaluation": evaluation})
+    given = validate({"model": "m", "task": "prefer", "evaluation": evaluation})
     recipe = with_choice(given, Choice("evaluation.surprising", 200, "")) if "surprising" not in evaluation else given
     recipe = with_choice(recipe, Choice("evaluation.samples", 16, "")) if "samples" not in evaluation else recipe
     recipe = with_choice(recipe, Choice("train.rows_per_step", 16, ""))
+    recipe = with_choice(recipe, Choice("train.tokens_per_pass", 2048, ""))
     facts = Facts(params, "cpu", "causal", np.full(16, 100, np.int32), np.full(held, 100, np.int32))
     return decide_measuring(recipe, given, facts, steps=steps, held_tokens=100 * held, writes=True, speaks=True)
 
@@ -32,7 +36,8 @@ def share(recipe: Recipe, steps: int, *, held: int) -> float:
     evaluation = recipe.evaluation
     held = min(held, evaluation.max_rows or held)
     measuring = 2.0 * 100 * held + 100 * evaluation.surprising
-    measuring += 2 * WORD * -(-min(evaluation.samples, held) // 8) * evaluation.sample_tokens
+    for num in (min(asked, held) for asked in (evaluation.samples, evaluation.samples_before)):
+        measuring += (WORD["cpu"] * -(-num // TOGETHER) + num) * evaluation.sample_tokens
     measuring += 2 * GENERAL_TOKENS * evaluation.general
     return measuring / (measuring + TRAINED * 1600 * steps)
 
@@ -43,7 +48,8 @@ def test_measuring_is_at_most_a_third_of_a_run(steps: int, held: int) -> None:
     recipe, choices = decided(steps, held=held)
     least = 200 * held / (200 * held + TRAINED * 1600 * steps)  # held-out rows are measured in every run
     assert share(recipe, steps, held=held) <= max(0.34, least)
-    assert all("measuring takes at most about a third" in choice.reason for choice in choices)
+    reasons = [choice.reason for choice in choices if choice.key != "evaluation.samples_before"]
+    assert all("measuring takes at most about a third" in reason for reason in reasons)
 
 
 def test_a_long_run_measures_all_and_says_nothing() -> None:
@@ -53,8 +59,19 @@ def test_a_long_run_measures_all_and_says_nothing() -> None:
     assert choices == []
 
 
+@pytest.mark.parametrize(("steps", "before"), [(400, 256), (30, 64), (12, 8)])
+def test_the_untouched_model_answers_as_many_as_a_tenth_of_the_training_allows(steps: int, before: int) -> None:
+    """256 long answers, as the person wants them: the tuned model writes all of them."""
+    recipe, choices = decided(steps, held=300, samples=256)
+    assert (recipe.evaluation.samples, recipe.evaluation.samples_before) == (256, before)
+    named = [choice.reason for choice in choices if choice.key == "evaluation.samples_before"]
+    assert named == (
+        ["of 256 that the tuned one answers, so that this takes at most a tenth of the training"] * (before < 256)
+    )
+
+
 def test_what_the_recipe_says_stays() -> None:
-    given = {"samples": 16, "general": True, "surprising": 500, "max_rows": None}
+    given = {"samples": 16, "samples_before": 16, "general": True, "surprising": 500, "max_rows": None}
     recipe, choices = decided(2, held=5000, **given)
     assert {key: getattr(recipe.evaluation, key) for key in given} == given
     assert choices == []

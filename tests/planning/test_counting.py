@@ -40,23 +40,23 @@ def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monk
 def work_of_a_run(recipe: Any, folder: Path, monkeypatch: Any) -> Counter[str]:
     """Counted where it is done. Answers are counted as long as they may be."""
     done: Counter[str] = Counter(starting=1, finishing=1)
-    measured, texts, answers = looking._outcomes, general.text_batches, looking.answer_samples
+    measured, texts, answers = looking._outcomes, general.text_batches, looking.samples
 
-    def outcomes(session, collator, rows_I, what):
+    def outcomes(session, collator, rows_I, what, writing=None):
         done["measuring"] += int(collator.store.lengths[rows_I].sum())
-        return measured(session, collator, rows_I, what)
+        return measured(session, collator, rows_I, what, writing)
 
     def text_batches(rows, **how):
         done["measuring"] += sum(len(row.ids) for row in rows)
         return texts(rows, **how)
 
-    def answered(model, renderer, prompts, how, tick):
-        done["answering"] += how * -(-len(prompts) // 8)
-        return answers(model, renderer, prompts, how, tick)
+    def answered(session, name, writing):
+        done["answering"] += writing.new_tokens  # all at once
+        return answers(session, name, writing)
 
     monkeypatch.setattr(looking, "_outcomes", outcomes)
     monkeypatch.setattr(general, "text_batches", text_batches)
-    monkeypatch.setattr(looking, "answer_samples", answered)
+    monkeypatch.setattr(looking, "samples", answered)
     run = train(recipe, root=folder / "runs", listener=training.Listener())
     kinds = Counter(event.kind for event in run.events())
     return done + Counter(training=kinds["step"], saving=kinds["checkpoint"])

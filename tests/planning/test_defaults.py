@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tunesmith.models import machine
-from tunesmith.planning.defaults import Facts, decide, rate_notes
+from tunesmith.planning.defaults import Facts, checkpoint_every, decide, rate_notes
 from tunesmith.recipe.load import validate
 
 
@@ -25,7 +25,49 @@ def decided(rows: int, **recipe):
     ],
 )
 def test_looking_for_surprising_rows_stays_short_beside_training(rows, recipe, looked_at):
-    assert decided(rows, **recipe)[0].evaluation.surprising == looked_at
+    recipe = {**recipe, "train": {"rows_per_step": 16, **recipe.get("train", {})}}
+    assert decided(rows, task="prefer", **recipe)[0].evaluation.surprising == looked_at
+
+
+@pytest.mark.parametrize("recipe", [{}, {"train": {"max_steps": 3}}])
+def test_all_rows_whose_losses_training_sees_are_looked_at(recipe):
+    assert decided(5810, **recipe)[0].evaluation.surprising == 5810
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "rows", "held", "every"),
+    [
+        ("classify", 22_700_000, 600, 60, "epoch"),  # five epochs
+        ("classify", 22_700_000, 600, 379, 3 * 38),  # all five would take a fifth of the training
+        ("tag", 22_700_000, 600, 60, "epoch"),
+        ("classify", 22_700_000, 600, 3000, None),  # once alone takes more than a tenth
+        ("classify", 22_700_000, 600, 0, None),
+        ("classify", 3_000_000_000, 600, 60, None),
+        ("chat", 135_000_000, 200, 20, None),
+    ],
+)
+def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, parameters, rows, held, every):
+    facts = Facts(parameters, "cpu", "encoder", np.full(rows, 50, np.int32), held_tokens=50 * held)
+    given = validate({"model": "m", "method": {"name": "full"}, "task": task, "threads": 1})
+    evaluation = decide(given, facts)[0].evaluation
+    assert (evaluation.every, evaluation.keep) == (every, "last" if every is None else "best")
+
+
+@pytest.mark.parametrize(
+    ("steps", "step", "saving", "every"),
+    [
+        (76, 5.1, 0.5, 26),  # six and a half minutes: three times, not every ten steps
+        (76, 0.2, 0.5, 76),
+        (2000, 5.0, 0.5, 200),
+        (100_000, 0.5, 0.5, 500),
+        (200, 0.5, 40.0, 800),  # full tuning of a billion weights on a card: 40 s for 12 GB, in a run of 100 s
+        (20_000, 0.5, 40.0, 800),
+    ],
+)
+def test_saving_takes_at_most_a_tenth_of_a_run(steps, step, saving, every):
+    assert checkpoint_every(steps, step_seconds=step, saving_seconds=saving)[0] == every
+    on_the_way = (steps - 1) // every
+    assert on_the_way * saving <= 0.1 * steps * step
 
 
 @pytest.mark.parametrize(("rate", "note"), [("auto", ""), (0.01, ""), (5, "optim.lr: 5 is 10,000 times the usual")])
@@ -75,11 +117,11 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
 @pytest.mark.parametrize(
     ("parameters", "length", "rows", "every", "reason"),
     [
-        (135_000_000, 57, 1825, 11, "11 of 115 steps are the most that a crash costs"),
-        (135_000_000, 57, 320, 10, "10 of 20 steps are the most that a crash costs"),
-        (22_700_000, 11, 1600, 126, "a run of 100 steps is saved before the first and after the last"),
+        (135_000_000, 57, 1825, 17, "17 of 115 steps are the most that a crash costs"),
+        (135_000_000, 57, 320, 20, "a run of 20 steps is saved before the first and after the last"),
+        (22_700_000, 11, 1600, 100, "a run of 100 steps is saved before the first and after the last"),
         (22_700_000, 11, 320_000, 500, "500 of 20,000 steps are the most that a crash costs"),
-        (100_000, 11, 1600, 500, "a run of 100 steps is saved before the first and after the last"),
+        (100_000, 11, 1600, 100, "a run of 100 steps is saved before the first and after the last"),
     ],
 )
 def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, rows, every, reason):

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.evaluation.generate import Answer, generate
+from tunesmith.generation.adapters import AdapterSet, LowRankPath
+from tunesmith.generation.decoder import BatchedDecoder, Decoder
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
-from tunesmith.serve.adapters import AdapterSet, LowRankPath
-from tunesmith.serve.decoder import BatchedDecoder, Decoder
 from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, Token
 from tunesmith.serve.scheduler import KeyedEvent, PreparedRequest, Scheduler
 

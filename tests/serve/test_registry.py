@@ -23,13 +23,13 @@ from tiny_tasks import encoder_folder, task_recipe, write_pooling
 from tunesmith.data.dataset import open_kept
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.evaluation.generate import generate
+from tunesmith.generation import kv_cache
+from tunesmith.generation.adapters import AdapterSet
+from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor
 from tunesmith.models.modes import silence_transformers
 from tunesmith.runs.folder import Run
-from tunesmith.serve import kv_cache
-from tunesmith.serve.adapters import AdapterSet
-from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import Scheduler

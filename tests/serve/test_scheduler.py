@@ -27,13 +27,13 @@ from serve.batches import (
     taken,
 )  # fmt: skip
 from tunesmith.evaluation.generate import generate
+from tunesmith.generation import kv_cache
+from tunesmith.generation.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
+from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
-from tunesmith.serve import kv_cache
-from tunesmith.serve.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
-from tunesmith.serve.decoder import BatchedDecoder, SequentialDecoder, why_unlike
 from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.scheduler import Scheduler
 
@@ -267,7 +267,7 @@ def assert_an_adapted_head_answers_its_own_run() -> None:
 def test_a_run_that_adapts_the_head_is_answered_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_an_adapted_head_answers_its_own_run()
     # The planted bug: the head sees the last token of each text alone, and its rows are taken for the pass's tokens.
-    monkeypatch.setattr("tunesmith.serve.decoder.MultiLoraLinear", str)
+    monkeypatch.setattr("tunesmith.generation.decoder.MultiLoraLinear", str)
     with pytest.raises(RowMismatchError, match=r"rows of a pass of \d+ tokens"):
         assert_an_adapted_head_answers_its_own_run()
     served = AdapterSet.active

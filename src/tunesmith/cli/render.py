@@ -265,7 +265,7 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
         cells = [Text(one_line(sample.get(key, ""), longest) or "(nothing)") for key in ("prompt", "reference")]
         for when in ("before", "after"):
             if when not in sample:
-                cells.append(Text("not yet", style=MUTED))
+                cells.append(Text("not yet" if when == "after" or "after" not in sample else "not asked", style=MUTED))
                 continue
             answer = one_line(sample.get(when, ""), longest) or "(nothing)"
             answer += "" if sample.get(f"{when}_stopped", True) or answer.endswith("…") else " …"
@@ -279,6 +279,10 @@ LEAST_PART = 2**20 / 10
 """Bytes of a part of the memory that is named at least."""
 SETTLED = 8
 """Steps of usual size that count in a probe, the last ones."""
+
+
+LEAST_BUSY, MOST_BUSY = 0.15, 0.7
+"""Shares of the processor: from one on other programs are named, and above the other they still leave a part of it."""
 
 
 def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
@@ -331,7 +335,12 @@ def _time(seconds: Mapping[str, Any]) -> str:
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
         return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     training, low, high = seconds["work"]["training"], 1 - seconds["spread"], 1 + seconds["spread"]
+    busy = seconds.get("busy", 0.0)  # which an earlier version did not look for
+    beside = ""
+    if busy >= LEAST_BUSY:
+        high /= 1 - min(busy, MOST_BUSY)
+        beside = f"; {100 * busy:.0f} % of the processor is taken by other programs"
     return (
         f"{span(low * seconds['total'], high * seconds['total'])}: {duration(training['seconds'])} to train "
-        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else"
+        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else{beside}"
     )

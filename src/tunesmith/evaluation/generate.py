@@ -19,13 +19,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
+from tunesmith.errors import is_out_of_memory
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example
 
-ANSWER_BATCH = 8
-"""Prompts that are answered in one batch."""
+LEAST_CHUNK = 32
+"""Tokens of a prompt that are read at a time at least, where memory ends."""
 FEW_ANSWERS = 16
 """Prompts answered before and after a run for a person to read."""
 SHORT_TOKENS, SHORT_LIMIT, MOST_SHORT = 8, 16, 256
@@ -46,9 +48,15 @@ class Answer:
 
 
 def generate(
-    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    chunk: int | None = None,
 ) -> list[Answer]:
-    """One answer a prompt, decoded in one batch, each equal to its answer alone.
+    """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a prompt that
+    are read at a time.
 
     Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is padded
     on the right, because BART and its like count positions from the first token.
@@ -61,7 +69,8 @@ def generate(
         place = slice(0, len(prompt)) if has_decoder else slice(longest - len(prompt), longest)
         ids_BT[b, place] = torch.tensor(prompt)
         mask_BT[b, place] = 1
-    out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT)
+    reads = {"prefill_chunk_size": chunk} if chunk is not None and chunk < longest and not has_decoder else {}
+    out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT, **reads)
     return [
         read_answer(renderer, [] if has_decoder else prompt, row[1 if has_decoder else longest :].tolist())
         for prompt, row in zip(prompts, out_BT, strict=True)
@@ -69,7 +78,7 @@ def generate(
 
 
 def _generate(
-    model: PreTrainedModel, renderer: Renderer, max_new_tokens: int, ids_BT: Tensor, mask_BT: Tensor
+    model: PreTrainedModel, renderer: Renderer, max_new_tokens: int, ids_BT: Tensor, mask_BT: Tensor, **reads: int
 ) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
     # Every value is explicit, so that nothing left in the model's own generation config can change an answer. Padding
@@ -78,7 +87,7 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids) or None,
         pad_token_id=(*stop_ids, 0)[0], use_cache=True,
-        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None), **reads,
     )  # fmt: skip
     # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
     with eval_mode(model), generating_by(model, GenerationConfig()), _contiguous_head_input(model):
@@ -218,22 +227,64 @@ def _document_prompt(renderer: Renderer, example: Example, new_tokens: int) -> S
     return SamplePrompt(prefix, prompt, reference=reference, source=str(example.source))
 
 
+def batch_size(prompt_tokens: float, new_tokens: int, most: int) -> int:
+    """The number of prompts of so many tokens that are answered together, in `most` tokens."""
+    return max(1, int(most // (prompt_tokens + 1 + new_tokens)))
+
+
+def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) -> list[list[SamplePrompt]]:
+    """Prompts in batches of as many as fit into `most` tokens with their answers, padding included; at least one."""
+    batches: list[list[SamplePrompt]] = []
+    for prompt in prompts:
+        longer = [*batches[-1], prompt] if batches else [prompt]
+        if batches and len(longer) * (max(len(one.ids) for one in longer) + new_tokens) <= most:
+            batches[-1] = longer
+        else:
+            batches.append([prompt])
+    return batches
+
+
+def generate_within(
+    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], new_tokens: int, *, most: int
+) -> list[Answer]:
+    """As `generate`. A prompt of more than `most` tokens is read in parts; where memory ends, half as many prompts are
+    answered together, and then a prompt is read in smaller parts."""
+    try:
+        return generate(model, renderer, prompts, new_tokens, chunk=most)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or (len(prompts) == 1 and most <= LEAST_CHUNK):
+            raise
+    free_cached_memory()  # outside of the handler, whose traceback holds the tensors of the pass
+    if len(prompts) == 1:
+        return generate_within(model, renderer, prompts, new_tokens, most=min(most, len(prompts[0])) // 2)
+    halves = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
+    return [one for half in halves for one in generate_within(model, renderer, half, new_tokens, most=most)]
+
+
 def answer_samples(
     model: PreTrainedModel,
     renderer: Renderer,
     prompts: Sequence[SamplePrompt],
     new_tokens: int,
     tick: Callable[[str, int, int], None],
+    *,
+    most: int,
 ) -> Iterator[dict[str, Any]]:
-    """The values of one "sample" event a prompt, in order."""
-    for start in range(0, len(prompts), ANSWER_BATCH):
-        some = prompts[start : start + ANSWER_BATCH]
-        for sample, given in zip(some, generate(model, renderer, [s.ids for s in some], new_tokens), strict=True):
-            yield {
-                "prompt": sample.prompt,
-                "reference": sample.reference,
-                "answer": given.text,
-                "stopped": given.stopped,
-                "source": sample.source,
-            }
-        tick("answer", min(start + ANSWER_BATCH, len(prompts)), len(prompts))
+    """The values of one "sample" event a prompt, in order. `most`: tokens of prompts and answers in a batch."""
+    done = 0
+    for some in prompt_batches(prompts, new_tokens, most):
+        given = generate_within(model, renderer, [sample.ids for sample in some], new_tokens, most=most)
+        yield from map(sample_values, some, given)
+        done += len(some)
+        tick("answer", done, len(prompts))
+
+
+def sample_values(sample: SamplePrompt, given: Answer) -> dict[str, Any]:
+    """The values of the "sample" event of a prompt and its answer."""
+    return {
+        "prompt": sample.prompt,
+        "reference": sample.reference,
+        "answer": given.text,
+        "stopped": given.stopped,
+        "source": sample.source,
+    }

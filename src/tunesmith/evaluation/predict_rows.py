@@ -18,6 +18,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.labels import count_classes
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.evaluation.scores import Constant, RowResult
+from tunesmith.generation.continuation import Continuation
 from tunesmith.models.machine import to_host
 from tunesmith.models.modes import eval_mode
 from tunesmith.parallel.shares import shares
@@ -61,8 +62,10 @@ def predict_rows(
     tokens_per_pass: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     world: World | None = None,
+    answering: Continuation | None = None,
 ) -> Predictions:
-    """Predictions for the given rows of the collator's store, in the order given.
+    """Predictions for the given rows of the collator's store, in the order given. `answering`: goes on from the prompts
+    of rows that this process reads.
 
     They do not depend on how rows are cut into micro-batches, and no random number of the loop is consumed: the mask of
     a row follows from the row alone. The micro-batches are dealt to the ranks of `world`, and every rank gets all
@@ -83,7 +86,7 @@ def predict_rows(
             task.measure(model, collator.batch(batches[0], draw=0))
         for members in map(batches.__getitem__, mine):
             batch = collator.batch(members, draw=0)
-            measured = task.measure(model, batch)
+            measured = (answering or task).measure(model, batch)
             done += len(members)
             progress(done, len(rows))
             if measured.results:
@@ -101,6 +104,8 @@ def predict_rows(
             for member, loss, output, target in zip(members, sums, *parts, strict=True):
                 i = place[member]
                 losses_I[i], outputs[i], targets[i] = loss, output, target
+    if answering:
+        answering.finish()
     if world.size > 1:
         _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
         results = {i: one for part in world.gather_values(sorted(results.items())) for i, one in part}

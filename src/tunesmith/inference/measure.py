@@ -341,7 +341,8 @@ def _answer(
         return [], [], []
     limit = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(loaded.renderer, rows, limit=limit, new_tokens=new_tokens)
-    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress))
+    how = {"most": loaded.tokens_per_pass}
+    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress, **how))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     prompted = {

@@ -21,7 +21,7 @@ from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.read import expand_folders
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, InputError
-from tunesmith.evaluation.generate import PromptLimit, generate
+from tunesmith.evaluation.generate import PromptLimit, generate_within
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.rows import Answered, Counts, Line, OutputFile, RowStream, read_file, read_list
@@ -115,7 +115,8 @@ class Predictor:
         prompts = {i: prompt for i, prompt in enumerate(encoded) if not isinstance(prompt, Problem)}
         for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
             some = [prompts[i] for i in members]
-            given = generate(self.loaded.model, self.loaded.renderer, some, self.max_new_tokens)
+            most = self.loaded.tokens_per_pass
+            given = generate_within(self.loaded.model, self.loaded.renderer, some, self.max_new_tokens, most=most)
             for i, one in zip(members, given, strict=True):
                 results[i] = {key: one.text}
                 if not one.stopped and TASKS[self.task].writes_answers:  # a continuation has no end

@@ -51,6 +51,8 @@ class AttentionTrace:
     """Windows or chunks for which the model wanted a mask."""
     kernels: set[str] = field(default_factory=set)
     """Kernels of `cuda_attention` that computed it."""
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
+    """Layer → its keys and values [1, G, T, D], for those who go on from them; None: they are not kept."""
 
 
 _TRACE: ContextVar[AttentionTrace | None] = ContextVar("tunesmith_packed_forward", default=None)
@@ -157,6 +159,8 @@ def packed_attention(
         raise UnsupportedAttentionError("its attention has a window in both directions")
     if segments.shared is not None and not causal:
         raise UnsupportedAttentionError("rows that are read in both directions cannot share a prefix")
+    if trace is not None and trace.kept is not None:
+        trace.kept[int(getattr(module, "layer_idx", -1))] = key_BHTD, value_BHTD
     key_BHTD, value_BHTD = segments.keys(key_BHTD), segments.keys(value_BHTD)
     if query_BHTD.is_cuda:
         kernel = choose_kernel(AttentionCase.of(query_BHTD, key_BHTD, value_BHTD, segments, options), query_BHTD.device)

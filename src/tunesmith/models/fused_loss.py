@@ -68,11 +68,15 @@ class OutputLayer:
             logits_NV = logits_NV / self.scale if self.divides else logits_NV * self.scale
         return logits_NV if self.cap is None else torch.tanh(logits_NV / self.cap) * self.cap
 
-    def loss_sum(self, hidden_ND: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> Tensor:
-        """The sum of the targets' losses, a float32 scalar."""
+    def loss_sum(
+        self, hidden_ND: Tensor, targets_N: Tensor, *, smoothing: float, z: float, losses: list[Tensor] | None = None
+    ) -> Tensor:
+        """The sum of the targets' losses, a float32 scalar. `losses`: those of each target are appended, [N]."""
         weight, bias = self.layer.weight, self.layer.bias
-        out: Tensor = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
-        return out
+        out, losses_N = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
+        if losses is not None:
+            losses.append(losses_N)
+        return out  # type: ignore[no-any-return]
 
     def log_probs(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """[N] float32, the log-probability of each target. How much each weighs is known only after the pass: its
@@ -130,10 +134,10 @@ class _LossSum(torch.autograd.Function):
         output: OutputLayer,
         smoothing: float,
         z: float,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        total = hidden_ND.new_zeros((), dtype=wide)
+        total, found_N = hidden_ND.new_zeros((), dtype=wide), hidden_ND.new_empty(len(targets_N), dtype=wide)
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
@@ -143,6 +147,7 @@ class _LossSum(torch.autograd.Function):
             logits_NV = output.logits(hidden_ND[here])
             losses_N, glogits_NV = _losses_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
             total += losses_N.sum()
+            found_N[here] = losses_N
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
@@ -154,11 +159,12 @@ class _LossSum(torch.autograd.Function):
                 gbias_V += glogits_NV.sum(0)
         grads = (ghidden_ND, gweight_VD, gbias_V)
         ctx.save_for_backward(*(None if grad is None else grad.to(hidden_ND.dtype) for grad in grads))
-        return total
+        ctx.mark_non_differentiable(found_N)
+        return total, found_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         found = (None if saved is None else _times(saved, grad) for saved in ctx.saved_tensors)
         return *found, None, None, None, None
 

@@ -47,6 +47,8 @@ class Computed:
     tokens_per_pass: int | None = None
     """Smaller than planned, because memory ran out; None: as planned."""
     exhausted: Exhausted | None = None
+    row_losses: list[float] = field(default_factory=list)
+    """Loss of each row of the micro-batches, summed over its targets; none where the task gives one sum alone."""
     ungraded: list[int] = field(default_factory=list)
     """Numbers of the trained tensors that got no gradient; filled in by `meet`."""
 
@@ -78,6 +80,7 @@ def _together(ranks: list[dict[str, Any]]) -> Computed:
     return Computed(
         micro_batches=[tuple(rows) for one in ranks for rows in one["micro_batches"]],
         losses=[loss for one in ranks for loss in one["losses"]],
+        row_losses=[loss for one in ranks for loss in one["row_losses"]],
         targets=math.fsum(one["targets"] for one in ranks),
         computed=sum(one["computed"] for one in ranks),
         peak=max(one["peak"] for one in ranks),

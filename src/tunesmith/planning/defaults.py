@@ -19,7 +19,8 @@ from tunesmith.data.formats import task_of_rows
 from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
-from tunesmith.evaluation.generate import ANSWER_BATCH, FEW_ANSWERS, MOST_SHORT, has_short_answers, new_tokens_for
+from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, batch_size, has_short_answers, new_tokens_for
+from tunesmith.generation.continuation import PASSES
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
 from tunesmith.models.resolve_model import ModelRef
@@ -48,8 +49,14 @@ OPERATIONS = 6
 """Operations of a step for each weight and token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)."""
 OPERATIONS_PER_SECOND = {"cpu": 1e11, "mps": 2e12}
 """A low guess of the speed of a device, the same every day; others: 1e13."""
-SAFE_SECONDS = 30.0
-"""Training time that a crash may cost."""
+SAFE_SECONDS, MOST_STEPS_LOST = 120.0, 500
+"""Training time, and steps, that a crash may cost."""
+SAVING_SHARE = 0.1
+"""Most of a run's steps that saving takes besides."""
+SMALL_CLASSIFIER = 1_000_000_000
+"""Weights below which a classifier or embedder is measured on the way."""
+ON_THE_WAY = 0.1
+"""Share of the training that measuring on the way may take."""
 FEW_LOOKS = 200
 """Training rows measured after training even if that is more than a third of those trained on."""
 MOST_IN_ONE = 32_768
@@ -69,6 +76,8 @@ class Facts:
     """Tokens of each training row."""
     held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Targets of each held-out row."""
+    held_tokens: int = 0
+    """Tokens of all held-out rows that are measured."""
     processes: int = 1
     """Processes of the run on this machine."""
 
@@ -131,10 +140,11 @@ def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
         raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
     for key, rule in _RULES.items():
         if reduce(getattr, key.split("."), recipe) == "auto":
-            choices.append(Choice(key, *rule(recipe, facts)))
+            choice = Choice(key, *rule(recipe, facts))
             if key == "optim.lr":  # the rate contains the factor now
                 recipe = with_choice(recipe, Choice("optim.lr_times", 1.0, ""))
-            recipe = with_choice(recipe, choices[-1])
+            recipe = with_choice(recipe, choice)
+            choices += [choice] if choice.reason else []
     return recipe, choices
 
 
@@ -308,6 +318,27 @@ def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     return choice.value, choice.reason
 
 
+def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
+    """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of small
+    models learn few rows in several epochs. Nothing is said of others."""
+    task, rows_per_step = TASKS[resolved(recipe.task)], resolved(recipe.train.rows_per_step)
+    per_epoch = -(-len(facts.lengths_I) // rows_per_step)
+    epochs = total_steps(recipe, per_epoch) // per_epoch
+    learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER
+    if not learns_head or epochs < 2 or facts.held_tokens == 0:
+        return None, ""
+    once = facts.held_tokens
+    if task.pools:  # documents of other rows are read too
+        once += int(min(recipe.embed.documents, len(facts.lengths_I)) * float(facts.lengths_I.mean()))
+    looks = int(ON_THE_WAY * TRAINED * epochs * float(facts.lengths_I.sum())) // once
+    if looks < 2:
+        return None, ""
+    if looks >= epochs:
+        return "epoch", "it costs less than a tenth of the training, and shows when rows are learnt by heart"
+    num = -(-epochs // looks)
+    return num * per_epoch, f"every {num} epochs: it costs less than a tenth of the training"
+
+
 def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     if recipe.evaluation.every is None:
         return "last", "nothing is measured on the way"
@@ -319,7 +350,15 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
     tokens = float(facts.lengths_I.mean()) * rows_per_step
     seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
-    every = min(500, max(10, steps // 10, math.ceil(SAFE_SECONDS / seconds)))
+    return checkpoint_every(steps, step_seconds=seconds, saving_seconds=0.0)
+
+
+def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) -> tuple[int, str]:
+    """Steps between checkpoints and why: up to ten in a run, as few as a crash may cost, and so many that saving takes
+    at most a tenth of it."""
+    apart = max(SAFE_SECONDS, saving_seconds / SAVING_SHARE)
+    num = max(1, min(10, int(steps * step_seconds / apart)))
+    every = max(min(MOST_STEPS_LOST, -(-steps // num)), math.ceil(saving_seconds / SAVING_SHARE / step_seconds))
     if every >= steps:
         return every, f"a run of {plural(steps, 'step')} is saved before the first and after the last"
     return every, f"{every} of {steps:,} steps are the most that a crash costs"
@@ -327,6 +366,8 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows, rows_per_step = len(facts.lengths_I), resolved(recipe.train.rows_per_step)
+    if TASKS[resolved(recipe.task)].sees_rows:
+        return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
     seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
@@ -350,6 +391,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "train.tokens_per_pass": _tokens_per_pass,
     "precision": _precision,
     "threads": lambda recipe, facts: default_threads(facts.processes),
+    "evaluation.every": _every,
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
     "evaluation.surprising": _surprising,
@@ -370,9 +412,10 @@ TRAINED = 3.0
 """Cost of a trained token, in tokens that are only read: SmolLM2 in LoRA 3.4 times as much, by its forecast."""
 SHARE = 1 / 3
 """Largest share of a run that measuring takes."""
-WORD = 80
+WORD = {"cpu": 80}
+WORD_ON_CARD = 1000
 """Cost of the next word of some answers, in tokens that are read together, since every weight comes from memory for
-it: 86 by the forecast of SmolLM2 on two cores; more on a card."""
+it: 86 by the forecast of SmolLM2 on two cores; on a card it is the start of every operation, 40 ms for 8 B weights."""
 GENERAL_TOKENS = 5400
 """Tokens of the general text, by the tokenizer of SmolLM2."""
 UNNOTICED_S = 10.0
@@ -388,7 +431,15 @@ def decide_measuring(
     rows that are measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured.
     """
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
-    answer = 2.0 * WORD * new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
+    new_tokens = new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
+    together = batch_size(held_tokens / max(1, prompts), new_tokens, PASSES * resolved(recipe.train.tokens_per_pass))
+    word = WORD.get(facts.device, WORD_ON_CARD)
+
+    def answers(num: int) -> float:
+        """Cost of answering so many prompts before and after."""
+        num = min(num, prompts)
+        return 2.0 * new_tokens * (word * math.ceil(num / together) + num)
+
     unnoticed = UNNOTICED_S * OPERATIONS_PER_SECOND.get(facts.device, 1e13) / (2 * facts.num_parameters)
     trained = steps * resolved(recipe.train.rows_per_step) * row
     left = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed) - 2 * held_tokens
@@ -406,9 +457,19 @@ def decide_measuring(
 
     samples = resolved(recipe.evaluation.samples)
     halves = [samples >> i for i in range(samples.bit_length()) if i == 0 or samples >> i >= FEW_PROMPTS]
-    spend("samples", [*halves, 0], lambda num: answer * math.ceil(min(num, prompts) / ANSWER_BATCH))
+    spend("samples", [*halves, 0], answers)
+    before = samples = resolved(recipe.evaluation.samples)
+    while before > FEW_PROMPTS and answers(before) / 2 > max(ON_THE_WAY * TRAINED * trained, unnoticed):
+        before //= 2
+    if given.evaluation.samples_before == "auto":
+        reason = (
+            f"of {samples:,} that the tuned one answers: more would take the untouched model a tenth of the training"
+        )
+        recipe = with_choice(recipe, choice := Choice("evaluation.samples_before", before, reason))
+        choices.extend([choice] if before < samples else [])
     spend("general", (True, False), lambda is_measured: 2.0 * GENERAL_TOKENS * speaks * is_measured)
-    spend("surprising", range(resolved(recipe.evaluation.surprising), -1, -1), lambda num: num * row)
+    if not TASKS[resolved(recipe.task)].sees_rows:
+        spend("surprising", range(resolved(recipe.evaluation.surprising), -1, -1), lambda num: num * row)
     if given.evaluation.max_rows == "auto":
         recipe = with_choice(recipe, Choice("evaluation.max_rows", HELD, ""))
     return recipe, choices

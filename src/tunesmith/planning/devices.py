@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -35,6 +38,10 @@ CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
 """Rows, inner size and columns of the product that is timed. On a card a small one takes as long as its launch."""
 CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
 """Bytes of the copy that is timed."""
+BUSY_S = 0.2
+"""Seconds for which other programs are watched."""
+WRITTEN_PIECE, WRITTEN_PIECES = 2**20, 64
+"""Bytes of a piece of the file that is timed, and pieces."""
 GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Linux's control groups, and which of them this process is in."""
 
@@ -56,6 +63,10 @@ class Device:
     """Seconds that one operation takes besides its work."""
     precision: str = "bfloat16"
     """Type that a named card multiplies fastest, of those that a run can take."""
+    written: float = 300e6
+    """Bytes a second that reach its disk."""
+    busy: float = 0.0
+    """Share of the processor that other programs take."""
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -117,10 +128,19 @@ def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     kind = torch.device(device).type
     if kind == "cpu" and dtype == torch.float16:  # a product of that would take seconds
         dtype = torch.float32
+    busy = busy_share() if kind == "cpu" else 0.0
     products, copied = _measured(device, threads=threads, dtype=dtype)
     if kind != "cpu":
         return Device(device, kind, room(device), products, copied)
-    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH)
+    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH, busy=busy)
+
+
+def busy_share() -> float:
+    """Share of this process's cores that was taken for a moment in which it waited."""
+    percent = psutil.cpu_percent(BUSY_S, percpu=True)
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
+    own = [percent[core] for core in cores if core < len(percent)] or percent
+    return float(sum(own)) / len(own) / 100
 
 
 def room(device: str) -> int:
@@ -153,6 +173,17 @@ def _group_free() -> int:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
             free = min(free, most - now + int(stat.get("inactive_file", 0)))
     return free
+
+
+def written(folder: Path) -> float:
+    """Bytes a second that reach the disk of a folder, by a file that is removed again."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        piece, began = random.Random(0).randbytes(WRITTEN_PIECE), time.perf_counter()
+        for _ in range(WRITTEN_PIECES):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return WRITTEN_PIECES * WRITTEN_PIECE / (time.perf_counter() - began)
 
 
 @cache

@@ -18,8 +18,9 @@ from tunesmith.data.collate import pads_to_multiple
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import StepSampler, micro_batches_of, padded_size
 from tunesmith.data.splits import Splits
-from tunesmith.evaluation.generate import ANSWER_BATCH, new_tokens_for
-from tunesmith.evaluation.predict_rows import sample_rows
+from tunesmith.evaluation.generate import batch_size, has_short_answers, new_tokens_for
+from tunesmith.evaluation.predict_rows import MOST_HIGH_LOSS, sample_rows
+from tunesmith.generation.continuation import kept_passes
 from tunesmith.methods import METHODS
 from tunesmith.models.packing_check import layouts_of
 from tunesmith.models.resolve_model import ModelRef
@@ -44,8 +45,8 @@ DECODE_LAUNCH = 1e-3
 """Seconds a layer for the next token of some answers."""
 STARTING_S, LOADED = 12.0, 100e6
 """Libraries, tokenizer and plan on two cores; bytes of weights that are read and hashed in a second."""
-FINISHING_S, WRITTEN = 4.0, 300e6
-"""Report and end of the process on two cores; bytes that are written in a second."""
+FINISHING_S = 4.0
+"""Report and end of the process on two cores."""
 BUCKET = 64 * 2**20
 """Bytes of gradients that are summed together, see `parallel.exchange`."""
 MOST_STEPS, MOST_SHARING_STEPS = 1000, 64
@@ -63,6 +64,8 @@ class Duration:
     """Seconds of each, once; for `training` those of a mean step."""
     spread: float = SPREAD
     """Share by which the total may be off, either way."""
+    busy: float = 0.0
+    """Share of the processor that other programs take: the run may take so much longer, which `total` does not say."""
 
     @property
     def total(self) -> float:
@@ -72,7 +75,7 @@ class Duration:
         """As JSON."""
         each = [(kind, count, self.prices[kind]) for kind, count in self.counts.items()]
         work = {kind: {"count": count, "price": price, "seconds": count * price} for kind, count, price in each}
-        return {"total": self.total, "spread": self.spread, "work": work}
+        return {"total": self.total, "spread": self.spread, "busy": self.busy, "work": work}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +169,25 @@ class Forecaster:
         duration = None
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
-            found = prices(sizes, load, self.device, result_bytes=disk.result)
+            prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
+            found = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
+            found["answering"] += sizes.gathered * share  # of layers that are split, for every token
             looking = load.tokens * found["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
             found["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
             steps = total_steps(recipe, sampler.steps_per_epoch)
-            counted = counts(recipe, self.rows, self.head, steps=steps, general_tokens=self.general_tokens)
-            duration = Duration(counted, found)
+            how = {"steps": steps, "general_tokens": self.general_tokens}
+            counted = counts(recipe, self.rows, self.head, **how, prompts=prompts, layout=sampler.layout)
+            duration = Duration(counted, found, busy=self.device.busy)
         return Forecast(
-            memory=peak(sizes, heavy, look, recomputed=recomputed, device=self.device, base=base),
+            memory=peak(
+                sizes,
+                heavy,
+                look,
+                recomputed=recomputed,
+                device=self.device,
+                base=base,
+                answered=(1 + kept_passes(recomputed)) * sampler.tokens_per_pass * (self._answers(recipe) > 0),
+            ),
             duration=duration,
             disk=disk,
             device=self.device,
@@ -183,6 +197,11 @@ class Forecaster:
             recomputed=recomputed,
             exchange_seconds=summing + gathering,
         )
+
+    def _answers(self, recipe: Recipe) -> int:
+        """Prompts that are answered before and after."""
+        writes = self.head == "next_token"
+        return min(resolved(recipe.evaluation.samples), len(self.rows.held_rows)) if writes else 0
 
     def _looked_up(self, recipe: Recipe) -> tuple[Sizes, StepSampler, Heavy, Load]:
         """The sizes of a recipe's model, its steps, and the heaviest micro-batches: of any device, and of what is
@@ -205,8 +224,11 @@ class Forecaster:
     def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
         """The micro-batch of most targets among held-out rows and the training rows that are measured at the end."""
         rows, found = self.rows, [Load(0, 0)]
-        seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
-        for store, rows_I in ((rows.held_store, rows.held_rows), (rows.store, seen_I)):
+        sides = [(rows.held_store, rows.held_rows)]
+        if not TASKS[resolved(recipe.task)].sees_rows:
+            seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
+            sides.append((rows.store, seen_I))
+        for store, rows_I in sides:
             targets_I, some_I, tokens = targets_of(store), [int(i) for i in rows_I], sampler.tokens_per_pass
             for one in micro_batches_of(store, some_I, tokens_per_pass=tokens, layout=sampler.layout) if some_I else ():
                 found.append(Load(int(store.lengths[list(one)].sum()), int(targets_I[list(one)].sum())))
@@ -260,27 +282,66 @@ def kept_checkpoints(recipe: Recipe, steps: int) -> int:
     return min(saves(recipe, steps), recipe.checkpoint.keep + 1) + keeps_best
 
 
-def counts(recipe: Recipe, rows: Splits, head: HeadName, *, steps: int, general_tokens: int) -> dict[Kind, float]:
-    """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured."""
+def answered_at_once(recipe: Recipe, rows: Splits, sampler: StepSampler, recomputed: int) -> int:
+    """Prompts of held-out rows that are answered together."""
+    if len(rows.held_rows) == 0:
+        return 1
+    passes = kept_passes(recomputed) if sampler.layout == "packed" else 1
+    new_tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    tokens = float(rows.held_store.lengths[rows.held_rows].mean())
+    size = batch_size(tokens, new_tokens, passes * sampler.tokens_per_pass)
+    return min(size, max(1, resolved(recipe.evaluation.samples)), len(rows.held_rows))
+
+
+def counts(
+    recipe: Recipe,
+    rows: Splits,
+    head: HeadName,
+    *,
+    steps: int,
+    general_tokens: int,
+    prompts: int = 1,
+    layout: Layout = "packed",
+) -> dict[Kind, float]:
+    """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured. `prompts`:
+    those that are answered together."""
     every = recipe.evaluation.every
-    assert every != "epoch", "it is decided with the steps"
+    assert not isinstance(every, str), "it is decided with the steps"
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
-    prompts = min(resolved(recipe.evaluation.samples), len(rows.held_rows))
-    answer = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
     devices = resolved(recipe.devices)  # among which rows are dealt; the first one computes a reference
     held, trained = rows.held_store.lengths[rows.held_rows], rows.store.lengths[rows.train_rows]
-    looked_at = min(1.0, resolved(recipe.evaluation.surprising) / len(trained))
-    compares = TASKS[resolved(recipe.task)].compares
+    task = TASKS[resolved(recipe.task)]
+    most = resolved(recipe.evaluation.surprising)
+    if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
+        most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
+    looked_at = min(1.0, most / len(trained))
+    read, written = _answers(recipe, rows, together=prompts) if head == "next_token" else (0.0, 0.0)
     return {
         "starting": 1,
         "training": steps,
-        "measuring": int(held.sum()) * (evaluations / devices + compares)
-        + int(trained.sum()) * (looked_at / devices + compares)
-        + 2 * general_tokens,
-        "answering": 2 * -(-prompts // ANSWER_BATCH) * answer if head == "next_token" else 0,
+        "measuring": int(held.sum()) * (evaluations / devices + task.compares)
+        + int(trained.sum()) * (looked_at / devices + task.compares)
+        + 2 * general_tokens
+        + (read / devices if layout != "packed" else 0),
+        "answering": written / devices,
         "saving": saves(recipe, steps),
         "finishing": 1,
     }
+
+
+def _answers(recipe: Recipe, rows: Splits, *, together: int) -> tuple[float, float]:
+    """Tokens of all prompts that are answered before and after, and tokens that are written one after the other: at
+    first answers are as long as they may be, in the end short ones as long as they should be."""
+    last, first = (
+        min(resolved(num), len(rows.held_rows)) for num in (recipe.evaluation.samples, recipe.evaluation.samples_before)
+    )
+    if last == 0:
+        return 0.0, 0.0
+    targets, lengths = (part[rows.held_rows] for part in (rows.held_store.targets, rows.held_store.lengths))
+    most = new_tokens_for(targets, recipe.evaluation.sample_tokens)
+    tuned = min(most, int(targets.max())) if has_short_answers(targets) else most
+    words = -(-min(first, last) // together) * most + -(-last // together) * tuned
+    return (min(first, last) + last) * float((lengths - targets).mean()), words
 
 
 def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 0, trains: bool = True) -> float:
@@ -303,12 +364,13 @@ def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: 
     return pass_seconds(sizes, load, device, recomputed=recomputed) + update / device.bandwidth + launches
 
 
-def prices(sizes: Sizes, load: Load, device: Device, *, result_bytes: int) -> dict[Kind, float]:
-    """Seconds of each kind of work but training, once. `load`: of a mean step."""
+def prices(sizes: Sizes, load: Load, device: Device, *, result_bytes: int, prompts: int = 1) -> dict[Kind, float]:
+    """Seconds of each kind of work but training, once. `load`: of a mean step; `prompts`: answered together."""
+    word = pass_seconds(sizes, Load(prompts, prompts), device, trains=False)
     return {
         "starting": STARTING_S + sizes.weights / LOADED,
         "measuring": pass_seconds(sizes, load, device, trains=False) / max(1, load.tokens),
-        "answering": sizes.weights / device.bandwidth + DECODE_LAUNCH * sizes.layers,
-        "saving": sizes.checkpoint / WRITTEN,
-        "finishing": FINISHING_S + 2 * result_bytes / WRITTEN,
+        "answering": sizes.weights / device.bandwidth + DECODE_LAUNCH * sizes.layers + word,
+        "saving": sizes.checkpoint / device.written,
+        "finishing": FINISHING_S + 2 * result_bytes / device.written,
     }

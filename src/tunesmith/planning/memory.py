@@ -5,6 +5,7 @@
     step    gradients of the micro-batches before + activations kept + one layer at work + logits in pieces
     update  gradients + one layer at work
     look    one layer at work + logits of the rows that are measured, in pieces where the loss is fused
+            + keys and values of prompts that are answered together
 
 A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone (Chen et
 al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +92,8 @@ class Sizes:
     """Bytes of layers that are split over devices: a pass brings them together for the forward and for the backward."""
     elsewhere: int = 0
     """Trained weights that other devices keep."""
+    cached: int = 0
+    """Bytes of the keys and values of a token, in all layers."""
 
     @property
     def gradients(self) -> int:
@@ -182,13 +186,12 @@ def sizes_of(
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
-    own = num_trained - int(
-        elsewhere * sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
-    )
-    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack), reverse=True)[:2]
-    at_hand = sum(largest) if split else 0  # a layer that computes, and the next one
+    away = sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
+    own = num_trained - int(elsewhere * away)
+    # Of layers that are split, one that computes and the next one are whole.
+    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack if split), reverse=True)[:2]
     return Sizes(
-        weights=sum(computing.values()) - saved - int(elsewhere * gathered) + at_hand,
+        weights=sum(computing.values()) - saved - int(elsewhere * gathered) + sum(largest),
         masters=masters * own // max(1, num_trained),
         optimizer=state * own // max(1, num_trained),
         trained_parameters=num_trained,
@@ -208,7 +211,15 @@ def sizes_of(
         can_pack=not recurrent_layer(model),
         gathered=gathered,
         elsewhere=num_trained - own,
+        cached=2 * layers * _key_size(config) * model.dtype.itemsize,
     ), model
+
+
+def _key_size(config: Any) -> int:
+    """Numbers of a token's key in one layer."""
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
 
 
 def _learns(module: nn.Module) -> bool:
@@ -233,9 +244,12 @@ def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 
-def peak(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int) -> Memory:
+def peak(
+    sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int, answered: int = 0
+) -> Memory:
     """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes where a
-    step has too few; `recomputed`: layers whose activations are; `base`: bytes held before."""
+    step has too few; `recomputed`: layers whose activations are; `base`: bytes held before; `answered`: tokens whose
+    keys and values are kept for answers."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
@@ -251,10 +265,11 @@ def peak(sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Dev
     read, _ = _logits(replace(sizes, trains_output=False), look.targets, is_cpu)
     if not sizes.fused_loss:  # logits as they are computed, in float32, and their softmax
         read = look.targets * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
+    kept_keys = answered * sizes.cached
     moments = [
         (gradients, activations, logits),
         (sizes.gradients, at_work, 0),
-        (0, int(AT_WORK * sizes.itemsize * look.tokens * sizes.features / sizes.layers), read),
+        (0, int(AT_WORK * sizes.itemsize * look.tokens * sizes.features / sizes.layers) + kept_keys, read),
     ]
     gradients, activations, logits = max(moments, key=sum)
     runtime = (LIBRARIES_WIDE if wide else LIBRARIES_NARROW) if is_cpu else CUDA_CONTEXT

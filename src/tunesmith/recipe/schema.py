@@ -279,8 +279,10 @@ class Train(OptionGroup):
 class EvaluationOptions(OptionGroup):
     """Measuring on held-out rows."""
 
-    every: Positive | Literal["epoch"] | None = None
-    """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last only."""
+    every: Positive | Literal["epoch"] | Auto | None = "auto"
+    """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last only. auto:
+    epoch, or a few of them, where a classifier or embedder of less than a billion weights learns its rows more than
+    once and that takes at most a tenth of the training; else null."""
     max_rows: Positive | Auto | None = "auto"
     """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000."""
     metric: str = "loss"
@@ -292,18 +294,22 @@ class EvaluationOptions(OptionGroup):
     samples: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a class, a
     name or a date; fewer in a short run."""
+    samples_before: Annotated[int, Field(ge=0)] | Auto = "auto"
+    """Of these prompts the first ones that the untouched model answers. auto: all, or as many as take it at most a
+    tenth of the training."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
     general: bool | Auto = "auto"
     """Measure before and after how well a causal model still does on general text. auto: true, except
     in a short run."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Most training rows measured at the end to find those that the tuned model finds least likely. auto: a third of
-    the rows trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
+    """Most training rows among which those of highest loss are looked for; 0: none. auto: all of the last epoch, by
+    the losses that training saw. Rows that are compared with others are measured for it at the end: a third of those
+    trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> EvaluationOptions:
-        if self.every is None and (self.patience is not None or self.keep == "best"):
+        if self.every in (None, "auto") and (self.patience is not None or self.keep == "best"):
             option = "patience" if self.patience is not None else "keep: best"
             raise ValueError(f"{option}: needs evaluations on the way: set evaluation.every too")
         return self
@@ -313,7 +319,8 @@ class CheckpointOptions(OptionGroup):
     """Checkpoints, from which a run resumes."""
 
     every: Positive | Auto = "auto"
-    """Steps between checkpoints. auto: a tenth of all steps, from 10 to 500; more where they are short."""
+    """Steps between checkpoints. auto: a tenth of all steps, at most 500; more where these take less than two minutes,
+    and where saving would take more than a tenth of the training."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
     snapshots: Annotated[int, Field(ge=0)] = 0

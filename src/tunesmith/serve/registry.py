@@ -14,6 +14,8 @@ import torch
 
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
+from tunesmith.generation.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
+from tunesmith.generation.decoder import Decoder, choose_decoder, probe
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
@@ -25,8 +27,6 @@ from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run, is_run
-from tunesmith.serve.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
-from tunesmith.serve.decoder import Decoder, choose_decoder, probe
 from tunesmith.serve.protocol import (
     OPEN,
     EngineOptions,

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tunesmith.serve.decoder import Decoder, PromptPart
-from tunesmith.serve.kv_cache import SequenceSlot, room_for
+from tunesmith.generation.decoder import Decoder, PromptPart
+from tunesmith.generation.kv_cache import SequenceSlot, room_for
 from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
 from tunesmith.serve.sampling import Grammar, SampledToken, Sampler, StreamingDecoder, with_text
 

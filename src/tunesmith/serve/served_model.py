@@ -17,14 +17,14 @@ from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.errors import DataError, ModelError
+from tunesmith.generation.adapters import LowRankPath
+from tunesmith.generation.decoder import Decoder
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Done, Predictor
 from tunesmith.inference.rows import Line
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import pool
-from tunesmith.serve.adapters import LowRankPath
-from tunesmith.serve.decoder import Decoder
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.serve.sampling import JsonGrammars
 from tunesmith.serve.scheduler import PreparedRequest

@@ -1,7 +1,7 @@
 """Losses: of tokens (the next one, or the one under a mask), of whole texts, and of single words.
 
 Every function gives a sum, not a mean: `training/step.py` divides once, by the targets of the whole step, so a row
-weighs the same whichever micro-batch it lands in.
+weighs the same whichever micro-batch it lands in. What is added up is left in the batch, for the rows of high loss.
 """
 
 # B rows, N targets, V vocabulary, C classes
@@ -48,8 +48,13 @@ def token_loss_sum(model: nn.Module, batch: Batch, loss: Loss = PLAIN, output: O
     if output is not None:
         hidden_ND = hidden_states(model, batch)[batch.predict_N]
         smoothing, z = loss.label_smoothing, loss.z_loss
-        return output.loss_sum(hidden_ND, batch.targets_N, smoothing=smoothing, z=z).float()
-    return target_losses(logits_at_targets(model, batch), batch.targets_N, loss).sum()
+        return output.loss_sum(hidden_ND, batch.targets_N, smoothing=smoothing, z=z, losses=batch.losses).float()
+    return _sum(batch, target_losses(logits_at_targets(model, batch), batch.targets_N, loss))
+
+
+def _sum(batch: Batch, losses_N: Tensor) -> Tensor:
+    batch.losses.append(losses_N.detach())
+    return losses_N.sum()
 
 
 def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = None) -> Measured:
@@ -79,7 +84,7 @@ def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss
     """Sum of the rows' losses: cross-entropy, binary cross-entropy over all classes, or squared error; float32."""
     from tunesmith.models.forward import sequence_logits
 
-    return _sequence_losses(sequence_logits(model, batch).float(), batch.targets_N, labels, loss).sum()
+    return _sum(batch, _sequence_losses(sequence_logits(model, batch).float(), batch.targets_N, labels, loss))
 
 
 def sequence_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured:
@@ -97,7 +102,7 @@ def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = P
     """Sum of the words' cross-entropies, each at the first token of its word; float32."""
     from tunesmith.models.forward import logits_at_targets
 
-    return _class_losses(logits_at_targets(model, batch), batch.targets_N, labels, loss).sum()
+    return _sum(batch, _class_losses(logits_at_targets(model, batch), batch.targets_N, labels, loss))
 
 
 def word_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured:

@@ -20,9 +20,9 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.compare import preference_notes
-from tunesmith.evaluation.generate import ANSWER_BATCH, answer_samples
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
+    MOST_HIGH_LOSS,
     Predictions,
     constant_answer,
     highest_loss,
@@ -33,19 +33,24 @@ from tunesmith.evaluation.predict_rows import (
 )
 from tunesmith.evaluation.retrieval import other_rows, settled
 from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source, score, score_answers
+from tunesmith.generation.continuation import Continuation
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
+from tunesmith.training.answering import continuation, prompts_of, samples
 from tunesmith.training.progress import Session
-from tunesmith.training.setup import answer_tokens
 
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
 
 
 def evaluate_run(session: Session, name: str) -> None:
     """Measure everything that is compared before and after: held-out rows, sample prompts, general ability."""
-    measure_held_out(session, name)
+    writing = continuation(session.setup, name, session.listener.on_progress)
+    measure_held_out(session, name, writing)
     started = time.perf_counter()
-    _answer(session, name)
+    if writing is not None and writing.why and session.setup.world.is_first and name == "before":
+        text = f"answers are written by themselves, not from the rows that are measured: {writing.why}"
+        session.emit("note", {"text": text})
+    _answer(session, name, writing)
     world = session.setup.world
     takes_part = world.is_first or world.is_sharded
     if resolved(session.setup.recipe.evaluation.general) and session.setup.can_generate and takes_part:
@@ -55,13 +60,14 @@ def evaluate_run(session: Session, name: str) -> None:
     session.progress.evaluate_seconds += time.perf_counter() - started
 
 
-def measure_held_out(session: Session, name: str) -> None:
-    """Emit an "evaluation" event; before and after, also write each row's outcome to the folder `evaluation`."""
+def measure_held_out(session: Session, name: str, writing: Continuation | None = None) -> None:
+    """Emit an "evaluation" event; before and after, also write each row's outcome to the folder `evaluation`.
+    `writing`: goes on from the prompts of some rows."""
     setup, progress = session.setup, session.progress
     if len(setup.rows.held_rows) == 0:
         return
     started = time.perf_counter()
-    outcomes = _outcomes(session, setup.held_collator, setup.rows.held_rows, "evaluate")
+    outcomes = _outcomes(session, setup.held_collator, setup.rows.held_rows, "evaluate", writing)
     hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
     labels = setup.rows.labels
     results = row_results(setup.head, labels, outcomes, hashes_I)
@@ -91,22 +97,27 @@ def measure_held_out(session: Session, name: str) -> None:
         "measures": measures,
         **({"sources": sources} if sources else {}),
     }
-    session.emit("evaluation", values, {"seconds": seconds})
+    writes = {} if writing is None else {"answering": writing.seconds}
+    session.emit("evaluation", values, {"seconds": seconds, **writes})
     for text in preference_notes(measures) if name == "after" else ():
         session.emit("note", {"text": text})
 
 
-def _outcomes(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
+def _outcomes(
+    session: Session, collator: Any, rows_I: NDArray[np.int64], what: str, writing: Continuation | None = None
+) -> Predictions:
     setup, others = session.setup, []
     if setup.task.pools and what == "evaluate":  # anchors look for their positives among documents of other rows too
         sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
         for one, some_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
             others.append((one.store, some_I, _predicted(session, one, some_I, "documents")))
-    own = (collator.store, rows_I, _predicted(session, collator, rows_I, what))
+    own = (collator.store, rows_I, _predicted(session, collator, rows_I, what, writing))
     return settled(setup.task, own, others, recipe=setup.recipe, tokenizer=setup.renderer.tokenizer)
 
 
-def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what: str) -> Predictions:
+def _predicted(
+    session: Session, collator: Any, rows_I: NDArray[np.int64], what: str, writing: Continuation | None = None
+) -> Predictions:
     return predict_rows(
         session.setup.model,
         session.setup.task,
@@ -115,6 +126,7 @@ def _predicted(session: Session, collator: Any, rows_I: NDArray[np.int64], what:
         tokens_per_pass=session.setup.sampler.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress(what, done, total),
         world=None if session.setup.task.pools else session.setup.world,  # which JSON does not carry
+        answering=writing,
     )
 
 
@@ -148,14 +160,13 @@ def _remember(session: Session, value: float) -> None:
         progress.without_best += 1
 
 
-def _answer(session: Session, name: str) -> None:
+def _answer(session: Session, name: str, writing: Continuation | None) -> None:
     """Emit a "sample" event for each prompt, then one "answers" event with the metrics of all; scores go to a file."""
     setup = session.setup
-    if not setup.samples:
+    if not prompts_of(setup, name):
         return
-    new_tokens = answer_tokens(setup.recipe, setup.rows)
     given = []
-    for index, sample in enumerate(_samples(session, new_tokens)):
+    for index, sample in enumerate(samples(session, name, writing)):
         given.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
     if not setup.world.is_first:
@@ -166,20 +177,6 @@ def _answer(session: Session, name: str) -> None:
     _write(session, f"answers-{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
     measures = score_answers(answers, references)
     session.emit("answers", {"name": name, "num": len(answers), "measures": measures})
-
-
-def _samples(session: Session, new_tokens: int) -> Iterator[dict[str, Any]]:
-    """The answers to all prompts, in order; each rank of a group writes those of some batches."""
-    setup, tick = session.setup, session.listener.on_progress
-    rank, size = setup.world.part
-    if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
-        yield from answer_samples(setup.model, setup.renderer, setup.samples, new_tokens, tick)
-        return
-    batches = [setup.samples[at : at + ANSWER_BATCH] for at in range(0, len(setup.samples), ANSWER_BATCH)]
-    mine = [list(answer_samples(setup.model, setup.renderer, batch, new_tokens, tick)) for batch in batches[rank::size]]
-    ranks = setup.world.gather_values(mine)
-    for i in range(len(batches)):
-        yield from ranks[i % size][i // size]
 
 
 def _measure_general(session: Session, name: str) -> None:
@@ -208,20 +205,48 @@ def _measure_general(session: Session, name: str) -> None:
 
 
 def find_high_loss_rows(session: Session) -> None:
-    """Write the training rows with the highest loss under the tuned model to `evaluation/surprising.json`."""
-    setup = session.setup
+    """Write the training rows of highest loss to `evaluation/surprising.json`.
+
+    Of a task that sees rows they are those of the last epoch, and each loss is that of the row's own step, before its
+    update: nothing is measured for them, but the answers of a head for those that are listed. Other rows are measured.
+    """
+    setup, world = session.setup, session.setup.world
     most = resolved(setup.recipe.evaluation.surprising)
     if most == 0:
         return
-    started = time.perf_counter()
-    rows_I = sample_rows(setup.rows.store, setup.rows.train_rows, most)
-    outcomes = _outcomes(session, setup.collator, rows_I, "surprise")
-    if not setup.world.is_first:
+    started, store, labels = time.perf_counter(), setup.rows.store, setup.rows.labels
+    seen = dict[int, float](world.gather_values(_seen(session, most))[0])
+    rows_I = np.array(list(seen), np.int64) if seen else sample_rows(store, setup.rows.train_rows, most)
+    looked_at, source = len(rows_I), "training" if seen else "measuring"
+    if seen:
+        losses_I = np.array(list(seen.values())) / store.denominators[rows_I]
+        rows_I = rows_I[np.argsort(-losses_I, kind="stable")][:MOST_HIGH_LOSS]
+    if seen and labels is None:
+        results: list[RowResult] = [{"hash": f"{hash_:016x}"} for hash_ in store.hashes[rows_I].tolist()]
+    else:
+        outcomes = _outcomes(session, setup.collator, rows_I, "surprise")
+        results = row_results(setup.head, labels, outcomes, store.hashes[rows_I])
+    if not world.is_first:
         return
-    results = row_results(setup.head, setup.rows.labels, outcomes, setup.rows.store.hashes[rows_I])
-    lines = highest_loss(_lines(session, setup.rows.store, rows_I, results))
-    _write(session, "surprising.json", to_json({"looked_at": len(rows_I), "rows": lines}))
+    if seen:
+        pairs = zip(results, rows_I.tolist(), store.denominators[rows_I].tolist(), strict=True)
+        results = [{**result, "loss": seen[row], "count": count} for result, row, count in pairs]
+    lines = highest_loss(_lines(session, store, rows_I, results))
+    _write(session, "surprising.json", to_json({"looked_at": looked_at, "from": source, "rows": lines}))
     session.progress.evaluate_seconds += time.perf_counter() - started
+
+
+def _seen(session: Session, most: int) -> list[tuple[int, float]]:
+    """Rows of the last epoch, at most so many, with their losses by the log of their steps: on the first rank."""
+    setup, last = session.setup, session.progress.step
+    if not setup.world.is_first or not setup.task.sees_rows:
+        return []
+    seen: dict[int, float] = {}
+    for event in session.run.events():
+        if event.kind == "step" and event.step > last - setup.sampler.steps_per_epoch:
+            seen.update(zip(event.values["rows"], event.values.get("row_losses", ()), strict=False))
+    some_I = sample_rows(setup.rows.store, np.array(list(seen), np.int64), most)
+    return [(row, seen[row]) for row in some_I.tolist()]
 
 
 def _write(session: Session, name: str, content: bytes) -> None:

@@ -77,6 +77,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "targets": done.num_targets,
                 "passes": len(met.micro_batches),
                 "rows": row_ids,
+                **({"row_losses": [float(f"{loss:.6g}") for loss in met.row_losses]} if met.row_losses else {}),
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"tokens_per_pass": smaller} if smaller is not None else {}),
             },

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from tunesmith.data.sampler import micro_batches_of
 from tunesmith.environment import for_child
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
-from tunesmith.evaluation.generate import ANSWER_BATCH, generate
+from tunesmith.evaluation.generate import batch_size, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
 from tunesmith.models.machine import peak_memory_bytes
@@ -36,6 +36,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import remove, temporary_folder, write_atomic
+from tunesmith.training.answering import continuation
 from tunesmith.training.loop import training_steps
 from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup, prepare
@@ -97,7 +98,8 @@ class Found:
         step = mean_tokens * sum(one.seconds for one in counted) / sum(one.count for one in counted)
         prices: dict[Kind, float] = {kind: one.seconds / one.count for kind, one in self.work.items()}
         spread = forecast.duration.spread if self.ended else SPREAD
-        return Duration(forecast.duration.counts, {**forecast.duration.prices, **prices, "training": step}, spread)
+        found = {**forecast.duration.prices, **prices, "training": step}
+        return replace(forecast.duration, prices=found, spread=spread)
 
     def values(self, forecast: Forecast | None, mean_tokens: float) -> dict[str, Any]:
         """As JSON. `memory`: the peak, 0 where it ended before a step."""
@@ -253,9 +255,17 @@ def _measure_rows(setup: Setup) -> Timed | None:
 
 
 def _answer(setup: Setup) -> Timed:
-    """Extra seconds of an answer of more tokens."""
-    prompts = [sample.ids for sample in setup.samples[:ANSWER_BATCH]]
-    taken = []
+    """The next token of as many answers as are written together: of the rows that they begin, or of prompts alone."""
+    if (writing := continuation(setup, "after")) is not None:
+        rows = list(writing.wanted)[: writing.together([*map(setup.rows.held_store.lengths.item, writing.wanted)])]
+        writing = replace(writing, stop_ids=frozenset(), new_tokens=MORE_WORDS, most_tokens=sys.maxsize)
+        tokens = setup.sampler.tokens_per_pass
+        predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=tokens, answering=writing)
+        if writing.answers and writing.seconds:
+            return Timed(writing.seconds, MORE_WORDS)
+    some = setup.samples
+    size = batch_size(max(len(one.ids) for one in some), MORE_WORDS, setup.sampler.tokens_per_pass)
+    prompts, taken = [sample.ids for sample in some[:size]], []
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the very first answer is slower
         began = time.perf_counter()
         generate(setup.model, setup.renderer, prompts, words)

@@ -21,6 +21,7 @@ from tunesmith.planning import devices
 from tunesmith.planning.defaults import (
     HELD,
     Facts,
+    checkpoint_every,
     decide,
     decide_measuring,
     rate_notes,
@@ -40,6 +41,8 @@ from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
+LARGE_CHECKPOINT = 256 * 2**20
+"""Bytes of a checkpoint from which on the speed of the disk is measured."""
 ROWS_OF_A_DEVICE = 4
 """Rows of a step for each device, from which on their shares are about equal."""
 
@@ -94,7 +97,8 @@ def resolve_run(
     lengths_I = rows.store.lengths[rows.train_rows]
     targets_I = rows.held_store.targets[rows.held_rows]
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
-    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, processes)
+    held_tokens = int(rows.held_store.lengths[rows.held_rows].sum())
+    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes)
     recipe, choices = _decided(recipe, inputs, rows, facts)
     choices = [*inputs.choices, *grouped, *rows.choices, *choices]
     if device is not None:
@@ -104,7 +108,7 @@ def resolve_run(
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
     try:
-        _forecast(found, device, world, free_tokens=free_tokens)
+        _forecast(found, device, world, root, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
@@ -131,14 +135,17 @@ def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tupl
     recipe, choices = decide(recipe, facts)
     steps_per_epoch = sampler_of(recipe, rows, "padded").steps_per_epoch  # the layout does not change it
     if recipe.evaluation.every == "epoch":
-        choices.append(Choice("evaluation.every", steps_per_epoch, "the steps of an epoch"))
+        why = next((choice.reason for choice in choices if choice.key == "evaluation.every"), "")
+        choices = [choice for choice in choices if choice.key != "evaluation.every"]
+        reason = f"the steps of an epoch: {why}" if why else "the steps of an epoch"
+        choices.append(Choice("evaluation.every", steps_per_epoch, reason))
         recipe = with_choice(recipe, choices[-1])
     recipe, measuring = decide_measuring(
         recipe,
         inputs.recipe,
         facts,
         steps=total_steps(recipe, steps_per_epoch),
-        held_tokens=int(rows.held_store.lengths[rows.held_rows].sum()),
+        held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
     )
@@ -146,7 +153,7 @@ def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tupl
     return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
-def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Path, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     the recipe and the forecast of `found` as they were; notes may have been added."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
@@ -155,15 +162,8 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_choice(recipe, Choice("shard", False, ""))
-    if device is None:
-        threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
-        if recipe.device == "cpu" and recipe.precision == "float16":
-            slow = (
-                "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
-            )
-            found.notes.append(f"precision: float16: {slow}. Leave precision out.")
-        device = devices.here(recipe.device, threads=threads, dtype=dtype)
-        device = replace(device, room=_room_of_a_rank(device, recipe, world))
+    is_here = device is None
+    device = device or _this_device(found, recipe, world)
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
@@ -201,10 +201,41 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
-    found.notes += _few_rows(recipe, size)
+    if saving := _saving(inputs.recipe, recipe, forecast, root if is_here else None):
+        recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
+        forecast = predict(recipe)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
+    found.notes += _few_rows(recipe, size)
     found.recipe, found.forecast = recipe, forecast
+
+
+def _this_device(found: ResolvedRun, recipe: Recipe, world: World) -> Device:
+    """The device of this machine, with the room that a rank may take."""
+    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+    if recipe.device == "cpu" and recipe.precision == "float16":
+        slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
+        found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+    device = devices.here(recipe.device, threads=threads, dtype=dtype)
+    return replace(device, room=_room_of_a_rank(device, recipe, world))
+
+
+def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
+    """How often a run is saved, by what a step and a checkpoint will take; None where that is given, or not known.
+    `folder`: of runs, on the disk that counts; None: another machine's."""
+    if forecast.duration is None or given.checkpoint.every != "auto":
+        return None
+    speed, num_bytes = forecast.device.written, forecast.sizes.checkpoint
+    if folder is not None and num_bytes > LARGE_CHECKPOINT:
+        speed = devices.written(folder)
+    return Choice(
+        "checkpoint.every",
+        *checkpoint_every(
+            total_steps(recipe, forecast.sampler.steps_per_epoch),
+            step_seconds=forecast.duration.prices["training"],
+            saving_seconds=num_bytes / speed,
+        ),
+    )
 
 
 def _few_rows(recipe: Recipe, size: int) -> list[str]:
@@ -256,7 +287,7 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
 
 
 def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
-    if recipe.evaluation.every is not None and len(rows.held_rows) == 0:
+    if recipe.evaluation.every not in (None, "auto") and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
     keys = HEAD_METRICS[TASKS[resolved(recipe.task)].outcome or (head if rows.labels is None else rows.labels.kind)]
     if recipe.evaluation.metric not in keys:

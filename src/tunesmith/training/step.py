@@ -44,6 +44,7 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
     while True:
         passes, idle = sampler.step(step), sampler.idle(step)
         losses: list[Tensor] = []
+        of_rows: list[Tensor] = []
         computed = 0
         try:
             if loss_of is None or state.world.size == 1:  # together, all ranks look once, whichever runs out of memory
@@ -51,15 +52,15 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
             torch.manual_seed(_step_seed(state.recipe.seed, step, sampler.part[0]))
             for batch in _batches(state, [*passes, *idle], step, "learnt"):
                 divisor = num_targets if len(losses) < len(passes) else math.inf
-                loss_sum, tokens = _pass(state, batch, divisor, loss_of)
-                losses.append(loss_sum)
-                computed += tokens
+                losses.append(_pass(state, batch, divisor, loss_of))
+                of_rows += _by_row(batch) if len(losses) <= len(passes) else []
+                computed += batch.num_computed
             state.loss_scale.undo(state.attachment.trained.values())
-            sums, norm = _read(state, losses[: len(passes)])
+            sums, rows, norm = _read(state, losses[: len(passes)], of_rows)
             if norm is not None and all(map(math.isfinite, sums)) and state.loss_scale.gives_way(norm):
                 drop_gradients(state)  # they overflowed in float16: the step is made anew with half the scale
                 continue
-            own = _own(state, sampler, passes, sums, computed, halved=halved)
+            own = replace(_own(state, sampler, passes, sums, computed, halved=halved), row_losses=rows)
             return StepGradients(sampler, own, num_targets, norm)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -77,16 +78,26 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
         sampler, halved = replace(sampler, tokens_per_pass=max(1, min(largest, sampler.tokens_per_pass) // 2)), True
 
 
-def _read(state: TrainState, losses: list[Tensor]) -> tuple[list[float], float | None]:
-    """The loss sums, and the norm of the gradients where it is read with them: a CUDA device is waited for once."""
+def _by_row(batch: Batch) -> list[Tensor]:
+    """[B] float32, the loss of each row of a pass, summed over its targets; none where the task gives one sum alone."""
+    zeros_B = batch.row_of_N.new_zeros(len(batch.row_indices), dtype=torch.float32)
+    return [zeros_B.index_add(0, batch.row_of_N, losses_N.float()) for losses_N in batch.losses[:1]]
+
+
+def _read(
+    state: TrainState, losses: list[Tensor], of_rows: list[Tensor]
+) -> tuple[list[float], list[float], float | None]:
+    """The loss sums, those of rows, and the norm of the gradients where it is read with them: a CUDA device is waited
+    for once."""
     if not losses:
-        return [], None
-    if losses[0].device.type != "cuda" and state.loss_scale.value == 1:
-        return torch.stack(losses).cpu().double().tolist(), None
-    gradients = [tensor.grad for tensor in state.attachment.trained.values() if tensor.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).to(losses[0])
-    *sums, last = torch.stack([*losses, norm]).cpu().double().tolist()
-    return sums, last
+        return [], [], None
+    norms: list[Tensor] = []
+    if losses[0].device.type == "cuda" or state.loss_scale.value != 1:
+        gradients = [tensor.grad for tensor in state.attachment.trained.values() if tensor.grad is not None]
+        norms = [torch.nn.utils.get_total_norm(gradients).to(losses[0])]
+    sums = torch.stack([*losses, *norms])
+    read = torch.cat([sums, *(rows.to(sums) for rows in of_rows)]).cpu().double().tolist()
+    return read[: len(losses)], read[len(sums) :], read[len(losses)] if norms else None
 
 
 def _own(
@@ -116,12 +127,12 @@ def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callabl
         return state.task.look(state.model, _batches(state, passes, step, "looked"), state.world)
 
 
-def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: Callable[..., Tensor]) -> tuple[Tensor, int]:
-    """Run forward and backward; return the loss sum and the number of computed positions."""
+def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: Callable[..., Tensor]) -> Tensor:
+    """Run forward and backward; return the loss sum."""
     loss_sum = loss_of(state.model, batch)
     state.loss_scale.scaled(loss_sum, num_targets).backward()  # type: ignore[no-untyped-call]
     state.attachment.collect_gradients()
-    return loss_sum.detach(), batch.num_computed
+    return loss_sum.detach()
 
 
 def drop_gradients(state: TrainState) -> None:

@@ -201,11 +201,14 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     samples = report["samples"]
     if not samples:
         return
+    asked = sum("before" in sample for sample in samples)
+    fewer = f" The untouched model was asked {asked:,} of these {len(samples):,}." if asked < len(samples) else ""
     if not report.get("short_answers"):
-        yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference.")
+        yield Block("paragraph", f"Held-out prompts, answered before and after. ✓ is equal to the reference.{fewer}")
         yield Block("answers", samples)
         return
-    yield Block("paragraph", "Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not.")
+    words = "Held-out prompts, answered before and after. ✓ is equal to the reference, ✗ is not."
+    yield Block("paragraph", f"{words}{fewer}")
     columns = [Column("row", "source"), *(Column(title) for title in ("prompt", "reference", "before", "after"))]
     rows = []
     for sample in samples:
@@ -244,11 +247,13 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     if not rows:
         return
     listed, looked = plural(len(rows), "training row"), report["surprising"]["looked_at"]
-    yield Block(
-        "paragraph",
-        f"The {listed} that the tuned model finds least likely, of {looked:,} that were measured. Wrong labels and "
-        "broken rows are often among them.",
-    )
+    which = f"that the tuned model finds least likely, of {looked:,} that were measured"
+    if report["surprising"].get("from") == "training":
+        which = (
+            f"of highest loss, of {looked:,} that were learnt in the last epoch. A loss is the one that training saw: "
+            "before the update of the row's own step"
+        )
+    yield Block("paragraph", f"The {listed} {which}. Wrong labels and broken rows are often among them.")
     has_labels = "predicted" in rows[0]
     names = [Column("label", "name"), Column("model says", "name")] if has_labels else []
     cells = []

@@ -2,7 +2,8 @@
 
 `BatchedDecoder` runs all of them in one forward pass. `SequentialDecoder` runs each alone with the cache of
 transformers: for models whose attention cannot be replaced, for encoder-decoders, and as the reference in tests.
-`choose_decoder` takes the one that gives sequences the logits that the model gives each alone.
+`choose_decoder` takes the one that gives sequences the logits that the model gives each alone. Nothing is computed in
+torch's inference mode: a model may keep such a tensor, as a rotary buffer that grows, and could not learn with it.
 """
 
 # T tokens of a pass, N sequences, V vocabulary
@@ -19,21 +20,22 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.models.attention import AttentionTrace, packed_forward
-from tunesmith.models.modes import eval_mode, silence_transformers
-from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
-from tunesmith.models.segments import Segments, UnsupportedAttentionError
-from tunesmith.serve.adapters import AdapterSet, MultiLoraLinear
-from tunesmith.serve.kv_cache import (
+from tunesmith.generation.adapters import AdapterSet, MultiLoraLinear
+from tunesmith.generation.kv_cache import (
     BatchLayout,
     DecodeRows,
     KVCache,
     KVPool,
+    Layers,
     PrefillSpan,
     SequenceSlot,
     room_for,
     use_cached_attention,
 )
+from tunesmith.models.attention import AttentionTrace, packed_forward
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
+from tunesmith.models.segments import Segments, UnsupportedAttentionError
 
 PROBES = ((37, 23), (11, 5), (64, 40))
 """Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
@@ -59,7 +61,12 @@ class BatchedDecoder:
         """A slot for a prompt of so many tokens, of which nothing has been read."""
         return SequenceSlot(adapter, KVPool(room_for(num_tokens)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def adopt(self, rows: Sequence[tuple[Layers, int]], *, more: int) -> list[SequenceSlot]:
+        """Sequences that were read elsewhere, of so many tokens each, to which `more` are added at most."""
+        return self._cache.adopt(rows, more=more)
+
+    @torch.no_grad()
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
         """Sequences that continue a prompt that has been read; its own slot is not used any more."""
         slots = [SequenceSlot(slot.adapter, slot.pool, slot.length) for _ in range(copies)]
@@ -67,7 +74,7 @@ class BatchedDecoder:
             self._cache.add(one)
         return slots
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def close(self, slot: SequenceSlot) -> None:
         """Free a sequence."""
         self._cache.free(slot.pool, slot.row)
@@ -78,7 +85,7 @@ class BatchedDecoder:
         self.step({}, [(slot, [0])])
         return max(0, num_bytes) // slot.pool.bytes_per_token()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(
         self, last_tokens: Mapping[SequenceSlot, int], parts: Sequence[PromptPart]
     ) -> tuple[list[SequenceSlot], Tensor]:
@@ -154,7 +161,7 @@ class SequentialDecoder:
     def token_capacity(self, num_bytes: int) -> int | None:
         return None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(
         self, last_tokens: Mapping[SequenceSlot, int], parts: Sequence[PromptPart]
     ) -> tuple[list[SequenceSlot], Tensor]:

@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from tunesmith.models import attention
 from tunesmith.models.segments import AttentionOptions, Segments, UnsupportedAttentionError, explicit_attention
 
+Layers = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of one sequence by layer, [G, T, D] each."""
 NAME = "tunesmith_cached"
 SMALLEST = 128
 """Tokens of room in the smallest pool."""
@@ -118,6 +120,27 @@ class KVCache:
         """Give a sequence a row with room for one more token."""
         room = room_for(slot.length + 1)
         self.pools.setdefault(room, KVPool(room)).add(slot)
+
+    def adopt(self, rows: Sequence[tuple[Layers, int]], *, more: int) -> list[SequenceSlot]:
+        """Sequences that were read elsewhere, with their lengths: a pool of their own, with room for `more` tokens.
+
+        Layer by layer the rows' own tensors are given up.
+        """
+        pool = KVPool(max(length for _, length in rows) + more)
+        pool.rows = len(rows)
+        for layer in list(rows[0][0]):
+            pairs = [layers.pop(layer) for layers, _ in rows]
+            likes = pairs[0]
+            pool.layers[layer] = (
+                likes[0].new_zeros(len(rows), len(likes[0]), pool.room, likes[0].shape[-1]),
+                likes[1].new_zeros(len(rows), len(likes[1]), pool.room, likes[1].shape[-1]),
+            )
+            for n, pair in enumerate(pairs):
+                for to_NGLD, from_GTD in zip(pool.layers[layer], pair, strict=True):
+                    to_NGLD[n, :, : from_GTD.shape[1]] = from_GTD
+        pool.slots = [SequenceSlot(None, pool, length, n) for n, (_, length) in enumerate(rows)]
+        self.pools[pool.room] = pool
+        return list(pool.slots)
 
     def free(self, pool: KVPool, row: int) -> None:
         """Free a row and, with its last one, the pool."""

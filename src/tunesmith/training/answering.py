@@ -1,0 +1,92 @@
+"""Held-out prompts that a run answers before its first step and after its last, from the rows that it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from tunesmith.evaluation.generate import (
+    Answer,
+    SamplePrompt,
+    answer_samples,
+    prompt_batches,
+    read_answer,
+    sample_values,
+)
+from tunesmith.generation.continuation import Continuation, kept_passes
+from tunesmith.recipe.schema import resolved
+from tunesmith.training.progress import Session
+from tunesmith.training.resolve import OnProgress
+from tunesmith.training.setup import Setup, answer_tokens
+
+
+def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
+    """The prompts that are answered before or after."""
+    return setup.samples[: resolved(setup.recipe.evaluation.samples_before)] if name == "before" else setup.samples
+
+
+def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, total: None) -> Continuation | None:
+    """Writes answers while rows are measured; None where that cannot be: rows are padded, or layers are split, so that
+    every rank has to take part in every pass, or rows have branches, which are measured apart from each other."""
+    prompts, is_packed = prompts_of(setup, name), setup.sampler.layout == "packed"
+    if not prompts or not is_packed or setup.world.is_sharded or setup.rows.held_store.branches.has_any:
+        return None
+    wanted = {row: len(prompts[index].ids) for index, row in rows_of(prompts, setup).items()}
+    passes = kept_passes(resolved(setup.recipe.train.checkpointed_layers))
+    return Continuation(
+        model=setup.model,
+        task=setup.task,
+        stop_ids=frozenset(setup.renderer.stop_ids),
+        new_tokens=answer_tokens(setup.recipe, setup.rows),
+        wanted=wanted,
+        most_tokens=passes * setup.sampler.tokens_per_pass,
+        tick=partial(tick, "answer"),
+    )
+
+
+def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
+    """Number of a prompt → the measured row that begins with it and learns what follows."""
+    store, found = setup.rows.held_store, dict[int, int]()
+    places = {str(store.source(row)): row for row in reversed(setup.rows.held_rows.tolist())}
+    for index, sample in enumerate(prompts):
+        if (place := places.get(sample.source)) is None:
+            continue
+        row, num = store.row(place), len(sample.ids)
+        if row.trained[num : num + 1].any() and row.ids[:num].tolist() == list(sample.ids):
+            found[index] = place
+    return found
+
+
+def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[dict[str, Any]]:
+    """The values of the "sample" events of the prompts, in order; each rank of a group writes some of the answers."""
+    setup, world = session.setup, session.setup.world
+    own = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
+    written: dict[int, list[int]] = dict(pair for part in world.gather_values(own) for pair in part)
+    prompts = prompts_of(setup, name)
+    rows = rows_of(prompts, setup) if written else {}
+    given: dict[int, Answer] = {}
+    for index, sample in enumerate(prompts):
+        if (ids := written.get(rows.get(index, -1))) is not None:
+            given[index] = read_answer(setup.renderer, sample.ids, ids)
+    missing = _generated(session, [sample for index, sample in enumerate(prompts) if index not in given])
+    for index, sample in enumerate(prompts):
+        yield sample_values(sample, given[index]) if index in given else next(missing)
+
+
+def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[dict[str, Any]]:
+    """Answers to prompts that begin no measured row, or whose model goes on from none."""
+    setup, tick = session.setup, session.listener.on_progress
+    new_tokens, most = answer_tokens(setup.recipe, setup.rows), setup.sampler.tokens_per_pass
+    rank, size = setup.world.part
+    if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
+        yield from answer_samples(setup.model, setup.renderer, prompts, new_tokens, tick, most=most)
+        return
+    batches = prompt_batches(prompts, new_tokens, most)
+    mine = [
+        list(answer_samples(setup.model, setup.renderer, batch, new_tokens, tick, most=most))
+        for batch in batches[rank::size]
+    ]
+    ranks = setup.world.gather_values(mine)
+    for i in range(len(batches)):
+        yield from ranks[i % size][i // size]

@@ -1,0 +1,243 @@
+"""Answers that go on from measured rows are those of writing each alone, and the rows' losses stay what they are."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+
+from packed import CAN, VOCAB, rows_of, sharp
+from tiny_run import tiny_recipe
+from tunesmith.data.collate import Collator
+from tunesmith.evaluation.predict_rows import Predictions, predict_rows
+from tunesmith.generation import continuation
+from tunesmith.generation.continuation import Continuation
+from tunesmith.generation.decoder import BatchedDecoder
+from tunesmith.models.attention import NAME, use_packed_attention
+from tunesmith.models.segments import UnsupportedAttentionError
+from tunesmith.tasks import TASKS
+from tunesmith.training import trainer as training
+from tunesmith.types import Row, Source
+
+STOP = 2
+NEW = 6
+PROMPTS = (19, 4, 11, 11, 7, 2)
+"""Tokens of the prompts, longer than the tiny models' windows and shorter."""
+
+
+@torch.no_grad()
+def written_alone(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
+    """Greedy, one whole forward a token, by the model's own attention."""
+    ids: list[int] = []
+    while len(ids) < NEW and ids[-1:] != [STOP]:
+        whole = torch.tensor([[*prompt, *ids]])
+        ids.append(int(model(input_ids=whole, use_cache=False).logits[0, -1].argmax()))
+    return ids
+
+
+class Shelf:
+    """As much of a row store as an evaluation needs."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.lengths = np.array([len(row.ids) for row in rows], np.int32)
+        self.denominators = np.array([row.trained[1:].sum() for row in rows], np.float64)
+        self.num_bytes = np.zeros(len(rows), np.int32)
+        self.branches = SimpleNamespace(partners=None)
+
+    def lengths_in(self, layout: str) -> Any:
+        return self.lengths
+
+    def row(self, index: int) -> Row:
+        return self.rows[index]
+
+
+def row_of(prompt: Sequence[int], answer: Sequence[int]) -> Row:
+    ids = np.array([*prompt, *answer], np.int32)
+    return Row(ids, np.arange(len(ids)) >= len(prompt), Source("x", 1))
+
+
+def rows_and_answers(model: PreTrainedModel) -> tuple[list[Row], list[list[int]]]:
+    """Rows whose answers the model would write from none to all of, and what it writes."""
+    prompts = [row.ids.tolist() for row in rows_of(PROMPTS)]
+    expected = [written_alone(model, prompt) for prompt in prompts]
+    other = [[(token + 1) % VOCAB for token in ids] for ids in expected]
+    cut = [ids[:n] + away[n:] for n, ids, away in zip((0, 1, 3, NEW, NEW, 2), expected, other, strict=True)]
+    cut[4] = cut[4][:2]  # a row that ends before the answer does
+    return [row_of(*pair) for pair in zip(prompts, cut, strict=True)], expected
+
+
+def measured(
+    model: PreTrainedModel, rows: Sequence[Row], writing: Continuation | None, *, tokens: int = 40
+) -> Predictions:
+    collator = Collator(Shelf(rows), layout="packed", device="cpu")  # type: ignore[arg-type]
+    return predict_rows(model, TASKS["chat"], collator, range(len(rows)), tokens_per_pass=tokens, answering=writing)
+
+
+def writer(model: PreTrainedModel, *, most: int = 1000) -> Continuation:
+    return Continuation(model, TASKS["chat"], frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
+
+
+# trap: A18
+def assert_answers_are_those_alone(arch: str, most: int) -> None:
+    model = sharp(arch)
+    rows, expected = rows_and_answers(model)
+    use_packed_attention(model)
+    before = measured(model, rows, None)
+    writing = writer(model, most=most)
+    found = measured(model, rows, writing)
+    assert writing.why == ""
+    assert [writing.answers[i] for i in range(len(rows))] == expected
+    assert found.losses_I.tolist() == before.losses_I.tolist()
+    assert model.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize("most", [1, 60, 1000])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_answers_are_those_alone_however_many_are_written_together(arch: str, most: int) -> None:
+    assert_answers_are_those_alone(arch, most)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in CAN if arch not in ("llama", "gpt2")])
+def test_answers_are_those_alone_in_every_architecture(arch: str) -> None:
+    model = sharp(arch)
+    rows, expected = rows_and_answers(model)
+    use_packed_attention(model)
+    writing = writer(model)
+    measured(model, rows, writing)
+    assert writing.why or [writing.answers[i] for i in range(len(rows))] == expected
+
+
+def test_the_test_sees_an_answer_that_goes_on_after_the_references_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(self: Continuation, places: Any, targets: Any, outputs: Any) -> list[int]:
+        return outputs.tolist()[: self.new_tokens]  # whatever the row says in between
+
+    monkeypatch.setattr(Continuation, "_known", known)
+    with pytest.raises(AssertionError):
+        assert_answers_are_those_alone("llama", 1000)
+
+
+def test_the_test_sees_an_answer_that_goes_on_from_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    adopt = BatchedDecoder.adopt
+
+    def swapped(self: BatchedDecoder, rows: Any, *, more: int) -> Any:
+        layers = [dict(part) for part, _ in rows]
+        return adopt(self, [(layers[i - 1], num) for i, (_, num) in enumerate(rows)], more=more)
+
+    monkeypatch.setattr(BatchedDecoder, "adopt", swapped)
+    with pytest.raises(AssertionError):
+        assert_answers_are_those_alone("llama", 1000)
+
+
+def test_a_model_that_decodes_otherwise_is_found_out_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = BatchedDecoder.step
+
+    def turned(self: BatchedDecoder, *how: Any) -> Any:
+        slots, logits_NV = step(self, *how)
+        return slots, logits_NV.flip(-1)
+
+    monkeypatch.setattr(BatchedDecoder, "step", turned)
+    model = sharp("llama")
+    rows, _ = rows_and_answers(model)
+    use_packed_attention(model)
+    writing = writer(model)
+    measured(model, rows, writing)
+    assert "another loss" in writing.why
+    assert model.config._attn_implementation == NAME
+
+
+def test_a_row_that_is_done_leaves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    step = BatchedDecoder.step
+
+    def counted(self: BatchedDecoder, last: Any, parts: Any) -> Any:
+        sizes.append(len(last))
+        return step(self, last, parts)
+
+    monkeypatch.setattr(BatchedDecoder, "step", counted)
+    model = sharp("llama")
+    rows, expected = rows_and_answers(model)
+    use_packed_attention(model)
+    measured(model, rows, writer(model))
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 1
+    assert sizes[0] == sum(row.ids[num:].tolist() != ids for row, num, ids in zip(rows, PROMPTS, expected, strict=True))
+
+
+def samples_of(folder: Any, **sections: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Values of the samples of a run, and its notes."""
+    recipe = tiny_recipe(folder, **sections)
+    run = training.train(recipe, root=folder / "runs", offline=True)
+    events = list(run.events())
+    return [e.values for e in events if e.kind == "sample"], [e.values["text"] for e in events if e.kind == "note"]
+
+
+HELD = {"data": {"held_out": 0.5}, "evaluation": {"samples": 8, "sample_tokens": 4, "general": False}}
+
+
+def test_a_runs_answers_are_those_of_prompts_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, _ = samples_of(tmp_path / "a", **HELD)
+    monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None)
+    plain, _ = samples_of(tmp_path / "b", **HELD)
+    keys = ("name", "index", "prompt", "reference", "answer", "stopped")
+    assert len(ours) == 16
+    assert [[one[key] for key in keys] for one in ours] == [[one[key] for key in keys] for one in plain]
+
+
+def test_where_memory_ends_the_rest_is_answered_by_fewer_at_a_time(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    expected, _ = samples_of(tmp_path / "a", **HELD)
+    adopt = BatchedDecoder.adopt
+
+    def short(self: BatchedDecoder, rows: Any, *, more: int) -> Any:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return adopt(self, rows, more=more)
+
+    monkeypatch.setattr(BatchedDecoder, "adopt", short)
+    found, notes = samples_of(tmp_path / "b", **HELD)
+    assert [one["answer"] for one in found] == [one["answer"] for one in expected]
+    assert notes == []
+
+
+def test_a_model_that_goes_on_from_none_is_noted_and_asked_prompt_by_prompt(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*a: Any, **k: Any) -> Any:
+        raise UnsupportedAttentionError("its attention has sinks")
+
+    monkeypatch.setattr(continuation, "BatchedDecoder", refuse)
+    found, notes = samples_of(tmp_path, **HELD)
+    assert len(found) == 16
+    assert [text for text in notes if "sinks" in text]
+
+
+def test_prompts_that_do_not_fit_together_are_halved_and_long_ones_read_in_parts(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, eight prompts of any length were one batch, and the run ended before its first step."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None, raising=False)
+    expected, _ = samples_of(tmp_path / "a", **HELD)
+    generate, seen = GenerationMixin.generate, list[int]()
+
+    def short(self: Any, ids_BT: torch.Tensor, *, generation_config: Any, **rest: Any) -> Any:
+        read = min(ids_BT.shape[1], getattr(generation_config, "prefill_chunk_size", None) or ids_BT.shape[1])
+        seen.append(len(ids_BT) * read)
+        if seen[-1] > 48:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(self, ids_BT, generation_config=generation_config, **rest)
+
+    monkeypatch.setattr(GenerationMixin, "generate", short)
+    found, _ = samples_of(tmp_path / "b", **HELD)
+    assert max(seen) > 48
+    assert [one["answer"] for one in found] == [one["answer"] for one in expected]
