@@ -1,0 +1,155 @@
+"""`python -m benchmarks step`: what a training step takes, beside its matrix products alone.
+
+The limit is what a step would take if there were nothing but the products of the model's own weights: each linear layer
+forward, backward to its input and, where it is trained, to its weight, at the step's tokens; the output layer at its
+targets. It is measured by `torch.nn.functional.linear` and `matmul` in the same process as the steps, so the share of
+the limit that a run reaches says the same on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measured import machine
+
+WARM, ROUNDS = 2, 3
+KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("loss and output layer", ("_LossSum", "_LogProbs")),
+    ("attention", ("_ShortRowAttention", "_Spread", "scaled_dot_product")),
+    ("norms", ("_RmsNorm", "layer_norm")),
+    ("optimizer", ("ptimizer",)),
+    ("layers' nodes", ("_Linears", "_GatedMlp")),
+)
+"""Kinds of work and the words in the names of operations, or of those that called them, by which they are known."""
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+
+
+def add_step(verbs: Any) -> None:
+    step = verbs.add_parser(
+        "step",
+        help="steps of training beside their matrix products alone, and where the rest goes",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = step.add_argument
+    add("--model", required=True, help="a folder, or a .gguf file")
+    add("--rows", required=True, help="a file of rows")
+    add("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    add("--steps", type=int, default=12, help=f"the first {WARM} do not count")
+    add("--rows-per-step", type=int, default=16)
+    add("--threads", type=int, default=2)
+    add("--kernels", default="fast", choices=["fast", "plain"])
+    step.set_defaults(run=_step)
+
+
+def _step(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from tunesmith.environment import prepare_environment
+
+    prepare_environment(os.environ)
+    print(f"{machine()['processor']}, {options.threads} threads, kernels: {options.kernels}", flush=True)
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            _measure(options, method, Path(folder))
+    return 0
+
+
+def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
+    import torch
+
+    import tunesmith
+
+    recipe = tunesmith.Recipe.model_validate(
+        {
+            "model": options.model,
+            "data": {"train": [options.rows]},
+            "threads": options.threads,
+            "kernels": options.kernels,
+            "method": {"name": method},
+            "train": {"rows_per_step": options.rows_per_step, "max_steps": options.steps + 1},
+            "evaluation": {"max_rows": 1, "samples": 0, "general": False, "surprising": 0},
+        }
+    )
+    setup = tunesmith.prepare(recipe, root=root)
+    steps = tunesmith.training_steps(setup)
+    events = [next(steps) for _ in range(options.steps)][WARM:]
+    with torch.profiler.profile(record_shapes=True) as profile:
+        next(steps)
+    shares = []
+    for event in events:
+        tokens, targets = int(event.values["computed"]), int(event.values["targets"])
+        passes = int(event.values["passes"])
+        limit = passes * products_seconds(setup.model, tokens // passes, targets // passes, trained=method == "full")
+        shares.append((limit, event.timing["seconds"], tokens))
+    limit, seconds, tokens = (sum(column) for column in zip(*shares, strict=True))
+    each = [one / other for one, other, _ in shares]
+    print(
+        f"\n{method}: {tokens / seconds:.0f} computed tokens/s, the products alone {tokens / limit:.0f}: share "
+        f"{limit / seconds:.2f} ({min(each):.2f} to {max(each):.2f} of {len(each)} steps)\n\n| | ms | of the step |"
+        "\n|---|---:|---:|"
+    )
+    kinds = kinds_of(profile, rank=getattr(recipe.method, "rank", 0))
+    for kind, spent in kinds.most_common():
+        print(f"| {kind} | {spent / 1e3:.0f} | {spent / kinds.total():.1%} |", flush=True)
+
+
+def products_seconds(model: Any, tokens: int, targets: int, *, trained: bool) -> float:
+    """Seconds of the products of one pass with so many tokens and targets, the least of a few rounds."""
+    import torch
+
+    head = model.get_output_embeddings()
+    known = {id(head): targets} if head is not None else {}
+    layers = [
+        (module.weight.detach(), known.get(id(module), tokens))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.dim() == 2
+    ]
+    width = {size for weight, _ in layers for size in weight.shape}
+    inputs = {size: torch.randn(max(tokens, targets, 1), size).to(layers[0][0].dtype) for size in width}
+    least = float("inf")
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            begun = time.perf_counter()
+            for weight_OI, rows in layers:
+                num_outputs, num_inputs = weight_OI.shape
+                x_TI, g_TO = inputs[num_inputs][:rows], inputs[num_outputs][:rows]
+                torch.nn.functional.linear(x_TI, weight_OI)
+                torch.matmul(g_TO, weight_OI)
+                if trained:
+                    torch.matmul(g_TO.t(), x_TI)
+            least = min(least, time.perf_counter() - begun)
+    return least
+
+
+def kinds_of(profile: Any, *, rank: int) -> Counter[str]:
+    """Microseconds of a profiled step by kind of work, each operation's own time counted once."""
+    spent: Counter[str] = Counter()
+    for event in profile.events():
+        names, caller = [event.name], event.cpu_parent
+        while caller is not None:
+            names.append(caller.name)
+            caller = caller.cpu_parent
+        calls = " ".join(names)
+        shapes = [shape for shape in event.input_shapes or [] if shape]
+        kind = next((kind for kind, marks in KINDS if any(mark in calls for mark in marks)), "")
+        if event.name in PRODUCTS and kind in ("", "layers' nodes"):
+            thin = rank and any(0 < min(shape) <= 3 * rank for shape in shapes if len(shape) == 2)
+            kind = "thin products of LoRA" if thin else "products"
+        elif event.name in PRODUCTS:
+            kind += ": products"
+        elif not kind:
+            is_headed = any(len(shape) == 4 for shape in shapes)
+            kind = "rotary positions and heads" if is_headed else "residuals, gradients of weights, the rest"
+        spent[kind] += int(event.self_cpu_time_total)
+    return spent
+
+
+def median_share(limits: Sequence[float], seconds: Sequence[float]) -> float:
+    """The middle share of the limit of several steps."""
+    return statistics.median(limit / taken for limit, taken in zip(limits, seconds, strict=True))
