@@ -9,6 +9,7 @@ the limit that a run reaches says the same on any machine.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.measured import machine
@@ -47,6 +49,9 @@ def add_step(verbs: Any) -> None:
     add("--threads", type=int, default=2)
     add("--kernels", default="fast", choices=["fast", "plain"])
     step.set_defaults(run=_step)
+    limit = verbs.add_parser("limit", help="how near a finished run on a processor came to its products alone")
+    limit.add_argument("run_folder", type=Path, help="a run on a model that is a folder")
+    limit.set_defaults(run=_limit)
 
 
 def _step(options: argparse.Namespace, words: Sequence[str]) -> int:
@@ -81,14 +86,8 @@ def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
     events = [next(steps) for _ in range(options.steps)][WARM:]
     with torch.profiler.profile(record_shapes=True) as profile:
         next(steps)
-    shares = []
-    for event in events:
-        tokens, targets = int(event.values["computed"]), int(event.values["targets"])
-        passes = int(event.values["passes"])
-        limit = passes * products_seconds(setup.model, tokens // passes, targets // passes, trained=method == "full")
-        shares.append((limit, event.timing["seconds"], tokens))
-    limit, seconds, tokens = (sum(column) for column in zip(*shares, strict=True))
-    each = [one / other for one, other, _ in shares]
+    layers = weights_of(setup.model)
+    limit, seconds, tokens, each = _shares(events, layers, trained=method == "full")
     print(
         f"\n{method}: {tokens / seconds:.0f} computed tokens/s, the products alone {tokens / limit:.0f}: share "
         f"{limit / seconds:.2f} ({min(each):.2f} to {max(each):.2f} of {len(each)} steps)\n\n| | ms | of the step |"
@@ -99,25 +98,68 @@ def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
         print(f"| {kind} | {spent / 1e3:.0f} | {spent / kinds.total():.1%} |", flush=True)
 
 
-def products_seconds(model: Any, tokens: int, targets: int, *, trained: bool) -> float:
-    """Seconds of the products of one pass with so many tokens and targets, the least of a few rounds."""
+def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Print the middle share of the run's steps after the first half, ten at most."""
+    from tunesmith.environment import prepare_environment
+
+    prepare_environment(os.environ)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    lines = (options.run_folder / "events.jsonl").read_text("utf-8").splitlines()
+    events = [SimpleNamespace(**event) for event in map(json.loads, lines) if event["kind"] in ("start", "step")]
+    recipe, steps = events[0].values["recipe"], [event for event in events if event.kind == "step"]
+    torch.set_num_threads(int(recipe["threads"]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe["model"]))
+    layers = weights_of(model, dtype=getattr(torch, recipe["precision"]))
+    counted = steps[min(10, len(steps) // 2) :]
+    *_, each = _shares(counted, layers, trained=recipe["method"]["name"] == "full")
+    print(f"{statistics.median(each):.3f}")
+    return 0
+
+
+Layers = Sequence[tuple[Any, bool]]
+"""Weights of linear layers, and whether each is that of the output layer."""
+
+
+def _shares(events: Sequence[Any], layers: Layers, *, trained: bool) -> tuple[float, float, int, list[float]]:
+    """Seconds of the products alone and of the steps, computed tokens, and the share of each step."""
+    limits, seconds, computed = [], [], 0
+    for event in events:
+        tokens, targets, passes = (int(event.values[name]) for name in ("computed", "targets", "passes"))
+        limits.append(passes * products_seconds(layers, tokens // passes, targets // passes, trained=trained))
+        seconds.append(event.timing["seconds"])
+        computed += tokens
+    each = [limit / taken for limit, taken in zip(limits, seconds, strict=True)]
+    return sum(limits), sum(seconds), computed, each
+
+
+def weights_of(model: Any, *, dtype: Any = None) -> Layers:
+    """The weights of the model's linear layers; of a model of shapes, random ones of a type."""
     import torch
 
     head = model.get_output_embeddings()
-    known = {id(head): targets} if head is not None else {}
-    layers = [
-        (module.weight.detach(), known.get(id(module), tokens))
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module.weight.dim() == 2
+    modules = [one for one in model.modules() if isinstance(one, torch.nn.Linear)]
+    return [
+        (torch.randn(one.weight.shape, dtype=dtype) if one.weight.is_meta else one.weight.detach(), one is head)
+        for one in modules
     ]
-    width = {size for weight, _ in layers for size in weight.shape}
+
+
+def products_seconds(layers: Layers, tokens: int, targets: int, *, trained: bool) -> float:
+    """Seconds of the products of one pass with so many tokens and targets, the least of a few rounds."""
+    import torch
+
+    width = {size for weight_OI, _ in layers for size in weight_OI.shape}
     inputs = {size: torch.randn(max(tokens, targets, 1), size).to(layers[0][0].dtype) for size in width}
     least = float("inf")
     with torch.no_grad():
         for _ in range(ROUNDS):
             begun = time.perf_counter()
-            for weight_OI, rows in layers:
+            for weight_OI, is_head in layers:
                 num_outputs, num_inputs = weight_OI.shape
+                rows = targets if is_head else tokens
                 x_TI, g_TO = inputs[num_inputs][:rows], inputs[num_outputs][:rows]
                 torch.nn.functional.linear(x_TI, weight_OI)
                 torch.matmul(g_TO, weight_OI)
@@ -148,8 +190,3 @@ def kinds_of(profile: Any, *, rank: int) -> Counter[str]:
             kind = "rotary positions and heads" if is_headed else "residuals, gradients of weights, the rest"
         spent[kind] += int(event.self_cpu_time_total)
     return spent
-
-
-def median_share(limits: Sequence[float], seconds: Sequence[float]) -> float:
-    """The middle share of the limit of several steps."""
-    return statistics.median(limit / taken for limit, taken in zip(limits, seconds, strict=True))

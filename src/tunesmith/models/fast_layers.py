@@ -53,6 +53,12 @@ def use_fast_layers(model: nn.Module) -> None:
                 _Siblings([getattr(module, name) for name in names]).join()
 
 
+def keeps_less(model: nn.Module) -> bool:
+    """Whether the layers of the model, which may be one of shapes, look as if they kept less by these nodes."""
+    modules = list(model.modules())
+    return any(map(_looks_like_norm, modules)) and any(_parts(module, MLP) is not None for module in modules)
+
+
 def parts_of(layer: Any) -> LinearParts | None:
     """What a linear layer computes with now; None if it is not known to compute by that alone."""
     if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:
