@@ -83,15 +83,21 @@ def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
     )
     setup = tunesmith.prepare(recipe, root=root)
     steps = tunesmith.training_steps(setup)
-    events = [next(steps) for _ in range(options.steps)][WARM:]
+    layers = weights_of(setup.model)
+    limit, seconds, tokens, each = 0.0, 0.0, 0, []
+    for number in range(options.steps):
+        event = next(steps)
+        if number >= WARM:  # right after each step, so that both meet the machine in the same state
+            alone = _alone(event, layers, trained=method == "full")
+            limit, seconds = limit + alone, seconds + event.timing["seconds"]
+            tokens += int(event.values["computed"])
+            each.append(alone / event.timing["seconds"])
     with torch.profiler.profile(record_shapes=True) as profile:
         next(steps)
-    layers = weights_of(setup.model)
-    limit, seconds, tokens, each = _shares(events, layers, trained=method == "full")
     print(
         f"\n{method}: {tokens / seconds:.0f} computed tokens/s, the products alone {tokens / limit:.0f}: share "
-        f"{limit / seconds:.2f} ({min(each):.2f} to {max(each):.2f} of {len(each)} steps)\n\n| | ms | of the step |"
-        "\n|---|---:|---:|"
+        f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f} of {len(each)} steps)\n\n"
+        "| | ms | of the step |\n|---|---:|---:|"
     )
     kinds = kinds_of(profile, rank=getattr(recipe.method, "rank", 0))
     for kind, spent in kinds.most_common():
@@ -114,7 +120,8 @@ def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe["model"]))
     layers = weights_of(model, dtype=getattr(torch, recipe["precision"]))
     counted = steps[min(10, len(steps) // 2) :]
-    *_, each = _shares(counted, layers, trained=recipe["method"]["name"] == "full")
+    trained = recipe["method"]["name"] == "full"
+    each = [_alone(event, layers, trained=trained) / event.timing["seconds"] for event in counted]
     print(f"{statistics.median(each):.3f}")
     return 0
 
@@ -123,16 +130,10 @@ Layers = Sequence[tuple[Any, bool]]
 """Weights of linear layers, and whether each is that of the output layer."""
 
 
-def _shares(events: Sequence[Any], layers: Layers, *, trained: bool) -> tuple[float, float, int, list[float]]:
-    """Seconds of the products alone and of the steps, computed tokens, and the share of each step."""
-    limits, seconds, computed = [], [], 0
-    for event in events:
-        tokens, targets, passes = (int(event.values[name]) for name in ("computed", "targets", "passes"))
-        limits.append(passes * products_seconds(layers, tokens // passes, targets // passes, trained=trained))
-        seconds.append(event.timing["seconds"])
-        computed += tokens
-    each = [limit / taken for limit, taken in zip(limits, seconds, strict=True)]
-    return sum(limits), sum(seconds), computed, each
+def _alone(event: Any, layers: Layers, *, trained: bool) -> float:
+    """Seconds that the products of a step take alone."""
+    tokens, targets, passes = (int(event.values[name]) for name in ("computed", "targets", "passes"))
+    return passes * products_seconds(layers, tokens // passes, targets // passes, trained=trained)
 
 
 def weights_of(model: Any, *, dtype: Any = None) -> Layers:

@@ -70,13 +70,9 @@ def parts_of(layer: Any) -> LinearParts | None:
 
 
 def _parts(module: nn.Module, names: Sequence[str]) -> tuple[LinearParts, ...] | None:
-    found = []
-    for name in names:
-        parts = parts_of(module._modules.get(name))
-        if parts is None:
-            return None
-        found.append(parts)
-    return tuple(found)
+    layers = [parts_of(module._modules.get(name)) for name in names]
+    known = tuple(parts for parts in layers if parts is not None)
+    return known if len(known) == len(names) else None
 
 
 class _Siblings:
@@ -167,14 +163,14 @@ def _agrees(
 ) -> bool:
     """Whether both give the same answer and the same gradients, but for rounding."""
     try:
-        found, expected = (_answer(way, x, trained) for way in (ours, theirs))
+        answers, expected = (_answer(way, x, trained) for way in (ours, theirs))
     except (RuntimeError, TypeError):  # another signature, or other shapes
         return False
     # Sums over thousands of numbers, rounded in another order.
     tolerance = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
     return all(
-        mine.shape == own.shape and float((mine - own).norm()) <= tolerance * float(own.norm())
-        for mine, own in zip(found, expected, strict=True)
+        mine.shape == its.shape and float((mine - its).norm()) <= tolerance * float(its.norm())
+        for mine, its in zip(answers, expected, strict=True)
     )
 
 

@@ -109,8 +109,8 @@ class _Linears(torch.autograd.Function):
         x_TI, low_TS, *tensors = ctx.saved_tensors
         needs_x, _, *needs = ctx.needs_input_grad
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        gx_TI, found = _backward(grads_TO, x_TI, low_TS, _thawed(ctx.layers, tensors), needs, needs_x=needs_x)
-        return None if gx_TI is None else gx_TI.view(ctx.shape), None, *found
+        gx_TI, gradients = _backward(grads_TO, x_TI, low_TS, _thawed(ctx.layers, tensors), needs, needs_x=needs_x)
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, *gradients
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -138,8 +138,8 @@ class _GatedMlp(torch.autograd.Function):
         assert gh_TF is not None
         gu_TF = act_TF.mul_(gh_TF)
         gg_TF = ctx.activation.backward(gh_TF.mul_(u_TF), g_TF)
-        gx_TI, found = _backward([gg_TF, gu_TF], x_TI, low_TS, layers[:2], needs[:8], needs_x=needs_x)
-        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *found, *of_down
+        gx_TI, gradients = _backward([gg_TF, gu_TF], x_TI, low_TS, layers[:2], needs[:8], needs_x=needs_x)
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *gradients, *of_down
 
 
 def _frozen(layers: Sequence[LinearParts]) -> tuple[tuple[Weight | None, float], ...]:
@@ -204,17 +204,17 @@ def _backward(
                 torch.mul(g_TO @ layer.b_OR, layer.scale, out=glow_TR)
         gx_TI = glow_TS @ a_SI if needs_x else None
         rows = list((glow_TS.t() @ x_TI).split(ranks)) if any(needs[2::4]) else rows
-    found: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     at = 0
     for index, (g_TO, layer, ga_RI) in enumerate(zip(grads_TO, layers, rows, strict=True)):
         needs_weight, needs_bias, needs_a, needs_b = needs[4 * index : 4 * index + 4]
         if needs_x:
             weight_OI = dense(layer.weight)
             gx_TI = g_TO @ weight_OI if gx_TI is None else gx_TI.addmm_(g_TO, weight_OI)
-        found += [g_TO.t() @ x_TI if needs_weight else None, g_TO.sum(0) if needs_bias else None]
-        found.append(ga_RI if needs_a else None)
+        gradients += [g_TO.t() @ x_TI if needs_weight else None, g_TO.sum(0) if needs_bias else None]
+        gradients.append(ga_RI if needs_a else None)
         # Transposed at the end: on CPU the product with R rows is a third faster than the one with R columns.
         low_TR = None if low_TS is None else low_TS[:, at : at + layer.rank]
         at += layer.rank
-        found.append((low_TR.t() @ g_TO).mul_(layer.scale).t() if needs_b and low_TR is not None else None)
-    return gx_TI, found
+        gradients.append((low_TR.t() @ g_TO).mul_(layer.scale).t() if needs_b and low_TR is not None else None)
+    return gx_TI, gradients
