@@ -110,3 +110,15 @@ def test_dropout_hooks_and_layers_that_are_switched_off_are_seen_in_every_call()
     one = model(input_ids=torch.arange(8)[None]).logits
     assert layers[0].parts() is None
     assert torch.isfinite(one).all()
+
+
+def test_an_mlp_with_a_dropout_of_its_own_stays_as_it_is() -> None:
+    """A probe in evaluation mode would not see it."""
+    model = model_of("llama").eval()
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = nn.Sequential(mlp.act_fn, nn.Dropout(0.5))
+    own = type(mlp).forward
+    mlp.hidden_dropout = 0.5
+    use_fast_layers(model)
+    assert mlp.forward.__func__ is own
+    assert "forward" in vars(model.model.layers[1].mlp)

@@ -38,9 +38,9 @@ def use_fast_layers(model: nn.Module) -> None:
             if key not in norms:
                 norms[key] = next((start for start in COUNTED_FROM if _norm_agrees(module, start)), None)
             if (start := norms[key]) is not None:
-                module.forward = partial(_norm, module, start)
+                module.forward = partial(_norm, module, start, module.forward)
             continue
-        if _parts(module, MLP) is not None:
+        if _parts(module, MLP) is not None and not _drops(module):
             key = type(module), type(getattr(module, "act_fn", None))
             if key not in mlps:
                 mlps[key] = next((act for act in ACTIVATIONS if _mlp_agrees(module, act)), None)
@@ -108,16 +108,29 @@ class _Siblings:
         return first
 
 
-def _gated(module: nn.Module, activation: Activation, alone: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _gated(module: nn.Module, activation: Activation, alone: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
     parts = _parts(module, MLP)
-    if parts is None:
-        return alone(x)
+    if parts is None or more or len(args) != 1:
+        return alone(*args, **more)
     gate, up, down = parts
-    return gated_mlp(x, (gate, up, down), activation)
+    return gated_mlp(args[0], (gate, up, down), activation)
 
 
-def _norm(module: nn.Module, start: int, x: Tensor) -> Tensor:
-    return rms_norm(x, _weight(module), _epsilon(module), start=start)
+def _norm(module: nn.Module, start: int, alone: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
+    weight_H = _weight(module)
+    if more or len(args) != 1 or args[0].dtype != weight_H.dtype:
+        return alone(*args, **more)
+    return rms_norm(args[0], weight_H, _epsilon(module), start=start)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it has a dropout of its own, which a probe in evaluation mode would not see."""
+    return any(
+        (isinstance(child, nn.Dropout) and child.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(child).items())
+        for child in (module, *module.children())
+        if not hasattr(child, "parts")
+    )
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
@@ -139,7 +152,7 @@ def _norm_agrees(module: nn.Module, start: int) -> bool:
     weight_H = _weight(module)
     drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
     drawn_TH[0] *= 100
-    return _agrees(partial(_norm, module, start), module.forward, drawn_TH, [])
+    return _agrees(partial(_norm, module, start, module.forward), module.forward, drawn_TH, [])
 
 
 def _mlp_agrees(module: nn.Module, activation: Activation) -> bool:
