@@ -113,7 +113,7 @@ def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     lines = (options.run_folder / "events.jsonl").read_text("utf-8").splitlines()
-    events = [SimpleNamespace(**event) for event in map(json.loads, lines) if event["kind"] in ("start", "step")]
+    events = [SimpleNamespace(**event) for event in map(json.loads, lines) if event["kind"] in ("plan", "step")]
     recipe, steps = events[0].values["recipe"], [event for event in events if event.kind == "step"]
     torch.set_num_threads(int(recipe["threads"]))
     with torch.device("meta"):

@@ -34,17 +34,17 @@ def use_fast_layers(model: nn.Module) -> None:
         if "forward" in vars(module):
             continue
         if _looks_like_norm(module):
-            key = type(module), _weight(module).dtype
-            if key not in norms:
-                norms[key] = next((start for start in COUNTED_FROM if _norm_agrees(module, start)), None)
-            if (start := norms[key]) is not None:
+            norm = type(module), _weight(module).dtype
+            if norm not in norms:
+                norms[norm] = next((start for start in COUNTED_FROM if _norm_agrees(module, start)), None)
+            if (start := norms[norm]) is not None:
                 module.forward = partial(_norm, module, start, module.forward)
             continue
         if _parts(module, MLP) is not None and not _drops(module):
-            key = type(module), type(getattr(module, "act_fn", None))
-            if key not in mlps:
-                mlps[key] = next((act for act in ACTIVATIONS if _mlp_agrees(module, act)), None)
-            if (activation := mlps[key]) is not None:
+            mlp = type(module), type(getattr(module, "act_fn", None))
+            if mlp not in mlps:
+                mlps[mlp] = next((act for act in ACTIVATIONS if _mlp_agrees(module, act)), None)
+            if (activation := mlps[mlp]) is not None:
                 module.forward = partial(_gated, module, activation, module.forward)
                 continue
         for names in SIBLINGS:
@@ -65,8 +65,8 @@ def parts_of(layer: Any) -> LinearParts | None:
         return None
     if type(layer) is nn.Linear:
         return LinearParts(layer.weight, layer.bias) if "forward" not in vars(layer) else None
-    parts: LinearParts | None = layer.parts() if hasattr(layer, "parts") else None
-    return parts
+    ask: Callable[[], LinearParts | None] | None = getattr(layer, "parts", None)  # type: ignore[assignment]
+    return None if ask is None else ask()
 
 
 def _parts(module: nn.Module, names: Sequence[str]) -> tuple[LinearParts, ...] | None:
@@ -80,7 +80,7 @@ class _Siblings:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
-        self.alone = [layer.forward for layer in layers]
+        self.alone: list[Callable[[Tensor], Tensor]] = [layer.forward for layer in layers]
         self.input: Tensor | None = None
         self.waiting: dict[int, Tensor] = {}
 

@@ -199,11 +199,11 @@ def _backward(
     if low_TS is not None and (a_SI := _stacked(layers)) is not None:
         ranks = [layer.rank for layer in layers]
         glow_TS = torch.empty_like(low_TS)
-        for g_TO, layer, glow_TR in zip(grads_TO, layers, glow_TS.split(ranks, 1), strict=True):
+        for g_TO, layer, glow_TR in zip(grads_TO, layers, torch.split(glow_TS, ranks, 1), strict=True):
             if layer.b_OR is not None:
                 torch.mul(g_TO @ layer.b_OR, layer.scale, out=glow_TR)
         gx_TI = glow_TS @ a_SI if needs_x else None
-        rows = list((glow_TS.t() @ x_TI).split(ranks)) if any(needs[2::4]) else rows
+        rows = list(torch.split(glow_TS.t() @ x_TI, ranks)) if any(needs[2::4]) else rows
     gradients: list[Tensor | None] = []
     at = 0
     for index, (g_TO, layer, ga_RI) in enumerate(zip(grads_TO, layers, rows, strict=True)):

@@ -188,11 +188,10 @@ def sizes_of(
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
-    own = num_trained - int(
-        elsewhere * sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
-    )
-    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack), reverse=True)[:2]
-    at_hand = sum(largest) if split else 0  # a layer that computes, and the next one
+    of_split = sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
+    own = num_trained - int(elsewhere * of_split)
+    largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack), reverse=True)
+    at_hand = sum(largest[:2]) if split else 0  # a layer that computes, and the next one
     return Sizes(
         weights=sum(computing.values()) - saved - int(elsewhere * gathered) + at_hand,
         masters=masters * own // max(1, num_trained),
