@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class Turn:
     """Of each step, per target, as the contestant says it."""
     result: str = ""
     """Where it saved what it trained."""
+    share: float | None = None
+    """Ours, of the limit of its matrix products alone, which are measured right after it: `benchmarks/step.py`."""
     held_out: float | None = None
     """Loss per target of that on the held-out rows, by `peers/held_out.py`, the same for all."""
 
@@ -170,8 +172,13 @@ class Race:
             python = self.environments / peer.environment / "bin" / "python"
             words = [str(python), str(SCRIPTS / peer.script), str(job), str(run)]
             child = run_child(words, log=folder / "log")
-        turn = Turn(name, number, asdict(settings), found, arguments, asdict(child))
-        return told(turn, child, run, begun)
+        turn = told(Turn(name, number, asdict(settings), found, arguments, asdict(child)), child, run, begun)
+        return replace(turn, share=_share(run, folder)) if name == OURS and not turn.error else turn
+
+
+def _share(run: Path, folder: Path) -> float | None:
+    child = run_child([sys.executable, "-m", "benchmarks", "limit", str(run)], log=folder / "limit.log")
+    return None if child.code else float(child.tail.splitlines()[-1])
 
 
 def told(turn: Turn, child: Child, path: Path, begun: float) -> Turn:

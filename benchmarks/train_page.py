@@ -19,6 +19,7 @@ COLUMNS: Mapping[str, tuple[Callable[[Turn], float | None], str]] = {
     "targets/s": (lambda turn: turn.targets_per_second, ".0f"),
     "first step, s": (lambda turn: turn.first_step_seconds, ".1f"),
     "peak RSS, GiB": (lambda turn: turn.child["peak_bytes"] / 2**30, ".2f"),
+    "share of the products' limit": (lambda turn: turn.share, ".2f"),
     "held-out loss": (lambda turn: turn.held_out, ".3f"),
 }
 """What a table shows of each contestant: of a turn, and how it is written."""
@@ -26,7 +27,9 @@ RATIOS = ("tokens/s", "first step, s", "peak RSS, GiB")
 MEANING = (
     "Tokens and targets a second: from step to step, padding left out, after half of the steps (ten at most) as "
     "warm-up. First step: from the start of the process to the end of its first step; Tunesmith checks, measures and "
-    "saves before it. Peak RSS: of the fresh process. Held-out loss: per target of what each saved, by transformers in "
+    "saves before it. Peak RSS: of the fresh process. Share of the products' limit: the time of the model's own matrix "
+    "products alone, measured right after the run at its shapes, over that of its steps. "
+    "Held-out loss: per target of what each saved, by transformers in "
     "float32, the same code for all. All have libgomp's own `GOMP_SPINCOUNT=300000`. Median (lowest to highest) of "
     "the rounds; a round's seed is its number."
 )

@@ -108,6 +108,19 @@ def test_layers_keep_their_inputs_and_outputs_and_recomputed_ones_their_input():
     assert needs(replace(SIZES, first=2)).activations == 1000 * (2 * 40) + 28000
 
 
+@pytest.mark.parametrize(
+    ("kernels", "precision", "less"), [("fast", "bfloat16", 0.43), ("fast", "float32", 0.28), ("plain", "bfloat16", 0)]
+)
+def test_layers_keep_less_on_a_processor_where_norms_and_mlps_are_nodes(tmp_path, kernels, precision, less):
+    setup = prepare(tiny_recipe(tmp_path, kernels=kernels, precision=precision), root=tmp_path)
+    sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
+    assert sizes.less == less
+    assert any("forward" in vars(module) for module in setup.model.modules()) is (kernels == "fast")
+    assert needs(replace(SIZES, less=0.5)).activations == 1000 * (2 * 40) + 28000
+    card = named("H100-80G")
+    assert needs(replace(SIZES, less=0.5), device=card).activations == needs(device=card).activations
+
+
 def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():
     narrow = replace(SIZES, itemsize=2)
     assert needs(narrow, short_squares=1000).activations - needs(narrow).activations == 4 * 2 * 2 * 1000

@@ -13,26 +13,17 @@ Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; ‖V‖ is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.methods.targets import PLAIN_FORWARDS
 from tunesmith.models.heads import generator
-from tunesmith.models.quantized import QuantizedLinear, product
-
-Weight: TypeAlias = Tensor | Callable[[], Tensor]
-"""A frozen weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
-
-
-def dense(weight: Weight) -> Tensor:
-    """The weight [O, I] for one product."""
-    return weight if isinstance(weight, Tensor) else weight()
+from tunesmith.models.linear_nodes import LinearParts, Weight, dense, linears
+from tunesmith.models.quantized import QuantizedLinear
 
 
 class LoraLinear(nn.Module):
@@ -81,9 +72,19 @@ class LoraLinear(nn.Module):
         if not self.active:
             out: Tensor = self.base(x)
             return out
-        if (self.dropout and self.training) or not self._product_is_known:
+        if not self._is_one_product:
             return self._forward_by_autograd(x)
         return lora_forward(x, self.frozen, self.bias, self.lora_A, self.lora_B, scale=self.scale)
+
+    @property
+    def _is_one_product(self) -> bool:
+        return self._product_is_known and not (self.dropout and self.training)
+
+    def parts(self) -> LinearParts | None:
+        """What it computes with now; None if it does not compute by that alone."""
+        if type(self).forward is not LoraLinear.forward or not (self.active and self._is_one_product):
+            return None
+        return LinearParts(self.frozen, self.bias, self.lora_A, self.lora_B, self.scale)
 
     def _forward_by_autograd(self, x: Tensor) -> Tensor:
         # With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
@@ -158,9 +159,8 @@ def shape_OI(layer: nn.Module) -> tuple[int, int]:
 def lora_forward(
     x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, *, scale: float
 ) -> Tensor:
-    """[..., I] → [..., O]; `weight` is frozen and gets no gradient."""
-    out: Tensor = _LoraForward.apply(x, weight, bias_O, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
-    return out
+    """[..., I] → [..., O]."""
+    return linears(x, [LinearParts(weight, bias_O, a_RI, b_OR, scale)])[0]
 
 
 def lora_forward_reference(
@@ -168,45 +168,6 @@ def lora_forward_reference(
 ) -> Tensor:
     """`lora_forward` by plain autograd: the oracle of tests."""
     return F.linear(x, dense(weight), bias_O) + F.linear(F.linear(x, a_RI), b_OR) * scale
-
-
-class _LoraForward(torch.autograd.Function):
-    """One node for the whole layer: keeps x and x Aᵀ, adds the low-rank path in place, both ways."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
-        ctx: Any, x: Tensor, weight: Weight, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
-    ) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1])
-        low_TR = x_TI @ a_RI.t()
-        y_TO = product(x_TI, dense(weight), bias_O)
-        y_TO.addmm_(low_TR, b_OR.t(), alpha=scale)
-        ctx.save_for_backward(x_TI, a_RI, b_OR, low_TR)
-        ctx.weight = weight
-        ctx.scale = scale
-        ctx.shape = x.shape
-        # No view of it: Longformer and DeBERTa write into the answer.
-        return y_TO.contiguous().resize_(*x.shape[:-1], len(b_OR))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, Tensor | None, None]:
-        x_TI, a_RI, b_OR, low_TR = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
-        g_TO = g.reshape(-1, g.shape[-1])
-        gx = gbias_O = ga_RI = gb_OR = None
-        if needs_x or needs_a:
-            glow_TR = (g_TO @ b_OR).mul_(ctx.scale)
-        if needs_x:
-            gx = (g_TO @ dense(ctx.weight)).addmm_(glow_TR, a_RI).view(ctx.shape)
-        if needs_a:
-            ga_RI = glow_TR.t() @ x_TI
-        if needs_b:
-            # Transposed at the end: on CPU the product with R rows is a third faster than the one with R columns.
-            gb_OR = (low_TR.t() @ g_TO).mul_(ctx.scale).t()
-        if needs_bias:
-            gbias_O = g_TO.sum(0)
-        return gx, None, gbias_O, ga_RI, gb_OR, None
 
 
 def initial_matrices(layer: LoraLinear, *, name: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS, attach
 from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.targets import inner_linears
+from tunesmith.models.fast_layers import keeps_less
 from tunesmith.models.fused_loss import (
     CHUNK_BYTES,
     CHUNK_BYTES_ELSEWHERE,
@@ -46,6 +47,9 @@ from tunesmith.types import HeadName, Labels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_WORK = 0.7
 """Memory that the backward of a layer holds besides kept activations, in inputs and outputs of its linear layers."""
+LESS_BY_NODES = {2: 0.43, 4: 0.28}
+"""By bytes of a number: what a layer keeps less, of the same, where its norms and its gated MLP are one node each:
+neither copies in float32 nor act(g) and its product with u."""
 LIBRARIES_NARROW, LIBRARIES_WIDE = 170 * 2**20, 112 * 2**20
 """Bytes that torch and oneDNN keep for themselves on a processor: code, compiled products in bfloat16, copied operands
 in float32."""
@@ -94,6 +98,8 @@ class Sizes:
     """Trained weights that other devices keep."""
     cached: int = 0
     """Bytes of the keys and values of a token, in all layers."""
+    less: float = 0.0
+    """So many times less than `kept` on a processor: `LESS_BY_NODES`."""
 
     @property
     def gradients(self) -> int:
@@ -200,6 +206,7 @@ def sizes_of(
         recomputable=len(stack),
         features=features * uses,
         kept=method.kept_activations,
+        less=_less_by_nodes(recipe, model),
         first=first,
         linear_weights=linear_weights * uses,
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
@@ -220,6 +227,11 @@ def _key_size(config: Any) -> int:
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
     return int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
+
+
+def _less_by_nodes(recipe: Recipe, model: PreTrainedModel) -> float:
+    computes = recipe.kernels == "fast" and recipe.shard is not True
+    return LESS_BY_NODES.get(model.dtype.itemsize, 0.0) if computes and keeps_less(model) else 0.0
 
 
 def _learns(module: nn.Module) -> bool:
@@ -253,7 +265,7 @@ def peak(
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
-    layer = int(sizes.kept * used) + scores
+    layer = int((sizes.kept - (sizes.less if is_cpu else 0)) * used) + scores
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
     kept = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
     activations = kept + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work

@@ -408,9 +408,9 @@ class Recipe(OptionGroup):
     threads: Positive | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """fast: LoRA layers, token loss and attention of short rows by functions of this package, and shared
-    prefixes computed once, where that gives the model's own answer; plain: those of torch and the model, slower, for
-    comparison."""
+    """fast: token loss and attention of short rows by functions of this package, on a processor norms, gated MLPs and
+    LoRA layers of one input too, and shared prefixes computed once, where that gives the model's own answer; plain:
+    those of torch and the model, slower, for comparison."""
     repeatable: bool = False
     """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor repeats a run
     without it."""

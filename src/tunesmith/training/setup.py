@@ -25,6 +25,7 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
+from tunesmith.models.fast_layers import use_fast_layers
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers, disable_dropout
@@ -135,6 +136,8 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
+    if recipe.kernels == "fast" and recipe.device == "cpu" and not world.is_sharded:
+        use_fast_layers(model)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None

@@ -1,0 +1,195 @@
+"""Modules of a model that compute in one node of the graph each, where that is the same.
+
+RMS norms, gated MLPs, and linear layers that read the same input. Weights and names stay; a module gets a `forward` of
+its own. Which modules are known is found by their answers: a class is taken where a known way gives its own answer and
+all of its gradients. What is not known stays as the model has it: other kinds of layers, dropout, hooks on a layer.
+This is looked at in every call, since layers may change.
+"""
+
+# T tokens, H hidden size
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.linear_nodes import ACTIVATIONS, Activation, LinearParts, gated_mlp, linears
+from tunesmith.models.rms_norm import COUNTED_FROM, rms_norm
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Names of layers that read the same input, in the order in which models call them."""
+MLP = ("gate_proj", "up_proj", "down_proj")
+PROBE_TOKENS = 4
+
+
+def use_fast_layers(model: nn.Module) -> None:
+    """Replace the forward of every module of the model that is known."""
+    norms: dict[Any, int | None] = {}
+    mlps: dict[Any, Activation | None] = {}
+    for module in list(model.modules()):
+        if "forward" in vars(module):
+            continue
+        if _looks_like_norm(module):
+            norm = type(module), _weight(module).dtype
+            if norm not in norms:
+                norms[norm] = next((start for start in COUNTED_FROM if _norm_agrees(module, start)), None)
+            if (start := norms[norm]) is not None:
+                module.forward = partial(_norm, module, start, module.forward)
+            continue
+        if _parts(module, MLP) is not None and not _drops(module):
+            mlp = type(module), type(getattr(module, "act_fn", None))
+            if mlp not in mlps:
+                mlps[mlp] = next((act for act in ACTIVATIONS if _mlp_agrees(module, act)), None)
+            if (activation := mlps[mlp]) is not None:
+                module.forward = partial(_gated, module, activation, module.forward)
+                continue
+        for names in SIBLINGS:
+            parts = _parts(module, names)
+            if parts is not None and all(part.rank for part in parts):
+                _Siblings([getattr(module, name) for name in names]).join()
+
+
+def keeps_less(model: nn.Module) -> bool:
+    """Whether the layers of the model, which may be one of shapes, look as if they kept less by these nodes."""
+    modules = list(model.modules())
+    return any(map(_looks_like_norm, modules)) and any(_parts(module, MLP) is not None for module in modules)
+
+
+def parts_of(layer: Any) -> LinearParts | None:
+    """What a linear layer computes with now; None if it is not known to compute by that alone."""
+    if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if type(layer) is nn.Linear:
+        return LinearParts(layer.weight, layer.bias) if "forward" not in vars(layer) else None
+    ask: Callable[[], LinearParts | None] | None = getattr(layer, "parts", None)  # type: ignore[assignment]
+    return None if ask is None else ask()
+
+
+def _parts(module: nn.Module, names: Sequence[str]) -> tuple[LinearParts, ...] | None:
+    layers = [parts_of(module._modules.get(name)) for name in names]
+    known = tuple(parts for parts in layers if parts is not None)
+    return known if len(known) == len(names) else None
+
+
+class _Siblings:
+    """Layers that are called one after the other with the same input: the first computes for all."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = list(layers)
+        self.alone: list[Callable[[Tensor], Tensor]] = [layer.forward for layer in layers]
+        self.input: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+    def join(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.forward = partial(self.forward, index)
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """[..., I] → [..., O] of one layer."""
+        if index and self.input is x and index in self.waiting:
+            out = self.waiting.pop(index)
+            if not self.waiting:
+                self.input = None
+            return out
+        # What waits for an input that does not come back, as in a recomputation that is broken off, is let go.
+        self.input, self.waiting = None, {}
+        if index:
+            return self.alone[index](x)
+        parts = [parts_of(layer) for layer in self.layers]
+        known = [part for part in parts if part is not None and part.rank]
+        if len(known) < len(parts):
+            return self.alone[index](x)
+        first, *others = linears(x, known)
+        self.input, self.waiting = x, dict(enumerate(others, 1))
+        return first
+
+
+def _gated(module: nn.Module, activation: Activation, alone: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
+    parts = _parts(module, MLP)
+    if parts is None or more or len(args) != 1:
+        return alone(*args, **more)
+    gate, up, down = parts
+    return gated_mlp(args[0], (gate, up, down), activation)
+
+
+def _norm(module: nn.Module, start: int, alone: Callable[..., Tensor], *args: Any, **more: Any) -> Tensor:
+    weight_H = _weight(module)
+    if more or len(args) != 1 or args[0].dtype != weight_H.dtype:
+        return alone(*args, **more)
+    return rms_norm(args[0], weight_H, _epsilon(module), start=start)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether it has a dropout of its own, which a probe in evaluation mode would not see."""
+    return any(
+        (isinstance(child, nn.Dropout) and child.p > 0)
+        or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(child).items())
+        for child in (module, *module.children())
+        if not hasattr(child, "parts")
+    )
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    # T5 calls its own a layer norm, which it is but for the mean.
+    is_named = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    return is_named and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.weight  # type: ignore[return-value]
+
+
+def _epsilon(module: nn.Module) -> float:
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+
+
+def _norm_agrees(module: nn.Module, start: int) -> bool:
+    weight_H = _weight(module)
+    drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
+    drawn_TH[0] *= 100
+    return _agrees(partial(_norm, module, start, module.forward), module.forward, drawn_TH, [])
+
+
+def _mlp_agrees(module: nn.Module, activation: Activation) -> bool:
+    parts = _parts(module, MLP)
+    assert parts is not None
+    gate, up, down = parts
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    like = gate.bias_O if gate.bias_O is not None else next(tensor for tensor in tensors if tensor is not None)
+    generator = torch.Generator().manual_seed(0)
+    drawn_TH = torch.randn(PROBE_TOKENS, _inputs(gate), generator=generator).to(like)
+    return _agrees(lambda x: gated_mlp(x, (gate, up, down), activation), module.forward, drawn_TH, trained)
+
+
+def _inputs(part: LinearParts) -> int:
+    return int(part.a_RI.shape[1] if part.a_RI is not None else part.weight.shape[1])  # type: ignore[union-attr]
+
+
+def _agrees(
+    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x: Tensor, trained: Sequence[Tensor]
+) -> bool:
+    """Whether both give the same answer and the same gradients, but for rounding."""
+    try:
+        answers, expected = (_answer(way, x, trained) for way in (ours, theirs))
+    except (RuntimeError, TypeError):  # another signature, or other shapes
+        return False
+    # Sums over thousands of numbers, rounded in another order.
+    tolerance = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    return all(
+        mine.shape == its.shape and float((mine - its).norm()) <= tolerance * float(its.norm())
+        for mine, its in zip(answers, expected, strict=True)
+    )
+
+
+@torch.enable_grad()
+def _answer(way: Callable[[Tensor], Tensor], x: Tensor, trained: Sequence[Tensor]) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    out = way(x)
+    grads = torch.autograd.grad(out, [x, *trained], torch.ones_like(out), materialize_grads=True)
+    return [tensor.detach().float() for tensor in (out, *grads)]

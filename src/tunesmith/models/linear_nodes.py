@@ -1,0 +1,220 @@
+"""Linear layers that read the same input, and gated MLPs, each in one node of the graph.
+
+    siblings    low = x [A₁; A₂; ...]ᵀ,  yᵢ = x Wᵢᵀ + bᵢ + sᵢ lowᵢ Bᵢᵀ
+    gated MLP   g, u as siblings,  h = act(g) ∘ u,  y = h Wᵀ + b + s (h Aᵀ) Bᵀ
+
+The low-rank path may be missing, and each matrix may be trained or frozen. The input is read once for all A, and its
+gradients are added where they are computed. Kept for the backward, numbers a token: siblings their input and all ranks;
+an MLP its input, all ranks, and two of its width, g and u, from which act(g) and h are computed again.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; Shazeer 2020, "GLU
+Variants Improve Transformer", arXiv 2002.05202, equation 6. The backward follows by the chain rule.
+"""
+
+# T tokens, I inputs, O outputs, F width of the MLP, R rank, S ranks of all siblings
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tunesmith.models.quantized import product
+
+Weight: TypeAlias = Tensor | Callable[[], Tensor]
+"""A weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
+
+
+def dense(weight: Weight) -> Tensor:
+    """The weight [O, I] for one product."""
+    return weight if isinstance(weight, Tensor) else weight()
+
+
+@dataclass(frozen=True, slots=True)
+class LinearParts:
+    """What a linear layer computes with."""
+
+    weight: Weight
+    bias_O: Tensor | None
+    a_RI: Tensor | None = None
+    """None: it has no low-rank path."""
+    b_OR: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, A and B; None for what is missing or packed."""
+        return self.weight if isinstance(self.weight, Tensor) else None, self.bias_O, self.a_RI, self.b_OR
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a_RI is None else len(self.a_RI)
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Of the gate: its value, and the gradient before it from that behind it."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        partial(F.gelu, approximate=approximate), partial(torch.ops.aten.gelu_backward, approximate=approximate)
+    )
+
+
+ACTIVATIONS = (
+    Activation(F.silu, torch.ops.aten.silu_backward),
+    _gelu("tanh"),
+    _gelu("none"),
+    Activation(F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
+)
+
+
+def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
+    """[..., I] → [..., O] by each of the layers."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    outs: tuple[Tensor, ...] = _Linears.apply(x, tuple(layers), *tensors)  # type: ignore[no-untyped-call]
+    return outs
+
+
+def gated_mlp(x: Tensor, layers: tuple[LinearParts, LinearParts, LinearParts], activation: Activation) -> Tensor:
+    """[..., I] → [..., O] by gate, up and down."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    out: Tensor = _GatedMlp.apply(x, layers, activation, *tensors)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: tuple[LinearParts, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        x_TI = x.reshape(-1, x.shape[-1])
+        low_TS, outs = _forward(x_TI, layers)
+        ctx.save_for_backward(x_TI, low_TS, *tensors)
+        ctx.layers, ctx.shape = _frozen(layers), x.shape
+        # No views of them: Longformer and DeBERTa write into the answer.
+        return tuple(out.contiguous().resize_(*x.shape[:-1], out.shape[-1]) for out in outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, low_TS, *tensors = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        gx_TI, gradients = _backward(grads_TO, x_TI, low_TS, _thawed(ctx.layers, tensors), needs, needs_x=needs_x)
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, *gradients
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layers: tuple[LinearParts, ...], activation: Activation, *tensors: Tensor | None
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        low_TS, (g_TF, u_TF) = _forward(x_TI, layers[:2])
+        low_TR, (y_TO,) = _forward(activation.value(g_TF).mul_(u_TF), layers[2:])
+        ctx.save_for_backward(x_TI, low_TS, low_TR, g_TF, u_TF, *tensors)
+        ctx.layers, ctx.activation, ctx.shape = _frozen(layers), activation, x.shape
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, low_TS, low_TR, g_TF, u_TF, *tensors = ctx.saved_tensors
+        layers, (needs_x, _, _, *needs) = _thawed(ctx.layers, tensors), ctx.needs_input_grad
+        act_TF = ctx.activation.value(g_TF)
+        # Without a matrix of `down` to train its input is not needed.
+        h_TF = act_TF * u_TF if needs[8] or needs[10] else act_TF
+        g_TO = grad.reshape(-1, grad.shape[-1])
+        gh_TF, of_down = _backward([g_TO], h_TF, low_TR, layers[2:], needs[8:], needs_x=True)
+        assert gh_TF is not None
+        gu_TF = act_TF.mul_(gh_TF)
+        gg_TF = ctx.activation.backward(gh_TF.mul_(u_TF), g_TF)
+        gx_TI, gradients = _backward([gg_TF, gu_TF], x_TI, low_TS, layers[:2], needs[:8], needs_x=needs_x)
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *gradients, *of_down
+
+
+def _frozen(layers: Sequence[LinearParts]) -> tuple[tuple[Weight | None, float], ...]:
+    """What a node keeps of its layers beside tensors, which autograd keeps: weights that are packed, and scales."""
+    return tuple((None if isinstance(layer.weight, Tensor) else layer.weight, layer.scale) for layer in layers)
+
+
+def _thawed(kept: Sequence[tuple[Weight | None, float]], tensors: Sequence[Tensor | None]) -> tuple[LinearParts, ...]:
+    layers = []
+    for index, (packed, scale) in enumerate(kept):
+        weight, bias_O, a_RI, b_OR = tensors[4 * index : 4 * index + 4]
+        whole = weight if packed is None else packed
+        assert whole is not None
+        layers.append(LinearParts(whole, bias_O, a_RI, b_OR, scale))
+    return tuple(layers)
+
+
+def _stacked(layers: Sequence[LinearParts]) -> Tensor | None:
+    """[S, I]: the A of all layers."""
+    matrices = [layer.a_RI for layer in layers if layer.a_RI is not None]
+    return torch.cat(matrices) if len(matrices) > 1 else matrices[0] if matrices else None
+
+
+def _forward(x_TI: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor | None, list[Tensor]]:
+    """[T, S], and what each layer answers."""
+    a_SI = _stacked(layers)
+    low_TS = None if a_SI is None else x_TI @ a_SI.t()
+    outs, at = [], 0
+    for layer in layers:
+        if low_TS is None or layer.b_OR is None:
+            outs.append(product(x_TI, dense(layer.weight), layer.bias_O))
+            continue
+        here_TR = low_TS[:, at : at + layer.rank]
+        at += layer.rank
+        if layer.bias_O is None:
+            # The thin product first: the other one adds to it as it is computed, before it is rounded.
+            y_TO = torch.addmm(x_TI.new_empty(()), here_TR, layer.b_OR.t(), beta=0, alpha=layer.scale)
+            outs.append(y_TO.addmm_(x_TI, dense(layer.weight).t()))
+        else:
+            y_TO = product(x_TI, dense(layer.weight), layer.bias_O)
+            outs.append(y_TO.addmm_(here_TR, layer.b_OR.t(), alpha=layer.scale))
+    return low_TS, outs
+
+
+def _backward(
+    grads_TO: Sequence[Tensor],
+    x_TI: Tensor,
+    low_TS: Tensor | None,
+    layers: Sequence[LinearParts],
+    needs: Sequence[bool],
+    *,
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of the input, and that of each tensor of the layers, four a layer, where it is needed."""
+    gx_TI: Tensor | None = None
+    rows: list[Tensor | None] = [None] * len(layers)
+    if low_TS is not None and (a_SI := _stacked(layers)) is not None:
+        ranks = [layer.rank for layer in layers]
+        glow_TS = torch.empty_like(low_TS)
+        for g_TO, layer, glow_TR in zip(grads_TO, layers, torch.split(glow_TS, ranks, 1), strict=True):
+            if layer.b_OR is not None:
+                torch.mul(g_TO @ layer.b_OR, layer.scale, out=glow_TR)
+        gx_TI = glow_TS @ a_SI if needs_x else None
+        rows = list(torch.split(glow_TS.t() @ x_TI, ranks)) if any(needs[2::4]) else rows
+    gradients: list[Tensor | None] = []
+    at = 0
+    for index, (g_TO, layer, ga_RI) in enumerate(zip(grads_TO, layers, rows, strict=True)):
+        needs_weight, needs_bias, needs_a, needs_b = needs[4 * index : 4 * index + 4]
+        if needs_x:
+            weight_OI = dense(layer.weight)
+            gx_TI = g_TO @ weight_OI if gx_TI is None else gx_TI.addmm_(g_TO, weight_OI)
+        gradients += [g_TO.t() @ x_TI if needs_weight else None, g_TO.sum(0) if needs_bias else None]
+        gradients.append(ga_RI if needs_a else None)
+        # Transposed at the end: on CPU the product with R rows is a third faster than the one with R columns.
+        low_TR = None if low_TS is None else low_TS[:, at : at + layer.rank]
+        at += layer.rank
+        gradients.append((low_TR.t() @ g_TO).mul_(layer.scale).t() if needs_b and low_TR is not None else None)
+    return gx_TI, gradients

@@ -1,0 +1,124 @@
+"""Which modules of a model compute in one node, and that the model's answers and gradients stay."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tunesmith.methods.lora import attach
+from tunesmith.methods.lora_layer import LoraLinear
+from tunesmith.models import fast_layers
+from tunesmith.models.fast_layers import use_fast_layers
+from tunesmith.recipe.methods import LoraMethod
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+}
+
+
+def model_of(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config_class, model_class = FAMILIES[family]
+    return model_class(config_class(**SMALL))
+
+
+def answer(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and the gradient of every trained weight."""
+    model.zero_grad()
+    ids = torch.arange(24).reshape(2, 12) % 64
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits.square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def in_nodes(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_logits_and_every_gradient_stay(family: str, method: str) -> None:
+    model = model_of(family)
+    if method == "lora":
+        attachment = attach(model, LoraMethod(name="lora", rank=4, alpha=8), seed=0)
+        with torch.no_grad():
+            for name, tensor in attachment.trained.items():
+                if name.endswith("lora_B.weight"):
+                    tensor.normal_(std=0.1)
+        attachment.publish()
+    logits, grads = answer(model)
+    use_fast_layers(model)
+    norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    mlps, siblings = 2, 6 if method == "lora" else 0
+    assert len(in_nodes(model)) == norms + mlps + siblings
+    found, found_grads = answer(model)
+    # float32: sums in another order, through two layers.
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    assert found_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert (found_grads[name] - grad).norm() <= 1e-4 * grad.norm(), name
+
+
+def test_a_wrong_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault in a node is found by the probe: the model keeps its own forward."""
+    real = fast_layers.gated_mlp
+    monkeypatch.setattr(fast_layers, "gated_mlp", lambda x, layers, act: real(x, layers, act) * 1.001)
+    monkeypatch.setattr(fast_layers, "rms_norm", lambda x, w, eps, start: x * w)
+    model = model_of("llama")
+    use_fast_layers(model)
+    assert in_nodes(model) == []
+
+
+def test_dropout_hooks_and_layers_that_are_switched_off_are_seen_in_every_call() -> None:
+    model = model_of("llama")
+    attachment = attach(model, LoraMethod(name="lora", rank=4, alpha=8), seed=0)
+    use_fast_layers(model)
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    with torch.no_grad(), attachment.adapter_disabled():
+        off, _ = model(input_ids=torch.arange(8)[None]).logits, None
+    plain = model_of("llama")
+    torch.testing.assert_close(off, plain(input_ids=torch.arange(8)[None]).logits, rtol=1e-4, atol=1e-5)
+    seen: list[int] = []
+    handle = layers[-1].register_forward_hook(lambda *_: seen.append(1))
+    model(input_ids=torch.arange(8)[None])
+    handle.remove()
+    assert seen == [1]
+    for layer in layers:
+        layer.dropout = 0.5
+    model.train()
+    torch.manual_seed(0)
+    one = model(input_ids=torch.arange(8)[None]).logits
+    assert layers[0].parts() is None
+    assert torch.isfinite(one).all()
+
+
+def test_an_mlp_with_a_dropout_of_its_own_stays_as_it_is() -> None:
+    """A probe in evaluation mode would not see it."""
+    model = model_of("llama").eval()
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = nn.Sequential(mlp.act_fn, nn.Dropout(0.5))
+    own = type(mlp).forward
+    mlp.hidden_dropout = 0.5
+    use_fast_layers(model)
+    assert mlp.forward.__func__ is own
+    assert "forward" in vars(model.model.layers[1].mlp)
