@@ -170,6 +170,8 @@ class Row:
     stem with each of them is a line, which is computed as a row of its own; see `data.branches`."""
     values: tuple[float, ...] = ()
     """Numbers that the row brings along with its tokens: `Example.values`."""
+    keys: tuple[int, ...] = ()
+    """Of texts that become vectors: a number for each, equal for equal texts whatever prompt stands before them."""
 
 
 LEAST_PREFIX = 8
@@ -233,6 +235,8 @@ class Batch:
     """int64, which line each target belongs to; None: rows have no branches."""
     values_BV: Tensor | None = None
     """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
+    keys_L: Tensor | None = None
+    """int64, `Row.keys` of each line; None: the texts have none."""
 
     @property
     def num_tokens(self) -> int:
@@ -458,6 +462,7 @@ class Draft:
     num_bytes: int = 0
     branches: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
+    keys: tuple[int, ...] = ()
 
 
 Drafts: TypeAlias = list[Draft] | Problem

@@ -150,7 +150,7 @@ class RowStore:
         """`examples.input_hash` of each row."""
         self._second: NDArray[np.int32] = table["second"].to_numpy()
         self.num_bytes: NDArray[np.int32] = table["bytes"].to_numpy()
-        self.branches = BranchColumns(list_column(table, "branches"), list_column(table, "values"))
+        self.branches = BranchColumns(*(list_column(table, name) for name in ("branches", "values", "keys")))
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """The share of each row in the denominator of the loss."""
         if self.branches.has_any:
@@ -188,6 +188,7 @@ class RowStore:
             num_bytes=int(self.num_bytes[index]),
             branches=self.branches.sizes(index),
             values=self.branches.values(index),
+            keys=self.branches.keys(index),
         )
 
     def lengths_in(self, layout: Layout) -> NDArray[np.int32]:

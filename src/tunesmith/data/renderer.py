@@ -252,4 +252,5 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
         num_bytes=draft.num_bytes,
         branches=draft.branches,
         values=draft.values,
+        keys=draft.keys,
     )

@@ -15,6 +15,7 @@ from tunesmith.evaluation.compare import (
     baseline_sentence,
     capitalized,
     changes,
+    left_out,
     never_right,
     row_baseline,
     too_few,
@@ -326,6 +327,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
     yield from never_right(report["details"]["after"])
+    yield from left_out(report["details"]["after"])
     num, unit = _num_counted(after, key)
     yield from too_few(num, unit)
     flipped = report["flips"]
