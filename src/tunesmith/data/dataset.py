@@ -15,7 +15,7 @@ import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -34,13 +34,17 @@ from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, com
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.tokenizer import serialized
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, Labels, Layout, Problem, Row, Source
 
-VERSION = 4
-"""Version of the file format and of encoding: raise it with any change that gives other rows for equal data."""
+VERSION = 5
+"""Version of the file format, of encoding and of the key: raise it with any change that gives other rows for equal
+data. 5: the whole tokenizer is in the key, and texts that become vectors have keys of their own."""
+READABLE = (4, VERSION)
+"""Versions whose rows a finished run may have kept."""
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""
 
@@ -352,12 +356,12 @@ def write(
     )
 
 
-def find(folder: Path, key: str) -> Summary | None:
+def find(folder: Path, key: str, versions: Collection[int] = (VERSION,)) -> Summary | None:
     """The summary of a store that is there and whole."""
     try:
         summary = Summary(**orjson.loads(json_path(folder, key).read_bytes()))
         arrow = arrow_path(folder, key)
-        if summary.version != VERSION or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
+        if summary.version not in versions or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
             return None
         return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
     except (OSError, ValueError, TypeError):
@@ -380,7 +384,7 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         keys = [orjson.loads(path.read_bytes())["key"] for path in sorted(folder.glob("*.json"))]
         for one in keys if key is None else [key]:
-            summary = find(folder, one)
+            summary = find(folder, one, READABLE)
             if summary is not None:
                 return RowStore(folder, summary, summary.data_sha256, reused=True)
     return None
@@ -395,6 +399,7 @@ def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
         "columns": data.columns,
         "limits": limits,
         "tokenizer and template": renderer.fingerprint,
+        "tokenizer": hashlib.sha256(serialized(renderer.tokenizer).encode()).hexdigest(),
         "task": renderer.task_name,
     }
     for name in ("kind", "stride", "prompt", "max_tokens", "too_long", "control_tokens"):
