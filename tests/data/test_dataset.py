@@ -219,6 +219,16 @@ def test_rows_that_an_earlier_version_kept_are_read_but_not_trained(tmp_path: Pa
     assert not make(tmp_path / "rows", *files)[0].reused
 
 
+def test_the_same_bytes_under_a_name_of_another_format_are_other_rows(tmp_path: Path) -> None:
+    texts = [json.dumps({"text": "one two"}), json.dumps({"text": "three four"})]
+    renderer = make_renderer_of("text")
+    kept = [
+        make(tmp_path / "rows", write(tmp_path / name, *texts), renderer=renderer)[0] for name in ("a.jsonl", "a.txt")
+    ]
+    assert [store.reused for store in kept] == [False, False]
+    assert kept[0].row(0).ids.tolist() != kept[1].row(0).ids.tolist()
+
+
 def test_one_changed_byte_changes_the_key_although_size_and_time_stay(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", line("one", "two"))
     stat = os.stat(file.path)

@@ -22,7 +22,10 @@ ROUTERS = {
     "jetmoe": {"mlp.router.layer", "self_attention.experts.router.layer"},
     "longcat_flash": {"mlp.router.classifier"},
     "qwen2_moe": {"mlp.shared_expert_gate"},
+    "qwen3_5_moe": {"mlp.shared_expert_gate"},
+    "qwen3_5_moe_text": {"mlp.shared_expert_gate"},
     "qwen3_next": {"mlp.shared_expert_gate"},
+    "zaya": {f"mlp.gate.{name}" for name in ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")},
 }
 """Those that are plain linear layers; of other families they are modules of their own, or numbers of a tensor."""
 NEEDED = {"hunyuan_v1_moe": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}}

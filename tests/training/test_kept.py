@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_tasks import task_recipe
+from tunesmith.data.tokenizer import fingerprint
+from tunesmith.errors import RunError
 from tunesmith.runs.folder import RESULT, Run
 from tunesmith.training import reference
 from tunesmith.training.inputs import start_from
-from tunesmith.training.resolve import resolve_run
+from tunesmith.training.same_run import refuse_other_run
+from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
 
 LORA = {"name": "lora", "rank": 4, "alpha": 8}
@@ -49,12 +52,27 @@ def test_a_merged_base_is_that_of_the_adapter_that_is_there(tuned: Run) -> None:
 
 
 def test_a_run_says_which_rows_it_found_again(tmp_path: Path) -> None:
-    recipe = task_recipe(tmp_path, "chat", "causal", method=LORA, dropout=0.0)
-    first, again = (resolve_run(recipe, root=tmp_path / "runs") for _ in range(2))
-    assert not any("encoded before" in note for note in first.rows.notes)
-    keys = " and ".join(store.key[:16] for store in (again.rows.store, again.rows.held_store))
+    recipe = task_recipe(tmp_path, "chat", "causal", method=LORA, dropout=0.0, train={"max_steps": 1})
+    runs = [train(recipe, root=tmp_path / "runs") for _ in range(2)]
+    first, again = ([event.values["text"] for event in run.events() if event.kind == "note"] for run in runs)
+    assert not any("encoded before" in note for note in first)
+    identity = runs[1].identity()
+    keys = " and ".join(identity[name][:16] for name in ("rows", "held-out rows"))
     words = "24 training and 8 held-out rows of these files were encoded before by this tokenizer, and are used again"
-    assert f"{words} (.rows/{keys})" in again.rows.notes
+    assert f"{words} (.rows/{keys})" in again
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """It named its tokenizer by a probe, and its rows by that; its files are those of now by their hashes."""
+    recipe = task_recipe(tmp_path, "chat", "causal", method=LORA, dropout=0.0, train={"max_steps": 3})
+    setup = prepare(recipe, root=tmp_path / "runs")
+    named = fingerprint(setup.renderer.tokenizer, setup.renderer._encoder.template_text, vocabulary=False)
+    earlier = {"tokenizer and template": named, "rows": "of version 4", "held-out rows": "of version 4"}
+    run: Any = SimpleNamespace(path=tmp_path)
+    refuse_other_run(run, setup, {**setup.identity, **earlier}, [])
+    for other in ({"rows": "others"}, {**earlier, "tokenizer and template": "another"}):
+        with pytest.raises(RunError, match="cannot resume exactly"):
+            refuse_other_run(run, setup, {**setup.identity, **other}, [])
 
 
 def digest(**changes: Any) -> str:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
+from tunesmith.data.detect_format import suffix_of
 from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, complete, in_parts
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
@@ -288,7 +289,7 @@ def build(
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
-        key = _key(hashes, data, renderer)
+        key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # by which a reader is chosen
         paths = [file.path for file in files]
         summary = find(folder, key)
         if summary is None:
@@ -390,12 +391,13 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
     return None
 
 
-def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
+def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
     parts: dict[str, Any] = {
         "version": VERSION,
         "data": list(hashes),
+        "formats": list(formats),
         "columns": data.columns,
         "limits": limits,
         "tokenizer and template": renderer.fingerprint,

@@ -83,8 +83,8 @@ def value_of(statistic: Statistic, num_rows: int) -> float:
 def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
     """The value between the percentiles of the resamples in which it is defined, further out the fewer rows it is of.
 
-    Percentiles are those of Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 5.3 ("expanded
-    percentile"): of a mean the interval is as wide as that of Student's t, which percentiles alone miss by 23 % at 6.
+    Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a mean the
+    interval is as wide as that of Student's t, which percentiles alone miss by 23 % at 6 rows.
     """
     defined = values_R[~np.isnan(values_R)]
     if not np.isfinite(value) or not len(defined):
@@ -98,7 +98,7 @@ def paired_interval(difference: float, differences_R: Floats, num_rows: float) -
     """`interval` of a difference, and at least that of Student's t around it with the spread of the resamples.
 
     Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a few rows
-    differ by far more than others: there percentiles of few rows say so too rarely.
+    differ by far more than others, which the percentiles of few rows do not show.
     """
     found = interval(difference, differences_R, num_rows)
     if math.isnan(found["low"]):
@@ -155,7 +155,7 @@ def resamples(num_rows: int) -> Iterator[Floats]:
 def ratio(numerators_I: ArrayLike, denominators_I: ArrayLike | None = None) -> Statistic:
     """Sum over sum, or the mean of the rows; NaN where the denominators' sum is 0.
 
-    Of rows with denominators w it is as good as of (Σ w)² / Σ w² equal ones: Kish 1965, "Survey Sampling", 11.2.
+    Of rows with denominators w it is as good as of (Σ w)² / Σ w² equal ones: Kish 1965, "Survey Sampling".
     """
     tops_I = np.asarray(numerators_I, np.float64)
     bottoms_I = np.ones(len(tops_I)) if denominators_I is None else np.asarray(denominators_I, np.float64)

@@ -120,6 +120,8 @@ def _ranked(
     documents: dict[int, tuple[NDArray[np.float32], NDArray[np.int32]]] = {}
     """Vector and tokens of each, by the key of its text."""
     belongs: dict[int, set[int]] = defaultdict(set)
+    belongs_near: dict[int, set[int]] = defaultdict(set)
+    """The positives of each anchor, of all rows and of measured ones."""
     rows: list[tuple[Row, NDArray[np.float32]]] = []
     """Measured rows, and the vectors of their anchors."""
     near: set[int] = set()
@@ -133,22 +135,25 @@ def _ranked(
             if found is own[2]:
                 rows.append((row, result["vectors"][0]))
                 near.update(texts)
+                belongs_near[anchor].add(texts[0])
     keys = sorted(documents)  # by a hash: ties are broken by chance, always alike
     place = {key: m for m, key in enumerate(keys)}
     vectors_MD = np.stack([documents[key][0] for key in keys])
     sizes = (vectors_MD.shape[1], *options.dims)
     by_size = [_unit(vectors_MD[:, :size]) for size in sizes]
     bm25 = Bm25([_text(documents[key][1], options.document_prompt, tokenizer) for key in keys])
-    pools = {_pool([own, *others]): np.ones(len(keys), np.bool_), _pool([own]): np.array([key in near for key in keys])}
+    pools = {
+        _pool([own, *others]): (np.ones(len(keys), np.bool_), belongs),
+        _pool([own]): (np.array([key in near for key in keys]), belongs_near),
+    }
     for row, vector_D in rows:
         anchor, positive, *_ = row.keys
-        hidden = [place[key] for key in {anchor, *belongs[anchor]} - {positive} if key in place]
         scores = [of_size @ _unit(vector_D[None, :size])[0] for of_size, size in zip(by_size, sizes, strict=True)]
         words_M = bm25.scores(_text(lines_of(row)[0].ids, options.query_prompt, tokenizer))
         searches = []
-        for pool, is_in_M in pools.items():
+        for pool, (is_in_M, positives) in pools.items():
             is_shown_M = is_in_M.copy()
-            is_shown_M[hidden] = False
+            is_shown_M[[place[key] for key in {anchor, *positives[anchor]} - {positive} if key in place]] = False
             searches.append({**_searched(scores, words_M, place[positive], is_shown_M, options), "pool": pool})
         whole, *near_ones = searches
         yield whole.pop("loss"), {**whole, **({"near": near_ones[0]} if near_ones else {})}

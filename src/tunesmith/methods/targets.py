@@ -360,27 +360,31 @@ def is_router(model: nn.Module, name: str) -> bool:
     low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
 
     Known by its place: beside experts, with as many outputs as there are or one, and no other layer in between. Experts
-    are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by its name.
+    are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the name or class of
+    what it is part of: the router of Zaya is a small network.
     """
     index = _LAYER_INDEX.search(name)
-    inside = name[index.end() :].split(".") if index else []
-    if any("router" in part for part in inside):
+    start, inside = name[: index.end() if index else 0], name[index.end() :].split(".") if index else []
+    holders = [model.get_submodule(start + ".".join(inside[:depth])) for depth in range(1, len(inside) + 1)]
+    names = (*inside, *(type(holder).__name__.lower() for holder in holders))
+    if any("router" in one for one in names):
         return True
-    linear = model.get_submodule(name)
-    if isinstance(linear, QuantizedLinear):
-        outputs = linear.shape_OI[0]
-    else:
-        outputs = linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
-    for depth in range(len(inside) - 1, 0, -1):
-        holder = model.get_submodule(name[: index.end() if index else 0] + ".".join(inside[:depth]))
-        branch = getattr(holder, inside[depth])
+    outputs = _num_outputs(model.get_submodule(name))
+    for holder, key in zip(holders[-2::-1], inside[:0:-1], strict=True):
+        branch = getattr(holder, key)
         if len(list(islice((one for one in branch.modules() if isinstance(one, LINEARS)), 2))) > 1:
             return False
-        beside = [one for key, one in holder.named_children() if key != inside[depth]]
+        beside = [one for other, one in holder.named_children() if other != key]
         counts = {count for one in beside for count in _expert_counts(one)}
         if counts and outputs in (1, *counts):
             return True
     return False
+
+
+def _num_outputs(linear: nn.Module) -> int:
+    if isinstance(linear, QuantizedLinear):
+        return linear.shape_OI[0]
+    return linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
 
 
 def _expert_counts(module: nn.Module) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -89,8 +89,6 @@ def resolve_run(
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(inputs, cache_dirs, on_progress)
-    if run is None:
-        rows.notes.extend(_found_again(rows))
     recipe = reduce(with_choice, rows.choices, inputs.recipe)
     _check_evaluation(recipe, inputs.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
@@ -255,15 +253,6 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
     sides = [(rows.store, rows.train_rows), (rows.held_store, rows.held_rows)]
     rows.choices.extend(TASKS[rows.task].use_rows(recipe, sides))
     return rows
-
-
-def _found_again(rows: Splits) -> Iterator[str]:
-    """What rows are those of an earlier run or plan, found by the hash of all that they follow from."""
-    sides = {"training": rows.store} | ({"held-out": rows.held_store} if rows.held_store is not rows.store else {})
-    if found := {what: store for what, store in sides.items() if store.reused}:
-        counts = " and ".join(f"{len(store):,} {what}" for what, store in found.items())
-        keys = " and ".join(store.key[:16] for store in found.values())
-        yield f"{counts} rows of these files were encoded before by this tokenizer, and are used again (.rows/{keys})"
 
 
 def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:

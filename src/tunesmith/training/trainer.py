@@ -248,6 +248,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
         session.emit("plan", *_plan(setup, planned))
+        if planned is None and setup.rows.found_again:
+            session.emit("note", {"text": setup.rows.found_again})
         use_reference(session)
     share_reference(setup)
     if fresh:
