@@ -170,6 +170,8 @@ class Row:
     stem with each of them is a line, which is computed as a row of its own; see `data.branches`."""
     values: tuple[float, ...] = ()
     """Numbers that the row brings along with its tokens: `Example.values`."""
+    keys: tuple[int, ...] = ()
+    """Of texts that become vectors: a number for each, equal for equal texts whatever prompt stands before them."""
 
 
 LEAST_PREFIX = 8
@@ -235,6 +237,8 @@ class Batch:
     """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
     losses: list[Tensor] = field(default_factory=list, compare=False)
     """The loss of each target, float32 [N] without gradient: a task with `sees_rows` leaves it here."""
+    keys_L: Tensor | None = None
+    """int64, `Row.keys` of each line; None: the texts have none."""
 
     @property
     def num_tokens(self) -> int:
@@ -468,6 +472,7 @@ class Draft:
     num_bytes: int = 0
     branches: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
+    keys: tuple[int, ...] = ()
 
 
 Drafts: TypeAlias = list[Draft] | Problem

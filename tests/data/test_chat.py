@@ -319,3 +319,44 @@ def test_another_template_at_serving_would_be_seen() -> None:
     assert isinstance(row, Row)
     with pytest.raises(AssertionError):
         assert_trained_prompts_are_served_prompts(row, example, served_by)
+
+
+HARMONY = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}{% if message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>final' }}{% endif %}{{ '<|user|>' + message['content'] }}"
+    "{{ '<|endoftext|>' if loop.last and message['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+"""As gpt-oss: an answer at the end is closed by one token (<|return|>), one before it by another (<|end|>)."""
+
+
+def assert_every_answer_is_trained(turns: int) -> None:  # trap: T20
+    """Each answer is learnt, and the end of none but the last: after <|end|> the model would go on."""
+    tokenizer = tiny_tokenizer(HARMONY, eos="<|endoftext|>")
+    made = Renderer(tokenizer, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
+    spoken = [(("user", user), ("assistant", answer)) for user, answer in zip(USER, ANSWERS, strict=True)][:turns]
+    row = made.encode([chat(*itertools.chain.from_iterable(spoken))])[0][0]
+    assert isinstance(row, Row), row
+    closes = [""] * (turns - 1) + ["<|endoftext|>"]
+    expected = [answer + close for answer, close in zip(ANSWERS, closes, strict=False)]
+    assert runs(row, tokenizer, trained=True) == expected
+    assert [made.tokenizer.decode(one) for one in made.stop_ids] == ["<|endoftext|>"]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_answers_that_end_otherwise_at_the_end_are_all_trained(turns: int) -> None:
+    assert_every_answer_is_trained(turns)
+
+
+def test_an_end_that_is_no_end_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for a stop, <|end|> is learnt; not known at all, the row is refused."""
+    real = chat_module.find_stops
+
+    def as_stops(*given: object, **how: object) -> object:
+        run, stops, middle = real(*given, **how)  # type: ignore[arg-type]
+        return run, (*stops, *middle), ()
+
+    for planted in (as_stops, lambda *given, **how: (*real(*given, **how)[:2], ())):
+        monkeypatch.setattr(chat_module, "find_stops", planted)
+        with pytest.raises(AssertionError):
+            assert_every_answer_is_trained(2)

@@ -5,21 +5,26 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tiny import CHATML, template, tiny_tokenizer
+from tunesmith.data import dataset as dataset_module
 from tunesmith.data import encode as encoding_module
-from tunesmith.data.dataset import RowStore, build
+from tunesmith.data import tokenizer as tokenizer_module
+from tunesmith.data.dataset import RowStore, build, open_kept
 from tunesmith.data.examples import examples
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.tasks import TASKS
-from tunesmith.types import Problem, Row
+from tunesmith.types import Pooling, Problem, Row
 
 
 def line(user: str, answer: str) -> str:
@@ -106,7 +111,42 @@ def test_a_program_that_froze_its_objects_keeps_them_so(tmp_path: Path, files: l
     assert gc.get_freeze_count() > 0
 
 
+def with_words(*pairs: tuple[str, str], **options: Any) -> Renderer:
+    """A tokenizer whose vocabulary has other words in place of some: the file edited, the same ids."""
+    made = tiny_tokenizer()
+    state = json.loads(made.backend_tokenizer.to_str())
+    swapped = dict(pairs)
+    state["model"]["vocab"] = {swapped.get(word, word): i for word, i in state["model"]["vocab"].items()}
+    if not options.pop("merges", True):
+        state["model"]["merges"] = state["model"]["merges"][:-1]
+    made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return Renderer(
+        made, TASKS["chat"], **{"max_tokens": 200, "too_long": "error", "control_tokens": "error", **options}
+    )
+
+
+def make_renderer_of(task: str) -> Renderer:
+    how: dict[str, Any] = {"max_tokens": 200, "too_long": "error", "control_tokens": "error"}
+    return Renderer(tiny_tokenizer(CHATML), TASKS[task], **how)
+
+
+def with_special(**names: str) -> Renderer:
+    how: dict[str, Any] = {"max_tokens": 200, "too_long": "error", "control_tokens": "error"}
+    return Renderer(tiny_tokenizer(CHATML, **names), TASKS["chat"], **how)
+
+
 CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
+    "two words of the vocabulary": lambda: (with_words(("Ġa", "Ġb"), ("Ġb", "Ġa")), Data()),
+    "merges": lambda: (with_words(merges=False), Data()),
+    "special token": lambda: (with_special(bos="<bos>"), Data()),
+    "end token": lambda: (with_special(eos="</s>"), Data()),
+    "padding token": lambda: (with_special(pad="<unk>"), Data()),
+    "task": lambda: (make_renderer_of("generate"), Data()),
+    "stride": lambda: (make_renderer(stride=20), Data()),
+    "prompt": lambda: (make_renderer(prompt="x"), Data()),
+    "kind": lambda: (make_renderer(kind="encoder_decoder"), Data()),
+    "pooling": lambda: (make_renderer(pooling=Pooling("cls")), Data()),
+    "prompt of a query": lambda: (make_renderer(pooling=Pooling(query_prompt="q: ")), Data()),
     "template": lambda: (make_renderer(template=template("trim")), Data()),
     "max_tokens": lambda: (make_renderer(max_tokens=150), Data()),
     "too_long": lambda: (make_renderer(too_long="cut"), Data()),
@@ -123,6 +163,70 @@ def test_a_setting_that_matters_changes_the_key(tmp_path: Path, files: list[Data
     other, _ = make(tmp_path / "rows", *files, renderer=renderer, data=data)
     assert not other.reused
     assert other.key != first.key
+
+
+def word_level(*words: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+def assert_rows_are_those_of_their_own_tokenizer(folder: Path) -> None:  # trap: T21
+    """Three-letter words of a trade, of which the probe spells none: it is the same for every such vocabulary."""
+    file = write(
+        folder / "rows.jsonl", *(json.dumps({"text": f"{a} {b}", "label": a}) for a, b in (CODES, CODES[::-1]))
+    )
+    for words in (CODES, CODES[::-1], (CODES[0], "CGT")):
+        tokenizer = word_level(*words)
+        how: dict[str, Any] = {"max_tokens": 20, "too_long": "error", "control_tokens": "error", "kind": "encoder"}
+        store, _ = make(folder / "rows", file, renderer=Renderer(tokenizer, TASKS["classify"], **how), data=Data())
+        expected = [tokenizer(f"{a} {b}", add_special_tokens=False).input_ids for a, b in (CODES, CODES[::-1])]
+        assert [store.row(i).ids.tolist() for i in range(2)] == expected
+
+
+CODES = ("ACG", "TTA")
+
+
+def test_rows_are_those_of_their_own_tokenizer(tmp_path: Path) -> None:
+    assert_rows_are_those_of_their_own_tokenizer(tmp_path)
+
+
+def test_knowing_a_tokenizer_by_a_probe_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_probe = partial(tokenizer_module.fingerprint, vocabulary=False)
+    monkeypatch.setattr("tunesmith.data.renderer.fingerprint", by_probe)
+    monkeypatch.setattr(dataset_module, "serialized", lambda tokenizer: "")
+    with pytest.raises(AssertionError):
+        assert_rows_are_those_of_their_own_tokenizer(tmp_path)
+
+
+def test_padding_and_truncation_that_a_call_left_behind_are_not_in_the_key(
+    tmp_path: Path, files: list[DataFile]
+) -> None:
+    first, _ = make(tmp_path / "rows", *files)
+    renderer = make_renderer()
+    renderer.tokenizer("one two three", padding="max_length", max_length=2, truncation=True)
+    assert make(tmp_path / "rows", *files, renderer=renderer)[0].key == first.key
+
+
+def test_rows_that_an_earlier_version_kept_are_read_but_not_trained(tmp_path: Path, files: list[DataFile]) -> None:
+    store, _ = make(tmp_path / "rows", *files)
+    (summary,) = (tmp_path / "rows").glob("*.json")
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "version": 4}))
+    kept = open_kept(tmp_path / "rows", store.key)
+    assert kept is not None
+    assert len(kept) == 12
+    assert not make(tmp_path / "rows", *files)[0].reused
+
+
+def test_the_same_bytes_under_a_name_of_another_format_are_other_rows(tmp_path: Path) -> None:
+    texts = [json.dumps({"text": "one two"}), json.dumps({"text": "three four"})]
+    renderer = make_renderer_of("text")
+    kept = [
+        make(tmp_path / "rows", write(tmp_path / name, *texts), renderer=renderer)[0] for name in ("a.jsonl", "a.txt")
+    ]
+    assert [store.reused for store in kept] == [False, False]
+    assert kept[0].row(0).ids.tolist() != kept[1].row(0).ids.tolist()
 
 
 def test_one_changed_byte_changes_the_key_although_size_and_time_stay(tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ def test_resamples_repeat_and_do_not_depend_on_how_many_are_held_at_once(monkeyp
 
 
 def test_resamples_where_a_measure_is_not_defined_are_left_out():
-    found = interval(2.0, np.array([math.nan, 1.0, 3.0]))
+    found = interval(2.0, np.array([math.nan, 1.0, 3.0]), 1e9)
     assert (found["low"], found["high"]) == pytest.approx((1.05, 2.95))
-    assert all(math.isnan(end) for end in interval(2.0, np.array([math.nan])).values() if end != 2.0)
+    assert all(math.isnan(end) for end in interval(2.0, np.array([math.nan]), 2).values() if end != 2.0)
 
 
 def test_bins_hold_their_upper_edge():

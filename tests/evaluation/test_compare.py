@@ -179,7 +179,7 @@ def test_two_tasks_do_not_compare():
 
 
 def test_documents_are_resampled_as_the_evaluation_does():
-    """Three windows each of 40 documents: the same number, and against zeros the same interval."""
+    """Three windows each of 40 documents: the same number, and against zeros the same interval, or that of t."""
     draw = np.random.default_rng(4)
     hashes = np.repeat(draw.permutation(40).astype(np.uint64), 3)
     sums = {"losses": np.repeat(draw.exponential(9, 40), 3), "counts": [5.0] * 120, "num_bytes": [20] * 120}
@@ -187,7 +187,10 @@ def test_documents_are_resampled_as_the_evaluation_does():
     metrics, _ = score(rows)
     found = compare_rows([{**row, "loss": 0.0} for row in rows], rows[::-1]).metrics
     for key in ("loss", "bits_per_byte"):
-        assert found[key].b_minus_a == pytest.approx(metrics[key], rel=1e-12)
+        change = found[key].b_minus_a
+        assert change["value"] == pytest.approx(metrics[key]["value"], rel=1e-12)
+        assert change["high"] == pytest.approx(metrics[key]["high"], rel=1e-12)
+        assert metrics[key]["low"] * 0.98 < change["low"] < metrics[key]["low"]  # losses are skewed, t is not
 
 
 def test_values_are_those_of_the_evaluation_itself():

@@ -70,9 +70,12 @@ def moved(value: float, margin: float = 0.01) -> Interval:
 
 
 def test_change_is_of_the_loss_per_token_with_an_interval_of_other_passages():
-    """Ten tokens lose 1 nat each and thirty 2: 70 nats of 40 tokens. A resample has either, or both."""
+    """Ten tokens lose 1 nat each and thirty 2: 70 nats of 40 tokens. A resample has either, or both; Student's t of
+    so few is far wider."""
     found = general.loss_change([10.0, 60.0], [20.0, 120.0], [10, 30])
-    assert found == {"value": 70 / 40, "low": 1.0, "high": 2.0}
+    assert found["value"] == 70 / 40
+    assert found["low"] < 1.0
+    assert found["high"] > 2.0
 
 
 def test_change_common_to_all_passages_is_sure_however_much_they_differ():

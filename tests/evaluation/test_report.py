@@ -201,8 +201,8 @@ def test_the_summary_is_one_paragraph_in_plain_words(pages):
     assert summary(report) == (
         "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min "
         "on cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8): "
-        "+51.0 (+45.0 to +56.3) points, better. Accuracy is 80.0% (74.4–84.8), against 53.3% for always answering "
-        "`circulatory` (majority baseline): +29.0 (+22.0 to +35.3) points, better. "
+        "+51.0 (+45.0 to +56.9) points, better. Accuracy is 80.0% (74.4–84.8), against 53.3% for always answering "
+        "`circulatory` (majority baseline): +29.0 (+22.0 to +35.9) points, better. "
         f"{report['flips']['num_gained']} rows went from wrong to right, "
         f"{report['flips']['num_lost']} rows from right to wrong. "
         "2 rows could not be used: rows/problems.jsonl lists them."

@@ -1,6 +1,7 @@
 """A judge of answers before and after: win rates, both orders, length, and who may judge what."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_tasks import task_recipe, write
 from tunesmith.api import evaluate
 from tunesmith.cli.app import app
 from tunesmith.errors import DataError, InputError
+from tunesmith.inference import measure
 from tunesmith.inference.load import load_any, load_model
 from tunesmith.inference.measure import evaluate_file, judged
 from tunesmith.inference.predict import Predictor, predict_list
@@ -78,6 +80,47 @@ def test_a_judge_that_writes_is_asked_in_both_orders(root, monkeypatch):
     assert "3 ties" in note
     says(monkeypatch, lambda question: "Both are fine.")
     assert "3 ties" in judged(judge, prompts, before, after)[1]
+
+
+SPELLINGS = (
+    "B", "b.", "Answer B", "Option B", "(B)", "**B**", "Assistant B", "Response: B", '"B"', "_B_", "**Answer B**",
+    "The better answer is B", "B is better than A.", "I prefer B.", "answer b", "B: it is right", "[[B]]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_verdict_is_read_however_a_judge_spells_it(root, monkeypatch, spelling):  # trap: M9
+    assert_read(root, monkeypatch, spelling)
+
+
+def assert_read(root: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    """A judge that always prefers the plum: in both orders, whatever it writes around the letter."""
+    swapped = str.maketrans("ABab", "BAba")
+    other = re.sub(r"(?<![^\W_])[ABab](?![^\W_])", lambda letter: letter[0].translate(swapped), spelling)
+
+    def knows(question: str) -> str:
+        return other if "plum" in question.partition("Answer B:")[0] else spelling
+
+    says(monkeypatch, knows)
+    found, note = judged(run_of(root, "chat"), [PROMPT] * 2, ["Rome", "Oslo"], ["a plum", "old plum"])
+    assert found["win_rate"]["value"] == 1.0
+    assert "neither" not in note
+
+
+def test_reading_the_first_letter_alone_would_be_seen(root, monkeypatch):
+    monkeypatch.setattr(measure, "_choice", lambda said: {"A": -1, "B": 1}.get(said.strip()[:1].upper(), 0))
+    with pytest.raises(AssertionError):
+        assert_read(root, monkeypatch, "Answer B")
+
+
+@pytest.mark.parametrize(
+    "said", ["Both A and B", "Neither A nor B.", "A good answer is B", "", "They are alike", "Banana"]
+)
+def test_a_verdict_for_neither_is_a_tie_and_counted(root, monkeypatch, said):
+    says(monkeypatch, lambda question: said)
+    found, note = judged(run_of(root, "chat"), [PROMPT] * 2, ["Rome", "Oslo"], ["a plum", "old plum"])
+    assert found["win_rate"]["value"] == 0.5
+    assert "100% of its verdicts name neither A nor B and count as ties" in note
 
 
 def test_prompts_alone_are_judged_and_nothing_else_is_measured(root, tmp_path):

@@ -116,3 +116,18 @@ def test_leaves_the_model_as_it_was(arch):
     assert not model.get_input_embeddings().training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize("window", [{"sliding_window": 0}, {"sliding_window": 8, "use_sliding_window": False}])
+def test_a_window_that_no_layer_uses_is_none(window):
+    """transformers makes the mask of every kind of layer that there could be: a window of 0 for Qwen2-MoE."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = tiny_model("qwen2_moe", vocab_size=VOCAB, shared_expert_intermediate_size=32, **sizes, **window)
+    found = check_packing(model, "causal", rows_of((37, 11, 20)))
+    assert found.ok, found
+
+
+def test_a_window_that_a_mask_alone_knows_is_still_seen(monkeypatch):
+    real = attention.trace_call
+    monkeypatch.setattr(attention, "trace_call", lambda window: real(None))
+    assert "limited to 8 tokens by a mask alone" in check_packing(sharp("mistral"), "causal", rows_of((37, 11))).reason

@@ -8,14 +8,14 @@ REQUIRED = {
     *(f"L{n}" for n in range(1, 18) if n != 13),  # no method adds a term to the loss
     "L3b",
     *(f"D{n}" for n in range(1, 20)),  # several devices
-    *(f"T{n}" for n in range(1, 19)),
+    *(f"T{n}" for n in range(1, 22)),
     *(f"R{n}" for n in range(1, 9)),
-    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
+    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18"),  # adapters
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in range(1, 9)),
-    *("M1", "M2", "M3"),  # what a measure proves
-    *(f"P{n}" for n in range(1, 29)),  # preferences, rewards, vectors
+    *(f"M{n}" for n in range(1, 10)),  # what a measure proves
+    *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tiny_tasks import sentence_transformers_python, task_recipe, texts, write
+from tunesmith.data.branch_encoders import BranchEncoder, EmbeddingEncoder
 from tunesmith.errors import RecipeError
 from tunesmith.parallel.world import World
 from tunesmith.recipe.objectives import Embed
@@ -98,6 +99,41 @@ def test_the_test_sees_duplicates_as_negatives(monkeypatch):
     monkeypatch.setattr(torch, "isin", lambda pairs, known: torch.zeros_like(pairs, dtype=torch.bool))
     with pytest.raises(AssertionError):
         assert_no_text_is_its_own_negative()
+
+
+SHARED = [("red apple", "big apple"), ("big apple", "small apple"), ("small apple", "red apple")]
+"""Each text is an anchor and a document."""
+PROMPTS = {"query_prompt": "the ", "document_prompt": "a "}
+
+
+def assert_a_text_is_known_without_its_prompt(folder: Path) -> None:  # trap: P23
+    """An anchor is compared with its positive and the one text that is neither its own nor belongs to it."""
+    data = {"train": [str(write(folder / "rows.jsonl", [{"anchor": a, "positive": b} for a, b in SHARED]))], "eval": []}
+    train = {"rows_per_step": 3, "tokens_per_pass": 512}
+    options = {"loss": "ranking", **PROMPTS}
+    recipe = task_recipe(folder, "embed", "encoder", data=data, dropout=0.0, train=train, embed=options)
+    setup = prepare(recipe, root=folder)
+    batch = setup.collator.batch(setup.sampler.step(1)[0], draw=1)
+    texts_of = embedding_losses.texts_of(batch, embedding_losses.embed(setup.model, batch, setup.recipe.embed))
+    vectors = texts_of.vectors_LD.tolist()
+    by_text = {SHARED[row][k]: vectors[2 * i + k] for i, row in enumerate(batch.row_indices) for k in (1,)}
+    expected = []
+    for i, row in enumerate(batch.row_indices):
+        anchor, positive = SHARED[row]
+        others = [vector for text, vector in by_text.items() if text not in (anchor, positive)]
+        expected.append(by_hand(vectors[2 * i], by_text[positive], others))
+    assert text_losses(texts_of, setup.recipe.embed).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_is_known_without_its_prompt(tmp_path):
+    assert_a_text_is_known_without_its_prompt(tmp_path)
+
+
+def test_knowing_a_text_by_its_prompt_too_would_be_seen(tmp_path, monkeypatch):
+    """Its key stays that of the tokens that the model reads."""
+    monkeypatch.setattr(EmbeddingEncoder, "encode", BranchEncoder.encode)
+    with pytest.raises(AssertionError):
+        assert_a_text_is_known_without_its_prompt(tmp_path)
 
 
 def test_rows_that_are_all_one_document_have_no_loss_and_no_gradient():

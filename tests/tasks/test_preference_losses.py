@@ -122,6 +122,33 @@ def test_the_margin_of_a_row_adds_to_that_of_the_recipe():
     assert both.tolist() == pytest.approx([first[0].item(), *rest[1:].tolist()])
 
 
+@pytest.mark.parametrize("loss", ["robust", "ipo", "apo_zero", "orpo"])
+def test_a_margin_of_a_row_does_not_reach_losses_that_have_none(loss):  # trap: P29
+    assert_a_margin_is_not_used(loss)
+
+
+def assert_a_margin_is_not_used(loss: str) -> None:
+    rows = pairs_of(SOME.s_B2, SOME.n_B2, SOME.reference_B2, [0.0, 1.0, 3.0])
+    options = Prefer(loss=loss, label_smoothing=0.1 if loss == "robust" else 0)
+    for ours, theirs in zip(pair_losses(rows, options), pair_losses(SOME, options), strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+def test_a_margin_in_every_loss_would_be_seen(monkeypatch):
+    monkeypatch.setattr(Prefer, "has_margin", True)
+    for loss in ("robust", "ipo", "orpo"):
+        with pytest.raises(AssertionError):
+            assert_a_margin_is_not_used(loss)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in OBJECTIVES if Prefer(loss=loss).has_margin])
+def test_a_margin_that_a_recipe_may_name_is_one_that_a_row_may_have(loss):
+    rows = pairs_of(SOME.s_B2, SOME.n_B2, SOME.reference_B2, [0.3, 0.3, 0.3])
+    start = Prefer(loss=loss).filled().margin or 0.0
+    expected = pair_losses(SOME, Prefer(loss=loss, margin=start + 0.3))[0].tolist()
+    assert pair_losses(rows, Prefer(loss=loss, margin=start))[0].tolist() == pytest.approx(expected)
+
+
 # trap: P19
 @pytest.mark.parametrize("mean", [-1e-8, -1e-3, -0.6931, -50.0])
 def test_odds_keep_their_digits(mean):

@@ -114,7 +114,7 @@ def test_partners_go_round_and_pass_over_rows_of_one_prompt():
 
     def partners_of(*sides: list[int]) -> Any:
         nothing = np.empty(0, np.int64)
-        columns = BranchColumns((nothing, nothing), (nothing, nothing))
+        columns = BranchColumns((nothing, nothing), (nothing, nothing), (nothing, nothing))
         for side in sides:
             columns.use_partners(np.array(side), hashes, inputs, 9)
         return columns.partners.tolist()

@@ -36,6 +36,7 @@ from tunesmith.recipe.objectives import Prefer
 from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.preference_losses import OBJECTIVES, Pairs, pair_losses
 from tunesmith.training import reference
+from tunesmith.training.resolve import resolve_run
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
@@ -258,6 +259,16 @@ def test_options_that_would_change_what_is_compared_are_refused(tmp_path, sectio
     with pytest.raises(RecipeError, match=message):
         train(recipe_of(tmp_path, **section), root=tmp_path / "runs")
     assert not runs(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("loss", "has_margin"), [("dpo", True), ("hinge", True), ("ipo", False), ("apo_zero", False)])
+def test_margins_of_rows_that_a_loss_has_no_use_for_are_said(tmp_path, loss, has_margin):
+    rows = [{**row, "margin": float(i % 3)} for i, row in enumerate(rows_of("prefer", 12))]
+    data = {"train": [str(write(tmp_path / "rows.jsonl", rows))], "eval": []}
+    recipe = task_recipe(tmp_path, "prefer", "causal", dropout=0.0, data=data, prefer={"loss": loss})
+    found = [choice for choice in resolve_run(recipe, root=tmp_path).choices if choice.key == "prefer.margin"]
+    why = f"{loss} has no margin: the margins of 8 rows are not used"
+    assert [(choice.value, choice.reason) for choice in found] == ([] if has_margin else [(0.0, why)])
 
 
 # trap: P8

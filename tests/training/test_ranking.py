@@ -14,8 +14,11 @@ from sklearn.metrics import ndcg_score
 from shape.tree import ROOT
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.data.examples import examples
+from tunesmith.errors import DataError
+from tunesmith.evaluation import retrieval
 from tunesmith.evaluation.retrieval import _in_list
 from tunesmith.inference.load import load_any
+from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.recipe.objectives import Rank
 from tunesmith.recipe.schema import Data
@@ -149,3 +152,86 @@ def test_a_run_orders_documents_when_it_is_served(tmp_path):
     last = [one.values["measures"] for one in run.events() if one.kind == "evaluation"][-1]
     assert last["ndcg_10"]["value"] > 0.9
     assert json.loads((run.path / "report.json").read_text("utf-8"))["baseline"]["name"] == "BM25"
+
+
+DOCUMENTS = {"apple pear": 1, "Rome Oslo": 0, "plum": 1, "Lima": 0}
+FORMS = {
+    "label": lambda query, document, wanted: {"query": query, "document": document, "label": wanted},
+    "score": lambda query, document, wanted: {"query": query, "document": document, "score": 0.9 if wanted else 0.2},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_a_document_a_row_is_trained_measured_predicted_and_reported(tmp_path, kind, form):
+    """With each query there are several rows, one a document."""
+    rows = [FORMS[form](row["query"], *one) for row in rows_of("rank", 8) for one in DOCUMENTS.items()]
+    files = {
+        "train": [str(write(tmp_path / "rows.jsonl", rows[:24]))],
+        "eval": [str(write(tmp_path / "held.jsonl", rows[24:]))],
+    }
+    recipe = task_recipe(tmp_path, "rank", kind, dropout=0.0, data=files, train={"epochs": 12}, optim={"lr": 5e-3})
+    run = train(recipe, root=tmp_path / "runs")
+    last = [one.values["measures"] for one in run.events() if one.kind == "evaluation"][-1]
+    assert last.keys() == {"loss", "spearman"}
+    assert last["spearman"]["value"] > 0.8
+    report = json.loads(run.report_path.read_text("utf-8"))
+    assert (report["baseline"], report["metrics"]["after"]["measures"]) == (None, last)
+    assert "Spearman correlation" in " ".join(report["headline"])
+    loaded = load_any(str(run.path), root=tmp_path)
+    again = evaluate_file(loaded, files["eval"][0])
+    assert again.measures["spearman"]["value"] == pytest.approx(last["spearman"]["value"], abs=0.02)
+    assert again.baseline is None
+    found = [
+        line["score"]
+        for line in predict_list(
+            Predictor(loaded), [{key: row[key] for key in ("query", "document")} for row in rows[24:]]
+        )
+    ]
+    wanted = [row.get("label", row.get("score")) for row in rows[24:]]
+    assert np.mean(found, where=np.array(wanted) > 0.5) > np.mean(found, where=np.array(wanted) < 0.5)
+
+
+@pytest.mark.parametrize("loss", ["listwise", "pairwise"])
+def test_a_loss_of_lists_is_refused_for_a_document_a_row(tmp_path, loss):
+    """Of a list of one it is always 0, so nothing would be learnt."""
+    rows = [FORMS["label"](row["query"], "plum", 1) for row in rows_of("rank", 8)]
+    data = {"train": [str(write(tmp_path / "rows.jsonl", rows))], "eval": []}
+    with pytest.raises(DataError, match=f"rows.jsonl:1: ranking.loss {loss} compares the documents of a row"):
+        prepare(task_recipe(tmp_path, "rank", "encoder", data=data, ranking={"loss": loss}), root=tmp_path)
+
+
+def assert_lists_that_cannot_be_wrong_are_left_out(folder: Path) -> None:  # trap: M6
+    """Twelve lists with one right document, and as many whose documents are all wrong: the ranks are of the twelve."""
+    found = []
+    for name, num in (("right alone", 0), ("with others", 12)):
+        (folder / name).mkdir(parents=True)
+        held = rows_of("rank", 12, seed=7)
+        held += [
+            {"query": row["query"], "documents": ["Lima", "plum a"], "labels": [0, 0]}
+            for row in rows_of("rank", num, seed=9)
+        ]
+        data = {"eval": [str(write(folder / name / "held.jsonl", held))]}
+        recipe = task_recipe(folder / name, "rank", "encoder", dropout=0.0, data=data, train={"max_steps": 1})
+        run = train(recipe, root=folder / name / "runs")
+        (after,) = (one.values for one in run.events() if one.kind == "evaluation" and one.values["name"] == "after")
+        headline = json.loads(run.report_path.read_text("utf-8"))["headline"]
+        found.append(([after["measures"][key]["value"] for key in ("recall_1", "mrr_10", "ndcg_10")], headline))
+    (alone, _), (beside, headline) = found
+    assert beside == pytest.approx(alone)
+    assert any("12 of 24 lists are left out of the ranks" in sentence for sentence in headline)
+
+
+def test_lists_that_cannot_be_wrong_are_left_out(tmp_path):
+    assert_lists_that_cannot_be_wrong_are_left_out(tmp_path)
+
+
+def test_lists_that_count_as_found_would_be_seen(tmp_path, monkeypatch):
+    def as_found(own: Any, tokenizer: Any) -> Any:
+        first = {"rank": 1, "bm25": 1, "ndcg": 1.0, "bm25_ndcg": 1.0}
+        return [{**row, **(first if row["rank"] is None else {})} for row in lists(own, tokenizer)]
+
+    lists = retrieval._lists
+    monkeypatch.setattr(retrieval, "_lists", as_found)
+    with pytest.raises(AssertionError):
+        assert_lists_that_cannot_be_wrong_are_left_out(tmp_path)

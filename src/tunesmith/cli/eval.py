@@ -203,7 +203,10 @@ def compare(
 def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bool, as_json: bool) -> None:
     """A row for each run: its values, and how they differ from those of the first run."""
     if as_json:
-        runs = [{"name": name, "measures": _as_values(one.metrics)} for name, one in zip(names[1:], found, strict=True)]
+        runs = [
+            {"name": name, "measures": _as_values(one.metrics), "loss_note": one.loss_note}
+            for name, one in zip(names[1:], found, strict=True)
+        ]
         json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
         return
     from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, too_few
@@ -213,6 +216,8 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bo
     counted = plural(found[0].num_rows, unit)
     screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
+    for note in dict.fromkeys(one.loss_note for one in found if one.loss_note):
+        screen.print(note)
     print_table(screen, [column.title for column in table.columns], cells)
     for sentence in too_few(found[0].num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
         screen.print(sentence)

@@ -8,8 +8,10 @@ token of each line. Vectors are made of the tokens that are pooled.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -153,7 +155,8 @@ class RankingEncoder(BranchEncoder):
 class EmbeddingEncoder(BranchEncoder):
     """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around a text.
 
-    No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector. Raises
+    No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector. A text
+    is known by its own tokens, without its prompt: that of an anchor is the same text among the documents. Raises
     `RecipeError` for a limit that leaves no token.
     """
 
@@ -165,6 +168,19 @@ class EmbeddingEncoder(BranchEncoder):
         prompts = (pooling.document_prompt, pooling.query_prompt)
         self._prompts = [(prompt, first_pooled(pooling, prompt, settings.tokenizer)) for prompt in prompts]
         self._kind = pooling.kind
+        self._fast, self._most = settings.fast, settings.limit.max_tokens
+
+    def encode(self, examples: Sequence[Example]) -> list[Drafts]:
+        found = super().encode(examples)
+        if any(prompt for prompt, _ in self._prompts):
+            texts = [[part.text for some in (one.parts, *one.branches) for part in some] for one in examples]
+            ids = self._fast.ids([text for of_row in texts for text in of_row])
+            keys = (text_key(ids_T[: self._most]) for ids_T in ids)
+            for drafts, of_row in zip(found, texts, strict=True):
+                keys_of_row = tuple(islice(keys, len(of_row)))
+                if not isinstance(drafts, Problem):
+                    drafts[0].keys = keys_of_row
+        return found
 
     def lines(self, example: Example) -> list[Example]:
         texts = [part for branch in (example.parts, *example.branches) for part in branch]
@@ -175,6 +191,12 @@ class EmbeddingEncoder(BranchEncoder):
     def finish(self, draft: Draft, line: Example) -> None:
         _, first = self._prompts[line.parts[0].role in QUERIES]
         draft.trained_T, draft.classes_N = pooled(len(draft.ids_T), self._kind, first), None
+        draft.keys = (text_key(draft.ids_T),)
+
+
+def text_key(ids_T: NDArray[np.int32]) -> int:
+    """A number of 64 bits for a text, a hash of its tokens."""
+    return int.from_bytes(hashlib.blake2b(ids_T.tobytes(), digest_size=8).digest(), "little", signed=True)
 
 
 def pooled(num_tokens: int, kind: str, first: int = 0) -> NDArray[np.bool_]:

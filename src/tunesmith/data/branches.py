@@ -61,6 +61,7 @@ def join(drafts: Sequence[Draft], values: tuple[float, ...]) -> Draft:
         second=drafts[0].second,
         branches=tuple(len(draft.ids_T) - stem for draft in drafts),
         values=values,
+        keys=tuple(key for draft in drafts for key in draft.keys),
     )
 
 
@@ -80,8 +81,8 @@ ListColumn = tuple[NDArray[Any], NDArray[Any]]
 class BranchColumns:
     """The branches and values of the rows of a store."""
 
-    def __init__(self, sizes: ListColumn, values: ListColumn) -> None:
-        self._sizes, self._values = sizes, values
+    def __init__(self, sizes: ListColumn, values: ListColumn, keys: ListColumn) -> None:
+        self._sizes, self._values, self._keys = sizes, values, keys
         self.has_any = len(sizes[1]) > 0
         self.reference: NDArray[np.float64] | None = None
         """[I, K], the log-probability of each branch's trained tokens under the model of step 1, then of the partner's;
@@ -129,6 +130,10 @@ class BranchColumns:
     def values(self, row: int) -> tuple[float, ...]:
         """The numbers of a row."""
         return _at(self._values, row) if self.has_any else ()
+
+    def keys(self, row: int) -> tuple[int, ...]:
+        """`Row.keys` of a row."""
+        return _at(self._keys, row) if self.has_any else ()
 
     def padded_lengths(self, lengths_I: NDArray[np.int32]) -> NDArray[np.int32]:
         """[I], tokens of each row where its lines are padded to the longest, by those of all its lines."""

@@ -93,8 +93,9 @@ class ChatEncoder(RowEncoder):
         self._limit = settings.limit
         self.template_text = self._template.text
         self.control = ControlTokens(settings.tokenizer, self.template_text)
-        self._run, self.stop_ids = find_stops(self._bare_render, self.control, name=fast.name)
-        self._ends = tuple(self.control.closing[token_id] for token_id in dict.fromkeys([self._run[0], *self.stop_ids]))
+        self._run, self.stop_ids, self._middle = find_stops(self._bare_render, self.control, name=fast.name)
+        ends = dict.fromkeys([self._run[0], *self.stop_ids, *self._middle])
+        self._ends = tuple(self.control.closing[token_id] for token_id in ends)
         if self._starts_with_two_bos(fast.ids([self._bare_render([QUESTION], True)])[0].tolist()):
             raise ModelError(f"{fast.name}: its chat template writes BOS twice. Give a corrected one by data.template.")
 
@@ -188,7 +189,8 @@ class ChatEncoder(RowEncoder):
         return self._limit.fit(source, draft)
 
     def _last_token(self, row: _Row, turn: Turn) -> int | None:
-        """The token that closes a turn, which may have white space before and after it."""
+        """The last trained token of a turn: the one that closes it, which may have white space before and after it; of
+        an earlier answer that another token closes than the last one, the one before that."""
         whole, closing = row.text.whole, row.places.closing
         behind = bisect_right(row.ends, turn.limit if turn.close is None else turn.close)
         at = behind - 1 if turn.close is None else behind
@@ -199,9 +201,13 @@ class ChatEncoder(RowEncoder):
             between = whole[turn.close : start]
         else:
             between = whole[end : turn.limit] if end > turn.start else "before"
+        if between.strip():
+            return None
+        if row.tokens.ids[last] in self._middle:  # which ends a message and no answer: the model is not to stop there
+            return last - 1
         if row.tokens.ids[last : last + len(self._run)] == self._run:
             last += len(self._run) - 1
-        return last if not between.strip() and row.tokens.ids[last] in self.stop_ids else None
+        return last if row.tokens.ids[last] in self.stop_ids else None
 
     def _bare_render(self, messages: Sequence[Message], prompt: bool) -> str:
         return self._template.render(messages, prompt=prompt)
@@ -384,9 +390,13 @@ def _around(text: str) -> tuple[str, str]:
     return before, after
 
 
-def find_stops(render: Render, control: ControlTokens, *, name: str) -> tuple[list[int], tuple[int, ...]]:
-    """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), and those where
-    generation stops: the last of them, and the one that closes a turn with tool calls.
+def find_stops(
+    render: Render, control: ControlTokens, *, name: str
+) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), those where
+    generation stops: the last of them, and the one that closes a turn with tool calls; and the one that closes an
+    earlier answer where that is another, as gpt-oss ends a conversation with <|return|>, which becomes <|end|> when the
+    conversation goes on.
 
     Raises `ModelError` when the template does not show an answer, or closes it without a control token.
 
@@ -403,7 +413,8 @@ def find_stops(render: Render, control: ControlTokens, *, name: str) -> tuple[li
             f"{name}: its chat template hides the assistant's answer: {reason} Give another by data.template."
         ) from reason
     at_end = control.closing_run(last)
-    pairs = zip(at_end, control.closing_run(middle), strict=False)
+    earlier = control.closing_run(middle)
+    pairs = zip(at_end, earlier, strict=False)
     run = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)] or at_end[:1]
     if not run:
         raise ModelError(
@@ -412,7 +423,7 @@ def find_stops(render: Render, control: ControlTokens, *, name: str) -> tuple[li
             "each of the assistant's turns with {{ eos_token }}."
         )
     ids = dict.fromkeys([run[-1], *_end_of_tool_call(render, control, last)])
-    return run, tuple(ids)
+    return run, tuple(ids), tuple(token_id for token_id in earlier[:1] if token_id not in (*run, *ids))
 
 
 def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:

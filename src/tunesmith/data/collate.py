@@ -138,11 +138,13 @@ class Collator:
         values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), counts)
         wide = torch.float32 if device.type == "mps" else torch.float64
+        keys = np.array([key for row in rows for key in row.keys], np.int64)
         return replace(
             batch,
             line_of_N=batch.row_of_N,
             row_of_N=torch.from_numpy(row_of_line).to(device)[batch.row_of_N],
             values_BV=torch.from_numpy(values).to(device, wide),
+            keys_L=torch.from_numpy(keys).to(device) if len(keys) else None,
         )
 
     def _row(self, index: int, draw: int, copy: int) -> Row:

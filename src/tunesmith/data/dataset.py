@@ -15,7 +15,7 @@ import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -30,17 +30,22 @@ from numpy.typing import NDArray
 
 from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
+from tunesmith.data.detect_format import suffix_of
 from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, complete, in_parts
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.tokenizer import serialized
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, Data, DataFile
 from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, Labels, Layout, Problem, Row, Source
 
-VERSION = 4
-"""Version of the file format and of encoding: raise it with any change that gives other rows for equal data."""
+VERSION = 5
+"""Version of the file format, of encoding and of the key: raise it with any change that gives other rows for equal
+data. 5: the whole tokenizer is in the key, and texts that become vectors have keys of their own."""
+READABLE = (4, VERSION)
+"""Versions whose rows a finished run may have kept."""
 STALE_S = 3600.0
 """Age at which the temporary file of another build is taken for that of a dead one."""
 
@@ -150,7 +155,7 @@ class RowStore:
         """`examples.input_hash` of each row."""
         self._second: NDArray[np.int32] = table["second"].to_numpy()
         self.num_bytes: NDArray[np.int32] = table["bytes"].to_numpy()
-        self.branches = BranchColumns(list_column(table, "branches"), list_column(table, "values"))
+        self.branches = BranchColumns(*(list_column(table, name) for name in ("branches", "values", "keys")))
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """The share of each row in the denominator of the loss."""
         if self.branches.has_any:
@@ -188,6 +193,7 @@ class RowStore:
             num_bytes=int(self.num_bytes[index]),
             branches=self.branches.sizes(index),
             values=self.branches.values(index),
+            keys=self.branches.keys(index),
         )
 
     def lengths_in(self, layout: Layout) -> NDArray[np.int32]:
@@ -283,7 +289,7 @@ def build(
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
-        key = _key(hashes, data, renderer)
+        key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # by which a reader is chosen
         paths = [file.path for file in files]
         summary = find(folder, key)
         if summary is None:
@@ -351,12 +357,12 @@ def write(
     )
 
 
-def find(folder: Path, key: str) -> Summary | None:
+def find(folder: Path, key: str, versions: Collection[int] = (VERSION,)) -> Summary | None:
     """The summary of a store that is there and whole."""
     try:
         summary = Summary(**orjson.loads(json_path(folder, key).read_bytes()))
         arrow = arrow_path(folder, key)
-        if summary.version != VERSION or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
+        if summary.version not in versions or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
             return None
         return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
     except (OSError, ValueError, TypeError):
@@ -379,21 +385,23 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
         keys = [orjson.loads(path.read_bytes())["key"] for path in sorted(folder.glob("*.json"))]
         for one in keys if key is None else [key]:
-            summary = find(folder, one)
+            summary = find(folder, one, READABLE)
             if summary is not None:
                 return RowStore(folder, summary, summary.data_sha256, reused=True)
     return None
 
 
-def _key(hashes: Sequence[str], data: Data, renderer: Renderer) -> str:
+def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
     parts: dict[str, Any] = {
         "version": VERSION,
         "data": list(hashes),
+        "formats": list(formats),
         "columns": data.columns,
         "limits": limits,
         "tokenizer and template": renderer.fingerprint,
+        "tokenizer": hashlib.sha256(serialized(renderer.tokenizer).encode()).hexdigest(),
         "task": renderer.task_name,
     }
     if data.reading != AS_IT_IS:

@@ -69,6 +69,7 @@ SCHEMA = pa.schema(
         ("bytes", pa.int32()),
         ("branches", pa.list_(pa.int32())),
         ("values", pa.list_(pa.float64())),
+        ("keys", pa.list_(pa.int64())),
     ]
 )
 Chunk = Sequence[tuple[int, Example]]
@@ -297,6 +298,7 @@ def columns(found: Sequence[tuple[Row, int, int, int]]) -> pa.RecordBatch:
         numbers((row.num_bytes for row in rows), np.int32),
         _lists([row.branches for row in rows], np.int32),
         _lists([row.values for row in rows], np.float64),
+        _lists([row.keys for row in rows], np.int64),
     ]
     return pa.record_batch(arrays, schema=SCHEMA)
 

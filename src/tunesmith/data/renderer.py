@@ -169,7 +169,15 @@ class Renderer:
         self.stop_ids: tuple[int, ...] = self._encoder.stop_ids
         """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
         self.fingerprint: str = fingerprint(self.tokenizer, self._encoder.template_text)
-        """SHA-256 of the template and of what the tokenizer does to a probe text."""
+        """SHA-256 of the template and of what makes ids of text."""
+
+    def is_of(self, known: str) -> bool:
+        """Whether a run with that fingerprint has this template and tokenizer, as far as the version that began it
+        could tell."""
+        return known in (
+            self.fingerprint,
+            fingerprint(self.tokenizer, self._encoder.template_text, vocabulary=False),
+        )
 
     def encode(
         self,
@@ -252,4 +260,5 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
         num_bytes=draft.num_bytes,
         branches=draft.branches,
         values=draft.values,
+        keys=draft.keys,
     )

@@ -62,6 +62,16 @@ class Splits:
         return self.store.skipped + (0 if self.held_store is self.store else self.held_store.skipped)
 
     @property
+    def found_again(self) -> str:
+        """The rows that are those of an earlier run or plan, by the hash of all that they follow from; "": none."""
+        stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
+        if not (found := {what: store for what, store in stores.items() if store.reused}):
+            return ""
+        counts = " and ".join(f"{len(store):,} {what}" for what, store in found.items())
+        keys = " and ".join(store.key[:16] for store in found.values())
+        return f"{counts} rows of these files were encoded before by this tokenizer, and are used again (.rows/{keys})"
+
+    @property
     def trained_per_file(self) -> list[int]:
         """Training rows of each file of data.train and data.replay."""
         num_files = len(self.data.train) + len(self.data.replay)

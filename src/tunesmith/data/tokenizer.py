@@ -274,8 +274,12 @@ def check_against_file(tokenizer: Any, file: Path) -> None:
         )
 
 
-def fingerprint(tokenizer: Any, template_text: str) -> str:
-    """SHA-256 over what makes ids of text: the template, the probe's ids, and every added and named token."""
+def fingerprint(tokenizer: Any, template_text: str, *, vocabulary: bool = True) -> str:
+    """SHA-256 over what makes ids of text: the template, the probe's ids, every added and named token, and every word
+    with its id or score and every merge. Equal after a tokenizer was saved and loaded, by any release of its library.
+
+    Without `vocabulary` that of earlier versions: two vocabularies that spell the probe alike were one.
+    """
     added = {str(i): [t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
              for i, t in tokenizer.added_tokens_decoder.items()}  # fmt: skip
     parts = {
@@ -286,7 +290,20 @@ def fingerprint(tokenizer: Any, template_text: str) -> str:
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
     }
+    if vocabulary:
+        model = json.loads(serialized(tokenizer))["model"]
+        merges = (one if isinstance(one, str) else " ".join(one) for one in model.get("merges") or ())
+        parts |= {"vocabulary": model["vocab"], "merges": list(merges)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def serialized(tokenizer: Any) -> str:
+    """The Rust tokenizer as its tokenizer.json has it, without padding and truncation, which calls change: all that
+    ids follow from. A tokenizer without one is refused by `FastTokenizer`."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return str(backend.to_str())
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:

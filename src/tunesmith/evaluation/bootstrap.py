@@ -6,11 +6,14 @@ once. With all weights 1 it is the number that scikit-learn, scipy or seqeval co
 it is that number for the rows drawn.
 """
 
-# I rows, R resamples, C classes, G groups of equal values
+# I rows, P predictions, R resamples, C classes, G groups of equal values
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypedDict
 
 import numpy as np
@@ -49,9 +52,27 @@ def paired_intervals(
     """Intervals of B minus A where both sides are drawn together; `differences` are the values on all rows."""
 
     def difference(key: str) -> Statistic:
-        return lambda weights_RI: of_b[key](weights_RI) - of_a[key](weights_RI)
+        a, b = of_a[key], of_b[key]
+        behind = min(rows_behind(one, num_rows) for one in (a, b))
+        return OfRows(lambda weights_RI: b(weights_RI) - a(weights_RI), behind)
 
-    return _spread(num_rows, differences, {key: difference(key) for key in of_a})
+    return _spread(num_rows, differences, {key: difference(key) for key in of_a}, paired_interval)
+
+
+@dataclass(frozen=True, slots=True)
+class OfRows:
+    """A statistic that rests on fewer rows than are drawn: on some of them, or on rows that weigh unlike."""
+
+    statistic: Statistic
+    num_rows: float
+
+    def __call__(self, weights_RI: Floats) -> Floats:
+        return self.statistic(weights_RI)
+
+
+def rows_behind(statistic: Statistic, num_rows: int) -> float:
+    """The number of rows of equal weight that a statistic of `num_rows` rows is as good as."""
+    return statistic.num_rows if isinstance(statistic, OfRows) else num_rows
 
 
 def value_of(statistic: Statistic, num_rows: int) -> float:
@@ -59,18 +80,65 @@ def value_of(statistic: Statistic, num_rows: int) -> float:
     return float(statistic(np.ones((1, num_rows)))[0])
 
 
-def _spread(num_rows: int, values: Mapping[str, float], statistics: Mapping[str, Statistic]) -> dict[str, Interval]:
-    drawn = [{key: statistic(weights) for key, statistic in statistics.items()} for weights in resamples(num_rows)]
-    return {key: interval(values[key], np.concatenate([some[key] for some in drawn])) for key in statistics}
+def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
+    """The value between the percentiles of the resamples in which it is defined, further out the fewer rows it is of.
 
-
-def interval(value: float, values_R: Floats) -> Interval:
-    """The value between the percentiles of the resamples in which it is defined."""
+    Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a mean the
+    interval is as wide as that of Student's t, which percentiles alone miss by 23 % at 6 rows.
+    """
     defined = values_R[~np.isnan(values_R)]
     if not np.isfinite(value) or not len(defined):
         return Interval(value=float(value), low=float("nan"), high=float("nan"))
-    low, high = np.quantile(defined, [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    outside = expanded(num_rows)
+    low, high = np.quantile(defined, [outside, 1 - outside])
     return Interval(value=float(value), low=float(low), high=float(high))
+
+
+def paired_interval(difference: float, differences_R: Floats, num_rows: float) -> Interval:
+    """`interval` of a difference, and at least that of Student's t around it with the spread of the resamples.
+
+    Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a few rows
+    differ by far more than others, which the percentiles of few rows do not show.
+    """
+    found = interval(difference, differences_R, num_rows)
+    if math.isnan(found["low"]):
+        return found
+    free = max(num_rows - 1, 1.0)
+    far = student_t(free) * math.sqrt((free + 1) / free) * float(np.nanstd(differences_R))
+    low, high = min(found["low"], difference - far), max(found["high"], difference + far)
+    return Interval(value=difference, low=low, high=high)
+
+
+def expanded(num_rows: float) -> float:
+    """Share of the resamples on each side of an interval: Φ(−√(n / (n − 1)) t), t of n − 1 degrees of freedom."""
+    free = max(num_rows - 1, 1.0)
+    return NormalDist().cdf(-math.sqrt((free + 1) / free) * student_t(free))
+
+
+def student_t(free: float) -> float:
+    """The quantile of Student's t that leaves half of `COVERED` above 0: Abramowitz and Stegun 1964, 26.7.5, which is
+    right to 0.003 from 4 degrees of freedom on, and too small, so that it is never too wide, below."""
+    z = NormalDist().inv_cdf((1 + COVERED) / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / free**power for power, term in enumerate(terms, 1))
+
+
+def _spread(
+    num_rows: int,
+    values: Mapping[str, float],
+    statistics: Mapping[str, Statistic],
+    bounds: Callable[[float, Floats, float], Interval] = interval,
+) -> dict[str, Interval]:
+    drawn = [{key: statistic(weights) for key, statistic in statistics.items()} for weights in resamples(num_rows)]
+    return {
+        key: bounds(values[key], np.concatenate([some[key] for some in drawn]), rows_behind(statistic, num_rows))
+        for key, statistic in statistics.items()
+    }
 
 
 def resamples(num_rows: int) -> Iterator[Floats]:
@@ -85,10 +153,14 @@ def resamples(num_rows: int) -> Iterator[Floats]:
 
 
 def ratio(numerators_I: ArrayLike, denominators_I: ArrayLike | None = None) -> Statistic:
-    """Sum over sum, or the mean of the rows; NaN where the denominators' sum is 0."""
+    """Sum over sum, or the mean of the rows; NaN where the denominators' sum is 0.
+
+    Of rows with denominators w it is as good as of (Σ w)² / Σ w² equal ones: Kish 1965, "Survey Sampling".
+    """
     tops_I = np.asarray(numerators_I, np.float64)
     bottoms_I = np.ones(len(tops_I)) if denominators_I is None else np.asarray(denominators_I, np.float64)
-    return lambda weights_RI: divide(weights_RI @ tops_I, weights_RI @ bottoms_I, otherwise=np.nan)
+    behind = float(divide(bottoms_I.sum() ** 2, np.square(bottoms_I).sum()))
+    return OfRows(lambda weights_RI: divide(weights_RI @ tops_I, weights_RI @ bottoms_I, otherwise=np.nan), behind)
 
 
 def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statistic]:
@@ -117,17 +189,23 @@ def macro_f1(right_IC: Counts, both_IC: Counts, *, absent_count: bool) -> Statis
     return statistic
 
 
-def calibration_error(confidences_I: Floats, hits_I: NDArray[np.bool_]) -> Statistic:
-    """Gap of mean confidence and accuracy in each bin, weighted by the bin's rows: ECE (Guo et al. 2017, §2)."""
-    bins_I = np.digitize(confidences_I, np.arange(1, BINS) / BINS, right=True)  # 0 for up to 0.1, 1 for up to 0.2, ...
-    gaps_IB = np.zeros((len(hits_I), BINS))
-    gaps_IB[np.arange(len(hits_I)), bins_I] = confidences_I - hits_I
+def calibration_error(confidences_P: Floats, hits_P: Floats, rows_P: NDArray[np.int64] | None = None) -> Statistic:
+    """Gap of mean confidence and accuracy in each bin, weighted by the bin's rows: ECE (Guo et al. 2017, §2).
+
+    `rows_P`: the row of each prediction, of which a row may have several that share its weight; None: one each.
+    """
+    of_P = np.arange(len(hits_P)) if rows_P is None else rows_P
+    bins_P = np.digitize(confidences_P, np.arange(1, BINS) / BINS, right=True)  # 0 for up to 0.1, 1 for up to 0.2, ...
+    counts_I = np.bincount(of_P)
+    gaps_IB = np.zeros((len(counts_I), BINS))
+    np.add.at(gaps_IB, (of_P, bins_P), (confidences_P - hits_P) / counts_I[of_P])
     return lambda weights_RI: divide(np.abs(weights_RI @ gaps_IB).sum(1), weights_RI.sum(1))
 
 
 def roc_auc(positive_I: NDArray[np.bool_], scores_I: Floats) -> Statistic:
     """Chance that a positive row scores above a negative one, ties half; NaN where all rows are of one class."""
     order, starts, _ = _groups(scores_I)
+    rarer = min(int(positive_I.sum()), int((~positive_I).sum()))
     positive_I = positive_I[order]
 
     def statistic(weights_RI: Floats) -> Floats:
@@ -138,7 +216,7 @@ def roc_auc(positive_I: NDArray[np.bool_], scores_I: Floats) -> Statistic:
         pairs_R = positive_RG.sum(1) * negative_RG.sum(1)
         return divide((positive_RG * above_RG).sum(1), pairs_R, otherwise=np.nan)
 
-    return statistic
+    return OfRows(statistic, rarer)
 
 
 def spearman(ones_I: Floats, others_I: Floats) -> Statistic:

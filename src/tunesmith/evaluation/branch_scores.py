@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.evaluation import bootstrap
-from tunesmith.evaluation.bootstrap import Floats, Statistic, ratio
+from tunesmith.evaluation.bootstrap import Floats, OfRows, Statistic, ratio
 
-# I rows
+# I rows, P pairs
 
 Results = Sequence[Mapping[str, Any]]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
@@ -43,14 +44,19 @@ def gains(row: Mapping[str, Any], what: str) -> Floats:
 
 
 def pair_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Pairs of answers, or answers with a reward each; a row counts by the mean over its pairs, a tie half."""
+    """Pairs of answers, or answers with a reward each; a row counts by the mean over its pairs, a tie half,
+    in the calibration too: the mean of several differences is the logit of no event."""
     known = ("margin", *HABITS) if "reference" in rows[0] else ("margin", HABITS[0])
     gained = {what: [gains(row, what) for row in rows] for what in known}
     won = {what: ratio([_won(one).mean() for one in of_rows]) for what, of_rows in gained.items()}
     means_I = np.array([one.mean() for one in gained["margin"]])
     found = {"preference_accuracy": won.pop("margin"), "margin": ratio(means_I)}
     if "rewards" in rows[0]:
-        found["calibration_error"] = bootstrap.calibration_error(1 / (1 + np.exp(-np.abs(means_I))), means_I > 0)
+        leads_P = np.concatenate(gained["margin"])
+        rows_P = np.repeat(np.arange(len(rows)), [len(one) for one in gained["margin"]])
+        found["calibration_error"] = bootstrap.calibration_error(
+            1 / (1 + np.exp(-np.abs(leads_P))), _won(leads_P), rows_P
+        )
         found["reward_mean"] = ratio([np.mean(row["rewards"]) for row in rows])
     else:
         found["chosen_shift"], found["rejected_shift"] = map(ratio, _shifts(rows).T)
@@ -61,6 +67,7 @@ def answer_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[s
     """Answers that are wanted or not: each of the ones against each of the others, a tie counts half."""
     wanted_I = column(rows, "wanted") > 0
     values = {what: np.concatenate([gains(row, what) for row in rows]) for what in ("margin", *HABITS)}
+    rarer = min(int(wanted_I.sum()), int((~wanted_I).sum()))
     shown = {what: bootstrap.roc_auc(wanted_I, values_I) for what, values_I in values.items()}
     (gained, lost), shifts = (
         [ratio(values_I * side_I, side_I.astype(np.float64)) for side_I in (wanted_I, ~wanted_I)]
@@ -68,7 +75,7 @@ def answer_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[s
     )
     return {
         "preference_accuracy": shown.pop("margin"),
-        "margin": lambda weights_RI: gained(weights_RI) - lost(weights_RI),
+        "margin": OfRows(lambda weights_RI: gained(weights_RI) - lost(weights_RI), rarer),
         **dict(zip(("chosen_shift", "rejected_shift"), shifts, strict=True)),
         **shown,
     }
@@ -105,24 +112,30 @@ def by_bm25(rows: Results) -> list[Mapping[str, Any]]:
 
 
 def rank_statistics(rows: Results, _: Sequence[str] = (), complete: bool = True) -> dict[str, Statistic]:
-    """recall@1, recall@10, MRR@10 and nDCG@10."""
-    rank_I = column(rows, "rank")
+    """recall@1, recall@10, MRR@10 and nDCG@10 of the rows that have a rank."""
+    is_ranked_I = ranked(rows)
+    rank_I = np.where(is_ranked_I, column(rows, "rank"), np.inf)
     near_I = rank_I <= 10
-    return {
-        "recall_1": ratio(rank_I <= 1),
-        "recall_10": ratio(near_I),
-        "mrr_10": ratio(near_I / rank_I),
-        "ndcg_10": ratio(column(rows, "ndcg") if "ndcg" in rows[0] else near_I / np.log2(1 + rank_I)),
-    }
+    ndcg_I = np.nan_to_num(column(rows, "ndcg")) if "ndcg" in rows[0] else near_I / np.log2(1 + rank_I)
+    shares = {"recall_1": rank_I <= 1, "recall_10": near_I, "mrr_10": near_I / rank_I, "ndcg_10": ndcg_I}
+    return {key: ratio(share_I, is_ranked_I) for key, share_I in shares.items()}
+
+
+def ranked(rows: Results) -> NDArray[np.bool_]:
+    """[I], whether an order of a row's documents can be wrong: not where all of them are as good, or there is one."""
+    return np.array([row["rank"] is not None for row in rows], np.bool_)
 
 
 def rank_details(rows: Results, _: Sequence[str] = ()) -> dict[str, Any]:
     """Recall over ranks, of the model, of BM25, and of vectors that are cut."""
-    ranks = {"model": column(rows, "rank"), "BM25": column(rows, BM25)}
+    can_err = [row for row in rows if row["rank"] is not None]
+    ranks = {"model": column(can_err, "rank"), "BM25": column(can_err, BM25)}
     for dim in rows[0].get("dims", {}):
         ranks[f"{dim} numbers"] = np.array([row["dims"][dim] for row in rows])
-    recall = {name: [float((rank_I <= k).mean()) for k in CURVE] for name, rank_I in ranks.items()}
-    return {"recall": {"at": list(CURVE), **recall}, "documents": int(column(rows, "documents").max())}
+    recall = {name: [float((rank_I <= k).mean()) for k in CURVE] for name, rank_I in ranks.items() if len(rank_I)}
+    found: dict[str, Any] = {"documents": int(column(rows, "documents").max())}
+    found |= {"recall": {"at": list(CURVE), **recall}} if can_err else {}
+    return {**found, "lists": len(rows), "left_out": len(rows) - len(can_err)} if len(can_err) < len(rows) else found
 
 
 def similarity_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str, Statistic]:

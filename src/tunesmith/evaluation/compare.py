@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tunesmith.errors import InputError
-from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, value_of
+from tunesmith.evaluation.bootstrap import Interval, Statistic, paired_intervals, ratio, rows_behind, value_of
 from tunesmith.evaluation.branch_scores import HABITS, by_bm25, column
 from tunesmith.evaluation.metrics import FEW_ROWS, FEWEST_ROWS, info_of
 from tunesmith.evaluation.scores import (
@@ -37,6 +38,14 @@ TIE_NATS = 0.01
 TIE_SHARE = 0.01
 """Squared errors that differ by less than this share of the larger are a tie."""
 _OTHER_WEIGHTS = "the two weigh classes differently (train.class_weights): {}"
+NEAR_POOL = (
+    "the two searched different documents, as those of training rows are searched too: compared here are the ranks "
+    "among the documents of the measured rows alone"
+)
+OTHER_POOLS = (
+    "the two searched different documents, so their ranks and losses do not compare. Measure both on one file with "
+    "tunesmith eval"
+)
 CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "tokens": (),
     "classes": ("accuracy", "macro_f1"),
@@ -60,7 +69,7 @@ class Difference:
     b: float
     b_minus_a: Interval
     num_rows: int
-    """Rows, documents or answers behind it."""
+    """Rows, documents or answers behind it; fewer where they weigh unlike or some do not count, see `rows_behind`."""
 
     @property
     def is_clear(self) -> bool:
@@ -89,7 +98,7 @@ class Comparison:
     """False: the models split the texts into other tokens, so losses per token, perplexity and token accuracy do not
     compare; bits per byte do."""
     loss_note: str
-    """A note on the loss where the two weigh classes differently, else empty."""
+    """A note where the two weigh classes differently, or searched other documents; else empty."""
     metrics: dict[str, Difference]
     """By the keys of `METRICS`."""
     won: list[tuple[RowResult, RowResult]]
@@ -122,6 +131,7 @@ def compare_rows(
         first, second = (" and ".join(sorted(kind)) for kind in kinds)
         raise InputError(f"the first was measured on {first}, the second on {second}: only one task can be compared.")
     kind = kinds[0].pop()
+    (a, b), pool_note = _in_one_pool([a, b]) if kind == "ranks" else ([a, b], "")
     same_targets, loss_note = all(was["count"] == now["count"] for was, now in zip(a, b, strict=True)), ""
     names = classes or names_in((*a, *b))
     metrics = paired(len(a), *(statistics_of(kind, rows, names, complete=bool(classes)) for rows in (a, b)))
@@ -134,7 +144,8 @@ def compare_rows(
             loss_note = "a row's loss is that of all its words together, so the losses do not compare"
             del metrics["loss"]
         loss_note = _OTHER_WEIGHTS.format(loss_note)
-    gains_I = [_gain(kind, was, now) for was, now in zip(a, b, strict=True)]
+    metrics, loss_note = {} if pool_note == OTHER_POOLS else metrics, loss_note or pool_note
+    gains_I = [0.0 if pool_note == OTHER_POOLS else _gain(kind, was, now) for was, now in zip(a, b, strict=True)]
     order = sorted(range(len(shared)), key=lambda i: -abs(gains_I[i]) / (a[i]["count"] if kind == "tokens" else 1))
     return Comparison(
         kind=kind,
@@ -150,6 +161,18 @@ def compare_rows(
     )
 
 
+def _in_one_pool(sides: Sequence[Sequence[RowResult]]) -> tuple[list[list[RowResult]], str]:
+    """The rows of all sides as ranked among the same documents, and a note if that is not how they were measured."""
+    pools = [[(row.get("pool"), row.get("documents")) for row in rows] for rows in sides]
+    if all(pool == pools[0] for pool in pools):
+        return list(map(list, sides)), ""
+    near = [[{**row, **row.get("near", {})} for row in rows] for rows in sides]
+    pools = [[(row.get("pool"), row["documents"]) for row in rows] for rows in near]
+    are_known = all(pool is not None for pool, _ in pools[0])
+    is_one = are_known and all(pool == pools[0] for pool in pools)
+    return (near, NEAR_POOL) if is_one else (list(map(list, sides)), OTHER_POOLS)
+
+
 def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
     """Each further evaluation against the first, all on the rows that every one of them has.
 
@@ -160,8 +183,11 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
     shared = set.intersection(*({key for key, _ in keyed(rows)} for rows in sides))
     if not shared:
         raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
-    first, *others = ([row for key, row in keyed(rows) if key in shared] for rows in sides)
-    return [compare_rows(first, rows) for rows in others]
+    some = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
+    in_order = [list(by_key(rows).values()) for rows in some]
+    (first, *others), note = _in_one_pool(in_order) if kind_of(some[0][0]) == "ranks" else (some, "")
+    compared = map(partial(compare_rows, first), others)
+    return [replace(one, loss_note=note) for one in compared] if note == NEAR_POOL else list(compared)
 
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
@@ -183,7 +209,8 @@ def paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic
         key: 0.0 if math.isclose(was, now, rel_tol=ROUNDING) else now - was for key, (was, now) in values.items()
     }
     found = paired_intervals(num, of_a, of_b, differences)
-    return {key: Difference(*values[key], found[key], num) for key in of_a}
+    behind = {key: math.ceil(min(rows_behind(of[key], num) for of in (of_a, of_b))) for key in of_a}
+    return {key: Difference(*values[key], found[key], behind[key]) for key in of_a}
 
 
 def compare_answers(
@@ -340,6 +367,15 @@ def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str
         way = ", or let rare classes count as much as frequent ones: --set train.class_weights=balanced"
         more = f"Train on more {unit}s of {'it' if len(never) == 1 else 'them'}"
         yield f"{more}{way if is_rare and weights == 'equal' else ''}."
+
+
+def left_out(details: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence on the lists that no order gets wrong, if there are any."""
+    if num := details.get("left_out", 0):
+        yield (
+            f"{num:,} of {plural(details['lists'], 'list')} {'is' if num == 1 else 'are'} left out of the ranks: all "
+            "documents of such a list have one label, or there is one document, so no order is wrong."
+        )
 
 
 def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from tunesmith.data.collate import build_batch
 from tunesmith.data.sampler import make_micro_batches
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
-from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
+from tunesmith.evaluation.bootstrap import Interval, paired_intervals, ratio, value_of
 from tunesmith.models.modes import eval_mode
 from tunesmith.types import Batch, HeadName, Layout, Row, Source, Task
 
@@ -95,7 +95,9 @@ def text_batches(
 def loss_change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:
     """Change of the loss per token, in nats, by each passage's losses before and after; passages are resampled."""
     moved_P = np.asarray(after_P, np.float64) - np.asarray(before_P, np.float64)
-    return intervals(len(moved_P), {"change": ratio(moved_P, np.asarray(counts_P))})["change"]
+    change, none = ratio(moved_P, np.asarray(counts_P)), ratio(np.zeros(len(moved_P)), np.asarray(counts_P))
+    value = value_of(change, len(moved_P))
+    return paired_intervals(len(moved_P), {"change": none}, {"change": change}, {"change": value})["change"]
 
 
 def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:

@@ -1,7 +1,8 @@
 """Anchors and their positives: the rank of each positive among many documents, by vectors and by BM25.
 
 Documents are the positives and negatives of the measured rows and of others, each text once. Left out for an anchor is
-its own text, and what other rows say belongs to it: a row has one right document.
+its own text, and what other rows say belongs to it: a row has one right document. A pool is the documents of some rows,
+and ranks in different pools do not compare; so each anchor is also ranked in the pool of the measured rows alone.
 """
 
 # I rows, K texts of a row, M documents, D vector size
@@ -28,7 +29,7 @@ from tunesmith.recipe.objectives import Embed
 from tunesmith.recipe.schema import Recipe
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
 from tunesmith.tasks.preference_losses import settle
-from tunesmith.types import Task
+from tunesmith.types import Row, Task
 
 K1, B = 1.2, 0.75
 MeasuredRows = tuple[RowStore, NDArray[np.int64], Predictions]
@@ -116,71 +117,106 @@ def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, 
 def _ranked(
     own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any
 ) -> Iterator[tuple[float, Mapping[str, Any]]]:
-    documents: dict[bytes, NDArray[np.float32]] = {}
-    belongs: dict[bytes, set[bytes]] = defaultdict(set)
-    rows: list[tuple[bytes, bytes, NDArray[np.float32]]] = []
-    """Anchor, positive, and the anchor's vector."""
+    documents: dict[int, tuple[NDArray[np.float32], NDArray[np.int32]]] = {}
+    """Vector and tokens of each, by the key of its text."""
+    belongs: dict[int, set[int]] = defaultdict(set)
+    belongs_near: dict[int, set[int]] = defaultdict(set)
+    """The positives of each anchor, of all rows and of measured ones."""
+    rows: list[tuple[Row, NDArray[np.float32]]] = []
+    """Measured rows, and the vectors of their anchors."""
+    near: set[int] = set()
+    """Documents of measured rows."""
     for store, rows_I, found in (own, *others):
-        for row, result in zip(rows_I.tolist(), found.results, strict=True):
-            anchor, *texts = (line.ids.tobytes() for line in lines_of(store.row(row)))
-            documents.update(zip(texts, result["vectors"][1:], strict=True))
+        for row, result in zip(map(store.row, rows_I.tolist()), found.results, strict=True):
+            anchor, *texts = row.keys
+            parts = zip(result["vectors"][1:], (line.ids for line in lines_of(row)[1:]), strict=True)
+            documents.update(zip(texts, parts, strict=True))
             belongs[anchor].add(texts[0])
             if found is own[2]:
-                rows.append((anchor, texts[0], result["vectors"][0]))
-    keys = sorted(documents, key=lambda key: hashlib.blake2b(key).digest())  # ties are broken by chance, always alike
+                rows.append((row, result["vectors"][0]))
+                near.update(texts)
+                belongs_near[anchor].add(texts[0])
+    keys = sorted(documents)  # by a hash: ties are broken by chance, always alike
     place = {key: m for m, key in enumerate(keys)}
-    vectors_MD = np.stack([documents[key] for key in keys])
+    vectors_MD = np.stack([documents[key][0] for key in keys])
     sizes = (vectors_MD.shape[1], *options.dims)
     by_size = [_unit(vectors_MD[:, :size]) for size in sizes]
-    bm25 = Bm25([_text(key, options.document_prompt, tokenizer) for key in keys])
-    for anchor, positive, vector_D in rows:
-        right = place[positive]
-        hidden = [place[key] for key in {anchor, *belongs[anchor]} - {positive} if key in place]
-        is_shown_M = np.ones(len(keys), np.bool_)
-        is_shown_M[hidden] = False
+    bm25 = Bm25([_text(documents[key][1], options.document_prompt, tokenizer) for key in keys])
+    pools = {
+        _pool([own, *others]): (np.ones(len(keys), np.bool_), belongs),
+        _pool([own]): (np.array([key in near for key in keys]), belongs_near),
+    }
+    for row, vector_D in rows:
+        anchor, positive, *_ = row.keys
         scores = [of_size @ _unit(vector_D[None, :size])[0] for of_size, size in zip(by_size, sizes, strict=True)]
-        first, *cut = (_rank(scores_M, right, is_shown_M) for scores_M in scores)
-        logits_M = options.scale * scores[0].astype(np.float64)
-        loss = np.logaddexp.reduce(logits_M[is_shown_M]) - logits_M[right]
-        result = {
-            "rank": first,
-            "bm25": _rank(bm25.scores(_text(anchor, options.query_prompt, tokenizer)), right, is_shown_M),
-            "documents": int(is_shown_M.sum()),
-            **({"dims": dict(zip(map(str, options.dims), cut, strict=True))} if cut else {}),
-        }
-        yield float(loss), result
+        words_M = bm25.scores(_text(lines_of(row)[0].ids, options.query_prompt, tokenizer))
+        searches = []
+        for pool, (is_in_M, positives) in pools.items():
+            is_shown_M = is_in_M.copy()
+            is_shown_M[[place[key] for key in {anchor, *positives[anchor]} - {positive} if key in place]] = False
+            searches.append({**_searched(scores, words_M, place[positive], is_shown_M, options), "pool": pool})
+        whole, *near_ones = searches
+        yield whole.pop("loss"), {**whole, **({"near": near_ones[0]} if near_ones else {})}
+
+
+def _searched(
+    scores: Sequence[NDArray[np.float32]],
+    words_M: NDArray[np.float64],
+    right: int,
+    is_shown_M: NDArray[np.bool_],
+    options: Embed,
+) -> dict[str, Any]:
+    """The rank of a document among those that are shown, by the vectors at each of their sizes and by BM25, and the
+    loss."""
+    first, *cut = (_rank(scores_M, right, is_shown_M) for scores_M in scores)
+    logits_M = options.scale * scores[0].astype(np.float64)
+    return {
+        "rank": first,
+        "bm25": _rank(words_M, right, is_shown_M),
+        "documents": int(is_shown_M.sum()),
+        "loss": float(np.logaddexp.reduce(logits_M[is_shown_M]) - logits_M[right]),
+        **({"dims": dict(zip(map(str, options.dims), cut, strict=True))} if cut else {}),
+    }
+
+
+def _pool(sides: Sequence[MeasuredRows]) -> str:
+    """A name for the documents of some rows, of whatever tokenizer: a hash of their content hashes."""
+    hashes = sorted(hash_ for store, rows_I, _ in sides for hash_ in store.hashes[rows_I].tolist())
+    return hashlib.blake2b(np.array(hashes, np.uint64).tobytes(), digest_size=6).hexdigest()
 
 
 def _lists(own: MeasuredRows, tokenizer: Any) -> list[Mapping[str, Any]]:
-    """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25; of rows
-    with one document each its score."""
+    """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25; None for a
+    list whose documents are all as good, which no order gets wrong. Of rows with one document each its score."""
     store, rows_I, found = own
     if (store.branches.counts[rows_I] == 1).all():
         return [{"value": one["scores"][0], "similarity": one["rewards"][0]} for one in found.results]
     rows = [store.row(row) for row in rows_I.tolist()]
-    keys = [[line.ids.tobytes() for line in lines_of(row)] for row in rows]
-    begins = [4 * int(row.values[0]) for row in rows]  # bytes
-    texts = [[_text(key[begin:], None, tokenizer) for key in of] for of, begin in zip(keys, begins, strict=True)]
+    lists = [[line.ids for line in lines_of(row)] for row in rows]
+    begins = [int(row.values[0]) for row in rows]
+    texts = [[_text(ids[begin:], None, tokenizer) for ids in of] for of, begin in zip(lists, begins, strict=True)]
     bm25, first, results = Bm25([text for of_row in texts for text in of_row]), 0, list[Mapping[str, Any]]()
-    for of, begin, result in zip(keys, begins, found.results, strict=True):
-        order_K = sorted(range(len(of)), key=lambda k: hashlib.blake2b(of[k]).digest())  # ties are broken by chance
+    for of, begin, result in zip(lists, begins, found.results, strict=True):
+        hashes = [hashlib.blake2b(ids.tobytes()).digest() for ids in of]
+        order_K = sorted(range(len(of)), key=hashes.__getitem__)  # ties are broken by chance
         wanted_K = np.array(result["scores"])[order_K]
         by_words_K = bm25.scores(_text(of[0][:begin], None, tokenizer))[first : first + len(of)][order_K]
         first += len(of)
-        rank, ndcg = _in_list(np.array(result["rewards"])[order_K], wanted_K)
-        bm25_rank, bm25_ndcg = _in_list(by_words_K, wanted_K)
+        can_err = len(set(result["scores"])) > 1
+        rank, ndcg = _in_list(np.array(result["rewards"])[order_K], wanted_K) if can_err else (None, None)
+        bm25_rank, bm25_ndcg = _in_list(by_words_K, wanted_K) if can_err else (None, None)
         more = {"ndcg": ndcg, "bm25_ndcg": bm25_ndcg, "documents": len(of)}
         results.append({"rank": rank, "bm25": bm25_rank, **more})
     return results
 
 
 def _in_list(scores_K: NDArray[np.float64], wanted_K: NDArray[np.float64]) -> tuple[int, float]:
-    """Rank of the first of the best documents, and nDCG@10."""
+    """Rank of the first of the best documents, and nDCG@10, of documents that are not all as good."""
     ordered_K = wanted_K[np.argsort(-scores_K, kind="stable")]
     gains = ordered_K - min(0.0, float(wanted_K.min()))
     shares = 1 / np.log2(np.arange(2, 2 + min(10, len(gains))))
     ideal = float((np.sort(gains)[::-1][:10] * shares).sum())
-    return 1 + int(ordered_K.argmax()), float((gains[:10] * shares).sum()) / ideal if ideal else 1.0
+    return 1 + int(ordered_K.argmax()), float((gains[:10] * shares).sum()) / ideal
 
 
 def _unit(vectors_MD: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -194,8 +230,8 @@ def _rank(scores_M: NDArray[Any], right: int, is_shown_M: NDArray[np.bool_]) -> 
     return 1 + int((before_M & is_shown_M).sum())
 
 
-def _text(key: bytes, prompt: str | None, tokenizer: Any) -> str:
+def _text(ids_T: NDArray[np.int32], prompt: str | None, tokenizer: Any) -> str:
     """The words of a text, without the prompt in front of it."""
-    whole = str(tokenizer.decode(np.frombuffer(key, np.int32).tolist(), skip_special_tokens=True))
+    whole = str(tokenizer.decode(ids_T.tolist(), skip_special_tokens=True))
     start = str(tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True)) if prompt else ""
     return whole.removeprefix(start)

@@ -65,9 +65,9 @@ def score(
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
     if habits := {key: value_of(statistics[key], len(units)) for key in HABITS if key in statistics}:
         details["constant"] = {"answer": max(habits, key=lambda key: np.nan_to_num(habits[key])), "from": MEASURED}
-    elif kind == "ranks":
+    elif "recall" in details:
         details["constant"] = {"answer": branch_scores.BM25, "from": MEASURED}
-    elif constant is not None:
+    elif constant is not None and kind != "similarities":  # a rank correlation, which no constant has
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
     return intervals(len(units), statistics), details

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from tunesmith.evaluation.compare import (
     answer_baseline,
     baseline_sentence,
     capitalized,
+    left_out,
     never_right,
     row_baseline,
     too_few,
@@ -255,7 +257,7 @@ def _headline(
     sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
     are_documents = "text" in TASKS[task].shapes
     num, unit = (len(np.unique(store.hashes)), "document") if are_documents else (len(store), "row")
-    return [*sentence, *never_right(details), *too_few(num, unit, MEASURE_MORE)]
+    return [*sentence, *never_right(details), *left_out(details), *too_few(num, unit, MEASURE_MORE)]
 
 
 def _encoded(
@@ -356,6 +358,16 @@ QUESTION = (
     "Here are a request and two answers to it.\n\n{request}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
     "Which answer is better? Reply with A or B alone."
 )
+_VERDICT = re.compile(
+    r"[\W_]*(?i:(?:the\s+)?(?:better\s+|best\s+)?(?:answer|option|assistant|response|choice)(?:\s+is)?[\W_]*)?"
+    r"([ABab])(?:[\W_]*$|\s*[.,:;)*\]\n]|\s+(?:is|was|wins|because)\b)"
+)
+"""A verdict at the beginning of what a judge writes: B, (B), **B**, "Answer B", "Option B is better than A"."""
+_NAMED = re.compile(r"(?<![^\W_])[AB](?![^\W_])")
+VERDICT_TOKENS = 8
+"""Tokens of a verdict: those in which "The better answer is **B**" names one."""
+MOST_UNREAD = 0.1
+"""Share of verdicts that name neither answer, above which a note says so."""
 
 
 def judged(
@@ -370,12 +382,16 @@ def judged(
     else:
         raise InputError(f"--judge: {judge.located.name} neither gives rewards nor writes. Use a run of task reward.")
     won = (1 + np.sign(np.subtract(sides[1], sides[0]))) / 2  # a tie is half
+    unread = sum(choice == 0 for side in sides for choice in side) if judge.labels is None else 0
+    share = unread / (2 * len(won))
     old, new = (np.mean([len(text.split()) for text in texts]) for texts in (before, after))
     note = (
         f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}; "
         f"{plural(int((won == 0.5).sum()), 'tie')}; answers have {new:.0f} words on average, before {old:.0f}: judges "
         "like long ones"
     )
+    if share > MOST_UNREAD:
+        note += f"; {share:.0%} of its verdicts name neither A nor B and count as ties: use a judge that names one"
     return intervals(len(won), {"win_rate": ratio(won)}), note
 
 
@@ -392,12 +408,19 @@ def _choices(judge: LoadedModel, prompts: Sequence[Example], first: Sequence[str
         request = "\n\n".join(f"{part.role}: {part.text}" for part in example.parts)
         parts = (Part("user", QUESTION.format(request=request, a=a, b=b), False),)
         rows.append(replace(example, parts=parts, tools=()))
-    return [{"A": -1, "B": 1}.get(str(said).strip()[:1].upper(), 0) for said in _values(judge, rows)]
+    return [_choice(str(said)) for said in _values(judge, rows)]
+
+
+def _choice(said: str) -> int:
+    """-1 where a verdict names A, 1 where it names B, 0 where it names neither or both."""
+    verdict = _VERDICT.match(said)
+    named = {verdict[1].upper()} if verdict else set(_NAMED.findall(said))
+    return (-1 if named == {"A"} else 1) if len(named) == 1 else 0
 
 
 def _values(judge: LoadedModel, rows: Sequence[Example]) -> Iterator[Any]:
     """The judge's answer to each row. Raises DataError for a row that it cannot read."""
-    for line in Predictor(judge, max_new_tokens=4)(rows, lambda done: None, lambda warning: None):
+    for line in Predictor(judge, max_new_tokens=VERDICT_TOKENS)(rows, lambda done: None, lambda warning: None):
         if isinstance(line, Problem):
             raise DataError(f"--judge: {line}", [line])
         yield next(iter(line.values()))

@@ -20,6 +20,7 @@ from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.methods.new_token_embeddings import TokenRows
 from tunesmith.methods.qlora import unpack_base
 from tunesmith.methods.targets import (
+    GROUPS,
     Target,
     by_pattern,
     find_modules,
@@ -27,6 +28,7 @@ from tunesmith.methods.targets import (
     not_linear,
     refuse_frozen_new,
     replace_module,
+    routers,
     tied_modules,
     unread_linears,
     weights_of,
@@ -200,6 +202,9 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
         attachment.notes += (
             f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
         )
+    if not set(GROUPS).isdisjoint(settings.targets) and (gates := [one.name for one in routers(model)]):
+        what = f"{len(gates)} layers such as {gates[0]} choose experts"
+        attachment.notes += (f"{what}: they have no adapter but where method.targets names them",)
     if unread:
         attachment.notes += (
             f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from tunesmith.phrases import did_you_mean
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
 PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
 """Forwards that are x Wᵀ + b and nothing else."""
+_CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 GROUPS = ("all-linear", "attention", "mlp")
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
@@ -57,8 +59,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is trained
     whole, are not among them, nor `unread_linears`.
 
-    Besides names, a word is `all-linear` (every linear layer inside the decoder layers), `attention` (those inside an
-    attention module) or `mlp` (the others).
+    Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`), `attention`
+    (those inside an attention module) or `mlp` (the others).
 
     Raises:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
@@ -101,7 +103,12 @@ def inner_linears(model: nn.Module, *, unread: bool = True) -> list[Target]:
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
     others = {id(target.module) for target in unread_linears(model)} if not unread else set()
     linears = [one for one in _named(model, LINEARS) if one.name not in head and id(one.module) not in others]
-    return [target for target in linears if _is_meant("all-linear", target, model)]
+    return [target for target in linears if _place(target, model) is not None]
+
+
+def routers(model: nn.Module) -> list[Target]:
+    """The layers inside the decoder layers that `is_router`: no group of words means them."""
+    return [target for target in inner_linears(model, unread=False) if is_router(model, target.name)]
 
 
 def unread_linears(model: nn.Module) -> list[Target]:
@@ -348,11 +355,62 @@ def _is_linear(module: nn.Module) -> bool:
     return False
 
 
+def is_router(model: nn.Module, name: str) -> bool:
+    """Whether a linear layer chooses experts, or how much of one counts: its outputs decide where a token goes, and a
+    low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
+
+    Known by its place: beside experts, with as many outputs as there are or one, and no other layer in between. Experts
+    are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the name or class
+    of what it is part of: the router of Zaya is a small network.
+    """
+    index = _LAYER_INDEX.search(name)
+    start, inside = name[: index.end() if index else 0], name[index.end() :].split(".") if index else []
+    holders = [model.get_submodule(start + ".".join(inside[:depth])) for depth in range(1, len(inside) + 1)]
+    names = (*inside, *(type(holder).__name__.lower() for holder in holders))
+    if any("router" in one for one in names):
+        return True
+    outputs = _num_outputs(model.get_submodule(name))
+    for holder, key in zip(holders[-2::-1], inside[:0:-1], strict=True):
+        branch = getattr(holder, key)
+        if len(list(islice((one for one in branch.modules() if isinstance(one, LINEARS)), 2))) > 1:
+            return False
+        beside = [one for other, one in holder.named_children() if other != key]
+        counts = {count for one in beside for count in _expert_counts(one)}
+        if counts and outputs in (1, *counts):
+            return True
+    return False
+
+
+def _num_outputs(linear: nn.Module) -> int:
+    if isinstance(linear, QuantizedLinear):
+        return linear.shape_OI[0]
+    return linear.get_parameter("weight").shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def _expert_counts(module: nn.Module) -> set[int]:
+    """Numbers of experts that a module may hold; empty: it holds none."""
+    found = {
+        parameter.shape[0]
+        for one in module.modules()
+        if not isinstance(one, _CONVOLUTIONS)
+        for parameter in one.parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+    lists = [one for one in module.modules() if isinstance(one, nn.ModuleList) and len(one) > 1]
+    return found | {len(one) for one in lists if any(isinstance(part, LINEARS) for part in one.modules())}
+
+
 def _is_meant(word: str, target: Target, model: nn.Module) -> bool:
     if word not in GROUPS:
         return any(means(word, name) for name in target.names)
+    inside = _place(target, model)
+    if inside is None or is_router(model, target.name):
+        return False
+    return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(inside))
+
+
+def _place(target: Target, model: nn.Module) -> str | None:
+    """The name of a linear layer inside its decoder layer; None for the output head and what is outside."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     index = _LAYER_INDEX.search(target.name)
-    if target.module is head or index is None:
-        return False
-    return word == "all-linear" or (word == "attention") == bool(_ATTENTION.search(target.name[index.end() :]))
+    return None if target.module is head or index is None else target.name[index.end() :]

@@ -114,8 +114,8 @@ def packed_mask(*args: Any, **settings: Any) -> Tensor | None:
     trace = _TRACE.get()
     if trace is None:
         return sdpa_mask(*args, **settings)  # type: ignore[no-any-return]
-    if settings.get("local_size") is not None:
-        trace.local_masks.add(settings["local_size"])
+    if size := settings.get("local_size"):  # 0: Qwen2-MoE without its window
+        trace.local_masks.add(size)
     return None
 
 

@@ -95,10 +95,20 @@ def check_packing(
             return PackingCheck(str(refusal) or type(refusal).__name__)
         finally:
             model.set_attn_implementation(own)
+    if not has_windows(model):
+        trace.local_masks.clear()
     found = _compare(alone, packed, trace, model.dtype, by_row=kind == "causal")
     if behind and found.ok and not (leak := normalized_error(*behind)) <= leak_tolerance(model):
         return replace(found, reason=f"the row before changes a row's logits, by {leak:.2g} of their spread")
     return found
+
+
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether some layer may attend to near tokens only, as far as the config knows its layers: models make the mask of
+    a window for all kinds of layers that they could have."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    return getattr(config, "use_sliding_window", True) and (kinds is None or set(kinds) != {"full_attention"})
 
 
 def leak_tolerance(model: PreTrainedModel) -> float:

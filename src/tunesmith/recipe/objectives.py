@@ -16,7 +16,7 @@ _LOSSES_WITH: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType({
     ("label_smoothing",): ("dpo", "robust"), ("margin", "length"): ("dpo", "hinge", "dpo_norm", "simpo", "cpo"),
     ("nll",): tuple(loss for loss in get_args(PreferenceLoss) if loss != "kto"), ("desirable", "undesirable"): ("kto",),
 })  # fmt: skip
-"""Options and the losses that have them."""
+"""Options and the losses that have them. One that has `margin` has that of a row too."""
 _BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
 
 
@@ -43,6 +43,11 @@ class Prefer(OptionGroup):
     """Weight of an answer with label true (kto). null: both sides weigh the same, an answer of the larger one 1."""
     undesirable: Annotated[float, Field(gt=0)] | None = None
     """Weight of an answer with label false (kto). null: as of `desirable`."""
+
+    @property
+    def has_margin(self) -> bool:
+        """Whether the loss has a margin, of the recipe and of a row; `auto` becomes dpo or kto."""
+        return self.loss in (*_LOSSES_WITH["margin", "length"], "auto")
 
     def filled(self) -> Prefer:
         """These options with what null and auto mean for pairs."""

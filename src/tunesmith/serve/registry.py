@@ -269,7 +269,7 @@ def check_renderer(run: Run, renderer: Renderer, note: Note) -> None:
 
     Raises RunError.
     """
-    if run.identity().get("tokenizer and template", renderer.fingerprint) != renderer.fingerprint:
+    if not renderer.is_of(run.identity().get("tokenizer and template", renderer.fingerprint)):
         raise RunError(
             f"{run.path}: its tokenizer or chat template makes other tokens than in training: its files or the "
             "installed transformers have changed. Put them back, or tune it again."

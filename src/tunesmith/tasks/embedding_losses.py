@@ -9,12 +9,9 @@ gradient of one large batch in the memory of a small one (Gao et al. 2021, arXiv
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from tunesmith.recipe.objectives import Embed
 from tunesmith.tasks.preference_losses import measured, values_of
@@ -39,7 +36,7 @@ class Texts(NamedTuple):
 
     vectors_LD: Tensor
     keys_L: Tensor
-    """int64, equal for equal texts."""
+    """int64, equal for equal texts, whatever prompt stands before them."""
     counts_B: Tensor
     """int64, texts of each row."""
     scores_B: Tensor
@@ -64,21 +61,16 @@ def embed(model: nn.Module, batch: Batch, options: Embed) -> Tensor:
 
 
 def texts_of(batch: Batch, vectors_LD: Tensor) -> Texts:
-    """The texts of a batch; the key of a text is a hash of its tokens."""
+    """The texts of a batch."""
     import torch
 
     assert batch.line_of_N is not None, "rows of texts have branches"
-    ids_BT, device = batch.ids_BT.cpu().numpy().astype(np.int32), vectors_LD.device
-    if batch.layout == "packed":
-        lines = np.split(ids_BT[0], np.cumsum(batch.lengths))[:-1]
-    else:
-        lines = [ids_T[:length] for ids_T, length in zip(ids_BT, batch.lengths, strict=True)]
-    row_of_L = torch.zeros(len(lines), dtype=torch.int64, device=device)
+    assert batch.keys_L is not None, "and their texts keys"
+    row_of_L = torch.zeros(len(batch.lengths), dtype=torch.int64, device=vectors_LD.device)
     row_of_L[batch.line_of_N] = batch.row_of_N
-    digests = b"".join(hashlib.blake2b(line.tobytes(), digest_size=8).digest() for line in lines)
     return Texts(
         vectors_LD,
-        torch.from_numpy(np.frombuffer(digests, np.int64).copy()).to(device),
+        batch.keys_L,
         torch.bincount(row_of_L, minlength=len(batch.row_indices)),
         values_of(batch)[:, 0].to(vectors_LD.dtype),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
+from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.preference_losses import look, preference_loss_sum, preference_measure
 from tunesmith.types import Choice, Rates, Task
@@ -42,7 +43,10 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         raise DataError(f"prefer.loss: {loss}: the rows are {what}. Leave it out, or use {fitting}.")
     choices = [Choice("prefer.loss", fitting, f"rows are {what}")] if loss == "auto" else []
     if not unpaired:
-        return choices
+        num = sum(int(np.count_nonzero(side.branches.firsts[rows_I])) for side, rows_I in sides)
+        unused = num > 0 and not recipe.prefer.has_margin
+        why = f"{loss} has no margin: the margins of {plural(num, 'row')} are not used"
+        return [*choices, *([Choice("prefer.margin", 0.0, why)] if unused else [])]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
     for side, rows_I in sides:

@@ -103,7 +103,7 @@ OBJECTIVES: dict[str, tuple[Callable[[Pairs], Tensor], Callable[[Pairs, Tensor, 
     "orpo": (_log_odds, _orpo),  # Hong et al. 2024, 2403.07691, eq. 6 and 7
 }
 """By the values of `prefer.loss`: [B, 2] what the loss compares, and the loss of each pair by β times the difference of
-both minus the margin. kto is none of pairs: see `kto_losses`."""
+both minus the margin, of losses that have one. kto is none of pairs: see `kto_losses`."""
 
 
 def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,9 @@ def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     options = options.filled()
     compared, objective = OBJECTIVES[options.loss]
     scaled_B = required(options.beta) * difference(compared(pairs))
-    logit_B = scaled_B - required(options.margin) - pairs.margin_B - options.length * difference(pairs.n_B2)
+    logit_B = scaled_B - options.length * difference(pairs.n_B2)
+    if options.has_margin:  # of ipo, divided by β, it would be another target; TRL has none in any other loss either
+        logit_B = logit_B - required(options.margin) - pairs.margin_B
     losses_B = objective(pairs, logit_B, options)
     if options.nll:
         losses_B = losses_B - options.nll * pairs.s_B2[:, 0] / pairs.n_B2[:, 0]

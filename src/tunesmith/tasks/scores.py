@@ -8,17 +8,23 @@ or the loss of its list.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.errors import DataError
 from tunesmith.recipe.objectives import Rank, Reward
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.preference_losses import measured, values_of
-from tunesmith.types import Batch, Measured, Rates, Task
+from tunesmith.types import Batch, Choice, Measured, Rates, Task
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
+
+    from tunesmith.data.dataset import RowStore
+    from tunesmith.recipe.schema import Recipe
 
 
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
@@ -97,6 +103,18 @@ def _searched(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"query": text, "documents": [answer, text[::-1]], "labels": [1, 0]}
 
 
+def _use_lists(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+    """Raise DataError for a loss that compares the documents of a row where no row has two."""
+    (store, rows_I), *_ = sides
+    loss = recipe.ranking.loss
+    if loss != "pointwise" and (store.branches.counts[rows_I] < 2).all():
+        raise DataError(
+            f"{store.source(int(rows_I[0]))}: ranking.loss {loss} compares the documents of a row, and each row has "
+            "one. Give a query with all its documents as one row, or use pointwise."
+        )
+    return []
+
+
 REWARD = Task(
     name="reward",
     doc="A number for an answer, higher for the better one.",
@@ -137,5 +155,6 @@ RANK = Task(
     next_commands=(("serve",), ("show",)),
     outcome="lists",
     rates=EMBED.rates,
+    use_rows=_use_lists,
     section="ranking",
 )

@@ -25,10 +25,12 @@ from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
 from tunesmith.planning.defaults import decide_before_rows, find_head, with_choice
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.atomic import remove
+from tunesmith.runs.atomic import from_json, remove, sha256_file, to_json, write_atomic
 from tunesmith.runs.folder import Run, is_run
 from tunesmith.types import Choice, HeadName, ModelKind
 
+MADE_OF = "merged-from.json"
+"""File of a merged base with the SHA-256 of each file of its adapter."""
 MERGE_WAIT_S = 300.0
 """Longest wait for another process that has the run which a run starts from, such as to merge its adapter."""
 
@@ -151,8 +153,16 @@ def start_from(model: str, *, root: Path, offline: bool) -> tuple[str, str | Non
 
 
 def _is_merged(run: Run) -> bool:
-    config, adapter = run.merged_path / "config.json", run.adapter_path / "adapter_config.json"
-    return config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
+    """Whether the merged base is there, and of this adapter: known by content, since a copied file keeps its time."""
+    try:
+        made_of = from_json((run.merged_path / MADE_OF).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(made_of == _adapter_hashes(run))
+
+
+def _adapter_hashes(run: Run) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(run.adapter_path.iterdir()) if path.is_file()}
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:
@@ -168,3 +178,4 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
         renderer = speaker.renderer
         how: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pooling": renderer.pooling}
         save_model(speaker.model, renderer.tokenizer, merged, located=adapter, **how)
+        write_atomic(merged / MADE_OF, to_json(_adapter_hashes(run)))

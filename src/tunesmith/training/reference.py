@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from tunesmith.data.collate import Collator
@@ -85,7 +86,7 @@ def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) ->
 def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
     recipe = setup.recipe
     parts = {
-        "format": 2,
+        "format": 3,
         "model": {key: value for key, value in setup.identity.items() if key.startswith("model ")},
         "method": recipe.method.model_dump(mode="json"),
         "rows": hashlib.sha256(rows_I.tobytes()).hexdigest(),
@@ -94,6 +95,7 @@ def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:
         "tokens_per_pass": setup.sampler.tokens_per_pass,
         "seed": recipe.seed,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 

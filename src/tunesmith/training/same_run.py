@@ -41,6 +41,11 @@ def refuse_other_run(
     unnamed = [key for key in later if key not in then]
     then = {**later, **{key: value for key, value in _without(then, _MEASURED).items() if _REMOVED.get(key) != value}}
     then = follow_renamed_gguf(then, setup.identity)
+    known = then.get("tokenizer and template")
+    if known not in (None, setup.renderer.fingerprint) and setup.renderer.is_of(known):
+        # An earlier version named it, and rows, by less; the files of the model and of the data are compared by hash.
+        named_anew = ("tokenizer and template", "rows", "held-out rows")
+        then |= {key: setup.identity[key] for key in named_anew if key in then}
     free = {f"setting {key}" for key in (*MAY_CHANGE, *(setting.partition("=")[0] for setting in settings))}
     try:
         _refuse_changes(run, _without(setup.identity, free), _without(then, free))

@@ -248,6 +248,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     if fresh:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
         session.emit("plan", *_plan(setup, planned))
+        if planned is None and setup.rows.found_again:
+            session.emit("note", {"text": setup.rows.found_again})
         use_reference(session)
     share_reference(setup)
     if fresh:
@@ -298,7 +300,7 @@ def _take_steps(session: Session) -> None:
         session.pass_on(event)
         if "tokens_per_pass" in event.values:
             progress.tokens_per_pass = event.values["tokens_per_pass"]
-            session.emit("note", {"text": _halved(event)})
+            session.emit("note", {"text": _halved(session.setup, event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
@@ -331,11 +333,15 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         raise OutOfMemoryError(message, step=error.step, lengths=error.lengths, peak=error.peak) from error
 
 
-def _halved(event: Event) -> str:
+def _halved(setup: Setup, event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
+    looks = setup.task.look is not None and setup.world.size > 1
+    again = (
+        "; with dropout its gradient is approximate, since the ranks did not look at its rows again" if looks else ""
+    )
     return (
         f"out of memory in step {event.step} ({peak / 2**30:.2f} GiB at most): it was retried, and training continues, "
-        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout"
+        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout{again}"
     )
 
 

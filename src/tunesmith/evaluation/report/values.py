@@ -15,6 +15,7 @@ from tunesmith.evaluation.compare import (
     baseline_sentence,
     capitalized,
     changes,
+    left_out,
     named,
     never_right,
     row_baseline,
@@ -337,6 +338,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
     yield from _one_answer(report)
     yield from never_right(report["details"]["after"], weights=report.get("class_weights"))
+    yield from left_out(report["details"]["after"])
     num, unit = _num_counted(after, key)
     yield from too_few(num, unit)
     flipped = report["flips"]
