@@ -43,9 +43,6 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
-    # PyTorch's CUDA notes recommend this for programs whose batches have many sizes.
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
-        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
     # in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up to a GiB takes
     # 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs mallopt.

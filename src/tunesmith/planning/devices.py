@@ -16,6 +16,7 @@ import torch
 
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import InputError
+from tunesmith.models.card import prepare_allocator
 
 GB = 10**9
 EFFICIENCY = 0.4
@@ -117,6 +118,7 @@ def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     kind = torch.device(device).type
     if kind == "cpu" and dtype == torch.float16:  # a product of that would take seconds
         dtype = torch.float32
+    prepare_allocator(device)
     products, copied = _measured(device, threads=threads, dtype=dtype)
     if kind != "cpu":
         return Device(device, kind, room(device), products, copied)
@@ -181,7 +183,7 @@ def _fastest(do: Callable[[], Any], device: str, *, seconds: float = 0.1) -> flo
         began = time.perf_counter()
         do()
         if not is_cpu:
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
     return best

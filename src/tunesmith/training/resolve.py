@@ -15,6 +15,7 @@ from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
+from tunesmith.models.card import in_use
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
@@ -162,6 +163,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
                 "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
             )
             found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+        found.notes.extend(filter(None, [in_use(resolved(recipe.device))]))
         device = devices.here(recipe.device, threads=threads, dtype=dtype)
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took

@@ -25,6 +25,7 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
+from tunesmith.models.card import prepare_allocator
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers, disable_dropout
@@ -210,6 +211,7 @@ def _resolve(
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
     method = recipe.method
+    inputs.notes.extend(filter(None, [prepare_allocator(recipe.device)]))
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
