@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MEMORY_WORDS = (
     "can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc", "alloc_failed",
 )  # fmt: skip
-"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN, cuBLAS and others have no class for it."""
+"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN, cuBLAS and others have no class."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -37,17 +37,18 @@ def unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 @pytest.mark.parametrize(
-    ("driver", "built", "why", "way"),
+    "how",
     [
-        ("550.54.14", None, r"driver 550\.54\.14\), but torch \S+ was built without CUDA", "whl/cu126"),
-        ("580.65.06", None, "was built without CUDA", "whl/cu130"),
-        ("535.104.05", "13.0", r"was built for CUDA 13\.0, whose driver is 580 or newer", "whl/cu126"),
+        ("550.54.14", None, r"driver 550\.54\.14\), but torch \S+ was built without CUDA", "--torch-backend=cu126"),
+        ("580.65.06", None, "was built without CUDA", "--torch-backend=cu130"),
+        ("535.104.05", "13.0", r"was built for CUDA 13\.0, whose driver is 580 or newer", "--torch-backend=cu126"),
         ("470.82", "12.6", "whose driver is 525 or newer", "Update the driver to 580"),
         ("580.65.06", "13.0", "does not start it", "nvidia-smi"),
         ("", "13.0", r"driver \?\)", "nvidia-smi"),
     ],
 )
-def test_a_card_that_torch_cannot_use_is_refused_with_the_way_out(unused, name, driver, built, why, way):
+def test_a_card_that_torch_cannot_use_is_refused_with_the_way_out(unused, name, how):
+    driver, built, why, way = how
     unused(driver, built)
     with pytest.raises(RecipeError, match=why) as refused:
         choose_device(name)
@@ -98,7 +99,7 @@ CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90a", "sm_100", "sm_120", "compute_120
 @pytest.mark.parametrize("name", ["auto", "cuda"])
 @pytest.mark.parametrize(
     ("capability", "archs", "way"),
-    [((7, 0), CUDA_13, "whl/cu126"), ((12, 0), ["sm_80", "sm_90"], "whl/cu130")],
+    [((7, 0), CUDA_13, "--torch-backend=cu126"), ((12, 0), ["sm_80", "sm_90"], "--torch-backend=cu130")],
 )
 def test_a_card_without_kernels_in_this_torch_is_refused(monkeypatch, name, capability, archs, way):
     seen(monkeypatch, capability, archs)

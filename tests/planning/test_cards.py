@@ -38,6 +38,7 @@ def planned(recipe: Recipe, folder: Path, device: Device = CARD) -> ResolvedRun:
     found = resolve_run(recipe, root=folder, device=device)
     assert found.forecast is not None, found.notes
     assert found.forecast.memory.runtime == devices.CUDA_CONTEXT
+    assert found.forecast.sampler.pass_cost == 4096
     assert found.forecast.heavy.load.tokens == sum(found.forecast.sampler.lengths_of(found.forecast.heavy.rows))
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import warnings
@@ -21,7 +20,8 @@ NODES = "/dev", "nvidia[0-9]*"
 """Device files of cards, which a container gets with `--gpus`."""
 WSL = Path("/usr/lib/wsl/lib/libcuda.so.1")
 """Windows' driver as Linux inside of it sees it."""
-WHEELS = "https://download.pytorch.org/whl/"
+WHEELS = "https://pytorch.org/get-started/locally"
+"""Where PyTorch says how its wheels are installed, by version of CUDA."""
 LEAST_DRIVER = {13: 580, 12: 525}
 """Oldest driver of each major version of CUDA (NVIDIA, "CUDA Compatibility", table of minor versions)."""
 OLD_CARDS = (7, 5)
@@ -90,8 +90,8 @@ def _install(driver_major: int, capability: tuple[int, int] | None = None) -> st
     wheel = "cu126" if is_old or 0 < driver_major < LEAST_DRIVER[13] else "cu130"
     if wheel == "cu126" and capability is not None and capability >= (10, 0):
         return f"Update the driver to {LEAST_DRIVER[13]} or newer, then install a torch for CUDA 13."
-    python = shlex.quote(sys.executable or "python")
-    return f"Install one that fits: {python} -m pip install --force-reinstall torch --index-url {WHEELS}{wheel}"
+    version = f"CUDA {wheel[2:4]}.{wheel[4]}"
+    return f"Install one for {version}: uv pip install --reinstall torch --torch-backend={wheel}, or with pip: {WHEELS}"
 
 
 def _words_of_torch() -> str:

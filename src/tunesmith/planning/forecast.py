@@ -207,8 +207,10 @@ class Forecaster:
         rows, found = self.rows, [Load(0, 0)]
         seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
         for store, rows_I in ((rows.held_store, rows.held_rows), (rows.store, seen_I)):
-            targets_I, some_I, tokens = targets_of(store), [int(i) for i in rows_I], sampler.tokens_per_pass
-            for one in micro_batches_of(store, some_I, tokens_per_pass=tokens, layout=sampler.layout) if some_I else ():
+            targets_I, some_I = targets_of(store), [int(i) for i in rows_I]
+            how: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
+            passes = micro_batches_of(store, some_I, tokens_per_pass=sampler.tokens_per_pass, **how) if some_I else ()
+            for one in passes:
                 found.append(Load(int(store.lengths[list(one)].sum()), int(targets_I[list(one)].sum())))
         return max(found, key=lambda load: load.targets)
 

@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.sampler import StepSampler
+from tunesmith.data.sampler import StepSampler, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
@@ -130,7 +130,7 @@ def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int
 def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """Everything that rows decide; evaluations by epoch become a number of steps."""
     recipe, choices = decide(recipe, facts)
-    steps_per_epoch = sampler_of(recipe, rows, "padded").steps_per_epoch  # the layout does not change it
+    steps_per_epoch = sampler_of(recipe, rows, "padded", "cpu").steps_per_epoch  # no layout or device changes it
     if recipe.evaluation.every == "epoch":
         choices.append(Choice("evaluation.every", steps_per_epoch, "the steps of an epoch"))
         recipe = with_choice(recipe, choices[-1])
@@ -168,8 +168,10 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         device = replace(device, room=_room_of_a_rank(device, recipe, world))
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
+    kind = device.kind
+
     def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
-        sampler = replace(sampler_of(recipe, rows, layout), part=(0, size))
+        sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
         choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
         return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
@@ -267,8 +269,8 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
         )
 
 
-def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
-    """The sampler that decides which rows make which step."""
+def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> StepSampler:
+    """The sampler that decides which rows make which step, on such a device."""
     file_I = rows.store.file_index[rows.train_rows]
     return StepSampler(
         rows_I=rows.train_rows,
@@ -278,6 +280,7 @@ def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
         rows_per_step=resolved(recipe.train.rows_per_step),
         tokens_per_pass=resolved(recipe.train.tokens_per_pass),
         layout=layout,
+        pass_cost=pass_cost(device),
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
     )

@@ -141,7 +141,8 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = replace(sampler_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
+    sampler = sampler_of(recipe, rows, layout, recipe.device)
+    sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=recipe.device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
