@@ -187,8 +187,8 @@ def make_micro_batches(
 
     Every row is in exactly one micro-batch. Packed rows are placed by best-fit decreasing (Johnson et al. 1974,
     "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by length,
-    and padding counts, as does each micro-batch (`cost`, in tokens). `targets`: for an encoder–decoder the tokens of each row that its decoder reads, which are
-    padded apart from the others.
+    and padding counts, as does each micro-batch (`cost`, in tokens). `targets`: for an encoder–decoder the tokens of
+    each row that its decoder reads, which are padded apart from the others.
     """
     if layout == "packed":
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))

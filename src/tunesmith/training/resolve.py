@@ -156,16 +156,7 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_choice(recipe, Choice("shard", False, ""))
-    if device is None:
-        threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
-        if recipe.device == "cpu" and recipe.precision == "float16":
-            slow = (
-                "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
-            )
-            found.notes.append(f"precision: float16: {slow}. Leave precision out.")
-        found.notes.extend(filter(None, [in_use(resolved(recipe.device))]))
-        device = devices.here(recipe.device, threads=threads, dtype=dtype)
-        device = replace(device, room=_room_of_a_rank(device, recipe, world))
+    device = device or _device_here(found, recipe, world)
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     kind = device.kind
@@ -209,6 +200,28 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
     found.recipe, found.forecast = recipe, forecast
+
+
+def _device_here(found: ResolvedRun, recipe: Recipe, world: World) -> Device:
+    """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
+    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+    if recipe.device == "cpu" and recipe.precision == "float16":
+        slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
+        found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+    name = world.card or resolved(recipe.device)
+    found.notes.extend(filter(None, [in_use(name), _unlike(world)]))
+    device = devices.here(name, threads=threads, dtype=dtype)
+    return replace(device, room=_room_of_a_rank(device, recipe, world))
+
+
+def _unlike(world: World) -> str:
+    """A note where the ranks have cards of several kinds."""
+    if len(world.cards) < 2:
+        return ""
+    return (
+        f"the cards are unlike: {', '.join(world.cards)}: each step waits for the slowest, the smallest memory counts "
+        "for all, and as unlike cards may round unlike, all take rank 0's weights at every checkpoint"
+    )
 
 
 def _few_rows(recipe: Recipe, size: int) -> list[str]:

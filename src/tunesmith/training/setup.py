@@ -126,6 +126,7 @@ def prepare(
 def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     """Load the model of a resolved run and attach its method."""
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
+    device = world.card or recipe.device
     on_progress("load", 0, 1)
     hashes = in_background(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
@@ -141,9 +142,9 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = sampler_of(recipe, rows, layout, recipe.device)
+    sampler = sampler_of(recipe, rows, layout, device)
     sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
-    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=recipe.device)
+    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
@@ -168,7 +169,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         held_collator=held_collator,
         sampler=sampler,
         total_steps=total_steps(recipe, sampler.steps_per_epoch),
-        device=recipe.device,
+        device=device,
         samples=samples,
         new_head=new_head,
         given=found.given,
@@ -211,12 +212,12 @@ def _resolve(
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
-    method = recipe.method
-    inputs.notes.extend(filter(None, [prepare_allocator(recipe.device)]))
+    method, device = recipe.method, world.card or recipe.device
+    inputs.notes.extend(filter(None, [prepare_allocator(device)]))
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
-        device="cpu" if inputs.located.is_gguf or recipe.shard is True else recipe.device,
+        device="cpu" if inputs.located.is_gguf or recipe.shard is True else device,
         head=inputs.head,
         labels=labels,
         seed=recipe.seed,
@@ -229,8 +230,8 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     if recipe.shard is True:
         from tunesmith.parallel.fsdp import shard_layers
 
-        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
-    inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
+        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=device)
+    inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if TASKS[resolved(recipe.task)].compares:
         disable_dropout(model)

@@ -93,7 +93,7 @@ def train(
 
 
 def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, listener: Listener) -> Run:
-    with joined(recipe.device) as world:
+    with joined(recipe.device, listener.on_progress) as world:
         if world.size == 1 and recipe.devices not in ("auto", 1):
             raise RecipeError(
                 f"devices: {recipe.devices}: this process is alone. `tunesmith train` and `tunesmith.train` start the "
@@ -170,7 +170,7 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         And whatever `train` raises.
     """
     listener = listener or Listener()
-    with joined(run.recipe().device) as world:
+    with joined(run.recipe().device, listener.on_progress) as world:
         if world.is_first and run.state() == "done":
             done = "this run is done: nothing is left to resume. `tunesmith show` prints its report."
             raise RunError(f"{run.path}: {done}")
