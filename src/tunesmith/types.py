@@ -233,6 +233,8 @@ class Batch:
     """int64, which line each target belongs to; None: rows have no branches."""
     values_BV: Tensor | None = None
     """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
+    keys_L: Tensor | None = None
+    """int64, a number for each line of pooled rows with branches, the same for the same tokens."""
 
     @property
     def num_tokens(self) -> int:
