@@ -34,6 +34,20 @@ NAMES = (
 )
 
 
+CARD_SHARE = "TUNESMITH_CARD_SHARE"
+"""Variable with the share of a card's memory that a process may take."""
+SERVING_SHARE = 0.4
+"""That of a server whose jobs train on the same card; they have the rest."""
+
+
+def card_share() -> float:
+    """Share of a card's memory that this process may take."""
+    try:
+        return min(1.0, max(0.05, float(os.environ.get(CARD_SHARE, "1"))))
+    except ValueError as error:
+        raise InputError(f"{CARD_SHARE}={os.environ[CARD_SHARE]}: no number. Give a share such as 0.4.") from error
+
+
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Set what measurably helps in this process and its children, unless it is set; call it before torch is imported.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import for_child
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child
 from tunesmith.runs.folder import Run
 
 NICE = 10
@@ -75,7 +75,7 @@ class LocalLauncher:
                 popen = subprocess.Popen(
                     ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
-                    env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
+                    env={**for_child(**_rest_of_card()), **environment}, start_new_session=True, pass_fds=(lock,),
                 )  # fmt: skip
             os.pwrite(lock, str(popen.pid).encode(), 0)
         finally:
@@ -85,6 +85,11 @@ class LocalLauncher:
     def find(self, run: Path) -> ChildProcess | None:
         """The process that works on a run still; None: there is none."""
         return ChildProcess(run) if _holder(run) is not None else None
+
+
+def _rest_of_card() -> dict[str, str]:
+    """The share of a card that the server leaves to a run."""
+    return {CARD_SHARE: f"{1 - float(os.environ.get(CARD_SHARE) or SERVING_SHARE):.3g}"}
 
 
 def _beside(run: Path, what: str) -> Path:

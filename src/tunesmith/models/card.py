@@ -7,10 +7,14 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tunesmith.environment import card_share
 from tunesmith.errors import is_out_of_memory, one_line
 from tunesmith.phrases import size
 
@@ -36,10 +40,10 @@ OWN_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def driver() -> str:
     """Version of the NVIDIA driver; "" where there is none, "?" where it does not say."""
     try:
-        found = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d[\d.]*)", DRIVER.read_text("utf-8", "replace"))
+        match = re.search(r"(?:Kernel Module|x86_64|aarch64)\s+(\d[\d.]*)", DRIVER.read_text("utf-8", "replace"))
     except OSError:
         return "?" if WSL.exists() else ""
-    return found[1] if found else "?"
+    return match[1] if match else "?"
 
 
 def why_unused() -> str:
@@ -47,7 +51,7 @@ def why_unused() -> str:
     version, variable = driver(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not version or not (any(Path(NODES[0]).glob(NODES[1])) or WSL.exists()) or is_hidden():
         return ""
-    built, major = torch.version.cuda, int(version.partition(".")[0] if version[0].isdigit() else 0)
+    built, major = torch.version.cuda, _major(version)
     here = f"an NVIDIA card is here (driver {version}), but torch {torch.__version__}"
     if built is None:
         return f"{here} was built without CUDA. {_install(major)}"
@@ -69,17 +73,18 @@ def why_unfit(device: str) -> str:
     """Why a card that torch sees has no kernels in it, with the way out; "" where it has."""
     archs = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()]
     known = [(match[1], (int(match[2]), int(match[3]))) for match in archs if match]
-    own = torch.cuda.get_device_capability(device)
+    capability = torch.cuda.get_device_capability(device)
     # Kernels run on later cards of the same generation, and what is compiled for the card on all later ones.
-    if not known or any(at <= own and (kind == "compute" or at[0] == own[0]) for kind, at in known):
+    if not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known):
         return ""
-    card, names = torch.cuda.get_device_name(device), ", ".join(sorted({f"{a}.{b}" for _, (a, b) in known}))
-    version = driver()
-    major = int(version.partition(".")[0]) if version[:1].isdigit() else 0
-    return (
-        f"{card} has capability {own[0]}.{own[1]}, and torch {torch.__version__} has kernels for {names}. "
-        f"{_install(major, own)}"
-    )
+    card, names = torch.cuda.get_device_name(device), ", ".join(f"{a}.{b}" for a, b in sorted({at for _, at in known}))
+    has = f"{card} has capability {capability[0]}.{capability[1]}"
+    way = _install(_major(driver()), capability)
+    return f"{has}, and torch {torch.__version__} has kernels for {names}. {way}"
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0]) if version[:1].isdigit() else 0
 
 
 def _install(driver_major: int, capability: tuple[int, int] | None = None) -> str:
@@ -106,6 +111,8 @@ def prepare_allocator(device: str | torch.device) -> str:
     """Let the allocator of a card grow its segments, as PyTorch recommends where batches have many sizes; returns a
     note where its driver cannot. Nothing is set where a person has."""
     place = torch.device(device)
+    if place.type == "cuda" and card_share() < 1:
+        torch.cuda.set_per_process_memory_fraction(card_share(), place)
     if place.type != "cuda" or sys.platform != "linux" or any(name in os.environ for name in OWN_SETTINGS):
         return ""
     change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
@@ -125,6 +132,25 @@ def prepare_allocator(device: str | torch.device) -> str:
 
 
 _PREPARED: dict[torch.device, str] = {}
+
+
+def free_bytes(device: str | torch.device) -> int:
+    """Bytes of a card that this process may take or has: what is free, within its share."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = int(torch.cuda.memory_reserved(device))
+    return min(int(free) + held, int(card_share() * total))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """A block whose products of float32 on a card are not rounded to TF32, which NVIDIA's containers switch on."""
+    products: Any = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def in_use(device: str | torch.device) -> str:
