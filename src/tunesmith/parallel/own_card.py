@@ -16,11 +16,9 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> s
     Where CUDA runs already (Ray's workers), the card that is current there, which has to be named then: "cuda:1".
     Raises RecipeError for a device that is one, InputError for more processes than cards.
     """
-    if place.size == 1:
-        return ""
-    if device not in ("auto", "cuda", "cpu"):
+    if place.size > 1 and device not in ("auto", "cuda", "cpu"):
         raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
-    if device == "cpu" or place.local_size == 1:
+    if place.size == 1 or device == "cpu" or place.local_size == 1:
         return ""
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         return f"cuda:{torch.cuda.current_device()}"

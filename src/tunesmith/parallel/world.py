@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,15 +23,12 @@ from importlib.metadata import version
 from typing import Any
 
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
-from tunesmith.runs.background import in_background
 from tunesmith.version import __version__
 
 JOIN_S = 600.0
 """Seconds in which every rank must have come: from a cold network disk imports take minutes."""
-DEAD_S = 60.0
-"""Seconds after which a rank without a sign of life is given up."""
-SAY_S = 10.0
-"""Seconds between two words on who has come."""
+DEAD_S, SAY_S = 60.0, 10.0
+"""Seconds after which a rank without a sign of life is given up, and between two words on who has come."""
 BEAT_S = 5.0
 POLL_S = 0.05
 COLLECTIVE_S = 7200.0
@@ -135,7 +131,7 @@ class World:
         """
         self._put(f"here/{self.rank}", _own_facts(facts))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        until, spoken = time.monotonic() + JOIN_S, time.monotonic()
+        until, due = time.monotonic() + JOIN_S, time.monotonic() + SAY_S
         while missing := [rank for rank in range(self.size) if not self._store.check([f"here/{rank}"])]:
             self._raise_failure()
             if time.monotonic() > until:
@@ -144,9 +140,9 @@ class World:
                     f"WORLD_SIZE={self.size}: no word of rank {named} within {JOIN_S:.0f} s. Start as many processes "
                     "as WORLD_SIZE says, and let all reach MASTER_ADDR and MASTER_PORT."
                 )
-            if time.monotonic() > spoken + SAY_S:
+            if time.monotonic() > due:
                 say(self.size - len(missing), self.size)
-                spoken = time.monotonic()
+                due += SAY_S
             time.sleep(POLL_S)
         self.joined = [self._get(f"here/{rank}") for rank in range(self.size)]
         first, owners = self.joined[0], dict[Any, int]()
@@ -327,6 +323,22 @@ def group(place: Place, facts: Callable[[], Mapping[str, Any]], say: Say = lambd
         world.close()
 
 
+@contextmanager
+def _saying(say: Say, size: int) -> Iterator[None]:
+    """A block that waits for the others without being able to say so itself."""
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(SAY_S):
+            say(0, size)
+
+    threading.Thread(target=speak, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 def _store(place: Place, say: Say) -> Any:
     """The store that all ranks reach. Raises InputError, GroupError."""
     import torch.distributed as dist
@@ -339,11 +351,8 @@ def _store(place: Place, say: Say) -> Any:
     if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdecimal():
         raise InputError(f"{where}: RANK and WORLD_SIZE are set, but not where ranks meet. Let torchrun start them.")
     try:
-        timeout = timedelta(seconds=JOIN_S)
-        meeting = in_background(lambda: next(rendezvous("env://", place.rank, place.size, timeout=timeout)))
-        while not wait([meeting], timeout=SAY_S).done:
-            say(0, place.size)
-        store, _, _ = meeting.result()
+        with _saying(say, place.size):
+            store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_S)))
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if "EADDRINUSE" in text or "in use" in text:

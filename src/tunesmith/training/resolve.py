@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,12 +16,12 @@ from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
-from tunesmith.models.card import in_use
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.planning.defaults import (
     HELD,
+    ROWS_OF_A_DEVICE,
     Facts,
     decide,
     decide_measuring,
@@ -41,8 +42,8 @@ from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, Layout
 
 OnProgress = Callable[[str, int, int], None]
-ROWS_OF_A_DEVICE = 4
-"""Rows of a step for each device, from which on their shares are about equal."""
+FULL, MOST_OF_A_DEVICE = 0.75, 64
+"""Share of a step in which cards compute, below which a note says why; rows of a device that nobody trains with."""
 
 
 @dataclass
@@ -71,9 +72,11 @@ def resolve_run(
     run: Run | None = None,
     device: Device | None = None,
     world: World | None = None,
+    apart: bool = False,
 ) -> ResolvedRun:
     """Encode rows and decide. `device`: another machine's, for which a plan is asked. `world`: the group that trains;
-    all of it but its first rank get a recipe in which everything is decided, and forecast nothing.
+    all of it but its first rank get a recipe in which everything is decided, and forecast nothing. `apart`: a card is
+    measured by another process, so that this one takes no memory of it.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
@@ -105,6 +108,7 @@ def resolve_run(
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
     try:
+        device = device or _device_here(found, recipe, world, apart=apart)
         _forecast(found, device, world, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
@@ -147,7 +151,7 @@ def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tupl
     return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
-def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_tokens: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device, world: World, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     the recipe and the forecast of `found` as they were; notes may have been added."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
@@ -156,7 +160,6 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_choice(recipe, Choice("shard", False, ""))
-    device = device or _device_here(found, recipe, world)
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     kind = device.kind
@@ -196,21 +199,22 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, *, free_t
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
-    found.notes += _few_rows(recipe, size)
+    found.notes += _few_rows(recipe, size, forecast)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
     found.recipe, found.forecast = recipe, forecast
 
 
-def _device_here(found: ResolvedRun, recipe: Recipe, world: World) -> Device:
+def _device_here(found: ResolvedRun, recipe: Recipe, world: World, *, apart: bool) -> Device:
     """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
         found.notes.append(f"precision: float16: {slow}. Leave precision out.")
     name = world.card or resolved(recipe.device)
-    found.notes.extend(filter(None, [in_use(name), _unlike(world)]))
-    device = devices.here(name, threads=threads, dtype=dtype)
+    measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
+    device = measure(name, threads=threads, dtype=dtype)
+    found.notes.extend(filter(None, [device.in_use, _unlike(world)]))
     return replace(device, room=_room_of_a_rank(device, recipe, world))
 
 
@@ -224,15 +228,21 @@ def _unlike(world: World) -> str:
     )
 
 
-def _few_rows(recipe: Recipe, size: int) -> list[str]:
-    """A note where a step has too few rows to fill the devices."""
-    rows, wanted = resolved(recipe.train.rows_per_step), ROWS_OF_A_DEVICE * size
-    if size == 1 or rows >= wanted:
+def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
+    """A note where a step has too few rows to fill the devices, with the share of it in which they compute."""
+    rows, share = resolved(recipe.train.rows_per_step), forecast.busy
+    if size == 1:
         return []
-    return [
-        f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: some wait for others. {wanted} "
-        "would fill them, but are another update: fewer steps, each of more rows"
-    ]
+    wanted, part = ROWS_OF_A_DEVICE * size, "few rows each: some wait for others"
+    if forecast.device.kind != "cpu" and share is not None:
+        wanted = math.ceil(rows * FULL / share)
+        part = f"{rows / size:.3g} rows each: they compute {100 * share:.0f} % of a step, and wait in the rest"
+    if rows >= wanted:
+        return []
+    way = f"{wanted:,} would fill them, but are another update: fewer steps, each of more rows"
+    if wanted > MOST_OF_A_DEVICE * size:
+        way = "This model is small for so many: fewer devices take about as long"
+    return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
 
 
 def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:

@@ -26,9 +26,9 @@ from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
 from tunesmith.models.card import prepare_allocator
-from tunesmith.models.fused_loss import find_output_layer
+from tunesmith.models.fused_loss import find_output_layer, output_layer_of
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers, disable_dropout
+from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
@@ -51,6 +51,9 @@ from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sam
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
+
+PROBED = 3
+"""Rows that are looked at before the first step."""
 
 
 @dataclass
@@ -120,7 +123,35 @@ def prepare(
     """
     world = world or World()
     found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    setup = _set_up(found, world, on_progress)
+    # A type that was given is taken, and its losses say what comes of it.
+    if found.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in found.given):
+        return setup
+    del setup
+    machine.free_cached_memory()
+    wide = recipe.model_copy(update={"precision": "float32"})
+    found = _resolve_together(world, wide, root, offline=offline, on_progress=on_progress, run=run, turn=1)
+    reason = "numbers inside this model are too large for float16, the fast type of this device: found by looking"
+    found.choices = [*(one for one in found.choices if one.key != "precision"), Choice("precision", "float32", reason)]
+    found.given.pop("precision", None)
     return _set_up(found, world, on_progress)
+
+
+@torch.no_grad()
+def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
+    """Whether losses of the first rows are no numbers, where the type was chosen; the first rank looks for all. A
+    forward pass that overflows is helped by no scale of the loss."""
+    world = setup.world
+    if not world.is_first:
+        return bool(world.wait_for("overflows"))
+    rows = [int(i) for i in setup.rows.train_rows[:PROBED]] if was_chosen else []
+    overflows = False
+    with eval_mode(setup.model):
+        for row in rows:
+            batch = setup.collator.batch([row], draw=1)
+            overflows = overflows or not bool(setup.task.measure(setup.model, batch).losses_N.isfinite().all())
+    world.publish("overflows", overflows)
+    return overflows
 
 
 def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
@@ -139,7 +170,13 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
-    output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
+    fuses = method_of(recipe).fused_loss and recipe.kernels == "fast"
+    output = find_output_layer(model) if fuses else None
+    if fuses and output is None and output_layer_of(model) is not None:  # which the forecast has counted on
+        padding_notes.append(
+            "the loss: this model's logits are not those of its output layer alone, so those of all targets are kept "
+            "at once, which takes more memory than was foreseen"
+        )
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     sampler = sampler_of(recipe, rows, layout, device)
@@ -179,19 +216,22 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     )
 
 
-def _resolve_together(world: World, recipe: Recipe, root: Path, *, run: Run | None, **how: Any) -> ResolvedRun:
-    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others."""
+def _resolve_together(
+    world: World, recipe: Recipe, root: Path, *, run: Run | None, turn: int = 0, **how: Any
+) -> ResolvedRun:
+    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others. `turn`:
+    the number of times that this was done before."""
     if not world.is_first:
-        decided = validate(world.wait_for("recipe"))
+        decided = validate(world.wait_for(f"recipe {turn}"))
         recipe = decided if run is None else run.place(decided)
     leader = world.rank - world.place.local_rank
     if world.rank != leader:
-        world.wait_for(f"rows of {leader}", leader)
+        world.wait_for(f"rows of {leader}, {turn}", leader)
     found = _resolve(world, recipe, root, run=run, **how)
     if world.is_first:
-        world.publish("recipe", found.recipe.model_dump(mode="json"))
+        world.publish(f"recipe {turn}", found.recipe.model_dump(mode="json"))
     if world.rank == leader:
-        world.publish(f"rows of {leader}", True)
+        world.publish(f"rows of {leader}, {turn}", True)
     return found
 
 
@@ -269,7 +309,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs
     layout, *others = layouts_of(inputs.kind)
     if not others:
         return layout, []
-    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:3]]
+    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
     plain = recipe.kernels == "plain"
     agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:

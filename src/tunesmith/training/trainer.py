@@ -36,6 +36,7 @@ from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
 from tunesmith.phrases import command
+from tunesmith.planning.forecast import heaviest
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
@@ -55,6 +56,7 @@ from tunesmith.training.same_run import (
     with_settings,
 )
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
+from tunesmith.training.step import rehearse
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.together import (
     DIGEST,
@@ -288,6 +290,9 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         check_start(setup)
         evaluate_run(session, "before")
         save_and_try(session)
+    if setup.world.is_sharded:
+        heavy = heaviest(setup.sampler, setup.total_steps, setup.store)
+        rehearse(setup, heavy.rows, times=1 + heavy.accumulating)
     _take_steps(session)
     learnt = {key.rpartition("/")[0] for key in setup.optimizer.state()}
     if still := [name for name in setup.attachment.trained if name not in learnt]:
