@@ -144,6 +144,8 @@ class ExportError(TunesmithError):
 class DeviceError(TunesmithError):
     """A card that failed, after which this process cannot compute on it; the last checkpoint is whole."""
 
+    topic = "card-fails"
+
 
 class StorageError(TunesmithError):
     """A file could not be written: the disk is full, over quota, read-only or broken.
