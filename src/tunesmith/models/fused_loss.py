@@ -60,7 +60,8 @@ class OutputLayer:
     def chunk_size(self, *, trained: bool) -> int:
         """Targets of a chunk."""
         weight = self.layer.weight
-        size = CHUNK_BYTES.get(weight.device.type, 0) or chunk_on_card(_memory_of(weight.device))
+        kind = weight.device.type
+        size = CHUNK_BYTES[kind] if kind in CHUNK_BYTES else chunk_on_card(_memory_of(weight.device))
         if trained:
             return max(1, max(size, CHUNK_BYTES_TRAINED) // (4 * len(weight)))
         return max(CHUNK_TARGETS, size // (4 * len(weight)))
