@@ -100,7 +100,7 @@ def test_every_check_is_walked_on_a_processor(tmp_path: Path, monkeypatch: pytes
     assert [name for name, result in found.items() if result["ok"] is not True] == []
     assert found["serving"]["found"]["tokens/s, 16 streams"] > 0
     assert found["starting"]["found"]["seconds: first step"] > 0
-    assert found["export"]["found"].keys() == {"seconds: merged", "seconds: gguf"}
+    assert found["export"]["found"].keys() == {"seconds: merged", "seconds: adapter"}
     assert found["plan"]["found"]["predicted GiB"] > 0
     assert {ok["float32"] for ok in found["losses"]["found"].values()} == {0.0}
     assert found["repeats"]["found"] == {"usual": {"repeats": True, "resumes": True}}
