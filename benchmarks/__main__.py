@@ -26,6 +26,7 @@ from benchmarks.preferences import add_preferences
 from benchmarks.reranker import add_reranker
 from benchmarks.results import Result
 from benchmarks.rewards import add_rewards
+from benchmarks.roofline import add_roofline
 from benchmarks.step import add_step
 from benchmarks.table import Bench, as_json, markdown, place, verdicts
 from benchmarks.train_command import add_train
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reranker(verbs)
     add_rewards(verbs)
     add_step(verbs)
+    add_roofline(verbs)
     planning.add_parser(verbs)
     add_whole(verbs)
     return parser

@@ -1,11 +1,12 @@
 """Acceptance of the CUDA path: one command, at most ten minutes on one card.
 
     python -m benchmarks.gpu_acceptance --out accept.json
-    python -m benchmarks.gpu_acceptance --device cpu --only facts,attention,losses
+    python -m benchmarks.gpu_acceptance --device cpu
 
-The second form runs the command itself where no card is. What CUDA computes is compared with float32 on a processor;
-speed, synchronisations, launches and memory are measured. Exit code 0: no check failed. docs/gpu.md explains each
-check and the bars.
+The second form walks through every check where no card is, with tiny models and faked functions of torch.cuda. What
+was found is in `accept.json`, and as a table in `accept.md`. What CUDA computes is compared with float32 on a
+processor; speed, synchronisations, launches and memory are measured. Exit code 0: no check failed. docs/gpu.md has all
+checks and the bars.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,13 @@ if __name__ == "__main__":  # before torch is imported, and only where this proc
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_speed
-from benchmarks.gpu_models import FAMILIES, Bench, memory_limit, mixed_lengths, require, steps_of
+from benchmarks import gpu_speed, gpu_use
+from benchmarks.gpu_models import FAMILIES, Bench, LeftOut, memory_limit, mixed_lengths, require, steps_of
+from benchmarks.gpu_walk import walking
 from tunesmith.errors import Stopped
 from tunesmith.models.attention import Segments, packed_attention
+from tunesmith.models.card import driver, exact_products
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
 from tunesmith.training.trainer import resume, train
@@ -55,10 +60,9 @@ def facts(bench: Bench) -> dict[str, Any]:
     import transformers
 
     found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if bench.is_cuda:
-        card = torch.cuda.get_device_properties(bench.device)
-        capability = torch.cuda.get_device_capability(bench.device)
-        found |= {"card": card.name, "capability": capability, "GiB": card.total_memory / 2**30}
+    card, capability = torch.cuda.get_device_properties(bench.device), torch.cuda.get_device_capability(bench.device)
+    found |= {"card": card.name, "capability": capability, "GiB": round(card.total_memory / 2**30, 1)}
+    found |= {"CUDA": torch.version.cuda, "driver": driver()}
     return found | {name: find_spec(name) is not None for name in ("bitsandbytes", "liger_kernel", "triton")}
 
 
@@ -128,7 +132,7 @@ def _attended(  # noqa: PLR0917 — one case, in the order of its name
 def losses(bench: Bench) -> dict[str, Any]:
     """The first steps of five families: on a processor in float32, on the card in float32 and in half precision."""
     found = {}
-    half = "bfloat16" if not bench.is_cuda or torch.cuda.get_device_capability(bench.device) >= (8, 0) else "float16"
+    half = bench.half
     rows = bench.chats("losses", mixed_lengths(80), system="You are a helpful assistant who answers briefly and well.")
     for arch in FAMILIES:
         method = {"method": {"name": "full"}} if arch == "gpt2" else {}
@@ -165,7 +169,7 @@ def repeats(bench: Bench) -> dict[str, Any]:
 
 def _repeated(bench: Bench, *, strict: bool) -> dict[str, bool]:
     model, rows = bench.family("llama"), bench.chats("repeats", mixed_lengths(80))
-    how = {"precision": "bfloat16", "method": {"name": "lora", "rank": 8, "dropout": 0.1}, "repeatable": strict}
+    how = {"precision": bench.half, "method": {"name": "lora", "rank": 8, "dropout": 0.1}, "repeatable": strict}
 
     def steps(num: int) -> list[tuple[float, float]]:
         return [(s["loss"], s["grad_norm"]) for s in steps_of(bench.setup(model, rows, **how), num)]
@@ -184,15 +188,20 @@ def _repeated(bench: Bench, *, strict: bool) -> dict[str, bool]:
 
 def memory_ends(bench: Bench) -> Any:
     """A micro-batch too large for the card is halved, and the update is the same."""
-    if not bench.is_cuda:
-        return "needs a card"
-    model, rows = bench.family("llama"), bench.chats("ends", [700] * 64)
-    how = {"train": {"rows_per_step": 32, "tokens_per_pass": 32 * 1024}, "precision": "float32", "kernels": "plain"}
-    usual = steps_of(bench.setup(model, rows, **how), 2)
+    length, rows_per_step = bench.num(700, 120), bench.num(32, 8)
+    model, rows = bench.family("llama"), bench.chats("ends", [length] * 2 * rows_per_step)
+    train = {"rows_per_step": rows_per_step, "tokens_per_pass": 32 * 1024, "epochs": 2}
+    how: dict[str, Any] = {"train": train, "precision": "float32", "kernels": "plain"}
     setup = bench.setup(model, rows, **how)
-    torch.cuda.empty_cache()
-    held, most = torch.cuda.memory_allocated(), max(step["peak_bytes"] for step in usual)
-    with memory_limit((held + 0.6 * (most - held)) / torch.cuda.get_device_properties(bench.device).total_memory):
+    free_cached_memory()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()  # what was measured before a run, such as the speed of the card, is no step
+    usual = steps_of(setup, 2)
+    needed = torch.cuda.max_memory_allocated() - held
+    setup = bench.setup(model, rows, **how)
+    free_cached_memory()
+    held = torch.cuda.memory_allocated()
+    with memory_limit((held + 0.6 * needed) / torch.cuda.get_device_properties(bench.device).total_memory):
         tight = steps_of(setup, 2)
     require(any("tokens_per_pass" in step for step in tight), "memory never ended: the check is too weak")
     off = max(abs(a["loss"] - b["loss"]) for a, b in zip(usual, tight, strict=True))
@@ -205,14 +214,14 @@ def methods(bench: Bench) -> dict[str, str]:
     model, rows, found = bench.family("llama"), bench.chats("methods", mixed_lengths(96)), {}
     cases: list[tuple[dict[str, Any], str]] = [({"name": "lora", "rank": 8}, o) for o in ("adamw", "adafactor", "muon")]
     cases += [({"name": name}, "adamw") for name in ("full", "dora")]
-    if find_spec("bitsandbytes"):
+    if find_spec("bitsandbytes") and bench.is_cuda:
         cases += [({"name": "qlora", "rank": 8}, "adamw")]
         cases += [({"name": "full"}, optimizer) for optimizer in ("adamw_8bit", "lion")]
     for method, optimizer in cases:
         name = " ".join(map(str, [*method.values(), optimizer]))
         try:
             optim = {"name": optimizer, "lr": 2e-3 if optimizer != "lion" else 2e-4}
-            setup = bench.setup(model, rows, method=method, optim=optim, precision="bfloat16")
+            setup = bench.setup(model, rows, method=method, optim=optim, precision=bench.half)
             seen = [step["loss"] for step in steps_of(setup, 10)]
             found[name] = f"{seen[0]:.3f} → {seen[-1]:.3f}" if seen[-1] < seen[0] else f"FAILED: {seen}"
         except Exception as error:
@@ -223,8 +232,34 @@ def methods(bench: Bench) -> dict[str, str]:
 
 CHECKS: tuple[Check, ...] = (
     facts, plan, attention, losses, repeats, memory_ends, methods, gpu_speed.kernels, gpu_speed.small_model,
-    gpu_speed.encoder, gpu_speed.one_billion, gpu_speed.eight_billion,
+    gpu_speed.encoder, gpu_use.starting, gpu_use.answers, gpu_use.serving, gpu_use.export, gpu_speed.one_billion,
+    gpu_speed.eight_billion,
 )  # fmt: skip
+
+
+COMPARED = (attention, losses)
+"""Checks that compare float32 with a processor's."""
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was found, as a page of docs has it."""
+    lines = ["| Check | | Seconds | Found |", "|---|---|---|---|"]
+    for name, result in found.items():
+        word = {True: "ok", False: "**failed**", None: "left out"}[result["ok"]]
+        text = "; ".join(_cells(result["found"])).replace("|", "/").replace("\n", " ")
+        lines.append(f"| `{name}` | {word} | {result.get('seconds', '')} | {text[:900]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(value: Any, path: str = "") -> Iterator[str]:
+    """`name: number` for everything inside, without profiles."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in ("table", "where", "notes"):
+                yield from _cells(inner, f"{path} {key}".strip())
+    else:
+        number = f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield f"{path}: {number}" if path else number
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -240,9 +275,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if unknown := sorted((only | skip) - {check.__name__ for check in CHECKS}):
         parser.error(f"{', '.join(unknown)}: no such check: {', '.join(check.__name__ for check in CHECKS)}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch sees no CUDA device here. Use --device cpu --only ...")
+        parser.error(f"--device {options.device}: torch sees no CUDA device here. Use --device cpu")
     chosen = [check for check in CHECKS if (not only or check.__name__ in only) and check.__name__ not in skip]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, walking(options.device):
         bench = Bench(options.device, Path(folder))
         failed = _run(bench, chosen, limit=options.limit, out=options.out)
     print(f"{failed} failed; {options.out}")
@@ -256,14 +291,19 @@ def _run(bench: Bench, checks: Sequence[Check], *, limit: float, out: Path) -> i
         result: dict[str, Any] = {"ok": None, "found": "not run: no time left"}
         if started - began <= limit:
             try:
-                result = {"ok": True, "found": check(bench)}
+                with exact_products() if check in COMPARED else nullcontext():
+                    result = {"ok": True, "found": check(bench)}
+            except LeftOut as reason:
+                result = {"ok": None, "found": str(reason)}
             except Exception as error:  # whatever a card says of it is the result
                 where = "".join(traceback.format_exception(error)[-3:])
                 result = {"ok": False, "found": f"{type(error).__name__}: {str(error)[:1500]}", "where": where}
             result["seconds"] = round(time.monotonic() - started, 1)
+            free_cached_memory()
         failed += result["ok"] is False
         bench.found[check.__name__] = result
         out.write_text(json.dumps(bench.found, indent=1, default=str), encoding="utf-8")
+        out.with_suffix(".md").write_text(table(bench.found), encoding="utf-8")
         word = {True: "ok", False: "FAILED", None: "left out"}[result["ok"]]
         found = json.dumps(result["found"], default=str)[:700]
         print(f"{word:<9}{check.__name__:<15}{result.get('seconds', 0):>6} s  {found}", flush=True)

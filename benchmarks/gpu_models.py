@@ -61,8 +61,17 @@ TINY_BERT = {
 }  # fmt: skip
 
 
+WALKED = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+"""Sizes on a processor, which walks through the checks."""
+
+
 class CheckError(AssertionError):
     """A check that found something wrong."""
+
+
+class LeftOut(Exception):
+    """A check that this card cannot make, and why."""
 
 
 def require(truth: bool, text: str) -> None:
@@ -82,9 +91,26 @@ class Bench:
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    @property
+    def half(self) -> str:
+        """The narrow type that the card multiplies."""
+        return "bfloat16" if torch.cuda.get_device_capability(self.device) >= (8, 0) else "float16"
+
+    def why_not(self, gib: float) -> str:
+        """Why something that needs so much memory is left out; empty: the card has as much."""
+        has = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        return "" if has >= gib else f"left out: needs {gib:.0f} GiB, and this card has {has:.1f}"
+
+    def sizes(self, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Sizes of a model, on a processor those of a tiny one."""
+        return sizes if self.is_cuda else {**sizes, **{key: WALKED[key] for key in WALKED if key in sizes}}
+
+    def num(self, on_card: int, walked: int) -> int:
+        """So many on a card; fewer where a processor walks through the checks."""
+        return on_card if self.is_cuda else walked
+
     def synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
 
     def model(
         self,
@@ -120,7 +146,7 @@ class Bench:
             "method": {"name": "lora", "rank": 8, "alpha": 16},
             "optim": {"lr": 1e-3},
             "memory": "warn",
-            "train": {"rows_per_step": 8, "tokens_per_pass": 1024, "epochs": 1},
+            "train": {"rows_per_step": 8, "tokens_per_pass": 1024, "epochs": 8},
             "checkpoint": {"every": 3},
             "evaluation": {"samples": 0, "general": False, "surprising": 0, "max_rows": 8},
         }

@@ -84,15 +84,9 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
         "MALLOC_MMAP_MAX_": "9",
         "MALLOC_TRIM_THRESHOLD_": KEPT_FREE,
         "MALLOC_ARENA_MAX": "1",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True" if sys.platform == "linux" else "the library's",
+        "PYTORCH_ALLOC_CONF": "the library's",
     }
     assert in_force({})["GOMP_SPINCOUNT"] == "the library's"
-
-
-def test_a_persons_word_on_the_memory_of_cards_counts_under_its_older_name_too() -> None:
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
-    prepare_environment(environment)
-    assert "PYTORCH_ALLOC_CONF" not in environment
 
 
 @pytest.mark.parametrize("verb", ["train", "resume", "selftest", "plan"])

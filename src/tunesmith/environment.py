@@ -34,6 +34,20 @@ NAMES = (
 )
 
 
+CARD_SHARE = "TUNESMITH_CARD_SHARE"
+"""Variable with the share of a card's memory that a process may take."""
+SERVING_SHARE = 0.4
+"""That of a server whose jobs train on the same card; they have the rest."""
+
+
+def card_share() -> float:
+    """Share of a card's memory that this process may take."""
+    try:
+        return min(1.0, max(0.05, float(os.environ.get(CARD_SHARE, "1"))))
+    except ValueError as error:
+        raise InputError(f"{CARD_SHARE}={os.environ[CARD_SHARE]}: no number. Give a share such as 0.4.") from error
+
+
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Set what measurably helps in this process and its children, unless it is set; call it before torch is imported.
 
@@ -43,9 +57,6 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
-    # PyTorch's CUDA notes recommend this for programs whose batches have many sizes.
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in environ:  # its older name
-        environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
     # in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up to a GiB takes
     # 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs mallopt.

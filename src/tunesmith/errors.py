@@ -9,6 +9,7 @@
     │   └── DoesNotFitError   a run that needs more memory or disk than there is
     ├── NonFiniteError        a loss or gradient that is not a number; weights are untouched
     ├── OutOfMemoryError      a micro-batch of one row does not fit; earlier steps are saved
+    ├── DeviceError           a card that failed in mid-run; earlier checkpoints are whole
     ├── StorageError          the disk: full, over quota, read-only or broken
     ├── CheckpointError       a checkpoint that cannot be written, or none that can be read
     ├── GroupError            another process of the run's group failed; its message, and its exit code
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from tunesmith.types import Problem
 
 
-_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc")
-"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN and others have no class for it."""
+_MEMORY_WORDS = (
+    "can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc", "alloc_failed",
+)  # fmt: skip
+"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN, cuBLAS and others have no class."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -136,6 +139,12 @@ class ExportError(TunesmithError):
     """An export that differs from the tuned model, or cannot be loaded. Nothing of it was kept."""
 
     topic = "export-differs"
+
+
+class DeviceError(TunesmithError):
+    """A card that failed, after which this process cannot compute on it; the last checkpoint is whole."""
+
+    topic = "card-fails"
 
 
 class StorageError(TunesmithError):

@@ -16,6 +16,7 @@ from typing import Any
 PHASES = {
     "read": "reading rows",
     "hash": "fingerprinting data",
+    "join": "waiting for the processes of the other devices",
     "encode": "encoding rows",
     "load": "loading the model",
     "plan": "predicting memory and time",

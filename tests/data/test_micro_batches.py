@@ -17,6 +17,7 @@ from tunesmith.data.sampler import (
     StepSampler,
     make_micro_batches,
     make_sharing_micro_batches,
+    pass_cost,
 )
 from tunesmith.types import Row, Source
 
@@ -182,3 +183,24 @@ def test_sharing_passes_hold_every_row_once_and_compute_no_more_than_the_budget(
     order = rng.permutation(num)
     again = make_sharing_micro_batches(order.tolist(), [ids[i] for i in order], tokens_per_pass=budget)
     assert again == passes  # a function of the rows, in whatever order they come
+
+
+@pytest.mark.parametrize(
+    ("lengths", "targets", "layout", "most"),
+    [
+        (np.random.default_rng(3).lognormal(np.log(600) - 0.245, 0.7, 16), 0.0, "padded", 3),
+        (np.random.default_rng(3).lognormal(np.log(500) - 0.245, 0.7, 16), 0.3, "encoder_decoder", 3),
+        (np.random.default_rng(5).integers(8, 61, 256), 0.0, "padded", 2),
+    ],
+)
+def test_padded_passes_are_cut_by_what_one_costs_the_device(lengths, targets, layout, most):
+    """On a card a pass costs as much as 4,096 tokens, since it has to start all its operations."""
+    lengths = lengths.astype(int).clip(8).tolist()
+    how = {"tokens_per_pass": 8192, "layout": layout}
+    if targets:
+        how["targets"] = [max(1, int(targets * length)) for length in lengths]
+    passes = {device: make_micro_batches(range(len(lengths)), lengths, cost=pass_cost(device), **how)
+              for device in ("cpu", "cuda:1")}  # fmt: skip
+    assert len(passes["cuda:1"]) <= most
+    assert len(passes["cpu"]) > 2 * most
+    assert sorted(i for rows in passes["cuda:1"] for i in rows) == list(range(len(lengths)))

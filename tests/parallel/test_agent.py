@@ -21,10 +21,10 @@ from tiny_run import values_of
 from tunesmith.environment import for_child
 from tunesmith.errors import GroupError, InputError, NonFiniteError, RecipeError, RunError, Stopped
 from tunesmith.parallel.launch import devices_of, ending, record_failure, report_failure
+from tunesmith.parallel.own_card import take_card
 from tunesmith.parallel.world import OWN_AGENT, Place, place_of
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.runs.folder import Run
-from tunesmith.training.together import take_card
 from tunesmith.training.trainer import Listener, train
 from tunesmith.types import Event
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AlbertConfig, AlbertForMaskedLM
 from typer.testing import CliRunner
@@ -13,12 +14,13 @@ from tiny_tasks import task_recipe
 from tunesmith.cli.app import app
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.planning import devices
+from tunesmith.planning.defaults import Facts, _rows_per_step
 from tunesmith.planning.devices import NVLINK, PCIE, link, named, named_group
 from tunesmith.planning.forecast import Forecast, heaviest
 from tunesmith.planning.memory import layers_to_split
 from tunesmith.recipe.docs import as_yaml
-from tunesmith.recipe.load import load
-from tunesmith.training.resolve import ResolvedRun, resolve_run
+from tunesmith.recipe.load import load, validate
+from tunesmith.training.resolve import ResolvedRun, _few_rows, resolve_run
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,28 @@ def _of(forecast: Forecast, rank: int, step: int) -> list[tuple[int, ...]]:
     return replace(forecast.sampler, part=(rank, 4)).step(step)
 
 
-def test_few_rows_are_said_with_what_would_fill_the_devices(folder: Path) -> None:
-    found, _ = planned(folder, 8)
-    note = next(note for note in found.notes if "8 devices" in note)
-    assert note.startswith("train.rows_per_step is 16, which leaves 8 devices few rows each")
-    assert "32 would fill them" in note
-    assert not any("devices few rows" in note for note in planned(folder, 4)[0].notes)
+def noted(folder: Path, number: int, busy: float, *settings: str) -> list[str]:
+    found, forecast = planned(folder, number, "H100", *settings)
+    return _few_rows(found.recipe, number, replace(forecast, busy=busy))
+
+
+def test_few_rows_are_said_with_the_share_of_the_cards_and_what_would_fill_them(folder: Path) -> None:
+    (note,) = noted(folder, 8, 0.45)
+    assert note.startswith("train.rows_per_step is 16, which leaves 8 devices 2 rows each: they compute 45 % of a")
+    assert "27 would fill them, but are another update" in note
+    assert noted(folder, 8, 0.8) == noted(folder, 1, 0.1) == []
+    (small,) = noted(folder, 8, 0.01)
+    assert "This model is small for so many: fewer devices take about as long" in small
+    assert [note for note in planned(folder, 8)[0].notes if "8 devices" in note]
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 16), (4, 16), (8, 32), (16, 50), (64, 50)])
+def test_a_step_has_more_rows_on_more_devices_as_far_as_an_epoch_has_twenty_steps(number: int, rows: int) -> None:
+    recipe = validate({"task": "chat", "devices": number})
+    facts = Facts(8_000_000_000, "cuda", "causal", np.full(1000, 400, np.int32))
+    assert _rows_per_step(recipe, facts)[0] == rows
+    many = Facts(8_000_000_000, "cuda", "causal", np.full(100_000, 400, np.int32))
+    assert _rows_per_step(recipe, many)[0] == min(64, max(16, 4 * number))
 
 
 def test_a_card_may_be_several() -> None:

@@ -22,7 +22,7 @@ from tunesmith.training.trainer import resume, train
 
 SCENARIOS = (
     "lora", "full", "recomputed", "few_rows", "rounded", "counted_planted", "averaged_planted",
-    "own_norm_planted", "alike", "plain", "unhooked_planted", "memory_ends", "run_lora",
+    "own_norm_planted", "alike", "plain", "unhooked_planted", "memory_ends", "rehearsed", "run_lora",
     "run_full", "resumed_by_two", "killed",
 )  # fmt: skip
 
@@ -133,6 +133,14 @@ def test_memory_that_ends_inside_a_pass_ends_the_rank_with_a_way_on(found: Found
     assert ended["error"] == "GroupError"
     assert "step 2: out of memory on rank 1" in ended["text"]
     assert "--set train.tokens_per_pass=48" in ended["text"]
+
+
+def test_the_heaviest_pass_is_tried_before_the_first_step(found: Found, folder: Path) -> None:
+    _, ended = both(found, "rehearsed")
+    assert ended["error"] == "GroupError"
+    assert "before the first step: out of memory on rank 1 in the heaviest pass, of " in ended["text"]
+    assert "Resume with --set train.tokens_per_pass=48" in ended["text"]
+    assert not [event for event in Run(folder / "run-rehearsed").events() if event.kind == "step"]
 
 
 def test_a_run_with_split_layers_measures_and_answers_as_one_process_does(

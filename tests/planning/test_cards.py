@@ -1,5 +1,8 @@
 """Plans for an NVIDIA card: made on any machine, and of nothing that belongs to a processor."""
 
+import dataclasses
+import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ def planned(recipe: Recipe, folder: Path, device: Device = CARD) -> ResolvedRun:
     found = resolve_run(recipe, root=folder, device=device)
     assert found.forecast is not None, found.notes
     assert found.forecast.memory.runtime == devices.CUDA_CONTEXT
+    assert found.forecast.sampler.pass_cost == 4096
     assert found.forecast.heavy.load.tokens == sum(found.forecast.sampler.lengths_of(found.forecast.heavy.rows))
     return found
 
@@ -76,6 +80,9 @@ def fake_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (70 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 0)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(devices, "prepare_allocator", lambda device: "")
+    monkeypatch.setattr(devices, "in_use", lambda device: "")
     monkeypatch.setattr(devices, "_measured", lambda device, **how: (4e14, 3e12))
 
 
@@ -107,3 +114,49 @@ def test_a_named_card_computes_in_what_it_multiplies(tmp_path, card, precision):
     assert found.recipe.precision == precision
     given = resolve_run(tiny_recipe(tmp_path, **{**AUTO, "precision": "float32"}), root=tmp_path, device=named(card))
     assert given.recipe.precision == "float32"
+
+
+def test_a_plan_that_tries_a_run_measures_the_card_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """CUDA keeps half a GiB of a card for each process: with that of the plan, memory ended in the trial on a T4."""
+    fake_card(monkeypatch)
+    words = []
+
+    def run(command, **how):
+        words.extend(command[1:])
+        found = json.dumps(dataclasses.asdict(Device("cuda", "cuda", 15 * 2**30, 4e13, 3e11, in_use="others")))
+        return types.SimpleNamespace(returncode=0, stdout=f"noise\n{found}\n", stderr="")
+
+    monkeypatch.setattr(devices.subprocess, "run", run)
+    monkeypatch.setattr(devices, "here", lambda *args, **how: pytest.fail("in this process"))
+    recipe = tiny_recipe(tmp_path, **{**AUTO, "device": "auto", "precision": "auto"})
+    found = resolve_run(recipe, root=tmp_path, apart=True)
+    assert words == ["-m", "tunesmith.planning.devices", "cuda", "1", "bfloat16"]
+    assert found.forecast is not None
+    assert found.forecast.device.room == 15 * 2**30
+    assert "others" in found.notes
+
+
+def test_that_process_says_what_it_found():
+    found = devices.here_apart("cpu", threads=1, dtype=torch.float32)
+    assert found.kind == "cpu"
+    assert found.products > 0
+
+
+def test_a_slice_of_a_card_is_a_card_with_the_memory_of_the_slice(tmp_path, monkeypatch):
+    fake_card(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 MIG 1g.10gb")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (9 * 2**30, 10 * 2**30))
+    found = resolve_run(tiny_recipe(tmp_path, **{**AUTO, "device": "auto"}), root=tmp_path)
+    assert [choice.reason for choice in found.choices if choice.key == "device"] == ["NVIDIA H100 MIG 1g.10gb is here"]
+    assert found.forecast is not None
+    assert found.forecast.device.room == 9 * 2**30 + devices.CUDA_CONTEXT
+
+
+def test_a_second_run_on_a_card_takes_what_the_first_leaves_and_says_who_it_is(tmp_path, monkeypatch):
+    fake_card(monkeypatch)
+    monkeypatch.setattr(devices, "in_use", lambda device: f"{device}: 40 GiB are in use by python (process 7, 40 GiB)")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (40 * 2**30, 80 * 2**30))
+    found = resolve_run(tiny_recipe(tmp_path, **{**AUTO, "device": "auto"}), root=tmp_path)
+    assert "cuda: 40 GiB are in use by python (process 7, 40 GiB)" in found.notes
+    assert found.forecast is not None
+    assert found.forecast.device.room == 40 * 2**30 + devices.CUDA_CONTEXT

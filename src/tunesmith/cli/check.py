@@ -235,7 +235,8 @@ def _resolve(
         card, devices = named_group(device) if device else (None, devices_of(recipe))
         if (recipe.devices, devices) != ("auto", 1):  # else the plan would say that it was given
             recipe = recipe.model_copy(update={"devices": devices})
-        resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, device=card)
+        how: dict[str, Any] = {"device": card, "apart": probe}
+        resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, **how)
         values, fits = resolved_values(resolved), resolved.forecast is None or resolved.forecast.fits
         if small := _small_disk(resolved.forecast, root):
             values["warnings"].append(small)

@@ -14,6 +14,7 @@ import typer
 from tunesmith.cli.options import Json, Offline, Root, Settings, named, to_overrides
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import default_threads, install_command
+from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run
 
@@ -64,17 +65,25 @@ def findings() -> dict[str, Any]:
     """Versions, and the device, precision and threads of a training on this machine."""
     from importlib.util import find_spec
 
+    import torch
+
+    from tunesmith.models.card import driver
     from tunesmith.models.machine import choose_device, choose_precision
     from tunesmith.training.summary import versions
 
-    device = choose_device("auto")
-    precision = choose_precision("auto", device.value)
+    try:
+        device = choose_device("auto")
+        chosen, precision = f"{device.value}: {device.reason}", choose_precision("auto", device.value)
+    except RecipeError as error:  # a card that torch cannot use: what would be, with device: cpu
+        chosen, precision = f"none: {error}", choose_precision("auto", "cpu")
     threads, why = default_threads()
     return {
         **versions(),
         "interpreter": sys.executable,
         "platform": platform.platform(),
-        "device": f"{device.value}: {device.reason}",
+        "torch's CUDA": torch.version.cuda or "none: built for processors",
+        "NVIDIA driver": driver() or "none",
+        "device": chosen,
         "precision": f"{precision.value}: {precision.reason}",
         "threads": threads,
         "threads reason": why,

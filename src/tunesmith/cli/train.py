@@ -88,11 +88,14 @@ def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: boo
 def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
+    from tunesmith.parallel.own_card import take_card
     from tunesmith.parallel.world import place_of
     from tunesmith.trackers.sender import tracked
 
     launch_ranks(recipe)
-    first = place_of(os.environ).rank == 0
+    place = place_of(os.environ)
+    take_card(place, recipe.device, os.environ)  # before an import can list the cards
+    first = place.rank == 0
     with (
         run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first) as display,
         tracked(recipe.track if first else (), offline=offline, say=display.tracked) as on_run,
@@ -139,6 +142,7 @@ def resume(
     """
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
+    from tunesmith.parallel.own_card import take_card
     from tunesmith.parallel.world import place_of
     from tunesmith.recipe import load
     from tunesmith.trackers.sender import tracked
@@ -159,7 +163,9 @@ def resume(
     recipe = load.load(str(found.recipe_path), settings or [], of_run=True)
     alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
     launch_ranks(alone)
-    first = place_of(os.environ).rank == 0
+    place = place_of(os.environ)
+    take_card(place, recipe.device, os.environ)
+    first = place.rank == 0
     trackers, of_recipe = (track or [], found.recipe().track) if first else ([], ())
     with (
         run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,

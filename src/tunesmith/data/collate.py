@@ -120,7 +120,7 @@ class Collator:
             pools=self.pools,
         )
         batch = replace(batch, copies_B=copies)
-        batch = self._with_lines(batch, whole, list(map(len, parts))) if whole[0].branches else batch
+        batch = self._with_lines(batch, whole, parts) if whole[0].branches else batch
         batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
 
@@ -131,20 +131,20 @@ class Collator:
         other = partner_line(row, self.store.row(int(branches.partners[index])), branches.max_tokens)
         return [other] if lines == "looked" else [*lines_of(row), other]
 
-    def _with_lines(self, batch: Batch, rows: Sequence[Row], counts: Sequence[int]) -> Batch:
-        """The batch of so many lines of each row, with the rows that targets belong to, and their numbers."""
+    def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:
+        """The batch of these lines of each row, with the rows that targets belong to, and their numbers."""
         branches, device = self.store.branches, batch.row_of_N.device
         found = np.zeros((len(rows), 2)) if branches.reference is None else branches.reference[list(batch.row_indices)]
         values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
-        row_of_line = np.repeat(np.arange(len(rows)), counts)
+        row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines)))
         wide = torch.float32 if device.type == "mps" else torch.float64
         keys = np.array([key for row in rows for key in row.keys], np.int64)
         return replace(
             batch,
             line_of_N=batch.row_of_N,
-            row_of_N=torch.from_numpy(row_of_line).to(device)[batch.row_of_N],
-            values_BV=torch.from_numpy(values).to(device, wide),
-            keys_L=torch.from_numpy(keys).to(device) if len(keys) else None,
+            row_of_N=_copied(torch.from_numpy(row_of_line), device)[batch.row_of_N],
+            values_BV=_copied(torch.from_numpy(values).to(wide), device),
+            keys_L=_copied(torch.from_numpy(keys), device) if len(keys) else None,
         )
 
     def _row(self, index: int, draw: int, copy: int) -> Row:
@@ -157,6 +157,12 @@ class Collator:
     def _content(self, index: int) -> int:
         """A number for the content of a row: the content hash of its example plus the number of the window."""
         return int(self.store.hashes[index]) + int(self.store.windows[index])
+
+
+def _copied(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device. From pinned memory nobody waits for the copy."""
+    tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 def build_batch(
@@ -200,10 +206,7 @@ def build_batch(
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         whole = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
-        made = torch.from_numpy(np.array(whole))
-        # From pinned memory nobody waits for the copy.
-        made = made.pin_memory() if torch.device(device).type == "cuda" else made
-        return made.to(device, non_blocking=True)
+        return _copied(torch.from_numpy(np.array(whole)), device)
 
     return Batch(
         layout=layout,

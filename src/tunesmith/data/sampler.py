@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 MicroBatch = tuple[int, ...]
 """Indices of the rows that go through the model together in one forward and backward."""
-MICRO_BATCH_COST = 64
-"""Cost of a micro-batch in addition to its tokens, in tokens: a small model on a CPU computes so many in that
-time."""
+MICRO_BATCH_COST, COST_ON_CARD = 64, 4096
+"""Cost of a micro-batch in addition to its tokens, in tokens: a small model on a CPU computes so many in that time; a
+card in the 40 to 90 ms that it takes to start all operations of a pass."""
 MOST_READ = 4
 """Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys of its
 prefix."""
@@ -64,6 +64,8 @@ class StepSampler:
     computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
+    pass_cost: int = MICRO_BATCH_COST
+    """Cost of a micro-batch besides its tokens, in tokens, see `pass_cost`."""
     is_even: bool = False
     """Every part of a step has to go through the model as often, see `idle`."""
     _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -113,6 +115,7 @@ class StepSampler:
             self.lengths_of(rows),
             tokens_per_pass=self.tokens_per_pass,
             layout=self.layout,
+            cost=self.pass_cost,
             targets=() if self.targets_I is None else self._sides_of(rows)[:, 1].tolist(),
         )
 
@@ -166,15 +169,26 @@ class StepSampler:
         return found
 
 
+def pass_cost(device: object) -> int:
+    """Cost of a micro-batch on a device, or on a kind of it, besides its tokens, in tokens."""
+    return MICRO_BATCH_COST if str(device).startswith("cpu") else COST_ON_CARD
+
+
 def make_micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], *, tokens_per_pass: int, layout: Layout, targets: Sequence[int] = ()
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    tokens_per_pass: int,
+    layout: Layout,
+    targets: Sequence[int] = (),
+    cost: int = MICRO_BATCH_COST,
 ) -> list[MicroBatch]:
     """Group rows into micro-batches of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
 
     Every row is in exactly one micro-batch. Packed rows are placed by best-fit decreasing (Johnson et al. 1974,
     "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by length,
-    and padding counts. `targets`: for an encoder–decoder the tokens of each row that its decoder reads, which are
-    padded apart from the others.
+    and padding counts, as does each micro-batch (`cost`, in tokens). `targets`: for an encoder–decoder the tokens of
+    each row that its decoder reads, which are padded apart from the others.
     """
     if layout == "packed":
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
@@ -184,7 +198,7 @@ def make_micro_batches(
     if targets:
         sides_RS = np.array([np.subtract(lengths, targets), targets], np.int64).T
     order_R = np.lexsort((rows, -sides_RS.sum(1)))
-    return [tuple(rows[i] for i in order_R[cut]) for cut in _cut_padded(sides_RS[order_R], tokens_per_pass)]
+    return [tuple(rows[i] for i in order_R[cut]) for cut in _cut_padded(sides_RS[order_R], tokens_per_pass, cost)]
 
 
 def copies_in(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
@@ -246,7 +260,7 @@ def _fill_packed(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]
     return batches
 
 
-def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> list[slice]:
+def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int, cost: int) -> list[slice]:
     """Cut rows in falling order of length into the micro-batches of the lowest cost.
 
     All rows of a micro-batch cost as much as its longest. Dynamic programming from the last row on.
@@ -261,7 +275,7 @@ def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int) -> list[slice
         sizes = np.arange(1, len(longest) + 1)
         computed = sizes * longest
         fitting = max(1, int(np.searchsorted(computed, tokens_per_pass, side="right")))
-        found = MICRO_BATCH_COST + computed[:fitting] + costs[i + 1 : i + 1 + fitting]
+        found = cost + computed[:fitting] + costs[i + 1 : i + 1 + fitting]
         best = int(found.argmin())
         costs[i], ends[i] = found[best], i + 1 + best
     batches, start = [], 0
@@ -316,12 +330,15 @@ def shuffled(
     return rows_R[np.argsort(sort_keys(np.arange(len(rows_R)), seed, epoch, salt=0), kind="stable")]
 
 
-def micro_batches_of(store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout) -> list[MicroBatch]:
-    """Group rows of a store into micro-batches for measuring, where their order does not matter."""
+def micro_batches_of(
+    store: RowStore, rows: Sequence[int], *, tokens_per_pass: int, layout: Layout, device: object
+) -> list[MicroBatch]:
+    """Group rows of a store into micro-batches for measuring on a device; their order does not matter."""
     rows_I = np.asarray(rows, np.int64)
     targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
     lengths = store.lengths_in(layout)[rows_I].tolist()
-    return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, layout=layout, targets=targets)
+    how: dict[str, Any] = {"layout": layout, "targets": targets, "cost": pass_cost(device)}
+    return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, **how)
 
 
 def padded_size(num_tokens: int) -> int:

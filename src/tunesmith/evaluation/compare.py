@@ -166,7 +166,7 @@ def _in_one_pool(sides: Sequence[Sequence[RowResult]]) -> tuple[list[list[RowRes
     pools = [[(row.get("pool"), row.get("documents")) for row in rows] for rows in sides]
     if all(pool == pools[0] for pool in pools):
         return list(map(list, sides)), ""
-    near = [[{**row, **row.get("near", {})} for row in rows] for rows in sides]
+    near: list[list[RowResult]] = [[{**row, **row.get("near", {})} for row in rows] for rows in sides]
     pools = [[(row.get("pool"), row["documents"]) for row in rows] for rows in near]
     are_known = all(pool is not None for pool, _ in pools[0])
     is_one = are_known and all(pool == pools[0] for pool in pools)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from tunesmith.data.collate import build_batch
-from tunesmith.data.sampler import make_micro_batches
+from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.evaluation.bootstrap import Interval, paired_intervals, ratio, value_of
 from tunesmith.models.modes import eval_mode
@@ -87,8 +87,10 @@ def text_batches(
     rows: Sequence[Row], *, layout: Layout, device: torch.device | str
 ) -> Iterator[tuple[Sequence[int], Batch]]:
     """Micro-batches of the rows of the general text, each with the indices of its rows."""
-    lengths = [len(row.ids) for row in rows]
-    for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout):
+    lengths, cost = [len(row.ids) for row in rows], pass_cost(device)
+    for members in make_micro_batches(
+        range(len(rows)), lengths, tokens_per_pass=TOKENS_PER_PASS, layout=layout, cost=cost
+    ):
         yield members, build_batch([rows[i] for i in members], members, layout=layout, device=device)
 
 

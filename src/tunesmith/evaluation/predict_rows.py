@@ -78,7 +78,8 @@ def predict_rows(
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     results: dict[int, Mapping[str, Any]] = {}
     done = 0
-    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, layout=collator.layout)
+    how: dict[str, Any] = {"layout": collator.layout, "device": collator.device}
+    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, **how)
     dealt = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)
     mine = dealt[world.rank]
     with eval_mode(model):

@@ -50,6 +50,8 @@ class BatchedDecoder:
 
     reads_whole = False
     """Whether a prompt has to be read in one part."""
+    can_redo = True
+    """Whether a step that ended in the middle can be made again: keys are written where they were."""
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         use_cached_attention(model)
@@ -70,8 +72,13 @@ class BatchedDecoder:
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
         """Sequences that continue a prompt that has been read; its own slot is not used any more."""
         slots = [SequenceSlot(slot.adapter, slot.pool, slot.length) for _ in range(copies)]
-        for one in slots:
-            self._cache.add(one)
+        for i, copy_of in enumerate(slots):
+            try:
+                self._cache.add(copy_of)
+            except (MemoryError, RuntimeError):
+                for added in slots[:i]:
+                    self.close(added)
+                raise
         return slots
 
     @torch.no_grad()
@@ -131,6 +138,8 @@ class BatchedDecoder:
 
 class SequentialDecoder:
     """Each sequence in a forward pass of its own, with the cache of transformers."""
+
+    can_redo = False
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         self.model = model

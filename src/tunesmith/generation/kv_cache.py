@@ -83,7 +83,8 @@ class KVPool:
         """Copy a sequence into a row of this pool."""
         if len(self.slots) == self.rows:
             self.rows *= 2
-            for layer, (key_NGLD, value_NGLD) in self.layers.items():
+        for layer, (key_NGLD, value_NGLD) in self.layers.items():
+            if len(key_NGLD) < self.rows:  # as it is where memory ended while others grew
                 self.layers[layer] = torch.cat([key_NGLD] * 2), torch.cat([value_NGLD] * 2)
         self._copy_row(len(self.slots), slot)
         slot.pool, slot.row = self, len(self.slots)
@@ -253,6 +254,12 @@ def _decode(rows: DecodeRows, layer: int, new: _New, how: AttentionOptions) -> T
     return out_NGRD.flatten(1, 2)
 
 
+def repeats_keys(query: Tensor) -> bool:
+    """Whether keys are copied for each of the heads that share them, where there is a mask: on a card torch has no
+    kernel for both, and keeps all scores."""
+    return query.device.type == "cuda"
+
+
 def _prefill(span: PrefillSpan, layer: int, new: _New, how: AttentionOptions, segments: Segments) -> Tensor:
     """[T of the span, H, D]"""
     (query_1HTD, key_1GTD, value_1GTD), (slot, place) = new, span
@@ -272,6 +279,9 @@ def _prefill(span: PrefillSpan, layer: int, new: _New, how: AttentionOptions, se
     causal = num == num_keys == window
     mask = None if causal else segments.band(num, num_keys, window)
     shared = q_1HQD.shape[1] != k_1GKD.shape[1]
+    if shared and mask is not None and repeats_keys(q_1HQD):
+        num = q_1HQD.shape[1] // k_1GKD.shape[1]
+        k_1GKD, v_1GKD, shared = k_1GKD.repeat_interleave(num, 1), v_1GKD.repeat_interleave(num, 1), False
     out_1HQD = F.scaled_dot_product_attention(
         q_1HQD, k_1GKD, v_1GKD, attn_mask=mask, is_causal=causal, scale=how.scaling, enable_gqa=shared
     )

@@ -19,6 +19,7 @@ from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
+from tunesmith.models.card import prepare_allocator
 from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
@@ -340,6 +341,7 @@ def _load(
     if resolved(recipe.data.max_tokens) > limit:  # of an earlier version, which had another limit
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_tokens": limit})})
     device = machine.choose_device(recipe.device).value
+    prepare_allocator(device)
     chosen = machine.choose_precision(recipe.precision, device)
     precision = chosen.value
     tokenizer = tokenizer or files.load_tokenizer(located, None)

@@ -19,7 +19,7 @@ from tunesmith.data.collate import build_batch
 from tunesmith.data.dataset import file_hash
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.read import expand_folders
-from tunesmith.data.sampler import make_micro_batches
+from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, InputError
 from tunesmith.evaluation.generate import PromptLimit, generate_within
 from tunesmith.evaluation.predict_rows import sigmoid, softmax
@@ -176,8 +176,10 @@ class Predictor:
     def _passes(self, lengths: Mapping[int, int], done: Done) -> Iterator[tuple[int, ...]]:
         """Indices of rows of similar length; `done` gets how many rows are, after each micro-batch."""
         most = self.loaded.tokens_per_pass
-        num_done = 0
-        for members in make_micro_batches(list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded"):
+        num_done, cost = 0, pass_cost(self.loaded.model.device)
+        for members in make_micro_batches(
+            list(lengths), list(lengths.values()), tokens_per_pass=most, layout="padded", cost=cost
+        ):
             yield members
             num_done += len(members)
             done(num_done)

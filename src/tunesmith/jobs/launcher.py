@@ -10,8 +10,7 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import for_child
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE
 from tunesmith.runs.folder import Run
 
 NICE = 10
@@ -99,12 +98,17 @@ def start_child(
             popen = subprocess.Popen(
                 ["nice", "-n", str(NICE), sys.executable, "-m", module, *words],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
-                env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
+                env={**for_child(**_rest_of_card()), **environment}, start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip
         os.pwrite(lock, str(popen.pid).encode(), 0)
     finally:
         os.close(lock)
     return ChildProcess(run, popen)
+
+
+def _rest_of_card() -> dict[str, str]:
+    """The share of a card that the server leaves to a run."""
+    return {CARD_SHARE: f"{1 - float(os.environ.get(CARD_SHARE) or SERVING_SHARE):.3g}"}
 
 
 def _beside(run: Path, what: str) -> Path:

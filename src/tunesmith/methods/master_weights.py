@@ -12,7 +12,7 @@ Signals and Their Effect on Quantization Noise", IEEE Transactions on Communicat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,8 @@ class MasterWeights:
     def collect(self) -> None:
         """Add the gradients of the copies to those of the masters, in float32, and drop them."""
         if self._pairs and _in_one_call(self._pairs[0][1]):
-            both = [(p, _own(p.grad), m.grad) for p, m in self._pairs if p.grad is not None and m.grad is not None]
-            if both:
-                torch._foreach_add_([total for _, _, total in both], [gradient for _, gradient, _ in both])
-            for parameter, _, _ in both:
-                parameter.grad = None
+            _add_in_two_calls([pair for pair in self._pairs if pair[0].grad is not None])
+            return
         for parameter, master in self._pairs:
             _MoveGradient(master)(parameter)
 
@@ -87,6 +84,23 @@ def _own(tensor: Tensor) -> Tensor:
 def _in_one_call(tensor: Tensor) -> bool:
     """Whether many small tensors are worth one call: on CUDA, where each call of its own is a kernel to start."""
     return tensor.device.type == "cuda"
+
+
+@torch.no_grad()
+def _add_in_two_calls(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Add gradients to those of the masters: grouped additions know one type, so they are widened before, all at once.
+    A master without a gradient takes them as they are then."""
+    if not pairs:
+        return
+    wide = [torch.empty(master.shape, dtype=master.dtype, device=master.device) for _, master in pairs]
+    torch._foreach_copy_(wide, [_own(parameter.grad) for parameter, _ in pairs if parameter.grad is not None])
+    totals = [master.grad for _, master in pairs if master.grad is not None]
+    if totals:
+        more = [gradient for gradient, (_, master) in zip(wide, pairs, strict=True) if master.grad is not None]
+        torch._foreach_add_(totals, more)
+    for gradient, (parameter, master) in zip(wide, pairs, strict=True):
+        master.grad = gradient if master.grad is None else master.grad
+        parameter.grad = None
 
 
 class _MoveGradient:

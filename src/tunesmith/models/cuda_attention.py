@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import is_out_of_memory
+from tunesmith.models.card import exact_products
 from tunesmith.models.machine import to_device
 from tunesmith.models.segments import (
     AttentionOptions,
@@ -117,7 +118,7 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
     """
     is_cuda = device.type == "cuda"
     here = torch.cuda.device(device) if is_cuda else nullcontext()  # a new thread begins with the first one
-    with here, torch.random.fork_rng([device] if is_cuda else []):
+    with here, exact_products(), torch.random.fork_rng([device] if is_cuda else []):
         try:
             expected = _answers(_by_piece, case, device, torch.float32)
             found = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)

@@ -65,7 +65,7 @@ def parts_of(layer: Any) -> LinearParts | None:
         return None
     if type(layer) is nn.Linear:
         return LinearParts(layer.weight, layer.bias) if "forward" not in vars(layer) else None
-    ask: Callable[[], LinearParts | None] | None = getattr(layer, "parts", None)  # type: ignore[assignment]
+    ask: Callable[[], LinearParts | None] | None = getattr(layer, "parts", None)
     return None if ask is None else ask()
 
 

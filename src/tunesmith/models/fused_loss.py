@@ -16,7 +16,9 @@ output layer as the model's config describes it gives the model's own logits.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ from tunesmith.models.modes import eval_mode
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
 """Bytes of float32 logits of a chunk. On a CPU small chunks are faster, since they stay in its caches."""
-CHUNK_BYTES_ELSEWHERE = 512 * 2**20
+CHUNK_BYTES_ELSEWHERE, CHUNK_BYTES_SMALL = 512 * 2**20, 128 * 2**20
+SMALL_CARD = 17 * 10**9
+"""Bytes of memory of a card up to which chunks are small: T4, and others of 16 GB."""
 CHUNK_BYTES_TRAINED = 64 * 2**20
 """At least, where the layer is trained: every chunk goes through its gradient once more."""
 CHUNK_TARGETS = 96
@@ -56,7 +60,8 @@ class OutputLayer:
     def chunk_size(self, *, trained: bool) -> int:
         """Targets of a chunk."""
         weight = self.layer.weight
-        size = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES_ELSEWHERE)
+        kind = weight.device.type
+        size = CHUNK_BYTES[kind] if kind in CHUNK_BYTES else chunk_on_card(_memory_of(weight.device))
         if trained:
             return max(1, max(size, CHUNK_BYTES_TRAINED) // (4 * len(weight)))
         return max(CHUNK_TARGETS, size // (4 * len(weight)))
@@ -84,6 +89,16 @@ class OutputLayer:
         weight, bias = self.layer.weight, self.layer.bias
         out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self)  # type: ignore[no-untyped-call]
         return out
+
+
+def chunk_on_card(memory: int) -> int:
+    """Bytes of float32 logits of a chunk on a device of so much memory."""
+    return CHUNK_BYTES_SMALL if memory <= SMALL_CARD else CHUNK_BYTES_ELSEWHERE
+
+
+@cache
+def _memory_of(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else sys.maxsize
 
 
 def output_layer_of(model: PreTrainedModel) -> OutputLayer | None:
@@ -154,18 +169,21 @@ class _LossSum(torch.autograd.Function):
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
             if gweight_VD is not None:
-                gweight_VD += glogits_NV.t() @ hidden_ND[here]
+                gweight_VD += _summed(glogits_NV, hidden_ND[here])
             if gbias_V is not None:
-                gbias_V += glogits_NV.sum(0)
-        grads = (ghidden_ND, gweight_VD, gbias_V)
-        ctx.save_for_backward(*(None if grad is None else grad.to(hidden_ND.dtype) for grad in grads))
+                gbias_V += glogits_NV.sum(0, dtype=wide)
+        # Of the layer in float16, whose largest number 65,504 is the sum of some thousand targets: rounded when scaled.
+        of_layer = wide if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
+        ctx.dtype = hidden_ND.dtype
+        kept = ((ghidden_ND, hidden_ND.dtype), (gweight_VD, of_layer), (gbias_V, of_layer))
+        ctx.save_for_backward(*(None if grad is None else grad.to(dtype) for grad, dtype in kept))
         ctx.mark_non_differentiable(found_N)
         return total, found_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        found = (None if saved is None else _times(saved, grad) for saved in ctx.saved_tensors)
+        found = (None if saved is None else _times(saved, grad).to(ctx.dtype) for saved in ctx.saved_tensors)
         return *found, None, None, None, None
 
 
@@ -212,11 +230,19 @@ class _LogProbs(torch.autograd.Function):
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
             if gweight_VD is not None:
-                gweight_VD += glogits_NV.t() @ hidden_ND[here]
+                gweight_VD += _summed(glogits_NV, hidden_ND[here])
             if gbias_V is not None:
                 gbias_V += glogits_NV.sum(0)
         gweight_VD = None if gweight_VD is None else gweight_VD.to(weight_VD.dtype)
         return ghidden_ND, gweight_VD, None if gbias_V is None else gbias_V.to(weight_VD.dtype), None, None
+
+
+def _summed(glogits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
+    """[V, D], the sum over the targets of a chunk; in float16 divided by their number before it is rounded."""
+    if hidden_ND.dtype != torch.float16:
+        return glogits_NV.t() @ hidden_ND
+    mean_VD = torch.addmm(hidden_ND.new_zeros(()), glogits_NV.t(), hidden_ND, beta=0, alpha=1 / len(hidden_ND))
+    return mean_VD.float() * len(hidden_ND)
 
 
 def _times(saved: Tensor, factor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import RecipeError
+from tunesmith.models import card
 from tunesmith.types import Choice
 
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
@@ -23,15 +24,26 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 def choose_device(name: str) -> Choice:
     """The device to compute on: the one that was named, or with "auto" the fastest there is.
 
-    Raises RecipeError for a device that this machine lacks.
+    Raises RecipeError for a device that this machine lacks, and for a card that torch cannot use, unless another device
+    is named.
     """
     if name != "auto":
         return Choice("device", _present(name), "as given")
     if torch.cuda.is_available():
+        _refuse_card("auto", card.why_unfit("cuda"))
         return Choice("device", "cuda", f"{torch.cuda.get_device_name()} is here")
     if torch.backends.mps.is_available():
         return Choice("device", "mps", "the graphics processor of this Mac")
+    _refuse_card("auto", card.why_unused())
+    if card.driver():
+        why = "CUDA_VISIBLE_DEVICES hides every card" if card.is_hidden() else "an NVIDIA driver is here, but no card"
+        return Choice("device", "cpu", f"{why} (a container gets cards by `docker run --gpus all`)")
     return Choice("device", "cpu", "no CUDA or Apple graphics processor that torch can use")
+
+
+def _refuse_card(name: str, why: str) -> None:
+    if why:
+        raise RecipeError(f"device: {name}: {why}. Or use the processor: --set device=cpu".replace("..", "."))
 
 
 def _present(name: str) -> str:
@@ -40,7 +52,11 @@ def _present(name: str) -> str:
         raise RecipeError("device: mps: no Apple graphics processor that torch can use. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
+        if not found:
+            _refuse_card(name, card.why_unused())
         raise RecipeError(f"device: {name}: torch sees {found} CUDA device{'s' * (found != 1)}. Use auto or cpu.")
+    if device.type == "cuda":
+        _refuse_card(name, card.why_unfit(name))
     return name
 
 
@@ -58,12 +74,12 @@ def choose_precision(name: str, device: str) -> Choice:
 
 def _fast_precision_of_card(device: torch.device) -> tuple[str, str]:
     major, minor = torch.cuda.get_device_capability(device)
-    card = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
+    name = f"{torch.cuda.get_device_name(device)} (capability {major}.{minor})"
     if major >= 8:
-        return "bfloat16", f"{card} multiplies bfloat16 in hardware"
+        return "bfloat16", f"{name} multiplies bfloat16 in hardware"
     if major == 7:
-        return "float16", f"{card} multiplies float16 in hardware, but does not multiply bfloat16"
-    return "float32", f"{card} does not multiply bfloat16 in hardware, nor float16 with float32 sums"
+        return "float16", f"{name} multiplies float16 in hardware, but does not multiply bfloat16"
+    return "float32", f"{name} does not multiply bfloat16 in hardware, nor float16 with float32 sums"
 
 
 def _fast_precision(device: torch.device) -> tuple[str, str]:
@@ -136,4 +152,5 @@ def free_cached_memory() -> None:
     if torch.backends.mps.is_available():  # whose allocator torch.accelerator does not know in every version
         torch.mps.empty_cache()
     elif torch.accelerator.is_available():
-        torch.accelerator.memory.empty_cache()
+        with suppress(RuntimeError):  # a card that failed: whoever computes with it says so
+            torch.accelerator.memory.empty_cache()

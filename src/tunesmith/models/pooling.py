@@ -62,7 +62,12 @@ def pool(hidden_ND: Tensor, batch: Batch, kind: PoolingKind) -> Tensor:
         lowest_LD = hidden_ND.new_full((num_lines, hidden_ND.shape[1]), float("-inf"))
         return lowest_LD.scatter_reduce(0, line_of_N[:, None].expand_as(hidden_ND), hidden_ND, "amax")
     sums_LD = hidden_ND.new_zeros(num_lines, hidden_ND.shape[1]).index_add(0, line_of_N, hidden_ND)
-    return sums_LD / torch.bincount(line_of_N, minlength=num_lines)[:, None]
+    return sums_LD / count_each(line_of_N, num_lines)[:, None]
+
+
+def count_each(index_N: Tensor, num: int) -> Tensor:
+    """[num] int64, how often each index occurs. `bincount`, which looks for the largest, would wait for a card."""
+    return index_N.new_zeros(num).index_add_(0, index_N, torch.ones_like(index_N))
 
 
 def write_pooling(pooling: Pooling, folder: Path, *, size: int) -> None:

@@ -123,12 +123,20 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_KF: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(grad_KF.dtype, torch.float32)
+        if grad_KF.device.type == "cuda":  # one kernel for all prefixes
+            return _summed(grad_KF, ctx.shared, wide), None
         grad_TF = grad_KF.index_select(0, ctx.shared.own_T)
         for start, places_CP in ctx.shared.families:
             readers_CPF = grad_KF.index_select(0, places_CP.flatten()).view(*places_CP.shape, -1)
             here = grad_TF[start : start + places_CP.shape[1]]
             here.copy_(readers_CPF.sum(0, dtype=wide).add_(here))
         return grad_TF, None
+
+
+def _summed(grad_KF: Tensor, shared: SharedPrefixes, wide: torch.dtype) -> Tensor:
+    """[T, F], the sum over the keys of each token, added in the type `wide`."""
+    sums_TF = grad_KF.new_zeros(len(shared.own_T), grad_KF.shape[1], dtype=wide)
+    return sums_TF.index_add_(0, shared.index_K, grad_KF.to(wide)).to(grad_KF.dtype)
 
 
 @dataclass(frozen=True, slots=True)

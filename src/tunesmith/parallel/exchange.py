@@ -137,5 +137,4 @@ def _sum_together(pieces: list[Tensor]) -> None:
         return
     bucket = torch.cat([piece.float() for piece in pieces])
     dist.all_reduce(bucket)
-    for piece, summed in zip(pieces, torch.split(bucket, [piece.numel() for piece in pieces]), strict=True):
-        piece.copy_(summed)
+    torch._foreach_copy_(pieces, torch.split(bucket, [piece.numel() for piece in pieces]))

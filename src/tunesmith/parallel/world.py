@@ -25,8 +25,10 @@ from typing import Any
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
 from tunesmith.version import __version__
 
-JOIN_S = 60.0
-"""Seconds in which every rank must have come, and after which one without a sign of life is given up."""
+JOIN_S = 600.0
+"""Seconds in which every rank must have come: from a cold network disk imports take minutes."""
+DEAD_S, SAY_S = 60.0, 10.0
+"""Seconds after which a rank without a sign of life is given up, and between two words on who has come."""
 BEAT_S = 5.0
 POLL_S = 0.05
 COLLECTIVE_S = 7200.0
@@ -38,6 +40,10 @@ _TRANSPORT = re.compile(r"gloo|NCCL|[Pp]rocess ?[Gg]roup|[Cc]onnection")
 """Words of an error of torch.distributed, which has no class of its own."""
 AGREED = (Stopped, NonFiniteError, OutOfMemoryError)
 """Errors that all ranks raise together, after they met."""
+
+
+Say = Callable[[int, int], None]
+"""(ranks that are there, ranks)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ class World:
         """What each rank said of itself when it came."""
         self.mesh: Any = None
         """torch's mesh of ranks over which the layers of the model are split; None: each rank has the whole model."""
+        self.card = ""
+        """The card of this rank where CUDA ran before it came, as torch names it; else cuda:0 is its own."""
         self._store = store
         self._is_connected = False
         self._over = threading.Event()
@@ -109,16 +117,21 @@ class World:
         """Whether every pass through the model is a meeting of all ranks, see `fsdp`."""
         return self.mesh is not None
 
-    def join(self, facts: Mapping[str, Any]) -> None:
-        """Wait until every rank is there, and compare their versions and kinds of device.
+    @property
+    def cards(self) -> list[str]:
+        """Names of the ranks' cards, each kind once; none on processors."""
+        return sorted({one["card"] for one in self.joined if one.get("card")})
+
+    def join(self, facts: Mapping[str, Any], say: Say = lambda here, size: None) -> None:
+        """Wait until every rank is there, and compare their versions, kinds of device and cards.
 
         Raises:
-            GroupError: a rank did not come within a minute.
-            InputError: a rank has other versions or another kind of device.
+            GroupError: a rank did not come within ten minutes.
+            InputError: a rank has other versions, another kind of device, or the card of another rank.
         """
         self._put(f"here/{self.rank}", _own_facts(facts))
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        until = time.monotonic() + JOIN_S
+        until, due = time.monotonic() + JOIN_S, time.monotonic() + SAY_S
         while missing := [rank for rank in range(self.size) if not self._store.check([f"here/{rank}"])]:
             self._raise_failure()
             if time.monotonic() > until:
@@ -127,10 +140,19 @@ class World:
                     f"WORLD_SIZE={self.size}: no word of rank {named} within {JOIN_S:.0f} s. Start as many processes "
                     "as WORLD_SIZE says, and let all reach MASTER_ADDR and MASTER_PORT."
                 )
+            if time.monotonic() > due:
+                say(self.size - len(missing), self.size)
+                due += SAY_S
             time.sleep(POLL_S)
         self.joined = [self._get(f"here/{rank}") for rank in range(self.size)]
-        first = self.joined[0]
+        first, owners = self.joined[0], dict[Any, int]()
         for rank, one in enumerate(self.joined):
+            owner = owners.setdefault((one["host"], one["uuid"]) if one.get("uuid") else rank, rank)
+            if owner != rank:
+                raise InputError(
+                    f"rank {rank} and rank {owner} on {one['host']} have one card, {one['card']}. Name as many in "
+                    "CUDA_VISIBLE_DEVICES as there are processes, or start fewer."
+                )
             for key, value in first["same"].items():
                 if one["same"].get(key) != value:
                     raise InputError(
@@ -151,8 +173,8 @@ class World:
             beats = self._store.add(f"beat/{rank}", 0)
             if beats != seen:
                 seen, changed = beats, time.monotonic()
-            elif time.monotonic() > changed + JOIN_S:
-                raise GroupError(f"rank {rank} of {self.size} gave no sign of life for {JOIN_S:.0f} s.")
+            elif time.monotonic() > changed + DEAD_S:
+                raise GroupError(f"rank {rank} of {self.size} gave no sign of life for {DEAD_S:.0f} s.")
             time.sleep(POLL_S)
         return self._get(key)
 
@@ -284,14 +306,15 @@ def _own_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def group(place: Place, facts: Callable[[], Mapping[str, Any]]) -> Iterator[World]:
-    """The world of this process until the block ends. `facts`: what this rank says of itself, {"room", "same"}."""
+def group(place: Place, facts: Callable[[], Mapping[str, Any]], say: Say = lambda here, size: None) -> Iterator[World]:
+    """The world of this process until the block ends. `facts`: what this rank says of itself, {"room", "same"}; `say`
+    gets how many ranks are there, of how many, while this one waits for the others."""
     if place.size == 1:
         yield World(place)
         return
-    world = World(place, _store(place))
+    world = World(place, _store(place, say))
     try:
-        world.join(facts())
+        world.join(facts(), say)
         yield world
     except BaseException as error:
         world.fail(error)
@@ -300,7 +323,23 @@ def group(place: Place, facts: Callable[[], Mapping[str, Any]]) -> Iterator[Worl
         world.close()
 
 
-def _store(place: Place) -> Any:
+@contextmanager
+def _saying(say: Say, size: int) -> Iterator[None]:
+    """A block that waits for the others without being able to say so itself."""
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(SAY_S):
+            say(0, size)
+
+    threading.Thread(target=speak, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _store(place: Place, say: Say) -> Any:
     """The store that all ranks reach. Raises InputError, GroupError."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -312,7 +351,8 @@ def _store(place: Place) -> Any:
     if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT", "").isdecimal():
         raise InputError(f"{where}: RANK and WORLD_SIZE are set, but not where ranks meet. Let torchrun start them.")
     try:
-        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_S)))
+        with _saying(say, place.size):
+            store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_S)))
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if "EADDRINUSE" in text or "in use" in text:

@@ -288,6 +288,11 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     most = TASKS[resolved(recipe.task)].rows_per_step
+    devices = recipe.devices if isinstance(recipe.devices, int) else 1
+    wanted = min(MOST_TIMES * most, ROWS_OF_A_DEVICE * devices)
+    if wanted > most and (value := min(wanted, rows // 20)) > most:
+        why = f"{ROWS_OF_A_DEVICE} rows for each of {devices} devices, at most {MOST_TIMES} times the usual {most}"
+        return value, why
     value = max(1, min(most, rows // 20))
     if has_look(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
@@ -400,6 +405,10 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
 """In order: a later rule may depend on what an earlier one decided."""
 
 
+ROWS_OF_A_DEVICE = 4
+"""Rows of a step for each device, from which on their shares are about equal."""
+MOST_TIMES = 4
+"""Times that a step may have of the usual rows for the sake of devices: more teach less each."""
 LEAST_COMPARED = 16
 """Rows of a step at least, where they are compared with each other."""
 HIGH_RATE = 100

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +20,17 @@ from typing import Any
 import psutil
 import torch
 
-from tunesmith.environment import resident_bytes
+from tunesmith.environment import for_child, resident_bytes
 from tunesmith.errors import InputError
+from tunesmith.models.card import free_bytes, in_use, prepare_allocator
 
 GB = 10**9
 EFFICIENCY = 0.4
 """Share of a card's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
 performance summary, Llama 3 8B and Qwen2.5 7B)."""
-CUDA_LAUNCH, CPU_LAUNCH = 5e-6, 35e-6
-"""Seconds to start one operation; on a processor, which waits for it, with the code of the model and of torch."""
+CUDA_LAUNCH, CUDA_START, CPU_LAUNCH = 5e-6, 18e-6, 35e-6
+"""Seconds to start one operation alone; with the code of the model and of torch, on a card (5,300 counted operations of
+32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
 CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 GROUP = 400 * 2**20
@@ -59,7 +64,7 @@ class Device:
     """Floating-point operations a second in matrix products, as reached; 0: not known."""
     bandwidth: float = 0.0
     """Bytes a second that operations read and write."""
-    launch: float = CUDA_LAUNCH
+    launch: float = CUDA_START
     """Seconds that one operation takes besides its work."""
     precision: str = "bfloat16"
     """Type that a named card multiplies fastest, of those that a run can take."""
@@ -67,6 +72,8 @@ class Device:
     """Bytes a second that reach its disk."""
     busy: float = 0.0
     """Share of the processor that other programs take."""
+    in_use: str = ""
+    """What others hold of the memory of a card that is here, in words."""
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -128,11 +135,13 @@ def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     kind = torch.device(device).type
     if kind == "cpu" and dtype == torch.float16:  # a product of that would take seconds
         dtype = torch.float32
+    others = in_use(device)
+    prepare_allocator(device)
     busy = busy_share() if kind == "cpu" else 0.0
     products, copied = _measured(device, threads=threads, dtype=dtype)
     if kind != "cpu":
-        return Device(device, kind, room(device), products, copied)
-    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH, busy=busy)
+        return Device(device, kind, room(device), products, copied, in_use=others)
+    return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH, busy=busy, in_use=others)
 
 
 def busy_share() -> float:
@@ -143,11 +152,21 @@ def busy_share() -> float:
     return float(sum(own)) / len(own) / 100
 
 
+def here_apart(device: str, *, threads: int, dtype: torch.dtype) -> Device:
+    """`here`, found by a process of its own: half a GiB of a card, which CUDA keeps for each, is free again when it has
+    ended. Raises RuntimeError with what the process printed where it fails."""
+    asked = [device, str(threads), str(dtype).removeprefix("torch.")]
+    words = [sys.executable, "-m", "tunesmith.planning.devices", *asked]
+    done = subprocess.run(words, capture_output=True, env=for_child(), text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+    return Device(**json.loads(done.stdout.strip().rpartition("\n")[2]))
+
+
 def room(device: str) -> int:
     """Bytes that this process may hold: what is free now, and what it holds already."""
     if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + int(torch.cuda.memory_reserved(device)) + CUDA_CONTEXT  # which is held already, too
+        return free_bytes(device) + CUDA_CONTEXT  # which is held already, too
     return min(_memory_free(), _group_free()) + resident_bytes()
 
 
@@ -212,7 +231,12 @@ def _fastest(do: Callable[[], Any], device: str, *, seconds: float = 0.1) -> flo
         began = time.perf_counter()
         do()
         if not is_cpu:
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(device)
         took = time.perf_counter() - began
         best, spent = min(best, took), spent + took
     return best
+
+
+if __name__ == "__main__":
+    measured = here(sys.argv[1], threads=int(sys.argv[2]), dtype=getattr(torch, sys.argv[3]))
+    sys.stdout.write(json.dumps(asdict(measured)) + "\n")

@@ -102,6 +102,8 @@ class Forecast:
     sampler: StepSampler
     sizes: Sizes
     recomputed: int
+    busy: float | None = None
+    """Share of a mean step in which the device computes; None where its speed is not known."""
     exchange_seconds: float = 0.0
     """Seconds of a step on several devices for summing gradients and gathering split layers, which overlaps with it."""
 
@@ -166,7 +168,7 @@ class Forecaster:
         share = (size - 1) / size / link(self.device)
         summing = 2 * sizes.gradients * share
         gathering = micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered * share
-        duration = None
+        duration, busy = None, None
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
             prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
@@ -174,6 +176,7 @@ class Forecaster:
             found["answering"] += sizes.gathered * share  # of layers that are split, for every token
             looking = load.tokens * found["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
             found["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
+            busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / found["training"]
             steps = total_steps(recipe, sampler.steps_per_epoch)
             how = {"steps": steps, "general_tokens": self.general_tokens}
             counted = counts(recipe, self.rows, self.head, **how, prompts=prompts, layout=sampler.layout)
@@ -195,6 +198,7 @@ class Forecaster:
             sampler=sampler,
             sizes=sizes,
             recomputed=recomputed,
+            busy=busy,
             exchange_seconds=summing + gathering,
         )
 
@@ -228,10 +232,13 @@ class Forecaster:
         if not TASKS[resolved(recipe.task)].sees_rows:
             seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
             sides.append((rows.store, seen_I))
+        how: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
         for store, rows_I in sides:
-            targets_I, some_I, tokens = targets_of(store), [int(i) for i in rows_I], sampler.tokens_per_pass
-            for one in micro_batches_of(store, some_I, tokens_per_pass=tokens, layout=sampler.layout) if some_I else ():
-                found.append(Load(int(store.lengths[list(one)].sum()), int(targets_I[list(one)].sum())))
+            targets_I, some_I = targets_of(store), [int(i) for i in rows_I]
+            passes = micro_batches_of(store, some_I, tokens_per_pass=sampler.tokens_per_pass, **how) if some_I else ()
+            for members in passes:
+                tokens, targets = (int(count_I[list(members)].sum()) for count_I in (store.lengths, targets_I))
+                found.append(Load(tokens, targets))
         return max(found, key=lambda load: load.targets)
 
     def _mean(self, sampler: StepSampler) -> tuple[Load, float]:
@@ -259,6 +266,7 @@ def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_fill
                 load = Load(
                     tokens=padded_size(tokens) if is_filled else tokens,
                     targets=int(targets_I[list(rows)].sum()),
+                    squares=sum(length * length for length in lengths),
                     short_squares=sum(length * length for length in lengths if length <= LONGEST),
                 )
                 found.append(Heavy(step, rows, len(passes) > 1, load))
@@ -361,7 +369,10 @@ def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: 
     """Seconds of a step that computes `load` in so many micro-batches, and of its update."""
     update = 3 * sizes.gradients + 2 * sizes.optimizer + 1.5 * sizes.masters
     launches = micro_batches * sizes.layers * OPERATIONS * device.launch
-    return pass_seconds(sizes, load, device, recomputed=recomputed) + update / device.bandwidth + launches
+    computing = pass_seconds(sizes, load, device, recomputed=recomputed)
+    # A processor waits for what it starts; a card computes while the processor starts the next operation.
+    both = computing + launches if device.kind == "cpu" else max(computing, launches)
+    return both + update / device.bandwidth
 
 
 def prices(sizes: Sizes, load: Load, device: Device, *, result_bytes: int, prompts: int = 1) -> dict[Kind, float]:

@@ -30,9 +30,9 @@ from tunesmith.methods.targets import inner_linears
 from tunesmith.models.fast_layers import keeps_less
 from tunesmith.models.fused_loss import (
     CHUNK_BYTES,
-    CHUNK_BYTES_ELSEWHERE,
     CHUNK_BYTES_TRAINED,
     CHUNK_TARGETS,
+    chunk_on_card,
     output_layer_of,
 )
 from tunesmith.models.modes import layers_of, silence_transformers
@@ -55,6 +55,8 @@ LIBRARIES_NARROW, LIBRARIES_WIDE = 170 * 2**20, 112 * 2**20
 in float32."""
 CUDA_UNUSED = 0.05
 """Share of the tensors' memory that the allocator of a card cannot use."""
+SOFTCAP_BYTES = 18
+"""Bytes of a squashed score: in float32 its product, tangent, masked value and weight, and the weight narrow."""
 QUANTIZED_BITS = 4.127
 """Bits of a weight with its scales: 4, 8 for a block of 64, and 32 for 256 blocks (Dettmers et al. 2023, "QLoRA", arXiv
 2305.14314, section 3)."""
@@ -100,6 +102,8 @@ class Sizes:
     """Bytes of the keys and values of a token, in all layers."""
     less: float = 0.0
     """So many times less than `kept` on a processor: `LESS_BY_NODES`."""
+    softcap: bool = False
+    """Scores are squashed, so that all of them are kept."""
 
     @property
     def gradients(self) -> int:
@@ -181,7 +185,7 @@ def sizes_of(
     linears += [one.get_parameter("weight") for one in convs]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
-    uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs one layer again and again
+    uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
     with torch.device("meta"):
         attachment = attach(recipe, model, head=head, store=store, pad_id=0)
     computing = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
@@ -219,6 +223,7 @@ def sizes_of(
         gathered=gathered,
         elsewhere=num_trained - own,
         cached=2 * layers * _key_size(config) * model.dtype.itemsize,
+        softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     ), model
 
 
@@ -264,17 +269,19 @@ def peak(
     keys and values are kept for answers."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
+    if sizes.softcap:  # spelled out, on every device
+        scores = SOFTCAP_BYTES * sizes.heads * load.squares
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
     layer = int((sizes.kept - (sizes.less if is_cpu else 0)) * used) + scores
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
     kept = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
     activations = kept + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
-    logits, of_output = _logits(sizes, load.targets, is_cpu)
+    logits, of_output = _logits(sizes, load.targets, device)
     gradients = of_output + (sizes.gradients if heavy.accumulating else 0)
     # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go back to the
     # system, and what measuring rows needs comes besides.
     left = logits + at_work if is_cpu and not wide else 0
-    read, _ = _logits(replace(sizes, trains_output=False), look.targets, is_cpu)
+    read, _ = _logits(replace(sizes, trains_output=False), look.targets, device)
     if not sizes.fused_loss:  # logits as they are computed, in float32, and their softmax
         read = look.targets * sizes.outputs * (8 if wide else 8 + sizes.itemsize)
     kept_keys = answered * sizes.cached
@@ -298,12 +305,14 @@ def peak(
     )
 
 
-def _logits(sizes: Sizes, targets: int, is_cpu: bool) -> tuple[int, int]:
-    """Logits of a piece of the targets in float32 with their gradient, and the gradient of an output layer that learns,
-    which is made in the forward pass."""
+def _logits(sizes: Sizes, targets: int, device: Device) -> tuple[int, int]:
+    """Logits of a piece of the targets in float32 with their gradient, both also in the type of the model where that is
+    narrower; and the gradient of an output layer that learns, which is made in the forward pass."""
     of_output = (4 + sizes.itemsize) * sizes.hidden * sizes.outputs if sizes.trains_output else 0
     if not sizes.fused_loss:
         return targets * sizes.outputs * (12 + sizes.itemsize), of_output
-    piece = CHUNK_BYTES["cpu"] if is_cpu else CHUNK_BYTES_ELSEWHERE
+    is_cpu = device.kind == "cpu"
+    piece = CHUNK_BYTES["cpu"] if is_cpu else chunk_on_card(device.room)
     least = CHUNK_BYTES_TRAINED if sizes.trains_output else 4 * CHUNK_TARGETS * sizes.outputs
-    return 2 * min(max(piece, least), 4 * targets * sizes.outputs), of_output
+    times = 2.5 if not is_cpu and sizes.itemsize == 2 else 2.0
+    return int(times * min(max(piece, least), 4 * targets * sizes.outputs)), of_output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import for_child
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -52,13 +53,13 @@ class WorkerProcess:
         self._printing = asyncio.create_task(self._collect_output())
 
     @classmethod
-    async def start(cls, to_load: Any, on_note: Note) -> WorkerProcess:
+    async def start(cls, to_load: Any, on_note: Note, **variables: str) -> WorkerProcess:
         """A worker that has loaded and checked its models. Raises TunesmithError if it could not."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tunesmith.serve.worker",
             stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE_BYTES,
-            env=for_child(TOKENIZERS_PARALLELISM="false"),
+            env=for_child(TOKENIZERS_PARALLELISM="false", **variables),
             start_new_session=True,  # Ctrl-C is for the server, which finishes what is under way
         )  # fmt: skip
         worker = cls(process)
@@ -174,7 +175,10 @@ class WorkerEngine:
 
     async def _new_worker(self) -> WorkerProcess:
         attached = {name: str(run) for name, run in self._attached.items()}
-        return await WorkerProcess.start((self._names, str(self._root), self._options, attached), self._note)
+        share = os.environ.get(CARD_SHARE) or str(SERVING_SHARE)  # of a card on which jobs train too
+        variables = {CARD_SHARE: share} if self._options.attaches else {}
+        to_load = (self._names, str(self._root), self._options, attached)
+        return await WorkerProcess.start(to_load, self._note, **variables)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StreamEvent, None]:
         worker, key, call = self._worker, *self._open(request.n, "answer", request)

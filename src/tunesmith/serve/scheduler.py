@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from tunesmith.errors import is_out_of_memory
 from tunesmith.generation.decoder import Decoder, PromptPart
 from tunesmith.generation.kv_cache import SequenceSlot, room_for
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
 from tunesmith.serve.sampling import Grammar, SampledToken, Sampler, StreamingDecoder, with_text
 
@@ -19,6 +22,7 @@ PREFILL_TOKENS = 256
 PREFILL_TOKENS_ALONE = 1024
 """Prompt tokens read in a step that decodes nothing."""
 
+T = TypeVar("T")
 KeyedEvent = tuple[int, StreamEvent | RequestError]
 """An event and the key of its request."""
 
@@ -113,15 +117,40 @@ class Scheduler:
         if not parts and not self._answers:
             return events
         last_tokens = {slot: answer.last_token for slot, answer in self._answers.items()}
-        slots, logits_NV = self._decoder.step(last_tokens, [part for _, part in parts])
+        done = self._within_memory(lambda: self._decoder.step(last_tokens, [part for _, part in parts]))
+        if done is None:
+            return [*events, *self._give_way()]
+        slots, logits_NV = done
         num_decoded = len(slots) - len(parts)
         events += self._sample([self._answers[slot] for slot in slots[:num_decoded]], logits_NV[:num_decoded])
         for (prefill, (_, ids)), logits_V in zip(parts, logits_NV[num_decoded:], strict=True):
             prefill.num_read += len(ids)
             if prefill.num_read == len(prefill.request.prompt):
-                self._prefills.remove(prefill)
-                events += self._start_answers(prefill, logits_V)
+                started = self._within_memory(partial(self._start_answers, prefill, logits_V))
+                events += self._fail(prefill.request.key) if started is None else started
         return events
+
+    def _within_memory(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None: memory ended."""
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached_memory()  # outside of the handler, whose traceback holds the tensors
+        return None
+
+    def _give_way(self) -> list[KeyedEvent]:
+        """Fail the youngest request, so that there is memory for others; all, if their step cannot be made again."""
+        keys = {prefill.request.key for prefill in self._prefills}
+        keys |= {answer.request.key for answer in self._answers.values()}
+        youngest = [max(keys)] if self._decoder.can_redo else sorted(keys)
+        return [event for key in youngest for event in self._fail(key)]
+
+    def _fail(self, key: int) -> list[KeyedEvent]:
+        self.cancel(key)
+        message = "the memory of this server ended: ask for fewer tokens, or for fewer answers at once, or try later"
+        return [(key, RequestError(message, status=503, code="out_of_memory"))]
 
     def _admit(self) -> list[KeyedEvent]:
         events: list[KeyedEvent] = []
@@ -156,7 +185,9 @@ class Scheduler:
     def _start_answers(self, prefill: _Prefill, logits_V: Tensor) -> list[KeyedEvent]:
         """The answers to a prompt that has been read, with their first tokens."""
         request, answers = prefill.request, []
-        for index, slot in enumerate(self._decoder.fork(prefill.slot, request.sampling.n)):
+        slots = self._decoder.fork(prefill.slot, request.sampling.n)
+        self._prefills.remove(prefill)
+        for index, slot in enumerate(slots):
             sampler = Sampler(request.sampling, index=index, grammar=request.grammar() if request.grammar else None)
             text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.sampling.stop, strip=request.strip)
             self._answers[slot] = _Answer(request, index, sampler, text, slot)

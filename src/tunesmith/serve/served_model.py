@@ -15,7 +15,7 @@ import torch
 from tunesmith.data.branch_encoders import first_pooled, pooled
 from tunesmith.data.collate import build_batch
 from tunesmith.data.renderer import Renderer
-from tunesmith.data.sampler import make_micro_batches
+from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, ModelError
 from tunesmith.generation.adapters import LowRankPath
 from tunesmith.generation.decoder import Decoder
@@ -205,8 +205,9 @@ class Embedder:
         lengths = [len(row.ids) for row in rows]
         most = self.loaded.tokens_per_pass
         vectors: dict[int, list[float]] = {}
+        cut: dict[str, Any] = {"tokens_per_pass": most, "layout": "padded", "cost": pass_cost(model.device)}
         with eval_mode(model):
-            for members in make_micro_batches(range(len(rows)), lengths, tokens_per_pass=most, layout="padded"):
+            for members in make_micro_batches(range(len(rows)), lengths, **cut):
                 how: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
                 batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **how)
                 found_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)[:, :dimensions]

@@ -26,14 +26,17 @@ import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
+from tunesmith.models.card import free_bytes
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError, pack, unpack
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
 WATCH_S = 0.5
-SCRATCH_BYTES = 256 * 1024**2
-"""For everything but weights, keys and values."""
+SCRATCH_BYTES, SCRATCH_ON_CARD = 256 * 1024**2, 1024 * 1024**2
+"""For everything but weights, keys and values: on a card activations and logits of a step."""
+USED_OF_CARD = 0.9
+"""Share of a card's free memory for keys and values: pools are copied as they grow."""
 
 Send = Callable[[Any], None]
 Inbox = queue.SimpleQueue[Any]
@@ -84,9 +87,12 @@ class Worker:
         self._send = send
         self._preparer = ThreadPoolExecutor(1)
         decoders = registry.decoders
-        free = limit - resident_bytes() - SCRATCH_BYTES
         self._schedulers = {
-            decoder: Scheduler(decoder, streams=options.streams, room=decoder.token_capacity(free // len(decoders)))
+            decoder: Scheduler(
+                decoder,
+                streams=options.streams,
+                room=decoder.token_capacity(_free_for_keys(decoder.model.device, limit) // len(decoders)),
+            )
             for decoder in decoders
         }
 
@@ -168,6 +174,14 @@ class Worker:
             self._registry.drop_detached()
         if events := [event for scheduler in busy for event in scheduler.step()]:
             self._send(tuple(events))
+
+
+def _free_for_keys(device: torch.device, limit: int) -> int:
+    """Bytes for keys and values once the weights are loaded: of the card where the model is on one, else of what this
+    process may hold."""
+    if device.type != "cuda":
+        return limit - resident_bytes() - SCRATCH_BYTES
+    return int(USED_OF_CARD * (free_bytes(device) - torch.cuda.memory_allocated(device) - SCRATCH_ON_CARD))
 
 
 def _receive() -> Any:

@@ -62,16 +62,16 @@ def embed(model: nn.Module, batch: Batch, options: Embed) -> Tensor:
 
 def texts_of(batch: Batch, vectors_LD: Tensor) -> Texts:
     """The texts of a batch."""
-    import torch
+    from tunesmith.models.pooling import count_each
 
     assert batch.line_of_N is not None, "rows of texts have branches"
     assert batch.keys_L is not None, "and their texts keys"
-    row_of_L = torch.zeros(len(batch.lengths), dtype=torch.int64, device=vectors_LD.device)
+    row_of_L = batch.row_of_N.new_zeros(len(batch.lengths))
     row_of_L[batch.line_of_N] = batch.row_of_N
     return Texts(
         vectors_LD,
         batch.keys_L,
-        torch.bincount(row_of_L, minlength=len(batch.row_indices)),
+        count_each(row_of_L, len(batch.row_indices)),
         values_of(batch)[:, 0].to(vectors_LD.dtype),
     )
 
@@ -108,7 +108,8 @@ def _losses(texts: Texts, options: Embed) -> Tensor:
     similar_B = options.scale * similar_B
     differences_BB = similar_B[None, :] - similar_B[:, None]
     counts_BB = texts.scores_B[:, None] > texts.scores_B[None, :]
-    whole = torch.logsumexp(torch.cat([similar_B.new_zeros(1), differences_BB[counts_BB]]), 0)
+    differences_BB = differences_BB.masked_fill(~counts_BB, float("-inf"))
+    whole = torch.logsumexp(torch.cat([similar_B.new_zeros(1), differences_BB.flatten()]), 0)
     return whole.expand(len(similar_B))
 
 
@@ -119,21 +120,30 @@ def _ranking(texts: Texts, options: Embed) -> Tensor:
     from torch.nn import functional as F
 
     anchors_B, keys_L = texts.anchors_B, texts.keys_L
-    is_document_L = torch.ones_like(keys_L, dtype=torch.bool)
-    is_document_L[anchors_B] = False
+    is_anchor_L = torch.zeros_like(keys_L)
+    is_anchor_L[anchors_B] = 1
+    documents = torch.argsort(is_anchor_L, stable=True)[: len(keys_L) - len(anchors_B)]  # nobody waits for a card here
     rows_B = torch.arange(len(anchors_B), device=keys_L.device)
     own_B = anchors_B - rows_B  # among the documents
     vectors_LD = F.normalize(texts.vectors_LD, dim=-1)
-    queries_B, documents_M = keys_L[anchors_B], keys_L[is_document_L]
-    belongs_BM = torch.isin(queries_B[:, None] * _ODD + documents_M, queries_B * _ODD + documents_M[own_B])
+    queries_B, documents_M = keys_L[anchors_B], keys_L[documents]
+    belongs_BM = _is_in(queries_B[:, None] * _ODD + documents_M, queries_B * _ODD + documents_M[own_B])
     hidden_BM = belongs_BM | (documents_M == queries_B[:, None])
     hidden_BM[rows_B, own_B] = False
-    scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[is_document_L].T
+    scores_BM = options.scale * vectors_LD[anchors_B] @ vectors_LD[documents].T
     scores_BM = scores_BM.masked_fill(hidden_BM, float("-inf"))
     losses_B = F.cross_entropy(scores_BM, own_B, reduction="none")
     if not options.symmetric:
         return losses_B
     return (losses_B + F.cross_entropy(scores_BM[:, own_B].T, rows_B, reduction="none")) / 2
+
+
+def _is_in(asked_BM: Tensor, known_B: Tensor) -> Tensor:
+    """bool [B, M], as `torch.isin`, which would wait for a card."""
+    import torch
+
+    known_B = known_B.sort().values
+    return known_B[torch.searchsorted(known_B, asked_BM).clamp_max(len(known_B) - 1)] == asked_BM
 
 
 def embedding_loss_sum(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Tensor:

@@ -130,9 +130,11 @@ def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels, loss:
 def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Loss = PLAIN) -> Tensor:
     import torch
 
+    from tunesmith.models.machine import to_device
+
     losses_N = target_losses(logits_NC, targets_N, loss)
     if labels.weights_C is None:
         return losses_N
     # Multiplied here and not inside cross_entropy, which divides by the weights of a micro-batch instead of a step.
-    weights_C = torch.from_numpy(labels.weights_C).to(losses_N)
+    weights_C = to_device(torch.from_numpy(labels.weights_C).to(losses_N.dtype), losses_N.device)
     return losses_N * weights_C[targets_N]

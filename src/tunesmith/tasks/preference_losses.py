@@ -133,6 +133,7 @@ def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tu
     import torch
 
     from tunesmith.models.forward import hidden_states, logits_at_targets
+    from tunesmith.models.pooling import count_each
     from tunesmith.tasks.losses import target_losses
 
     if output is not None and output.belongs_to(model):
@@ -143,7 +144,7 @@ def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tu
     wide = values_of(batch).dtype
     s_L = torch.zeros(len(batch.lengths), dtype=wide, device=logp_N.device)
     s_L = s_L.index_add(0, batch.line_of_N, logp_N.to(wide))
-    return s_L, torch.bincount(batch.line_of_N, minlength=len(s_L)).to(wide)
+    return s_L, count_each(batch.line_of_N, len(s_L)).to(wide)
 
 
 def values_of(batch: Batch) -> Tensor:
@@ -175,7 +176,9 @@ def kto_loss_sum(model: nn.Module, batch: Batch, *, options: Prefer, output: Out
 def look(model: nn.Module, batches: Iterable[Batch], world: World, **how: Any) -> Callable[..., Tensor]:
     """`kto_loss_sum` with z₀ of a step, whose lines hold the answers of partners."""
     moved = [line_logps(model, batch, how["output"])[0] - values_of(batch)[:, 2] for batch in batches]
-    own = [math.fsum(value for one in moved for value in one.tolist()), sum(map(len, moved))]
+    import torch
+
+    own = [math.fsum(torch.cat(moved).tolist() if moved else ()), sum(map(len, moved))]  # read once
     total, num = (math.fsum(column) for column in zip(*world.gather_values(own), strict=True))
     return partial(kto_loss_sum, **how, z0=max(0.0, total / num))
 

@@ -4,7 +4,7 @@ A target is a row, whose loss is the mean over its pairs of a better and a worse
 or the loss of its list.
 """
 
-# B rows, L lines (one an answer or document), P pairs of lines, K documents of a row
+# B rows, L lines (one an answer or document)
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_
     import torch
     from torch.nn import functional as F
 
-    better_LL = (row_of_L[:, None] == row_of_L) & (scores_L[:, None] > scores_L)
-    better_P, worse_P = better_LL.nonzero(as_tuple=True)
-    row_P = row_of_L[better_P]
-    margin_P = margin_B[row_P] + options.margin * (scores_L[better_P] - scores_L[worse_P])
-    losses_P = -F.logsigmoid(rewards_L[better_P] - rewards_L[worse_P] - margin_P)
-    losses_P = losses_P + options.center * (rewards_L[better_P] + rewards_L[worse_P]).square()
-    share_P = torch.bincount(row_P, minlength=len(margin_B))[row_P].to(losses_P).reciprocal()
-    return torch.zeros_like(margin_B).index_add(0, row_P, losses_P * share_P)
+    # All pairs of lines, of which those that count are summed: to list these a card would have to be waited for.
+    is_better_LL = (row_of_L[:, None] == row_of_L) & (scores_L[:, None] > scores_L)
+    margin_LL = margin_B[row_of_L][:, None] + options.margin * (scores_L[:, None] - scores_L)
+    losses_LL = -F.logsigmoid(rewards_L[:, None] - rewards_L - margin_LL)
+    losses_LL = losses_LL + options.center * (rewards_L[:, None] + rewards_L).square()
+    losses_L = torch.where(is_better_LL, losses_LL, 0.0).sum(1)
+    pairs_B = torch.zeros_like(margin_B).index_add(0, row_of_L, is_better_LL.sum(1).to(margin_B))
+    return torch.zeros_like(margin_B).index_add(0, row_of_L, losses_L) / pairs_B.clamp_min(1)
 
 
 def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, options: Rank) -> Tensor:
@@ -52,17 +52,20 @@ def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_
     import torch
     from torch.nn import functional as F
 
+    from tunesmith.models.pooling import count_each
+
     empty_B = torch.zeros_like(values_B)
     if options.loss == "pairwise":
         return reward_losses(scores_L, wanted_L, row_of_L, empty_B, Reward(center=0.0))
-    counts_B = torch.bincount(row_of_L, minlength=len(empty_B))
     if options.loss == "pointwise":
-        weight = scores_L.new_tensor(options.positive_weight)
+        counts_B, weight = count_each(row_of_L, len(empty_B)), scores_L.new_full((), options.positive_weight)
         losses_L = F.binary_cross_entropy_with_logits(scores_L, wanted_L, pos_weight=weight, reduction="none")
         return empty_B.index_add(0, row_of_L, losses_L / counts_B[row_of_L])
-    found = [torch.split(values_L, counts_B.tolist()) for values_L in (scores_L, wanted_L)]
-    lists = [-(wanted_K.softmax(0) * scores_K.log_softmax(0)).sum() for scores_K, wanted_K in zip(*found, strict=True)]
-    return torch.stack(lists)
+    is_other_BL = torch.arange(len(empty_B), device=row_of_L.device)[:, None] != row_of_L
+    scores_BL, wanted_BL = (
+        values_L.expand_as(is_other_BL).masked_fill(is_other_BL, float("-inf")) for values_L in (scores_L, wanted_L)
+    )
+    return -(wanted_BL.softmax(1) * scores_BL.log_softmax(1).masked_fill(is_other_BL, 0)).sum(1)
 
 
 def branch_losses(model: nn.Module, batch: Batch, losses: Callable[..., Tensor], options: Any) -> tuple[Tensor, Tensor]:

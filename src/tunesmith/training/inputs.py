@@ -15,7 +15,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import RecipeError, RunError
 from tunesmith.inference.load import load_run, make_renderer
 from tunesmith.methods import method_of
-from tunesmith.models import load, special_tokens
+from tunesmith.models import load, machine, special_tokens
 from tunesmith.models.heads import own_classes
 from tunesmith.models.load import model_kind
 from tunesmith.models.resolve_model import ModelRef, resolve_base, split_revision
@@ -80,6 +80,8 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     size, kind = model_size(located), model_kind(located)
     added = _add_tokens(recipe, tokenizer, kind)
     notes += special_tokens.describe(added, recipe.data.new_tokens)
+    if recipe.device != "auto":
+        machine.choose_device(recipe.device)
     recipe, choices = decide_before_rows(recipe, located, size, kind)
     head = find_head(recipe, located, kind)
     recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)

@@ -237,7 +237,8 @@ def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
 def _measure_rows(setup: Setup) -> Timed | None:
     """Micro-batches of held-out rows, if there are any: the one that needs the most memory, and then others."""
     collator, rows, sampler = setup.held_collator, [int(i) for i in setup.rows.held_rows], setup.sampler
-    passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, layout=sampler.layout)
+    how: dict[str, Any] = {"layout": sampler.layout, "device": setup.device}
+    passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, **how)
     if not passes:
         return None
     targets_I, seconds, tokens = targets_of(collator.store), 0.0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.sampler import StepSampler
+from tunesmith.data.sampler import StepSampler, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
@@ -20,6 +21,7 @@ from tunesmith.parallel.world import World
 from tunesmith.planning import devices
 from tunesmith.planning.defaults import (
     HELD,
+    ROWS_OF_A_DEVICE,
     Facts,
     checkpoint_every,
     decide,
@@ -43,8 +45,8 @@ from tunesmith.types import Choice, HeadName, Layout
 OnProgress = Callable[[str, int, int], None]
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
-ROWS_OF_A_DEVICE = 4
-"""Rows of a step for each device, from which on their shares are about equal."""
+FULL, MOST_OF_A_DEVICE = 0.75, 64
+"""Share of a step in which cards compute, below which a note says why; rows of a device that nobody trains with."""
 
 
 @dataclass
@@ -73,9 +75,11 @@ def resolve_run(
     run: Run | None = None,
     device: Device | None = None,
     world: World | None = None,
+    apart: bool = False,
 ) -> ResolvedRun:
     """Encode rows and decide. `device`: another machine's, for which a plan is asked. `world`: the group that trains;
-    all of it but its first rank get a recipe in which everything is decided, and forecast nothing.
+    all of it but its first rank get a recipe in which everything is decided, and forecast nothing. `apart`: a card is
+    measured by another process, so that this one takes no memory of it.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
@@ -108,7 +112,9 @@ def resolve_run(
     on_progress("plan", 0, 1)
     found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
     try:
-        _forecast(found, device, world, root, free_tokens=free_tokens)
+        is_here = device is None
+        device = device or _device_here(found, recipe, world, apart=apart)
+        _forecast(found, device, world, root if is_here else None, free_tokens=free_tokens)
     except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
         raise
     except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
@@ -133,7 +139,7 @@ def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int
 def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """Everything that rows decide; evaluations by epoch become a number of steps."""
     recipe, choices = decide(recipe, facts)
-    steps_per_epoch = sampler_of(recipe, rows, "padded").steps_per_epoch  # the layout does not change it
+    steps_per_epoch = sampler_of(recipe, rows, "padded", "cpu").steps_per_epoch  # no layout or device changes it
     if recipe.evaluation.every == "epoch":
         why = next((choice.reason for choice in choices if choice.key == "evaluation.every"), "")
         choices = [choice for choice in choices if choice.key != "evaluation.every"]
@@ -153,7 +159,7 @@ def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tupl
     return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
-def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Path, *, free_tokens: bool) -> None:
+def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | None, *, free_tokens: bool) -> None:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
     the recipe and the forecast of `found` as they were; notes may have been added."""
     inputs, rows, recipe = found.inputs, found.rows, found.recipe
@@ -162,12 +168,12 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Pat
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_choice(recipe, Choice("shard", False, ""))
-    is_here = device is None
-    device = device or _this_device(found, recipe, world)
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
+    kind = device.kind
+
     def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
-        sampler = replace(sampler_of(recipe, rows, layout), part=(0, size))
+        sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
         choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
         return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
@@ -201,22 +207,25 @@ def _forecast(found: ResolvedRun, device: Device | None, world: World, root: Pat
         if recipe.memory == "refuse":
             raise refusal
         found.notes.append(str(refusal))
-    if saving := _saving(inputs.recipe, recipe, forecast, root if is_here else None):
+    if saving := _saving(inputs.recipe, recipe, forecast, folder):
         recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
         forecast = predict(recipe)
+    found.notes += _few_rows(recipe, size, forecast)
     replaced = {choice.key for choice in fitted}
     found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
-    found.notes += _few_rows(recipe, size)
     found.recipe, found.forecast = recipe, forecast
 
 
-def _this_device(found: ResolvedRun, recipe: Recipe, world: World) -> Device:
-    """The device of this machine, with the room that a rank may take."""
+def _device_here(found: ResolvedRun, recipe: Recipe, world: World, *, apart: bool) -> Device:
+    """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
         found.notes.append(f"precision: float16: {slow}. Leave precision out.")
-    device = devices.here(recipe.device, threads=threads, dtype=dtype)
+    name = world.card or resolved(recipe.device)
+    measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
+    device = measure(name, threads=threads, dtype=dtype)
+    found.notes.extend(filter(None, [device.in_use, _unlike(world)]))
     return replace(device, room=_room_of_a_rank(device, recipe, world))
 
 
@@ -238,15 +247,31 @@ def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | No
     )
 
 
-def _few_rows(recipe: Recipe, size: int) -> list[str]:
-    """A note where a step has too few rows to fill the devices."""
-    rows, wanted = resolved(recipe.train.rows_per_step), ROWS_OF_A_DEVICE * size
-    if size == 1 or rows >= wanted:
+def _unlike(world: World) -> str:
+    """A note where the ranks have cards of several kinds."""
+    if len(world.cards) < 2:
+        return ""
+    return (
+        f"the cards are unlike: {', '.join(world.cards)}: each step waits for the slowest, the smallest memory counts "
+        "for all, and as unlike cards may round unlike, all take rank 0's weights at every checkpoint"
+    )
+
+
+def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
+    """A note where a step has too few rows to fill the devices, with the share of it in which they compute."""
+    rows, share = resolved(recipe.train.rows_per_step), forecast.busy
+    if size == 1:
         return []
-    return [
-        f"train.rows_per_step is {rows}, which leaves {size} devices few rows each: some wait for others. {wanted} "
-        "would fill them, but are another update: fewer steps, each of more rows"
-    ]
+    wanted, part = ROWS_OF_A_DEVICE * size, "few rows each: some wait for others"
+    if forecast.device.kind != "cpu" and share is not None:
+        wanted = math.ceil(rows * FULL / share)
+        part = f"{rows / size:.3g} rows each: they compute {100 * share:.0f} % of a step, and wait in the rest"
+    if rows >= wanted:
+        return []
+    way = f"{wanted:,} would fill them, but are another update: fewer steps, each of more rows"
+    if wanted > MOST_OF_A_DEVICE * size:
+        way = "This model is small for so many: fewer devices take about as long"
+    return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
 
 
 def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
@@ -296,8 +321,8 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
         )
 
 
-def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
-    """The sampler that decides which rows make which step."""
+def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> StepSampler:
+    """The sampler that decides which rows make which step, on such a device."""
     file_I = rows.store.file_index[rows.train_rows]
     return StepSampler(
         rows_I=rows.train_rows,
@@ -307,6 +332,7 @@ def sampler_of(recipe: Recipe, rows: Splits, layout: Layout) -> StepSampler:
         rows_per_step=resolved(recipe.train.rows_per_step),
         tokens_per_pass=resolved(recipe.train.tokens_per_pass),
         layout=layout,
+        pass_cost=pass_cost(device),
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
     )

@@ -25,10 +25,11 @@ from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
+from tunesmith.models.card import prepare_allocator
 from tunesmith.models.fast_layers import use_fast_layers
-from tunesmith.models.fused_loss import find_output_layer
+from tunesmith.models.fused_loss import find_output_layer, output_layer_of
 from tunesmith.models.heads import new_head_names, new_param_names
-from tunesmith.models.modes import checkpoint_layers, disable_dropout
+from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
 from tunesmith.models.resolve_model import ModelRef, resolve_base
@@ -51,6 +52,9 @@ from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sam
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
+
+PROBED = 3
+"""Rows that are looked at before the first step."""
 
 
 @dataclass
@@ -120,12 +124,41 @@ def prepare(
     """
     world = world or World()
     found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    setup = _set_up(found, world, on_progress)
+    # A type that was given is taken, and its losses say what comes of it.
+    if found.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in found.given):
+        return setup
+    del setup
+    machine.free_cached_memory()
+    wide = recipe.model_copy(update={"precision": "float32"})
+    found = _resolve_together(world, wide, root, offline=offline, on_progress=on_progress, run=run, turn=1)
+    reason = "numbers inside this model are too large for float16, the fast type of this device: found by looking"
+    found.choices = [*(one for one in found.choices if one.key != "precision"), Choice("precision", "float32", reason)]
+    found.given.pop("precision", None)
     return _set_up(found, world, on_progress)
+
+
+@torch.no_grad()
+def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
+    """Whether losses of the first rows are no numbers, where the type was chosen; the first rank looks for all. A
+    forward pass that overflows is helped by no scale of the loss."""
+    world = setup.world
+    if not world.is_first:
+        return bool(world.wait_for("overflows"))
+    rows = [int(i) for i in setup.rows.train_rows[:PROBED]] if was_chosen else []
+    overflows = False
+    with eval_mode(setup.model):
+        for row in rows:
+            batch = setup.collator.batch([row], draw=1)
+            overflows = overflows or not bool(setup.task.measure(setup.model, batch).losses_N.isfinite().all())
+    world.publish("overflows", overflows)
+    return overflows
 
 
 def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     """Load the model of a resolved run and attach its method."""
     recipe, inputs, rows = found.recipe, found.inputs, found.rows
+    device = world.card or recipe.device
     on_progress("load", 0, 1)
     hashes = in_background(partial(load.fingerprint, inputs.located))
     torch.set_num_threads(resolved(recipe.threads))
@@ -140,11 +173,18 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         use_fast_layers(model)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
-    output = find_output_layer(model) if method_of(recipe).fused_loss and recipe.kernels == "fast" else None
+    fuses = method_of(recipe).fused_loss and recipe.kernels == "fast"
+    output = find_output_layer(model) if fuses else None
+    if fuses and output is None and output_layer_of(model) is not None:  # which the forecast has counted on
+        padding_notes.append(
+            "the loss: this model's logits are not those of its output layer alone, so those of all targets are kept "
+            "at once, which takes more memory than was foreseen"
+        )
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
-    sampler = replace(sampler_of(recipe, rows, layout), part=world.part, is_even=world.is_sharded)
-    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=recipe.device)
+    sampler = sampler_of(recipe, rows, layout, device)
+    sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
+    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
@@ -169,7 +209,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         held_collator=held_collator,
         sampler=sampler,
         total_steps=total_steps(recipe, sampler.steps_per_epoch),
-        device=recipe.device,
+        device=device,
         samples=samples,
         new_head=new_head,
         given=found.given,
@@ -179,19 +219,22 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     )
 
 
-def _resolve_together(world: World, recipe: Recipe, root: Path, *, run: Run | None, **how: Any) -> ResolvedRun:
-    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others."""
+def _resolve_together(
+    world: World, recipe: Recipe, root: Path, *, run: Run | None, turn: int = 0, **how: Any
+) -> ResolvedRun:
+    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others. `turn`:
+    the number of times that this was done before."""
     if not world.is_first:
-        decided = validate(world.wait_for("recipe"))
+        decided = validate(world.wait_for(f"recipe {turn}"))
         recipe = decided if run is None else run.place(decided)
     leader = world.rank - world.place.local_rank
     if world.rank != leader:
-        world.wait_for(f"rows of {leader}", leader)
+        world.wait_for(f"rows of {leader}, {turn}", leader)
     found = _resolve(world, recipe, root, run=run, **how)
     if world.is_first:
-        world.publish("recipe", found.recipe.model_dump(mode="json"))
+        world.publish(f"recipe {turn}", found.recipe.model_dump(mode="json"))
     if world.rank == leader:
-        world.publish(f"rows of {leader}", True)
+        world.publish(f"rows of {leader}, {turn}", True)
     return found
 
 
@@ -212,11 +255,12 @@ def _resolve(
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
     """The base of the method, and how many weights it has."""
-    method = recipe.method
+    method, device = recipe.method, world.card or recipe.device
+    inputs.notes.extend(filter(None, [prepare_allocator(device)]))
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
-        device="cpu" if inputs.located.is_gguf or recipe.shard is True else recipe.device,
+        device="cpu" if inputs.located.is_gguf or recipe.shard is True else device,
         head=inputs.head,
         labels=labels,
         seed=recipe.seed,
@@ -229,8 +273,8 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     if recipe.shard is True:
         from tunesmith.parallel.fsdp import shard_layers
 
-        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=recipe.device)
-    inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=recipe.device))
+        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=device)
+    inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if TASKS[resolved(recipe.task)].compares:
         disable_dropout(model)
@@ -268,7 +312,7 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs
     layout, *others = layouts_of(inputs.kind)
     if not others:
         return layout, []
-    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:3]]
+    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
     plain = recipe.kernels == "plain"
     agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:

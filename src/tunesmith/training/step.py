@@ -156,11 +156,37 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
     )
 
 
+def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
+    """Forward and backward of one micro-batch on every rank, so many times, without an update: where layers are split,
+    memory that ends inside a step cannot be made good, so the heaviest is tried before the first.
+
+    Raises GroupError where it ends.
+    """
+    try:
+        torch.manual_seed(0)
+        for batch in _batches(state, [rows] * times, 1, "learnt"):
+            _pass(state, batch, math.inf, state.task.loss_sum)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise GroupError(
+            f"before the first step: out of memory on rank {state.world.rank} in the heaviest pass, of "
+            f"{sum(state.sampler.lengths_of(rows)):,} tokens. The layers are split over the devices, so a step that "
+            f"fails could not be made again. {_smaller(state.sampler)}"
+        ) from error
+    finally:
+        drop_gradients(state)
+
+
+def _smaller(sampler: StepSampler) -> str:
+    return f"Resume with --set train.tokens_per_pass={max(1, sampler.tokens_per_pass // 2)}."
+
+
 def _lost_in_a_pass(state: TrainState, sampler: StepSampler, step: int) -> GroupError:
     """The error where memory ends while other ranks wait inside the pass, which cannot be made anew."""
     return GroupError(
         f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the devices: the others "
-        f"cannot go on. Resume with --set train.tokens_per_pass={max(1, sampler.tokens_per_pass // 2)}."
+        f"cannot go on. {_smaller(sampler)}"
     )
 
 

@@ -81,7 +81,7 @@ def plan_timing(setup: Setup) -> dict[str, Any]:
 def resolved_values(found: ResolvedRun) -> dict[str, Any]:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = found.recipe, found.forecast
-    sampler = sampler_of(recipe, found.rows, "padded") if forecast is None else forecast.sampler
+    sampler = sampler_of(recipe, found.rows, "padded", recipe.device) if forecast is None else forecast.sampler
     return {
         **_in_short(recipe, found.inputs.located.name, found.rows),
         "given": found.given,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.errors import GroupError, InputError, RecipeError, RunError
+from tunesmith.errors import GroupError, RunError
 from tunesmith.models import machine
 from tunesmith.parallel.launch import own_run
+from tunesmith.parallel.own_card import card_of, take_card
 from tunesmith.parallel.world import Place, World, group, place_of
 from tunesmith.planning import devices
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Progress, Session
+from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup
 
 DIGEST = "recipe"
@@ -33,42 +35,25 @@ _MIXER = 0x9E3779B97F4A7C15
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """The world of this process, with its own card taken; alone unless an agent started several.
+def joined(device: str, on_progress: OnProgress = lambda what, done, total: None) -> Iterator[World]:
+    """The world of this process, with its own card taken; alone unless an agent started several. While it waits for
+    the others, `on_progress` is called every ten seconds.
 
     Raises InputError for fewer cards than processes, and what joining a group raises.
     """
     place = place_of(os.environ)
-    if place.size > 1:
-        take_card(place, device, os.environ)
-    with group(place, partial(_facts, place, device)) as world:
+    named = take_card(place, device, os.environ)
+    say = partial(on_progress, "join")
+    with group(place, partial(_facts, place, named or device), say=say) as world:
+        world.card = named
         yield world
-
-
-def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> None:
-    """Let this process see its own card alone, as cuda:0, whichever of its threads asks. CUDA must not have started.
-
-    Raises RecipeError for a device that is one, InputError for more processes than cards.
-    """
-    if device not in ("auto", "cuda", "cpu"):
-        raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
-    if device == "cpu" or place.local_size == 1:
-        return
-    cards = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-    if len(cards) == 1 or environ.get("CUDA_VISIBLE_DEVICES") == "":  # its agent has given it one, or a person none
-        return
-    if cards and len(cards) < place.local_size:
-        raise InputError(
-            f"LOCAL_WORLD_SIZE={place.local_size}: so many processes were started on this machine, but "
-            f"CUDA_VISIBLE_DEVICES names {len(cards)} cards. Start at most {len(cards)}."
-        )
-    environ["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank] if cards else str(place.local_rank)
 
 
 def _facts(place: Place, device: str) -> dict[str, Any]:
     name = machine.choose_device(device).value
     kind = torch.device(name).type
-    return {"room": devices.share_of_room(kind, devices.room(name), place.local_size), "same": {"device": kind}}
+    room = devices.share_of_room(kind, devices.room(name), place.local_size)
+    return {"room": room, "same": {"device": kind}, **card_of(place, name)}
 
 
 def refuse_other_inputs(setup: Setup) -> None:
@@ -191,9 +176,13 @@ def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def refuse_drift(session: Session) -> None:
-    """Raise GroupError if the trained tensors of a rank are not those of the first."""
+    """Raise GroupError if the trained tensors of a rank are not those of the first. Where the cards are unlike, all
+    ranks take those of the first."""
     setup = session.setup
     if setup.world.size == 1:
+        return
+    if len(setup.world.cards) > 1:  # unlike cards may round unlike: all go on from the first rank's weights
+        _broadcast_weights(setup)
         return
     digests = setup.world.gather_values(digest(setup))
     wrong = [rank for rank, one in enumerate(digests) if one != digests[0]]

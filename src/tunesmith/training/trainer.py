@@ -16,14 +16,27 @@ from typing import Any
 from torch import Tensor
 
 from tunesmith.environment import in_force
-from tunesmith.errors import CheckpointError, InputError, OutOfMemoryError, RecipeError, RunError, Stopped, StorageError
+from tunesmith.errors import (
+    CheckpointError,
+    DeviceError,
+    InputError,
+    OutOfMemoryError,
+    RecipeError,
+    RunError,
+    Stopped,
+    StorageError,
+    one_line,
+)
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
 from tunesmith.methods import restore
+from tunesmith.models.card import is_lost
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
 from tunesmith.phrases import command
+from tunesmith.planning.forecast import heaviest
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
@@ -43,6 +56,7 @@ from tunesmith.training.same_run import (
     with_settings,
 )
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
+from tunesmith.training.step import rehearse
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
 from tunesmith.training.together import (
     DIGEST,
@@ -73,10 +87,15 @@ def train(
     Raises:
         InputError: recipe, data or model cannot be used; no run folder was made.
         Stopped: stopped on request; a checkpoint was written.
-        NonFiniteError, CheckpointError, StorageError: the run failed; its last checkpoint is whole.
+        NonFiniteError, CheckpointError, StorageError, DeviceError: the run failed; its last checkpoint is whole.
     """
-    listener = listener or Listener()
-    with joined(recipe.device) as world:
+    run = _train(recipe, root=root, out=out, offline=offline, listener=listener or Listener())
+    free_cached_memory()  # of a card, too, which whatever follows in this process needs
+    return run
+
+
+def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, listener: Listener) -> Run:
+    with joined(recipe.device, listener.on_progress) as world:
         if world.size == 1 and recipe.devices not in ("auto", 1):
             raise RecipeError(
                 f"devices: {recipe.devices}: this process is alone. `tunesmith train` and `tunesmith.train` start the "
@@ -153,11 +172,13 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
         And whatever `train` raises.
     """
     listener = listener or Listener()
-    with joined(run.recipe().device) as world:
+    with joined(run.recipe().device, listener.on_progress) as world:
         if world.is_first and run.state() == "done":
             done = "this run is done: nothing is left to resume. `tunesmith show` prints its report."
             raise RunError(f"{run.path}: {done}")
-        return _resume(world, run, settings=settings, offline=offline, listener=listener)
+        done_run = _resume(world, run, settings=settings, offline=offline, listener=listener)
+    free_cached_memory()
+    return done_run
 
 
 def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, listener: Listener) -> Run:
@@ -237,9 +258,24 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
         session.emit("stopped", {"message": str(stopped)})
         raise
     except Exception as error:  # the outermost frame of a run: log the reason and raise it again
+        told = _card_lost(session, error) if is_lost(error) else error
         with suppress(StorageError):  # a full disk may refuse the last line too: the first error counts
-            session.emit("failed", {"code": type(error).__name__, "message": str(error)})
-        raise
+            session.emit("failed", {"code": type(told).__name__, "message": str(told)})
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        setup.world.wants_stop = lambda: False  # a circle: the model would stay on its card until the next collection
+
+
+def _card_lost(session: Session, error: Exception) -> DeviceError:
+    """The error of a card that failed in mid-run, with the way to go on."""
+    path, saved = session.run.path, [int(at.name[5:]) for at in session.run.checkpoints_path.glob("step-*")]
+    way = f"Step {max(saved)} is saved: {command('resume', path)}" if saved else "Nothing was saved: start it again"
+    return DeviceError(
+        f"after step {session.progress.step}: {session.setup.device} failed: {one_line(error)}. {way}; `nvidia-smi` "
+        "says whether the card works, and the system's log (`dmesg`) why it failed."
+    )
 
 
 def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
@@ -256,6 +292,9 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         check_start(setup)
         evaluate_run(session, "before")
         save_and_try(session)
+    if setup.world.is_sharded:
+        heavy = heaviest(setup.sampler, setup.total_steps, setup.store)
+        rehearse(setup, heavy.rows, times=1 + heavy.accumulating)
     _take_steps(session)
     learnt = {key.rpartition("/")[0] for key in setup.optimizer.state()}
     if still := [name for name in setup.attachment.trained if name not in learnt]:

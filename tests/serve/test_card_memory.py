@@ -1,0 +1,145 @@
+"""A server on a card takes room for keys and values from the card, shares it with jobs, and gives way where it ends."""
+
+import os
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from tunesmith.serve.decoder import SequentialDecoder
+
+from serve.batches import Heard, alone, decoder, hear, job, prompts
+from tunesmith.environment import CARD_SHARE
+from tunesmith.errors import InputError
+from tunesmith.jobs import launcher
+from tunesmith.models import card
+from tunesmith.planning import devices
+from tunesmith.serve import scheduler as schedulers
+from tunesmith.serve import worker
+from tunesmith.serve.scheduler import Scheduler
+
+GIB = 2**30
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 of 80 GiB are free, and 18 are this process's, 16 of them weights."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 18 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 16 * GIB)
+
+
+def test_keys_and_values_get_what_the_card_has_and_not_the_host(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = worker._free_for_keys(torch.device("cuda"), limit=2**50)
+    assert found == int(0.9 * (60 + 18 - 16 - 1) * GIB)
+    monkeypatch.setenv(CARD_SHARE, "0.4")
+    assert worker._free_for_keys(torch.device("cuda"), limit=2**50) == int(0.9 * (32 - 16 - 1) * GIB)
+    assert worker._free_for_keys(torch.device("cpu"), limit=2**50) > 2**49
+
+
+def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
+    monkeypatch.setenv(CARD_SHARE, "0.25")
+    assert launcher._rest_of_card() == {CARD_SHARE: "0.75"}
+    assert devices.room("cuda") == 20 * GIB + devices.CUDA_CONTEXT
+    fractions: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: fractions.append(share))
+    monkeypatch.setenv(card.OWN_SETTINGS[0], "max_split_size_mb:128")
+    card.prepare_allocator("cuda")
+    assert fractions == [0.25]
+    monkeypatch.setenv(CARD_SHARE, "half")
+    with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
+        devices.room("cuda")
+    assert os.environ[CARD_SHARE] == "half"
+
+
+def ends_once(made: Any, name: str, at: int) -> None:
+    """Memory ends in one call, halfway: the layers have written then."""
+    right, calls = getattr(made, name), [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            if name == "step":
+                right(*args)
+                for slot in args[0]:
+                    slot.length -= 1
+                for slot, ids in args[1]:
+                    slot.length -= len(ids)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(*args)
+
+    setattr(made, name, failing)
+
+
+@pytest.mark.parametrize(("name", "at"), [("step", 1), ("step", 2), ("step", 5), ("fork", 3)])
+def test_memory_that_ends_costs_the_youngest_request_and_no_other(name: str, at: int) -> None:
+    made = decoder("llama")
+    ends_once(made, name, at)
+    batch, heard = Scheduler(made, streams=8), defaultdict[int, Heard](Heard)
+    asked = prompts(3, longest=20)
+    for key, prompt in enumerate(asked):
+        batch.add(job(key, prompt, max_new_tokens=8))
+    while batch.is_busy:
+        hear(batch.step(), heard)
+    refused = heard[2].refused
+    assert refused is not None
+    assert (refused.status, refused.code) == (503, "out_of_memory")
+    for key in (0, 1):
+        assert heard[key].answer() == alone("llama", None, tuple(asked[key]), 8)
+
+
+def test_a_step_that_cannot_be_made_again_costs_its_requests_but_not_the_next() -> None:
+    made = decoder("llama", SequentialDecoder)
+    ends_once(made, "step", 2)
+    batch, heard = Scheduler(made, streams=8), defaultdict[int, Heard](Heard)
+    asked = prompts(3, longest=20)
+    for key, prompt in enumerate(asked[:2]):
+        batch.add(job(key, prompt, max_new_tokens=4))
+    for _ in range(2):
+        hear(batch.step(), heard)
+    codes = {key: one.refused.code for key, one in heard.items() if one.refused}
+    assert codes == dict.fromkeys((0, 1), "out_of_memory")
+    batch.add(job(2, asked[2], max_new_tokens=4))
+    while batch.is_busy:
+        hear(batch.step(), heard)
+    assert heard[2].answer() == alone("llama", None, tuple(asked[2]), 4)
+
+
+def test_a_pool_that_grew_in_part_grows_the_rest() -> None:
+    """Memory ended in the second layer, as a third sequence was added."""
+    made = decoder("llama")
+    right, calls = torch.cat, [0]
+
+    def cat(tensors: Any, *args: Any, **how: Any) -> Any:
+        if len(tensors) == 2 and tensors[0] is tensors[1]:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(tensors, *args, **how)
+
+    batch, heard = Scheduler(made, streams=8), defaultdict[int, Heard](Heard)
+    asked = prompts(4, longest=20)
+    for key, prompt in enumerate(asked):
+        batch.add(job(key, prompt, max_new_tokens=6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "cat", cat)
+        while batch.is_busy:
+            hear(batch.step(), heard)
+    refused = [key for key in range(4) if heard[key].refused]
+    assert len(refused) == 1
+    for key in set(range(4)) - set(refused):
+        assert heard[key].answer() == alone("llama", None, tuple(asked[key]), 6)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = decoder("llama")
+
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(made, "step", fail)
+    batch = schedulers.Scheduler(made, streams=2)
+    batch.add(job(0, (20, 21), max_new_tokens=2))
+    with pytest.raises(RuntimeError, match="shapes"):
+        batch.step()
