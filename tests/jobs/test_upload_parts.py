@@ -22,6 +22,7 @@ from jobs.served import Served  # noqa: E402
 from tunesmith.jobs import upload_parts  # noqa: E402
 from tunesmith.jobs.rules import ProjectRules, Rules  # noqa: E402
 from tunesmith.jobs.tables import is_pending, uploads  # noqa: E402
+from tunesmith.serve.protocol import RequestError  # noqa: E402
 
 WHOLE = rows(40)
 CUT = 1000
@@ -235,7 +236,7 @@ def pending_uploads_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(served.store, "rules", Rules())
     monkeypatch.setattr(upload_parts, "MOST_PENDING", 3)
     begin(served), begin(served)
-    with pytest.raises(openai.RateLimitError, match="3 uploads of this project are pending"):
+    with pytest.raises(RequestError, match="3 uploads of this project are pending"):
         upload_parts.create_upload(served.store, upload_parts.UploadBody(**FACTS))
 
 
