@@ -22,6 +22,7 @@ from jobs.served import Served  # noqa: E402
 from tunesmith.jobs import upload_parts  # noqa: E402
 from tunesmith.jobs.rules import ProjectRules, Rules  # noqa: E402
 from tunesmith.jobs.tables import is_pending, uploads  # noqa: E402
+from tunesmith.serve.protocol import RequestError  # noqa: E402
 
 WHOLE = rows(40)
 CUT = 1000
@@ -235,7 +236,7 @@ def pending_uploads_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(served.store, "rules", Rules())
     monkeypatch.setattr(upload_parts, "MOST_PENDING", 3)
     begin(served), begin(served)
-    with pytest.raises(openai.RateLimitError, match="3 uploads of this project are pending"):
+    with pytest.raises(RequestError, match="3 uploads of this project are pending"):
         upload_parts.create_upload(served.store, upload_parts.UploadBody(**FACTS))
 
 
@@ -249,20 +250,21 @@ def test_an_upload_without_a_length_ends_where_the_room_of_its_project_does(
         served.client.uploads.cancel(row["id"])
     taken = sum(file.bytes for file in served.client.files.list())
     monkeypatch.setattr(served.store, "rules", Rules(every_project=ProjectRules(file_bytes=taken + 2000)))
-    sent = [0]
+    most = [0]
 
     def pieces() -> Iterator[bytes]:
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n{"a": 1}\n'
         for _ in range(200):
-            sent[0] += 1
             yield b"x" * 100_000
+            stored = [path.stat().st_size for path in served.store.files_path.glob(".*")]
+            most[0] = max(most[0], *stored, 0)
 
     url = f"{served.client.base_url}files"
     head = {"Content-Type": "multipart/form-data; boundary=x"}
     with suppress(httpx.HTTPError):  # it is closed while it sends
         answer = httpx.post(url, content=pieces(), headers=head)
-        assert (answer.status_code, "has more than 2,000 bytes" in answer.text) == (413, True)
-    assert sent[0] < 200
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert most[0] < 1 << 20, "it was stored whole before it was refused"
     assert not list(served.store.files_path.glob(".*"))
 
 

@@ -136,11 +136,16 @@ async def receive_file(request: Request, store: Store) -> Record:
         message = "Files that are on their way need the room that this project has left. Try again later."
         raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "10"})
     name, most = new_id("file-"), min(MAX_BYTES, declared or MAX_BYTES, left)
-    with store.receiving(project, most):
-        form = await receive_form(
-            request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
-            max_bytes=most,
-        )  # fmt: skip
+    try:
+        with store.receiving(project, most):
+            form = await receive_form(
+                request, store.content_path(name), _check_file, content="file", texts=("purpose",), optional=_EXPIRY,
+                max_bytes=most,
+            )  # fmt: skip
+    except RequestError as error:
+        if error.code == "file_too_large" and most == left:
+            await asyncio.to_thread(store.check_room, None, most + 1)  # which says that it is the project's limit
+        raise
     anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)
     row = {
