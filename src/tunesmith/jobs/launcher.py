@@ -10,7 +10,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.runs.folder import Run
 
 NICE = 10
@@ -73,7 +72,7 @@ class LocalLauncher:
             os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
             with open(_beside(run, "output"), "wb") as out:
                 popen = subprocess.Popen(
-                    ["nice", "-n", str(NICE), sys.executable, "-m", "tunesmith", *words],
+                    ["nice", "-n", str(NICE), *python_words("tunesmith"), *words],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
                     env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
                 )  # fmt: skip

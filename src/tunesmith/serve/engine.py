@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -56,7 +55,7 @@ class WorkerProcess:
         """A worker that has loaded and checked its models. Raises TunesmithError if it could not."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tunesmith.serve.worker",
+            *python_words("tunesmith.serve.worker"),
             stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE_BYTES,
             env=for_child(TOKENIZERS_PARALLELISM="false"),
             start_new_session=True,  # Ctrl-C is for the server, which finishes what is under way
