@@ -1,6 +1,5 @@
 """A chat template writes what transformers makes of it, and cannot reach what is outside of it."""
 
-import time
 from typing import Any
 
 import pytest
@@ -8,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CHATML, TEMPLATES, template, tiny_tokenizer
-from tunesmith.data import chat_template
+from tunesmith.data import chat_template, template_trial
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.sandbox import Sandbox
 from tunesmith.errors import ModelError
 from tunesmith.tasks import TASKS
 
@@ -75,45 +75,31 @@ def test_a_hostile_template_is_refused_with_the_bound_that_it_met(attack: str) -
     assert "chat template" in str(error.value)
 
 
-def test_a_lack_of_memory_is_not_the_fault_of_a_row() -> None:
+def test_a_lack_of_memory_is_not_the_fault_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(sandbox: Sandbox, limit_s: float) -> None:
+        raise MemoryError
+
+    shown = ChatTemplate(tiny_tokenizer(CHATML))
+    monkeypatch.setattr(Sandbox, "begin", ends)
     with pytest.raises(MemoryError):
-        ChatTemplate(tiny_tokenizer("{% set n = 10000000000000000 %}{{ 'a' * n }}")).render([], prompt=False)
+        shown.render([], prompt=False)
 
 
-LOOP = "{% for i in range(99999) %}"
+def test_a_template_that_loops_without_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_trial, "LIMIT_S", 0.2)
+    tokenizer = tiny_tokenizer("{% for i in range(99999) %}" * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3)
+    tokenizer.name_or_path = "owner/model"
+    with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):
+        ChatTemplate(tokenizer)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        LOOP * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3,
-        LOOP * 2 + "{% if false %}{{ i }}{% else %}{% continue %}{% endif %}" + "{% endfor %}" * 2,
-        LOOP + "{% for j in range(99999) if j < 0 %}{% else %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% for x in [60] recursive %}{% if x %}{{ loop([x - 1, x - 1]) }}{% endif %}{% endfor %}",
-    ],
-)
-def test_a_template_that_loops_without_end_is_named(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_looks_at_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn can take long: every hundredth is too few."""
     monkeypatch.setattr(chat_template, "RENDERING_S", 0.2)
-    endless = ChatTemplate(tiny_tokenizer(body))
-    endless._name = "owner/model"
-    for tools in ((), ({"name": "f"},)):
-        started = time.monotonic()
-        with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):
-            endless.render([{"role": "user", "content": "a"}], tools=tools, prompt=False)
-        assert time.monotonic() - started < 2
-
-
-def test_a_template_is_watched_only_where_we_render_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers keeps one compiled template of a text."""
-    monkeypatch.setattr(chat_template, "RENDERING_S", -1.0)
-    tokenizer = tiny_tokenizer("{% for i in range(300) %}{{ messages[0].content }}{% endfor %}")
-    messages = [{"role": "user", "content": "a"}]
-    with pytest.raises(ModelError, match="in a loop"):
-        ChatTemplate(tokenizer).render(messages, prompt=False)
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "a" * 300
-    monkeypatch.setattr(chat_template, "RENDERING_S", 20.0)
-    assert ChatTemplate(tokenizer).render(messages, prompt=False) == "a" * 300
+    turn = "{% for i in range(9) %}{% if messages | length > 50 %}{{ range(99999) | map('string') | join | length }}"
+    shown = ChatTemplate(tiny_tokenizer(turn + "{% endif %}{% endfor %}"))
+    with pytest.raises(ModelError, match=r"ran for more than 0.2 s, in a loop"):
+        shown.render([{"role": "user", "content": "a"}] * 51, prompt=False)
 
 
 def test_a_template_does_not_multiply_a_row() -> None:
