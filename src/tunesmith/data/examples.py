@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +18,7 @@ from tunesmith.data.formats.comparisons import differ_in_space_alone
 from tunesmith.data.problems import names, paste, refusal
 from tunesmith.data.read import OnProblem, read
 from tunesmith.errors import DataError, InputError, RecipeError
-from tunesmith.phrases import did_you_mean
+from tunesmith.phrases import did_you_mean, nearest
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, Problem, Shape, Source, TaskName
 
@@ -319,7 +318,7 @@ def explain(record: Mapping[str, Any], task: TaskName | None) -> tuple[str, str,
 def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
     """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
     for fields in wanted:
-        near = {ours: theirs for ours in fields for theirs in get_close_matches(ours, given, 1, 0.8)}
+        near = {ours: theirs for ours in fields if (theirs := nearest(ours, given, 0.8)) is not None}
         if len(near) == len(fields):
             return {ours: theirs for ours, theirs in near.items() if ours != theirs}
     return {}

@@ -327,7 +327,7 @@ def read_config(folder: Path) -> SavedConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing: the folder of an adapter holds {CONFIG} and {WEIGHTS}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: not a JSON object")
@@ -367,8 +367,8 @@ def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
-    except (TypeError, re.error) as error:
-        raise ModelError(f"{path}: target_modules: {error}") from error
+    except (TypeError, re.error, RecursionError, OverflowError) as error:
+        raise ModelError(f"{path}: target_modules, rank_pattern or alpha_pattern: {error}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
