@@ -9,7 +9,7 @@ import pytest
 
 from data.hostile_templates import HOSTILE
 from tiny import CHATML, tiny_tokenizer
-from tunesmith.data import chat_template, template_trial
+from tunesmith.data import chat_template, sandbox, template_trial
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
 
@@ -29,6 +29,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert time.monotonic() - started < MOST_S
 
 
+# trap: S21
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_what_any_conversation_meets_is_refused_before_a_row_is_rendered(attack: str) -> None:
     with pytest.raises(ModelError, match=r"its chat template .* look at this one before you trust its source\."):
@@ -43,3 +44,14 @@ def test_what_a_later_row_meets_ends_within_bounds(attack: str) -> None:
         template.render(CHAT, prompt=False)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # KiB
     assert template.render(CHAT[:1], prompt=False)  # the next row is not harmed
+
+
+def test_a_sandbox_that_bounds_no_text_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug."""
+    text = LATER.format("{% set x = 'a' * 2000 %}{{ x | length }}") + CHATML
+    monkeypatch.setattr(sandbox, "TEXT_CHARS", 1000)
+    with pytest.raises(ModelError, match="makes a text of more than 1,000 characters"):
+        ChatTemplate(tiny_tokenizer(text)).render(CHAT, prompt=False)
+    monkeypatch.setattr(sandbox, "_room", lambda num_chars: num_chars)
+    with pytest.raises(pytest.fail.Exception), pytest.raises(ModelError):
+        ChatTemplate(tiny_tokenizer(text)).render(CHAT[:1] * 60, prompt=False)

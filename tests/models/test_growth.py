@@ -48,6 +48,7 @@ def written(folder: Path, part: str, steps: list[dict[str, Any]]) -> Path:
     return file
 
 
+# trap: S23
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_tokenizer_that_multiplies_is_refused(tmp_path: Path, attack: str, part: str) -> None:
@@ -67,3 +68,10 @@ def test_a_file_that_cannot_be_read_is_left_to_its_reader(tmp_path: Path) -> Non
     check_growth(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{")
     check_growth(tmp_path / "tokenizer.json")
+
+
+def test_a_check_that_counts_no_growth_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug."""
+    monkeypatch.setattr("tunesmith.models.growth._factor", lambda step: 1)
+    with pytest.raises(pytest.fail.Exception), pytest.raises(ModelError):
+        check_growth(written(tmp_path, "normalizer", HOSTILE["twelve times ten"]))

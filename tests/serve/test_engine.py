@@ -345,6 +345,7 @@ while True:
 """
 
 
+# trap: S22
 def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LATE_S", 0.5)
     monkeypatch.setattr(engine, "SILENT_S", 1.5)
@@ -369,6 +370,22 @@ def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch:
 
     asyncio.run(scene())
     assert notes == ["the engine ended (ended by SIGKILL after 2 s without a sign of life) and is started again"]
+
+
+def test_a_server_that_only_waits_for_its_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug."""
+    monkeypatch.setattr(engine, "SILENT_S", 0.2)
+    monkeypatch.setattr(engine.WorkerProcess, "next", engine.WorkerProcess.receive)
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS)
+
+    async def scene() -> None:
+        made._worker = await worker_that("sys.stdin.read()")  # it says nothing
+        made._supervisor = asyncio.create_task(made._supervise())
+        with pytest.raises(AssertionError):
+            await until(lambda: made.state().restarts == 1, seconds=0.6)
+        await made.close(0.0)
+
+    asyncio.run(scene())
 
 
 def test_a_server_that_was_stopped_itself_ends_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
