@@ -129,8 +129,11 @@ def test_processes_that_multiprocessing_starts_run_nothing_of_the_folder(tmp_pat
 
 def test_python_dash_m_leaves_the_folder_out_as_soon_as_it_is_ours(tmp_path: Path) -> None:
     """What Python itself imports before, it imports from there: no program can help that."""
-    before = ("tunesmith", "runpy", "importlib", "warnings", "pkgutil", "io", "os", "types", "contextlib", "functools")
     environ = {name: value for name, value in for_child().items() if name != "PYTHONSAFEPATH"}
+    (tmp_path / "plain.py").write_text("import sys; print(*{name.partition('.')[0] for name in sys.modules})")
+    words = [sys.executable, "-m", "plain"]
+    told = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True).stdout
+    before = ("tunesmith", *told.split())
     done = subprocess.run(
         [sys.executable, "-m", "tunesmith", "--version"],
         cwd=hostile(tmp_path, without=before), env=environ, capture_output=True, text=True, check=False,

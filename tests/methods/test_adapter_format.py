@@ -208,7 +208,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, rank_pattern={"q_proj": 2}),
         r"q_proj.lora_A.weight has shape \(4, 64\), expected \(2, 64\)",
     ),
-    "a pattern that is none": (lambda f: edit(f, rank_pattern={"(q_proj": 2}), "target_modules: missing \\), "),
+    "a pattern that is none": (lambda f: edit(f, rank_pattern={"(q_proj": 2}), "rank_pattern: missing \\), "),
     "biases": (lambda f: edit(f, bias="all"), "bias: only LoRA"),
     "a key of the future": (lambda f: edit(f, use_quantum=True), "use_quantum: only LoRA and DoRA that leave"),
     "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights: only LoRA"),
