@@ -106,3 +106,37 @@ def test_a_template_does_not_multiply_a_row() -> None:
     repeats = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
     with pytest.raises(TemplateRefusal, match="it wrote 90000000 characters"):
         ChatTemplate(tiny_tokenizer(repeats)).render([{"role": "user", "content": "a" * 1000}], tools=(), prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "shows"),
+    [
+        ("{{ '\"a\": {}, {{\"b\": {0}}}'.replace('{}', '1').format(2) }}", '"a": 1, {"b": 2}'),
+        ("{{ '{:>5}|{x:.2f}'.format('a', x=1) }}", "    a|1.00"),
+        ("{{ '%5s, 100%%, %(x)s' | replace('%(x)s', '') | format('a') }}", "    a, 100%, "),
+        ("{{ [1, 2, 3] | map('string') | join('-') }}{{ range(3) | sum }}", "1-2-33"),
+        ("{{ [[1], [2]] | sum(start=[]) | length }}{{ 2 ** 10 }}{{ 7 // 2 }}{{ [0] * 3 }}", "210243[0, 0, 0]"),
+        (
+            "{{ messages[0].content[::-1] }}{{ messages[:1] | length }}{{ {'a': [1, none]} | tojson }}",
+            'ih1{"a": [1, null]}',
+        ),
+        ("{% macro f(x) %}{{ x }}{{ varargs }}{% endmacro %}{{ f(1, 2) }}{{ 'a' ~ 1 ~ none }}", "1(2,)a1None"),
+        ("{% generation %}{{ 'x' + 'y' * 2 }}{% endgeneration %}{% set n = namespace(a=1) %}{{ n.a + 1 }}", "xyy2"),
+        ("{% autoescape true %}{{ '<' ~ ('&' | safe) }}{% endautoescape %}{{ 'a\nb' | indent }}", "&lt;&a\n    b"),
+        (
+            "{{ dict(a=1, **{'b': 2}) }}{{ 'x' is in ['x'] }}{{ 'aXbX'.split('X') }}",
+            "{'a': 1, 'b': 2}True['a', 'b', '']",
+        ),
+    ],
+)
+def test_what_honest_templates_write_is_as_transformers_has_it(text: str, shows: str) -> None:
+    tokenizer, messages = tiny_tokenizer(text), [{"role": "user", "content": "hi"}]
+    assert ChatTemplate(tokenizer).render(messages, prompt=False) == shows
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == shows
+
+
+def test_a_program_without_a_python_of_its_own_tries_templates_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    ChatTemplate(tiny_tokenizer(CHATML + "{# embedded #}"))
+    with pytest.raises(ModelError, match="makes a text of more than"):
+        ChatTemplate(tiny_tokenizer("{{ 'a' * 300000000 }}{# embedded #}"))

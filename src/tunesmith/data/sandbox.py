@@ -49,6 +49,7 @@ BOUNDED = COLUMNS | SLOW | CONSUMERS | {"expandtabs", "format", "replace", "tran
 _TEXTS, _SMALL = {str}, 2**31
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*")
 _BRACES = re.compile(r"\{[^{}]*\}")
+_NESTED = re.compile(r"\{[^{}]*:[^{}]*\{")
 _VIEWS = (KeysView, ValuesView, ItemsView)
 
 
@@ -206,10 +207,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._num_made += num
         return "".join(texts)
 
-    def joined(self, escapes: bool, values: Sequence[Any]) -> str:
+    def joined(self, escapes: bool, values: Sequence[Any]) -> Any:
         """x ~ y."""
         _room(sum(self._size(value)[1] for value in values))
-        return str(self.made((markup_join if escapes else str_join)(values)))
+        return self.made((markup_join if escapes else str_join)(values))
 
     def added(self, context: Any, terms: tuple[Any, ...]) -> Any:
         """a + b + c."""
@@ -303,9 +304,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _check_format(self, fields: re.Pattern[str], text: Any, values: Any) -> None:
         """Raise `TooMuch` for columns without end: "%3000000000d" % 1, "{:>{}}".format(1, 3000000000)."""
         text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+        if fields is _BRACES:
+            text = text.replace("{{", "").replace("}}", "")
         places = fields.findall(text)
         width = max((int(digits[:9]) for place in places for digits in re.findall(r"\d+", place)), default=0)
-        is_given = any("*" in place for place in places) if fields is _PERCENT else re.search(r":[^{}]*\{", text)
+        is_given = any("*" in place for place in places) if fields is _PERCENT else _NESTED.search(text)
         if width > REPEATS or is_given:
             raise TooMuch("writes columns of any width (format)")
         _room(len(text) + (len(places) + text.count("{")) * (width + self._size(values)[1]))
