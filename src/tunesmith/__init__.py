@@ -8,7 +8,11 @@
 Each name is imported when it is first used: `import tunesmith` alone costs nothing.
 """
 
-from __future__ import annotations
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
+    del sys.path[0]  # Python puts it there for `python -m tunesmith`: a file typing.py in it would be run
 
 import importlib
 from typing import TYPE_CHECKING, Any

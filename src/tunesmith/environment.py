@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -20,6 +20,10 @@ from typing import Any
 
 from tunesmith.errors import InputError
 
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Python 3.11 and later then leaves the working folder out of the path of imports."""
+DROP_FOLDER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); "
+"""First words of a program by `python -c` that do the same in every version."""
 SHAPES = "192"
 KEPT_FREE = str(2**30)
 """Bytes of freed memory that glibc keeps at the end of the heap."""
@@ -53,6 +57,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
     Measured: docs/EXPERIMENTS.md.
     """
+    environ.update(SAFE_PATH)
     # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for each
     # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
@@ -79,9 +84,20 @@ def refuse_ranks(environ: Mapping[str, str]) -> None:
 
 
 def for_child(**more: str) -> dict[str, str]:
-    """The environment of a child process that imports this package by `python -m`, with `more` variables."""
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+    """The environment of a child process that imports this package, with `more` variables.
+
+    Nothing is imported from the working folder: a file torch.py that lies there is not the user's program.
+    """
+    paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, **SAFE_PATH, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
+def python_words(module: str) -> list[str]:
+    """The command that runs a module of this package, in the environment of `for_child`, as `python -m` does, but
+    without the working folder on the path of imports."""
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-m", module]
+    return [sys.executable, "-c", f"{DROP_FOLDER}import runpy; runpy._run_module_as_main({module!r})"]
 
 
 @contextmanager
@@ -100,8 +116,10 @@ def spawning() -> Iterator[None]:
         daemon = config.pop("daemon", None)
         main = sys.modules["__main__"]
         if sys.platform != "win32":
-            from multiprocessing import resource_tracker
+            from multiprocessing import resource_tracker, util
 
+            start = util.spawnv_passfds  # type: ignore[attr-defined]
+            util.spawnv_passfds = lambda path, words, fds: start(path, _safe(words), fds)  # type: ignore[attr-defined]
             resource_tracker.ensure_running()  # starting it lets Ctrl-C through again
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else None
         sys.modules["__main__"] = ModuleType("__main__")
@@ -112,10 +130,16 @@ def spawning() -> Iterator[None]:
             if daemon is not None:
                 config["daemon"] = daemon
             if sys.platform != "win32" and blocked is not None:
+                util.spawnv_passfds = start  # type: ignore[attr-defined]
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 _SPAWNING = threading.Lock()
+
+
+def _safe(words: Sequence[Any]) -> list[Any]:
+    """A command by `python -c` that does not import from the working folder."""
+    return [DROP_FOLDER + word if before == "-c" else word for before, word in zip(["", *words], words, strict=False)]
 
 
 def import_bitsandbytes() -> Any:

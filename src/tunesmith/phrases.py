@@ -10,6 +10,8 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,25 @@ def span(low: float, high: float) -> str:
     return f"about {last} {unit}" if first == last else f"{first} to {last} {unit}"
 
 
+LOOKED_AT, COMPARED, LONGEST_NAME = 2_000, 50, 200
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
+    """The name that is most like another, by difflib's ratio; None where no ratio reaches `cutoff`.
+
+    Of many names those with the most letters in common are compared: a row can have 90,000.
+    """
+    letters, first = set(name[:LONGEST_NAME]), islice(names, LOOKED_AT)
+    some = [other for other in first if len(other) <= LONGEST_NAME]
+    alike = nlargest(COMPARED, some, key=lambda other: len(letters.intersection(other)))
+    return next(iter(difflib.get_close_matches(name[:LONGEST_NAME], alike, n=1, cutoff=cutoff)), None)
+
+
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:
     """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are named,
     which have to be liker, since they share suffixes."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6 if folder is None else 0.75)
-    return f" Did you mean {near[0] if folder is None else folder / near[0]}?" if near else ""
+    near = nearest(name, names, 0.6 if folder is None else 0.75)
+    return f" Did you mean {near if folder is None else folder / near}?" if near is not None else ""
 
 
 def near_file(name: str | Path) -> str:

@@ -1,6 +1,5 @@
 """A chat template writes what transformers makes of it, and cannot reach what is outside of it."""
 
-import time
 from typing import Any
 
 import pytest
@@ -8,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CHATML, TEMPLATES, template, tiny_tokenizer
-from tunesmith.data import chat_template
+from tunesmith.data import chat_template, template_trial
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.sandbox import Sandbox
 from tunesmith.errors import ModelError
 from tunesmith.tasks import TASKS
 
@@ -75,48 +75,71 @@ def test_a_hostile_template_is_refused_with_the_bound_that_it_met(attack: str) -
     assert "chat template" in str(error.value)
 
 
-def test_a_lack_of_memory_is_not_the_fault_of_a_row() -> None:
+def test_a_lack_of_memory_is_not_the_fault_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(sandbox: Sandbox, limit_s: float) -> None:
+        raise MemoryError
+
+    shown = ChatTemplate(tiny_tokenizer(CHATML))
+    monkeypatch.setattr(Sandbox, "begin", ends)
     with pytest.raises(MemoryError):
-        ChatTemplate(tiny_tokenizer("{% set n = 10000000000000000 %}{{ 'a' * n }}")).render([], prompt=False)
+        shown.render([], prompt=False)
 
 
-LOOP = "{% for i in range(99999) %}"
+def test_a_template_that_loops_without_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_trial, "LIMIT_S", 0.2)
+    tokenizer = tiny_tokenizer("{% for i in range(99999) %}" * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3)
+    tokenizer.name_or_path = "owner/model"
+    with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):
+        ChatTemplate(tokenizer)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        LOOP * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3,
-        LOOP * 2 + "{% if false %}{{ i }}{% else %}{% continue %}{% endif %}" + "{% endfor %}" * 2,
-        LOOP + "{% for j in range(99999) if j < 0 %}{% else %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% for x in [60] recursive %}{% if x %}{{ loop([x - 1, x - 1]) }}{% endif %}{% endfor %}",
-    ],
-)
-def test_a_template_that_loops_without_end_is_named(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watch_looks_at_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn can take long: every hundredth is too few."""
     monkeypatch.setattr(chat_template, "RENDERING_S", 0.2)
-    endless = ChatTemplate(tiny_tokenizer(body))
-    endless._name = "owner/model"
-    for tools in ((), ({"name": "f"},)):
-        started = time.monotonic()
-        with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):
-            endless.render([{"role": "user", "content": "a"}], tools=tools, prompt=False)
-        assert time.monotonic() - started < 2
-
-
-def test_a_template_is_watched_only_where_we_render_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers keeps one compiled template of a text."""
-    monkeypatch.setattr(chat_template, "RENDERING_S", -1.0)
-    tokenizer = tiny_tokenizer("{% for i in range(300) %}{{ messages[0].content }}{% endfor %}")
-    messages = [{"role": "user", "content": "a"}]
-    with pytest.raises(ModelError, match="in a loop"):
-        ChatTemplate(tokenizer).render(messages, prompt=False)
-    assert tokenizer.apply_chat_template(messages, tokenize=False) == "a" * 300
-    monkeypatch.setattr(chat_template, "RENDERING_S", 20.0)
-    assert ChatTemplate(tokenizer).render(messages, prompt=False) == "a" * 300
+    turn = "{% for i in range(9) %}{% if messages | length > 50 %}{{ range(99999) | map('string') | join | length }}"
+    shown = ChatTemplate(tiny_tokenizer(turn + "{% endif %}{% endfor %}"))
+    with pytest.raises(ModelError, match=r"ran for more than 0.2 s, in a loop"):
+        shown.render([{"role": "user", "content": "a"}] * 51, prompt=False)
 
 
 def test_a_template_does_not_multiply_a_row() -> None:
     repeats = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
     with pytest.raises(TemplateRefusal, match="it wrote 90000000 characters"):
         ChatTemplate(tiny_tokenizer(repeats)).render([{"role": "user", "content": "a" * 1000}], tools=(), prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "shows"),
+    [
+        ("{{ '\"a\": {}, {{\"b\": {0}}}'.replace('{}', '1').format(2) }}", '"a": 1, {"b": 2}'),
+        ("{{ '{:>5}|{x:.2f}'.format('a', x=1) }}", "    a|1.00"),
+        ("{{ '%5s, 100%%, %(x)s' | replace('%(x)s', '') | format('a') }}", "    a, 100%, "),
+        ("{{ [1, 2, 3] | map('string') | join('-') }}{{ range(3) | sum }}", "1-2-33"),
+        ("{{ [[1], [2]] | sum(start=[]) | length }}{{ 2 ** 10 }}{{ 7 // 2 }}{{ [0] * 3 }}", "210243[0, 0, 0]"),
+        (
+            "{{ messages[0].content[::-1] }}{{ messages[:1] | length }}{{ {'a': [1, none]} | tojson }}",
+            'ih1{"a": [1, null]}',
+        ),
+        ("{% macro f(x) %}{{ x }}{{ varargs }}{% endmacro %}{{ f(1, 2) }}{{ 'a' ~ 1 ~ none }}", "1(2,)a1None"),
+        ("{% generation %}{{ 'x' + 'y' * 2 }}{% endgeneration %}{% set n = namespace(a=1) %}{{ n.a + 1 }}", "xyy2"),
+        (
+            "{% autoescape true %}{{ '<' ~ messages[0].content }}{% endautoescape %}{{ 'a\nb' | indent }}",
+            "&lt;hia\n    b",
+        ),
+        (
+            "{{ dict(a=1, **{'b': 2}) }}{{ 'x' is in ['x'] }}{{ 'aXbX'.split('X') }}",
+            "{'a': 1, 'b': 2}True['a', 'b', '']",
+        ),
+    ],
+)
+def test_what_honest_templates_write_is_as_transformers_has_it(text: str, shows: str) -> None:
+    tokenizer, messages = tiny_tokenizer(text), [{"role": "user", "content": "hi"}]
+    assert ChatTemplate(tokenizer).render(messages, prompt=False) == shows
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == shows
+
+
+def test_a_program_without_a_python_of_its_own_tries_templates_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    ChatTemplate(tiny_tokenizer(CHATML + "{# embedded #}"))
+    with pytest.raises(ModelError, match="makes a text of more than"):
+        ChatTemplate(tiny_tokenizer("{{ 'a' * 300000000 }}{# embedded #}"))

@@ -1,6 +1,7 @@
 """Files to examples: shapes found and held to, fields renamed, and a split that depends on what rows say alone."""
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
-from tunesmith.data.examples import content_hash, input_hash
+from tunesmith.data.examples import content_hash, explain, input_hash
 from tunesmith.data.hold_out import choose_share, few_note, held_out_mask
 from tunesmith.errors import RecipeError
+from tunesmith.phrases import nearest
 from tunesmith.types import Example, Part, Source, TaskName
 
 PAIR = {"prompt": "a", "completion": "b"}
@@ -278,3 +280,14 @@ def test_conversations_with_one_first_turn_have_one_input():
     assert len({input_hash(row) for row in rows}) == 1
     assert len({content_hash(row) for row in rows}) == 3
     assert input_hash(an_example(greeting, question, answers[0])) != input_hash(rows[0])
+
+
+def test_a_row_of_many_fields_is_explained_at_once() -> None:
+    """difflib takes 0.1 ms for each name."""
+    record = {f"column {num}": "1" for num in range(90_000)}
+    started = time.monotonic()
+    code, message, _ = explain(record, None)
+    assert (code, "and 89980 more" in message) == ("unknown_shape", True)
+    assert nearest("promt", ["prompt", *record], 0.8) == "prompt"
+    assert nearest("a" * 10**6, ["a" * 10**6, "b"], 0.8) is None
+    assert time.monotonic() - started < 2

@@ -9,8 +9,9 @@ from data.malformed_corpus import CASES, Case
 from data.rows_of import examples_in, json_lines, put
 from tunesmith import data
 from tunesmith.data.examples import examples
+from tunesmith.data.read import read
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.recipe.schema import Data, DataFile, Limits
 from tunesmith.types import Problem
 
 IDS = [case.name for case in CASES]
@@ -55,3 +56,17 @@ def test_labels_beyond_64_bits_never_become_one(tmp_path: Path):
     examples, problems = examples_in(put(tmp_path, "rows.jsonl", json_lines(found)))
     assert examples == []
     assert [problem.code for problem in problems] == ["number_too_large"] * 4
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_blank_lines_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A packed megabyte can hold a thousand million."""
+    monkeypatch.setattr("tunesmith.data.read_json.MOST_BLANK", 100)
+    row = '{"text": "a"}\n' if name == "rows.jsonl" else "text\na\n"
+    file = tmp_path / name
+    file.write_text(row + "\n" * 100 + row.splitlines()[-1] + "\n" + "\n" * 100)
+    some = [DataFile(path=str(file))]
+    assert len(list(read(some, limits=Limits(), on_problem=lambda problem: None))) == 2
+    file.write_text(row + "\n" * 101)
+    with pytest.raises(DataError, match="more than 100 lines before it are blank"):
+        list(read(some, limits=Limits(), on_problem=lambda problem: None))

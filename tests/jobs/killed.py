@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
@@ -106,7 +105,7 @@ def serve(folder: Path, port: int) -> None:
     from tunesmith.jobs.rules import ProjectRules, Rules
     from tunesmith.serve.http import bind
 
-    launcher.sys = SimpleNamespace(executable=str(folder / "run"))  # type: ignore[attr-defined]
+    launcher.python_words = lambda module: [str(folder / "run"), "-m", module]
     running.bind = lambda host, any_port: bind(host, port)  # type: ignore[attr-defined]
     with served.serving(folder) as it:
         it.store.rules = Rules(every_project=ProjectRules(jobs_waiting=10_000))

@@ -208,7 +208,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f, rank_pattern={"q_proj": 2}),
         r"q_proj.lora_A.weight has shape \(4, 64\), expected \(2, 64\)",
     ),
-    "a pattern that is none": (lambda f: edit(f, rank_pattern={"(q_proj": 2}), "target_modules: missing \\), "),
+    "a pattern that is none": (lambda f: edit(f, rank_pattern={"(q_proj": 2}), "rank_pattern: missing \\), "),
     "biases": (lambda f: edit(f, bias="all"), "bias: only LoRA"),
     "a key of the future": (lambda f: edit(f, use_quantum=True), "use_quantum: only LoRA and DoRA that leave"),
     "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa"), "init_lora_weights: only LoRA"),
@@ -289,3 +289,25 @@ def test_a_save_that_fails_leaves_the_old_folder(folder: Path, monkeypatch: pyte
         save_adapter(attachment, folder, base="tiny/llama")
     assert (folder / WEIGHTS).read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_modules", "(" * 3000),
+        ("target_modules", "a{99999999999999999999}"),
+        ("rank_pattern", {"(" * 3000: 4}),
+        ("alpha_pattern", {"a{99999999999999999999}": 4}),
+    ],
+)
+def test_an_expression_that_python_cannot_read_is_named(folder: Path, key: str, value: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError, match=f"{CONFIG}: {key}: "):
+        load_adapter(base(), folder)
+
+
+def test_json_that_nests_without_end_is_named(folder: Path) -> None:
+    (folder / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=f"{CONFIG}: not JSON: "):
+        load_adapter(base(), folder)

@@ -35,7 +35,7 @@ def child_that_prints(
     said = "".join(f"print({(line if isinstance(line, str) else json.dumps(line))!r})\n" for line in lines)
     script.write_text(f"#!{PYTHON}\nimport sys\n{said}sys.exit({code})\n")
     script.chmod(0o755)
-    monkeypatch.setattr("tunesmith.parallel.child.sys.executable", str(script))
+    monkeypatch.setattr("sys.executable", str(script))
 
 
 def test_a_run_with_exports_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

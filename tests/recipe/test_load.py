@@ -236,3 +236,17 @@ def test_what_earlier_versions_had_is_refused_with_a_way_out(settings: list[str]
 
 def test_null_of_earlier_versions_means_what_it_meant() -> None:
     assert load.load(None, ["model=m", "data.train=a.jsonl", "optim.schedule=null"]).optim.schedule == "linear"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"method": {"name": "lora", "rank": 10**18}},
+        {"method": {"name": "lora", "rank_pattern": {"mlp": 10**18}}},
+        {"threads": 10**9},
+    ],
+)
+def test_numbers_that_no_machine_has_room_for_are_refused(data):
+    """torch and libgomp end the process for them, without a word about the recipe."""
+    with pytest.raises(RecipeError, match=str(10**9)):
+        load.validate({"model": "m", **data})

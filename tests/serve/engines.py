@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -15,7 +14,6 @@ import fresh
 from serve.batches import Heard, sharp
 from tiny_run import tiny_recipe
 from tunesmith.runs.folder import Run
-from tunesmith.serve import engine
 from tunesmith.serve.engine import WorkerEngine
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, StreamEvent
 from tunesmith.training import trainer as training
@@ -72,7 +70,7 @@ async def heard(told: AsyncIterator[StreamEvent]) -> Heard:
 def engine_over(names: Sequence[str], root: Path, options: EngineOptions = OPTIONS) -> Iterator[Asked]:
     """Its process is forked, see `fresh.python`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "sys", SimpleNamespace(executable=str(fresh.python())))
+        patch.setattr("tunesmith.serve.engine.python_words", lambda module: [str(fresh.python()), "-m", module])
         asked = Asked(names, root, options)
         try:
             yield asked

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +337,89 @@ def test_a_worker_that_sends_what_cannot_be_read_is_started_again() -> None:
     assert "exit code 0" in notes[1]
 
 
+BEATS = """import time
+while True:
+    sys.stdout.buffer.write(pack(()))
+    sys.stdout.flush()
+    time.sleep(0.02)
+"""
+
+
+# trap: S22
+def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LATE_S", 0.5)
+    monkeypatch.setattr(engine, "SILENT_S", 1.5)
+    notes: list[str] = []
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS, on_note=notes.append)
+    made._new_worker = lambda: worker_that(BEATS)  # type: ignore[method-assign]
+
+    async def scene() -> None:
+        made._worker = await worker_that(BEATS)
+        made._supervisor = asyncio.create_task(made._supervise())
+        await asyncio.sleep(2.0)  # longer than any silence that is allowed
+        assert made.state().alive
+        assert made.state().restarts == 0
+        call = engine._Call(1, has_started=True)
+        made._calls[0] = call
+        os.kill(made._worker.process.pid, signal.SIGSTOP)  # frozen; it closes nothing
+        await until(lambda: not made.state().alive, seconds=1.4)
+        assert made._worker.is_alive
+        await until(lambda: made.state().restarts == 1 and made.state().alive, seconds=20)
+        assert call.events.get_nowait().status == 500
+        await made.close(0.0)
+
+    asyncio.run(scene())
+    assert notes == ["the engine ended (ended by SIGKILL after 2 s without a sign of life) and is started again"]
+
+
+def test_a_server_that_only_waits_for_its_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug."""
+    monkeypatch.setattr(engine, "SILENT_S", 0.2)
+    monkeypatch.setattr(engine.WorkerProcess, "next", engine.WorkerProcess.receive)
+    made = engine.WorkerEngine([], root=Path(), options=OPTIONS)
+
+    async def scene() -> None:
+        made._worker = await worker_that("sys.stdin.read()")  # it says nothing
+        made._supervisor = asyncio.create_task(made._supervise())
+        with pytest.raises(AssertionError):
+            await until(lambda: made.state().restarts == 1, seconds=0.6)
+        await made.close(0.0)
+
+    asyncio.run(scene())
+
+
+def test_a_server_that_was_stopped_itself_ends_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "SILENT_S", 0.6)
+
+    async def scene() -> None:
+        worker = await worker_that(BEATS)
+        assert await worker.next() == ()
+        for _ in range(3):
+            time.sleep(0.8)  # as SIGSTOP or a machine that sleeps: its timers are over before it reads
+            assert await worker.next() == ()
+        worker.process.kill()
+        await worker.process.wait()
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_is_stuck_in_one_operation_ends_itself() -> None:
+    """Its server may be killed: nothing else would end it."""
+    stuck = """
+import threading, time
+from tunesmith.serve import worker
+worker.STUCK_S, worker.BEAT_S = 1.0, 0.1
+threading.Thread(target=worker._beat, args=(print,), daemon=True).start()
+time.sleep(1.5)  # well: it lives longer than STUCK_S
+print("well", flush=True)
+7 ** 9 ** 8  # minutes in C, with Python's lock
+"""
+    process = fresh.Process("-c", stuck)
+    said, errors = process.communicate()
+    assert "well" in said
+    assert (process.returncode, "Timeout" in errors) == (1, True)
+
+
 def test_whatever_a_crash_interrupts_gets_500_and_what_waits_503() -> None:
     made = engine.WorkerEngine([], root=Path(), options=OPTIONS)
     waiting, started, reading = calls = engine._Call(1), engine._Call(1, has_started=True), engine._Call()
@@ -409,10 +493,10 @@ runpy.run_module("tunesmith.serve.worker", run_name="__main__")
 
 def test_the_child_ends_with_its_parent_which_holds_no_torch(root: Path) -> None:
     code = f"""
-import asyncio, os, pathlib, sys, types
+import asyncio, os, pathlib, sys
 from tunesmith.serve import engine as module
 from tunesmith.serve.protocol import EngineOptions
-module.sys = types.SimpleNamespace(executable={str(fresh.python())!r})
+module.python_words = lambda module: [{str(fresh.python())!r}, "-m", module]
 async def main():
     engine = module.WorkerEngine(["first"], root=pathlib.Path({str(root)!r}), options=EngineOptions(offline=True))
     await engine.start()

@@ -51,3 +51,12 @@ def test_the_trackers_of_a_recipe_are_kept_and_are_no_part_of_its_meaning(tmp_pa
     assert load(str(tmp_path / "recipe.yaml")).track == ("wandb", "mlflow")
     assert changed(recipe) == changed(validate({"model": "m"}))
     assert validate({"track": "wandb"}).track == ("wandb",)
+
+
+@pytest.mark.parametrize(
+    "header", ["Basic YXBpOjAxMjM0NTY3ODk=", "Bearer 0123456789abcdef", "authorization: basic YXBpOjAx"]
+)
+def test_credentials_that_a_server_sends_back_are_not_printed(header: str) -> None:
+    line = problem_of("wandb", RuntimeError(f"400: bad header {header} in https://me:secret@host/x?key=1"))
+    assert header.rsplit(maxsplit=1)[-1] not in line
+    assert "secret" not in line

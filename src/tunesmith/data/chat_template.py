@@ -1,30 +1,25 @@
-"""The tokenizer's own chat template, in the immutable Jinja sandbox of transformers."""
+"""The tokenizer's own chat template, in an immutable Jinja sandbox with bounds (`sandbox`)."""
 
 from __future__ import annotations
 
 import json
-import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
-from itertools import pairwise
+from functools import lru_cache
 from typing import Any
 
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils import chat_template_utils
 
+from tunesmith.data.sandbox import Sandbox, TooMuch
+from tunesmith.data.template_trial import fault_of, words_of
 from tunesmith.errors import ModelError
 
 Message = Mapping[str, Any]
 
-OUTPUT_CHARS = 64 * 1024 * 1024
-"""Longest text of one row: eight times `limits.line_bytes`."""
 MOST_REASON = 10_000
 RENDERING_S = 20.0
-"""Longest time for one row, which takes microseconds: the sandbox limits each loop, but not loops within loops."""
-_RENDERING = threading.Lock()
-"""transformers compiles a template once for all tokenizers; its date is set before each rendering."""
+"""Longest time for one row, which takes microseconds."""
 
 
 class TemplateRefusal(Exception):
@@ -34,105 +29,67 @@ class TemplateRefusal(Exception):
 class ChatTemplate:
     """The chat template of a tokenizer. `date`: the day that `strftime_now` writes (YYYY-MM-DD); None: today.
 
-    Raises `ModelError` when there is none, and for one that computes powers.
+    It is tried in a process of its own first (`template_trial`). Raises `ModelError` when there is none, and for one
+    that takes too much time or memory.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
-        _refuse_powers(self._name, self.text)
         self._template = tokenizer.chat_template
         self._special_tokens = {name: _as_text(value) for name, value in tokenizer.special_tokens_map.items()}
         self._date = date
+        texts = self._template.values() if isinstance(self._template, dict) else [self._template]
+        if fault := fault_of([str(text) for text in texts], self._special_tokens):
+            raise self._bad(fault)
+
+    def _bad(self, does: str) -> ModelError:
+        return ModelError(
+            f"{self._name}: its chat template {does}. Give another by data.template, and look at this one before you "
+            "trust its source."
+        )
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 
-        Raises `TemplateRefusal` with the template's own error, or for a text of more than `OUTPUT_CHARS`; `ModelError`
-        for one that nests too deeply. A lack of memory or of a package is not the row's, and is raised as it is.
+        Raises `TemplateRefusal` with the template's own error, or for too long a text; `ModelError` for one that nests
+        too deeply, or takes too much time or memory. A lack of memory or of a package is not the row's, and is
+        raised as it is.
         """
         try:
             text = self._render(list(messages), list(tools) or None, prompt)
         except (MemoryError, ImportError):
             raise
-        except (RecursionError, TimeoutError) as error:
-            nests = "nests or calls itself more deeply than Python can follow"
-            does = nests if isinstance(error, RecursionError) else f"ran for more than {RENDERING_S:g} s, in a loop"
-            raise ModelError(
-                f"{self._name}: its chat template {does}. Give another by data.template, and look at this one before "
-                "you trust its source."
-            ) from error
+        except (TimeoutError, RecursionError, TooMuch) as error:
+            raise self._bad(words_of(error, RENDERING_S)) from error
         except Exception as error:  # the template is a program we did not write: it can raise anything
             reason = str(error)[:MOST_REASON] or type(error).__name__
             raise TemplateRefusal(reason if reason.endswith((".", "!", "?")) else f"{reason}.") from error
-        if len(text) > OUTPUT_CHARS:
-            raise TemplateRefusal(f"it wrote {len(text)} characters, more than {OUTPUT_CHARS}.")
         return text
 
     def _render(self, messages: list[Message], tools: list[Mapping[str, Any]] | None, prompt: bool) -> str:
         template = self._template
         if isinstance(template, dict):
             template = template["tool_use" if tools and "tool_use" in template else "default"]
-        compiled = _compile_jinja_template(template)  # once: it keeps what it made
+        if tools is not None or not all(map(_is_plain, messages)):  # else half the time
+            messages, tools = json.loads(json.dumps([messages, tools], default=str))  # dates as text
+            messages = _alias(messages)
+        # The day of a rendering: `strftime_now` gives today, which is another day tomorrow.
+        day = datetime.fromisoformat(self._date) if self._date else datetime.now()
         given: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
-        with _RENDERING:
-            if type(compiled.globals) is not dict:  # but a ChainMap, which takes a fifth of the time of a short chat
-                _watch(compiled, template)
-                compiled.globals = dict(compiled.globals)
-            # The environment's own `strftime_now` gives today, which is another day tomorrow.
-            day = datetime.fromisoformat(self._date) if self._date else datetime.now()
-            compiled.globals["strftime_now"] = day.strftime
-            compiled.environment.deadline = time.thread_time() + RENDERING_S
-            try:
-                if tools is None and all(map(_is_plain, messages)):  # half the time
-                    return str(compiled.render(messages=messages, documents=None, **given))
-                messages, given["tools"] = json.loads(json.dumps([messages, tools], default=str))  # dates as text
-                return str(render_jinja_template([messages], chat_template=template, **given)[0][0])
-            finally:
-                compiled.environment.deadline = math.inf
+        sandbox, is_rendering = _compiled(template)
+        with is_rendering:
+            sandbox.begin(RENDERING_S)
+            return sandbox.template.render(messages=messages, documents=None, strftime_now=day.strftime, **given)
 
 
-def _watch(compiled: Any, text: str) -> None:
-    """Compile a template again, so that each turn of a loop and each call of a macro calls `environment.turn`, which
-    raises TimeoutError once the thread has computed until `environment.deadline`."""
-    from jinja2 import nodes
-    from jinja2.compiler import CodeGenerator
-
-    environment, num_turns = compiled.environment, 0
-
-    class Watched(CodeGenerator):
-        def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
-            repeated: Any
-            for repeated in node.find_all((nodes.For, nodes.Macro)):
-                repeated.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("turn")))
-            super().visit_Template(node, frame)
-
-        def visit_EnvironmentAttribute(self, node: nodes.EnvironmentAttribute, frame: Any) -> None:
-            self.write(f"environment.{node.name}()")
-
-    def turn() -> None:
-        nonlocal num_turns
-        num_turns += 1
-        if not num_turns % 100 and time.thread_time() > environment.deadline:
-            raise TimeoutError
-
-    environment.turn, environment.code_generator_class = turn, Watched
-    watched = environment.from_string(text)
-    compiled.root_render_func, compiled.blocks = watched.root_render_func, watched.blocks
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> tuple[Sandbox, threading.Lock]:
+    return Sandbox(text), threading.Lock()
 
 
-def _refuse_powers(name: str, text: str) -> None:
-    """Raise `ModelError` for a template with x ** y: nothing ends a process that computes 9**9**9, and jinja does so
-    while it compiles. `f(**options)` is not a power."""
-    from jinja2 import Environment, TemplateSyntaxError
-
-    with suppress(TemplateSyntaxError):  # which rendering reports
-        tokens = ((kind, value) for _, kind, value in Environment().lex(text) if kind != "whitespace")
-        if any(now == ("operator", "**") and before not in ("(", ",") for (_, before), now in pairwise(tokens)):
-            raise ModelError(
-                f"{name}: its chat template computes a power (**), which may take for ever and no template needs. Give "
-                "another by data.template, and look at this one before you trust its source."
-            )
+_alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
+"""Fields of reasoning by each of their names, in the versions of transformers that show them so."""
 
 
 def _is_plain(message: Any) -> bool:

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from tunesmith.data.formats import FORMATS, SHAPES, find_shape, task_of_rows
 from tunesmith.data.problems import names, paste
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
-from tunesmith.phrases import did_you_mean
+from tunesmith.phrases import did_you_mean, nearest
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Shape, Source, TaskName
 
@@ -322,7 +321,7 @@ def explain(
 def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
     """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
     for fields in wanted:
-        near = {ours: theirs for ours in fields for theirs in get_close_matches(ours, given, 1, 0.8)}
+        near = {ours: theirs for ours in fields if (theirs := nearest(ours, given, 0.8)) is not None}
         if len(near) == len(fields):
             return {ours: theirs for ours, theirs in near.items() if ours != theirs}
     return {}

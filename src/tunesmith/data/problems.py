@@ -8,10 +8,10 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any
 
 from tunesmith.errors import DataError
+from tunesmith.phrases import nearest
 from tunesmith.recipe.schema import Data
 from tunesmith.types import Problem, Source
 
@@ -67,9 +67,9 @@ class RowProblems:
         if isinstance(value, str):
             return value
         if value is None:
-            is_null, near = ("is null", []) if key in record else ("is missing", get_close_matches(key, record, 1, 0.8))
+            is_null, near = ("is null", None) if key in record else ("is missing", nearest(key, record, 0.8))
             named = f"name the field you have by --set 'data.columns={{{key}: ...}}'"
-            fix = f"Give it, or {paste({key: near[0]})}." if near else f"Give it, or {named}."
+            fix = f"Give it, or {paste({key: near})}." if near else f"Give it, or {named}."
             self.add("missing_field", f"{key} {is_null}.", fix)
         else:
             self.wrong_type(key, value, "text")

@@ -179,13 +179,14 @@ OnBadRow = Callable[[int, BadRow], None]
 CHUNK_BYTES = 256 * 1024
 MOST_INDENTED_BYTES = 2**26
 """The most of a file that is read at once to see whether its lines are those of one object."""
+MOST_BLANK = 1_000_000
 MOST_ARRAY_BYTES = 2**30
 """A JSON array is held whole while its rows are read, unlike JSON lines."""
 
 
 def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:
     """Each line's number and value; blank lines are left out."""
-    limit, depth = limits.line_bytes, limits.depth
+    limit, depth, num_blank = limits.line_bytes, limits.depth, 0
     while raw := stream.readline(limit + 2):
         facts.line += 1
         if len(raw) > limit and len(raw.rstrip(b"\r\n")) > limit:
@@ -193,14 +194,25 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             facts.rows += 1
             on_bad(facts.line, too_long(size, limit))
             continue
-        if not raw.isspace():
-            facts.rows += 1
+        if raw.isspace():
+            num_blank = count_blank(num_blank, facts)
+        else:
+            facts.rows, num_blank = facts.rows + 1, 0
             try:
                 yield facts.line, loads(raw, depth=depth)
             except BadRow as bad:
                 if facts.rows == 1 and bad.code == "truncated_json":
                     _refuse_indented(facts)
                 on_bad(facts.line, bad)
+
+
+def count_blank(num: int, facts: FileFacts) -> int:
+    """One blank line more than `num` since the last row. Raises `DataError` after `MOST_BLANK`: a packed file of a
+    megabyte can hold a thousand million."""
+    if num < MOST_BLANK:
+        return num + 1
+    message = f"more than {MOST_BLANK:,} lines before it are blank."
+    raise refusal(facts.path, facts.line, "blank_lines", message, "Remove them. Nothing after it was read.")
 
 
 def _refuse_indented(facts: FileFacts) -> None:

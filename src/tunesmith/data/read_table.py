@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_packed
 from tunesmith.data.problems import refusal
-from tunesmith.data.read_json import BadRow, OnBadRow, decode, nul_character, too_long
+from tunesmith.data.read_json import BadRow, OnBadRow, count_blank, decode, nul_character, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 from tunesmith.types import strings
@@ -29,7 +29,7 @@ def csv_rows(
     """
     # The csv module knows one limit for the whole process; ours is that of a row.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
-    row, size = list[bytes](), 0
+    row, size, num_blank = list[bytes](), 0, 0
     """The lines of the current row, and their bytes."""
 
     def lines() -> Iterator[str]:
@@ -56,7 +56,9 @@ def csv_rows(
             raise _broken_quote(facts, first, str(error)) from None
         bad = _unreadable(row)
         if bad is None and (not values or (len(values) == 1 and not values[0].strip())):
+            num_blank = count_blank(num_blank, facts)
             continue
+        num_blank = 0
         if facts.columns is None:
             if bad is not None:
                 raise refusal(facts.path, first, bad.code, f"the header: {bad}.", bad.fix)

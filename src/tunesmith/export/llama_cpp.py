@@ -17,7 +17,7 @@ from errno import ENOSPC
 from importlib.util import find_spec
 from pathlib import Path
 
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.errors import ExportError
 
 TIMEOUT_S = 3600.0
@@ -35,7 +35,7 @@ def run_module(module: str, *words: str, what: str, tick: Callable[[], None] = l
 
     Raises ExportError with its last line of stderr, after `what`.
     """
-    command, ends = [sys.executable, "-m", module, *words], time.monotonic() + TIMEOUT_S
+    command, ends = [*python_words(module), *words], time.monotonic() + TIMEOUT_S
     with subprocess.Popen(
         command, env=for_child(HF_HUB_OFFLINE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         errors="replace",

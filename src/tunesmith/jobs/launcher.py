@@ -10,7 +10,7 @@ import fcntl
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child, python_words
 from tunesmith.runs.folder import Run
 
 NICE = 10
@@ -96,7 +96,7 @@ def start_child(
             out.write(b"\n" * room)
             out.seek(0)
             popen = subprocess.Popen(
-                ["nice", "-n", str(NICE), sys.executable, "-m", module, *words],
+                ["nice", "-n", str(NICE), *python_words(module), *words],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
                 env={**for_child(**_rest_of_card()), **environment}, start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip

@@ -327,7 +327,7 @@ def read_config(folder: Path) -> SavedConfig:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: missing: the folder of an adapter holds {CONFIG} and {WEIGHTS}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: not a JSON object")
@@ -350,11 +350,12 @@ def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
             f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. Merge this "
             "adapter with peft."
         )
-    targets = config["target_modules"]
+    targets, place = config["target_modules"], "target_modules"
     try:
         words = (f"re:^(?:{re.compile(targets).pattern})$",) if isinstance(targets, str) else tuple(sorted(targets))
-        for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())):
-            re.compile(pattern)
+        for place in ("rank_pattern", "alpha_pattern"):
+            for pattern in config.get(place) or ():
+                re.compile(pattern)
         return (DoraMethod if config.get("use_dora") else LoraMethod)(
             rank=config["r"],
             alpha=config["lora_alpha"],
@@ -367,8 +368,8 @@ def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
     except ValidationError as error:
         first = error.errors()[0]
         raise ModelError(f"{path}: {first['loc'][0]}: {first['msg']}") from error
-    except (TypeError, re.error) as error:
-        raise ModelError(f"{path}: target_modules: {error}") from error
+    except (TypeError, re.error, RecursionError, OverflowError) as error:
+        raise ModelError(f"{path}: {place}: {error}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

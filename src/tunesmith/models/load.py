@@ -46,6 +46,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models import contention, heads
 from tunesmith.models.folder import weight_files
 from tunesmith.models.gguf import fix_tokenizer, read_once
+from tunesmith.models.growth import check_growth
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.quantized import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
@@ -131,6 +132,7 @@ def load_tokenizer(
     `on_note` gets what a person should know: a template that was replaced, a GGUF's tokenizer that may differ.
     """
     try:
+        check_growth(located.path / "tokenizer.json")
         with wrap_errors(located, "its tokenizer cannot be used"):
             tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
     except ModelError as error:  # transformers takes a file that it cannot read for one of tiktoken

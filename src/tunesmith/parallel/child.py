@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, Protocol
 
 from tunesmith import errors
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import from_json
@@ -46,7 +45,7 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
 
     Raises the error that it ends with, a TunesmithError.
     """
-    command = [sys.executable, "-m", "tunesmith", *words, "--json", *(["--offline"] if offline else [])]
+    command = [*python_words("tunesmith"), *words, "--json", *(["--offline"] if offline else [])]
     last: dict[str, Any] = {}
     result: dict[str, Any] = {}
     with (

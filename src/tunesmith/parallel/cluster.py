@@ -7,9 +7,10 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from tunesmith.environment import for_child, install_command
+from tunesmith.environment import SAFE_PATH, for_child, install_command
 from tunesmith.errors import InputError
 from tunesmith.recipe.schema import Recipe
 
@@ -38,21 +39,22 @@ def connected(address: str) -> Iterator[Any]:
     Raises InputError if it is not reached.
     """
     ray = import_ray()
-    paths = for_child()["PYTHONPATH"]
-    environment = {"env_vars": {**NO_REPORTS, "PYTHONPATH": paths}}
+    child = for_child()
+    environment = {"env_vars": {**NO_REPORTS, **{name: child[name] for name in ("PYTHONPATH", *SAFE_PATH)}}}
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if "://" in address and not port.isdigit():
         raise InputError(f"--ray {address}: has no port. Write HOST:PORT or ray://HOST:PORT, such as ray://head:10001.")
     try:
         if colon:  # Ray itself tries a place where nobody answers for many minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(
-            address=address,
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=environment,
-        )
+        with _elsewhere():
+            ray.init(
+                address=address,
+                include_dashboard=False if address == LOCAL else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=environment,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"--ray {address}: no Ray is reached there: {text:.200} Use local, or start one.") from error
@@ -60,6 +62,17 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """A block whose working folder is that of this package: Ray puts it on the path of its workers' imports."""
+    before = Path.cwd()
+    os.chdir(Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def needs_of(recipe: Recipe, ray: Any) -> dict[str, float]:

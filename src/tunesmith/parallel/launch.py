@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.environment import for_child, num_cpus
+from tunesmith.environment import for_child, num_cpus, python_words
 from tunesmith.errors import GroupError, RecipeError, Stopped, TunesmithError
 from tunesmith.parallel.world import AGREED, OWN_AGENT, place_of
 from tunesmith.phrases import command, plural
@@ -87,7 +87,8 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
             **patience,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "tunesmith", *words)
+            python, *module = python_words("tunesmith")
+            elastic_launch(config, python)(*module, *words)
         except ChildFailedError as error:
             return report_failure(error.failures, Path(name), say)
         except SignalException:

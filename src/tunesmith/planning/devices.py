@@ -156,7 +156,7 @@ def here_apart(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     """`here`, found by a process of its own: half a GiB of a card, which CUDA keeps for each, is free again when it has
     ended. Raises RuntimeError with what the process printed where it fails."""
     asked = [device, str(threads), str(dtype).removeprefix("torch.")]
-    words = [sys.executable, "-m", "tunesmith.planning.devices", *asked]
+    words = [*python_words("tunesmith.planning.devices"), *asked]
     done = subprocess.run(words, capture_output=True, env=for_child(), text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])

@@ -19,6 +19,8 @@ from pydantic import (
 
 Auto: TypeAlias = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
+Rank = Annotated[int, Field(gt=0, le=65_536)]
+"""No layer of a language model has so many inputs that more were of use."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -54,7 +56,7 @@ class LowRankMethod(OptionGroup):
     """Options that LoRA and its relatives share: the model is frozen, small matrices next to its layers are trained."""
 
     name: str
-    rank: Positive = 16
+    rank: Rank = 16
     """Rank of the update of each adapted layer."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
@@ -65,7 +67,7 @@ class LowRankMethod(OptionGroup):
     targets: Words = ("all-linear",)
     """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression over
     whole module names (re:layers\\.[0-3]\\..*)."""
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
     counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

@@ -405,7 +405,7 @@ class Recipe(OptionGroup):
     model does not fit each device."""
     memory: Literal["refuse", "warn"] = "refuse"
     """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
-    threads: Positive | Auto = "auto"
+    threads: Annotated[int, Field(gt=0, le=1_024)] | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
     """fast: token loss and attention of short rows by functions of this package, on a processor norms, gated MLPs and

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child, python_words
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -32,6 +31,8 @@ from tunesmith.serve.protocol import (
 )
 
 END_TIMEOUT_S = 5.0
+LATE_S, SILENT_S = 15.0, 60.0
+"""Without a sign of life, which comes every two seconds: it counts as down, and is ended and started again."""
 PAUSE_S = 5.0
 """After a worker that could not be started."""
 MAX_LINE_BYTES = 1 << 30
@@ -48,6 +49,7 @@ class WorkerProcess:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.served: Sequence[ModelCard] = ()
         self.process = process
+        self.heard, self._was_silent = time.monotonic(), False
         self._input, self._output, self._errors = cast(Any, (process.stdin, process.stdout, process.stderr))
         self._printed: deque[str] = deque(maxlen=MAX_PRINTED)
         self._printing = asyncio.create_task(self._collect_output())
@@ -57,7 +59,7 @@ class WorkerProcess:
         """A worker that has loaded and checked its models. Raises TunesmithError if it could not."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tunesmith.serve.worker",
+            *python_words("tunesmith.serve.worker"),
             stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE_BYTES,
             env=for_child(TOKENIZERS_PARALLELISM="false", **variables),
             start_new_session=True,  # Ctrl-C is for the server, which finishes what is under way
@@ -84,6 +86,11 @@ class WorkerProcess:
     def is_alive(self) -> bool:
         return self.process.returncode is None
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it lives, and has said something lately."""
+        return self.is_alive and time.monotonic() - self.heard < LATE_S
+
     def send(self, message: Any) -> None:
         """Send a message; does nothing if the worker has just ended."""
         with suppress(OSError, RuntimeError):
@@ -93,7 +100,18 @@ class WorkerProcess:
     async def receive(self) -> Any:
         """The worker's next message; None: it has ended."""
         line = await self._output.readline()
+        self.heard = time.monotonic()
         return unpack(line) if line.endswith(b"\n") else None
+
+    async def next(self) -> Any:
+        """As `receive`; ends the worker where nothing comes for `SILENT_S`."""
+        for _ in range(2):  # where this process was stopped itself, the first wait is over before it has read
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self.receive(), SILENT_S / 2)
+        self._was_silent = True
+        with suppress(ProcessLookupError):
+            self.process.kill()
+        return None
 
     async def ended(self) -> str:
         """The reason of the worker's end, once it has ended."""
@@ -101,7 +119,8 @@ class WorkerProcess:
         await asyncio.wait([self._printing], timeout=1)
         if code < 0:
             with suppress(ValueError):
-                return f"ended by {signal.Signals(-code).name}"
+                silence = f" after {SILENT_S:.0f} s without a sign of life" if self._was_silent else ""
+                return f"ended by {signal.Signals(-code).name}{silence}"
         return f"exit code {code}" + (f": {self._printed[-1]}" if self._printed else "")
 
     async def end(self) -> None:
@@ -239,7 +258,7 @@ class WorkerEngine:
     def state(self) -> EngineState:
         started = [call for call in self._calls.values() if call.has_started]
         return EngineState(
-            alive=self._worker.is_alive,
+            alive=self._worker.is_well,
             running=sum(call.num_left for call in started),
             waiting=len(self._calls) - len(started),
             restarts=self._restarts,
@@ -271,7 +290,7 @@ class WorkerEngine:
         """Pass on what the worker sends, and start a new one whenever it ends, until the engine is closed."""
         while True:
             try:
-                while (events := await self._worker.receive()) is not None:
+                while (events := await self._worker.next()) is not None:
                     for key, event in events:
                         self._on_event(key, event)
             except Exception as error:  # its next message cannot be found

@@ -8,6 +8,7 @@ reads what to load and then requests from its standard input, and writes events 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import queue
 import sys
@@ -33,6 +34,8 @@ from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
 WATCH_S = 0.5
+BEAT_S, STUCK_S = 2.0, 90.0
+"""Seconds between two signs of life, and without one until this process ends itself: the server does before."""
 SCRATCH_BYTES, SCRATCH_ON_CARD = 256 * 1024**2, 1024 * 1024**2
 """For everything but weights, keys and values: on a card activations and logits of a step."""
 USED_OF_CARD = 0.9
@@ -65,6 +68,7 @@ def main() -> int:
         send((InputError if isinstance(error, InputError) else TunesmithError)(str(error)))
         return 1
     send(tuple(model.card for model in registry.models.values()))
+    threading.Thread(target=_beat, args=(send,), daemon=True).start()
     while True:
         worker.work()
         worker.step()
@@ -207,6 +211,17 @@ def _watch(limit: int) -> None:
     sys.stderr.write(f"it held {held / 2**20:,.0f} MiB of memory, more than the {limit / 2**20:,.0f} it may\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def _beat(send: Send) -> None:
+    """Let the server hear that this process is not stuck: an operation that keeps Python's lock stops this thread too.
+
+    Then it ends itself after a while, whether or not a server is left to end it.
+    """
+    while True:
+        faulthandler.dump_traceback_later(STUCK_S, exit=True)
+        send(())
+        time.sleep(BEAT_S)
 
 
 def _sender() -> Send:

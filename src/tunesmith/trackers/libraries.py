@@ -306,7 +306,8 @@ def line_of(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text whose addresses have lost user, password and query."""
+    """A text whose addresses have lost user, password and query, and whose headers their credentials."""
+    text = re.sub(r"(?i)\b(basic|bearer)\s+[\w.~+/=-]{6,}", r"\1 (hidden)", text)
     return re.sub(r"(?<=://)[^/\s]*@|\?[\w.-]+=[^\s'\")]*", "", text)
 
 

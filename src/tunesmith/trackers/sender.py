@@ -26,7 +26,7 @@ from typing import IO, Any, cast
 
 import filelock
 
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.errors import InputError, RunError
 from tunesmith.phrases import command
 from tunesmith.runs.atomic import clean
@@ -157,7 +157,7 @@ def tracked(
     """
     processes = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "tunesmith.trackers.sender", name, *(["--offline"] if offline else [])],
+            [*python_words("tunesmith.trackers.sender"), name, *(["--offline"] if offline else [])],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -24,7 +24,7 @@ import torch
 from pydantic import TypeAdapter
 
 from tunesmith.data.sampler import micro_batches_of
-from tunesmith.environment import for_child
+from tunesmith.environment import for_child, python_words
 from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.generate import batch_size, generate
 from tunesmith.evaluation.predict_rows import predict_rows
@@ -125,7 +125,7 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
         with open(folder / "printed", "w+b") as printed:
             try:
                 code = subprocess.run(  # it ends the child where an error or Ctrl-C comes, too
-                    [sys.executable, "-m", "tunesmith.training.probe"],
+                    python_words("tunesmith.training.probe"),
                     check=False,
                     input=json.dumps(asked).encode(),
                     stdout=printed,
