@@ -44,6 +44,19 @@ def duration(seconds: float, unit: str = "") -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours or unit == "h" else f"{minutes}:{rest:02d} min"
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share of one: 71.2 %."""
+    return f"{100 * share + 0.0:.{digits}f} %"
+
+
+def about(seconds: float) -> str:
+    """A time that is an estimate, in one unit: about 40 s, about 5 min, about 2.5 h."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if round(seconds / size) < 90:
+            return f"about {max(round(seconds / size), 1)} {unit}"
+    return f"about {seconds / 3600:.2g} h"
+
+
 def span(low: float, high: float) -> str:
     """From one time span to another, both in the unit of the longer one: 0:36 to 1:49 min."""
     last, unit = duration(high).split()
