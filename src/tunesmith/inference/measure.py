@@ -227,7 +227,7 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
     found = predict_rows(
         loaded.model,
         task,
-        _feed(loaded, store),
+        feed(loaded, store),
         list(range(len(store))),
         tokens_per_pass=loaded.tokens_per_pass,
         progress=progress,
@@ -314,7 +314,7 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
 
 
-def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
+def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
