@@ -66,9 +66,9 @@ def train(
     `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
     or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
     recipe or its file; `options` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
-    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called before the first step and
-    after each. On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their
-    agent. Notes of the run arrive as `TunesmithWarning`, and are in `run.notes`.
+    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called before the first step
+    and after each. On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has
+    their agent. Notes of the run arrive as `TunesmithWarning`, and are in `run.notes`.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
@@ -247,7 +247,7 @@ _OURS = ("tunesmith", "contextlib")
 def _notes_of(event: Event) -> list[str]:
     if event.kind == "plan":
         return list(event.values.get("warnings", ()))
-    return [event.values["text"]] if event.kind == "note" else []
+    return [event.values["text"]] if event.kind == "note" and not event.values.get("detail") else []
 
 
 @contextmanager

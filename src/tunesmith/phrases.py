@@ -46,22 +46,29 @@ def duration(seconds: float, unit: str = "") -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share of one: 71.2 %."""
-    return f"{100 * share + 0.0:.{digits}f} %"
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
 
 
 def about(seconds: float) -> str:
     """A time that is an estimate, in one unit: about 40 s, about 5 min, about 2.5 h."""
-    for unit, size in (("s", 1), ("min", 60)):
-        if round(seconds / size) < 90:
-            return f"about {max(round(seconds / size), 1)} {unit}"
-    return f"about {seconds / 3600:.2g} h"
+    unit, size = _unit(seconds)
+    return f"about {_number(seconds / size)} {unit}"
 
 
-def span(low: float, high: float) -> str:
-    """From one time span to another, both in the unit of the longer one: 0:36 to 1:49 min."""
-    last, unit = duration(high).split()
-    first, _ = duration(low, unit).split()
-    return f"about {last} {unit}" if first == last else f"{first} to {last} {unit}"
+def between(seconds: float, low: float, high: float) -> str:
+    """An estimated time and its range, all in one unit: about 5 min (2–7)."""
+    unit, size = _unit(high)
+    first, last = (_number(bound / size) for bound in (low, high))
+    text = f"about {_number(seconds / size)} {unit}"
+    return text if first == last else f"{text} ({first}–{last})"
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    return next(((unit, size) for unit, size in (("s", 1.0), ("min", 60.0)) if seconds / size < 90), ("h", 3600.0))
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:

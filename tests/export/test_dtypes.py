@@ -22,7 +22,7 @@ from tunesmith.export import proof_plan, verify
 from tunesmith.export.export_run import TARGETS, export_planned, export_run
 from tunesmith.export.proof_plan import plan_proof
 from tunesmith.export.run_result import open_result
-from tunesmith.export.target import ExportOptions
+from tunesmith.export.target import Computing, ExportOptions
 from tunesmith.methods.adapter_format import WEIGHTS
 from tunesmith.models import save
 from tunesmith.models.load import load_model
@@ -63,6 +63,22 @@ def test_a_float32_export_of_a_run_in_bfloat16_is_exact(tmp_path, monkeypatch):
     assert dtype_of(done.path) == torch.float32
     facts = json.loads((done.path / "verify.json").read_text())
     assert (facts["device"], facts["computed"]) == ("cpu", {"tuned": "float32", "export": "float32"})
+
+
+def test_an_export_is_not_judged_in_a_coarser_dtype_than_its_own(tmp_path, monkeypatch):  # trap: A18
+    quick(monkeypatch)
+    run = short_run(tmp_path)
+    assert_float32_agrees(run, tmp_path / "right")
+    monkeypatch.setattr(verify, "Computing", lambda device, precision: Computing(device, "bfloat16"))
+    with pytest.raises(AssertionError):  # as all exports of a run in bfloat16 were once computed
+        assert_float32_agrees(run, tmp_path / "wrong")
+
+
+def assert_float32_agrees(run: Run, out: Path) -> None:
+    try:
+        export_run(run, "merged", out=out, offline=True, options=ExportOptions(dtype="float32"))
+    except ExportError as error:
+        raise AssertionError from error
 
 
 @pytest.mark.parametrize("planned", [False, True])
@@ -139,13 +155,15 @@ def test_a_processor_reads_fewer_tokens_of_a_large_model_and_says_how_long_it_ta
     monkeypatch.setattr(devices, "room", lambda device: 12 * 10**9)
     plan = plan_proof(result, TARGETS["merged"], "bfloat16", num_tokens=8000)
     # 12 GB have no room for 8 B numbers of four bytes; those of two stay in their files
-    assert (plan.device, plan.tuned, plan.exported, plan.tokens) == ("cpu", "bfloat16", "bfloat16", 2048)
-    assert plan.seconds == pytest.approx(3 * 2 * 8e9 * 2048 / (50e9 * proof_plan.REACHED))
+    assert (plan.device, plan.tuned, plan.exported, plan.tokens) == ("cpu", "bfloat16", "bfloat16", 512)
+    assert plan.seconds == pytest.approx(3 * 2 * 8e9 * 512 / (50e9 * proof_plan.REACHED))
     assert plan.note() == (
-        "the comparison takes about 82 min: 3 × 2,048 tokens through 8 B weights on the processor, in bfloat16"
+        "the comparison takes about 20 min: 3 × 512 tokens through 8 B weights on the processor, in bfloat16"
     )
     monkeypatch.setattr(proof_plan, "model_size", lambda located: type("Size", (), {"num_params": 10**7}))
     assert plan_proof(result, TARGETS["merged"], "bfloat16", num_tokens=8000).note() == ""
+    monkeypatch.setattr(proof_plan, "model_size", lambda located: type("Size", (), {"num_params": 5 * 10**8}))
+    assert plan_proof(result, TARGETS["merged"], "bfloat16", num_tokens=8000).tokens == 2048
 
 
 def test_a_run_of_a_card_that_is_full_is_exported_by_the_processor(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ REQUIRED = {
     *(f"D{n}" for n in range(1, 20)),  # several devices
     *(f"T{n}" for n in range(1, 19)),
     *(f"R{n}" for n in range(1, 9)),
-    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15"),  # adapters
+    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18"),  # adapters
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
     *(f"S{n}" for n in range(1, 9)),

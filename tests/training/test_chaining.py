@@ -72,6 +72,17 @@ def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch)
         start_from(str(first.path), root=tmp_path / "runs", offline=True)
 
 
+def test_a_plan_names_the_run_that_it_starts_from_and_the_room_that_takes(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
+    first = train(recipe, root=root)
+    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    plan = next(event.values for event in second.events() if event.kind == "plan")
+    assert plan["model"] == second.report["model"] == f"{first.path.name} (merged)"
+    assert any(re.search(r"merged into its base in \S+/merged \([\d.]+ [KM]iB\)", text) for text in plan["warnings"])
+    assert second.report["name"] == second.path.name
+
+
 def test_domain_then_task(tmp_path):
     root = tmp_path / "runs"
     adapted = train(task_recipe(tmp_path, "text", "encoder", method="full"), root=root)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named, refuse_unknown_target
+from tunesmith.cli.options import (
+    BaseAt,
+    Json,
+    Offline,
+    Root,
+    RunName,
+    named,
+    refuse_lacking_export,
+    refuse_unknown_target,
+)
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 from tunesmith.phrases import plural, visible
@@ -62,6 +71,7 @@ def export(
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     refuse_unknown_target("--to", to)
+    refuse_lacking_export("--to", to)
     found = Run.open(named(run, root), root, base=model)
     found.result()  # refused here, before torch is imported
     from tunesmith.cli.display import phases

@@ -14,14 +14,15 @@ from tunesmith.models.size import model_size
 from tunesmith.phrases import about
 from tunesmith.planning import devices
 
-MANY_TOKENS, FEW_TOKENS = 8192, 2048
-"""Tokens of all rows together, at most; fewer where a processor would take longer than `LONG_S` for many."""
+MANY_TOKENS, FEW_TOKENS, FEWEST_TOKENS = 8192, 2048, 512
+"""Tokens of all rows together, at most: of a processor that takes longer than `LONG_S`, or even than `VERY_LONG_S`,
+fewer."""
 SLACK = 1.2
 """Memory that a model takes beside its weights, as a factor of them."""
 LONG_S = 60.0
 """Seconds from which on the time is said before."""
 VERY_LONG_S = 600.0
-"""Seconds of float32 for which a processor that multiplies bfloat16 takes that instead."""
+"""Seconds from which on a processor reads fewer tokens still, and in bfloat16 where it multiplies that in hardware."""
 REACHED = 0.4
 """Share of the speed of a large product that a model reaches with one row at a time. Measured: 0.3 to 0.5."""
 FLOAT16 = 0.2
@@ -81,8 +82,9 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
             exported = "float32"
         tokens = num_tokens
         seconds = passes * _seconds(params, tokens, device, {tuned, exported})
-        if device == "cpu" and seconds > LONG_S and tokens > FEW_TOKENS:
-            tokens, seconds = FEW_TOKENS, seconds * FEW_TOKENS / tokens
+        for limit_s, fewer in ((LONG_S, FEW_TOKENS), (VERY_LONG_S, FEWEST_TOKENS)) if device == "cpu" else ():
+            if seconds > limit_s and tokens > fewer:
+                tokens, seconds = fewer, seconds * fewer / tokens
         is_slow = device == "cpu" and seconds > VERY_LONG_S and _is_quick("bfloat16")
         of_device = {tuned} if device == "cpu" else {tuned, exported}  # an export's files are mapped, not copied
         if not is_slow and all(_fits(result, params, device, dtype) for dtype in of_device):
@@ -93,8 +95,13 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
     return ProofPlan(device, tuned, exported, tokens, seconds, work)
 
 
+def is_here(device: str) -> bool:
+    """Whether the device of a run is on this machine."""
+    return torch.device(device).type != "cuda" or torch.cuda.is_available()
+
+
 def _is_card(device: str) -> bool:
-    return torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return torch.device(device).type == "cuda" and is_here(device)
 
 
 def _on_card(result: RunResult, card: str | None) -> list[tuple[str, str]]:

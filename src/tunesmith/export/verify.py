@@ -36,7 +36,7 @@ from tunesmith.evaluation.general import passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_tokenizer import PROBE
-from tunesmith.export.proof_plan import MANY_TOKENS, ProofPlan
+from tunesmith.export.proof_plan import MANY_TOKENS, ProofPlan, is_here
 from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import Computing, ExportedModel, ExportTarget, Tolerances, TorchModel
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
@@ -342,7 +342,8 @@ def tuned_outputs(result: RunResult, rows: CheckRows, plan: ProofPlan) -> TunedO
     """Outputs that an export is compared with. One model is in memory at a time."""
     quantized_loss = None
     if result.quant is not None:
-        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows, plan, "tuned").loss
+        on = {} if is_here(result.recipe.device) else plan.on  # packed, it fits where it was trained
+        quantized_loss = _outputs(load_run(result.run, offline=True, on=on), result, rows, plan, "tuned").loss
         free_cached_memory()
     model: LoadedModel | None = load_run(result.run, offline=True, as_trained=False, on=plan.on)
     assert model is not None

@@ -372,8 +372,8 @@ def judged(
     old, new = (np.mean([len(text.split()) for text in texts]) for texts in (before, after))
     note = (
         f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}; "
-        f"{plural(int((won == 0.5).sum()), 'tie')}; answers have {new:.0f} words on average, before {old:.0f}: judges "
-        "like long ones"
+        f"{plural(int((won == 0.5).sum()), 'tie')}; answers are {new:.1f} words long on average, and were {old:.1f} "
+        "before: judges tend to prefer long ones"
     )
     return intervals(len(won), {"win_rate": ratio(won)}), note
 

@@ -95,11 +95,11 @@ def _save_weights(
 def _save_stream(model: PreTrainedModel, folder: Path, weights: Stream) -> None:
     names = stored_names(model)
     if names is None:  # all of them in memory
-        own = {name: tensor.to(weights.dtype) for name, tensor in weights.tensors}
+        rounded = {name: tensor.to(weights.dtype) for name, tensor in weights.tensors}
         model.to(weights.dtype)
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
-                tensor.copy_(own[name])
+                tensor.copy_(rounded[name])
         _save_weights(model, folder, 0, None)
         return
     model.config.dtype = str(weights.dtype).removeprefix("torch.")

@@ -174,7 +174,7 @@ class Run:
         notes: list[str] = []
         for event in self.events():
             notes += event.values.get("warnings", ()) if event.kind == "plan" else ()
-            notes += [event.values["text"]] if event.kind == "note" else []
+            notes += [event.values["text"]] if event.kind == "note" and not event.values.get("detail") else []
         return list(dict.fromkeys(notes))
 
     def recipe(self) -> Recipe:
@@ -409,6 +409,13 @@ def _known_format(run: Run) -> Run:
     if version != FORMAT:
         raise RunError(f"{run.path}: format {version}, this version of tunesmith knows {FORMAT}. Use a newer version.")
     return run
+
+
+def model_shown(place: str) -> str:
+    """The name of a model for a person: of one that is the result of a run, that run's."""
+    path = Path(place)
+    is_result = path.name in ("merged", "model") and (path.parent / "run.json").is_file()
+    return f"{path.parent.name} ({path.name})" if is_result else place
 
 
 def no_such_run(text: str, root: Path) -> str:

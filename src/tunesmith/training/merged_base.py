@@ -24,7 +24,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_model
-from tunesmith.phrases import percent
+from tunesmith.phrases import percent, size
 from tunesmith.runs.atomic import from_json, remove, to_json
 from tunesmith.runs.folder import Run, is_run
 
@@ -83,11 +83,12 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
             if time.monotonic() > until or not (run.is_locked() or _is_merged(run)):
                 raise
             time.sleep(0.2)  # another run that starts from it merges
-    note = f"starts from the result of {run.path}, its adapter merged into its base in {merged}"
+    num_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    note = f"starts from the result of {run.path}, its adapter merged into its base in {merged} ({size(num_bytes)})"
     if not (merged / FACTS).is_file():  # of an earlier version
         return Start(str(merged), note)
-    found = Distance(**from_json((merged / FACTS).read_bytes()))
-    return Start(str(merged), f"{note}; {found.words}", "float32" if found.needs_float32 else None)
+    distance = Distance(**from_json((merged / FACTS).read_bytes()))
+    return Start(str(merged), f"{note}; {distance.words}", "float32" if distance.needs_float32 else None)
 
 
 def _is_merged(run: Run) -> bool:
@@ -112,15 +113,15 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
             _save(run, speaker)
             for weight in speaker.model.parameters():
                 weight.data.copy_(weight.data.bfloat16())
-        found = _distance(measured, _answers(speaker, collator, rows), speaker)
-        if found.needs_float32 and not is_whole:
+        distance = _distance(measured, _answers(speaker, collator, rows), speaker)
+        if distance.needs_float32 and not is_whole:
             del speaker, collator
             free_cached_memory()
             speaker = load_run(run, offline=offline, as_trained=False, on={"precision": "float32"})
             speaker.attachment.merge()
         if not is_whole:
             _save(run, speaker)
-        (merged / FACTS).write_bytes(to_json(asdict(found), indent=True) + b"\n")
+        (merged / FACTS).write_bytes(to_json(asdict(distance), indent=True) + b"\n")
 
 
 def _save(run: Run, speaker: LoadedModel) -> None:

@@ -21,6 +21,7 @@ from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.folder import model_shown
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Choice
@@ -44,7 +45,12 @@ def start_values(setup: Setup) -> dict[str, Any]:
 
 def _in_short(recipe: Recipe, model: str, rows: Splits) -> dict[str, Any]:
     """Values that every account of a run begins with."""
-    kinds = {"model": model, "task": recipe.task, "method": recipe.method.name, "precision": recipe.precision}
+    kinds = {
+        "model": model_shown(model),
+        "task": recipe.task,
+        "method": recipe.method.name,
+        "precision": recipe.precision,
+    }
     return {**kinds, "mix": mix(rows.data, rows.trained_per_file)}
 
 
@@ -75,6 +81,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
+        "details": list(setup.attachment.details),
     }
 
 
