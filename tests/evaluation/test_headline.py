@@ -112,7 +112,7 @@ def test_answers_that_are_all_one_are_named_and_have_the_constant_beside_them(tm
     page = (run.path / "report.html").read_text()
     assert "All 40 answers are <code><bdi>yes</bdi></code>." in page
     row = page.partition('<th scope="row">exact match</th>')[2].partition("</tr>")[0]
-    assert 'data-name="majority baseline">50.0%</td>' in row
+    assert 'data-name="majority baseline">50.0 %</td>' in row
     assert not any("All 40" in said for said in report_of(of_one_word(tmp_path / "b", ["yes"] * 40, "yes"))["headline"])
 
 

@@ -113,10 +113,11 @@ def _on_card(result: RunResult, card: str | None) -> list[tuple[str, str]]:
 
 def _fits(result: RunResult, params: int, device: str, dtype: str) -> bool:
     """Whether weights in `dtype` have room. Read as they are stored, they stay in their files on a processor."""
-    wanted = params * getattr(torch, dtype).itemsize * SLACK
+    stored: torch.dtype = getattr(torch, dtype)
+    wanted = params * stored.itemsize * SLACK
     if device != "cpu":
-        return wanted <= torch.cuda.mem_get_info(device)[0]
-    stays_in_files = not result.weights.is_gguf and result.stored_dtype == getattr(torch, dtype)
+        return wanted <= int(torch.cuda.mem_get_info(device)[0])
+    stays_in_files = not result.weights.is_gguf and result.stored_dtype == stored
     return stays_in_files or wanted <= devices.room("cpu")
 
 

@@ -74,7 +74,7 @@ def write_streamed(
             for expected in shard:
                 name, tensor = next(wanted)
                 assert name == expected, "tensors come in the order of the header"
-                file.write(memoryview(tensor.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
                 done += 1
                 tick(done, len(names))
     if not is_single:
