@@ -1,6 +1,7 @@
 """The calls from Python: rows in memory, a progress line, measures of a run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,55 @@ def test_a_refusal_from_python_names_the_row_and_what_is_wrong(tmp_path: Path) -
 def test_an_option_of_the_command_line_is_named_as_python_writes_it() -> None:
     with pytest.raises(tunesmith.RecipeError, match=r'epochs: unknown key, did you mean train=\{"epochs": \.\.\.\}\?'):
         tunesmith.train("model", "rows.jsonl", epochs=3)
+
+
+def test_notes_of_a_run_reach_who_calls_it_from_python(tmp_path: Path) -> None:
+    """Whatever `progress` is; as warnings at the caller's own line, and in run.notes."""
+    recipe = tiny_recipe(tmp_path, train={"epochs": 1})
+    rows = [json.loads(line) for line in chats(tmp_path / "rows.jsonl", 10).read_text("utf-8").splitlines()]
+    for progress in (False, True):
+        with pytest.warns(tunesmith.TunesmithWarning) as heard:
+            run = tunesmith.train(
+                data=rows, eval=rows[:5], recipe=recipe, root=tmp_path / "runs", offline=True, progress=progress
+            )
+        texts = [str(one.message) for one in heard]
+        assert any("5 of 5 held-out rows are" in text or "of the 5" in text for text in texts), texts
+        assert set(run.notes) <= set(texts)
+        assert run.notes
+        assert {Path(one.filename).name for one in heard} == {Path(__file__).name}
+
+
+def test_a_run_is_opened_by_a_word_and_a_path_as_text(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, folder, _ = trained
+    assert tunesmith.Run.open("last", str(folder / "runs")).path == run.path
+    monkeypatch.chdir(folder)
+    assert tunesmith.Run.open("last").path.resolve() == run.path.resolve()
+
+
+def test_rows_in_memory_give_a_run_a_name_to_be_found_by(trained: Any) -> None:
+    run, *_ = trained
+    assert re.fullmatch(r"[\w-]+-chat-[0-9a-f]{4}", run.path.name)
+    assert not run.path.name.startswith("rows-")
+
+
+def test_a_refusal_of_rows_says_what_to_write_in_python(tmp_path: Path) -> None:
+    file = tmp_path / "named.jsonl"
+    file.write_text("".join(json.dumps({"txt": f"some text {i}", "lbl": "ab"[i % 2]}) + "\n" for i in range(6)))
+    with pytest.raises(DataError) as error:
+        tunesmith.train(str(model_folder(tmp_path / "model")), str(file), task="classify", root=tmp_path, offline=True)
+    assert "--set" not in str(error.value)
+    assert 'recipe=tunesmith.Recipe(data={"columns": {"' in str(error.value)
+
+
+def test_it_is_asked_whether_to_stop_before_the_first_step_and_after_each(tmp_path: Path) -> None:
+    """As docs/python.md says: the third call, after the second step, stops there."""
+    calls: list[int] = []
+
+    def at_the_third() -> bool:
+        calls.append(1)
+        return len(calls) == 3
+
+    with pytest.raises(tunesmith.Stopped, match="stopped after step 2 of"):
+        tunesmith.train(
+            recipe=tiny_recipe(tmp_path, train={"epochs": 2}), root=tmp_path, offline=True, should_stop=at_the_third
+        )

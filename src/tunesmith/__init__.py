@@ -21,7 +21,16 @@ from tunesmith.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tunesmith.api import evaluate, load, predict, resume, train
-    from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, Stopped, TunesmithError
+    from tunesmith.errors import (
+        DataError,
+        InputError,
+        ModelError,
+        RecipeError,
+        RunError,
+        Stopped,
+        TunesmithError,
+        TunesmithWarning,
+    )
     from tunesmith.recipe.schema import Recipe
     from tunesmith.runs.folder import Run
     from tunesmith.training.loop import training_steps
@@ -41,6 +50,7 @@ __all__ = [
     "RunError",
     "Stopped",
     "TunesmithError",
+    "TunesmithWarning",
     "evaluate",
     "load",
     "predict",
@@ -52,7 +62,16 @@ __all__ = [
 
 _HOMES = {
     "api": ("evaluate", "load", "predict", "resume", "train"),
-    "errors": ("DataError", "InputError", "ModelError", "RecipeError", "RunError", "Stopped", "TunesmithError"),
+    "errors": (
+        "DataError",
+        "InputError",
+        "ModelError",
+        "RecipeError",
+        "RunError",
+        "Stopped",
+        "TunesmithError",
+        "TunesmithWarning",
+    ),
     "training.loop": ("training_steps",),
     "training.setup": ("prepare",),
     "recipe.schema": ("Recipe",),

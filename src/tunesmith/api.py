@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.in_memory import is_rows, write_rows
 from tunesmith.data.problems import SKIP
-from tunesmith.errors import DataError, InputError, RecipeError, RunError
+from tunesmith.errors import DataError, InputError, RecipeError, RunError, TunesmithWarning
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.evaluation.series import RunSeries
@@ -30,7 +31,7 @@ from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
 from tunesmith.parallel.launch import devices_of
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES
+from tunesmith.phrases import PHASES, visible
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
@@ -65,8 +66,9 @@ def train(
     `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
     or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
     recipe or its file; `options` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
-    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called after every step. On
-    several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
+    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called before the first step
+    and after each. On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has
+    their agent. Notes of the run arrive as `TunesmithWarning`, and are in `run.notes`.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
@@ -135,7 +137,9 @@ def resume(
 
 def _with_exports(run: Run) -> Run:
     for word in run.recipe().export.to:
-        export_planned(run, word)
+        done = export_planned(run, word, on_note=_tell)
+        for note in done.notes:
+            _tell(note)
     return run
 
 
@@ -226,7 +230,24 @@ def _name(target: Run | str | PathLike[str]) -> str:
 
 def _warn(is_sent: bool, text: str) -> None:
     if not is_sent:
-        warnings.warn(text, stacklevel=2)
+        _tell(text)
+
+
+def _tell(text: str) -> None:
+    """Warn, as if at the line of the caller's own code that called us."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(visible(text), TunesmithWarning, stacklevel=depth)
+
+
+_OURS = ("tunesmith", "contextlib")
+
+
+def _notes_of(event: Event) -> list[str]:
+    if event.kind == "plan":
+        return list(event.values.get("warnings", ()))
+    return [event.values["text"]] if event.kind == "note" and not event.values.get("detail") else []
 
 
 @contextmanager
@@ -235,10 +256,23 @@ def _problems_named() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        text = str(error).replace(SKIP, 'recipe=tunesmith.Recipe(data={"bad_rows": "skip"})')
-        listed = [str(problem) for problem in error.problems if str(problem) not in text]
+        listed = [str(problem) for problem in error.problems if str(problem) not in str(error)]
         more = [f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems"] if len(listed) > MOST_PROBLEMS else []
-        raise DataError("\n".join([text, *listed[:MOST_PROBLEMS], *more]), error.problems) from None
+        text = "\n".join([str(error), *listed[:MOST_PROBLEMS], *more])
+        raise DataError(_as_python(text), error.problems) from None
+
+
+def _as_python(text: str) -> str:
+    """A message with the options of the command line as arguments of `train`, whose `data` are the rows."""
+    text = text.replace(SKIP, 'recipe=tunesmith.Recipe(data={"bad_rows": "skip"})')
+    text = re.sub(r"--set 'data\.columns=\{(.*?)\}'", _columns, text)
+    text = re.sub(r"--task (\w+)(?= recipe=)", r'task="\1",', text)
+    return re.sub(r"--task (\w+)", r'task="\1"', text)
+
+
+def _columns(match: re.Match[str]) -> str:
+    named = dict(word.partition(": ")[::2] for word in match[1].split(", "))
+    return f'recipe=tunesmith.Recipe(data={{"columns": {json.dumps(named, ensure_ascii=False)}}})'
 
 
 @contextmanager
@@ -248,14 +282,19 @@ def _listening(
     should_stop: Callable[[], bool],
     on_run: Callable[[Run], None],
 ) -> Iterator[training.Listener]:
+    def tell(event: Event) -> None:
+        for text in _notes_of(event):
+            _tell(text)
+        on_event(event)
+
     if not (is_wanted() if progress is None else progress):
-        yield training.Listener(on_event=on_event, should_stop=should_stop, on_run=on_run)
+        yield training.Listener(on_event=tell, should_stop=should_stop, on_run=on_run)
         return
     line = ProgressLine()
 
     def both(event: Event) -> None:
         line.event(event)
-        on_event(event)
+        tell(event)
 
     def begin(run: Run) -> None:
         line.run(run)

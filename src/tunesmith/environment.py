@@ -118,8 +118,9 @@ def spawning() -> Iterator[None]:
         if sys.platform != "win32":
             from multiprocessing import resource_tracker, util
 
-            start = util.spawnv_passfds  # type: ignore[attr-defined]
-            util.spawnv_passfds = lambda path, words, fds: start(path, _safe(words), fds)  # type: ignore[attr-defined]
+            library: Any = util  # its stubs know no assignment
+            start = library.spawnv_passfds
+            library.spawnv_passfds = lambda path, words, fds: start(path, _safe(words), fds)
             resource_tracker.ensure_running()  # starting it lets Ctrl-C through again
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if sys.platform != "win32" else None
         sys.modules["__main__"] = ModuleType("__main__")
@@ -130,7 +131,7 @@ def spawning() -> Iterator[None]:
             if daemon is not None:
                 config["daemon"] = daemon
             if sys.platform != "win32" and blocked is not None:
-                util.spawnv_passfds = start  # type: ignore[attr-defined]
+                library.spawnv_passfds = start
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 

@@ -49,6 +49,10 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
+class TunesmithWarning(UserWarning):
+    """A note of a run that is called from Python: what was left out, chosen or found, and changes nothing by itself."""
+
+
 class TunesmithError(Exception):
     """Root of every error raised on purpose; its text is meant for the person at the terminal."""
 

@@ -47,11 +47,31 @@ def duration(seconds: float, unit: str = "") -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours or unit == "h" else f"{minutes}:{rest:02d} min"
 
 
-def span(low: float, high: float) -> str:
-    """From one time span to another, both in the unit of the longer one: 0:36 to 1:49 min."""
-    last, unit = duration(high).split()
-    first, _ = duration(low, unit).split()
-    return f"about {last} {unit}" if first == last else f"{first} to {last} {unit}"
+def percent(share: float, digits: int = 1) -> str:
+    """A share of one: 71.2 %."""
+    return f"{round(100 * share, digits) + 0.0:.{digits}f} %"
+
+
+def about(seconds: float) -> str:
+    """A time that is an estimate, in one unit: about 40 s, about 5 min, about 2.5 h."""
+    unit, size = _unit(seconds)
+    return f"about {_number(seconds / size)} {unit}"
+
+
+def between(seconds: float, low: float, high: float) -> str:
+    """An estimated time and its range, all in one unit: about 5 min (2–7)."""
+    unit, size = _unit(high)
+    first, last = (_number(bound / size) for bound in (low, high))
+    text = f"about {_number(seconds / size)} {unit}"
+    return text if first == last else f"{text} ({first}–{last})"
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    return next(((unit, size) for unit, size in (("s", 1.0), ("min", 60.0)) if seconds / size < 90), ("h", 3600.0))
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 LOOKED_AT, COMPARED, LONGEST_NAME = 2_000, 50, 200

@@ -368,6 +368,8 @@ class Attachment(Protocol):
     """float32 leaves that the optimizer updates, by stable name, in a stable order."""
     notes: tuple[str, ...] = ()
     """Facts about what is trained that a person should know, such as layers that could not be adapted."""
+    details: tuple[str, ...] = ()
+    """Facts about it that nobody has to act on, for the report."""
     rate_factors: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
     shards: Mapping[str, Size] = MappingProxyType({})

@@ -72,7 +72,7 @@ def done(place: Place) -> tuple[Run, Result]:
 def test_train_leaves_a_finished_run_and_says_where(done: tuple[Run, Result]) -> None:
     run, result = done
     assert run.state() == "done"
-    assert f"The result is in {run.path}" in result.stdout
+    assert f"result: {run.path}" in result.stdout
     assert "step 6/6" in result.stdout
     assert "held-out loss" in result.stdout
     assert (run.adapter_path / "adapter_model.safetensors").is_file()

@@ -51,7 +51,7 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "runs on: cpu in bfloat16",
     ]
     assert "chosen: optim.lr = 0.0005: usual for LoRA on a model below a billion weights" in lines
-    assert "untouched model: held-out loss 3.5000, token accuracy 35.0% (60 rows, 1,234 targets)" in lines
+    assert "untouched model: held-out loss 3.5000, token accuracy 35.0 % (60 rows, 1,234 targets)" in lines
     assert "untouched model: answers: ROUGE-L 0.2000 (8 answers)" in lines
     assert "tuned model: general text 3.2000 (4,321 tokens)" in lines
     assert "step 1/12: loss 3.4000, lr 0.0005, 500 tokens/s, 1.0 GiB, 22 s left" in lines
@@ -63,7 +63,7 @@ def test_plain_lines_tell_the_whole_run() -> None:
         "held out: 60 rows, 1,234 targets; each value with its 95 % interval",
         "\tbefore\tafter\tdifference",
         "loss\t3.5000 (3.450–3.550)\t2.2500 (2.200–2.300)\t−1.2500 (−1.3000 to −1.2000), better",
-        "token accuracy\t35.0% (30.0–40.0)\t47.5% (42.5–52.5)\t+12.5 (−1.0 to +26.0) points, may be chance",
+        "token accuracy\t35.0 % (30.0–40.0)\t47.5 % (42.5–52.5)\t+12.5 (−1.0 to +26.0) points, may be chance",
         "ROUGE-L\t0.2000 (0.000–0.400)\t0.3000 (0.100–0.500)\t+0.1000",
         "general text\t3.1000\t3.2000\t+0.1000 (+0.0900 to +0.1100), worse",
     ]
@@ -179,7 +179,7 @@ def test_live_area_shows_phase_and_step_with_loss_rate_speed_memory_and_time_lef
     assert "getting ready" in drawn(live)
     live.progress("encode", 50, 200)
     assert "encoding rows" in drawn(live)
-    assert "25%" in drawn(live)
+    assert "25 %" in drawn(live)
     live.progress("load", 0, 1)
     assert "loading the model" in drawn(live)
     assert "%" not in drawn(live)
@@ -245,7 +245,7 @@ def test_measures_are_written_with_their_intervals() -> None:
         info, interval = info_of(key), {"value": value, "low": low, "high": high}
         return info.text(value), info.bounds(interval)
 
-    assert shown("accuracy", 0.7123, 0.69, 0.731) == ("71.2%", "69.0–73.1")
+    assert shown("accuracy", 0.7123, 0.69, 0.731) == ("71.2 %", "69.0–73.1")
     assert shown("length_ratio", 1.234, 1.1, 1.5) == ("1.23", "1.10–1.50")
     assert shown("macro_f1", 0.5, 0.5, 0.5) == ("0.5000", "")
     assert shown("a_newer_one", 0.5, 0.4, 0.6) == ("0.5000", "0.400–0.600")
@@ -254,11 +254,11 @@ def test_measures_are_written_with_their_intervals() -> None:
 
 def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:
     before, after = ({"loss": fake_events.interval(x), "accuracy": fake_events.interval(x)} for x in (0.4, 0.6))
-    assert headline_metric(before, after) == "accuracy 40.0% → 60.0%"
-    assert headline_metric({"loss": before["loss"]}, after) == "accuracy 60.0%"
-    assert headline_metric({}, {"preference_accuracy": fake_events.interval(0.75)}) == "preference accuracy 75.0%"
+    assert headline_metric(before, after) == "accuracy 40.0 % → 60.0 %"
+    assert headline_metric({"loss": before["loss"]}, after) == "accuracy 60.0 %"
+    assert headline_metric({}, {"preference_accuracy": fake_events.interval(0.75)}) == "preference accuracy 75.0 %"
     assert headline_metric(before, {"loss": before["loss"]}) == ""
-    assert headline_metric({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0% (majority 58.0%)"
+    assert headline_metric({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0 % (majority 58.0 %)"
 
 
 def test_a_plan_of_classes_counts_them_and_shows_no_tokens() -> None:

@@ -73,14 +73,14 @@ def test_first_twenty_problems_and_how_many_more() -> None:
     assert lines[0] == "a.jsonl:1: code_0: not JSON. Mend it."
     assert lines[19].startswith("a.jsonl:20: ")
     assert lines[20:] == [
-        "and 5 more (all with --json)",
+        "and 5 more (--json lists all)",
         "error: 25 rows cannot be used",
         MORE,
     ]
 
 
 def test_what_rows_of_a_file_share_is_printed_once_with_three_lines() -> None:
-    for num, lines, more in ((3, "1, 2, 3", []), (600, "1, 2, 3 and 597 more", ["every line with --json"])):
+    for num, lines, more in ((3, "1, 2, 3", []), (600, "1, 2, 3 and 597 more", ["--json lists every line"])):
         three = [f"a.jsonl:{lines}: bad_json: not JSON. Mend it."]
         result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", problems(num))), ["fail"])
         assert result.stderr.splitlines() == [
@@ -95,7 +95,7 @@ def test_of_one_kind_in_a_file_three_are_printed() -> None:
     found = [replace(problem, message=f"message {i}.") for i, problem in enumerate(problems(9))]
     result = CliRunner().invoke(failing_app(errors.DataError("they cannot be used", found)), ["fail"])
     three = [f"a.jsonl:{i + 1}: bad_json: message {i}. Mend it." for i in range(3)]
-    assert result.stderr.splitlines() == [*three, "and 6 more (all with --json)", "error: they cannot be used", MORE]
+    assert result.stderr.splitlines() == [*three, "and 6 more (--json lists all)", "error: they cannot be used", MORE]
 
 
 def test_what_is_said_of_a_file_is_said_once() -> None:

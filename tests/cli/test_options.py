@@ -174,7 +174,10 @@ def test_doctor_says_which_extras_are_here_and_how_to_get_the_others(monkeypatch
     assert isinstance(told["threads"], int)
     assert told["devices"].startswith("gloo (between processors) is here, NCCL (between CUDA cards) is ")
     lines = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "300"}).output.splitlines()
-    assert any(line.startswith("extra peft") and "not installed" in line for line in lines)
+    assert [line for line in lines if line.startswith("extra peft")] == [
+        "extra peft           the methods of PEFT (not installed)"
+    ]
+    assert sum("pip install" in line for line in lines) == 1  # for one of them
 
 
 def test_doctor_says_why_it_does_not_know_the_free_disk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_words_of_a_forecast():
     assert dict(forecast_facts(FORECAST)) == {
         "memory": "3.0 GiB at most, of 16.0 GiB, in step 7 (4 rows, 1,987 tokens, 612 targets): "
         "weights 1.0 GiB, logits 2.0 GiB",
-        "time": "1:24 to 2:36 min: 1:39 min to train (1.5 s a step), 21 s for all else",
+        "time": "about 2 min (1.4–2.6): about 1.6 min to train (1.5 s a step), about 21 s for all else",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }
 

@@ -414,7 +414,7 @@ def test_compare_lists_what_flipped(tmp_path: Path) -> None:
     assert lines[-3] == "worse: a.jsonl:1: fruit → none, right is fruit: row ␛[2J 1"
     assert [line[:17] for line in lines[-2:]] == ["better: a.jsonl:4", "better: a.jsonl:5"]
     accuracy = next(line for line in lines if line.startswith("accuracy"))
-    assert accuracy.startswith("accuracy\t60.0%\t80.0%\t+20.0 (")
+    assert accuracy.startswith("accuracy\t60.0 %\t80.0 %\t+20.0 (")
     assert accuracy.endswith("points, may be chance")
 
 

@@ -28,12 +28,37 @@ CASES = [
     (["eval", "exp 1", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
     (["eval", "_ä", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
     (["compare", "one", "two", "--data", "wrong.jsonl"], "wrong.jsonl: no row of it can be used"),
+    (
+        ["train", "rows.jsonl", "model"],
+        "a data file, and the model comes first. Write: tunesmith train model rows",
+    ),
+    (
+        ["plan", "rows.jsonl"],
+        "a data file, and the model comes first. Write: tunesmith plan MODEL rows",
+    ),
+    (["train", "modle", "rows.jsonl"], "modle: no such folder, file or run. Did you mean model?"),
+    (["chat", "onne"], "onne: no such folder, file or run. Did you mean one? For a model of the hub write hf://onne"),
+    (["chat", "zebra", "--offline"], "zebra: no such run in runs"),
+    (["predict", "twoo", "rows.jsonl"], "twoo: no such folder, file or run. Did you mean two?"),
+    (["eval", "modle", "rows.jsonl"], "Did you mean model?"),
+    (["train", "model", "rows.jsonl", "--method", "peft"], "peft: needs the package peft, which is not installed"),
+    (["train", "model", "rows.jsonl", "--method", "qlora"], "needs the package bitsandbytes, which is not installed"),
+    (["export", "one", "--to", "onnx"], "--to: onnx: onnxscript and onnxruntime are not installed. `"),
+    (["train", "model", "rows.jsonl", "--export", "onnx"], "export.to: onnx: onnxscript and onnxruntime are not"),
+    (["export", "one", "--to", "gguff"], "there is no such target. Did you mean gguf?"),
+    (["finetune", "model", "rows.jsonl"], "No such command 'finetune'. Did you mean train?"),
+    (["exprot", "one"], "No such command 'exprot'. Did you mean export?"),
+    (["version"], "No such command 'version'. Did you mean --version?"),
+    (["serve", "--jobs"], "name the model that jobs tune, `tunesmith serve --jobs MODEL`"),
 ]
 CODE = """
 import sys
 from typer.testing import CliRunner
+from tunesmith.cli import options
 from tunesmith.cli.app import app
 
+MISSING = ("peft", "bitsandbytes", "onnxscript", "onnxruntime")
+options.find_spec = lambda name: None if name in MISSING else name
 for words, says in {cases}:
     result = CliRunner().invoke(app, words, env={{"COLUMNS": "300"}})
     assert (result.exit_code, says in result.output) == (2, True), (words, result.output)
@@ -55,6 +80,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_is_cheap_to_check_is_refused_before_torch_is_imported(root: Path) -> None:
     (root.parent / "model").mkdir()
+    (root.parent / "model" / "config.json").write_text("{}")
     for name in ("exp 1", "_ä"):
         shutil.copytree(root / "one", root / name)
     (root.parent / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -58,15 +58,15 @@ def test_options_as_they_would_be_written(value: object, shown: str) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "shown"),
     [
-        (852, 1152, "14:12 to 19:12 min"),
-        (40, 80, "0:40 to 1:20 min"),
-        (4, 3700, "0:00:04 to 1:01:40 h"),
-        (0, 0.2, "about 0 s"),
-        (3500, 3700, "0:58:20 to 1:01:40 h"),
+        (852, 1152, "about 17 min (14–19)"),
+        (40, 80, "about 60 s (40–80)"),
+        (4, 3700, "about 31 min (0.067–62)"),
+        (0, 0.2, "about 0.1 s (0–0.2)"),
+        (9000, 9001, "about 2.5 h"),
     ],
 )
-def test_a_span_says_its_unit_once(low: float, high: float, shown: str) -> None:
-    assert phrases.span(low, high) == shown
+def test_a_range_of_time_says_its_unit_once(low: float, high: float, shown: str) -> None:
+    assert phrases.between((low + high) / 2, low, high) == shown
 
 
 @pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])

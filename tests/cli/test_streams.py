@@ -71,7 +71,7 @@ def test_closed_streams_and_another_encoding_leave_the_run_done(folder: Path) ->
     env = environment(PYTHONIOENCODING="ascii")
     ended = subprocess.run(closed, cwd=folder, env=env, check=False, timeout=300, stdout=subprocess.PIPE)
     assert (ended.returncode, Run(folder / "runs" / "closed").state()) == (0, "done")
-    assert b"The result is in runs/closed" in ended.stdout
+    assert b"result: runs/closed" in ended.stdout
     assert ended.stdout.isascii()
 
 

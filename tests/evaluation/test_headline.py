@@ -27,7 +27,7 @@ def test_a_new_head_has_no_before_and_no_flips(new_head: Run) -> None:
     report = report_of(new_head)
     assert (report["metrics"]["before"], report["flips"]) == (None, None)
     page = (new_head.path / "report.html").read_text()
-    assert "On 300 rows it was not trained on, accuracy is 80.0% (74.4–84.8), against 14.3% for always" in page
+    assert "On 300 rows it was not trained on, accuracy is 80.0 % (74.4–84.8), against 14.3 % for always" in page
     assert "majority baseline" in page
     assert "flipped" not in page
     assert "went from" not in page
@@ -71,8 +71,8 @@ def test_an_answer_of_one_word_is_marked_and_leads_where_all_were_answered(tmp_p
         (run.path / "evaluation" / f"answers-{name}.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in lines))
     write_report(run, facts, progress)
     assert (
-        "On 40 answers to prompts it was not trained on, exact match went from 0.0% (0.0–100.0) "
-        "to 100.0% (0.0–100.0): +100.0 (+100.0 to +100.0) points, better."
+        "On 40 answers to prompts it was not trained on, exact match went from 0.0 % (0.0–100.0) "
+        "to 100.0 % (0.0–100.0): +100.0 (+100.0 to +100.0) points, better."
     ) in (html := (run.path / "report.html").read_text())
     assert html.count('title="equal to the reference">✓') == html.count('title="not equal to the reference">✗') == 40
 
@@ -112,7 +112,7 @@ def test_answers_that_are_all_one_are_named_and_have_the_constant_beside_them(tm
     page = (run.path / "report.html").read_text()
     assert "All 40 answers are <code><bdi>yes</bdi></code>." in page
     row = page.partition('<th scope="row">exact match</th>')[2].partition("</tr>")[0]
-    assert 'data-name="majority baseline">50.0%</td>' in row
+    assert 'data-name="majority baseline">50.0 %</td>' in row
     assert not any("All 40" in said for said in report_of(of_one_word(tmp_path / "b", ["yes"] * 40, "yes"))["headline"])
 
 

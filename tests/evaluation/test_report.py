@@ -199,9 +199,9 @@ def test_verdicts_follow_the_interval_and_the_better_direction():
 def test_the_summary_is_one_paragraph_in_plain_words(pages):
     report = report_of(Run(pages["two"][1]))
     assert summary(report) == (
-        "models/some-model was tuned for the task classify with the method lora on 2,000 rows: 120 steps in 4:00 min "
-        "on cpu. On 300 rows it was not trained on, accuracy went from 50.0% (46.5–53.0) to 80.0% (74.4–84.8): "
-        "+51.0 (+45.0 to +56.9) points, better. Accuracy is 80.0% (74.4–84.8), against 53.3% for always answering "
+        "models/some-model was tuned to classify texts (method lora) on 2,000 rows: 120 steps in 4:00 min "
+        "on cpu. On 300 rows it was not trained on, accuracy went from 50.0 % (46.5–53.0) to 80.0 % (74.4–84.8): "
+        "+51.0 (+45.0 to +56.9) points, better. Accuracy is 80.0 % (74.4–84.8), against 53.3 % for always answering "
         "`circulatory` (majority baseline): +29.0 (+22.0 to +35.9) points, better. "
         f"{report['flips']['num_gained']} rows went from wrong to right, "
         f"{report['flips']['num_lost']} rows from right to wrong. "
@@ -371,7 +371,12 @@ def test_preferences_and_ranks_are_shown_by_length_and_by_rank(tmp_path):
     run.write_json("evaluation/after.json", {"by_length": by_length, "recall": recall, "documents": 1200})
     write_report(run, facts, progress)
     text = (run.path / "report.md").read_text()
-    for line in ("| shorter | 9 | – |", "| longer | 30 | 100.0% |", "| BM25 | 25.0% | 75.0% |", "of 1,200 documents"):
+    for line in (
+        "| shorter | 9 | – |",
+        "| longer | 30 | 100.0 % |",
+        "| BM25 | 25.0 % | 75.0 % |",
+        "of 1,200 documents",
+    ):
         assert line in text
 
 

@@ -54,7 +54,7 @@ def test_a_classifier_below_the_commonest_class_is_called_worse() -> None:
     assert found["measures"]["accuracy"]["change"]["high"] < 0
     sentence = baseline_sentence({"accuracy": {"value": 190 / 379, "low": 0.45, "high": 0.55}}, found)
     assert sentence.startswith(
-        "accuracy is 50.1% (45.0–55.0), against 66.0% for always answering `pos` (majority baseline): −15.8 ("
+        "accuracy is 50.1 % (45.0–55.0), against 66.0 % for always answering `pos` (majority baseline): −15.8 ("
     )
     assert sentence.endswith(" points, worse")
 

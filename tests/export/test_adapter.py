@@ -14,6 +14,7 @@ from tunesmith.errors import InputError
 from tunesmith.export.adapter import ADAPTER, servers
 from tunesmith.export.export_run import Exported, export_run
 from tunesmith.export.run_result import open_result
+from tunesmith.export.target import Computing
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.runs.atomic import sha256_file
 
@@ -64,7 +65,7 @@ def test_a_head_arrives_with_the_adapter(tmp_path: Path) -> None:  # trap: A5
 def assert_head_arrives(folder: Path) -> None:
     source = open_result(finished("classify-encoder"), offline=True)
     live, _ = source.load(torch.float32)
-    model: Any = ADAPTER.load(folder, source.recipe)
+    model: Any = ADAPTER.load(folder, source.recipe, Computing("cpu", "float32"))
     with torch.no_grad():
         ids = torch.arange(5, 12)[None]
         assert torch.allclose(model.model(ids).logits, live(ids).logits, atol=1e-5)  # float32: order of additions

@@ -9,7 +9,7 @@ from export.exports import SHORT, quick
 from tiny_run import chats, tiny_recipe
 from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import TARGETS, export_run
-from tunesmith.export.target import ExportedModel, ExportOptions, TorchModel
+from tunesmith.export.target import Computing, ExportedModel, ExportOptions, TorchModel
 from tunesmith.inference.load import make_renderer
 from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
@@ -53,7 +53,7 @@ def survived(run: Run, folder: Path) -> dict[str, float]:
     for hop, (target, options) in HOPS.items():
         done = export_run(run, target, out=folder / hop, options=options, offline=True)
         kl[hop] = done.found.kl
-        assert said(run, TARGETS[target].load(done.path, run.recipe())) == PHRASE, hop
+        assert said(run, TARGETS[target].load(done.path, run.recipe(), Computing("cpu", "float32"))) == PHRASE, hop
     return kl
 
 

@@ -108,7 +108,7 @@ def test_an_adapter_that_others_would_ignore_does_not_go_out(
         )
 
     monkeypatch.setattr(adapter_module, "write_base_facts", renamed)
-    with pytest.raises(ExportError, match=r"it keeps -?0\.0% of the change from the base"):
+    with pytest.raises(ExportError, match=r"it keeps -?0\.0 % of the change from the base"):
         exported(run, "adapter", tmp_path / "wrong", proof=True)
     assert list((tmp_path / "wrong").iterdir()) == []
     with pytest.raises(AssertionError):  # and without the proof it would have gone out

@@ -107,29 +107,30 @@ def test_without_a_proof_the_card_says_so(tmp_path: Path) -> None:
     assert json.loads((done.path / "verify.json").read_text())["verified"] is False
 
 
-def lost(attachment: LoraAttachment) -> None:
+def lost(attachment: LoraAttachment) -> Any:
     attachment.unload()
+    return ((name, weight.float()) for name, weight in attachment.model.state_dict().items())
 
 
-def doubled(attachment: LoraAttachment) -> None:
+def doubled(attachment: LoraAttachment) -> Any:
     for layer in attachment.layers.values():
         layer.scale *= 2
-    REAL_MERGE(attachment)
+    return REAL_WEIGHTS(attachment)
 
 
-def one_layer_lost(attachment: LoraAttachment) -> None:
+def one_layer_lost(attachment: LoraAttachment) -> Any:
     name = next(name for name in attachment.layers if name.endswith("1.mlp.down_proj"))
     attachment.matrices(name)[1].detach().zero_()
-    REAL_MERGE(attachment)
+    return REAL_WEIGHTS(attachment)
 
 
-REAL_MERGE = LoraAttachment.merge
+REAL_WEIGHTS = LoraAttachment.merged_weights
 
 
 @pytest.mark.parametrize(
     ("bug", "says"),
     [
-        (lost, "it keeps 0.0% of the change from the base"),
+        (lost, "it keeps 0.0 % of the change from the base"),
         (doubled, "of the change from the base"),
         (one_layer_lost, "its KL divergence from the tuned model"),
     ],
@@ -138,13 +139,15 @@ def test_a_wrong_merge_fails_and_leaves_nothing(
     bug: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A1
     quick(monkeypatch)
-    monkeypatch.setattr(LoraAttachment, "merge", bug)
+    monkeypatch.setattr(LoraAttachment, "merged_weights", bug)
     with pytest.raises(ExportError, match=r"nothing was kept: ") as error:
         exported("chat", tmp_path)
     assert says in str(error.value)
     assert list(tmp_path.iterdir()) == []
+    wrong = exported("chat", tmp_path, proof=False)
+    monkeypatch.undo()
     with pytest.raises(AssertionError):  # and without the proof the bug would have gone out
-        assert_is_what_was_tuned(exported("chat", tmp_path, proof=False))
+        assert_is_what_was_tuned(wrong)
 
 
 def assert_is_what_was_tuned(done: Exported) -> None:
@@ -230,7 +233,7 @@ def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
 ) -> None:
     quick(monkeypatch)
     monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
-    with pytest.raises(ExportError, match=r"If rounding is the cause, a finer --dtype has less of it\."):
+    with pytest.raises(ExportError, match=r"`tunesmith export \S+ --to merged --dtype auto` takes the first"):
         exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"))
 
 

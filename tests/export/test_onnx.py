@@ -144,13 +144,13 @@ def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
 ) -> None:  # trap: A1
     proven = tmp_path_factory.mktemp("proven")
 
-    def prove(job: Path, tick: Callable[[int, int], None]) -> None:
+    def prove(job: Path, tick: Callable[[int, int], None], **how: float) -> None:
         copytree(json.loads(job.read_text())["exported"], proven, dirs_exist_ok=True)
         verify.do_job(job, TARGETS)
 
     monkeypatch.setattr(verify, "launch", prove)
     monkeypatch.setattr(LoraAttachment, "merge", LoraAttachment.unload)
-    with pytest.raises(ExportError, match=r"it keeps 0\.0% of the change from the base"):
+    with pytest.raises(ExportError, match=r"it keeps 0\.0 % of the change from the base"):
         exported(of_encoder("bert"), tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError, match="allclose"):  # and without the proof the bug would have gone out

@@ -82,7 +82,7 @@ def test_in_bfloat16_rows_that_cannot_learn_keep_their_bits_and_the_others_move(
     assert (after[list(SEEN)] != before[list(SEEN)]).any(dim=1).all()
     trained = attachment.trained["model.embed_tokens.weight"]
     assert torch.equal(after[list(SEEN)], trained.to(torch.bfloat16))
-    assert "7 of 64 rows are trained" in attachment.notes[-1]
+    assert "7 of 64 rows are trained" in attachment.details[-1]
 
 
 def test_an_adafactor_of_rows_would_not_be_that_of_the_whole() -> None:
@@ -134,7 +134,7 @@ def test_a_run_trains_the_rows_of_its_data(tmp_path: Path, optimizer: str, is_by
     (name,) = (name for name in setup.attachment.trained if "embed_tokens" in name)
     expected = len(setup.rows.store.tokens) if is_by_rows else setup.model.get_input_embeddings().num_embeddings
     assert len(setup.attachment.trained[name]) == expected
-    assert any("rows are trained" in note for note in setup.notes) == is_by_rows
+    assert any("rows are trained" in note for note in setup.attachment.details) == is_by_rows
     trained = setup.attachment.trained.values()
     assert setup.forecast.sizes.trained_parameters == sum(tensor.numel() for tensor in trained)
 

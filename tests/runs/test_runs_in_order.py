@@ -259,10 +259,10 @@ def test_many_runs_are_one_table_against_the_first(tmp_path):
     assert (code, lines[0]) == (0, [f"40 rows in common; differences from {paths[0]} with 95 % intervals"])
     at = lines[1].index("accuracy")
     assert [line[0] for line in lines[2:]] == [str(path) for path in paths]
-    assert lines[2][at] == "50.0%"
-    assert lines[3][at].startswith("52.5% +2.5 (")
+    assert lines[2][at] == "50.0 %"
+    assert lines[3][at].startswith("52.5 % +2.5 (")
     assert lines[3][at].endswith(" points, may be chance")
-    assert lines[4][at].startswith("100.0% +50.0 (")
+    assert lines[4][at].startswith("100.0 % +50.0 (")
     assert lines[4][at].endswith(" points, better")
 
 

@@ -108,6 +108,17 @@ def test_ctrl_c_ends_an_answer_and_not_the_conversation(
     assert "(answer stopped)" in capsys.readouterr().out
 
 
+def test_a_mistyped_command_is_not_sent_to_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = talk_with(speaker_of(tmp_path, "llama"))
+    typed(talk, monkeypatch, "/foo", "/usr/bin is full", "/reset")
+    assert "no command /foo; /help lists them" in capsys.readouterr().out
+    talk = talk_with(speaker_of(tmp_path, "llama"))
+    typed(talk, monkeypatch, "/foo", "/usr/bin is full")
+    assert [one["content"] for one in talk.messages if one["role"] == "user"] == ["/usr/bin is full"]
+
+
 def test_a_full_window_is_said_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

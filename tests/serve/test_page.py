@@ -44,6 +44,16 @@ def test_the_page_is_all_that_is_given_without_a_key() -> None:
             assert server.ask(method, path, headers=ACCEPT)[0] == 401, (method, path)
 
 
+def test_the_field_for_a_key_is_there_only_when_one_is_needed_and_the_page_says_what_a_model_was_tuned_for(
+    server: Running,
+) -> None:
+    """A rule for rows would show what `hidden` hides."""
+    text = server.ask("GET", "/")[1]
+    assert '<div class="row" id="keys" hidden>' in text
+    assert "[hidden] { display: none !important; }" in text
+    assert '"Tuned for the task " + model.task' in text
+
+
 def test_the_responses_api_is_refused_with_the_way_out(server: Running) -> None:
     with pytest.raises(openai.NotFoundError, match="POST /v1/chat/completions"):
         server.client().responses.create(model="support", input="hello")

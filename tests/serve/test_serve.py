@@ -28,6 +28,8 @@ from tunesmith.cli.app import app
 from tunesmith.cli.serve import ServerOutput
 from tunesmith.errors import InputError
 from tunesmith.serve.http import bind
+from tunesmith.serve.protocol import ModelCard
+from tunesmith.serve.request_schemas import RerankBody
 
 FAKE = Path(__file__).with_name("fake_verb.py")
 PATHS = os.pathsep.join([str(FAKE.parents[1]), str(FAKE.parents[2] / "src")])
@@ -90,7 +92,7 @@ def test_the_start_says_what_is_served_and_how_to_try_it() -> None:
         process.until("  curl ")
         assert "support     chat, tuned, answers with text, 512 tokens at most" in process.said
         assert "owner/base  chat, the untouched base" in process.said
-        assert "for only this machine, without a key" in process.said
+        assert "from this machine only, without a key" in process.said
         [curl] = [line for line in process.lines if line.startswith("  curl ")]
         if shutil.which("curl"):
             answer = subprocess.run([*shlex.split(curl), "-s"], capture_output=True, check=True)
@@ -108,6 +110,20 @@ def test_the_line_to_try_can_be_copied_at_any_width() -> None:
     said = screen.file.getvalue()  # type: ignore[attr-defined]
     [curl] = [line for line in said.splitlines() if line.startswith("  curl ")]
     assert json.loads(shlex.split(curl)[-1])["messages"]
+
+
+def test_a_reranker_ranks_and_the_line_to_try_does_so_too() -> None:
+    card = ModelCard("order", "rank", "labels", 64, is_base=False, created=1_700_000_002)
+    bound = bind("127.0.0.1", 0)
+    screen = Console(file=io.StringIO(), width=200, no_color=True)
+    with bound.socket:
+        ServerOutput(screen, quiet=False, as_json=False).serving(bound, [card], has_key=False)
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "order  rank, tuned, ranks documents, 64 tokens at most" in said
+    [curl] = [line for line in said.splitlines() if line.startswith("  curl ")]
+    assert "/v1/rerank " in curl
+    body = json.loads(shlex.split(curl)[-1])
+    assert RerankBody.model_validate(body).model == "order"
 
 
 # trap: S8
@@ -188,7 +204,7 @@ def test_with_a_key_nobody_asks_without(tmp_path: Path) -> None:
         assert ask(url, key=KEY) == "hello there"
         assert process.end() == 0
     assert KEY not in process.said
-    assert "every machine that reaches it, with a key" in process.said
+    assert "from every machine that reaches this address, with a key" in process.said
     assert "$TUNESMITH_API_KEY" in process.said
 
 

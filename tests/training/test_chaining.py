@@ -1,18 +1,22 @@
 """A run starts from the result of another: adapt to a domain, then tune for a task."""
 
 import json
+import re
 import shutil
 import time
 from functools import partial
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import RunError
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
-from tunesmith.training import inputs
-from tunesmith.training.inputs import start_from
+from tunesmith.training import merged_base
+from tunesmith.training.inputs import find_inputs
+from tunesmith.training.merged_base import start_from
 from tunesmith.training.trainer import train
 
 
@@ -44,18 +48,18 @@ def test_the_second_run_begins_where_the_first_ended(tmp_path, method):
 def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, monkeypatch):
     recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
     first = train(recipe, root=tmp_path / "runs")
-    merges, load_run = [], inputs.load_run
+    merges, load_run = [], merged_base.load_run
 
     def slow(*args, **how):
         merges.append(args)
         time.sleep(2)  # the lock is waited for for a second
         return load_run(*args, **how)
 
-    monkeypatch.setattr(inputs, "load_run", slow)
+    monkeypatch.setattr(merged_base, "load_run", slow)
     begun = [
         in_background(partial(start_from, str(first.path), root=tmp_path / "runs", offline=True)) for _ in range(2)
     ]
-    assert {one.result()[0] for one in begun} == {str(first.merged_path)}
+    assert {one.result().model for one in begun} == {str(first.merged_path)}
     assert len(merges) == 1
 
 
@@ -63,9 +67,20 @@ def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch)
     first = train(
         task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1}), root=tmp_path / "runs"
     )
-    monkeypatch.setattr(inputs, "MERGE_WAIT_S", 0.1)
+    monkeypatch.setattr(merged_base, "MERGE_WAIT_S", 0.1)
     with first.lock(), pytest.raises(RunError, match="in use by process"):
         start_from(str(first.path), root=tmp_path / "runs", offline=True)
+
+
+def test_a_plan_names_the_run_that_it_starts_from_and_the_room_that_takes(tmp_path):
+    root = tmp_path / "runs"
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
+    first = train(recipe, root=root)
+    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    plan = next(event.values for event in second.events() if event.kind == "plan")
+    assert plan["model"] == second.report["model"] == f"{first.path.name} (merged)"
+    assert any(re.search(r"merged into its base in \S+/merged \([\d.]+ [KM]iB\)", text) for text in plan["warnings"])
+    assert second.report["name"] == second.path.name
 
 
 def test_domain_then_task(tmp_path):
@@ -118,3 +133,34 @@ def test_a_merged_base_that_was_removed_is_made_again(tmp_path):
     assert [run.started_from() for run in runs] == [None, runs[0], runs[1]]
     # 1e-5: the same float32 weights, once as base and adapter, once merged
     assert evaluation(runs[2], "before") == pytest.approx(evaluation(runs[1], "after"), rel=1e-5)
+
+
+def test_a_merged_base_says_how_far_it_is_from_what_was_measured(tmp_path):
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"epochs": 1})
+    first = train(recipe, root=tmp_path / "runs")
+    start = start_from(str(first.path), root=tmp_path / "runs", offline=True)
+    assert re.search(
+        r"in 16 bits its KL divergence from the model that was measured is \S+ nats, its loss [+-]", start.note
+    )
+    assert start.precision is None
+    facts = json.loads((first.merged_path / "merged.json").read_text())
+    assert not facts["needs_float32"]
+    again = start_from(str(first.path), root=tmp_path / "runs", offline=True)
+    assert again == start  # of the file
+
+
+def test_it_takes_float32_where_16_bits_would_change_answers(tmp_path, monkeypatch):
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"epochs": 1}, precision="bfloat16")
+    first = train(recipe, root=tmp_path / "runs")
+    monkeypatch.setattr(merged_base, "MOST_KL", -1.0)  # any change is too large
+    start = start_from(str(first.path), root=tmp_path / "runs", offline=True)
+    assert start.precision == "float32"
+    merged = load_file(first.merged_path / "model.safetensors")
+    assert {one.dtype for one in merged.values()} == {torch.float32}
+    auto = recipe.model_copy(update={"model": str(first.path), "precision": "auto"})
+    found = find_inputs(auto, root=tmp_path / "runs", offline=True)
+    assert found.recipe.precision == "float32"
+    [choice] = [choice for choice in found.choices if choice.key == "precision"]
+    assert choice.reason == "16 bits would change the answers of the run it starts from"
+    given = find_inputs(auto.model_copy(update={"precision": "bfloat16"}), root=tmp_path / "runs", offline=True)
+    assert given.recipe.precision == "bfloat16"

@@ -26,15 +26,19 @@ from tunesmith.cli.train import resume, track, train
 from tunesmith.version import __version__
 
 
+def without_types(params: list[Any]) -> list[Any]:
+    """The parameters, flags without a type after them in the help."""
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
 class PlainFlags:
     """Leaves out the type after a flag in the help of a command."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        for param in params:
-            if getattr(param, "is_flag", False) and param.metavar is None:
-                param.metavar = ""
-        return params
+        return without_types(super().get_params(ctx))  # type: ignore[misc]
 
 
 class Subcommands(PlainFlags, TyperGroup):
@@ -54,8 +58,30 @@ class Command(PlainFlags, TyperCommand):
             raise
 
 
+OTHER_NAMES = {
+    "finetune": "train", "fine-tune": "train", "tune": "train", "fit": "train", "continue": "resume", "list": "runs",
+    "test": "eval", "evaluate": "eval", "infer": "predict", "generate": "predict", "convert": "export",
+    "merge": "export", "upload": "push", "deploy": "serve", "report": "show", "version": "--version", "help": "--help",
+}  # fmt: skip
+"""Commands by names that other programs have for them."""
+
+
 class Commands(TyperGroup):
-    """Turns the errors of every command into one block of text and an exit code."""
+    """Turns the errors of every command into one block of text and an exit code. An unknown command gets a
+    suggestion."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_types(super().get_params(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:
+            near = difflib.get_close_matches(args[0].lower(), self.list_commands(ctx), n=1, cutoff=0.6) if args else []
+            if args and type(error).__name__ == "UsageError":
+                name = OTHER_NAMES.get(args[0].lower(), near[0] if near else "")
+                error.message = f"No such command {args[0]!r}." + (f" Did you mean {name}?" if name else "")  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
     base: Annotated[bool, typer.Option("--base", help="Talk to the untouched model of the run.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Let both answer, before and after.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the untouched model's answers too.")] = False,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this one message and leave.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to start with.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
@@ -66,6 +67,8 @@ def chat(
 HELP = """/reset  forget the conversation
 /help   these lines
 /exit   leave; so do /quit and Ctrl-D"""
+_COMMAND = re.compile(r"/\w+")
+"""What looks like a command; a message may begin so, and goes on."""
 STYLES = {"before": "default", "after": "green", "": "default"}
 
 
@@ -90,7 +93,7 @@ def open_speakers(
 ) -> list[ChatSpeaker]:
     """The models that answer, in order; the last one's answers continue the conversation."""
     target = named(target, root)
-    refuse_missing(target)
+    refuse_missing(target, root, offline=offline)
     from tunesmith.inference.load import load_any
     from tunesmith.serve.registry import LocalEngine
 
@@ -187,6 +190,8 @@ class Conversation:
                 self.reset()
             elif text == "/help":
                 self.screen.print(HELP, style="bright_black")
+            elif typed and _COMMAND.fullmatch(text):
+                self.screen.print(f"no command {text}; /help lists them", style="red")
             elif text:
                 try:
                     self.send(text)

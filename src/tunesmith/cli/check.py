@@ -15,11 +15,11 @@ from rich.text import Text
 from tunesmith.cli import options
 from tunesmith.cli.errors import print_problems
 from tunesmith.cli.options import build_recipe, files, mix_of, to_overrides
-from tunesmith.cli.render import label_counts, percent, sample_row
+from tunesmith.cli.render import label_counts, sample_row
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
-from tunesmith.phrases import mix_text, plural, size, visible
+from tunesmith.phrases import mix_text, percent, plural, size, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -187,7 +187,7 @@ def plan(
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
     device: Annotated[
-        str | None, typer.Option(metavar="H100-80G|24G|8xH100|...", help="Plan for cards that are not here.")
+        str | None, typer.Option(metavar="CARDS", help="Plan for cards that are not here: H100-80G, 24G, 8xH100, ...")
     ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Load the model in a process of its own and measure, too.")
@@ -207,7 +207,8 @@ def plan(
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
-    found = build_recipe("plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    how: dict[str, Any] = {"held_out": eval_, "recipe": recipe, "settings": settings, "fast": fast, "root": root}
+    found = build_recipe("plan", model, data, words=words, **how)
 
     values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody

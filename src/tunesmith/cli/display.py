@@ -22,7 +22,7 @@ from tunesmith.cli.streams import console, is_drawn, json_line
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES, command, duration, size, visible
+from tunesmith.phrases import PHASES, command, duration, percent, size, visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Live(Silent):
 
 def show_phase(area: Progress, task: TaskID, words: str, done: int, total: int) -> None:
     """Show how far a phase is, by its share if that is known."""
-    share = f"{done / total:.0%}" if total > 1 else ""
+    share = percent(done / total, 0) if total > 1 else ""
     area.update(task, description=words, completed=done, total=max(total, 1), more=share, visible=True)
 
 
@@ -178,7 +178,7 @@ def event_line(event: Event, series: RunSeries) -> str:
         when = WHEN.get(event.values["name"], f"step {event.step}")
         return f"{when}: {MEASURED[event.kind]}{render.metric_line(event, series)}"
     if event.kind == "note":
-        return f"note: {event.values['text']}"
+        return "" if event.values.get("detail") else f"note: {event.values['text']}"
     return f"resumed after step {event.step} of {series.total_steps}" if event.kind == "resume" else ""
 
 
@@ -236,7 +236,7 @@ def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, 
         is_end = done >= total > 1
         if time.monotonic() >= due or (is_end and what == shown):
             due, shown = time.monotonic() + PLAIN_SECONDS, "" if is_end else what
-            screen.print(visible(words.get(what, what) + (f": {100 * done / total:.0f} %" if total > 1 else "")))
+            screen.print(visible(words.get(what, what) + (f": {percent(done / total, 0)}" if total > 1 else "")))
 
     return line
 
@@ -304,7 +304,12 @@ class RunDisplay:
         elif self.quiet:
             self.console.print(str(run.path))
         else:
-            self.console.print(f"\nThe result is in {run.path}, its report in report.html. Next:\n")
+            page = run.path / "report.html"
+            self.console.print(f"\nresult: {run.path}", soft_wrap=True)
+            if page.exists():
+                linked = Text(str(page), style=f"link {page.resolve().as_uri()}")
+                self.console.print(Text.assemble("report: ", linked), soft_wrap=True)
+            self.console.print("\nNext:\n")
             task = TASKS.get(self.series.plan.get("task", ""))
             for verb, *more in task.next_commands if task else (("eval", "FILE"), ("show",)):
                 self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)

@@ -56,9 +56,13 @@ def doctor(as_json: Json = False) -> None:
         if name not in ("extras", "threads reason"):
             why = f": {found['threads reason']}" if name == "threads" else ""
             screen.print(f"{name:<14} {value}{why}", soft_wrap=True)
-    for name, is_here in found["extras"].items():
-        state = "" if is_here else f"; not installed: {install_command(name)}"
+    extras = found["extras"]
+    for name, is_here in extras.items():
+        state = "" if is_here else " (not installed)"
         screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
+    if missing := [name for name, is_here in extras.items() if not is_here]:
+        way = f"\nTo install one of those that are missing, such as {missing[0]}:\n{install_command(missing[0])}"
+        screen.print(way, soft_wrap=True, markup=False)
 
 
 def findings() -> dict[str, Any]:

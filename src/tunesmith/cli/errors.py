@@ -142,10 +142,10 @@ def print_problems(
         num_lines, num_shown = num_lines + 1, num_shown + size
     num = sum(nums.values()) if nums else len(problems)
     if (left := num - num_shown) > 0:
-        listed = "all with --json" if num == len(problems) else f"--json lists {len(problems):,} of all"
-        _print(f"and {left:,} more ({listed})", style="bold", stderr=stderr)
+        most = "all" if num == len(problems) else f"the first {len(problems):,}"
+        _print(f"and {left:,} more (--json lists {most})", style="bold", stderr=stderr)
     elif num_cut:
-        _print("every line with --json", style="bold", stderr=stderr)
+        _print("--json lists every line", style="bold", stderr=stderr)
 
 
 def _print(text: str, *, style: str, stderr: bool = True) -> None:

@@ -92,7 +92,7 @@ def measured(
     but those on the run itself is repeated."""
     refuse_no_answers(samples, judge)
     target, of_task = named(target, root), as_task(task)
-    refuse_unusable(target, data, root, of_task, answered=judge is None)
+    refuse_unusable(target, data, root, of_task, answered=judge is None, offline=offline)
     from tunesmith.cli.display import phases
     from tunesmith.inference.load import load_any
     from tunesmith.inference.measure import evaluate_file

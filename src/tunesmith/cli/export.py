@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, RunName, named, refuse_unknown_target
+from tunesmith.cli.options import (
+    BaseAt,
+    Json,
+    Offline,
+    Root,
+    RunName,
+    named,
+    refuse_lacking_export,
+    refuse_unknown_target,
+)
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 from tunesmith.phrases import plural, visible
@@ -42,7 +51,11 @@ def export(
         ),
     ] = "f16",
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="merged: dtype of the weights.")
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="merged: dtype of the weights: bfloat16, float16, float32, or the first of them that agrees (auto).",
+        ),
     ] = "auto",
     license: Annotated[str | None, typer.Option(metavar="ID", help="License in the model card.")] = None,
     no_verify: Annotated[
@@ -58,6 +71,7 @@ def export(
     tunesmith export last --to gguf --quant q8_0 --out support-gguf
     """
     refuse_unknown_target("--to", to)
+    refuse_lacking_export("--to", to)
     found = Run.open(named(run, root), root, base=model)
     found.result()  # refused here, before torch is imported
     from tunesmith.cli.display import phases
@@ -66,9 +80,8 @@ def export(
 
     options = ExportOptions(dtype=dtype, quant=quant, license=license)
     with phases(console(stderr=True), PHASES) as progress:
-        done = export_run(
-            found, to, out=out, options=options, proof=not no_verify, offline=offline, on_progress=progress
-        )
+        how: dict[str, Any] = {"proof": not no_verify, "offline": offline, "on_progress": progress, "on_note": _note}
+        done = export_run(found, to, out=out, options=options, **how)
     _report(done, as_json=as_json)
 
 
@@ -79,16 +92,20 @@ def make_planned(run: Run, *, as_json: bool) -> int:
         try:
             refuse_unknown_target("export.to", word)
         except InputError as error:  # of an earlier version
-            console(stderr=True).print(visible(f"note: {error}"), style="bright_black", soft_wrap=True)
+            _note(str(error))
             words.remove(word)
             continue
         from tunesmith.cli.display import phases
         from tunesmith.export.export_run import export_planned
 
         with phases(console(stderr=True), PHASES) as progress:
-            done = export_planned(run, word, on_progress=progress)
+            done = export_planned(run, word, on_progress=progress, on_note=_note)
         _report(done, as_json=as_json)
     return len(words)
+
+
+def _note(text: str) -> None:
+    console(stderr=True).print(visible(f"note: {text}"), style="bright_black", soft_wrap=True)
 
 
 def _report(done: Exported, *, as_json: bool) -> None:

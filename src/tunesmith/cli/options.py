@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tunesmith.cli.streams import console
-from tunesmith.errors import DataError, InputError, RecipeError, RunError
-from tunesmith.phrases import visible
+from tunesmith.environment import install_command
+from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError
+from tunesmith.phrases import did_you_mean, visible
 from tunesmith.runs import events
 from tunesmith.runs.atomic import to_json
-from tunesmith.runs.folder import Run, is_run, runs
+from tunesmith.runs.folder import Run, is_run, no_such_run, runs
 from tunesmith.types import EXPORT_NAMES, TASK_NAMES, Problem, TaskName
 
 if TYPE_CHECKING:
@@ -74,10 +77,14 @@ Eval = Annotated[
     typer.Option("--eval", metavar="DATA", help="Held-out rows (default: a part of DATA, see data.held_out)."),
 ]
 Task = Annotated[
-    str | None, typer.Option(metavar="|".join(TASK_NAMES), help="Task to learn (default: detected from DATA).")
+    str | None,
+    typer.Option(metavar="TASK", help=f"Task to learn: {', '.join(TASK_NAMES[1:])} (default: detected from DATA)."),
 ]
 MethodName = Annotated[
-    str | None, typer.Option("--method", metavar="auto|lora|dora|qlora|full|peft", help="Training method.")
+    str | None,
+    typer.Option(
+        "--method", metavar="METHOD", help="Training method: lora, dora, qlora, full or peft (default: auto)."
+    ),
 ]
 Rate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate: optim.lr.")]
 Epochs = Annotated[
@@ -159,6 +166,7 @@ def build_recipe(
     words: Mapping[str, Any],
     settings: Sequence[str] | None,
     fast: bool = False,
+    root: Path,
 ) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `settings`.
 
@@ -178,14 +186,14 @@ def build_recipe(
         for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
             message = message.replace(f"--set: {key}: ", f"{OPTIONS[key]}: ")
         raise RecipeError(message) from error
-    for word in found.export.to:
-        refuse_unknown_target("export.to", word)
+    given = [file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)]
+    refuse_swapped(verb, found.model, given)
     if not found.model or not found.data.train:
         missing = "model" if not found.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
-    paths = [file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)]
-    refuse_unreadable(paths, found.data.reading)
-    refuse_missing(found.model)
+    refuse_unreadable(given, found.data.reading)
+    refuse_missing(found.model, root)
+    refuse_lacking(found)
     return found
 
 
@@ -207,21 +215,81 @@ def named(target: str, root: Path) -> str:
 
 def refuse_unknown_target(place: str, word: str) -> None:
     """Raise InputError for an export TARGET or TARGET:VALUE of which there is no target, before torch is imported."""
-    if word.partition(":")[0] not in EXPORT_NAMES:
-        raise InputError(f"{place}: {word}: there is no such target. One of {', '.join(EXPORT_NAMES)}.")
+    target = word.partition(":")[0]
+    if target not in EXPORT_NAMES:
+        near = did_you_mean(target, EXPORT_NAMES)
+        raise InputError(f"{place}: {word}: there is no such target.{near} One of {', '.join(EXPORT_NAMES)}.")
 
 
-def refuse_missing(model: str) -> None:
-    """Raise ModelError for the path of a model where nothing is, before anything heavy is loaded; any name without a
-    slash may be that of a run."""
+def refuse_lacking_export(place: str, word: str) -> None:
+    """Raise InputError for an export whose packages are not installed, before torch is imported."""
+    if word.partition(":")[0] == "onnx" and (
+        missing := [name for name in ("onnxscript", "onnxruntime") if find_spec(name) is None]
+    ):
+        are = "are" if len(missing) > 1 else "is"
+        way = f"`{install_command('onnx')}` installs all that is needed."
+        raise InputError(f"{place}: onnx: {' and '.join(missing)} {are} not installed. {way}")
+
+
+_ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll", ".txt", ".md", ".xlsx", ".gz")
+"""Endings of data files."""
+
+
+def refuse_swapped(verb: str, model: str, data: Sequence[str]) -> None:
+    """Raise InputError for a data file in the place of the model, before anything heavy is loaded."""
+    if not model.lower().endswith(_ROWS) or Path(model).is_dir():
+        return
+    other = next((path for path in data if (Path(path) / "config.json").is_file() or path.endswith(".gguf")), None)
+    words = (
+        f"tunesmith {verb} {shlex.quote(other)} {shlex.quote(model)}" if other else f"tunesmith {verb} MODEL {model}"
+    )
+    raise InputError(f"{model}: a data file, and the model comes first. Write: {words}")
+
+
+def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> None:
+    """Raise ModelError for a model that is not there, before anything heavy is loaded. Nothing but the names of what is
+    here decides about a path, and about a name so near that of a folder or a run here that it is meant; the hub is
+    asked for any other name without an owner, unless `offline` is None."""
     from tunesmith.models.resolve_model import looks_like_path, resolve_model, split_revision
 
+    if Path(model).expanduser().exists() or is_run(model, root):
+        return
     is_path = bool(re.search(r"^[.~]|[/\\]", model)) and looks_like_path(split_revision(model)[0])
-    if is_path and not Path(model).expanduser().exists():
+    if is_path:
         resolve_model(model, offline=True)
+    name = split_revision(model)[0]
+    folders = [path.name for path in Path().glob("[!.]*") if (path / "config.json").is_file() or path.suffix == ".gguf"]
+    known = [*folders, *(run.path.name for run in runs(root))]
+    if "/" in name or model.startswith("hf://"):
+        return
+    near = did_you_mean(name, known)
+    if not near and offline is None:
+        return
+    try:
+        resolve_model(model, offline=bool(offline or near), weights=False)
+    except ModelError as error:
+        if near:
+            way = f"For a model of the hub write hf://{name}."
+            raise ModelError(f"{model}: no such folder, file or run.{near} {way}") from None
+        raise ModelError(f"{no_such_run(model, root)} And no such model: {error}") from error
 
 
-def refuse_unusable(target: str, data: str, root: Path, task: TaskName | None, *, answered: bool) -> None:
+def refuse_lacking(recipe: Recipe) -> None:
+    """Raise InputError for a method, a tracker or an export whose packages are not installed, before torch is
+    imported."""
+    name = recipe.method.name
+    extra = {"qlora": "bitsandbytes", "peft": "peft"}.get(name)
+    if extra is not None and find_spec(extra) is None:
+        way = f"Install it with: {install_command(extra)}, or use method: lora."
+        raise RecipeError(f"method.name: {name}: needs the package {extra}, which is not installed. {way}")
+    for word in recipe.export.to:
+        refuse_unknown_target("export.to", word)
+        refuse_lacking_export("export.to", word)
+
+
+def refuse_unusable(
+    target: str, data: str, root: Path, task: TaskName | None, *, answered: bool, offline: bool
+) -> None:
     """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of which a
     run can use no row that is `answered`, before anything heavy is loaded."""
     from tunesmith.data.addresses import is_address
@@ -229,7 +297,7 @@ def refuse_unusable(target: str, data: str, root: Path, task: TaskName | None, *
     from tunesmith.data.examples import examples
     from tunesmith.recipe.schema import DataFile, resolved
 
-    refuse_missing(target)
+    refuse_missing(target, root, offline=offline)
     refuse_unreadable([data], reading_of(target, root))
     if is_address(data) or not is_run(target, root) or not answered:
         return

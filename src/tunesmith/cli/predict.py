@@ -22,6 +22,7 @@ from tunesmith.cli.options import (
     as_task,
     named,
     reading_of,
+    refuse_missing,
     refuse_unreadable,
 )
 from tunesmith.cli.streams import console, data_line, json_line
@@ -80,6 +81,7 @@ def predict(
     if out is not None and str(out) != data:
         refuse_existing(out, overwrite=overwrite)
     refuse_unreadable([data] if data not in (None, "-") else [], reading_of(target, root))
+    refuse_missing(target, root, offline=offline)
     screen = console(stderr=True)
 
     def say(words: str) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from tunesmith import phrases
 from tunesmith.evaluation.metrics import VERDICTS, info_of, with_bounds
 from tunesmith.evaluation.series import RunSeries, measures_of
-from tunesmith.phrases import duration, mix_text, one_line, plural, size, span, visible
+from tunesmith.phrases import about, between, mix_text, one_line, percent, plural, size, visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ def age(seconds: float) -> str:
 
 def loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}" if math.isfinite(value) else str(value)
-
-
-def percent(share: float) -> str:
-    return f"{share * 100:.1f} %"
 
 
 def option(value: Any) -> str:
@@ -129,11 +125,15 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
     if not report.get("headline") or report["metrics"]["after"] is None:
         return
     screen.print(visible(" ".join(report["headline"])), "", sep="\n")
+    leading = info_of(values.leading_key(report)).label  # which the sentence has said
+    lines = [line for line in values.metric_lines(report) if line.label != leading]
+    if not lines:
+        return
     counted = rows_and_targets(report["metrics"]["after"])
     screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED)
     other, ours = values.sides(report)
     rows: list[list[str | Text]] = []
-    for line in values.metric_lines(report):
+    for line in lines:
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
         compared = [with_bounds(line.other, line.other_bounds)] if other else []
         after = Text(with_bounds(line.after, line.after_bounds), style="bold")
@@ -339,8 +339,7 @@ def _time(seconds: Mapping[str, Any]) -> str:
     beside = ""
     if busy >= LEAST_BUSY:
         high /= 1 - min(busy, MOST_BUSY)
-        beside = f"; {100 * busy:.0f} % of the processor is taken by other programs"
-    return (
-        f"{span(low * seconds['total'], high * seconds['total'])}: {duration(training['seconds'])} to train "
-        f"({training['price']:.2g} s a step), {duration(seconds['total'] - training['seconds'])} for all else{beside}"
-    )
+        beside = f"; other programs take {100 * busy:.0f} % of the processor"
+    total, rest = seconds["total"], seconds["total"] - training["seconds"]
+    each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
+    return f"{between(total, low * total, high * total)}: {each}, {about(rest)} for all else{beside}"

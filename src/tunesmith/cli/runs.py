@@ -21,7 +21,7 @@ from tunesmith.errors import InputError, RunError, TunesmithError
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import command, did_you_mean, duration, plural, size, visible
 from tunesmith.runs import events
-from tunesmith.runs.folder import Run
+from tunesmith.runs.folder import Run, model_shown
 from tunesmith.runs.folder import runs as all_runs
 
 if TYPE_CHECKING:
@@ -150,7 +150,12 @@ def facts(run: Run) -> dict[str, Any]:
     known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
     try:
         recipe, series = run.recipe(), RunSeries.of(run.events())
-        plain = {"name": run.path.name, "state": run.state(), "created": run.created, "model": recipe.model}
+        plain = {
+            "name": run.path.name,
+            "state": run.state(),
+            "created": run.created,
+            "model": model_shown(recipe.model),
+        }
     except TunesmithError as error:
         return known | {"problem": str(error), "fields": known}
     plain |= {"task": recipe.task, "method": recipe.method.name, "step": series.step, "steps": series.total_steps}

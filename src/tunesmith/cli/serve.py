@@ -38,15 +38,20 @@ Targets = Annotated[
     list[str] | None,
     typer.Argument(metavar="RUN|MODEL...", help="Runs of one base, or a model; each is served by its name."),
 ]
+Host = Annotated[str, typer.Option(metavar="ADDRESS", help="Address; one that other machines reach needs a key.")]
 KeyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Accepted API keys, one a line; or one in TUNESMITH_API_KEY.")
 ]
 Memory = Annotated[
     float | None, typer.Option(min=0.1, help="Memory at which the model is restarted (default: 90 % of the machine).")
 ]
+Origins = Annotated[
+    list[str] | None, typer.Option(metavar="URL", help="Origin of web pages that may send requests. Repeatable.")
+]
 Jobs = Annotated[bool, typer.Option("--jobs", help="Take files and fine-tuning jobs too, in OpenAI's shape, on MODEL.")]
 StorePlace = Annotated[
-    str, typer.Option("--store", metavar="DIR|postgresql://...", help="Files, jobs and models of --jobs.")
+    str,
+    typer.Option("--store", metavar="PLACE", help="Files, jobs and models of --jobs: a folder, or postgresql://..."),
 ]
 StoreFiles = Annotated[
     Path, typer.Option("--store-files", metavar="DIR", help="Contents and runs of a store on PostgreSQL.")
@@ -54,13 +59,14 @@ StoreFiles = Annotated[
 Upgrade = Annotated[bool, typer.Option("--upgrade-store", help="Upgrade an older PostgreSQL store. Back it up first.")]
 BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help="Models that jobs may tune, in YAML.")]
 RayAt = Annotated[
-    str | None, typer.Option("--ray", metavar="local|auto|HOST:PORT", help="Run jobs at once on Ray (extra ray).")
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run jobs at once on Ray (extra ray): local, auto or HOST:PORT."),
 ]
 
 
 def serve(
     targets: Targets = None,
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Others than this machine's own need a key.")] = LOOPBACK,
+    host: Host = LOOPBACK,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     key_file: KeyFile = None,
     streams: Annotated[int, typer.Option(min=1, help="Answers written at once.")] = 16,
@@ -70,7 +76,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")] = None,
     grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests at the end.")] = 30.0,
     allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Another name of this server.")] = None,
-    allow_origin: Annotated[list[str] | None, typer.Option(metavar="URL", help="A web page that may ask.")] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Origin of web pages that may send requests.")
+    ] = None,
     jobs: Jobs = False,
     store: StorePlace = "jobs",
     store_files: StoreFiles = Path("jobs"),
@@ -91,14 +99,7 @@ def serve(
 
     tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    for option, given in (("--bases", bases), ("--ray", ray)):
-        if given is not None and not jobs:
-            raise InputError(f"{option}: is for jobs: give --jobs too.")
-    if not targets and bases is None:
-        way = "name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run."
-        if jobs:
-            way = "--jobs: name the model that jobs tune, `tunesmith serve --jobs MODEL`, or several by --bases FILE."
-        raise InputError(f"serve: {way}")
+    _refuse_nothing(targets, bases, ray, jobs=jobs)
     check_extra("jobs" if jobs else "serve")
     from tunesmith.serve import http
     from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
@@ -116,6 +117,19 @@ def serve(
         opened = open_store(store, store_files, may_upgrade=upgrade_store, on_note=output.note)
         work = ServedJobs(opened, models, ray)
     serve_own(targets or [], bound, policy, options, root=root, grace_s=grace, output=output, work=work)
+
+
+def _refuse_nothing(targets: Sequence[str] | None, bases: Path | None, ray: str | None, *, jobs: bool) -> None:
+    """Raise InputError where nothing to serve was named, and for options of jobs without jobs."""
+    for option, given in (("--bases", bases), ("--ray", ray)):
+        if given is not None and not jobs:
+            raise InputError(f"{option}: is for jobs: give --jobs too.")
+    if not targets and bases is None and jobs:
+        raise InputError(
+            "serve: --jobs: name the model that jobs tune, `tunesmith serve --jobs MODEL`, or several by --bases FILE."
+        )
+    if not targets and bases is None:
+        raise InputError("serve: name a RUN or MODEL to serve. `tunesmith serve last` serves the newest run.")
 
 
 PATH_WIDTH, ERROR_WIDTH = 60, 300
@@ -150,12 +164,12 @@ class ServerOutput:
         for one in served:
             what = "the untouched base" if one.is_base else "tuned"
             self.screen.print(
-                f"  {visible(one.name):<{width}}  {one.task}, {what}, answers with {one.answers}, "
+                f"  {visible(one.name):<{width}}  {one.task}, {what}, {_does(one)}, "
                 f"{plural(one.max_tokens, 'token')} at most"
             )
-        who = "only this machine" if bound.is_loopback else "every machine that reaches it"
+        who = "from this machine only" if bound.is_loopback else "from every machine that reaches this address"
         key = "with a key" if has_key else "without a key"
-        self.screen.print(f"\n{bound.url}/v1 for {who}, {key}. Ctrl-C ends it. To try it:\n", style="bold")
+        self.screen.print(f"\n{bound.url}/v1 answers requests {who}, {key}. Ctrl-C ends it. Try:\n", style="bold")
         # Not wrapped, so that a line can be copied at any width.
         self.screen.print(to_try(bound.url, served[0], has_key=has_key) + "\n", soft_wrap=True)
         if any(one.answers == "text" for one in served):
@@ -194,12 +208,20 @@ class ServerOutput:
             self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
 
 
+def _does(served: ModelCard) -> str:
+    return "ranks documents" if served.task == "rank" else f"answers with {served.answers}"
+
+
 def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:
     """A line for a shell that asks the model."""
     import orjson
 
     path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[served.answers]
-    text = {"messages": [{"role": "user", "content": "Hello"}]} if served.answers == "text" else {"input": "Hello"}
+    text: dict[str, Any] = {"input": "Hello"}
+    if served.answers == "text":
+        text = {"messages": [{"role": "user", "content": "Hello"}]}
+    elif served.task == "rank":
+        path, text = "rerank", {"query": "Where is my parcel?", "documents": ["It left on Monday.", "Hello"]}
     key = ' -H "Authorization: Bearer $TUNESMITH_API_KEY"' if has_key else ""
     data = shlex.quote(orjson.dumps({"model": served.name, **text}).decode())
     return f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,7 +65,8 @@ def train(
     """
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
-    found = build_recipe("train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast)
+    how: dict[str, Any] = {"held_out": eval_, "recipe": recipe, "settings": settings, "fast": fast, "root": root}
+    found = build_recipe("train", model, data, words=words, **how)
     if ray is not None:
         _tune_on_ray(found, ray, out=out, offline=offline, as_json=as_json, quiet=quiet)
         return

@@ -210,9 +210,10 @@ def measured_rows(
     size = len(held) if most is None else most
     classes_I = store.labels.firsts()[held] if by_class else np.zeros(len(held), np.int64)
     if len(held) > size:
+        are = "is" if size == 1 else "are"
         how = ", each class its share" if by_class else ""
         notes.append(
-            f"{size:,} of {len(held):,} held-out rows are measured{how}: {len(held) - size:,} are left out "
+            f"{size:,} of {len(held):,} held-out rows {are} measured{how}: {len(held) - size:,} are left out "
             "(evaluation.max_rows)"
         )
     return held[measured(store.hashes[held], classes_I, size)]
@@ -259,8 +260,9 @@ def overlap_notes(data: Data, store: RowStore, held_store: RowStore, train: NDAr
     shared = np.flatnonzero(is_equal)
     if len(shared) == 0:
         return alike
+    are = "is" if len(shared) == 1 else "are"
     text = (
-        f"{len(shared):,} of {len(held_store):,} held-out rows are also in the training files, "
+        f"{len(shared):,} of {len(held_store):,} held-out rows {are} also in the training files, "
         f"the first at {held_store.source(int(shared[0]))}"
     )
     if data.overlap == "error":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tunesmith.errors import DataError
 from tunesmith.runs.atomic import write_atomic
 
 FIELDS_OF_FILES = {"path", "weight"}
+IN_MEMORY = re.compile(r"rows-[0-9a-f]{12}\.jsonl")
+"""Names of files that `write_rows` writes."""
 
 
 def is_rows(given: Any) -> bool:

@@ -99,7 +99,7 @@ class _Bounded(CodeGenerator):
         else:
             super().visit_Getitem(node, frame)
 
-    def visit_Add(self, node: nodes.Add, frame: Any) -> None:
+    def visit_Add(self, node: nodes.BinExpr, frame: Any) -> None:
         """a + b + c in one go, where what each is does not depend on the sums before it."""
         terms: list[Any] = [node]
         while isinstance(terms[0], nodes.Add):
@@ -198,7 +198,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _written(self, value: Any) -> Any:
         return value if type(value) is str and len(value) < SLOW_CHARS else self.made(value)
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """The text of a macro, of a block, of all. Raises `TooLong`."""
         texts = list(parts)
         num = sum(map(len, texts))
@@ -287,6 +287,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if name == "sum" and more and num * len(subject) > PRODUCT:
             raise TooMuch("adds too many lists (sum)")
         if name == "replace" and len(texts) >= 2 and isinstance(subject, (str, bytes)):
+            old: Any
             old, new = [x for x in more if isinstance(x, type(subject))][:2] or ("", "")
             _room(chars + (subject.count(old) if old else chars + 1) * len(new))
         elif name == "join":

@@ -26,7 +26,7 @@ from tunesmith.evaluation.scores import (
     statistics_of,
     sureness,
 )
-from tunesmith.phrases import plural
+from tunesmith.phrases import percent, plural
 
 # I rows in common
 
@@ -258,11 +258,15 @@ LIKE_A_CLASS = 0.1
 _MOST_CHARACTERS = 40
 UNLEARNT = -0.5
 """Nats a token of chosen answers that a model may lose before that is noted."""
-_NAMES = {"numbers": "mean baseline", "ranks": "BM25", **dict.fromkeys(("pairs", "answers", "rewards"), "best habit")}
+_NAMES = {
+    "numbers": "mean baseline",
+    "ranks": "BM25",
+    **dict.fromkeys(("pairs", "answers", "rewards"), "best simple rule"),
+}
 _HABITS = {
     "longer_chosen": "always choosing the longer answer",
     "likelier_chosen": "choosing what the untouched model finds likelier",
-    "bm25": "the order of words that both share",
+    "bm25": "a search for shared words (BM25)",
 }
 
 
@@ -395,8 +399,8 @@ def preference_notes(measures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     accuracy = value["preference_accuracy"]
     if measures["preference_accuracy"].get("high", 1.0) < min(value[habit] for habit in _HABITS if habit in value):
         yield (
-            f"{accuracy:.1%} of the held-out preferences are right, fewer than by choosing the longer answer or the "
-            "likelier one: chosen and rejected may be the wrong way round"
+            f"{percent(accuracy)} of the held-out preferences are right, fewer than by choosing the longer answer or "
+            "the likelier one: chosen and rejected may be the wrong way round"
         )
     chosen, rejected = (value.get(key, 0.0) for key in ("chosen_shift", "rejected_shift"))
     if chosen < UNLEARNT:

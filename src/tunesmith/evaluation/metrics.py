@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.errors import InputError
+from tunesmith.phrases import percent
 
 Verdict = Literal["better", "worse", "unclear", "few", ""]
 VERDICTS = {"better": "better", "worse": "worse", "unclear": "may be chance", "few": "too few rows to tell", "": ""}
@@ -32,8 +33,8 @@ class MetricInfo:
         """A value as it is printed."""
         if math.isnan(value):
             return "–"
-        form = {"percent": ".1%", "ratio": ".2f"}.get(self.form) or (".4f" if abs(value) < 100 else ",.1f")
-        return f"{value:{form}}".replace("-", "−")
+        form = ".2f" if self.form == "ratio" else ".4f" if abs(value) < 100 else ",.1f"
+        return (percent(value) if self.form == "percent" else f"{value:{form}}").replace("-", "−")
 
     def bounds(self, interval: Mapping[str, Any]) -> str:
         """The ends of an interval, in fewer digits than its value; empty where there is none, or a point."""

@@ -44,6 +44,8 @@ class RunSeries:
     general: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    """Notes that nobody has to act on."""
     report: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +82,7 @@ class RunSeries:
             sample[values["name"]] = values["answer"]
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
         elif event.kind == "note":
-            self.notes.append(values["text"])
+            (self.details if values.get("detail") else self.notes).append(values["text"])
         elif event.kind == "end":
             self.report = values.get("report", {})
 

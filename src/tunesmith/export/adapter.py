@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.errors import RunError
 from tunesmith.export.hub import base_id
 from tunesmith.export.run_result import RunResult, auto_class, read_config
-from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, TorchModel, run_dtype
+from tunesmith.export.target import EXACT, Computing, ExportOptions, ExportTarget, TorchModel
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
 from tunesmith.methods.adapter_format import CONFIG, WEIGHTS, check_patterns
@@ -76,14 +76,14 @@ def write_base_facts(result: RunResult, folder: Path) -> None:
     (folder / BASE_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
 
 
-def _load(folder: Path, recipe: Recipe) -> TorchModel:
+def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The adapter on the base of the recipe: by peft if that is installed."""
     located = resolve_base(recipe, offline=True)
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
     tokenizer = load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     model = load_model(
-        located, dtype=run_dtype(recipe), device="cpu", head=head, labels=run_labels(recipe), seed=recipe.seed,
+        located, dtype=computing.dtype, device=computing.device, head=head, labels=run_labels(recipe), seed=recipe.seed,
         tokenizer=tokenizer,
     )  # fmt: skip
     resize_embeddings(model, new_tokens_of(recipe, located))
@@ -135,7 +135,7 @@ ADAPTER = ExportTarget(
     check=_check,
     write=_write,
     load=_load,
-    tolerances=lambda result, options: EXACT if result.recipe.precision == "float32" else ROUNDED,
+    tolerances=lambda result, options: EXACT,
     card=_card,
     reads=(),
 )

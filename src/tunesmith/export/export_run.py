@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from tunesmith.export.hub import CHECK_FILE, comparison_section, write_card
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.onnx import ONNX
+from tunesmith.export.proof_plan import ProofPlan, plan_proof
 from tunesmith.export.run_result import RunResult, open_result
-from tunesmith.export.target import DTYPES, ROUNDED, ExportOptions, ExportTarget, Tolerances
+from tunesmith.export.target import DTYPES, EXACT, ROUNDED, ExportOptions, ExportTarget, Tolerances
 from tunesmith.export.verify import ExportComparison, TunedOutputs
 from tunesmith.methods import METHODS
 from tunesmith.models.load import load_config
+from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.resolve_model import resolve_base
+from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
@@ -127,8 +130,10 @@ def export_run(
     proof: bool = True,
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`.
+    """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`. `on_note`
+    gets what should be known before it is done, such as the minutes that the comparison will take.
 
     Raises:
         InputError: the run has no result, or not one that this target can carry; nothing was written.
@@ -148,7 +153,8 @@ def export_run(
     _clean_up(out)
     holder = temporary_folder(out.parent, out.name)
     try:
-        done = _export(result, chosen, holder, options, proof=proof, notes=notes)
+        export = _Export(result, chosen, options, holder, on_note=on_note)
+        done = export.make(proof=proof, notes=notes)
         replace_folder(done.path, out, swap=True)
     finally:
         # What cannot be removed now is removed by the next export here; an earlier error matters more.
@@ -157,51 +163,113 @@ def export_run(
     return replace(done, path=out)
 
 
-def _export(
-    result: RunResult, target: ExportTarget, holder: Path, options: ExportOptions, *, proof: bool, notes: Sequence[str]
-) -> Exported:
-    folder, work = holder / "export", holder / "work"
-    with storing(holder):
-        folder.mkdir()
-        work.mkdir()
-    if proof:
-        result.on_progress("tuned", 0, 1)
-        rows = verify.find_rows(result)
-        seen = verify.tuned_outputs(result, rows)
-    result.on_progress("write", 0, 1)
-    with storing(folder):
-        notes = [*notes, *target.write(result, folder, options)]
-    done = Exported(folder, target.name, _tolerances(target, result, options), None, "", "", notes)
-    if proof:
-        result.on_progress("verify", 0, 1)
-        done = _verified(result, target, options, done, rows, seen=seen, work=work)
-    with storing(folder):
-        _describe(result, target, options, done)
-    return done
+@dataclass
+class _Export:
+    """An export on its way: written, compared, and where the dtype is for us to choose, written in a finer one."""
+
+    result: RunResult
+    target: ExportTarget
+    options: ExportOptions
+    holder: Path
+    on_note: Callable[[str], None]
+    _seen: dict[tuple[str, str, int], TunedOutputs] = field(default_factory=dict)
+    """Outputs of the tuned model, by device, dtype and number of tokens."""
+
+    def make(self, *, proof: bool, notes: Sequence[str]) -> Exported:
+        """Raises ExportError if no dtype that may be taken passes."""
+        rows, num_tokens = self._rows() if proof else (None, 0)
+        refused: list[str] = []
+        for dtype in self.target.dtypes(self.result, self.options):
+            options = replace(self.options, dtype=dtype) if dtype else self.options
+            folder, work = (self.holder / f"{name}{dtype}" for name in ("export", "work"))
+            with storing(self.holder):
+                folder.mkdir()
+                work.mkdir()
+            plan = None if rows is None else plan_proof(self.result, self.target, dtype, num_tokens=num_tokens)
+            if rows is not None and plan is not None:
+                if text := plan.note():
+                    self.on_note(text)
+                seen = self._tuned(rows, plan)
+            self.result.on_progress("write", 0, 1)
+            with storing(folder):
+                written = [*notes, *self.target.write(self.result, folder, options)]
+            free_cached_memory()
+            done = Exported(
+                folder, self.target.name, _tolerances(self.target, self.result, options, plan), None, "", "", written
+            )
+            problems: list[str] = []
+            if rows is not None and plan is not None:
+                done, problems = _compared(self.result, self.target, done, rows, plan, seen=seen, work=work)
+            if not problems:
+                done = replace(done, notes=[*done.notes, *self._chosen(dtype, refused, is_proven=proof)])
+                with storing(folder):
+                    _describe(self.result, self.target, options, done, plan)
+                return done
+            refused.append(f"{dtype}: {'; '.join(problems)}" if dtype else "; ".join(problems))
+            if done.found is not None and not done.found.same_ids:
+                break  # no dtype changes tokens
+            remove(folder)
+        raise ExportError(self._refusal(refused))
+
+    def _rows(self) -> tuple[verify.CheckRows, int]:
+        self.result.on_progress("tuned", 0, 1)
+        rows, result = verify.find_rows(self.result), self.result
+        how: dict[str, Any] = {"labels": result.labels, "masked": result.recipe.train.masked}
+        encoded = verify.encode_rows(result.renderer, rows.examples, head=result.head, **how)
+        return rows, sum(len(row.ids) for row in encoded)
+
+    def _tuned(self, rows: verify.CheckRows, plan: ProofPlan) -> TunedOutputs:
+        key = (plan.device, plan.tuned, plan.tokens)
+        if key not in self._seen:
+            self._seen[key] = verify.tuned_outputs(self.result, rows, plan)
+        return self._seen[key]
+
+    def _chosen(self, dtype: str, refused: Sequence[str], *, is_proven: bool) -> list[str]:
+        """What dtype was chosen, and why, where that was not for the user to say."""
+        if not dtype or self.options.dtype != "auto":
+            return []
+        if not is_proven:
+            return [f"dtype: {dtype}: not compared, so whether a finer one is needed is not known"]
+        why = "the first that agrees with the tuned model" if refused else "it agrees with the tuned model"
+        return ["; ".join([f"dtype: {dtype}: {why}", *(f"not {text}" for text in refused)])]
+
+    def _refusal(self, refused: Sequence[str]) -> str:
+        name, target = f"{self.result.run.path.name} to {self.target.name}", self.target
+        text = f"{name}: not what was tuned, nothing was kept: {'. '.join(refused)}."
+        words = ["export", self.result.run.path, "--to", target.name]
+        if "dtype" in target.reads and self.options.dtype not in ("auto", "float32"):
+            way = command(*words, "--dtype", "auto")
+            text += f" If rounding is the cause, `{way}` takes the first dtype that agrees, at the latest float32."
+        if "quant" in target.reads and self.options.quant != "f32":
+            text += f" If rounding is the cause, `{command(*words, '--quant', self._finer())}` has less of it."
+        return text
+
+    def _finer(self) -> str:
+        quants = self.target.quants
+        return next(name for name in ("q8_0", "f16", "f32") if quants.index(name) < quants.index(self.options.quant))
 
 
-def _verified(
-    result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported, rows: verify.CheckRows, *,
+def _compared(
+    result: RunResult, target: ExportTarget, done: Exported, rows: verify.CheckRows, plan: ProofPlan, *,
     seen: TunedOutputs, work: Path,
-) -> Exported:  # fmt: skip
-    """The export with the numbers of its check. Raises ExportError past the tolerances."""
-    exported = verify.exported_outputs(result, target, done.path, rows, work=work)
+) -> tuple[Exported, list[str]]:  # fmt: skip
+    """The export with the numbers of its check, and every tolerance that it exceeds."""
+    result.on_progress("verify", 0, 1)
+    exported = verify.exported_outputs(result, target, done.path, rows, plan, work=work)
     found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
-    if problems := found.problems(done.allowed):
-        is_rounded = found.same_ids and target.reads and getattr(options, target.reads[0]) not in ("f32", "float32")
-        way_out = f" If rounding is the cause, a finer --{target.reads[0]} has less of it." if is_rounded else ""
-        name = f"{result.run.path.name} to {target.name}"
-        raise ExportError(f"{name}: not what was tuned, nothing was kept: {'; '.join(problems)}.{way_out}")
     notes = [*done.notes]
     if seen.base is not None and found.carried is None:
         notes.append("the adapter changes nothing on these rows")
     if seen.quantized_loss is not None and found.loss_exported is not None:
         change = f"the loss of these rows changes by {found.loss_exported - seen.quantized_loss:+.4f}"
         notes.append(f"trained on its base in {result.quant}, exported on the original base: {change}")
-    return replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
+    done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
+    return done, found.problems(done.allowed)
 
 
-def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported) -> None:
+def _describe(
+    result: RunResult, target: ExportTarget, options: ExportOptions, done: Exported, plan: ProofPlan | None
+) -> None:
     """Write the model card and verify.json."""
     write_card(
         result, done.path, fields=target.card(result, done.path, options), license=options.license,
@@ -212,14 +280,17 @@ def _describe(result: RunResult, target: ExportTarget, options: ExportOptions, d
         "loaded_by": done.loaded_by, "bounds": asdict(done.allowed),
     }  # fmt: skip
     facts |= {} if done.found is None else asdict(done.found)
+    facts |= {} if plan is None else {"device": plan.device, "computed": {"tuned": plan.tuned, "export": plan.exported}}
     facts |= {"notes": list(done.notes)}
     (done.path / CHECK_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
 
 
-def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions) -> Tolerances:
-    """The target's tolerances; at least those of 16 bits if the run computed in 16 bits."""
+def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions, plan: ProofPlan | None) -> Tolerances:
+    """The target's tolerances; at least those of 16 bits if one side is computed in 16 bits."""
     allowed = target.tolerances(result, options)
-    return allowed if result.recipe.precision == "float32" else replace(allowed, kl=max(allowed.kl, ROUNDED.kl))
+    if plan is None or plan.is_exact:
+        return allowed
+    return ROUNDED if allowed == EXACT else replace(allowed, kl=max(allowed.kl, ROUNDED.kl))
 
 
 def _clean_up(out: Path) -> None:
@@ -230,10 +301,13 @@ def _clean_up(out: Path) -> None:
     clean(out.parent, name=out.name, older_than_s=DEAD_S)
 
 
-def export_planned(run: Run, word: str, *, on_progress: OnProgress = lambda what, done, total: None) -> Exported:
+def export_planned(
+    run: Run, word: str, *, on_progress: OnProgress = lambda what, done, total: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Exported:  # fmt: skip
     """Make one of the exports of a finished run's recipe. Its base is on this machine."""
     target, options = parse_export(word)
-    return export_run(run, target, options=options, offline=True, on_progress=on_progress)
+    return export_run(run, target, options=options, offline=True, on_progress=on_progress, on_note=on_note)
 
 
 if __name__ == "__main__":  # the new process of the check

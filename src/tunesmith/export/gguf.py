@@ -36,11 +36,11 @@ from tunesmith.export.target import (
     QUANTIZED,
     ROUNDED,
     SIX_BITS,
+    Computing,
     ExportOptions,
     ExportTarget,
     Tolerances,
     TorchModel,
-    run_dtype,
 )
 from tunesmith.models import load
 from tunesmith.models.gguf import GgufHeader, read_gguf
@@ -245,7 +245,7 @@ _HEADER_TO_CONFIG = {
 """Header keys that transformers' reader leaves out of the config."""
 
 
-def load_model(folder: Path, recipe: Recipe) -> TorchModel:
+def load_model(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The model of a GGUF, dequantized."""
     path = next(folder.glob("*.gguf"))
     located = resolve_model(str(path), offline=True)
@@ -254,7 +254,7 @@ def load_model(folder: Path, recipe: Recipe) -> TorchModel:
     _complete(config, header)
     with wrap_errors(located, "its weights cannot be loaded"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            **pretrained_args(located), config=config, dtype=run_dtype(recipe), output_loading_info=True
+            **pretrained_args(located), config=config, dtype=computing.dtype, output_loading_info=True
         )
     if found["missing_keys"]:
         raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
@@ -263,7 +263,7 @@ def load_model(folder: Path, recipe: Recipe) -> TorchModel:
         factors = gguf.dequantize(stored.data, stored.tensor_type).copy()
         model.base_model.rotary_emb.inv_freq.div_(torch.from_numpy(factors))
     by = f"transformers {version('transformers')}"
-    return TorchModel(read_tokenizer(located), "causal", "next_token", by, model)
+    return TorchModel(read_tokenizer(located), "causal", "next_token", by, model.to(computing.device))
 
 
 def _complete(config: Any, header: GgufHeader) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
+from tunesmith.phrases import percent
 
 Facts = dict[str, Any]
 """Header keys without the architecture's name; values are bools, ints and floats."""
@@ -138,7 +139,7 @@ def _plain_rope(config: Any, *, factors: bool = False) -> list[str]:
     kind = _rope(config).get("rope_type", "default")
     partial = _rope(config).get("partial_rotary_factor", 1.0) or 1.0
     problems = [] if kind in known else [f"its rotary embedding is scaled by the rule {kind!r}"]
-    return problems + ([f"only {partial:.0%} of each head is rotated"] if partial != 1.0 else [])
+    return problems + ([f"only {percent(partial, 0)} of each head is rotated"] if partial != 1.0 else [])
 
 
 def _window(config: Any) -> list[str]:

@@ -16,6 +16,7 @@ from tunesmith.evaluation.metrics import METRICS, with_bounds
 from tunesmith.evaluation.report.values import kept_report, metric_lines, sides
 from tunesmith.export.run_result import RunResult
 from tunesmith.methods import METHODS
+from tunesmith.phrases import percent
 from tunesmith.runs.atomic import from_json
 from tunesmith.tasks import TASKS
 from tunesmith.version import __version__
@@ -163,7 +164,7 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
         (f"{found.measure} at {found.positions:,} positions, mean (max)", value, f"mean allowed {allowed.kl:g}"),
     ]
     if found.carried is not None:
-        kept = f"{found.carried:.2%}", f"allowed 100 % ± {allowed.carried:.0%}"
+        kept = percent(found.carried, 2), f"allowed 100 % ± {percent(allowed.carried, 0)}"
         lines.append(("change from the base that it keeps, over all logits", *kept))
     if found.loss_tuned is not None and found.loss_exported is not None:
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"

@@ -30,12 +30,14 @@ def is_installed() -> bool:
     return find_spec("llama_cpp") is not None
 
 
-def run_module(module: str, *words: str, what: str, tick: Callable[[], None] = lambda: None) -> None:
+def run_module(
+    module: str, *words: str, what: str, tick: Callable[[], None] = lambda: None, limit_s: float = TIMEOUT_S
+) -> None:
     """Run a module of the package in a new process, offline; `tick` is called twice a second meanwhile.
 
     Raises ExportError with its last line of stderr, after `what`.
     """
-    command, ends = [*python_words(module), *words], time.monotonic() + TIMEOUT_S
+    command, ends = [*python_words(module), *words], time.monotonic() + limit_s
     with subprocess.Popen(
         command, env=for_child(HF_HUB_OFFLINE="1"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         errors="replace",
@@ -48,7 +50,7 @@ def run_module(module: str, *words: str, what: str, tick: Callable[[], None] = l
                 except subprocess.TimeoutExpired:
                     tick()
                     if time.monotonic() > ends:
-                        raise ExportError(f"{what}: not done within {TIMEOUT_S / 60:.0f} minutes.") from None
+                        raise ExportError(f"{what}: not done within {limit_s / 60:.0f} minutes.") from None
         finally:
             child.kill()  # after an error or Ctrl-C here; one that has ended is left alone
     if child.returncode != 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,65 +13,69 @@ import transformers
 from transformers import AutoTokenizer
 
 from tunesmith.errors import ModelError
-from tunesmith.export.run_result import RunResult, auto_class
-from tunesmith.export.target import EXACT, ROUNDED, ExportOptions, ExportTarget, Tolerances, TorchModel, run_dtype
+from tunesmith.export.run_result import RunResult, auto_class, tuned_tensors
+from tunesmith.export.target import EXACT, ROUNDED, Computing, ExportOptions, ExportTarget, Tolerances, TorchModel
 from tunesmith.models.load import model_kind
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import resolve_model
-from tunesmith.models.save import save_model
+from tunesmith.models.save import Stream, save_model
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 
+_TRIED = ("bfloat16", "float16", "float32")
+"""In this order, from the dtype of the base on: each has more bits of a weight than the one before."""
 
-def _dtype(result: RunResult, options: ExportOptions) -> torch.dtype:
-    """The dtype that weights are rounded to, once."""
+
+def _dtypes(result: RunResult, options: ExportOptions) -> tuple[str, ...]:
+    """The dtype that was named; for auto that of the base, bfloat16 for a GGUF, and the finer ones."""
     if options.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, options.dtype)
-        return chosen
-    return torch.bfloat16 if result.weights.is_gguf else result.stored_dtype
+        return (options.dtype,)
+    base = "bfloat16" if result.weights.is_gguf else str(result.stored_dtype).removeprefix("torch.")
+    return _TRIED[_TRIED.index(base) :]
 
 
 def _check(result: RunResult, options: ExportOptions) -> list[str]:
-    stored, dtype = result.stored_dtype, _dtype(result, options)
-    if dtype in (torch.float32, stored):
-        return []
-    wanted, whence = (str(one).removeprefix("torch.") for one in (dtype, stored))
-    if result.weights.is_gguf:
-        return [f"the blocks of the GGUF are unpacked, and rounded to {wanted} once"]
-    return [f"weights are rounded from {whence} to {wanted}, once"]
+    """Notes of what is known before weights are read."""
+    return ["the blocks of the GGUF are unpacked"] if result.weights.is_gguf else []
 
 
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
-    dtype = _dtype(result, options)
-    # In float32 unless nothing would be gained: `merge` adds in float32 and rounds to the dtype of the weight.
-    model, attachment = result.load(dtype if dtype == result.stored_dtype else torch.float32)
-    if attachment is not None:
-        attachment.merge()
-    model.to(dtype)
+    dtype: torch.dtype = getattr(torch, _dtypes(result, options)[0])
+    stored = result.stored_dtype
+    # As they are stored, weights stay in their files, and every layer is merged in float32 by itself. What was trained
+    # whole would lose by that.
+    in_files = dtype == stored or result.is_low_rank
+    model, attachment = result.load(stored if in_files else torch.float32)
+    tensors = tuned_tensors(model, attachment)
+    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
+    weights = Stream(chain([first], tensors), dtype, partial(result.on_progress, "write"))
     how: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
-    save_model(model, result.tokenizer, folder, located=result.located, **how)
-    return []
+    save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **how)
+    if dtype in (torch.float32, stored):
+        return []
+    wanted, whence = (str(one).removeprefix("torch.") for one in (dtype, stored))
+    return [f"weights are rounded from {whence} to {wanted}, once"]
 
 
-def _load(folder: Path, recipe: Recipe) -> TorchModel:
+def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The model by transformers alone. Raises ModelError for a missing or unknown weight."""
     located = resolve_model(str(folder), offline=True)
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
     with silence_transformers():
         model, found = getattr(transformers, auto_class(head, kind)).from_pretrained(
-            folder, dtype=run_dtype(recipe), use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=computing.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     missing = {name for name in found["missing_keys"] if head != "vector" or not name.startswith("pooler.")}
     wrong = sorted({*missing, *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
     if wrong:
         raise ModelError(f"{folder.name}: {len(wrong)} weights do not fit the model, such as {wrong[0]}")
-    return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model)
+    return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model.to(computing.device))
 
 
 def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:
-    return EXACT if _dtype(result, options) == torch.float32 and result.recipe.precision == "float32" else ROUNDED
+    return EXACT if _dtypes(result, options)[0] == "float32" else ROUNDED
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
@@ -91,4 +97,5 @@ MERGED = ExportTarget(
     tolerances=_tolerances,
     card=_card,
     reads=("dtype",),
+    dtypes=_dtypes,
 )

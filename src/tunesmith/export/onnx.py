@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
 from tunesmith.export.run_result import RunResult
-from tunesmith.export.target import EXACT, ExportedModel, ExportOptions, ExportTarget
+from tunesmith.export.target import EXACT, Computing, ExportedModel, ExportOptions, ExportTarget
 from tunesmith.inference.load import has_token_types
 from tunesmith.models import heads, load
 from tunesmith.models.forward import has_cache
@@ -137,7 +137,7 @@ class OnnxModel(ExportedModel):
         return logits if self.head == "sequence" else logits.flatten(0, 1)[batch.predict_N]
 
 
-def load_onnx(folder: Path, recipe: Recipe) -> OnnxModel:
+def load_onnx(folder: Path, recipe: Recipe, computing: Computing) -> OnnxModel:
     """The graph in a session of onnxruntime."""
     import onnxruntime
 
@@ -172,5 +172,6 @@ ONNX = ExportTarget(
     tolerances=lambda result, options: EXACT,
     card=_card,
     reads=(),
+    on_card=False,
     check_base=_check_base,
 )

@@ -100,6 +100,13 @@ class RunResult:
         return read_config(self.folder)
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether nothing but low-rank paths was trained: no module whole, and no rows of new tokens."""
+        whole = ("modules_to_save", "trainable_token_indices")
+        is_path = self.is_adapter and METHODS[self.recipe.method.name].low_rank
+        return is_path and not any(self.adapter_config.get(key) for key in whole)
+
+    @property
     def adapted(self) -> list[str]:
         """Names of the layers with a low-rank path."""
         names = read_safetensors(self.folder / WEIGHTS)

@@ -30,7 +30,8 @@ class ExportOptions:
     """Options of an export. A target refuses those that it does not read."""
 
     dtype: str = "auto"
-    """merged: the dtype of the weights. auto: that of the base, bfloat16 if the base is a GGUF."""
+    """merged: the dtype of the weights. auto: the first that agrees with the tuned model, beginning with that of the
+    base (bfloat16 if that is a GGUF)."""
     quant: str = "f16"
     """gguf, ollama: how matrices are stored."""
     license: str | None = None
@@ -125,10 +126,17 @@ class TorchModel(ExportedModel):
             return forward(self.model, batch).float().cpu()
 
 
-def run_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the run computed in, so that differences come from weights alone."""
-    found: torch.dtype = getattr(torch, recipe.precision)
-    return found
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """Where an export is computed for the comparison, and in which dtype."""
+
+    device: str
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        chosen: torch.dtype = getattr(torch, self.precision)
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +149,8 @@ class ExportTarget:
     """(result, options) -> notes. Raises for what this target cannot carry, before weights are loaded."""
     write: Callable[[RunResult, Path, ExportOptions], list[str]]
     """(result, folder, options) -> notes. Fills an empty folder."""
-    load: Callable[[Path, Recipe], ExportedModel]
-    """(folder, recipe) -> the model, from the exported files alone (an adapter: on its base)."""
+    load: Callable[[Path, Recipe, Computing], ExportedModel]
+    """(folder, recipe, computing) -> the model, from the exported files alone (an adapter: on its base)."""
     tolerances: Callable[[RunResult, ExportOptions], Tolerances]
     card: Callable[[RunResult, Path, ExportOptions], dict[str, Any]]
     """Fields of the model card: library, relation, "use" as (language, code), "servers"."""
@@ -150,5 +158,9 @@ class ExportTarget:
     """Names of the options that it reads besides the license."""
     quants: tuple[str, ...] = ()
     """Values of --quant."""
+    dtypes: Callable[[RunResult, ExportOptions], tuple[str, ...]] = lambda result, options: ("",)
+    """(result, options) -> the dtypes that the weights may be written in, tried in this order; "": of no dtype."""
+    on_card: bool = True
+    """Whether what loads it can compute on a card."""
     check_base: Callable[[Any, str, ExportOptions], None] = lambda config, name, options: None
     """(config of the base, its name, options); raises ModelError for one that this target cannot carry."""

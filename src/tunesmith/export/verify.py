@@ -36,9 +36,12 @@ from tunesmith.evaluation.general import passages
 from tunesmith.evaluation.generate import PromptLimit, sample_prompts
 from tunesmith.export import llama_cpp
 from tunesmith.export.gguf_tokenizer import PROBE
+from tunesmith.export.proof_plan import MANY_TOKENS, ProofPlan, is_here
 from tunesmith.export.run_result import RunResult
-from tunesmith.export.target import ExportedModel, ExportTarget, Tolerances, TorchModel
+from tunesmith.export.target import Computing, ExportedModel, ExportTarget, Tolerances, TorchModel
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
+from tunesmith.models.machine import free_cached_memory
+from tunesmith.phrases import percent
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.schema import Base
 from tunesmith.runs.atomic import from_json
@@ -48,8 +51,6 @@ from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Pa
 
 Floats = NDArray[np.float64]
 MAX_ROWS = 32
-MAX_TOKENS = 8192
-"""Tokens of all rows together; the first row is always used."""
 PROGRESS = "progress"
 """File next to a job with the rows done and those of all."""
 POSITIONS = 8
@@ -142,10 +143,11 @@ def _fixed_row(task: TaskName, text: str, question: str, place: Source) -> Examp
 
 def compute(
     model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float,
-    tick: Callable[[int, int], None],
+    tokens: int, tick: Callable[[int, int], None],
 ) -> Outputs:  # fmt: skip
-    """The outputs of a model. `masked`: share of masked tokens; `tick` gets the rows done and those of all."""
-    encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked)
+    """The outputs of a model. `masked`: share of masked tokens; `tokens`: of all rows together, at most; `tick` gets
+    the rows done and those of all."""
+    encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked, tokens=tokens)
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
@@ -162,7 +164,7 @@ def compute(
         outputs.logits.append(logits_NV[kept].numpy())
         tick(i, len(encoded))
     if renderer.stop_ids and model.head == "next_token":
-        longest = renderer.max_tokens or MAX_TOKENS
+        longest = renderer.max_tokens or MANY_TOKENS
         limit = PromptLimit(longest, cut_to=longest)
         samples = sample_prompts(renderer, rows[: len(encoded)], limit=limit, new_tokens=1)
         outputs.prompts.extend(list(prompt.ids) for prompt in samples)
@@ -170,9 +172,10 @@ def compute(
 
 
 def encode_rows(
-    renderer: Renderer, rows: Sequence[Example], *, head: HeadName, labels: Labels | None, masked: float
-) -> list[Row]:
-    """The first row of each example that has one, up to MAX_TOKENS tokens."""
+    renderer: Renderer, rows: Sequence[Example], *, head: HeadName, labels: Labels | None, masked: float,
+    tokens: int = MANY_TOKENS,
+) -> list[Row]:  # fmt: skip
+    """The first row of each example that has one, up to so many tokens together; the first is always used."""
     vocabulary: dict[str, int] = {}
     found: list[Row] = []
     num_tokens = 0
@@ -182,7 +185,7 @@ def encode_rows(
             continue
         first = lines_of(first)[0]
         num_tokens += len(first.ids)
-        if found and num_tokens > MAX_TOKENS:
+        if found and num_tokens > tokens:
             break
         found.append(first)
     if head == "masked_token":
@@ -251,8 +254,8 @@ class ExportComparison:
                 limit = f"{allowed.loss:g} allowed" + (f", and {chance:.4f} by chance on few rows" if chance else "")
                 found.append(f"its loss is {change:+.4f} from the tuned model's, at most {limit}")
         if self.carried is not None and not abs(self.carried - 1) <= allowed.carried:
-            share = f"{round(self.carried, 3) + 0.0:.1%}"
-            found.append(f"it keeps {share} of the change from the base, 100 % ± {allowed.carried:.0%} allowed")
+            share, limit = percent(round(self.carried, 3)), percent(allowed.carried, 0)
+            found.append(f"it keeps {share} of the change from the base, 100 % ± {limit} allowed")
         return found
 
 
@@ -335,42 +338,54 @@ class TunedOutputs(NamedTuple):
     quantized_loss: float | None
 
 
-def tuned_outputs(result: RunResult, rows: CheckRows) -> TunedOutputs:
-    """Outputs that an export is compared with."""
+def tuned_outputs(result: RunResult, rows: CheckRows, plan: ProofPlan) -> TunedOutputs:
+    """Outputs that an export is compared with. One model is in memory at a time."""
     quantized_loss = None
     if result.quant is not None:
-        quantized_loss = _outputs(load_run(result.run, offline=True), result, rows, "tuned").loss
-    model = load_run(result.run, offline=True, as_trained=False)
-    tuned = _outputs(model, result, rows, "tuned")
+        on = {} if is_here(result.recipe.device) else plan.on  # packed, it fits where it was trained
+        quantized_loss = _outputs(load_run(result.run, offline=True, on=on), result, rows, plan, "tuned").loss
+        free_cached_memory()
+    model: LoadedModel | None = load_run(result.run, offline=True, as_trained=False, on=plan.on)
+    assert model is not None
+    tuned = _outputs(model, result, rows, plan, "tuned")
     base = None
     if model.has_base:
         with model.adapter_disabled():
-            base = _outputs(model, result, rows, "base")
+            base = _outputs(model, result, rows, plan, "base")
     elif model.attachment is not None:
-        base = _outputs(load_base(result.run, offline=True), result, rows, "base")
+        model = None
+        free_cached_memory()
+        base = _outputs(load_base(result.run, offline=True, on=plan.on), result, rows, plan, "base")
+    model = None
+    free_cached_memory()
     return TunedOutputs(tuned, base, quantized_loss)
 
 
-def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, phase: str) -> Outputs:
-    renderer, masked, tick = model.renderer, result.recipe.train.masked, partial(result.on_progress, phase)
-    loaded = TorchModel(renderer.tokenizer, result.kind, model.head, "", model.model)
-    return compute(loaded, renderer, rows.examples, labels=result.labels, masked=masked, tick=tick)
+def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, plan: ProofPlan, phase: str) -> Outputs:
+    loaded = TorchModel(model.renderer.tokenizer, result.kind, model.head, "", model.model)
+    how: dict[str, Any] = {"masked": result.recipe.train.masked, "tokens": plan.tokens}
+    tick = partial(result.on_progress, phase)
+    return compute(loaded, model.renderer, rows.examples, labels=result.labels, tick=tick, **how)
 
 
-def exported_outputs(result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, *, work: Path) -> Outputs:
+def exported_outputs(
+    result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, plan: ProofPlan, *, work: Path
+) -> Outputs:
     """The outputs of an export in a new process. `work`: an empty folder. Raises ExportError if it cannot be loaded."""
     facts = {
         "target": target.name, "exported": str(folder.resolve()), "recipe": str(result.run.recipe_path.resolve()),
-        "model": result.recipe.place, "examples": [asdict(example) for example in rows.examples],
+        "model": result.recipe.place, "computing": asdict(plan.computing), "tokens": plan.tokens,
+        "examples": [asdict(example) for example in rows.examples],
     }  # fmt: skip
     path = work / "job.json"
     path.write_text(json.dumps(facts), encoding="utf-8")
-    launch(path, partial(result.on_progress, "verify"))
+    launch(path, partial(result.on_progress, "verify"), expected_s=plan.seconds)
     return Outputs.load(work)
 
 
-def launch(job: Path, tick: Callable[[int, int], None]) -> None:
-    """Do a job in a new process. Raises ExportError with the last line of its errors."""
+def launch(job: Path, tick: Callable[[int, int], None], *, expected_s: float = 0.0) -> None:
+    """Do a job in a new process. Raises ExportError with the last line of its errors, or if it takes several times as
+    long as expected."""
 
     def look() -> None:
         done, total = 0, 1
@@ -379,7 +394,8 @@ def launch(job: Path, tick: Callable[[int, int], None]) -> None:
         tick(done, total)
 
     what = "the export cannot be used in a new process"
-    llama_cpp.run_module("tunesmith.export.export_run", str(job), what=what, tick=look)
+    limit_s = max(llama_cpp.TIMEOUT_S, 4 * expected_s)
+    llama_cpp.run_module("tunesmith.export.export_run", str(job), what=what, tick=look, limit_s=limit_s)
 
 
 def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
@@ -388,7 +404,7 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
     recipe = Run(Path(job["recipe"]).parent).dated(recipe_file.load(job["recipe"], of_run=True))
     recipe = recipe.on_base(Base(recipe.model, job["model"]))
     torch.set_num_threads(recipe.threads if isinstance(recipe.threads, int) else 1)
-    model = targets[job["target"]].load(Path(job["exported"]), recipe)
+    model = targets[job["target"]].load(Path(job["exported"]), recipe, Computing(**job["computing"]))
     renderer = make_renderer(recipe, model.tokenizer, model.kind)
     rows = [_example(values) for values in job["examples"]]
 
@@ -396,7 +412,8 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
         with suppress(OSError):  # a disk that is full is said by what has to be written
             (path.parent / PROGRESS).write_text(f"{done} {total}", "utf-8")
 
-    outputs = compute(model, renderer, rows, labels=run_labels(recipe), masked=recipe.train.masked, tick=tick)
+    how: dict[str, Any] = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
+    outputs = compute(model, renderer, rows, labels=run_labels(recipe), **how)
     replace(outputs, loaded_by=model.loaded_by).save(path.parent)
 
 

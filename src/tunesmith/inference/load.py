@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 
 TOKENS_TO_ANSWER = 100
 """Tokens of a micro-batch that answers or measures a few rows."""
+AS_RUN: Mapping[str, str] = MappingProxyType({})
+"""Device and precision are those of the run."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +151,19 @@ def load_any(
     return replace(loaded, recipe=recipe, renderer=make_renderer(recipe, renderer.tokenizer, renderer.kind))
 
 
-def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> LoadedModel:
+def load_run(
+    run: Run, *, offline: bool = False, as_trained: bool = True, on: Mapping[str, str] = AS_RUN
+) -> LoadedModel:
     """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
 
-    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is.
+    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is. `on`: another
+    device or precision than those of the run.
 
     Raises:
         ModelError: the base model is gone or cannot be read.
         RunError: the run is at work, or has neither a result nor a checkpoint.
     """
-    recipe = run.recipe()
+    recipe = run.recipe().model_copy(update=dict(on))
     if run.model_path.exists():
         refuse_needless(run.base, str(run.path))
         checking = in_background(partial(run.check_result, run.model_path))
@@ -169,7 +175,7 @@ def load_run(run: Run, *, offline: bool = False, as_trained: bool = True) -> Loa
         note = "; ".join(filter(None, [checking.result(), loaded.note]))
         refuse_non_finite(dict(loaded.model.named_parameters()), run.model_path)
         return replace(loaded, note=note)
-    return load_adapter(load_base(run, offline=offline, as_trained=as_trained), run)
+    return load_adapter(load_base(run, offline=offline, as_trained=as_trained, on=on), run)
 
 
 def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
@@ -200,12 +206,14 @@ def load_adapter(base: LoadedModel, run: Run) -> LoadedModel:
     return replace(base, attachment=attachment, result=run.checkpoints_path / f"step-{newest.step}", note=note)
 
 
-def load_base(run: Run, *, offline: bool = False, as_trained: bool = True) -> LoadedModel:
+def load_base(
+    run: Run, *, offline: bool = False, as_trained: bool = True, on: Mapping[str, str] = AS_RUN
+) -> LoadedModel:
     """The untouched base of a run, with the tokenizer and template that the run used.
 
     Raises RunError where its files are not those that the run was tuned on.
     """
-    recipe = run.recipe()
+    recipe = run.recipe().model_copy(update=dict(on))
     labels = run_labels(recipe)
     located = resolve_base(recipe, offline=offline)
     hashing = in_background(partial(files.fingerprint, located))

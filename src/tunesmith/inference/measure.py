@@ -229,7 +229,7 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
     found = predict_rows(
         loaded.model,
         task,
-        _feed(loaded, store),
+        feed(loaded, store),
         list(range(len(store))),
         tokens_per_pass=loaded.tokens_per_pass,
         progress=progress,
@@ -316,7 +316,7 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
 
 
-def _feed(loaded: LoadedModel, store: RowStore) -> Collator:
+def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
@@ -387,8 +387,8 @@ def judged(
     old, new = (np.mean([len(text.split()) for text in texts]) for texts in (before, after))
     note = (
         f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}; "
-        f"{plural(int((won == 0.5).sum()), 'tie')}; answers have {new:.0f} words on average, before {old:.0f}: judges "
-        "like long ones"
+        f"{plural(int((won == 0.5).sum()), 'tie')}; answers are {new:.1f} words long on average, and were {old:.1f} "
+        "before: judges tend to prefer long ones"
     )
     if share > MOST_UNREAD:
         note += f"; {share:.0%} of its verdicts name neither A nor B and count as ties: use a judge that names one"

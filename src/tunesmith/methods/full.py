@@ -16,6 +16,7 @@ from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embeddi
 from tunesmith.methods.targets import check_word, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
+from tunesmith.phrases import percent
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Attachment
 
@@ -48,7 +49,8 @@ class FullAttachment(Attachment):
         self._masters = MasterWeights(chosen, free_early=True, spread=spread)
         self.trained: Mapping[str, Tensor] = self._masters.trained
         self.shards = {name: parameter.shape for name, parameter in chosen.items() if is_split(parameter)}
-        self.notes: tuple[str, ...] = (*_frozen_note(model, chosen), *remark)
+        self.notes: tuple[str, ...] = _frozen_note(model, chosen)
+        self.details: tuple[str, ...] = remark
 
     @property
     def trains_token_rows(self) -> bool:
@@ -190,7 +192,7 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     if not frozen:
         return ()
     num, total = (sum(p.numel() for p in some) for some in ((p for _, p in frozen), model.parameters()))
-    return (f"frozen: {len(frozen)} weights, {num / total:.1%} of the model, such as {frozen[0][0]}",)
+    return (f"frozen: {len(frozen)} weights, {percent(num / total)} of the model, such as {frozen[0][0]}",)
 
 
 def _meant(words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,11 +26,24 @@ from tunesmith.models.modes import generating_by, silence_transformers
 from tunesmith.models.pooling import find_pooling, write_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
+from tunesmith.models.streamed_weights import stored_names, write_streamed
 from tunesmith.runs.atomic import writing_folder
 from tunesmith.types import Pooling
 
 SHARD_BYTES = 5 * 1000**3
 """Largest weights file; what the hub and most tools write."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Weights to write in place of a model's own, in the order of its state_dict, one at a time."""
+
+    tensors: Iterable[tuple[str, Tensor]]
+    """By their names in the model; a tied one under each of its names."""
+    dtype: torch.dtype
+    """They are rounded to it."""
+    tick: Callable[[int, int], None] = lambda done, total: None
+    """Gets the weights written, and those of all."""
 
 
 def save_model(
@@ -39,7 +54,7 @@ def save_model(
     located: ModelRef,
     stop_ids: Sequence[int],
     pooling: Pooling | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | Stream | None = None,
 ) -> None:
     """Write the model to `folder`, whole or not at all; an existing one is replaced.
 
@@ -49,7 +64,8 @@ def save_model(
     encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
     Raises StorageError where the disk refuses.
     """
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    dtype = weights.dtype if isinstance(weights, Stream) else None
+    num_bytes = sum(weight.numel() * (dtype or weight.dtype).itemsize for weight in model.parameters())
     with writing_folder(folder, num_bytes=num_bytes) as staged:
         _save_weights(model, staged, num_bytes, weights)
         save_tokenizer(with_pad_token(model, tokenizer), staged, located=located)
@@ -62,12 +78,37 @@ def save_model(
             save_generation_config(model, staged, stop_ids=stop_ids)
 
 
-def _save_weights(model: PreTrainedModel, folder: Path, num_bytes: int, weights: Mapping[str, Tensor] | None) -> None:
+def _save_weights(
+    model: PreTrainedModel, folder: Path, num_bytes: int, weights: Mapping[str, Tensor] | Stream | None
+) -> None:
+    if isinstance(weights, Stream):
+        with writing_weights(folder, num_bytes):
+            _save_stream(model, folder, weights)
+        return
     # Its own generation config may be one that transformers refuses to save; the mended one is written later.
     with writing_weights(folder, num_bytes), silence_transformers(), generating_by(model, GenerationConfig()):
         model.save_pretrained(folder, max_shard_size=SHARD_BYTES, state_dict=weights)
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)  # safetensors lets nobody but the owner read
+
+
+def _save_stream(model: PreTrainedModel, folder: Path, weights: Stream) -> None:
+    names = stored_names(model)
+    if names is None:  # all of them in memory
+        rounded = {name: tensor.to(weights.dtype) for name, tensor in weights.tensors}
+        model.to(weights.dtype)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(rounded[name])
+        _save_weights(model, folder, 0, None)
+        return
+    model.config.dtype = str(weights.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    with silence_transformers():
+        model.config.save_pretrained(folder)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name in names}
+    how: dict[str, Any] = {"names": names, "shapes": shapes, "shard_bytes": SHARD_BYTES, "tick": weights.tick}
+    write_streamed(folder, weights.tensors, dtype=weights.dtype, **how)
 
 
 @contextmanager

@@ -161,13 +161,20 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     return checked if recipe.base is None else checked.on_base(recipe.base)
 
 
+KINDS: dict[ModelKind, str] = {
+    "causal": "decoder-only", "encoder": "encoder-only", "encoder_decoder": "an encoder–decoder",
+}  # fmt: skip
+"""Kinds of models as the field calls them."""
+
+
 def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
     heads = TASKS[resolved(recipe.task)].heads
     if kind not in heads:
         can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
-        way = f"Use one of the kind {' or '.join(heads)}, or a task that it can learn: {can}"
-        raise ModelError(f"{located.name}: a model of the kind {kind} cannot learn the task {recipe.task}. {way}.")
+        fitting = " or ".join(KINDS[other] for other in heads)
+        way = f"Use one that is {fitting}, or a task that this one can learn: {can}"
+        raise ModelError(f"{located.name}: this model is {KINDS[kind]}: it cannot learn the task {recipe.task}. {way}.")
     return heads[kind]
 
 
@@ -366,7 +373,7 @@ def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) 
     every = max(min(MOST_STEPS_LOST, -(-steps // num)), math.ceil(saving_seconds / SAVING_SHARE / step_seconds))
     if every >= steps:
         return every, f"a run of {plural(steps, 'step')} is saved before the first and after the last"
-    return every, f"{every} of {steps:,} steps are the most that a crash costs"
+    return every, f"a crash costs at most {every} of {steps:,} steps"
 
 
 def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:

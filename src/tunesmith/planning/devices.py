@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import torch
 
-from tunesmith.environment import for_child, resident_bytes
+from tunesmith.environment import for_child, python_words, resident_bytes
 from tunesmith.errors import InputError
 from tunesmith.models.card import free_bytes, in_use, prepare_allocator
 

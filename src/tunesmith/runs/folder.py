@@ -126,13 +126,13 @@ class Run:
         raise RunError(f"{root}: 100 names such as {places[0].name} are taken, and a run never overwrites anything.")
 
     @classmethod
-    def open(cls, path_or_name: str | Path, root: Path, *, base: str | None = None) -> Run:
+    def open(cls, path_or_name: str | Path, root: str | Path = "runs", *, base: str | None = None) -> Run:
         """Find a run by its path, or in `root` by its name, the beginning of its name, or "last". `base`: the place of
         its model, if it was moved.
 
         Raises RunError naming the near matches.
         """
-        text = str(path_or_name)
+        text, root = str(path_or_name), Path(root)
         if (Path(text) / "run.json").is_file():
             return _known_format(cls(Path(text), base))
         present = {run.path.name: replace(run, base=base) for run in runs(root)}
@@ -167,6 +167,15 @@ class Run:
         if not self.report_path.exists():
             raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")
         return dict(self.read_json("report.json"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the run noted so far, in its order: left out, chosen, or found. Raises RunError for a damaged log."""
+        notes: list[str] = []
+        for event in self.events():
+            notes += event.values.get("warnings", ()) if event.kind == "plan" else ()
+            notes += [event.values["text"]] if event.kind == "note" and not event.values.get("detail") else []
+        return list(dict.fromkeys(notes))
 
     def recipe(self) -> Recipe:
         """Read the complete recipe of this run, with the current places of its files."""
@@ -400,6 +409,13 @@ def _known_format(run: Run) -> Run:
     if version != FORMAT:
         raise RunError(f"{run.path}: format {version}, this version of tunesmith knows {FORMAT}. Use a newer version.")
     return run
+
+
+def model_shown(place: str) -> str:
+    """The name of a model for a person: of one that is the result of a run, that run's."""
+    path = Path(place)
+    is_result = path.name in ("merged", "model") and (path.parent / "run.json").is_file()
+    return f"{path.parent.name} ({path.name})" if is_result else place
 
 
 def no_such_run(text: str, root: Path) -> str:

@@ -139,7 +139,7 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
             continue
         loaded = loading.load_run(run, offline=options.offline)
         held = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.parameters())
-        note(f"{run.path}: {why}: it has a model of its own, {held / 2**20:,.0f} MiB")
+        note(f"{run.path}: {why}, so it is loaded apart from the others, {held / 2**20:,.0f} MiB")
         _add_single(registry, loaded, run, note)
     if sharing or models:
         _add_shared(registry, sharing, models, options, note)
@@ -150,7 +150,7 @@ def why_unshareable(run: Run) -> str | None:
     """The reason why a run needs a model of its own; None: it is only low-rank paths, so that many share a base."""
     recipe = run.recipe()
     if TASKS[resolved(recipe.task)].learns_classes:
-        return "its head is its own"
+        return "its head was trained with it"
     if run.model_path.exists():
         return "every weight of it was tuned"
     if recipe.data.new_tokens:

@@ -133,7 +133,7 @@ REWARD = Task(
     detected="rows have several answers to a prompt, in order or with scores",
     on_overlong=("error", "of a cut answer the model would learn that it was cut"),
     headline_metrics=("preference_accuracy", "margin", "calibration_error"),
-    next_commands=(("predict", "FILE"), ("show",)),
+    next_commands=(("predict", "FILE"), ("serve",), ("show",)),
     outcome="rewards",
     rows_per_step=32,
     rates=Rates(adapter=(1e-4, 1e-4), full=(3e-5, 1e-5)),

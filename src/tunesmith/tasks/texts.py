@@ -39,7 +39,7 @@ CHAT = Task(
     writes_answers=True,
     answer_key="answer",
     headline_metrics=("perplexity", "token_accuracy", "rougeL"),
-    next_commands=(("chat", "--compare"), ("show",)),
+    next_commands=(("chat", "--compare"), ("serve",), ("show",)),
 )
 GENERATE = Task(
     name="generate",
@@ -55,7 +55,7 @@ GENERATE = Task(
     writes_answers=True,
     answer_key="completion",
     headline_metrics=("perplexity", "token_accuracy", "rougeL"),
-    next_commands=(("chat", "--compare"), ("show",)),
+    next_commands=(("chat", "--compare"), ("serve",), ("show",)),
 )
 TEXT = Task(
     name="text",
@@ -105,7 +105,7 @@ CLASSIFY = Task(
     detected="rows are texts and their labels",
     on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
-    next_commands=(("predict", "FILE"), ("show",)),
+    next_commands=(("predict", "FILE"), ("serve",), ("show",)),
 )
 TAG = Task(
     name="tag",
@@ -122,5 +122,5 @@ TAG = Task(
     detected="rows are words and their tags",
     on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("span_f1", "span_recall", "tag_accuracy"),
-    next_commands=(("predict", "FILE"), ("show",)),
+    next_commands=(("predict", "FILE"), ("serve",), ("show",)),
 )

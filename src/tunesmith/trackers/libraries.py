@@ -18,6 +18,7 @@ from typing import Any
 
 from tunesmith.environment import install_command
 from tunesmith.errors import InputError, RunError
+from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.yaml_io import dump
 from tunesmith.runs.folder import Run
@@ -281,7 +282,10 @@ def check_names(names: Sequence[str]) -> list[str]:
     """
     chosen = [] if "none" in names else list(dict.fromkeys(names))
     if unknown := [name for name in chosen if name not in TRACKERS]:
-        raise InputError(f"track: {unknown[0]}: there is no such tracker. One of {', '.join(TRACKERS)}, or none.")
+        raise InputError(
+            f"track: {unknown[0]}: there is no such tracker.{did_you_mean(unknown[0], TRACKERS)} One of "
+            f"{', '.join(TRACKERS)}, or none."
+        )
     if missing := [name for name in chosen if importlib.util.find_spec(name) is None]:
         all_of_them, are = ", ".join(missing), "packages are" if len(missing) > 1 else "package is"
         raise InputError(f"track: {all_of_them}: the {are} missing. To install: {install_command(*missing)}")

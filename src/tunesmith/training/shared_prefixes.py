@@ -21,6 +21,7 @@ from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError
+from tunesmith.phrases import percent
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs
@@ -73,8 +74,10 @@ def decide_sharing(
         return None
     shared = shared_prefixes(sampler, store)
     if shared.saved < LEAST_SAVED:
-        return Choice(KEY, False, f"what rows of a step begin with alike is {100 * shared.saved:.0f} % of their tokens")
-    what = f"rows of a step begin alike: {100 * shared.saved:.0f} % of their tokens"
+        return Choice(
+            KEY, False, f"beginnings that rows of a step share are only {percent(shared.saved, 0)} of their tokens"
+        )
+    what = f"rows of a step share their beginnings, {percent(shared.saved, 0)} of their tokens"
     problem = ""
     if recipe.kernels == "plain":
         problem = "kernels: plain leaves them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 from tunesmith.data.addresses import short_name
 from tunesmith.data.branches import lines_of
 from tunesmith.data.check import spans_of
+from tunesmith.data.in_memory import IN_MEMORY
 from tunesmith.data.labels import count_classes
 from tunesmith.data.splits import Splits, mix
 from tunesmith.methods import METHODS
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.runs.folder import model_shown
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Choice
@@ -28,8 +31,11 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_name(setup: Setup) -> str:
-    """Name of the run folder without its four hex digits: the recipe's name, or that of the first data file."""
-    return setup.recipe.name or short_name(setup.recipe.data.train[0].path).split(".")[0]
+    """Name of the run folder without its four hex digits: the recipe's name, or that of the first data file; of rows in
+    memory, whose file has a hash for a name, those of model and task."""
+    file = short_name(setup.recipe.data.train[0].path)
+    in_memory = f"{Path(setup.recipe.model).name.removesuffix('.gguf')[:30]}-{setup.recipe.task}"
+    return setup.recipe.name or (in_memory if IN_MEMORY.fullmatch(file) else file.split(".")[0])
 
 
 def start_values(setup: Setup) -> dict[str, Any]:
@@ -39,7 +45,12 @@ def start_values(setup: Setup) -> dict[str, Any]:
 
 def _in_short(recipe: Recipe, model: str, rows: Splits) -> dict[str, Any]:
     """Values that every account of a run begins with."""
-    kinds = {"model": model, "task": recipe.task, "method": recipe.method.name, "precision": recipe.precision}
+    kinds = {
+        "model": model_shown(model),
+        "task": recipe.task,
+        "method": recipe.method.name,
+        "precision": recipe.precision,
+    }
     return {**kinds, "mix": mix(rows.data, rows.trained_per_file)}
 
 
@@ -70,6 +81,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
+        "details": list(setup.attachment.details),
     }
 
 

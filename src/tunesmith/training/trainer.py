@@ -299,7 +299,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     learnt = {key.rpartition("/")[0] for key in setup.optimizer.state()}
     if still := [name for name in setup.attachment.trained if name not in learnt]:
         text = f"{len(still)} trained weights never got a gradient, such as {still[0]}: they have not changed"
-        session.emit("note", {"text": text})
+        is_usual = all("pooler." in name for name in still)  # a layer of BERT that other heads do not read
+        session.emit("note", {"text": text, **({"detail": True} if is_usual else {})})
     _keep_best(session)
     evaluate_run(session, "after")
     find_high_loss_rows(session)
@@ -309,7 +310,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     save_result(setup, run, weights)
     session.listener.on_progress("report", 0, 1)
     plan = next((event.values for event in run.events() if event.kind == "plan"), {})
-    facts = {**report_facts(setup), "notes": plan.get("warnings", [])}  # of the first start, also in a resumed run
+    notes = plan.get("warnings", [])  # of the first start, also in a resumed run
+    facts = {**report_facts(setup), "name": run.path.name, "notes": notes}
     session.emit("end", {"report": write_report(run, facts, asdict(session.progress))})
 
 

@@ -16,7 +16,7 @@ from tunesmith.evaluation.report import values
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw, length_plot, scatter_plot, training_plots
 from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import duration, one_line, option, plural, size
+from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
 from tunesmith.version import __version__
 
@@ -94,7 +94,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("surprising", "High-loss training rows"): _high_loss(report),
         ("general", "General ability"): _general(report["general"]),
         ("data", "Data"): _data(report),
-        ("choices", "Choices"): _choices(series.plan.get("choices", [])),
+        ("choices", "Choices"): _choices(series),
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
     sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
@@ -144,7 +144,7 @@ def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | 
     yield Block("paragraph", f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
     yield Block("figures", training_plots(series, report))
     trained, total = (series.plan.get(f"{which}_parameters", 0) for which in ("trained", "total"))
-    share = f"{trained:,} of {total:,} parameters were trained ({trained / total:.1%}); " if total else ""
+    share = f"{trained:,} of {total:,} parameters were trained ({percent(trained / total)}); " if total else ""
     yield Block(
         "paragraph",
         f"{share}{tokens['processed']:,} tokens, of which {tokens['trained']:,.0f} were targets; "
@@ -168,7 +168,7 @@ def _outcomes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
         columns = [Column("true", "name"), Column("taken for", "name")]
         columns += [Column("rows", "number"), Column("of its rows", "number")]
         yield Block("heading", "Confused most")
-        rows = [[Cell(true), Cell(taken), Cell(str(num)), Cell(f"{share:.0%}")] for true, taken, num, share in pairs]
+        rows = [[Cell(true), Cell(taken), Cell(str(num)), Cell(percent(share, 0))] for true, taken, num, share in pairs]
         yield Table(columns, rows, "fit")
     if table := details.get("per_class") or details.get("per_type"):
         columns = [Column("", "name"), *(Column(title, "number") for title in ("precision", "recall", "F1", "rows"))]
@@ -186,13 +186,13 @@ def _outcomes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
         columns = [Column("the chosen answer is"), Column("pairs", "number"), Column("right", "number")]
         rows = []
         for one in found:
-            right = "–" if one["accuracy"] is None else f"{one['accuracy']:.1%}"
+            right = "–" if one["accuracy"] is None else percent(one["accuracy"])
             rows.append([Cell(one["chosen"]), Cell(f"{one['pairs']:,}"), Cell(right)])
         yield Block("paragraph", "A model that learnt length is right where the chosen answer is longer.")
         yield Table(columns, rows, "fit")
     if recall := details.get("recall"):
         columns = [Column("recall of", "head"), *(Column(f"@{rank}", "number") for rank in recall["at"])]
-        rows = [[Cell(name), *(Cell(f"{one:.1%}") for one in found)] for name, found in recall.items() if name != "at"]
+        rows = [[Cell(name), *(Cell(percent(one)) for one in found)] for name, found in recall.items() if name != "at"]
         yield Block("paragraph", f"Right documents among the nearest, of {details['documents']:,} documents.")
         yield Table(columns, rows, "fit")
 
@@ -230,7 +230,7 @@ def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block | Table]:
                 text = f"The {len(listed)} that the model is surest of; evaluation/after.jsonl has all."
                 yield Block("paragraph", text)
             keys = ("source", "text", "label", "before", "after")
-            sure = [f"{row['probability']:.0%}" if row["probability"] else "" for row in listed]
+            sure = [percent(row["probability"], 0) if row["probability"] else "" for row in listed]
             rows = [list(map(Cell, [*(row[k] for k in keys), p])) for row, p in zip(listed, sure, strict=True)]
             if rows:
                 yield Table(columns, rows, "rows stack", shown=12)
@@ -288,7 +288,7 @@ def _sources(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     rows = []
     for path in paths:
         one, held = mix.get(path), sides[1].get(path)
-        trained = [f"{one['rows']:,}", f"{one['times']:.3g} ×", f"{one['share']:.1%}"] if one else [""] * 3
+        trained = [f"{one['rows']:,}", f"{one['times']:.3g} ×", percent(one["share"])] if one else [""] * 3
         losses = [_loss(side[path]["loss"]) if path in side else Cell("") for side in sides]
         rows.append([Cell(path), *map(Cell, trained), Cell(f"{held['rows']:,}" if held else ""), *losses])
     yield Table([Column("source", "source"), *(Column(title, "number") for title in titles)], rows, "stack")
@@ -298,7 +298,10 @@ def _loss(value: Mapping[str, Any]) -> Cell:
     return Cell(METRICS["loss"].text(value["value"]), METRICS["loss"].bounds(value))
 
 
-def _choices(choices: Sequence[Mapping[str, Any]]) -> Iterator[Block | Table]:
+def _choices(series: RunSeries) -> Iterator[Block | Table]:
+    choices: Sequence[Mapping[str, Any]] = series.plan.get("choices", [])
+    if details := [*series.plan.get("details", ()), *series.details]:
+        yield Block("items", details, fold="Details of the method")
     if choices:
         yield Block("paragraph", "Settings that were chosen for you, and why.")
         rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]

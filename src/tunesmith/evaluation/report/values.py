@@ -299,10 +299,17 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: M
     return info.difference(change or {"value": difference})
 
 
+_VERBS = {
+    "chat": "chat", "generate": "answer prompts", "text": "continue texts", "summarize": "summarize texts",
+    "classify": "classify texts", "tag": "tag words", "prefer": "prefer the better answers", "reward": "judge answers",
+    "embed": "make vectors of texts", "rank": "rank documents",
+}  # fmt: skip
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """The run and its result in one paragraph."""
     tuned = (
-        f"{report['model']} was tuned for the task {report['task']} with the method {report['method']} on "
+        f"{report['model']} was tuned to {_VERBS.get(report['task'], report['task'])} (method {report['method']}) on "
         f"{plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} in "
         f"{duration(report['seconds']['train'])} on {report['device']}."
     )
@@ -317,7 +324,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     if after is None:
         yield "Nothing was held out, so nothing was measured."
         return
-    key = _leading_key(report)
+    key = leading_key(report)
     info, value, baseline = info_of(key), after["measures"][key], report["baseline"]
     now = info.whole(value)
     where = f"On {_counted_on(report, key)}, "
@@ -357,7 +364,7 @@ def _one_answer(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"All {len(answers):,} answers are {named(answers[0])}."
 
 
-def _leading_key(report: Mapping[str, Any]) -> str:
+def leading_key(report: Mapping[str, Any]) -> str:
     """The most important metric that is a number on both sides: a constant model has no rank correlation."""
     keys = headline_metrics(report)
     measured = [side["measures"] for side in report["metrics"].values() if side is not None]

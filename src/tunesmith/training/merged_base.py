@@ -1,0 +1,185 @@
+"""The model that a run starts from where that is the result of another run: its folder, or its adapter merged into its
+base, and how far that is from what was measured."""
+
+# N targets, V vocabulary or classes
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.data.collate import Collator
+from tunesmith.data.dataset import open_kept
+from tunesmith.errors import RunError
+from tunesmith.inference.load import LoadedModel, load_run
+from tunesmith.inference.measure import feed
+from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
+from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.modes import eval_mode
+from tunesmith.models.resolve_model import ModelRef
+from tunesmith.models.save import save_model
+from tunesmith.phrases import percent, size
+from tunesmith.runs.atomic import from_json, remove, to_json
+from tunesmith.runs.folder import Run, is_run
+
+MERGE_WAIT_S = 300.0
+"""Longest wait for another process that has the run which a run starts from, such as to merge its adapter."""
+FACTS = "merged.json"
+"""File in a merged base with its distance from the result that was measured."""
+ROWS = 16
+"""Held-out rows, or else rows of the training, that both are compared on."""
+MOST_KL = 5e-3
+"""Largest mean KL divergence, in nats, of a merged base whose answers count as the same: as of an export in 16 bits."""
+
+
+MOST_LOSS, MOST_ERROR = 0.02, 0.01
+"""The same for its loss, in nats, and for vectors and numbers, as a share of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far a merged base in 16 bits is from the result that was measured."""
+
+    words: str
+    needs_float32: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run starts from."""
+
+    model: str
+    note: str | None = None
+    """What to say of it, where it is the result of a run."""
+    precision: str | None = None
+    """The precision that it needs so as to answer as it was measured; None: any."""
+
+
+def start_from(model: str, *, root: Path, offline: bool) -> Start:
+    """The model that `model` names: a run by its folder, its name in `root` or "last", or any other model.
+
+    The beginning of a name is not enough here: `gpt2` is a model, whatever runs begin so. Raises RunError for a run
+    without a result.
+    """
+    is_whole_name = model == "last" or Path(model).exists() or (root / model / "run.json").is_file()
+    if not (is_whole_name and is_run(model, root)):
+        return Start(model)
+    run = Run.open(model, root)
+    if run.result() == run.model_path:
+        run.check_result(run.model_path)
+        return Start(str(run.model_path), f"starts from the result of {run.path}")
+    merged, until = run.merged_path, time.monotonic() + MERGE_WAIT_S
+    while not _is_merged(run):
+        try:
+            _merge(run, merged, offline=offline)
+            break
+        except RunError:
+            if time.monotonic() > until or not (run.is_locked() or _is_merged(run)):
+                raise
+            time.sleep(0.2)  # another run that starts from it merges
+    num_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    note = f"starts from the result of {run.path}, its adapter merged into its base in {merged} ({size(num_bytes)})"
+    if not (merged / FACTS).is_file():  # of an earlier version
+        return Start(str(merged), note)
+    distance = Distance(**from_json((merged / FACTS).read_bytes()))
+    return Start(str(merged), f"{note}; {distance.words}", "float32" if distance.needs_float32 else None)
+
+
+def _is_merged(run: Run) -> bool:
+    config, adapter = run.merged_path / "config.json", run.adapter_path / "adapter_config.json"
+    return config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
+
+
+def _merge(run: Run, merged: Path, *, offline: bool) -> None:
+    if (below := run.started_from()) is not None:
+        start_from(str(below.path), root=run.path.parent, offline=offline)  # its merged base may be gone
+    with run.lock():
+        if _is_merged(run):  # meanwhile
+            return
+        remove(merged)
+        # A merge is never written into quantised weights.
+        speaker = load_run(run, offline=offline, as_trained=False)
+        collator, rows = _rows(run, speaker)
+        measured = _answers(speaker, collator, rows)
+        speaker.attachment.merge()
+        is_whole = speaker.model.dtype == torch.float32
+        if is_whole:
+            _save(run, speaker)
+            for weight in speaker.model.parameters():
+                weight.data.copy_(weight.data.bfloat16())
+        distance = _distance(measured, _answers(speaker, collator, rows), speaker)
+        if distance.needs_float32 and not is_whole:
+            del speaker, collator
+            free_cached_memory()
+            speaker = load_run(run, offline=offline, as_trained=False, on={"precision": "float32"})
+            speaker.attachment.merge()
+        if not is_whole:
+            _save(run, speaker)
+        (merged / FACTS).write_bytes(to_json(asdict(distance), indent=True) + b"\n")
+
+
+def _save(run: Run, speaker: LoadedModel) -> None:
+    adapter = ModelRef("folder", run.adapter_path, str(run.adapter_path))
+    renderer = speaker.renderer
+    how: dict[str, Any] = {"stop_ids": renderer.stop_ids, "pooling": renderer.pooling}
+    save_model(speaker.model, renderer.tokenizer, run.merged_path, located=adapter, **how)
+
+
+def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
+    """Rows to compare on, as the run kept them: held-out ones, else those of the training; none if they are gone."""
+    after = run.evaluation_path / "after.jsonl"
+    lines = map(from_json, after.read_bytes().splitlines()[:ROWS]) if after.is_file() else ()
+    wanted = np.array([int(line["hash"], 16) for line in lines], np.uint64)
+    for side, key in (("held_out", "held-out rows"), ("train", "rows")):
+        store = open_kept(run.rows_path / side, run.identity().get(key))
+        if store is None:
+            continue
+        nums = np.flatnonzero(np.isin(store.hashes, wanted)) if len(wanted) else np.arange(len(store))
+        if len(nums):
+            return feed(speaker, store), nums[:ROWS].tolist()
+    return None, []
+
+
+def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Logits [N, V] in float32 and targets [N] of each row."""
+    answers = []
+    for row in rows:
+        assert collator is not None, "there are rows"
+        batch = collator.batch([row], draw=0)
+        with eval_mode(speaker.model):
+            if speaker.head == "vector":
+                logits_NV = hidden_states(speaker.model, batch)[batch.predict_N]
+            else:
+                forward = sequence_logits if speaker.head == "sequence" else logits_at_targets
+                logits_NV = forward(speaker.model, batch)
+        answers.append((logits_NV.float().cpu(), batch.targets_N.cpu()))
+    return answers
+
+
+def _distance(
+    measured: list[tuple[Tensor, Tensor]], merged: list[tuple[Tensor, Tensor]], speaker: LoadedModel
+) -> Distance:
+    """How far answers of a merged base are from those of base and adapter."""
+    if not measured:
+        return Distance("how far it is from what was measured is not known: the rows of that run are gone")
+    p_NV, q_NV = (torch.cat([logits_NV for logits_NV, _ in side]) for side in (measured, merged))
+    kind = "" if speaker.labels is None else speaker.labels.kind
+    if speaker.head == "vector" or kind == "number":
+        error = float(((q_NV - p_NV).norm(dim=-1) / p_NV.norm(dim=-1).clamp_min(1e-9)).mean())
+        return Distance(f"in 16 bits its answers differ by {percent(error, 2)} from those measured", error > MOST_ERROR)
+    if kind == "many":  # two classes for each label
+        p_NV, q_NV = (torch.stack([side, torch.zeros_like(side)], -1).flatten(0, 1) for side in (p_NV, q_NV))
+    log_p, log_q = p_NV.double().log_softmax(-1), q_NV.double().log_softmax(-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0).mean())
+    text, change = f"in 16 bits its KL divergence from the model that was measured is {kl:.2g} nats", 0.0
+    if speaker.labels is None:
+        targets_N = torch.cat([targets_N for _, targets_N in measured])[:, None]
+        change = float((log_p.gather(-1, targets_N) - log_q.gather(-1, targets_N)).mean())
+        text += f", its loss {change:+.4f}"
+    return Distance(f"{text} ({len(measured)} rows)", kl > MOST_KL or abs(change) > MOST_LOSS)
