@@ -110,11 +110,12 @@ def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
 
     prepare_environment(os.environ)
     import torch
+    import yaml
     from transformers import AutoConfig, AutoModelForCausalLM
 
     lines = (options.run_folder / "events.jsonl").read_text("utf-8").splitlines()
-    events = [SimpleNamespace(**event) for event in map(json.loads, lines) if event["kind"] in ("plan", "step")]
-    recipe, steps = events[0].values["recipe"], [event for event in events if event.kind == "step"]
+    steps = [SimpleNamespace(**event) for event in map(json.loads, lines) if event["kind"] == "step"]
+    recipe = yaml.safe_load((options.run_folder / "recipe.yaml").read_text("utf-8"))
     torch.set_num_threads(int(recipe["threads"]))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe["model"]))
