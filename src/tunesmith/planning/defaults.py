@@ -478,9 +478,7 @@ def decide_measuring(
     while before > FEW_PROMPTS and answers(before) / 2 > max(ON_THE_WAY * TRAINED * trained, unnoticed):
         before //= 2
     if given.evaluation.samples_before == "auto":
-        reason = (
-            f"of {samples:,} that the tuned one answers: more would take the untouched model a tenth of the training"
-        )
+        reason = f"of {samples:,} that the tuned one answers, so that this takes at most a tenth of the training"
         recipe = with_choice(recipe, choice := Choice("evaluation.samples_before", before, reason))
         choices.extend([choice] if before < samples else [])
     spend("general", (True, False), lambda is_measured: 2.0 * GENERAL_TOKENS * speaks * is_measured)
