@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tunesmith.serve.adapters import AdapterSet
-from tunesmith.serve.decoder import choose_decoder
 
 from benchmarks.gpu_models import ONE_BILLION, SMALL_135M, Bench, mixed_lengths, require
 from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import export_run
+from tunesmith.generation.adapters import AdapterSet
+from tunesmith.generation.decoder import choose_decoder
 from tunesmith.inference.load import LoadedModel, load_model
 from tunesmith.serve.protocol import Finished, GenerationRequest
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tunesmith.serve.decoder import SequentialDecoder
 
 from serve.batches import Heard, alone, decoder, hear, job, prompts
 from tunesmith.environment import CARD_SHARE
 from tunesmith.errors import InputError
+from tunesmith.generation.decoder import SequentialDecoder
 from tunesmith.jobs import launcher
 from tunesmith.models import card
 from tunesmith.planning import devices

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from packed import rows_of, sharp
 from tiny_run import tiny_recipe
+from tunesmith.generation import kv_cache
 from tunesmith.methods import master_weights
 from tunesmith.methods.master_weights import MasterWeights
 from tunesmith.models import cuda_attention, fused_loss
@@ -21,7 +22,6 @@ from tunesmith.models.segments import Segments, _Spread, _summed
 from tunesmith.parallel import exchange
 from tunesmith.planning import devices
 from tunesmith.planning.devices import named
-from tunesmith.serve import kv_cache
 from tunesmith.training import selftest as proofs
 from tunesmith.training import setup as setups
 from tunesmith.training.resolve import resolve_run
