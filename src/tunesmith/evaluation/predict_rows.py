@@ -110,8 +110,7 @@ def predict_rows(
     if world.size > 1:
         _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
         results = {i: one for part in world.gather_values(sorted(results.items())) for i, one in part}
-    in_order = [results[i] for i in sorted(results)]
-    index = np.asarray(rows, np.int64)
+    in_order, index = [results[i] for i in sorted(results)], np.asarray(rows, np.int64)
     num_bytes_I = store.num_bytes[index].astype(np.int64)
     return Predictions(losses_I, store.denominators[index], num_bytes_I, outputs, targets, in_order)
 

@@ -179,8 +179,7 @@ def sizes_of(
     if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
         packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
         saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
-    # SqueezeBERT writes its linear layers as convolutions.
-    convs = [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
+    convs = _linear_convs(model)
     features += sum(one.in_channels + one.out_channels for one in convs)
     linears += [one.get_parameter("weight") for one in convs]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
@@ -225,6 +224,11 @@ def sizes_of(
         cached=2 * layers * _key_size(config) * model.dtype.itemsize,
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     ), model
+
+
+def _linear_convs(model: nn.Module) -> list[nn.Conv1d]:
+    """Linear layers that are written as convolutions, as SqueezeBERT does."""
+    return [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
 
 
 def _key_size(config: Any) -> int:
