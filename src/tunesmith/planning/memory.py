@@ -195,8 +195,7 @@ def sizes_of(
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
-    away = sum(tensor.numel() for name, tensor in attachment.trained.items() if name in split)
-    own = num_trained - int(elsewhere * away)
+    own = num_trained - int(elsewhere * sum(t.numel() for name, t in attachment.trained.items() if name in split))
     # Of layers that are split, one that computes and the next one are whole.
     largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack if split), reverse=True)[:2]
     return Sizes(
