@@ -145,5 +145,5 @@ def accuracies(pairs: Sequence[dict[str, list[int]]], logps: dict[str, list[list
     for name in ("trl", "the longer answer", "the likelier answer"):
         above_I = right["ours"] - right[name]
         drawn = np.concatenate([ratio(above_I)(weights) for weights in resamples(len(pairs))])
-        low, high = (interval(above_I.mean(), drawn)[end] for end in ("low", "high"))
+        low, high = (interval(above_I.mean(), drawn, len(above_I))[end] for end in ("low", "high"))
         yield f"ours above {name} ({right[name].mean():.1%}): {above_I.mean():+.1%} ({low:+.1%} to {high:+.1%})"

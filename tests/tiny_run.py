@@ -96,8 +96,8 @@ def values_of(events: Any) -> list[tuple[str, int, Any]]:
 
 def _without_times(event: Event) -> Any:
     if event.kind == "end":
-        timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
-        return {key: value for key, value in event.values["report"].items() if key not in timed}
+        differ = {"name", "seconds", "tokens_per_second", "peak_memory_bytes"}
+        return {key: value for key, value in event.values["report"].items() if key not in differ}
     if event.kind == "plan":  # a repeated run starts from a recipe in which nothing is left to choose
         return {key: value for key, value in event.values.items() if key not in ("choices", "given")}
     return event.values

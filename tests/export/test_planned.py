@@ -85,7 +85,9 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 0, result.output
     words = "it was done except for 1 export, made now. --track (see `tunesmith track`) had no effect"
     assert f"{tmp_path / 'run'}: {words}\n" in result.stderr
-    assert "note: export.to: gguf-adapter: there is no such target. One of merged" in result.stderr
+    assert (
+        "note: export.to: gguf-adapter: there is no such target. Did you mean adapter? One of merged" in result.stderr
+    )
     assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
     assert "this run is done" in result.stderr

@@ -9,7 +9,6 @@ import pytest
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.evaluation import generate
 from tunesmith.evaluation.generate import Answer
-from tunesmith.inference import predict
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_file
@@ -42,8 +41,7 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
         asked.extend(list(prompt) for prompt in prompts)
         return [Answer("x", stopped=True) for _ in prompts]
 
-    for module in (predict, generate):
-        monkeypatch.setattr(module, "generate", answer)
+    monkeypatch.setattr(generate, "generate", answer)
     speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)
     held = setup.recipe.data.eval[0].path
     tally = predict_file(Predictor(speaker, NEW_TOKENS), held, lambda lines: None)

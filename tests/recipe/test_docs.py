@@ -102,7 +102,7 @@ def test_default_recipe_shows_docs_and_the_other_methods_options():
     assert "  # Peak learning rate. " in shown
     assert "  schedule: linear  # linear, cosine or constant\n" in shown
     assert "  # Of method lora, dora, qlora:\n" in shown
-    assert "  #   rank: 16  # a whole number above 0\n" in shown
+    assert "  #   rank: 16  # a whole number above 0 and of at most 65536\n" in shown
     assert max(map(len, shown.splitlines())) <= 120
 
 

@@ -153,8 +153,14 @@ def test_a_model_that_refuses_packed_rows_is_left_whole() -> None:
 def test_squashed_scores_are_in_the_forecast(tmp_path: Path, arch: str) -> None:
     """They are spelled out in float32 on every device, for the square of a row's length."""
     data, text = tmp_path / "rows.jsonl", " ".join(["word"] * 60)
-    data.write_text(f'{{"prompt": "a", "completion": "{text}"}}\n' * 8)
-    how = {"data": {"train": [str(data)], "eval": [str(data)]}, "task": "generate", "precision": "bfloat16"}
+    line = f'{{"prompt": "a", "completion": "{text}"}}\n'
+    data.write_text(line * 8)
+    (tmp_path / "held.jsonl").write_text(line)  # one row: what measuring takes is not the most
+    how = {
+        "data": {"train": [str(data)], "eval": [str(tmp_path / "held.jsonl")]},
+        "task": "generate",
+        "precision": "bfloat16",
+    }
     recipe = tiny_recipe(tmp_path, arch=arch, **how, train={"tokens_per_pass": 8192, "rows_per_step": 2})
     found = resolve_run(recipe, root=tmp_path, device=named("H100"))
     assert found.forecast is not None, found.notes

@@ -27,7 +27,7 @@ from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
 from tunesmith.models.card import prepare_allocator
 from tunesmith.models.fast_layers import use_fast_layers
-from tunesmith.models.fused_loss import find_output_layer, output_layer_of
+from tunesmith.models.fused_loss import OutputLayer, find_output_layer, output_layer_of
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
@@ -173,13 +173,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         use_fast_layers(model)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
-    fuses = method_of(recipe).fused_loss and recipe.kernels == "fast"
-    output = find_output_layer(model) if fuses else None
-    if fuses and output is None and output_layer_of(model) is not None:  # which the forecast has counted on
-        padding_notes.append(
-            "the loss: this model's logits are not those of its output layer alone, so those of all targets are kept "
-            "at once, which takes more memory than was foreseen"
-        )
+    output, loss_notes = _output_layer(recipe, model)
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     sampler = sampler_of(recipe, rows, layout, device)
@@ -187,7 +181,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
-    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes]
+    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes, *loss_notes]
     return Setup(
         recipe=recipe,
         choices=[*found.choices, *sharing],
@@ -217,6 +211,17 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
         world=world,
     )
+
+
+def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
+    """The output layer by which losses are computed piece by piece, and a note where the forecast counted on one."""
+    if not method_of(recipe).fused_loss or recipe.kernels != "fast":
+        return None, []
+    output = find_output_layer(model)
+    if output is not None or output_layer_of(model) is None:
+        return output, []
+    why = "this model's logits are not those of its output layer alone, so those of all targets are kept at once"
+    return None, [f"the loss: {why}, which takes more memory than was foreseen"]
 
 
 def _resolve_together(
