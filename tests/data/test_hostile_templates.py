@@ -29,7 +29,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert time.monotonic() - started < MOST_S
 
 
-# trap: S21
+# trap: S26
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_what_any_conversation_meets_is_refused_before_a_row_is_rendered(attack: str) -> None:
     with pytest.raises(ModelError, match=r"its chat template .* look at this one before you trust its source\."):

@@ -48,7 +48,7 @@ def written(folder: Path, part: str, steps: list[dict[str, Any]]) -> Path:
     return file
 
 
-# trap: S23
+# trap: S28
 @pytest.mark.parametrize("part", ["normalizer", "decoder"])
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_a_tokenizer_that_multiplies_is_refused(tmp_path: Path, attack: str, part: str) -> None:

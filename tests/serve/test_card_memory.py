@@ -41,6 +41,9 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
     monkeypatch.setenv(CARD_SHARE, "0.25")
     assert launcher._rest_of_card() == {CARD_SHARE: "0.75"}
+    monkeypatch.setenv(CARD_SHARE, "")
+    assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
+    monkeypatch.setenv(CARD_SHARE, "0.25")
     assert devices.room("cuda") == 20 * GIB + devices.CUDA_CONTEXT
     fractions: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: fractions.append(share))
@@ -50,6 +53,8 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(CARD_SHARE, "half")
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
         devices.room("cuda")
+    with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
+        launcher._rest_of_card()
     assert os.environ[CARD_SHARE] == "half"
 
 

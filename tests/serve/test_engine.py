@@ -345,7 +345,7 @@ while True:
 """
 
 
-# trap: S22
+# trap: S27
 def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LATE_S", 0.5)
     monkeypatch.setattr(engine, "SILENT_S", 1.5)
