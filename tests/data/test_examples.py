@@ -99,7 +99,8 @@ def test_a_file_to_predict_needs_no_column_of_answers(tmp_path: Path):
     path = put(tmp_path, "new.csv", comma_separated([{"comment": "good"}]))
     how: dict[str, Any] = {"task": "classify", "answered": False}
     found = list(examples([DataFile(path=str(path))], Data(columns=columns), problems.append, **how))
-    assert [example.parts[0].text for _, example in found] == ["good"] and not problems
+    assert [example.parts[0].text for _, example in found] == ["good"]
+    assert not problems
     other = put(tmp_path, "other.csv", comma_separated([{"text": "good"}]))
     assert list(examples([DataFile(path=str(other))], Data(columns=columns), problems.append, **how))
     assert said(problems) == [("columns_unused", 0)]
