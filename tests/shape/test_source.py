@@ -99,8 +99,13 @@ def test_the_rule_catches(text: str) -> None:
 
 
 def test_annotations_are_not_evaluated() -> None:
-    """`from __future__ import annotations` in every file that has code: Python 3.10 reads newer annotations then."""
+    """`from __future__ import annotations` in every file that has code: Python 3.10 reads newer annotations then.
+
+    Not in the package's first file: it drops the working folder, where a file __future__.py may lie, before imports.
+    """
     for path in source_files():
+        if name_of(path) == "src/tunesmith/__init__.py":
+            continue
         code = [node for node in parsed(path).body if not isinstance(node, ast.Expr)]
         has = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in code)
         assert has or len(code) <= 1, name_of(path)
