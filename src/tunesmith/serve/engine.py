@@ -195,7 +195,7 @@ class WorkerEngine:
         attached = {name: str(run) for name, run in self._attached.items()}
         variables = {}
         if self._options.attaches:  # jobs train on the same card
-            variables[CARD_SHARE] = f"{card_share(SERVING_SHARE):.3g}"
+            variables[CARD_SHARE] = f"{card_share(SERVING_SHARE) / self._options.engines:.3g}"
         to_load = (self._names, str(self._root), self._options, attached)
         return await WorkerProcess.start(to_load, self._note, **variables)
 
