@@ -44,10 +44,10 @@ SERVING_SHARE = 0.4
 """That of a server whose jobs train on the same card; they have the rest."""
 
 
-def card_share() -> float:
-    """Share of a card's memory that this process may take."""
+def card_share(usual: float = 1.0) -> float:
+    """Share of a card's memory that this process may take; `usual` where the variable is not set."""
     try:
-        return min(1.0, max(0.05, float(os.environ.get(CARD_SHARE, "1"))))
+        return min(1.0, max(0.05, float(os.environ.get(CARD_SHARE) or usual)))
     except ValueError as error:
         raise InputError(f"{CARD_SHARE}={os.environ[CARD_SHARE]}: no number. Give a share such as 0.4.") from error
 

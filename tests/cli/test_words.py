@@ -41,8 +41,9 @@ def test_help_at_80_columns_breaks_no_word(name: str) -> None:
             assert word in text, f"{name}: {word} is broken"
 
 
+@pytest.mark.pages
 def test_the_report_and_serving_are_offered_and_a_sentence_is_not_repeated(tmp_path) -> None:
-    run, facts, progress = fake_run(tmp_path / "run", "two")
+    run, facts, progress = fake_run(tmp_path / "run", "classes")
     report = write_report(run, facts, progress)
     screen = Console(file=io.StringIO(), width=200, no_color=True)
     series = RunSeries.of([Event("plan", 0, 0.0, {"task": "classify"})])

@@ -330,7 +330,7 @@ HARMONY = (
 """As gpt-oss: an answer at the end is closed by one token (<|return|>), one before it by another (<|end|>)."""
 
 
-def assert_every_answer_is_trained(turns: int) -> None:  # trap: T20
+def assert_every_answer_is_trained(turns: int) -> None:  # trap: T22
     """Each answer is learnt, and the end of none but the last: after <|end|> the model would go on."""
     tokenizer = tiny_tokenizer(HARMONY, eos="<|endoftext|>")
     made = Renderer(tokenizer, TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.rows_of import WRITERS, comma_separated, examples_in, json_lines, put, said
-from tunesmith.data.examples import content_hash, explain, input_hash
+from tunesmith.data.examples import content_hash, examples, explain, input_hash
 from tunesmith.data.hold_out import choose_share, few_note, held_out_mask
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import nearest
-from tunesmith.types import Example, Part, Source, TaskName
+from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Example, Part, Problem, Source, TaskName
 
 PAIR = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -90,6 +91,18 @@ def test_a_file_without_any_mapped_field_is_read_as_it_is_and_that_is_said(tmp_p
     path = put(tmp_path, "rows.jsonl", json_lines([CHAT]))
     found, problems = examples_in(path, columns={"prompt": "question", "completion": "answer"})
     assert len(found) == 1
+    assert said(problems) == [("columns_unused", 0)]
+
+
+def test_a_file_to_predict_needs_no_column_of_answers(tmp_path: Path):
+    columns, problems = {"text": "comment", "label": "sentiment"}, list[Problem]()
+    path = put(tmp_path, "new.csv", comma_separated([{"comment": "good"}]))
+    how: dict[str, Any] = {"task": "classify", "answered": False}
+    found = list(examples([DataFile(path=str(path))], Data(columns=columns), problems.append, **how))
+    assert [example.parts[0].text for _, example in found] == ["good"]
+    assert not problems
+    other = put(tmp_path, "other.csv", comma_separated([{"text": "good"}]))
+    assert list(examples([DataFile(path=str(other))], Data(columns=columns), problems.append, **how))
     assert said(problems) == [("columns_unused", 0)]
 
 

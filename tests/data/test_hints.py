@@ -161,7 +161,7 @@ def assert_none_teaches_nonsense(rows: list[dict[str, Any]], suggested: list[dic
         assert "text" not in columns or kinds[columns["text"]] in ("text", "name")
 
 
-# trap: T22
+# trap: T20
 def test_hints_follow_values_and_not_places() -> None:
     for rows, _ in ODD.values():
         assert_none_teaches_nonsense(rows, [one.columns for one in meanings(rows, None)])

@@ -65,7 +65,7 @@ def test_a_float32_export_of_a_run_in_bfloat16_is_exact(tmp_path, monkeypatch):
     assert (facts["device"], facts["computed"]) == ("cpu", {"tuned": "float32", "export": "float32"})
 
 
-def test_an_export_is_not_judged_in_a_coarser_dtype_than_its_own(tmp_path, monkeypatch):  # trap: A19
+def test_an_export_is_not_judged_in_a_coarser_dtype_than_its_own(tmp_path, monkeypatch):  # trap: A20
     quick(monkeypatch)
     run = short_run(tmp_path)
     assert_float32_agrees(run, tmp_path / "right")

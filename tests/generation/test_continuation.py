@@ -81,7 +81,7 @@ def writer(model: PreTrainedModel, *, most: int = 1000) -> Continuation:
     return Continuation(model, TASKS["chat"], frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
 
 
-# trap: A20
+# trap: A18
 def assert_answers_are_those_alone(arch: str, most: int) -> None:
     model = sharp(arch)
     rows, expected = rows_and_answers(model)

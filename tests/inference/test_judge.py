@@ -120,7 +120,7 @@ def test_a_verdict_for_neither_is_a_tie_and_counted(root, monkeypatch, said):
     says(monkeypatch, lambda question: said)
     found, note = judged(run_of(root, "chat"), [PROMPT] * 2, ["Rome", "Oslo"], ["a plum", "old plum"])
     assert found["win_rate"]["value"] == 0.5
-    assert "100% of its verdicts name neither A nor B and count as ties" in note
+    assert "100 % of its verdicts name neither A nor B and count as ties" in note
 
 
 def test_prompts_alone_are_judged_and_nothing_else_is_measured(root, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from jobs.places import BASES, FakeLauncher, FakeModels, put_file, put_job, rows
 from jobs.test_rules import as_project
 from serve.running import wait_for
+from tunesmith.environment import for_child
 from tunesmith.jobs import file_checks
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.file_checks import FileChecks
@@ -223,3 +225,16 @@ def test_content_that_is_gone_or_a_link_is_an_error_of_its_job(store: Store, tmp
             store.content_path(file).symlink_to(tmp_path / "other")
         job = ended(store, working(store), put_job(store, file), within_s=30)
         assert job["error"]["message"] == f"The training file {file} was deleted."
+
+
+def test_a_check_works_within_a_lower_limit_of_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(rows(12))
+    facts = {"memory_bytes": 1 << 30, "seconds": 60, "method": "supervised", "min_examples": 10}
+    limited = (
+        "import resource, runpy\nresource.setrlimit(resource.RLIMIT_CPU, (40, 40))\n"
+        "runpy.run_module('tunesmith.jobs.check_process', run_name='__main__', alter_sys=True)"
+    )
+    words = [sys.executable, "-c", limited, json.dumps({"files": {"training": str(file)}, **facts})]
+    done = subprocess.run(words, env=for_child(), capture_output=True, check=True)
+    assert json.loads(done.stdout)["num_rows"] == 12

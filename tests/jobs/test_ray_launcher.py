@@ -94,9 +94,26 @@ def test_a_child_that_a_lost_task_left_is_waited_for(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(LocalLauncher, "start", start)
     monkeypatch.setattr(ray_launcher.time, "sleep", lambda s: looked.append(os.close(lock)))
-    hold_place(run, tmp_path / "r.yaml", {}, True)
+    hold_place(run, tmp_path / "r.yaml", {}, True, "server")
     assert len(looked) == 1
     assert not found.is_alive()
+
+
+def test_a_card_is_shared_with_the_server_on_its_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+
+    class Done:
+        def is_alive(self) -> bool:
+            return False
+
+    def start(self: LocalLauncher, run: Path, recipe: Path, environment: dict[str, str]) -> Done:
+        started.append(environment)
+        return Done()
+
+    monkeypatch.setattr(LocalLauncher, "start", start)
+    for server in (ray_launcher.socket.gethostname(), "another"):
+        hold_place(tmp_path / "ftjob-a", tmp_path / "r.yaml", {"A": "b"}, True, server)
+    assert started == [{"A": "b"}, {"A": "b", "TUNESMITH_CARD_SHARE": "1"}]
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 from jobs.places import rows  # noqa: E402
 from jobs.served import Served  # noqa: E402
 from tunesmith.jobs import upload_parts  # noqa: E402
+from tunesmith.jobs import uploads as whole_uploads  # noqa: E402
 from tunesmith.jobs.rules import ProjectRules, Rules  # noqa: E402
 from tunesmith.jobs.tables import is_pending, uploads  # noqa: E402
 from tunesmith.serve.protocol import RequestError  # noqa: E402
@@ -241,6 +242,17 @@ def pending_uploads_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch)
 
 
 FACTS: dict[str, Any] = {"bytes": 9, "filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+
+
+def test_a_file_above_the_largest_is_said_to_be_that_where_its_project_has_no_limit(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.store, "rules", Rules())
+    monkeypatch.setattr(whole_uploads, "MAX_BYTES", 2000)
+    client = served.client.with_options(max_retries=0)
+    with pytest.raises(openai.APIStatusError, match=r"file: has more than 2,000 bytes") as refused:
+        client.files.create(file=("a.jsonl", rows(200)), purpose="fine-tune")
+    assert refused.value.status_code == 413, "not 429, after which a client would send it again"
 
 
 def test_an_upload_without_a_length_ends_where_the_room_of_its_project_does(

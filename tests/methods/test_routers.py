@@ -63,7 +63,7 @@ def sizes(model: PreTrainedModel) -> set[int]:
     return {value for key in keys if isinstance(value := text.get(key), int)}
 
 
-def assert_no_group_means_a_router(model: PreTrainedModel, expected: set[str]) -> None:  # trap: A18
+def assert_no_group_means_a_router(model: PreTrainedModel, expected: set[str]) -> None:  # trap: A19
     every = {one.name: one.module for one in inner_linears(model, unread=False)}
     adapted = {one.name: one.module for one in find_targets(model, ["all-linear"])}
     assert ends([name for name in every if name not in adapted]) == expected

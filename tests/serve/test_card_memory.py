@@ -1,7 +1,9 @@
 """A server on a card takes room for keys and values from the card, shares it with jobs, and gives way where it ends."""
 
+import asyncio
 import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ from tunesmith.generation.decoder import SequentialDecoder
 from tunesmith.jobs import launcher
 from tunesmith.models import card
 from tunesmith.planning import devices
+from tunesmith.serve import engine, worker
 from tunesmith.serve import scheduler as schedulers
-from tunesmith.serve import worker
+from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.scheduler import Scheduler
 
 GIB = 2**30
@@ -41,6 +44,9 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
     monkeypatch.setenv(CARD_SHARE, "0.25")
     assert launcher._rest_of_card() == {CARD_SHARE: "0.75"}
+    monkeypatch.setenv(CARD_SHARE, "")
+    assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
+    monkeypatch.setenv(CARD_SHARE, "0.25")
     assert devices.room("cuda") == 20 * GIB + devices.CUDA_CONTEXT
     fractions: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, place: fractions.append(share))
@@ -50,7 +56,22 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(CARD_SHARE, "half")
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
         devices.room("cuda")
+    with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
+        launcher._rest_of_card()
     assert os.environ[CARD_SHARE] == "half"
+
+
+def test_engines_of_several_bases_share_what_the_server_takes_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[str] = []
+
+    async def start(to_load: Any, on_note: Any, **variables: str) -> None:
+        shares.append(variables[CARD_SHARE])
+
+    monkeypatch.setattr(engine.WorkerProcess, "start", start)
+    for num in (1, 2):
+        options = EngineOptions(attaches=True, engines=num)
+        asyncio.run(engine.WorkerEngine(["base"], root=Path("runs"), options=options)._new_worker())
+    assert shares == ["0.4", "0.2"]
 
 
 def ends_once(made: Any, name: str, at: int) -> None:

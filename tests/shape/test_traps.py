@@ -8,12 +8,12 @@ REQUIRED = {
     *(f"L{n}" for n in range(1, 18) if n != 13),  # no method adds a term to the loss
     "L3b",
     *(f"D{n}" for n in range(1, 20)),  # several devices
-    *(f"T{n}" for n in range(1, 22)),
+    *(f"T{n}" for n in range(1, 23)),
     *(f"R{n}" for n in range(1, 9)),
-    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18"),  # adapters
+    *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18", "A19", "A20"),  # adapters
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
-    *(f"S{n}" for n in range(1, 9)),
+    *(f"S{n}" for n in (*range(1, 9), 10, *range(20, 29))),
     *(f"M{n}" for n in range(1, 10)),  # what a measure proves
     *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
 }
@@ -30,11 +30,20 @@ def marked() -> dict[str, set[str]]:
     return found
 
 
-def documented() -> dict[str, set[str]]:
-    rows = re.findall(
+def table() -> list[tuple[str, str]]:
+    """(id, test files) of each row, in order."""
+    return re.findall(
         r"^\| ([LTRASMDP]\d+b?) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
     )
-    return {trap: set(files.split(", ")) for trap, files in rows}
+
+
+def documented() -> dict[str, set[str]]:
+    return {trap: set(files.split(", ")) for trap, files in table()}
+
+
+def test_each_trap_has_an_id_to_itself() -> None:
+    ids = [trap for trap, _ in table()]
+    assert sorted(set(ids)) == sorted(ids)
 
 
 def test_table_and_markers_agree() -> None:

@@ -241,7 +241,9 @@ def refuse_swapped(verb: str, model: str, data: Sequence[str]) -> None:
         return
     other = next((path for path in data if (Path(path) / "config.json").is_file() or path.endswith(".gguf")), None)
     words = (
-        f"tunesmith {verb} {shlex.quote(other)} {shlex.quote(model)}" if other else f"tunesmith {verb} MODEL {model}"
+        f"tunesmith {verb} {shlex.quote(other)} {shlex.quote(model)}"
+        if other
+        else f"tunesmith {verb} MODEL {shlex.quote(model)}"
     )
     raise InputError(f"{model}: a data file, and the model comes first. Write: {words}")
 

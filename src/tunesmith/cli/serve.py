@@ -76,9 +76,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the model (default: one a core).")] = None,
     grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Time for requests at the end.")] = 30.0,
     allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Another name of this server.")] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="Origin of web pages that may send requests.")
-    ] = None,
+    allow_origin: Origins = None,
     jobs: Jobs = False,
     store: StorePlace = "jobs",
     store_files: StoreFiles = Path("jobs"),

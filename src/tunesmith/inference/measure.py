@@ -54,7 +54,7 @@ from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import find_output_layer
-from tunesmith.phrases import plural
+from tunesmith.phrases import percent, plural
 from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
@@ -391,7 +391,8 @@ def judged(
         "before: judges tend to prefer long ones"
     )
     if share > MOST_UNREAD:
-        note += f"; {share:.0%} of its verdicts name neither A nor B and count as ties: use a judge that names one"
+        unnamed = f"{percent(share, 0)} of its verdicts name neither A nor B and count as ties"
+        note += f"; {unnamed}: use a judge that names one"
     return intervals(len(won), {"win_rate": ratio(won)}), note
 
 

@@ -70,7 +70,8 @@ def _limit(memory_bytes: int, seconds: int) -> None:
     signal.signal(signal.SIGXCPU, end)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
     until = seconds + math.ceil(time.process_time())
-    resource.setrlimit(resource.RLIMIT_CPU, (until, until + GRACE_S))
+    with suppress(OSError, ValueError):  # a lower limit is in force
+        resource.setrlimit(resource.RLIMIT_CPU, (until, until + GRACE_S))
     with suppress(OSError, ValueError):  # macOS has no such limit
         most = psutil.Process().memory_info().vms + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

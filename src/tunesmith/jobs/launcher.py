@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child, python_words
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
 from tunesmith.runs.folder import Run
 
 NICE = 10
@@ -108,7 +108,7 @@ def start_child(
 
 def _rest_of_card() -> dict[str, str]:
     """The share of a card that the server leaves to a run."""
-    return {CARD_SHARE: f"{1 - float(os.environ.get(CARD_SHARE) or SERVING_SHARE):.3g}"}
+    return {CARD_SHARE: f"{1 - card_share(SERVING_SHARE):.3g}"}
 
 
 def _beside(run: Path, what: str) -> Path:

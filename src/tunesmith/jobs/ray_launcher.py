@@ -6,6 +6,7 @@ server, task or machine leaves behind is what a killed local run leaves: a folde
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from tunesmith.environment import CARD_SHARE
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.parallel.cluster import needs_of
 from tunesmith.recipe import load
@@ -23,10 +25,12 @@ from tunesmith.runs.folder import Run
 POLL_S = 0.5
 
 
-def hold_place(run: Path, recipe: Path, environment: Mapping[str, str], offline: bool) -> None:
-    """The task: ends when the run does. A child that a lost task left at work goes on, and is waited for."""
+def hold_place(run: Path, recipe: Path, environment: Mapping[str, str], offline: bool, server: str) -> None:
+    """The task: ends when the run does. A child that a lost task left at work goes on, and is waited for. On another
+    machine than the `server` it has its card for itself."""
     launcher = LocalLauncher(offline=offline)
-    process = launcher.find(run) or launcher.start(run, recipe, environment)
+    share = {} if socket.gethostname() == server else {CARD_SHARE: "1"}
+    process = launcher.find(run) or launcher.start(run, recipe, {**share, **environment})
     while process.is_alive():
         time.sleep(POLL_S)
 
@@ -69,7 +73,8 @@ class RayLauncher:
     def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> RayRun:
         needs = needs_of(load.validate(orjson.loads(recipe.read_bytes())), self._ray)
         remote = self._ray.remote(max_retries=0, **needs)(hold_place)
-        return RayRun(ChildProcess(run), self._ray, remote.remote(run, recipe, dict(environment), self._offline))
+        task = remote.remote(run, recipe, dict(environment), self._offline, socket.gethostname())
+        return RayRun(ChildProcess(run), self._ray, task)
 
     def find(self, run: Path) -> RayRun | None:
         found = RayRun(ChildProcess(run), self._ray)

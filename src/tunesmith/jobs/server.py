@@ -55,9 +55,10 @@ class JobServer:
         dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)
         await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
         try:
+            options = replace(options, attaches=True, engines=len(bases.bases))
             for name, base in bases.bases.items():
                 attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
-                how: Any = {"options": replace(options, attaches=True), "attached": attached, "on_note": on_note}
+                how: Any = {"options": options, "attached": attached, "on_note": on_note}
                 started[name] = await WorkerEngine([base.model], root=root, **how).start()
                 if not any(card.is_base and card.answers == "text" for card in started[name].served):
                     raise InputError(f"{base.model}: writes no text, and jobs tune models that do.")

@@ -132,7 +132,7 @@ async def receive_file(request: Request, store: Store) -> Record:
     least = max((declared or 0) - FORM_BYTES, 1)
     room = await asyncio.to_thread(store.check_room, None, least)
     left = MAX_BYTES if room is None else room - store.arriving[project]
-    if left < least:
+    if room is not None and left < least:
         message = "Files that are on their way need the room that this project has left. Try again later."
         raise RequestError(message, status=429, code="rate_limit_exceeded", headers={"Retry-After": "10"})
     name, most = new_id("file-"), min(MAX_BYTES, declared or MAX_BYTES, left)

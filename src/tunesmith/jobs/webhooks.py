@@ -95,8 +95,7 @@ class WebhookSender:
                 self.round(POLL_S)
             except RequestError:  # the store cannot be reached, which the dispatcher says
                 stop.wait(10 * POLL_S)
-        for thread in self.sending.values():
-            thread.join(TIMEOUT_S)
+        self._wait(TIMEOUT_S)
 
     def round(self, wait_s: float = 2 * TIMEOUT_S) -> None:
         """Send what is due, each project for itself until its endpoint fails; returns when all is sent, or in time."""
@@ -105,7 +104,10 @@ class WebhookSender:
             if (project := row["project"]) not in self.sending:
                 self.sending[project] = threading.Thread(target=self._send_all, args=(project,), daemon=True)
                 self.sending[project].start()
-        until = time.monotonic() + wait_s
+        self._wait(wait_s)
+
+    def _wait(self, most_s: float) -> None:
+        until = time.monotonic() + most_s
         for thread in self.sending.values():
             thread.join(max(0.0, until - time.monotonic()))
 

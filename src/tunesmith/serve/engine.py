@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import signal
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, for_child, python_words
+from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
 from tunesmith.errors import TunesmithError
 from tunesmith.serve.protocol import (
     EngineOptions,
@@ -194,8 +193,9 @@ class WorkerEngine:
 
     async def _new_worker(self) -> WorkerProcess:
         attached = {name: str(run) for name, run in self._attached.items()}
-        share = os.environ.get(CARD_SHARE) or str(SERVING_SHARE)  # of a card on which jobs train too
-        variables = {CARD_SHARE: share} if self._options.attaches else {}
+        variables = {}
+        if self._options.attaches:  # jobs train on the same card
+            variables[CARD_SHARE] = f"{card_share(SERVING_SHARE) / self._options.engines:.3g}"
         to_load = (self._names, str(self._root), self._options, attached)
         return await WorkerProcess.start(to_load, self._note, **variables)
 

@@ -144,6 +144,8 @@ class EngineOptions:
     """Where the base model of the runs is now, if it was moved."""
     attaches: bool = False
     """Whether runs will be attached while it answers."""
+    engines: int = 1
+    """Of the server, which share its part of a card."""
 
 
 @dataclass(frozen=True, slots=True)
