@@ -48,9 +48,9 @@ def test_what_a_later_row_meets_ends_within_bounds(attack: str) -> None:
 
 def test_a_sandbox_that_bounds_no_text_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted bug."""
-    text = LATER.format("{% set x = 'a' * 2000 %}{{ x | length }}") + CHATML
-    monkeypatch.setattr(sandbox, "TEXT_CHARS", 1000)
-    with pytest.raises(ModelError, match="makes a text of more than 1,000 characters"):
+    text = LATER.format("{% set x = 'a' * 20000 %}{{ x | length }}") + CHATML
+    monkeypatch.setattr(sandbox, "TEXT_CHARS", 10_000)
+    with pytest.raises(ModelError, match="makes a text of more than 10,000 characters"):
         ChatTemplate(tiny_tokenizer(text)).render(CHAT, prompt=False)
     monkeypatch.setattr(sandbox, "_room", lambda num_chars: num_chars)
     with pytest.raises(pytest.fail.Exception), pytest.raises(ModelError):

@@ -117,6 +117,8 @@ def card(monkeypatch: pytest.MonkeyPatch, *, free: int, products: float = 4e14) 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free, 16 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 0)
     monkeypatch.setattr(devices, "_measured", lambda device, **how: (products, 3e11))
+    monkeypatch.setattr(devices, "prepare_allocator", lambda device: None)
+    monkeypatch.setattr(devices, "in_use", lambda device: "")
 
 
 def on_a_card(run: Run, **given: Any) -> Run:

@@ -37,7 +37,7 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
     setup = prepared(tmp_path, kind, data)
     asked: list[list[int]] = []
 
-    def answer(model: Any, renderer: Any, prompts: Sequence[Sequence[int]], how: Any) -> list[Answer]:
+    def answer(model: Any, renderer: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Answer]:
         asked.extend(list(prompt) for prompt in prompts)
         return [Answer("x", stopped=True) for _ in prompts]
 

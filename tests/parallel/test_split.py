@@ -153,7 +153,8 @@ def test_a_run_with_split_layers_measures_and_answers_as_one_process_does(
         assert values[0] == (values[1] if kind == "sample" else pytest.approx(values[1], abs=1e-5))
     weights = [load_file(run.model_path / "model.safetensors") for run in (split, run_alone)]
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.allclose(weights[0][name], weight, atol=1e-5) for name, weight in weights[1].items())
+    far = {name: float((weights[0][name] - weight).abs().max()) for name, weight in weights[1].items()}
+    assert {name: distance for name, distance in far.items() if distance > 1e-5} == {}
     assert (folder / "run-lora" / "adapter" / "adapter_model.safetensors").is_file()
 
 
