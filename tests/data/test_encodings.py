@@ -74,6 +74,13 @@ def test_what_the_encoding_does_not_have_is_refused(tmp_path: Path) -> None:
     assert refused.value.problems[0].code == "wrong_encoding"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_text_that_lacks_the_mark_of_its_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    content = "prompt,completion\nä,b\n".encode(f"{encoding}-le")
+    with pytest.raises(DataError, match=f"this is not {encoding}"):
+        rows_of(put(tmp_path, "t.csv", content), encoding=encoding)
+
+
 @pytest.mark.parametrize("name", ["rot13", "zlib", "base64", "cp99999", "", "a\0b"])
 def test_only_encodings_of_text_are_taken(name: str) -> None:
     with pytest.raises(RecipeError, match="no encoding of text has this name"):

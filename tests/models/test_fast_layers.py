@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -17,6 +19,7 @@ from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models import fast_layers
 from tunesmith.models.fast_layers import use_fast_layers
+from tunesmith.models.linear_nodes import LinearParts
 from tunesmith.recipe.methods import LoraMethod
 
 SMALL = {
@@ -29,6 +32,7 @@ SMALL = {
     "vocab_size": 64,
     "pad_token_id": 0,
 }
+SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -122,3 +126,21 @@ def test_an_mlp_with_a_dropout_of_its_own_stays_as_it_is() -> None:
     use_fast_layers(model)
     assert mlp.forward.__func__ is own
     assert "forward" in vars(model.model.layers[1].mlp)
+
+
+def test_attention_to_an_encoder_does_not_compute_keys_of_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDE.items()}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=64, d_model=16, **sides))
+    attach(model, LoraMethod(rank=2), seed=0)
+    use_fast_layers(model)
+    together: list[int] = []
+    right = fast_layers.linears
+
+    def counted(x: torch.Tensor, layers: list[LinearParts]) -> tuple[torch.Tensor, ...]:
+        together.append(len(layers))
+        return right(x, layers)
+
+    monkeypatch.setattr(fast_layers, "linears", counted)
+    model(input_ids=torch.arange(6)[None], decoder_input_ids=torch.arange(4)[None])
+    assert together == [3, 3]  # of both self-attentions

@@ -134,6 +134,13 @@ def test_logits_are_those_of_a_piece_where_the_loss_is_fused():
     assert needs(replace(large, trains_output=True), targets=2000).gradients == 8 * 4 * 50_000
 
 
+def test_pieces_of_a_card_that_others_fill_are_those_of_the_whole_card():
+    large, card = replace(SIZES, outputs=100_000), named("80G")
+    shared = replace(card, room=10 * 10**9, memory=card.room)
+    assert needs(large, targets=5000, device=shared).logits == needs(large, targets=5000, device=card).logits
+    assert needs(large, targets=5000, device=named("16G")).logits < needs(large, targets=5000, device=card).logits
+
+
 def test_measured_rows_that_fill_a_pass_are_the_peak_where_they_have_more_logits():
     large = replace(SIZES, outputs=50_000)
     plain = needs(replace(large, fused_loss=False), looked=2000)

@@ -104,6 +104,19 @@ def test_without_an_adapter_axolotl_tunes_all_weights(tmp_path: Path) -> None:
     assert "not translated: lora_r: has no meaning in full tuning" in message
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "learning_rate: fast", "per_device_train_batch_size: auto", "dataset: [1]", "dataset: 3", "lora_target: 3",
+        "warmup_steps: 5 %",
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_left_out_and_named(tmp_path: Path, line: str) -> None:
+    ours, message = refusal(tmp_path, f"model_name_or_path: gpt2\n{line}\n")
+    assert ours == {"model": "gpt2"}
+    assert f"not translated: {line}: is not understood here" in message
+
+
 def test_a_value_that_we_do_not_take_is_named(tmp_path: Path) -> None:
     _, message = refusal(tmp_path, "model_name_or_path: gpt2\nlearning_rate: -1\n")
     assert "to be corrected: " in message

@@ -63,6 +63,16 @@ def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, mo
     assert len(merges) == 1
 
 
+def test_a_merged_base_whose_distance_is_being_measured_is_waited_for(tmp_path):
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
+    run = train(recipe, root=tmp_path / "runs")
+    start_from(str(run.path), root=tmp_path, offline=True)
+    (run.merged_path / merged_base.FACTS).unlink()
+    assert merged_base._is_merged(run)  # of an earlier version
+    with run.lock():
+        assert not merged_base._is_merged(run)
+
+
 def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch):
     first = train(
         task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1}), root=tmp_path / "runs"

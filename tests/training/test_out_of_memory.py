@@ -11,8 +11,10 @@ import torch
 import fresh
 from tiny_run import same_run, tiny_recipe
 from tunesmith.errors import OutOfMemoryError, RecipeError, RunError, Stopped, is_out_of_memory
+from tunesmith.models.modes import layers_of
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import runs
+from tunesmith.training import step
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, Progress
 from tunesmith.training.setup import Setup, prepare
@@ -223,3 +225,17 @@ def test_a_resume_that_names_the_size_of_passes_gets_it(tmp_path, monkeypatch):
     resume(run, settings=["train.tokens_per_pass=400"])
     passes = [event.values["passes"] for event in run.events() if event.kind == "step"]
     assert [num > 1 for num in passes] == [False, False, True, True, False, False]
+
+
+def test_the_heaviest_pass_is_rehearsed_as_a_step_computes_it(tmp_path, monkeypatch):
+    setup = prepare(tiny_recipe(tmp_path, train={"checkpointed_layers": 2}), root=tmp_path)
+    right, recomputes = step._pass, list[bool]()
+
+    def run(state, *given):
+        recomputes.append(all(layer.training and layer.gradient_checkpointing for layer in layers_of(state.model)))
+        return right(state, *given)
+
+    monkeypatch.setattr(step, "_pass", run)
+    step.rehearse(setup, setup.sampler.step(1)[0], times=2)
+    assert recomputes == [True, True]
+    assert all(tensor.grad is None for tensor in setup.attachment.trained.values())

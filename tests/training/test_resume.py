@@ -197,6 +197,20 @@ def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_no
     assert found == expected
 
 
+def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkeypatch):
+    straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
+    right, later = preparing._identity, ("data.encoding", "data.suffixes", "evaluation.samples_before")
+    with monkeypatch.context() as patch:  # as an earlier version recorded it
+        patch.setattr(
+            preparing,
+            "_identity",
+            lambda *args: {key: value for key, value in right(*args).items() if not key.endswith(later)},
+        )
+        run = stopped(straight.recipe(), tmp_path / "runs", 3)
+    found, expected = ([e.values for e in one.events() if e.kind == "step"] for one in (resume(run), straight))
+    assert found == expected
+
+
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
     run = stopped(straight.recipe(), tmp_path / "runs", 5)

@@ -282,11 +282,11 @@ def pad_to_multiple(batch: Batch) -> Batch:
     num = padded_size(num_tokens) - num_tokens
     if num == 0:
         return batch
-    positions_T = batch.positions_BT.new_tensor(range(num))
+    positions_BT = torch.arange(num, device=batch.positions_BT.device)[None]
     return replace(
         batch,
-        ids_BT=F.pad(batch.ids_BT, (0, num), value=int(batch.ids_BT[0, -1])),
-        positions_BT=F.pad(batch.positions_BT, (0, num)).index_copy_(1, positions_T + num_tokens, positions_T[None]),
+        ids_BT=torch.cat([batch.ids_BT, batch.ids_BT[:, -1:].expand(-1, num)], 1),  # nothing is read from a card
+        positions_BT=torch.cat([batch.positions_BT, positions_BT], 1),
         types_BT=None if batch.types_BT is None else F.pad(batch.types_BT, (0, num)),
         filling=num,
     )

@@ -265,7 +265,7 @@ class Recoded(RawIOBase):
     """The bytes of a text in another encoding, as UTF-8. Where its first part that is not ASCII is UTF-8 already, all
     stays as it is: a run's encoding counts for files that are not UTF-8.
 
-    Raises UnicodeDecodeError for bytes that the encoding does not have.
+    Raises UnicodeError for bytes that the encoding does not have.
     """
 
     def __init__(self, stream: ByteStream, encoding: str, *, is_whole: bool = True) -> None:
@@ -303,8 +303,9 @@ def _decodes(path: str, encoding: str, facts: FileFacts | None = None) -> Iterat
     """Raise a text that does not have the encoding that was given as `DataError`."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        message = f"byte 0x{error.object[error.start]:02X} is not {encoding}."
+    except UnicodeError as error:  # of UTF-16 without a byte order mark it names no byte
+        what = f"byte 0x{error.object[error.start]:02X}" if isinstance(error, UnicodeDecodeError) else "this"
+        message = f"{what} is not {encoding}."
         line = facts.line + 1 if facts else 0
         raise refusal(path, line, "wrong_encoding", message, "Give its encoding by --set data.encoding=...") from None
 

@@ -129,8 +129,10 @@ def split_notes(
 
 def rare_note(names: Sequence[str], classes_I: NDArray[np.int64], mask_I: NDArray[np.bool_]) -> list[str]:
     """A note about classes of few rows; `names` by the ids in `classes_I`."""
-    counts = [(int((classes_I == i).sum()), int(mask_I[classes_I == i].sum()), name) for i, name in enumerate(names)]
-    rare = sorted(one for one in counts if 0 < one[0] < RARE)
+    of_class, held_of_class = (
+        np.bincount(some_I[some_I >= 0], minlength=len(names)).tolist() for some_I in (classes_I, classes_I[mask_I])
+    )
+    rare = sorted(one for one in zip(of_class, held_of_class, names, strict=True) if 0 < one[0] < RARE)
     if not rare:
         return []
     shown = listed(f"{name!r} ({plural(num, 'row')}, {held} of them held out)" for num, held, name in rare)

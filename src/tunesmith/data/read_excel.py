@@ -75,7 +75,7 @@ def _sheet(facts: FileFacts, stream: Any) -> Iterator[tuple[int, tuple[Any, ...]
                 message = f"its sheet {sheet.title!r} is larger than a sheet can be, or nearly empty."
                 raise refusal(facts.path, number, "sheet_too_large", message, _AS_CSV)
             yield number, cells
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # openpyxl raises whatever its parsers meet
         reason = " ".join(str(error).split())[:120]

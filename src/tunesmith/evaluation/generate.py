@@ -256,7 +256,7 @@ def generate_within(
             raise
     free_cached_memory()  # outside of the handler, whose traceback holds the tensors of the pass
     if len(prompts) == 1:
-        return generate_within(model, renderer, prompts, new_tokens, most=min(most, len(prompts[0])) // 2)
+        return generate_within(model, renderer, prompts, new_tokens, most=max(1, min(most, len(prompts[0])) // 2))
     halves = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
     return [one for half in halves for one in generate_within(model, renderer, half, new_tokens, most=most)]
 

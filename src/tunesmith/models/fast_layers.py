@@ -10,6 +10,7 @@ This is looked at in every call, since layers may change.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from tunesmith.models.rms_norm import COUNTED_FROM, rms_norm
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input, in the order in which models call them."""
+_CROSS = re.compile(r"(?i)(encoder_attn|cross_?att[^.]*)(\.[^.]+)?$")
+"""Names of attention whose keys and values read the encoder, and queries the decoder."""
 MLP = ("gate_proj", "up_proj", "down_proj")
 PROBE_TOKENS = 4
 
@@ -30,7 +33,7 @@ def use_fast_layers(model: nn.Module) -> None:
     """Replace the forward of every module of the model that is known."""
     norms: dict[Any, int | None] = {}
     mlps: dict[Any, Activation | None] = {}
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         if "forward" in vars(module):
             continue
         if _looks_like_norm(module):
@@ -49,7 +52,7 @@ def use_fast_layers(model: nn.Module) -> None:
                 continue
         for names in SIBLINGS:
             parts = _parts(module, names)
-            if parts is not None and all(part.rank for part in parts):
+            if parts is not None and all(part.rank for part in parts) and not _CROSS.search(name):
                 _Siblings([getattr(module, name) for name in names]).join()
 
 

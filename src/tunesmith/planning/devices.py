@@ -74,6 +74,8 @@ class Device:
     """Share of the processor that other programs take."""
     in_use: str = ""
     """What others hold of the memory of a card that is here, in words."""
+    memory: int = 0
+    """Bytes of all its memory, by which the loss is cut into pieces, see `fused_loss`; 0: `room`."""
 
 
 _CARDS: dict[str, tuple[int, float, float]] = {
@@ -140,7 +142,8 @@ def here(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     busy = busy_share() if kind == "cpu" else 0.0
     products, copied = _measured(device, threads=threads, dtype=dtype)
     if kind != "cpu":
-        return Device(device, kind, room(device), products, copied, in_use=others)
+        memory = int(torch.cuda.mem_get_info(device)[1]) if kind == "cuda" else sys.maxsize
+        return Device(device, kind, room(device), products, copied, memory=memory, in_use=others)
     return Device(device, kind, room(device), products, CPU_MOVING * copied, CPU_LAUNCH, busy=busy, in_use=others)
 
 

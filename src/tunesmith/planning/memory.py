@@ -315,7 +315,7 @@ def _logits(sizes: Sizes, targets: int, device: Device) -> tuple[int, int]:
     if not sizes.fused_loss:
         return targets * sizes.outputs * (12 + sizes.itemsize), of_output
     is_cpu = device.kind == "cpu"
-    piece = CHUNK_BYTES["cpu"] if is_cpu else chunk_on_card(device.room)
+    piece = CHUNK_BYTES["cpu"] if is_cpu else chunk_on_card(device.memory or device.room)
     least = CHUNK_BYTES_TRAINED if sizes.trains_output else 4 * CHUNK_TARGETS * sizes.outputs
     times = 2.5 if not is_cpu and sizes.itemsize == 2 else 2.0
     return int(times * min(max(piece, least), 4 * targets * sizes.outputs)), of_output

@@ -40,7 +40,10 @@ def translate(data: Mapping[str, Any], tool: str) -> tuple[dict[str, Any], dict[
             left[key] = "no option of this name here; see docs/coming-from.md"
             continue
         option, convert = table[key]
-        converted = convert(value, data)
+        try:
+            converted = convert(value, data)
+        except (AttributeError, TypeError, ValueError):
+            converted = Untranslated(f"{str(value)[:40]}: is not understood here")
         if isinstance(converted, Untranslated):
             left[key] = converted.why
         elif converted is not None:

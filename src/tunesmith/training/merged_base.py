@@ -92,8 +92,10 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
 
 
 def _is_merged(run: Run) -> bool:
+    """Whether the merged base is there, with its distance, unless it is of an earlier version, which measured none."""
     config, adapter = run.merged_path / "config.json", run.adapter_path / "adapter_config.json"
-    return config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
+    is_there = config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
+    return is_there and ((run.merged_path / FACTS).is_file() or not run.is_locked())
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:

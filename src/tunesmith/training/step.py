@@ -162,6 +162,7 @@ def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
 
     Raises GroupError where it ends.
     """
+    state.model.train()  # in which layers are recomputed
     try:
         torch.manual_seed(0)
         for batch in _batches(state, [rows] * times, 1, "learnt"):
