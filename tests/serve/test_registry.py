@@ -233,7 +233,9 @@ def test_a_run_that_cannot_share_its_base_has_a_model_of_its_own(made: Path, tmp
     assert [name for name, model in serving.models.items() if model.card.is_base] == ["model-llama"]
     assert len(serving.decoders) == 5
     for name, _, why in ALONE:
-        assert any(note.startswith(f"{tmp_path / name}: {why}: it has a model of its own, ") for note in notes)
+        assert any(
+            note.startswith(f"{tmp_path / name}: {why}, so it is loaded apart from the others, ") for note in notes
+        ), notes
     answers = set()
     for path in paths:
         voice = serving.models[path.name]

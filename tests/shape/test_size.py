@@ -12,8 +12,8 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_650, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_400, "twenty commands, what they print and what they refuse"),
-    "data": (8_900, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
+    "cli": (4_500, "twenty commands, what they print and what they refuse"),
+    "data": (9_250, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (3_700, "measures with intervals, answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (950, "answers of many sequences together, and those that go on from rows that were measured"),
