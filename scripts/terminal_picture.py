@@ -21,6 +21,8 @@ from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
 
 WIDTH = 100
+MOST_LINES = 35
+"""Of a picture that is read at a glance."""
 MOMENT = 0.6
 """Share of the steps after which the live area is drawn."""
 DARK = ((40, 44, 52), (224, 108, 117), (126, 201, 140), (229, 192, 123), (97, 175, 239), (198, 120, 221))
@@ -75,6 +77,8 @@ def main(run_path: str, target: str, question: str = "") -> None:
             drawn = True
     if question:
         ask(console, run_path, question)
+    if (num := console.export_text(clear=False).count("\n")) > MOST_LINES:
+        print(f"{target}: {num} lines, more than {MOST_LINES}: take a run with fewer evaluations", file=sys.stderr)
     svg = console.export_svg(title="tunesmith", theme=THEME, code_format=FORM, unique_id="tunesmith")
     Path(target).write_text(svg, encoding="utf-8")
 

@@ -99,7 +99,7 @@ def _without_times(event: Event) -> Any:
         differ = {"name", "seconds", "tokens_per_second", "peak_memory_bytes"}
         return {key: value for key, value in event.values["report"].items() if key not in differ}
     if event.kind == "plan":  # a repeated run starts from a recipe in which nothing is left to choose
-        return {key: value for key, value in event.values.items() if key not in ("choices", "given")}
+        return {key: value for key, value in event.values.items() if key not in ("choices", "given", "unusual")}
     return event.values
 
 

@@ -448,6 +448,12 @@ class Choice:
     reason: str
 
 
+class Aside(str):
+    """A note on what is as usual, which needs no action: the first lines of a run leave it out, its report does not."""
+
+    __slots__ = ()
+
+
 def has_new_head(plan: Mapping[str, Any]) -> bool:
     """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
     say; nearly every classifier and tagger did."""

@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,8 +20,6 @@ from tunesmith.phrases import about, between, percent
 from tunesmith.tasks import TASKS
 from tunesmith.types import Event
 
-COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
-
 
 def test_shares_and_times_are_written_in_one_way() -> None:
     assert [percent(0.712), percent(0.0), percent(-0.0001, 0), percent(1, 0)] == ["71.2 %", "0.0 %", "0 %", "100 %"]
@@ -32,13 +32,20 @@ def test_shares_and_times_are_written_in_one_way() -> None:
     assert between(9000, 8990, 9010) == "about 2.5 h"
 
 
-@pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_help_at_80_columns_breaks_no_word(name: str) -> None:
-    text = CliRunner().invoke(app, [*([name] if name else []), "--help"], env={"COLUMNS": "80"}).output
-    assert "bool" not in text
-    for param in get_command(app).commands[name].params if name else ():  # type: ignore[attr-defined]
-        for word in (param.metavar or "", *(one for one in param.opts if one.startswith("-"))):
-            assert word in text, f"{name}: {word} is broken"
+def paths_of(command: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """The words of every command, those below others too."""
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from paths_of(below, *path, name)
+
+
+@pytest.mark.parametrize("path", list(paths_of(get_command(app))), ids=" ".join)
+def test_help_at_80_columns_breaks_no_word(path: tuple[str, ...]) -> None:
+    """Every word of it is a word of a help that has room for all lines."""
+    narrow, wide = (CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": size}).output for size in ("80", "400"))
+    assert "bool" not in narrow
+    assert set(re.split(r"[\s│╭╮╰╯─]+", narrow)) <= set(re.split(r"[\s│╭╮╰╯─]+", wide))
+    assert max(map(len, narrow.splitlines())) <= 80
 
 
 @pytest.mark.pages
@@ -68,3 +75,54 @@ def test_what_nobody_has_to_act_on_does_not_alarm() -> None:
     series.add(usual)
     assert event_line(usual, series) == ""
     assert (series.notes, series.details) == ([], ["2 trained weights never got a gradient"])
+
+
+def test_the_last_of_three_commands_is_what_would_improve_the_result(tmp_path) -> None:
+    run, _, _ = fake_run(tmp_path / "run", "classes")
+    series = RunSeries.of([Event("plan", 0, 0.0, {"task": "embed"})])
+
+    def last_commands(report: dict[str, Any]) -> list[str]:
+        series.report = report
+        screen = Console(file=io.StringIO(), width=400, no_color=True)
+        RunDisplay(Silent(series), screen, series, lambda: False, as_json=False, quiet=False, runs=[run]).done(run)
+        lines = screen.file.getvalue().split("Next:")[1].splitlines()  # type: ignore[attr-defined]
+        return [line.strip() for line in lines if line.strip()]
+
+    assert [line.split()[1] for line in last_commands({})] == ["eval", "serve", "show"]
+    better = {"why": "The loss was still falling.", "settings": ["train.epochs=4"]}
+    *first, command, why = last_commands({"try_next": [better, better]})
+    assert [line.split()[1] for line in first] == ["eval", "serve"]
+    assert command.endswith(f"train --recipe {run.path / 'recipe.yaml'} --set train.epochs=4")
+    assert why == better["why"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_report_is_a_link_where_a_terminal_can_and_else_a_whole_path(tmp_path, monkeypatch, is_terminal) -> None:
+    run, _, _ = fake_run(tmp_path / "run", "classes")
+    (run.path / "report.html").touch()
+    monkeypatch.chdir(tmp_path)
+    near = type(run)(run.path.relative_to(tmp_path))
+    screen = Console(
+        file=io.StringIO(), width=200, force_terminal=is_terminal, color_system="256" if is_terminal else None
+    )
+    series = RunSeries()
+    RunDisplay(Silent(series), screen, series, lambda: False, as_json=False, quiet=False, runs=[near]).done(near)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    page = tmp_path / "run" / "report.html"
+    if is_terminal:
+        assert re.search(rf"\x1b\]8;[^;]*;{re.escape(page.as_uri())}\x1b\\run/report.html", text)
+    else:
+        assert f"report: {page}\n" in text
+
+
+def test_every_task_ends_in_three_commands() -> None:
+    assert {name: len(task.next_commands) for name, task in TASKS.items()} == dict.fromkeys(TASKS, 3)
+
+
+def test_the_baseline_is_a_column_of_the_table(tmp_path) -> None:
+    run, facts, progress = fake_run(tmp_path / "run", "two")
+    report = write_report(run, facts, progress)
+    screen = Console(file=io.StringIO(), width=200, no_color=True)
+    print_result(screen, report)
+    heads = next(line for line in screen.file.getvalue().splitlines() if "after" in line and "\t" in line)  # type: ignore[attr-defined]
+    assert heads.split("\t") == ["", "before", "after", "difference", report["baseline"]["name"]]

@@ -20,9 +20,10 @@ from tunesmith.cli import render
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, is_drawn, json_line
 from tunesmith.errors import Stopped
+from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES, command, duration, percent, size, visible
+from tunesmith.phrases import PHASES, command, duration, one_line, percent, plural, size, visible
 from tunesmith.types import Event
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tunesmith.runs.folder import Run
     from tunesmith.training.trainer import Listener
 
+MOST_FIRST = 10
+"""Lines of a plan before the first step, to which one or two on the untouched model come."""
 PLAIN_STEP_LINES = 10
 """Most step lines of a plain log, besides one every PLAIN_SECONDS."""
 PLAIN_SECONDS = 30.0
@@ -43,6 +46,8 @@ WHEN = {"before": "untouched model", "after": "tuned model"}
 
 class Silent(AbstractContextManager["Silent"]):
     """Shows nothing. Displays derive from it: they get every event, progress and note, in order."""
+
+    verbose = False
 
     def __init__(self, series: RunSeries) -> None:
         self.series = series
@@ -77,12 +82,12 @@ class Plain(Silent):
     def event(self, event: Event) -> None:
         super().event(event)
         if event.kind == "plan":
-            print_plan(self.console, self.series.plan)
+            print_start(self.console, self.series.plan, verbose=self.verbose)
         elif event.kind == "step" and self._step_is_due(event):
             self.say(step_line(self.series))
         elif event.kind == "end":
             render.print_result(self.console, self.series.report)
-        elif line := event_line(event, self.series):
+        elif line := event_line(event, self.series, verbose=self.verbose):
             self.say(line)
 
     def _step_is_due(self, event: Event) -> bool:
@@ -146,8 +151,10 @@ class Live(Silent):
             total = self.series.total_steps
             self.area.update(self.steps, description=words, completed=event.step, total=total, more=more, visible=True)
         elif event.kind == "plan":
-            print_plan(console, self.series.plan)
-            if values.get("sample") and not values.get("labels"):  # a class is not a token: the plan counts the classes
+            print_start(console, self.series.plan, verbose=self.verbose)
+            if (
+                self.verbose and values.get("sample") and not values.get("labels")
+            ):  # a class is not a token: the plan counts the classes
                 spans = [tuple(span) for span in values["sample"]]
                 console.print(render.sample_row(spans, in_color=console.color_system is not None), "")
         elif event.kind == "end":
@@ -155,7 +162,7 @@ class Live(Silent):
             render.print_result(console, self.series.report)
             if self.series.samples:
                 console.print(render.answers_table(self.series.samples, width=console.width, most=MOST_ANSWERS))
-        elif values.get("name") != "after" and (line := event_line(event, self.series)):
+        elif values.get("name") != "after" and (line := event_line(event, self.series, verbose=self.verbose)):
             console.print(visible(line), style="yellow" if event.kind == "note" else "")
 
 
@@ -165,27 +172,32 @@ def show_phase(area: Progress, task: TaskID, words: str, done: int, total: int) 
     area.update(task, description=words, completed=done, total=max(total, 1), more=share, visible=True)
 
 
-def display_for(console: Console, *, quiet: bool, series: RunSeries) -> Silent:
+def display_for(console: Console, *, quiet: bool, series: RunSeries, verbose: bool = False) -> Silent:
     """The display that suits the console. `series` may already hold an earlier part of the run."""
     if quiet:
         return Silent(series)
-    return Live(console, series) if console.is_terminal else Plain(console, series)
+    (display := (Live if console.is_terminal else Plain)(console, series)).verbose = verbose
+    return display
 
 
-def event_line(event: Event, series: RunSeries) -> str:
-    """One line on a measurement, a note, or a resumption; "" for other events."""
+def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str:
+    """One line on a measurement, a note, or a resumption; "" for other events and for what waits for the result or
+    needs no action, unless `verbose`."""
+    if not verbose and event.kind in ("answers", "general") and event.values["name"] == "before":
+        return ""  # the table at the end has them
     if event.kind in MEASURED:
         when = WHEN.get(event.values["name"], f"step {event.step}")
         return f"{when}: {MEASURED[event.kind]}{render.metric_line(event, series)}"
     if event.kind == "note":
-        return "" if event.values.get("detail") else f"note: {event.values['text']}"
+        is_aside = event.values.get("detail") or event.values.get("aside")
+        return "" if is_aside and not verbose else f"note: {event.values['text']}"
     return f"resumed after step {event.step} of {series.total_steps}" if event.kind == "resume" else ""
 
 
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """A plan as whole lines: facts, choices, notes."""
     lines = [f"{name}: {text}" for name, text in render.plan_facts(plan)]
-    lines += [f"chosen: {c['key']} = {render.option(c['value'])}: {c['reason']}" for c in plan.get("choices", ())]
+    lines += [_choice_line(choice) for choice in plan.get("choices", ())]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 
@@ -197,6 +209,35 @@ def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
         lines, style = [f"note: {text}" for text in plan.get("warnings", ())], "yellow"
     for line in lines:
         screen.print(visible(line), style=style)
+
+
+def print_start(screen: Console, plan: Mapping[str, Any], *, verbose: bool) -> None:
+    """A plan before the first step: its facts and what is unusual in at most `MOST_FIRST` lines; all if `verbose`."""
+    if verbose:
+        print_plan(screen, plan)
+        return
+    facts = render.first_facts(plan)
+    lines = "\n".join(f"{name}: {text}" for name, text in facts)
+    screen.print(render.facts_grid(facts, a_line_each=True) if screen.is_terminal else lines)
+    notes, choices = plan.get("warnings", ()), plan.get("choices", ())
+    to_act_on = [f"note: {text}" for text in notes if text not in plan.get("asides", ())]
+    unusual = [_choice_line(choice) for choice in choices if choice["key"] in plan.get("unusual", ())]
+    room = MOST_FIRST - 1 - len(facts)
+    shown = [*to_act_on, *unusual][:room]
+    for others, text in zip(reversed(range(len(shown))), shown, strict=True):
+        line = " ".join(visible(text).split())
+        if len(Text(line).wrap(screen, screen.width)) > room - others:
+            line = one_line(line, screen.width)
+        screen.print(line, style="yellow" if screen.is_terminal else "")
+        room -= len(Text(line).wrap(screen, screen.width))
+    num_notes = min(len(to_act_on), len(shown))
+    left = {"choice": len(choices) - len(shown) + num_notes, "note": len(notes) - num_notes}
+    if words := " and ".join(plural(num, f"more {noun}") for noun, num in left.items() if num):
+        screen.print(f"{words}: `tunesmith show` lists all, and --verbose", style=render.MUTED)
+
+
+def _choice_line(choice: Mapping[str, Any]) -> str:
+    return f"chosen: {choice['key']} = {render.option(choice['value'])}: {choice['reason']}"
 
 
 @contextmanager
@@ -307,24 +348,30 @@ class RunDisplay:
             page = run.path / "report.html"
             self.console.print(f"\nresult: {run.path}", soft_wrap=True)
             if page.exists():
-                linked = Text(str(page), style=f"link {page.resolve().as_uri()}")
-                self.console.print(Text.assemble("report: ", linked), soft_wrap=True)
+                is_link = self.console.is_terminal and self.console.color_system  # else no OSC 8 is written
+                shown = Text(str(page), style=f"link {page.resolve().as_uri()}") if is_link else str(page.resolve())
+                self.console.print(Text.assemble("report: ", shown), soft_wrap=True)
             self.console.print("\nNext:\n")
             task = TASKS.get(self.series.plan.get("task", ""))
+            better = self.series.report.get("try_next", ())[:1]
             for verb, *more in task.next_commands if task else (("eval", "FILE"), ("show",)):
-                self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
+                if verb != "show" or not better:
+                    self.console.print(f"  {command(verb, run.path, *more)}", soft_wrap=True)
+            for advice in better:
+                words = f"  {next_command(run.path, advice)}\n    {visible(advice['why'])}"
+                self.console.print(words, soft_wrap=True)
 
 
 @contextmanager
 def run_display(
-    *, as_json: bool, quiet: bool, earlier: Iterable[Event] = (), follows: bool = False
+    *, as_json: bool, quiet: bool, verbose: bool = False, earlier: Iterable[Event] = (), follows: bool = False
 ) -> Iterator[RunDisplay]:
     """A display for one run; `earlier` are the events of a run that is resumed. One that `follows` a run of another
     rank hears no event, and knows from its folder that it has begun."""
     series = RunSeries.of(earlier)
     series.started = False
     screen = console(stderr=as_json)
-    display = display_for(screen, quiet=quiet, series=series)
+    display = display_for(screen, quiet=quiet, series=series, verbose=verbose)
     runs: list[Run] = []
 
     def leave() -> None:

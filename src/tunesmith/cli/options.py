@@ -44,6 +44,9 @@ Json = Annotated[
     typer.Option("--json", callback=_remember_json, help="Print JSON on stdout, and everything for people on stderr."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and the result.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print every choice, every note and a row before the first step.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection; use what is on this machine.")]
 Base = Annotated[bool, typer.Option("--base", help="Use the untouched base of the run.")]
 BaseAt = Annotated[

@@ -132,14 +132,16 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
     counted = rows_and_targets(report["metrics"]["after"])
     screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED)
     other, ours = values.sides(report)
+    constant = [report["baseline"]["name"]] if any(line.baseline for line in lines) else []
     rows: list[list[str | Text]] = []
     for line in lines:
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
         compared = [with_bounds(line.other, line.other_bounds)] if other else []
         after = Text(with_bounds(line.after, line.after_bounds), style="bold")
         change = [Text(words, style=COLOURS.get(line.verdict, MUTED))] if other else []
-        rows.append([line.label, *compared, after, *change])
-    print_table(screen, ["", *([other] if other else []), ours, *(["difference"] if other else [])], rows)
+        rows.append([line.label, *compared, after, *change, *([line.baseline] if constant else [])])
+    heads = ["", *([other] if other else []), ours, *(["difference"] if other else []), *constant]
+    print_table(screen, heads, rows)
 
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
@@ -156,14 +158,32 @@ def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval
     return f"{info.label} {info.text(after[key]['value'])}{baseline}"
 
 
+def first_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of what a person wants to know before the first step, a line each; `plan_facts` has all."""
+    whole = dict(plan_facts({**plan, "forecast": None, "probe": None}))
+    facts = [(name, whole[name]) for name in ("model", "task")] + [("rows", f"{whole['rows']}; {_steps(plan)}")]
+    facts += [("labels", label_counts(plan["labels"], 4))] if plan.get("labels") else []
+    facts += [("runs on", whole["runs on"])] if whole.get("runs on") else []
+    if forecast := plan.get("forecast"):
+        each = " on each device" if forecast.get("group") else ""
+        facts.append(("memory", f"{size(forecast['memory']['total'])}{each} at most"))
+        facts += [("time", _span(forecast["seconds"]))] if forecast["seconds"] else []
+    return facts
+
+
+def facts_grid(facts: Iterable[tuple[str, str]], *, a_line_each: bool = False) -> Table:
+    """Names and texts in two columns; `a_line_each`: what is too long for its line ends in …."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=MUTED, no_wrap=True)
+    grid.add_column(overflow="ellipsis" if a_line_each else "fold", no_wrap=a_line_each)
+    for name, text in facts:
+        grid.add_row(name, Text(text))
+    return grid
+
+
 def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
     """Facts of the plan, then each choice that was made for the person."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style=MUTED, no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in plan_facts(plan):
-        facts.add_row(name, Text(text))
-    parts: list[RenderableType] = [facts]
+    parts: list[RenderableType] = [facts_grid(plan_facts(plan))]
     if plan.get("choices"):
         parts += [Text(), choices_table(plan["choices"])]
     return Panel(Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT, padding=(1, 2))
@@ -216,12 +236,12 @@ def given_options(given: Mapping[str, Any]) -> str:
     return ", ".join([*shown, *more])
 
 
-def label_counts(rows_of: Mapping[str, int]) -> str:
+def label_counts(rows_of: Mapping[str, int], most: int = MOST_LABELS) -> str:
     """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
-    names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:MOST_LABELS]]
+    names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:most]]
     shown = ", ".join(f"{name} {rows:,}" for name, (_, rows) in zip(names, by_size, strict=False))
-    more = f", … and {len(by_size) - MOST_LABELS} more" if len(by_size) > MOST_LABELS else ""
+    more = f", … and {len(by_size) - most} more" if len(by_size) > most else ""
     return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 
 
@@ -332,14 +352,23 @@ def _group(group: Mapping[str, Any]) -> str:
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
+    span, _, beside = _span(seconds).partition("; ")
+    if "work" not in seconds:
+        return span
+    training = seconds["work"]["training"]
+    each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
+    rest = f"{about(seconds['total'] - training['seconds'])} for all else"
+    return f"{span}: {each}, {rest}{f'; {beside}' if beside else ''}"
+
+
+def _span(seconds: Mapping[str, Any]) -> str:
+    """The whole time with its range, and what else the processor does: about 5 min (2–7)."""
     if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
         return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
-    training, low, high = seconds["work"]["training"], 1 - seconds["spread"], 1 + seconds["spread"]
+    total, low, high = seconds["total"], 1 - seconds["spread"], 1 + seconds["spread"]
     busy = seconds.get("busy", 0.0)  # which an earlier version did not look for
     beside = ""
     if busy >= LEAST_BUSY:
         high /= 1 - min(busy, MOST_BUSY)
-        beside = f"; other programs take {100 * busy:.0f} % of the processor"
-    total, rest = seconds["total"], seconds["total"] - training["seconds"]
-    each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
-    return f"{between(total, low * total, high * total)}: {each}, {about(rest)} for all else{beside}"
+        beside = f"; other programs take {percent(busy, 0)} of the processor"
+    return f"{between(total, low * total, high * total)}{beside}"

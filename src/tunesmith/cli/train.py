@@ -50,6 +50,7 @@ def train(
     offline: options.Offline = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Fine-tune MODEL on DATA: check the data, plan, measure, train, measure again, and write a run folder.
 
@@ -67,26 +68,27 @@ def train(
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
     how: dict[str, Any] = {"held_out": eval_, "recipe": recipe, "settings": settings, "fast": fast, "root": root}
     found = build_recipe("train", model, data, words=words, **how)
+    shown: dict[str, Any] = {"as_json": as_json, "quiet": quiet, "verbose": verbose}
     if ray is not None:
-        _tune_on_ray(found, ray, out=out, offline=offline, as_json=as_json, quiet=quiet)
+        _tune_on_ray(found, ray, out=out, offline=offline, shown=shown)
         return
-    _tune(found, out=out, root=root, offline=offline, as_json=as_json, quiet=quiet)
+    _tune(found, out=out, root=root, offline=offline, shown=shown)
 
 
-def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, as_json: bool, quiet: bool) -> None:
+def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, shown: dict[str, Any]) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.sweeps.ray_engine import train_on_ray
 
     if out is None:
         raise RecipeError("--ray: needs --out DIR on a disk that all workers see: a group started again goes on there.")
     address = os.environ.get("RAY_ADDRESS", "auto")
-    with run_display(as_json=as_json, quiet=quiet) as display:
+    with run_display(**shown) as display:
         heard = display.listener()
         run = train_on_ray(recipe, out=out, workers=workers, listener=heard, address=address, offline=offline)
         display.done(run)
 
 
-def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_json: bool, quiet: bool) -> None:
+def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, shown: dict[str, Any]) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.cli.export import make_planned
     from tunesmith.parallel.own_card import take_card
@@ -97,8 +99,9 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
     place = place_of(os.environ)
     take_card(place, recipe.device, os.environ)  # before an import can list the cards
     first = place.rank == 0
+    how = shown if first else {"as_json": False, "quiet": True, "follows": True}
     with (
-        run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first) as display,
+        run_display(**how) as display,
         tracked(recipe.track if first else (), offline=offline, say=display.tracked) as on_run,
     ):
         from tunesmith.training import trainer as training
@@ -110,7 +113,7 @@ def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, as_jso
         run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
         if first:
             display.done(run)
-            make_planned(run, as_json=as_json)
+            make_planned(run, as_json=shown["as_json"])
 
 
 def launch_ranks(recipe: Recipe) -> None:
@@ -132,6 +135,7 @@ def resume(
     offline: options.Offline = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Continue a run that was stopped, failed or killed, with the same result as if it had not been.
 
@@ -168,8 +172,9 @@ def resume(
     take_card(place, recipe.device, os.environ)
     first = place.rank == 0
     trackers, of_recipe = (track or [], found.recipe().track) if first else ([], ())
+    shown: dict[str, Any] = {"as_json": as_json and first, "quiet": quiet or not first, "follows": not first}
     with (
-        run_display(as_json=as_json and first, quiet=quiet or not first, follows=not first, earlier=earlier) as display,
+        run_display(**shown, verbose=verbose, earlier=earlier) as display,
         tracked(trackers, offline=offline, say=display.tracked, optional=of_recipe) as on_run,
     ):
         from tunesmith.training import trainer as training

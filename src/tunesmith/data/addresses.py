@@ -30,6 +30,7 @@ from tunesmith.errors import DataError, StorageError, hub_failures, one_line, wh
 from tunesmith.phrases import did_you_mean, listed, plural, size
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import TEMPORARY, clean, free_bytes, storing, write_atomic
+from tunesmith.types import Aside
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
@@ -129,7 +130,7 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
         register(address, [replace(one, is_kept=is_kept) for one in found])
         pinned = f"pinned to {address}: " if address != at else ""
         facts = f"{plural(len(found), 'file')}, {size(_sum(found))}, {_cost(missing[at], is_kept=is_kept)}"
-        notes += [f"{file.path}: {pinned}{facts}", *others[at]]
+        notes += [Aside(f"{file.path}: {pinned}{facts}"), *others[at]]
 
     def at_commit(file: DataFile) -> DataFile:
         return file.model_copy(update={"path": listings[file.at][0]}) if file.at in listings else file

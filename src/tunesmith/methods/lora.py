@@ -37,7 +37,7 @@ from tunesmith.models.heads import new_head_names
 from tunesmith.models.quantized import QuantizedLinear
 from tunesmith.models.special_tokens import new_token_ids
 from tunesmith.recipe.methods import DoraMethod, LowRankMethod
-from tunesmith.types import Attachment
+from tunesmith.types import Aside, Attachment
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -199,16 +199,14 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
         for other, one in tied_modules(model, modules).items()
     )
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
-        attachment.notes += (
-            f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen",
-        )
+        text = f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen"
+        attachment.notes += (Aside(text),)
     if not set(GROUPS).isdisjoint(settings.targets) and (gates := [one.name for one in routers(model)]):
         what = f"{len(gates)} layers such as {gates[0]} choose experts"
-        attachment.notes += (f"{what}: they have no adapter but where method.targets names them",)
+        attachment.notes += (Aside(f"{what}: they have no adapter but where method.targets names them"),)
     if unread:
-        attachment.notes += (
-            f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter",
-        )
+        text = f"{len(unread)} linear layers such as {unread[0].name} are not run by text: they have no adapter"
+        attachment.notes += (Aside(text),)
     for name, layer in attachment.layers.items():
         matrices = initial_matrices(layer, name=name, seed=seed)
         with torch.no_grad():

@@ -54,9 +54,10 @@ from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_to
 from tunesmith.phrases import listed
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import sha256_file
-from tunesmith.types import HeadName, Labels, ModelKind
+from tunesmith.types import Aside, HeadName, Labels, ModelKind
 
 OnNote = Callable[[str], None]
+_OF_A_HEAD = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|score|qa_outputs|predictions)\.")
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -225,14 +226,21 @@ def load_model(
     if config is not None and not keep and set(fresh).isdisjoint(found["missing_keys"]):
         on_note(f"{located.name} has a head for other labels ({listed(config.id2label.values())}): it is replaced")
     if fresh:
-        on_note(f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}")
+        said = f"new weights, drawn from seed {seed}, which {located.name} lacks or cannot use: {listed(fresh)}"
+        on_note(Aside(said) if set(fresh) <= set(heads.new_head_names(model)) else said)
     if unused := sorted(found["unexpected_keys"]):
-        on_note(f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}")
+        on_note(_unused_note(located, model, unused))
     if heads.pools_last(model) or (head == "vector" and config is not None and not located.is_gguf):
         choose_pad_token(model, tokenizer or load_tokenizer(located, None), on_note)
     if located.is_gguf:
         _forget_gguf(model, located)
     return model.to(device)
+
+
+def _unused_note(located: ModelRef, model: PreTrainedModel, unused: list[str]) -> str:
+    """A note on weights that were not loaded, which are as usual where they are those of another head."""
+    note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
+    return Aside(note) if all(map(_OF_A_HEAD.search, unused)) else note
 
 
 def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadName) -> Any:

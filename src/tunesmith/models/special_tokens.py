@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import pools_last
+from tunesmith.types import Aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ def choose_pad_token(
         )
     else:
         text = NEW if chosen == len(tokenizer) else tokenizer.convert_ids_to_tokens(chosen)
-        on_note(f"padding is {text} ({chosen}) from now on: the model's own was its end token, or there was none")
+        why = "the model's own was its end token, or there was none"
+        on_note(Aside(f"padding is {text} ({chosen}) from now on: {why}"))
 
 
 def with_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -71,6 +71,7 @@ TEXT = Task(
     answer_key="continuation",
     detected="rows are plain text, learnt as it is",
     headline_metrics=("perplexity", "bits_per_byte", "token_accuracy"),
+    next_commands=(("eval", "FILE"), ("export", "--to", "merged"), ("show",)),
 )
 SUMMARIZE = Task(
     name="summarize",
@@ -89,6 +90,7 @@ SUMMARIZE = Task(
     detected="rows are documents and their summaries",
     on_overlong=("cut", "the end of a document is cut, never its summary; cut rows are counted"),
     headline_metrics=("rougeL", "rouge1", "perplexity"),
+    next_commands=(("predict", "FILE"), ("eval", "FILE"), ("show",)),
 )
 CLASSIFY = Task(
     name="classify",

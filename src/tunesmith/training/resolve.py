@@ -18,6 +18,7 @@ from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
+from tunesmith.phrases import percent
 from tunesmith.planning import devices
 from tunesmith.planning.defaults import (
     HELD,
@@ -265,7 +266,7 @@ def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
     wanted, part = ROWS_OF_A_DEVICE * size, "few rows each: some wait for others"
     if forecast.device.kind != "cpu" and share is not None:
         wanted = math.ceil(rows * FULL / share)
-        part = f"{rows / size:.3g} rows each: they compute {100 * share:.0f} % of a step, and wait in the rest"
+        part = f"{rows / size:.3g} rows each: they compute {percent(share, 0)} of a step, and wait in the rest"
     if rows >= wanted:
         return []
     way = f"{wanted:,} would fill them, but are another update: fewer steps, each of more rows"

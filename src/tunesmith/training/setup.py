@@ -51,7 +51,7 @@ from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Choice, HeadName, Labels, Layout, ModelKind, Row
+from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, Row
 
 PROBED = 3
 """Rows that are looked at before the first step."""
@@ -323,9 +323,9 @@ def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
         kernels = ", ".join(agreement.kernels)
-        return layout, [f"attention: {kernels}, which a probe here found right"] if kernels else []
+        return layout, [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
-    return others[0], [note]
+    return others[0], [Aside(note)]
 
 
 def packed_agrees(

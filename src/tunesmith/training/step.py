@@ -15,6 +15,7 @@ from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
 from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
 from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
+from tunesmith.phrases import size
 from tunesmith.training.state import TrainState
 from tunesmith.types import Batch
 
@@ -149,7 +150,7 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
     where = f" on rank {found.rank}" if state.world.size > 1 else ""
     return OutOfMemoryError(
         f"step {step}: out of memory{where} in a micro-batch of one row of {found.tokens:,} tokens; "
-        f"{found.peak / 2**30:.2f} GiB were allocated at most. The update was not made.",
+        f"{size(found.peak)} were allocated at most. The update was not made.",
         step=step,
         lengths=[found.tokens],
         peak=found.peak,

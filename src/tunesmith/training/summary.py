@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import model_shown
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
-from tunesmith.types import Choice
+from tunesmith.types import Aside, Choice
 from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -58,6 +58,23 @@ def _choices(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     return [{"key": one.key, "value": plain(one.value), "reason": one.reason} for one in choices]
 
 
+_UNUSUAL: Mapping[str, Callable[[Choice], bool]] = {
+    "data.columns": lambda choice: True,  # the rows mean something else if this guess is wrong
+    "data.label_kind": lambda choice: choice.value == "number",
+    "task": lambda choice: "chat template" in choice.reason and choice.value != "chat",
+    "precision": lambda choice: "too large" in choice.reason,
+    "shard": lambda choice: choice.value is True,
+    "train.checkpointed_layers": lambda choice: choice.value > 0,
+    "train.tokens_per_pass": lambda choice: "would need" in choice.reason,
+}
+"""Choices that a person would not expect, or that are right only if a guess is; all others are as usual."""
+
+
+def unusual(choices: Sequence[Choice]) -> list[str]:
+    """Keys of the choices that are shown before the first step, in their order."""
+    return [choice.key for choice in choices if choice.key in _UNUSUAL and _UNUSUAL[choice.key](choice)]
+
+
 def plan_values(setup: Setup) -> dict[str, Any]:
     """Values of the "plan" event: what will be done, and why."""
     sampler = setup.sampler
@@ -65,6 +82,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         **_in_short(setup.recipe, setup.located.name, setup.rows),
         "given": setup.given,
         "choices": _choices(setup.choices),
+        "unusual": unusual(setup.choices),
         "rows": row_counts(setup),
         "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
         "longest_row": int(sampler.lengths_I.max()),
@@ -81,6 +99,7 @@ def plan_values(setup: Setup) -> dict[str, Any]:
         "windows": window_count(setup),
         "sample": sample_spans(setup),
         "warnings": setup.notes,
+        "asides": [note for note in setup.notes if isinstance(note, Aside)],
         "details": list(setup.attachment.details),
     }
 

@@ -35,7 +35,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
-from tunesmith.phrases import command
+from tunesmith.phrases import command, size
 from tunesmith.planning.forecast import heaviest
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
@@ -285,7 +285,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         session.emit("start", start_values(setup), {"environment": in_force(os.environ)})
         session.emit("plan", *_plan(setup, planned))
         if planned is None and setup.rows.found_again:
-            session.emit("note", {"text": setup.rows.found_again})
+            session.emit("note", {"text": setup.rows.found_again, "aside": True})
         use_reference(session)
     share_reference(setup)
     if fresh:
@@ -322,8 +322,9 @@ def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str
     if planned is None:
         return values, timing
     warnings = list(dict.fromkeys([*planned.values.get("warnings", ()), *values["warnings"]]))
-    kept = {key: planned.values[key] for key in ("given", "choices") if key in planned.values}
-    return {**values, **kept, "warnings": warnings}, {**planned.timing, **timing}
+    asides = list(dict.fromkeys([*planned.values.get("asides", ()), *values["asides"]]))
+    kept = {key: planned.values[key] for key in ("given", "choices", "unusual") if key in planned.values}
+    return {**values, **kept, "warnings": warnings, "asides": asides}, {**planned.timing, **timing}
 
 
 def _take_steps(session: Session) -> None:
@@ -381,7 +382,7 @@ def _halved(setup: Setup, event: Event) -> str:
         "; with dropout its gradient is approximate, since the ranks did not look at its rows again" if looks else ""
     )
     return (
-        f"out of memory in step {event.step} ({peak / 2**30:.2f} GiB at most): it was retried, and training continues, "
+        f"out of memory in step {event.step} ({size(peak)} at most): it was retried, and training continues, "
         f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout{again}"
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 from tunesmith.evaluation.compare import Comparison, Difference
 from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
+from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw, length_plot, scatter_plot, training_plots
 from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.series import RunSeries
@@ -87,6 +88,7 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
     made = {
         ("measures", "Measures"): _metrics(report),
         ("notes", "Worth knowing"): _notes(series, report),
+        ("next", "Try next"): _try_next(run, report),
         ("training", "Training"): _training(series, report),
         ("details", "Right and wrong"): _outcomes(report["details"]["after"]),
         ("answers", "Answers"): _answers(report),
@@ -135,6 +137,12 @@ def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Tab
     notes = list(dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes]))
     if notes:
         yield Block("items", notes)
+
+
+def _try_next(run: Run, report: Mapping[str, Any]) -> Iterator[Block | Table]:
+    for advice in report.get("try_next", ()):
+        yield Block("paragraph", advice["why"])
+        yield Block("code", next_command(run.path, advice))
 
 
 def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tunesmith.evaluation.compare import (
     too_few,
 )
 from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
+from tunesmith.evaluation.report.advice import try_next
 from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, is_short, sureness
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, plural
@@ -43,6 +44,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
     kept = facts.get("kept") or progress.get("kept") or {}
+    course = series.course(kept.get("step", progress["step"]))
     report = {
         **facts,
         "new_head": new_head,
@@ -54,9 +56,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "peak_memory_bytes": series.peak_bytes,
         "best": progress["best"],
         "kept": kept,
-        "held_out_curve": [
-            [step, values["loss"]] for step, values in series.course(kept.get("step", progress["step"]))
-        ],
+        "held_out_curve": [[step, values["loss"]] for step, values in course],
         "samples": [series.samples[index] for index in sorted(series.samples)],
         "class_weights": run.recipe().train.class_weights,
         "short_answers": are_short([sample["reference"] for sample in series.samples.values()]),
@@ -69,7 +69,8 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "surprising": _optional(run, "evaluation/surprising.json", {"looked_at": 0, "rows": []}),
         "general": _general_ability(series),
     }
-    return _judged(run, report)
+    judged = _judged(run, report)
+    return {**judged, "try_next": [asdict(one) for one in try_next(judged, run.recipe(), course)]}
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:
