@@ -49,7 +49,7 @@ def tables() -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def docs() -> str:
-    return "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    return "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md")))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """Fields that have other names than ours: what their values hold, which may be read without a word, and hints for
-the others. See docs/data.md, "Other names"."""
+the others. See docs/guide/data.md, "Other names"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/data.md."""
+"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/guide/data.md."""
 
 from __future__ import annotations
 

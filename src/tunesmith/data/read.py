@@ -1,4 +1,4 @@
-"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/data.md."""
+"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/guide/data.md."""
 
 from __future__ import annotations
 
