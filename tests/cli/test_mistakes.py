@@ -1,4 +1,4 @@
-"""The sixty commonest mistakes: each ends with the right exit code, a way out, and a word for `tunesmith explain`."""
+"""Sixty common mistakes: each ends with the right exit code, a way out, and a word for `tunesmith explain`."""
 
 import json
 import shutil
