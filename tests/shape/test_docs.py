@@ -75,6 +75,13 @@ def test_page_exists(page: str) -> None:
     assert (ROOT / page).read_text("utf-8").strip()
 
 
+def test_the_api_page_has_every_public_name() -> None:
+    import tunesmith
+
+    page = (ROOT / "docs" / "reference" / "api.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: tunesmith\.(\w+)$", page, re.MULTILINE)) == sorted(tunesmith.__all__)
+
+
 def test_docs_map_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text("utf-8")
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]

@@ -67,7 +67,11 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder."""
+    """A run folder.
+
+    Example:
+        print(tunesmith.Run.open("last").metrics["loss"]["value"])
+    """
 
     path: Path
     base: str | None = None
