@@ -74,8 +74,8 @@ def train(
         InputError: recipe, data or model cannot be used; nothing was written.
         Stopped: asked to stop; `tunesmith.resume(run)` goes on.
 
-    Example:
-        run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
+    Examples:
+        >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
     """
     given = dict(options)
     if model is not None:
@@ -125,8 +125,8 @@ def resume(
     Raises:
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
 
-    Example:
-        run = tunesmith.resume("last")
+    Examples:
+        >>> run = tunesmith.resume("last")
     """
     found = _opened(run, root, model)
     if found.recipe().devices != "auto" and devices_of(found.recipe()) > 1:
@@ -170,8 +170,8 @@ def predict(
     Raises:
         InputError: the run or the model cannot be used.
 
-    Example:
-        answers = tunesmith.predict("last", ["How do I reset it?"])
+    Examples:
+        >>> answers = tunesmith.predict("last", ["How do I reset it?"])
     """
     given = [rows] if isinstance(rows, (str, Mapping)) else rows
     where = _where(target, model)
@@ -201,8 +201,8 @@ def evaluate(
     Raises:
         InputError: run, model or judge cannot be used; of it DataError: rows cannot be.
 
-    Example:
-        loss = tunesmith.evaluate("last", "test.jsonl")["loss"]
+    Examples:
+        >>> loss = tunesmith.evaluate("last", "test.jsonl")["loss"]
     """
     if not isinstance(data, (str, PathLike)) and not is_rows(data):
         raise InputError(
@@ -230,8 +230,8 @@ def load(
     Raises:
         InputError: of it RunError: there is no such run; ModelError: its model cannot be used.
 
-    Example:
-        model, tokenizer = tunesmith.load("last")
+    Examples:
+        >>> model, tokenizer = tunesmith.load("last")
     """
     found = _opened(run, root, model)
     speaker = load_run(found, offline=offline)

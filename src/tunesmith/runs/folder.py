@@ -69,8 +69,8 @@ class _Place:
 class Run:
     """A run folder.
 
-    Example:
-        print(tunesmith.Run.open("last").metrics["loss"]["value"])
+    Examples:
+        >>> print(tunesmith.Run.open("last").metrics["loss"]["value"])
     """
 
     path: Path

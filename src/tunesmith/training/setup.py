@@ -123,9 +123,9 @@ def prepare(
     Raises:
         InputError: RecipeError, DataError, ModelError: input that cannot be used; DoesNotFitError: too little memory.
 
-    Example:
-        recipe = tunesmith.Recipe(model="smollm2", data={"train": ["support.jsonl"]})
-        setup = tunesmith.prepare(recipe, root=Path("runs"))
+    Examples:
+        >>> recipe = tunesmith.Recipe(model="smollm2", data={"train": ["support.jsonl"]})
+        >>> setup = tunesmith.prepare(recipe, root=Path("runs"))
     """
     world = world or World()
     found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
