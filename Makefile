@@ -11,7 +11,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow tutorials check format bench bench-quick bench-classify clean
+.PHONY: help demo test test-slow tutorials check format bench bench-quick bench-classify docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ check: $(STAMP)-dev ## what a change has to pass: lint, format, types, layers, t
 tutorials: $(STAMP)-test ## every block of docs/tutorials, its numbers within the ranges that it states; ARGS="comments" for one page
 	$(BIN)/python scripts/tutorials.py $(ARGS)
 
+docs: $(STAMP)-docs ## the pages as a site with search, in site/; any dead link fails
+	$(BIN)/python -m mkdocs build --strict
+
 format: $(STAMP)-dev ## put the code into the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -55,8 +58,9 @@ clean: ## remove the environment and caches; runs and models stay
 $(STAMP)-demo: EXTRA :=
 $(STAMP)-test: EXTRA := [test]
 $(STAMP)-dev: EXTRA := [test,dev]
+$(STAMP)-docs: EXTRA := [docs]
 
-$(STAMP)-demo $(STAMP)-test $(STAMP)-dev:
+$(STAMP)-demo $(STAMP)-test $(STAMP)-dev $(STAMP)-docs:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "Tunesmith needs Python 3.10 or newer; $(PYTHON) is older. Say which: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || { \

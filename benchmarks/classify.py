@@ -124,7 +124,7 @@ def read_peer(path: Path) -> Answer:
 
 
 def read_run(run: Path, labels: Sequence[str]) -> Answer:
-    """Of Tunesmith's run folder; docs/runs.md says what is in it. ValueError: it measured other rows than these."""
+    """Of Tunesmith's run folder; described in docs/guide/runs.md. ValueError: it measured other rows than these."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in events if event["kind"] == "step"]
     begun = steps[0]["time"] - steps[0]["timing"]["seconds"]

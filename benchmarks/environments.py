@@ -19,7 +19,7 @@ ENVIRONMENTS = {
     "llamafactory": ("torch>=2.13", "llamafactory==0.9.5"),
     "litgpt": ("torch>=2.13", "litgpt==0.5.13", "requests"),
 }
-"""What is installed for each peer: releases that the tables of docs/performance.md were measured with."""
+"""What is installed for each peer: releases that the tables of docs/inside/performance.md were measured with."""
 
 
 def build(folder: Path, name: str) -> str:

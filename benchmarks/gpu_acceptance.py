@@ -5,8 +5,8 @@
 
 The second form walks through every check where no card is, with tiny models and faked functions of torch.cuda. What
 was found is in `accept.json`, and as a table in `accept.md`. What CUDA computes is compared with float32 on a
-processor; speed, synchronisations, launches and memory are measured. Exit code 0: no check failed. docs/gpu.md has all
-checks and the bars.
+processor; speed, synchronisations, launches and memory are measured. Exit code 0: no check failed. All checks and
+the bars: docs/guide/gpu.md.
 """
 
 from __future__ import annotations

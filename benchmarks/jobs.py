@@ -1,6 +1,6 @@
 """`python -m benchmarks.jobs --model FOLDER`: a server of fine-tuning jobs, beside a copy and `tunesmith train`.
 
-One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part; docs/jobs.md has the results.
+One client on the loopback, a store with 10,000 jobs and files. `--only lists` for a part. Results: performance.md.
 """
 
 from __future__ import annotations

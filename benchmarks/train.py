@@ -223,7 +223,7 @@ def train_words(settings: Settings, work: Path, run: Path, *, seed: int) -> list
 
 
 def read_run(run: Path) -> Log:
-    """Of Tunesmith's run folder; docs/runs.md says what is in it."""
+    """Of Tunesmith's run folder; docs/guide/runs.md says what is in it."""
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     steps = [event for event in events if event["kind"] == "step"]
     saved = next(folder for folder in (run / "adapter", run / "model") if folder.is_dir())

@@ -13,7 +13,7 @@ from benchmarks.table import place
 from benchmarks.train import OURS, Turn
 
 BEGIN, END = "<!-- measured by benchmarks train: begin -->", "<!-- measured by benchmarks train: end -->"
-"""Between these lines of docs/performance.md the page goes."""
+"""Between these lines of docs/inside/performance.md the page goes."""
 COLUMNS: Mapping[str, tuple[Callable[[Turn], float | None], str]] = {
     "tokens/s": (lambda turn: turn.tokens_per_second, ".0f"),
     "targets/s": (lambda turn: turn.targets_per_second, ".0f"),

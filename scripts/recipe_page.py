@@ -1,4 +1,4 @@
-"""Prints docs/recipe.md, the table of all options: `python scripts/recipe_page.py > docs/recipe.md`."""
+"""Prints the table of all options: `python scripts/recipe_page.py > docs/reference/recipe.md`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Files are YAML, with the types of YAML 1.2 (`no` and `2024-01-01` are text, `1e-
 
 
 def page() -> str:
-    """The page docs/recipe.md."""
+    """The page docs/reference/recipe.md."""
     tables: dict[str, list[str]] = {"": []}
     tables.update({key: [] for key in sections()})
     for option in options().values():

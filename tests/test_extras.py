@@ -41,7 +41,7 @@ def test_the_command_names_the_packages_and_this_python(
 
 
 def test_doctor_lists_every_extra_for_users() -> None:
-    assert set(EXTRAS) == {text.rpartition("== ")[2].strip("'") for text in required()} - {"test", "dev"}
+    assert set(EXTRAS) == {text.rpartition("== ")[2].strip("'") for text in required()} - {"test", "dev", "docs"}
 
 
 def test_without_an_installed_tunesmith_the_command_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_a_refusal_of_rows_says_what_to_write_in_python(tmp_path: Path) -> None:
 
 
 def test_it_is_asked_whether_to_stop_before_the_first_step_and_after_each(tmp_path: Path) -> None:
-    """As docs/python.md says: the third call, after the second step, stops there."""
+    """As docs/guide/python.md says: the third call, after the second step, stops there."""
     calls: list[int] = []
 
     def at_the_third() -> bool:

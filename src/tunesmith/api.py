@@ -73,6 +73,9 @@ def train(
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
         Stopped: asked to stop; `tunesmith.resume(run)` goes on.
+
+    Examples:
+        >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
     """
     given = dict(options)
     if model is not None:
@@ -121,6 +124,9 @@ def resume(
 
     Raises:
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
+
+    Examples:
+        >>> run = tunesmith.resume("last")
     """
     found = _opened(run, root, model)
     if found.recipe().devices != "auto" and devices_of(found.recipe()) > 1:
@@ -159,6 +165,13 @@ def predict(
 
     `target` is a run or a model; `base` asks the untouched model of a run, `task` says what to ask of a model.
     `model`: where the model that a run was made from is now, if it was moved.
+    A row that cannot be used has {"error": ...} in its place.
+
+    Raises:
+        InputError: the run or the model cannot be used.
+
+    Examples:
+        >>> answers = tunesmith.predict("last", ["How do I reset it?"])
     """
     given = [rows] if isinstance(rows, (str, Mapping)) else rows
     where = _where(target, model)
@@ -184,6 +197,12 @@ def evaluate(
     answers measured; None: 50 for the tasks chat, generate and summarize. `judge`, a run of task reward or a model that
     writes, gives nothing but the rates at which answers of the run win against those from before; rows may be prompts.
     `model`: where the model that a run was made from is now, if it was moved.
+
+    Raises:
+        InputError: run, model or judge cannot be used; of it DataError: rows cannot be.
+
+    Examples:
+        >>> loss = tunesmith.evaluate("last", "test.jsonl")["loss"]
     """
     if not isinstance(data, (str, PathLike)) and not is_rows(data):
         raise InputError(
@@ -206,7 +225,14 @@ def load(
     offline: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The tuned model of a run and its tokenizer, as `transformers` uses them. `model`: where the model that it was
-    made from is now, if it was moved."""
+    made from is now, if it was moved.
+
+    Raises:
+        InputError: of it RunError: there is no such run; ModelError: its model cannot be used.
+
+    Examples:
+        >>> model, tokenizer = tunesmith.load("last")
+    """
     found = _opened(run, root, model)
     speaker = load_run(found, offline=offline)
     return speaker.model, speaker.renderer.tokenizer

@@ -55,7 +55,7 @@ def card_share(usual: float = 1.0) -> float:
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Set what measurably helps in this process and its children, unless it is set; call it before torch is imported.
 
-    Measured: docs/EXPERIMENTS.md.
+    Measured: docs/inside/EXPERIMENTS.md.
     """
     environ.update(SAFE_PATH)
     # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for each

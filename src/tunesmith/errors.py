@@ -58,7 +58,7 @@ class TunesmithError(Exception):
 
     exit_code = 1
     topic = ""
-    """Where there is more to say: a heading of docs/troubleshooting.md, for `tunesmith explain`."""
+    """Where there is more to say: a heading of docs/guide/troubleshooting.md, for `tunesmith explain`."""
 
 
 class InputError(TunesmithError):

@@ -101,7 +101,7 @@ def test_of_one_kind_in_a_file_three_are_printed() -> None:
 def test_what_is_said_of_a_file_is_said_once() -> None:
     (problem,) = problems(1)
     result = CliRunner().invoke(failing_app(errors.DataError(str(problem), [problem])), ["fail"])
-    assert result.stderr.splitlines() == [str(problem)]
+    assert result.stderr.splitlines() == [str(problem), MORE]
 
 
 def test_machines_are_told_every_problem() -> None:

@@ -27,7 +27,7 @@ def test_the_topic_of_an_error_is_a_part_of_the_page(kind: type[errors.Tunesmith
 
 
 def test_words_are_the_anchors_of_the_page() -> None:
-    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    text = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text("utf-8")
     assert list(parts()) == re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert all(re.fullmatch(r"[a-z-]+", word) for word in parts())
 
@@ -54,4 +54,5 @@ def test_an_unknown_word_gets_the_nearest_one() -> None:
 
 
 def test_a_wheel_holds_the_page() -> None:
-    assert '"docs/troubleshooting.md" = "tunesmith/troubleshooting.md"' in Path(ROOT / "pyproject.toml").read_text()
+    packed = '"docs/guide/troubleshooting.md" = "tunesmith/troubleshooting.md"'
+    assert packed in Path(ROOT / "pyproject.toml").read_text()

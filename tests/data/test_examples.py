@@ -136,11 +136,11 @@ def test_the_fields_of_dolly_are_all_in_the_line_to_copy(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("row", "task", "fix"),
     [
-        ({"text": "a", "label": "b"}, "chat", "Add --set task=classify."),
-        (PAIR, "classify", "Add --set task=chat."),
-        ({"text": "a"}, "classify", "Add --set task=text."),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chat", "Add --set task=prefer."),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "generate", "Add --set task=prefer."),
+        ({"text": "a", "label": "b"}, "chat", "Give --task classify."),
+        (PAIR, "classify", "Give --task chat."),
+        ({"text": "a"}, "classify", "Give --task text."),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "chat", "Give --task prefer."),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "generate", "Give --task prefer."),
     ],
 )
 def test_rows_of_another_task_are_said_to_be_that(row: dict[str, Any], task: TaskName, fix: str, tmp_path: Path):

@@ -30,7 +30,7 @@ def findings(path: Path) -> list[Problem]:
 
 
 def test_every_code_is_documented_and_every_documented_code_exists():
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "data.md").read_text("utf-8")
     documented = set(re.findall(r"^\| `(\w+)`(?: †)? \| (?:error|warning) ", page, re.MULTILINE))
     source = "".join(path.read_text("utf-8") for path in Path(data.__file__).parent.rglob("*.py"))
     assert {case.code for case in CASES} <= documented

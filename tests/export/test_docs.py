@@ -15,7 +15,7 @@ from tunesmith.export.gguf_models import ARCHITECTURES
 from tunesmith.export.onnx import KNOWN
 from tunesmith.export.run_result import open_result
 
-PAGE = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guide" / "export.md").read_text("utf-8")
 
 
 def test_every_target_has_a_section() -> None:

@@ -1,4 +1,4 @@
-"""Traps of docs/correctness.md on the way out: what each export must not lose, and a planted copy of each bug."""
+"""Traps of docs/inside/correctness.md on the way out: what no export may lose, and a planted copy of each bug."""
 
 import json
 import re

@@ -36,7 +36,7 @@ DIFFERENCES = {
     ("ListFilesResponse", "first_id"), ("ListFilesResponse", "last_id"),  # null in an empty list
     *(("Model", name) for name in ("task", "answers", "max_tokens", "base", "labels", "tool_calls")),  # ours
 }  # fmt: skip
-"""(schema, place) of what differs on purpose; docs/jobs.md has the reasons."""
+"""(schema, place) of what differs on purpose; docs/guide/jobs.md has the reasons."""
 TYPES: dict[str, type[BaseModel]] = {
     "FineTuningJob": FineTuningJob, "FineTuningJobEvent": FineTuningJobEvent,
     "FineTuningJobCheckpoint": FineTuningJobCheckpoint, "OpenAIFile": FileObject, "DeleteFileResponse": FileDeleted,

@@ -491,8 +491,8 @@ def test_saved_files_compute_the_same_in_a_new_process(tmp_path: Path) -> None:
 
 
 def test_every_method_has_its_page() -> None:
-    """Paper, cost, when, when not: in its section of docs/methods.md."""
-    page = (Path(__file__).parents[2] / "docs/methods.md").read_text("utf-8")
+    """Paper, cost, when, when not: in its section of docs/guide/methods.md."""
+    page = (Path(__file__).parents[2] / "docs/guide/methods.md").read_text("utf-8")
     sections = {part.partition("\n")[0].strip(): part for part in page.split("\n## ")[1:]}
     for name in METHODS:
         for word in ("**Cost.**", "**When.**", "**When not.**"):

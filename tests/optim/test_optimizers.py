@@ -108,7 +108,7 @@ def test_what_an_optimizer_does_not_take_is_left_to_adamw(name: str) -> None:
 
 
 BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "lion": 4.0, "adafactor": 0.09, "muon": 4.0}
-"""Bytes of state a weight of a matrix inside a layer [128, 64], as docs/optimizers.md has them."""
+"""Bytes of state a weight of a matrix inside a layer [128, 64], as docs/reference/optimizers.md has them."""
 
 
 @every

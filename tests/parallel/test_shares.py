@@ -36,7 +36,7 @@ def test_what_a_rank_gets_does_not_depend_on_the_order(costs, size, random):
 
 @pytest.mark.parametrize(("rows", "size", "least"), [(64, 8, 0.96), (16, 2, 0.99)])
 def test_balance_is_that_of_lognormal_lengths(rows, size, least):
-    """docs/devices.md names these: the mean of 300 steps."""
+    """docs/guide/devices.md names these: the mean of 300 steps."""
     draw = np.random.default_rng(0)
     found = []
     for _ in range(300):

@@ -107,8 +107,8 @@ def test_default_recipe_shows_docs_and_the_other_methods_options():
 
 
 def test_the_page_is_current():
-    written = (ROOT / "docs" / "recipe.md").read_text("utf-8")
-    assert written == page(), "write it again: python scripts/recipe_page.py > docs/recipe.md"
+    written = (ROOT / "docs" / "reference" / "recipe.md").read_text("utf-8")
+    assert written == page(), "write it again: python scripts/recipe_page.py > docs/reference/recipe.md"
 
 
 def test_every_option_and_section_is_documented():

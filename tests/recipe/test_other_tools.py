@@ -130,7 +130,7 @@ def test_a_recipe_of_ours_is_no_file_of_theirs(tmp_path: Path) -> None:
 
 
 def test_every_option_has_a_row_in_docs_and_is_one_of_ours() -> None:
-    page = (ROOT / "docs" / "coming-from.md").read_text("utf-8")
+    page = (ROOT / "docs" / "guide" / "coming-from.md").read_text("utf-8")
     rows = set(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|$", page, re.MULTILINE))
     tables = {(key, value[0]) for key, value in (LLAMA_FACTORY | AXOLOTL).items() if value[0]}
     tables |= {(key, value[0]) for key, value in LLAMA_FACTORY.items() if value[0]} | set(OTHER_NAMES.items())

@@ -240,7 +240,7 @@ def test_one_line_can_be_told_of_each_request(server: Running) -> None:
 
 
 def test_every_parameter_is_on_its_page() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "http.md").read_text("utf-8")
     taken = {*ChatBody.model_fields, *CompletionBody.model_fields, *ClassifyBody.model_fields}
     for name in taken:
         assert f"`{name}" in page or f'"{name}"' in page, name

@@ -49,7 +49,7 @@ def tables() -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def docs() -> str:
-    return "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    return "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md")))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,13 @@ def test_every_row_of_a_table_is_documented_and_tested(docs: str, tests: str) ->
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "docs/README.md"])
 def test_page_exists(page: str) -> None:
     assert (ROOT / page).read_text("utf-8").strip()
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    import tunesmith
+
+    page = (ROOT / "docs" / "reference" / "api.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: tunesmith\.(\w+)$", page, re.MULTILINE)) == sorted(tunesmith.__all__)
 
 
 def test_docs_map_names_every_page() -> None:

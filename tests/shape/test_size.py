@@ -32,7 +32,7 @@ ROOMS = {
     "trackers": (750, "four experiment trackers"),
     "training": (3_900, "the loop, and a run around it"),
 }
-"""Lines that a room may have, and what for: docs/decisions/004-size-of-the-package.md."""
+"""Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 
 
 def test_files_and_functions_are_short() -> None:

@@ -1,4 +1,4 @@
-"""The table of traps in docs/correctness.md and the markers in the tests agree, and the files of each plant bugs."""
+"""Traps in docs/inside/correctness.md and the markers in the tests agree, and the files of each plant bugs."""
 
 import re
 
@@ -32,9 +32,8 @@ def marked() -> dict[str, set[str]]:
 
 def table() -> list[tuple[str, str]]:
     """(id, test files) of each row, in order."""
-    return re.findall(
-        r"^\| ([LTRASMDP]\d+b?) \|.*\| ([^|]+) \|$", (ROOT / "docs/correctness.md").read_text("utf-8"), re.MULTILINE
-    )
+    page = (ROOT / "docs/inside/correctness.md").read_text("utf-8")
+    return re.findall(r"^\| ([LTRASMDP]\d+b?) \|.*\| ([^|]+) \|$", page, re.MULTILINE)
 
 
 def documented() -> dict[str, set[str]]:

@@ -46,7 +46,7 @@ def sigma(x: float) -> float:
 
 
 def by_hand(loss: str, s: Any, n: Any, ref: Any, o: Prefer) -> float:
-    """The formulas of docs/preferences.md, written out."""
+    """The formulas of docs/guide/preferences.md, written out."""
     (sc, sj), (nc, nj), (pc, pj) = s, n, ref
     b, e, m, a = o.beta, o.label_smoothing, o.margin, o.length * (nc - nj)
     x = b * ((sc - pc) - (sj - pj)) - m - a

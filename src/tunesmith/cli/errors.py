@@ -53,11 +53,11 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     if isinstance(error, Stopped):
         _print(str(error), style="yellow")
         return error.exit_code
+    all_said = False
     if isinstance(error, DataError) and error.problems:
         print_problems(error.problems)
-        if str(error) == "\n".join(map(str, error.problems)):
-            return error.exit_code  # all is said
-    for line in explained(error):
+        all_said = str(error) == "\n".join(map(str, error.problems))
+    for line in explained(error)[int(all_said) :]:
         _print(line, style="bold red")
     return error.exit_code if isinstance(error, TunesmithError) else FAILED
 

@@ -14,7 +14,7 @@ from tunesmith.cli.streams import console
 from tunesmith.errors import InputError
 
 PAGE = "troubleshooting.md"
-"""The page of docs/, which a wheel holds too."""
+"""The page of docs/guide, which a wheel holds too."""
 
 
 def explain(
@@ -45,7 +45,7 @@ def explain(
 def parts() -> dict[str, str]:
     """The text of the page by its words."""
     packed = files("tunesmith").joinpath(PAGE)
-    from_checkout = Path(__file__).resolve().parents[3] / "docs" / PAGE
+    from_checkout = Path(__file__).resolve().parents[3] / "docs" / "guide" / PAGE
     text = packed.read_text("utf-8") if packed.is_file() else from_checkout.read_text("utf-8")
     found = re.split(r"^## (.+)\n", re.sub(r"^# .*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
     return {word: part.strip() for word, part in zip(found[1::2], found[2::2], strict=True)}

@@ -73,7 +73,7 @@ class JobServerClient:
         if job == "last":
             found = self.ask("GET", "", limit=1)["data"]
             if not found:
-                raise InputError(f"{self.url}: there are no jobs yet. docs/jobs.md shows how a script makes one.")
+                raise InputError(f"{self.url}: there are no jobs yet. docs/guide/jobs.md shows how a script makes one.")
             job = found[0]["id"]
         return f"/{urllib.parse.quote(job, safe='')}"
 

@@ -39,7 +39,7 @@ def sweep(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="local|auto|HOST:PORT", help="Run trials at once on Ray (extra ray): docs/sweep.md."),
+        typer.Option(metavar="local|auto|HOST:PORT", help="Trials at once on Ray (extra ray); docs/guide/sweep.md."),
     ] = None,
     root: Root = Path("runs"),
     offline: Offline = False,

@@ -1,5 +1,5 @@
 """Fields that have other names than ours: what their values hold, which may be read without a word, and hints for
-the others. See docs/data.md, "Other names"."""
+the others. See docs/guide/data.md, "Other names"."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def explain(
     if shape is not None and task is not None:
         tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
         message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
-        return "other_task", message, f"Add --set task={tasks.split()[0]}. {suggested}".strip()
+        return "other_task", message, f"Give --task {tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
     if misspelt := _misspelt(tuple(record)[:MOST_NAMES], tuple(wanted)):

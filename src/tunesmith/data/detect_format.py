@@ -78,7 +78,7 @@ def detect_format(path: str, head: bytes, suffixes: Sequence[str] = ()) -> tuple
     if reason := no_text(head):
         raise refusal(path, 0, *reason)
     if not text and len(head) < HEAD_BYTES:
-        raise refusal(path, 0, "empty_dataset", "it holds no row.")
+        raise refusal(path, 0, "empty_dataset", "it holds no row.", "Give a file with rows.")
     if "CoNLL" in SUFFIXES.get(suffix_of(path), ()) or _is_tagged(text):
         return "CoNLL", " "
     if text[:1] in (b"{", b"", b"["):

@@ -1,4 +1,4 @@
-"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/data.md."""
+"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/guide/data.md."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ class FileExamples:
         if shape is None:
             code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
             if self.facts.columns is not None:
-                raise refusal(self.facts.path, 1, code, message, fix)
+                header = " If line 1 is a row, put the columns' names above it." if self.facts.kind == "CSV" else ""
+                raise refusal(self.facts.path, 1, code, message, fix + header)
             self.on_problem(Problem(source, code, message, fix))
         elif self.shape is not None:
             message = f"the row has the shape {shape}, but those before it have {self.shape}."

@@ -1,4 +1,4 @@
-"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/data.md."""
+"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/guide/data.md."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _rows(
         on_problem(Problem(Source(path, 0), "document_marks", message, severity="warning"))
     if facts.rows == 0:
         held = f"no row, only the names of columns: {names(facts.columns)}" if facts.columns else "no row"
-        raise refusal(path, 0, "empty_dataset", f"it holds {held}.")
+        raise refusal(path, 0, "empty_dataset", f"it holds {held}.", "Give a file with rows.")
 
 
 def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, Any]]:

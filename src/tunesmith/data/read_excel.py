@@ -65,7 +65,7 @@ def _sheet(facts: FileFacts, stream: Any) -> Iterator[tuple[int, tuple[Any, ...]
         _refuse_large(facts, stream)
         book = openpyxl.load_workbook(stream, read_only=True, data_only=True, keep_links=False)
         if not book.worksheets:
-            raise refusal(facts.path, 0, "empty_dataset", "it has no sheet with cells.")
+            raise refusal(facts.path, 0, "empty_dataset", "it has no sheet with cells.", "Give a file with rows.")
         sheet = book.worksheets[0]
         facts.sheets = (sheet.title, *(other.title for other in book.worksheets[1:]))
         sheet.reset_dimensions()  # what a file says of its size is not believed

@@ -1,4 +1,4 @@
-"""Examples to rows: token ids, and which of them are trained; see docs/rendering.md."""
+"""Examples to rows: token ids, and which of them are trained; see docs/inside/rendering.md."""
 
 # T tokens, N targets
 

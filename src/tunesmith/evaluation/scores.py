@@ -1,7 +1,7 @@
 """Metrics of a task from the results of its rows, each with its interval, and metrics of generated answers.
 
 A row's result is one line of evaluation/<name>.jsonl. Values equal those of scikit-learn, scipy, seqeval and
-rouge-score. Definitions: docs/measures.md.
+rouge-score. Definitions: docs/reference/measures.md.
 """
 
 # I rows, C classes

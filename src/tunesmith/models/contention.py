@@ -5,7 +5,7 @@ is waited for often has no core, and the spinning one keeps it from getting one:
 two steps in 28 seconds. libgomp fixes how long threads spin when a process starts, with one exception in its manual
 (GOMP_SPINCOUNT): while it manages more threads than there are cores, threads spin 100 turns and then sleep. So an
 additional, idle team of threads makes all others sleep while they wait, for as long as it exists, and a run gets its
-fair share of the cores. Measured: docs/EXPERIMENTS.md.
+fair share of the cores. Measured: docs/inside/EXPERIMENTS.md.
 """
 
 from __future__ import annotations

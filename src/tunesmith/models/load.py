@@ -125,6 +125,9 @@ def model_kind(located: ModelRef) -> ModelKind:
     )
 
 
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")
+
+
 def load_tokenizer(
     located: ModelRef, template: str | None, *, on_note: OnNote = lambda text: None
 ) -> PreTrainedTokenizerBase:
@@ -138,6 +141,9 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(**pretrained_args(located))
     except ModelError as error:  # transformers takes a file that it cannot read for one of tiktoken
         alone = sorted(path.name for path in located.path.glob("*.model"))
+        if located.path.is_dir() and not any(any(located.path.glob(name)) for name in _TOKENIZER_FILES):
+            way = "Copy the tokenizer files of its base model into it, tokenizer.json above all."
+            raise ModelError(f"{located.name}: no tokenizer in this folder. {way}") from error
         if not alone or find_spec("sentencepiece"):
             raise
         way = f"to read {alone[0]} the package sentencepiece is needed: pip install sentencepiece"

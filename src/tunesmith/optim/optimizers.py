@@ -1,7 +1,7 @@
 """Optimizers: add one by writing its row in OPTIMIZERS; the library that keeps it computes the update.
 
 `Optimizer` applies the rows to everything that is trained: who takes which tensor, decay, clipping, and state by name.
-docs/optimizers.md says when to use which.
+docs/reference/optimizers.md says when to use which.
 """
 
 from __future__ import annotations

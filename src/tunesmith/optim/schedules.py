@@ -1,4 +1,4 @@
-"""The rate of every step. Defined in docs/schedules.md."""
+"""The rate of every step. Defined in docs/reference/schedules.md."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from tunesmith.tasks import TASKS, has_look
 from tunesmith.types import HeadName, Layout, ModelKind
 
 Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
-"""Kinds of work in a run; docs/planning.md has a table of what is counted for each."""
+"""Kinds of work in a run; docs/guide/planning.md has a table of what is counted for each."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPREAD = 0.5
 """Share by which a total by formula alone may be off, either way."""

@@ -1,4 +1,4 @@
-"""Peak memory by formula. It is an estimate: docs/planning.md says what it counts.
+"""Peak memory by formula. It is an estimate: docs/guide/planning.md says what it counts.
 
     peak = runtime + weights + master weights + optimizer + the larger of these, + unused reserve
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.errors import RecipeError
+from tunesmith.phrases import near_file
 from tunesmith.recipe import other_tools, yaml_io
 from tunesmith.recipe.docs import Option, options, sections
 from tunesmith.recipe.methods import METHOD_OPTIONS
@@ -128,12 +129,14 @@ def _read_file(path: str) -> dict[str, Any]:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}.") from error
+        raise RecipeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}.{near_file(path)}") from error
     try:
         value = yaml_io.parse(content.decode("utf-8-sig"), path)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise RecipeError(f"{path}:{line}: not UTF-8 text: save the recipe as UTF-8.") from error
+    except RecipeError as error:
+        raise RecipeError(f"{error}\n`tunesmith recipe` prints a whole recipe to compare it with.") from error
     if value is None:
         return {}
     if not isinstance(value, dict):

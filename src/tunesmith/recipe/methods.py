@@ -96,7 +96,7 @@ class PeftMethod(OptionGroup):
 
     name: Literal["peft"] = "peft"
     kind: str
-    """peft's name of the method, in capitals or not. docs/methods.md lists them, and which are refused."""
+    """peft's name of the method, in capitals or not. docs/guide/methods.md lists them, and which are refused."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Its settings by peft's own names, such as {target_modules: [q_proj]}; what is left out has peft's default."""
 

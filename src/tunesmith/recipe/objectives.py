@@ -21,7 +21,7 @@ _BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
 
 
 class Prefer(OptionGroup):
-    """Task prefer: the loss of a pair of answers, see docs/preferences.md."""
+    """Task prefer: the loss of a pair of answers, see docs/guide/preferences.md."""
 
     loss: PreferenceLoss | Auto = "auto"
     """Loss of a pair, or with kto of an answer that is labelled true or false. simpo, cpo and orpo do not compare the
@@ -68,7 +68,7 @@ class Prefer(OptionGroup):
 
 
 class Reward(OptionGroup):
-    """Task reward: the loss of a better and a worse answer, see docs/preferences.md."""
+    """Task reward: the loss of a better and a worse answer, see docs/guide/preferences.md."""
 
     margin: Annotated[float, Field(ge=0)] = 0.0
     """Margin by which the better answer has to win for each point of difference in score, in addition to the margin of
@@ -78,7 +78,7 @@ class Reward(OptionGroup):
 
 
 class Embed(OptionGroup):
-    """Task embed: vectors of texts, see docs/embeddings.md."""
+    """Task embed: vectors of texts, see docs/guide/embeddings.md."""
 
     loss: Literal["ranking", "cosent", "angle", "cosine", "margin"] | Auto = "auto"
     """Loss. ranking: an anchor finds its positive among all documents of the step. cosent and angle order pairs by
@@ -114,7 +114,7 @@ class Embed(OptionGroup):
 
 
 class Rank(OptionGroup):
-    """Task rank: scores of documents for a query, see docs/embeddings.md."""
+    """Task rank: scores of documents for a query, see docs/guide/embeddings.md."""
 
     loss: Literal["pointwise", "listwise", "pairwise"] = "pointwise"
     """pointwise: each document is right or wrong, by a label from 0 to 1. listwise: the scores of a row as shares.

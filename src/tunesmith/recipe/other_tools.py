@@ -1,6 +1,6 @@
 """Configuration files of LLaMA-Factory and Axolotl, translated into a recipe as far as it goes.
 
-Their options by name: docs/coming-from.md, which `tests/recipe/test_other_tools.py` holds equal to the tables here.
+Their options by name: docs/guide/coming-from.md, held equal to these tables by `tests/recipe/test_other_tools.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def translate(data: Mapping[str, Any], tool: str) -> tuple[dict[str, Any], dict[
         if value is None or key in AUTOMATIC:
             continue
         if key not in table:
-            left[key] = "no option of this name here; see docs/coming-from.md"
+            left[key] = "no option of this name here; see docs/guide/coming-from.md"
             continue
         option, convert = table[key]
         try:

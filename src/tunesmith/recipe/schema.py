@@ -1,6 +1,6 @@
 """Every option of a run, each declared once: name, type, default, unit and doc.
 
-The command line, `tunesmith recipe` and docs/recipe.md are all derived from this file.
+The command line, `tunesmith recipe` and docs/reference/recipe.md are all derived from this file.
 "auto" is decided from model, data and machine before the run starts, printed with its reason, and written resolved
 into the run's recipe.yaml.
 """

@@ -67,7 +67,11 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run folder."""
+    """A run folder.
+
+    Examples:
+        >>> print(tunesmith.Run.open("last").metrics["loss"]["value"])
+    """
 
     path: Path
     base: str | None = None
@@ -155,7 +159,7 @@ class Run:
     def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the tuned model on the held-out rows, each {"value", "low", "high"} with its 95 % interval.
 
-        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names as in docs/measures.md. `report` has those of
+        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names: docs/reference/measures.md. `report` has those of
         the base. Empty if nothing was held out. Raises RunError if the run has not ended.
         """
         after = self.report["metrics"]["after"]
@@ -163,7 +167,7 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The content of report.json, see docs/report.md. Raises RunError if the run has not ended."""
+        """The content of report.json, see docs/guide/report.md. Raises RunError if the run has not ended."""
         if not self.report_path.exists():
             raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")
         return dict(self.read_json("report.json"))

@@ -87,7 +87,7 @@ def text_losses(texts: Texts, options: Embed) -> Tensor:
 
 
 def _losses(texts: Texts, options: Embed) -> Tensor:
-    """Sources: docs/embeddings.md."""
+    """Sources: docs/guide/embeddings.md."""
     import torch
     from torch.nn import functional as F
 

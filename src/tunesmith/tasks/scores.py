@@ -48,7 +48,7 @@ def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_
 
 
 def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, options: Rank) -> Tensor:
-    """[B] the loss of each row. Sources: docs/embeddings.md."""
+    """[B] the loss of each row. Sources: docs/guide/embeddings.md."""
     import torch
     from torch.nn import functional as F
 

@@ -120,7 +120,12 @@ def prepare(
     """Load, encode, decide and attach. Only encoded rows are written: below `root`, or into `run` when resuming.
     In a group (`world`) the first rank decides for all, and of each machine one encodes rows.
 
-    Raises RecipeError, DataError or ModelError for input that cannot be used, DoesNotFitError if memory is too small.
+    Raises:
+        InputError: RecipeError, DataError, ModelError: input that cannot be used; DoesNotFitError: too little memory.
+
+    Examples:
+        >>> recipe = tunesmith.Recipe(model="smollm2", data={"train": ["support.jsonl"]})
+        >>> setup = tunesmith.prepare(recipe, root=Path("runs"))
     """
     world = world or World()
     found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)

@@ -39,7 +39,7 @@ RowsByKey = Mapping[tuple[str, int], RowResult]
 
 
 def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of report.json; see docs/report.md."""
+    """Values of report.json; see docs/guide/report.md."""
     new_head = has_new_head({**series.plan, **facts})  # a head of random numbers has no meaningful "before"
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
