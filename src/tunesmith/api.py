@@ -292,6 +292,7 @@ def _as_python(text: str) -> str:
     """A message with the options of the command line as arguments of `train`, whose `data` are the rows."""
     text = text.replace(SKIP, 'recipe=tunesmith.Recipe(data={"bad_rows": "skip"})')
     text = re.sub(r"--set 'data\.columns=\{(.*?)\}'", _columns, text)
+    text = re.sub(r"--set task=(\w+)", r"--task \1", text)
     text = re.sub(r"--task (\w+)(?= recipe=)", r'task="\1",', text)
     return re.sub(r"--task (\w+)", r'task="\1"', text)
 

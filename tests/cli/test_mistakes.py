@@ -64,7 +64,12 @@ MISTAKES = [
     ("an answer that is empty", "check silent.jsonl", "remove the row", ""),
     ("roles unknown", "train model roles.jsonl", "One of assistant", "rows"),
     ("rows of another task", "train encoder chats.jsonl --task classify", "Give --task chat", "rows"),
-    ("table without a header", "train encoder headless.csv --task classify", "put the columns' names above it", "rows"),
+    (
+        "table without a header",
+        "train encoder headless.csv --task classify",
+        "put the names of the columns above it",
+        "rows",
+    ),
     ("picture for a data file", "train model picture.png", "Save it as JSON lines", "rows"),
     ("held out more than there is", "train model chats.jsonl --set data.held_out=2", "below 1, or auto", "options"),
     # models

@@ -67,10 +67,9 @@ def test_a_merged_base_whose_distance_is_being_measured_is_waited_for(tmp_path):
     recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
     run = train(recipe, root=tmp_path / "runs")
     start_from(str(run.path), root=tmp_path, offline=True)
-    (run.merged_path / merged_base.FACTS).unlink()
-    assert merged_base._is_merged(run)  # of an earlier version
-    with run.lock():
-        assert not merged_base._is_merged(run)
+    assert merged_base._is_merged(run)
+    (run.merged_path / merged_base.MADE_OF).unlink()  # which is written last, after the distance
+    assert not merged_base._is_merged(run)
 
 
 def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch):

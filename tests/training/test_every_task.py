@@ -137,7 +137,7 @@ def test_auto_finds_the_task_of_the_rows(tmp_path, task):
 
 
 def test_a_model_that_cannot_learn_the_task_is_refused_with_those_it_can(tmp_path):
-    with pytest.raises(ModelError, match=r"of the kind encoder cannot learn the task chat.*text, classify, tag"):
+    with pytest.raises(ModelError, match=r"encoder-only: it cannot learn the task chat.*text, classify, tag"):
         train(task_recipe(tmp_path, "chat", "encoder"), root=tmp_path / "runs")
     assert not (tmp_path / "runs").exists() or not runs(tmp_path / "runs")
 

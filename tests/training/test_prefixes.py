@@ -69,7 +69,7 @@ def test_rows_that_begin_otherwise_are_computed_whole(tmp_path):
     setup = prepare(tiny_recipe(tmp_path), root=tmp_path)
     choice = choice_of(setup)
     assert not choice.value
-    assert "begin with alike is 0 %" in choice.reason
+    assert "share are only 0 %" in choice.reason
 
 
 def test_a_model_that_then_learns_otherwise_is_told(tmp_path, monkeypatch):

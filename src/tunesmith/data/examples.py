@@ -202,8 +202,9 @@ class FileExamples:
         if shape is None:
             code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
             if self.facts.columns is not None:
-                header = " If line 1 is a row, put the columns' names above it." if self.facts.kind == "CSV" else ""
-                raise refusal(self.facts.path, 1, code, message, fix + header)
+                if self.facts.kind == "CSV":
+                    message += " If line 1 is a row, put the names of the columns above it."
+                raise refusal(self.facts.path, 1, code, message, fix)
             self.on_problem(Problem(source, code, message, fix))
         elif self.shape is not None:
             message = f"the row has the shape {shape}, but those before it have {self.shape}."

@@ -25,13 +25,15 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_model
 from tunesmith.phrases import percent, size
-from tunesmith.runs.atomic import from_json, remove, to_json
+from tunesmith.runs.atomic import from_json, remove, sha256_file, to_json, write_atomic
 from tunesmith.runs.folder import Run, is_run
 
 MERGE_WAIT_S = 300.0
 """Longest wait for another process that has the run which a run starts from, such as to merge its adapter."""
 FACTS = "merged.json"
 """File in a merged base with its distance from the result that was measured."""
+MADE_OF = "merged-from.json"
+"""File in a merged base with the SHA-256 of each file of its adapter, written last."""
 ROWS = 16
 """Held-out rows, or else rows of the training, that both are compared on."""
 MOST_KL = 5e-3
@@ -85,17 +87,21 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
             time.sleep(0.2)  # another run that starts from it merges
     num_bytes = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     note = f"starts from the result of {run.path}, its adapter merged into its base in {merged} ({size(num_bytes)})"
-    if not (merged / FACTS).is_file():  # of an earlier version
-        return Start(str(merged), note)
     distance = Distance(**from_json((merged / FACTS).read_bytes()))
     return Start(str(merged), f"{note}; {distance.words}", "float32" if distance.needs_float32 else None)
 
 
 def _is_merged(run: Run) -> bool:
-    """Whether the merged base is there, with its distance, unless it is of an earlier version, which measured none."""
-    config, adapter = run.merged_path / "config.json", run.adapter_path / "adapter_config.json"
-    is_there = config.is_file() and config.stat().st_mtime >= adapter.stat().st_mtime
-    return is_there and ((run.merged_path / FACTS).is_file() or not run.is_locked())
+    """Whether the merged base is there, and of this adapter: known by content, since a copied file keeps its time."""
+    try:
+        made_of = from_json((run.merged_path / MADE_OF).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(made_of == _adapter_hashes(run))
+
+
+def _adapter_hashes(run: Run) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(run.adapter_path.iterdir()) if path.is_file()}
 
 
 def _merge(run: Run, merged: Path, *, offline: bool) -> None:
@@ -124,6 +130,7 @@ def _merge(run: Run, merged: Path, *, offline: bool) -> None:
         if not is_whole:
             _save(run, speaker)
         (merged / FACTS).write_bytes(to_json(asdict(distance), indent=True) + b"\n")
+        write_atomic(merged / MADE_OF, to_json(_adapter_hashes(run)))  # last: then the rest is whole
 
 
 def _save(run: Run, speaker: LoadedModel) -> None:
