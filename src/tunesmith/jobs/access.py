@@ -118,8 +118,8 @@ class ProjectKeys:
         return self._for_project(row["project"], headers)
 
     def _find(self, authorization: bytes) -> Record:
-        scheme, _, given = authorization.partition(b" ")
-        key = given.strip().decode("latin-1")
+        scheme, _, credentials = authorization.partition(b" ")
+        key = credentials.strip().decode("latin-1")
         row = self._keys.get(f"key-{key.split('-')[1]}") if key.count("-") >= 2 else None
         if row is None or scheme.lower() != b"bearer" or not hmac.compare_digest(row["digest"], _digest(key)):
             raise wrong_key()

@@ -44,7 +44,7 @@ class Bases(Rules):
     @cached_property
     def names(self) -> dict[str, tuple[str, str]]:
         """(public name of the base, name that a job shows), by every name that a request may use."""
-        found: dict[str, tuple[str, str]] = {}
+        owners: dict[str, tuple[str, str]] = {}
         for name, base in self.bases.items():
             shown_by = {name: name, **base.aliases, **{shown: shown for shown in base.aliases.values()}}
             for other, shown in shown_by.items():
@@ -53,9 +53,9 @@ class Bases(Rules):
                         f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no colon "
                         "and no slash: programs split names of tuned models there."
                     )
-                if found.setdefault(other, (name, shown))[0] != name:
-                    raise InputError(f"{other}: a name of two bases, {found[other][0]} and {name}. Remove one.")
-        return found
+                if owners.setdefault(other, (name, shown))[0] != name:
+                    raise InputError(f"{other}: a name of two bases, {owners[other][0]} and {name}. Remove one.")
+        return owners
 
     def model_post_init(self, context: Any) -> None:
         """Raises InputError for names that cannot be used."""
@@ -72,7 +72,9 @@ def bases_of_file(path: Path) -> Bases:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}.") from None
     except ValidationError as error:
-        faults = [f"{path}: {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        faults = [
+            f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors(include_url=False)
+        ]
         raise InputError("\n".join(faults)) from None
     for name, base in bases.bases.items():
         recipe = load.validate({"model": base.model, **base.recipe})

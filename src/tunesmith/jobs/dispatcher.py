@@ -109,15 +109,15 @@ class Dispatcher:
                 last = text
                 stop.wait(5 * POLL_S)
         self.checks.close()
-        for one in self.active.values():
-            one.process.stop()
+        for active in self.active.values():
+            active.process.stop()
 
     def round(self) -> None:
         """Follow every run, then start what there is room for."""
         version, before, self.seen = self.store.version, self.seen, -1  # whatever fails is looked at again
         is_new = version != before
-        for one in list(self.active.values()):
-            is_new |= self._follow(one, is_new=is_new)
+        for active in list(self.active.values()):
+            is_new |= self._follow(active, is_new=is_new)
         is_new |= self.checks.follow()
         for name in list(self.unserved):
             try:
@@ -158,7 +158,7 @@ class Dispatcher:
 
     def _in_turn(self) -> list[Record]:
         """Jobs that wait and are checked, the projects in turn, and each project's oldest first."""
-        places = Counter(one.project for one in self.active.values())
+        places = Counter(active.project for active in self.active.values())
         ready = (job for job in self.store.with_status(*WAITING) if job["is_checked"])
         waiting = [job for job in ready if job["id"] not in self.active]
         order = {}
@@ -169,7 +169,7 @@ class Dispatcher:
 
     def _may_run(self, job: Record) -> bool:
         most = self.store.rules.of(job["project"]).jobs_running
-        return most is None or sum(one.project == job["project"] for one in self.active.values()) < most
+        return most is None or sum(active.project == job["project"] for active in self.active.values()) < most
 
     def _run_path(self, job: str) -> Path:
         return self.store.runs_path / job
@@ -179,14 +179,16 @@ class Dispatcher:
     def _begin(self, job: Record) -> None:
         name = job["id"]
         run = Run(self._run_path(name))
-        said = [event(name, "Fine-tuning job started", once="started")]
-        if not self.store.change_job(name, said, if_status=WAITING, status="running"):
+        messages = [event(name, "Fine-tuning job started", once="started")]
+        if not self.store.change_job(name, messages, if_status=WAITING, status="running"):
             return
         if (run.path / "run.json").exists() and run.state() == "done":
             return self._finish(name, run)
         run.clear_stop()
         path = self.store.recipes_path / f"{name}.yaml"
-        services = [Integration.model_validate(one).wandb.environment for one in job["request"]["integrations"]]
+        services = [
+            Integration.model_validate(integration).wandb.environment for integration in job["request"]["integrations"]
+        ]
         environment = services[0] if services else {}  # for the service that gets the metrics
         self._follow_new(job, self.launcher.start(run.path, path, environment))
 
@@ -197,57 +199,57 @@ class Dispatcher:
 
     # Follow
 
-    def _follow(self, one: _Active, *, is_new: bool) -> bool:
+    def _follow(self, active: _Active, *, is_new: bool) -> bool:
         """Whether it has ended."""
         try:
-            self._follow_run(one, is_new=is_new)
+            self._follow_run(active, is_new=is_new)
         except InputError as error:  # its folder is damaged, which is not a reason for other jobs to wait
-            one.process.stop()
-            if not one.process.is_alive():
-                self.active.pop(one.job, None)
-                fail(self.store, one.job, "run_failed", str(error))
-        return one.job not in self.active
+            active.process.stop()
+            if not active.process.is_alive():
+                self.active.pop(active.job, None)
+                fail(self.store, active.job, "run_failed", str(error))
+        return active.job not in self.active
 
-    def _follow_run(self, one: _Active, *, is_new: bool) -> None:
-        ended = not one.process.is_alive()
-        self._relay(one)
-        if not (ended or is_new or one.is_unwanted):
+    def _follow_run(self, active: _Active, *, is_new: bool) -> None:
+        ended = not active.process.is_alive()
+        self._relay(active)
+        if not (ended or is_new or active.is_unwanted):
             return
-        job = self.store.job(one.job)
+        job = self.store.job(active.job)
         assert job is not None, "rows of jobs are never removed"
-        one.is_unwanted = job["status"] != "running"
-        if one.is_unwanted and not (ended or one.run.stop_asked()):
-            one.process.stop()  # a process that has only started may have no folder yet, or clear a request: ask again
+        active.is_unwanted = job["status"] != "running"
+        if active.is_unwanted and not (ended or active.run.stop_asked()):
+            active.process.stop()  # again: a process that has just started may have no folder, or clears a request
         if ended:
-            del self.active[one.job]
+            del self.active[active.job]
             if job["status"] == "running":
-                self._end(job, one)
-            self._tidy(one.job)
+                self._end(job, active)
+            self._tidy(active.job)
 
-    def _relay(self, one: _Active) -> None:
+    def _relay(self, active: _Active) -> None:
         """Take over what the run says. If the store fails in between, all of it is taken over again."""
-        found = list(one.tail.read())
-        if not found:
+        new_events = list(active.tail.read())
+        if not new_events:
             return
         try:
-            self._take_over(one, found)
+            self._take_over(active, new_events)
         except BaseException:
-            one.tail, one.translate = Tail(one.run.events_path), EventTranslator(one.job)
+            active.tail, active.translate = Tail(active.run.events_path), EventTranslator(active.job)
             raise
 
-    def _take_over(self, one: _Active, found: Sequence[Event]) -> None:
-        self.store.add_events(one.translate(found))
-        saved = max((event.step for event in found if event.kind == "checkpoint"), default=-1)
-        if saved >= 0 and saved > (self.store.job(one.job) or {})["last_checkpoint"]:  # each start reads all
-            self.store.change_job(one.job, if_status=["running"], last_checkpoint=saved, attempts=0)
-        if any(event.kind == "plan" for event in found):
-            self._take_numbers(one)
-        if any(event.kind == "snapshot" for event in found):
-            self.unserved.add(one.job)
+    def _take_over(self, active: _Active, run_events: Sequence[Event]) -> None:
+        self.store.add_events(active.translate(run_events))
+        saved = max((event.step for event in run_events if event.kind == "checkpoint"), default=-1)
+        if saved >= 0 and saved > (self.store.job(active.job) or {})["last_checkpoint"]:  # each start reads all
+            self.store.change_job(active.job, if_status=["running"], last_checkpoint=saved, attempts=0)
+        if any(event.kind == "plan" for event in run_events):
+            self._take_numbers(active)
+        if any(event.kind == "snapshot" for event in run_events):
+            self.unserved.add(active.job)
 
-    def _take_numbers(self, one: _Active) -> None:
+    def _take_numbers(self, active: _Active) -> None:
         """The hyperparameters that were chosen."""
-        job, recipe = self.store.job(one.job) or {}, one.run.recipe()
+        job, recipe = self.store.job(active.job) or {}, active.run.recipe()
         times = job["numbers"]["learning_rate_multiplier"]
         numbers = {
             "n_epochs": int(float(recipe.train.epochs)), "batch_size": recipe.train.rows_per_step,
@@ -255,14 +257,14 @@ class Dispatcher:
         }  # fmt: skip
         if "beta" in job["numbers"]:
             numbers["beta"] = recipe.prefer.filled().beta
-        self.store.change_job(one.job, if_status=["running", "paused"], numbers=numbers)
+        self.store.change_job(active.job, if_status=["running", "paused"], numbers=numbers)
 
-    def _end(self, job: Record, one: _Active) -> None:
+    def _end(self, job: Record, active: _Active) -> None:
         """The state of a job whose run has ended by itself."""
         name = job["id"]
-        error = one.process.error()
-        if (one.run.path / "run.json").exists() and one.run.state() == "done":
-            return self._finish(name, one.run, error)
+        error = active.process.error()
+        if (active.run.path / "run.json").exists() and active.run.state() == "done":
+            return self._finish(name, active.run, error)
         if error is not None and error["code"] == "Stopped":  # by the end of a server
             self.store.change_job(name, if_status=["running"], status="queued")
             return None
@@ -272,15 +274,15 @@ class Dispatcher:
         if attempts >= MOST_ATTEMPTS:
             message = f"The run was ended from outside {attempts} times without a new checkpoint between."
             return fail(self.store, name, "run_crashed", message)
-        said = [event(name, "Fine-tuning job will be started again: its run was ended from outside", level="warn")]
-        self.store.change_job(name, said, if_status=["running"], status="queued", attempts=attempts)
+        messages = [event(name, "Fine-tuning job will be started again: its run was ended from outside", level="warn")]
+        self.store.change_job(name, messages, if_status=["running"], status="queued", attempts=attempts)
         return None
 
     def _fail_by(self, job: Record, error: dict[str, Any]) -> None:
         for which in ("training", "validation"):
             file = job["request"][f"{which}_file"]
-            if file is not None and (found := list(problems_of(error, self.store.content_path(file)))):
-                fault = row_fault(found, which)
+            if file is not None and (problems := list(problems_of(error, self.store.content_path(file)))):
+                fault = row_fault(problems, which)
                 return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
         return fail(self.store, job["id"], code, self._message(error), param=param)
@@ -298,24 +300,26 @@ class Dispatcher:
         assert job is not None, "rows of jobs are never removed"
         if job["status"] == "cancelled" or not run.events_path.exists():
             return
-        found = list(run.events())
-        metrics, snapshots = metrics_by_step(found), _snapshots(job, found)
-        stops = [tuned for tuned, one in snapshots.items() if one.values.get("at") == "stop"]
-        for tuned, one in snapshots.items():
+        run_events = list(run.events())
+        metrics, snapshots = metrics_by_step(run_events), _snapshots(job, run_events)
+        stops = [tuned for tuned, snapshot in snapshots.items() if snapshot.values.get("at") == "stop"]
+        for tuned, snapshot in snapshots.items():
             if tuned in stops[:-1] or self.store.one(models, name=tuned) is not None:
                 continue
             try:
-                self.models.attach(job["base"], tuned, run.path / one.values["path"])
+                self.models.attach(job["base"], tuned, run.path / snapshot.values["path"])
             except Exception as error:
                 if _is_unavailable(error):
                     raise
-                said = event(name, f"{tuned}: cannot be served: {error}", level="warn", once=f"refused {one.step}")
-                self.store.add_events([said])
+                refusal = event(
+                    name, f"{tuned}: cannot be served: {error}", level="warn", once=f"refused {snapshot.step}"
+                )
+                self.store.add_events([refusal])
                 continue
-            text = f"Checkpoint created at step {one.step} with Snapshot ID: {tuned}"
+            text = f"Checkpoint created at step {snapshot.step} with Snapshot ID: {tuned}"
             place = {"name": tuned, "job": name, "base": job["base"], "project": job["project"]}
-            model = {**place, "step": one.step, "metrics": metrics[one.step]}
-            self.store.add_model(model, [event(name, text, once=f"snapshot {one.step}")])
+            model = {**place, "step": snapshot.step, "metrics": metrics[snapshot.step]}
+            self.store.add_model(model, [event(name, text, once=f"snapshot {snapshot.step}")])
         if not stops or self.store.one(models, name=stops[-1]) is None:
             return  # the newest is refused: the one before stays
         for tuned in stops[:-1]:
@@ -358,14 +362,14 @@ class Dispatcher:
 
     def _write_cancelled(self, job: Record, run: Run) -> None:
         """Write the results file of a cancelled job, and remove what it made at its stop."""
-        name, found = job["id"], list(run.events())
-        if any(event.kind == "step" for event in found):
-            row = self._write_results(name, found)
+        name, run_events = job["id"], list(run.events())
+        if any(event.kind == "step" for event in run_events):
+            row = self._write_results(name, run_events)
             self.store.insert(files, {**row, "project": job["project"]})
             self.store.update(jobs, {"result_file": row["id"]}, id=name)
-        for tuned, one in _snapshots(job, found).items():
+        for tuned, snapshot in _snapshots(job, run_events).items():
             if self.store.one(models, name=tuned) is None:
-                remove(run.path / one.values["path"])
+                remove(run.path / snapshot.values["path"])
 
     def _finish(self, name: str, run: Run, failed: Record | None = None) -> None:
         """Results file, model on its base, and then the state: who reads `succeeded` can ask the model.
@@ -384,28 +388,32 @@ class Dispatcher:
                 self.unfinished[name] = failed
                 return None
             return fail(self.store, name, "result_not_served", f"The result cannot be served: {error}")
-        found = list(run.events())
-        self.store.add_events(EventTranslator(name)(found))
-        row = self._write_results(name, found)
-        step, metrics = max(metrics_by_step(found).items())
+        run_events = list(run.events())
+        self.store.add_events(EventTranslator(name)(run_events))
+        row = self._write_results(name, run_events)
+        step, metrics = max(metrics_by_step(run_events).items())
         model = {"name": tuned, "job": name, "base": job["base"], "step": step, "metrics": metrics}
-        said = [
+        messages = [
             event(name, f"Checkpoint created at step {step} with Snapshot ID: {tuned}", once="snapshot"),
             event(name, f"New fine-tuned model created: {tuned}", once="model"),
             *missing_exports(name, run, "" if failed is None else self._message(failed)),
             event(name, "The job has successfully completed", once="completed"),
         ]
-        if not self.store.succeed(name, said, model=model, result=row, trained_tokens=trained_tokens(found)):
+        if not self.store.succeed(name, messages, model=model, result=row, trained_tokens=trained_tokens(run_events)):
             return self.models.detach(tuned)  # it was paused or cancelled in the last moment
         self.store.sweep()
         self.store.sweep_models()
         return None
 
 
-def _snapshots(job: Record, found: Iterable[Event]) -> dict[str, Event]:
+def _snapshots(job: Record, run_events: Iterable[Event]) -> dict[str, Event]:
     """Results of a run before its last step, by the names that they are served by, oldest first."""
     start, suffix = (job["model"], job["project"]), job["request"]["suffix"]
-    return {snapshot_name(*start, suffix, job["id"], one.step): one for one in found if one.kind == "snapshot"}
+    return {
+        snapshot_name(*start, suffix, job["id"], run_event.step): run_event
+        for run_event in run_events
+        if run_event.kind == "snapshot"
+    }
 
 
 def _is_unavailable(error: Exception) -> bool:

@@ -30,8 +30,10 @@ class Engines:
     @property
     def served(self) -> Sequence[ModelCard]:
         """Bases by all of their names, then the tuned models that the project of the request may ask."""
-        own = {base: next(card for card in engine.served if card.is_base) for base, engine in self._engines.items()}
-        named = [replace(own[base], name=name) for name, (base, _) in self._bases.names.items()]
+        card_of_base = {
+            base: next(card for card in engine.served if card.is_base) for base, engine in self._engines.items()
+        }
+        named = [replace(card_of_base[base], name=name) for name, (base, _) in self._bases.names.items()]
         tuned = (card for engine in self._engines.values() for card in engine.served if not card.is_base)
         return (*named, *(card for card in tuned if self._may_ask(card.name)))
 

@@ -131,9 +131,9 @@ class FileChecks:
         except InputError as error:  # of its base, which its numbers do not fit
             return fail(self.store, name, "run_failed", str(error))
         write_atomic(self.store.recipes_path / f"{name}.yaml", recipe)
-        said = [event(name, "Files validated, moving job to queued state", once="validated")]
+        messages = [event(name, "Files validated, moving job to queued state", once="validated")]
         values = {"status": "queued", "is_checked": True, "numbers": numbers, "attempts": 0}
-        self.store.change_job(name, said, if_status=WAITING, **values)
+        self.store.change_job(name, messages, if_status=WAITING, **values)
 
     def _recipe(self, job: Record, checked: CheckedFile) -> tuple[bytes, dict[str, Any]]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault, RecipeError."""
@@ -159,36 +159,36 @@ def fail(
     store: Store, name: str, code: str, message: str, *, param: str | None = None, lines: Iterable[str] = ()
 ) -> None:
     """Let a job end by an error, with an event for each of `lines`."""
-    said = [event(name, line, level="error") for line in lines]
+    messages = [event(name, line, level="error") for line in lines]
     text = message if message.startswith("The job failed") else f"The job failed: {message}"
-    said.append(event(name, text, level="error"))
+    messages.append(event(name, text, level="error"))
     error = {"code": code, "message": message, "param": param}
-    store.change_job(name, said, if_status=[*WAITING, "running"], status="failed", error=error)
+    store.change_job(name, messages, if_status=[*WAITING, "running"], status="failed", error=error)
 
 
 def job_recipe(
-    base: PublicBase, found: CheckedFile, training: Path, validation: Path | None, numbers: Record
+    base: PublicBase, checked: CheckedFile, training: Path, validation: Path | None, numbers: Record
 ) -> dict[str, Any]:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
-    times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), found.task == "prefer"
+    times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), checked.task == "prefer"
     is_here = Path(base.model).exists()  # the run may be resumed from another working directory
-    own: dict[str, Any] = {
+    from_request: dict[str, Any] = {
         "model": str(Path(base.model).resolve()) if is_here else base.model,
-        "task": found.task,
+        "task": checked.task,
         "data": {"train": [str(training)], "too_long": "drop" if is_dpo else "cut"},
         "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
         "seed": numbers["seed"],
         "devices": 1,
     }
-    own["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}
+    from_request["data"] |= {"held_out": 0.0} if validation is None else {"eval": [str(validation)]}
     if times != "auto":
-        own["optim"] = {"lr_times": float(times)}
+        from_request["optim"] = {"lr_times": float(times)}
     if beta != "auto":
-        own["prefer"] = {"beta": float(beta)}
-    whole: dict[str, Any] = {"method": {"name": "lora"}, **base.recipe}
-    whole["checkpoint"] = {"snapshots": SNAPSHOTS, **whole.get("checkpoint", {})}
+        from_request["prefer"] = {"beta": float(beta)}
+    recipe: dict[str, Any] = {"method": {"name": "lora"}, **base.recipe}
+    recipe["checkpoint"] = {"snapshots": SNAPSHOTS, **recipe.get("checkpoint", {})}
     if validation is not None:
-        whole["evaluation"] = {"every": "epoch", "keep": "last", **whole.get("evaluation", {})}
-    for key, value in own.items():
-        whole[key] = {**whole.get(key, {}), **value} if isinstance(value, dict) else value
-    return load.validate(whole).model_dump(mode="json", exclude_defaults=True) | {"method": whole["method"]}
+        recipe["evaluation"] = {"every": "epoch", "keep": "last", **recipe.get("evaluation", {})}
+    for key, value in from_request.items():
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
+    return load.validate(recipe).model_dump(mode="json", exclude_defaults=True) | {"method": recipe["method"]}

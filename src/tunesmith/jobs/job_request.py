@@ -89,8 +89,13 @@ class WandbProject(StrictModel):
     @property
     def environment(self) -> dict[str, str]:
         """As wandb reads it."""
-        found = {"PROJECT": self.project, "NAME": self.name, "ENTITY": self.entity, "TAGS": ",".join(self.tags or ())}
-        return {f"WANDB_{key}": value for key, value in found.items() if value}
+        settings = {
+            "PROJECT": self.project,
+            "NAME": self.name,
+            "ENTITY": self.entity,
+            "TAGS": ",".join(self.tags or ()),
+        }
+        return {f"WANDB_{key}": value for key, value in settings.items() if value}
 
 
 class Integration(StrictModel):
@@ -137,6 +142,6 @@ class JobBody(Body):
     def chosen(self) -> dict[str, Any]:
         """The hyperparameters of its method, from either place."""
         inner = None if self.method is None else self.method.hyperparameters
-        given = inner or self.hyperparameters or Hyperparameters()
-        own = DpoHyperparameters if self.kind == "dpo" else Hyperparameters
-        return own(**given.model_dump()).model_dump()
+        sent = inner or self.hyperparameters or Hyperparameters()
+        schema = DpoHyperparameters if self.kind == "dpo" else Hyperparameters
+        return schema(**sent.model_dump()).model_dump()

@@ -49,14 +49,14 @@ class ChildProcess:
         """The last line that it printed, as JSON; None: it printed none, or was killed."""
         with suppress(OSError, ValueError):
             last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
-            found: dict[str, Any] = orjson.loads(last)
-            return found
+            message: dict[str, Any] = orjson.loads(last)
+            return message
         return None
 
     def error(self) -> dict[str, Any] | None:
         """The error that the ended run printed; None: it printed none, or was killed."""
-        found = self.printed() or {}
-        return found if found.get("kind") == "error" else None
+        last_line = self.printed() or {}
+        return last_line if last_line.get("kind") == "error" else None
 
     def forget(self) -> None:
         """Remove what its server knows it by."""

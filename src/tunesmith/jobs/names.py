@@ -47,8 +47,8 @@ def project_of(tuned: str) -> str:
 
 def tuned_name(base: str, project: str, suffix: str | None, job: str) -> str:
     """ft:BASE:PROJECT:SUFFIX:8 characters. The suffix keeps letters, digits and hyphens, in lower case."""
-    kept = re.sub(r"[^a-z0-9-]", "-", (suffix or "").lower())
-    return f"ft:{base}:{project}:{kept}:{derived_id('', job, 'model', length=8)}"
+    clean_suffix = re.sub(r"[^a-z0-9-]", "-", (suffix or "").lower())
+    return f"ft:{base}:{project}:{clean_suffix}:{derived_id('', job, 'model', length=8)}"
 
 
 def snapshot_name(base: str, project: str, suffix: str | None, job: str, step: int) -> str:

@@ -13,14 +13,14 @@ NO_ERROR = {"code": None, "message": None, "param": None}
 
 
 def file_object(row: Record) -> dict[str, Any]:
-    own = {name: row[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
+    columns = {name: row[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
     expiry = {} if row["expires_at"] is None else {"expires_at": row["expires_at"]}
-    return {"object": "file", **own, **expiry, "status": "processed", "status_details": None}
+    return {"object": "file", **columns, **expiry, "status": "processed", "status_details": None}
 
 
 def upload_object(row: Record, file: Record | None) -> dict[str, Any]:
-    own = {name: row[name] for name in ("id", "bytes", "created_at", "expires_at", "filename", "purpose", "status")}
-    return {"object": "upload", **own, **({} if file is None else {"file": file_object(file)})}
+    columns = {name: row[name] for name in ("id", "bytes", "created_at", "expires_at", "filename", "purpose", "status")}
+    return {"object": "upload", **columns, **({} if file is None else {"file": file_object(file)})}
 
 
 def job_object(row: Record) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def job_object(row: Record) -> dict[str, Any]:
 
 
 def event_object(row: Record) -> dict[str, Any]:
-    own = {name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")}
-    return {"object": "fine_tuning.job.event", **own}
+    columns = {name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")}
+    return {"object": "fine_tuning.job.event", **columns}
 
 
 def checkpoint_object(row: Record) -> dict[str, Any]:

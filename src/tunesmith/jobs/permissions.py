@@ -75,5 +75,5 @@ def make_permission_router(store: Store, engines: Engines) -> APIRouter:
 
 
 def _object(row: Record) -> dict[str, Any]:
-    own = {"id": row["id"], "created_at": row["created_at"], "project_id": row["reader"]}
-    return {"object": "checkpoint.permission", **own}
+    columns = {"id": row["id"], "created_at": row["created_at"], "project_id": row["reader"]}
+    return {"object": "checkpoint.permission", **columns}

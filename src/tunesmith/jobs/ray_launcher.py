@@ -67,8 +67,8 @@ class RayLauncher:
     @property
     def slots(self) -> int:
         """Runs that have a place at once, of one card each, or of one processor where there are no cards."""
-        there = self._ray.cluster_resources()
-        return max(1, int(there.get("GPU", 0) or there.get("CPU", 1)))
+        resources = self._ray.cluster_resources()
+        return max(1, int(resources.get("GPU", 0) or resources.get("CPU", 1)))
 
     def start(self, run: Path, recipe: Path, environment: Mapping[str, str]) -> RayRun:
         needs = needs_of(load.validate(orjson.loads(recipe.read_bytes())), self._ray)
@@ -77,5 +77,5 @@ class RayLauncher:
         return RayRun(ChildProcess(run), self._ray, task)
 
     def find(self, run: Path) -> RayRun | None:
-        found = RayRun(ChildProcess(run), self._ray)
-        return found if found.is_alive() else None
+        ray_run = RayRun(ChildProcess(run), self._ray)
+        return ray_run if ray_run.is_alive() else None

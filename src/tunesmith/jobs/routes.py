@@ -47,16 +47,16 @@ Detach = Callable[[str], Awaitable[None]]
 
 def read_query(request: Request, *allowed: str) -> dict[str, str]:
     """The parameters of a URL. Raises RequestError for an unknown one, or one given twice."""
-    found: dict[str, str] = {}
+    query: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in allowed and not ("metadata" in allowed and _METADATA.fullmatch(name)):
             near = difflib.get_close_matches(name, allowed, n=1)
             hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(allowed) or 'none'}."
             raise RequestError(f"{name[:60]}: unknown parameter{hint}", code="unknown_parameter", param=name[:60])
-        if name in found:
+        if name in query:
             raise RequestError(f"{name[:60]}: is given twice.", param=name[:60])
-        found[name] = value
-    return found
+        query[name] = value
+    return query
 
 
 def read_limit(query: dict[str, str], usual: int, most: int) -> int:
@@ -144,8 +144,8 @@ def make_upload_router(store: Store) -> APIRouter:
     @router.post("/{name}/parts")
     async def part(name: str, request: Request) -> Response:
         """Add a part."""
-        found = await add_part(request, store, name)
-        facts = {"id": found, "object": "upload.part", "created_at": int(time.time()), "upload_id": name}
+        part_id = await add_part(request, store, name)
+        facts = {"id": part_id, "object": "upload.part", "created_at": int(time.time()), "upload_id": name}
         return json_response(facts)
 
     @router.post("/{name}/complete")
@@ -199,8 +199,8 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
             raise RequestError("metadata: should be null, or metadata[key]=value for each pair.", param="metadata")
 
         def keeps(row: Record) -> bool:
-            own = row["request"]["metadata"]
-            return not own if "metadata" in query else wanted.items() <= (own or {}).items()
+            metadata = row["request"]["metadata"]
+            return not metadata if "metadata" in query else wanted.items() <= (metadata or {}).items()
 
         def read() -> dict[str, Any]:
             limit = read_limit(query, 20, 100)
@@ -254,13 +254,13 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
         """Checkpoints of a job that can be asked, newest first."""
         query = read_query(request, "after", "limit")
         limit = read_limit(query, 10, 100)
-        found = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])[::-1]]
+        listed = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])[::-1]]
         if "after" in query:
-            names = [one["id"] for one in found]
+            names = [checkpoint["id"] for checkpoint in listed]
             if query["after"] not in names:
                 raise RequestError(f"after: there is no {query['after'][:80]!r}.", param="after")
-            found = found[names.index(query["after"]) + 1 :]
-        return json_response(objects.list_with_ends(found[:limit], has_more=limit > 0 and len(found) > limit))
+            listed = listed[names.index(query["after"]) + 1 :]
+        return json_response(objects.list_with_ends(listed[:limit], has_more=limit > 0 and len(listed) > limit))
 
 
 def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key: str | None = None) -> Record:
@@ -271,7 +271,7 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key
     base, shown, parent = _start(store, bases, body.model)
     for param in ("training_file", "validation_file"):
         _check_file(store, param, getattr(body, param))
-    integrations = [one.model_dump(exclude_none=True) for one in body.integrations or ()]
+    integrations = [integration.model_dump(exclude_none=True) for integration in body.integrations or ()]
     if integrations:
         _check_wandb()
     name, numbers = keyed_id(key) if key else new_id("ftjob-"), body.chosen
@@ -281,20 +281,20 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key
         "metadata": body.metadata, "integrations": integrations, "hyperparameters": numbers, "method": body.kind,
         "starts_from": parent, "sent": digest_of(body), "retry": retry,
     }  # fmt: skip
-    said = [event(name, f"Created fine-tuning job: {name}")]
+    messages = [event(name, f"Created fine-tuning job: {name}")]
     if parent is not None:
-        said.append(event(name, f"{parent} is merged into its base, and the result is tuned further"))
+        messages.append(event(name, f"{parent} is merged into its base, and the result is tuned further"))
     elif body.model != base:
-        said.append(event(name, f"{body.model} is a name of {base} here: that model is tuned"))
+        messages.append(event(name, f"{body.model} is a name of {base} here: that model is tuned"))
     if body.validation_file == body.training_file:
         text = "The validation file is the training file: its loss says what was learnt by heart"
-        said.append(event(name, text, level="warn"))
+        messages.append(event(name, text, level="warn"))
     which = f"Validating training file: {body.training_file}"
     which += f" and validation file: {body.validation_file}" if body.validation_file else ""
-    said.append(event(name, which))
+    messages.append(event(name, which))
     project = PROJECT.get() or DEFAULT_PROJECT
     row = {"id": name, "base": base, "model": shown, "tuned_name": tuned_name(shown, project, body.suffix, name)}
-    made = store.create_job({**row, "request": request, "numbers": numbers}, said)
+    made = store.create_job({**row, "request": request, "numbers": numbers}, messages)
     return (job_made_with(store, key, body) if key else None) or made
 
 
@@ -302,9 +302,9 @@ def _start(store: Store, bases: Bases, name: str) -> tuple[str, str, str | None]
     """The base of a model that a request names, the name that its job shows, and its own name if it is a tuned one."""
     if name in bases.names:
         return (*bases.names[name], None)
-    found = store.tuned(name=name)
-    if found and found[0]["base"] in bases.bases:
-        return found[0]["base"], find_job(store, found[0]["job"])["model"], name
+    tuned = store.tuned(name=name)
+    if tuned and tuned[0]["base"] in bases.bases:
+        return tuned[0]["base"], find_job(store, tuned[0]["job"])["model"], name
     message = f"Model {name[:200]} is not available for fine-tuning or does not exist. "
     message += f"There are: {', '.join(bases.names)}, and tuned models by their names."
     raise RequestError(message, code="model_not_available", param="model")
@@ -339,8 +339,8 @@ def make_model_router(store: Store, bases: Bases, detach: Detach) -> APIRouter:
         """Delete a tuned model with its weights; events and results of its job stay."""
         if name in bases.names:
             raise RequestError(f"The model '{name}' is a base and cannot be deleted.", param="model")
-        found = store.tuned(name=name)
-        if not found:
+        tuned = store.tuned(name=name)
+        if not tuned:
             message = f"The model '{name[:200]}' does not exist"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         if users := [job["id"] for job in store.open_jobs() if job["request"].get("starts_from") == name]:

@@ -34,10 +34,10 @@ class WebhookEndpoint(BaseModel):
         return self
 
     def secret(self) -> str:
-        found = self.secret_file.read_text("utf-8").strip()
-        if not found.startswith("whsec_"):
+        secret = self.secret_file.read_text("utf-8").strip()
+        if not secret.startswith("whsec_"):
             raise ValueError(f"secret_file: {self.secret_file}: a secret begins with whsec_")
-        return found
+        return secret
 
 
 class ProjectRules(BaseModel):
@@ -64,7 +64,9 @@ class Rules(BaseModel):
     projects: dict[str, ProjectRules] = Field(default_factory=dict)
 
     def of(self, project: str) -> ProjectRules:
-        own = self.projects.get(project)
-        if own is None:
+        project_rules = self.projects.get(project)
+        if project_rules is None:
             return self.every_project
-        return self.every_project.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+        return self.every_project.model_copy(
+            update={name: getattr(project_rules, name) for name in project_rules.model_fields_set}
+        )

@@ -58,8 +58,8 @@ class JobServer:
             options = replace(options, attaches=True, engines=len(bases.bases))
             for name, base in bases.bases.items():
                 attached = {row["name"]: store.model_path(row) for row in store.tuned(base=name)}
-                how: Any = {"options": options, "attached": attached, "on_note": on_note}
-                started[name] = await WorkerEngine([base.model], root=root, **how).start()
+                settings: Any = {"options": options, "attached": attached, "on_note": on_note}
+                started[name] = await WorkerEngine([base.model], root=root, **settings).start()
                 if not any(card.is_base and card.answers == "text" for card in started[name].served):
                     raise InputError(f"{base.model}: writes no text, and jobs tune models that do.")
         except BaseException:
@@ -69,7 +69,7 @@ class JobServer:
         engines.readers = store.readers()
         stop = threading.Event()
         routers = make_routers(store, bases, engines)
-        has_webhooks = any(one.webhook for one in (bases.every_project, *bases.projects.values()))
+        has_webhooks = any(rules.webhook for rules in (bases.every_project, *bases.projects.values()))
         works = [dispatcher.run, *([WebhookSender(store, on_note).run] if has_webhooks else [])]
         threads = tuple(threading.Thread(target=work, args=(stop,), daemon=True) for work in works)
         for thread in threads:

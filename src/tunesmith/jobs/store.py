@@ -116,21 +116,21 @@ class Store:
 
     def _match_folder(self) -> None:
         """Raises InputError for a folder of another database: what that does not know would be removed from it."""
-        if (own := self.one(stores)) is None:
+        if (store := self.one(stores)) is None:
             self.insert(stores, {"id": new_id("store-")})
-        own, mark = self.one(stores) or {}, self.folder / STORE_MARK
-        there = mark.read_text() if mark.exists() else ""
+        store, mark = self.one(stores) or {}, self.folder / STORE_MARK
+        marked_id = mark.read_text() if mark.exists() else ""
         has_rows = self.one(files) is not None or self.one(jobs) is not None
         if self._database.is_sqlite:  # a store of an early version has rows, and no mark yet
-            fits = there == own["id"] or not is_used(self.folder) or (not there and has_rows)
+            fits = marked_id == store["id"] or not is_used(self.folder) or (not marked_id and has_rows)
             message = lost(self.folder, f"{DATABASE_FILE} belongs to another store, or was made anew")
         else:
-            fits = there == own["id"] or not (there or has_rows or is_used(self.folder))
+            fits = marked_id == store["id"] or not (marked_id or has_rows or is_used(self.folder))
             message = f"{self.folder}: does not belong to the store in {self._database}. Give its own: --store-files."
         if not fits:
             raise InputError(message)
-        if there != own["id"]:
-            write_atomic(mark, own["id"].encode())
+        if marked_id != store["id"]:
+            write_atomic(mark, store["id"].encode())
 
     @contextmanager
     def receiving(self, key: str, num_bytes: int) -> Iterator[None]:
@@ -171,8 +171,8 @@ class Store:
         """The row whose columns have these values."""
         if any(isinstance(value, str) and "\0" in value for value in is_.values()):
             return None  # no name of ours; PostgreSQL refuses to look
-        found = self._read(sa.select(table).where(*own(table), *_are(table, is_)).limit(1))
-        return found[0] if found else None
+        rows = self._read(sa.select(table).where(*own(table), *_are(table, is_)).limit(1))
+        return rows[0] if rows else None
 
     def insert_new(self, table: sa.Table) -> Any:
         return self._database.insert_new(table)
@@ -206,14 +206,14 @@ class Store:
         order = table.c.seq.desc() if newest_first else table.c.seq
         beyond = () if after is None else (table.c.seq < after if newest_first else table.c.seq > after,)
         statement = sa.select(table).where(*own(table), *conditions, *beyond).order_by(order)
-        found: list[Record] = []
+        rows: list[Record] = []
         with self._database.reading() as connection:
             for row in connection.execute(statement.execution_options(yield_per=500)).mappings():
-                if keeps(one := dict(row)):
-                    found.append(one)
-                if len(found) > limit:
+                if keeps(record := dict(row)):
+                    rows.append(record)
+                if len(rows) > limit:
                     break
-        return found[:limit], 0 < limit < len(found)
+        return rows[:limit], 0 < limit < len(rows)
 
     # Files
 
@@ -235,7 +235,7 @@ class Store:
         live = ((files, is_live()), (uploads, is_pending()))
         with nullcontext(connection) if connection is not None else self._database.reading() as reader:
             sums = (sa.select(sa.func.sum(table.c.bytes)).where(*own(table), which) for table, which in live)
-            taken = sum(int(reader.scalar(one) or 0) for one in sums)
+            taken = sum(int(reader.scalar(total) or 0) for total in sums)
         if taken + num_bytes > most:
             message = f"Files and pending uploads of this project have {taken:,} bytes and may have {most:,}. "
             headers = {"x-should-retry": "false"}
@@ -245,8 +245,8 @@ class Store:
 
     def file(self, name: str) -> Record | None:
         """A file that was not deleted, and has not expired."""
-        found, _ = ([], False) if "\0" in name else self.page(files, files.c.id == name, is_live(), limit=1)
-        return found[0] if found else None
+        rows, _ = ([], False) if "\0" in name else self.page(files, files.c.id == name, is_live(), limit=1)
+        return rows[0] if rows else None
 
     def delete_file(self, name: str) -> bool:
         """Whether there was one. Its content goes at once, or when no job that has not ended needs it."""
@@ -260,12 +260,12 @@ class Store:
         `with_uploads`: at the start also halves of uploads; and what no row names is set aside, since the database may
         be an older copy. Later it may belong to an upload that is being finished. Returns a line for what was moved.
         """
-        found = self._read(sa.select(files.c.id, files.c.deleted_at))
+        stored = self._read(sa.select(files.c.id, files.c.deleted_at))
         # Read after the files: a job that is made of one meanwhile is seen here.
         needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
-        needed |= {row["id"] for row in found if row["deleted_at"] is None}
+        needed |= {row["id"] for row in stored if row["deleted_at"] is None}
         needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written before its row
-        deleted = {row["id"] for row in found} - needed
+        deleted = {row["id"] for row in stored} - needed
         unknown = []
         for path in list(self.files_path.iterdir()):
             if path.name in deleted or (with_uploads and path.name.startswith(".")):
@@ -291,9 +291,9 @@ class Store:
 
     def expire(self) -> list[str]:
         """Delete what is kept no longer by its own time or by the rules, rows first; returns a line for each."""
-        now, said = int(time.time()), []
+        now, lines = int(time.time()), []
         everything, needed = self._needed_models()
-        kept = {everything[name]["job"] for name in needed}
+        kept_jobs = {everything[name]["job"] for name in needed}
         with self.writing() as connection:
             for table, done in ((files, "deleted_at"), (jobs, "run_removed_at")):
                 for project in connection.scalars(sa.select(table.c.project).distinct()).all():
@@ -303,14 +303,14 @@ class Store:
                     if table is files:
                         is_over = (files.c.expires_at <= now) | (files.c.created_at < before)
                     else:
-                        is_over = (jobs.c.finished_at < before) & jobs.c.id.not_in(kept)
+                        is_over = (jobs.c.finished_at < before) & jobs.c.id.not_in(kept_jobs)
                     rows = sa.update(table).where(table.c.project == project, table.c[done].is_(None), is_over)
                     what = "its time is over" if table is files else "its run is removed, no model of it is left"
                     gone = connection.scalars(rows.values({done: now}).returning(table.c.id))
-                    said += [f"{name}: {what}" for name in gone]
-        if said:
+                    lines += [f"{name}: {what}" for name in gone]
+        if lines:
             self.sweep()
-        return said
+        return lines
 
     # Jobs
 
@@ -419,7 +419,7 @@ class Store:
 
     def _add_events(self, connection: sa.Connection, messages: Sequence[Record]) -> None:
         if messages:
-            connection.execute(self.insert_new(events), [dict(one) for one in messages])
+            connection.execute(self.insert_new(events), [dict(message) for message in messages])
 
     def tuned(self, **is_: Any) -> list[Record]:
         """Tuned models that were not deleted, oldest first."""
@@ -474,10 +474,10 @@ class Store:
 
     def readers(self) -> dict[str, set[str]]:
         """Other projects that may ask a tuned model, by its name."""
-        found: dict[str, set[str]] = {}
+        projects: dict[str, set[str]] = {}
         for row in self._read(sa.select(permissions)):
-            found.setdefault(row["model"], set()).add(row["reader"])
-        return found
+            projects.setdefault(row["model"], set()).add(row["reader"])
+        return projects
 
 
 def _are(table: sa.Table, is_: Record) -> Iterator[sa.ColumnElement[bool]]:

@@ -104,8 +104,10 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
 def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
     """All faulty rows by their lines."""
     lines = [
-        f"{f'Line {line}: ' if (line := one.source.line) else ''}{one.message} {one.fix}".strip()[:MAX_CHARS]
-        for one in problems[:MAX_LISTED]
+        f"{f'Line {line}: ' if (line := problem.source.line) else ''}{problem.message} {problem.fix}".strip()[
+            :MAX_CHARS
+        ]
+        for problem in problems[:MAX_LISTED]
     ]
     more = f" And {num:,} more" if (num := len(problems) - MAX_NAMED) > 0 else ""
     more += ", behind which the file was not read." if len(problems) >= MOST_ERRORS else "." if more else ""
@@ -117,9 +119,9 @@ def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
     """The problems that a run printed about one file."""
     from tunesmith.types import Source
 
-    for one in error.get("problems", ()):
-        if Path(one["file"]).name == path.name and one["severity"] == "error":
-            yield Problem(Source(one["file"], one["line"]), one["code"], one["message"], one["fix"])
+    for problem in error.get("problems", ()):
+        if Path(problem["file"]).name == path.name and problem["severity"] == "error":
+            yield Problem(Source(problem["file"], problem["line"]), problem["code"], problem["message"], problem["fix"])
 
 
 def rounds(num_rows: int) -> int:

@@ -187,9 +187,9 @@ def _join(parts: Sequence[Path], out: Path, purpose: str, md5: str | None) -> st
                         digest.update(block)
                 _append(content, joined)
         os.fsync(joined.fileno())
-    if md5 is not None and md5.lower() != (found := digests[1].hexdigest()):
+    if md5 is not None and md5.lower() != (actual_md5 := digests[1].hexdigest()):
         raise RequestError(
-            f"md5: the parts have {found}. Send the wrong ones again, or create the upload anew.", param="md5"
+            f"md5: the parts have {actual_md5}. Send the wrong ones again, or create the upload anew.", param="md5"
         )
     if purpose == "fine-tune":
         with open(out, "rb") as content:

@@ -98,8 +98,8 @@ class Form:
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         known = (self.content, *self.texts)
         if self._name not in known:
-            there = f"{'there are' if self.texts else 'there is'} {' and '.join(known)}"
-            raise RequestError(f"{self._name[:60]!r}: unknown field; {there}.", param=self._name[:60])
+            known_names = f"{'there are' if self.texts else 'there is'} {' and '.join(known)}"
+            raise RequestError(f"{self._name[:60]!r}: unknown field; {known_names}.", param=self._name[:60])
         if self._name in self.fields:
             raise RequestError(f"{self._name}: is given twice.", param=self._name)
         self.fields[self._name] = b""
@@ -146,7 +146,7 @@ async def receive_file(request: Request, store: Store) -> Record:
         if error.code == "file_too_large" and most == left:
             await asyncio.to_thread(store.check_room, None, most + 1)  # which says that it is the project's limit
         raise
-    anchor, seconds = (form.text(one) if one in form.fields else None for one in _EXPIRY)
+    anchor, seconds = (form.text(field) if field in form.fields else None for field in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)
     row = {
         "id": name, "purpose": form.text("purpose"), "filename": shown_name(form.filename or b""),

@@ -55,12 +55,12 @@ def post(endpoint: WebhookEndpoint, body: bytes, headers: Mapping[str, str]) -> 
 
 def _address(host: str, endpoint: WebhookEndpoint) -> str:
     """Raises OSError for a name that leads to this machine or a private network, if that is not allowed."""
-    found = [str(one[4][0]) for one in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    for text in found:
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
         if not endpoint.private and not _is_public(address):
             raise OSError(f"{address} is not a public address; private: true allows it")
-    return found[0]
+    return addresses[0]
 
 
 _INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "::/96", "fec0::/10")))
