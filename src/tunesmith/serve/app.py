@@ -111,15 +111,15 @@ def make_app(
 
 def find_model(engine: Engine, name: str, answers: Modality | None = None) -> ModelCard:
     """The model of that name. Raises RequestError if there is none, or if it answers something else."""
-    found = next((card for card in engine.served if card.name == name), None)
-    if found is None:
+    model = next((card for card in engine.served if card.name == name), None)
+    if model is None:
         names = ", ".join(card.name for card in engine.served)
         message = f"There is no model {name[:100]!r}. Served here: {names}."
         raise RequestError(message, status=404, code="model_not_found", param="model")
-    if answers not in (None, found.answers):
-        message = f"The model {name!r} answers with {found.answers}: use {_ROUTES[found.answers]}."
+    if answers not in (None, model.answers):
+        message = f"The model {name!r} answers with {model.answers}: use {_ROUTES[model.answers]}."
         raise RequestError(message, code="wrong_route", param="model")
-    return found
+    return model
 
 
 def make_router(engine: Engine) -> APIRouter:
@@ -164,11 +164,11 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
         """A vector for each text."""
         find_model(engine, body.model, "embeddings")
-        how = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
-        vectors, num_tokens = await _connected(engine.read(body.model, body.input, **how), request)
+        settings = {"dimensions": body.dimensions, "is_query": body.input_type == "query"}
+        vectors, num_tokens = await _connected(engine.read(body.model, body.input, **settings), request)
         request.state.usage = Usage(num_tokens)
         encode = _base64 if body.encoding_format == "base64" else list
-        data = [{"object": "embedding", "index": i, "embedding": encode(one)} for i, one in enumerate(vectors)]
+        data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return json_response({"object": "list", "data": data, "model": body.model, "usage": usage})
 
@@ -179,9 +179,9 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         if card.labels:
             message = f"{body.model} answers with classes: /v1/rerank needs a model that gives one number"
             raise RequestError(message, code="wrong_route", param="model")
-        texts = [one if isinstance(one, str) else one.text for one in body.documents]
+        texts = [document if isinstance(document, str) else document.text for document in body.documents]
         lines = await _connected(engine.read(body.model, [(body.query, text) for text in texts]), request)
-        values = [next(float(one) for one in line.values() if isinstance(one, int | float)) for line in lines]
+        values = [next(float(value) for value in line.values() if isinstance(value, int | float)) for line in lines]
         results = [
             {
                 "index": i,
@@ -196,7 +196,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
     async def classify(body: ClassifyBody, request: Request) -> Response:
         """A label for each text, and the probability of each class."""
         find_model(engine, body.model, "labels")
-        texts = [one if isinstance(one, str) else (one.text, one.text_pair) for one in body.input]
+        texts = [entry if isinstance(entry, str) else (entry.text, entry.text_pair) for entry in body.input]
         lines = await _connected(engine.read(body.model, texts), request)
         data = [{"object": "classification", "index": i, **line} for i, line in enumerate(lines)]
         return json_response({"object": "list", "data": data, "model": body.model})
@@ -249,9 +249,9 @@ def make_metrics(engine: Engine) -> tuple[CollectorRegistry, Callable[[RequestLo
     class StateCollector(Collector):
         def collect(self) -> Iterator[Metric]:
             state = engine.state()
-            for field, (name, said) in _STATE.items():
+            for field, (name, doc) in _STATE.items():
                 family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-                yield family(name, said, value=float(getattr(state, field)))
+                yield family(name, doc, value=float(getattr(state, field)))
 
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)

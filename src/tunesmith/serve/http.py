@@ -83,12 +83,16 @@ class BoundedConnection(H11Protocol):
     def _end_an_idle_one(self) -> bool:
         """Whether another connection gave its place: the one without a request for longest, so that those who open
         connections and ask nothing keep nobody out."""
-        others: list[Any] = [one for one in self.connections if one is not self and not one.transport.is_closing()]
+        others: list[Any] = [
+            connection
+            for connection in self.connections
+            if connection is not self and not connection.transport.is_closing()
+        ]
         if len(others) < MAX_CONNECTIONS:
             return True
-        idle = [one for one in others if one.cycle is None or one.cycle.response_complete]
+        idle = [connection for connection in others if connection.cycle is None or connection.cycle.response_complete]
         if idle:
-            longest = min(idle, key=lambda one: one._idle_since)
+            longest = min(idle, key=lambda connection: connection._idle_since)
             longest._end(408, "request_timeout", "Others needed the place of this connection, which asked nothing.")
         return bool(idle)
 

@@ -43,8 +43,8 @@ class ApiKeys:
 
     def accepts(self, authorization: bytes | None) -> bool:
         """Whether an Authorization header carries one of the keys. Compared in constant time."""
-        scheme, _, given = (authorization or b"").partition(b" ")
-        digest = hashlib.sha256(given.strip()).digest()
+        scheme, _, key = (authorization or b"").partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
         same = [hmac.compare_digest(digest, known) for known in self.digests]  # all of them: which one must not show
         return scheme.lower() == b"bearer" and any(same)
 
@@ -194,8 +194,11 @@ class AccessMiddleware:
         if len(hosts) != 1 or not self._is_allowed_host(hosts[0]):
             message = "The Host of this request is not one that is served here. Allow it with --allow-host NAME."
             return RequestError(message, status=403, code="host_not_allowed")
-        own = (b"http://" + hosts[0].lower(), b"https://" + hosts[0].lower())
-        if any(one.lower() not in own and one.decode("latin-1") not in self.policy.origins for one in origins):
+        own_origins = (b"http://" + hosts[0].lower(), b"https://" + hosts[0].lower())
+        if any(
+            origin.lower() not in own_origins and origin.decode("latin-1") not in self.policy.origins
+            for origin in origins
+        ):
             message = "Web pages of this origin may not send requests here. Allow it with --allow-origin URL."
             return RequestError(message, status=403, code="origin_not_allowed")
         return None

@@ -203,16 +203,16 @@ def unpack(line: bytes) -> Any:
 
 
 _CLASSES: Mapping[str, Any] = {
-    one.__name__: one for one in (Delta, EngineOptions, Finished, GenerationRequest, ModelCard, Started)
+    cls.__name__: cls for cls in (Delta, EngineOptions, Finished, GenerationRequest, ModelCard, Started)
 }
-_ERRORS: Mapping[str, Any] = {one.__name__: one for one in (InputError, RequestError, TunesmithError)}
+_ERRORS: Mapping[str, Any] = {cls.__name__: cls for cls in (InputError, RequestError, TunesmithError)}
 
 
 def _tagged(value: Any) -> tuple[str, Any]:
     """(name of the class, content); "" for what JSON has: what a client wrote is never read as one of the classes."""
     name = type(value).__name__
     if isinstance(value, tuple):
-        return "tuple", [_tagged(one) for one in value]
+        return "tuple", [_tagged(member) for member in value]
     if isinstance(value, Exception):
         return name, {"message": str(value), **vars(value)}
     return (name if name in _CLASSES else ""), value
@@ -221,7 +221,7 @@ def _tagged(value: Any) -> tuple[str, Any]:
 def _value(tagged: Sequence[Any]) -> Any:
     name, content = tagged
     if name == "tuple":
-        return tuple(_value(one) for one in content)
+        return tuple(_value(member) for member in content)
     if name in _ERRORS:
         return _ERRORS[name](content.pop("message"), **content)
     return _CLASSES[name](**content) if name else content

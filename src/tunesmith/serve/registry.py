@@ -63,7 +63,7 @@ class Registry:
     @property
     def decoders(self) -> list[Decoder]:
         """The decoders of all models that write, each once."""
-        return list(dict.fromkeys(one.decoder for one in self.models.values() if isinstance(one, ServedModel)))
+        return list(dict.fromkeys(model.decoder for model in self.models.values() if isinstance(model, ServedModel)))
 
     def find(self, name: str, kind: type[M]) -> M:
         """Raises RequestError if there is no such model of this kind."""
@@ -185,17 +185,17 @@ def _add_shared(
             raise InputError(f"{runs[1].path}: of encoders one is served at a time. Serve it apart.")
         alone = runs[0] if runs else None
         return _add_single(registry, loading.load_adapter(loaded, alone) if alone else loaded, alone, note)
-    adapters, found = AdapterSet(loaded.model), list[tuple[Run, str, dict[str, LowRankPath]]]()
+    adapters, paths_of_runs = AdapterSet(loaded.model), list[tuple[Run, str, dict[str, LowRankPath]]]()
     for run in runs:
         name, paths = run.path.resolve().name, read_paths([run], loaded, note)
         adapters.put(name, paths)
-        found.append((run, name, paths))
+        paths_of_runs.append((run, name, paths))
         if loaded.packed:
             note(f"{run.path}: {loaded.packed}")
         if (precision := run.recipe().precision) != loaded.recipe.precision:
             note(f"{run.path}: tuned in {precision}, served in {loaded.recipe.precision}, as the first run was")
     decoder = choose_decoder(base.name, loaded.model, adapters, note)
-    for run, name, paths in found:
+    for run, name, paths in paths_of_runs:
         model = _tuned(loaded, name, run, decoder, paths, note=note)
         check_adapter(model)
         registry.add(model)

@@ -55,14 +55,14 @@ def check_headers(request: Request) -> None:
 
 
 async def _read(request: Request) -> bytes:
-    kept = bytearray()
+    body = bytearray()
 
     async def receive() -> int:
         num_bytes = 0
         async for piece in request.stream():
             num_bytes += len(piece)
             if num_bytes <= MAX_BYTES:
-                kept.extend(piece)
+                body.extend(piece)
             elif num_bytes > DRAINED_BYTES:
                 break
         return num_bytes
@@ -74,7 +74,7 @@ async def _read(request: Request) -> bytes:
         raise _closing(408, "request_timeout", message) from None
     if num_bytes > MAX_BYTES:
         raise _closing(413, "request_too_large", f"The body has more than {MAX_BYTES:,} bytes.")
-    return bytes(kept)
+    return bytes(body)
 
 
 def _closing(status: int, code: str, message: str) -> RequestError:
@@ -100,7 +100,7 @@ def _model_in(annotation: Any) -> Any:
     """The one model that an annotation names, such as `Supervised | None` or `list[Integration]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
+    return next((model for inner in get_args(annotation) if (model := _model_in(inner))), None)
 
 
 class Parameters(StrictModel):
@@ -233,12 +233,12 @@ class ChatBody(SampledBody):
 
     def to_request(self) -> GenerationRequest:
         """As the engine takes it. Raises RequestError for messages and tools that a row of training could not have."""
-        found = RowProblems(Source("messages", 1))
-        parts, tools = parts_of(self.messages, found, trained=False), tools_of({"tools": self.tools}, found)
-        without_answer(parts, found)
-        check_order(parts, found, answered=False)
-        if found.problems:
-            message = " ".join(problem.message for problem in found.problems[:10])
+        problems = RowProblems(Source("messages", 1))
+        parts, tools = parts_of(self.messages, problems, trained=False), tools_of({"tools": self.tools}, problems)
+        without_answer(parts, problems)
+        check_order(parts, problems, answered=False)
+        if problems.problems:
+            message = " ".join(problem.message for problem in problems.problems[:10])
             raise RequestError(message, code="invalid_messages", param="messages")
         return GenerationRequest(
             messages=tuple({"role": part.role, "content": part.text, **part.fields} for part in parts),

@@ -73,10 +73,10 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         problems, body = error.errors(), getattr(request.scope.get("route"), "body_field", None)
         model = None if body is None else body.field_info.annotation
-        found = [_problem(problem, model) for problem in problems[:MAX_PROBLEMS]]
-        texts = [text for _, _, text in found]
+        described = [_problem(problem, model) for problem in problems[:MAX_PROBLEMS]]
+        texts = [text for _, _, text in described]
         texts += [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        return error_response(RequestError(" ".join(texts), code=found[0][1], param=found[0][0]))
+        return error_response(RequestError(" ".join(texts), code=described[0][1], param=described[0][0]))
     if isinstance(error, HTTPException):
         code, message = _HTTP_ERRORS.get(error.status_code, ("error", str(error.detail)))
         return error_response(RequestError(message, status=error.status_code, code=code, headers=error.headers))
@@ -89,12 +89,12 @@ def _problem(problem: Mapping[str, Any], model: Any) -> tuple[str | None, str, s
     """(param, code, message) of one problem that pydantic found in the body of a `model`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if part != "body")
     place = "".join(parts).lstrip(".")
-    said = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
-    code, said = _PROBLEMS.get(problem["type"], ("invalid_value", said))
+    text = str(problem["msg"]).removeprefix("Value error, ").replace("Input should", "should")
+    code, text = _PROBLEMS.get(problem["type"], ("invalid_value", text))
     hint = ""
     if code == "unknown_parameter" and len(name := str(problem["loc"][-1])) <= 60:
         hint = did_you_mean(name, fields_at(model, problem["loc"][:-1]))
-    return place or None, code, f"{place[:60] or 'The body'}: {said}.{hint}"
+    return place or None, code, f"{place[:60] or 'The body'}: {text}.{hint}"
 
 
 @dataclass

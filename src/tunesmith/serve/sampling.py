@@ -262,8 +262,8 @@ class StreamingDecoder:
 
     def _new_text(self) -> str:
         """The text of tokens that were not appended yet."""
-        before, whole = self._decode(self._start, self._read), self._decode(self._start, len(self._ids))
-        return whole[len(before) :] if whole.startswith(before) else self._decode(self._read, len(self._ids))
+        before, decoded = self._decode(self._start, self._read), self._decode(self._start, len(self._ids))
+        return decoded[len(before) :] if decoded.startswith(before) else self._decode(self._read, len(self._ids))
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))

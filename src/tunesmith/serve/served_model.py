@@ -112,9 +112,9 @@ class ServedModel:
 
     def _conversation(self, request: GenerationRequest) -> list[Part]:
         parts = []
-        for one in request.messages:
-            fields = {key: value for key, value in one.items() if key not in ("role", "content")}
-            parts.append(Part(one["role"], one["content"], trained=False, fields=fields))
+        for message in request.messages:
+            fields = {key: value for key, value in message.items() if key not in ("role", "content")}
+            parts.append(Part(message["role"], message["content"], trained=False, fields=fields))
         example = Example(tuple(parts), Source("request", 1), "messages", tuple(request.tools))
         for problem in self.renderer.control_problems(example):
             raise RequestError(problem.message, param="messages")
@@ -171,7 +171,9 @@ class Classifier:
             sides = (Part("user", text[0], False), Part("assistant", text[1], True))
             return Example(sides, source, "prompt_completion", plain=True)
         texts = (text,) if isinstance(text, str) else text
-        parts = (Part(name, one, False) for name, one in zip(("text", "text_pair"), texts, strict=False))
+        parts = (
+            Part(name, text_of_part, False) for name, text_of_part in zip(("text", "text_pair"), texts, strict=False)
+        )
         return Example(tuple(parts), source, "text_label")
 
 
@@ -208,8 +210,8 @@ class Embedder:
         cut: dict[str, Any] = {"tokens_per_pass": most, "layout": "padded", "cost": pass_cost(model.device)}
         with eval_mode(model):
             for members in make_micro_batches(range(len(rows)), lengths, **cut):
-                how: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
-                batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **how)
+                options: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
+                batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **options)
                 found_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)[:, :dimensions]
                 if self.pooling.normalizes:
                     found_LD = torch.nn.functional.normalize(found_LD, dim=-1)

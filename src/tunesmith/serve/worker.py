@@ -166,9 +166,9 @@ class Worker:
                 raise RequestError("the client has gone away", status=499)
 
         done(0)
-        found = self._registry.models.get(model)
-        if isinstance(found, Embedder):
-            return found.embed(texts, done, **how)
+        served = self._registry.models.get(model)
+        if isinstance(served, Embedder):
+            return served.embed(texts, done, **how)
         return self._registry.find(model, Classifier).classify(texts, done)
 
     def step(self) -> None:
