@@ -107,14 +107,14 @@ def load(path: Path) -> Checkpoint:
 
 def steps(folder: Path) -> list[int]:
     """List the steps of complete checkpoints in `folder`, in numeric order, by the sizes of their files."""
-    found = []
+    complete = []
     for step, path in _folders(folder):
         try:
             _check_sizes(path, _manifest(path))
         except (_Damaged, CheckpointError):
             continue
-        found.append(step)
-    return found
+        complete.append(step)
+    return complete
 
 
 def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | None:
@@ -165,11 +165,13 @@ def _load(path: Path) -> Checkpoint:
     _check_sizes(path, manifest)
     for name, facts in manifest["files"].items():
         try:
-            found = sha256_file(path / name)
+            digest = sha256_file(path / name)
         except OSError as error:
             raise _Damaged(f"{name} cannot be read: {error.strerror}") from error
-        if found != facts["sha256"]:
-            raise _Damaged(f"{name} is not what was written: its SHA-256 is {found[:12]}…, not {facts['sha256'][:12]}…")
+        if digest != facts["sha256"]:
+            raise _Damaged(
+                f"{name} is not what was written: its SHA-256 is {digest[:12]}…, not {facts['sha256'][:12]}…"
+            )
     weights, optimizer = (_read_tensors(path / name) for name in _FILES[:2])
     state = from_json((path / _FILES[2]).read_bytes())
     return Checkpoint(path, manifest["step"], weights, optimizer, state)
@@ -281,8 +283,8 @@ def _order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """A tensor with what other ranks have of it."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -43,8 +43,8 @@ def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], l
     Raises RunError for a run that is under way or a job server's, and with parts for one that is not done: it resumes
     from them.
     """
-    found: list[Removable] = []
-    kept: list[str] = []
+    doomed: list[Removable] = []
+    notes: list[str] = []
     others = {other: _made_from(other) for root in {run.path.parent for run in chosen} for other in runs(root)}
     going = {run.path.resolve() for run in chosen} if whole else set()
     for run in chosen:
@@ -56,7 +56,7 @@ def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], l
         if not whole and run.state() != "done":
             way = "only finished runs are pruned. `tunesmith runs rm` removes it"
             raise RunError(f"{run.path.name}: it is {run.state()}, and {way}.")
-        for path, reason in ({run.path: run.state()} if whole else _parts(run, kept)).items():
+        for path, reason in ({run.path: run.state()} if whole else _parts(run, notes)).items():
             users = {
                 other.path.name for other, places in others.items()
                 if other.path.resolve() not in going | {run.path.resolve()}
@@ -64,25 +64,25 @@ def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], l
             }  # fmt: skip
             name = path.relative_to(run.path.parent)
             if path.is_symlink():
-                kept.append(f"{name} stays: it is a link to {os.readlink(path)}")
+                notes.append(f"{name} stays: it is a link to {os.readlink(path)}")
             elif users:
-                kept.append(f"{name} stays: {listed(sorted(users))} starts from it")
+                notes.append(f"{name} stays: {listed(sorted(users))} starts from it")
             else:
-                found.append(Removable(run, path, reason, freed_bytes(path)))
-    return found, kept
+                doomed.append(Removable(run, path, reason, freed_bytes(path)))
+    return doomed, notes
 
 
-def _parts(run: Run, kept: list[str]) -> dict[Path, str]:
+def _parts(run: Run, notes: list[str]) -> dict[Path, str]:
     """Checkpoints, and exports if the result and the base that they were made from are there."""
     place, folder = run.recipe().place, run.path / "exports"
     exports = [path for path in sorted(folder.glob("[!.]*")) if not folder.is_symlink()] + [run.merged_path]
-    found = {run.checkpoints_path: "checkpoints of a finished run"}
+    reasons = {run.checkpoints_path: "checkpoints of a finished run"}
     is_hub_id = not place.startswith((".", "/", "~")) and place.count("/") == 1 and not place.endswith(".gguf")
     if run.model_path.is_dir() or is_hub_id or Path(place).expanduser().exists():
-        found |= dict.fromkeys(exports, "made anew by `tunesmith export`, or when a run starts from this one")
+        reasons |= dict.fromkeys(exports, "made anew by `tunesmith export`, or when a run starts from this one")
     else:
-        kept.append(f"{run.path.name}: its exports stay: {place}, which they are made from, is not there")
-    return {path: reason for path, reason in found.items() if path.is_dir()}
+        notes.append(f"{run.path.name}: its exports stay: {place}, which they are made from, is not there")
+    return {path: reason for path, reason in reasons.items() if path.is_dir()}
 
 
 def remove_removable(part: Removable) -> None:
