@@ -49,11 +49,11 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
 
 def _copied(result: RunResult) -> list[Path]:
     """The files to copy. Raises RunError for a link, whose target would be published under another name."""
-    found = [path for path in sorted(result.folder.iterdir()) if path.name in COPIED]
-    for path in (inside for one in found for inside in (one, *one.rglob("*"))):
+    copied = [path for path in sorted(result.folder.iterdir()) if path.name in COPIED]
+    for path in (inside for entry in copied for inside in (entry, *entry.rglob("*"))):
         if path.is_symlink():
             raise RunError(f"{path}: a link, and what it points to would be published. Put the file itself there.")
-    return found
+    return copied
 
 
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:

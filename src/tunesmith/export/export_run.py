@@ -37,7 +37,7 @@ DEAD_S = 3600.0
 """Age at which an unfinished export of the same name is taken for that of a dead process."""
 
 
-TARGETS: dict[str, ExportTarget] = {one.name: one for one in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
+TARGETS: dict[str, ExportTarget] = {target.name: target for target in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
 
 
 def check_options(target: str, options: ExportOptions) -> ExportTarget:
@@ -214,8 +214,8 @@ class _Export:
     def _rows(self) -> tuple[verify.CheckRows, int]:
         self.result.on_progress("tuned", 0, 1)
         rows, result = verify.find_rows(self.result), self.result
-        how: dict[str, Any] = {"labels": result.labels, "masked": result.recipe.train.masked}
-        encoded = verify.encode_rows(result.renderer, rows.examples, head=result.head, **how)
+        settings: dict[str, Any] = {"labels": result.labels, "masked": result.recipe.train.masked}
+        encoded = verify.encode_rows(result.renderer, rows.examples, head=result.head, **settings)
         return rows, sum(len(row.ids) for row in encoded)
 
     def _tuned(self, rows: verify.CheckRows, plan: ProofPlan) -> TunedOutputs:
@@ -256,15 +256,15 @@ def _compared(
     """The export with the numbers of its check, and every tolerance that it exceeds."""
     result.on_progress("verify", 0, 1)
     exported = verify.exported_outputs(result, target, done.path, rows, plan, work=work)
-    found = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
+    comparison = verify.compare(seen.tuned, exported, base=seen.base, labels=result.labels)
     notes = [*done.notes]
-    if seen.base is not None and found.carried is None:
+    if seen.base is not None and comparison.carried is None:
         notes.append("the adapter changes nothing on these rows")
-    if seen.quantized_loss is not None and found.loss_exported is not None:
-        change = f"the loss of these rows changes by {found.loss_exported - seen.quantized_loss:+.4f}"
+    if seen.quantized_loss is not None and comparison.loss_exported is not None:
+        change = f"the loss of these rows changes by {comparison.loss_exported - seen.quantized_loss:+.4f}"
         notes.append(f"trained on its base in {result.quant}, exported on the original base: {change}")
-    done = replace(done, found=found, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
-    return done, found.problems(done.allowed)
+    done = replace(done, found=comparison, loaded_by=exported.loaded_by, rows=rows.described, notes=notes)
+    return done, comparison.problems(done.allowed)
 
 
 def _describe(

@@ -99,8 +99,8 @@ def ggml_type(name: str, shape: tuple[int, ...], quant: QuantType, *, is_tied: b
 
 
 def quantized(tensor: Tensor, number: GgmlType) -> NDArray[Any]:
-    found: NDArray[Any] = gguf.quantize(np.ascontiguousarray(tensor.detach().cpu().numpy()), number)
-    return found
+    blocks: NDArray[Any] = gguf.quantize(np.ascontiguousarray(tensor.detach().cpu().numpy()), number)
+    return blocks
 
 
 def file_stem(result: RunResult) -> str:
@@ -253,13 +253,13 @@ def load_model(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel
     config = load.load_config(located)
     _complete(config, header)
     with wrap_errors(located, "its weights cannot be loaded"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             **pretrained_args(located), config=config, dtype=computing.dtype, output_loading_info=True
         )
-    if found["missing_keys"]:
-        raise ModelError(f"{path.name}: {len(found['missing_keys'])} weights are missing")
+    if loading_info["missing_keys"]:
+        raise ModelError(f"{path.name}: {len(loading_info['missing_keys'])} weights are missing")
     if ROPE_FACTORS in header.tensors:
-        stored = next(one for one in gguf.GGUFReader(path).tensors if one.name == ROPE_FACTORS)
+        stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
         factors = gguf.dequantize(stored.data, stored.tensor_type).copy()
         model.base_model.rotary_emb.inv_freq.div_(torch.from_numpy(factors))
     by = f"transformers {version('transformers')}"

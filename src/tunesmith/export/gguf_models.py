@@ -197,29 +197,29 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:
     """The architecture of a model. Raises ModelError if llama.cpp has none, or would compute another model."""
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
         raise ModelError(
             f"{name}: gguf: a {config.model_type} cannot be written. Those that can: {', '.join(ARCHITECTURES)}. "
             "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
-    if limits := found.limits(config):
+    if limits := architecture.limits(config):
         raise ModelError(
             f"{name}: gguf: llama.cpp would compute another model: {'; '.join(limits)}. Export merged instead."
         )
-    return found
+    return architecture
 
 
 def tensor_names(architecture: Architecture, names: list[str], num_layers: int) -> dict[str, str]:
     """llama.cpp's name of each weight. Raises ModelError for a weight without one."""
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     known = gguf.get_tensor_name_map(number, num_layers)
-    found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-    if lost := [name for name, other in found.items() if other is None]:
+    names_there = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    if lost := [name for name, other in names_there.items() if other is None]:
         raise ModelError(
             f"gguf: llama.cpp has no name for {len(lost)} weights of a {architecture.name}, such as {lost[0]}"
         )
-    return found
+    return names_there
 
 
 def model_names(architecture: Architecture, model: PreTrainedModel) -> dict[str, str]:

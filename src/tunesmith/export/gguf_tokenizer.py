@@ -79,19 +79,19 @@ def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | Non
 
     Raises ModelError if none is found, or if the tokenizer contradicts the GGUF.
     """
-    found = HASHES.get(probe_hash(tokenizer)) or pre_tokenizer_of_steps(tokenizer)
+    pre_tokenizer = HASHES.get(probe_hash(tokenizer)) or pre_tokenizer_of_steps(tokenizer)
     way_out = "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
-    if of_gguf is not None and found in (None, of_gguf):
+    if of_gguf is not None and pre_tokenizer in (None, of_gguf):
         return of_gguf
     if of_gguf is not None:
         raise ModelError(
-            f"gguf: the file that was tuned names the pre-tokenizer {of_gguf}, but its tokenizer follows {found}. "
-            f"{way_out}"
+            f"gguf: the file that was tuned names the pre-tokenizer {of_gguf}, but its tokenizer follows "
+            f"{pre_tokenizer}. {way_out}"
         )
-    if found is None:
+    if pre_tokenizer is None:
         name, digest = tokenizer.name_or_path, probe_hash(tokenizer)[:16]
         raise ModelError(f"gguf: the pre-tokenizer of {name} is unknown (hash {digest}). {way_out}")
-    return found
+    return pre_tokenizer
 
 
 def pre_tokenizer_of_steps(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -100,7 +100,7 @@ def pre_tokenizer_of_steps(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if (backend.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
         return None
     step = backend.get("pre_tokenizer") or {}
-    match [_step(one) for one in step.get("pretokenizers", [step])]:
+    match [_step(part) for part in step.get("pretokenizers", [step])]:
         case [("ByteLevel", True)]:
             return "gpt-2"
         case [("Digits", True), ("ByteLevel", True)]:

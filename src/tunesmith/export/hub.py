@@ -112,12 +112,12 @@ def base_id(result: RunResult) -> str | None:
 
 def _description(result: RunResult) -> str:
     method = result.recipe.method
-    how = METHODS[method.name].describe(method)
+    method_text = METHODS[method.name].describe(method)
     base = base_id(result) or Path(result.recipe.model).name
     revision = f" at {result.base.revision}" if result.base.revision else ""
     names = result.labels.names if result.labels else ()
     labels = f" Classes: {', '.join(map(_escape, names))}." if names else ""
-    return f"`{_escape(base)}`{revision} tuned for the task {result.recipe.task}. {how}{labels}"
+    return f"`{_escape(base)}`{revision} tuned for the task {result.recipe.task}. {method_text}{labels}"
 
 
 def _data(report: Mapping[str, Any]) -> str:
@@ -164,8 +164,8 @@ def comparison_lines(found: ExportComparison, allowed: Tolerances) -> list[tuple
         (f"{found.measure} at {found.positions:,} positions, mean (max)", value, f"mean allowed {allowed.kl:g}"),
     ]
     if found.carried is not None:
-        kept = percent(found.carried, 2), f"allowed 100 % ± {percent(allowed.carried, 0)}"
-        lines.append(("change from the base that it keeps, over all logits", *kept))
+        share = percent(found.carried, 2), f"allowed 100 % ± {percent(allowed.carried, 0)}"
+        lines.append(("change from the base that it keeps, over all logits", *share))
     if found.loss_tuned is not None and found.loss_exported is not None:
         losses = f"{found.loss_tuned:.4f}, {found.loss_exported:.4f}"
         lines.append(("loss on these rows, tuned and exported", losses, f"allowed ± {allowed.loss:g}"))

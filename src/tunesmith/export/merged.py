@@ -49,11 +49,11 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     tensors = tuned_tensors(model, attachment)
     first = next(tensors)  # takes the adapter off, so that names are those of the plain model
     weights = Stream(chain([first], tensors), dtype, partial(result.on_progress, "write"))
-    how: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
-    save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **how)
+    settings: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
+    save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **settings)
     if dtype in (torch.float32, stored):
         return []
-    wanted, whence = (str(one).removeprefix("torch.") for one in (dtype, stored))
+    wanted, whence = (str(each_dtype).removeprefix("torch.") for each_dtype in (dtype, stored))
     return [f"weights are rounded from {whence} to {wanted}, once"]
 
 
@@ -63,12 +63,12 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     kind = model_kind(located)
     head = find_head(recipe, located, kind)
     with silence_transformers():
-        model, found = getattr(transformers, auto_class(head, kind)).from_pretrained(
+        model, loading_info = getattr(transformers, auto_class(head, kind)).from_pretrained(
             folder, dtype=computing.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    missing = {name for name in found["missing_keys"] if head != "vector" or not name.startswith("pooler.")}
-    wrong = sorted({*missing, *found["unexpected_keys"], *map(str, found["mismatched_keys"])})
+    missing = {name for name in loading_info["missing_keys"] if head != "vector" or not name.startswith("pooler.")}
+    wrong = sorted({*missing, *loading_info["unexpected_keys"], *map(str, loading_info["mismatched_keys"])})
     if wrong:
         raise ModelError(f"{folder.name}: {len(wrong)} weights do not fit the model, such as {wrong[0]}")
     return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model.to(computing.device))

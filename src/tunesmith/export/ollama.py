@@ -43,9 +43,9 @@ def go_template(result: RunResult) -> tuple[str | None, list[str]]:
     try:
         parts = _find_parts(render)
         for messages in _conversations(with_system="system" in parts):
-            expected, found = render(messages), _write_out(parts, messages)
-            if expected != found:
-                raise ValueError(f"{expected[:80]!r} would become {found[:80]!r}")
+            expected, written = render(messages), _write_out(parts, messages)
+            if expected != written:
+                raise ValueError(f"{expected[:80]!r} would become {written[:80]!r}")
         if render([_message("user", " Hi ")]) != _write_out(parts, [_message("user", " Hi ")]):
             notes.append("its chat template strips spaces around messages, which Ollama does not")
     except (ValueError, TemplateRefusal) as reason:
@@ -68,10 +68,10 @@ def _find_parts(render: Callable[..., str]) -> Parts:
     """Raises ValueError if the template changes contents, or writes a role differently in different places."""
     q, w, r, s = _MARKS
     talk = [_message("user", q), _message("assistant", w), _message("user", r)]
-    whole, closed = render(talk), render(talk, prompt=False)
-    if not whole.startswith(closed):
-        closed = whole  # the template opens no answer, or closes the text in another way
-    head, after_q = _split(whole, q)
+    conversation, closed = render(talk), render(talk, prompt=False)
+    if not conversation.startswith(closed):
+        closed = conversation  # the template opens no answer, or closes the text in another way
+    head, after_q = _split(conversation, q)
     between, after_w = _split(after_q, w)
     around, tail = _split(after_w, r)
     # The text between an answer and the next question closes the one and opens the other.
@@ -80,7 +80,7 @@ def _find_parts(render: Callable[..., str]) -> Parts:
     user_before = around[len(answer_after) :]
     if not head.endswith(user_before):
         raise ValueError("it writes the first question differently from the second")
-    open_text = whole[len(closed) :]
+    open_text = conversation[len(closed) :]
     user_after = tail[: len(tail) - len(open_text)] if open_text else commonprefix([between, tail])  # noqa: RUF071
     parts = {
         "user": (user_before, user_after),

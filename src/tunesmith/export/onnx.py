@@ -127,13 +127,13 @@ class OnnxModel(ExportedModel):
 
     @property
     def has_types(self) -> bool:
-        return any(one.name == "token_type_ids" for one in self.session.get_inputs())
+        return any(node.name == "token_type_ids" for node in self.session.get_inputs())
 
     def logits(self, batch: Batch) -> Tensor:
         inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.mask_BT, "token_type_ids": batch.types_BT}
-        known = {one.name for one in self.session.get_inputs()}
-        found = {name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None and name in known}
-        logits = torch.from_numpy(self.session.run(["logits"], found)[0])
+        known = {node.name for node in self.session.get_inputs()}
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items() if tensor is not None and name in known}
+        logits = torch.from_numpy(self.session.run(["logits"], feeds)[0])
         return logits if self.head == "sequence" else logits.flatten(0, 1)[batch.predict_N]
 
 

@@ -91,8 +91,8 @@ class RunResult:
         """The widest dtype of the stored weights; float32 for a GGUF, which dequantizes to it."""
         if self.weights.is_gguf:
             return torch.float32
-        found = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
-        return next((dtype for name, dtype in _DTYPES.items() if name in found), torch.float32)
+        stored = {tensor.dtype for tensor in read_tensors(self.weights.path, self.weights.name).values()}
+        return next((dtype for name, dtype in _DTYPES.items() if name in stored), torch.float32)
 
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
@@ -102,9 +102,9 @@ class RunResult:
     @property
     def is_low_rank(self) -> bool:
         """Whether nothing but low-rank paths was trained: no module whole, and no rows of new tokens."""
-        whole = ("modules_to_save", "trainable_token_indices")
+        trained_whole = ("modules_to_save", "trainable_token_indices")
         is_path = self.is_adapter and METHODS[self.recipe.method.name].low_rank
-        return is_path and not any(self.adapter_config.get(key) for key in whole)
+        return is_path and not any(self.adapter_config.get(key) for key in trained_whole)
 
     @property
     def adapted(self) -> list[str]:

@@ -96,7 +96,7 @@ class ExportedModel:
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, without special tokens."""
         backend = self.tokenizer.backend_tokenizer
-        return [list(one.ids) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [list(encoding.ids) for encoding in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class TorchModel(ExportedModel):
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = self.model.device
-        return found
+        device: torch.device = self.model.device
+        return device
 
     def logits(self, batch: Batch) -> Tensor:
         forward = sequence_logits if self.head == "sequence" else logits_at_targets

@@ -111,10 +111,10 @@ def find_rows(result: RunResult) -> CheckRows:
         if wanted:
             side = "eval" if result.recipe.data.eval else "train"
             matching = (example for example in _examples(result, side) if str(example.source) in wanted)
-            if found := list(islice(matching, len(wanted))):
+            if held_out := list(islice(matching, len(wanted))):
                 unit = "documents, the first window of each" if any("bytes" in line for line in lines) else "rows"
                 described = f"of {len(sources):,} held-out {unit}"
-                return CheckRows(sorted(found, key=lambda one: wanted.index(str(one.source))), described)
+                return CheckRows(sorted(held_out, key=lambda example: wanted.index(str(example.source))), described)
         if first := list(islice(_examples(result, "train"), MAX_ROWS)):
             return CheckRows(first, "training rows, since none is held out")
     except DataError:
@@ -160,8 +160,8 @@ def compute(
         if model.head != "vector" and (row.labels is None or not _has_no_answer(row.labels)):
             outputs.losses.append(float(_losses(logits_NV, batch, labels).double().sum()))
             outputs.counts.append(batch.num_targets)
-        kept = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
-        outputs.logits.append(logits_NV[kept].numpy())
+        positions = np.unique(np.linspace(0, len(logits_NV) - 1, POSITIONS).astype(np.int64))
+        outputs.logits.append(logits_NV[positions].numpy())
         tick(i, len(encoded))
     if renderer.stop_ids and model.head == "next_token":
         longest = renderer.max_tokens or MANY_TOKENS
@@ -177,7 +177,7 @@ def encode_rows(
 ) -> list[Row]:  # fmt: skip
     """The first row of each example that has one, up to so many tokens together; the first is always used."""
     vocabulary: dict[str, int] = {}
-    found: list[Row] = []
+    first_rows: list[Row] = []
     num_tokens = 0
     for encoded in renderer.encode(rows, vocabulary=vocabulary):
         first = encoded[0] if encoded else None
@@ -185,17 +185,17 @@ def encode_rows(
             continue
         first = lines_of(first)[0]
         num_tokens += len(first.ids)
-        if found and num_tokens > tokens:
+        if first_rows and num_tokens > tokens:
             break
-        found.append(first)
+        first_rows.append(first)
     if head == "masked_token":
         masking = Masking.of(renderer.tokenizer, share=masked, seed=0)
-        nums = [max(1, round(masked * int(row.trained.sum()))) for row in found]
-        return [masking.apply(row, num=nums[i], draw=0, index=i) for i, row in enumerate(found)]
+        nums = [max(1, round(masked * int(row.trained.sum()))) for row in first_rows]
+        return [masking.apply(row, num=nums[i], draw=0, index=i) for i, row in enumerate(first_rows)]
     if labels is None:
-        return found
+        return first_rows
     names = list(vocabulary)
-    return [replace(row, labels=_targets(row, labels, names)) for row in found]
+    return [replace(row, labels=_targets(row, labels, names)) for row in first_rows]
 
 
 def _targets(row: Row, labels: Labels, names: Sequence[str]) -> NDArray[np.generic]:
@@ -243,20 +243,20 @@ class ExportComparison:
 
     def problems(self, allowed: Tolerances) -> list[str]:
         """Every tolerance that is exceeded, in words."""
-        found = [] if self.same_ids else [f"its tokens differ: {self.difference}"]
+        exceeded = [] if self.same_ids else [f"its tokens differ: {self.difference}"]
         if self.same_ids and not self.kl <= allowed.kl:
-            found.append(f"its {self.measure} from the tuned model is {self.kl:.2g}, at most {allowed.kl:g} allowed")
+            exceeded.append(f"its {self.measure} from the tuned model is {self.kl:.2g}, at most {allowed.kl:g} allowed")
         if self.loss_tuned is not None and self.loss_exported is not None:
             change = self.loss_exported - self.loss_tuned
             # On few rows rounding changes the loss by chance; the KL divergence has a tolerance too.
             chance = STANDARD_ERRORS * (self.loss_error or 0.0)
             if not abs(change) <= allowed.loss + chance:
                 limit = f"{allowed.loss:g} allowed" + (f", and {chance:.4f} by chance on few rows" if chance else "")
-                found.append(f"its loss is {change:+.4f} from the tuned model's, at most {limit}")
+                exceeded.append(f"its loss is {change:+.4f} from the tuned model's, at most {limit}")
         if self.carried is not None and not abs(self.carried - 1) <= allowed.carried:
             share, limit = percent(round(self.carried, 3)), percent(allowed.carried, 0)
-            found.append(f"it keeps {share} of the change from the base, 100 % ± {limit} allowed")
-        return found
+            exceeded.append(f"it keeps {share} of the change from the base, 100 % ± {limit} allowed")
+        return exceeded
 
 
 def compare(tuned: Outputs, exported: Outputs, *, base: Outputs | None, labels: Labels | None) -> ExportComparison:
@@ -363,9 +363,9 @@ def tuned_outputs(result: RunResult, rows: CheckRows, plan: ProofPlan) -> TunedO
 
 def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, plan: ProofPlan, phase: str) -> Outputs:
     loaded = TorchModel(model.renderer.tokenizer, result.kind, model.head, "", model.model)
-    how: dict[str, Any] = {"masked": result.recipe.train.masked, "tokens": plan.tokens}
+    settings: dict[str, Any] = {"masked": result.recipe.train.masked, "tokens": plan.tokens}
     tick = partial(result.on_progress, phase)
-    return compute(loaded, model.renderer, rows.examples, labels=result.labels, tick=tick, **how)
+    return compute(loaded, model.renderer, rows.examples, labels=result.labels, tick=tick, **settings)
 
 
 def exported_outputs(
@@ -412,8 +412,8 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
         with suppress(OSError):  # a disk that is full is said by what has to be written
             (path.parent / PROGRESS).write_text(f"{done} {total}", "utf-8")
 
-    how: dict[str, Any] = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
-    outputs = compute(model, renderer, rows, labels=run_labels(recipe), **how)
+    settings: dict[str, Any] = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
+    outputs = compute(model, renderer, rows, labels=run_labels(recipe), **settings)
     replace(outputs, loaded_by=model.loaded_by).save(path.parent)
 
 
