@@ -310,9 +310,9 @@ def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[
             f"{name}: it has no head for the task {chosen}. Tune one: "
             f"{command('train', name, 'DATA', '--task', chosen)}"
         )
-    found = model_size(located)
-    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)
-    choice = choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
+    size = model_size(located)
+    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, size, kind)
+    choice = choose_precision(recipe, size.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
     return with_choice(recipe, choice), tokenizer
 
 

@@ -114,8 +114,8 @@ def load_training_rows(run: Run) -> TrainingRows | None:
         num_replay = len(expand_folders(recipe.data.replay, lambda problem: None, how=recipe.data.reading))
     except DataError:  # a folder that is gone: the run's own rows cannot be separated from it
         return None
-    own = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
-    data = recipe.data.model_copy(update={"train": own})
+    own_files = tuple(DataFile(path=path) for path in store.paths[: len(store.paths) - num_replay])
+    data = recipe.data.model_copy(update={"train": own_files})
     return TrainingRows(store, split(data, store, held_store, resolved(recipe.task))[0])
 
 
@@ -157,10 +157,10 @@ def evaluate_file(
         loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
         if TASKS[task].compares:
             with _as_begun(loaded) as base:
-                found = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
-            store.branches.reference = np.array([result["logps"] for result in found.results], np.float64)
-        found = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
-        results = row_results(loaded.head, loaded.labels, found, store.hashes)
+                predictions = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
+            store.branches.reference = np.array([result["logps"] for result in predictions.results], np.float64)
+        predictions = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
+        results = row_results(loaded.head, loaded.labels, predictions, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
         constant = constant_answer(loaded.labels, known.store, known.rows_I)
         source = MEASURED if trained is None else "the training rows"
@@ -202,20 +202,20 @@ def _judge_answers(
 
     def read(*, answered: bool) -> list[Example]:
         problems.clear()
-        return [one for _, one in examples(data.train, data, problems.append, task=task, answered=answered)]
+        return [example for _, example in examples(data.train, data, problems.append, task=task, answered=answered)]
 
     empty = Part("assistant", "", True)  # rows without any answer are prompts as well
-    found = read(answered=True) or [replace(one, parts=(*one.parts, empty)) for one in read(answered=False)]
+    rows = read(answered=True) or [replace(example, parts=(*example.parts, empty)) for example in read(answered=False)]
     if bad := refused(data, problems):
         raise DataError(f"{plural(len(bad), 'row')} cannot be answered", bad)
-    some, new_tokens = heapq.nsmallest(num, found, key=content_hash), loaded.recipe.evaluation.sample_tokens
-    after, prompts, notes = _answer(loaded, some, new_tokens, on_progress)
+    chosen, new_tokens = heapq.nsmallest(num, rows, key=content_hash), loaded.recipe.evaluation.sample_tokens
+    after, prompts, notes = _answer(loaded, chosen, new_tokens, on_progress)
     if not prompts:
         raise DataError("--judge: the file has no prompt that leaves room for an answer.")
     with _as_begun(loaded) as base:
-        before, *_ = _answer(base, some, new_tokens, on_progress)
-    rates, said = judged(judge, prompts, _columns(before)[0], _columns(after)[0])
-    return EvaluationResult(task, len(prompts), rates, None, [], {}, after, None, [*notes, said])
+        before, *_ = _answer(base, chosen, new_tokens, on_progress)
+    rates, note = judged(judge, prompts, _columns(before)[0], _columns(after)[0])
+    return EvaluationResult(task, len(prompts), rates, None, [], {}, after, None, [*notes, note])
 
 
 def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -226,7 +226,7 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
     in_pieces = loaded.recipe.kernels == "fast" and METHODS[loaded.recipe.method.name].fused_loss  # as in the run
     output = find_output_layer(loaded.model) if in_pieces else None
     task = bind(loaded.renderer.task_name, loaded.labels, output=output, recipe=loaded.recipe)
-    found = predict_rows(
+    predictions = predict_rows(
         loaded.model,
         task,
         feed(loaded, store),
@@ -234,8 +234,8 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
         tokens_per_pass=loaded.tokens_per_pass,
         progress=progress,
     )
-    own = (store, np.arange(len(store)), found)
-    return settled(task, own, recipe=loaded.recipe, tokenizer=loaded.renderer.tokenizer)
+    measured = (store, np.arange(len(store)), predictions)
+    return settled(task, measured, recipe=loaded.recipe, tokenizer=loaded.renderer.tokenizer)
 
 
 @contextmanager
@@ -343,8 +343,8 @@ def _answer(
         return [], [], []
     limit = PromptLimit.of(loaded.renderer, model_tokens=loaded.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(loaded.renderer, rows, limit=limit, new_tokens=new_tokens)
-    how = {"most": loaded.tokens_per_pass}
-    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress, **how))
+    settings = {"most": loaded.tokens_per_pass}
+    sampled = list(answer_samples(loaded.model, loaded.renderer, prompts, new_tokens, on_progress, **settings))
     were = "was" if len(sampled) == 1 else "were"
     note = f"{plural(len(sampled), 'row')} {were} answered, with {new_tokens:,} tokens at most (--samples; 0: none)"
     prompted = {
@@ -397,8 +397,8 @@ def judged(
 
 
 def _rewards(judge: LoadedModel, prompts: Sequence[Example], answers: Sequence[str]) -> list[float]:
-    given = [Part("assistant", answer or " ", True) for answer in answers]  # templates refuse an empty one
-    rows = [replace(example, parts=(*example.parts, part)) for example, part in zip(prompts, given, strict=True)]
+    parts = [Part("assistant", answer or " ", True) for answer in answers]  # templates refuse an empty one
+    rows = [replace(example, parts=(*example.parts, part)) for example, part in zip(prompts, parts, strict=True)]
     return list(map(float, _values(judge, rows)))
 
 
@@ -409,7 +409,7 @@ def _choices(judge: LoadedModel, prompts: Sequence[Example], first: Sequence[str
         request = "\n\n".join(f"{part.role}: {part.text}" for part in example.parts)
         parts = (Part("user", QUESTION.format(request=request, a=a, b=b), False),)
         rows.append(replace(example, parts=parts, tools=()))
-    return [_choice(str(said)) for said in _values(judge, rows)]
+    return [_choice(str(answer)) for answer in _values(judge, rows)]
 
 
 def _choice(said: str) -> int:

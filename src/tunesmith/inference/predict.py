@@ -114,12 +114,12 @@ class Predictor:
         results: list[Answered] = [prompt if isinstance(prompt, Problem) else {} for prompt in encoded]
         prompts = {i: prompt for i, prompt in enumerate(encoded) if not isinstance(prompt, Problem)}
         for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
-            some = [prompts[i] for i in members]
+            batch = [prompts[i] for i in members]
             most = self.loaded.tokens_per_pass
-            given = generate_within(self.loaded.model, self.loaded.renderer, some, self.max_new_tokens, most=most)
-            for i, one in zip(members, given, strict=True):
-                results[i] = {key: one.text}
-                if not one.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
+            answers = generate_within(self.loaded.model, self.loaded.renderer, batch, self.max_new_tokens, most=most)
+            for i, answer in zip(members, answers, strict=True):
+                results[i] = {key: answer.text}
+                if not answer.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
                     message = f"its answer was cut off at {self.max_new_tokens} tokens."
                     way = "Raise --max-tokens."
                     warn(Problem(examples[i].source, "answer_cut", message, way, severity="warning"))
@@ -150,15 +150,17 @@ class Predictor:
     def _label(self, examples: Sequence[Example], done: Done, warn: Warn) -> list[Answered]:
         is_tags = self.loaded.head == "tokens"
         numbered = (
-            [replace(one, labels=tuple(map(str, range(len(one.parts))))) for one in examples] if is_tags else examples
+            [replace(example, labels=tuple(map(str, range(len(example.parts))))) for example in examples]
+            if is_tags
+            else examples
         )
         # The words of a row are its classes here: the labels of the encoded row then say which words have a token.
         words = {str(i): i for i in range(max((len(example.parts) for example in numbered), default=0))}
         encoded = self.loaded.renderer.encode(numbered, on_warning=warn, vocabulary=words)
         results: list[Answered] = [{} for _ in examples]
         rows: dict[int, Row] = {}
-        for i, found in enumerate(encoded):
-            first = found[0]
+        for i, encoded_rows in enumerate(encoded):
+            first = encoded_rows[0]
             if isinstance(first, Problem):
                 results[i] = first
             elif why := self.loaded.without_vector(first.ids):
@@ -289,9 +291,9 @@ def predict_to(
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
-    found = expand_folders([DataFile(path=path)], lambda warning: None, how=predictor.loaded.recipe.data.reading)
+    expanded = expand_folders([DataFile(path=path)], lambda warning: None, how=predictor.loaded.recipe.data.reading)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
-    files = (file for file in found if is_address(file.path) or Path(file.path).is_file())
+    files = (file for file in expanded if is_address(file.path) or Path(file.path).is_file())
     hashes = [f"{file.path} {file_hash(file)}\n" for file in files]
     rows = hashlib.sha256("".join(hashes).encode("utf-8", "surrogateescape")).hexdigest()
     fields = ", ".join(["bare" if bare else "echoed", *keep, "reference"])
@@ -326,8 +328,8 @@ def predict_file(
 
 def predict_list(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:
     """A line for each of some texts or rows, in their order and without a source."""
-    found: list[Line] = []
-    stream = RowStream(predictor, found.extend, chunk_rows=predictor.chunk_rows, bare=bare)
+    lines: list[Line] = []
+    stream = RowStream(predictor, lines.extend, chunk_rows=predictor.chunk_rows, bare=bare)
     read_list(rows, predictor.loaded.recipe.data, predictor.task, stream)
     stream.flush()
-    return [{name: value for name, value in line.items() if name != "source"} for line in found]
+    return [{name: value for name, value in line.items() if name != "source"} for line in lines]

@@ -99,7 +99,7 @@ class RowStream:
         rows = [item for item in self._chunk if isinstance(item, Example)]
         tick = self._tick
         answers = iter(self._answers(rows, lambda done: tick(done, len(self._chunk)), self.warn) if rows else ())
-        self._write([self._line(one, next(answers) if isinstance(one, Example) else one) for one in self._chunk])
+        self._write([self._line(item, next(answers) if isinstance(item, Example) else item) for item in self._chunk])
         self._chunk, self._num_chars = [], 0
 
     def _add(self, item: Example | Problem, num_chars: int) -> None:
@@ -116,9 +116,9 @@ class RowStream:
         if isinstance(answer, Problem):
             self.counts.errors += 1
             self.counts.first.setdefault(answer.code, answer)
-            kept = item.kept if isinstance(item, Example) else {}
+            columns = item.kept if isinstance(item, Example) else {}
             error = f"{answer.code}: {answer.message} {answer.fix}".strip()
-            return {"source": str(answer.source), **kept, "error": error}
+            return {"source": str(answer.source), **columns, "error": error}
         assert isinstance(item, Example)
         self.counts.answered += 1
         line = answer if self._bare else as_row(item, answer)
