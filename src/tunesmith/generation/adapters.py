@@ -33,16 +33,16 @@ class LowRankPath:
 
 def joined_paths(adapters: Sequence[Mapping[str, tuple[Tensor, Tensor, float]]]) -> dict[str, LowRankPath]:
     """Adapters that were tuned on one another as one: the sum of their products is one of the sum of their ranks."""
-    found: dict[str, LowRankPath] = {}
+    joined: dict[str, LowRankPath] = {}
     for layer in sorted({layer for adapter in adapters for layer in adapter}):
         paths = [LowRankPath(*adapter[layer]) for adapter in adapters if layer in adapter]
         if len(paths) == 1:
-            found[layer] = paths[0]
+            joined[layer] = paths[0]
             continue
         a_RI = torch.cat([path.a_RI.float() for path in paths])
         b_OR = torch.cat([path.b_OR.float() * path.scale for path in paths], dim=1)
-        found[layer] = LowRankPath(a_RI, b_OR, 1.0)
-    return found
+        joined[layer] = LowRankPath(a_RI, b_OR, 1.0)
+    return joined
 
 
 @dataclass(slots=True)
@@ -130,8 +130,8 @@ class AdapterSet:
             if name is not None:
                 places.setdefault(name, []).append(place)
         self._routing.groups = [
-            (name, None if len(some) == len(names) else torch.tensor(some, device=device))
-            for name, some in places.items()
+            (name, None if len(places_of_name) == len(names) else torch.tensor(places_of_name, device=device))
+            for name, places_of_name in places.items()
         ]
         self._routing.num_tokens = len(names) if mixed else None
         try:

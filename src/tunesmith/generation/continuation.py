@@ -93,14 +93,14 @@ class Continuation:
         if self.why or not any(row in self.wanted for row in batch.row_indices):
             return self.task.measure(model, batch)
         with packed_forward() as trace:
-            kept: Layers = {}
-            trace.kept = kept
+            layers: Layers = {}
+            trace.kept = layers
             try:
                 measured = self.task.measure(model, batch)
             finally:
                 trace.kept = None
-        self._take(batch, measured, kept)
-        kept.clear()
+        self._take(batch, measured, layers)
+        layers.clear()
         self._write(is_last=False)
         return measured
 
@@ -164,13 +164,13 @@ class Continuation:
         are left out, and later batches are half as large."""
         started = time.perf_counter()
         while self._begun and not self.why:
-            lengths = [one.length for one in self._begun]
+            lengths = [answer.length for answer in self._begun]
             num = self.together(lengths)
             if not is_last and num == len(lengths):
                 break  # there is room for more
-            some, self._begun = self._begun[:num], self._begun[num:]
+            batch, self._begun = self._begun[:num], self._begun[num:]
             try:
-                self._write_some(some)
+                self._write_some(batch)
             except _ERRORS as error:
                 if is_out_of_memory(error):
                     self.most_tokens = max(1, num * (max(lengths[:num]) + self.new_tokens) // 2)
@@ -181,19 +181,19 @@ class Continuation:
             free_cached_memory()
         self.seconds += time.perf_counter() - started
 
-    def _write_some(self, some: Sequence[_Begun]) -> None:
+    def _write_some(self, answers: Sequence[_Begun]) -> None:
         """Write these answers to their ends. Raises UnsupportedAttentionError if the model does not find the losses of
         the pass again."""
-        own = self.model.config._attn_implementation
+        attention = self.model.config._attn_implementation
         with eval_mode(self.model), silence_transformers():
             try:
                 decoder = BatchedDecoder(self.model, AdapterSet(self.model))
-                slots = decoder.adopt([(one.layers, one.length) for one in some], more=1 + self.new_tokens)
-                writing = dict(zip(slots, some, strict=True))
-                order, logits_NV = decoder.step({slot: one.last for slot, one in writing.items()}, [])
+                slots = decoder.adopt([(answer.layers, answer.length) for answer in answers], more=1 + self.new_tokens)
+                writing = dict(zip(slots, answers, strict=True))
+                order, logits_NV = decoder.step({slot: answer.last for slot, answer in writing.items()}, [])
                 self._prove([writing[slot] for slot in order], logits_NV)
-                last = {slot: one.ids[-1] for slot, one in writing.items()}
-                written = {one.row: list(one.ids) for one in some}
+                last = {slot: answer.ids[-1] for slot, answer in writing.items()}
+                written = {answer.row: list(answer.ids) for answer in answers}
                 while last:
                     order, logits_NV = decoder.step(last, [])
                     for slot, token in zip(order, logits_NV.argmax(-1).tolist(), strict=True):
@@ -203,16 +203,18 @@ class Continuation:
                         if token in self.stop_ids or len(ids) >= self.new_tokens:
                             decoder.close(slot)
                             del last[slot]
-                    self.tick(len(self.answers) + len(some) - len(last), len(self.wanted))
+                    self.tick(len(self.answers) + len(answers) - len(last), len(self.wanted))
             finally:
-                self.model.set_attn_implementation(own)
+                self.model.set_attn_implementation(attention)
         self.answers |= written
 
-    def _prove(self, some: Sequence[_Begun], logits_NV: Tensor) -> None:
+    def _prove(self, answers: Sequence[_Begun], logits_NV: Tensor) -> None:
         """Compare the losses of the tokens that follow with those of the pass, in deviations of a row's logits."""
-        targets_N = torch.tensor([one.target for one in some], device=logits_NV.device)
+        targets_N = torch.tensor([answer.target for answer in answers], device=logits_NV.device)
         losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-        away_N = (losses_N - torch.tensor([one.loss for one in some], device=losses_N.device)) / logits_NV.std(-1)
+        away_N = (losses_N - torch.tensor([answer.loss for answer in answers], device=losses_N.device)) / logits_NV.std(
+            -1
+        )
         error = float(away_N.square().mean().sqrt())
         if not error <= TOLERANCES[self.model.dtype]:
             raise UnsupportedAttentionError(f"a token read again has another loss, by {error:.2g}")

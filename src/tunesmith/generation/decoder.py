@@ -109,7 +109,7 @@ class BatchedDecoder:
         last = list(range(len(slots)))
         rows: list[DecodeRows] = []
         for pool in self._cache.pools.values():
-            rows.append(DecodeRows(pool, sum(len(one.pool.slots) for one in rows), device))
+            rows.append(DecodeRows(pool, sum(len(earlier.pool.slots) for earlier in rows), device))
         spans: list[PrefillSpan] = []
         for slot, prompt in parts:
             spans.append((slot, slice(len(ids), len(ids) + len(prompt))))
@@ -156,10 +156,10 @@ class SequentialDecoder:
 
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
         slots = [SequenceSlot(slot.adapter, slot.pool, slot.length) for _ in range(copies)]
-        for one in slots:
-            self._caches[one] = copy.deepcopy(self._caches[slot])
+        for copy_slot in slots:
+            self._caches[copy_slot] = copy.deepcopy(self._caches[slot])
             if slot in self._encoded:
-                self._encoded[one] = self._encoded[slot]
+                self._encoded[copy_slot] = self._encoded[slot]
         self.close(slot)
         return slots
 
@@ -222,10 +222,10 @@ def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrained
     Texts of different lengths are read in parts and then continued together, and their logits compared with those of
     the model's own attention, each text alone; and those of one text beside others with those beside others again.
     """
-    own, is_batched = model.config._attn_implementation, kind is BatchedDecoder
+    attention, is_batched = model.config._attn_implementation, kind is BatchedDecoder
     texts = [probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]
     with eval_mode(model):
-        whole = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1:] for ids in texts]
+        alone = [model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1:] for ids in texts]
         try:  # transformers warns of attention that cannot be replaced
             with silence_transformers(), packed_forward() if is_batched else nullcontext(AttentionTrace()) as trace:
                 together = _decoded(kind(model, adapters), texts)
@@ -234,12 +234,12 @@ def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrained
             return str(refusal) or type(refusal).__name__
         finally:
             with silence_transformers():
-                model.set_attn_implementation(own)
+                model.set_attn_implementation(attention)
     if is_batched and trace.calls == 0:
         return "its attention is its own and cannot be replaced"
     if missing := trace.local_masks - trace.windows:
         return f"its attention is limited to {min(missing)} tokens by a mask alone"
-    error = max(normalized_error(a_1V, b_1V.float()) for a_1V, b_1V in zip(together, whole, strict=True))
+    error = max(normalized_error(a_1V, b_1V.float()) for a_1V, b_1V in zip(together, alone, strict=True))
     leak = normalized_error(again[0], together[0])
     if error <= TOLERANCES[model.dtype] and leak <= leak_tolerance(model):
         return ""
@@ -253,14 +253,14 @@ def _decoded(decoder: Decoder, texts: Sequence[list[int]]) -> list[Tensor]:
     for parts in ([ids[: len(ids) // 2] for ids in prompts], [ids[len(ids) // 2 :] for ids in prompts]):
         decoder.step({}, list(zip(slots, parts, strict=True)))
     decoding = {decoder.fork(slot, 1)[0]: i for i, slot in enumerate(slots)}
-    found: dict[int, Tensor] = {}
+    last_logits: dict[int, Tensor] = {}
     while decoding:
         slots, logits_NV = decoder.step({slot: texts[i][slot.length] for slot, i in decoding.items()}, [])
         for slot, logits_1V in zip(slots, logits_NV[:, None], strict=True):
             if slot.length == len(texts[decoding[slot]]):
-                found[decoding.pop(slot)] = logits_1V
+                last_logits[decoding.pop(slot)] = logits_1V
                 decoder.close(slot)
-    return [found[i] for i in range(len(texts))]
+    return [last_logits[i] for i in range(len(texts))]
 
 
 def probe(vocab_size: int, num: int) -> list[int]:

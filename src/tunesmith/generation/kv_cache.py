@@ -100,8 +100,8 @@ class KVPool:
     def _copy_row(self, row: int, slot: SequenceSlot) -> None:
         """Copy what was read of a sequence into a row; zeros follow."""
         for layer, (key_NGLD, value_NGLD) in slot.pool.layers.items():
-            own = self.of(layer, key_NGLD[:1], value_NGLD[:1])
-            for to_NGLD, from_NGLD in zip(own, (key_NGLD, value_NGLD), strict=True):
+            layer_pool = self.of(layer, key_NGLD[:1], value_NGLD[:1])
+            for to_NGLD, from_NGLD in zip(layer_pool, (key_NGLD, value_NGLD), strict=True):
                 to_NGLD[row, :, : slot.length] = from_NGLD[slot.row, :, : slot.length]
                 to_NGLD[row, :, slot.length :] = 0  # an earlier sequence's values are masked, but 0 times NaN is NaN
 
@@ -227,10 +227,10 @@ def cached_attention(
     if layer is None or others.get("s_aux") is not None or others.get("position_bias") is not None:
         raise UnsupportedAttentionError("its attention has sinks, position biases, or layers without a number")
     attention.trace_call(sliding_window)
-    how = AttentionOptions(True, 0.0, scaling, sliding_window, softcap)
+    options = AttentionOptions(True, 0.0, scaling, sliding_window, softcap)
     new = (query_1HTD, key_1GTD, value_1GTD)
-    parts = [_decode(rows, layer, new, how) for rows in layout.rows]
-    parts += [_prefill(span, layer, new, how, layout.segments) for span in layout.spans]
+    parts = [_decode(rows, layer, new, options) for rows in layout.rows]
+    parts += [_prefill(span, layer, new, options, layout.segments) for span in layout.spans]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
