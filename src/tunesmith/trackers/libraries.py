@@ -147,8 +147,8 @@ class Wandb(Tracker):
             settings=settings,
         )
         if self._run.offline:
-            own = Path(self._run.dir).parent
-            self.place, self.last_step = str(own), _sent_before(own, run, reader.key)
+            folder = Path(self._run.dir).parent
+            self.place, self.last_step = str(folder), _sent_before(folder, run, reader.key)
         else:
             self.place = str(self._run.url)
             self.last_step = int(self._run.step) - 1 if self._run.resumed else -1
@@ -198,8 +198,8 @@ class Mlflow(Tracker):
     def open(self, run: Run, reader: RunReader) -> None:
         client = self._client
         of_it, tags = [self._experiment.experiment_id], {"tunesmith.run": reader.key}
-        found = client.search_runs(of_it, f"tags.`tunesmith.run` = '{reader.key}'", max_results=1)
-        self._run = found[0] if found else client.create_run(*of_it, run_name=reader.name, tags=tags)
+        earlier = client.search_runs(of_it, f"tags.`tunesmith.run` = '{reader.key}'", max_results=1)
+        self._run = earlier[0] if earlier else client.create_run(*of_it, run_name=reader.name, tags=tags)
         self._id = self._run.info.run_id
         client.update_run(self._id, status="RUNNING")
         self.place = f"{self.where[0]}, experiment {self.where[1]}, run {self._id}"

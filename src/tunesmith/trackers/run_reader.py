@@ -31,13 +31,13 @@ class StepMetrics:
 
 def plainly_named(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a mapping by names that every tracker allows; names that differ stay different."""
-    found: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in tree.items():
         plain = re.sub(r"[^\w.\- ]|^\.+$", "_", name)[-200:]
-        while plain in found:
+        while plain in renamed:
             plain += "_"
-        found[plain] = value
-    return found
+        renamed[plain] = value
+    return renamed
 
 
 def metrics_of(event: Event) -> dict[str, float]:
@@ -45,8 +45,8 @@ def metrics_of(event: Event) -> dict[str, float]:
     tuned model are there as result/eval/loss too."""
     values = event.values
     if event.kind == "step":
-        found = {f"train/{name}": values[key] for key, name in STEP.items() if key in values}
-        return found | {f"train/{key}": event.timing[key] for key in TIMING if key in event.timing}
+        metrics = {f"train/{name}": values[key] for key, name in STEP.items() if key in values}
+        return metrics | {f"train/{key}": event.timing[key] for key in TIMING if key in event.timing}
     if event.kind not in MEASURED:
         return {}
     measures = dict(values.get("measures", {}))
@@ -54,13 +54,15 @@ def metrics_of(event: Event) -> dict[str, float]:
         measures["loss"] = {"value": values["loss"]}
     for source, of_source in plainly_named(values.get("sources", {})).items():
         measures[f"{source}/loss"] = of_source["loss"]
-    found = {
+    metrics = {
         f"{MEASURED[event.kind]}/{name}{end}": float(measure[key])
         for name, measure in measures.items()
         for key, end in ENDS.items()
         if measure.get(key) is not None
     }
-    return found | ({f"result/{name}": value for name, value in found.items()} if values.get("name") == "after" else {})
+    return metrics | (
+        {f"result/{name}": value for name, value in metrics.items()} if values.get("name") == "after" else {}
+    )
 
 
 class RunReader:
@@ -95,13 +97,13 @@ class RunReader:
             self.notes += [text for text in texts if text not in self.notes]
         elif kind in ("end", "stopped", "failed", "resume"):
             self.state = "" if kind == "resume" else kind
-        found = metrics_of(event) if event.step > self.newest else {}  # a resumed run repeats steps
-        if found:  # the last step may be measured as "step" and as "after"
-            one = self._open.setdefault(event.step, StepMetrics(event.step, event.time))
-            one.values.update(found | one.values)
+        metrics = metrics_of(event) if event.step > self.newest else {}  # a resumed run repeats steps
+        if metrics:  # the last step may be measured as "step" and as "after"
+            step_metrics = self._open.setdefault(event.step, StepMetrics(event.step, event.time))
+            step_metrics.values.update(metrics | step_metrics.values)
         until = float("inf") if self.state in ("end", "stopped") else event.step
         done = [self._open.pop(step) for step in sorted(self._open) if step < until]
-        self.newest = max([self.newest, *(one.step for one in done)])
+        self.newest = max([self.newest, *(step_metrics.step for step_metrics in done)])
         return done
 
 

@@ -178,9 +178,9 @@ def tracked(
     try:
         for name, process in list(processes.items()):
             say(True, f"opening {name}")
-            said = cast(IO[bytes], process.stdout).readline().decode()
-            if said != "\n":
-                problem = said.strip() or f"track: {name}: its process ended."
+            first_line = cast(IO[bytes], process.stdout).readline().decode()
+            if first_line != "\n":
+                problem = first_line.strip() or f"track: {name}: its process ended."
                 if name in names:
                     raise InputError(problem)
                 say(False, _without(name, problem))
@@ -204,14 +204,14 @@ def tracked(
 
 def _usable(optional: Sequence[str], others: Sequence[str], say: Say) -> list[str]:
     """The optional trackers, without the others, whose packages are here; of the rest it is said that they are not."""
-    found = []
+    usable = []
     for name in dict.fromkeys(optional):
         if name not in others:
             try:
-                found += check_names([name])
+                usable += check_names([name])
             except InputError as error:
                 say(False, _without(name, str(error)))
-    return found
+    return usable
 
 
 def _without(name: str, problem: str) -> str:
