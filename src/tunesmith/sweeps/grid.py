@@ -115,28 +115,28 @@ def _problems(data: Any) -> Iterator[str] | list[str]:
     """Faults in the form of the file."""
     if not isinstance(data, Mapping):
         return ["no mapping: write base: with model and data, and grid: with lists of values."]
-    found = [f"{key}: unknown: a sweep has {', '.join(SECTIONS)}." for key in data if key not in SECTIONS]
+    problems = [f"{key}: unknown: a sweep has {', '.join(SECTIONS)}." for key in data if key not in SECTIONS]
     for key, is_needed in SECTIONS.items():
         if key not in data:
             example = _EXAMPLE if key == "grid" else "model: ./model"
-            found += [f"{key}: missing: write it, such as {key}: with {example} below."] if is_needed else []
+            problems += [f"{key}: missing: write it, such as {key}: with {example} below."] if is_needed else []
         elif not isinstance(data[key], Mapping) and not (key == "asha" and data[key] is None):
-            found.append(f"{key}: {data[key]!r:.60} is not a mapping of options.")
-    if found:
-        return found
+            problems.append(f"{key}: {data[key]!r:.60} is not a mapping of options.")
+    if problems:
+        return problems
     if not data["grid"]:
         return [f"grid: empty: name options and their values, such as {_EXAMPLE}."]
     for key, values in data["grid"].items():
-        found += _axis_problems(str(key), values, is_drawn="random" in data)
+        problems += _axis_problems(str(key), values, is_drawn="random" in data)
     for section, rules in _NUMBERS.items():
         for key, value in (data.get(section) or {}).items():
             if key not in rules:
-                found.append(f"{section}.{key}: unknown: it has {', '.join(rules)}.")
+                problems.append(f"{section}.{key}: unknown: it has {', '.join(rules)}.")
             elif not isinstance(value, int) or isinstance(value, bool) or value < rules[key]:
-                found.append(f"{section}.{key}: {value!r:.60} is not a whole number from {rules[key]} up.")
+                problems.append(f"{section}.{key}: {value!r:.60} is not a whole number from {rules[key]} up.")
     if "random" in data and "trials" not in data["random"]:
-        found.append("random.trials: missing: the number of trials to draw.")
-    return found
+        problems.append("random.trials: missing: the number of trials to draw.")
+    return problems
 
 
 _NUMBERS = {"random": {"trials": 1, "seed": 0}, "asha": {"factor": 2, "first": 1}}
@@ -165,9 +165,9 @@ def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
 
 def _check_base(path: Path, given: Mapping[str, Any]) -> None:
     """Raises RecipeError for a base that is not a recipe by itself."""
-    found = load.validate(given, where=f"{path}: base")
-    if not found.model or not found.data.train:
-        raise RecipeError(f"{path}: base: {'data.train' if found.model else 'model'}: missing: every trial needs it.")
+    recipe = load.validate(given, where=f"{path}: base")
+    if not recipe.model or not recipe.data.train:
+        raise RecipeError(f"{path}: base: {'data.train' if recipe.model else 'model'}: missing: every trial needs it.")
 
 
 def _drawn(axes: Mapping[str, Any], how: Mapping[str, int]) -> Iterator[dict[str, Any]]:
@@ -186,8 +186,8 @@ def _one_of(values: Any, draw: random.Random) -> Any:
     if isinstance(values, list):
         return draw.choice(values)
     low, high = values["low"], values["high"]
-    found = math.exp(draw.uniform(math.log(low), math.log(high))) if values.get("log") else draw.uniform(low, high)
-    return round(found) if isinstance(low, int) and isinstance(high, int) else float(f"{found:.3g}")
+    drawn = math.exp(draw.uniform(math.log(low), math.log(high))) if values.get("log") else draw.uniform(low, high)
+    return round(drawn) if isinstance(low, int) and isinstance(high, int) else float(f"{drawn:.3g}")
 
 
 def _recipes(path: Path, text: str, base: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> list[Recipe]:
@@ -268,7 +268,7 @@ class Judge:
         rung = self.rungs.setdefault(step, {})
         rung[trial] = worth if math.isfinite(worth) else math.inf
         rank = 1 + sum(other < rung[trial] for other in rung.values())
-        kept = max(1, len(rung) // self.asha.factor)
-        if rank <= kept and rung[trial] < math.inf:
+        survivors = max(1, len(rung) // self.asha.factor)
+        if rank <= survivors and rung[trial] < math.inf:
             return None
         return {"step": step, "value": value, "rank": rank, "of": len(rung)}

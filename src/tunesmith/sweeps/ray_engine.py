@@ -27,8 +27,8 @@ class RayTasks:
 
     def __init__(self, ray: Any, recipe: Recipe) -> None:
         self._ray, needs = ray, needs_of(recipe, ray)
-        there = ray.cluster_resources()
-        room = {"num_cpus": there.get("CPU", 0), "num_gpus": there.get("GPU", 0)}
+        resources = ray.cluster_resources()
+        room = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
         self.slots = int(min(room[key] // needed for key, needed in needs.items() if needed))
         if self.slots < 1:
             words = ", ".join(f"{needed:g} {key.removeprefix('num_')}" for key, needed in needs.items() if needed)
@@ -132,8 +132,8 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _cause(failure: BaseException) -> TunesmithError:
     """The error that a worker named, the one of the rank that failed first; GroupError where a worker is gone."""
-    found = [json.loads(line) for line in re.findall(rf"{_MARK}(\{{.*\}})", str(failure))]
-    if not found:
+    errors = [json.loads(line) for line in re.findall(rf"{_MARK}(\{{.*\}})", str(failure))]
+    if not errors:
         return GroupError(f"Ray: {' '.join(str(failure).split()):.500}")
-    first = min(found, key=lambda one: one["code"] == GroupError.__name__)
+    first = min(errors, key=lambda one: one["code"] == GroupError.__name__)
     return as_error(first, first["message"], first["exit"])

@@ -113,9 +113,9 @@ class Sweep:
     def _refuse_other(self) -> None:
         state = self.path / STATE
         if state.is_file():
-            kept = from_json(state.read_bytes())
-            is_same = kept.get("format") == FORMAT and kept.get("digest") == self.grid.digest
-            if not is_same and not any((self.root / name).exists() for name in kept["trials"]):
+            saved = from_json(state.read_bytes())
+            is_same = saved.get("format") == FORMAT and saved.get("digest") == self.grid.digest
+            if not is_same and not any((self.root / name).exists() for name in saved["trials"]):
                 state.unlink()  # none of its trials began
                 return
             if not is_same:
@@ -123,7 +123,7 @@ class Sweep:
                     f"{self.path}: holds a sweep of another grid (the file was changed since). Choose another folder "
                     "with --name, or put the file back to go on with it."
                 )
-            self.stopped, self.failed = dict(kept["stopped"]), dict(kept["failed"])
+            self.stopped, self.failed = dict(saved["stopped"]), dict(saved["failed"])
             return
         if self.path.exists() and any(self.path.iterdir()):
             raise RunError(f"{self.path}: is there already and is not a sweep. Choose another folder with --name.")

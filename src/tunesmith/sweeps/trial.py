@@ -77,7 +77,7 @@ class Follower:
 
     def read(self) -> list[tuple[int, dict[str, Any]]]:
         """Evaluations on the way that are new, as (step, measures)."""
-        found = []
+        evaluations = []
         for event in self._new.read():
             values = event.values
             if event.kind == "plan":
@@ -88,8 +88,8 @@ class Follower:
                 self.after = dict(values["measures"])
             elif event.kind == "evaluation":
                 self.last = values["measures"]
-                found += [(event.step, values["measures"])] if values["name"] == "step" else []
-        return found
+                evaluations += [(event.step, values["measures"])] if values["name"] == "step" else []
+        return evaluations
 
 
 class TrialRunner(Protocol):
