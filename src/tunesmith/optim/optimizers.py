@@ -295,12 +295,12 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """The state, not copied: `<name of a trained tensor>/<part>`. Empty before the first update; a tensor that
         never had a gradient has no entries."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for row, names, optimizer in self.parts:
             for name in names:
-                if kept := optimizer.state.get(self.trained[name]):
-                    found |= {f"{name}/{key}": torch.as_tensor(kept[key]) for key in row.state(self.trained[name])}
-        return found
+                if state := optimizer.state.get(self.trained[name]):
+                    tensors |= {f"{name}/{key}": torch.as_tensor(state[key]) for key in row.state(self.trained[name])}
+        return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, bit for bit. Raises CheckpointError, with nothing changed, for a name that is
