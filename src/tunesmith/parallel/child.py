@@ -49,8 +49,8 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
     last: dict[str, Any] = {}
     result: dict[str, Any] = {}
     with (
-        TemporaryFile() as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, env=for_child()) as child,
+        TemporaryFile() as error_output,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_output, env=for_child()) as child,
     ):
         assert child.stdout is not None
         is_stopping = False
@@ -71,8 +71,8 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
             raise
         if code == 0 and result:
             return Run(Path(result["run"]))
-        said.seek(0)
-        text = said.read().decode("utf-8", "replace").strip()
+        error_output.seek(0)
+        text = error_output.read().decode("utf-8", "replace").strip()
     raise as_error(last, text, code)
 
 
@@ -82,10 +82,15 @@ def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithErro
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else re.split(r"^error: ", text, flags=re.M)[-1]
     message = message or f"the process of the run ended with code {code}"
-    places = [(f"{one['file']}:{one['line']}".removesuffix(":0"), one["message"]) for one in last.get("problems", [])]
-    listed = [f"{at}: {said}" for at, said in places[:MOST_PROBLEMS] if f"{at}: " not in message or said not in message]
+    places = [
+        (f"{problem['file']}:{problem['line']}".removesuffix(":0"), problem["message"])
+        for problem in last.get("problems", [])
+    ]
+    listed = [
+        f"{at}: {reason}" for at, reason in places[:MOST_PROBLEMS] if f"{at}: " not in message or reason not in message
+    ]
     message = "\n".join([message, *listed])
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers
         kind = errors.InputError if code == errors.InputError.exit_code else errors.GroupError
-    found: errors.TunesmithError = kind(message)
-    return found
+    error: errors.TunesmithError = kind(message)
+    return error

@@ -75,18 +75,20 @@ def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targ
 
 
 def _together(ranks: list[dict[str, Any]]) -> Computed:
-    smaller = [one["tokens_per_pass"] for one in ranks if one["tokens_per_pass"] is not None]
-    ended = [Exhausted(**{**one["exhausted"], "rank": at}) for at, one in enumerate(ranks) if one["exhausted"]]
+    smaller = [of_rank["tokens_per_pass"] for of_rank in ranks if of_rank["tokens_per_pass"] is not None]
+    ended = [
+        Exhausted(**{**of_rank["exhausted"], "rank": at}) for at, of_rank in enumerate(ranks) if of_rank["exhausted"]
+    ]
     return Computed(
-        micro_batches=[tuple(rows) for one in ranks for rows in one["micro_batches"]],
-        losses=[loss for one in ranks for loss in one["losses"]],
-        row_losses=[loss for one in ranks for loss in one["row_losses"]],
-        targets=math.fsum(one["targets"] for one in ranks),
-        computed=sum(one["computed"] for one in ranks),
-        peak=max(one["peak"] for one in ranks),
+        micro_batches=[tuple(rows) for of_rank in ranks for rows in of_rank["micro_batches"]],
+        losses=[loss for of_rank in ranks for loss in of_rank["losses"]],
+        row_losses=[loss for of_rank in ranks for loss in of_rank["row_losses"]],
+        targets=math.fsum(of_rank["targets"] for of_rank in ranks),
+        computed=sum(of_rank["computed"] for of_rank in ranks),
+        peak=max(of_rank["peak"] for of_rank in ranks),
         tokens_per_pass=min(smaller, default=None),
         exhausted=ended[0] if ended else None,
-        ungraded=sorted(set.intersection(*(set(one["ungraded"]) for one in ranks))),
+        ungraded=sorted(set.intersection(*(set(of_rank["ungraded"]) for of_rank in ranks))),
     )
 
 
@@ -127,9 +129,9 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.is_contiguous():
         yield from torch.split(tensor.view(-1), BUCKET)
         return
-    whole = tensor.float().contiguous()
-    dist.all_reduce(whole)
-    tensor.copy_(whole)
+    summed = tensor.float().contiguous()
+    dist.all_reduce(summed)
+    tensor.copy_(summed)
 
 
 def _sum_together(pieces: list[Tensor]) -> None:

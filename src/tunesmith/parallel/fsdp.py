@@ -42,14 +42,14 @@ def as_whole(tensors: Mapping[str, Tensor], shards: Mapping[str, torch.Size], me
 
     `shards`: shapes of the whole, by name of a weight; what an optimizer keeps of it is named `<weight>/<part>`.
     """
-    found = dict(tensors)
+    gathered = dict(tensors)
     for name, tensor in tensors.items():
         shape = _whole_shape(name, tensor, shards)
         if shape is not None:
             stride = torch.empty(shape, device="meta").stride()
             local = tensor.detach()
-            found[name] = DTensor.from_local(local, mesh, ROWS, run_check=False, shape=shape, stride=stride)
-    return found
+            gathered[name] = DTensor.from_local(local, mesh, ROWS, run_check=False, shape=shape, stride=stride)
+    return gathered
 
 
 def piece_of(name: str, tensor: Tensor, shards: Mapping[str, torch.Size], part: tuple[int, int]) -> Tensor:
@@ -63,12 +63,12 @@ def piece_of(name: str, tensor: Tensor, shards: Mapping[str, torch.Size], part: 
 
 def whole_weights(world: World, model: nn.Module) -> dict[str, Tensor]:
     """The weights of a model with split layers, on the first rank; others get none, and take part."""
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
-        whole = weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
+        full = weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
         if world.is_first:
-            found[name] = whole
-    return found
+            weights[name] = full
+    return weights
 
 
 def _whole_shape(name: str, tensor: Tensor, shards: Mapping[str, torch.Size]) -> torch.Size | None:

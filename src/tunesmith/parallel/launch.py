@@ -50,11 +50,15 @@ def devices_of(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> int:
         return max(1, cards)
     if ":" in recipe.device or recipe.device == "mps":
         raise RecipeError(f"devices: {recipe.devices}: but device: {recipe.device} is one. Use device: cuda or cpu.")
-    there = cards or num_cpus()
-    if recipe.devices > there:
-        what = plural(there, "CUDA device") if cards else f"{there} core{'s' * (there > 1)} free to this process"
+    available = cards or num_cpus()
+    if recipe.devices > available:
+        what = (
+            plural(available, "CUDA device")
+            if cards
+            else f"{available} core{'s' * (available > 1)} free to this process"
+        )
         raise RecipeError(
-            f"devices: {recipe.devices}: there {'are' if there > 1 else 'is'} {what}. Use at most {there}."
+            f"devices: {recipe.devices}: there {'are' if available > 1 else 'is'} {what}. Use at most {available}."
         )
     return recipe.devices
 
@@ -115,8 +119,8 @@ def _run_of(folder: Path) -> Run | None:
 
 def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str], None]) -> int:
     """Say why the first rank failed, unless it has; returns its exit code."""
-    found = [(_reason(failure), rank, failure) for rank, failure in failures.items()]
-    first = min(found, key=lambda one: (one[0].get("kind") == GroupError.__name__, one[2].timestamp))
+    reasons = [(_reason(failure), rank, failure) for rank, failure in failures.items()]
+    first = min(reasons, key=lambda one: (one[0].get("kind") == GroupError.__name__, one[2].timestamp))
     reason, rank, failure = first
     code: int = failure.exitcode
     if not reason.get("is_printed") and code != Stopped.exit_code:
@@ -131,8 +135,8 @@ def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str
 
 def _reason(failure: Any) -> dict[str, Any]:
     data = failure.error_file_data
-    found = data.get("message") if isinstance(data, Mapping) else None
-    return dict(found.get("extraInfo", {})) if isinstance(found, Mapping) else {}
+    message = data.get("message") if isinstance(data, Mapping) else None
+    return dict(message.get("extraInfo", {})) if isinstance(message, Mapping) else {}
 
 
 def record_failure(error: BaseException, code: int, text: str, *, is_printed: bool) -> None:

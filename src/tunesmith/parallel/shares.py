@@ -14,9 +14,9 @@ def shares(costs: Sequence[float], size: int) -> list[list[int]]:
     """
     loads = [(0.0, rank) for rank in range(size)]
     heapify(loads)
-    found: list[list[int]] = [[] for _ in range(size)]
+    members: list[list[int]] = [[] for _ in range(size)]
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, rank = loads[0]
-        found[rank].append(i)
+        members[rank].append(i)
         heapreplace(loads, (load + costs[i], rank))
-    return [sorted(share) for share in found]
+    return [sorted(share) for share in members]

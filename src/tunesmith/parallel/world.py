@@ -120,7 +120,7 @@ class World:
     @property
     def cards(self) -> list[str]:
         """Names of the ranks' cards, each kind once; none on processors."""
-        return sorted({one["card"] for one in self.joined if one.get("card")})
+        return sorted({facts["card"] for facts in self.joined if facts.get("card")})
 
     def join(self, facts: Mapping[str, Any], say: Say = lambda here, size: None) -> None:
         """Wait until every rank is there, and compare their versions, kinds of device and cards.
@@ -146,17 +146,17 @@ class World:
             time.sleep(POLL_S)
         self.joined = [self._get(f"here/{rank}") for rank in range(self.size)]
         first, owners = self.joined[0], dict[Any, int]()
-        for rank, one in enumerate(self.joined):
-            owner = owners.setdefault((one["host"], one["uuid"]) if one.get("uuid") else rank, rank)
+        for rank, peer in enumerate(self.joined):
+            owner = owners.setdefault((peer["host"], peer["uuid"]) if peer.get("uuid") else rank, rank)
             if owner != rank:
                 raise InputError(
-                    f"rank {rank} and rank {owner} on {one['host']} have one card, {one['card']}. Name as many in "
+                    f"rank {rank} and rank {owner} on {peer['host']} have one card, {peer['card']}. Name as many in "
                     "CUDA_VISIBLE_DEVICES as there are processes, or start fewer."
                 )
             for key, value in first["same"].items():
-                if one["same"].get(key) != value:
+                if peer["same"].get(key) != value:
                     raise InputError(
-                        f"rank {rank} on {one['host']} has {key} {one['same'].get(key)}, rank 0 on {first['host']} "
+                        f"rank {rank} on {peer['host']} has {key} {peer['same'].get(key)}, rank 0 on {first['host']} "
                         f"{value}: they would not compute the same. Use equal machines and installations."
                     )
 
@@ -238,11 +238,11 @@ class World:
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(sizes, torch.tensor([len(content)]))
             longest = max(1, *(int(size) for size in sizes))
-            own = torch.zeros(longest, dtype=torch.uint8)
-            own[: len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
-            found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(found, own)
-        return [one[: int(size)].numpy().tobytes() for one, size in zip(found, sizes, strict=True)]
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(content)] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
+            received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(received, padded)
+        return [buffer[: int(size)].numpy().tobytes() for buffer, size in zip(received, sizes, strict=True)]
 
     def gather_values(self, value: Any) -> list[Any]:
         """Values that JSON holds, of every rank, in order of ranks. Numbers keep every bit, and may be NaN."""
