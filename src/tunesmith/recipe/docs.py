@@ -44,11 +44,11 @@ def options() -> Mapping[str, Option]:
 
 @functools.cache
 def _options(words: tuple[str, ...], tasks: tuple[str, ...]) -> Mapping[str, Option]:
-    found: dict[str, Option] = {}
+    by_key: dict[str, Option] = {}
     for option in _options_of(Recipe, "", ()):
-        before = found.get(option.key)
-        found[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
-    return types.MappingProxyType(found)
+        before = by_key.get(option.key)
+        by_key[option.key] = option if before is None else replace(before, methods=(*before.methods, *option.methods))
+    return types.MappingProxyType(by_key)
 
 
 @functools.cache
@@ -119,7 +119,7 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> Iterator[tuple[str, b
             yield from _alternatives(member, metadata)
     elif origin is Literal:
         yield from ((str(word), True) for word in arguments)
-    elif words := next((found.words for found in metadata if isinstance(found, OneOf)), None):
+    elif words := next((allowed.words for allowed in metadata if isinstance(allowed, OneOf)), None):
         yield from ((word, True) for word in words)
     elif origin is tuple and Ellipsis not in arguments:
         number, _ = next(_alternatives(arguments[0], []))
@@ -144,10 +144,10 @@ _IN_MAPPINGS: Mapping[tuple[Any, ...], str] = {(str,): "names", (Any,): "values"
 def _bounds(metadata: list[Any]) -> str:
     flat = [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
     words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
-    found = [
+    bounds = [
         f"{word} {_short(getattr(item, name))}" for item in flat for name, word in words.items() if hasattr(item, name)
     ]
-    return f" {' and '.join(found)}" if found else ""
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _short(number: float) -> str:

@@ -73,13 +73,13 @@ def load(
     problems: list[str] = []
     if path is not None:
         try:
-            given = _read_file(path)
-            if tool := other_tools.tool_of(given):
-                raise RecipeError(_translation(path, given, tool))
+            content = _read_file(path)
+            if tool := other_tools.tool_of(content):
+                raise RecipeError(_translation(path, content, tool))
             for section, _, name in (key.partition(".") for key in MEASURED if of_run):
-                if isinstance(values := given.get(section), dict):
+                if isinstance(values := content.get(section), dict):
                     values.pop(name, None)
-            data = _merged(data, given)
+            data = _merged(data, content)
         except RecipeError as error:
             problems.append(str(error))
     settings: list[str] = []
@@ -93,8 +93,8 @@ def load(
         from_setting = any(_within(key, setting) or _within(setting, key) for setting in settings)
         return SETTING if from_setting else path or "recipe"
 
-    recipe, found = _checked(data, where)
-    problems += found
+    recipe, faults = _checked(data, where)
+    problems += faults
     if recipe is None or problems:
         raise RecipeError("\n".join(problems))
     return recipe
@@ -146,8 +146,8 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _without_empty(data: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Without sections under which everything is commented out: YAML reads those as null."""
-    kept = {key: value for key, value in data.items() if value is not None or prefix + key not in sections()}
-    return {k: _without_empty(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in kept.items()}
+    filled = {key: value for key, value in data.items() if value is not None or prefix + key not in sections()}
+    return {k: _without_empty(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in filled.items()}
 
 
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,17 +208,17 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
 
 
 def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
-    kept = _merged({}, data)
+    cleaned = _merged({}, data)
     for key, value in REMOVED.items():
         section, _, name = key.partition(".")
-        given = kept.get(section)
-        if isinstance(given, dict) and name in given:
-            found = given[name]
-            if (tuple(found) if isinstance(found, list) else found) == value:
-                del given[name]
-    if isinstance(optim := kept.get("optim"), dict) and optim.get("schedule", "") is None:  # what null meant
+        options = cleaned.get(section)
+        if isinstance(options, dict) and name in options:
+            old_value = options[name]
+            if (tuple(old_value) if isinstance(old_value, list) else old_value) == value:
+                del options[name]
+    if isinstance(optim := cleaned.get("optim"), dict) and optim.get("schedule", "") is None:  # what null meant
         del optim["schedule"]
-    return kept
+    return cleaned
 
 
 def _plain(value: Any) -> Any:
@@ -267,16 +267,16 @@ def _problem(shown: str, known: str, errors: Sequence[ErrorDetails]) -> tuple[st
 
 
 def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetails]) -> str:
-    given = errors[0]["input"]
-    value = _shown(given)
+    value_given = errors[0]["input"]
+    value = _shown(value_given)
     if option is None:
         return f"{value} is not a section: write its options below it, or as {shown}.<option>"
     if errors[0]["type"] == "missing" and "list" not in option.allowed:
         return f"missing: {option.doc}"
     if "mapping" in option.allowed and shown != option.key:
-        way = ": write {name: value}, with a space after the colon" if given is None else ""
+        way = ": write {name: value}, with a space after the colon" if value_given is None else ""
         return f"{value} does not belong in {option.allowed}{way}"
-    return _refused(value, option, given)
+    return _refused(value, option, value_given)
 
 
 def _refused(value: str, option: Option, given: Any) -> str:
@@ -321,8 +321,8 @@ def similar(name: str) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    found = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    return found if len(found) <= 60 else f"{found[:57]}..."
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _within(key: str, outer: str) -> bool:

@@ -55,8 +55,8 @@ class Prefer(OptionGroup):
         beta = _BETAS.get(loss, 0.1) if self.beta is None else self.beta
         usual = {"beta": beta, "margin": beta / 2 if loss == "simpo" else 0.0, "desirable": 1.0, "undesirable": 1.0}
         usual["nll"] = 1.0 if loss in ("cpo", "orpo") else 0.0
-        found = {key: value for key, value in usual.items() if getattr(self, key) is None}
-        return self.model_copy(update={"loss": loss, **found})
+        defaults = {key: value for key, value in usual.items() if getattr(self, key) is None}
+        return self.model_copy(update={"loss": loss, **defaults})
 
     @model_validator(mode="after")
     def _has_what_it_is_given(self) -> Prefer:

@@ -19,8 +19,8 @@ from tunesmith.recipe.schema import Base, Recipe
 def record(recipe: Recipe, root: Path) -> dict[str, Any]:
     """The record for run.json of a run in the folder `root`; empty if there is no current folder."""
     with suppress(OSError):
-        found = {typed: Path(at).expanduser() for typed, at in typed_places(recipe)}
-        places = {typed: str(path.absolute()) for typed, path in found.items() if path.exists()}
+        paths = {typed: Path(at).expanduser() for typed, at in typed_places(recipe)}
+        places = {typed: str(path.absolute()) for typed, path in paths.items() if path.exists()}
         return {"in": str(Path.cwd()), "root": str(root.absolute()), "places": places}
     return {}
 
