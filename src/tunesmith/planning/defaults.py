@@ -116,8 +116,8 @@ def decide_before_rows(
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task = TASKS[resolved(recipe.task)]
-    choices += (own := list(task.choose(recipe, located)))
-    recipe = reduce(with_choice, own, recipe)
+    choices += (task_choices := list(task.choose(recipe, located)))
+    recipe = reduce(with_choice, task_choices, recipe)
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     if task.section:
@@ -260,8 +260,8 @@ def _check_compared(recipe: Recipe, task: Task) -> None:
 def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     method = METHODS[recipe.method.name]
     task = TASKS[resolved(recipe.task)]
-    if (own := task.rates) is not None:
-        rate = (own.adapter if method.is_adapter else own.full)[facts.num_parameters >= own.large]
+    if (task_rates := task.rates) is not None:
+        rate = (task_rates.adapter if method.is_adapter else task_rates.full)[facts.num_parameters >= task_rates.large]
         reason = f"usual for task {task.name} {'with an adapter' if method.is_adapter else 'in full tuning'}"
     else:
         rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
@@ -303,8 +303,11 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     value = max(1, min(most, rows // 20))
     if has_look(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
-    if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
-        return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
+    if (
+        recipe.task == "text"
+        and (rows_of_text := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value
+    ):
+        return rows_of_text, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
     return value, "about 20 updates an epoch at least" if value < most else "a steady gradient at little cost"
 
 

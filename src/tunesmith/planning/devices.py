@@ -151,8 +151,8 @@ def busy_share() -> float:
     """Share of this process's cores that was taken for a moment in which it waited."""
     percent = psutil.cpu_percent(BUSY_S, percpu=True)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percent))
-    own = [percent[core] for core in cores if core < len(percent)] or percent
-    return float(sum(own)) / len(own) / 100
+    own_cores = [percent[core] for core in cores if core < len(percent)] or percent
+    return float(sum(own_cores)) / len(own_cores) / 100
 
 
 def here_apart(device: str, *, threads: int, dtype: torch.dtype) -> Device:

@@ -38,8 +38,8 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     What was set is left as it is, whether it fits or not.
     """
     automatic, asked = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
-    found = predict(recipe)
-    num, room = found.sizes.recomputable, gib(found.device.room)
+    as_given = predict(recipe)
+    num, room = as_given.sizes.recomputable, gib(as_given.device.room)
     numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
     sizes, least = [asked], max(longest, SMALLEST_PASS)
     while free_tokens and sizes[-1] > least:
@@ -51,24 +51,24 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
             break
     choices = []
     if tokens != asked:
-        reason = f"{asked:,} would need {gib(found.memory.total)} of {room}; the update is the same"
+        reason = f"{asked:,} would need {gib(as_given.memory.total)} of {room}; the update is the same"
         choices.append(Choice("train.tokens_per_pass", tokens, reason))
     if automatic:
         reason = f"{gib(forecast.memory.total)} of {room} are needed: nothing has to be computed twice"
         if layers:
-            reason = f"without, {gib(found.memory.total)} of {room} would be needed; it is so many of {num} layers"
+            reason = f"without, {gib(as_given.memory.total)} of {room} would be needed; it is so many of {num} layers"
         choices.append(Choice("train.checkpointed_layers", layers, reason))
     return best, choices, forecast
 
 
 def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int) -> DoesNotFitError:
     """Refusal of a run that does not fit: its needs, and the nearest plans that do."""
-    found = nearest(recipe, predict, longest=longest)
+    alternatives = nearest(recipe, predict, longest=longest)
     parts = ", ".join(f"{name} {gib(size)}" for name, size in forecast.memory.parts().items() if size)
     lines = [
         f"memory: this run needs {gib(forecast.memory.total)}, and {gib(forecast.device.room)} are there ({parts}).",
-        "These would fit:" if found else "Nothing that is known would make it fit: take a smaller model.",
-        *(f"  {settings}  ({gib(total)})" for settings, total in found.items()),
+        "These would fit:" if alternatives else "Nothing that is known would make it fit: take a smaller model.",
+        *(f"  {settings}  ({gib(total)})" for settings, total in alternatives.items()),
         "To run it all the same: --set memory=warn",
     ]
     return DoesNotFitError("\n".join(lines), needed=forecast.memory.total, room=forecast.device.room)
@@ -77,11 +77,11 @@ def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int
 def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]:
     """At most three plans that fit, as the command line takes them, with the bytes of each: those that change least
     first, and none that changes more than one of them."""
-    found: dict[str, int] = {}
+    alternatives: dict[str, int] = {}
     seen: list[set[str]] = []
     for change in _changes(recipe, predict(recipe).sizes.recomputable, longest):
         keys = {f"{key}={value}" if key.startswith("method") else key for key, value in change.items()}
-        if any(keys >= fewer for fewer in seen) or len(found) == MOST_ALTERNATIVES:
+        if any(keys >= fewer for fewer in seen) or len(alternatives) == MOST_ALTERNATIVES:
             continue
         other = recipe
         try:
@@ -91,9 +91,9 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
         except TunesmithError:  # a setting that this model or machine does not take
             continue
         if forecast.fits:
-            found[" ".join(f"--set {key}={value}" for key, value in change.items())] = forecast.memory.total
+            alternatives[" ".join(f"--set {key}={value}" for key, value in change.items())] = forecast.memory.total
             seen.append(keys)
-    return found
+    return alternatives
 
 
 def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:

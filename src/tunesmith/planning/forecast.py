@@ -172,15 +172,15 @@ class Forecaster:
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
             prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
-            found = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
-            found["answering"] += sizes.gathered * share  # of layers that are split, for every token
-            looking = load.tokens * found["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
-            found["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
-            busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / found["training"]
+            price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
+            price["answering"] += sizes.gathered * share  # of layers that are split, for every token
+            looking = load.tokens * price["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
+            price["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
+            busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / price["training"]
             steps = total_steps(recipe, sampler.steps_per_epoch)
-            how = {"steps": steps, "general_tokens": self.general_tokens}
-            counted = counts(recipe, self.rows, self.head, **how, prompts=prompts, layout=sampler.layout)
-            duration = Duration(counted, found, busy=self.device.busy)
+            settings = {"steps": steps, "general_tokens": self.general_tokens}
+            counted = counts(recipe, self.rows, self.head, **settings, prompts=prompts, layout=sampler.layout)
+            duration = Duration(counted, price, busy=self.device.busy)
         return Forecast(
             memory=peak(
                 sizes,
@@ -233,19 +233,21 @@ class Forecaster:
 
     def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
         """The micro-batch of most targets among held-out rows and the training rows that are measured at the end."""
-        rows, found = self.rows, [Load(0, 0)]
+        rows, loads = self.rows, [Load(0, 0)]
         sides = [(rows.held_store, rows.held_rows)]
         if not TASKS[resolved(recipe.task)].sees_rows:
             seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
             sides.append((rows.store, seen_I))
-        how: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
+        settings: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
         for store, rows_I in sides:
             targets_I, some_I = targets_of(store), [int(i) for i in rows_I]
-            passes = micro_batches_of(store, some_I, tokens_per_pass=sampler.tokens_per_pass, **how) if some_I else ()
+            passes = (
+                micro_batches_of(store, some_I, tokens_per_pass=sampler.tokens_per_pass, **settings) if some_I else ()
+            )
             for members in passes:
                 tokens, targets = (int(count_I[list(members)].sum()) for count_I in (store.lengths, targets_I))
-                found.append(Load(tokens, targets))
-        return max(found, key=lambda load: load.targets)
+                loads.append(Load(tokens, targets))
+        return max(loads, key=lambda load: load.targets)
 
     def _mean(self, sampler: StepSampler) -> tuple[Load, float]:
         """The load of a device in a mean step, and its number of micro-batches."""
@@ -264,7 +266,7 @@ def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_fill
     most = MOST_STEPS if sampler.ids_of is None else MOST_SHARING_STEPS
     targets_I, size = targets_of(store), sampler.part[1]
     devices = [replace(sampler, part=(rank, size)) for rank in range(size)]  # each caches the order of an epoch
-    found: list[Heavy] = []
+    candidates: list[Heavy] = []
     for step in sorted({int(step) for step in np.linspace(1, total_steps, min(total_steps, most))}):
         for passes in (device.step(step) for device in devices):
             for rows in passes:
@@ -275,8 +277,8 @@ def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_fill
                     squares=sum(length * length for length in lengths),
                     short_squares=sum(length * length for length in lengths if length <= LONGEST),
                 )
-                found.append(Heavy(step, rows, len(passes) > 1, load))
-    return max(found, key=lambda heavy: (heavy.load.tokens + heavy.load.targets, heavy.load.short_squares))
+                candidates.append(Heavy(step, rows, len(passes) > 1, load))
+    return max(candidates, key=lambda heavy: (heavy.load.tokens + heavy.load.targets, heavy.load.short_squares))
 
 
 def targets_of(store: RowStore) -> NDArray[np.float64]:

@@ -174,14 +174,17 @@ def sizes_of(
     with torch.device("meta"), silence_transformers():
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     modules = [target.module for target in inner_linears(model, unread=False)]
-    features, linears = sum(sum(shape_OI(one)) for one in modules), [one.get_parameter("weight") for one in modules]
+    features, linears = (
+        sum(sum(shape_OI(module)) for module in modules),
+        [module.get_parameter("weight") for module in modules],
+    )
     saved = 0
     if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
         packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
         saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
     convs = _linear_convs(model)
-    features += sum(one.in_channels + one.out_channels for one in convs)
-    linears += [one.get_parameter("weight") for one in convs]
+    features += sum(conv.in_channels + conv.out_channels for conv in convs)
+    linears += [conv.get_parameter("weight") for conv in convs]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
@@ -195,13 +198,13 @@ def sizes_of(
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
     elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
-    own = num_trained - int(elsewhere * sum(t.numel() for name, t in attachment.trained.items() if name in split))
+    num_own = num_trained - int(elsewhere * sum(t.numel() for name, t in attachment.trained.items() if name in split))
     # Of layers that are split, one that computes and the next one are whole.
     largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack if split), reverse=True)[:2]
     return Sizes(
         weights=sum(computing.values()) - saved - int(elsewhere * gathered) + sum(largest),
-        masters=masters * own // max(1, num_trained),
-        optimizer=state * own // max(1, num_trained),
+        masters=masters * num_own // max(1, num_trained),
+        optimizer=state * num_own // max(1, num_trained),
         trained_parameters=num_trained,
         itemsize=model.dtype.itemsize,
         layers=layers,
@@ -219,7 +222,7 @@ def sizes_of(
         fused_loss=recipe.kernels == "fast" and method.fused_loss and output_layer_of(model) is not None,
         can_pack=not recurrent_layer(model),
         gathered=gathered,
-        elsewhere=num_trained - own,
+        elsewhere=num_trained - num_own,
         cached=2 * layers * _key_size(config) * model.dtype.itemsize,
         softcap=bool(getattr(config, "attn_logit_softcapping", None)),
     ), model
@@ -227,7 +230,7 @@ def sizes_of(
 
 def _linear_convs(model: nn.Module) -> list[nn.Conv1d]:
     """Linear layers that are written as convolutions, as SqueezeBERT does."""
-    return [one for one in model.modules() if isinstance(one, nn.Conv1d) and one.kernel_size == (1,)]
+    return [module for module in model.modules() if isinstance(module, nn.Conv1d) and module.kernel_size == (1,)]
 
 
 def _key_size(config: Any) -> int:
@@ -277,8 +280,8 @@ def peak(
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
     layer = int((sizes.kept - (sizes.less if is_cpu else 0)) * used) + scores
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
-    kept = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
-    activations = kept + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
+    kept_layers = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
+    activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
     logits, of_output = _logits(sizes, load.targets, device)
     gradients = of_output + (sizes.gradients if heavy.accumulating else 0)
     # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go back to the
