@@ -62,8 +62,8 @@ class RemoteFile:
         from huggingface_hub import try_to_load_from_cache
 
         on_hub = _HUB_FILE.fullmatch(self.address)
-        found = try_to_load_from_cache(**on_hub.groupdict(), repo_type="dataset") if on_hub else None
-        return found if isinstance(found, str) else None
+        path = try_to_load_from_cache(**on_hub.groupdict(), repo_type="dataset") if on_hub else None
+        return path if isinstance(path, str) else None
 
 
 REGISTERED: dict[str, Sequence[RemoteFile]] = {}
@@ -119,17 +119,17 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
 
     others: dict[str, list[str]] = {at: [] for at in files}
     listings = {at: find_files(at, others[at], offline=offline) for at in files}
-    missing = {at: [one for one in found if one.cached() is None] for at, (_, found) in listings.items()}
-    of_hub = {one.address: one for at, found in missing.items() if at.startswith(HUB) for one in found}
+    missing = {at: [remote for remote in listing if remote.cached() is None] for at, (_, listing) in listings.items()}
+    of_hub = {remote.address: remote for at, remotes in missing.items() if at.startswith(HUB) for remote in remotes}
     if offline and of_hub:
         raise DataError(f"{next(iter(of_hub))}: not downloaded yet, and --offline forbids it. Run once without.")
     have_room, notes = _sum(of_hub.values()) <= DISK_SHARE * free_bytes(Path(HF_HUB_CACHE)), list[str]()
     for at, file in files.items():
-        address, found = listings[at]
+        address, listing = listings[at]
         is_kept = have_room and address.startswith(HUB)
-        register(address, [replace(one, is_kept=is_kept) for one in found])
+        register(address, [replace(remote, is_kept=is_kept) for remote in listing])
         pinned = f"pinned to {address}: " if address != at else ""
-        facts = f"{plural(len(found), 'file')}, {size(_sum(found))}, {_cost(missing[at], is_kept=is_kept)}"
+        facts = f"{plural(len(listing), 'file')}, {size(_sum(listing))}, {_cost(missing[at], is_kept=is_kept)}"
         notes += [Aside(f"{file.path}: {pinned}{facts}"), *others[at]]
 
     def at_commit(file: DataFile) -> DataFile:
@@ -213,12 +213,12 @@ def _remembered(text: str) -> tuple[str, Sequence[RemoteFile]] | None:
 
 def _listed_as(uri: Any) -> list[str]:
     """The addresses, as they were given, by which a data set of the hub was listed before on this machine."""
-    found: set[str] = set()
+    names: set[str] = set()
     for path in _listing_path("").parent.glob("*.json") if uri else ():
         with suppress(OSError, ValueError, TypeError):
             address, _, *name = orjson.loads(path.read_bytes())
-            found |= {*name, address} if _parts(address)[0].id == uri.id else set()
-    return sorted(found, key=lambda name: (len(name), name))  # those with a commit last
+            names |= {*name, address} if _parts(address)[0].id == uri.id else set()
+    return sorted(names, key=lambda name: (len(name), name))  # those with a commit last
 
 
 def _parts(text: str) -> tuple[Any, dict[str, str]]:
@@ -253,32 +253,32 @@ def _ask(uri: Any, words: dict[str, str], notes: list[str]) -> tuple[str, Sequen
     info = HfApi().dataset_info(uri.id, revision=uri.revision)
     if info.gated:
         HfApi().auth_check(uri.id, repo_type="dataset")
-    given, uri = _address(uri, words), replace(uri, revision=str(info.sha))
+    typed, uri = _address(uri, words), replace(uri, revision=str(info.sha))
     if uri.path_in_repo:
-        return uri.to_uri(), _rows_at(given, [uri.to_uri()])
+        return uri.to_uri(), _rows_at(typed, [uri.to_uri()])
     configs = (info.card_data.get("configs") if info.card_data else None) or ()
-    subsets = {str(one.get("config_name", "default")): one for one in configs}
+    subsets = {str(entry.get("config_name", "default")): entry for entry in configs}
     if subsets or words.get("subset"):
         usual = next((name for name, config in subsets.items() if config.get("default")), "default")
-        words["subset"] = _chosen(given, "subset", words, subsets, usual)
+        words["subset"] = _chosen(typed, "subset", words, subsets, usual)
     config = subsets[words["subset"]] if subsets else {}
     folder = posixpath.normpath(f"/{config.get('data_dir') or ''}")  # it may be written as ./en/ too
     root, patterns = f"{uri.to_uri()}{folder}".rstrip("/"), _patterns(config.get("data_files") or ())
-    by_name = {} if patterns else _by_name(given, root, notes)
-    words["split"] = split = _chosen(given, "split", words, patterns or by_name, "train")
+    by_name = {} if patterns else _by_name(typed, root, notes)
+    words["split"] = split = _chosen(typed, "split", words, patterns or by_name, "train")
     if others := [name for name in patterns or by_name if name != split]:
         notes.append(f"{uri.id}: the split {split} is read; others: {listed(others)}")
-    files = by_name[split] if by_name else _rows_at(given, [f"{root}/{pattern}" for pattern in patterns[split]])
+    files = by_name[split] if by_name else _rows_at(typed, [f"{root}/{pattern}" for pattern in patterns[split]])
     return _address(uri, words), files
 
 
 def _patterns(given: Any) -> dict[str, list[str]]:
     """Patterns of paths by split, of any form that `data_files` has in a README."""
-    found: dict[str, list[str]] = {}
-    for one in [given] if isinstance(given, str) else given:
-        split, path = (one["split"], one["path"]) if isinstance(one, Mapping) else ("train", one)
-        found.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
-    return found
+    by_split: dict[str, list[str]] = {}
+    for pattern in [given] if isinstance(given, str) else given:
+        split, path = (pattern["split"], pattern["path"]) if isinstance(pattern, Mapping) else ("train", pattern)
+        by_split.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
+    return by_split
 
 
 def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFile]]:
@@ -292,7 +292,7 @@ def _by_name(given: str, root: str, notes: list[str]) -> dict[str, list[RemoteFi
     if len(splits) > 1 and (others := splits.pop("", [])):
         names = listed(file.address.removeprefix(f"{root}/") for file in others)
         notes.append(f"{given}: {names}: not of a split by name, and not read")
-    return {name or "train": found for name, found in splits.items()}
+    return {name or "train": files for name, files in splits.items()}
 
 
 def _chosen(given: str, what: str, words: Mapping[str, str], names: Iterable[str], usual: str) -> str:
@@ -311,7 +311,7 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
 
     Raises DataError where there are none, for the address `given`, and whatever a file system raises.
     """
-    found: dict[str, RemoteFile] = {}
+    by_address: dict[str, RemoteFile] = {}
     others: list[str] = []
     for address in addresses:
         fs, path = file_system(address)
@@ -324,23 +324,23 @@ def _rows_at(given: str, addresses: Iterable[str]) -> list[RemoteFile]:
             elif facts["type"] == "file":
                 small = f"git {facts['blob_id']}" if "blob_id" in facts else f"listed as {fs.ukey(name)}"
                 version = str(facts["lfs"]["sha256"]) if facts.get("lfs") else small
-                one = RemoteFile(fs.unstrip_protocol(name) + chain, int(facts["size"]), version)
-                found.setdefault(one.address, one)
-    if not found:
+                remote = RemoteFile(fs.unstrip_protocol(name) + chain, int(facts["size"]), version)
+                by_address.setdefault(remote.address, remote)
+    if not by_address:
         held = f" It holds {listed(others)}." if others else _near(fs, path)
         if given.startswith(HUB) and "There are: " not in held:
             held += " The hub may have converted it: @refs/convert/parquet."
         raise DataError(f"{given}: no file of rows is there: JSON lines, JSON, CSV or Parquet.{held}")
-    return list(found.values())
+    return list(by_address.values())
 
 
 def _near(fs: Any, path: str) -> str:
     """The files of rows in the folder of a path that is not there; on the hub, else in its repository."""
     folder, repository = path.partition("*")[0].rpartition("/")[0], "/".join(path.split("/")[:3])
-    for place, how in ((folder, {"maxdepth": 1}), *([(repository, {})] if fs.protocol == "hf" else [])):
+    for place, depth in ((folder, {"maxdepth": 1}), *([(repository, {})] if fs.protocol == "hf" else [])):
         with suppress(OSError):  # of the folder too, there may be nothing
             root = f"{repository if fs.protocol == 'hf' else place}/"
-            if names := sorted(name.removeprefix(root) for name in fs.find(place, **how) if _is_rows(name)):
+            if names := sorted(name.removeprefix(root) for name in fs.find(place, **depth) if _is_rows(name)):
                 return f"{did_you_mean(path.removeprefix(root), names)} There are: {listed(names, 20)}."
     return ""
 
@@ -406,8 +406,8 @@ def download(file: RemoteFile, folder: Path | None = None) -> str:
     try:
         if on_hub := _HUB_FILE.fullmatch(file.address):
             return str(hf_hub_download(**on_hub.groupdict(), repo_type="dataset", cache_dir=folder))
-        fs, there = file_system(file.address)
-        fs.get_file(there, place := os.path.join(folder or "", name))
+        fs, remote_path = file_system(file.address)
+        fs.get_file(remote_path, place := os.path.join(folder or "", name))
         return place
     except Exception as error:  # of a dozen libraries, one a file system
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

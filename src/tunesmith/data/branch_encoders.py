@@ -48,11 +48,14 @@ class BranchEncoder(RowEncoder):
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         lines = [self.lines(example) for example in examples]
         drafts = iter(self._side.encode([line for of_row in lines for line in of_row]))
-        return [self.row(one, [(line, next(drafts)) for line in of]) for one, of in zip(examples, lines, strict=True)]
+        return [
+            self.row(example, [(line, next(drafts)) for line in of])
+            for example, of in zip(examples, lines, strict=True)
+        ]
 
     def lines(self, example: Example) -> list[Example]:
         """Each branch behind the stem; an example without branches as it is."""
-        return [replace(example, parts=(*example.parts, *one), branches=()) for one in example.branches or ((),)]
+        return [replace(example, parts=(*example.parts, *branch), branches=()) for branch in example.branches or ((),)]
 
     def row(self, example: Example, sides: Sequence[tuple[Example, Drafts]]) -> Drafts:
         """The row of all lines and their drafts, or what is wrong with one of them."""
@@ -63,7 +66,7 @@ class BranchEncoder(RowEncoder):
             if isinstance(side, Problem):
                 return replace(side, message=f"{name}{side.message}")
             (draft,) = side
-            draft.warnings = [replace(one, message=f"{name}{one.message}") for one in draft.warnings]
+            draft.warnings = [replace(warning, message=f"{name}{warning.message}") for warning in draft.warnings]
             self.finish(draft, line)
             drafts.append(draft)
         if self.compares and len(drafts) > 1 and len({draft.ids_T.tobytes() for draft in drafts}) < 2:
@@ -137,16 +140,16 @@ class RankingEncoder(BranchEncoder):
         self._frame = self._fast.causal_frame(closed=False) if settings.kind == "causal" else self._fast.frame(2)
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        found = super().encode(examples)
+        rows = super().encode(examples)
         queries = self._fast.ids([example.parts[0].text for example in examples])
-        for i, (drafts, query) in enumerate(zip(found, queries, strict=True)):
+        for i, (drafts, query) in enumerate(zip(rows, queries, strict=True)):
             if isinstance(drafts, Problem):
                 continue
             drafts[0].values = (float(len(self._frame.before_ids) + len(query)),)  # where its documents begin
             if self._limit.excess(2 * len(query) + self._frame.num_added(2)):
                 message = f"the {len(query)} tokens of its query are more than half of data.max_tokens."
-                found[i] = Problem(examples[i].source, "too_long", message, "Shorten it, or raise the limit.")
-        return found
+                rows[i] = Problem(examples[i].source, "too_long", message, "Shorten it, or raise the limit.")
+        return rows
 
     def lines(self, example: Example) -> list[Example]:
         return _with_scores(super().lines(example), example)
@@ -171,16 +174,18 @@ class EmbeddingEncoder(BranchEncoder):
         self._fast, self._most = settings.fast, settings.limit.max_tokens
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
-        found = super().encode(examples)
+        rows = super().encode(examples)
         if any(prompt for prompt, _ in self._prompts):
-            texts = [[part.text for some in (one.parts, *one.branches) for part in some] for one in examples]
+            texts = [
+                [part.text for parts in (example.parts, *example.branches) for part in parts] for example in examples
+            ]
             ids = self._fast.ids([text for of_row in texts for text in of_row])
             keys = (text_key(ids_T[: self._most]) for ids_T in ids)
-            for drafts, of_row in zip(found, texts, strict=True):
+            for drafts, of_row in zip(rows, texts, strict=True):
                 keys_of_row = tuple(islice(keys, len(of_row)))
                 if not isinstance(drafts, Problem):
                     drafts[0].keys = keys_of_row
-        return found
+        return rows
 
     def lines(self, example: Example) -> list[Example]:
         texts = [part for branch in (example.parts, *example.branches) for part in branch]

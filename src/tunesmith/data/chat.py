@@ -124,16 +124,16 @@ class ChatEncoder(RowEncoder):
     def _render(self, example: Example) -> _Text | Problem:
         messages = [as_message(part) for part in example.parts]
 
-        def render(some: Sequence[Message], prompt: bool) -> str:
-            return self._template.render(some, tools=example.tools, prompt=prompt)
+        def render(turns_shown: Sequence[Message], prompt: bool) -> str:
+            return self._template.render(turns_shown, tools=example.tools, prompt=prompt)
 
         index = -1
         try:
-            whole = render(messages, False)
+            conversation = render(messages, False)
             turns = []
             for index, part in enumerate(example.parts):
                 if part.trained:
-                    turns.append(find_turn(render, messages, index, whole=whole, ends=self._ends))
+                    turns.append(find_turn(render, messages, index, whole=conversation, ends=self._ends))
         except TemplateRefusal as refusal:
             fix = "Change the row, or give another template by data.template."
             return Problem(example.source, "template_error", f"the chat template refuses the row: {refusal}", fix)
@@ -146,9 +146,9 @@ class ChatEncoder(RowEncoder):
                 "Split the row so that it ends with that answer, set its weight to 0, or give another template by "
                 "data.template.",
             )
-        missing = list(_left_out(example, messages, whole, turns))
+        missing = list(_left_out(example, messages, conversation, turns))
         useless = [problem for problem in missing if problem.severity == "error"]
-        return useless[0] if useless else _Text(whole, tuple(turns), tuple(missing))
+        return useless[0] if useless else _Text(conversation, tuple(turns), tuple(missing))
 
     def _row(self, text: _Text, tokens: Tokens) -> _Row:
         places = self.control.places(text.whole, tokens)
@@ -165,7 +165,7 @@ class ChatEncoder(RowEncoder):
         if self._starts_with_two_bos(row.tokens.ids):
             fix = "Remove the BOS from the first message: the chat template writes one."
             return Problem(source, "double_bos", "its text begins with two BOS tokens.", fix)
-        whole, ids_T = row.text.whole, row.tokens.ids_T
+        conversation, ids_T = row.text.whole, row.tokens.ids_T
         draft = Draft(ids_T, np.zeros(len(ids_T), np.bool_), warnings=list(row.text.warnings))
         for turn in row.text.turns:
             served = None
@@ -173,7 +173,7 @@ class ChatEncoder(RowEncoder):
                 opening, at = row.openings[turn.index]
                 end = at + len(prompt_ids[opening])
                 served = end if row.tokens.ids[at:end] == prompt_ids[opening] else None
-            first = _first_token(source, whole, turn, row.tokens, served=served, warnings=draft.warnings)
+            first = _first_token(source, conversation, turn, row.tokens, served=served, warnings=draft.warnings)
             if isinstance(first, Problem):
                 return first
             last = self._last_token(row, turn)
@@ -191,16 +191,16 @@ class ChatEncoder(RowEncoder):
     def _last_token(self, row: _Row, turn: Turn) -> int | None:
         """The last trained token of a turn: the one that closes it, which may have white space before and after it; of
         an earlier answer that another token closes than the last one, the one before that."""
-        whole, closing = row.text.whole, row.places.closing
+        conversation, closing = row.text.whole, row.places.closing
         behind = bisect_right(row.ends, turn.limit if turn.close is None else turn.close)
         at = behind - 1 if turn.close is None else behind
         if not 0 <= at < len(closing):
             return None
         last, (start, end) = closing[at]
         if turn.close is not None:
-            between = whole[turn.close : start]
+            between = conversation[turn.close : start]
         else:
-            between = whole[end : turn.limit] if end > turn.start else "before"
+            between = conversation[end : turn.limit] if end > turn.start else "before"
         if between.strip():
             return None
         if row.tokens.ids[last] in self._middle:  # which ends a message and no answer: the model is not to stop there
@@ -342,11 +342,11 @@ def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt
     start, close = len(before), len(whole) - len(after)
     if start > close or not whole.startswith(before) or not whole.endswith(after):
         raise Ambiguous("the text around it changes with it.")
-    found, text = whole[start:close], messages[index].get("content") or ""
-    if not _is_of(found, text, messages[index]):
+    between, text = whole[start:close], messages[index].get("content") or ""
+    if not _is_of(between, text, messages[index]):
         raise Ambiguous("the text in its place is not its own.")
     served = None if prompt is None else len(prompt)
-    shortened = text.strip() not in found
+    shortened = text.strip() not in between
     return Turn(index, served, start=_start(prompt, before), close=close, limit=close, shortened=shortened)
 
 
@@ -432,5 +432,5 @@ def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> lis
         text = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], False)
     except TemplateRefusal:  # a template without tools
         return []
-    found = None if text.endswith(close) else control.last_closing_id(text)
-    return [] if found is None else [found]
+    closing_id = None if text.endswith(close) else control.last_closing_id(text)
+    return [] if closing_id is None else [closing_id]

@@ -76,11 +76,11 @@ class ChatTemplate:
             messages = _alias(messages)
         # The day of a rendering: `strftime_now` gives today, which is another day tomorrow.
         day = datetime.fromisoformat(self._date) if self._date else datetime.now()
-        given: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
+        variables: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         sandbox, is_rendering = _compiled(template)
         with is_rendering:
             sandbox.begin(RENDERING_S)
-            return sandbox.template.render(messages=messages, documents=None, strftime_now=day.strftime, **given)
+            return sandbox.template.render(messages=messages, documents=None, strftime_now=day.strftime, **variables)
 
 
 @lru_cache(maxsize=64)

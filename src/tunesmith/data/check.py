@@ -141,12 +141,12 @@ class _Unread:
     """Stands for a renderer where there is no model: each example is a row without tokens."""
 
     def encode(self, examples: Sequence[Example], *, on_warning: Any, vocabulary: dict[str, int]) -> list[list[Row]]:
-        nothing, found = np.empty(0, np.int32), []
+        nothing, rows = np.empty(0, np.int32), []
         for example in examples:
             ids = [vocabulary.setdefault(name, len(vocabulary)) for name in example.labels]
             labels = np.array(ids, np.int64) if example.shape in LABELLED else None
-            found.append([Row(nothing, nothing.astype(np.bool_), example.source, labels=labels)])
-        return found
+            rows.append([Row(nothing, nothing.astype(np.bool_), example.source, labels=labels)])
+        return rows
 
 
 class _Side:
@@ -200,14 +200,14 @@ class _Check:
         for problem in self._absent:
             self._hear(problem)
         if usual := usual_columns(self._data, self._task):
-            columns, said = usual
+            columns, note = usual
             self._data = self._data.model_copy(update={"columns": columns})
-            self._notes.append(said)
+            self._notes.append(note)
         entries = [(side, file, self._members(file, side)) for side in SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
-        for one in self._sides.values():
-            one.done()
+        for side_check in self._sides.values():
+            side_check.done()
         train, held = self._sides["train"], self._sides["eval"]
         train_I, held_I = train.hashes, held.hashes
         first_I, trained_at_I = firsts(train_I, train_I), firsts(train_I, held_I)
@@ -227,9 +227,9 @@ class _Check:
             held_out=held_out,
             notes=tuple(self._notes),
             tokens={
-                side: token_stats(one.rows["length"].to_numpy(), one.rows["targets"].to_numpy())
-                for side, one in self._sides.items()
-                if self._renderer is not None and len(one.hashes)
+                side: token_stats(rows_of_side.rows["length"].to_numpy(), rows_of_side.rows["targets"].to_numpy())
+                for side, rows_of_side in self._sides.items()
+                if self._renderer is not None and len(rows_of_side.hashes)
             },
             first_rows=tuple(self._first_rows),
             forms=tuple(self._forms.values()),
@@ -247,18 +247,18 @@ class _Check:
             return ()
 
     def _entry(self, side: Side, file: DataFile, members: Sequence[DataFile]) -> FileReport:
-        found = [self._file(side, member) for member in members]
-        if len(found) == 1 and found[0].path == file.path:
-            return found[0]
-        noun = "document" if all(member.format.startswith("text") for member in found) else "file"
+        reports = [self._file(side, member) for member in members]
+        if len(reports) == 1 and reports[0].path == file.path:
+            return reports[0]
+        noun = "document" if all(member.format.startswith("text") for member in reports) else "file"
         return FileReport(
             path=file.path,
             side=side,
-            format=f"{len(found):,} {noun}{'' if len(found) == 1 else 's'}" if found else "",
-            shape=next((member.shape for member in found if member.shape), None),
-            rows=sum(member.rows for member in found),
-            usable=sum(member.usable for member in found),
-            is_readable=bool(found) and all(member.is_readable for member in found),
+            format=f"{len(reports):,} {noun}{'' if len(reports) == 1 else 's'}" if reports else "",
+            shape=next((member.shape for member in reports if member.shape), None),
+            rows=sum(member.rows for member in reports),
+            usable=sum(member.usable for member in reports),
+            is_readable=bool(reports) and all(member.is_readable for member in reports),
         )
 
     def _file(self, side: Side, file: DataFile) -> FileReport:
@@ -266,12 +266,12 @@ class _Check:
         facts: list[FileFacts] = []
         usable, shape, is_readable = 0, None, True
         read = examples([file], self._data, self._hear, facts=facts, task=self._task)
-        found = ((len(self._paths) - 1, example) for _, example in read)
+        numbered = ((len(self._paths) - 1, example) for _, example in read)
         renderer = self._renderer or cast("Renderer", _Unread())
         is_large = size_of(file.at) >= WORTH_BYTES  # each file has processes of its own
         num_proc = num_processes(self._data, WORTH_BYTES) if self._renderer and is_large else 1
         try:
-            for chunk, encoded, done in encode_chunks(found, renderer, facts, num_proc):
+            for chunk, encoded, done in encode_chunks(numbered, renderer, facts, num_proc):
                 shape = chunk[-1][1].shape
                 usable += self._chunk(side, [example for _, example in chunk], encoded)
                 self._progress(min(self._done_bytes + done, self._total_bytes), self._total_bytes)
@@ -327,8 +327,8 @@ class _Check:
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
         rows_I = np.flatnonzero(repeats_I)
         for row in rows_I[:PAIRS_LISTED].tolist():
-            said = _REPEATS[code].format(self._source("train", int(first_I[row])))
-            self._hear(Problem(self._source(side, row), code, said, "", severity))
+            message = _REPEATS[code].format(self._source("train", int(first_I[row])))
+            self._hear(Problem(self._source(side, row), code, message, "", severity))
         if (more := len(rows_I) - PAIRS_LISTED) > 0:
             self._counts[severity][code] += more
 
@@ -341,8 +341,8 @@ class _Check:
         shape = self._sides["train"].shape
         if shape not in LABELLED:
             return (), []
-        given: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
-        seen = [self._label_counts(side) for side in given]
+        sides: tuple[Side, ...] = ("train", "eval") if self._data.eval else ("train",)
+        seen = [self._label_counts(side) for side in sides]
         task = next(task for task, shapes in SHAPES.items() if shape in shapes)
         try:
             labels, _ = resolve_labels(task=task, data=self._data, class_weights="equal", trained=seen[0], sides=seen)

@@ -45,8 +45,8 @@ class ClassificationEncoder(RowEncoder):
         excess = self._limit.excess(num_tokens)
         if excess and self._limit.too_long != "cut":
             return self._limit.refusal(example.source, f"its {num_tokens} tokens")
-        kept = cut_longest([len(text) for text in texts], excess)
-        ids_T = frame.around(*(text[:num] for text, num in zip(texts, kept, strict=True)))
+        sizes = cut_longest([len(text) for text in texts], excess)
+        ids_T = frame.around(*(text[:num] for text, num in zip(texts, sizes, strict=True)))
         if not len(ids_T):
             return Problem(example.source, "empty", "its text gives no token.", "Write it, or remove the row.")
         trained_T = np.zeros(len(ids_T), np.bool_)
@@ -55,7 +55,7 @@ class ClassificationEncoder(RowEncoder):
             ids_T,
             trained_T,
             classes_N=example.labels,
-            second=frame.second(kept[0]) if len(texts) == 2 else 0,
+            second=frame.second(sizes[0]) if len(texts) == 2 else 0,
         )
         if excess:
             cost = f"the last {excess} were cut off" + (", of the longer text first" if len(texts) == 2 else "")

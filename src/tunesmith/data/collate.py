@@ -107,7 +107,7 @@ class Collator:
         """
         copies = tuple(copies) or (0,) * len(members)
         rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
-        whole, parts = rows, [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
+        whole_rows, parts = rows, [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
         rows = [line for part in parts for line in part]
         batch = build_batch(
             rows,
@@ -120,7 +120,7 @@ class Collator:
             pools=self.pools,
         )
         batch = replace(batch, copies_B=copies)
-        batch = self._with_lines(batch, whole, parts) if whole[0].branches else batch
+        batch = self._with_lines(batch, whole_rows, parts) if whole_rows[0].branches else batch
         batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
 
@@ -134,8 +134,10 @@ class Collator:
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:
         """The batch of these lines of each row, with the rows that targets belong to, and their numbers."""
         branches, device = self.store.branches, batch.row_of_N.device
-        found = np.zeros((len(rows), 2)) if branches.reference is None else branches.reference[list(batch.row_indices)]
-        values = np.concatenate([np.array([row.values for row in rows], np.float64), found], axis=1)
+        reference = (
+            np.zeros((len(rows), 2)) if branches.reference is None else branches.reference[list(batch.row_indices)]
+        )
+        values = np.concatenate([np.array([row.values for row in rows], np.float64), reference], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines)))
         wide = torch.float32 if device.type == "mps" else torch.float64
         keys = np.array([key for row in rows for key in row.keys], np.int64)
@@ -205,8 +207,8 @@ def build_batch(
     counts = [len(places) for places, _ in learnt]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
-        whole = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
-        return _copied(torch.from_numpy(np.array(whole)), device)
+        numbers = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
+        return _copied(torch.from_numpy(np.array(numbers)), device)
 
     return Batch(
         layout=layout,

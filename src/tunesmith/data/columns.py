@@ -92,16 +92,16 @@ class Meaning:
 def sample(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts their
     beginnings."""
-    some: list[dict[str, Any]] = []
+    shortened: list[dict[str, Any]] = []
     num_chars = 0
     with suppress(DataError):  # which is said when its rows are read
         for row in itertools.islice(rows, SAMPLE_ROWS):
             fields = itertools.islice(row.items(), SAMPLE_COLUMNS)
-            some.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
-            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in some[-1].values())
+            shortened.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
+            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in shortened[-1].values())
             if num_chars > SAMPLE_CHARS:
                 break
-    return some
+    return shortened
 
 
 def sample_of(file: DataFile, data: Data) -> list[dict[str, Any]]:
@@ -120,10 +120,10 @@ def values_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
 
 
 def _values(column: Sequence[Any]) -> Values:
-    given = [value for value in column if value not in (None, "", [])]
-    of_lists = [one for value in given if isinstance(value, list) for one in value]
-    texts = [str(value).strip() for value in of_lists or given]
-    if not texts or not all(isinstance(value, (str, int, float)) for value in of_lists or given):
+    filled = [value for value in column if value not in (None, "", [])]
+    of_lists = [entry for value in filled if isinstance(value, list) for entry in value]
+    texts = [str(value).strip() for value in of_lists or filled]
+    if not texts or not all(isinstance(value, (str, int, float)) for value in of_lists or filled):
         return "other"
     if len(set(texts)) == 1 < len(texts) or _share(_OTHER, texts) > 0.9:
         return "other"
@@ -181,16 +181,16 @@ def meanings(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> list[M
         both = [*with_rest, _pair(first, second, task), _pair(second, first, task)]
     alone = [Meaning({"text": longest}, f"the text of `{longest}` itself", "text")]
     if task == "classify":
-        found = classes or numbers
+        ordered = classes or numbers
     elif task == "text":
-        found = alone
+        ordered = alone
     elif task is not None:
-        found = both[:1] if task in _FIELDS else []
+        ordered = both[:1] if task in _FIELDS else []
     elif labels:
-        found = [*classes[:1], *(both[:1] if len(texts) > 1 else classes[1:] or alone)]
+        ordered = [*classes[:1], *(both[:1] if len(texts) > 1 else classes[1:] or alone)]
     else:
-        found = [*classes[:1], *both] if classes else [*both, *numbers, *alone]
-    return found[:MOST_SUGGESTED]
+        ordered = [*classes[:1], *both] if classes else [*both, *numbers, *alone]
+    return ordered[:MOST_SUGGESTED]
 
 
 _FIELDS: dict[TaskName | None, tuple[tuple[str, str], str]] = {
@@ -232,15 +232,15 @@ def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> M
     if len(named) < len(kinds):  # two names that differ by a sign
         return None
     chat = _usual_pair(named, task)
-    found = chat or _usual_classes(named, kinds, task)
-    if found is None:
+    meaning = chat or _usual_classes(named, kinds, task)
+    if meaning is None:
         return None
-    used = set(found.columns.values())
+    used = set(meaning.columns.values())
     if any(not isinstance(row.get(name), str) for row in rows for name in used) and chat:
         return None
     # Another text may be what matters: it is asked about.
     rest = [name for name in kinds if name not in used and kinds[name] == "text" and _plain(name) not in _ABOUT]
-    return None if rest else found
+    return None if rest else meaning
 
 
 def _is_whole(row: Mapping[str, Any], task: TaskName | None) -> bool:
@@ -254,18 +254,18 @@ def _is_whole(row: Mapping[str, Any], task: TaskName | None) -> bool:
 def _usual_pair(named: Mapping[str, str], task: TaskName | None) -> Meaning | None:
     if task not in (None, "chat", "generate"):
         return None
-    found = [(first, second) for first, second in (*_SPEAKERS, *_PAIRS) if first in named and second in named]
+    pairs = [(first, second) for first, second in (*_SPEAKERS, *_PAIRS) if first in named and second in named]
     answers = [name for name in _ANSWERS if name in named] if "instruction" in named else []
-    if len(found) + len(answers) != 1:
+    if len(pairs) + len(answers) != 1:
         return None
     rest = {"system": named["system"]} if "system" in named else {}
     if answers:
-        extra = {"input": given} if (given := named.get("input", named.get("context"))) else {}
+        extra = {"input": extra_name} if (extra_name := named.get("input", named.get("context"))) else {}
         columns = {"instruction": named["instruction"], **extra, "output": named[answers[0]], **rest}
-    elif rest or found[0] in _SPEAKERS:
-        columns = {"instruction": named[found[0][0]], "output": named[found[0][1]], **rest}
+    elif rest or pairs[0] in _SPEAKERS:
+        columns = {"instruction": named[pairs[0][0]], "output": named[pairs[0][1]], **rest}
     else:
-        columns = dict(zip(("prompt", "completion"), map(named.__getitem__, found[0]), strict=True))
+        columns = dict(zip(("prompt", "completion"), map(named.__getitem__, pairs[0]), strict=True))
     return Meaning(columns, "the answers")
 
 
@@ -363,20 +363,20 @@ def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], st
     if data.columns:
         return None
     columns: dict[str, str] = {}
-    said: list[str] = []
+    notes: list[str] = []
     for file in (*data.train, *data.replay, *data.eval):
         rows = sample_of(file, data)
-        found = usual_meaning(rows, task)
+        meaning = usual_meaning(rows, task)
         if task is None and rows:
             shape = find_shape(rows[0])
-            task = found.task or "chat" if found else task_of_rows(shape) if shape else None
-        if found is None:
+            task = meaning.task or "chat" if meaning else task_of_rows(shape) if shape else None
+        if meaning is None:
             continue
-        if any(columns.get(ours, theirs) != theirs for ours, theirs in found.columns.items()):
+        if any(columns.get(ours, theirs) != theirs for ours, theirs in meaning.columns.items()):
             return None
-        columns |= found.columns
-        said.append(f"{file.path}: {found.said}")
-    return (columns, "; ".join(said)) if columns else None
+        columns |= meaning.columns
+        notes.append(f"{file.path}: {meaning.said}")
+    return (columns, "; ".join(notes)) if columns else None
 
 
 def absent_columns(data: Data) -> list[Problem]:

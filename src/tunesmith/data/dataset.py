@@ -307,11 +307,11 @@ def build(
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
         aside = folder / f"parts-{key[:16]}"
-        how: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
-        encoding = Encoding(files=files, num_bytes=sum(sizes), **how)
+        shared: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
+        encoding = Encoding(files=files, num_bytes=sum(sizes), **shared)
         if len(in_parts(files)) > 1:
             of_part = partial(build, aside, data=data, renderer=renderer)
-            encoding = JoinedParts(files=files, num_bytes=sum(sizes), build=of_part, **how)
+            encoding = JoinedParts(files=files, num_bytes=sum(sizes), build=of_part, **shared)
         check = partial(_check_unchanged, files, before)
         summary = write(arrow_path(folder, key), key, paths, hashes, encoding, check=check)
         disk.write_atomic(json_path(folder, key), orjson.dumps(asdict(summary)))
@@ -326,7 +326,7 @@ def write(
 
     `paths`, `hashes`: of the data files.
     """
-    numbers = {one: number for number, one in enumerate(paths)}
+    numbers = {path_of_file: number for number, path_of_file in enumerate(paths)}
     with disk.writing(path) as file:
         batches = encoding.batches()
         threshold = gc.get_threshold()
@@ -384,8 +384,8 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         keys = [orjson.loads(path.read_bytes())["key"] for path in sorted(folder.glob("*.json"))]
-        for one in keys if key is None else [key]:
-            summary = find(folder, one, READABLE)
+        for candidate in keys if key is None else [key]:
+            summary = find(folder, candidate, READABLE)
             if summary is not None:
                 return RowStore(folder, summary, summary.data_sha256, reused=True)
     return None

@@ -41,12 +41,12 @@ class DocumentEncoder(RowEncoder):
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
         texts = [example.parts[0].text for example in examples]
-        found: list[Drafts] = []
+        rows: list[Drafts] = []
         for example, text, tokens in zip(examples, texts, self._fast.encode(texts), strict=True):
             drafts = [draft for draft in self._windows(text, tokens) if draft.trained_T.any()]
             message = "its text gives no token that could be learnt."
-            found.append(drafts or Problem(example.source, "no_target", message, "Remove the row."))
-        return found
+            rows.append(drafts or Problem(example.source, "no_target", message, "Remove the row."))
+        return rows
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids of a text that is to be continued. `tools` have no meaning."""

@@ -112,7 +112,7 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
     """The rows of a chunk, whatever came before it. Raises as `Renderer.encode`."""
     vocabulary: dict[str, int] = {}
     problems: list[Problem] = []
-    found: list[tuple[Row, int, int, int]] = []
+    encoded: list[tuple[Row, int, int, int]] = []
     many: bool | None = None
     results = renderer.encode([example for _, example in chunk], on_warning=problems.append, vocabulary=vocabulary)
     for (file, example), result in zip(chunk, results, strict=True):
@@ -121,10 +121,10 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
             if isinstance(item, Problem):
                 problems.append(item)
                 continue
-            found.append((item, file, *hashes))
+            encoded.append((item, file, *hashes))
             if item.labels is not None:
                 many = bool(many) or example.many
-    return Encoded(columns(found), list(vocabulary), many, problems)
+    return Encoded(columns(encoded), list(vocabulary), many, problems)
 
 
 @contextmanager
@@ -159,9 +159,9 @@ def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Calla
 
         yield begin
     finally:  # not waited for: a template may never end
-        for one, ours in started:
-            one.kill()
-            one.join()
+        for child, ours in started:
+            child.kill()
+            child.join()
             ours.close()
 
 
@@ -176,10 +176,10 @@ def _alive() -> Iterator[None]:
 
 def _rows_from(process: Connection) -> Encoded:
     with _alive():
-        found: Encoded | Exception = process.recv()
-    if isinstance(found, Exception):
-        raise found
-    return found
+        answer: Encoded | Exception = process.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _encode_for(parent: Connection) -> None:
@@ -202,20 +202,20 @@ def _encode_for(parent: Connection) -> None:
     while True:
         chunk = sent.get()
         try:
-            for one in (renderer, chunk):
-                if isinstance(one, Exception):
-                    raise one
-            found: Encoded | Exception = encode(renderer, chunk)
+            for received in (renderer, chunk):
+                if isinstance(received, Exception):
+                    raise received
+            answer: Encoded | Exception = encode(renderer, chunk)
         except Exception as error:
             if sys.version_info >= (3, 11):
                 error.add_note(traceback.format_exc())  # which the other process does not have
-            found = error
-        parent.send(found)
+            answer = error
+        parent.send(answer)
 
 
 def _pickle_by_fields(cls: type[Any]) -> None:
     """Send instances to a process as their fields: frozen dataclasses with slots else take three times as long."""
-    values = attrgetter(*(one.name for one in fields(cls)))
+    values = attrgetter(*(field.name for field in fields(cls)))
     copyreg.pickle(cls, lambda instance: (cls, values(instance)))
 
 
@@ -305,7 +305,9 @@ def columns(found: Sequence[tuple[Row, int, int, int]]) -> pa.RecordBatch:
 
 def _lists(lists: Sequence[Sequence[float] | NDArray[Any]], dtype: Any) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, lists)]).astype(np.int32)
-    values = np.concatenate([np.empty(0, dtype), *(np.asarray(one, dtype) for one in lists if len(one))])
+    values = np.concatenate(
+        [np.empty(0, dtype), *(np.asarray(values_of_row, dtype) for values_of_row in lists if len(values_of_row))]
+    )
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

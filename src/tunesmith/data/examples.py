@@ -136,9 +136,9 @@ class FileExamples:
         if self.shape is None and (lacking := [name for name in keep if name not in raw]):
             words = f"the first row has no such field.{did_you_mean(lacking[0], raw)} There are: {names(raw)}."
             raise InputError(f"{source}: --keep {lacking[0]}: {words}")
-        kept = {name: raw.get(name) for name in keep}
+        fields = {name: raw.get(name) for name in keep}
         reference = _reference(record, shape, source)
-        return kept if reference is None else {**kept, "reference": reference}
+        return fields if reference is None else {**fields, "reference": reference}
 
     def _of_one_kind(self, example: Example) -> Example | list[Problem]:
         """The example, if its label is a list or not as those before it."""
@@ -158,8 +158,8 @@ class FileExamples:
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
         unused = [theirs for ours, theirs in self.data.columns.items() if ours not in self.mapped]
         if unused and self.facts.rows and (self.answered or not self.mapped):  # else those of answers may be missing
-            how = "without" if self.mapped else "by its own names"
-            message = f"no row of it has {names(unused)}, which data.columns names: it was read {how}."
+            by_names = "without" if self.mapped else "by its own names"
+            message = f"no row of it has {names(unused)}, which data.columns names: it was read {by_names}."
             self._note(Source(self.facts.path, 0), "columns_unused", message, "")
 
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
@@ -167,16 +167,16 @@ class FileExamples:
 
     def _renamed(self, record: dict[str, Any], source: Source) -> dict[str, Any] | None:
         columns = self.data.columns
-        found = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-        if not found:
+        renamed = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+        if not renamed:
             return record
-        self.mapped |= found.keys()
+        self.mapped |= renamed.keys()
         needed = {
             field
             for name in (SHAPES[self.task] if self.task else FORMATS)
             for field in (FORMATS[name].required if self.answered else FORMATS[name].inputs)
         }
-        missing = [theirs for ours, theirs in columns.items() if ours not in found and ours in needed]
+        missing = [theirs for ours, theirs in columns.items() if ours not in renamed and ours in needed]
         if missing:
             message = f"it has no {', '.join(map(repr, missing))}, which data.columns names; it has {names(record)}."
             hint = did_you_mean(missing[0], record).strip()
@@ -186,11 +186,11 @@ class FileExamples:
             return None
         taken = set(columns.values())
         for name, value in record.items():
-            if name in found and name not in taken:
+            if name in renamed and name not in taken:
                 self._ignore([f"{name} (data.columns takes another)"], source)
             elif name not in taken:
-                found[name] = value
-        return found
+                renamed[name] = value
+        return renamed
 
     def _shape(self, record: dict[str, Any], source: Source) -> Shape | None:
         """The shape of a row that is not of the file's shape, or of one before that is known."""
@@ -244,10 +244,10 @@ def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
     """The row's own answer, which a prediction is compared with; None: it has none."""
     if shape in _ANSWER:
         return record.get(_ANSWER[shape])
-    whole = FORMATS[shape].parse(record, source, answered=True) if shape != "text" else ()
-    if not isinstance(whole, Example) or not whole.first_line[-1].trained:
+    parsed = FORMATS[shape].parse(record, source, answered=True) if shape != "text" else ()
+    if not isinstance(parsed, Example) or not parsed.first_line[-1].trained:
         return None
-    last = whole.first_line[-1]
+    last = parsed.first_line[-1]
     return {"content": last.text, **last.fields} if last.fields else last.text
 
 

@@ -132,7 +132,7 @@ def rare_note(names: Sequence[str], classes_I: NDArray[np.int64], mask_I: NDArra
     of_class, held_of_class = (
         np.bincount(some_I[some_I >= 0], minlength=len(names)).tolist() for some_I in (classes_I, classes_I[mask_I])
     )
-    rare = sorted(one for one in zip(of_class, held_of_class, names, strict=True) if 0 < one[0] < RARE)
+    rare = sorted(counts for counts in zip(of_class, held_of_class, names, strict=True) if 0 < counts[0] < RARE)
     if not rare:
         return []
     shown = listed(f"{name!r} ({plural(num, 'row')}, {held} of them held out)" for num, held, name in rare)
@@ -213,9 +213,9 @@ def measured_rows(
     classes_I = store.labels.firsts()[held] if by_class else np.zeros(len(held), np.int64)
     if len(held) > size:
         are = "is" if size == 1 else "are"
-        how = ", each class its share" if by_class else ""
+        by_share = ", each class its share" if by_class else ""
         notes.append(
-            f"{size:,} of {len(held):,} held-out rows {are} measured{how}: {len(held) - size:,} are left out "
+            f"{size:,} of {len(held):,} held-out rows {are} measured{by_share}: {len(held) - size:,} are left out "
             "(evaluation.max_rows)"
         )
     return held[measured(store.hashes[held], classes_I, size)]
@@ -234,8 +234,8 @@ def split(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
     """Rows to train on, rows to measure, and what to say of the split. Rows of data.replay are never held out."""
     is_replay = store.file_index >= len(data.train)
-    own = np.flatnonzero(~is_replay)
-    if len(own) == 0:
+    own_rows = np.flatnonzero(~is_replay)
+    if len(own_rows) == 0:
         raise DataError(f"{', '.join(file.path for file in data.train)}: no row is left to use")
     is_held = np.zeros(len(store), np.bool_)
     notes: list[str] = []
@@ -243,11 +243,16 @@ def split(
         held = np.arange(len(held_store))
         is_leaked = is_replay & np.isin(store.hashes, held_store.hashes)
     else:
-        keys = store.hashes if has_one_input(store.inputs[own]) else store.inputs
+        keys = store.hashes if has_one_input(store.inputs[own_rows]) else store.inputs
         has_classes = "text_label" in SHAPES[task] and find_kind(task, data, [store.count_labels()])[0] == "one"
-        classes = store.labels.firsts()[own] if has_classes else None
-        is_held[own], notes = hold_out(store.inputs[own], store.hashes[own], classes, resolved(data.held_out))
-        notes = [*notes, *(rare_note(store.labels.vocabulary, classes, is_held[own]) if classes is not None else [])]
+        classes = store.labels.firsts()[own_rows] if has_classes else None
+        is_held[own_rows], notes = hold_out(
+            store.inputs[own_rows], store.hashes[own_rows], classes, resolved(data.held_out)
+        )
+        notes = [
+            *notes,
+            *(rare_note(store.labels.vocabulary, classes, is_held[own_rows]) if classes is not None else []),
+        ]
         held = np.flatnonzero(is_held)
         is_leaked = is_replay & np.isin(keys, keys[held])
     if is_leaked.any():

@@ -148,8 +148,8 @@ def find_kind(task: TaskName, data: Data, sides: Sequence[LabelCounts]) -> tuple
             return "number", [Choice("data.label_kind", "number", "labels are numbers with a decimal point")]
     if has_lists and data.label_kind != "many":
         place = has_lists[0].place(int(np.argmax(has_lists[0].counts_V))) if has_lists[0].counts else "data"
-        given = data.label_kind if data.label_kind != "auto" else "one, as in the training files"
-        raise DataError(f"{place}: label is a list, but data.label_kind is {given}. Set data.label_kind: many.")
+        wanted = data.label_kind if data.label_kind != "auto" else "one, as in the training files"
+        raise DataError(f"{place}: label is a list, but data.label_kind is {wanted}. Set data.label_kind: many.")
     if data.label_kind == "auto":
         return "one", [Choice("data.label_kind", "one", "each row has one class")]
     return data.label_kind, []
@@ -178,10 +178,10 @@ _MISSING = {"nan", "na", "n/a", "#n/a", "null", "none", "-", "?"}
 
 def missing_names_note(rows_of: Mapping[str, int]) -> list[str]:
     """A note about classes that stand for a missing label in other files."""
-    found = [f"{name!r} ({plural(num, 'row')})" for name, num in rows_of.items() if name.strip().lower() in _MISSING]
-    if not found:
+    suspects = [f"{name!r} ({plural(num, 'row')})" for name, num in rows_of.items() if name.strip().lower() in _MISSING]
+    if not suspects:
         return []
-    return [f"learnt as classes: {', '.join(found)}. Remove such rows where this means that a label is missing"]
+    return [f"learnt as classes: {', '.join(suspects)}. Remove such rows where this means that a label is missing"]
 
 
 def count_classes(seen: LabelCounts, names: Sequence[str]) -> NDArray[np.int64]:

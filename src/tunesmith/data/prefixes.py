@@ -40,18 +40,18 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
 
     Rows, targets and their order stay; only positions change. For causal models.
     """
-    found = stretches(rows)
-    if len(found) == len(rows):
+    shared = stretches(rows)
+    if len(shared) == len(rows):
         return batch
     ids, positions, pieces, end = [], [], [], 0
     spans: list[tuple[Span, ...]] = [()] * len(rows)
     """Places of the tokens of each row."""
-    for one in found:
-        first, num = one.members[0], one.stop - one.start
-        ids.append(rows[first][one.start : one.stop])
-        positions.append(np.arange(one.start, one.stop))
+    for stretch in shared:
+        first, num = stretch.members[0], stretch.stop - stretch.start
+        ids.append(rows[first][stretch.start : stretch.stop])
+        positions.append(np.arange(stretch.start, stretch.stop))
         pieces.append(Segment(num, spans[first]))
-        for i in one.members:
+        for i in stretch.members:
             spans[i] = (*spans[i], (end, num))
         end += num
     places = [np.arange(start, start + num) for row in spans for start, num in row]
@@ -78,10 +78,10 @@ def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
     A function of the rows alone. Groups are in the order of their first member, members in the order given.
     """
     order = _sorted(rows)
-    found: list[Stretch] = []
+    groups: list[Stretch] = []
     for at in range(0, len(order), MOST_ROWS):
-        found += _best(rows, order[at : at + MOST_ROWS])
-    return sorted(found, key=lambda group: group.members)
+        groups += _best(rows, order[at : at + MOST_ROWS])
+    return sorted(groups, key=lambda group: group.members)
 
 
 def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
@@ -102,8 +102,8 @@ def stretches(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
     return min(flat, _nested(rows), key=_total)
 
 
-def _total(found: Sequence[Stretch]) -> int:
-    return sum(one.stop - one.start for one in found)
+def _total(groups: Sequence[Stretch]) -> int:
+    return sum(group.stop - group.start for group in groups)
 
 
 def _nested(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
@@ -113,15 +113,15 @@ def _nested(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
 
     def cut(first: int, stop: int, depth: int) -> list[tuple[int, int, int]]:
         ends = [at + 1 for at in range(first, stop - 1) if common[at] < depth + LEAST_PREFIX]
-        return [(*some, depth) for some in pairwise([first, *ends, stop])][::-1]
+        return [(*ends_of_group, depth) for ends_of_group in pairwise([first, *ends, stop])][::-1]
 
-    found, left = [], cut(0, len(order), 0)
+    tree, left = [], cut(0, len(order), 0)
     while left:
         first, stop, depth = left.pop()
         prefix = min(common[first : stop - 1], default=len(rows[order[first]]))
-        found.append(Stretch(depth, prefix, tuple(sorted(order[first:stop]))))
+        tree.append(Stretch(depth, prefix, tuple(sorted(order[first:stop]))))
         left += cut(first, stop, prefix) if stop - first > 1 else []
-    return found
+    return tree
 
 
 def _sorted(rows: Sequence[NDArray[np.int32]]) -> list[int]:
@@ -144,12 +144,12 @@ def _best(rows: Sequence[NDArray[np.int32]], order: Sequence[int]) -> list[Stret
                 best, cut = saves, (start, prefix)
         saved.append(best)
         cuts.append(cut)
-    found, stop = [], len(order)
+    groups, stop = [], len(order)
     while stop:
         start, prefix = cuts[stop]
-        found.append(Stretch(0, prefix, tuple(sorted(order[start:stop]))))
+        groups.append(Stretch(0, prefix, tuple(sorted(order[start:stop]))))
         stop = start
-    return found
+    return groups
 
 
 def _common(a_T: NDArray[np.int32], b_T: NDArray[np.int32]) -> int:

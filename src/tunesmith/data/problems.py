@@ -40,7 +40,7 @@ def num_refused(data: Data, errors: Mapping[str, int]) -> int:
 
 def refused(data: Data, problems: Iterable[Problem]) -> list[Problem]:
     """The problems among these that `num_refused` counts."""
-    return [one for one in problems if one.severity == "error" and num_refused(data, {one.code: 1})]
+    return [problem for problem in problems if problem.severity == "error" and num_refused(data, {problem.code: 1})]
 
 
 def unusable(num: int) -> str:
@@ -84,7 +84,7 @@ class RowProblems:
 
     def answers(self, given: Any, place: str, code: str = "empty_answer") -> list[str]:
         """The texts of a list, or one text, as `answer` takes each."""
-        named = {f"{place}[{i}]": one for i, one in enumerate(given)} if isinstance(given, list) else {place: given}
+        named = {f"{place}[{i}]": text for i, text in enumerate(given)} if isinstance(given, list) else {place: given}
         return [self.answer(named, name, code) for name in named]
 
     def optional_text(self, record: dict[str, Any], key: str) -> str:
@@ -93,11 +93,11 @@ class RowProblems:
 
     def numbers(self, values: Any, num: int, place: str) -> list[float]:
         """So many finite numbers, also as a table's texts; zeros and a problem if they are not."""
-        given, found = values if isinstance(values, list) else [values], []
+        listed, floats = values if isinstance(values, list) else [values], []
         with suppress(TypeError, ValueError, OverflowError):
-            found = [float(one) for one in given]
-        if len(found) == num and all(map(math.isfinite, found)):
-            return found
+            floats = [float(value) for value in listed]
+        if len(floats) == num and all(map(math.isfinite, floats)):
+            return floats
         what = "a number" if num == 1 else f"a list of {num} numbers"
         self.add("bad_numbers", f"{place}: {str(values)[:40]}.", f"Give {what}, or remove the row.")
         return [0.0] * num

@@ -48,24 +48,27 @@ def expand_folders(
         DataError: a folder cannot be listed, or holds nothing to read, or is `trained` on and holds held-out files
             among others; all such folders are named.
     """
-    found: list[DataFile] = []
+    expanded: list[DataFile] = []
     refused: list[Problem] = []
     for file in files:
         try:
             if is_address(file.at):
                 if trained and not has_magic(file.at):  # neither a pattern nor a split
-                    _refuse_held_out_at(file.at, [one.address for one in registered(file.at)])
-                found += [file.at_place(one.cached() or one.address, path=one.address) for one in registered(file.at)]
+                    _refuse_held_out_at(file.at, [remote.address for remote in registered(file.at)])
+                expanded += [
+                    file.at_place(remote.cached() or remote.address, path=remote.address)
+                    for remote in registered(file.at)
+                ]
             elif os.path.isdir(file.at):
                 for name in _documents(file.path, file.at, on_problem, trained, how.suffixes):
-                    found.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
+                    expanded.append(file.at_place(os.path.join(file.at, name), path=os.path.join(file.path, name)))
             else:
-                found.append(file)
+                expanded.append(file)
         except DataError as error:
             refused += error.problems
     if refused:
         raise DataError("\n".join(map(str, refused)), refused)
-    return tuple(found)
+    return tuple(expanded)
 
 
 def _documents(
@@ -114,7 +117,7 @@ def _by_suffix(at: str, others: Sequence[str]) -> str:
 def _refuse_held_out_at(address: str, found: Sequence[str]) -> None:
     """`_refuse_held_out` for the files of a folder at an address, which may be in an archive."""
     _, mark, archive = address.partition("::")
-    names = [one.removesuffix(mark + archive) for one in found]
+    names = [address_of_file.removesuffix(mark + archive) for address_of_file in found]
     folder = os.path.commonprefix(names).rpartition("/")[0]  # noqa: RUF071
     inside = [name.removeprefix(f"{folder}/").replace("/", os.sep) for name in names]
     _refuse_held_out(folder, inside, [name for name in inside if suffix_of(name) in SUFFIXES], mark + archive)
@@ -126,9 +129,11 @@ def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str], ar
     held_tops = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
     held_rows = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
     others = [name for name in rows if name not in held_rows]
-    for kept, held in ((others, held_rows), ([top for top in tops if top.lower() == "train"], held_tops)):
-        if kept and held:
-            ours, theirs = ([shlex.quote(os.path.join(folder, at) + archive) for at in side] for side in (kept, held))
+    for trained, held in ((others, held_rows), ([top for top in tops if top.lower() == "train"], held_tops)):
+        if trained and held:
+            ours, theirs = (
+                [shlex.quote(os.path.join(folder, at) + archive) for at in side] for side in (trained, held)
+            )
             message = f"by their names, these are held-out rows: {names(held)}. They would be trained."
             fix = f"Give by name: {' '.join(ours)} --eval {' --eval '.join(theirs)}"
             raise refusal(folder, 0, "is_folder", message, fix)
@@ -165,9 +170,9 @@ def read(
         DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
             Files that cannot be opened are named together, before the first row.
     """
-    for index, found in inspect_files(files, on_problem, how):
-        with local(found.at) if is_address(found.at) else nullcontext("") as there:
-            of_file = inspect_file(found.path, there, how) if there else found
+    for index, of_address in inspect_files(files, on_problem, how):
+        with local(of_address.at) if is_address(of_address.at) else nullcontext("") as local_path:
+            of_file = inspect_file(of_address.path, local_path, how) if local_path else of_address
             if facts is not None:
                 facts.append(of_file)
             yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
@@ -184,7 +189,7 @@ def inspect_files(
     files: Sequence[DataFile], on_problem: OnProblem, how: Reading = AS_IT_IS
 ) -> list[tuple[int, FileFacts]]:
     """Facts of every file and document of a folder, with its index. Raises one `DataError` for all unreadable ones."""
-    found: list[tuple[int, FileFacts]] = []
+    facts_of_files: list[tuple[int, FileFacts]] = []
     refused: list[DataError] = []
     for index, file in enumerate(files):
         try:
@@ -195,15 +200,15 @@ def inspect_files(
         for member in members:
             if is_address(member.at):
                 facts = FileFacts(member.path, "Parquet", total_bytes=known(member.at).num_bytes, at=member.at)
-                found.append((index, facts))
+                facts_of_files.append((index, facts))
                 continue
             try:
-                found.append((index, inspect_file(member.path, member.at, how)))
+                facts_of_files.append((index, inspect_file(member.path, member.at, how)))
             except DataError as error:
                 refused.append(error)
     if refused:
         raise DataError("\n".join(map(str, refused)), [problem for error in refused for problem in error.problems])
-    return found
+    return facts_of_files
 
 
 _UNITS: dict[FileFormat, str] = {"JSON lines": "line", "CoNLL": "sentence", "text": "document"}
@@ -259,6 +264,6 @@ def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tup
         readers["CSV"] = csv_rows
     reader = readers[facts.kind]
     with open_text(facts) as (stream, packed):
-        for found in reader(stream, facts, limits=limits, on_bad=on_bad):
+        for record in reader(stream, facts, limits=limits, on_bad=on_bad):
             facts.done_bytes = packed.tell()
-            yield found
+            yield record

@@ -102,9 +102,9 @@ def _duplicate_key(raw: bytes) -> BadRow:
     twice: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(kept := dict(pairs)) < len(pairs):
+        if len(unique := dict(pairs)) < len(pairs):
             twice.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
-        return kept
+        return unique
 
     json.loads(raw, object_pairs_hook=collect)
     name = repr(twice[0][:60]) if twice else "a key"
@@ -219,14 +219,14 @@ def _refuse_indented(facts: FileFacts) -> None:
     """Raise `DataError` for a file that is one object on several lines."""
     with open_text(facts) as (stream, _):
         try:
-            whole = orjson.loads(stream.read(MOST_INDENTED_BYTES))
+            content = orjson.loads(stream.read(MOST_INDENTED_BYTES))
         except orjson.JSONDecodeError:
             return
-    if not isinstance(whole, dict):
+    if not isinstance(content, dict):
         return
     of_a_row = ("messages", "conversations", "tools")
-    lists = [key for key, value in whole.items() if isinstance(value, list) and key not in of_a_row]
-    lists = [key for key in lists if whole[key] and all(isinstance(one, dict) for one in whole[key])]
+    lists = [key for key, value in content.items() if isinstance(value, list) and key not in of_a_row]
+    lists = [key for key in lists if content[key] and all(isinstance(row, dict) for row in content[key])]
     place = "FILE" if "://" in facts.path else facts.path
     load = f"json.load({'gzip.' * facts.gzipped}open({place!r}, 'rb'))"
     fix, code = "If it is one row, write it on one line:", f"print(json.dumps({load}))"

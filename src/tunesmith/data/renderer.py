@@ -218,9 +218,9 @@ class Renderer:
 
     def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
-        if self.control_tokens == "allow" or not (found := self._spelled(example)):
+        if self.control_tokens == "allow" or not (spelled := self._spelled(example)):
             return []
-        message = f"its text contains {found}, a control token of this model."
+        message = f"its text contains {spelled}, a control token of this model."
         fix = "Remove it, or set data.control_tokens: allow when the text can be trusted."
         return [Problem(example.source, "control_token", message, fix)]
 

@@ -133,7 +133,7 @@ class StepSampler:
         for group in prefix_groups([self.ids_of(rows[at]) for at in firsts]):
             members = [alone[i] for i in group.members]
             tokens = sum(cost for cost, _ in members)
-            places = [at for _, some in members for at in some]
+            places = [at for _, member_places in members for at in member_places]
             tokens -= group.stop * (len(places) - 1) if group.stop else 0
             is_large = tokens * self.part[1] > sum(lengths)
             units += members if is_large else [(tokens, places)]
@@ -157,16 +157,16 @@ class StepSampler:
             sides = [self.lengths_I] if self.targets_I is None else [self.lengths_I - self.targets_I, self.targets_I]
             self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
             self._kept["sides"][self.rows_I] = np.stack(sides, axis=1)
-        found: NDArray[np.int32] = self._kept["sides"][list(rows)]
-        return found
+        sides_of_rows: NDArray[np.int32] = self._kept["sides"][list(rows)]
+        return sides_of_rows
 
     def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
         """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
         if self._kept.get("epoch") != epoch:  # cached: one epoch serves many steps
             order = shuffled(self.weights_I, self.sources_I, seed=self.seed, epoch=epoch)
             self._kept.update(epoch=epoch, order=order)
-        found: NDArray[np.int64] = self._kept["order"][offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
-        return found
+        chosen: NDArray[np.int64] = self._kept["order"][offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
+        return chosen
 
 
 def pass_cost(device: object) -> int:
@@ -275,9 +275,9 @@ def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int, cost: int) ->
         sizes = np.arange(1, len(longest) + 1)
         computed = sizes * longest
         fitting = max(1, int(np.searchsorted(computed, tokens_per_pass, side="right")))
-        found = cost + computed[:fitting] + costs[i + 1 : i + 1 + fitting]
-        best = int(found.argmin())
-        costs[i], ends[i] = found[best], i + 1 + best
+        totals = cost + computed[:fitting] + costs[i + 1 : i + 1 + fitting]
+        best = int(totals.argmin())
+        costs[i], ends[i] = totals[best], i + 1 + best
     batches, start = [], 0
     while start < num:
         batches.append(slice(start, ends[start]))
@@ -337,8 +337,8 @@ def micro_batches_of(
     rows_I = np.asarray(rows, np.int64)
     targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
     lengths = store.lengths_in(layout)[rows_I].tolist()
-    how: dict[str, Any] = {"layout": layout, "targets": targets, "cost": pass_cost(device)}
-    return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, **how)
+    settings: dict[str, Any] = {"layout": layout, "targets": targets, "cost": pass_cost(device)}
+    return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, **settings)
 
 
 def padded_size(num_tokens: int) -> int:

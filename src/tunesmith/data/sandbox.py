@@ -239,16 +239,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __called: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls, within bounds."""
         __self.turn()
-        given = {name: value for name, value in kwargs.items() if name[0] != "_"}
-        if args or given:
-            __self._size([*args, *given.values()])
+        options = {name: value for name, value in kwargs.items() if name[0] != "_"}
+        if args or options:
+            __self._size([*args, *options.values()])
         name, subject = getattr(__called, "__name__", ""), getattr(__called, "__self__", None)
         if name in ("format", "format_map"):
             text = getattr(getattr(__called, "__wrapped__", None), "__self__", "")
-            __self._check_format(_BRACES, text, (args, given))
+            __self._check_format(_BRACES, text, (args, options))
         elif isinstance(subject, (str, bytes, int)):
             if not _is_small(name, subject, args):
-                __self._check(name, subject, args, given)
+                __self._check(name, subject, args, options)
             if name == "join" and args:
                 args = (__self._check("join", args[0], (subject,), {}), *args[1:])
         elif isinstance(__called, _Dict) and args and len(args[0]) > SLOW_VALUES:
@@ -257,14 +257,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _bounded(self, name: str, used: Callable[..., Any]) -> Callable[..., Any]:
         """A filter, within bounds."""
-        given = int(hasattr(used, "jinja_pass_arg"))  # Jinja gives it the context too
+        subject_at = int(hasattr(used, "jinja_pass_arg"))  # Jinja gives it the context too
 
         @functools.wraps(used)
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            subject, rest = args[given], args[given + 1 :]
+            subject, rest = args[subject_at], args[subject_at + 1 :]
             if kwargs or not _is_small(name, subject, rest):
                 subject = self._check(name, subject, rest, kwargs)
-            return self.made(used(*args[:given], subject, *rest, **kwargs))
+            return self.made(used(*args[:subject_at], subject, *rest, **kwargs))
 
         return bounded
 

@@ -65,10 +65,10 @@ class Splits:
     def found_again(self) -> str:
         """The rows that are those of an earlier run or plan, by the hash of all that they follow from; "": none."""
         stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
-        if not (found := {what: store for what, store in stores.items() if store.reused}):
+        if not (reused := {what: store for what, store in stores.items() if store.reused}):
             return ""
-        counts = " and ".join(f"{len(store):,} {what}" for what, store in found.items())
-        keys = " and ".join(store.key[:16] for store in found.values())
+        counts = " and ".join(f"{len(store):,} {what}" for what, store in reused.items())
+        keys = " and ".join(store.key[:16] for store in reused.values())
         return f"{counts} rows of these files were encoded before by this tokenizer, and are used again (.rows/{keys})"
 
     @property
@@ -113,8 +113,8 @@ class Splits:
             rows_I = rows_I[np.argsort(self.held_store.file_index[rows_I], kind="stable")]
         # Several rows can be windows of one document.
         wanted = list(islice(dict.fromkeys(str(self.held_store.source(int(i))) for i in rows_I), num))
-        found = examples_at(files, self.data, self.task, wanted)
-        return [found[source] for source in wanted if source in found]
+        by_source = examples_at(files, self.data, self.task, wanted)
+        return [by_source[source] for source in wanted if source in by_source]
 
 
 def first_example(data: Data) -> Example:
@@ -154,8 +154,8 @@ def encode_rows(
     problems: list[Problem] = []
     sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
     expand = partial(expand_folders, on_problem=problems.append, how=data.reading)
-    found = {side: expand(files, trained=side != "eval") for side, files in sides.items()}
-    data, notes = data.model_copy(update=found), [str(problem) for problem in problems]
+    expanded = {side: expand(files, trained=side != "eval") for side, files in sides.items()}
+    data, notes = data.model_copy(update=expanded), [str(problem) for problem in problems]
 
     def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
         return build(
@@ -175,8 +175,8 @@ def encode_rows(
         data, chosen = choose_held_out(data, store)
         train, held, split_notes = split(data, store, held_store, task)
         overlap = overlap_notes(data, store, held_store, train) if data.eval else []
-        how: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
-        labels, of_labels = _labels(data, task, (store, held_store), train, **how)
+        settings: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
+        labels, of_labels = _labels(data, task, (store, held_store), train, **settings)
     except DataError:
         for refused in stores:
             refused.discard()
@@ -246,7 +246,7 @@ def given_text(example: Example) -> str | None:
         return "\n".join([prompt, *answers])
     if answers:
         names = ["chosen", *("rejected" for _ in answers[1:])] if len(answers) > 1 else ["answer"]
-        return "\n\n".join([prompt, *(f"[{name}]\n{said}" for name, said in zip(names, answers, strict=True))])
+        return "\n\n".join([prompt, *(f"[{name}]\n{text}" for name, text in zip(names, answers, strict=True))])
     if example.plain or example.shape == "text_label":
         return "\n".join(part.text for part in example.parts)
     return prompt
@@ -254,13 +254,13 @@ def given_text(example: Example) -> str | None:
 
 def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: Collection[str]) -> dict[str, Example]:
     """The examples of some rows by their places, "file:line", as far as the files have them. Raises as `examples`."""
-    found: dict[str, Example] = {}
+    by_source: dict[str, Example] = {}
     for _, example in examples(files, data, lambda problem: None, task=task) if sources else ():
         if (source := str(example.source)) in sources:
-            found[source] = example
-            if len(found) == len(sources):
+            by_source[source] = example
+            if len(by_source) == len(sources):
                 break
-    return found
+    return by_source
 
 
 def texts_of(
@@ -271,11 +271,11 @@ def texts_of(
     if task == "text" or any(map(is_elsewhere, files)):
         return {}
     try:
-        found = examples_at(files, data, task, wanted)
+        by_source = examples_at(files, data, task, wanted)
     except DataError:  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
         return {}
     texts = {}
-    for source, example in found.items():
+    for source, example in by_source.items():
         text, row = given_text(example), wanted[source]
         if text is not None and content_hash(example) == int(store.hashes[row]):
             texts[row] = text
@@ -312,10 +312,12 @@ def source_ids(data: Data) -> NDArray[np.int64]:
 def mix(data: Data, rows_F: Sequence[int]) -> list[dict[str, Any]]:
     """Each source as {"path", "rows", "times", "share"}: its rows that are trained, how often each is seen per epoch,
     and its share of the rows of an epoch. Empty for a single source that is seen once."""
-    files, times_F, found = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, dict[str, Any]]()
+    files, times_F, by_source = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, dict[str, Any]]()
     for file, source, num, times in zip(files, source_ids(data).tolist(), rows_F, times_F.tolist(), strict=True):
-        one = found.setdefault(source, {"path": file.source, "rows": 0, "times": times})
-        one["rows"] += int(num)
-    total = sum(one["rows"] * one["times"] for one in found.values())
-    mixed = [{**one, "share": one["rows"] * one["times"] / total if total else 0.0} for one in found.values()]
-    return mixed if len(mixed) > 1 or any(one["times"] != 1 for one in mixed) else []
+        entry = by_source.setdefault(source, {"path": file.source, "rows": 0, "times": times})
+        entry["rows"] += int(num)
+    total = sum(entry["rows"] * entry["times"] for entry in by_source.values())
+    mixed = [
+        {**entry, "share": entry["rows"] * entry["times"] / total if total else 0.0} for entry in by_source.values()
+    ]
+    return mixed if len(mixed) > 1 or any(entry["times"] != 1 for entry in mixed) else []

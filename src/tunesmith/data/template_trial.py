@@ -75,7 +75,7 @@ def _fault_of(given: str) -> str:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    said, _ = process.communicate(to_send, timeout=TICK_S)
+                    answer, _ = process.communicate(to_send, timeout=TICK_S)
                     break
                 to_send = None
                 if time.monotonic() > ends:
@@ -84,8 +84,8 @@ def _fault_of(given: str) -> str:
                     return TAKES_MEMORY
         finally:
             process.kill()
-    if process.returncode == 0 and said.endswith("\n"):
-        return said.strip()
+    if process.returncode == 0 and answer.endswith("\n"):
+        return answer.strip()
     return too_long if process.returncode == -_SIGXCPU else f"{TAKES_MEMORY}, or ended its process"
 
 
@@ -104,9 +104,9 @@ def _resident_bytes(pid: int) -> int:
 
 def main() -> None:
     """The process: writes a line."""
-    given = json.load(sys.stdin)
-    _limit(given["limit_s"])
-    sys.stdout.write(f"{_first_fault(given)}\n")
+    job = json.load(sys.stdin)
+    _limit(job["limit_s"])
+    sys.stdout.write(f"{_first_fault(job)}\n")
 
 
 def _first_fault(given: dict[str, Any]) -> str:
@@ -131,10 +131,10 @@ def _fault(text: str, tokens: dict[str, Any], limit_s: float) -> str:
     try:
         sandbox = Sandbox(text)
         for messages, tools, prompt in product(CONVERSATIONS, (None, TOOLS), (False, True)):
-            given = {"tools": tools, "documents": None, "add_generation_prompt": prompt, **tokens}
+            variables = {"tools": tools, "documents": None, "add_generation_prompt": prompt, **tokens}
             sandbox.begin(limit_s)
             try:
-                sandbox.template.render(messages=messages, strftime_now=lambda text: "01 Jan 2026", **given)
+                sandbox.template.render(messages=messages, strftime_now=lambda text: "01 Jan 2026", **variables)
             except Exception as error:
                 if does := words_of(error, limit_s):
                     return does

@@ -105,20 +105,21 @@ class FastTokenizer:
         self._reset()
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
-            Tokens(found.ids, np.array(found.ids, np.int32), partial(getattr, found, "offsets")) for found in encodings
+            Tokens(encoding.ids, np.array(encoding.ids, np.int32), partial(getattr, encoding, "offsets"))
+            for encoding in encodings
         ]
 
     def encode_alike(self, texts: Sequence[str], num_common: int) -> list[Tokens]:
         """As `encode`, in less time while no offsets are asked for. Texts begin with `ControlTokens.num_common` same
         characters, which are tokenized once."""
-        head, *whole = self.ids([texts[0][:num_common], texts[0]] if texts else [""])
+        head, *expected = self.ids([texts[0][:num_common], texts[0]] if texts else [""])
         rests = self.ids([text[num_common:] for text in texts])
-        if whole and not np.array_equal(np.concatenate([head, rests[0]]), whole[0]):
+        if expected and not np.array_equal(np.concatenate([head, rests[0]]), expected[0]):
             head, rests = head[:0], self.ids(texts)  # a tokenizer that does look behind control tokens
-        found = [np.concatenate([head, rest]) for rest in rests]
+        joined = [np.concatenate([head, rest]) for rest in rests]
         return [
             Tokens(ids_T.tolist(), ids_T, partial(self._offsets, text))
-            for ids_T, text in zip(found, texts, strict=True)
+            for ids_T, text in zip(joined, texts, strict=True)
         ]
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
@@ -194,22 +195,22 @@ class ControlTokens:
 
     def in_text(self, text: str) -> str | None:
         """The first control token in a text."""
-        found = self._reserved_re.search(text)
-        return found.group() if found else None
+        match = self._reserved_re.search(text)
+        return match.group() if match else None
 
     def num_common(self, texts: Sequence[str]) -> int:
         """Characters that all texts begin with, before a control token that cuts them: what precedes it has the same
         tokens in each, and what follows is tokenized as if it began there. 0 for a single text."""
-        found = self._control_re.finditer(commonprefix(texts)) if len(texts) > 1 else ()  # noqa: RUF071 (it is text)
-        return max((match.start() for match in found if self._id_of[match.group()] in self._cuts), default=0)
+        matches = self._control_re.finditer(commonprefix(texts)) if len(texts) > 1 else ()  # noqa: RUF071 (it is text)
+        return max((match.start() for match in matches if self._id_of[match.group()] in self._cuts), default=0)
 
     def places(self, text: str, tokens: Tokens) -> ControlPlaces:
         """The control tokens of a text."""
         places = [place for place, token_id in enumerate(tokens.ids) if token_id in self._control]
         ids = [tokens.ids[place] for place in places]
-        found = list(self._control_re.finditer(text)) if self._is_spelled else []
-        if [self._id_of[match.group()] for match in found] == ids:
-            spans = [match.span() for match in found]
+        spelled = list(self._control_re.finditer(text)) if self._is_spelled else []
+        if [self._id_of[match.group()] for match in spelled] == ids:
+            spans = [match.span() for match in spelled]
         else:
             spans = [tokens.offsets[place] for place in places]
         located = list(zip(ids, zip(places, spans, strict=True), strict=True))
@@ -224,16 +225,16 @@ class ControlTokens:
         White space may precede the first.
         """
         text, run = text.lstrip(), []
-        while found := self._closing_re.match(text):
-            run.append(self._closing_id(found.group()))
-            text = text[found.end() :]
+        while match := self._closing_re.match(text):
+            run.append(self._closing_id(match.group()))
+            text = text[match.end() :]
         return run
 
     def last_closing_id(self, text: str) -> int | None:
         """The id of the token that a text ends with, white space aside, if it can close a turn."""
         text = text.rstrip()
-        found = [match for match in self._closing_re.finditer(text) if match.end() == len(text)]
-        return self._closing_id(found[-1].group()) if found else None
+        matches = [match for match in self._closing_re.finditer(text) if match.end() == len(text)]
+        return self._closing_id(matches[-1].group()) if matches else None
 
     def _closing_id(self, text: str) -> int:
         return next(token_id for token_id, content in self.closing.items() if content == text)
@@ -264,11 +265,11 @@ def check_against_file(tokenizer: Any, file: Path) -> None:
     read_directly.no_truncation()  # files of sentence encoders cut and pad every text
     read_directly.no_padding()
     expected = read_directly.encode(PROBE, add_special_tokens=False).ids
-    found = tokenizer(PROBE, add_special_tokens=False).input_ids
-    if list(found) != expected:
-        at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(expected))
+    actual = tokenizer(PROBE, add_special_tokens=False).input_ids
+    if list(actual) != expected:
+        at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(expected))
         raise ModelError(
-            f"{file}: transformers reads it as another tokenizer: {len(found)} tokens for a probe text of "
+            f"{file}: transformers reads it as another tokenizer: {len(actual)} tokens for a probe text of "
             f"{len(expected)}, the first difference at token {at + 1}. What is trained would not be what the model "
             "knows. Use a release of transformers that agrees with the file."
         )
@@ -292,7 +293,7 @@ def fingerprint(tokenizer: Any, template_text: str, *, vocabulary: bool = True) 
     }
     if vocabulary:
         model = json.loads(serialized(tokenizer))["model"]
-        merges = (one if isinstance(one, str) else " ".join(one) for one in model.get("merges") or ())
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ())
         parts |= {"vocabulary": model["vocab"], "merges": list(merges)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

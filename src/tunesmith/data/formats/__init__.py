@@ -19,8 +19,8 @@ from tunesmith.data.formats.texts import (
 from tunesmith.types import Shape, TaskName
 
 FORMATS: dict[Shape, Format] = {
-    one.name: one
-    for one in (
+    row_format.name: row_format
+    for row_format in (
         SCORED_ANSWERS, PREFERENCE, UNPAIRED, TEXT_PAIRS, RANKED_DOCUMENTS, MESSAGES, SHAREGPT, ALPACA,
         PROMPT_COMPLETION, DOCUMENT_SUMMARY, TEXT_LABEL, TOKENS_TAGS, TEXT,
     )
@@ -29,8 +29,8 @@ FORMATS: dict[Shape, Format] = {
 
 COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
-_KNOWN = sorted(FORMATS.values(), key=lambda one: one.name in (*COMPARED, *SEARCHED))
-FIELDS = tuple(dict.fromkeys(field for one in _KNOWN for field in one.fields))
+_KNOWN = sorted(FORMATS.values(), key=lambda row_format: row_format.name in (*COMPARED, *SEARCHED))
+FIELDS = tuple(dict.fromkeys(field for row_format in _KNOWN for field in row_format.fields))
 """Every field that a shape knows: what data.columns may name."""
 
 CHATS: tuple[Shape, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion")
@@ -57,8 +57,8 @@ def task_of_rows(shape: Shape) -> TaskName:
 
 def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
     """Whether a row has the fields of a shape."""
-    one = FORMATS[shape]
-    return one.matches(record) if one.matches else all(field in record for field in one.required)
+    row_format = FORMATS[shape]
+    return row_format.matches(record) if row_format.matches else all(field in record for field in row_format.required)
 
 
 def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:

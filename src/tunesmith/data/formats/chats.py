@@ -38,67 +38,67 @@ def parse_chat(
     key: Literal["messages", "conversations"] = "messages",
 ) -> Example | list[Problem]:
     """The example of one row; every answer whose weight is not 0 is trained. Not `answered`: up to its last answer."""
-    found = RowProblems(source)
+    check = RowProblems(source)
     turns, system, place = record.get(key), "", key
     if turns is None:
-        found.add("missing_field", f"{key} is missing or null.", "Remove the row.")
+        check.add("missing_field", f"{key} is missing or null.", "Remove the row.")
     elif key == "conversations" or (
-        isinstance(turns, list) and any(isinstance(one, dict) and "from" in one for one in turns)
+        isinstance(turns, list) and any(isinstance(turn, dict) and "from" in turn for turn in turns)
     ):
-        turns = as_messages(turns, found, key)
-    if found.problems:
-        return found.problems
-    tools = tools_of(record, found)
-    parts = parts_of(turns, found, place=key, trained=answered)
-    if key == "conversations" and (system := found.optional_text(record, "system")):
+        turns = as_messages(turns, check, key)
+    if check.problems:
+        return check.problems
+    tools = tools_of(record, check)
+    parts = parts_of(turns, check, place=key, trained=answered)
+    if key == "conversations" and (system := check.optional_text(record, "system")):
         parts.insert(0, Part("system", system, False))
     if not answered:
-        parts = without_answer(parts, found)
-    check_order(parts, found, place=f"system and {place}" if system else place, answered=answered)
-    return found.problems or Example(tuple(parts), source, "sharegpt" if key == "conversations" else key, tools)
+        parts = without_answer(parts, check)
+    check_order(parts, check, place=f"system and {place}" if system else place, answered=answered)
+    return check.problems or Example(tuple(parts), source, "sharegpt" if key == "conversations" else key, tools)
 
 
-def as_messages(turns: Any, found: RowProblems, place: str = "conversations") -> list[dict[str, Any]]:
+def as_messages(turns: Any, check: RowProblems, place: str = "conversations") -> list[dict[str, Any]]:
     """ShareGPT's turns with the names of messages."""
     if isinstance(turns, list):
-        return [_message(turn, found, f"{place}[{i}]") for i, turn in enumerate(turns)]
+        return [_message(turn, check, f"{place}[{i}]") for i, turn in enumerate(turns)]
     if turns is None:
-        found.add("missing_field", f"{place} is missing or null.", "Remove the row.")
+        check.add("missing_field", f"{place} is missing or null.", "Remove the row.")
     else:
-        found.wrong_type(place, turns, "a list of messages")
+        check.wrong_type(place, turns, "a list of messages")
     return []
 
 
-def _message(turn: Any, found: RowProblems, place: str) -> dict[str, Any]:
+def _message(turn: Any, check: RowProblems, place: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        found.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
+        check.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
         return {}
     speaker, value = turn.get("from"), turn.get("value")
     if speaker is None and "role" in turn:  # as OpenAI writes it
         return turn
     rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
     if speaker is None:
-        found.add("missing_field", f"{place}.from is missing.", f"One of {', '.join(SPEAKERS)}.")
+        check.add("missing_field", f"{place}.from is missing.", f"One of {', '.join(SPEAKERS)}.")
     elif not isinstance(speaker, str):
-        found.wrong_type(f"{place}.from", speaker, "text")
+        check.wrong_type(f"{place}.from", speaker, "text")
     elif speaker not in SPEAKERS:
-        found.add("unknown_role", f"{place}.from is {speaker[:40]!r}.", f"One of {', '.join(SPEAKERS)}.")
+        check.add("unknown_role", f"{place}.from is {speaker[:40]!r}.", f"One of {', '.join(SPEAKERS)}.")
     elif value is None:
-        found.add("missing_field", f"{place}.value is missing or null.", "Write it, or remove the row.")
+        check.add("missing_field", f"{place}.value is missing or null.", "Write it, or remove the row.")
     elif not isinstance(value, str):
-        found.wrong_type(f"{place}.value", value, "text")
+        check.wrong_type(f"{place}.value", value, "text")
     elif speaker == "function_call":
-        return {**rest, "role": "assistant", "content": "", "tool_calls": _calls(value, found, place)}
+        return {**rest, "role": "assistant", "content": "", "tool_calls": _calls(value, check, place)}
     return {**rest, "role": SPEAKERS.get(str(speaker), ""), "content": value}
 
 
-def _calls(value: str, found: RowProblems, place: str) -> list[dict[str, Any]]:
+def _calls(value: str, check: RowProblems, place: str) -> list[dict[str, Any]]:
     """The calls written as JSON in a function_call turn: one, or a list of them."""
     try:
         calls = orjson.loads(value)
     except orjson.JSONDecodeError as error:
         fix = 'Write {"name": ..., "arguments": {...}}.'
-        found.add("bad_tool_call", f"{place}.value is a function call, but not JSON: {error.msg}.", fix)
+        check.add("bad_tool_call", f"{place}.value is a function call, but not JSON: {error.msg}.", fix)
         return []
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
@@ -108,12 +108,12 @@ def _parse_alpaca(record: dict[str, Any], source: Source, *, answered: bool = Tr
 
     Answers in `history` are trained too.
     """
-    found = RowProblems(source)
-    instruction = found.text(record, "instruction")
-    extra = found.optional_text(record, "input")
-    system = found.optional_text(record, "system")
+    check = RowProblems(source)
+    instruction = check.text(record, "instruction")
+    extra = check.optional_text(record, "input")
+    system = check.optional_text(record, "system")
     parts = [Part("system", system, False)] if system else []
-    parts += _history(record.get("history"), found)
+    parts += _history(record.get("history"), check)
     parts.append(Part("user", f"{instruction}\n\n{extra}" if extra else instruction, False))
     if answered and "output" not in record:
         answer = next((name for name in ("response", "answer", "completion") if name in record), "...")
@@ -122,59 +122,59 @@ def _parse_alpaca(record: dict[str, Any], source: Source, *, answered: bool = Tr
             **({"input": "context"} if "context" in record else {}),
             "output": answer,
         }
-        found.add(
+        check.add(
             "missing_field",
             f"output is missing; there are {names(record)}.",
             f"Give it, or name the fields you have, such as {paste(columns)}.",
         )
     elif answered:
-        parts.append(Part("assistant", found.answer(record, "output"), True))
-    return found.problems or Example(tuple(parts), source, "alpaca")
+        parts.append(Part("assistant", check.answer(record, "output"), True))
+    return check.problems or Example(tuple(parts), source, "alpaca")
 
 
-def _history(history: Any, found: RowProblems) -> list[Part]:
+def _history(history: Any, check: RowProblems) -> list[Part]:
     if not history:
         return []
     if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
-        found.add("wrong_type", "history is not a list of [question, answer].", "Write it so.")
+        check.add("wrong_type", "history is not a list of [question, answer].", "Write it so.")
         return []
     pairs = [zip(("user", "assistant"), pair, strict=True) for pair in history]
-    return parts_of([{"role": role, "content": text} for pair in pairs for role, text in pair], found, place="history")
+    return parts_of([{"role": role, "content": text} for pair in pairs for role, text in pair], check, place="history")
 
 
 def parse_pair(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the completion is trained; in messages, its answers are."""
-    found = RowProblems(source)
+    check = RowProblems(source)
     prompt, completion = record.get("prompt"), record.get("completion")
-    tools = tools_of(record, found)
+    tools = tools_of(record, check)
     if not answered:
-        return prompt_alone(prompt, tools, found, "prompt_completion")
+        return prompt_alone(prompt, tools, check, "prompt_completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = parts_of(prompt, found, place="prompt", trained=False)
-        answers = parts_of(completion, found, place="completion")
-        check_order([*before, *answers], found, place="prompt and completion")
-        return found.problems or Example((*before, *answers), source, "prompt_completion", tools)
+        before = parts_of(prompt, check, place="prompt", trained=False)
+        answers = parts_of(completion, check, place="completion")
+        check_order([*before, *answers], check, place="prompt and completion")
+        return check.problems or Example((*before, *answers), source, "prompt_completion", tools)
     if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
         message = f"prompt is {describe_type(prompt)}, but completion is {describe_type(completion)}."
-        found.add("wrong_type", message, "Both are text, or both are lists of messages.")
-        return found.problems
+        check.add("wrong_type", message, "Both are text, or both are lists of messages.")
+        return check.problems
     parts = (
-        Part("user", found.text(record, "prompt"), False),
-        Part("assistant", found.answer(record, "completion"), True),
+        Part("user", check.text(record, "prompt"), False),
+        Part("assistant", check.answer(record, "completion"), True),
     )
-    return found.problems or Example(parts, source, "prompt_completion", tools, plain=True)
+    return check.problems or Example(parts, source, "prompt_completion", tools, plain=True)
 
 
 def prompt_alone(
-    prompt: Any, tools: tuple[Mapping[str, Any], ...], found: RowProblems, shape: Shape
+    prompt: Any, tools: tuple[Mapping[str, Any], ...], check: RowProblems, shape: Shape
 ) -> Example | list[Problem]:
     """The example of a prompt that waits for its answer."""
     if isinstance(prompt, list):
-        before = parts_of(prompt, found, place="prompt", trained=False)
-        check_order(before, found, place="prompt", answered=False)
-        return found.problems or Example(tuple(before), found.source, shape, tools)
-    parts = (Part("user", found.text({"prompt": prompt}, "prompt"), False),)
-    return found.problems or Example(parts, found.source, shape, tools, plain=True)
+        before = parts_of(prompt, check, place="prompt", trained=False)
+        check_order(before, check, place="prompt", answered=False)
+        return check.problems or Example(tuple(before), check.source, shape, tools)
+    parts = (Part("user", check.text({"prompt": prompt}, "prompt"), False),)
+    return check.problems or Example(parts, check.source, shape, tools, plain=True)
 
 
 MESSAGES = Format("messages", parse_chat, ("messages", "tools", "functions"), ("messages",), ("messages",))

@@ -33,22 +33,22 @@ def _parse_preference(record: dict[str, Any], source: Source, *, answered: bool 
 
     Not `answered`: the prompt alone.
     """
-    found, given = RowProblems(source), record.get("input")
-    tools = tools_of(given if "tools" not in record and isinstance(given, dict) else record, found)
+    check, openai_input = RowProblems(source), record.get("input")
+    tools = tools_of(openai_input if "tools" not in record and isinstance(openai_input, dict) else record, check)
     if not answered:
-        return prompt_alone(record.get("prompt"), tools, found, "preference")
+        return prompt_alone(record.get("prompt"), tools, check, "preference")
     margin = record.get("margin")
-    (margin,) = found.numbers(0.0 if margin in (None, "") else margin, 1, "margin")
+    (margin,) = check.numbers(0.0 if margin in (None, "") else margin, 1, "margin")
     if margin < 0:
-        found.add("bad_numbers", f"margin is {margin:g}.", "Give a number from 0 up, or leave it out.")
-    parts, branches = (_texts if (plain := _is_plain(record)) else _turns)(record, found)
-    if not found.problems:
-        _check(parts, branches, found)
+        check.add("bad_numbers", f"margin is {margin:g}.", "Give a number from 0 up, or leave it out.")
+    parts, branches = (_texts if (plain := _is_plain(record)) else _turns)(record, check)
+    if not check.problems:
+        _check(parts, branches, check)
     scores = [record.get(f"score_{key}") for key in SIDES]
     if None not in scores and scores[0] == scores[1]:
-        found.add("tie", f"score_chosen and score_rejected are both {scores[0]}: neither is better.", "Remove the row.")
+        check.add("tie", f"score_chosen and score_rejected are both {scores[0]}: neither is better.", "Remove the row.")
     sides = tuple(map(tuple, branches))
-    return found.problems or Example(
+    return check.problems or Example(
         tuple(parts), source, "preference", tools, plain=plain, branches=sides, values=(margin,)
     )
 
@@ -61,48 +61,48 @@ def _is_plain(record: dict[str, Any]) -> bool:
     return prompt is not None or not all(_TURN.match(str(side)) for side in sides)
 
 
-def _texts(record: dict[str, Any], found: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+def _texts(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
     """A prompt and two answers as text, or two texts that begin with their prompt."""
-    sides = [found.answer(record, key) for key in SIDES]
+    sides = [check.answer(record, key) for key in SIDES]
     if record.get("prompt") is None:  # a space before the first difference belongs to the answers
         prompt = sides[0][: _common(*sides)].removesuffix(" ")
         sides = [side[len(prompt) :] for side in sides]
     else:
-        prompt = found.text(record, "prompt")
+        prompt = check.text(record, "prompt")
     return [Part("user", prompt, False)], [[Part("assistant", side, True)] for side in sides]
 
 
-def _turns(record: dict[str, Any], found: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+def _turns(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
     """The prompt and both answers as messages."""
     keys, place, prompt = SIDES, "prompt", record.get("prompt")
     if not _OPENAI.isdisjoint(record):
-        given = record.get("input")
+        openai_input = record.get("input")
         keys, place = ("preferred_output", "non_preferred_output"), "input.messages"
-        prompt = given.get("messages", []) if isinstance(given, dict) else []
+        prompt = openai_input.get("messages", []) if isinstance(openai_input, dict) else []
     sides = [record.get(key) for key in keys]
     if "conversations" in record:
-        system = found.optional_text(record, "system")
+        system = check.optional_text(record, "system")
         first = [{"role": "system", "content": system}] if system else []
-        prompt, place = [*first, *as_messages(record["conversations"], found)], "conversations"
-        record = {key: as_messages([side], found, place=key) for key, side in zip(keys, sides, strict=True)}
+        prompt, place = [*first, *as_messages(record["conversations"], check)], "conversations"
+        record = {key: as_messages([side], check, place=key) for key, side in zip(keys, sides, strict=True)}
     elif prompt is None and all(isinstance(side, str) for side in sides):
         record = {key: _transcript(str(side)) for key, side in zip(keys, sides, strict=True)}
-    answers = [_answer(record, key, found) for key in keys]
-    if found.problems:
+    answers = [_answer(record, key, check) for key in keys]
+    if check.problems:
         return [], answers
     if prompt is None or all(side[:1] and side[0].role in ("user", "system") for side in answers):
         num = _common(*([*map(_of, side)] for side in answers))
         return _untrained(answers[0][:num]), [side[num:] for side in answers]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return parts_of(turns, found, place=place, trained=False), answers
+    return parts_of(turns, check, place=place, trained=False), answers
 
 
-def _answer(record: dict[str, Any], key: str, found: RowProblems) -> list[Part]:
+def _answer(record: dict[str, Any], key: str, check: RowProblems) -> list[Part]:
     """The turns of one side: a text, a message or a list of messages."""
     side = record.get(key)
     if side is None or isinstance(side, str):
-        side = {"role": "assistant", "content": found.answer(record, key)}
-    return parts_of([side] if isinstance(side, dict) else side, found, place=key)
+        side = {"role": "assistant", "content": check.answer(record, key)}
+    return parts_of([side] if isinstance(side, dict) else side, check, place=key)
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -118,25 +118,25 @@ def _of(part: Part) -> tuple[Any, ...]:
     return part.role, part.text, part.fields
 
 
-def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], found: RowProblems) -> None:
+def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], check: RowProblems) -> None:
     """Problems of sides that do not both answer the prompt, or teach nothing."""
     if [*map(_of, branches[0])] == [*map(_of, branches[1])]:
-        found.add("identical_sides", "chosen and rejected are the same.", "Remove the row.")
+        check.add("identical_sides", "chosen and rejected are the same.", "Remove the row.")
         return
     for key, branch in zip(SIDES, branches, strict=True):
         if not branch:
-            found.add("no_answer", f"{key} has no answer behind what both sides begin with.", "Write it.")
+            check.add("no_answer", f"{key} has no answer behind what both sides begin with.", "Write it.")
         elif branch[0].role != "assistant":
             message = f"the first turn that chosen and rejected do not share is of the {branch[0].role}."
             fix = "Both sides answer one prompt: correct it, or remove the row."
-            found.add("prompt_differs", f"the prompts differ: {message}", fix)
+            check.add("prompt_differs", f"the prompts differ: {message}", fix)
             return
-    if all(part.role in ("system", "developer") for part in prompt) and not found.problems:
-        found.add("no_question", "it has no prompt that could be answered.", "Add the user's message.")
-    for key, branch in zip(SIDES, branches, strict=True) if not found.problems else ():
-        check_order([*prompt, *branch], found, place=f"prompt and {key}")
+    if all(part.role in ("system", "developer") for part in prompt) and not check.problems:
+        check.add("no_question", "it has no prompt that could be answered.", "Add the user's message.")
+    for key, branch in zip(SIDES, branches, strict=True) if not check.problems else ():
+        check_order([*prompt, *branch], check, place=f"prompt and {key}")
         if branch[-1].role != "assistant":
-            found.add("no_answer", f"{key} ends with a message of the {branch[-1].role}.", "End it with an answer.")
+            check.add("no_answer", f"{key} ends with a message of the {branch[-1].role}.", "End it with an answer.")
 
 
 def differ_in_space_alone(example: Example) -> bool:
@@ -149,7 +149,7 @@ def _transcript(text: str) -> list[dict[str, str]]:
     """The turns of a transcript with lines "Human:" and "Assistant:", as Anthropic's HH has them."""
     pieces = _TURN.split(text)[1:]
     pairs = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": _SPEAKERS[speaker], "content": said.strip()} for speaker, said in pairs]
+    return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in pairs]
 
 
 def _parse_unpaired(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
@@ -157,13 +157,13 @@ def _parse_unpaired(record: dict[str, Any], source: Source, *, answered: bool = 
     label = record.get("label")
     if answered and not isinstance(label, bool):
         return [Problem(source, "bad_label", f"label is {str(label)[:40]}.", "true: the answer is wanted; or false.")]
-    found = (parse_chat if "messages" in record else parse_pair)(record, source, answered=answered)
-    if not answered or not isinstance(found, Example):
-        return found
-    first = next((i for i, part in enumerate(found.parts) if part.trained), len(found.parts))
-    prompt, answer = found.parts[:first], found.parts[first:]
+    parsed = (parse_chat if "messages" in record else parse_pair)(record, source, answered=answered)
+    if not answered or not isinstance(parsed, Example):
+        return parsed
+    first = next((i for i, part in enumerate(parsed.parts) if part.trained), len(parsed.parts))
+    prompt, answer = parsed.parts[:first], parsed.parts[first:]
     branches = (answer,) if answer else ()
-    return replace(found, parts=prompt, shape="unpaired", branches=branches, values=(float(bool(label)),))
+    return replace(parsed, parts=prompt, shape="unpaired", branches=branches, values=(float(bool(label)),))
 
 
 def _parse_scored(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
@@ -173,21 +173,23 @@ def _parse_scored(record: dict[str, Any], source: Source, *, answered: bool = Tr
     """
     if not answered:
         return parse_pair(record, source)
-    found = RowProblems(source)
+    check = RowProblems(source)
     answers = record.get("answers")
     if not isinstance(answers, list):
-        found.wrong_type("answers", answers, "a list of texts")
-        return found.problems
-    example = prompt_alone(record.get("prompt"), tools_of(record, found), found, "scored_answers")
-    num, given = len(answers), record.get("scores")
-    scores = [float(num - 1 - i) for i in range(num)] if given is None else found.numbers(given, num, "scores")
-    texts = found.answers(answers, "answers")
+        check.wrong_type("answers", answers, "a list of texts")
+        return check.problems
+    example = prompt_alone(record.get("prompt"), tools_of(record, check), check, "scored_answers")
+    num, given_scores = len(answers), record.get("scores")
+    scores = (
+        [float(num - 1 - i) for i in range(num)] if given_scores is None else check.numbers(given_scores, num, "scores")
+    )
+    texts = check.answers(answers, "answers")
     if len(answers) < 2:
-        found.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
-    elif len(set(scores)) == 1 and not found.problems:
-        found.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
-    if found.problems or not isinstance(example, Example):
-        return found.problems
+        check.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
+    elif len(set(scores)) == 1 and not check.problems:
+        check.add("tie", f"all its answers have score {scores[0]:g}: none is better.", "Remove the row.")
+    if check.problems or not isinstance(example, Example):
+        return check.problems
     order = sorted(range(len(texts)), key=lambda i: -scores[i])
     branches = tuple((Part("assistant", texts[i], True),) for i in order)
     labels = tuple(repr(scores[i]) for i in order)

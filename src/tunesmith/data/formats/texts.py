@@ -26,69 +26,69 @@ _WANTED = ("labels", "scores", "label", "score")
 
 def _parse_text(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: all of it is trained."""
-    found = RowProblems(source)
-    text = found.text(record, "text")
+    check = RowProblems(source)
+    text = check.text(record, "text")
     if answered and isinstance(record.get("text"), str) and not text.strip():
-        found.add("no_text", "it holds no text: there is nothing to learn.", "Remove it.")
-    return found.problems or Example((Part("text", text, True),), source, "text", plain=True)
+        check.add("no_text", "it holds no text: there is nothing to learn.", "Remove it.")
+    return check.problems or Example((Part("text", text, True),), source, "text", plain=True)
 
 
 def _parse_summary(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the summary is trained."""
-    found = RowProblems(source)
-    parts = [Part("document", found.text(record, "document"), False)]
+    check = RowProblems(source)
+    parts = [Part("document", check.text(record, "document"), False)]
     if answered:
-        parts.append(Part("summary", found.answer(record, "summary"), True))
-    return found.problems or Example(tuple(parts), source, "document_summary", plain=True)
+        parts.append(Part("summary", check.answer(record, "summary"), True))
+    return check.problems or Example(tuple(parts), source, "document_summary", plain=True)
 
 
 def _parse_label(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row. A label is a text, a number, true or false; a list of them says which classes hold."""
-    found = RowProblems(source)
-    parts = [Part("text", found.text(record, "text"), False)]
+    check = RowProblems(source)
+    parts = [Part("text", check.text(record, "text"), False)]
     if record.get("text_pair") is not None:
-        parts.append(Part("text_pair", found.text(record, "text_pair"), False))
+        parts.append(Part("text_pair", check.text(record, "text_pair"), False))
     label = record.get("label")
     labels: tuple[str, ...] = ()
     if answered and label is None:
-        found.text(record, "label")
+        check.text(record, "label")
     elif answered:
-        labels = found.labels(label, "label") if isinstance(label, list) else (found.label(label, "label"),)
+        labels = check.labels(label, "label") if isinstance(label, list) else (check.label(label, "label"),)
         twice = next((name for i, name in enumerate(labels) if name in labels[:i]), None)
         if twice:
-            found.add("bad_label", f"label names {twice[:40]!r} twice.", "Name it once.")
+            check.add("bad_label", f"label names {twice[:40]!r} twice.", "Name it once.")
     many = answered and isinstance(label, list)
-    return found.problems or Example(tuple(parts), source, "text_label", labels=labels, many=many)
+    return check.problems or Example(tuple(parts), source, "text_label", labels=labels, many=many)
 
 
 def _parse_tags(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: a part a word, and as many labels."""
-    found = RowProblems(source)
-    words = _list(record, "tokens", found)
+    check = RowProblems(source)
+    words = _list(record, "tokens", check)
     for i, word in enumerate(words):
         if not isinstance(word, str):
-            found.wrong_type(f"tokens[{i}]", word, "text")
+            check.wrong_type(f"tokens[{i}]", word, "text")
     if isinstance(record.get("tokens"), list) and not words:
-        found.add("no_text", "tokens is empty: there is nothing to learn.", "Remove the row.")
+        check.add("no_text", "tokens is empty: there is nothing to learn.", "Remove the row.")
     tags: tuple[str, ...] = ()
     if answered:
-        tags = found.labels(_list(record, "tags", found), "tags")
-        if not found.problems and len(tags) != len(words):
+        tags = check.labels(_list(record, "tags", check), "tags")
+        if not check.problems and len(tags) != len(words):
             message = f"tokens has {len(words):,} entries, but tags has {len(tags):,}."
-            found.add("ragged_tags", message, "Each word needs one tag.")
-    return found.problems or Example(
+            check.add("ragged_tags", message, "Each word needs one tag.")
+    return check.problems or Example(
         tuple(Part("word", word, False) for word in words), source, "tokens_tags", labels=tags
     )
 
 
-def _list(record: dict[str, Any], key: str, found: RowProblems) -> list[Any]:
+def _list(record: dict[str, Any], key: str, check: RowProblems) -> list[Any]:
     value = record.get(key)
     if isinstance(value, list):
         return value
     if value is None:
-        found.text(record, key)
+        check.text(record, key)
     else:
-        found.wrong_type(key, value, 'a list such as ["Ann", "sings"]')
+        check.wrong_type(key, value, 'a list such as ["Ann", "sings"]')
     return []
 
 
@@ -103,32 +103,32 @@ def _parse_pair(record: dict[str, Any], source: Source, *, answered: bool = True
 
     `values` holds the score, if there is one.
     """
-    found = RowProblems(source)
+    check = RowProblems(source)
     first = next((key for key in _ANCHORS if key in record), "anchor")
-    parts = (Part(first, found.answer(record, first, "empty"), False),)
+    parts = (Part(first, check.answer(record, first, "empty"), False),)
     if not answered:
-        return found.problems or Example(parts, source, "text_pairs")
+        return check.problems or Example(parts, source, "text_pairs")
     second = "sentence2" if first == "sentence1" and "positive" not in record else "positive"
-    texts = [Part(second, found.answer(record, second, "empty"), False)]
+    texts = [Part(second, check.answer(record, second, "empty"), False)]
     for key in (key for key in _NEGATIVES if record.get(key) is not None):
-        texts += [Part("negative", text, False) for text in found.answers(record[key], key, "empty")]
+        texts += [Part("negative", text, False) for text in check.answers(record[key], key, "empty")]
     has_score = record.get("score") is not None or "sentence2" in record
-    values = tuple(found.numbers(record.get("score"), 1, "score")) if has_score else ()
-    if not found.problems and not values:
-        _compare(parts[0], texts, found)
+    values = tuple(check.numbers(record.get("score"), 1, "score")) if has_score else ()
+    if not check.problems and not values:
+        _compare(parts[0], texts, check)
     branches = tuple((part,) for part in texts)
-    return found.problems or Example(parts, source, "text_pairs", branches=branches, values=values)
+    return check.problems or Example(parts, source, "text_pairs", branches=branches, values=values)
 
 
-def _compare(anchor: Part, texts: list[Part], found: RowProblems) -> None:
+def _compare(anchor: Part, texts: list[Part], check: RowProblems) -> None:
     """Problems of texts that teach nothing, or the contrary."""
     positive, *negatives = (part.text.strip() for part in texts)
     if positive == anchor.text.strip():
-        found.add("identical_texts", f"{anchor.role} and positive are the same text.", "Remove the row.")
+        check.add("identical_texts", f"{anchor.role} and positive are the same text.", "Remove the row.")
     for text in dict.fromkeys(negatives):
         if text in (positive, anchor.text.strip()):
             same = "positive" if text == positive else anchor.role
-            found.add("identical_texts", f"a negative is the same text as {same}: {text[:40]!r}.", "Remove it.")
+            check.add("identical_texts", f"a negative is the same text as {same}: {text[:40]!r}.", "Remove it.")
 
 
 def _parse_ranked(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
@@ -136,24 +136,27 @@ def _parse_ranked(record: dict[str, Any], source: Source, *, answered: bool = Tr
 
     Not `answered`: query and one document, as two parts.
     """
-    found = RowProblems(source)
-    query = Part("query", found.answer(record, "query", "empty"), False)
+    check = RowProblems(source)
+    query = Part("query", check.answer(record, "query", "empty"), False)
     if not answered:
-        document = Part("document", found.answer(record, "document", "empty"), False)
-        return found.problems or Example((query, document), source, "ranked_documents")
+        document = Part("document", check.answer(record, "document", "empty"), False)
+        return check.problems or Example((query, document), source, "ranked_documents")
     if "positive" in record:
         pair = _parse_pair(record, source)
         if isinstance(pair, list):
             return pair
-        texts, wanted = [one.text for (one,) in pair.branches], [1.0] + [0.0] * (len(pair.branches) - 1)
+        texts, wanted = (
+            [document_part.text for (document_part,) in pair.branches],
+            [1.0] + [0.0] * (len(pair.branches) - 1),
+        )
     else:
-        texts = found.answers(record.get("documents", record.get("document")), "documents", "empty")
+        texts = check.answers(record.get("documents", record.get("document")), "documents", "empty")
         key = next((key for key in _WANTED if key in record), "labels")
-        wanted = found.numbers(record.get(key), len(texts), key)
+        wanted = check.numbers(record.get(key), len(texts), key)
         if not texts:
-            found.add("missing_field", "documents is empty.", "Give it a document, or remove the row.")
+            check.add("missing_field", "documents is empty.", "Give it a document, or remove the row.")
     branches = tuple((Part("document", text, False),) for text in texts)
-    return found.problems or Example(
+    return check.problems or Example(
         (query,), source, "ranked_documents", labels=tuple(map(repr, wanted)), branches=branches
     )
 
