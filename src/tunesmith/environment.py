@@ -151,7 +151,7 @@ def import_bitsandbytes() -> Any:
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    there, before = "kernels" in sys.modules, sys.modules.get("kernels")
+    was_loaded, before = "kernels" in sys.modules, sys.modules.get("kernels")
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -161,7 +161,7 @@ def import_bitsandbytes() -> Any:
     finally:
         logger.setLevel(level)
         del sys.modules["kernels"]
-        if there and before is not None:
+        if was_loaded and before is not None:
             sys.modules["kernels"] = before
 
 
@@ -205,9 +205,9 @@ def install_command(*extras: str) -> str:
     """
     python = shlex.quote(sys.executable or "python")
     try:
-        found = [_NEEDED_BY.fullmatch(text) for text in requires("tunesmith") or ()]
+        requirements = [_NEEDED_BY.fullmatch(text) for text in requires("tunesmith") or ()]
     except PackageNotFoundError:  # its source runs without being installed
-        found = []
-    packages = [match["package"] for match in found if match and match["extra"] in extras]
+        requirements = []
+    packages = [match["package"] for match in requirements if match and match["extra"] in extras]
     packages = packages or [f".[{','.join(extras)}]"]
     return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"

@@ -83,8 +83,8 @@ def nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
     Of many names those with the most letters in common are compared: a row can have 90,000.
     """
     letters, first = set(name[:LONGEST_NAME]), islice(names, LOOKED_AT)
-    some = [other for other in first if len(other) <= LONGEST_NAME]
-    alike = nlargest(COMPARED, some, key=lambda other: len(letters.intersection(other)))
+    short = [other for other in first if len(other) <= LONGEST_NAME]
+    alike = nlargest(COMPARED, short, key=lambda other: len(letters.intersection(other)))
     return next(iter(difflib.get_close_matches(name[:LONGEST_NAME], alike, n=1, cutoff=cutoff)), None)
 
 
@@ -128,11 +128,11 @@ def command(*words: object) -> str:
 def _program() -> list[str]:
     """`tunesmith` where the shell finds it; else the script or the interpreter that this process was started with."""
     script = Path(sys.argv[0])
-    found = shutil.which("tunesmith")
-    same_place = found is not None and Path(found).parent == Path(sys.executable).parent
+    installed = shutil.which("tunesmith")
+    same_place = installed is not None and Path(installed).parent == Path(sys.executable).parent
     if script.name == "__main__.py" and script.parent.name == "tunesmith":
         return ["tunesmith"] if same_place else [shlex.quote(_short(Path(sys.executable))), "-m", "tunesmith"]
-    if script.stem != "tunesmith" or (found is not None and Path(found).resolve() == script.resolve()):
+    if script.stem != "tunesmith" or (installed is not None and Path(installed).resolve() == script.resolve()):
         return ["tunesmith"]
     return [shlex.quote(_short(script))]
 
@@ -171,7 +171,8 @@ def option(value: Any) -> str:
 def mix_text(sources: Sequence[Mapping[str, Any]]) -> str:
     """Shares of sources of rows: a.jsonl 70 % (each row 1 × an epoch), b.jsonl 30 % (each row 0.43 × an epoch)."""
     return ", ".join(
-        f"{one['path']} {100 * one['share']:.3g} % (each row {one['times']:.3g} × an epoch)" for one in sources
+        f"{source['path']} {100 * source['share']:.3g} % (each row {source['times']:.3g} × an epoch)"
+        for source in sources
     )
 
 

@@ -491,10 +491,10 @@ def strings(value: Any) -> Iterable[str]:
     """Every string in a JSON value, keys included."""
     waiting = [value]
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            waiting += [*one, *one.values()][::-1]
-        elif isinstance(one, list):
-            waiting += one[::-1]
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += [*item, *item.values()][::-1]
+        elif isinstance(item, list):
+            waiting += item[::-1]
