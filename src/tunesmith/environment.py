@@ -177,7 +177,7 @@ def num_cpus() -> int:
 
 def default_threads(processes: int = 1) -> tuple[int, str]:
     """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process, or its share
-    of them where so many `processes` train together on this machine."""
+    of them where several `processes` train together on this machine."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted), "OMP_NUM_THREADS is set"

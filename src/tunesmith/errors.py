@@ -107,13 +107,13 @@ class DoesNotFitError(InputError):
 
 
 class NonFiniteError(TunesmithError):
-    """A loss or gradient is NaN or infinite. Raised before the update: the weights are those of the step before."""
+    """A loss or gradient is NaN or infinite. Raised before the update: the weights are as after the step before."""
 
     topic = "loss-is-nan"
 
 
 class OutOfMemoryError(TunesmithError):
-    """Memory ended in a pass that cannot be made smaller. The weights are those of the step before.
+    """Memory ended in a micro-batch that cannot be made smaller. The weights are as after the step before.
 
     `lengths`: tokens of the rows of that pass; `peak`: most bytes held until then.
     """
@@ -134,7 +134,7 @@ class CheckpointError(TunesmithError):
 
 
 class GroupError(TunesmithError):
-    """Another process of the group that trains this run failed or cannot be reached; `exit_code` is that of it."""
+    """Another process of the group that trains this run failed, with this `exit_code`, or cannot be reached."""
 
     topic = "several-processes"
 

@@ -39,7 +39,7 @@ HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]
 """A head predicts the next token, a masked token, something about a whole text, or about each of its words; `vector`:
 there is none, and the hidden states of a text are pooled."""
 PoolingKind = Literal["mean", "cls", "max", "last"]
-"""Over all tokens of a text, or that of its first or last token."""
+"""Over all tokens of a text, or the vector of its first or last token."""
 LabelKind = Literal["one", "many", "number", "tags"]
 """One class a row, any number of classes a row, a number a row, or one class a word."""
 
@@ -212,7 +212,7 @@ class Batch:
     mask_BT: Tensor | None
     """int64, 1 on real tokens; None when packed: a mask together with restarting positions would join the examples."""
     lengths: tuple[int, ...]
-    """Tokens of each example, in order; of rows with branches those of each line."""
+    """Tokens of each example, in order, or of each line of rows with branches."""
     predict_N: Tensor
     """int64, positions in the flattened [B * T] tokens; encoder–decoder: in the flattened [B * U] of the decoder."""
     targets_N: Tensor
@@ -332,7 +332,7 @@ class Task:
     """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout is off
     in training, since two passes must find the same."""
     outcome: str = ""
-    """Key of its metrics in `HEAD_METRICS`; empty: the head's, or that of the labels."""
+    """Key of its metrics in `HEAD_METRICS`; empty: as the head or the labels say."""
     rows_per_step: int = 16
     """Most rows that `train.rows_per_step: auto` takes."""
     rates: Rates | None = None
@@ -371,7 +371,7 @@ class Attachment(Protocol):
     details: tuple[str, ...] = ()
     """Facts about it that nobody has to act on, for the report."""
     rate_factors: Mapping[str, float] = MappingProxyType({})
-    """Factors of the learning rate, by name, of the tensors whose rate is not that of the schedule."""
+    """Factors of the learning rate, by name, of the tensors whose rate differs from the schedule's."""
     shards: Mapping[str, Size] = MappingProxyType({})
     """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.fsdp`."""
 
@@ -396,7 +396,7 @@ class Attachment(Protocol):
         return False
 
     def collect_gradients(self) -> None:
-        """Add the gradients of one micro-batch to those of `trained`, in float32. Call after every backward."""
+        """Add the gradients of one micro-batch to `trained`'s, in float32. Call after every backward."""
         ...
 
     def publish(self) -> None:

@@ -1,8 +1,8 @@
 """Data by address: which files are meant, what fetching them costs, and the fetching, if they fit on the disk.
 
 Data sets of the hub are pinned to a commit. The part of `GRAMMAR` before the question mark is huggingface_hub's own;
-`path` names a file, a folder or a pattern (data/train-*). Without it, subsets and splits are those of the README's
-`configs:`; else those in the names of the files.
+`path` names a file, a folder or a pattern (data/train-*). Without it, the README names subsets and splits in its
+`configs:`, or else the files do by their names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIDES = ("train", "eval", "replay")
 DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
 STALE_S = 86400.0
-"""Age at which a downloaded file that is to be removed is taken for that of a killed process."""
+"""Age at which a downloaded file that is to be removed counts as left over from a killed process."""
 _SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 """Words in the names of files that say their split, as in the library datasets."""
 _SECRET = re.compile(r"\b(?!github:)([\w+.-]+)://[^/@]*:[^/@]*@")  # github://owner:name@revision has none

@@ -38,7 +38,7 @@ class BranchEncoder(RowEncoder):
     """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
 
     names: tuple[str, ...] = SIDES
-    """Names of so many lines in messages."""
+    """Names of this number of lines in messages."""
     compares = True
     """Lines that are all the same teach nothing."""
 
@@ -159,7 +159,7 @@ class EmbeddingEncoder(BranchEncoder):
     """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around a text.
 
     No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector. A text
-    is known by its own tokens, without its prompt: that of an anchor is the same text among the documents. Raises
+    is known by its own tokens, without its prompt, so that an anchor is recognised among the documents. Raises
     `RecipeError` for a limit that leaves no token.
     """
 

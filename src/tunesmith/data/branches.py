@@ -96,8 +96,8 @@ class BranchColumns:
     def use_partners(
         self, rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
     ) -> None:
-        """Give some rows partners: the next in the order of content hashes that has another prompt, the first one
-        behind the last; where all have one prompt, each row is its own. The hashes are those of all rows."""
+        """Pair each of some rows with the next row, by content hash and around the end, that has another prompt. If
+        all prompts are equal, a row is its own partner. `hashes_I` and `inputs_I` cover all rows."""
         self.max_tokens, order = max_tokens, rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
         ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
         if self.partners is None:
@@ -136,7 +136,7 @@ class BranchColumns:
         return _at(self._keys, row) if self.has_any else ()
 
     def padded_lengths(self, lengths_I: NDArray[np.int32]) -> NDArray[np.int32]:
-        """[I], tokens of each row where its lines are padded to the longest, by those of all its lines."""
+        """[I], tokens of each row with its lines padded to the longest, from the tokens of all its lines."""
         offsets, sizes = self._sizes
         counts_I, starts_I = np.diff(offsets), offsets[:-1]
         stems_I = (lengths_I - np.add.reduceat(sizes, starts_I)) // counts_I

@@ -98,7 +98,7 @@ class CheckReport:
     warnings: dict[str, int]
     files: tuple[FileReport, ...]
     held_out: int
-    """Rows that are measured: those of the held-out files, or the part that is split off."""
+    """Rows that are measured: the held-out files, or the part that is split off."""
     notes: tuple[str, ...]
     tokens: dict[Side, TokenStats]
     """Empty without a model, or without a usable row."""

@@ -302,7 +302,7 @@ def explain(
         suggested = f"data.columns has another name.{next(filter(None, near))}"
     if shape is not None and task is not None:
         tasks = " or ".join(name for name, shapes in SHAPES.items() if shape in shapes)
-        message = f"its fields are those of task {tasks}, not of {task}: {names(record)}."
+        message = f"its fields belong to task {tasks}, not to {task}: {names(record)}."
         return "other_task", message, f"Give --task {tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
@@ -358,7 +358,7 @@ def _shape_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Shape | Non
 def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:
     """data.columns where none is given and files have usual names of others; and how each is read, for a person.
 
-    None: none is needed, or it is not clear, or files differ. Without a task, that of the first file counts for all.
+    None: none is needed, or it is not clear, or files differ. Without a task, the first file decides it for all.
     """
     if data.columns:
         return None

@@ -47,7 +47,7 @@ data. 5: the whole tokenizer is in the key, and texts that become vectors have k
 READABLE = (4, VERSION)
 """Versions whose rows a finished run may have kept."""
 STALE_S = 3600.0
-"""Age at which the temporary file of another build is taken for that of a dead one."""
+"""Age at which another build's temporary file counts as left over from a process that died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class RowStore:
         table = pa.Table.from_batches(self.batches(), SCHEMA)
         self._ids, self._trained = table["ids"], table["trained"]
         self.lengths: NDArray[np.int32] = table["length"].to_numpy()
-        """Tokens of each row; of a row with branches those of all its lines."""
+        """Tokens of each row, with all lines of a row that has branches."""
         self.targets: NDArray[np.int32] = table["targets"].to_numpy()
         """Trained tokens of each row."""
         self.file_index: NDArray[np.int32] = table["file"].to_numpy()
@@ -217,7 +217,7 @@ class RowStore:
 
     @cached_property
     def windows(self) -> NDArray[np.int64]:
-        """[I], the number of each row among those of its example, from 0."""
+        """[I], the number of each row within its example, from 0."""
         is_first_I = np.ones(len(self), np.bool_)
         is_first_I[1:] = (np.diff(self.file_index) != 0) | (np.diff(self.lines) != 0)
         places_I = np.arange(len(self))
@@ -279,7 +279,7 @@ def build(
     """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
 
     A folder among `files` is replaced by the documents in it; `store.paths` names those. `on_problem` receives the
-    first `data.limits.problems` problems, also those of rows that were found; `summary` counts all of them.
+    first `data.limits.problems` problems, also where the rows were found; `summary` counts all of them.
     Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
     Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
     """

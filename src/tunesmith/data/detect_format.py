@@ -96,11 +96,11 @@ def _is_table(text: bytes) -> bool:
 
 
 def no_text(head: bytes) -> tuple[str, str, str] | None:
-    """Code, message and way out where bytes are those of something else than UTF-8 text."""
+    """Code, message and way out where bytes begin something else than UTF-8 text."""
     if head.startswith((*_ARCHIVES, GZIP)):
         return "archive", "this is an archive, or gzipped twice.", "Unpack it; save a sheet as CSV, a document as .txt."
     if head.startswith(_OLD_EXCEL):
-        message = "this is an Excel file of before 2007 (.xls), or one with a password."
+        message = "this is an old Excel file (.xls, until 2003), or one with a password."
         return "binary", message, "Save it as .xlsx without a password, or the sheet as CSV."
     if head.startswith((b"{\0", b"[\0", b"\0{", b"\0[")):
         which = "le" if head[1:2] == b"\0" else "be"

@@ -238,7 +238,7 @@ def _ahead(items: Iterator[T], num: int) -> Iterator[T]:
 
 
 def num_processes(data: Data, num_bytes: int) -> int:
-    """The number of processes that encode files of so many bytes: data.num_proc, or as many as they are worth."""
+    """The number of processes that encode files of `num_bytes`: data.num_proc, or as many as they are worth."""
     return data.num_proc or (min(num_cpus(), MOST_PROCESSES) if num_bytes >= WORTH_BYTES else 1)
 
 

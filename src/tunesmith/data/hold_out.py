@@ -81,7 +81,7 @@ def stratified_mask(
     """Mask of held-out rows in which every class has its share: its rows with the smallest input hashes.
 
     Of n rows of a class round(share * n), at least one where n is 2 or more, never all. Rows with one input are on one
-    side: an input with several classes counts for that of its row with the smallest content hash.
+    side: of an input with several classes the row with the smallest content hash decides.
     """
     mask_I = np.zeros(len(inputs_I), np.bool_)
     if share == 0:
@@ -183,7 +183,7 @@ def input_overlap(is_equal_I: NDArray[np.bool_], train_I: NDArray[np.uint64], he
         return []
     return [
         f"{num:,} of {len(held_I):,} held-out rows share an input with a trained row, with another answer: "
-        "their measures are not those of unseen rows"
+        "the model has seen these inputs, so their measures are too good"
     ]
 
 

@@ -1,6 +1,6 @@
 """Classes, their order and their weights: from the words of rows to the targets of a head.
 
-The order of classes is that of the recipe's data.labels, or the sorted classes of the training files: whole numbers
+Classes come in the order of the recipe's data.labels, or sorted as the training files have them: whole numbers
 first, by value, then all other words by code point. It never follows from the order of rows. Resolved, it is written
 into the run's recipe, so a run that is repeated with more rows keeps every id.
 """
@@ -76,8 +76,8 @@ def resolve_labels(
     """Labels that the head of a classifier or tagger learns, and what was decided for the user.
 
     `trained`: labels of the rows that are trained on, from which weights follow. `sides`: labels of all rows of the
-    training files, then those of held-out files if there are any. Classes are those of the training files, or
-    `own_classes`, those of the head that the model has, if the rows bring no other.
+    training files, then of held-out files if there are any. Classes come from the training files, or from
+    `own_classes`, which the model's head has, if the rows bring no other.
 
     Raises:
         DataError: a label is not one of the classes, or no number; there is one class, or far too many.

@@ -178,7 +178,7 @@ OnBadRow = Callable[[int, BadRow], None]
 
 CHUNK_BYTES = 256 * 1024
 MOST_INDENTED_BYTES = 2**26
-"""The most of a file that is read at once to see whether its lines are those of one object."""
+"""The most of a file that is read at once to see whether all its lines make one object."""
 MOST_BLANK = 1_000_000
 MOST_ARRAY_BYTES = 2**30
 """A JSON array is held whole while its rows are read, unlike JSON lines."""

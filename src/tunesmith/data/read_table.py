@@ -27,7 +27,7 @@ def csv_rows(
     Raises:
         DataError: the header is unusable, a quote is broken or a row too long: nothing says where the next row begins.
     """
-    # The csv module knows one limit for the whole process; ours is that of a row.
+    # The csv module knows one limit for the whole process; ours is for a row.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
     row, size, num_blank = list[bytes](), 0, 0
     """The lines of the current row, and their bytes."""

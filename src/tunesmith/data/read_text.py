@@ -79,7 +79,7 @@ def _is_mark(raw: bytes, num_columns: int, *, is_first: bool) -> bool:
 
 
 def _sentence(lines: list[bytes], first: int, num_columns: int) -> tuple[dict[str, list[str]], int]:
-    """Words and tags of a sentence, and its number of columns, which is that of those before. Raises `BadRow`."""
+    """Words and tags of a sentence, and its number of columns, the same in every sentence. Raises `BadRow`."""
     words, tags, at = [], [], 0
     for number, raw in enumerate(lines, start=first):
         try:

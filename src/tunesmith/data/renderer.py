@@ -50,7 +50,7 @@ class EncoderSettings:
     limit: LengthLimit
     kind: ModelKind
     stride: int | None
-    """Tokens from the start of one window of a document to that of the next."""
+    """Tokens from the start of one window of a document to the start of the next."""
     prompt: str | None
     """`data.prompt`."""
     date: str | None

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MicroBatch = tuple[int, ...]
 """Indices of the rows that go through the model together in one forward and backward."""
 MICRO_BATCH_COST, COST_ON_CARD = 64, 4096
-"""Cost of a micro-batch in addition to its tokens, in tokens: a small model on a CPU computes so many in that time; a
-card in the 40 to 90 ms that it takes to start all operations of a pass."""
+"""Cost of a micro-batch in addition to its tokens, in tokens: what a small model on a CPU computes in that time, or a
+card in the 40 to 90 ms that it takes to start all operations of a micro-batch."""
 MOST_READ = 4
 """Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys of its
 prefix."""
@@ -36,7 +36,7 @@ MULTIPLE = 32
 large one."""
 VERSION = "2"
 """Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
-In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
+In version 1 seed s + 1 gave the order of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 

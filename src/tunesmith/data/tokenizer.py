@@ -68,7 +68,7 @@ class Frame:
     """Tokens from the end of the first text to where token type 1 begins; None: there are no token types."""
 
     def num_added(self, num_texts: int = 1) -> int:
-        """Special tokens around so many texts."""
+        """Number of special tokens around `num_texts` texts."""
         return len(self.before_ids) + (num_texts - 1) * len(self.between_ids) + len(self.after_ids)
 
     def around(self, *texts: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -78,7 +78,7 @@ class Frame:
         return np.concatenate([self.before_ids, first, *second, self.after_ids])
 
     def second(self, num_first: int) -> int:
-        """First token of type 1 behind a first text of so many tokens; 0: there is none."""
+        """Index of the first token of type 1 behind a first text of `num_first` tokens; 0: there is none."""
         return 0 if self.second_after is None else len(self.before_ids) + num_first + self.second_after
 
 
@@ -279,7 +279,7 @@ def fingerprint(tokenizer: Any, template_text: str, *, vocabulary: bool = True) 
     """SHA-256 over what makes ids of text: the template, the probe's ids, every added and named token, and every word
     with its id or score and every merge. Equal after a tokenizer was saved and loaded, by any release of its library.
 
-    Without `vocabulary` that of earlier versions: two vocabularies that spell the probe alike were one.
+    Without `vocabulary` as earlier versions computed it: two vocabularies that spell the probe alike were one.
     """
     added = {str(i): [t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
              for i, t in tokenizer.added_tokens_decoder.items()}  # fmt: skip

@@ -34,7 +34,7 @@ from tunesmith.version import __version__
 
 OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
-"""Age at which an unfinished export of the same name is taken for that of a dead process."""
+"""Age at which an unfinished export of the same name counts as left over from a process that died."""
 
 
 TARGETS: dict[str, ExportTarget] = {target.name: target for target in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
@@ -286,7 +286,7 @@ def _describe(
 
 
 def _tolerances(target: ExportTarget, result: RunResult, options: ExportOptions, plan: ProofPlan | None) -> Tolerances:
-    """The target's tolerances; at least those of 16 bits if one side is computed in 16 bits."""
+    """The target's tolerances, at least as wide as 16 bits need if one side is computed in 16 bits."""
     allowed = target.tolerances(result, options)
     if plan is None or plan.is_exact:
         return allowed

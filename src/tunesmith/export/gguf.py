@@ -141,7 +141,7 @@ def write_model(result: RunResult, folder: Path, options: ExportOptions) -> list
     """Write the file. Returns notes."""
     model, attachment = result.load(result.stored_dtype)
     tensors = tuned_tensors(model, attachment)
-    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
+    first = next(tensors)  # takes the adapter off, which leaves the plain model's names
     tensors = chain([first], tensors)
     path = folder / file_name(result, options)
     if not QUANT_TYPES[options.quant].by_llama_cpp:

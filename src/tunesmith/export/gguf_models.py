@@ -43,7 +43,7 @@ class Architecture:
     """Whether scaled rotary frequencies are written as factors."""
 
     def to_gguf(self, name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-        """A weight in llama.cpp's layout; `name` is that of transformers."""
+        """A weight in llama.cpp's layout; `name` is transformers' name."""
         if name.endswith(self.transposed):
             return tensor.t().contiguous()
         if name.endswith("norm.weight"):

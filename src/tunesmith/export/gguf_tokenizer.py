@@ -75,7 +75,7 @@ def probe_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | None) -> str:
-    """The pre-tokenizer of a byte-level tokenizer: that of the GGUF it came from, else by hash or steps.
+    """The pre-tokenizer of a byte-level tokenizer, as the GGUF names it that it came from, else by hash or steps.
 
     Raises ModelError if none is found, or if the tokenizer contradicts the GGUF.
     """

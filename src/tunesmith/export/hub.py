@@ -38,7 +38,7 @@ def write_card(
     result: RunResult, folder: Path, *, fields: Mapping[str, Any], license: str | None, checked: str,
     notes: Sequence[str],
 ) -> None:  # fmt: skip
-    """Write README.md into an exported folder. `fields` are those of the target; `checked` is what the check found."""
+    """Write README.md into an exported folder. `fields` come from the target, `checked` from the check."""
     chosen, origin = find_license(result, license)
     report = kept_report(result.run) if result.run.report_path.is_file() else {}
     name = str(report.get("name") or result.run.path.name)
@@ -74,7 +74,7 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
     with suppress(ValueError, yaml.YAMLError):  # a header that is not a mapping states nothing
         stated = ModelCard(text, ignore_metadata_errors=True).data.get("license") if text.startswith("---") else None
         if isinstance(stated, str):
-            return stated, "that of the base model's card."
+            return stated, "as the base model's card states it."
     return "unknown", "nobody has stated one. The license of the base model holds here too: look it up."
 
 
@@ -189,7 +189,7 @@ class Pushed:
 def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None = None) -> Pushed:
     """Upload an exported folder as the model `name` (owner/name), in one commit; a repository is made if there is none.
 
-    `endpoint` None: the hub, or what HF_ENDPOINT says. The token is that of `hf auth login` or HF_TOKEN.
+    `endpoint` None: the hub, or what HF_ENDPOINT says. The token comes from `hf auth login` or HF_TOKEN.
 
     Raises:
         InputError: the folder is not an export or has a link in it, or the name is none of a model.

@@ -27,7 +27,7 @@ _TRIED = ("bfloat16", "float16", "float32")
 
 
 def _dtypes(result: RunResult, options: ExportOptions) -> tuple[str, ...]:
-    """The dtype that was named; for auto that of the base, bfloat16 for a GGUF, and the finer ones."""
+    """The dtype that was named; for auto the base's, bfloat16 for a GGUF, and all finer ones."""
     if options.dtype != "auto":
         return (options.dtype,)
     base = "bfloat16" if result.weights.is_gguf else str(result.stored_dtype).removeprefix("torch.")
@@ -47,7 +47,7 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     in_files = dtype == stored or result.is_low_rank
     model, attachment = result.load(stored if in_files else torch.float32)
     tensors = tuned_tensors(model, attachment)
-    first = next(tensors)  # takes the adapter off, so that names are those of the plain model
+    first = next(tensors)  # takes the adapter off, which leaves the plain model's names
     weights = Stream(chain([first], tensors), dtype, partial(result.on_progress, "write"))
     settings: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
     save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **settings)

@@ -30,8 +30,8 @@ class ExportOptions:
     """Options of an export. A target refuses those that it does not read."""
 
     dtype: str = "auto"
-    """merged: the dtype of the weights. auto: the first that agrees with the tuned model, beginning with that of the
-    base (bfloat16 if that is a GGUF)."""
+    """merged: the dtype of the weights. auto: the first that agrees with the tuned model, beginning with the
+    base's dtype (bfloat16 if the base is a GGUF)."""
     quant: str = "f16"
     """gguf, ollama: how matrices are stored."""
     license: str | None = None

@@ -52,7 +52,7 @@ from tunesmith.types import IGNORE, Batch, Example, HeadName, Labels, Layout, Pa
 Floats = NDArray[np.float64]
 MAX_ROWS = 32
 PROGRESS = "progress"
-"""File next to a job with the rows done and those of all."""
+"""File next to a job with the numbers of rows done and of all rows."""
 POSITIONS = 8
 """Targets of a row whose logits are compared, evenly spaced; losses are of all targets."""
 STANDARD_ERRORS = 2.0
@@ -146,7 +146,7 @@ def compute(
     tokens: int, tick: Callable[[int, int], None],
 ) -> Outputs:  # fmt: skip
     """The outputs of a model. `masked`: share of masked tokens; `tokens`: of all rows together, at most; `tick` gets
-    the rows done and those of all."""
+    the numbers of rows done and of all rows."""
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked, tokens=tokens)
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
@@ -175,7 +175,7 @@ def encode_rows(
     renderer: Renderer, rows: Sequence[Example], *, head: HeadName, labels: Labels | None, masked: float,
     tokens: int = MANY_TOKENS,
 ) -> list[Row]:  # fmt: skip
-    """The first row of each example that has one, up to so many tokens together; the first is always used."""
+    """The first row of each example that has one, up to `tokens` together; the first is always used."""
     vocabulary: dict[str, int] = {}
     first_rows: list[Row] = []
     num_tokens = 0
@@ -294,7 +294,7 @@ def _first_difference(tuned: Outputs, exported: Outputs) -> str:
 
 
 def _loss_error(tuned: Outputs, exported: Outputs) -> float | None:
-    """Standard error of the difference of two losses per target on the same rows: that of a ratio estimate (Cochran,
+    """Standard error of the difference of two losses per target on the same rows, as a ratio estimate (Cochran,
     "Sampling Techniques", 1977, section 6.4)."""
     num = len(tuned.losses)
     if num < 2 or len(exported.losses) != num:

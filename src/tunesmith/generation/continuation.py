@@ -1,10 +1,10 @@
 """Answers to the prompts of rows that are being measured: a pass that finds a row's loss has read its prompt too.
 
 The pass says which token the model finds likeliest at each target. As long as these are the row's own, the answer is
-known without being written; from the first other one on it is written, together with those of other rows, from the
+known without being written; from the first other one on it is written, together with other rows' answers, from the
 keys and values that the pass has computed. A row whose answer ends leaves the batch. Drafts that a model checks in one
 pass: Leviathan et al. 2023, arXiv 2211.17192; here the reference is the draft, and decoding is greedy, so the answers
-are those of writing token by token, but for ties within rounding.
+equal writing token by token, but for ties within rounding.
 """
 
 # P positions of a pass, N targets of a pass or answers of a batch, G groups of heads, D head size, V vocabulary
@@ -209,7 +209,7 @@ class Continuation:
         self.answers |= written
 
     def _prove(self, answers: Sequence[_Begun], logits_NV: Tensor) -> None:
-        """Compare the losses of the tokens that follow with those of the pass, in deviations of a row's logits."""
+        """Compare the losses of the tokens that follow with the pass's, in deviations of a row's logits."""
         targets_N = torch.tensor([answer.target for answer in answers], device=logits_NV.device)
         losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
         away_N = (losses_N - torch.tensor([answer.loss for answer in answers], device=losses_N.device)) / logits_NV.std(

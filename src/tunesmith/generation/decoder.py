@@ -60,12 +60,12 @@ class BatchedDecoder:
         self._cache = KVCache()
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
-        """A slot for a prompt of so many tokens, of which nothing has been read."""
+        """A slot for a prompt of `num_tokens`, of which nothing has been read."""
         return SequenceSlot(adapter, KVPool(room_for(num_tokens)))
 
     @torch.no_grad()
     def adopt(self, rows: Sequence[tuple[Layers, int]], *, more: int) -> list[SequenceSlot]:
-        """Sequences that were read elsewhere, of so many tokens each, to which `more` are added at most."""
+        """Take over sequences that were read elsewhere, each (layers, tokens), to grow by at most `more` tokens."""
         return self._cache.adopt(rows, more=more)
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class BatchedDecoder:
     ) -> tuple[list[SequenceSlot], Tensor]:
         """Read one more token of every forked sequence, and more of the prompts.
 
-        Returns the slots, in some order and those of `parts` last, and float32 logits [N, V] of the tokens to come.
+        Returns the slots, in some order and with `parts` last, and float32 logits [N, V] of the tokens to come.
         """
         device = self.model.device
         self._cache.make_room()
@@ -217,10 +217,10 @@ def choose_decoder(
 
 
 def why_unlike(kind: type[BatchedDecoder | SequentialDecoder], model: PreTrainedModel, adapters: AdapterSet) -> str:
-    """The reason why a decoder of this kind cannot be used; "" if the logits of sequences are those of each alone.
+    """The reason why a decoder of this kind cannot be used; "" if sequences together have the logits of each alone.
 
-    Texts of different lengths are read in parts and then continued together, and their logits compared with those of
-    the model's own attention, each text alone; and those of one text beside others with those beside others again.
+    Texts of different lengths are read in parts and then continued together. Their logits are compared with the
+    model's own attention on each text alone, and one text's logits among some texts with its logits among others.
     """
     attention, is_batched = model.config._attn_implementation, kind is BatchedDecoder
     texts = [probe(int(model.config.get_text_config().vocab_size), num) for num, _ in PROBES]

@@ -38,7 +38,7 @@ from tunesmith.types import HeadName, LabelKind, Labels, ModelKind, TaskName
 TOKENS_TO_ANSWER = 100
 """Tokens of a micro-batch that answers or measures a few rows."""
 AS_RUN: Mapping[str, str] = MappingProxyType({})
-"""Device and precision are those of the run."""
+"""Device and precision as in the run."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def load_run(
     """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
 
     On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is. `on`: another
-    device or precision than those of the run.
+    device or precision than the run's.
 
     Raises:
         ModelError: the base model is gone or cannot be read.
@@ -250,7 +250,7 @@ def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> No
 
 
 def follow_renamed_gguf(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of a model's files; a GGUF file that was renamed since has its name of now."""
+    """Hashes of a model's files by name, with the current name of a GGUF file that was renamed."""
     names = {digest: name for name, digest in now.items() if name.endswith(".gguf") and name not in then}
     return {names.get(value, key) if key not in now else key: value for key, value in then.items()}
 

@@ -291,7 +291,7 @@ def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:
 
 
 def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) -> Iterator[str]:
-    """Notes on why these measures are not those of a run's report."""
+    """Notes on why these measures differ from a run's report."""
     most = loaded.recipe.evaluation.max_rows
     if loaded.recipe.train.class_weights == "balanced":
         yield "the loss is not weighted as in training: an early version kept no class weights of this run"

@@ -31,11 +31,11 @@ MOST_ATTEMPTS = 3
 engine while its result is attached."""
 MEMORY_BYTES = 1 << 30
 SECONDS, BYTES_A_SECOND = 60, 1 << 20
-"""Processor time of a check: so much, and a second more for so many bytes. Rows that are good take a tenth of it."""
+"""Processor time of a check: SECONDS, and one more for each BYTES_A_SECOND. Good rows take a tenth of it."""
 ANSWER_BYTES = 1 << 18
 """Room on the disk for what a check says."""
 SNAPSHOTS = 2
-"""Ends of epochs before the last that become checkpoints: with the result, those of the last three."""
+"""Ends of epochs before the last that become checkpoints; with the result, the last three epochs have one."""
 
 
 def start_check(place: Path, request: Mapping[str, Any]) -> ChildProcess:

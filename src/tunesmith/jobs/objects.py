@@ -75,6 +75,6 @@ def list_object(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, 
 
 
 def list_with_ends(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """A list as those of files and checkpoints are."""
+    """A list as OpenAI sends it for files and checkpoints."""
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {**list_object(data, has_more=has_more), **ends}

@@ -56,7 +56,7 @@ class ProjectRules(BaseModel):
 
 
 class Rules(BaseModel):
-    """The rules of all projects: those of one win over those of every one, field by field."""
+    """The rules of all projects; each field that a project sets wins over `every_project`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -84,7 +84,7 @@ def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics_by_step(run_events: Iterable[Event]) -> dict[int, dict[str, Any]]:
-    """The metrics of each step, with those of the validation file where it was measured."""
+    """The metrics of each step, with the validation file's where it was measured."""
     steps: dict[int, dict[str, Any]] = {}
     for run_event in run_events:
         if run_event.kind == "step":

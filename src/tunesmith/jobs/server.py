@@ -84,7 +84,7 @@ class JobServer:
 
 
 def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRouter, ...]:
-    """All routes of a server of jobs but those of the engine."""
+    """All routes of a server of jobs but the engine's."""
     return (
         make_file_router(store),
         make_upload_router(store),

@@ -134,7 +134,7 @@ class Store:
 
     @contextmanager
     def receiving(self, key: str, num_bytes: int) -> Iterator[None]:
-        """A block in which so many bytes are `arriving`. For the one thread of the event loop."""
+        """A block in which `num_bytes` are `arriving`. For the one thread of the event loop."""
         self.arriving[key] += num_bytes
         try:
             yield

@@ -27,7 +27,7 @@ def _table(name: str, *columns: sa.Column[Any]) -> sa.Table:
 
 
 def _owned() -> sa.Column[Any]:
-    """The project that a row belongs to: that of the request which makes it."""
+    """The project that a row belongs to: the request that makes the row decides."""
     return sa.Column("project", sa.String, nullable=False, index=True, default=lambda: PROJECT.get() or DEFAULT_PROJECT)
 
 

@@ -31,7 +31,7 @@ MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 16
 MAX_HEADER_BYTES = 8192
 SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
-"""Fewest bytes in so many seconds, but for the last ones: 16 KiB a second."""
+"""Fewest bytes in SLOW_S seconds, but for the last ones: 16 KiB a second."""
 FIRST_LOOK_BYTES = 8 << 20
 """Of a training file: its first row has to end within them."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")

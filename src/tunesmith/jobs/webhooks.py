@@ -69,7 +69,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether the address, and the IPv4 address in it, are those of another's machine in the internet."""
+    """Whether the address, and the IPv4 address in it, are public: machines of others in the internet."""
     inner: ipaddress.IPv4Address | None = None
     if isinstance(address, ipaddress.IPv6Address):
         if any(address in network for network in _INSIDE):

@@ -66,7 +66,7 @@ def connected(address: str) -> Iterator[Any]:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """A block whose working folder is that of this package: Ray puts it on the path of its workers' imports."""
+    """A block whose working folder is this package's: Ray puts it on the path of its workers' imports."""
     before = Path.cwd()
     os.chdir(Path(__file__).parents[2])
     try:

@@ -64,7 +64,7 @@ def devices_of(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) -> int:
-    """Run `tunesmith WORDS` as so many ranks and wait for them; returns the exit code of the run.
+    """Run `tunesmith WORDS` as a rank for each device and wait for them; returns the exit code of the run.
 
     `say` gets the lines of a failure that rank 0 has not printed itself.
     """

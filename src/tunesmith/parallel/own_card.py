@@ -27,7 +27,7 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> s
         return ""
     if cards and len(cards) < place.local_size:
         raise InputError(
-            f"LOCAL_WORLD_SIZE={place.local_size}: so many processes were started on this machine, but "
+            f"LOCAL_WORLD_SIZE={place.local_size}: that number of processes was started on this machine, but "
             f"CUDA_VISIBLE_DEVICES names {len(cards)} cards. Start at most {len(cards)}."
         )
     environ["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank] if cards else str(place.local_rank)

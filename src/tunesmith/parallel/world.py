@@ -83,7 +83,7 @@ def place_of(environ: Mapping[str, str]) -> Place:
 
 
 class World:
-    """A process among those of its group."""
+    """A process and its group."""
 
     def __init__(self, place: Place | None = None, store: Any = None) -> None:
         self.place = place or Place()

@@ -216,7 +216,7 @@ def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
 
 
 def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
-    """The type that weights and activations are computed in, for micro-batches of so many tokens."""
+    """The type that weights and activations are computed in, for micro-batches of `tokens`."""
     method = method_of(recipe)
     if not method.is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
         reason = (
@@ -369,8 +369,8 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) -> tuple[int, str]:
-    """Steps between checkpoints and why: up to ten in a run, as few as a crash may cost, and so many that saving takes
-    at most a tenth of it."""
+    """Steps between checkpoints and why: up to ten checkpoints in a run, so close that a crash costs little, and so far
+    apart that saving takes at most a tenth of the run."""
     apart = max(SAFE_SECONDS, saving_seconds / SAVING_SHARE)
     num = max(1, min(10, int(steps * step_seconds / apart)))
     every = max(min(MOST_STEPS_LOST, -(-steps // num)), math.ceil(saving_seconds / SAVING_SHARE / step_seconds))
@@ -422,7 +422,7 @@ MOST_TIMES = 4
 LEAST_COMPARED = 16
 """Rows of a step at least, where they are compared with each other."""
 HIGH_RATE = 100
-"""Learning rates that are so many times the usual one are noted."""
+"""A learning rate of this many times the usual one is noted."""
 HELD = 1000
 """Most held-out rows measured in it."""
 FEW_PROMPTS = 4
@@ -455,7 +455,7 @@ def decide_measuring(
     word = WORD.get(facts.device, WORD_ON_CARD)
 
     def answers(num: int) -> float:
-        """Cost of answering so many prompts before and after."""
+        """Cost of answering `num` prompts before and after."""
         num = min(num, prompts)
         return 2.0 * new_tokens * (word * math.ceil(num / together) + num)
 

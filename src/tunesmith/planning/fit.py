@@ -56,7 +56,7 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     if automatic:
         reason = f"{gib(forecast.memory.total)} of {room} are needed: nothing has to be computed twice"
         if layers:
-            reason = f"without, {gib(as_given.memory.total)} of {room} would be needed; it is so many of {num} layers"
+            reason = f"without, {gib(as_given.memory.total)} of {room} would be needed; the model has {num} layers"
         choices.append(Choice("train.checkpointed_layers", layers, reason))
     return best, choices, forecast
 

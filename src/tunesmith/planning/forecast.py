@@ -61,7 +61,7 @@ class Duration:
     counts: Mapping[Kind, float]
     """Times that each kind of work is done."""
     prices: Mapping[Kind, float]
-    """Seconds of each, once; for `training` those of a mean step."""
+    """Seconds of each, once; for `training` of a mean step."""
     spread: float = SPREAD
     """Share by which the total may be off, either way."""
     busy: float = 0.0
@@ -288,7 +288,7 @@ def targets_of(store: RowStore) -> NDArray[np.float64]:
 
 
 def saves(recipe: Recipe, steps: int) -> int:
-    """Checkpoints, including the one before the first step, without those of a best evaluation."""
+    """Number of checkpoints, including the one before the first step, without the best evaluation's."""
     return 2 + (steps - 1) // resolved(recipe.checkpoint.every)
 
 
@@ -374,7 +374,7 @@ def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 
 
 
 def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: int, device: Device) -> float:
-    """Seconds of a step that computes `load` in so many micro-batches, and of its update."""
+    """Seconds of a step that computes `load` in `micro_batches`, and of its update."""
     update = 3 * sizes.gradients + 2 * sizes.optimizer + 1.5 * sizes.masters
     launches = micro_batches * sizes.layers * OPERATIONS * device.launch
     computing = pass_seconds(sizes, load, device, recomputed=recomputed)

@@ -83,7 +83,7 @@ class Sizes:
     first: int
     """Index of the first layer with gradients: the layers below keep nothing."""
     linear_weights: int
-    """In the layers; those of a shared layer once for each use."""
+    """In the layers; a shared layer counts once for each use."""
     trains_linear: float
     """Share of `linear_weights` that is trained."""
     hidden: int
@@ -260,7 +260,7 @@ def layers_to_split(model: nn.Module, recipe: Recipe) -> Sequence[nn.Module]:
 
 
 def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
-    """Bytes of each weight, by name, that the recipe splits over its devices: those of the layers."""
+    """Bytes of each weight, by name, that the recipe splits over its devices: the weights of the layers."""
     if recipe.shard is not True:
         return {}
     inside = {id(weight) for layer in layers_to_split(model, recipe) for weight in layer.parameters()}

@@ -20,7 +20,7 @@ from pydantic import (
 Auto: TypeAlias = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Rank = Annotated[int, Field(gt=0, le=65_536)]
-"""No layer of a language model has so many inputs that more were of use."""
+"""Layers of language models have fewer inputs, and a higher rank than these has no use."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -16,7 +16,7 @@ _LOSSES_WITH: Mapping[tuple[str, ...], tuple[str, ...]] = MappingProxyType({
     ("label_smoothing",): ("dpo", "robust"), ("margin", "length"): ("dpo", "hinge", "dpo_norm", "simpo", "cpo"),
     ("nll",): tuple(loss for loss in get_args(PreferenceLoss) if loss != "kto"), ("desirable", "undesirable"): ("kto",),
 })  # fmt: skip
-"""Options and the losses that have them. One that has `margin` has that of a row too."""
+"""Options and the losses that have them. A loss that has `margin` reads each row's margin too."""
 _BETAS: Mapping[str, float] = MappingProxyType({"dpo_norm": 5.0, "simpo": 2.0})
 
 
@@ -30,7 +30,7 @@ class Prefer(OptionGroup):
     """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5, of simpo
     2."""
     margin: Annotated[float, Field(ge=0)] | None = None
-    """Margin by which the chosen answer has to win, in addition to that of a row (dpo, dpo_norm, hinge, simpo, cpo).
+    """Margin by which the chosen answer has to win, in addition to the row's own (dpo, dpo_norm, hinge, simpo, cpo).
     null: 0, of simpo β / 2."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (dpo, robust)."""
@@ -96,14 +96,14 @@ class Embed(OptionGroup):
     normalize: bool | Auto = "auto"
     """Scale vectors to length 1. auto: as the model's files say, else true."""
     query_prompt: str | None = None
-    """Text in front of anchors, queries and first sentences. null: that of the model's files, if there is one."""
+    """Text in front of anchors, queries and first sentences. null: the prompt in the model's files, if any."""
     document_prompt: str | None = None
     """Text in front of positives, negatives and second sentences. null: as for `query_prompt`."""
     include_prompt: bool | None = None
     """Whether the tokens of a prompt are pooled too. null: as the model's files say, else true."""
     documents: Positive = 10_000
-    """Most documents among which held-out anchors look for their positive: those of held-out rows, and more of training
-    rows."""
+    """Most documents among which held-out anchors look for their positive: the held-out rows' own and others from
+    training."""
 
     def as_pooling(self, max_tokens: int | None) -> Pooling | None:
         """The pooling that these options describe; None while it is not decided."""

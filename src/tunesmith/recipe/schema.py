@@ -120,7 +120,7 @@ class Data(OptionGroup):
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
     date: Day | Auto | None = "auto"
-    """Day (2026-11-27) for chat templates that write a date, such as those of Llama 3.2: in training and wherever the
+    """Day (2026-11-27) for chat templates that write a date, as Llama 3.2's do: in training and wherever the
     run is used here. auto: the day on which the run is made, null for other templates."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
@@ -132,12 +132,12 @@ class Data(OptionGroup):
     cut for classify, tag, summarize and embed, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
     """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows of a
-    causal model overlap by one token, those of an encoder do not. Smaller: each window begins with context that is read
+    causal model overlap by one token, an encoder's do not. Smaller: each window begins with context that is read
     but not trained."""
     prompt: str | None = None
     """Task summarize: the prompt, with {document} in place of the document. null: a default that is printed."""
     labels: tuple[str, ...] = ()
-    """Tasks classify and tag: the classes in the order of their ids. Empty: those of the training rows, whole numbers
+    """Tasks classify and tag: the classes in the order of their ids. Empty: as in the training rows, whole numbers
     first by value, then words by code point. A class that is not in the list is an error."""
     label_kind: Literal["one", "many", "number"] | Auto = "auto"
     """Task classify: one class a row, any number of classes a row, or a number. auto: lists are many, numbers with a
@@ -303,8 +303,8 @@ class EvaluationOptions(OptionGroup):
     """Measure before and after how well a causal model still does on general text. auto: true, except
     in a short run."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Most training rows among which those of highest loss are looked for; 0: none. auto: all of the last epoch, by
-    the losses that training saw. Rows that are compared with others are measured for it at the end: a third of those
+    """Most training rows to search for the rows of highest loss; 0: none. auto: all of the last epoch, by the losses
+    that training saw. Rows that are compared with others are measured for it at the end: a third of the rows
     trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
 
     @model_validator(mode="after")
@@ -324,8 +324,8 @@ class CheckpointOptions(OptionGroup):
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
     snapshots: Annotated[int, Field(ge=0)] = 0
-    """Ends of so many epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N:
-    each is a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
+    """Number of epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N: each is
+    a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
 
 
 class ResultExportOptions(OptionGroup):
@@ -362,7 +362,7 @@ class Base:
     """As it was typed."""
     place: str
     missing: str = ""
-    """Message if nothing is there; empty: that of the reader."""
+    """Message if nothing is there; empty: the reader's."""
 
 
 class Recipe(OptionGroup):
@@ -410,7 +410,7 @@ class Recipe(OptionGroup):
     kernels: Literal["fast", "plain"] = "fast"
     """fast: token loss and attention of short rows by functions of this package, on a processor norms, gated MLPs and
     LoRA layers of one input too, and shared prefixes computed once, where that gives the model's own answer; plain:
-    those of torch and the model, slower, for comparison."""
+    torch's and the model's own, slower, for comparison."""
     repeatable: bool = False
     """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor repeats a run
     without it."""
@@ -427,7 +427,7 @@ class Recipe(OptionGroup):
 
     @property
     def place(self) -> str:
-        """Place of the model: as typed, or that of a run's model now."""
+        """Place of the model: as typed, or where a run's model is now."""
         return self.model if self.base is None else self.base.place
 
     def on_base(self, base: Base) -> Recipe:

@@ -142,7 +142,7 @@ def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint 
 
 
 def rotate(folder: Path, *, keep: int, best: int | None) -> list[int]:
-    """Delete all checkpoints but the `keep` newest and that of step `best`; return the deleted steps.
+    """Delete all checkpoints but the `keep` newest and the one of step `best`; return the deleted steps.
 
     Call after `save` has returned. Only complete checkpoints count as kept; incomplete ones are left for `newest`.
     """

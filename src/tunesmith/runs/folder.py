@@ -159,8 +159,8 @@ class Run:
     def metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the tuned model on the held-out rows, each {"value", "low", "high"} with its 95 % interval.
 
-        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names: docs/reference/measures.md. `report` has those of
-        the base. Empty if nothing was held out. Raises RunError if the run has not ended.
+        {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names: docs/reference/measures.md. `report` has
+        the base's. Empty if nothing was held out. Raises RunError if the run has not ended.
         """
         after = self.report["metrics"]["after"]
         return {} if after is None else dict(after["measures"])
@@ -416,7 +416,7 @@ def _known_format(run: Run) -> Run:
 
 
 def model_shown(place: str) -> str:
-    """The name of a model for a person: of one that is the result of a run, that run's."""
+    """The name of a model for a person; a model that is the result of a run has that run's name."""
     path = Path(place)
     is_result = path.name in ("merged", "model") and (path.parent / "run.json").is_file()
     return f"{path.parent.name} ({path.name})" if is_result else place

@@ -98,7 +98,7 @@ def remove_removable(part: Removable) -> None:
 
 
 def freed_bytes(folder: Path) -> int:
-    """Bytes that removing a folder frees: those of files that have no other name. Links are not followed."""
+    """Bytes that removing a folder frees: its files that have no other name. Links are not followed."""
     files = (os.lstat(os.path.join(here, name)) for here, _, names in os.walk(folder) for name in names)
     return sum(status.st_size for status in files if status.st_nlink == 1)
 

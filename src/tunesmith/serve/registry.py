@@ -265,7 +265,7 @@ def _add_single(registry: Registry, loaded: LoadedModel, run: Run | None, note: 
 
 
 def check_renderer(run: Run, renderer: Renderer, note: Note) -> None:
-    """Tokenizer and chat template are those of training, by their fingerprint in the run's first event.
+    """Check that tokenizer and chat template are as in training, by the fingerprint in the run's first event.
 
     Raises RunError.
     """

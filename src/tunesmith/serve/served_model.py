@@ -193,8 +193,8 @@ class Embedder:
         dimensions: int | None = None,
         is_query: bool = False,
     ) -> tuple[list[list[float]], int]:
-        """A vector for each text, and the number of tokens read. `dimensions`: cut to so many numbers. `done` is called
-        after each batch.
+        """A vector for each text, cut to `dimensions` numbers, and the number of tokens read. `done` is called after
+        each batch.
 
         Raises RequestError for an empty or too long text, or more numbers than a vector has.
         """

@@ -234,7 +234,7 @@ class Asha:
     """When trials are judged."""
 
     factor: int = 3
-    """One in so many goes on at each rung, and rungs are so many times further apart."""
+    """Each rung lets one trial in `factor` continue, and lies `factor` times further than the rung before."""
     first: int = 1
     """Evaluations before the first rung."""
 

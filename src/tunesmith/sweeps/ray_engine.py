@@ -62,7 +62,7 @@ _MARK = "tunesmith error: "
 def train_on_ray(
     recipe: Recipe, *, out: Path, workers: int, listener: Hears, address: str = "auto", offline: bool = False
 ) -> Run:
-    """Train on so many workers, each with a device of its own; the finished run in `out`.
+    """Train on several workers, each with a device of its own; returns the finished run in `out`.
 
     All machines see the same files under the same paths. A group that loses a worker is started again.
 

@@ -62,7 +62,7 @@ def run_trial(job: Job) -> str:
 
 @dataclass
 class Follower:
-    """Reads the events of a run as they come, also of one that starts over or takes some back."""
+    """Reads the events of a run as they come, also if the run starts over or takes some back."""
 
     run: Run
     last: dict[str, Any] = field(default_factory=dict)

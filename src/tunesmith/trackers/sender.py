@@ -153,7 +153,7 @@ def tracked(
 
     Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left, or as long as it
     takes; `say` gets whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one
-    cannot be used; of the optional ones, those of a resumed recipe, it is said, and the run goes on without.
+    cannot be used. `optional` trackers, which a resumed recipe names, are reported instead, and the run continues.
     """
     processes = {
         name: subprocess.Popen(

@@ -62,7 +62,7 @@ def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
 
 
 def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
-    """The shape whose fields a row has, of those that `task` learns from; None if it has those of no shape.
+    """The shape whose fields a row has, among the shapes that `task` learns from; None if no shape fits.
 
     Without answers, the fields that are enough to predict decide.
     """

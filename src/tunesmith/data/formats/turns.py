@@ -1,4 +1,4 @@
-"""Messages to parts: what every shape made of messages shares. The rules are those of docs/guide/data.md."""
+"""Messages to parts: what every shape made of messages shares. The rules: docs/guide/data.md."""
 
 from __future__ import annotations
 
