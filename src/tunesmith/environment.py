@@ -86,7 +86,7 @@ def refuse_ranks(environ: Mapping[str, str]) -> None:
 def for_child(**more: str) -> dict[str, str]:
     """The environment of a child process that imports this package, with `more` variables.
 
-    Nothing is imported from the working folder: a file torch.py that lies there is not the user's program.
+    Nothing is imported from the working folder: a file torch.py in it is not the user's program.
     """
     paths = [str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return {**os.environ, **SAFE_PATH, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}

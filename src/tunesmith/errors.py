@@ -58,7 +58,7 @@ class TunesmithError(Exception):
 
     exit_code = 1
     topic = ""
-    """Where there is more to say: a heading of docs/guide/troubleshooting.md, for `tunesmith explain`."""
+    """Heading of docs/guide/troubleshooting.md that says more, for `tunesmith explain`."""
 
 
 class InputError(TunesmithError):
@@ -195,7 +195,7 @@ def why_refused(error: Exception, repo: str, kind: Kind, revision: str | None) -
     if isinstance(error, GatedRepoError):
         page = f"{hub}/{'datasets/' if kind == 'dataset' else ''}{repo}"
         whose = "The token here was not granted access." if has_token else "Then `hf auth login`."
-        return f"gated: its owner asks you to accept terms first: {page}. {whose}"
+        return f"gated: accept its owner's terms first: {page}. {whose}"
     if isinstance(error, RevisionNotFoundError):
         return f"no revision {revision!r} on the hub. Give a branch, a tag or a commit of it."
     if has_token and status == 401:

@@ -39,7 +39,7 @@ HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]
 """A head predicts the next token, a masked token, something about a whole text, or about each of its words; `vector`:
 there is none, and the hidden states of a text are pooled."""
 PoolingKind = Literal["mean", "cls", "max", "last"]
-"""Over all tokens of a text, or the vector of its first or last token."""
+"""The mean or maximum over all tokens of a text, or its first or last token."""
 LabelKind = Literal["one", "many", "number", "tags"]
 """One class a row, any number of classes a row, a number a row, or one class a word."""
 
@@ -62,7 +62,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How the token vectors of a text become its vector."""
+    """The way from the token vectors of a text to its vector."""
 
     kind: PoolingKind = "mean"
     normalizes: bool = False
@@ -171,7 +171,7 @@ class Row:
     values: tuple[float, ...] = ()
     """Numbers that the row brings along with its tokens: `Example.values`."""
     keys: tuple[int, ...] = ()
-    """Of texts that become vectors: a number for each, equal for equal texts whatever prompt stands before them."""
+    """A number for each text that becomes a vector, equal for equal texts whatever prompt precedes them."""
 
 
 LEAST_PREFIX = 8
@@ -264,7 +264,7 @@ class Measured:
     outputs_N: Tensor
     """The most likely token or class, int64 [N]; of a sequence head what it answered, float32 [N, C]."""
     results: tuple[Mapping[str, Any], ...] = ()
-    """Of rows with branches, which have one loss each: what was found of each row, JSON-ready; `outputs_N` is empty."""
+    """Findings for each row with branches, which has one loss, JSON-ready; `outputs_N` is empty then."""
 
 
 class LossSum(Protocol):

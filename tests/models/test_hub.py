@@ -241,7 +241,7 @@ def answer_of(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (errors.GatedRepoError, r"accept terms first: https://huggingface.co/acme/tiny"),
+        (errors.GatedRepoError, r"accept its owner's terms first: https://huggingface.co/acme/tiny"),
         (errors.RepositoryNotFoundError, "nor a model on the hub"),
         (errors.RevisionNotFoundError, "no revision 'v9' on the hub"),
         (errors.HfHubHTTPError, "the hub cannot be reached"),

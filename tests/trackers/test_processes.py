@@ -144,7 +144,7 @@ def test_a_resumed_run_goes_on_without_a_tracker_of_its_recipe(
     with tracked((), offline=False, say=lambda *line: said.append(line), optional=["trackio"]) as begin:
         begin(run)
     assert said[-1][0] is False
-    assert said[-1][1].endswith("goes on without it; send it later: tunesmith track RUN --to trackio")
+    assert said[-1][1].endswith("continues without it; send it later: tunesmith track RUN --to trackio")
     assert processes() == []
     with tracked(["none"], offline=False, say=lambda *line: pytest.fail(line[1]), optional=["trackio"]):
         pass

@@ -192,7 +192,7 @@ def test_refusals_of_models_say_why(hub, tmp_path, monkeypatch):
     hub.model("acme/private", files, private=True, readers=("mine",))
     for model, message in (
         ("acme/tiny@v9", "no revision 'v9' on the hub. Give a branch"),
-        ("acme/gated", f"gated: its owner asks you to accept terms first: {hub.url}/acme/gated. Then `hf auth login`"),
+        ("acme/gated", f"gated: accept its owner's terms first: {hub.url}/acme/gated. Then `hf auth login`"),
         ("acme/private", "neither a folder nor a model on the hub.* a private one needs `hf auth login`"),
         ("acme/none", "neither a folder nor a model on the hub"),
     ):

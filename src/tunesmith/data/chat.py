@@ -396,7 +396,7 @@ def find_stops(
     """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), those where
     generation stops: the last of them, and the one that closes a turn with tool calls; and the one that closes an
     earlier answer where that is another, as gpt-oss ends a conversation with <|return|>, which becomes <|end|> when the
-    conversation goes on.
+    conversation continues.
 
     Raises `ModelError` when the template does not show an answer, or closes it without a control token.
 

@@ -21,7 +21,7 @@ from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Problem, Shape, Source, TaskName
 
 SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
-"""What is looked at of a file: rows, characters of all, fields of a row."""
+"""The part of a file that is looked at: rows, characters of all, fields of a row."""
 LOOKED_AT = 1000
 """Characters of a value that are looked at."""
 FEW_ROWS = 20
@@ -31,7 +31,7 @@ MOST_NAMES = 1000
 """Names that a misspelt one is compared with."""
 
 Values = Literal["text", "label", "number", "name", "other"]
-"""What a column holds. label: few values that repeat; name: short texts that differ; other: a counter, dates,
+"""Contents of a column. label: few values that repeat; name: short texts that differ; other: a counter, dates,
 addresses, ids, one value, nothing, or what is neither text nor number."""
 
 _PAIRS = (
@@ -114,7 +114,7 @@ def _ignore(problem: Problem) -> None:
 
 
 def values_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
-    """What each column of a sample holds, in the order of the columns."""
+    """Classify each column of a sample by its values, in the order of the columns."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
 
@@ -155,7 +155,7 @@ def _length(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def meanings(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> list[Meaning]:
-    """What rows of unknown fields may be meant for, the likeliest first, two at most; none where values do not say."""
+    """Guess what rows of unknown fields are meant for, the likeliest first, two at most; none if values do not say."""
     kinds = values_of(rows)
     by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
     texts, labels, names = by.get("text", []), by.get("label", []), by.get("name", [])
@@ -223,7 +223,7 @@ def _plain(name: str) -> str:
 
 
 def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> Meaning | None:
-    """How rows are read whose fields have the usual names of others; None where that is not clear from the values."""
+    """Map fields with other tools' usual names to ours; None where the values do not make that clear."""
     if not rows or _is_whole(rows[0], task):
         return None
     kinds, named = values_of(rows), dict[str, str]()
@@ -238,7 +238,7 @@ def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> M
     used = set(meaning.columns.values())
     if any(not isinstance(row.get(name), str) for row in rows for name in used) and chat:
         return None
-    # Another text may be what matters: it is asked about.
+    # Another text may be what matters: the user decides.
     rest = [name for name in kinds if name not in used and kinds[name] == "text" and _plain(name) not in _ABOUT]
     return None if rest else meaning
 

@@ -185,7 +185,7 @@ class FileFacts:
     gzipped: bool = False
     has_bom: bool = False
     encoding: str = ""
-    """Of a text that may not be UTF-8; empty: it is."""
+    """Encoding of a text that may not be UTF-8; empty: UTF-8."""
     sheets: tuple[str, ...] = ()
     """Sheets of an Excel file, of which the first is read."""
     delimiter: str = ","

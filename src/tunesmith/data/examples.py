@@ -215,7 +215,7 @@ class FileExamples:
         return shape
 
     def _suggested(self, record: dict[str, Any]) -> str:
-        """What the rows of the file may be meant for; of a list, which has no file, what this row may be."""
+        """Say what the rows of the file may be meant for, or this row of a list, which has no file."""
         if self.suggested is None:
             rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
             self.suggested = " ".join(map(str, meanings(rows, self.task)))

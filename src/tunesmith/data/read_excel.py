@@ -18,7 +18,7 @@ from tunesmith.recipe.schema import Limits
 MOST_UNPACKED, MOST_SHARED = 2**30, 2**27
 """Bytes that all parts of a file may have unpacked, and those that are held whole while it is read: texts, styles."""
 MOST_ROWS, MOST_COLUMNS = 1_048_576, 16_384
-"""What Excel itself allows."""
+"""Excel's own limits."""
 MOST_CELLS = 100_000_000
 """Cells of all rows, empty ones too: a row can name its last column alone."""
 _AS_CSV = "Save the sheet as CSV."

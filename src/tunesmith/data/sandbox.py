@@ -35,9 +35,9 @@ VALUES = 1_000_000
 REPEATS = 100_000
 """Largest number of repetitions, turns of one loop, or columns."""
 SLOW_CHARS, SLOW_VALUES = 100_000, 10_000
-"""Of what takes the square of its size."""
+"""Limits for operations that take the square of their size."""
 PRODUCT = 2**30
-"""Of the length of a text and of what is looked for in it, where that is the time."""
+"""Largest product of the lengths of a text and of a text searched in it, where searching takes that long."""
 INT_BITS = 4_096
 COLUMNS = frozenset({"batch", "center", "indent", "ljust", "rjust", "round", "slice", "to_bytes", "wordwrap", "zfill"})
 SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
@@ -269,7 +269,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _check(self, name: str, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a filter or method is used on, a list in place of an iterator that is consumed. Raises `TooMuch`."""
+        """Return the subject of a filter or method, with a list for an iterator that is consumed. Raises `TooMuch`."""
         more = [*args, *kwargs.values()]
         if name in CONSUMERS and not isinstance(subject, (str, bytes, list, tuple, dict, int)):
             subject = subject if not isinstance(subject, Iterable) else list(islice(subject, VALUES + 1))

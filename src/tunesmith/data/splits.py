@@ -36,7 +36,7 @@ class Splits:
     """Encoded rows, split into those that are trained on and those that are held out."""
 
     data: Data
-    """With the files that were read: a folder is replaced by the documents in it."""
+    """Names the files that were read: a folder is replaced by the documents in it."""
     store: RowStore
     """Rows of data.train, then of data.replay; `store.file_index` counts the files in this order."""
     held_store: RowStore

@@ -55,7 +55,7 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 
 
 def fault_of(texts: Sequence[str], tokens: dict[str, Any]) -> str:
-    """What a tokenizer's templates do that they must not: words that follow "its chat template "; empty: nothing.
+    """Say what a tokenizer's templates do that they must not: words after "its chat template "; empty: nothing.
 
     `tokens`: the special tokens by their names, as templates read them.
     """
@@ -144,7 +144,7 @@ def _fault(text: str, tokens: dict[str, Any], limit_s: float) -> str:
 
 
 def words_of(error: BaseException, limit_s: float) -> str:
-    """What a template does, where it takes too much; empty for any other error, such as its own refusal."""
+    """Say what a template does where it takes too much; empty for any other error, such as its own refusal."""
     if isinstance(error, (TooMuch, TooLong)):
         return f"writes too long a text: {error}" if isinstance(error, TooLong) else str(error)
     if isinstance(error, TimeoutError):

@@ -110,7 +110,7 @@ class FastTokenizer:
         ]
 
     def encode_alike(self, texts: Sequence[str], num_common: int) -> list[Tokens]:
-        """As `encode`, in less time while no offsets are asked for. Texts begin with `ControlTokens.num_common` same
+        """As `encode`, in less time unless offsets are needed. Texts begin with `ControlTokens.num_common` same
         characters, which are tokenized once."""
         head, *expected = self.ids([texts[0][:num_common], texts[0]] if texts else [""])
         rests = self.ids([text[num_common:] for text in texts])

@@ -225,7 +225,7 @@ class _Export:
         return self._seen[key]
 
     def _chosen(self, dtype: str, refused: Sequence[str], *, is_proven: bool) -> list[str]:
-        """What dtype was chosen, and why, where that was not for the user to say."""
+        """A note on the dtype that was chosen, and why, unless the user named it."""
         if not dtype or self.options.dtype != "auto":
             return []
         if not is_proven:

@@ -1,4 +1,4 @@
-"""Where both sides of a comparison are computed, in which dtype, on how many tokens, and how long that takes."""
+"""The plan of a comparison: device and dtype of both sides, number of tokens, and how long it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MANY_TOKENS, FEW_TOKENS, FEWEST_TOKENS = 8192, 2048, 512
 """Tokens of all rows together, at most: of a processor that takes longer than `LONG_S`, or even than `VERY_LONG_S`,
 fewer."""
 SLACK = 1.2
-"""Memory that a model takes beside its weights, as a factor of them."""
+"""Memory of a computing model, as a factor of its weights."""
 LONG_S = 60.0
 """Seconds from which on the time is said before."""
 VERY_LONG_S = 600.0
@@ -40,13 +40,13 @@ class ProofPlan:
     tokens: int
     """Tokens of all compared rows together, at most."""
     seconds: float
-    """Of computing, estimated from its operations."""
+    """Time of computing, estimated from its operations."""
     work: str
-    """What is computed, in words."""
+    """A description of the work."""
 
     @property
     def computing(self) -> Computing:
-        """Of the export."""
+        """Device and dtype of the export."""
         return Computing(self.device, self.exported)
 
     @property
@@ -60,7 +60,7 @@ class ProofPlan:
         return self.tuned == self.exported == "float32"
 
     def note(self) -> str:
-        """What takes so long that it has to be said before; "" for less than a minute."""
+        """A warning of a long comparison, to be printed before it; "" for less than a minute."""
         return f"the comparison takes {about(self.seconds)}: {self.work}" if self.seconds > LONG_S else ""
 
 
@@ -126,7 +126,7 @@ def _is_quick(dtype: str) -> bool:
 
 
 def _seconds(params: int, tokens: int, device: str, dtypes: set[str]) -> float:
-    """Of one forward pass, in the slower of the dtypes."""
+    """Seconds of one forward pass, in the slower of the dtypes."""
     threads = torch.get_num_threads()
 
     def speed(dtype: str) -> float:

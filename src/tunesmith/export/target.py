@@ -128,7 +128,7 @@ class TorchModel(ExportedModel):
 
 @dataclass(frozen=True, slots=True)
 class Computing:
-    """Where an export is computed for the comparison, and in which dtype."""
+    """Device and dtype in which an export is computed for the comparison."""
 
     device: str
     precision: str

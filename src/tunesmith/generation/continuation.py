@@ -48,7 +48,7 @@ def kept_passes(recomputed: int) -> int:
 
 @dataclass(slots=True)
 class _Begun:
-    """An answer that goes on after what the pass has said."""
+    """An answer to be continued from where the measuring pass left it."""
 
     row: int
     layers: Layers
@@ -58,14 +58,14 @@ class _Begun:
     """The token at that position."""
     target: int
     loss: float
-    """Of the row's own token that follows, in nats."""
+    """Loss of `target`, the row's own token that follows, in nats."""
     ids: list[int]
-    """What is known of the answer, the token that the pass found likeliest at its end."""
+    """Ids of the answer so far; the last is the token that the pass found likeliest."""
 
 
 @dataclass
 class Continuation:
-    """Writes answers beside `predict_rows`; `answers` has them in the end, `why` the reason of those that are missing.
+    """Writes answers while `predict_rows` measures; in the end `answers` has them, and `why` says why some are missing.
 
     The model is causal, runs packed rows and is not split over devices.
     """
@@ -79,7 +79,7 @@ class Continuation:
     wanted: Mapping[int, int]
     """Row of the store → tokens of its prompt; the target that follows is the first of its answer."""
     most_tokens: int
-    """Of prompts with their answers that are written together."""
+    """Most tokens of prompts and answers that are written together."""
     tick: Callable[[int, int], None] = lambda done, total: None
     answers: dict[int, list[int]] = field(default_factory=dict)
     """Row → the ids that the model writes, the one that ends them included."""
@@ -151,7 +151,7 @@ class Continuation:
         return known
 
     def together(self, lengths: Sequence[int]) -> int:
-        """How many of rows of such lengths, in this order, are written together."""
+        """Number of rows of such lengths, in this order, that are written together."""
         sizes = [(1 + i) * (max(lengths[: i + 1]) + 1 + self.new_tokens) for i in range(len(lengths))]
         return max(1, sum(size <= self.most_tokens for size in sizes))
 

@@ -75,7 +75,7 @@ class KVPool:
         return self.layers[layer]
 
     def bytes_per_token(self) -> int:
-        """Of one sequence, in all layers that have written."""
+        """Bytes of a token of one sequence, in all layers that have written."""
         tensors = (tensor for pair in self.layers.values() for tensor in pair)
         return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
 

@@ -55,7 +55,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts_of(answer: Mapping[str, Any]) -> CheckedFile:
-    """What an answer says of a training file. Raises FileFault."""
+    """Read the facts of a training file from an answer. Raises FileFault."""
     if "fault" in answer:
         raise FileFault(**answer["fault"])
     return CheckedFile(**answer)
@@ -80,6 +80,6 @@ def _limit(memory_bytes: int, seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    asked = orjson.loads(sys.argv[1])
-    _limit(asked["memory_bytes"], asked["seconds"])
-    sys.stdout.buffer.write(orjson.dumps(answer_to(asked)) + b"\n")
+    request = orjson.loads(sys.argv[1])
+    _limit(request["memory_bytes"], request["seconds"])
+    sys.stdout.buffer.write(orjson.dumps(answer_to(request)) + b"\n")

@@ -22,7 +22,7 @@ from tunesmith.serve.protocol import RequestError
 
 BUSY_MS = 10_000
 TIMEOUTS = {"connect_timeout": 5, "keepalives_idle": 30, "tcp_user_timeout": 30_000}
-"""Of PostgreSQL in s, s and ms: a database that is gone holds no request for longer."""
+"""PostgreSQL's, in s, s and ms: a database that is gone holds no request for longer."""
 LOCK = 0x7475_6E65
 """Number of the advisory lock that the server of a PostgreSQL store holds."""
 _DAMAGED = ("is not a database", "malformed", "Could not decode to UTF-8")

@@ -28,13 +28,13 @@ def _whole(most: int) -> Any:
 
 
 LEAST = 1e-6
-"""Of a factor: below it a step changes no weight."""
+"""Smallest factor: below it a step changes no weight."""
 _FACTOR = _auto_or("a number from 0.000001 to 1,000,000", lambda value: LEAST <= value <= 1 / LEAST, int | float)
 _UP_TO_TWO = _auto_or("a number from 0.000001 to 2", lambda value: LEAST <= value <= 2, int | float)
 
 
 class Hyperparameters(Parameters):
-    """What a client may decide about training; "auto" is decided here."""
+    """Options of training that a client may set; "auto" is decided here."""
 
     n_epochs: Annotated[Any, _whole(50)] = "auto"
     batch_size: Annotated[Any, _whole(256)] = "auto"
@@ -42,7 +42,7 @@ class Hyperparameters(Parameters):
 
 
 class DpoHyperparameters(Hyperparameters):
-    """Those of a job that learns from preferences."""
+    """Options of a job that learns from preferences."""
 
     beta: Annotated[Any, _UP_TO_TWO] = "auto"
 
@@ -69,7 +69,7 @@ class MethodChoice(StrictModel):
 
     @property
     def hyperparameters(self) -> Hyperparameters | None:
-        """Those of its own type."""
+        """The hyperparameters of the method's own type."""
         options = self.dpo if self.type == "dpo" else self.supervised
         return None if options is None else options.hyperparameters
 
@@ -79,7 +79,7 @@ _Word = Annotated[str, StringConstraints(max_length=128, pattern=r"^[^\x00]*$")]
 
 
 class WandbProject(StrictModel):
-    """Where a run goes in Weights & Biases."""
+    """A project in Weights & Biases that gets the run."""
 
     project: _Word = Field(min_length=1)
     name: _Word | None = None

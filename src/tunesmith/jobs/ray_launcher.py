@@ -26,7 +26,7 @@ POLL_S = 0.5
 
 
 def hold_place(run: Path, recipe: Path, environment: Mapping[str, str], offline: bool, server: str) -> None:
-    """The task: ends when the run does. A child that a lost task left at work goes on, and is waited for. On another
+    """The task: ends when the run does. A child that a lost task left at work continues, and is waited for. On another
     machine than the `server` it has its card for itself."""
     launcher = LocalLauncher(offline=offline)
     share = {} if socket.gethostname() == server else {CARD_SHARE: "1"}
@@ -52,7 +52,7 @@ class RayRun:
             Run(self.child.run).ask_stop()
         elif self.task is not None:
             with suppress(self.ray.exceptions.RayError):
-                self.ray.cancel(self.task)  # it may wait for a place still; else it is asked again once it has a folder
+                self.ray.cancel(self.task)  # it may wait for a place; else `stop` comes again once it has a folder
 
     def error(self) -> dict[str, Any] | None:
         return self.child.error()

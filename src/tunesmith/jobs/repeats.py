@@ -22,7 +22,7 @@ LOST_S = 120
 
 
 def retry_count(request: Request) -> int:
-    """How often this request was sent before; 0 for a client that does not say."""
+    """Number of times this request was sent before; 0 for a client that does not say."""
     text = request.headers.get("x-stainless-retry-count", "0")
     return int(text) if text.isascii() and text.isdigit() and len(text) < 4 else 0
 

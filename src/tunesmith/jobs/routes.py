@@ -251,7 +251,7 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
 
     @router.get("/{name}/checkpoints")
     def checkpoints(name: str, request: Request) -> Response:
-        """Checkpoints of a job that can be asked, newest first."""
+        """Checkpoints of a job that are served, newest first."""
         query = read_query(request, "after", "limit")
         limit = read_limit(query, 10, 100)
         listed = [objects.checkpoint_object(row) for row in store.tuned(job=find_job(store, name)["id"])[::-1]]

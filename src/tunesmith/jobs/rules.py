@@ -1,4 +1,4 @@
-"""What each project may have, how long it is kept, and who hears of its jobs: a part of bases.yaml."""
+"""Rules of projects: limits, how long files and runs are kept, and who hears of jobs: a part of bases.yaml."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ProjectRules(BaseModel):
     requests_per_minute: int | None = Field(None, ge=1)
     keep_files_days: float | None = Field(None, gt=0)
     keep_runs_days: float | None = Field(None, gt=0)
-    """Of jobs that have ended without a model that is left."""
+    """Days that runs of ended jobs are kept once no model of theirs is left."""
     webhook: WebhookEndpoint | None = None
 
 

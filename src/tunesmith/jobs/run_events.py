@@ -15,7 +15,7 @@ _COLUMNS = (
     "step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
     "full_valid_mean_token_accuracy",
 )  # fmt: skip
-"""Of the results file. The accuracy of training steps is not measured."""
+"""Columns of the results file. The accuracy of training steps is not measured."""
 SAMPLES_AN_EVENT = 10
 _MEASURED = {"before": "untouched model", "after": "result"}
 
@@ -61,7 +61,7 @@ class EventTranslator:
             text += f", validation loss={loss or 0:.2f}, full validation loss={loss or 0:.2f}"
             yield event(self.job, text, data=data, once=f"measured {run_event.step}")
         if run_event.kind == "resume":
-            text = f"Fine-tuning job goes on after step {values['from_step']}"
+            text = f"Fine-tuning job continues after step {values['from_step']}"
             yield event(self.job, text, once=f"resume {values['from_step']} {run_event.time}")
         if run_event.kind == "sample" and run_event.values["index"] % SAMPLES_AN_EVENT == 0:
             text = f"Measuring the {_MEASURED[values['name']]}: sample prompts answered: {values['index'] + 1}"

@@ -77,7 +77,7 @@ class JobServer:
         return cls(store, engines, routers, stop, threads)
 
     async def close(self) -> None:
-        """End the work. A run under way stops after its step, and goes on under the next server."""
+        """End the work. A run under way stops after its step, and continues under the next server."""
         self._stop.set()
         for thread in self._threads:
             await asyncio.to_thread(thread.join, 10)

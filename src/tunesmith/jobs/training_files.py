@@ -20,7 +20,7 @@ NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or c
 MAX_NAMED = 10
 MAX_LISTED = 100
 MAX_CHARS = 1000
-"""Of what is said about a row."""
+"""Longest description of a row's faults."""
 MOST_ERRORS = 1000
 """Faults after which a file is read no further: its owner corrects the first, and each costs memory and time."""
 _TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
@@ -45,7 +45,7 @@ class FileFault(Exception):
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """What a run has to know of a training file."""
+    """Facts of a training file that a run needs."""
 
     num_rows: int
     task: TaskName

@@ -33,10 +33,10 @@ MAX_HEADER_BYTES = 8192
 SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 """Fewest bytes in SLOW_S seconds, but for the last ones: 16 KiB a second."""
 FIRST_LOOK_BYTES = 8 << 20
-"""Of a training file: its first row has to end within them."""
+"""Bytes of a training file within which its first row has to end."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 FORM_BYTES = 4096
-"""Of a form around its file, at most."""
+"""Most bytes of a form around its file."""
 LIFETIMES_S = (3600, 2_592_000)
 _EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 UNAVAILABLE = 503

@@ -18,7 +18,7 @@ from tunesmith.parallel.world import World
 BUCKET = 16 * 2**20
 """Numbers in a bucket: 64 MiB of float32."""
 LARGE = 2**20
-"""Numbers from which a float32 piece is summed where it lies; smaller ones are copied together first."""
+"""Numbers from which a float32 piece is summed in place; smaller ones are copied together first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Exhausted:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a rank, or all of them, computed in a step."""
+    """Results of a step on one rank, or on all of them."""
 
     micro_batches: list[tuple[int, ...]]
     """Rows of each micro-batch, in order of ranks."""
@@ -54,7 +54,7 @@ class Computed:
 
 
 def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targets: float) -> Computed:
-    """What all ranks computed, with the gradients of `trained` summed over them; of a run alone `own`, as it is.
+    """Join what all ranks computed, with the gradients of `trained` summed; a run alone gets `own` back.
 
     A tensor without a gradient counts as zeros, and stays without one where no rank has one. Where memory ended on a
     rank nothing is summed. Raises GroupError if the targets of all ranks are not the `num_targets` of the step.

@@ -38,7 +38,7 @@ def shard_layers(world: World, model: nn.Module, body: nn.Module, layers: Sequen
 
 
 def as_whole(tensors: Mapping[str, Tensor], shards: Mapping[str, torch.Size], mesh: Any) -> dict[str, Tensor]:
-    """The same tensors, with those that are pieces as tensors of the whole shape, which `full_tensor` gathers.
+    """Turn tensors that are pieces into tensors of the whole shape, which `full_tensor` gathers; others stay.
 
     `shards`: shapes of the whole, by name of a weight; what an optimizer keeps of it is named `<weight>/<part>`.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
 
 SHUTDOWN_S = 600
-"""Seconds that ranks get to save a checkpoint when the run is asked to stop."""
+"""Seconds that ranks get to save a checkpoint after a request to stop."""
 INTERRUPTED = 130
 RUN = "run"
 """File in the agent's folder that holds the path of the run."""

@@ -11,7 +11,7 @@ from tunesmith.parallel.world import Place
 
 
 def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> str:
-    """Let this process see its own card alone, as cuda:0, whichever of its threads asks; returns "".
+    """Let this process see its own card alone, as cuda:0, in all of its threads; returns "".
 
     Where CUDA runs already (Ray's workers), the card that is current there, which has to be named then: "cuda:1".
     Raises RecipeError for a device that is one, InputError for more processes than cards.

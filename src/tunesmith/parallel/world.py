@@ -89,11 +89,11 @@ class World:
         self.place = place or Place()
         self.rank, self.size = self.place.rank, self.place.size
         self.wants_stop: Callable[[], bool] = lambda: False
-        """Whether this rank was asked to stop; read when ranks meet."""
+        """Whether this rank got a request to stop; read when ranks meet."""
         self.stops = False
-        """Whether any rank was, when they last met."""
+        """Whether any rank had one when they last met."""
         self.joined: list[dict[str, Any]] = []
-        """What each rank said of itself when it came."""
+        """Facts that each rank gave of itself when it joined."""
         self.mesh: Any = None
         """torch's mesh of ranks over which the layers of the model are split; None: each rank has the whole model."""
         self.card = ""
@@ -251,7 +251,7 @@ class World:
         return [json.loads(content) for content in self.gather(json.dumps(value).encode())]
 
     def agree_to_stop(self) -> None:
-        """Find out on all ranks whether any was asked to stop; a run alone reads its own word."""
+        """Set `stops` on all ranks if any rank got a request to stop; a run alone reads its own."""
         self.stops = self.size > 1 and any(self.gather_values(bool(self.wants_stop())))
 
     def fail(self, error: BaseException) -> None:

@@ -73,7 +73,7 @@ class Device:
     busy: float = 0.0
     """Share of the processor that other programs take."""
     in_use: str = ""
-    """What others hold of the memory of a card that is here, in words."""
+    """Memory of a card here that others hold, in words."""
     memory: int = 0
     """Bytes of all its memory, by which the loss is cut into pieces, see `fused_loss`; 0: `room`."""
 
@@ -158,8 +158,8 @@ def busy_share() -> float:
 def here_apart(device: str, *, threads: int, dtype: torch.dtype) -> Device:
     """`here`, found by a process of its own: half a GiB of a card, which CUDA keeps for each, is free again when it has
     ended. Raises RuntimeError with what the process printed where it fails."""
-    asked = [device, str(threads), str(dtype).removeprefix("torch.")]
-    words = [*python_words("tunesmith.planning.devices"), *asked]
+    arguments = [device, str(threads), str(dtype).removeprefix("torch.")]
+    words = [*python_words("tunesmith.planning.devices"), *arguments]
     done = subprocess.run(words, capture_output=True, env=for_child(), text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])

@@ -37,11 +37,11 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
 
     What was set is left as it is, whether it fits or not.
     """
-    automatic, asked = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
-    as_given = predict(recipe)
-    num, room = as_given.sizes.recomputable, gib(as_given.device.room)
+    automatic, wanted_tokens = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
+    as_wanted = predict(recipe)
+    num, room = as_wanted.sizes.recomputable, gib(as_wanted.device.room)
     numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
-    sizes, least = [asked], max(longest, SMALLEST_PASS)
+    sizes, least = [wanted_tokens], max(longest, SMALLEST_PASS)
     while free_tokens and sizes[-1] > least:
         sizes.append(max(least, sizes[-1] // 2))
     for tokens, layers in ((tokens, layers) for tokens in sizes for layers in numbers):
@@ -50,13 +50,13 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
         if forecast.memory.total <= (1 - MARGIN) * forecast.device.room:
             break
     choices = []
-    if tokens != asked:
-        reason = f"{asked:,} would need {gib(as_given.memory.total)} of {room}; the update is the same"
+    if tokens != wanted_tokens:
+        reason = f"{wanted_tokens:,} would need {gib(as_wanted.memory.total)} of {room}; the update is the same"
         choices.append(Choice("train.tokens_per_pass", tokens, reason))
     if automatic:
         reason = f"{gib(forecast.memory.total)} of {room} are needed: nothing has to be computed twice"
         if layers:
-            reason = f"without, {gib(as_given.memory.total)} of {room} would be needed; the model has {num} layers"
+            reason = f"without, {gib(as_wanted.memory.total)} of {room} would be needed; the model has {num} layers"
         choices.append(Choice("train.checkpointed_layers", layers, reason))
     return best, choices, forecast
 

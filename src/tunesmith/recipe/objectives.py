@@ -91,8 +91,8 @@ class Embed(OptionGroup):
     dims: tuple[Positive, ...] = ()
     """Matryoshka: sizes to which a vector may be cut. The losses of all of them are added; name the full size too."""
     pooling: PoolingKind | Auto = "auto"
-    """How the token vectors of a text become its vector: mean, cls (its first), last or max. auto: as the model's files
-    of sentence-transformers say, else mean, of causal models last."""
+    """Way from the token vectors of a text to its vector: mean, cls (its first), last or max. auto: as the files of
+    sentence-transformers say, else mean, of causal models last."""
     normalize: bool | Auto = "auto"
     """Scale vectors to length 1. auto: as the model's files say, else true."""
     query_prompt: str | None = None

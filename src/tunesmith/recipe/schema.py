@@ -47,7 +47,7 @@ class DataFile(OptionGroup):
 
     @property
     def source(self) -> str:
-        """What was given: this file, or the folder or address that it was found by; not an option."""
+        """The place that the user named: this file, or the folder or address that holds it; not an option."""
         return self._source or self.path
 
     @property
@@ -56,7 +56,7 @@ class DataFile(OptionGroup):
         return self._at or self.path
 
     def at_place(self, place: str, *, path: str = "") -> DataFile:
-        """This file, read from another place; with a path, one of the files that it stands for, whose source it is."""
+        """This file, read from another place; with a path, one of the files that it names, whose source it is."""
         copy = self.model_copy(update={"path": path or self.path})
         copy._at, copy._source = place, self.source if path else self._source
         return copy
@@ -76,7 +76,7 @@ class Limits(OptionGroup):
 
 
 class Reading(NamedTuple):
-    """How files are read, as far as their content does not say it."""
+    """Settings for reading files, as far as their content does not say it."""
 
     encoding: str = "auto"
     suffixes: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Data(OptionGroup):
     """Encoding of files that are not UTF-8: cp1252, latin-1, cp1251, shift_jis, ... auto: UTF-8, or UTF-16 and UTF-32
     by their byte order marks."""
     suffixes: Words = ()
-    """Ends of names of documents, beside .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document
+    """Ends of names of documents, besides .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document
     in a folder without others."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
@@ -158,7 +158,7 @@ class Data(OptionGroup):
 
     @property
     def reading(self) -> Reading:
-        """How its files are read."""
+        """Settings for reading its files."""
         return Reading(self.encoding, self.suffixes)
 
     @property
@@ -295,8 +295,8 @@ class EvaluationOptions(OptionGroup):
     """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a class, a
     name or a date; fewer in a short run."""
     samples_before: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Of these prompts the first ones that the untouched model answers. auto: all, or as many as take it at most a
-    tenth of the training."""
+    """Number of these prompts, the first ones, that the untouched model answers too. auto: all, or as many
+    as take it at most a tenth of the training."""
     sample_tokens: Positive = 64
     """Most new tokens in such an answer; 16 at most where answers are short."""
     general: bool | Auto = "auto"

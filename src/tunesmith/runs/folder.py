@@ -174,7 +174,7 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What the run noted so far, in its order: left out, chosen, or found. Raises RunError for a damaged log."""
+        """Notes of the run so far, in their order: left out, chosen, or found. Raises RunError for a damaged log."""
         notes: list[str] = []
         for event in self.events():
             notes += event.values.get("warnings", ()) if event.kind == "plan" else ()

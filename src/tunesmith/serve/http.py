@@ -93,7 +93,7 @@ class BoundedConnection(H11Protocol):
         idle = [connection for connection in others if connection.cycle is None or connection.cycle.response_complete]
         if idle:
             longest = min(idle, key=lambda connection: connection._idle_since)
-            longest._end(408, "request_timeout", "Others needed the place of this connection, which asked nothing.")
+            longest._end(408, "request_timeout", "Others needed the place of this connection, which sent no request.")
         return bool(idle)
 
     def data_received(self, data: bytes) -> None:

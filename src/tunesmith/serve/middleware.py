@@ -97,7 +97,7 @@ class RequestLog:
     seconds: float
     usage: Usage
     fault: str = ""
-    """Where in the code an unexpected error came from; its message could quote the request."""
+    """Place in the code that raised an unexpected error, whose message could quote the request."""
 
 
 @dataclass(frozen=True)

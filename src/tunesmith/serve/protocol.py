@@ -17,7 +17,7 @@ from tunesmith.errors import InputError, TunesmithError
 from tunesmith.types import TaskName
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
-"""How a chat template writes tool calls; see responses.with_tool_calls."""
+"""Form in which a chat template writes tool calls; see responses.with_tool_calls."""
 OPEN = "<tool_call>"
 Modality: TypeAlias = Literal["text", "labels", "embeddings"]
 
@@ -138,14 +138,14 @@ class EngineOptions:
     memory_limit_bytes: int | None = None
     """Resident memory at which the worker is ended and started again; None: 90 % of the machine."""
     threads: int | None = None
-    """Of the worker; None: one a core."""
+    """Threads of the worker; None: one a core."""
     offline: bool = False
     base: str | None = None
-    """Where the base model of the runs is now, if it was moved."""
+    """Place of the runs' base model, if it was moved."""
     attaches: bool = False
     """Whether runs will be attached while it answers."""
     engines: int = 1
-    """Of the server, which share its part of a card."""
+    """Number of engines of the server, which share its part of a card."""
 
 
 @dataclass(frozen=True, slots=True)

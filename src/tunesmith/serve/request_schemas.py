@@ -181,7 +181,7 @@ class SampledBody(Body):
 
 
 class JsonSchema(StrictModel):
-    """A schema with the name that OpenAI's API asks for. It is always enforced, `strict` or not."""
+    """A schema with the name that OpenAI's API requires. It is always enforced, `strict` or not."""
 
     name: str
     description: str | None = None

@@ -131,7 +131,7 @@ class Scheduler:
         return events
 
     def _within_memory(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns; None: memory ended."""
+        """Do `work` and return its result; None: memory ended."""
         try:
             return work()
         except (MemoryError, RuntimeError) as error:

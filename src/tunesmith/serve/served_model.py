@@ -40,7 +40,7 @@ class ServedModel:
     loaded: LoadedModel
     decoder: Decoder
     paths: Mapping[str, LowRankPath] = field(default_factory=dict)
-    """Of its adapter on the base; empty: it answers as the model that is loaded."""
+    """Low-rank paths of its adapter by layer; empty: the loaded model answers as it is."""
 
     @property
     def renderer(self) -> Renderer:

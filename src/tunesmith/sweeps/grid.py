@@ -234,7 +234,7 @@ class Asha:
     """When trials are judged."""
 
     factor: int = 3
-    """Each rung lets one trial in `factor` continue, and lies `factor` times further than the rung before."""
+    """Each rung lets one trial in `factor` continue, and comes `factor` times later than the rung before."""
     first: int = 1
     """Evaluations before the first rung."""
 
@@ -258,7 +258,7 @@ class Judge:
         return rest == 0 and evaluations == 1
 
     def hear(self, trial: str, step: int, value: float) -> dict[str, Any] | None:
-        """Note an evaluation; {"step", "value", "rank", "of"} if the trial is to stop for it, None if it goes on.
+        """Note an evaluation; {"step", "value", "rank", "of"} if the trial is to stop for it, None if it continues.
 
         `rank` counts from 1 among the `of` trials that have reached the rung so far.
         """

@@ -55,7 +55,7 @@ class RayTasks:
 
 
 ATTEMPTS = 4
-"""Times that a group which loses a worker is started; its run goes on from the newest checkpoint."""
+"""Times that a group which loses a worker is started; its run continues from the newest checkpoint."""
 _MARK = "tunesmith error: "
 
 
@@ -68,7 +68,7 @@ def train_on_ray(
 
     Raises:
         InputError: Ray is missing or not reached, or what `train` refuses.
-        Stopped: stopped on request; the same call goes on.
+        Stopped: stopped on request; the same call continues.
         TunesmithError: what the run failed with.
     """
     with connected(address) as ray:
@@ -93,7 +93,7 @@ def train_on_ray(
                 if attempt == ATTEMPTS or not isinstance(error, GroupError) or listener.should_stop():
                     raise error from failure
     if run.state() == "stopped":
-        raise Stopped("stopped; the same command goes on")
+        raise Stopped("stopped; the same command continues it")
     return run
 
 

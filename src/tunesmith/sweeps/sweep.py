@@ -3,7 +3,7 @@
     runs/lr/          sweep.json (which trials were stopped or failed, and why), recipes/, lock
     runs/lr-01/ ...   its trials, ordinary runs
 
-Everything else is read from the run folders, so that a sweep which was killed goes on where its trials are.
+Everything else is read from the run folders, so that a sweep which was killed continues where its trials are.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class Sweep:
     def run(self, engine: TrialRunner | None = None, watch: Watch | None = None) -> None:
         """Run what is left of every trial, in the order of the grid.
 
-        Raises Stopped, after the trials at work have saved a checkpoint, if asked to stop, and InputError if a trial
-        is refused before any has made its run and no other is getting ready.
+        Raises Stopped, after the trials at work have saved a checkpoint, on a request to stop, and InputError if a
+        trial is refused before any has made its run and no other is getting ready.
         """
         engine, watch = engine or OneByOne(), watch or Watch()
         waiting, running = self._left(watch), list[Trial]()

@@ -36,9 +36,9 @@ class Job:
 
 
 def run_trial(job: Job) -> str:
-    """Train the trial, or go on where it was stopped or killed; why it failed, or "" where it is done or stopped.
+    """Train the trial, or continue where it was stopped or killed; returns why it failed, "" if it is done or stopped.
 
-    A process that a killed sweep left at work is stopped first; its run goes on from there.
+    A process that a killed sweep left at work is stopped first; its run continues from there.
     """
     os.chdir(job.folder)
     run = Run(job.run)

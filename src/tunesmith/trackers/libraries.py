@@ -69,7 +69,7 @@ class Tracker:
             self._run.log_artifact(str(path), name=f"{reader.key}-{path.name}", type=kind)
 
     def close(self, state: str = "") -> None:
-        """Close the run, which ended in this state of `RunReader`; empty: it goes on, or an error came."""
+        """Close the run, which ended in this state of `RunReader`; empty: it continues, or an error came."""
         self._run.finish()
 
 
@@ -316,7 +316,7 @@ def without_secrets(text: str) -> str:
 
 
 def _reach(address: str, offline: bool) -> None:
-    """Raise InputError if the server at an HTTP address must not be asked, ConnectionError if it does not answer."""
+    """Raise InputError if the server at an HTTP address must not be called, ConnectionError if it does not answer."""
     if not address.startswith("http"):
         return
     address = without_secrets(address)

@@ -72,7 +72,7 @@ class RunReader:
         created = hashlib.sha256(repr(run.created).encode()).hexdigest()[:8]
         self.name = run.path.resolve().name
         self.key = f"{re.sub(r'[^A-Za-z0-9_-]', '-', self.name)[:40]}-{created}"
-        """Name of the run for a tracker, the same wherever its folder lies."""
+        """Name of the run for a tracker, the same wherever its folder is."""
         self.recipe: dict[str, Any] = yaml_io.parse(run.recipe_path.read_text("utf-8"), str(run.recipe_path)) or {}
         self.facts: dict[str, dict[str, Any]] = {}
         """Versions, and SHA-256 of the data files."""
@@ -86,7 +86,7 @@ class RunReader:
     def add(self, event: Event) -> list[StepMetrics]:
         """Take the next event; return the steps that are complete with it: one of a later step came, or the run ended.
 
-        The newest step of a run that was killed waits, since its evaluation may be missing, until the run goes on.
+        The newest step of a run that was killed waits, since its evaluation may be missing, until the run continues.
         """
         kind, values = event.kind, event.values
         if kind == "start":

@@ -49,7 +49,7 @@ Say = Callable[[bool, str], None]
 
 
 def read_state(run: Run, name: str) -> dict[str, Any]:
-    """What tracking/NAME.json records: {"where", "place", "step", "done", "error"}."""
+    """Read tracking/NAME.json: {"where", "place", "step", "done", "error"}."""
     state = {"where": [], "place": "", "step": -1, "done": False, "error": ""}
     with suppress(RunError):
         state |= run.read_json(f"tracking/{name}.json")
@@ -215,7 +215,7 @@ def _usable(optional: Sequence[str], others: Sequence[str], say: Say) -> list[st
 
 
 def _without(name: str, problem: str) -> str:
-    return f"{problem} The run goes on without it; send it later: {command('track', 'RUN', '--to', name)}"
+    return f"{problem} The run continues without it; send it later: {command('track', 'RUN', '--to', name)}"
 
 
 def _result(run: Run, name: str, process: subprocess.Popen[bytes], until: float | None) -> tuple[bool, str]:

@@ -12,7 +12,7 @@ down_revision = "1"
 
 
 def upgrade() -> None:
-    """What is there belongs to the first project."""
+    """Give all rows to the first project."""
     if not sa.inspect(op.get_bind()).has_table("uploads"):
         make_table(
             "uploads", "id", needed("status"), needed("bytes", BIG), needed("filename"), needed("purpose"),
