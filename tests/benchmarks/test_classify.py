@@ -74,7 +74,7 @@ def test_both_sides_train_and_are_scored_on_the_same_rows(
     assert str(tmp_path) not in out.read_text("utf-8")
 
 
-def test_trainer_answers_in_the_order_of_the_file_though_it_trains_by_length(tmp_path: Path) -> None:
+def test_trainer_answers_in_file_order_though_it_trains_by_length(tmp_path: Path) -> None:
     from benchmarks.peers.trainer_classify import train
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

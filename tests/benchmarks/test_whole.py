@@ -28,7 +28,7 @@ def test_what_a_run_took_is_all_some_part_of_it():
     assert list(taken.values()) == [3.0, 4.0, 2.5, 0.0, 1.0, 3.5]
 
 
-def test_the_phases_of_a_run_are_all_of_it_and_answers_on_the_way_are_told_apart(tmp_path):
+def test_phases_add_up_to_the_run_and_answers_on_the_way_count_apart(tmp_path):
     listed = tmp_path / "evaluation" / "surprising.json"
     listed.parent.mkdir()
     listed.write_text("{}")

@@ -174,7 +174,7 @@ def drawn(live: Live) -> str:
     return without_colours(live.console.file.getvalue())
 
 
-def test_live_area_shows_phase_and_step_with_loss_rate_speed_memory_and_time_left() -> None:
+def test_live_area_shows_phase_step_loss_rate_speed_memory_and_time_left() -> None:
     live = Live(terminal(120), RunSeries())
     assert "getting ready" in drawn(live)
     live.progress("encode", 50, 200)

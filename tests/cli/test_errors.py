@@ -226,7 +226,7 @@ def test_signal_before_the_run_has_begun_interrupts(stoppable: Start) -> None:
     assert process.returncode in (1, -2)  # an uncaught KeyboardInterrupt, as the interpreter ends with it
 
 
-def test_a_signal_in_the_middle_of_a_line_asks_to_stop_and_is_said_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_within_a_line_stops_the_run_and_is_printed_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
     def say(text: str) -> None:
         raise RuntimeError("reentrant call inside <_io.BufferedWriter name=1>")
 

@@ -126,7 +126,7 @@ def test_a_column_that_is_not_there_or_is_the_answers_own_cannot_be_kept(one: Pa
 
 
 @pytest.mark.parametrize("wrong", ["out", "rows"])
-def test_a_file_that_is_in_the_way_or_missing_is_refused_before_anything_is_loaded(
+def test_an_existing_output_or_missing_input_is_refused_before_loading(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
     monkeypatch.setattr("tunesmith.inference.load.load_any", lambda *rest, **options: pytest.fail("loaded"))

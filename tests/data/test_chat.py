@@ -160,7 +160,7 @@ def test_a_trained_empty_think_block_would_be_seen(monkeypatch: pytest.MonkeyPat
 
 # trap: T6
 @pytest.mark.parametrize("as_field", [True, False])
-def test_reasoning_is_trained_where_the_template_shows_it_and_its_loss_is_said(as_field: bool) -> None:
+def test_reasoning_is_trained_if_the_template_shows_it_else_noted(as_field: bool) -> None:
     made, tokenizer = renderer("qwen3")
     heard: list[Problem] = []
     row = made.encode([thinking(as_field=as_field)], on_warning=heard.append)[0][0]
@@ -183,7 +183,7 @@ def test_a_context_that_serving_would_not_show_is_a_counted_warning() -> None:
     assert ["messages[1]" in heard[0].message, "messages[3]" in heard[1].message] == [True, True]
 
 
-def test_a_template_that_rewrites_an_answer_is_an_error_that_names_row_and_message() -> None:
+def test_a_template_that_rewrites_an_answer_is_refused_with_its_place() -> None:
     made, _ = renderer("rewrites")
     problems = made.encode([three_turns()])[0]
     assert [str(p.source) for p in problems] == ["chat.jsonl:1"]

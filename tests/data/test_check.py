@@ -158,7 +158,7 @@ def labelled(*rows: tuple[str, Any]) -> bytes:
     return json_lines([{"text": text, "label": label} for text, label in rows])
 
 
-def test_classes_are_counted_in_the_order_of_their_ids_and_first_rows_shown(tmp_path: Path):
+def test_classes_are_counted_in_order_of_ids_and_first_rows_are_shown(tmp_path: Path):
     rows = [(f"text {i}", ["10", "2", "a"][i % 3]) for i in range(30)]
     report = check(data_of(put(tmp_path, "a.jsonl", labelled(*rows)), held_out=0.1))
     assert report.ok
@@ -258,7 +258,7 @@ def test_what_only_a_model_can_say_is_said(tmp_path: Path):
     assert report.files[0].usable == 2
 
 
-def test_rows_that_are_too_long_and_are_to_be_dropped_do_not_refuse_the_data(tmp_path: Path):
+def test_too_long_rows_that_are_dropped_do_not_refuse_the_data(tmp_path: Path):
     path = put(tmp_path, "a.jsonl", json_lines([pair("a"), pair("long " * 200)]))
     report = check(data_of(path, too_long="drop"), renderer=renderer(max_tokens=64, too_long="drop"))
     assert report.ok

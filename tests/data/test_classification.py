@@ -48,7 +48,7 @@ def test_an_encoder_reads_what_its_tokenizer_makes_of_texts(
     assert row.trained.tolist() == [True, *[False] * (len(row.ids) - 1)]
 
 
-def test_a_causal_model_reads_what_its_tokenizer_makes_and_learns_at_the_last() -> None:
+def test_a_causal_model_reads_its_tokenizers_ids_and_learns_at_the_last() -> None:
     tokenizer = TOKENIZERS["causal"]
     row = only_row(renderer("causal").encode([labelled("the fox", "a dog")])[0])
     assert tokenizer.decode(row.ids) == "<s>the fox\na dog"
@@ -97,7 +97,7 @@ def test_a_control_token_in_a_text_is_a_problem(name: str, token: str) -> None:
     only_row(renderer(name, control_tokens="allow").encode([labelled(f"a {token} b")])[0])
 
 
-def test_classes_are_counted_by_their_first_appearance_in_rows_that_are_used() -> None:
+def test_classes_are_counted_by_first_appearance_in_used_rows() -> None:
     vocabulary: dict[str, int] = {}
     examples = [labelled("a", labels=(name,)) for name in ("b", "a", "b")]
     examples.insert(0, labelled("", labels=("never",)))

@@ -129,7 +129,7 @@ def store_of(path: Path, text: str, **options: Any) -> RowStore:
     )
 
 
-def test_a_feed_masks_what_the_store_counts_and_is_the_same_however_rows_are_grouped(tmp_path: Path) -> None:
+def test_a_collator_masks_what_the_store_counts_for_any_grouping_of_rows(tmp_path: Path) -> None:
     text = '{"text": "the quick brown fox jumps over the lazy dog and the fox"}\n{"text": "山"}\n'
     store = store_of(tmp_path / "rows", text, task=TASKS["text"])
     made = Collator(store, layout="padded", device="cpu", masking=masking(share=0.3))

@@ -48,7 +48,7 @@ def labels_of(store: RowStore) -> list[Any]:
     return [store.row(i).labels.tolist() for i in range(len(store))]  # type: ignore[union-attr]
 
 
-def test_classes_are_ids_by_first_appearance_until_it_is_known_what_is_learnt(tmp_path: Path) -> None:
+def test_class_ids_follow_first_appearance_until_the_labels_are_known(tmp_path: Path) -> None:
     store = store_of(tmp_path, texts("b", "a", "b", "c", "a"))
     assert store.labels.vocabulary == ("b", "a", "c")
     assert store.labels.firsts().tolist() == [0, 1, 0, 2, 1]

@@ -142,7 +142,7 @@ def test_forms_of_data_files_in_a_readme(server, form):
     assert [prompt for _, prompt in rows_of("hf://datasets/acme/forms")] == ["0", "1"]
 
 
-def test_converted_branch_is_read_where_it_is_named_and_named_where_there_are_no_rows(server):
+def test_converted_branch_is_read_if_named_and_suggested_without_rows(server):
     repo = server.dataset("acme/old", {"old.py": b"x", "archive.tar": b"x"})
     repo.push({"default/train/0000.parquet": parquet([chat(1)]), "default/test/0000.parquet": parquet([chat(2)])},
               branch="refs/convert/parquet")  # fmt: skip

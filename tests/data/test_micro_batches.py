@@ -172,7 +172,7 @@ def beginnings(rng, num: int):
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), num=st.integers(1, 40), budget=st.integers(1, 400))
-def test_sharing_passes_hold_every_row_once_and_compute_no_more_than_the_budget(seed, num, budget):
+def test_sharing_micro_batches_hold_each_row_once_within_the_budget(seed, num, budget):
     rng = np.random.default_rng(seed)
     ids = beginnings(rng, num)
     passes = make_sharing_micro_batches(range(num), ids, tokens_per_pass=budget)

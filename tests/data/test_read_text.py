@@ -99,7 +99,7 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
     assert expand_folders(found, heard.append) == found
 
 
-def test_a_folder_of_held_out_documents_is_not_trained_with_those_next_to_it(tmp_path: Path):
+def test_a_folder_of_held_out_documents_is_not_trained_with_its_siblings(tmp_path: Path):
     for name in ("Train/a.txt", "Test/b.txt", "dev/c.txt"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("Text.")

@@ -69,7 +69,7 @@ def moved(value: float, margin: float = 0.01) -> Interval:
     return {"value": value, "low": value - margin, "high": value + margin}
 
 
-def test_change_is_of_the_loss_per_token_with_an_interval_of_other_passages():
+def test_change_of_loss_per_token_has_an_interval_over_passages():
     """Ten tokens lose 1 nat each and thirty 2: 70 nats of 40 tokens. A resample has either, or both; Student's t of
     so few is far wider."""
     found = general.loss_change([10.0, 60.0], [20.0, 120.0], [10, 30])

@@ -106,7 +106,7 @@ def of_one_word(folder: Path, references: Sequence[str], said: str) -> Run:
     return run
 
 
-def test_answers_that_are_all_one_are_named_and_have_the_constant_beside_them(tmp_path: Path) -> None:
+def test_answers_that_are_all_alike_are_named_with_the_constant_baseline(tmp_path: Path) -> None:
     run = of_one_word(tmp_path / "run", ["yes", "no"] * 20, "yes")
     assert "All 40 answers are `yes`." in report_of(run)["headline"]
     page = (run.path / "report.html").read_text()

@@ -159,7 +159,7 @@ def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 40, 60, 100])
-def test_rows_of_the_smallest_hashes_are_looked_through_as_if_all_had_been_sorted(most: int):
+def test_rows_of_smallest_hashes_equal_the_head_of_a_full_sort(most: int):
     generator = np.random.default_rng(0)
     store = SimpleNamespace(hashes=generator.integers(2**62, size=80).astype(np.uint64) // np.uint64(2**57))
     rows_I = generator.permutation(80)[:60]

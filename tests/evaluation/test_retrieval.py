@@ -188,7 +188,7 @@ def test_a_report_compares_with_an_evaluation_of_the_same_rows_alone(store):
     assert compare_rows(ranks_of(store, [1]), ranks_of(store, [1])).loss_note == ""
 
 
-def test_what_training_rows_say_belongs_to_an_anchor_does_not_change_the_pool_of_measured_ones(store):
+def test_training_rows_positives_do_not_change_the_measured_pool(store):
     """Row 1 gives row 0's anchor another positive, which is hidden from it among all documents."""
     with_it, without = ranks_of(store, [1]), ranks_of(store, [2])
     assert [row["near"]["documents"] for row in with_it] == [row["near"]["documents"] for row in without]

@@ -33,7 +33,7 @@ def drug_reviews() -> list[tuple[str, str]]:
 
 
 # trap: M1
-def test_a_classifier_no_better_than_the_commonest_class_is_not_called_better() -> None:
+def test_a_classifier_like_the_commonest_class_is_not_called_better() -> None:
     rows = rows_of("classes", drug_reviews())
     random_head = rows_of("classes", [(true, "neu") for true, _ in drug_reviews()])
 

@@ -34,7 +34,7 @@ def test_peft_loads_it_and_it_is_what_was_tuned(name: str, tmp_path: Path, monke
     assert (head["library_name"], head.license) == ("peft", "unknown")
 
 
-def test_the_base_is_named_by_its_bytes_and_not_by_a_folder_of_this_machine(tmp_path: Path) -> None:  # trap: A8
+def test_the_base_is_named_by_its_hash_and_not_by_a_local_folder(tmp_path: Path) -> None:  # trap: A8
     done = exported("chat", tmp_path, proof=False)
     base = Path(finished("chat").recipe().model)
     assert_travels(done.path, base)

@@ -150,7 +150,7 @@ def test_both_sides_are_on_the_card_if_both_fit_it(tmp_path, monkeypatch, free, 
     assert plan.tokens == 8000  # so fast a device reads all of them
 
 
-def test_a_processor_reads_fewer_tokens_of_a_large_model_and_says_how_long_it_takes(tmp_path, monkeypatch):
+def test_a_processor_proves_large_models_on_fewer_tokens_and_says_the_time(tmp_path, monkeypatch):
     result = open_result(short_run(tmp_path), offline=True)
     monkeypatch.setattr(proof_plan, "model_size", lambda located: type("Size", (), {"num_params": 8 * 10**9}))
     monkeypatch.setattr(devices, "_measured", lambda device, **how: (50e9, 1e10))

@@ -186,7 +186,7 @@ def smollm_like() -> Any:
     return tokenizer
 
 
-def test_the_rule_of_splitting_text_is_found_and_never_overridden_in_silence() -> None:  # trap: A13
+def test_the_pre_tokenizer_is_found_and_never_overridden_silently() -> None:  # trap: A13
     assert_rule_is_found(find_pre_tokenizer)
     with pytest.raises(AssertionError):
         assert_rule_is_found(lambda tokenizer, *, of_gguf: find_pre_tokenizer(tiny_tokenizer(), of_gguf=None))

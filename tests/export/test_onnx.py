@@ -55,9 +55,7 @@ def test_every_head(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.found.kl < 1e-9
 
 
-def test_nothing_but_the_folder_is_needed_where_weights_lie_beside_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_folder_alone_is_enough_with_external_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's own lines, on rows of other lengths than those that were traced, padded on the right."""
     quick(monkeypatch)
     monkeypatch.setattr(onnx, "MAX_FILE_BYTES", 1000)

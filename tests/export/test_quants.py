@@ -89,7 +89,7 @@ def test_without_llama_cpp_its_kinds_are_refused_before_weights_are_loaded(
 
 
 @pytest.mark.parametrize("quant", ["q4_0", pytest.param("q4_k_m", marks=needs_llama_cpp)])
-def test_past_its_bound_a_kind_fails_says_what_rounds_less_and_leaves_nothing(
+def test_a_quant_past_its_bound_fails_names_a_finer_one_and_leaves_nothing(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(monkeypatch)

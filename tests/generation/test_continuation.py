@@ -208,7 +208,7 @@ def test_where_memory_ends_the_rest_is_answered_by_fewer_at_a_time(
     assert notes == []
 
 
-def test_a_model_that_goes_on_from_none_is_noted_and_asked_prompt_by_prompt(
+def test_a_model_without_continuation_is_noted_and_answers_one_by_one(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*a: Any, **k: Any) -> Any:
@@ -220,7 +220,7 @@ def test_a_model_that_goes_on_from_none_is_noted_and_asked_prompt_by_prompt(
     assert [text for text in notes if "sinks" in text]
 
 
-def test_prompts_that_do_not_fit_together_are_halved_and_long_ones_read_in_parts(
+def test_too_large_batches_are_halved_and_long_prompts_read_in_parts(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, eight prompts of any length were one batch, and the run ended before its first step."""

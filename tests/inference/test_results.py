@@ -133,7 +133,7 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused(run: Run, tmp_path: Path, n
     assert not list(elsewhere.iterdir())
 
 
-def test_what_a_killed_writer_left_in_a_folder_of_the_run_is_removed_by_the_next(run: Run) -> None:
+def test_leftovers_of_a_killed_writer_are_removed_by_the_next(run: Run) -> None:
     left = [run.path / name / ".tmp-after.jsonl-01234567" for name in ("evaluation", "rows/train")]
     for path in left:
         path.write_text("half")
@@ -141,7 +141,7 @@ def test_what_a_killed_writer_left_in_a_folder_of_the_run_is_removed_by_the_next
         assert not any(path.exists() for path in left)
 
 
-def test_the_copy_of_a_killed_export_is_removed_by_the_next_and_that_of_a_living_one_is_not(run: Run) -> None:
+def test_the_next_export_removes_a_killed_ones_copy_not_a_live_ones(run: Run) -> None:
     exports = run.path / "exports"
     dead, alive = temporary_folder(exports, "adapter"), temporary_folder(exports, "adapter")
     (dead / "model.safetensors").write_bytes(b"0" * 100)

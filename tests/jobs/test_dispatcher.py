@@ -152,9 +152,7 @@ class RefusingModels(FakeModels):
 
 
 @pytest.mark.parametrize("status", ["paused", "cancelled"])
-def test_where_a_job_was_paused_becomes_a_model_even_if_the_engine_was_away_and_where_it_was_cancelled_none(
-    store: Store, status: str
-) -> None:
+def test_a_paused_job_gets_a_model_without_an_engine_a_cancelled_one_none(store: Store, status: str) -> None:
     models = RefusingModels([503, 503, 503])
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), models)
@@ -210,7 +208,7 @@ def test_kills_of_a_run_do_not_count_when_its_result_is_put_on(store: Store, cra
     assert (store.job(name)["status"], len(launcher.started)) == (status, 3)
 
 
-def test_a_job_that_is_cancelled_while_its_result_waits_for_an_engine_is_tidied_once(store: Store) -> None:
+def test_a_job_cancelled_while_its_result_waits_for_an_engine_is_tidied(store: Store) -> None:
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, FakeLauncher(), RefusingModels([503] * 100))
     while name not in working.unfinished:
@@ -242,9 +240,7 @@ def test_what_cannot_be_removed_after_a_success_is_said_once(
 
 
 @pytest.mark.parametrize(("num", "status"), [(2, "succeeded"), (3, "failed")])
-def test_an_engine_that_is_killed_while_a_result_is_put_on_it_is_no_fault_of_the_job(
-    store: Store, num: int, status: str
-) -> None:
+def test_an_engine_killed_while_attaching_a_result_is_not_the_jobs_fault(store: Store, num: int, status: str) -> None:
     """The third time it is: then the result itself ends the engine."""
     models = FakeModels()
     name = put_job(store, put_file(store, rows(12)))

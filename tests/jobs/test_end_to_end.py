@@ -173,7 +173,7 @@ def kill(live: Live, what: str, runs: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180 + 60 * NUM_KILLED)
-def test_ten_jobs_end_the_same_while_something_is_killed_each_second_or_two(tmp_path: Path) -> None:
+def test_ten_jobs_end_the_same_with_kills_each_second_or_two(tmp_path: Path) -> None:
     """The server, a check, a run or the engine, all of them real. Two minutes."""
     model_folder(tmp_path / "tiny")
     with_recipe(tmp_path, checkpoint={"every": 3}, evaluation={"general": False})

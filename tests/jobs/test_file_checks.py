@@ -70,7 +70,7 @@ def peak_bytes(*, anew: bool = False) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
-def test_a_million_bad_lines_end_their_job_and_take_no_memory_of_the_server(store: Store) -> None:
+def test_a_million_bad_lines_end_their_job_without_the_servers_memory(store: Store) -> None:
     name = put_job(store, put_file(store, rows(1) + b"1\n" * 1_500_000))
     server, before = working(store), peak_bytes(anew=True)
     job = ended(store, server, name, within_s=60)
@@ -99,7 +99,7 @@ def its_check_ends(server: Dispatcher, name: str, process: int) -> None:
 
 
 # trap: S21
-def test_a_cancelled_job_ends_its_check_and_another_project_goes_on_meanwhile(
+def test_a_cancelled_job_ends_its_check_while_other_projects_continue(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = b"".join(json.dumps({f"field {i} {row}": 1 for i in range(90_000)}).encode() + b"\n" for row in range(12))
@@ -164,7 +164,7 @@ def test_a_check_outlives_its_server(store: Store) -> None:
     assert ended(store, server, name, within_s=30)["status"] == "succeeded"
 
 
-def test_a_file_that_ends_its_server_again_and_again_is_an_error_of_its_job(store: Store) -> None:
+def test_a_file_that_kills_its_check_repeatedly_fails_its_job(store: Store) -> None:
     """As where everything of the server is ended for want of memory."""
     name = put_job(store, put_file(store, rows(12)))
     for _ in range(3):

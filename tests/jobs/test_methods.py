@@ -154,7 +154,7 @@ def test_of_the_results_at_stops_the_newest_is_kept(store: Store) -> None:
     assert set(models.served) == {row["name"] for row in store.tuned()}
 
 
-def test_the_result_at_a_stop_before_stays_where_the_newest_cannot_be_served(store: Store) -> None:
+def test_the_result_of_an_earlier_stop_stays_if_the_newest_is_refused(store: Store) -> None:
     class Refusing(FakeModels):
         def attach(self, base: str, name: str, run: Path) -> None:
             if name.endswith("step-3"):
@@ -171,9 +171,7 @@ def test_the_result_at_a_stop_before_stays_where_the_newest_cannot_be_served(sto
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_a_job_that_is_cancelled_while_it_waits_keeps_its_results_and_no_checkpoints(
-    store: Store, is_damaged: bool
-) -> None:
+def test_a_job_cancelled_while_waiting_keeps_results_and_no_checkpoints(store: Store, is_damaged: bool) -> None:
     notes, launcher, models = list[str](), FakeLauncher(), FakeModels()
     name, other = (put_job(store, put_file(store, rows(12), file)) for file in ("file-a", "file-b"))
     store.act(other, "pause", "Fine-tuning job paused")
@@ -254,7 +252,7 @@ def test_a_disk_that_stays_full_keeps_them_at_the_next_start(store: Store, monke
     assert store.job(name)["result_file"] is not None
 
 
-def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_ended(store: Store) -> None:
+def test_a_stops_result_stays_until_a_job_that_tunes_it_has_ended(store: Store) -> None:
     models, launcher = FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)
@@ -271,9 +269,7 @@ def test_a_result_at_a_stop_that_another_job_tunes_further_stays_until_that_has_
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
-def test_a_job_that_is_cancelled_in_its_pause_keeps_results_and_what_can_be_asked(
-    store: Store, is_restarted: bool
-) -> None:
+def test_a_job_cancelled_in_its_pause_keeps_results_and_served_models(store: Store, is_restarted: bool) -> None:
     models, launcher = FakeModels(), FakeLauncher()
     name = put_job(store, put_file(store, rows(12)))
     working = dispatcher(store, launcher, models)

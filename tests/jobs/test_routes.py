@@ -242,7 +242,7 @@ def test_one_job_is_made_with_one_key_however_often_it_is_sent(served: Served, f
     assert (status, answer["status"]) == (200, "validating_files")
 
 
-def test_a_client_that_polls_is_answered_from_memory_until_the_job_is_another(
+def test_a_polling_client_is_answered_from_memory_until_the_job_changes(
     served: Served, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, read = served.client.fine_tuning.jobs, Store._read

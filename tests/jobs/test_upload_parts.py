@@ -244,7 +244,7 @@ def pending_uploads_are_counted(served: Served, monkeypatch: pytest.MonkeyPatch)
 FACTS: dict[str, Any] = {"bytes": 9, "filename": "a", "mime_type": "text/jsonl", "purpose": "fine-tune"}
 
 
-def test_a_file_above_the_largest_is_said_to_be_that_where_its_project_has_no_limit(
+def test_a_too_large_file_is_named_so_if_its_project_has_no_limit(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.store, "rules", Rules())
@@ -255,9 +255,7 @@ def test_a_file_above_the_largest_is_said_to_be_that_where_its_project_has_no_li
     assert refused.value.status_code == 413, "not 429, after which a client would send it again"
 
 
-def test_an_upload_without_a_length_ends_where_the_room_of_its_project_does(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_without_a_length_ends_at_its_projects_limit(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in served.store.page(uploads, is_pending(), limit=1000)[0]:
         served.client.uploads.cancel(row["id"])
     taken = sum(file.bytes for file in served.client.files.list())

@@ -72,7 +72,7 @@ def test_every_weight_ends_as_if_all_rows_were_trained(arch: str, optimizer: str
     assert set(moved) == set(SEEN) - ({PADDING} if arch != "llama" else set())
 
 
-def test_in_bfloat16_rows_that_cannot_learn_keep_their_bits_and_the_others_move() -> None:
+def test_in_bfloat16_frozen_rows_keep_their_bits_and_others_move() -> None:
     model = made("llama", torch.bfloat16)
     before = copy.deepcopy(model.get_input_embeddings().weight)
     attachment = tuned(model, SEEN)

@@ -119,7 +119,7 @@ def test_the_test_sees_rows_that_were_not_saved(tied: bool, tmp_path: Path) -> N
         assert_live_is_merged_is_reloaded_is_peft(tied, tmp_path, forget_rows=True)
 
 
-def test_a_new_row_begins_as_the_mean_of_its_pieces_and_a_padded_table_never_shrinks() -> None:
+def test_a_new_row_starts_as_the_mean_of_its_pieces_and_no_table_shrinks() -> None:
     model = tiny_model(vocab_size=64)
     before = {name: table.clone() for name, table in tables(model).items()}
     resize_embeddings(model, NewTokens((62, 70), ((1, 2), (5,))))

@@ -52,7 +52,7 @@ def test_layers_that_only_images_pass_through_have_no_adapter(word: str) -> None
     assert sorted(found) == sorted(n for n in module_names(model) if any(f".{n}".endswith(f".{w}") for w in written))
 
 
-def test_a_router_that_is_called_a_linear_layer_has_no_adapter_and_a_layer_of_falcon_has() -> None:
+def test_a_router_named_like_a_linear_has_no_adapter_and_falcons_layer_has() -> None:
     """PhiMoE's router gives a choice of experts, Falcon's layers a product written in its own way."""
     model = tiny_model("phimoe", vocab_size=32, num_local_experts=4, num_experts_per_tok=2)
     assert {name.rpartition(".")[2] for name in names(model, "all-linear")} == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -69,7 +69,7 @@ def test_a_layer_whose_weight_and_bias_are_read_can_be_adapted() -> None:
 
 
 @pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])
-def test_groups_split_the_layers_of_models_with_heads_and_of_encoder_decoders(arch: str) -> None:
+def test_groups_split_layers_of_models_with_heads_and_encoder_decoders(arch: str) -> None:
     how = {} if arch in TRANSLATORS else {"head": "sequence", "labels": Labels("one", ("a", "b", "c"))}
     model = tiny_model(arch, vocab_size=32, **how)
     everything, attention, mlp = (names(model, word) for word in ("all-linear", "attention", "mlp"))

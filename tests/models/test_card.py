@@ -59,7 +59,7 @@ def test_a_card_that_torch_cannot_use_is_refused_with_the_way_out(unused, name, 
     assert choose_device("cpu").value == "cpu"
 
 
-def test_a_variable_that_names_no_card_is_refused_and_one_that_hides_all_is_obeyed(unused, monkeypatch):
+def test_a_variable_naming_no_card_is_refused_and_one_hiding_all_obeyed(unused, monkeypatch):
     unused("580.65.06", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "gpu7")
     with pytest.raises(RecipeError, match="CUDA_VISIBLE_DEVICES=gpu7 names no card that is here"):
@@ -187,7 +187,7 @@ def used(monkeypatch: pytest.MonkeyPatch, free: float, listed: str | Exception) 
     monkeypatch.setattr(subprocess, "run", run)
 
 
-def test_a_card_in_use_by_others_is_named_with_its_free_memory_and_who_they_are(monkeypatch):
+def test_a_card_in_use_is_named_with_free_memory_and_its_processes(monkeypatch):
     used(monkeypatch, 61, f"4121, /usr/bin/python3, 17600 MiB\n{os.getpid()}, python, 300 MiB\n")
     note = card.in_use("cuda")
     assert note.startswith("cuda: 19.0 GiB of its 80.0 GiB are in use by python3 (process 4121, 17600 MiB); 61.0 GiB ")

@@ -41,7 +41,7 @@ def test_k_may_be_changed():
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
 
 
-def test_of_a_model_that_sees_the_layers_of_its_language_model_are_recomputed():
+def test_a_vision_model_recomputes_the_layers_of_its_language_model():
     """Those that only images pass through come first in it; recomputed, they would save nothing."""
     model = seeing_model(vocab_size=VOCAB)
     checkpoint_layers(model, 1)
@@ -106,7 +106,7 @@ def bfloat16_gradients(num_layers: int) -> list[torch.Tensor]:
     return [weight.grad for weight in model.parameters() if weight.grad is not None]
 
 
-def test_short_rows_in_bfloat16_have_the_same_gradients_in_recomputed_layers():
+def test_short_bfloat16_rows_have_equal_gradients_in_recomputed_layers():
     """A recomputed layer hands out what it saved once: asking twice ended the run with a CheckpointError."""
     assert all(map(torch.equal, bfloat16_gradients(2), bfloat16_gradients(0)))
 
@@ -131,7 +131,7 @@ def gradients_with_a_head(arch: str, num_layers: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("arch", [*(arch for arch in ENCODERS if arch != "mpnet"), *TRANSLATORS])
-def test_encoders_and_encoder_decoders_have_the_same_gradients_in_recomputed_layers(arch):
+def test_encoders_and_encoder_decoders_have_equal_gradients_recomputed(arch):
     expected = gradients_with_a_head(arch, 0)
     assert all(grad.abs().max() > 0 for grad in expected)
     assert all(map(torch.equal, gradients_with_a_head(arch, 2), expected))

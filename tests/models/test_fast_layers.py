@@ -93,7 +93,7 @@ def test_a_wrong_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert in_nodes(model) == []
 
 
-def test_dropout_hooks_and_layers_that_are_switched_off_are_seen_in_every_call() -> None:
+def test_dropout_hooks_and_disabled_layers_are_seen_in_every_call() -> None:
     model = model_of("llama")
     attachment = attach(model, LoraMethod(name="lora", rank=4, alpha=8), seed=0)
     use_fast_layers(model)

@@ -74,7 +74,7 @@ def in_pieces(patch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:
     patch.setattr(output_module, "CHUNK_TARGETS", 1)
 
 
-def test_a_frozen_layer_has_small_pieces_and_none_is_too_small_for_its_weights():
+def test_a_frozen_layer_has_small_pieces_but_none_below_its_weights():
     """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 96 targets are more bytes."""
     for vocabulary, frozen, trained in ((49_152, 96, 341), (30_522, 137, 549), (128_256, 96, 130)):
         with torch.device("meta"):
@@ -107,7 +107,7 @@ def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 + 1e-5 * float(other.abs().max()))
 
 
-def test_in_bfloat16_its_gradients_are_as_near_to_the_truth_as_the_models_own():
+def test_bfloat16_gradients_are_as_near_to_the_truth_as_the_models_own():
     """Distance of all gradients together to those of float32; the factor of the loss must not be rounded."""
     model = sharp("llama").bfloat16()
     use_packed_attention(model)

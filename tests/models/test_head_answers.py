@@ -133,7 +133,7 @@ def assert_the_last_token_is_pooled(arch: str, layout: Layout, ask: Callable[[Pr
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("arch", CAUSAL)
-def test_causal_models_answer_about_a_text_as_alone_even_if_padding_is_the_end_token(arch: str, layout: Layout) -> None:
+def test_causal_models_classify_as_alone_even_if_padding_is_the_end_token(arch: str, layout: Layout) -> None:
     assert_the_last_token_is_pooled(arch, layout, sequence_logits)
 
 

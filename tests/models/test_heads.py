@@ -71,7 +71,7 @@ def test_a_new_head_is_drawn_and_said_and_all_else_is_that_of_the_file(arch: str
     assert not model.training
 
 
-def test_new_weights_depend_on_the_seed_and_nothing_else_and_leave_no_trace(tmp_path: Path) -> None:
+def test_new_weights_depend_on_the_seed_alone_and_leave_no_trace(tmp_path: Path) -> None:
     folder = saved(tmp_path / "bert", "bert")
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -150,7 +150,7 @@ def test_a_head_that_transformers_lacks_is_named(arch: str, head: HeadName, tmp_
         load(saved(tmp_path / arch, arch), head, None if head == "masked_token" else THREE)
 
 
-def test_a_causal_model_whose_head_does_not_read_the_last_token_alone_is_refused(tmp_path: Path) -> None:
+def test_a_causal_head_that_reads_more_than_the_last_token_is_refused(tmp_path: Path) -> None:
     """Decoders of ModernBERT (Ettin) have a head of two layers behind a pooling by the pad token."""
     folder = saved(tmp_path / "m", "modernbert-decoder", pad_token_id=3)
     assert model_kind(resolve_model(str(folder))) == "causal"

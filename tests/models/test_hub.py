@@ -72,7 +72,7 @@ def test_socket_test_catches_a_look_at_the_hub(cache, no_sockets):  # planted
 
 
 @pytest.mark.parametrize("model", ["acme/ti..ny", "ac--me/tiny", "acme/tiny.git", "acme/tiny-"])
-def test_what_the_hub_allows_no_model_to_be_called_is_refused_without_a_socket(cache, no_sockets, model):
+def test_names_that_the_hub_forbids_are_refused_without_a_socket(cache, no_sockets, model):
     with pytest.raises(ModelError, match="neither a folder nor the form of a hub id"):
         resolve_model(model)
 
@@ -173,7 +173,7 @@ def recipe_on_hub(folder: Path, **more: object) -> Recipe:
     return tiny_recipe(folder, **more).model_copy(update={"model": "acme/tiny"})
 
 
-def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_downloaded(hub, tmp_path, monkeypatch):
+def test_a_run_that_does_not_fit_is_refused_before_the_download(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("tunesmith.planning.devices.room", lambda device: devices.resident_bytes() // 2)
     with pytest.raises(DoesNotFitError, match="memory: this run needs"):
         prepare(recipe_on_hub(tmp_path), root=tmp_path / "runs")
@@ -189,7 +189,7 @@ def test_planted_a_run_that_looks_for_its_model_with_weights_would_be_seen(hub, 
     assert "model.safetensors" in hub.asked
 
 
-def test_a_run_that_fits_has_its_weights_downloaded_and_is_that_of_the_folder(hub, tmp_path):
+def test_a_run_that_fits_downloads_weights_and_equals_a_folders_run(hub, tmp_path):
     told: list[str] = []
     recipe = recipe_on_hub(tmp_path)
     setup = prepare(recipe, root=tmp_path / "runs", on_progress=lambda what, done, total: told.append(what))

@@ -137,7 +137,7 @@ def test_missing_or_broken_tokenizer_is_named(folder):
         load_tokenizer(located, None)
 
 
-def test_a_sentencepiece_file_that_nothing_here_reads_is_named_with_what_does(folder, monkeypatch):
+def test_an_unreadable_sentencepiece_file_is_named_with_what_reads_it(folder, monkeypatch):
     """As of DeBERTa-v3. transformers asks for tiktoken, which does not read it."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")

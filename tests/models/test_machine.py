@@ -153,7 +153,7 @@ def test_repeatable_kernels_are_taken_on_a_card_alone(monkeypatch):
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_memory_of_an_apple_device_is_freed_without_the_call_for_all_devices(monkeypatch):
+def test_apple_memory_is_freed_without_the_call_for_all_devices(monkeypatch):
     """torch 2.10: "Allocator for mps is not a DeviceAllocator", https://github.com/pytorch/pytorch/issues/186430."""
 
     def refuse() -> None:

@@ -87,7 +87,7 @@ def test_sound_models_are_packed_as_ever(arch: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_a_model_that_is_decoded_apart_says_what_it_says_alone_or_is_refused(kind: str) -> None:
+def test_a_model_decoded_with_others_answers_as_alone_or_is_refused(kind: str) -> None:
     model = hybrid(kind)
     problem = why_unlike(SequentialDecoder, model, AdapterSet(model))
     assert (REFUSED.get(kind, "") in problem) if kind in REFUSED else problem == ""
@@ -136,7 +136,7 @@ def test_a_model_with_other_positions_for_long_texts_ends_where_they_begin(tmp_p
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_the_border_is_found_where_only_the_settings_of_the_positions_name_it(by_layer: bool) -> None:
+def test_the_border_is_found_if_only_position_settings_name_it(by_layer: bool) -> None:
     rope: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": 100}
     config = MistralConfig(max_position_embeddings=4096)
     config.rope_parameters = (
@@ -151,7 +151,7 @@ def test_a_longer_text_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert_longer_texts_change_no_shorter_one(tmp_path)
 
 
-def test_dynamic_frequencies_never_move_below_the_positions_that_a_config_names() -> None:
+def test_dynamic_frequencies_never_move_within_the_configs_positions() -> None:
     """No row or text is longer than those, so nothing of the kind lives in the module from pass to pass."""
     model = sharp("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     rotary = model.model.rotary_emb

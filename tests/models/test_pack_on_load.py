@@ -136,7 +136,7 @@ for at_once in (None, packing):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what the kernel says a process holds")
-def test_the_whole_model_is_never_in_memory_and_what_was_unpacked_is_given_back(tmp_path):
+def test_the_whole_model_is_never_in_memory_and_unpacked_weights_are_freed(tmp_path):
     """4 layers of 768: 21 M weights in float16 are 43 MB, packed 11 MB. The file holds them in bfloat16."""
     folder = saved(tmp_path / "model", "llama", hidden=768, layers=4, dtype=torch.bfloat16)
     small = saved(tmp_path / "small", "llama", dtype=torch.bfloat16)

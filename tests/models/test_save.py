@@ -141,7 +141,7 @@ def test_changed_tokenizer_is_written_anew(tmp_path, located, loaded):
     )
 
 
-def test_a_tokenizer_that_comes_as_a_sentencepiece_file_alone_is_whole_in_the_result(folder, tmp_path, monkeypatch):
+def test_a_sentencepiece_only_tokenizer_is_whole_in_the_result(folder, tmp_path, monkeypatch):
     """As of DeBERTa-v3 (spm.model) and mBART: without it transformers makes another tokenizer of the rest."""
     right = load_tokenizer(resolve_model(str(folder)), None)
     monkeypatch.setattr(save, "load_tokenizer", lambda located, template: right)  # for which sentencepiece is needed

@@ -151,7 +151,7 @@ def test_the_resume_test_sees_a_state_that_is_not_put_back(name: str) -> None:
 
 
 @every
-def test_state_is_empty_before_the_first_update_and_for_tensors_without_a_gradient(name: str) -> None:
+def test_state_is_empty_before_an_update_and_without_a_gradient(name: str) -> None:
     tensors = some_tensors()
     update = Optimizer(tensors, optim(name))
     assert update.state() == {}
@@ -273,7 +273,7 @@ def test_null_is_what_is_usual_and_is_written_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion"])
-def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(name, tmp_path, monkeypatch) -> None:
+def test_a_missing_package_is_named_before_anything_is_loaded(name, tmp_path, monkeypatch) -> None:
     package = OPTIMIZERS[name].extra
     monkeypatch.setattr("tunesmith.optim.optimizers.find_spec", lambda wanted: None)
     recipe = tiny_recipe(tmp_path, optim={"name": name})

@@ -72,7 +72,7 @@ def noted(folder: Path, number: int, busy: float, *settings: str) -> list[str]:
     return _few_rows(found.recipe, number, replace(forecast, busy=busy))
 
 
-def test_few_rows_are_said_with_the_share_of_the_cards_and_what_would_fill_them(folder: Path) -> None:
+def test_few_rows_are_noted_with_the_cards_share_and_a_way_to_fill_them(folder: Path) -> None:
     (note,) = noted(folder, 8, 0.45)
     assert note.startswith("train.rows_per_step is 16, which leaves 8 devices 2 rows each: they compute 45 % of a")
     assert "27 would fill them, but are another update" in note
@@ -83,7 +83,7 @@ def test_few_rows_are_said_with_the_share_of_the_cards_and_what_would_fill_them(
 
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 16), (4, 16), (8, 32), (16, 50), (64, 50)])
-def test_a_step_has_more_rows_on_more_devices_as_far_as_an_epoch_has_twenty_steps(number: int, rows: int) -> None:
+def test_more_devices_get_larger_steps_while_an_epoch_has_twenty(number: int, rows: int) -> None:
     recipe = validate({"task": "chat", "devices": number})
     facts = Facts(8_000_000_000, "cuda", "causal", np.full(1000, 400, np.int32))
     assert _rows_per_step(recipe, facts)[0] == rows

@@ -60,7 +60,7 @@ def test_a_long_run_measures_all_and_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(("steps", "before"), [(400, 256), (30, 64), (12, 8)])
-def test_the_untouched_model_answers_as_many_as_a_tenth_of_the_training_allows(steps: int, before: int) -> None:
+def test_the_untouched_model_answers_within_a_tenth_of_the_training(steps: int, before: int) -> None:
     """256 long answers, as the person wants them: the tuned model writes all of them."""
     recipe, choices = decided(steps, held=300, samples=256)
     assert (recipe.evaluation.samples, recipe.evaluation.samples_before) == (256, before)

@@ -152,7 +152,7 @@ def test_a_slice_of_a_card_is_a_card_with_the_memory_of_the_slice(tmp_path, monk
     assert found.forecast.device.room == 9 * 2**30 + devices.CUDA_CONTEXT
 
 
-def test_a_second_run_on_a_card_takes_what_the_first_leaves_and_says_who_it_is(tmp_path, monkeypatch):
+def test_a_second_run_on_a_card_takes_the_rest_and_names_the_first(tmp_path, monkeypatch):
     fake_card(monkeypatch)
     monkeypatch.setattr(devices, "in_use", lambda device: f"{device}: 40 GiB are in use by python (process 7, 40 GiB)")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (40 * 2**30, 80 * 2**30))

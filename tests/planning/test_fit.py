@@ -102,7 +102,7 @@ def lora_with(**method) -> Recipe:
     return with_choice(recipe, Choice("method", {"name": "lora", **method}, ""))
 
 
-def test_a_packed_base_is_offered_where_lora_is_not_small_enough_and_keeps_what_was_set():
+def test_a_packed_base_is_offered_if_lora_does_not_fit_and_keeps_options():
     asked: list[Recipe] = []
     recipe = lora_with(rank=8)
     assert list(fitting.nearest(recipe, predictor(12, asked), longest=100)) == ["--set method.name=qlora"]

@@ -100,7 +100,7 @@ def needs(
     return peak(sizes, heavy, look, recomputed=recomputed, device=device, base=7)
 
 
-def test_layers_keep_their_inputs_and_outputs_and_recomputed_ones_their_input():
+def test_layers_keep_inputs_and_outputs_recomputed_ones_their_input():
     """4 layers of 10 features of 4 bytes a token, 0.7 of one at work; recomputed: 16 bytes, one layer whole."""
     assert needs().activations == 1000 * (4 * 40) + 28000
     assert needs(recomputed=4).activations == 1000 * (4 * 16 + 40) + 28000
@@ -141,7 +141,7 @@ def test_pieces_of_a_card_that_others_fill_are_those_of_the_whole_card():
     assert needs(large, targets=5000, device=named("16G")).logits < needs(large, targets=5000, device=card).logits
 
 
-def test_measured_rows_that_fill_a_pass_are_the_peak_where_they_have_more_logits():
+def test_measured_rows_are_the_peak_if_they_have_more_logits():
     large = replace(SIZES, outputs=50_000)
     plain = needs(replace(large, fused_loss=False), looked=2000)
     assert (plain.gradients, plain.activations, plain.logits) == (0, 56000, 2000 * 50_000 * 8)

@@ -86,7 +86,7 @@ def child_that(code: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(process.subprocess, "run", lambda words, **how: run([*words[:2], "stub_child"], **how))
 
 
-def test_a_child_that_ends_is_told_where_no_process_can_be_killed_by_a_signal(tmp_path, monkeypatch):
+def test_a_childs_end_is_reported_where_signals_cannot_kill(tmp_path, monkeypatch):
     """As on Windows."""
     monkeypatch.delattr("signal.SIGKILL")
     (tmp_path / "printed").write_text("why\n")

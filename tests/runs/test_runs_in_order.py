@@ -208,7 +208,7 @@ def test_link_to_a_run_is_not_removed(root, tmp_path):
     assert (tmp_path / "kept" / "recipe.yaml").is_file()
 
 
-def test_interrupted_removal_leaves_no_half_run_and_the_next_one_finishes_it(root, monkeypatch):
+def test_an_interrupted_removal_leaves_no_half_run_and_the_next_ends_it(root, monkeypatch):
     real, parts = shutil.rmtree, removal.removable([Run(root / name) for name in ("one", "two")], whole=True)[0]
 
     def killed(path):

@@ -110,7 +110,7 @@ def test_memory_that_ends_costs_the_youngest_request_and_no_other(name: str, at:
         assert heard[key].answer() == alone("llama", None, tuple(asked[key]), 8)
 
 
-def test_a_step_that_cannot_be_made_again_costs_its_requests_but_not_the_next() -> None:
+def test_a_step_that_cannot_be_repeated_fails_its_requests_only() -> None:
     made = decoder("llama", SequentialDecoder)
     ends_once(made, "step", 2)
     batch, heard = Scheduler(made, streams=8), defaultdict[int, Heard](Heard)

@@ -196,7 +196,7 @@ def test_everything_wrong_is_said_at_once(server: Running) -> None:
     assert error["message"] == " ".join(hints)
 
 
-def test_unknown_names_are_compared_with_those_of_their_place_alone_and_few_of_them(server: Running) -> None:
+def test_unknown_names_are_compared_with_few_names_of_their_place(server: Running) -> None:
     asked = {**CHAT, "max_token": 9, "response_format": {"type": "text", "json_scheme": 1}, "training_fil": 1}
     message = server.ask("POST", "/v1/chat/completions", asked)[1]["error"]["message"]
     assert "max_token: unknown parameter. Did you mean max_tokens?" in message

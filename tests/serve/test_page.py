@@ -44,7 +44,7 @@ def test_the_page_is_all_that_is_given_without_a_key() -> None:
             assert server.ask(method, path, headers=ACCEPT)[0] == 401, (method, path)
 
 
-def test_the_field_for_a_key_is_there_only_when_one_is_needed_and_the_page_says_what_a_model_was_tuned_for(
+def test_the_page_has_a_key_field_if_needed_and_names_a_models_task(
     server: Running,
 ) -> None:
     """A rule for rows would show what `hidden` hides."""

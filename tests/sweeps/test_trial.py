@@ -32,7 +32,7 @@ def made(folder: Path, *kinds: str) -> Run:
     return run
 
 
-def test_a_new_trial_is_trained_a_killed_one_resumes_a_finished_one_is_left(tmp_path: Path, words: list[Any]) -> None:
+def test_a_new_trial_trains_a_killed_one_resumes_a_finished_one_stays(tmp_path: Path, words: list[Any]) -> None:
     assert run_trial(job(tmp_path)) == ""
     recipe, out = str(tmp_path / "lr-01.yaml"), str(tmp_path / "lr-01")
     assert words.pop() == ["train", "--recipe", recipe, "--out", out, "--runs", str(tmp_path)]

@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_trl(case):
         assert float(flipped.mean()) == pytest.approx(case["loss"], rel=1e-6)
 
 
-def test_a_row_of_several_answers_is_the_mean_of_its_pairs_and_a_tie_is_none():
+def test_a_row_of_several_answers_is_the_mean_of_its_untied_pairs():
     found = losses_of([2.0, 0.5, -1.0, 3.0], [3.0, 1.0, 1.0, 0.0], [0, 0, 0, 0], [0.25], margin=0.5, center=0.1)
     pairs = [(2.0, 0.5, 2), (2.0, -1.0, 2), (2.0, 3.0, 3), (0.5, 3.0, 1), (-1.0, 3.0, 1)]
     by_hand = [math.log1p(math.exp(-(a - b - 0.25 - 0.5 * points))) + 0.1 * (a + b) ** 2 for a, b, points in pairs]
@@ -70,7 +70,7 @@ def test_a_row_of_several_answers_is_the_mean_of_its_pairs_and_a_tie_is_none():
 
 
 # trap: P21
-def test_centring_holds_the_mean_at_0_and_without_it_a_shift_changes_nothing():
+def test_centring_holds_the_mean_at_0_without_it_shifts_change_nothing():
     rewards = [1.0, 0.2, -0.3, -2.0]
     how: tuple[Any, ...] = ([1.0, 0.0] * 2, [0, 0, 1, 1], [0.0, 0.0])
     free, moved = (losses_of([one + by for one in rewards], *how, center=0.0).sum() for by in (0.0, 7.0))

@@ -82,7 +82,7 @@ def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
         assert_alike(planted)
 
 
-def test_the_reference_point_is_the_mean_over_the_step_without_gradient_and_never_below_0(tmp_path):
+def test_the_reference_point_is_the_steps_mean_detached_and_at_least_0(tmp_path):
     setup = prepare(recipe_of(tmp_path, train={"rows_per_step": 6}), root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:6]]
     store, looked = setup.store, partial(setup.collator.batch, draw=1, lines="looked")
@@ -96,7 +96,7 @@ def test_the_reference_point_is_the_mean_over_the_step_without_gradient_and_neve
         assert isinstance(found.keywords["z0"], float)
 
 
-def test_a_partner_is_another_row_with_another_prompt_and_its_line_is_prompt_and_answer(tmp_path):
+def test_a_partner_has_another_prompt_and_its_line_is_prompt_and_answer(tmp_path):
     store = prepare(recipe_of(tmp_path), root=tmp_path / "runs").store
     partners = store.branches.partners
     for i in range(len(store)):
@@ -139,7 +139,7 @@ def assert_balanced(options: Prefer, labels: Any) -> None:
     assert (labels == 1).sum() * options.desirable == pytest.approx((labels == 0).sum() * options.undesirable)
 
 
-def test_a_run_stopped_and_resumed_is_the_same_run_and_is_measured_again_as_it_said(tmp_path):
+def test_a_stopped_and_resumed_run_is_the_same_and_measures_the_same(tmp_path):
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
     straight = train(recipe.model_copy(update={"task": "auto"}), root=tmp_path / "straight")
     assert straight.recipe().prefer.loss == "kto"

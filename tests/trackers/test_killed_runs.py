@@ -35,7 +35,7 @@ def steps_of(run: Run) -> int:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times_is_in_every_tracker_once_and_exactly(tmp_path: Path) -> None:
+def test_a_run_killed_three_times_is_in_every_tracker_exactly_once(tmp_path: Path) -> None:
     names = [name for name in READ if not missing(name)]
     if not names:
         pytest.skip("no tracker is installed")

@@ -77,7 +77,7 @@ def test_a_tracker_is_checked_and_sent_to_by_one_process(tmp_path: Path, run: Ru
     assert processes() == []
 
 
-def test_a_run_that_is_done_is_sent_to_another_place_and_no_secret_is_written(
+def test_a_finished_run_is_sent_to_another_place_without_secrets(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish("trackio", run)

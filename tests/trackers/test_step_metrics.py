@@ -23,7 +23,7 @@ def test_names_and_values_are_those_of_the_event() -> None:
     }
 
 
-def test_an_evaluation_comes_with_its_intervals_and_the_loss_of_each_source() -> None:
+def test_an_evaluation_has_intervals_and_a_loss_for_each_source() -> None:
     value = draw("eval", 3, 9)
     assert metrics_of(evaluation("step", 3, 9)) == {
         "eval/loss": value,

@@ -141,7 +141,7 @@ def test_data_that_was_moved_is_told_with_its_place(home: Path) -> None:
     assert f"this run was made with {home / 'deep' / '..' / 'chats.jsonl'}, and it is not there now" in told
 
 
-def test_a_run_of_an_earlier_version_works_from_its_folder_and_says_the_way_out_elsewhere(
+def test_an_earlier_versions_run_works_in_its_folder_else_says_the_way_out(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = home / "runs" / "done" / "run.json"

@@ -80,7 +80,7 @@ def test_gradients_of_shared_prefixes_are_added_by_one_kernel(dtype: torch.dtype
     torch.testing.assert_close(found, right, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2)
 
 
-def test_keys_are_repeated_where_a_mask_and_grouped_heads_would_keep_all_scores(
+def test_keys_are_repeated_if_a_mask_with_grouped_heads_keeps_all_scores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -122,7 +122,7 @@ def test_the_probe_compares_with_products_that_are_not_rounded(monkeypatch: pyte
     assert products.fp32_precision == before
 
 
-def test_a_piece_of_logits_is_counted_in_both_types_and_smaller_on_a_small_card() -> None:
+def test_a_piece_of_logits_counts_both_types_and_shrinks_on_small_cards() -> None:
     assert fused_loss.chunk_on_card(16 * 10**9) == 128 * 2**20
     assert fused_loss.chunk_on_card(24 * 10**9) == 512 * 2**20
 

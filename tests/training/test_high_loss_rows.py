@@ -62,7 +62,7 @@ def test_the_losses_of_targets_are_those_that_the_sum_adds_up() -> None:
 
 
 @pytest.mark.pages
-def test_the_rows_of_high_loss_are_those_of_the_last_epoch_and_nothing_is_measured(
+def test_rows_of_high_loss_come_from_the_last_epoch_without_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

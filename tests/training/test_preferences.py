@@ -406,7 +406,7 @@ def test_the_same_prompt_is_on_one_side_whatever_its_answers(tmp_path):
         assert not set(inputs[hashes < np.median(hashes)]) & set(inputs[hashes >= np.median(hashes)])
 
 
-def test_a_run_of_preferences_starts_from_a_run_of_chats_and_is_used_like_one(tmp_path, monkeypatch):
+def test_a_preference_run_starts_from_a_chat_run_and_is_used_like_one(tmp_path, monkeypatch):
     quick(monkeypatch)
     root = tmp_path / "runs"
     first = train(task_recipe(tmp_path, "chat", "causal", method=LORA), root=root)

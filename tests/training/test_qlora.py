@@ -59,7 +59,7 @@ def test_a_run_answers_from_the_base_that_it_was_trained_on(finished: Run) -> No
         assert torch.equal(answers(live), answers(load_base(finished)))
 
 
-def test_an_export_is_on_the_base_as_it_was_and_says_what_that_does_to_the_loss(
+def test_an_export_uses_the_original_base_and_says_the_change_of_loss(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick(monkeypatch)

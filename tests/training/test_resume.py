@@ -176,7 +176,7 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
     assert len(found.store) == 18
 
 
-def test_a_run_with_options_that_were_taken_out_is_resumed_where_they_changed_nothing(tmp_path, monkeypatch):
+def test_a_run_with_removed_options_resumes_if_they_changed_nothing(tmp_path, monkeypatch):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
     right = preparing._identity
     with monkeypatch.context() as patch:  # as an earlier version recorded it
@@ -211,7 +211,7 @@ def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkey
     assert found == expected
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
     run = stopped(straight.recipe(), tmp_path / "runs", 5)
     weights = run.checkpoints_path / "step-5" / "weights.safetensors"

@@ -157,13 +157,13 @@ def test_held_out_rows_stay_held_out_when_rows_are_added(tmp_path):
     assert before <= held(recipe)
 
 
-def test_longer_rows_than_the_model_can_attend_to_are_refused_before_it_is_loaded(tmp_path):
+def test_rows_longer_than_the_models_attention_are_refused_before_loading(tmp_path):
     recipe = recipe_of(tmp_path, data={"max_tokens": 100_000})
     with pytest.raises(ModelError, match=r"data\.max_tokens is 100,000"):
         prepare(recipe, root=tmp_path)
 
 
-def test_full_tuning_in_bfloat16_moves_weights_that_a_rounded_update_would_not(tmp_path):  # trap: L9
+def test_bfloat16_full_tuning_moves_weights_that_rounding_would_not(tmp_path):  # trap: L9
     recipe = recipe_of(tmp_path, method="full", precision="bfloat16", optim={"lr": 1e-5}, train={"max_steps": 4})
     setup = prepare(recipe, root=tmp_path)
     from tunesmith.training.loop import training_steps
