@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tunesmith.types import Record
+
 PHASES = {
     "read": "reading rows",
     "hash": "fingerprinting data",
@@ -168,7 +170,7 @@ def option(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def mix_text(sources: Sequence[Mapping[str, Any]]) -> str:
+def mix_text(sources: Sequence[Record]) -> str:
     """Shares of sources of rows: a.jsonl 70 % (each row 1 × an epoch), b.jsonl 30 % (each row 0.43 × an epoch)."""
     return ", ".join(
         f"{source['path']} {100 * source['share']:.3g} % (each row {source['times']:.3g} × an epoch)"

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
 
 T = TypeVar("T")
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of a JSON or YAML file: values by name."""
+Record: TypeAlias = Mapping[str, Any]
+"""Values by name, to be read only: a row of a file or table, a part of a recipe or report."""
 
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
@@ -109,7 +113,7 @@ class Part:
     role: str
     text: str
     trained: bool
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Record = field(default_factory=dict)
     """Further keys of the message (`tool_calls`, `name`, ...), handed to the template unchanged."""
 
 
@@ -120,7 +124,7 @@ class Example:
     parts: tuple[Part, ...]
     source: Source
     shape: Shape
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Record, ...] = ()
     """Tool definitions that came with the row, handed to the template as they are."""
     plain: bool = False
     """Text and its continuation, which no template is put around, rather than a conversation."""
@@ -128,7 +132,7 @@ class Example:
     """classify: the row's classes, or its number as it is written; tag: one for each part, which is a word."""
     many: bool = False
     """`labels` came as a list: any number of them can hold, none too."""
-    kept: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    kept: Record = field(default_factory=dict, compare=False)
     """Keys of a row to be answered that its answer repeats unchanged, such as an id."""
     branches: tuple[tuple[Part, ...], ...] = ()
     """Answers to `parts` that are compared with each other, the preferred one first; empty: `parts` hold the answer."""
@@ -263,7 +267,7 @@ class Measured:
     """float32, each target's share of the batch's loss sum."""
     outputs_N: Tensor
     """The most likely token or class, int64 [N]; of a sequence head what it answered, float32 [N, C]."""
-    results: tuple[Mapping[str, Any], ...] = ()
+    results: tuple[Record, ...] = ()
     """Findings for each row with branches, which has one loss, JSON-ready; `outputs_N` is empty then."""
 
 
@@ -300,7 +304,7 @@ class Task:
     encoder: str | Callable[[Any], Any]
     """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.renderer`; or its
     name, "module:function", which is imported when rows are encoded."""
-    record: Callable[..., dict[str, Any]]
+    record: Callable[..., JsonObject]
     """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
     is_chat: bool = False
     """Rows are conversations in the model's chat template."""
@@ -435,8 +439,8 @@ class Event:
     step: int
     time: float
     """Seconds since the epoch."""
-    values: Mapping[str, Any]
-    timing: Mapping[str, Any] = field(default_factory=dict)
+    values: Record
+    timing: Record = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,7 +458,7 @@ class Aside(str):
     __slots__ = ()
 
 
-def has_new_head(plan: Mapping[str, Any]) -> bool:
+def has_new_head(plan: Record) -> bool:
     """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
     say; nearly every classifier and tagger did."""
     return bool(plan.get("new_head", plan.get("task") in ("classify", "tag")))

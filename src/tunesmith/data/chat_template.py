@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -14,8 +14,9 @@ from transformers.utils import chat_template_utils
 from tunesmith.data.sandbox import Sandbox, TooMuch
 from tunesmith.data.template_trial import fault_of, words_of
 from tunesmith.errors import ModelError
+from tunesmith.types import JsonObject, Record
 
-Message = Mapping[str, Any]
+Message = Record
 
 MOST_REASON = 10_000
 RENDERING_S = 20.0
@@ -49,7 +50,7 @@ class ChatTemplate:
             "trust its source."
         )
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = (), prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Record] = (), prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 
         Raises `TemplateRefusal` with the template's own error, or for too long a text; `ModelError` for one that nests
@@ -67,7 +68,7 @@ class ChatTemplate:
             raise TemplateRefusal(reason if reason.endswith((".", "!", "?")) else f"{reason}.") from error
         return text
 
-    def _render(self, messages: list[Message], tools: list[Mapping[str, Any]] | None, prompt: bool) -> str:
+    def _render(self, messages: list[Message], tools: list[Record] | None, prompt: bool) -> str:
         template = self._template
         if isinstance(template, dict):
             template = template["tool_use" if tools and "tool_use" in template else "default"]
@@ -76,7 +77,7 @@ class ChatTemplate:
             messages = _alias(messages)
         # The day of a rendering: `strftime_now` gives today, which is another day tomorrow.
         day = datetime.fromisoformat(self._date) if self._date else datetime.now()
-        variables: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
+        variables: JsonObject = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         sandbox, is_rendering = _compiled(template)
         with is_rendering:
             sandbox.begin(RENDERING_S)

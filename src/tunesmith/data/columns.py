@@ -18,7 +18,7 @@ from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.phrases import did_you_mean, nearest
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Problem, Shape, Source, TaskName
+from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName
 
 SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
 """The part of a file that is looked at: rows, characters of all, fields of a row."""
@@ -89,10 +89,10 @@ class Meaning:
         return ", ".join(f"{theirs!r} is read as {ours}" for ours, theirs in self.columns.items() if ours != theirs)
 
 
-def sample(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def sample(rows: Iterable[Record]) -> list[JsonObject]:
     """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts their
     beginnings."""
-    shortened: list[dict[str, Any]] = []
+    shortened: list[JsonObject] = []
     num_chars = 0
     with suppress(DataError):  # which is said when its rows are read
         for row in itertools.islice(rows, SAMPLE_ROWS):
@@ -104,7 +104,7 @@ def sample(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return shortened
 
 
-def sample_of(file: DataFile, data: Data) -> list[dict[str, Any]]:
+def sample_of(file: DataFile, data: Data) -> list[JsonObject]:
     """The first rows of a file or folder; none where it cannot be read."""
     return sample(row for _, row, _ in read([file], limits=data.limits, on_problem=_ignore, how=data.reading))
 
@@ -113,7 +113,7 @@ def _ignore(problem: Problem) -> None:
     """A problem that is said when rows are read for another purpose."""
 
 
-def values_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Values]:
+def values_of(rows: Sequence[Record]) -> dict[str, Values]:
     """Classify each column of a sample by its values, in the order of the columns."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
@@ -150,11 +150,11 @@ def _repeat(texts: Sequence[str]) -> bool:
     return 2 <= len(distinct) <= 200 and len(distinct) * times <= len(texts) and max(map(len, distinct)) <= 60
 
 
-def _length(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+def _length(rows: Sequence[Record], name: str) -> float:
     return sum(len(row[name]) for row in rows if isinstance(row.get(name), str)) / max(1, len(rows))
 
 
-def meanings(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> list[Meaning]:
+def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
     """Guess what rows of unknown fields are meant for, the likeliest first, two at most; none if values do not say."""
     kinds = values_of(rows)
     by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
@@ -222,7 +222,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> Meaning | None:
+def usual_meaning(rows: Sequence[Record], task: TaskName | None) -> Meaning | None:
     """Map fields with other tools' usual names to ours; None where the values do not make that clear."""
     if not rows or _is_whole(rows[0], task):
         return None
@@ -243,7 +243,7 @@ def usual_meaning(rows: Sequence[Mapping[str, Any]], task: TaskName | None) -> M
     return None if rest else meaning
 
 
-def _is_whole(row: Mapping[str, Any], task: TaskName | None) -> bool:
+def _is_whole(row: Record, task: TaskName | None) -> bool:
     """Whether a row has every field that a shape needs, by our names."""
     shape = find_shape(row, task=task)
     if shape in ("alpaca", "prompt_completion"):  # which are known by one of their fields
@@ -291,9 +291,7 @@ _USUAL: tuple[Shape, ...] = (
 )  # fmt: skip
 
 
-def explain(
-    record: Mapping[str, Any], task: TaskName | None, suggested: str, columns: Mapping[str, str]
-) -> tuple[str, str, str]:
+def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapping[str, str]) -> tuple[str, str, str]:
     """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of its
     file."""
     shape = find_shape(record)
@@ -351,7 +349,7 @@ def ask_text_or_classes(data: Data) -> str | None:
     return None
 
 
-def _shape_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> Shape | None:
+def _shape_of(row: Record, columns: Mapping[str, str]) -> Shape | None:
     return find_shape({**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}})
 
 

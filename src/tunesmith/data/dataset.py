@@ -20,7 +20,6 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
@@ -39,7 +38,7 @@ from tunesmith.data.tokenizer import serialized
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, Data, DataFile
 from tunesmith.runs import atomic as disk
-from tunesmith.types import IGNORE, Labels, Layout, Problem, Row, Source
+from tunesmith.types import IGNORE, JsonObject, Labels, Layout, Problem, Row, Source
 
 VERSION = 5
 """Version of the file format, of encoding and of the key: raise it with any change that gives other rows for equal
@@ -63,7 +62,7 @@ class Summary:
     """Problems by code, of rows that are not in the store."""
     warnings: dict[str, int]
     """Problems by code, of rows that are."""
-    problems: list[dict[str, Any]]
+    problems: list[JsonObject]
     """The first `data.limits.problems` of both kinds. A source is the number of its file, and a line."""
     labels: list[str]
     """Classes by first appearance."""
@@ -307,7 +306,7 @@ def build(
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
         aside = folder / f"parts-{key[:16]}"
-        shared: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
+        shared: JsonObject = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
         encoding = Encoding(files=files, num_bytes=sum(sizes), **shared)
         if len(in_parts(files)) > 1:
             of_part = partial(build, aside, data=data, renderer=renderer)
@@ -394,7 +393,7 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
 def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
-    parts: dict[str, Any] = {
+    parts: JsonObject = {
         "version": VERSION,
         "data": list(hashes),
         "formats": list(formats),

@@ -19,7 +19,7 @@ from tunesmith.data.read import OnProblem, read, reread
 from tunesmith.errors import InputError, RecipeError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, Problem, Shape, Source, TaskName
+from tunesmith.types import Example, JsonObject, Problem, Record, Shape, Source, TaskName
 
 
 def warnings_of(example: Example) -> Iterator[Problem]:
@@ -100,7 +100,7 @@ class FileExamples:
     suggested: str | None = None
     """Hints for a row of no shape, once one was seen."""
 
-    def example(self, record: dict[str, Any], source: Source) -> Example | None:
+    def example(self, record: JsonObject, source: Source) -> Example | None:
         raw = record
         renamed = self._renamed(record, source) if self.data.columns else record
         if renamed is None:
@@ -130,8 +130,8 @@ class FileExamples:
         return parsed
 
     def _kept(
-        self, keep: Sequence[str], raw: dict[str, Any], record: dict[str, Any], source: Source, shape: Shape
-    ) -> dict[str, Any]:
+        self, keep: Sequence[str], raw: JsonObject, record: JsonObject, source: Source, shape: Shape
+    ) -> JsonObject:
         """Fields as the file has them, and the row's own answer."""
         if self.shape is None and (lacking := [name for name in keep if name not in raw]):
             words = f"the first row has no such field.{did_you_mean(lacking[0], raw)} There are: {names(raw)}."
@@ -165,7 +165,7 @@ class FileExamples:
     def _note(self, source: Source, code: str, message: str, fix: str) -> None:
         self.on_problem(Problem(source, code, message, fix, severity="warning"))
 
-    def _renamed(self, record: dict[str, Any], source: Source) -> dict[str, Any] | None:
+    def _renamed(self, record: JsonObject, source: Source) -> JsonObject | None:
         columns = self.data.columns
         renamed = {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         if not renamed:
@@ -192,7 +192,7 @@ class FileExamples:
                 renamed[name] = value
         return renamed
 
-    def _shape(self, record: dict[str, Any], source: Source) -> Shape | None:
+    def _shape(self, record: JsonObject, source: Source) -> Shape | None:
         """The shape of a row that is not of the file's shape, or of one before that is known."""
         shape = find_shape(record, task=self.task, answered=self.answered)
         if self.shape is not None and shape is None:
@@ -214,14 +214,14 @@ class FileExamples:
             return None
         return shape
 
-    def _suggested(self, record: dict[str, Any]) -> str:
+    def _suggested(self, record: JsonObject) -> str:
         """Say what the rows of the file may be meant for, or this row of a list, which has no file."""
         if self.suggested is None:
             rows = sample(reread(self.facts, limits=self.data.limits, how=self.data.reading)) or [record]
             self.suggested = " ".join(map(str, meanings(rows, self.task)))
         return self.suggested
 
-    def _too_many(self, record: dict[str, Any], source: Source, fields: Sequence[str]) -> list[Problem]:
+    def _too_many(self, record: JsonObject, source: Source, fields: Sequence[str]) -> list[Problem]:
         limit = self.data.limits.messages
         return [
             Problem(
@@ -240,7 +240,7 @@ class FileExamples:
                 self.ignored.setdefault(name, source)
 
 
-def _reference(record: Mapping[str, Any], shape: Shape, source: Source) -> Any:
+def _reference(record: Record, shape: Shape, source: Source) -> Any:
     """The row's own answer, which a prediction is compared with; None: it has none."""
     if shape in _ANSWER:
         return record.get(_ANSWER[shape])

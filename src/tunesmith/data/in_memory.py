@@ -13,6 +13,7 @@ import orjson
 
 from tunesmith.errors import DataError
 from tunesmith.runs.atomic import write_atomic
+from tunesmith.types import Record
 
 FIELDS_OF_FILES = {"path", "weight"}
 IN_MEMORY = re.compile(r"rows-[0-9a-f]{12}\.jsonl")
@@ -50,7 +51,7 @@ def write_rows(rows: Any, folder: Path) -> Path:
     return path
 
 
-def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
+def _records(rows: Any) -> Iterable[Record]:
     if hasattr(rows, "iloc"):  # pandas
         if not rows.columns.is_unique:
             twice = rows.columns[rows.columns.duplicated()][0]
@@ -61,7 +62,7 @@ def _records(rows: Any) -> Iterable[Mapping[str, Any]]:
     return ({k: v for k, v in row.items() if v is not None} for row in rows)
 
 
-def _line(i: int, row: Mapping[str, Any]) -> bytes:
+def _line(i: int, row: Record) -> bytes:
     for name, value in row.items():
         if not isinstance(name, str):
             raise DataError(f"row {i}: its field {name!r} is named by a {type(name).__name__}. Name fields by text.")

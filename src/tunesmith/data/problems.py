@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.errors import DataError
 from tunesmith.phrases import nearest
 from tunesmith.recipe.schema import Data
-from tunesmith.types import Problem, Source
+from tunesmith.types import JsonObject, Problem, Source
 
 SKIP = "--set data.bad_rows=skip"
 MOST_NAMES = 20
@@ -61,7 +61,7 @@ class RowProblems:
         elif len(self.problems) == MOST:
             self.problems.append(Problem(self.source, "and_more", "more is wrong with this row."))
 
-    def text(self, record: dict[str, Any], key: str) -> str:
+    def text(self, record: JsonObject, key: str) -> str:
         """The text of a required field; "" and a problem if it is not text."""
         value = record.get(key)
         if isinstance(value, str):
@@ -75,7 +75,7 @@ class RowProblems:
             self.wrong_type(key, value, "text")
         return ""
 
-    def answer(self, record: dict[str, Any], key: str, code: str = "empty_answer") -> str:
+    def answer(self, record: JsonObject, key: str, code: str = "empty_answer") -> str:
         """The text of a field that is learnt from and so must not be empty; `code`: of the problem if it is."""
         text = self.text(record, key)
         if isinstance(record.get(key), str) and not text.strip():
@@ -87,7 +87,7 @@ class RowProblems:
         named = {f"{place}[{i}]": text for i, text in enumerate(given)} if isinstance(given, list) else {place: given}
         return [self.answer(named, name, code) for name in named]
 
-    def optional_text(self, record: dict[str, Any], key: str) -> str:
+    def optional_text(self, record: JsonObject, key: str) -> str:
         """The text of a field that may be missing or null: then ""."""
         return "" if record.get(key) is None else self.text(record, key)
 

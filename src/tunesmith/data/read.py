@@ -28,7 +28,7 @@ from tunesmith.data.read_json import BadRow, OnBadRow, json_array, json_lines
 from tunesmith.data.read_text import conll_sentences, document
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, DataFile, Limits, Reading
-from tunesmith.types import Problem, Source
+from tunesmith.types import JsonObject, Problem, Source
 
 MOST_LOOKED_AT = 20
 """Files of a folder that are opened to see whether they may be documents."""
@@ -160,7 +160,7 @@ def read(
     on_problem: OnProblem,
     facts: list[FileFacts] | None = None,
     how: Reading = AS_IT_IS,
-) -> Iterator[tuple[int, dict[str, Any], Source]]:
+) -> Iterator[tuple[int, JsonObject, Source]]:
     """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
 
     A row that cannot be read goes to `on_problem`, and reading continues with the next one. `facts` gets the facts of
@@ -178,7 +178,7 @@ def read(
             yield from _rows(index, of_file, limits=limits, on_problem=on_problem)
 
 
-def reread(facts: FileFacts, *, limits: Limits, how: Reading) -> Iterator[dict[str, Any]]:
+def reread(facts: FileFacts, *, limits: Limits, how: Reading) -> Iterator[JsonObject]:
     """The rows of a file that is being read, from its beginning; none of what is no file. Raises as `read`."""
     if os.path.isfile(place := facts.at or facts.path):
         for _, record, _ in _rows(0, inspect_file(facts.path, place, how), limits=limits, on_problem=lambda said: None):
@@ -216,7 +216,7 @@ _UNITS: dict[FileFormat, str] = {"JSON lines": "line", "CoNLL": "sentence", "tex
 
 def _rows(
     index: int, facts: FileFacts, *, limits: Limits, on_problem: OnProblem
-) -> Iterator[tuple[int, dict[str, Any], Source]]:
+) -> Iterator[tuple[int, JsonObject, Source]]:
     path = facts.path
 
     def on_bad(line: int, bad: BadRow) -> None:

@@ -17,7 +17,7 @@ from tunesmith.data.detect_format import ByteStream, FileFacts, open_text
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
-from tunesmith.types import strings
+from tunesmith.types import JsonObject, strings
 
 DEEPEST = 250
 """Deepest nesting that orjson writes, and so the most that `limits.depth` can allow."""
@@ -101,7 +101,7 @@ def _num_quotes(raw: bytes) -> int:
 def _duplicate_key(raw: bytes) -> BadRow:
     twice: list[str] = []
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def collect(pairs: list[tuple[str, Any]]) -> JsonObject:
         if len(unique := dict(pairs)) < len(pairs):
             twice.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
         return unique

@@ -16,7 +16,7 @@ from tunesmith.data.problems import refusal
 from tunesmith.data.read_json import BadRow, OnBadRow, count_blank, decode, nul_character, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
-from tunesmith.types import strings
+from tunesmith.types import JsonObject, strings
 
 
 def csv_rows(
@@ -105,7 +105,7 @@ _BROKEN = (pa.ArrowException, OSError, ValueError)
 _UNHOLDABLE = (pa.ArrowException, ValueError, OverflowError)
 
 
-def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, JsonObject]]:
     """Each row's number, from 1, and values by column. Raises `DataError` when the file is damaged."""
     if facts.gzipped:  # parts of it could not be read
         raise refusal(facts.path, 0, "gzipped_parquet", "it is gzipped.", "Unpack it: Parquet is compressed already.")
@@ -137,7 +137,7 @@ def _check_depth(facts: FileFacts, schema: pa.Schema, depth: int) -> None:
             raise refusal(facts.path, 1, "too_deep", message, "Flatten them, or raise the limit.")
 
 
-def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[dict[str, Any] | BadRow]:
+def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[JsonObject | BadRow]:
     metadata = table.metadata
     num_bytes = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     num_rows = max(1, min(MOST_ROWS, BATCH_BYTES // max(1, num_bytes // max(1, metadata.num_rows))))
@@ -160,7 +160,7 @@ def _without_nanoseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
-def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
+def _one(batch: pa.RecordBatch) -> JsonObject | BadRow:
     """The row of a batch that may hold what Python cannot: text that is not UTF-8, a date before the year 1."""
     try:
         return _without_nanoseconds(batch).to_pylist()[0]  # type: ignore[no-any-return]
@@ -171,7 +171,7 @@ def _one(batch: pa.RecordBatch) -> dict[str, Any] | BadRow:
         return BadRow("wrong_type", f"one of its values cannot be read: {str(error)[:120]}", "Write it as text.")
 
 
-def _finding(record: dict[str, Any], limits: Limits) -> BadRow | None:
+def _finding(record: JsonObject, limits: Limits) -> BadRow | None:
     size = 0
     for text in strings(list(record.values())):
         size += len(text) if text.isascii() else len(text.encode())

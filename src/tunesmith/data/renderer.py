@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pkgutil import resolve_name
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from tunesmith.types import (
     Part,
     Pooling,
     Problem,
+    Record,
     Row,
     Source,
     Task,
@@ -31,7 +32,7 @@ from tunesmith.types import (
 TooLong = Literal["error", "drop", "cut"]
 
 
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[Record]
 """Descriptions of functions that a chat template may show."""
 OnCut = Callable[[int], None]
 """Receives the number of tokens that were cut off a prompt."""

@@ -26,7 +26,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
-from tunesmith.types import Choice, Example, Labels, Problem, TaskName
+from tunesmith.types import Choice, Example, JsonObject, Labels, Problem, TaskName
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -175,7 +175,7 @@ def encode_rows(
         data, chosen = choose_held_out(data, store)
         train, held, split_notes = split(data, store, held_store, task)
         overlap = overlap_notes(data, store, held_store, train) if data.eval else []
-        settings: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
+        settings: JsonObject = {"class_weights": class_weights, "own_classes": own_classes}
         labels, of_labels = _labels(data, task, (store, held_store), train, **settings)
     except DataError:
         for refused in stores:
@@ -309,10 +309,10 @@ def source_ids(data: Data) -> NDArray[np.int64]:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-def mix(data: Data, rows_F: Sequence[int]) -> list[dict[str, Any]]:
+def mix(data: Data, rows_F: Sequence[int]) -> list[JsonObject]:
     """Each source as {"path", "rows", "times", "share"}: its rows that are trained, how often each is seen per epoch,
     and its share of the rows of an epoch. Empty for a single source that is seen once."""
-    files, times_F, by_source = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, dict[str, Any]]()
+    files, times_F, by_source = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, JsonObject]()
     for file, source, num, times in zip(files, source_ids(data).tolist(), rows_F, times_F.tolist(), strict=True):
         entry = by_source.setdefault(source, {"path": file.source, "rows": 0, "times": times})
         entry["rows"] += int(num)

@@ -17,10 +17,10 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from tunesmith.data.sandbox import Sandbox, TooLong, TooMuch
 from tunesmith.environment import for_child, python_words
+from tunesmith.types import JsonObject
 
 LIMIT_S = 2.0
 """Seconds of processor time for one conversation, which takes microseconds."""
@@ -35,7 +35,7 @@ _CALL = {"type": "function", "id": "a1", "function": {"name": "look_up", "argume
 _TOOL = {"name": "look_up", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": _TOOL}]
 _USER, _ANSWER = {"role": "user", "content": "Will it rain?"}, {"role": "assistant", "content": "No.\n\nYes."}
-CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
+CONVERSATIONS: tuple[list[JsonObject], ...] = (
     [_USER, _ANSWER],
     [{"role": "system", "content": "Be brief."}, _USER, _ANSWER, _USER],
     [
@@ -54,7 +54,7 @@ CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
 )
 
 
-def fault_of(texts: Sequence[str], tokens: dict[str, Any]) -> str:
+def fault_of(texts: Sequence[str], tokens: JsonObject) -> str:
     """Say what a tokenizer's templates do that they must not: words after "its chat template "; empty: nothing.
 
     `tokens`: the special tokens by their names, as templates read them.
@@ -109,7 +109,7 @@ def main() -> None:
     sys.stdout.write(f"{_first_fault(job)}\n")
 
 
-def _first_fault(given: dict[str, Any]) -> str:
+def _first_fault(given: JsonObject) -> str:
     return next(filter(None, (_fault(text, given["tokens"], given["limit_s"]) for text in given["texts"])), "")
 
 
@@ -127,7 +127,7 @@ def _limit(limit_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s + 1))
 
 
-def _fault(text: str, tokens: dict[str, Any], limit_s: float) -> str:
+def _fault(text: str, tokens: JsonObject, limit_s: float) -> str:
     try:
         sandbox = Sandbox(text)
         for messages, tools, prompt in product(CONVERSATIONS, (None, TOOLS), (False, True)):

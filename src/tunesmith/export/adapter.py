@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import RunError
 from tunesmith.export.hub import base_id
@@ -26,6 +24,7 @@ from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
+from tunesmith.types import JsonObject, Record
 
 BASE_FILE = "base.json"
 """SHA-256 of the files of the base that the adapter was made for."""
@@ -97,7 +96,7 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     return TorchModel(tokenizer, kind, head, f"peft {version('peft')}", model)
 
 
-def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
     name, base = auto_class(result.head, result.kind), f'"{base_id(result) or result.base.path.name}"'
     if result.base.is_gguf:
         base = f'".", gguf_file="{result.base.path.name}"'
@@ -114,7 +113,7 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, 
     return {"library": "peft", "relation": "adapter", "use": use, "servers": servers(result, read_config(folder))}
 
 
-def servers(result: RunResult, config: Mapping[str, Any]) -> str:
+def servers(result: RunResult, config: Record) -> str:
     """Programs that load the adapter: besides peft they read low-rank paths of decoder-only models and nothing more."""
     rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
     more = ("use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern")

@@ -30,6 +30,7 @@ from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject
 from tunesmith.version import __version__
 
 OnProgress = Callable[[str, int, int], None]
@@ -214,7 +215,7 @@ class _Export:
     def _rows(self) -> tuple[verify.CheckRows, int]:
         self.result.on_progress("tuned", 0, 1)
         rows, result = verify.find_rows(self.result), self.result
-        settings: dict[str, Any] = {"labels": result.labels, "masked": result.recipe.train.masked}
+        settings: JsonObject = {"labels": result.labels, "masked": result.recipe.train.masked}
         encoded = verify.encode_rows(result.renderer, rows.examples, head=result.head, **settings)
         return rows, sum(len(row.ids) for row in encoded)
 
@@ -275,7 +276,7 @@ def _describe(
         result, done.path, fields=target.card(result, done.path, options), license=options.license,
         checked=comparison_section(done.found, done.allowed, done.loaded_by, done.rows), notes=done.notes,
     )  # fmt: skip
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "verified": done.found is not None, "target": target.name, "tunesmith": __version__, "rows_are": done.rows,
         "loaded_by": done.loaded_by, "bounds": asdict(done.allowed),
     }  # fmt: skip

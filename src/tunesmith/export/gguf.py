@@ -47,6 +47,7 @@ from tunesmith.models.gguf import GgufHeader, read_gguf
 from tunesmith.models.load import pretrained_args, wrap_errors
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.recipe.schema import Recipe
+from tunesmith.types import JsonObject
 
 GgmlType: TypeAlias = gguf.GGMLQuantizationType
 _File = gguf.LlamaFileType
@@ -277,7 +278,7 @@ def _complete(config: Any, header: GgufHeader) -> None:
         config.query_pre_attn_scalar = header.metadata[f"{name}.attention.key_length"]
 
 
-def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
     name = file_name(result, options)
     use = [("sh", f"llama-server -m {name} --jinja"), ("sh", f"llama-cli -m {name} --jinja")]
     return {"library": "gguf", "relation": "quantized", "use": use}

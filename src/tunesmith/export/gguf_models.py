@@ -18,8 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
 from tunesmith.phrases import percent
+from tunesmith.types import JsonObject
 
-Facts = dict[str, Any]
+Facts = JsonObject
 """Header keys without the architecture's name; values are bools, ints and floats."""
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -78,7 +79,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: Any) -> JsonObject:
     rope = config.rope_parameters
     return rope.get("full_attention", rope)  # type: ignore[no-any-return]
 

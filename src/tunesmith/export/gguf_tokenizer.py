@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from tunesmith.models import load
 from tunesmith.models.gguf import read_gguf
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.tasks import TASKS
-from tunesmith.types import Part
+from tunesmith.types import JsonObject, Part, Record
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -65,7 +64,7 @@ class GgufVocabulary:
     """gpt2: byte-level BPE; llama: sentencepiece."""
     pre: str
     """llama.cpp's name of the pre-tokenizer."""
-    backend: Mapping[str, Any]
+    backend: Record
     """Content of tokenizer.json."""
 
 
@@ -110,7 +109,7 @@ def pre_tokenizer_of_steps(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _step(step: dict[str, Any]) -> tuple[str, Any] | None:
+def _step(step: JsonObject) -> tuple[str, Any] | None:
     """A step with its relevant setting; None if llama.cpp has no such step."""
     kind = step.get("type")
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
@@ -185,9 +184,7 @@ def begins_with_bos(result: RunResult) -> bool:
     return bos is not None and prompt[:1] == [bos] and result.tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, backend: Mapping[str, Any], num_rows: int
-) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, backend: Record, num_rows: int) -> tuple[list[str], list[int]]:
     words = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = {token["id"]: token for token in backend["added_tokens"]}
     kind = gguf.TokenType
@@ -214,7 +211,7 @@ def _pair(merge: Any) -> list[str]:
     return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
-def _scores(tokens: list[str], types: list[int], backend: Mapping[str, Any]) -> list[float]:
+def _scores(tokens: list[str], types: list[int], backend: Record) -> list[float]:
     """Sentencepiece merges the pair with the highest score; merges are listed in that order."""
     places: dict[str, int] = {}
     for merge in backend["model"]["merges"]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -19,6 +19,7 @@ from tunesmith.methods import METHODS
 from tunesmith.phrases import percent
 from tunesmith.runs.atomic import from_json
 from tunesmith.tasks import TASKS
+from tunesmith.types import JsonObject, Record
 from tunesmith.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _PIPELINES = {
 
 
 def write_card(
-    result: RunResult, folder: Path, *, fields: Mapping[str, Any], license: str | None, checked: str,
+    result: RunResult, folder: Path, *, fields: Record, license: str | None, checked: str,
     notes: Sequence[str],
 ) -> None:  # fmt: skip
     """Write README.md into an exported folder. `fields` come from the target, `checked` from the check."""
@@ -78,17 +79,15 @@ def find_license(result: RunResult, given: str | None) -> tuple[str, str]:
     return "unknown", "nobody has stated one. The license of the base model holds here too: look it up."
 
 
-def _head(
-    result: RunResult, name: str, fields: Mapping[str, Any], license: str, report: Mapping[str, Any]
-) -> dict[str, Any]:
+def _head(result: RunResult, name: str, fields: Record, license: str, report: Record) -> JsonObject:
     pipeline = str(fields.get("pipeline", _PIPELINES[result.head]))
     if result.kind == "encoder_decoder":
         pipeline = "summarization" if TASKS[result.renderer.task_name].has_prompt else "text2text-generation"
-    head: dict[str, Any] = {"license": license, "library_name": fields["library"], "pipeline_tag": pipeline}
+    head: JsonObject = {"license": license, "library_name": fields["library"], "pipeline_tag": pipeline}
     if (base := base_id(result)) is not None:
         head |= {"base_model": base, "base_model_relation": fields["relation"]}
     head["tags"] = ["tunesmith", result.recipe.method.name, str(result.recipe.task)]
-    results: Mapping[str, Any] = ((report.get("metrics") or {}).get("after") or {}).get("measures", {})
+    results: Record = ((report.get("metrics") or {}).get("after") or {}).get("measures", {})
     metrics = [
         {"type": key, "name": METRICS[key].label, "value": round(float(interval["value"]), 6)}
         for key, interval in results.items()
@@ -120,7 +119,7 @@ def _description(result: RunResult) -> str:
     return f"`{_escape(base)}`{revision} tuned for the task {result.recipe.task}. {method_text}{labels}"
 
 
-def _data(report: Mapping[str, Any]) -> str:
+def _data(report: Record) -> str:
     rows = report.get("rows", {})
     if not rows:
         return "Not known: the run has no report."
@@ -133,7 +132,7 @@ def _data(report: Mapping[str, Any]) -> str:
     )
 
 
-def _results(report: Mapping[str, Any]) -> str:
+def _results(report: Record) -> str:
     lines = metric_lines(report) if report else []
     if not lines:
         return "Nothing was held out, so nothing was measured."
@@ -208,7 +207,7 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     files = list(_files(folder, name))
     operations = [CommitOperationAdd(path, content) for path, content in files]
     api = HfApi(endpoint=endpoint)
-    with_private: dict[str, Any] = {"private": private, "exist_ok": True}
+    with_private: JsonObject = {"private": private, "exist_ok": True}
     try:
         repository = api.create_repo(name, **with_private)
         api.create_commit(repository.repo_id, operations, commit_message="Export of tunesmith")

@@ -6,7 +6,6 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -21,6 +20,7 @@ from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import Stream, save_model
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
+from tunesmith.types import JsonObject
 
 _TRIED = ("bfloat16", "float16", "float32")
 """In this order, from the dtype of the base on: each has more bits of a weight than the one before."""
@@ -49,7 +49,7 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     tensors = tuned_tensors(model, attachment)
     first = next(tensors)  # takes the adapter off, which leaves the plain model's names
     weights = Stream(chain([first], tensors), dtype, partial(result.on_progress, "write"))
-    settings: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
+    settings: JsonObject = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
     save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **settings)
     if dtype in (torch.float32, stored):
         return []
@@ -78,7 +78,7 @@ def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:
     return EXACT if _dtypes(result, options)[0] == "float32" else ROUNDED
 
 
-def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
     name = auto_class(result.head, result.kind)
     code = (
         f"from transformers import AutoTokenizer, {name}\n\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
 
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
@@ -14,6 +13,7 @@ from tunesmith.export.gguf_tokenizer import begins_with_bos
 from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import ExportOptions, ExportTarget
 from tunesmith.tasks import TASKS
+from tunesmith.types import JsonObject
 
 MODELFILE = "Modelfile"
 _ROLES = ("system", "user", "assistant")
@@ -168,7 +168,7 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     return notes
 
 
-def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
     name = file_stem(result)
     use = [("sh", f"ollama create {name} -f {MODELFILE}\nollama run {name}")]
     return {"library": "gguf", "relation": "quantized", "use": use}

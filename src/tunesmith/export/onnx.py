@@ -34,7 +34,7 @@ from tunesmith.models.save import save_generation_config, save_tokenizer
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
-from tunesmith.types import Batch
+from tunesmith.types import Batch, JsonObject
 
 FILE = "model.onnx"
 KNOWN = (
@@ -58,7 +58,7 @@ class _Graph(nn.Module):
         self._options = {"use_cache": False} if has_cache(type(model).forward) else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **self._options}
+        inputs: JsonObject = {"input_ids": input_ids, "attention_mask": attention_mask, **self._options}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         if not self._pools:
@@ -151,7 +151,7 @@ def load_onnx(folder: Path, recipe: Recipe, computing: Computing) -> OnnxModel:
     return OnnxModel(load.load_tokenizer(located, None), kind, find_head(recipe, located, kind), by, session)
 
 
-def _card(result: RunResult, folder: Path, options: ExportOptions) -> dict[str, Any]:
+def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
     code = (
         "from onnxruntime import InferenceSession\nfrom transformers import AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'

@@ -27,7 +27,7 @@ from tunesmith.models.special_tokens import resize_embeddings
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.types import Attachment, HeadName, Labels, ModelKind
+from tunesmith.types import Attachment, HeadName, JsonObject, Labels, ModelKind
 
 _A = ".lora_A.weight"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -95,7 +95,7 @@ class RunResult:
         return next((dtype for name, dtype in _DTYPES.items() if name in stored), torch.float32)
 
     @cached_property
-    def adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> JsonObject:
         """The adapter's config in PEFT's format."""
         return read_config(self.folder)
 
@@ -140,9 +140,9 @@ def auto_class(head: HeadName, kind: ModelKind) -> str:
     return f"AutoModelFor{_CLASSES.get(head, writes)}"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The config of an adapter in PEFT's format."""
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
+    config: JsonObject = json.loads((folder / CONFIG).read_text("utf-8"))
     return config
 
 

@@ -17,7 +17,7 @@ from tunesmith.inference.load import has_token_types
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
 from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import Recipe
-from tunesmith.types import Batch, HeadName, ModelKind
+from tunesmith.types import Batch, HeadName, JsonObject, ModelKind
 
 if TYPE_CHECKING:
     from tunesmith.export.run_result import RunResult
@@ -152,7 +152,7 @@ class ExportTarget:
     load: Callable[[Path, Recipe, Computing], ExportedModel]
     """(folder, recipe, computing) -> the model, from the exported files alone (an adapter: on its base)."""
     tolerances: Callable[[RunResult, ExportOptions], Tolerances]
-    card: Callable[[RunResult, Path, ExportOptions], dict[str, Any]]
+    card: Callable[[RunResult, Path, ExportOptions], JsonObject]
     """Fields of the model card: library, relation, "use" as (language, code), "servers"."""
     reads: tuple[str, ...]
     """Names of the options that it reads besides the license."""

@@ -6,7 +6,7 @@ import heapq
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -59,7 +59,7 @@ from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Example, Layout, Part, Problem, TaskName
+from tunesmith.types import Example, JsonObject, Layout, Part, Problem, Record, TaskName
 
 # I rows
 
@@ -76,13 +76,13 @@ class EvaluationResult:
     task: str
     num_rows: int
     measures: dict[str, Interval]
-    baseline: dict[str, Any] | None
+    baseline: JsonObject | None
     """Metrics of a constant answer on the same rows: see `row_baseline`."""
     headline: list[str]
     """The verdict in sentences, with a warning of few rows."""
-    details: dict[str, Any]
+    details: JsonObject
     """Confusion matrix, scores of each class, ...: see `score`."""
-    samples: list[dict[str, Any]]
+    samples: list[JsonObject]
     """Prompts, their references and answers."""
     num_trained: int | None
     """Rows that the run was trained on; None if that is not known."""
@@ -125,7 +125,7 @@ def evaluate_file(
     *,
     samples: int | None = None,
     judge: LoadedModel | None = None,
-    keep: Callable[[Iterator[dict[str, Any]]], None] = lambda lines: None,
+    keep: Callable[[Iterator[JsonObject]], None] = lambda lines: None,
     offline: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> EvaluationResult:
@@ -218,7 +218,7 @@ def _judge_answers(
     return EvaluationResult(task, len(prompts), rates, None, [], {}, after, None, [*notes, note])
 
 
-def _columns(sampled: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _columns(sampled: Sequence[Record]) -> list[list[str]]:
     return [[sample[key] for sample in sampled] for key in ("answer", "reference")]
 
 
@@ -251,7 +251,7 @@ def _as_begun(loaded: LoadedModel) -> Iterator[LoadedModel]:
 
 
 def _headline(
-    task: TaskName, measures: dict[str, Interval], baseline: Any, details: dict[str, Any], store: RowStore
+    task: TaskName, measures: dict[str, Interval], baseline: Any, details: JsonObject, store: RowStore
 ) -> list[str]:
     """The verdict in sentences, with a warning of few rows."""
     sentence = [] if baseline is None else [f"{capitalized(baseline_sentence(measures, baseline))}."]
@@ -307,7 +307,7 @@ def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) 
 def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[str]]:
     """The run's options of data for this file, with the classes of the model."""
     labels = loaded.labels
-    known: dict[str, Any] = {}
+    known: JsonObject = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
@@ -337,7 +337,7 @@ def feed(loaded: LoadedModel, store: RowStore) -> Collator:
 
 def _answer(
     loaded: LoadedModel, rows: Sequence[Example], new_tokens: int, on_progress: OnProgress
-) -> tuple[list[dict[str, Any]], list[Example], list[str]]:
+) -> tuple[list[JsonObject], list[Example], list[str]]:
     """Answers to rows, what was answered, and notes."""
     if not rows:
         return [], [], []

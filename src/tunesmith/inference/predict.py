@@ -30,7 +30,7 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.tasks.embedding_losses import embed
-from tunesmith.types import Batch, Example, Problem, Row, TaskName
+from tunesmith.types import Batch, Example, Problem, Record, Row, TaskName
 
 Done = Callable[[int], None]
 Warn = Callable[[Problem], None]
@@ -326,7 +326,7 @@ def predict_file(
     return stream.counts
 
 
-def predict_list(predictor: Predictor, rows: Iterable[str | Mapping[str, Any]], *, bare: bool = False) -> list[Line]:
+def predict_list(predictor: Predictor, rows: Iterable[str | Record], *, bare: bool = False) -> list[Line]:
     """A line for each of some texts or rows, in their order and without a source."""
     lines: list[Line] = []
     stream = RowStream(predictor, lines.extend, chunk_rows=predictor.chunk_rows, bare=bare)

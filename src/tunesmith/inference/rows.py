@@ -24,9 +24,9 @@ from tunesmith.errors import InputError, StorageError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Problem, Shape, Source, TaskName
+from tunesmith.types import Example, JsonObject, Problem, Record, Shape, Source, TaskName
 
-Line = dict[str, Any]
+Line = JsonObject
 Answered = Line | Problem
 Answers = Callable[[Sequence[Example], Callable[[int], None], Callable[[Problem], None]], Sequence[Answered]]
 """(examples, done, warn) -> the line or problem of each example; `done` gets how many are, `warn` warnings."""
@@ -151,7 +151,7 @@ _NAMES: Mapping[Shape, tuple[str, ...]] = {
 """Shape → names of its inputs."""
 
 
-def input_fields(example: Example) -> dict[str, Any]:
+def input_fields(example: Example) -> JsonObject:
     """The input of a row under the names of its shape, so that it can be read as a row again."""
     texts = [part.text for part in example.parts]
     if example.shape == "tokens_tags":
@@ -164,7 +164,7 @@ def input_fields(example: Example) -> dict[str, Any]:
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
 
 
-def record_of(task: TaskName, text: str, pair: str | None = None) -> Mapping[str, Any]:
+def record_of(task: TaskName, text: str, pair: str | None = None) -> Record:
     """A text as a row of the task."""
     return {**TASKS[task].record(text), **({} if pair is None else {"text_pair": pair})}
 
@@ -181,7 +181,7 @@ def read_file(
         stream.add(example)
 
 
-def read_list(rows: Iterable[str | Mapping[str, Any]], data: Data, task: TaskName, stream: RowStream) -> None:
+def read_list(rows: Iterable[str | Record], data: Data, task: TaskName, stream: RowStream) -> None:
     """Add texts, or rows with named fields, to the stream."""
     facts = FileFacts("rows", "JSON lines")
     of_list = FileExamples(facts, data, stream.report, task, answered=False)
@@ -257,7 +257,7 @@ class OutputFile:
                 self.num_errors += "error" in value and "source" in value and value.keys() <= self._unanswered
         self._file.truncate(end)
 
-    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, lines: Sequence[Record]) -> None:
         """Add lines that are on the disk when this returns. Where the disk refuses them, none of them is there."""
         # Plain JSON, in which a number that is none is null.
         content = memoryview(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))

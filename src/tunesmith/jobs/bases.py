@@ -13,6 +13,7 @@ from tunesmith.errors import InputError
 from tunesmith.jobs.names import check_project
 from tunesmith.jobs.rules import Rules
 from tunesmith.recipe import load, yaml_io
+from tunesmith.types import JsonObject
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -26,7 +27,7 @@ class PublicBase(BaseModel):
     """A folder, a hub id (owner/name or owner/name@revision) or a .gguf file."""
     aliases: dict[str, str] = Field(default_factory=dict)
     """Names that programs use for it, and the names that jobs of them show: gpt-4o-mini, gpt-4o-mini-2024-07-18."""
-    recipe: dict[str, Any] = Field(default_factory=dict)
+    recipe: JsonObject = Field(default_factory=dict)
     """Options of every run on it."""
 
 

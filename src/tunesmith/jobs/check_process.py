@@ -10,16 +10,15 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import orjson
 import psutil
 
 from tunesmith.jobs.training_files import FAILED, CheckedFile, FileFault, check_file
+from tunesmith.types import JsonObject, Record
 
 GRACE_S = 5
 """Processor time from the signal to the end by the kernel."""
@@ -29,7 +28,7 @@ class _OutOfTimeError(Exception):
     """The limit of processor time is reached."""
 
 
-def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
+def answer_to(request: Record) -> JsonObject:
     """The facts of a training file, {num_rows, task}, or {fault} of it or of the validation file."""
     method, files = request["method"], request["files"]
     which = "training"
@@ -54,7 +53,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
     return asdict(checked)
 
 
-def facts_of(answer: Mapping[str, Any]) -> CheckedFile:
+def facts_of(answer: Record) -> CheckedFile:
     """Read the facts of a training file from an answer. Raises FileFault."""
     if "fault" in answer:
         raise FileFault(**answer["fault"])

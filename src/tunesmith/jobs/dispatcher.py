@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunesmith.errors import InputError, RunError, StorageError
 from tunesmith.jobs.bases import Bases
@@ -32,7 +31,7 @@ from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject
 
 POLL_S = 0.2
 EXPIRE_S = 60.0
@@ -278,7 +277,7 @@ class Dispatcher:
         self.store.change_job(name, messages, if_status=["running"], status="queued", attempts=attempts)
         return None
 
-    def _fail_by(self, job: Record, error: dict[str, Any]) -> None:
+    def _fail_by(self, job: Record, error: JsonObject) -> None:
         for which in ("training", "validation"):
             file = job["request"][f"{which}_file"]
             if file is not None and (problems := list(problems_of(error, self.store.content_path(file)))):

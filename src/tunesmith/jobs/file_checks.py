@@ -6,10 +6,9 @@ As a run does, a check outlives a killed server, and the next one takes it over.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -23,6 +22,7 @@ from tunesmith.jobs.tables import Record, models
 from tunesmith.jobs.training_files import CheckedFile, FileFault, rounds
 from tunesmith.recipe import load
 from tunesmith.runs.atomic import write_atomic
+from tunesmith.types import JsonObject
 
 AT_ONCE = 2
 """Checks, each of another project."""
@@ -38,7 +38,7 @@ SNAPSHOTS = 2
 """Ends of epochs before the last that become checkpoints; with the result, the last three epochs have one."""
 
 
-def start_check(place: Path, request: Mapping[str, Any]) -> ChildProcess:
+def start_check(place: Path, request: Record) -> ChildProcess:
     """Start a check that is known by files next to `place`."""
     words, environment = [orjson.dumps(request).decode()], {"OMP_NUM_THREADS": "1"}
     return start_child(place, "tunesmith.jobs.check_process", words, environment, room=ANSWER_BYTES)
@@ -50,7 +50,7 @@ class FileChecks:
 
     store: Store
     bases: Bases
-    start: Callable[[Path, Mapping[str, Any]], ChildProcess] = start_check
+    start: Callable[[Path, Record], ChildProcess] = start_check
     active: dict[str, tuple[str, ChildProcess]] = field(default_factory=dict)
     """Project and process of each."""
     last_start: dict[str, float] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class FileChecks:
     def _place(self, name: str) -> Path:
         return self.store.runs_path / f"{name}.check"
 
-    def _request(self, job: Record) -> dict[str, Any]:
+    def _request(self, job: Record) -> JsonObject:
         request = job["request"]
         names = {which: request[f"{which}_file"] for which in ("training", "validation")}
         paths = {which: self.store.content_path(file) for which, file in names.items() if file is not None}
@@ -112,7 +112,7 @@ class FileChecks:
             "memory_bytes": MEMORY_BYTES, "seconds": SECONDS + num_bytes // BYTES_A_SECOND,
         }  # fmt: skip
 
-    def _take_over(self, job: Record, answer: Mapping[str, Any] | None) -> None:
+    def _take_over(self, job: Record, answer: Record | None) -> None:
         """The state that a job comes to by what its check said; None: it was ended from outside."""
         name = job["id"]
         if answer is None:
@@ -135,7 +135,7 @@ class FileChecks:
         values = {"status": "queued", "is_checked": True, "numbers": numbers, "attempts": 0}
         self.store.change_job(name, messages, if_status=WAITING, **values)
 
-    def _recipe(self, job: Record, checked: CheckedFile) -> tuple[bytes, dict[str, Any]]:
+    def _recipe(self, job: Record, checked: CheckedFile) -> tuple[bytes, JsonObject]:
         """The recipe of a job as YAML, and its numbers so far. Raises FileFault, RecipeError."""
         request, base = job["request"], self.bases.bases.get(job["base"])
         if base is None:  # the file of bases was changed since
@@ -168,11 +168,11 @@ def fail(
 
 def job_recipe(
     base: PublicBase, checked: CheckedFile, training: Path, validation: Path | None, numbers: Record
-) -> dict[str, Any]:
+) -> JsonObject:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
     times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), checked.task == "prefer"
     is_here = Path(base.model).exists()  # the run may be resumed from another working directory
-    from_request: dict[str, Any] = {
+    from_request: JsonObject = {
         "model": str(Path(base.model).resolve()) if is_here else base.model,
         "task": checked.task,
         "data": {"train": [str(training)], "too_long": "drop" if is_dpo else "cut"},
@@ -185,7 +185,7 @@ def job_recipe(
         from_request["optim"] = {"lr_times": float(times)}
     if beta != "auto":
         from_request["prefer"] = {"beta": float(beta)}
-    recipe: dict[str, Any] = {"method": {"name": "lora"}, **base.recipe}
+    recipe: JsonObject = {"method": {"name": "lora"}, **base.recipe}
     recipe["checkpoint"] = {"snapshots": SNAPSHOTS, **recipe.get("checkpoint", {})}
     if validation is not None:
         recipe["evaluation"] = {"every": "epoch", "keep": "last", **recipe.get("evaluation", {})}

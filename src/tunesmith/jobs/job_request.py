@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Body, Parameters, StrictModel
+from tunesmith.types import JsonObject
 
 MAX_METADATA = 16
 
@@ -65,7 +66,7 @@ class MethodChoice(StrictModel):
     type: str
     supervised: Supervised | None = None
     dpo: Dpo | None = None
-    reinforcement: dict[str, Any] | None = None
+    reinforcement: JsonObject | None = None
 
     @property
     def hyperparameters(self) -> Hyperparameters | None:
@@ -139,7 +140,7 @@ class JobBody(Body):
         return "supervised" if self.method is None else self.method.type
 
     @property
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> JsonObject:
         """The hyperparameters of its method, from either place."""
         inner = None if self.method is None else self.method.hyperparameters
         sent = inner or self.hyperparameters or Hyperparameters()

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject
 
 NICE = 10
 """Lower priority than the engine, so that answers do not wait for training."""
@@ -45,15 +45,15 @@ class ChildProcess:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # it has not made its folder yet: nothing is lost
 
-    def printed(self) -> dict[str, Any] | None:
+    def printed(self) -> JsonObject | None:
         """The last line that it printed, as JSON; None: it printed none, or was killed."""
         with suppress(OSError, ValueError):
             last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
-            message: dict[str, Any] = orjson.loads(last)
+            message: JsonObject = orjson.loads(last)
             return message
         return None
 
-    def error(self) -> dict[str, Any] | None:
+    def error(self) -> JsonObject | None:
         """The error that the ended run printed; None: it printed none, or was killed."""
         last_line = self.printed() or {}
         return last_line if last_line.get("kind") == "error" else None

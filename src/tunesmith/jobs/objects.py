@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tunesmith.jobs.names import derived_id
 from tunesmith.jobs.tables import Record
+from tunesmith.types import JsonObject
 
 NO_ERROR = {"code": None, "message": None, "param": None}
 """`error` of a job that has not failed: scripts read `job.error.code` without looking."""
 
 
-def file_object(row: Record) -> dict[str, Any]:
+def file_object(row: Record) -> JsonObject:
     columns = {name: row[name] for name in ("id", "bytes", "created_at", "filename", "purpose")}
     expiry = {} if row["expires_at"] is None else {"expires_at": row["expires_at"]}
     return {"object": "file", **columns, **expiry, "status": "processed", "status_details": None}
 
 
-def upload_object(row: Record, file: Record | None) -> dict[str, Any]:
+def upload_object(row: Record, file: Record | None) -> JsonObject:
     columns = {name: row[name] for name in ("id", "bytes", "created_at", "expires_at", "filename", "purpose", "status")}
     return {"object": "upload", **columns, **({} if file is None else {"file": file_object(file)})}
 
 
-def job_object(row: Record) -> dict[str, Any]:
+def job_object(row: Record) -> JsonObject:
     request = row["request"]
     has_ended = row["status"] == "succeeded"
     method = request.get("method", "supervised")
@@ -53,12 +53,12 @@ def job_object(row: Record) -> dict[str, Any]:
     }
 
 
-def event_object(row: Record) -> dict[str, Any]:
+def event_object(row: Record) -> JsonObject:
     columns = {name: row[name] for name in ("id", "created_at", "level", "message", "type", "data")}
     return {"object": "fine_tuning.job.event", **columns}
 
 
-def checkpoint_object(row: Record) -> dict[str, Any]:
+def checkpoint_object(row: Record) -> JsonObject:
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": derived_id("ftckpt_", row["name"]),
@@ -70,11 +70,11 @@ def checkpoint_object(row: Record) -> dict[str, Any]:
     }
 
 
-def list_object(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+def list_object(data: Sequence[JsonObject], *, has_more: bool) -> JsonObject:
     return {"object": "list", "data": list(data), "has_more": has_more}
 
 
-def list_with_ends(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+def list_with_ends(data: Sequence[JsonObject], *, has_more: bool) -> JsonObject:
     """A list as OpenAI sends it for files and checkpoints."""
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {**list_object(data, has_more=has_more), **ends}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from pydantic import Field, StringConstraints
@@ -17,6 +17,7 @@ from tunesmith.jobs.tables import Record, permissions
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictModel, StrictRoute
 from tunesmith.serve.responses import json_response
+from tunesmith.types import JsonObject
 
 _Project = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,32}$")]
 
@@ -74,6 +75,6 @@ def make_permission_router(store: Store, engines: Engines) -> APIRouter:
     return router
 
 
-def _object(row: Record) -> dict[str, Any]:
+def _object(row: Record) -> JsonObject:
     columns = {"id": row["id"], "created_at": row["created_at"], "project_id": row["reader"]}
     return {"object": "checkpoint.permission", **columns}

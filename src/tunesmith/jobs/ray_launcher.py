@@ -21,6 +21,7 @@ from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.parallel.cluster import needs_of
 from tunesmith.recipe import load
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject
 
 POLL_S = 0.5
 
@@ -54,7 +55,7 @@ class RayRun:
             with suppress(self.ray.exceptions.RayError):
                 self.ray.cancel(self.task)  # it may wait for a place; else `stop` comes again once it has a folder
 
-    def error(self) -> dict[str, Any] | None:
+    def error(self) -> JsonObject | None:
         return self.child.error()
 
 

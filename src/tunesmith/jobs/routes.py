@@ -32,6 +32,7 @@ from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
 from tunesmith.trackers.libraries import check_names
+from tunesmith.types import JsonObject
 
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report loads nothing and runs nothing."""
@@ -202,7 +203,7 @@ def make_job_router(store: Store, bases: Bases) -> APIRouter:
             metadata = row["request"]["metadata"]
             return not metadata if "metadata" in query else wanted.items() <= (metadata or {}).items()
 
-        def read() -> dict[str, Any]:
+        def read() -> JsonObject:
             limit = read_limit(query, 20, 100)
             rows, more = store.page(jobs, after=after(store, jobs, query), limit=limit, keeps=keeps)
             return objects.list_object([objects.job_object(row) for row in rows], has_more=more)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from tunesmith.jobs.store import event
 from tunesmith.phrases import option, plural
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject, Record
 
 _COLUMNS = (
     "step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy", "full_valid_loss",
@@ -28,10 +27,10 @@ class EventTranslator:
         self.total_steps = 0
         self.last_loss: float | None = None
 
-    def __call__(self, run_events: Iterable[Event]) -> list[dict[str, Any]]:
+    def __call__(self, run_events: Iterable[Event]) -> list[JsonObject]:
         return [{**row, "created_at": int(run_event.time)} for run_event in run_events for row in self._rows(run_event)]
 
-    def _rows(self, run_event: Event) -> Iterator[dict[str, Any]]:
+    def _rows(self, run_event: Event) -> Iterator[JsonObject]:
         values = run_event.values
         if run_event.kind == "plan":
             self.total_steps = values["steps"]
@@ -73,7 +72,7 @@ class EventTranslator:
             yield event(self.job, values["text"], level="warn", once=f"note {run_event.step} {values['text']}")
 
 
-def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
+def held_out_metrics(values: Record) -> JsonObject:
     """The metrics of a checkpoint from an evaluation: the whole validation file, under both of OpenAI's names."""
     loss = _number(values["loss"])
     metrics = {"valid_loss": loss, "full_valid_loss": loss}
@@ -83,9 +82,9 @@ def held_out_metrics(values: Mapping[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def metrics_by_step(run_events: Iterable[Event]) -> dict[int, dict[str, Any]]:
+def metrics_by_step(run_events: Iterable[Event]) -> dict[int, JsonObject]:
     """The metrics of each step, with the validation file's where it was measured."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, JsonObject] = {}
     for run_event in run_events:
         if run_event.kind == "step":
             steps[run_event.step] = {"step": run_event.step, "train_loss": _number(run_event.values["loss"])}
@@ -107,7 +106,7 @@ def trained_tokens(run_events: Iterable[Event]) -> int:
     return sum(int(run_event.values["tokens"]) for run_event in run_events if run_event.kind == "step")
 
 
-def missing_exports(job: str, run: Run, why: str) -> list[dict[str, Any]]:
+def missing_exports(job: str, run: Run, why: str) -> list[JsonObject]:
     """A warning for each export of the recipe that is not in the folder of a finished run, with the way to make it."""
     warnings = []
     for target, _, value in (word.partition(":") for word in run.recipe().export.to):

@@ -46,13 +46,14 @@ from tunesmith.runs.folder import Run
 from tunesmith.runs.prune import STORE_MARK
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import JsonObject
 
 RUN_STOPS = ": its run stops after the step under way"
 
 
 def event(
     job: str, message: str, *, level: str = "info", data: Record | None = None, once: object = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """A row of `events`. The same `once` for a job is the same event: it is kept once, however often it is added."""
     name = new_id("ftevent-") if once is None else derived_id("ftevent-", job, once)
     kind = "metrics" if data else "message"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,7 +10,6 @@ import sqlalchemy as sa
 from tunesmith.jobs.names import DEFAULT_PROJECT
 from tunesmith.serve.middleware import PROJECT
 
-Record = Mapping[str, Any]
 """A row of a table, by the names of its columns."""
 
 TABLES = sa.MetaData()

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunesmith.data.detect_format import inspect_file
 from tunesmith.data.examples import examples
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Problem, Shape, TaskName
+from tunesmith.types import JsonObject, Problem, Shape, TaskName
 
 FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
@@ -115,7 +114,7 @@ def row_fault(problems: Sequence[Problem], which: str) -> FileFault:
     return FileFault(f"invalid_{which}_file", message, f"{which}_file", lines)
 
 
-def problems_of(error: dict[str, Any], path: Path) -> Iterator[Problem]:
+def problems_of(error: JsonObject, path: Path) -> Iterator[Problem]:
     """The problems that a run printed about one file."""
     from tunesmith.types import Source
 

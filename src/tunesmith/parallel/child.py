@@ -16,7 +16,7 @@ from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject
 
 MOST_PROBLEMS = 5
 """Rows that an error names."""
@@ -46,8 +46,8 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
     Raises the error that it ends with, a TunesmithError.
     """
     command = [*python_words("tunesmith"), *words, "--json", *(["--offline"] if offline else [])]
-    last: dict[str, Any] = {}
-    result: dict[str, Any] = {}
+    last: JsonObject = {}
+    result: JsonObject = {}
     with (
         TemporaryFile() as error_output,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_output, env=for_child()) as child,
@@ -76,7 +76,7 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
     raise as_error(last, text, code)
 
 
-def as_error(last: dict[str, Any], text: str, code: int) -> errors.TunesmithError:
+def as_error(last: JsonObject, text: str, code: int) -> errors.TunesmithError:
     """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its `text`,
     after what it said of its progress, and its exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.errors import GroupError
 from tunesmith.parallel.world import World
+from tunesmith.types import JsonObject
 
 BUCKET = 16 * 2**20
 """Numbers in a bucket: 64 MiB of float32."""
@@ -63,7 +63,7 @@ def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targ
         return own
     without = [i for i, tensor in enumerate(trained.values()) if tensor.grad is None]
     mine = {**asdict(own), "ungraded": without, "stop": bool(world.wants_stop())}
-    ranks: list[dict[str, Any]] = world.gather_values(mine)
+    ranks: list[JsonObject] = world.gather_values(mine)
     world.stops = any(rank.pop("stop") for rank in ranks)
     met = _together(ranks)
     if met.exhausted is not None:
@@ -74,7 +74,7 @@ def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targ
     return met
 
 
-def _together(ranks: list[dict[str, Any]]) -> Computed:
+def _together(ranks: list[JsonObject]) -> Computed:
     smaller = [of_rank["tokens_per_pass"] for of_rank in ranks if of_rank["tokens_per_pass"] is not None]
     ended = [
         Exhausted(**{**of_rank["exhausted"], "rank": at}) for at, of_rank in enumerate(ranks) if of_rank["exhausted"]

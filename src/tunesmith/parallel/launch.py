@@ -23,6 +23,7 @@ from tunesmith.errors import GroupError, RecipeError, Stopped, TunesmithError
 from tunesmith.parallel.world import AGREED, OWN_AGENT, place_of
 from tunesmith.phrases import command, plural
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -77,7 +78,7 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # of a peer that is gone: said here
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as name, _environment({OWN_AGENT: name, **quiet}):
         has_timeout = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}  # newer versions of torch
-        patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
+        patience: JsonObject = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -133,7 +134,7 @@ def report_failure(failures: Mapping[int, Any], folder: Path, say: Callable[[str
     return code if code > 0 else 1
 
 
-def _reason(failure: Any) -> dict[str, Any]:
+def _reason(failure: Any) -> JsonObject:
     data = failure.error_file_data
     message = data.get("message") if isinstance(data, Mapping) else None
     return dict(message.get("extraInfo", {})) if isinstance(message, Mapping) else {}

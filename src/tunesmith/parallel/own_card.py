@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import MutableMapping
-from typing import Any
 
 from tunesmith.errors import GroupError, InputError, RecipeError
 from tunesmith.parallel.world import Place
+from tunesmith.types import JsonObject
 
 
 def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> str:
@@ -34,7 +34,7 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> s
     return ""
 
 
-def card_of(place: Place, device: str) -> dict[str, Any]:
+def card_of(place: Place, device: str) -> JsonObject:
     """Name and number of a rank's card; {} on a processor. Raises GroupError where the rank sees more than its own,
     because something listed the cards before it took one."""
     import torch

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tunesmith.errors import GroupError, InputError, NonFiniteError, OutOfMemoryError, Stopped, TunesmithError
+from tunesmith.types import JsonObject, Record
 from tunesmith.version import __version__
 
 JOIN_S = 600.0
@@ -92,7 +93,7 @@ class World:
         """Whether this rank got a request to stop; read when ranks meet."""
         self.stops = False
         """Whether any rank had one when they last met."""
-        self.joined: list[dict[str, Any]] = []
+        self.joined: list[JsonObject] = []
         """Facts that each rank gave of itself when it joined."""
         self.mesh: Any = None
         """torch's mesh of ranks over which the layers of the model are split; None: each rank has the whole model."""
@@ -122,7 +123,7 @@ class World:
         """Names of the ranks' cards, each kind once; none on processors."""
         return sorted({facts["card"] for facts in self.joined if facts.get("card")})
 
-    def join(self, facts: Mapping[str, Any], say: Say = lambda here, size: None) -> None:
+    def join(self, facts: Record, say: Say = lambda here, size: None) -> None:
         """Wait until every rank is there, and compare their versions, kinds of device and cards.
 
         Raises:
@@ -299,14 +300,14 @@ class World:
         return json.loads(self._store.get(key))
 
 
-def _own_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _own_facts(facts: Record) -> JsonObject:
     same = {"tunesmith": __version__, "torch": version("torch"), "transformers": version("transformers")}
     same["Python"] = ".".join(platform.python_version_tuple()[:2])
     return {"host": socket.gethostname(), **facts, "same": {**same, **facts.get("same", {})}}
 
 
 @contextmanager
-def group(place: Place, facts: Callable[[], Mapping[str, Any]], say: Say = lambda here, size: None) -> Iterator[World]:
+def group(place: Place, facts: Callable[[], Record], say: Say = lambda here, size: None) -> Iterator[World]:
     """The world of this process until the block ends. `facts`: what this rank says of itself, {"room", "same"}; `say`
     gets how many ranks are there, of how many, while this one waits for the others."""
     if place.size == 1:

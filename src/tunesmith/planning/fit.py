@@ -14,7 +14,7 @@ from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_look
-from tunesmith.types import Choice, ModelKind
+from tunesmith.types import Choice, JsonObject, ModelKind
 
 MARGIN = 0.08
 """Share of the memory that automatic choices leave free: what a forecast by formula may be off."""
@@ -96,7 +96,7 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
     return alternatives
 
 
-def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str, Any]]:
+def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[JsonObject]:
     tokens, method = resolved(recipe.train.tokens_per_pass), METHODS[recipe.method.name]
     least = min(tokens, max(longest, SMALLEST_PASS))
     smallest = {"train.tokens_per_pass": least, "train.checkpointed_layers": num_layers}
@@ -105,7 +105,7 @@ def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[dict[str
     yield {"train.tokens_per_pass": least}
     yield {"train.checkpointed_layers": num_layers}
     yield smallest
-    others: list[dict[str, Any]] = [narrow] if narrow else []
+    others: list[JsonObject] = [narrow] if narrow else []
     if not method.quantizes:  # one of low rank keeps its rank and targets
         others += [{"method.name": "qlora"}] if method.low_rank else [{"method": "lora"}, {"method": "qlora"}]
     for other in others:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS, has_look
-from tunesmith.types import HeadName, Layout, ModelKind
+from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
 Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
 """Kinds of work in a run; docs/guide/planning.md has a table of what is counted for each."""
@@ -71,7 +71,7 @@ class Duration:
     def total(self) -> float:
         return sum(count * self.prices[kind] for kind, count in self.counts.items())
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> JsonObject:
         """As JSON."""
         each = [(kind, count, self.prices[kind]) for kind, count in self.counts.items()]
         work = {kind: {"count": count, "price": price, "seconds": count * price} for kind, count, price in each}
@@ -111,7 +111,7 @@ class Forecast:
     def fits(self) -> bool:
         return self.memory.total <= self.device.room
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> JsonObject:
         """As JSON."""
         heavy, devices, disk = self.heavy, self.sampler.part[1], asdict(self.disk)
         group = {"devices": devices, "exchange_seconds": self.exchange_seconds, "split": self.sizes.gathered}
@@ -238,7 +238,7 @@ class Forecaster:
         if not TASKS[resolved(recipe.task)].sees_rows:
             seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
             sides.append((rows.store, seen_I))
-        settings: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
+        settings: JsonObject = {"layout": sampler.layout, "device": self.device.kind}
         for store, rows_I in sides:
             targets_I, some_I = targets_of(store), [int(i) for i in rows_I]
             passes = (

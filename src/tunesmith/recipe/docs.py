@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from tunesmith.recipe.methods import METHOD_OPTIONS, AutoMethod, OptionGroup, Positive
 from tunesmith.recipe.schema import DataFile, OneOf, Recipe
 from tunesmith.recipe.yaml_io import dump
-from tunesmith.types import TASK_NAMES
+from tunesmith.types import TASK_NAMES, JsonObject, Record
 
 _WIDTH = 110
 
@@ -174,14 +174,14 @@ def as_yaml(recipe: Recipe, comments: bool) -> str:
 _IN_SIGHT = ("model", "name", "data.train", "data.eval", "track")
 
 
-def changed(recipe: Recipe) -> dict[str, Any]:
+def changed(recipe: Recipe) -> JsonObject:
     """Options by their dotted keys that are not as they are by default, without model, name, files and trackers."""
-    start: dict[str, Any] = Recipe().model_dump()
+    start: JsonObject = Recipe().model_dump()
     fields = type(recipe.method).model_fields.items()
     start["method"] = {key: field.get_default(call_default_factory=True) for key, field in fields}
     start["method"]["name"] = Recipe().method.name
 
-    def leaves(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    def leaves(now: Record, then: Record, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in now.items():
             if prefix + name in sections():
                 yield from leaves(value, then[name], f"{prefix}{name}.")
@@ -191,9 +191,9 @@ def changed(recipe: Recipe) -> dict[str, Any]:
     return dict(leaves(recipe.model_dump(), start, ""))
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Record, prefix: str = "") -> JsonObject:
     """A nested mapping as dotted keys."""
-    leaves: dict[str, Any] = {}
+    leaves: JsonObject = {}
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves

@@ -21,6 +21,7 @@ from tunesmith.recipe import other_tools, yaml_io
 from tunesmith.recipe.docs import Option, options, sections
 from tunesmith.recipe.methods import METHOD_OPTIONS
 from tunesmith.recipe.schema import Recipe
+from tunesmith.types import JsonObject, Record
 
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
@@ -48,7 +49,7 @@ OTHER_NAMES = {
     "gradient_checkpointing": "train.checkpointed_layers",
 }
 """Names of options in other tools that are not like ours, for suggestions."""
-REMOVED: dict[str, Any] = {
+REMOVED: JsonObject = {
     "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
     "method.quant": "nf4", "method.double_quant": True, "loss.neftune_alpha": 0.0, "train.group_by_length": False,
     "evaluation.bleu": False,
@@ -61,7 +62,7 @@ SETTING = "--set"
 
 
 def load(
-    path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None, *, of_run: bool = False
+    path: str | None, overrides: Sequence[str] = (), base: Record | None = None, *, of_run: bool = False
 ) -> Recipe:
     """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
 
@@ -69,7 +70,7 @@ def load(
     `of_run`: it is the recipe of a run, perhaps of an earlier version, which is read without `MEASURED`.
     Raises RecipeError with a line for every problem.
     """
-    data: dict[str, Any] = _merged({}, base or {})
+    data: JsonObject = _merged({}, base or {})
     problems: list[str] = []
     if path is not None:
         try:
@@ -100,7 +101,7 @@ def load(
     return recipe
 
 
-def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def validate(data: Record, where: str = "recipe") -> Recipe:
     """The recipe of plain values. Raises RecipeError with a line for every problem."""
     recipe, problems = _checked(data, lambda key: where)
     if recipe is None:
@@ -108,10 +109,10 @@ def validate(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _translation(path: str, theirs: Mapping[str, Any], tool: str) -> str:
+def _translation(path: str, theirs: Record, tool: str) -> str:
     """A recipe of ours for the configuration file of another tool, ready to save, and what it leaves out."""
     ours, left = other_tools.translate(theirs, tool)
-    tree: dict[str, Any] = {}
+    tree: JsonObject = {}
     for key, value in ours.items():
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
@@ -125,7 +126,7 @@ def _translation(path: str, theirs: Mapping[str, Any], tool: str) -> str:
     return "\n".join(lines)
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str) -> JsonObject:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -144,13 +145,13 @@ def _read_file(path: str) -> dict[str, Any]:
     return _without_empty(value, "")
 
 
-def _without_empty(data: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _without_empty(data: JsonObject, prefix: str) -> JsonObject:
     """Without sections under which everything is commented out: YAML reads those as null."""
     filled = {key: value for key, value in data.items() if value is not None or prefix + key not in sections()}
     return {k: _without_empty(v, f"{prefix}{k}.") if isinstance(v, dict) else v for k, v in filled.items()}
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(old: Record, new: Record) -> JsonObject:
     result = {key: _merged(value, {}) if isinstance(value, Mapping) else value for key, value in old.items()}
     for key, value in new.items():
         before = result.get(key)
@@ -159,7 +160,7 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _apply(data: dict[str, Any], override: str) -> str:
+def _apply(data: JsonObject, override: str) -> str:
     """Set what "a.b=value" says in `data`; returns the key."""
     key, equals, value_text = override.partition("=")
     key = key.strip()
@@ -189,7 +190,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
     return key
 
 
-def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
+def _checked(data: Record, where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
     # Strict, so that true is not 1 and "8" is not 8; by way of JSON, in which a list may become a tuple.
     written = json.dumps(_without_removed(data), default=_plain)
     try:
@@ -207,7 +208,7 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
     return None, problems
 
 
-def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
+def _without_removed(data: Record) -> JsonObject:
     cleaned = _merged({}, data)
     for key, value in REMOVED.items():
         section, _, name = key.partition(".")

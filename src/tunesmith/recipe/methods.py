@@ -17,6 +17,8 @@ from pydantic import (
     field_validator,
 )
 
+from tunesmith.types import JsonObject
+
 Auto: TypeAlias = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 Rank = Annotated[int, Field(gt=0, le=65_536)]
@@ -97,7 +99,7 @@ class PeftMethod(OptionGroup):
     name: Literal["peft"] = "peft"
     kind: str
     """peft's name of the method, in capitals or not. docs/guide/methods.md lists them, and which are refused."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: JsonObject = Field(default_factory=dict)
     """Its settings by peft's own names, such as {target_modules: [q_proj]}; what is left out has peft's default."""
 
     @field_validator("kind")

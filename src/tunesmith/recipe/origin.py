@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.recipe.schema import Base, Recipe
+from tunesmith.types import JsonObject
 
 
-def record(recipe: Recipe, root: Path) -> dict[str, Any]:
+def record(recipe: Recipe, root: Path) -> JsonObject:
     """The record for run.json of a run in the folder `root`; empty if there is no current folder."""
     with suppress(OSError):
         paths = {typed: Path(at).expanduser() for typed, at in typed_places(recipe)}
@@ -93,7 +94,7 @@ class Origin:
 def moved_to(recipe: Recipe) -> Recipe:
     """A run's recipe as one would type it now: every path is where the file is."""
     data = recipe.data
-    sides: dict[str, Any] = {
+    sides: JsonObject = {
         side: tuple(file.model_copy(update={"path": file.at}) for file in getattr(data, side))
         for side in ("train", "eval", "replay")
     }

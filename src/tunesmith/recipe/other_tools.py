@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Convert = Callable[[Any, Mapping[str, Any]], Any]
+from tunesmith.types import JsonObject, Record
+
+Convert = Callable[[Any, Record], Any]
 """(their value, all of their options) → our value, None where nothing has to be said, or `Untranslated`."""
 
 
@@ -19,7 +21,7 @@ class Untranslated:
         self.why = why
 
 
-def tool_of(data: Mapping[str, Any]) -> str | None:
+def tool_of(data: Record) -> str | None:
     """The tool that a configuration file is for, by options that only it has."""
     if {"model_name_or_path", "finetuning_type"} & set(data) and "model" not in data:
         return "LLaMA-Factory"
@@ -28,10 +30,10 @@ def tool_of(data: Mapping[str, Any]) -> str | None:
     return None
 
 
-def translate(data: Mapping[str, Any], tool: str) -> tuple[dict[str, Any], dict[str, str]]:
+def translate(data: Record, tool: str) -> tuple[JsonObject, dict[str, str]]:
     """(options of ours by dotted name, what was not translated: their option → why)."""
     table = LLAMA_FACTORY if tool == "LLaMA-Factory" else AXOLOTL
-    ours: dict[str, Any] = {} if tool == "LLaMA-Factory" or data.get("adapter") else {"method.name": "full"}
+    ours: JsonObject = {} if tool == "LLaMA-Factory" or data.get("adapter") else {"method.name": "full"}
     left: dict[str, str] = {}
     for key, value in data.items():
         if value is None or key in AUTOMATIC:
@@ -57,33 +59,33 @@ def translate(data: Mapping[str, Any], tool: str) -> tuple[dict[str, Any], dict[
 _METHODS = "LoRA, DoRA, QLoRA and full tuning are offered"
 
 
-def _same(value: Any, _: Mapping[str, Any]) -> Any:
+def _same(value: Any, _: Record) -> Any:
     return value
 
 
-def _number(value: Any, _: Mapping[str, Any]) -> Any:
+def _number(value: Any, _: Record) -> Any:
     return float(value)
 
 
-def _above_zero(value: Any, _: Mapping[str, Any]) -> Any:
+def _above_zero(value: Any, _: Record) -> Any:
     return value if isinstance(value, (int, float)) and value > 0 else None
 
 
-def _rows_per_step(value: Any, data: Mapping[str, Any]) -> Any:
+def _rows_per_step(value: Any, data: Record) -> Any:
     """Rows of an update: theirs are rows of a pass on a device, times the passes that are added up."""
     return int(value) * int(data.get("gradient_accumulation_steps") or 1)
 
 
-def _warmup_steps(value: Any, _: Mapping[str, Any]) -> Any:
+def _warmup_steps(value: Any, _: Record) -> Any:
     return int(value) if value and int(value) >= 1 else None
 
 
-def _schedule(value: Any, _: Mapping[str, Any]) -> Any:
+def _schedule(value: Any, _: Record) -> Any:
     known = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
     return known.get(str(value), Untranslated(f"schedule {value}: linear, cosine and constant are offered"))
 
 
-def _optimizer(value: Any, _: Mapping[str, Any]) -> Any:
+def _optimizer(value: Any, _: Record) -> Any:
     name = str(value)
     if "8bit" in name:
         return "adamw_8bit"
@@ -91,12 +93,12 @@ def _optimizer(value: Any, _: Mapping[str, Any]) -> Any:
     return plain if plain in {"adamw", "lion", "adafactor", "muon"} else Untranslated(f"optimizer {value}: not offered")
 
 
-def _targets(value: Any, _: Mapping[str, Any]) -> Any:
+def _targets(value: Any, _: Record) -> Any:
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
     return None if names in (["all"], ["all-linear"]) else names
 
 
-def _prompts(value: Any, _: Mapping[str, Any]) -> Any:
+def _prompts(value: Any, _: Record) -> Any:
     return Untranslated("only answers are trained here, and every answer of a chat") if value else None
 
 
@@ -104,49 +106,49 @@ def _precision(name: str) -> Convert:
     return lambda value, data: name if value is True else None
 
 
-def _factory_method(value: Any, data: Mapping[str, Any]) -> Any:
+def _factory_method(value: Any, data: Record) -> Any:
     if value == "lora":
         return "qlora" if data.get("quantization_bit") else "dora" if data.get("use_dora") else "lora"
     return value if value == "full" else Untranslated(f"{value}: {_METHODS}")
 
 
-def _factory_stage(value: Any, _: Mapping[str, Any]) -> Any:
+def _factory_stage(value: Any, _: Record) -> Any:
     tasks = {"pt": "text", "dpo": "prefer", "kto": "prefer", "rm": "reward"}
     if value == "sft":
         return None  # the task is seen in the rows
     return tasks.get(str(value), Untranslated(f"stage {value}: not offered"))
 
 
-def _preference_loss(value: Any, _: Mapping[str, Any]) -> Any:
+def _preference_loss(value: Any, _: Record) -> Any:
     known = {"sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
     return known.get(str(value), Untranslated(f"loss {value}: not offered"))
 
 
-def _factory_data(value: Any, _: Mapping[str, Any]) -> Any:
+def _factory_data(value: Any, _: Record) -> Any:
     names = value.split(",") if isinstance(value, str) else list(value)
     return [f"{name.strip()}.json" for name in names]
 
 
-def _axolotl_data(value: Any, _: Mapping[str, Any]) -> Any:
+def _axolotl_data(value: Any, _: Record) -> Any:
     paths = [entry.get("path") for entry in value if isinstance(entry, Mapping)]
     return [path if "." in str(path).rpartition("/")[2] else f"hf://datasets/{path}" for path in paths if path]
 
 
-def _axolotl_method(value: Any, data: Mapping[str, Any]) -> Any:
+def _axolotl_method(value: Any, data: Record) -> Any:
     if value == "lora" and data.get("peft_use_dora"):
         return "dora"
     return value if value in ("lora", "qlora") else Untranslated(f"{value}: {_METHODS}")
 
 
-def _axolotl_task(value: Any, _: Mapping[str, Any]) -> Any:
+def _axolotl_task(value: Any, _: Record) -> Any:
     return "prefer" if value in ("dpo", "ipo", "kto", "orpo", "simpo") else Untranslated(f"rl {value}: not offered")
 
 
-def _share(value: Any, _: Mapping[str, Any]) -> Any:
+def _share(value: Any, _: Record) -> Any:
     return value if isinstance(value, (int, float)) and 0 <= value < 1 else Untranslated("give a share below 1")
 
 
-def _trackers(value: Any, _: Mapping[str, Any]) -> Any:
+def _trackers(value: Any, _: Record) -> Any:
     names = [value] if isinstance(value, str) else list(value)
     return [name for name in names if name in ("tensorboard", "wandb", "mlflow", "trackio")] or None
 

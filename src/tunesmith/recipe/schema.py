@@ -29,7 +29,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
-from tunesmith.types import TASK_NAMES
+from tunesmith.types import TASK_NAMES, Record
 
 T = TypeVar("T")
 
@@ -183,7 +183,7 @@ class Data(OptionGroup):
 
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "adafactor", "muon"]
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
-USUAL: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+USUAL: Mapping[str, Record] = MappingProxyType(
     {
         "adamw": _ADAM,
         "adamw_8bit": _ADAM,

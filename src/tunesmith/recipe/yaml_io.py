@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tunesmith.errors import RecipeError
+from tunesmith.types import JsonObject
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -90,9 +91,9 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_unique(self, node: yaml.Node) -> dict[str, Any]:
+    def construct_unique(self, node: yaml.Node) -> JsonObject:
         assert isinstance(node, yaml.MappingNode)
-        result: dict[str, Any] = {}
+        result: JsonObject = {}
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -38,6 +37,7 @@ from tunesmith.runs.atomic import (
     write_atomic,
     writing,
 )
+from tunesmith.types import JsonObject, Record
 
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
@@ -58,7 +58,7 @@ class Checkpoint:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
+    state: JsonObject
 
 
 class _Damaged(Exception):
@@ -71,7 +71,7 @@ def save(
     *,
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    state: Record,
 ) -> Path:
     """Write the checkpoint `folder/step-N`, complete or not at all; it replaces one of the same step.
 
@@ -177,7 +177,7 @@ def _load(path: Path) -> Checkpoint:
     return Checkpoint(path, manifest["step"], weights, optimizer, state)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> JsonObject:
     """The manifest, sealed by its own hash: a flipped bit in it is damage, not a newer format."""
     try:
         content = from_json((path / "manifest.json").read_bytes())
@@ -198,11 +198,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
+def _seal(manifest: Record) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _check_sizes(path: Path, manifest: Mapping[str, Any]) -> None:
+def _check_sizes(path: Path, manifest: Record) -> None:
     missing = set(_FILES) - set(manifest["files"])
     if missing:
         raise _Damaged(f"manifest.json does not list {', '.join(sorted(missing))}")
@@ -235,19 +235,19 @@ def _set_aside(path: Path, step: int) -> Path:
     return aside
 
 
-def _write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+def _write_bytes(path: Path, content: bytes) -> JsonObject:
     write_atomic(path, content)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> JsonObject:
     """Write safetensors one tensor at a time, hashing on the way; returns size and SHA-256.
 
     The library's own writer takes all bytes at once: for full tuning that would double the memory at every save.
     Format: https://github.com/huggingface/safetensors#format.
     """
     order = _order(tensors)
-    header: dict[str, Any] = {}
+    header: JsonObject = {}
     end = 0
     for name in order:
         tensor = tensors[name]

@@ -7,15 +7,15 @@ import os
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from tunesmith.errors import RunError
 from tunesmith.runs.atomic import from_json, storing, to_json, writing
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject, Record
 
 LoggedState = Literal["new", "stopped", "failed", "done", "interrupted"]
 
@@ -129,7 +129,7 @@ def truncate_after(path: Path, step: int) -> int:
     return num_dropped
 
 
-def digest(path: Path, num_bytes: int = -1) -> dict[str, Any]:
+def digest(path: Path, num_bytes: int = -1) -> JsonObject:
     """Size and SHA-256 of a log, or of its first `num_bytes`, for a checkpoint."""
     content = b""
     with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -137,7 +137,7 @@ def digest(path: Path, num_bytes: int = -1) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def refuse_changed(path: Path, saved: Mapping[str, Any]) -> None:
+def refuse_changed(path: Path, saved: Record) -> None:
     """Raise RunError where a log does not begin with what a checkpoint `saved` of it by `digest`."""
     if digest(path, saved["bytes"]) != saved:
         raise RunError(

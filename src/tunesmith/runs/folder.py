@@ -21,7 +21,7 @@ import secrets
 import socket
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -34,7 +34,7 @@ import filelock
 from tunesmith.errors import RunError
 from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject, Record
 from tunesmith.version import __version__
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Run:
         *,
         out: Path | None = None,
         recipe: Recipe | None = None,
-        more: Mapping[str, Any] = MappingProxyType({}),
+        more: Record = MappingProxyType({}),
     ) -> Run:
         """Make a new folder `<name>-<4 hex digits>` in `root`, or `out`; complete or absent. It records the places of
         the files that `recipe` names, and `more` facts.
@@ -166,7 +166,7 @@ class Run:
         return {} if after is None else dict(after["measures"])
 
     @property
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """The content of report.json, see docs/guide/report.md. Raises RunError if the run has not ended."""
         if not self.report_path.exists():
             raise RunError(f"{self.path}: it has no report yet: it is {self.state()}. Its measures come when it ends.")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -47,6 +47,7 @@ from tunesmith.serve.responses import (
     whole_answer,
     with_tool_calls,
 )
+from tunesmith.types import JsonObject
 from tunesmith.version import __version__
 
 T = TypeVar("T")
@@ -202,7 +203,7 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
         return json_response({"object": "list", "data": data, "model": body.model})
 
 
-def _model(card: ModelCard) -> dict[str, Any]:
+def _model(card: ModelCard) -> JsonObject:
     fields = {"task": card.task, "answers": card.answers, "max_tokens": card.max_tokens, "base": card.is_base}
     labels = {"labels": list(card.labels)} if card.labels else {}
     calls = {"tool_calls": card.calls} if card.answers == "text" else {}

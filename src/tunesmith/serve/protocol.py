@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import orjson
 
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.types import TaskName
+from tunesmith.types import Record, TaskName
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
 """Form in which a chat template writes tool calls; see responses.with_tool_calls."""
@@ -43,9 +43,9 @@ class GenerationRequest:
     """One prompt and how to continue it. Either `messages` or `prompt` is given."""
 
     model: str
-    messages: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[Record] = ()
     """In OpenAI's shape, content as one string; rendered as in training."""
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Record] = ()
     prompt: str | None = None
     max_tokens: int | None = None
     """Most new tokens; None: as many as there is room for."""
@@ -60,11 +60,11 @@ class GenerationRequest:
     """Number of most likely tokens listed for each token; 0: its own log probability only; None: nothing."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    json_schema: Mapping[str, Any] | None = None
+    json_schema: Record | None = None
     """The answer is JSON of this schema; {}: any JSON object."""
 
 
-Token: TypeAlias = Mapping[str, Any]
+Token: TypeAlias = Record
 """A token in OpenAI's shape: its text, log probability before temperature and penalties, bytes and likeliest tokens."""
 
 
@@ -90,7 +90,7 @@ class ToolCall:
 
     index: int
     number: int
-    call: Mapping[str, Any]
+    call: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +202,10 @@ def unpack(line: bytes) -> Any:
     return _value(orjson.loads(line))
 
 
-_CLASSES: Mapping[str, Any] = {
+_CLASSES: Record = {
     cls.__name__: cls for cls in (Delta, EngineOptions, Finished, GenerationRequest, ModelCard, Started)
 }
-_ERRORS: Mapping[str, Any] = {cls.__name__: cls for cls in (InputError, RequestError, TunesmithError)}
+_ERRORS: Record = {cls.__name__: cls for cls in (InputError, RequestError, TunesmithError)}
 
 
 def _tagged(value: Any) -> tuple[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from tunesmith.data.formats.turns import check_order, parts_of, tools_of, withou
 from tunesmith.data.problems import RowProblems
 from tunesmith.data.read_json import BadRow, loads
 from tunesmith.serve.protocol import GenerationRequest, RequestError
-from tunesmith.types import Source
+from tunesmith.types import JsonObject, Record, Source
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -159,7 +159,7 @@ class SampledBody(Body):
     service_tier: Literal["auto", "default"] = "auto"
     modalities: list[Literal["text"]] = ["text"]
     parallel_tool_calls: Annotated[bool, _only(True)] = True
-    logit_bias: dict[str, Any] = Field({}, max_length=0)
+    logit_bias: JsonObject = Field({}, max_length=0)
     best_of: Annotated[int, _only(1)] = 1
     echo: Annotated[bool, _only(False)] = False
     suffix: Literal[""] = ""
@@ -174,7 +174,7 @@ class SampledBody(Body):
         return self
 
     @property
-    def sampling(self) -> dict[str, Any]:
+    def sampling(self) -> JsonObject:
         """The fields of a GenerationRequest that both kinds share."""
         names = {"model", "temperature", "top_p", "seed", "n", "presence_penalty", "frequency_penalty"}
         return {**self.model_dump(include=names), "stop": tuple(self.stop)}
@@ -185,7 +185,7 @@ class JsonSchema(StrictModel):
 
     name: str
     description: str | None = None
-    schema_: dict[str, Any] = Field({}, alias="schema")
+    schema_: JsonObject = Field({}, alias="schema")
     strict: bool | None = None
 
 
@@ -202,7 +202,7 @@ class ResponseFormat(StrictModel):
         return self
 
     @property
-    def wanted(self) -> Mapping[str, Any] | None:
+    def wanted(self) -> Record | None:
         """As a GenerationRequest has it."""
         if self.type == "text":
             return None
@@ -218,7 +218,7 @@ class ChatBody(SampledBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat = ResponseFormat(type="text")
-    tools: list[dict[str, Any]] = Field([], max_length=128)
+    tools: list[JsonObject] = Field([], max_length=128)
     tool_choice: Literal["auto", "none"] = "auto"
     """A call cannot be forced: the model decides."""
 

@@ -30,6 +30,7 @@ from tunesmith.serve.protocol import (
     ToolCallFormat,
 )
 from tunesmith.serve.request_schemas import fields_at
+from tunesmith.types import JsonObject, Record
 
 RETRY_AFTER_S = 1
 MAX_PROBLEMS = 10
@@ -54,7 +55,7 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(orjson.dumps(value), status, headers, "application/json")
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
+def error_body(error: RequestError) -> JsonObject:
     """OpenAI's error body."""
     kind = _ERROR_TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
@@ -85,7 +86,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     return error_response(RequestError(message, status=500, code="internal_error"))
 
 
-def _problem(problem: Mapping[str, Any], model: Any) -> tuple[str | None, str, str]:
+def _problem(problem: Record, model: Any) -> tuple[str | None, str, str]:
     """(param, code, message) of one problem that pydantic found in the body of a `model`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"] if part != "body")
     place = "".join(parts).lstrip(".")
@@ -125,7 +126,7 @@ class ChatFormat:
     def __init__(self, n: int) -> None:
         self._n = n
 
-    def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: StreamEvent) -> Iterator[JsonObject]:
         """The streamed choices of one event."""
         if isinstance(event, Started):
             for index in range(self._n):
@@ -137,9 +138,9 @@ class ChatFormat:
         else:
             yield _choice(event.index, event.reason, delta={})
 
-    def whole(self, index: int, events: Sequence[Any]) -> dict[str, Any]:
+    def whole(self, index: int, events: Sequence[Any]) -> JsonObject:
         """The choice of a complete answer, which `Finished` ends."""
-        message: dict[str, Any] = {"role": "assistant", "content": _text(events), "refusal": None}
+        message: JsonObject = {"role": "assistant", "content": _text(events), "refusal": None}
         if calls := [event.call for event in events if isinstance(event, ToolCall)]:
             message |= {"content": message["content"] or None, "tool_calls": calls}
         tokens = [token for event in events if isinstance(event, Delta) for token in event.tokens]
@@ -151,13 +152,13 @@ class CompletionFormat:
 
     whole_object = chunk_object = "text_completion"
 
-    def chunks(self, event: StreamEvent) -> Iterator[dict[str, Any]]:
+    def chunks(self, event: StreamEvent) -> Iterator[JsonObject]:
         if isinstance(event, Delta):
             yield _choice(event.index, text=event.text)
         elif isinstance(event, Finished):
             yield _choice(event.index, event.reason, text="")
 
-    def whole(self, index: int, events: Sequence[Any]) -> dict[str, Any]:
+    def whole(self, index: int, events: Sequence[Any]) -> JsonObject:
         return _choice(index, events[-1].reason, text=_text(events))
 
 
@@ -165,7 +166,7 @@ def _text(events: Sequence[Any]) -> str:
     return "".join(event.text for event in events if isinstance(event, Delta))
 
 
-def _choice(index: int, reason: str | None = None, tokens: Sequence[Token] = (), **content: Any) -> dict[str, Any]:
+def _choice(index: int, reason: str | None = None, tokens: Sequence[Token] = (), **content: Any) -> JsonObject:
     logprobs = {"content": tokens, "refusal": None} if tokens else None
     return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
@@ -173,7 +174,7 @@ def _choice(index: int, reason: str | None = None, tokens: Sequence[Token] = (),
 Format: TypeAlias = ChatFormat | CompletionFormat
 
 
-async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, usage: Usage) -> dict[str, Any]:
+async def whole_answer(events: Events, head: Record, form: Format, usage: Usage) -> JsonObject:
     """The body of an answer that is not streamed. `head`: id, created and model."""
     answers: dict[int, list[StreamEvent]] = defaultdict(list)
     async with aclosing(events):
@@ -186,7 +187,7 @@ async def whole_answer(events: Events, head: Mapping[str, Any], form: Format, us
 
 
 async def event_stream(
-    first: StreamEvent, events: Events, head: Mapping[str, Any], form: Format, usage: Usage, *, shows_usage: bool
+    first: StreamEvent, events: Events, head: Record, form: Format, usage: Usage, *, shows_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """An answer as server-sent events: `data: {...}` for each chunk, then `data: [DONE]`.
 
@@ -194,7 +195,7 @@ async def event_stream(
     event, since the status has been sent.
     """
     head = {**head, "object": form.chunk_object}
-    no_usage: dict[str, Any] = {"usage": None} if shows_usage else {}
+    no_usage: JsonObject = {"usage": None} if shows_usage else {}
 
     def chunks(event: StreamEvent) -> bytes:
         usage.count(event)
@@ -213,7 +214,7 @@ async def event_stream(
             yield _sse(error_body(error))
 
 
-def _sse(value: Mapping[str, Any]) -> bytes:
+def _sse(value: Record) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
@@ -261,9 +262,9 @@ def _certain(text: str, form: ToolCallFormat) -> int:
     return len(text[:start].rstrip())
 
 
-def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[dict[str, Any]], str]:
+def find_calls(text: str, form: ToolCallFormat, tools: Set[str]) -> tuple[list[JsonObject], str]:
     """The calls in what was written, in OpenAI's shape, and the text without them."""
-    calls: list[dict[str, Any]] = []
+    calls: list[JsonObject] = []
 
     def take(found: re.Match[str]) -> str:
         with suppress(ValueError, TypeError, RecursionError):

@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.serve.protocol import GenerationRequest, RequestError, Token
+from tunesmith.types import JsonObject, Record
 
 CONTEXT = 16
 """Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
@@ -133,7 +134,7 @@ class JsonGrammars:
             raise RequestError(message, code="unsupported_parameter", param="response_format") from error
         self._matcher = llguidance.LLMatcher
 
-    def compile(self, schema: Mapping[str, Any]) -> Callable[[], Grammar]:
+    def compile(self, schema: Record) -> Callable[[], Grammar]:
         """A function that makes the grammar of one answer. Raises RequestError for an unsupported schema."""
         if "x-guidance" in schema:
             raise _invalid("the schema cannot be enforced: x-guidance would change how it is enforced: leave it out")
@@ -179,7 +180,7 @@ def with_text(tokenizer: Any, token: SampledToken) -> Token:
     before = list(tokenizer("a", add_special_tokens=False).input_ids)  # some tokenizers drop white space at the start
     length = len(tokenizer.decode(before))
 
-    def one(token_id: int, logprob: float) -> dict[str, Any]:
+    def one(token_id: int, logprob: float) -> JsonObject:
         text = tokenizer.decode([*before, token_id])[length:]
         spelling = None if _BROKEN in text else list(text.encode())
         return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": spelling}

@@ -19,6 +19,7 @@ from tunesmith.evaluation.metrics import METRICS
 from tunesmith.recipe import load, yaml_io
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
+from tunesmith.types import JsonObject, Record
 
 MOST_TRIALS = 1000
 SAME_FOR_ALL = ("name", "evaluation", "data.eval", "data.held_out")
@@ -34,7 +35,7 @@ class Trial:
 
     name: str
     """Also the name of its run folder."""
-    options: Mapping[str, Any]
+    options: Record
     """Options that the grid chose for it, by key."""
     recipe: Recipe
 
@@ -163,14 +164,14 @@ def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
         yield f"grid.{key}: a value is there twice: keep one."
 
 
-def _check_base(path: Path, given: Mapping[str, Any]) -> None:
+def _check_base(path: Path, given: Record) -> None:
     """Raises RecipeError for a base that is not a recipe by itself."""
     recipe = load.validate(given, where=f"{path}: base")
     if not recipe.model or not recipe.data.train:
         raise RecipeError(f"{path}: base: {'data.train' if recipe.model else 'model'}: missing: every trial needs it.")
 
 
-def _drawn(axes: Mapping[str, Any], how: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _drawn(axes: Record, how: Mapping[str, int]) -> Iterator[JsonObject]:
     """Different choices, drawn by the seed; fewer than wanted where lists hold no more."""
     draw, seen = random.Random(how.get("seed", 0)), set[bytes]()
     for _ in range(100 * how["trials"]):
@@ -190,7 +191,7 @@ def _one_of(values: Any, draw: random.Random) -> Any:
     return round(drawn) if isinstance(low, int) and isinstance(high, int) else float(f"{drawn:.3g}")
 
 
-def _recipes(path: Path, text: str, base: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> list[Recipe]:
+def _recipes(path: Path, text: str, base: Record, chosen: Sequence[Record]) -> list[Recipe]:
     """The recipe of each choice. Raises RecipeError with each problem once, at the line of its key."""
     problems: dict[str, None] = {}
     recipes = []
@@ -206,7 +207,7 @@ def _recipes(path: Path, text: str, base: Mapping[str, Any], chosen: Sequence[Ma
     return recipes
 
 
-def _placed(problem: str, path: Path, text: str, options: Mapping[str, Any]) -> str:
+def _placed(problem: str, path: Path, text: str, options: Record) -> str:
     """A problem that names --set or the recipe, with the place in the file instead."""
     rest = problem.removeprefix(load.SETTING).removeprefix("recipe").lstrip(": ")
     key = next((key for key in sorted(options, key=len, reverse=True) if rest.startswith(key)), None)
@@ -257,7 +258,7 @@ class Judge:
             evaluations //= self.asha.factor
         return rest == 0 and evaluations == 1
 
-    def hear(self, trial: str, step: int, value: float) -> dict[str, Any] | None:
+    def hear(self, trial: str, step: int, value: float) -> JsonObject | None:
         """Note an evaluation; {"step", "value", "rank", "of"} if the trial is to stop for it, None if it continues.
 
         `rank` counts from 1 among the `of` trials that have reached the rung so far.

@@ -20,6 +20,7 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.events import follow
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
+from tunesmith.types import JsonObject
 
 
 class RayTasks:
@@ -37,7 +38,7 @@ class RayTasks:
                 "gpus. Lower threads or devices in base, or use a larger cluster."
             )
         self._remote = ray.remote(max_retries=0, **needs)(run_trial)
-        self._tasks: dict[str, Any] = {}
+        self._tasks: JsonObject = {}
 
     def start(self, job: Job) -> None:
         self._tasks[job.name] = self._remote.remote(job)
@@ -97,7 +98,7 @@ def train_on_ray(
     return run
 
 
-def _trainer(config: dict[str, Any], needs: dict[str, float], workers: int) -> Any:
+def _trainer(config: JsonObject, needs: dict[str, float], workers: int) -> Any:
     try:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -115,7 +116,7 @@ def _trainer(config: dict[str, Any], needs: dict[str, float], workers: int) -> A
     )
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(config: JsonObject) -> None:
     """A rank: it trains inside the group that Ray made."""
     import tunesmith
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import filelock
 
@@ -26,6 +25,7 @@ from tunesmith.runs.atomic import from_json, storing, to_json, write_atomic
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.grid import Grid, Judge, Trial
 from tunesmith.sweeps.trial import Follower, Job, OneByOne, TrialRunner
+from tunesmith.types import JsonObject, Record
 
 FORMAT = 1
 STATE = "sweep.json"
@@ -65,7 +65,7 @@ class Sweep:
     grid: Grid
     root: Path
     offline: bool = False
-    stopped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stopped: dict[str, JsonObject] = field(default_factory=dict)
     """Trial → the rung that stopped it."""
     failed: dict[str, str] = field(default_factory=dict)
     """Trial → why it failed."""
@@ -266,7 +266,7 @@ def best_of(outcomes: list[Outcome]) -> Outcome:
     raise InputError("\n".join(["no trial of this sweep ended well.", *reasons]))
 
 
-def options_text(options: Mapping[str, Any]) -> str:
+def options_text(options: Record) -> str:
     """Options as they are set on a command line: optim.lr=0.0001 method.rank=8."""
     from tunesmith.recipe.yaml_io import dump
 

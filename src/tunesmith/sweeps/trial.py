@@ -19,6 +19,7 @@ from tunesmith.parallel.child import run_words
 from tunesmith.runs.background import in_background
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject
 
 POLL_S = 0.2
 
@@ -65,17 +66,17 @@ class Follower:
     """Reads the events of a run as they come, also if the run starts over or takes some back."""
 
     run: Run
-    last: dict[str, Any] = field(default_factory=dict)
+    last: JsonObject = field(default_factory=dict)
     """Measures of the newest evaluation on the way, each {"value", "low", "high"}."""
     step: int = 0
     total: int = 0
-    after: dict[str, Any] = field(default_factory=dict)
+    after: JsonObject = field(default_factory=dict)
     """Measures of the result."""
 
     def __post_init__(self) -> None:
         self._new = Tail(self.run.events_path)
 
-    def read(self) -> list[tuple[int, dict[str, Any]]]:
+    def read(self) -> list[tuple[int, JsonObject]]:
         """Evaluations on the way that are new, as (step, measures)."""
         evaluations = []
         for event in self._new.read():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunesmith.recipe import yaml_io
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject, Record
 
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
@@ -29,9 +27,9 @@ class StepMetrics:
     values: dict[str, float] = field(default_factory=dict)
 
 
-def plainly_named(tree: Mapping[str, Any]) -> dict[str, Any]:
+def plainly_named(tree: Record) -> JsonObject:
     """The values of a mapping by names that every tracker allows; names that differ stay different."""
-    renamed: dict[str, Any] = {}
+    renamed: JsonObject = {}
     for name, value in tree.items():
         plain = re.sub(r"[^\w.\- ]|^\.+$", "_", name)[-200:]
         while plain in renamed:
@@ -73,8 +71,8 @@ class RunReader:
         self.name = run.path.resolve().name
         self.key = f"{re.sub(r'[^A-Za-z0-9_-]', '-', self.name)[:40]}-{created}"
         """Name of the run for a tracker, the same wherever its folder is."""
-        self.recipe: dict[str, Any] = yaml_io.parse(run.recipe_path.read_text("utf-8"), str(run.recipe_path)) or {}
-        self.facts: dict[str, dict[str, Any]] = {}
+        self.recipe: JsonObject = yaml_io.parse(run.recipe_path.read_text("utf-8"), str(run.recipe_path)) or {}
+        self.facts: dict[str, JsonObject] = {}
         """Versions, and SHA-256 of the data files."""
         self.notes: list[str] = []
         self.state = ""

@@ -34,6 +34,7 @@ from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.trackers.libraries import SETTINGS, TRACKERS, Tracker, check_names, line_of, problem_of
 from tunesmith.trackers.run_reader import RunReader, results_of
+from tunesmith.types import JsonObject
 
 PAUSE_S, MOST_STEPS = 5.0, 100
 """Shortest time between two batches, and steps that a tracker gets at once: each call is a request or a transaction."""
@@ -48,7 +49,7 @@ LAST_S = 30.0
 Say = Callable[[bool, str], None]
 
 
-def read_state(run: Run, name: str) -> dict[str, Any]:
+def read_state(run: Run, name: str) -> JsonObject:
     """Read tracking/NAME.json: {"where", "place", "step", "done", "error"}."""
     state = {"where": [], "place": "", "step": -1, "done": False, "error": ""}
     with suppress(RunError):
@@ -80,7 +81,7 @@ def send(run: Run, name: str, tracker: Tracker, over: threading.Event) -> None:
             over.wait(min(LONGEST_WAIT_S, 2.0**failures))
 
 
-def _note(run: Run, name: str, **values: Any) -> dict[str, Any]:
+def _note(run: Run, name: str, **values: Any) -> JsonObject:
     state = read_state(run, name) | values
     run.write_json(f"tracking/{name}.json", state)
     return state

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tunesmith.data.formats.chats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT
 from tunesmith.data.formats.comparisons import PREFERENCE, SCORED_ANSWERS, UNPAIRED
 from tunesmith.data.formats.format import Format
@@ -16,7 +13,7 @@ from tunesmith.data.formats.texts import (
     TEXT_PAIRS,
     TOKENS_TAGS,
 )
-from tunesmith.types import Shape, TaskName
+from tunesmith.types import Record, Shape, TaskName
 
 FORMATS: dict[Shape, Format] = {
     row_format.name: row_format
@@ -55,13 +52,13 @@ def task_of_rows(shape: Shape) -> TaskName:
     return next(task for task, shapes in SHAPES.items() if shape in shapes)
 
 
-def matches(shape: Shape, record: Mapping[str, Any]) -> bool:
+def matches(shape: Shape, record: Record) -> bool:
     """Whether a row has the fields of a shape."""
     row_format = FORMATS[shape]
     return row_format.matches(record) if row_format.matches else all(field in record for field in row_format.required)
 
 
-def find_shape(record: Mapping[str, Any], *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
+def find_shape(record: Record, *, task: TaskName | None = None, answered: bool = True) -> Shape | None:
     """The shape whose fields a row has, among the shapes that `task` learns from; None if no shape fits.
 
     Without answers, the fields that are enough to predict decide.

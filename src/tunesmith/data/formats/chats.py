@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ import orjson
 from tunesmith.data.formats.format import Format
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.data.problems import RowProblems, describe_type, names, paste
-from tunesmith.types import Example, Part, Problem, Shape, Source
+from tunesmith.types import Example, JsonObject, Part, Problem, Record, Shape, Source
 
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -31,7 +30,7 @@ _PREFERRED = ("chosen", "rejected")
 
 
 def parse_chat(
-    record: dict[str, Any],
+    record: JsonObject,
     source: Source,
     *,
     answered: bool = True,
@@ -58,7 +57,7 @@ def parse_chat(
     return check.problems or Example(tuple(parts), source, "sharegpt" if key == "conversations" else key, tools)
 
 
-def as_messages(turns: Any, check: RowProblems, place: str = "conversations") -> list[dict[str, Any]]:
+def as_messages(turns: Any, check: RowProblems, place: str = "conversations") -> list[JsonObject]:
     """ShareGPT's turns with the names of messages."""
     if isinstance(turns, list):
         return [_message(turn, check, f"{place}[{i}]") for i, turn in enumerate(turns)]
@@ -69,7 +68,7 @@ def as_messages(turns: Any, check: RowProblems, place: str = "conversations") ->
     return []
 
 
-def _message(turn: Any, check: RowProblems, place: str) -> dict[str, Any]:
+def _message(turn: Any, check: RowProblems, place: str) -> JsonObject:
     if not isinstance(turn, dict):
         check.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
         return {}
@@ -92,7 +91,7 @@ def _message(turn: Any, check: RowProblems, place: str) -> dict[str, Any]:
     return {**rest, "role": SPEAKERS.get(str(speaker), ""), "content": value}
 
 
-def _calls(value: str, check: RowProblems, place: str) -> list[dict[str, Any]]:
+def _calls(value: str, check: RowProblems, place: str) -> list[JsonObject]:
     """The calls written as JSON in a function_call turn: one, or a list of them."""
     try:
         calls = orjson.loads(value)
@@ -103,7 +102,7 @@ def _calls(value: str, check: RowProblems, place: str) -> list[dict[str, Any]]:
     return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _parse_alpaca(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_alpaca(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: instruction, a blank line and input are the user's message; the output is trained.
 
     Answers in `history` are trained too.
@@ -142,7 +141,7 @@ def _history(history: Any, check: RowProblems) -> list[Part]:
     return parts_of([{"role": role, "content": text} for pair in pairs for role, text in pair], check, place="history")
 
 
-def parse_pair(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the completion is trained; in messages, its answers are."""
     check = RowProblems(source)
     prompt, completion = record.get("prompt"), record.get("completion")
@@ -165,9 +164,7 @@ def parse_pair(record: dict[str, Any], source: Source, *, answered: bool = True)
     return check.problems or Example(parts, source, "prompt_completion", tools, plain=True)
 
 
-def prompt_alone(
-    prompt: Any, tools: tuple[Mapping[str, Any], ...], check: RowProblems, shape: Shape
-) -> Example | list[Problem]:
+def prompt_alone(prompt: Any, tools: tuple[Record, ...], check: RowProblems, shape: Shape) -> Example | list[Problem]:
     """The example of a prompt that waits for its answer."""
     if isinstance(prompt, list):
         before = parts_of(prompt, check, place="prompt", trained=False)

@@ -20,7 +20,7 @@ from tunesmith.data.formats.chats import as_messages, parse_chat, parse_pair, pr
 from tunesmith.data.formats.format import Format
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of
 from tunesmith.data.problems import RowProblems
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.types import Example, JsonObject, Part, Problem, Source
 
 SIDES = ("chosen", "rejected")
 _OPENAI = {"preferred_output", "non_preferred_output"}
@@ -28,7 +28,7 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def _parse_preference(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_preference(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its prompt, and as branches the preferred and the other answer, both trained.
 
     Not `answered`: the prompt alone.
@@ -53,7 +53,7 @@ def _parse_preference(record: dict[str, Any], source: Source, *, answered: bool 
     )
 
 
-def _is_plain(record: dict[str, Any]) -> bool:
+def _is_plain(record: JsonObject) -> bool:
     """Whether prompt and answers are texts, and no transcript."""
     prompt, sides = record.get("prompt"), [record.get(key) for key in SIDES]
     if "conversations" in record or isinstance(prompt, list) or not all(isinstance(side, str) for side in sides):
@@ -61,7 +61,7 @@ def _is_plain(record: dict[str, Any]) -> bool:
     return prompt is not None or not all(_TURN.match(str(side)) for side in sides)
 
 
-def _texts(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+def _texts(record: JsonObject, check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
     """A prompt and two answers as text, or two texts that begin with their prompt."""
     sides = [check.answer(record, key) for key in SIDES]
     if record.get("prompt") is None:  # a space before the first difference belongs to the answers
@@ -72,7 +72,7 @@ def _texts(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list
     return [Part("user", prompt, False)], [[Part("assistant", side, True)] for side in sides]
 
 
-def _turns(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
+def _turns(record: JsonObject, check: RowProblems) -> tuple[list[Part], list[list[Part]]]:
     """The prompt and both answers as messages."""
     keys, place, prompt = SIDES, "prompt", record.get("prompt")
     if not _OPENAI.isdisjoint(record):
@@ -97,7 +97,7 @@ def _turns(record: dict[str, Any], check: RowProblems) -> tuple[list[Part], list
     return parts_of(turns, check, place=place, trained=False), answers
 
 
-def _answer(record: dict[str, Any], key: str, check: RowProblems) -> list[Part]:
+def _answer(record: JsonObject, key: str, check: RowProblems) -> list[Part]:
     """The turns of one side: a text, a message or a list of messages."""
     side = record.get(key)
     if side is None or isinstance(side, str):
@@ -152,7 +152,7 @@ def _transcript(text: str) -> list[dict[str, str]]:
     return [{"role": _SPEAKERS[speaker], "content": text.strip()} for speaker, text in pairs]
 
 
-def _parse_unpaired(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_unpaired(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its prompt, and as its one branch what is trained, with 1 where it is wanted, else 0."""
     label = record.get("label")
     if answered and not isinstance(label, bool):
@@ -166,7 +166,7 @@ def _parse_unpaired(record: dict[str, Any], source: Source, *, answered: bool = 
     return replace(parsed, parts=prompt, shape="unpaired", branches=branches, values=(float(bool(label)),))
 
 
-def _parse_scored(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_scored(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels.
 
     Answers without scores are in order, and each counts those that follow.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from tunesmith.types import Example, Problem, Shape
+from tunesmith.types import Example, Problem, Record, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,5 +21,5 @@ class Format:
     required: tuple[str, ...]
     inputs: tuple[str, ...]
     """Fields that are enough for an answer."""
-    matches: Callable[[Mapping[str, Any]], bool] | None = None
+    matches: Callable[[Record], bool] | None = None
     """Whether a row has this shape; None: if it has the required fields."""

@@ -12,19 +12,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from tunesmith.data.formats.format import Format
 from tunesmith.data.problems import RowProblems
-from tunesmith.types import Example, Part, Problem, Source
+from tunesmith.types import Example, JsonObject, Part, Problem, Record, Source
 
 _ANCHORS = ("anchor", "query", "sentence1")
 _NEGATIVES = ("negative", *(f"negative_{i}" for i in range(1, 11)), "negatives")
 _WANTED = ("labels", "scores", "label", "score")
 
 
-def _parse_text(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_text(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: all of it is trained."""
     check = RowProblems(source)
     text = check.text(record, "text")
@@ -33,7 +32,7 @@ def _parse_text(record: dict[str, Any], source: Source, *, answered: bool = True
     return check.problems or Example((Part("text", text, True),), source, "text", plain=True)
 
 
-def _parse_summary(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_summary(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: the summary is trained."""
     check = RowProblems(source)
     parts = [Part("document", check.text(record, "document"), False)]
@@ -42,7 +41,7 @@ def _parse_summary(record: dict[str, Any], source: Source, *, answered: bool = T
     return check.problems or Example(tuple(parts), source, "document_summary", plain=True)
 
 
-def _parse_label(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_label(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row. A label is a text, a number, true or false; a list of them says which classes hold."""
     check = RowProblems(source)
     parts = [Part("text", check.text(record, "text"), False)]
@@ -61,7 +60,7 @@ def _parse_label(record: dict[str, Any], source: Source, *, answered: bool = Tru
     return check.problems or Example(tuple(parts), source, "text_label", labels=labels, many=many)
 
 
-def _parse_tags(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_tags(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: a part a word, and as many labels."""
     check = RowProblems(source)
     words = _list(record, "tokens", check)
@@ -81,7 +80,7 @@ def _parse_tags(record: dict[str, Any], source: Source, *, answered: bool = True
     )
 
 
-def _list(record: dict[str, Any], key: str, check: RowProblems) -> list[Any]:
+def _list(record: JsonObject, key: str, check: RowProblems) -> list[Any]:
     value = record.get(key)
     if isinstance(value, list):
         return value
@@ -92,13 +91,13 @@ def _list(record: dict[str, Any], key: str, check: RowProblems) -> list[Any]:
     return []
 
 
-def _has_pair(record: Mapping[str, Any]) -> bool:
+def _has_pair(record: Record) -> bool:
     return record.keys() >= {"sentence1", "sentence2", "score"} or (
         "positive" in record and not record.keys().isdisjoint(_ANCHORS)
     )
 
 
-def _parse_pair(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its anchor, and as branches its positive and negatives. Not `answered`: the anchor alone.
 
     `values` holds the score, if there is one.
@@ -131,7 +130,7 @@ def _compare(anchor: Part, texts: list[Part], check: RowProblems) -> None:
             check.add("identical_texts", f"a negative is the same text as {same}: {text[:40]!r}.", "Remove it.")
 
 
-def _parse_ranked(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
+def _parse_ranked(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
     """The example of one row: its query, and a branch for each document, with its score as label.
 
     Not `answered`: query and one document, as two parts.

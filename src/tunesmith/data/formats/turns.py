@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
 from tunesmith.data.problems import RowProblems, describe_type
-from tunesmith.types import Part
+from tunesmith.types import JsonObject, Part, Record
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 _PLAIN = {"role", "content"}
@@ -45,7 +45,7 @@ def _part(message: Any, check: RowProblems, place: str, trained: bool) -> Part:
     return part
 
 
-def _role(message: Mapping[str, Any], check: RowProblems, place: str) -> str:
+def _role(message: Record, check: RowProblems, place: str) -> str:
     role = message.get("role")
     if role == "function":  # what tools were called before they had the name
         return "tool"
@@ -60,7 +60,7 @@ def _role(message: Mapping[str, Any], check: RowProblems, place: str) -> str:
     return ""
 
 
-def _weight(message: Mapping[str, Any], check: RowProblems, place: str, is_answer: bool) -> bool | None:
+def _weight(message: Record, check: RowProblems, place: str, is_answer: bool) -> bool | None:
     weight = message.get("weight")
     if weight is None:
         return None
@@ -72,7 +72,7 @@ def _weight(message: Mapping[str, Any], check: RowProblems, place: str, is_answe
     return bool(weight)
 
 
-def _text(content: Any, fields: Mapping[str, Any], check: RowProblems, place: str) -> str:
+def _text(content: Any, fields: Record, check: RowProblems, place: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
@@ -100,7 +100,7 @@ def _piece(piece: Any, check: RowProblems, place: str) -> str:
     return ""
 
 
-def _fields(message: Mapping[str, Any], check: RowProblems, place: str) -> dict[str, Any]:
+def _fields(message: Record, check: RowProblems, place: str) -> JsonObject:
     """Fields of a message other than role, content and weight. Null is the same as missing."""
     fields = {
         key: value for key, value in message.items() if value is not None and key not in ("role", "content", "weight")
@@ -145,7 +145,7 @@ def check_calls(calls: Any, check: RowProblems, place: str) -> None:
             )
 
 
-def tools_of(record: Mapping[str, Any], check: RowProblems) -> tuple[Mapping[str, Any], ...]:
+def tools_of(record: Record, check: RowProblems) -> tuple[Record, ...]:
     """The tool definitions of a row: a list, or the text of one; also the older `functions`."""
     tools = record.get("tools")
     functions = record.get("functions")
