@@ -14,7 +14,7 @@ from transformers.utils import chat_template_utils
 from tunesmith.data.sandbox import Sandbox, TooMuch
 from tunesmith.data.template_trial import fault_of, words_of
 from tunesmith.errors import ModelError
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import Record
 
 Message = Record
 
@@ -77,7 +77,7 @@ class ChatTemplate:
             messages = _alias(messages)
         # The day of a rendering: `strftime_now` gives today, which is another day tomorrow.
         day = datetime.fromisoformat(self._date) if self._date else datetime.now()
-        variables: JsonObject = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
+        variables: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, **self._special_tokens}
         sandbox, is_rendering = _compiled(template)
         with is_rendering:
             sandbox.begin(RENDERING_S)

@@ -20,6 +20,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -306,7 +307,7 @@ def build(
             return RowStore(folder, summary, paths, reused=True)
         disk.clean(folder, older_than_s=STALE_S)
         aside = folder / f"parts-{key[:16]}"
-        shared: JsonObject = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
+        shared: dict[str, Any] = {"data": data, "renderer": renderer, "on_problem": on_problem, "progress": progress}
         encoding = Encoding(files=files, num_bytes=sum(sizes), **shared)
         if len(in_parts(files)) > 1:
             of_part = partial(build, aside, data=data, renderer=renderer)

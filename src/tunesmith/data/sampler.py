@@ -11,14 +11,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.prefixes import num_computed, prefix_groups
 from tunesmith.parallel.shares import shares
-from tunesmith.types import JsonObject, Layout
+from tunesmith.types import Layout
 
 if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
@@ -68,7 +68,7 @@ class StepSampler:
     """Cost of a micro-batch besides its tokens, in tokens, see `pass_cost`."""
     is_even: bool = False
     """Every part of a step has to go through the model as often, see `idle`."""
-    _kept: JsonObject = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -337,7 +337,7 @@ def micro_batches_of(
     rows_I = np.asarray(rows, np.int64)
     targets = store.targets[rows_I].tolist() if layout == "encoder_decoder" else ()
     lengths = store.lengths_in(layout)[rows_I].tolist()
-    settings: JsonObject = {"layout": layout, "targets": targets, "cost": pass_cost(device)}
+    settings: dict[str, Any] = {"layout": layout, "targets": targets, "cost": pass_cost(device)}
     return make_micro_batches(rows, lengths, tokens_per_pass=tokens_per_pass, **settings)
 
 

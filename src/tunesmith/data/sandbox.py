@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from itertools import islice
 from types import GeneratorType
 from typing import Any
@@ -25,8 +25,6 @@ from jinja2.nodes import Impossible
 from jinja2.runtime import markup_join, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-
-from tunesmith.types import Record
 
 TEXT_CHARS = 64 * 1024 * 1024
 """Longest text, eight times `limits.line_bytes`."""
@@ -270,7 +268,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return bounded
 
-    def _check(self, name: str, subject: Any, args: Sequence[Any], kwargs: Record) -> Any:
+    def _check(self, name: str, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the subject of a filter or method, with a list for an iterator that is consumed. Raises `TooMuch`."""
         more = [*args, *kwargs.values()]
         if name in CONSUMERS and not isinstance(subject, (str, bytes, list, tuple, dict, int)):

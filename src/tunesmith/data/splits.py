@@ -175,7 +175,7 @@ def encode_rows(
         data, chosen = choose_held_out(data, store)
         train, held, split_notes = split(data, store, held_store, task)
         overlap = overlap_notes(data, store, held_store, train) if data.eval else []
-        settings: JsonObject = {"class_weights": class_weights, "own_classes": own_classes}
+        settings: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
         labels, of_labels = _labels(data, task, (store, held_store), train, **settings)
     except DataError:
         for refused in stores:

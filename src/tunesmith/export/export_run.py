@@ -215,7 +215,7 @@ class _Export:
     def _rows(self) -> tuple[verify.CheckRows, int]:
         self.result.on_progress("tuned", 0, 1)
         rows, result = verify.find_rows(self.result), self.result
-        settings: JsonObject = {"labels": result.labels, "masked": result.recipe.train.masked}
+        settings: dict[str, Any] = {"labels": result.labels, "masked": result.recipe.train.masked}
         encoded = verify.encode_rows(result.renderer, rows.examples, head=result.head, **settings)
         return rows, sum(len(row.ids) for row in encoded)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -207,7 +207,7 @@ def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None 
     files = list(_files(folder, name))
     operations = [CommitOperationAdd(path, content) for path, content in files]
     api = HfApi(endpoint=endpoint)
-    with_private: JsonObject = {"private": private, "exist_ok": True}
+    with_private: dict[str, Any] = {"private": private, "exist_ok": True}
     try:
         repository = api.create_repo(name, **with_private)
         api.create_commit(repository.repo_id, operations, commit_message="Export of tunesmith")

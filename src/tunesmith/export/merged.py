@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -49,7 +50,7 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     tensors = tuned_tensors(model, attachment)
     first = next(tensors)  # takes the adapter off, which leaves the plain model's names
     weights = Stream(chain([first], tensors), dtype, partial(result.on_progress, "write"))
-    settings: JsonObject = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
+    settings: dict[str, Any] = {"stop_ids": result.renderer.stop_ids, "pooling": result.renderer.pooling}
     save_model(model, result.tokenizer, folder, located=result.located, weights=weights, **settings)
     if dtype in (torch.float32, stored):
         return []

@@ -58,7 +58,7 @@ class _Graph(nn.Module):
         self._options = {"use_cache": False} if has_cache(type(model).forward) else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        inputs: JsonObject = {"input_ids": input_ids, "attention_mask": attention_mask, **self._options}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **self._options}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         if not self._pools:

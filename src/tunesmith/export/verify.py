@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,6 @@ from tunesmith.types import (
     Batch,
     Example,
     HeadName,
-    JsonObject,
     Labels,
     Layout,
     Part,
@@ -164,7 +163,7 @@ def compute(
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
-    settings: JsonObject = {"decoder_start": model.decoder_start, "has_types": model.has_types}
+    settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
     for i, row in enumerate(encoded, start=1):
         batch = build_batch([row], [0], layout=layout, device=model.device, pools=model.head == "vector", **settings)
         logits_NV = model.logits(batch)
@@ -376,7 +375,7 @@ def tuned_outputs(result: RunResult, rows: CheckRows, plan: ProofPlan) -> TunedO
 
 def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, plan: ProofPlan, phase: str) -> Outputs:
     loaded = TorchModel(model.renderer.tokenizer, result.kind, model.head, "", model.model)
-    settings: JsonObject = {"masked": result.recipe.train.masked, "tokens": plan.tokens}
+    settings: dict[str, Any] = {"masked": result.recipe.train.masked, "tokens": plan.tokens}
     tick = partial(result.on_progress, phase)
     return compute(loaded, model.renderer, rows.examples, labels=result.labels, tick=tick, **settings)
 
@@ -425,7 +424,7 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
         with suppress(OSError):  # a disk that is full is said by what has to be written
             (path.parent / PROGRESS).write_text(f"{done} {total}", "utf-8")
 
-    settings: JsonObject = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
+    settings: dict[str, Any] = {"masked": recipe.train.masked, "tokens": job["tokens"], "tick": tick}
     outputs = compute(model, renderer, rows, labels=run_labels(recipe), **settings)
     replace(outputs, loaded_by=model.loaded_by).save(path.parent)
 

@@ -307,7 +307,7 @@ def _beside_report(loaded: LoadedModel, num_trained: int | None, num_rows: int) 
 def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[str]]:
     """The run's options of data for this file, with the classes of the model."""
     labels = loaded.labels
-    known: JsonObject = {}
+    known: dict[str, Any] = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
     update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}

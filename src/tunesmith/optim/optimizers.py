@@ -19,12 +19,12 @@ from torch import Tensor
 
 from tunesmith.environment import import_bitsandbytes, install_command
 from tunesmith.errors import CheckpointError, RecipeError
-from tunesmith.types import JsonObject, Record, required
+from tunesmith.types import required
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Optim
 
-Groups = list[JsonObject]
+Groups = list[dict[str, Any]]
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
 BLOCK = 256
 """Values that share a scale in 8-bit state (bitsandbytes)."""
@@ -71,7 +71,7 @@ class OptimizerRow:
     """Whether it updates this tensor; AdamW updates the others."""
     extra: str | None = None
     """The package it comes from, where that is optional."""
-    constants: Callable[[Any, Tensor], Record] = lambda optimizer, tensor: {}
+    constants: Callable[[Any, Tensor], Mapping[str, Any]] = lambda optimizer, tensor: {}
     """More state of a tensor, the same in every run and not saved."""
     spares_zeros: bool = True
     """Whether rows without gradients stay as they are, and do not change the update of the others."""
@@ -306,7 +306,7 @@ class Optimizer:
         """Put back what `state` gave, bit for bit. Raises CheckpointError, with nothing changed, for a name that is
         unknown or misses a part, or a shape that does not fit."""
         left = dict(tensors)
-        states: list[dict[Tensor, JsonObject]] = []
+        states: list[dict[Tensor, dict[str, Any]]] = []
         for row, names, optimizer in self.parts:
             states.append({})
             for name in names:

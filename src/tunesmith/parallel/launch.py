@@ -78,7 +78,7 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # of a peer that is gone: said here
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as name, _environment({OWN_AGENT: name, **quiet}):
         has_timeout = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}  # newer versions of torch
-        patience: JsonObject = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
+        patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

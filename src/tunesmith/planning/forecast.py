@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -238,7 +238,7 @@ class Forecaster:
         if not TASKS[resolved(recipe.task)].sees_rows:
             seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
             sides.append((rows.store, seen_I))
-        settings: JsonObject = {"layout": sampler.layout, "device": self.device.kind}
+        settings: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
         for store, rows_I in sides:
             targets_I, some_I = targets_of(store), [int(i) for i in rows_I]
             passes = (

@@ -19,7 +19,6 @@ from tunesmith.errors import InputError
 from tunesmith.serve.middleware import MAX_HEADER_BYTES, AccessMiddleware
 from tunesmith.serve.protocol import Engine, RequestError
 from tunesmith.serve.responses import error_body
-from tunesmith.types import JsonObject
 
 MAX_CONNECTIONS = 512
 HEADERS_TIMEOUT_S = 15.0
@@ -155,7 +154,7 @@ class HttpServer(uvicorn.Server):
     def __init__(
         self, app: AccessMiddleware, engine: Engine, *, grace_s: float, should_stop: Callable[[], bool]
     ) -> None:
-        settings: JsonObject = {
+        settings: dict[str, Any] = {
             "http": BoundedConnection,
             "ws": "none",
             "lifespan": "off",

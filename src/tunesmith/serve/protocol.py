@@ -202,10 +202,10 @@ def unpack(line: bytes) -> Any:
     return _value(orjson.loads(line))
 
 
-_CLASSES: Record = {
+_CLASSES: Mapping[str, Any] = {
     cls.__name__: cls for cls in (Delta, EngineOptions, Finished, GenerationRequest, ModelCard, Started)
 }
-_ERRORS: Record = {cls.__name__: cls for cls in (InputError, RequestError, TunesmithError)}
+_ERRORS: Mapping[str, Any] = {cls.__name__: cls for cls in (InputError, RequestError, TunesmithError)}
 
 
 def _tagged(value: Any) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard
 from tunesmith.serve.sampling import JsonGrammars
 from tunesmith.serve.scheduler import PreparedRequest
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, JsonObject, Part, Pooling, Problem, Row, Source
+from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
 
 
 @dataclass
@@ -206,10 +207,10 @@ class Embedder:
         lengths = [len(row.ids) for row in rows]
         most = self.loaded.tokens_per_pass
         vectors: dict[int, list[float]] = {}
-        cut: JsonObject = {"tokens_per_pass": most, "layout": "padded", "cost": pass_cost(model.device)}
+        cut: dict[str, Any] = {"tokens_per_pass": most, "layout": "padded", "cost": pass_cost(model.device)}
         with eval_mode(model):
             for members in make_micro_batches(range(len(rows)), lengths, **cut):
-                options: JsonObject = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
+                options: dict[str, Any] = {"device": model.device, "pad_id": self.loaded.pad_id, "pools": True}
                 batch = build_batch([rows[i] for i in members], range(len(members)), layout="padded", **options)
                 found_LD = pool(hidden_states(model, batch)[batch.predict_N], batch, self.pooling.kind)[:, :dimensions]
                 if self.pooling.normalizes:

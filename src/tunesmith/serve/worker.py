@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -32,7 +32,6 @@ from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestEr
 from tunesmith.serve.registry import Registry, open_registry
 from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
-from tunesmith.types import Record
 
 WATCH_S = 0.5
 BEAT_S, STUCK_S = 2.0, 90.0
@@ -161,7 +160,7 @@ class Worker:
         self._registry.detach(name)
         return name
 
-    def _read(self, key: int, model: str, texts: Sequence[Any], how: Record) -> Any:
+    def _read(self, key: int, model: str, texts: Sequence[Any], how: Mapping[str, Any]) -> Any:
         def done(num: int) -> None:
             if key not in self._wanted:
                 raise RequestError("the client has gone away", status=499)

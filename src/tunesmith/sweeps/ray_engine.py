@@ -20,7 +20,6 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.events import follow
 from tunesmith.runs.folder import Run
 from tunesmith.sweeps.trial import Job, run_trial
-from tunesmith.types import JsonObject
 
 
 class RayTasks:
@@ -38,7 +37,7 @@ class RayTasks:
                 "gpus. Lower threads or devices in base, or use a larger cluster."
             )
         self._remote = ray.remote(max_retries=0, **needs)(run_trial)
-        self._tasks: JsonObject = {}
+        self._tasks: dict[str, Any] = {}
 
     def start(self, job: Job) -> None:
         self._tasks[job.name] = self._remote.remote(job)
@@ -98,7 +97,7 @@ def train_on_ray(
     return run
 
 
-def _trainer(config: JsonObject, needs: dict[str, float], workers: int) -> Any:
+def _trainer(config: dict[str, Any], needs: dict[str, float], workers: int) -> Any:
     try:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -116,7 +115,7 @@ def _trainer(config: JsonObject, needs: dict[str, float], workers: int) -> Any:
     )
 
 
-def _worker(config: JsonObject) -> None:
+def _worker(config: dict[str, Any]) -> None:
     """A rank: it trains inside the group that Ray made."""
     import tunesmith
 
