@@ -13,7 +13,6 @@ from contextlib import suppress
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tunesmith.types import Record
 
@@ -156,7 +155,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def option(value: Any) -> str:
+def option(value: object) -> str:
     """The value of an option as it would be written: 0.0005, lora (rank 16, alpha 32); of a group what is not empty."""
     if isinstance(value, Mapping):
         shown = {key: item for key, item in value.items() if key != "name" and item not in ((), [], {})}

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from tunesmith.data.completion import CompletionEncoder
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.types import Draft, Drafts, Example, Part, Pooling, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUERIES = ("anchor", "query", "sentence1")
 """Roles of texts that search; all others are found."""
@@ -210,7 +213,7 @@ def pooled(num_tokens: int, kind: str, first: int = 0) -> NDArray[np.bool_]:
     return at == {"cls": first, "last": num_tokens - 1}[kind] if kind in ("cls", "last") else at >= first
 
 
-def first_pooled(pooling: Pooling, prompt: str, tokenizer: Any) -> int:
+def first_pooled(pooling: Pooling, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens before the first one that is pooled. Where a prompt is left out, so is what the tokenizer puts before it,
     as in sentence-transformers."""
     if pooling.include_prompt or not prompt:

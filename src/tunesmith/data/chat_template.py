@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import chat_template_utils
 
@@ -15,6 +15,9 @@ from tunesmith.data.sandbox import Sandbox, TooMuch
 from tunesmith.data.template_trial import fault_of, words_of
 from tunesmith.errors import ModelError
 from tunesmith.types import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Record
 
@@ -34,7 +37,7 @@ class ChatTemplate:
     that takes too much time or memory.
     """
 
-    def __init__(self, tokenizer: Any, date: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
         self._name = tokenizer.name_or_path
         self.text = _text(tokenizer)
         self._template = tokenizer.chat_template
@@ -101,7 +104,7 @@ def _as_text(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-def _text(tokenizer: Any) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):  # named templates: transformers takes "tool_use" when a row has tools
         return "\n".join(f"{{# {name} #}}{text}" for name, text in sorted(template.items()))

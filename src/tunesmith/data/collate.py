@@ -20,6 +20,8 @@ from tunesmith.data.sampler import padded_size, sort_keys
 from tunesmith.types import Batch, Layout, Row
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tunesmith.data.dataset import RowStore
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
@@ -44,7 +46,7 @@ class Masking:
     seed: int
 
     @classmethod
-    def of(cls, tokenizer: Any, *, share: float, seed: int) -> Masking:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, share: float, seed: int) -> Masking:
         """Masking with the mask token of a tokenizer."""
         ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.added_tokens_decoder))
         return cls(int(tokenizer.mask_token_id), np.array(ordinary, np.int64), share, seed)

@@ -20,7 +20,7 @@ IN_MEMORY = re.compile(r"rows-[0-9a-f]{12}\.jsonl")
 """Names of files that `write_rows` writes."""
 
 
-def is_rows(given: Any) -> bool:
+def is_rows(given: object) -> bool:
     """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings other than {"path", "weight"}."""
     if isinstance(given, (str, bytes, Mapping)):
         return False
@@ -35,7 +35,7 @@ def is_rows(given: Any) -> bool:
     return all(kinds)
 
 
-def write_rows(rows: Any, folder: Path) -> Path:
+def write_rows(rows: object, folder: Path) -> Path:
     """`rows` as a JSONL file in `folder`, named by its content: the same rows are the same file.
 
     Missing values of a table (NaN, NaT) are left out. Raises DataError naming the row and the field that JSON cannot

@@ -82,7 +82,7 @@ class RowProblems:
             self.add(code, f"{key} is empty.", "Write it, or remove the row.")
         return text
 
-    def answers(self, given: Any, place: str, code: str = "empty_answer") -> list[str]:
+    def answers(self, given: object, place: str, code: str = "empty_answer") -> list[str]:
         """The texts of a list, or one text, as `answer` takes each."""
         named = {f"{place}[{i}]": text for i, text in enumerate(given)} if isinstance(given, list) else {place: given}
         return [self.answer(named, name, code) for name in named]
@@ -102,7 +102,7 @@ class RowProblems:
         self.add("bad_numbers", f"{place}: {str(values)[:40]}.", f"Give {what}, or remove the row.")
         return [0.0] * num
 
-    def label(self, value: Any, place: str) -> str:
+    def label(self, value: object, place: str) -> str:
         """The name of one label: a text byte for byte, a number as JSON writes it, true or false."""
         if isinstance(value, str) and value.strip():
             return value
@@ -124,12 +124,12 @@ class RowProblems:
         """The names in a list of labels."""
         return tuple(self.label(value, f"{place}[{i}]") for i, value in enumerate(values))
 
-    def wrong_type(self, place: str, value: Any, expected: str) -> None:
+    def wrong_type(self, place: str, value: object, expected: str) -> None:
         fix = "Put it in quotes." if expected == "text" and isinstance(value, int | float) else ""
         self.add("wrong_type", f"{place} is {describe_type(value)}, expected {expected}.", fix)
 
 
-def describe_type(value: Any) -> str:
+def describe_type(value: object) -> str:
     """The type of a value, in words."""
     names = {
         str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",

@@ -14,13 +14,16 @@ from functools import cached_property, partial
 from operator import itemgetter
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from tunesmith.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = (
     "0 1 22 333 4444 3.14 1,000,000 2024-01-31\n\nA line.\n\n\nAnother\tone \r\n  four    spaces        eight"
@@ -88,7 +91,7 @@ class FastTokenizer:
     Raises `ModelError` for a tokenizer without offsets, or one that does not agree with its tokenizer.json.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer written in Python, which gives "
@@ -166,7 +169,7 @@ class FastTokenizer:
 class ControlTokens:
     """The tokens that structure a text: added to the vocabulary and matched before anything else."""
 
-    def __init__(self, tokenizer: Any, template_text: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_text: str) -> None:
         added = {int(token_id): token for token_id, token in tokenizer.added_tokens_decoder.items()}
         named = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         special = {i: token.content for i, token in added.items() if token.special or i in named}
@@ -254,7 +257,7 @@ class ControlPlaces:
     """Tokens that can close a turn."""
 
 
-def check_against_file(tokenizer: Any, file: Path) -> None:
+def check_against_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Raise `ModelError` when a tokenizer does not split the probe as its own tokenizer.json does.
 
     Releases of transformers have built another tokenizer from the same file: the model then reads words it never saw.
@@ -275,7 +278,7 @@ def check_against_file(tokenizer: Any, file: Path) -> None:
         )
 
 
-def fingerprint(tokenizer: Any, template_text: str, *, vocabulary: bool = True) -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase, template_text: str, *, vocabulary: bool = True) -> str:
     """SHA-256 over what makes ids of text: the template, the probe's ids, every added and named token, and every word
     with its id or score and every merge. Equal after a tokenizer was saved and loaded, by any release of its library.
 
@@ -298,7 +301,7 @@ def fingerprint(tokenizer: Any, template_text: str, *, vocabulary: bool = True) 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def serialized(tokenizer: Any) -> str:
+def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
     """The Rust tokenizer as its tokenizer.json has it, without padding and truncation, which calls change: all that
     ids follow from. A tokenizer without one is refused by `FastTokenizer`."""
     backend: Tokenizer = tokenizer.backend_tokenizer

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
@@ -127,7 +127,7 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
     return []
 
 
-def check_base(config: Any, name: str, options: ExportOptions) -> None:
+def check_base(config: PreTrainedConfig, name: str, options: ExportOptions) -> None:
     """Raise ModelError for an architecture that cannot be written, or a missing quantizer."""
     find_architecture(config, name)
     if QUANT_TYPES[options.quant].by_llama_cpp and not llama_cpp.is_installed():
@@ -267,7 +267,7 @@ def load_model(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel
     return TorchModel(read_tokenizer(located), "causal", "next_token", by, model.to(computing.device))
 
 
-def _complete(config: Any, header: GgufHeader) -> None:
+def _complete(config: PreTrainedConfig, header: GgufHeader) -> None:
     name = header.architecture
     for key, attribute in _HEADER_TO_CONFIG.items():
         if hasattr(config, attribute):

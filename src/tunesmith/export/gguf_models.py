@@ -75,20 +75,20 @@ def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
     return plain / scaled
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rope(config: Any) -> JsonObject:
+def _rope(config: PreTrainedConfig) -> JsonObject:
     rope = config.rope_parameters
     return rope.get("full_attention", rope)  # type: ignore[no-any-return]
 
 
-def _theta(config: Any) -> float:
+def _theta(config: PreTrainedConfig) -> float:
     return float(_rope(config)["rope_theta"])
 
 
-def _sizes(config: Any) -> Facts:
+def _sizes(config: PreTrainedConfig) -> Facts:
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -97,7 +97,7 @@ def _sizes(config: Any) -> Facts:
     }
 
 
-def _decoder(config: Any) -> Facts:
+def _decoder(config: PreTrainedConfig) -> Facts:
     return {
         **_sizes(config),
         "feed_forward_length": config.intermediate_size,
@@ -110,24 +110,24 @@ def _decoder(config: Any) -> Facts:
     }
 
 
-def _llama(config: Any) -> Facts:
+def _llama(config: PreTrainedConfig) -> Facts:
     return {**_decoder(config), "rope.dimension_count": _head_dim(config)}
 
 
-def _gemma2(config: Any) -> Facts:
+def _gemma2(config: PreTrainedConfig) -> Facts:
     facts = {**_decoder(config), "attention.sliding_window": config.sliding_window}
     caps = {"attn_logit_softcapping": config.attn_logit_softcapping,
             "final_logit_softcapping": config.final_logit_softcapping}  # fmt: skip
     return {**facts, **{key: float(cap) for key, cap in caps.items() if cap is not None}}
 
 
-def _phi3(config: Any) -> Facts:
+def _phi3(config: PreTrainedConfig) -> Facts:
     window = {"attention.sliding_window": config.sliding_window} if config.sliding_window else {}
     return {**_decoder(config), "rope.dimension_count": _head_dim(config), **window,
             "rope.scaling.original_context_length": config.max_position_embeddings}  # fmt: skip
 
 
-def _gpt2(config: Any) -> Facts:
+def _gpt2(config: PreTrainedConfig) -> Facts:
     return {
         **_sizes(config),
         "feed_forward_length": config.n_inner or 4 * config.n_embd,
@@ -135,7 +135,7 @@ def _gpt2(config: Any) -> Facts:
     }
 
 
-def _plain_rope(config: Any, *, factors: bool = False) -> list[str]:
+def _plain_rope(config: PreTrainedConfig, *, factors: bool = False) -> list[str]:
     known = ("default", "llama3", "linear") if factors else ("default",)
     kind = _rope(config).get("rope_type", "default")
     partial = _rope(config).get("partial_rotary_factor", 1.0) or 1.0
@@ -143,17 +143,17 @@ def _plain_rope(config: Any, *, factors: bool = False) -> list[str]:
     return problems + ([f"only {percent(partial, 0)} of each head is rotated"] if partial != 1.0 else [])
 
 
-def _window(config: Any) -> list[str]:
+def _window(config: PreTrainedConfig) -> list[str]:
     window = getattr(config, "sliding_window", None)
     uses = getattr(config, "use_sliding_window", True)
     return [f"it attends to the last {window} tokens only (sliding_window)"] if window and uses else []
 
 
-def _llama_limits(config: Any) -> list[str]:
+def _llama_limits(config: PreTrainedConfig) -> list[str]:
     return _plain_rope(config, factors=True) + _window(config)
 
 
-def _qwen_limits(config: Any) -> list[str]:
+def _qwen_limits(config: PreTrainedConfig) -> list[str]:
     return _plain_rope(config) + _window(config)
 
 
@@ -161,13 +161,13 @@ def _activation(name: str, other: str) -> list[str]:
     return [] if name in ("gelu_pytorch_tanh", other) else [f"its activation is {name}"]
 
 
-def _gemma_scale(config: Any) -> list[str]:
+def _gemma_scale(config: PreTrainedConfig) -> list[str]:
     if config.query_pre_attn_scalar == _head_dim(config):
         return []
     return [f"its scores are scaled by {config.query_pre_attn_scalar}, not by the {_head_dim(config)} of a head"]
 
 
-def _gemma3_limits(config: Any) -> list[str]:
+def _gemma3_limits(config: PreTrainedConfig) -> list[str]:
     problems = _plain_rope(config) + _gemma_scale(config)
     due = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
     if list(config.layer_types) != due:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.environment import install_command
 from tunesmith.errors import ModelError
@@ -70,7 +70,7 @@ class _Graph(nn.Module):
         return scores_BTC[torch.arange(scores_BTC.shape[0]), last_B]
 
 
-def _check_base(config: Any, name: str, options: ExportOptions) -> None:
+def _check_base(config: PreTrainedConfig, name: str, options: ExportOptions) -> None:
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise ModelError(
             f"onnx: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not installed. "

@@ -161,7 +161,7 @@ class World:
                         f"{value}: they would not compute the same. Use equal machines and installations."
                     )
 
-    def publish(self, key: str, value: Any) -> None:
+    def publish(self, key: str, value: object) -> None:
         """Give the others a value; they `wait_for` it."""
         if self.size > 1:
             self._put(key, value)
@@ -245,7 +245,7 @@ class World:
             dist.all_gather(received, padded)
         return [buffer[: int(size)].numpy().tobytes() for buffer, size in zip(received, sizes, strict=True)]
 
-    def gather_values(self, value: Any) -> list[Any]:
+    def gather_values(self, value: object) -> list[Any]:
         """Values that JSON holds, of every rank, in order of ranks. Numbers keep every bit, and may be NaN."""
         if self.size == 1:
             return [value]
@@ -293,7 +293,7 @@ class World:
                 error.exit_code = failed["code"]
                 raise error
 
-    def _put(self, key: str, value: Any) -> None:
+    def _put(self, key: str, value: object) -> None:
         self._store.set(key, json.dumps(value))
 
     def _get(self, key: str) -> Any:

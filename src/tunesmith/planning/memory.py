@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.data.dataset import RowStore
 from tunesmith.data.sampler import MicroBatch
@@ -233,7 +232,7 @@ def _linear_convs(model: nn.Module) -> list[nn.Conv1d]:
     return [module for module in model.modules() if isinstance(module, nn.Conv1d) and module.kernel_size == (1,)]
 
 
-def _key_size(config: Any) -> int:
+def _key_size(config: PreTrainedConfig) -> int:
     """Numbers of a token's key in one layer."""
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads

@@ -105,7 +105,7 @@ def _option(key: str, field: FieldInfo, methods: tuple[str, ...]) -> Option:
     )
 
 
-def _section_in(annotation: Any) -> type[OptionGroup] | None:
+def _section_in(annotation: object) -> type[OptionGroup] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, OptionGroup) else None
 
 
@@ -219,7 +219,7 @@ def _section_lines(section: OptionGroup, prefix: str, comments: bool) -> Iterato
             yield from _option_lines(options()[key], name, value, indent, comments)
 
 
-def _option_lines(option: Option, name: str, value: Any, indent: str, comments: bool) -> Iterator[str]:
+def _option_lines(option: Option, name: str, value: object, indent: str, comments: bool) -> Iterator[str]:
     allowed = f"  # {option.allowed}" if comments else ""
     if comments:
         yield from _comment(option.doc, indent)

@@ -280,7 +280,7 @@ def _wrong_value(shown: str, option: Option | None, errors: Sequence[ErrorDetail
     return _refused(value, option, value_given)
 
 
-def _refused(value: str, option: Option, given: Any) -> str:
+def _refused(value: str, option: Option, given: object) -> str:
     near = difflib.get_close_matches(str(given), option.choices, n=1)
     way = f", did you mean {near[0]}?" if near else ""
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
@@ -321,7 +321,7 @@ def similar(name: str) -> list[str]:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -151,7 +151,7 @@ _REGISTERED = "<registered>"
 """Tag of every method that is added from outside; no name that anybody types."""
 
 
-def _tag(value: Any) -> str:
+def _tag(value: object) -> str:
     name = str(value.get("name", "auto")) if isinstance(value, dict) else str(getattr(value, "name", "auto"))
     return _REGISTERED if name in METHOD_OPTIONS.keys() - _BUILT_IN.keys() else name
 

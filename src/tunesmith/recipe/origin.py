@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunesmith.recipe.schema import Base, Recipe
 from tunesmith.types import JsonObject
@@ -48,7 +47,7 @@ class Origin:
     places: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Path, facts: Any, *, base: str | None) -> Origin:
+    def of(cls, run: Path, facts: object, *, base: str | None) -> Origin:
         """From the content of run.json, which may be from anywhere."""
         made = facts.get("made") if isinstance(facts, dict) else None
         if not isinstance(made, dict) or not isinstance(made.get("places"), dict):

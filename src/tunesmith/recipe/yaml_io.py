@@ -57,7 +57,7 @@ def first_of(problems: Sequence[str]) -> list[str]:
     return [*problems[:MOST_PROBLEMS], f"and {more:,} more like these"] if more > 0 else list(problems)
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """One line of YAML that `parse` reads back as the same value, bit for bit; tuples come back as lists."""
     text: str = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf, sort_keys=False

@@ -231,7 +231,7 @@ def sha256_file(path: Path) -> str:
 _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 
 
-def to_json(value: Any, *, indent: bool = False) -> bytes:
+def to_json(value: object, *, indent: bool = False) -> bytes:
     """Serialize as JSON so that every float comes back bit for bit from `from_json`.
 
     JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity". A real text of

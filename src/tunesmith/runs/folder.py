@@ -210,7 +210,7 @@ class Run:
         parent = Run(place.parent)
         return parent if place == parent.merged_path and (parent.path / "run.json").is_file() else None
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Write `value` to the file `name` of this folder, atomically."""
         atomic.write_atomic(self.path / name, atomic.to_json(value, indent=True) + b"\n")
 

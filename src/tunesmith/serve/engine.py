@@ -54,7 +54,7 @@ class WorkerProcess:
         self._printing = asyncio.create_task(self._collect_output())
 
     @classmethod
-    async def start(cls, to_load: Any, on_note: Note, **variables: str) -> WorkerProcess:
+    async def start(cls, to_load: object, on_note: Note, **variables: str) -> WorkerProcess:
         """A worker that has loaded and checked its models. Raises TunesmithError if it could not."""
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
@@ -90,7 +90,7 @@ class WorkerProcess:
         """Whether it lives, and has said something lately."""
         return self.is_alive and time.monotonic() - self.heard < LATE_S
 
-    def send(self, message: Any) -> None:
+    def send(self, message: object) -> None:
         """Send a message; does nothing if the worker has just ended."""
         with suppress(OSError, RuntimeError):
             if self.is_alive:

@@ -189,7 +189,7 @@ class Engine(Protocol):
         ...
 
 
-def pack(message: Any) -> bytes:
+def pack(message: object) -> bytes:
     """A message between server and worker, as a line of JSON.
 
     A message is a value: a tuple of values, one of the classes above, an error, or anything that JSON has.

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -41,6 +41,9 @@ from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Note = Callable[[str], None]
 M = TypeVar("M", ServedModel, Classifier)
@@ -311,7 +314,7 @@ def _name_of(base: ModelRef) -> str:
     return base.path.stem if base.is_gguf else base.path.resolve().name
 
 
-def tool_call_format(tokenizer: Any) -> ToolCallFormat | None:
+def tool_call_format(tokenizer: PreTrainedTokenizerBase) -> ToolCallFormat | None:
     """The way a chat template writes tool calls. None: in another way than `responses.with_tool_calls` reads."""
     template = str(tokenizer.chat_template or "")
     if OPEN in template:

@@ -51,7 +51,7 @@ _ERROR_TYPES = {429: "rate_limit_error", 401: "authentication_error", 403: "perm
 Events: TypeAlias = AsyncGenerator[StreamEvent, None]
 
 
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, "application/json")
 
 

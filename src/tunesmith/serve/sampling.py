@@ -10,13 +10,16 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.serve.protocol import GenerationRequest, RequestError, Token
 from tunesmith.types import JsonObject, Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 16
 """Prompt tokens decoded with an answer's first ones: for some tokenizers they decide about its first white space."""
@@ -121,7 +124,7 @@ class JsonGrammars:
     Keywords that it cannot enforce are refused, never ignored.
     """
 
-    def __init__(self, tokenizer: Any, *, vocab_size: int, stop_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, stop_ids: Sequence[int]) -> None:
         try:
             import llguidance.hf
 
@@ -175,7 +178,7 @@ def _invalid(message: str) -> RequestError:
     return RequestError(message, code="invalid_schema", param="response_format")
 
 
-def with_text(tokenizer: Any, token: SampledToken) -> Token:
+def with_text(tokenizer: PreTrainedTokenizerBase, token: SampledToken) -> Token:
     """A sampled token for its client, with a replacement character where it is a part of one."""
     before = list(tokenizer("a", add_special_tokens=False).input_ids)  # some tokenizers drop white space at the start
     length = len(tokenizer.decode(before))
@@ -191,7 +194,9 @@ def with_text(tokenizer: Any, token: SampledToken) -> Token:
 class StreamingDecoder:
     """The text of one answer. `strip`: without white space around the whole of it."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], *, stops: Sequence[str], strip: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], *, stops: Sequence[str], strip: bool
+    ) -> None:
         self.is_stopped = False
         """Whether a stop text was written."""
         self._tokenizer = tokenizer

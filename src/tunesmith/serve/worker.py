@@ -229,7 +229,7 @@ def _sender() -> Send:
     out, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)
 
-    def send(message: Any) -> None:
+    def send(message: object) -> None:
         try:
             with lock:
                 out.write(pack(message))

@@ -112,7 +112,7 @@ def _text(path: Path) -> str:
         raise RecipeError(f"{path}: not UTF-8 text: save it as UTF-8.") from error
 
 
-def _problems(data: Any) -> Iterator[str] | list[str]:
+def _problems(data: object) -> Iterator[str] | list[str]:
     """Faults in the form of the file."""
     if not isinstance(data, Mapping):
         return ["no mapping: write base: with model and data, and grid: with lists of values."]
@@ -144,7 +144,7 @@ _NUMBERS = {"random": {"trials": 1, "seed": 0}, "asha": {"factor": 2, "first": 1
 """Section → key → least value."""
 
 
-def _axis_problems(key: str, values: Any, *, is_drawn: bool) -> Iterator[str]:
+def _axis_problems(key: str, values: object, *, is_drawn: bool) -> Iterator[str]:
     if any(f"{key}.".startswith(f"{fixed}.") for fixed in SAME_FOR_ALL):
         yield f"grid.{key}: has to be the same for all trials, which could not be compared. Set it in base."
     elif isinstance(values, Mapping):

@@ -57,7 +57,7 @@ def parse_chat(
     return check.problems or Example(tuple(parts), source, "sharegpt" if key == "conversations" else key, tools)
 
 
-def as_messages(turns: Any, check: RowProblems, place: str = "conversations") -> list[JsonObject]:
+def as_messages(turns: object, check: RowProblems, place: str = "conversations") -> list[JsonObject]:
     """ShareGPT's turns with the names of messages."""
     if isinstance(turns, list):
         return [_message(turn, check, f"{place}[{i}]") for i, turn in enumerate(turns)]
@@ -68,7 +68,7 @@ def as_messages(turns: Any, check: RowProblems, place: str = "conversations") ->
     return []
 
 
-def _message(turn: Any, check: RowProblems, place: str) -> JsonObject:
+def _message(turn: object, check: RowProblems, place: str) -> JsonObject:
     if not isinstance(turn, dict):
         check.wrong_type(place, turn, 'an object such as {"from": "human", "value": "Hi"}')
         return {}
@@ -131,7 +131,7 @@ def _parse_alpaca(record: JsonObject, source: Source, *, answered: bool = True) 
     return check.problems or Example(tuple(parts), source, "alpaca")
 
 
-def _history(history: Any, check: RowProblems) -> list[Part]:
+def _history(history: object, check: RowProblems) -> list[Part]:
     if not history:
         return []
     if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import orjson
 
@@ -14,7 +13,7 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 _PLAIN = {"role", "content"}
 
 
-def parts_of(messages: Any, check: RowProblems, *, place: str = "messages", trained: bool = True) -> list[Part]:
+def parts_of(messages: object, check: RowProblems, *, place: str = "messages", trained: bool = True) -> list[Part]:
     """One part per message, in order; a message with a problem has a placeholder.
 
     `trained`: whether answers are trained where the message does not say so by its weight.
@@ -25,7 +24,7 @@ def parts_of(messages: Any, check: RowProblems, *, place: str = "messages", trai
     return [_part(message, check, f"{place}[{i}]", trained) for i, message in enumerate(messages)]
 
 
-def _part(message: Any, check: RowProblems, place: str, trained: bool) -> Part:
+def _part(message: object, check: RowProblems, place: str, trained: bool) -> Part:
     if not isinstance(message, dict):
         check.wrong_type(place, message, 'an object such as {"role": "user", "content": "Hi"}')
         return Part("", "", False)
@@ -72,7 +71,7 @@ def _weight(message: Record, check: RowProblems, place: str, is_answer: bool) ->
     return bool(weight)
 
 
-def _text(content: Any, fields: Record, check: RowProblems, place: str) -> str:
+def _text(content: object, fields: Record, check: RowProblems, place: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
@@ -87,7 +86,7 @@ def _text(content: Any, fields: Record, check: RowProblems, place: str) -> str:
     return ""
 
 
-def _piece(piece: Any, check: RowProblems, place: str) -> str:
+def _piece(piece: object, check: RowProblems, place: str) -> str:
     if not isinstance(piece, dict):
         check.wrong_type(place, piece, 'an object such as {"type": "text", "text": "Hi"}')
     elif piece.get("type") == "text" and isinstance(piece.get("text"), str):
@@ -118,7 +117,7 @@ def _fields(message: Record, check: RowProblems, place: str) -> JsonObject:
     return fields
 
 
-def check_calls(calls: Any, check: RowProblems, place: str) -> None:
+def check_calls(calls: object, check: RowProblems, place: str) -> None:
     """Problems of the tool calls of one message: each has a function with a name and arguments."""
     if not isinstance(calls, list):
         check.wrong_type(place, calls, "a list of calls")
