@@ -1,7 +1,6 @@
 """Files are as they were or complete, after every fault there is."""
 
 import errno
-import hashlib
 import math
 import os
 from pathlib import Path
