@@ -7,7 +7,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -489,16 +489,3 @@ class Draft:
 
 Drafts: TypeAlias = list[Draft] | Problem
 """The windows of an example, mostly one, or the problem that makes it unusable."""
-
-
-def strings(value: Any) -> Iterable[str]:
-    """Every string in a JSON value, keys included."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            waiting += [*item, *item.values()][::-1]
-        elif isinstance(item, list):
-            waiting += item[::-1]

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -17,7 +17,7 @@ from tunesmith.data.detect_format import ByteStream, FileFacts, open_text
 from tunesmith.data.problems import refusal
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
-from tunesmith.types import JsonObject, strings
+from tunesmith.types import JsonObject
 
 DEEPEST = 250
 """Deepest nesting that orjson writes, and so the most that `limits.depth` can allow."""
@@ -36,6 +36,19 @@ class BadRow(Exception):
         self.message = message
         self.fix = fix
         self.at = at
+
+
+def strings(value: Any) -> Iterable[str]:
+    """Every string in a JSON value, keys included."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += [*item, *item.values()][::-1]
+        elif isinstance(item, list):
+            waiting += item[::-1]
 
 
 def loads(raw: bytes, *, depth: int) -> Any:

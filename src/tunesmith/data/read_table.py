@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from tunesmith.data.detect_format import ByteStream, FileFacts, cannot_open, distinct, open_packed
 from tunesmith.data.problems import refusal
-from tunesmith.data.read_json import BadRow, OnBadRow, count_blank, decode, nul_character, too_long
+from tunesmith.data.read_json import BadRow, OnBadRow, count_blank, decode, nul_character, strings, too_long
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
-from tunesmith.types import JsonObject, strings
+from tunesmith.types import JsonObject
 
 
 def csv_rows(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.read_json import strings
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer, fingerprint
 from tunesmith.types import (
     IGNORE,
@@ -26,7 +27,6 @@ from tunesmith.types import (
     Row,
     Source,
     Task,
-    strings,
 )
 
 TooLong = Literal["error", "drop", "cut"]
