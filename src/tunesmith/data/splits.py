@@ -151,36 +151,34 @@ def encode_rows(
             labels cannot be learnt, see `resolve_labels`.
         RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns the shapes.
     """
+    # 1. The files of each side: folders become their documents.
     problems: list[Problem] = []
     sides = {side: getattr(data, side) for side in ("train", "replay", "eval")}
     expand = partial(expand_folders, on_problem=problems.append, how=data.reading)
     expanded = {side: expand(files, trained=side != "eval") for side, files in sides.items()}
     data, notes = data.model_copy(update=expanded), [str(problem) for problem in problems]
 
-    def encode(files: Sequence[DataFile], folder: Path) -> RowStore:
-        return build(
-            folder,
-            data=data,
-            files=files,
-            renderer=renderer,
-            on_problem=problems.append,
-            progress=lambda rows, done, total: on_progress("encode", done, total),
-        )
+    def progress(rows: int, done: int, total: int) -> None:
+        on_progress("encode", done, total)
 
-    store = encode((*data.train, *data.replay), cache_dirs.train)
-    held_store = encode(data.eval, cache_dirs.held_out) if data.eval else store
+    # 2. Every row as tokens, or as an earlier run encoded it.
+    encode = partial(build, data=data, renderer=renderer, on_problem=problems.append, progress=progress)
+    store = encode(cache_dirs.train, files=(*data.train, *data.replay))
+    held_store = encode(cache_dirs.held_out, files=data.eval) if data.eval else store
     stores = [store, held_store] if data.eval else [store]
     try:
+        # 3. Which rows are trained, which are held out, and what their labels are.
         refuse_bad(data, stores, problems)
         data, chosen = choose_held_out(data, store)
         train, held, split_notes = split(data, store, held_store, task)
         overlap = overlap_notes(data, store, held_store, train) if data.eval else []
-        settings: dict[str, Any] = {"class_weights": class_weights, "own_classes": own_classes}
-        labels, of_labels = _labels(data, task, (store, held_store), train, **settings)
+        both = (store, held_store)
+        labels, of_labels = _labels(data, task, both, train, class_weights=class_weights, own_classes=own_classes)
     except DataError:
         for refused in stores:
             refused.discard()
         raise
+    # 4. What a person has to know of it.
     notes += [*counted(stores, problems), *overlap, *split_notes]
     if data.held_out == 0 and not data.eval:
         notes.append("nothing is held out, so nothing is measured: give --eval, more rows, or a data.held_out above 0")
@@ -189,6 +187,7 @@ def encode_rows(
     by_class = labels is not None and labels.kind == "one"
     held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
     notes += [few] if (few := few_note(len(held))) else []
+    # 5. Rows answer with the labels from here on.
     if labels is not None:
         for labelled in stores:
             labelled.use(labels)

@@ -113,11 +113,14 @@ class Dispatcher:
 
     def round(self) -> None:
         """Follow every run, then start what there is room for."""
-        version, before, self.seen = self.store.version, self.seen, -1  # whatever fails is looked at again
+        # 1. Has anything changed since the last round? Until the end -1: whatever fails is looked at again.
+        version, before, self.seen = self.store.version, self.seen, -1
         is_new = version != before
+        # 2. Follow the runs and the checks of files that are at work.
         for active in list(self.active.values()):
             is_new |= self._follow(active, is_new=is_new)
         is_new |= self.checks.follow()
+        # 3. Serve checkpoints that waited for their engine.
         for name in list(self.unserved):
             try:
                 self._serve_snapshots(name, Run(self._run_path(name)))
@@ -126,12 +129,14 @@ class Dispatcher:
             except RunError as error:
                 self.on_note(f"{name}: its checkpoints are not served: {error}")
             self.unserved.discard(name)
+        # 4. Finish jobs whose results waited for their engine.
         for name, failed in list(self.unfinished.items()):
             job = self.store.job(name) or {}
             del self.unfinished[name]
             if job["status"] == "running":
                 self._finish(name, Run(self._run_path(name)), failed)
             self._tidy(name)
+        # 5. Start what there is room for, and once in a while delete what has expired.
         if is_new:
             self._start_jobs()
         if time.monotonic() >= self.expires_next:

@@ -1,4 +1,4 @@
-"""Answers about jobs to clients that poll, kept until a job is another."""
+"""A cache of answers for clients that poll jobs; any change of a job empties it."""
 
 from __future__ import annotations
 

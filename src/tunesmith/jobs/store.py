@@ -161,7 +161,7 @@ class Store:
 
     @property
     def version(self) -> int:
-        """See Database: what was read of one version but events is still so while there is no other."""
+        """Changes whenever anything but events changes; caches read under it (see `Database`)."""
         return self._database.version
 
     def _read(self, statement: sa.Select[Any]) -> list[Record]:

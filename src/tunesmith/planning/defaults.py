@@ -320,7 +320,7 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if has_look(recipe):
         step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
         if max(usual, longest) < step <= MOST_IN_ONE:
-            return step, "about a whole step, which is computed once then: of several passes it needs one forward more"
+            return step, "fits a whole step in one micro-batch; splitting it would cost an extra forward pass"
     if longest > usual:
         return longest, f"the longest row has {plural(longest, 'token')}"
     return usual, f"fills the matrix products of {facts.device}; the longest row has {plural(longest, 'token')}"

@@ -270,8 +270,8 @@ def peak(
     sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int, answered: int = 0
 ) -> Memory:
     """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes where a
-    step has too few; `recomputed`: layers whose activations are; `base`: bytes held before; `answered`: tokens whose
-    keys and values are kept for answers."""
+    step has too few; `recomputed`: number of layers recomputed in the backward pass; `base`: bytes already in use;
+    `answered`: tokens whose keys and values are kept for answers."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     if sizes.softcap:  # spelled out, on every device
