@@ -202,5 +202,5 @@ def test_without_the_library_the_way_to_it_is_named(tmp_path: Path, monkeypatch:
 
 
 def test_old_excel_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"an Excel file of before 2007"):
+    with pytest.raises(DataError, match=r"an old Excel file"):
         rows_of(put(tmp_path, "a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)))

@@ -283,7 +283,9 @@ def test_offline_names_the_addresses_that_were_listed(chats):
 def test_gated_data_set_says_where_terms_are_accepted(server, monkeypatch):
     server.tokens = {"mine"}
     server.dataset("acme/gated", shards(1), gated=True)
-    with pytest.raises(DataError, match=r"gated: its owner asks .*: http.*/datasets/acme/gated. Then `hf auth login`"):
+    with pytest.raises(
+        DataError, match=r"gated: accept its owner's terms first: http.*/datasets/acme/gated. Then `hf auth login`"
+    ):
         pin_path("hf://datasets/acme/gated", offline=False)
     monkeypatch.setenv("HF_TOKEN", "mine")
     with pytest.raises(DataError, match=r"gated: .* The token here was not granted access"):

@@ -18,9 +18,10 @@ from limits.strategies import MovingWindowRateLimiter
 from tunesmith.errors import InputError
 from tunesmith.jobs.names import DEFAULT_PROJECT, check_project, new_id
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, keys
+from tunesmith.jobs.tables import keys
 from tunesmith.serve.middleware import ApiKeys, wrong_key
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Record
 
 SCOPES = ("models.ask", "models.delete", "files.read", "files.write", "jobs.read", "jobs.write", "admin")
 """`admin`: everything."""

@@ -25,13 +25,13 @@ from tunesmith.jobs.ray_launcher import RayLauncher, RayRun
 from tunesmith.jobs.run_events import EventTranslator, metrics_by_step, missing_exports, results_file, trained_tokens
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record, files, jobs, models
+from tunesmith.jobs.tables import files, jobs, models
 from tunesmith.jobs.training_files import problems_of, row_fault
 from tunesmith.runs.atomic import remove, sha256_file, write_atomic
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
-from tunesmith.types import Event, JsonObject
+from tunesmith.types import Event, JsonObject, Record
 
 POLL_S = 0.2
 EXPIRE_S = 60.0

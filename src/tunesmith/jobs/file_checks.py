@@ -18,11 +18,11 @@ from tunesmith.jobs.check_process import facts_of
 from tunesmith.jobs.launcher import ChildProcess, start_child
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record, models
+from tunesmith.jobs.tables import models
 from tunesmith.jobs.training_files import CheckedFile, FileFault, rounds
 from tunesmith.recipe import load
 from tunesmith.runs.atomic import write_atomic
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, Record
 
 AT_ONCE = 2
 """Checks, each of another project."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tunesmith.jobs.names import derived_id
-from tunesmith.jobs.tables import Record
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, Record
 
 NO_ERROR = {"code": None, "message": None, "param": None}
 """`error` of a job that has not failed: scripts read `job.error.code` without looking."""

@@ -13,11 +13,11 @@ from tunesmith.jobs.names import new_id
 from tunesmith.jobs.objects import list_object
 from tunesmith.jobs.routes import after, missing, read_limit, read_query
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, permissions
+from tunesmith.jobs.tables import permissions
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictModel, StrictRoute
 from tunesmith.serve.responses import json_response
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, Record
 
 _Project = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,32}$")]
 

@@ -13,9 +13,10 @@ from fastapi import Request
 from tunesmith.jobs.job_request import JobBody
 from tunesmith.jobs.names import DEFAULT_PROJECT, derived_id
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, files, jobs
+from tunesmith.jobs.tables import files, jobs
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Record
 
 LOST_S = 120
 """Longest time between a request and the last one of its repeats."""

@@ -24,7 +24,7 @@ from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
 from tunesmith.jobs.repeats import digest_of, job_made_before, job_made_with, keyed_id, retry_count
 from tunesmith.jobs.states import Action, JobState
 from tunesmith.jobs.store import Store, event
-from tunesmith.jobs.tables import Record, events, files, is_live, jobs
+from tunesmith.jobs.tables import events, files, is_live, jobs
 from tunesmith.jobs.upload_parts import JoinBody, UploadBody, add_part, cancel_upload, complete_upload, create_upload
 from tunesmith.jobs.uploads import receive_file
 from tunesmith.serve.middleware import PROJECT
@@ -32,7 +32,7 @@ from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
 from tunesmith.serve.responses import json_response
 from tunesmith.trackers.libraries import check_names
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, Record
 
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """A report loads nothing and runs nothing."""

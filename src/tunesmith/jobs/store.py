@@ -27,7 +27,6 @@ from tunesmith.jobs.rules import Rules
 from tunesmith.jobs.states import ENDED, WAITING, Action, state_after
 from tunesmith.jobs.store_folder import DATABASE_FILE, is_used, lost, refuse_lost, set_aside
 from tunesmith.jobs.tables import (
-    Record,
     events,
     files,
     is_live,
@@ -46,7 +45,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.runs.prune import STORE_MARK
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, Record
 
 RUN_STOPS = ": its run stops after the step under way"
 

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from tunesmith.jobs.names import new_id, shown_name
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, files, is_pending, own, uploads
+from tunesmith.jobs.tables import files, is_pending, own, uploads
 from tunesmith.jobs.uploads import (
     FIRST_LOOK_BYTES,
     check_purpose,
@@ -40,6 +40,7 @@ from tunesmith.jobs.uploads import (
 from tunesmith.runs.atomic import fsync_dir, remove
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Parameters
+from tunesmith.types import Record
 
 MAX_BYTES = 8 << 30
 MAX_PART_BYTES = 64 << 20

@@ -21,10 +21,10 @@ from starlette.requests import ClientDisconnect
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, shown_name
 from tunesmith.jobs.repeats import file_made_before, retry_count
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record
 from tunesmith.runs.atomic import fsync_dir
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Record
 
 MAX_BYTES = 2 << 30
 MAX_FIELD_BYTES = 4096

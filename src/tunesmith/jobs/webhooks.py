@@ -18,8 +18,9 @@ from standardwebhooks import Webhook
 
 from tunesmith.jobs.rules import WebhookEndpoint
 from tunesmith.jobs.store import Store
-from tunesmith.jobs.tables import Record, webhooks
+from tunesmith.jobs.tables import webhooks
 from tunesmith.serve.protocol import RequestError
+from tunesmith.types import Record
 
 POLL_S = 1.0
 TIMEOUT_S = 10.0
