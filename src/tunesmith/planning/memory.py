@@ -173,17 +173,14 @@ def sizes_of(
     with torch.device("meta"), silence_transformers():
         model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     modules = [target.module for target in inner_linears(model, unread=False)]
-    features, linears = (
-        sum(sum(shape_OI(module)) for module in modules),
-        [module.get_parameter("weight") for module in modules],
-    )
+    features = sum(sum(shape_OI(module)) for module in modules)
+    linears = [module.get_parameter("weight") for module in modules]
     saved = 0
     if method.quantizes:  # a base in 4 bits, of which one layer at a time is unpacked
         packed = [target.module.get_parameter("weight") for target in inner_linears(model)]
         saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
-    convs = _linear_convs(model)
-    features += sum(conv.in_channels + conv.out_channels for conv in convs)
-    linears += [conv.get_parameter("weight") for conv in convs]
+    features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model))
+    linears += [conv.get_parameter("weight") for conv in _linear_convs(model)]
     stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
