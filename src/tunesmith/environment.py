@@ -42,14 +42,31 @@ CARD_SHARE = "TUNESMITH_CARD_SHARE"
 """Variable with the share of a card's memory that a process may take."""
 SERVING_SHARE = 0.4
 """That of a server whose jobs train on the same card; they have the rest."""
+LEAST_REST = 0.05
+"""Less than this of a card holds no run."""
 
 
 def card_share(usual: float = 1.0) -> float:
-    """Share of a card's memory that this process may take; `usual` where the variable is not set."""
+    """Share of a card's memory that this process may take; `usual` where the variable is not set. Raises InputError."""
+    text = os.environ.get(CARD_SHARE) or usual
     try:
-        return min(1.0, max(0.05, float(os.environ.get(CARD_SHARE) or usual)))
+        share = float(text)
     except ValueError as error:
-        raise InputError(f"{CARD_SHARE}={os.environ[CARD_SHARE]}: no number. Give a share such as 0.4.") from error
+        raise InputError(f"{CARD_SHARE}={text}: no number. Give a share such as 0.4.") from error
+    if not 0 < share <= 1:
+        raise InputError(f"{CARD_SHARE}={text}: a share of a card is above 0 and at most 1. Give one such as 0.4.")
+    return share
+
+
+def rest_of_card() -> float:
+    """Share of a card that a server leaves to the runs of its jobs. Raises InputError where that is next to nothing."""
+    rest = 1 - card_share(SERVING_SHARE)
+    if rest < LEAST_REST:
+        raise InputError(
+            f"{CARD_SHARE}={os.environ[CARD_SHARE]}: runs of jobs get what the server leaves of the card: next to "
+            f"nothing. Give at most {1 - LEAST_REST:g}, or 1 to a server without --jobs or with jobs on other machines."
+        )
+    return rest
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:

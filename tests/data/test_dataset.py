@@ -147,6 +147,10 @@ CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
     "kind": lambda: (make_renderer(kind="encoder_decoder"), Data()),
     "pooling": lambda: (make_renderer(pooling=Pooling("cls")), Data()),
     "prompt of a query": lambda: (make_renderer(pooling=Pooling(query_prompt="q: ")), Data()),
+    "prompt of a document": lambda: (make_renderer(pooling=Pooling(document_prompt="d: ")), Data()),
+    "date": lambda: (make_renderer(date="2026-01-01"), Data()),
+    "encoding": lambda: (make_renderer(), Data(encoding="latin-1")),
+    "suffixes": lambda: (make_renderer(), Data(suffixes=(".log",))),
     "template": lambda: (make_renderer(template=template("trim")), Data()),
     "max_tokens": lambda: (make_renderer(max_tokens=150), Data()),
     "too_long": lambda: (make_renderer(too_long="cut"), Data()),
@@ -163,6 +167,27 @@ def test_a_setting_that_matters_changes_the_key(tmp_path: Path, files: list[Data
     other, _ = make(tmp_path / "rows", *files, renderer=renderer, data=data)
     assert not other.reused
     assert other.key != first.key
+
+
+def parts_of_key(renderer: Renderer, data: Data, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What goes into the key of rows, by name."""
+    parts: list[dict[str, Any]] = []
+    with patch.context() as seen:
+        dumps = dataset_module.orjson.dumps
+        seen.setattr(dataset_module.orjson, "dumps", lambda given, **how: parts.append(given) or dumps(given, **how))
+        dataset_module._key(["hash"], [".jsonl"], data, renderer)
+    return parts[0]
+
+
+def test_each_part_of_the_key_is_changed_by_one_of_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = parts_of_key(make_renderer(), Data(), monkeypatch)
+    seen = {"version", "data", "formats"}  # the tests below
+    for change in CHANGES.values():
+        parts = parts_of_key(*change(), monkeypatch)
+        seen |= {name for name in {*parts, *usual} if parts.get(name) != usual.get(name)}
+        usual_names = {*usual, "reading", "pooling", "date"}
+        assert set(parts) <= usual_names
+    assert seen == usual_names
 
 
 def word_level(*words: str) -> PreTrainedTokenizerFast:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,34 @@ def test_the_next_export_removes_a_killed_ones_copy_not_a_live_ones(run: Run) ->
     export_run(run, "adapter", proof=False, offline=True)
     assert not dead.exists()
     assert alive.exists()
+
+
+AT_WORK = """
+import sys, time
+from pathlib import Path
+from tunesmith.runs.atomic import at_work, temporary_folder
+folder = temporary_folder(Path(sys.argv[1]), "adapter")
+(folder / "model.safetensors").write_bytes(b"0" * 100)
+with at_work(folder):
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_copy_of_an_export_that_was_killed_a_minute_ago_is_removed_and_that_of_one_at_work_is_not(run: Run) -> None:
+    """Of a large model the copy takes as much of the disk as the model."""
+    words = [sys.executable, "-c", AT_WORK, str(run.path / "exports")]
+    children = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        dead, alive = (Path(child.stdout.readline().strip()) for child in children if child.stdout)
+        children[0].kill()
+        children[0].wait()
+        for folder in (dead, alive):
+            os.utime(folder, (time.time() - 60,) * 2)
+        export_run(run, "adapter", proof=False, offline=True)
+        assert not dead.exists()
+        assert alive.exists()
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()

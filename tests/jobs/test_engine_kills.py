@@ -56,9 +56,12 @@ async def answer(engine: WorkerEngine, model: str) -> str:
             await asyncio.sleep(0.1)
 
 
-async def from_run_to_answer(folder: Path, num: int) -> tuple[bool, dict[str, Any]]:
+async def from_run_to_answer(folder: Path, run: Path, num: int) -> tuple[bool, dict[str, Any]]:
     """A job whose run is done already; its engine is killed at a write. Whether it was, and what a client sees."""
     async with working(folder) as (server, engine):
+        shutil.copytree(
+            run, server.store.runs_path / run.name
+        )  # its server sets aside what no job names when it starts
         assert engine._worker is not None
         first = engine._worker.process.pid
         tracer: subprocess.Popen[bytes] | None = traced(first, num) if num else None
@@ -84,15 +87,15 @@ async def from_run_to_answer(folder: Path, num: int) -> tuple[bool, dict[str, An
 
 @needs_strace
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_an_engine_killed_at_its_writes_serves_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_outcome(tmp_path, 0, monkeypatch)
     (tmp_path / "store").rename(tmp_path / "done")
-    name = "ftjob-" + "A" * 24
+    run = tmp_path / "done" / "runs" / ("ftjob-" + "A" * 24)
 
     def made(num: int) -> tuple[bool, dict[str, Any]]:
-        shutil.copytree(tmp_path / "done" / "runs" / name, tmp_path / "store" / "runs" / name)
         try:
-            return asyncio.run(from_run_to_answer(tmp_path, num))
+            return asyncio.run(from_run_to_answer(tmp_path, run, num))
         finally:
             shutil.rmtree(tmp_path / "store")
 

@@ -115,6 +115,7 @@ def create(target: Target, num: int, made: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 3 * NUM_JOBS)
 def test_every_job_succeeds_once_while_something_is_killed_each_second(tmp_path: Path) -> None:
     target, draw, made = Target(tmp_path), random.Random(5), list[str]()
     store = tmp_path / "store" / "jobs.sqlite"

@@ -10,8 +10,11 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
+from orjson import loads  # noqa: E402
+
 from jobs.places import rows  # noqa: E402
 from jobs.served import Served  # noqa: E402
+from tunesmith.jobs import uploads  # noqa: E402
 from tunesmith.jobs.store import Store, event  # noqa: E402
 
 
@@ -58,6 +61,20 @@ def test_a_file_that_no_job_could_use_is_refused(served: Served, content: bytes,
         served.client.files.create(file=("a", content), purpose=purpose)
     assert words in str(caught.value)
     assert sorted(served.store.files_path.iterdir()) == before
+
+
+def test_a_long_first_row_is_not_parsed_where_requests_are_answered(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold every other request for most of a second, in whatever thread."""
+    parsed: list[int] = []
+    monkeypatch.setattr(uploads.orjson, "loads", lambda text: parsed.append(len(text)) or loads(text))
+    long = b'{"a": [' + b"[], " * 500_000 + b"0]}\n"
+    assert served.client.files.create(file=("a", long + rows(1)), purpose="fine-tune").bytes > len(long)
+    for content in (long[:-2] + b"\n", b"[" + long, long[:-1] * 5):  # the last has no end within the first look
+        with pytest.raises(openai.BadRequestError, match="Line 1 is not a dictionary"):
+            served.client.files.create(file=("a", content), purpose="fine-tune")
+    assert max(parsed, default=0) < 100_000
 
 
 PART = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'

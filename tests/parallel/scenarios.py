@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 
 from tiny_run import tiny_recipe
+from tiny_tasks import task_recipe
 from tunesmith.data.sampler import StepSampler
 from tunesmith.errors import Stopped
 from tunesmith.evaluation import predict_rows
@@ -40,6 +41,9 @@ def make_inputs(folder: Path) -> None:
     recipe = tiny_recipe(folder, rows=20, optim={"lr": 1e-3}, train={"epochs": 2}, **QUIET)
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
     write_alike(folder / "alike.jsonl")
+    options = {"train": {"epochs": 1, "rows_per_step": 12, "tokens_per_pass": 200}, **QUIET}
+    recipe = task_recipe(folder, "embed", "encoder", dropout=0.2, **options)
+    (folder / "embed.json").write_text(json.dumps(recipe.model_dump(mode="json")))
 
 
 def write_alike(path: Path) -> None:
@@ -211,6 +215,43 @@ def _ending(made: Setup, *, above: int) -> Setup:
 def memory_ends(folder: Path) -> Any:
     with together_as(recipe_of(folder), folder) as made:
         return steps_of(_ending(made, above=80))
+
+
+def _looking(folder: Path, *, tokens_per_pass: int, above: int) -> Any:
+    """Embeddings with dropout; memory of rank 1 ends in a pass behind its look."""
+    recipe = json.loads((folder / "embed.json").read_text())
+    recipe["train"]["tokens_per_pass"] = tokens_per_pass
+    with together_as(validate(recipe), folder) as made:
+        right = made.task.look
+        assert right is not None
+
+        def look(model: Any, batches: Any, of: World) -> Any:
+            made.task = replace(made.task, loss_sum=right(model, batches, of))
+            return _ending(made, above=above).task.loss_sum
+
+        made.task = replace(made.task, look=look)
+        return steps_of(made)
+
+
+def looking(folder: Path) -> Any:
+    return _looking(folder, tokens_per_pass=200, above=40)
+
+
+def looking_in_small_passes(folder: Path) -> Any:
+    """As it is from the start where `looking` arrives."""
+    found = looking(folder)
+    return _looking(folder, tokens_per_pass=min(filter(None, found["smaller"])), above=10**6)
+
+
+def looking_planted(folder: Path) -> Any:
+    """The ranks go on with what was looked at before."""
+
+    def computed(state: Any, sampler: Any, number: int) -> Any:
+        done = step.compute_gradients(state, sampler, number)
+        return done, exchange.meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)
+
+    with patch.object(loop, "_computed", computed):
+        return looking(folder)
 
 
 def memory_is_gone(folder: Path) -> Any:

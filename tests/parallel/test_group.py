@@ -27,7 +27,7 @@ SCENARIOS = (
     "not_finite_planted", "straight", "stopped", "stopped_planted", "another_recipe", "resumed", "started_again",
     "without_folder", "two_writers_planted", "padded_planted", "less_memory", "less_memory_planted", "slow_rows",
     "slow_rows_planted", "other_data", "other_version", "saved_by_the_library", "alike", "alike_planted",
-    "apart", "apart_swapped", "apart_again",
+    "apart", "apart_swapped", "apart_again", "looking", "looking_in_small_passes", "looking_planted",
 )  # fmt: skip
 Found = list[dict[str, Any]]
 
@@ -126,6 +126,20 @@ def test_memory_that_ends_on_one_rank_changes_no_update(found: Found, folder: Pa
     assert_same_steps(ranks, one)
     assert any(ranks[0]["smaller"])
     assert min(filter(None, ranks[0]["smaller"])) <= 80
+
+
+def assert_masks_are_those_of_the_look(ranks: list[Any], small: list[Any]) -> None:
+    assert ranks[0] == ranks[1]
+    assert any(ranks[0]["smaller"])
+    assert [{**rank, "smaller": None} for rank in ranks] == [{**rank, "smaller": None} for rank in small]
+
+
+def test_where_memory_ends_all_ranks_look_again(found: Found) -> None:  # trap: P25
+    """With dropout: the step is, to the bit, that of a run which has such small passes from the start."""
+    small = both(found, "looking_in_small_passes")
+    assert_masks_are_those_of_the_look(both(found, "looking"), small)
+    with pytest.raises(AssertionError):
+        assert_masks_are_those_of_the_look(both(found, "looking_planted"), small)
 
 
 def assert_both_give_up(ranks: list[Any]) -> None:

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from serve.batches import Heard, alone, decoder, hear, job, prompts
+from tunesmith import environment
 from tunesmith.environment import CARD_SHARE
 from tunesmith.errors import InputError
 from tunesmith.generation.decoder import SequentialDecoder
 from tunesmith.jobs import launcher
+from tunesmith.jobs.bases import Bases, PublicBase
+from tunesmith.jobs.server import JobServer
+from tunesmith.jobs.store import Store
 from tunesmith.models import card
 from tunesmith.planning import devices
 from tunesmith.serve import engine, worker
@@ -41,11 +45,11 @@ def test_keys_and_values_get_what_the_card_has_and_not_the_host(on_card: None, m
 
 
 def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
+    assert environment.rest_of_card() == 0.6
     monkeypatch.setenv(CARD_SHARE, "0.25")
-    assert launcher._rest_of_card() == {CARD_SHARE: "0.75"}
+    assert environment.rest_of_card() == 0.75
     monkeypatch.setenv(CARD_SHARE, "")
-    assert launcher._rest_of_card() == {CARD_SHARE: "0.6"}
+    assert environment.rest_of_card() == 0.6
     monkeypatch.setenv(CARD_SHARE, "0.25")
     assert devices.room("cuda") == 20 * GIB + devices.CUDA_CONTEXT
     fractions: list[Any] = []
@@ -57,8 +61,36 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
         devices.room("cuda")
     with pytest.raises(InputError, match="TUNESMITH_CARD_SHARE=half: no number"):
-        launcher._rest_of_card()
+        environment.rest_of_card()
     assert os.environ[CARD_SHARE] == "half"
+
+
+def test_a_run_of_a_job_gets_what_the_server_leaves_unless_its_card_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(launcher, "start_child", lambda run, module, words, variables: started.append(variables))
+    for variables in ({"A": "b"}, {CARD_SHARE: "1"}):
+        launcher.LocalLauncher(offline=True).start(tmp_path / "run", tmp_path / "recipe", variables)
+    assert started == [{"A": "b", CARD_SHARE: "0.6"}, {CARD_SHARE: "1"}]
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1.5", "nan", "inf"])
+def test_what_is_no_share_of_a_card_is_refused(monkeypatch: pytest.MonkeyPatch, share: str) -> None:
+    monkeypatch.setenv(CARD_SHARE, share)
+    with pytest.raises(InputError, match=f"TUNESMITH_CARD_SHARE={share}: a share of a card is above 0 and at most 1"):
+        environment.card_share()
+
+
+def test_a_server_that_leaves_nothing_of_the_card_to_its_jobs_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CARD_SHARE, "1")
+    assert environment.card_share() == 1
+    bases = Bases(bases={"tiny": PublicBase(model="tiny")})
+    start = JobServer.start(Store(tmp_path / "store"), bases, EngineOptions(), root=tmp_path, on_note=print)
+    with pytest.raises(InputError, match=r"runs of jobs get what the server leaves .* Give at most 0.95"):
+        asyncio.run(start)
 
 
 def test_engines_of_several_bases_share_what_the_server_takes_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:

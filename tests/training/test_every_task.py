@@ -1,6 +1,7 @@
 """Every task on every kind of model that can learn it, from a file to a report, and what must hold for all of them."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 import fresh
+from killed_runs import kill_runs
 from tiny_run import same_run, values_of
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import DataError, ModelError, Stopped
@@ -127,6 +129,22 @@ def test_killed_in_a_step_it_ends_with_the_same_bits(tmp_path, task, kind):
     (run,) = runs(tmp_path / "runs")
     assert run.state() != "done"
     same_run(resume(run), straight)
+
+
+KILLS = int(os.environ.get("TUNESMITH_KILLS", "10"))
+KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120 + 10 * KILLS)
+@pytest.mark.parametrize(("task", "kind"), EVERY)
+def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, task, kind):
+    """TUNESMITH_KILLS=200 for a long one; of chats the default suite does it too, see test_resume."""
+    sections = {"checkpoint": {"every": 2}, "evaluation": {"every": 3, "general": False}}
+    recipe = task_recipe(tmp_path, task, kind, method="lora", dropout=0.1, **sections)
+    killed, finished = kill_runs(tmp_path, recipe, kills=KILLS, seed=KILL_SEED)
+    print(f"{task}, {kind}: {killed} kills, {finished} runs finished")
+    assert finished >= 1
 
 
 @pytest.mark.parametrize("task", [task for task, kind in EVERY if kind == "causal" and task not in ("chat", "reward")])

@@ -1,5 +1,6 @@
 """A run on two sources: its shares, each source's own loss in events and report, and an exact resume."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 
 from tiny_run import chats, tiny_recipe, values_of
+from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.scores import loss_by_source
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import DataFile, Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
+from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
 pytestmark = pytest.mark.pages
@@ -88,3 +91,21 @@ def test_a_mixed_run_resumes_bit_for_bit(run: Run, tmp_path: Path) -> None:
         return [value for value in values_of(of.events()) if value[0] == "step"]
 
     assert steps(again) == steps(run)
+
+
+@pytest.mark.parametrize(("weight", "rows_per_step"), [(2.0, 5), (0.4, 7), (3.0, 4)])
+def test_so_many_epochs_between_evaluations_are_epochs_of_the_sampler(
+    tmp_path: Path, weight: float, rows_per_step: int
+) -> None:
+    """Rows that are taken more often, or in part, make epochs of another length than the rows of the files."""
+    given = task_recipe(tmp_path, "classify", "encoder", rows=40, train={"rows_per_step": rows_per_step, "epochs": 6})
+    more = write(tmp_path / "more.jsonl", rows_of("classify", 30, seed=3))
+    files = (given.data.train[0], DataFile(path=str(more), weight=weight))
+    held = write(Path(given.data.eval[0].path), rows_of("classify", 40, seed=7))
+    data = given.data.model_copy(update={"train": files, "eval": (DataFile(path=str(held)),)})
+    evaluation = given.evaluation.model_copy(update={"every": "auto"})
+    setup = prepare(given.model_copy(update={"data": data, "evaluation": evaluation}), root=tmp_path / "runs")
+    reason = next(choice.reason for choice in setup.choices if choice.key == "evaluation.every")
+    num = int(re.match(r"every (\d+) epochs", reason)[1])  # type: ignore[index]
+    assert num > 1
+    assert setup.recipe.evaluation.every == num * setup.sampler.steps_per_epoch

@@ -2,20 +2,15 @@
 
 import json
 import os
-import random
 import shutil
-import signal
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-import fresh
+from killed_runs import kill_runs
 from tiny_run import chats, same_run, stop_at, stopped, tiny_recipe
 from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
-from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import REMOVED, load
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
@@ -228,47 +223,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path):
 KILLS = int(os.environ.get("TUNESMITH_KILLS", "2"))
 KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
-RUN = """
-import sys
-from pathlib import Path
-from tunesmith.recipe.load import load
-from tunesmith.runs.folder import runs
-from tunesmith.training.trainer import Listener, resume, train
-recipe, root = sys.argv[1], Path(sys.argv[2])
-resume(made[0]) if (made := runs(root)) else train(load(recipe), root=root)
-"""
-
 
 def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     """SIGKILL at random moments, over as many runs as it takes; TUNESMITH_KILLS=2000 for a long one."""
     sections = {"train": {"epochs": 1}, "checkpoint": {"every": 2}, "evaluation": {"every": 3}}
-    recipe = tiny_recipe(tmp_path, dropout=0.1, **sections)
-    recipe_path = tmp_path / "recipe.yaml"
-    recipe_path.write_text(as_yaml(recipe, comments=False))
-    straight = train(recipe, root=tmp_path / "straight")
-    words = ("-c", RUN, recipe_path, tmp_path / "runs")
-    fresh.done("-c", "pass")  # what is imported is not what is killed
-    begun = time.perf_counter()
-    fresh.done(*words)  # one that is left alone tells how long a new process takes
-    seconds = time.perf_counter() - begun
-    shutil.rmtree(runs(tmp_path / "runs")[0].path)
-    draw, killed, finished = random.Random(KILL_SEED), 0, 0
-    while killed < KILLS:
-        process = fresh.Process(*words)
-        time.sleep(draw.uniform(0, seconds))
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors
-        killed += process.returncode != 0
-        made = runs(tmp_path / "runs")
-        if made and made[0].state() == "done":
-            same_run(made[0], straight)
-            finished += 1
-            shutil.rmtree(made[0].path)
-    if made := runs(tmp_path / "runs"):
-        same_run(resume(made[0]), straight)
-        finished += 1
+    killed, finished = kill_runs(tmp_path, tiny_recipe(tmp_path, dropout=0.1, **sections), kills=KILLS, seed=KILL_SEED)
     print(json.dumps({"kills": killed, "runs finished": finished}))
     assert finished >= 1
 

@@ -28,14 +28,14 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.resolve_model import resolve_base
 from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
+from tunesmith.runs.atomic import REPLACED, at_work, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject
 from tunesmith.version import __version__
 
 OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
-"""Age at which an unfinished export of the same name counts as left over from a process that died."""
+"""Age at which an unfinished export of the same name counts as left over from a dead process, where locks do not say."""
 
 
 TARGETS: dict[str, ExportTarget] = {target.name: target for target in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
@@ -154,9 +154,10 @@ def export_run(
     _clean_up(out)
     holder = temporary_folder(out.parent, out.name)
     try:
-        export = _Export(result, chosen, options, holder, on_note=on_note)
-        done = export.make(proof=proof, notes=notes)
-        replace_folder(done.path, out, swap=True)
+        with at_work(holder):
+            export = _Export(result, chosen, options, holder, on_note=on_note)
+            done = export.make(proof=proof, notes=notes)
+            replace_folder(done.path, out, swap=True)
     finally:
         # What cannot be removed now is removed by the next export here; an earlier error matters more.
         with suppress(OSError):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import orjson
 
-from tunesmith.environment import CARD_SHARE, SERVING_SHARE, card_share, for_child, python_words
+from tunesmith.environment import CARD_SHARE, for_child, python_words, rest_of_card
 from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject
 
@@ -76,7 +76,8 @@ class LocalLauncher:
         if (run / "run.json").exists():
             words = ["resume", str(run)]
         words += ["--json", *(["--offline"] if self._offline else [])]
-        return start_child(run, "tunesmith", words, environment)
+        share = {} if CARD_SHARE in environment else {CARD_SHARE: f"{rest_of_card():.3g}"}
+        return start_child(run, "tunesmith", words, {**share, **environment})
 
     def find(self, run: Path) -> ChildProcess | None:
         """The process that works on a run still; None: there is none."""
@@ -98,17 +99,12 @@ def start_child(
             popen = subprocess.Popen(
                 ["nice", "-n", str(NICE), *python_words(module), *words],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
-                env={**for_child(**_rest_of_card()), **environment}, start_new_session=True, pass_fds=(lock,),
+                env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip
         os.pwrite(lock, str(popen.pid).encode(), 0)
     finally:
         os.close(lock)
     return ChildProcess(run, popen)
-
-
-def _rest_of_card() -> dict[str, str]:
-    """The share of a card that the server leaves to a run."""
-    return {CARD_SHARE: f"{1 - card_share(SERVING_SHARE):.3g}"}
 
 
 def _beside(run: Path, what: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from tunesmith.environment import rest_of_card
 from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
@@ -50,6 +51,8 @@ class JobServer:
         store.rules = bases
         started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()
+        if ray is None:
+            rest_of_card()  # which is refused here, not at the first job
         launcher = LocalLauncher(offline=options.offline) if ray is None else RayLauncher(ray, offline=options.offline)
         slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
         dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)

@@ -80,6 +80,11 @@ class Facts:
     """Tokens of all held-out rows that are measured."""
     processes: int = 1
     """Processes of the run on this machine."""
+    rows_per_epoch: int = 0
+    """Rows of an epoch, each as often as it is taken; 0: each once."""
+
+    def steps_per_epoch(self, recipe: Recipe) -> int:
+        return -(-(self.rows_per_epoch or len(self.lengths_I)) // resolved(recipe.train.rows_per_step))
 
 
 def decide_before_rows(
@@ -336,8 +341,7 @@ def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of small
     models learn few rows in several epochs. Nothing is said of others."""
-    task, rows_per_step = TASKS[resolved(recipe.task)], resolved(recipe.train.rows_per_step)
-    per_epoch = -(-len(facts.lengths_I) // rows_per_step)
+    task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(recipe)
     epochs = total_steps(recipe, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER
     if not learns_head or epochs < 2 or facts.held_tokens == 0:
@@ -345,7 +349,8 @@ def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     once = facts.held_tokens
     if task.pools:  # documents of other rows are read too
         once += int(min(recipe.embed.documents, len(facts.lengths_I)) * float(facts.lengths_I.mean()))
-    looks = int(ON_THE_WAY * TRAINED * epochs * float(facts.lengths_I.sum())) // once
+    trained = epochs * float(facts.lengths_I.mean()) * (facts.rows_per_epoch or len(facts.lengths_I))
+    looks = int(ON_THE_WAY * TRAINED * trained) // once
     if looks < 2:
         return None, ""
     if looks >= epochs:
@@ -361,9 +366,8 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    rows_per_step = resolved(recipe.train.rows_per_step)
-    steps = total_steps(recipe, -(-len(facts.lengths_I) // rows_per_step))
-    tokens = float(facts.lengths_I.mean()) * rows_per_step
+    steps = total_steps(recipe, facts.steps_per_epoch(recipe))
+    tokens = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
     seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
     return checkpoint_every(steps, step_seconds=seconds, saving_seconds=0.0)
 
@@ -380,10 +384,10 @@ def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) 
 
 
 def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    rows, rows_per_step = len(facts.lengths_I), resolved(recipe.train.rows_per_step)
+    rows = len(facts.lengths_I)
     if TASKS[resolved(recipe.task)].sees_rows:
         return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
-    seen = total_steps(recipe, -(-rows // rows_per_step)) * rows_per_step
+    seen = total_steps(recipe, facts.steps_per_epoch(recipe)) * resolved(recipe.train.rows_per_step)
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the run's time"

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import orjson
 
 from tunesmith.errors import InputError, StorageError
@@ -30,6 +31,9 @@ TEMPORARY = ".tmp-"
 """Prefix of files that are being written; worthless once their writer is dead."""
 REPLACED = ".old-"
 """Prefix of files that are being replaced; `clean` puts them back if their successor never arrived."""
+
+_AT_WORK, _BEGUN_S = "at-work.lock", 10.0
+"""File of a temporary folder that its writer locks, and seconds after which it has done so."""
 
 _WAYS_OUT = {
     errno.ENOSPC: "Free some space and try again.",
@@ -191,10 +195,34 @@ def remove(path: Path) -> None:
         doomed.unlink(missing_ok=True)
 
 
+@contextmanager
+def at_work(folder: Path) -> Iterator[None]:
+    """Show `clean` that the process which fills a temporary folder lives, by a lock that the system ends with it."""
+    lock = filelock.FileLock(folder / _AT_WORK)
+    with suppress(NotImplementedError, OSError):  # a file system without locks: `clean` goes by the folder's age
+        lock.acquire(timeout=0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether the process that filled a temporary folder is known to have ended."""
+    if not (folder / _AT_WORK).exists():
+        return False
+    try:
+        with filelock.FileLock(folder / _AT_WORK).acquire(timeout=0):
+            return True
+    except (filelock.Timeout, NotImplementedError, OSError):
+        return False
+
+
 def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -> list[Path]:
     """Remove leftovers of killed writers in `parent` and finish or undo half-done swaps; return the paths handled.
 
-    Only the one process that may write there calls this, unless `older_than_s` protects the work of living ones.
+    Only the one process that may write there calls this, unless `older_than_s` protects the work of living ones; what a
+    process had `at_work` goes when it has ended.
     In a shared folder, `name` limits it to folders made by `temporary_folder(parent, name)`.
     """
     if not parent.is_dir():
@@ -205,7 +233,8 @@ def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -
         if not ours.fullmatch(path.name):
             continue
         with storing(path), suppress(FileNotFoundError):
-            if older_than_s and time.time() - path.stat().st_mtime < older_than_s:
+            age = time.time() - path.stat().st_mtime
+            if older_than_s and age < older_than_s and not (age > _BEGUN_S and _is_left(path)):
                 continue
             final = path.with_name(path.name.removeprefix(REPLACED))
             if path.name.startswith(REPLACED) and not final.exists():

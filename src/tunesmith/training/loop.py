@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tunesmith.data.sampler import MicroBatch
+from tunesmith.data.sampler import MicroBatch, StepSampler
 from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, rate
-from tunesmith.parallel.exchange import meet
+from tunesmith.parallel.exchange import Computed, meet
 from tunesmith.training.state import TrainState
-from tunesmith.training.step import compute_gradients, exhausted_error, step_norm
+from tunesmith.training.step import StepGradients, compute_gradients, drop_gradients, exhausted_error, step_norm
 from tunesmith.types import Event, LossSum
 
 
@@ -47,8 +47,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         started = time.perf_counter()
         if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
-        done = compute_gradients(state, sampler, step)
-        met = meet(state.world, attachment.shared, done.own, num_targets=done.num_targets)
+        done, met = _computed(state, sampler, step)
         if met.exhausted is not None:
             raise exhausted_error(state, step, met.exhausted)
         sampler, smaller = done.sampler, met.tokens_per_pass
@@ -87,6 +86,21 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "peak_bytes": max(met.peak, peak_memory_bytes(state.device)),
             },
         )
+
+
+def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepGradients, Computed]:
+    """This rank's gradients of a step, and what all ranks computed.
+
+    Where memory ended on one of them, and the rows of a step are looked at before it, all look again and make the step
+    anew in micro-batches that fit: smaller ones draw other dropout masks than those that were looked at.
+    """
+    done = compute_gradients(state, sampler, step)
+    met = meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)
+    if state.world.size == 1 or state.task.look is None or met.exhausted is not None or met.tokens_per_pass is None:
+        return done, met
+    drop_gradients(state)
+    done, again = _computed(state, replace(done.sampler, tokens_per_pass=met.tokens_per_pass), step)
+    return done, replace(again, tokens_per_pass=again.tokens_per_pass or met.tokens_per_pass)
 
 
 def _require_finite(

@@ -10,7 +10,10 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.sampler import StepSampler, pass_cost
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.sampler import StepSampler, copies, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
@@ -102,8 +105,8 @@ def resolve_run(
     lengths_I = rows.store.lengths[rows.train_rows]
     targets_I = rows.held_store.targets[rows.held_rows]
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
-    held_tokens = int(rows.held_store.lengths[rows.held_rows].sum())
-    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes)
+    held_tokens, per_epoch = int(rows.held_store.lengths[rows.held_rows].sum()), rows_per_epoch(rows, recipe.seed)
+    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes, per_epoch)
     recipe, choices = _decided(recipe, inputs, rows, facts)
     choices = [*inputs.choices, *grouped, *rows.choices, *choices]
     if device is not None:
@@ -324,11 +327,11 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
 
 def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> StepSampler:
     """The sampler that decides which rows make which step, on such a device."""
-    file_I = rows.store.file_index[rows.train_rows]
+    weights_I, sources_I = _weights(rows)
     return StepSampler(
         rows_I=rows.train_rows,
-        weights_I=times_per_epoch(rows.data, rows.trained_per_file)[file_I],
-        sources_I=source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None,
+        weights_I=weights_I,
+        sources_I=sources_I,
         lengths_I=rows.store.lengths_in(layout)[rows.train_rows],
         rows_per_step=resolved(recipe.train.rows_per_step),
         tokens_per_pass=resolved(recipe.train.tokens_per_pass),
@@ -337,3 +340,16 @@ def sampler_of(recipe: Recipe, rows: Splits, layout: Layout, device: str) -> Ste
         seed=recipe.seed,
         targets_I=rows.store.targets[rows.train_rows] if layout == "encoder_decoder" else None,
     )
+
+
+def rows_per_epoch(rows: Splits, seed: int) -> int:
+    """Rows of an epoch of such a sampler, which depend on no decision."""
+    weights_I, sources_I = _weights(rows)
+    return int(copies(weights_I, sources_I, seed=seed, epoch=0).sum())
+
+
+def _weights(rows: Splits) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
+    """How often an epoch takes each training row, and the number of its source where sources have shares."""
+    file_I = rows.store.file_index[rows.train_rows]
+    sources_I = source_ids(rows.data)[file_I] if rows.data.mix == "shares" else None
+    return times_per_epoch(rows.data, rows.trained_per_file)[file_I], sources_I

@@ -28,8 +28,8 @@ NAMED_LATER = {
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
 }
-"""Settings that earlier versions did not record in a run's identity, with the values they used."""
-_MEASURES_LATER = "setting evaluation.samples_before"
+"""Settings that earlier versions did not record, with the values that they used; each new option goes here."""
+MEASURES_LATER = "setting evaluation.samples_before"
 """The same, of one that changes only a measurement: it may have any value."""
 _REMOVED = {f"setting {key}": str(value) for key, value in load.REMOVED.items()}
 _MEASURED = {f"setting {key}" for key in load.MEASURED}
@@ -51,7 +51,7 @@ def refuse_other_run(
         named_anew = ("tokenizer and template", "rows", "held-out rows")
         then |= {key: setup.identity[key] for key in named_anew if key in then}
     free = {f"setting {key}" for key in (*MAY_CHANGE, *(setting.partition("=")[0] for setting in settings))}
-    free.add(_MEASURES_LATER)
+    free.add(MEASURES_LATER)
     try:
         _refuse_changes(run, _without(setup.identity, free), _without(then, free))
     except RunError:

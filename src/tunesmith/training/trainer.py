@@ -342,7 +342,7 @@ def _take_steps(session: Session) -> None:
         session.pass_on(event)
         if "tokens_per_pass" in event.values:
             progress.tokens_per_pass = event.values["tokens_per_pass"]
-            session.emit("note", {"text": _halved(session.setup, event)})
+            session.emit("note", {"text": _halved(event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
             measure_held_out(session, "step")
@@ -375,15 +375,11 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         raise OutOfMemoryError(message, step=error.step, lengths=error.lengths, peak=error.peak) from error
 
 
-def _halved(setup: Setup, event: Event) -> str:
+def _halved(event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
-    looks = setup.task.look is not None and setup.world.size > 1
-    again = (
-        "; with dropout its gradient is approximate, since the ranks did not look at its rows again" if looks else ""
-    )
     return (
         f"out of memory in step {event.step} ({size(peak)} at most): it was retried, and training continues, "
-        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout{again}"
+        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout"
     )
 
 
