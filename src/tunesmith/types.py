@@ -426,7 +426,11 @@ class Attachment(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of events.jsonl. `values` repeat bit for bit when a run is repeated; `timing` does not."""
+    """One line of events.jsonl. `values` repeat bit for bit when a run is repeated; `timing` does not.
+
+    Examples:
+        >>> losses = [event.values["loss"] for event in run.events() if event.kind == "step"]
+    """
 
     kind: Literal[
         "start", "plan", "evaluation", "step", "checkpoint", "sample", "answers", "general", "note", "resume",
