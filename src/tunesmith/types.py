@@ -426,11 +426,7 @@ class Attachment(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One line of events.jsonl. `values` repeat bit for bit when a run is repeated; `timing` does not.
-
-    Examples:
-        >>> losses = [event.values["loss"] for event in run.events() if event.kind == "step"]
-    """
+    """One line of events.jsonl. `values` repeat bit for bit when a run is repeated; `timing` does not."""
 
     kind: Literal[
         "start", "plan", "evaluation", "step", "checkpoint", "sample", "answers", "general", "note", "resume",
