@@ -133,7 +133,7 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
         spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
         axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT)
         _mark_kept(axes, kept)
-        axes.legend()
+        axes.legend(loc="upper right" if info.better == "lower" else "lower right")  # where a good course leaves room
 
     return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]
 
