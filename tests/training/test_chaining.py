@@ -174,8 +174,9 @@ def test_a_merged_base_is_compared_on_some_targets_of_a_long_row(tmp_path, monke
     monkeypatch.setattr(merged_base, "_distance", noted)
     start_from(str(run.path), root=tmp_path / "runs", offline=True)
     lines = (run.evaluation_path / "after.jsonl").read_text().splitlines()
-    assert min(json.loads(line)["count"] for line in lines) > 64
-    assert {len(logits_NV) for logits_NV, _ in seen} == {len(targets_N) for _, targets_N in seen} == {64}
+    assert max(json.loads(line)["count"] for line in lines) > 64
+    assert max(len(logits_NV) for logits_NV, _ in seen) == 64
+    assert all(len(logits_NV) == len(targets_N) for logits_NV, targets_N in seen)
 
 
 def test_it_takes_float32_where_16_bits_would_change_answers(tmp_path, monkeypatch):
