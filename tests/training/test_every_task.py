@@ -175,7 +175,7 @@ class TestBest:
         best = min(steps, key=lambda step: (steps[step], step))
         assert report["kept"]["step"] == best < max(steps)
         assert report["chosen_from"] == len(steps)
-        assert any(f"best of {len(steps)} on these very rows" in sentence for sentence in report["headline"])
+        assert any(f"chose the step, as the best of {len(steps)}" in sentence for sentence in report["headline"])
         assert evaluations(run)["after"]["loss"] == pytest.approx(steps[best], rel=1e-6)
         assert dict(report["held_out_curve"]) == {0: evaluations(run)["before"]["loss"], **steps}
 

@@ -347,7 +347,8 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
     if report["chosen_from"] > 1:
-        yield f"Its step is the best of {report['chosen_from']} on these very rows, which flatters it a little."
+        num = report["chosen_from"]
+        yield f"These very rows chose the step, as the best of {num}, which flatters it a little."
     yield from _one_answer(report)
     yield from never_right(report["details"]["after"], weights=report.get("class_weights"))
     yield from left_out(report["details"]["after"])
