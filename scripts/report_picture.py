@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 MOST_BYTES = 200_000
 """Of a picture that a README shows."""
-HEIGHT = 980
+HEIGHT = 1330
 SCALE = 1.5
 """Pixels of a picture for each of the page, so that letters are sharp on dense screens."""
 COLOURS = 64

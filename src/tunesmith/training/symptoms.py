@@ -24,7 +24,7 @@ _WRITES = ("chat", "generate", "summarize")
 
 def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult]) -> Iterator[str]:
     """A sentence for each. `events`: those of the run; `rows`: results of its held-out rows after training."""
-    held = {e.values["name"]: float(e.values["loss"]) for e in events if e.kind == "evaluation"}
+    held = {event.values["name"]: float(event.values["loss"]) for event in events if event.kind == "evaluation"}
     before, after = held.get("before"), held.get("after")
     if before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
@@ -36,7 +36,9 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult]) -> I
     tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]
     if after is not None and len(tail) >= FEWEST:
         yield from _apart(sum(tail) / len(tail), after)
-    yield from _endless([e.values for e in events if e.kind == "sample" and e.values["name"] == "after"])
+    yield from _endless(
+        [event.values for event in events if event.kind == "sample" and event.values["name"] == "after"]
+    )
 
 
 def _one_class(rows: Sequence[RowResult]) -> Iterator[str]:
