@@ -1,7 +1,8 @@
 """Run every block of the tutorials and hold what they print against the ranges that they state: `make tutorials`.
 
-`python scripts/tutorials.py [NAME …]`: all pages of docs/tutorials, or those whose names begin so. Each page runs in an
-empty folder with `examples/`, `scripts/`, `models/` and `docs/` of this checkout, block after block in one shell:
+`python scripts/tutorials.py [--keep FOLDER] [NAME …]`: all pages of docs/tutorials, or those whose names begin so. Each
+page runs in an empty folder (below FOLDER, where it stays with the output of each block) with `examples/`, `scripts/`,
+`models/` and `docs/` of this checkout, block after block in one shell:
 
 - a notebook's code cells are run as one program;
 - a block marked `sh` is run by bash, one marked `python` by Python; others show what they print;
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +39,14 @@ class Block:
     expected: list[str] = field(default_factory=list)
 
 
-def main(names: list[str]) -> int:
+def main(words: list[str]) -> int:
+    keep, names = (Path(words[1]), words[2:]) if words[:1] == ["--keep"] else (None, words)
     pages = [page for page in sorted([*PAGES.glob("*.md"), *PAGES.glob("*.ipynb")]) if page.name != "README.md"]
     chosen = [page for page in pages if not names or any(page.stem.startswith(name) for name in names)]
     problems: list[str] = []
     for page in chosen:
         began = time.monotonic()
-        found = run_page(page)
+        found = run_page(page, keep)
         print(f"{page.stem}: {'; '.join(found) or 'as it says'} ({time.monotonic() - began:.0f} s)", flush=True)
         problems += found
     return 1 if problems else 0
@@ -66,11 +68,16 @@ def cells_of(text: str) -> str:
     return "\n".join(["import matplotlib", "matplotlib.use('agg')", *("".join(cell["source"]) for cell in cells)])
 
 
-def run_page(page: Path) -> list[str]:
-    """Run the blocks of a page; returns what differs from what it says."""
+def run_page(page: Path, keep: Path | None = None) -> list[str]:
+    """Run the blocks of a page, in a folder below `keep` if there is one; returns what differs from what it says."""
     text = page.read_text("utf-8")
     blocks = [Block("python", cells_of(text))] if page.suffix == ".ipynb" else blocks_of(text)
-    with tempfile.TemporaryDirectory(prefix="tutorial-") as folder:
+    with ExitStack() as stack:
+        if keep is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tutorial-"))
+        else:
+            (keep / page.stem).mkdir(parents=True)
+            folder = str(keep / page.stem)
         for name in ("examples", "scripts", "models", "docs"):
             (ROOT / name).mkdir(exist_ok=True)
             (Path(folder) / name).symlink_to(ROOT / name)

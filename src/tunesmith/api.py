@@ -61,14 +61,16 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Run:
-    """Tune `model` on `data`; the finished run.
+    """Tune `model` on `data`; the finished run. Its notes arrive as `TunesmithWarning`, and are in `run.notes`. On
+    several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
 
-    `data` and `eval` are one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas
-    or a `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them. `recipe` is a
-    recipe or its file; `options` are its sections or top-level keys and count more: method="lora", optim={"lr": 1e-4},
-    seed=3. `progress` shows a bar; None: in notebooks and on terminals. `should_stop` is called before the first step
-    and after each. On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has
-    their agent. Notes of the run arrive as `TunesmithWarning`, and are in `run.notes`.
+    Args:
+        data: one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas or a
+            `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them; `eval` too.
+        recipe: a recipe or its file.
+        options: its sections or top-level keys, which count more: method="lora", optim={"lr": 1e-4}, seed=3.
+        progress: whether a bar is shown; None: in notebooks and on terminals.
+        should_stop: called before the first step and after each.
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
@@ -163,9 +165,11 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Answers to texts, or to rows with the fields of the task, in order: as the lines of `tunesmith predict --bare`.
 
-    `target` is a run or a model; `base` asks the untouched model of a run, `task` says what to ask of a model.
-    `model`: where the model that a run was made from is now, if it was moved.
     A row that cannot be used has {"error": ...} in its place.
+
+    Args:
+        target: a run or a model. `base` asks the untouched model of a run, `task` says what to ask of a model.
+        model: where the model that a run was made from is now, if it was moved.
 
     Raises:
         InputError: the run or the model cannot be used.
@@ -193,10 +197,12 @@ def evaluate(
 ) -> dict[str, Interval]:
     """The measures of the task on answered rows, each as {"value", "low", "high"}: its 95 % interval.
 
-    `data` is a file, or rows: a list of mappings, a pandas or a `datasets` table. `samples` rows are answered, and the
-    answers measured; None: 50 for the tasks chat, generate and summarize. `judge`, a run of task reward or a model that
-    writes, gives nothing but the rates at which answers of the run win against those from before; rows may be prompts.
-    `model`: where the model that a run was made from is now, if it was moved.
+    Args:
+        data: a file, or rows: a list of mappings, a pandas or a `datasets` table.
+        samples: so many rows are answered, and the answers measured; None: 50 for the tasks chat, generate, summarize.
+        judge: a run of task reward or a model that writes; it gives nothing but the rates at which answers of the run
+            win against those from before. Rows may be prompts then.
+        model: where the model that a run was made from is now, if it was moved.
 
     Raises:
         InputError: run, model or judge cannot be used; of it DataError: rows cannot be.

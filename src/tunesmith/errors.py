@@ -74,7 +74,14 @@ class RecipeError(InputError):
 
 
 class DataError(InputError):
-    """Rows that cannot be used. `problems` holds one finding each, in file order."""
+    """Rows that cannot be used. `problems` holds one finding each, in file order.
+
+    Examples:
+        >>> try:
+        ...     tunesmith.train(model, rows)
+        ... except tunesmith.DataError as error:
+        ...     lines = [problem.source.line for problem in error.problems]
+    """
 
     topic = "rows"
 

@@ -56,3 +56,12 @@ def test_an_unknown_word_gets_the_nearest_one() -> None:
 def test_a_wheel_holds_the_page() -> None:
     packed = '"docs/guide/troubleshooting.md" = "tunesmith/troubleshooting.md"'
     assert packed in Path(ROOT / "pyproject.toml").read_text()
+
+
+def test_every_word_that_is_named_anywhere_is_a_part_of_the_page() -> None:
+    """By code, help or docs: also the words of notes."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    text = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text("utf-8")) for path in files)
+    named = set(re.findall(r"tunesmith explain ([a-z][a-z-]+)", text))
+    assert named <= set(parts())
+    assert named >= {"it-forgets", "one-class", "it-copies-rows", "answers-never-end", "loss-does-not-fall"}

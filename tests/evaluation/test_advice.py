@@ -87,18 +87,6 @@ def test_a_loss_that_still_falls_at_the_end_is_to_fall_on() -> None:
     assert settings(report_of(), course=course_of(3.0, 1.3)) == []  # two points are no course
 
 
-def test_a_class_metric_that_was_better_later_is_to_be_kept_by() -> None:
-    course = course_of(1.1, 0.8, 0.9, macro_f1=[0.2, 0.57, 0.68], accuracy=[0.4, 0.67, 0.715])
-    kept = report_of(kept={"step": 30})
-    best = recipe_of(evaluation={"keep": "best", "every": 30})
-    [advice] = try_next(kept, best, course)
-    assert advice.settings == ("evaluation.metric=macro_f1",)
-    assert advice.why.startswith(
-        "Macro-F1 was 0.6800 at step 60, and is 0.5700 at step 30, which was kept for its loss"
-    )
-    assert settings(kept, recipe_of(evaluation={"keep": "best", "every": 30, "metric": "accuracy"}), course) == []
-
-
 @pytest.mark.pages
 def test_it_is_in_every_form_of_the_report(tmp_path: Path) -> None:
     run, facts, progress = fake_run(tmp_path / "run", "chat")

@@ -86,6 +86,29 @@ def test_no_text_is_wider_than_the_page(opened, kind, width):
     assert page.evaluate(CUT_OFF) == []
 
 
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_line_of_a_row_is_in_one_piece(browser, tmp_path, width):
+    """Of a long path the folder may wrap; "473" with its last digit below is another line."""
+    run, facts, progress = fake_run(tmp_path / "run", "classes")
+    for name in ("after.jsonl", "surprising.json"):
+        file = run.path / "evaluation" / name
+        file.write_text(file.read_text().replace("held.jsonl:", "examples/data/comments.csv:40"))
+    write_report(run, facts, progress)
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto((run.path / "report.html").as_uri())
+    lines = """() => [...document.querySelectorAll('td.source')].map(cell => {
+        const text = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), range = document.createRange();
+        let last = text.nextNode();
+        for (let next = last; next; next = text.nextNode()) last = next;
+        range.selectNodeContents(last);
+        return [last.textContent, range.getClientRects().length];
+    })"""
+    places = page.evaluate(lines)
+    page.close()
+    assert len(places) > 4
+    assert [place for place in places if place[1] != 1] == []
+
+
 def test_hostile_rows_are_shown_as_the_text_they_are(opened, heard):
     page = opened("chat")
     shown = page.evaluate("() => [...document.querySelectorAll('bdi')].map(box => box.textContent)")

@@ -14,8 +14,9 @@ from tunesmith.evaluation import bootstrap
 from tunesmith.evaluation.bootstrap import resamples, value_of
 from tunesmith.evaluation.branch_scores import pair_statistics
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.evaluation.scores import kind_of, score, statistics_of
+from tunesmith.evaluation.scores import kind_of, labels_headline, score, statistics_of
 from tunesmith.runs.atomic import from_json, to_json
+from tunesmith.tasks import TASKS
 from tunesmith.types import Labels
 
 nan = math.nan
@@ -381,3 +382,18 @@ def test_the_pairs_of_a_row_share_its_weight():
     sure = 1 / (1 + math.exp(-2))
     expected = (abs((sure - 1) + 2 * sure / 3) + abs((0.5 - 0.5) / 3)) / 2
     assert value_of(pair_statistics(rows, (), True)["calibration_error"], 2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "names", "key"),
+    [
+        ("classify", "one", ("no", "yes"), "accuracy"),
+        ("classify", "many", ("a", "b"), "macro_f1"),
+        ("classify", "number", (), "spearman"),
+        ("tag", "tags", ("O", "B-PER", "I-PER"), "span_f1"),
+        ("tag", "tags", ("NOUN", "VERB"), "tag_accuracy"),
+        ("rank", "number", (), "loss"),  # its rows are lists, whatever a document gets
+    ],
+)
+def test_rows_with_labels_have_a_headline(task, kind, names, key):
+    assert labels_headline(TASKS[task], Labels(kind, names)) == key

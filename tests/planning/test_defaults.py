@@ -54,6 +54,22 @@ def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, par
 
 
 @pytest.mark.parametrize(
+    ("headline", "given", "metric", "reason"),
+    [
+        ("accuracy", {}, "accuracy", "the evaluation with the best accuracy is the result"),
+        ("loss", {}, "loss", "the evaluation with the best loss is the result"),
+        ("accuracy", {"metric": "loss"}, "loss", "the evaluation with the best loss is the result"),
+    ],
+)
+def test_the_best_evaluation_is_that_of_the_headline_unless_a_person_says_otherwise(headline, given, metric, reason):
+    facts = Facts(22_700_000, "cpu", "encoder", np.full(600, 50, np.int32), held_tokens=3000, headline=headline)
+    recipe = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "evaluation": given}
+    decided, choices = decide(validate(recipe), facts)
+    assert decided.evaluation.metric == metric
+    assert next(choice.reason for choice in choices if choice.key == "evaluation.keep") == reason
+
+
+@pytest.mark.parametrize(
     ("steps", "step", "saving", "every"),
     [
         (76, 5.1, 0.5, 26),  # six and a half minutes: three times, not every ten steps

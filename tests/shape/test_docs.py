@@ -36,6 +36,18 @@ def test_relative_links_resolve(page: Path) -> None:
     assert missing == []
 
 
+READ_BY_USERS = [
+    path for path in PAGES if path.name == "README.md" or path.parent.name in ("guide", "tutorials", "reference")
+]
+PROVENANCE = re.compile(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,40}\b|EPYC|Xeon|busy with other work")
+
+
+@pytest.mark.parametrize("page", [path for path in READ_BY_USERS if "docs" in path.parts], ids=name_of)
+def test_pages_of_users_leave_commits_and_processors_to_performance(page: Path) -> None:
+    text = FENCE.sub("", page.read_text("utf-8"))
+    assert [match[0] for match in PROVENANCE.finditer(text)] == []
+
+
 def tables() -> list[tuple[str, str, str]]:
     """(table, row, docs page that has to have a heading or a table row for it)."""
     from tunesmith.data.formats import FORMATS

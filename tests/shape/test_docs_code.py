@@ -230,3 +230,22 @@ def test_names_that_do_not_exist_are_noticed() -> None:
     names = Names()
     names.visit(ast.parse(program))
     assert names.problems == ["run.folow: Run has no folow", "run.follow takes no until"]
+
+
+def test_every_public_name_that_is_called_has_an_example() -> None:
+    """The page of the API and `help()` show it."""
+    import tunesmith
+
+    called = {
+        "evaluate",
+        "load",
+        "predict",
+        "prepare",
+        "resume",
+        "train",
+        "training_steps",
+        "Listener",
+        "Recipe",
+        "Run",
+    }
+    assert {name for name in called if "Examples:" not in (getattr(tunesmith, name).__doc__ or "")} == set()

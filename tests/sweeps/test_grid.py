@@ -15,7 +15,7 @@ def test_every_combination_is_a_trial_with_the_recipe_of_its_settings(tmp_path: 
     assert [trial.name for trial in grid.trials] == [f"lr-0{i}" for i in range(1, 7)]
     assert grid.trials[4].options == {"optim.lr": 3e-4, "method.rank": 16}
     base = {"model": "model", "data": {"train": ["chats.jsonl"]}}
-    settings = ["optim.lr=3e-4", "method.rank=16", "evaluation.every=10"]
+    settings = ["optim.lr=3e-4", "method.rank=16", "evaluation.every=10", "evaluation.metric=loss"]
     assert grid.trials[4].recipe == load(None, settings, base)
 
 
@@ -84,6 +84,13 @@ def test_a_base_that_cannot_be_trained_is_refused(tmp_path: Path, base: str, res
     with pytest.raises(RecipeError) as raised:
         read_grid(grid_file(tmp_path, f"{rest}grid: {{seed: [1, 2]}}", base))
     assert says in str(raised.value)
+
+
+def test_all_trials_are_judged_and_kept_by_one_measure(tmp_path: Path) -> None:
+    base = "base: {model: m, data: {train: [a]}%s}\n"
+    for given, key in (("", "loss"), (", evaluation: {metric: accuracy}", "accuracy")):
+        grid = read_grid(grid_file(tmp_path, "grid: {seed: [1, 2]}", base % given))
+        assert (grid.metric, {trial.recipe.evaluation.metric for trial in grid.trials}) == (key, {key})
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,26 @@ def test_a_merged_base_says_how_far_it_is_from_what_was_measured(tmp_path):
     assert not facts["needs_float32"]
     again = start_from(str(first.path), root=tmp_path / "runs", offline=True)
     assert again == start  # of the file
+
+
+def test_a_merged_base_is_compared_on_some_targets_of_a_long_row(tmp_path, monkeypatch):
+    """All of them took 24 GB with a window of a thousand tokens and fifty thousand words."""
+    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
+    for file in (*recipe.data.train, *recipe.data.eval):
+        write(Path(file.path), [{"text": f"{row['text']} " * 40} for row in rows_of("text", 12)])
+    run = train(recipe, root=tmp_path / "runs")
+    seen, distance = [], merged_base._distance
+
+    def noted(measured, merged, speaker):
+        seen.extend([*measured, *merged])
+        return distance(measured, merged, speaker)
+
+    monkeypatch.setattr(merged_base, "_distance", noted)
+    start_from(str(run.path), root=tmp_path / "runs", offline=True)
+    lines = (run.evaluation_path / "after.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["count"] for line in lines) > 64
+    assert max(len(logits_NV) for logits_NV, _ in seen) == 64
+    assert all(len(logits_NV) == len(targets_N) for logits_NV, targets_N in seen)
 
 
 def test_it_takes_float32_where_16_bits_would_change_answers(tmp_path, monkeypatch):

@@ -183,18 +183,25 @@ class TestBest:
         }
 
     def test_the_best_step_is_the_result(self, tmp_path):
-        run = train(task_recipe(tmp_path, "classify", "encoder", **self.sections()), root=tmp_path / "runs")
+        run = train(
+            task_recipe(tmp_path, "classify", "encoder", **self.sections(metric="loss")), root=tmp_path / "runs"
+        )
         steps = {
             e.step: e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == "step"
         }
         report = json.loads(run.report_path.read_text())
         best = min(steps, key=lambda step: (steps[step], step))
         assert report["kept"]["step"] == best < max(steps)
+        assert report["chosen_from"] == len(steps)
+        assert any(f"chose the step, as the best of {len(steps)}" in sentence for sentence in report["headline"])
         assert evaluations(run)["after"]["loss"] == pytest.approx(steps[best], rel=1e-6)
         assert dict(report["held_out_curve"]) == {0: evaluations(run)["before"]["loss"], **steps}
 
     def test_patience_ends_the_run(self, tmp_path):
-        run = train(task_recipe(tmp_path, "classify", "encoder", **self.sections(patience=2)), root=tmp_path / "runs")
+        run = train(
+            task_recipe(tmp_path, "classify", "encoder", **self.sections(metric="loss", patience=2)),
+            root=tmp_path / "runs",
+        )
         taken = max(event.step for event in run.events() if event.kind == "step")
         steps = {
             e.step: e.values["loss"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == "step"
@@ -212,6 +219,22 @@ class TestBest:
             if e.kind == "evaluation" and e.values["name"] == "step"
         }
         assert scores[json.loads(run.report_path.read_text())["kept"]["step"]] == max(scores.values())
+
+    @pytest.mark.parametrize(("task", "key"), [("classify", "accuracy"), ("tag", "span_f1")])
+    def test_rows_with_labels_keep_the_step_that_their_report_leads_with(self, tmp_path, task, key):
+        """Of those that are as good the one of the lower loss, and the plan says so."""
+        run = train(task_recipe(tmp_path, task, "encoder", **self.sections()), root=tmp_path / "runs")
+        assert run.recipe().evaluation.metric == key
+        steps = {
+            e.step: (-e.values["measures"][key]["value"], e.values["loss"])
+            for e in run.events()
+            if e.kind == "evaluation" and e.values["name"] == "step"
+        }
+        assert json.loads(run.report_path.read_text())["kept"]["step"] == min(steps, key=lambda step: steps[step])
+        plan = next(e.values for e in run.events() if e.kind == "plan")
+        reason = next(choice["reason"] for choice in plan["choices"] if choice["key"] == "evaluation.metric")
+        assert "the report leads with it" in reason
+        assert "lower loss" in reason
 
 
 @pytest.mark.parametrize(("times", "is_told"), [(1.0, False), (50_000.0, True)])

@@ -66,7 +66,7 @@ def few_note(num_held: int) -> str | None:
     rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
     return (
         f"{rows} too few to distinguish a small change from chance: a share measured on so few is uncertain by up to "
-        f"{points} points. Give more rows with --eval, or raise data.held_out"
+        f"{points} points. Give more rows with --eval, or raise data.held_out: tunesmith explain may-be-chance"
     )
 
 
@@ -274,4 +274,4 @@ def overlap_notes(data: Data, store: RowStore, held_store: RowStore, train: NDAr
     )
     if data.overlap == "error":
         raise DataError(f"{text}. Remove them, or set data.overlap: warn.")
-    return [f"{text}: the measures flatter the tuned model", *alike]
+    return [f"{text}: the measures flatter the tuned model: tunesmith explain held-out-better-than-training", *alike]

@@ -116,5 +116,6 @@ def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str,
         return f"{line}, within the bound of {BOUND:+} nats.", False
     return (
         f"{line}, past the bound of {BOUND:+} nats: general ability was lost. These keep more of it: a lower optim.lr, "
-        "fewer train.epochs, LoRA with method.targets=mlp, general rows mixed in with data.replay."
+        "fewer train.epochs, LoRA with method.targets=mlp, general rows mixed in with data.replay. "
+        "More: tunesmith explain it-forgets"
     ), True

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from tunesmith.evaluation import bootstrap, branch_scores
 from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, intervals, ratio, value_of
 from tunesmith.evaluation.branch_scores import HABITS, column
+from tunesmith.evaluation.metrics import HEAD_METRICS
+from tunesmith.types import Labels, Task
 
 RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
@@ -236,6 +238,13 @@ def _tag_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete:
         return found | dict(zip(("span_precision", "span_recall", "span_f1"), statistics, strict=True))
     right_IC, found_IC, true_IC = _tag_counts(rows, classes)
     return found | {"macro_f1": bootstrap.macro_f1(right_IC, found_IC + true_IC, absent_count=False)}
+
+
+def labels_headline(task: Task, labels: Labels) -> str:
+    """The first of the task's headline metrics that rows with these labels have; "loss" where there is none."""
+    keys = () if task.outcome else HEAD_METRICS[labels.kind]
+    spans = mark_spans(labels.names)
+    return next((key for key in task.headline_metrics if key in keys and (spans or "span" not in key)), "loss")
 
 
 def mark_spans(names: Sequence[str]) -> bool:

@@ -20,6 +20,7 @@ from tunesmith.data.splits import Splits, first_example
 from tunesmith.environment import default_threads
 from tunesmith.errors import DataError, ModelError, RecipeError
 from tunesmith.evaluation.generate import FEW_ANSWERS, MOST_SHORT, batch_size, has_short_answers, new_tokens_for
+from tunesmith.evaluation.metrics import METRICS
 from tunesmith.generation.continuation import PASSES
 from tunesmith.methods import METHODS, method_of
 from tunesmith.models import machine
@@ -82,6 +83,8 @@ class Facts:
     """Processes of the run on this machine."""
     rows_per_epoch: int = 0
     """Rows of an epoch, each as often as it is taken; 0: each once."""
+    headline: str = "loss"
+    """Metric that the report leads with, where rows have labels."""
 
     def steps_per_epoch(self, recipe: Recipe) -> int:
         return -(-(self.rows_per_epoch or len(self.lengths_I)) // resolved(recipe.train.rows_per_step))
@@ -282,7 +285,8 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
     if rate <= HIGH_RATE * usual:
         return []
     return [
-        f"optim.lr: {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: the loss may rise and never come back"
+        f"optim.lr: {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: the loss may rise and never come back: "
+        "tunesmith explain loss-is-nan"
     ]
 
 
@@ -359,10 +363,16 @@ def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     return num * per_epoch, f"every {num} epochs: it costs less than a tenth of the training"
 
 
+def _metric(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    if recipe.evaluation.every is None or facts.headline == "loss":
+        return facts.headline, ""
+    return facts.headline, "the report leads with it; of evaluations that are as good, that of the lower loss is best"
+
+
 def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     if recipe.evaluation.every is None:
         return "last", "nothing is measured on the way"
-    return "best", f"the evaluation with the best {recipe.evaluation.metric} is the result"
+    return "best", f"the evaluation with the best {METRICS[recipe.evaluation.metric].label} is the result"
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
@@ -411,6 +421,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
     "precision": _precision,
     "threads": lambda recipe, facts: default_threads(facts.processes),
     "evaluation.every": _every,
+    "evaluation.metric": _metric,
     "evaluation.keep": _keep,
     "checkpoint.every": _checkpoint_every,
     "evaluation.surprising": _surprising,

@@ -285,8 +285,9 @@ class EvaluationOptions(OptionGroup):
     once and that takes at most a tenth of the training; else null."""
     max_rows: Positive | Auto | None = "auto"
     """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000."""
-    metric: str = "loss"
-    """Held-out measure that says which evaluation was best: loss, token_accuracy, accuracy, macro_f1, span_f1, ..."""
+    metric: str = "auto"
+    """Held-out measure that says which evaluation was best, and of equal ones the lower loss: loss, accuracy, macro_f1,
+    span_f1, ... auto: where rows have labels, the one that the report leads with; else loss."""
     patience: Positive | None = None
     """Stop after this many evaluations in a row without a new best; needs `every`. null: go to the end."""
     keep: Literal["last", "best"] | Auto = "auto"
@@ -366,7 +367,11 @@ class Base:
 
 
 class Recipe(OptionGroup):
-    """A run, completely."""
+    """A run, completely.
+
+    Examples:
+        >>> recipe = tunesmith.Recipe(model="./model", data={"train": ["a.jsonl"]}, train={"epochs": 2})
+    """
 
     model: str = ""
     """A folder, a hub id (owner/name or owner/name@revision) or a .gguf file."""

@@ -134,7 +134,11 @@ class Run:
         """Find a run by its path, or in `root` by its name, the beginning of its name, or "last". `base`: the place of
         its model, if it was moved.
 
-        Raises RunError naming the near matches.
+        Raises:
+            RunError: there is none; it names the near matches.
+
+        Examples:
+            >>> run = tunesmith.Run.open("last")
         """
         text, root = str(path_or_name), Path(root)
         if (Path(text) / "run.json").is_file():
@@ -161,6 +165,9 @@ class Run:
 
         {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names: docs/reference/measures.md. `report` has
         the base's. Empty if nothing was held out. Raises RunError if the run has not ended.
+
+        Examples:
+            >>> low, high = (run.metrics["loss"][end] for end in ("low", "high"))
         """
         after = self.report["metrics"]["after"]
         return {} if after is None else dict(after["measures"])
@@ -327,8 +334,9 @@ class Run:
         """Yield the events so far and each new one as it comes, until `stop()` holds; without `stop`, until the run
         is no longer running.
 
-            for event in Run.open("last").follow():
-                print(event.kind, event.step)
+        Examples:
+            >>> for event in tunesmith.Run.open("last").follow():
+            ...     print(event.kind, event.step)
         """
         return events.follow(self.events_path, stop or (lambda: self.state() != "running"))
 

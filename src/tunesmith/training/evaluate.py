@@ -87,7 +87,7 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
     sources = loss_by_source(results, setup.rows.held_sources())
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
     if name == "step":
-        _remember(session, _metric(measures, setup.recipe.evaluation.metric))
+        _remember(session, _metric(measures, setup.recipe.evaluation.metric), measures["loss"]["value"])
     values = {
         "name": name,
         "loss": measures["loss"]["value"],
@@ -148,13 +148,13 @@ def _metric(measures: Mapping[str, Interval], key: str) -> float:
     return measures[key]["value"]
 
 
-def _remember(session: Session, value: float) -> None:
-    """Record this evaluation if it is the best so far by the recipe's metric."""
-    progress = session.progress
+def _remember(session: Session, value: float, loss: float) -> None:
+    """Record this evaluation if it is the best so far by the recipe's metric, or as good with a lower loss."""
+    progress, best = session.progress, session.progress.best
     sign = -1.0 if METRICS[session.setup.recipe.evaluation.metric].better == "higher" else 1.0
-    best = progress.best.get("value")
-    if math.isfinite(value) and (best is None or sign * value < sign * best):
-        progress.best = {"step": progress.step, "value": value}
+    is_better = not best or (sign * value, loss) < (sign * best["value"], best.get("loss", -math.inf))
+    if math.isfinite(value) and is_better:
+        progress.best = {"step": progress.step, "value": value, "loss": loss}
         progress.without_best = 0
     else:
         progress.without_best += 1

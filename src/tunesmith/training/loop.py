@@ -36,9 +36,18 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
             logits_NV = logits_at_targets(model, batch).float()
             return torch.nn.functional.cross_entropy(logits_NV, batch.targets_N, reduction="sum")
 
+    Args:
+        state: what `tunesmith.prepare` returns.
+        start: the steps that were taken already.
+        loss: the loss in place of the task's.
+
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
+
+    Examples:
+        >>> for event in tunesmith.training_steps(setup):
+        ...     print(event.step, event.values["loss"])
     """
     if loss is not None:
         state = replace(state, task=replace(state.task, loss_sum=loss, look=None))

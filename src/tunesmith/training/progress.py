@@ -37,7 +37,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Listener:
-    """Callbacks of a run: they hear of events and progress, and may stop it."""
+    """Callbacks of a run: they hear of events and progress, and may stop it.
+
+    Examples:
+        >>> listener = tunesmith.Listener(on_event=print, should_stop=lambda: enough)
+    """
 
     on_event: OnEvent = lambda event: None
     on_progress: OnProgress = lambda what, done, total: None

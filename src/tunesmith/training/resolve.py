@@ -19,6 +19,7 @@ from tunesmith.environment import resident_bytes
 from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError, one_line
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
+from tunesmith.evaluation.scores import labels_headline
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.phrases import percent
@@ -106,7 +107,10 @@ def resolve_run(
     targets_I = rows.held_store.targets[rows.held_rows]
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
     held_tokens, per_epoch = int(rows.held_store.lengths[rows.held_rows].sum()), rows_per_epoch(rows, recipe.seed)
-    facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes, per_epoch)
+    headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
+    facts = Facts(
+        inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes, per_epoch, headline
+    )
     recipe, choices = _decided(recipe, inputs, rows, facts)
     choices = [*inputs.choices, *grouped, *rows.choices, *choices]
     if device is not None:
@@ -210,7 +214,7 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
         refusal = refuse(recipe, forecast, predict, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        found.notes.append(str(refusal))
+        found.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
     if saving := _saving(inputs.recipe, recipe, forecast, folder):
         recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
         forecast = predict(recipe)
@@ -319,7 +323,7 @@ def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
     if recipe.evaluation.every not in (None, "auto") and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
     keys = HEAD_METRICS[TASKS[resolved(recipe.task)].outcome or (head if rows.labels is None else rows.labels.kind)]
-    if recipe.evaluation.metric not in keys:
+    if recipe.evaluation.metric not in ("auto", *keys):
         raise RecipeError(
             f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
         )

@@ -118,7 +118,14 @@ def prepare(
     world: World | None = None,
 ) -> Setup:
     """Load, encode, decide and attach. Only encoded rows are written: below `root`, or into `run` when resuming.
-    In a group (`world`) the first rank decides for all, and of each machine one encodes rows.
+
+    Args:
+        recipe: with model and training files; what it leaves to "auto" is decided here.
+        root: the folder of runs, where encoded rows are kept for the next one.
+        offline: nothing is fetched.
+        on_progress: called with phase, done and total.
+        run: the one that goes on.
+        world: the group of processes; its first rank decides for all, and of each machine one encodes rows.
 
     Raises:
         InputError: RecipeError, DataError, ModelError: input that cannot be used; DoesNotFitError: too little memory.

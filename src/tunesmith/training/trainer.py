@@ -29,6 +29,7 @@ from tunesmith.errors import (
 )
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.report import write_report
+from tunesmith.evaluation.report.values import rows_of
 from tunesmith.methods import restore
 from tunesmith.models.card import is_lost
 from tunesmith.models.machine import free_cached_memory
@@ -58,6 +59,7 @@ from tunesmith.training.same_run import (
 from tunesmith.training.setup import Setup, prepare, refuse_small_disk
 from tunesmith.training.step import rehearse
 from tunesmith.training.summary import plan_timing, plan_values, report_facts, run_name, start_values
+from tunesmith.training.symptoms import symptoms
 from tunesmith.training.together import (
     DIGEST,
     broadcast,
@@ -303,6 +305,9 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
         session.emit("note", {"text": text, **({"detail": True} if is_usual else {})})
     _keep_best(session)
     evaluate_run(session, "after")
+    if setup.world.is_first:
+        for text in symptoms(setup.task.name, list(run.events()), list(rows_of(run, "after").values())):
+            session.emit("note", {"text": text})
     find_high_loss_rows(session)
     weights = setup.whole_weights()
     if not setup.world.is_first:
@@ -379,7 +384,8 @@ def _halved(event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
     return (
         f"out of memory in step {event.step} ({size(peak)} at most): it was retried, and training continues, "
-        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout"
+        f"with micro-batches of at most {tokens:,} tokens; the update is the same but for dropout: "
+        "tunesmith explain out-of-memory"
     )
 
 

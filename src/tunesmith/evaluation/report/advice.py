@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.evaluation.compare import never_right
-from tunesmith.evaluation.metrics import info_of
-from tunesmith.evaluation.series import measures_of
 from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe, resolved
 
 MOST_TRIED = 3
 STILL_FALLING = 0.01
 """Share of the loss by which the last evaluation is lower than the one before it, if training may not be done."""
-CLEARLY_LATER = 0.02
-"""How much better, in parts of one, a class metric has to be at another step than the one that was kept."""
 
 Course = Sequence[tuple[int, Mapping[str, Any]]]
 """(step, values) of the evaluations, as `RunSeries.course` has them."""
@@ -58,29 +54,9 @@ def _advices(report: Mapping[str, Any], recipe: Recipe, course: Course) -> Itera
         yield Advice("The held-out loss rose: take smaller steps.", (f"optim.lr={rate / 3:.3g}",))
     elif rate and report.get("general") and report["general"]["past_bound"]:
         yield Advice("General ability was lost: a lower rate keeps more of it.", (f"optim.lr={rate / 3:.3g}",))
-    if later := _better_later(report, recipe, course):
-        yield later
     epochs = recipe.train.epochs
     losses = [values["loss"] for _, values in sorted(course, key=lambda pair: pair[0])]
     is_whole = epochs != "auto" and not recipe.train.max_steps and report["kept"].get("step") in (None, report["steps"])
     if is_whole and len(losses) > 2 and min(losses[:-1]) - losses[-1] > STILL_FALLING * losses[-1]:
         why = "The held-out loss was still falling at the end: train longer."
         yield Advice(why, (f"train.epochs={2 * float(epochs):g}",))
-
-
-def _better_later(report: Mapping[str, Any], recipe: Recipe, course: Course) -> Advice | None:
-    """The accuracy of another evaluation, where the one that was kept for its loss is less right."""
-    kept = report["kept"].get("step")
-    if recipe.evaluation.keep != "best" or recipe.evaluation.metric != "loss" or kept is None:
-        return None
-    for key in ("macro_f1", "accuracy"):
-        at_step = {step: measures_of(values)[key]["value"] for step, values in course if key in measures_of(values)}
-        best = max(at_step, key=lambda step: at_step[step], default=kept)
-        if kept in at_step and at_step[best] - at_step[kept] > CLEARLY_LATER:
-            label, text = info_of(key).label, info_of(key).text
-            why = (
-                f"{label} was {text(at_step[best])} at step {best:,}, and is {text(at_step[kept])} at step {kept:,}, "
-                "which was kept for its loss: keep the best by it."
-            )
-            return Advice(why[:1].upper() + why[1:], (f"evaluation.metric={key}",))
-    return None

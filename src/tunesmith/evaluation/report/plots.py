@@ -133,7 +133,8 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
         spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
         axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT)
         _mark_kept(axes, kept)
-        axes.legend()
+        rises, is_late = info.better != "lower", 2 * kept > found[-1][0]  # a corner that a good course leaves free
+        axes.legend(loc=f"{'upper' if rises == is_late else 'lower'} {'left' if is_late else 'right'}")
 
     return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]
 

@@ -313,7 +313,7 @@ def _choices(series: RunSeries) -> Iterator[Block | Table]:
     if choices:
         yield Block("paragraph", "Settings that were chosen for you, and why.")
         rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]
-        yield Table([Column("option", "head"), Column("value"), Column("why")], rows, "fit")
+        yield Table([Column("option", "head"), Column("value"), Column("why")], rows, "fit stack")
 
 
 def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:

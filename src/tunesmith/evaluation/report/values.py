@@ -45,6 +45,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
     flipped = flips(before, after) if before else None
     kept = facts.get("kept") or progress.get("kept") or {}
     course = series.course(kept.get("step", progress["step"]))
+    looks = {step for step, values in series.evaluations if values["name"] == "step"}
     report = {
         **facts,
         "new_head": new_head,
@@ -56,6 +57,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "peak_memory_bytes": series.peak_bytes,
         "best": progress["best"],
         "kept": kept,
+        "chosen_from": len(looks) if run.recipe().evaluation.keep == "best" and progress["best"] else 0,
         "held_out_curve": [[step, values["loss"]] for step, values in course],
         "samples": [series.samples[index] for index in sorted(series.samples)],
         "class_weights": run.recipe().train.class_weights,
@@ -344,6 +346,9 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
+    if report["chosen_from"] > 1:
+        num = report["chosen_from"]
+        yield f"These very rows chose the step, as the best of {num}, which flatters it a little."
     yield from _one_answer(report)
     yield from never_right(report["details"]["after"], weights=report.get("class_weights"))
     yield from left_out(report["details"]["after"])
@@ -406,6 +411,8 @@ def sample_text(report: Mapping[str, Any]) -> str:
     parts += [f"{plural(after['answers'], 'answer')}"] if "answers" in after else []
     parts += [f"{after['general_tokens']:,} tokens of general text"] if "general_tokens" in after else []
     fair = f"{overlap}: that flatters the tuned model" if overlap else "Nothing was trained on these rows"
+    if report["chosen_from"] > 1:
+        fair += ", but they chose the step: `tunesmith eval RUN FILE` with rows of neither file is free of that"
     return f"Counted on {', '.join(parts)}. {fair}."
 
 

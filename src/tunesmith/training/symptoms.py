@@ -1,0 +1,71 @@
+"""What a run shows of the commonest disappointments, each with its word for `tunesmith explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tunesmith.evaluation.compare import named
+from tunesmith.evaluation.scores import RowResult
+from tunesmith.types import Event
+
+FEWEST = 4
+"""Answers, or steps, below which nothing is said of them."""
+ONE_CLASS_ROWS = 10
+"""Held-out rows below which one class for all may be right."""
+FAR_BELOW = 0.25
+"""Share of the held-out loss below which a training loss is that of rows learnt by heart."""
+BELOW = 0.7
+"""Share of the training loss below which a held-out loss is odd: dropout and the update between explain less."""
+LONGER = 1.5
+"""How many times as long as its reference an answer is that was cut off, at least, if it does not end."""
+_WRITES = ("chat", "generate", "summarize")
+
+
+def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult]) -> Iterator[str]:
+    """A sentence for each. `events`: those of the run; `rows`: results of its held-out rows after training."""
+    held = {event.values["name"]: float(event.values["loss"]) for event in events if event.kind == "evaluation"}
+    before, after = held.get("before"), held.get("after")
+    if before is not None and after is not None and after >= before:
+        losses = f"{before:.4f} before, {after:.4f} after"
+        yield f"the held-out loss did not fall: {losses}: tunesmith explain loss-does-not-fall"
+    yield from _one_class(rows)
+    if task not in _WRITES:
+        return
+    of_step = {event.step: float(event.values["loss"]) for event in events if event.kind == "step"}
+    tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]
+    if after is not None and len(tail) >= FEWEST:
+        yield from _apart(sum(tail) / len(tail), after)
+    yield from _endless(
+        [event.values for event in events if event.kind == "sample" and event.values["name"] == "after"]
+    )
+
+
+def _one_class(rows: Sequence[RowResult]) -> Iterator[str]:
+    classes = [(row["label"], row["predicted"]) for row in rows if isinstance(row.get("label"), str)]
+    if len(classes) < ONE_CLASS_ROWS or len({label for label, _ in classes}) < 2:
+        return
+    if len({answer for _, answer in classes}) == 1:
+        yield f"all {len(classes):,} held-out rows are called {named(classes[0][1])}: tunesmith explain one-class"
+
+
+def _apart(trained: float, held: float) -> Iterator[str]:
+    losses = f"the training loss is {trained:.4f} in the end, the held-out loss {held:.4f}"
+    if trained < FAR_BELOW * held:
+        yield f"{losses}: rows are learnt by heart: tunesmith explain it-copies-rows"
+    if held < BELOW * trained:
+        yield f"{losses}: held-out rows are easier, or known: tunesmith explain held-out-better-than-training"
+
+
+def _endless(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    known = [sample for sample in samples if sample.get("reference")]
+    cut = [
+        sample
+        for sample in known
+        if not sample["stopped"] and len(sample["answer"].split()) > LONGER * len(sample["reference"].split())
+    ]
+    if len(known) >= FEWEST and 2 * len(cut) > len(known):
+        yield (
+            f"{len(cut):,} of {len(known):,} answers did not end within evaluation.sample_tokens and are longer than "
+            "their references: tunesmith explain answers-never-end"
+        )
