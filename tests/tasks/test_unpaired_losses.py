@@ -85,12 +85,12 @@ def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
 def test_the_reference_point_is_the_mean_over_the_step_without_gradient_and_never_below_0(tmp_path):
     setup = prepare(recipe_of(tmp_path, train={"rows_per_step": 6}), root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:6]]
-    store, looked = setup.store, partial(setup.collator.batch, draw=1, lines="looked")
+    store, of_partners = setup.store, partial(setup.collator.batch, draw=1, lines="partners")
     for reference, expected in ((-500.0, 1), (500.0, 0)):
         store.branches.reference = np.full((len(store), 2), reference)
-        found = setup.task.look(setup.model, [looked(rows[:2]), looked(rows[2:])], setup.world)
+        found = setup.task.prepass(setup.model, [of_partners(rows[:2]), of_partners(rows[2:])], setup.world)
         with torch.no_grad():
-            s, _ = preference_losses.line_logps(setup.model, looked(rows), None)
+            s, _ = preference_losses.line_logps(setup.model, of_partners(rows), None)
         assert found.keywords["z0"] == pytest.approx(max(0.0, float(s.mean()) - reference), rel=1e-6)
         assert (found.keywords["z0"] > 0) == expected
         assert isinstance(found.keywords["z0"], float)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
-LinesOf = Literal["all", "learnt", "looked"]
+LinesOf = Literal["all", "learnt", "partners"]
 RANDOM_BEYOND = 0.8
 KEPT_BEYOND = 0.9
 
@@ -100,7 +100,7 @@ class Collator:
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """The batch of some rows of the store. `draw` numbers the maskings of a row: the step, or 0 for measuring.
         `copies`: see `sampler.copies_in`; empty: each row is there once. `lines`: of rows with partners those that are
-        learnt, those that the step looks at before, or all, which are measured.
+        learnt, those of the partners, or all, which are measured.
 
         In a step, masks follow from a row's index in the store; for measuring, from the content of its example, so that
         they are the same in another file, order or run.
@@ -129,7 +129,7 @@ class Collator:
         if branches.partners is None or lines == "learnt":
             return lines_of(row)
         other = partner_line(row, self.store.row(int(branches.partners[index])), branches.max_tokens)
-        return [other] if lines == "looked" else [*lines_of(row), other]
+        return [other] if lines == "partners" else [*lines_of(row), other]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:
         """The batch of these lines of each row, with the rows that targets belong to, and their numbers."""

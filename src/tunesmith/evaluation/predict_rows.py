@@ -23,7 +23,8 @@ from tunesmith.models.machine import to_host
 from tunesmith.models.modes import eval_mode
 from tunesmith.parallel.shares import shares
 from tunesmith.parallel.world import World
-from tunesmith.types import HeadName, Labels, Task
+from tunesmith.tasks.task import BoundTask
+from tunesmith.types import HeadName, Labels
 
 MAX_CHARS = 10_000
 """Characters of a row's text that are written down."""
@@ -55,7 +56,7 @@ class Predictions:
 
 def predict_rows(
     model: nn.Module,
-    task: Task,
+    task: BoundTask,
     collator: Collator,
     rows: Sequence[int],
     *,

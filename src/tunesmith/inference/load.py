@@ -281,9 +281,9 @@ def refuse_needless(base: str | None, model: str) -> None:
 def run_labels(recipe: Recipe) -> Labels | None:
     """Labels of the head of a run, by its resolved recipe; None where it has none."""
     task = TASKS[resolved(recipe.task)]
-    if not task.learns_classes:
+    if task.head is None:
         return None
-    kind: LabelKind = "tags" if task.by_word else resolved(recipe.data.label_kind)
+    kind: LabelKind = "tags" if task.head.by_word else resolved(recipe.data.label_kind)
     return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 

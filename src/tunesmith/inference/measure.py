@@ -153,7 +153,7 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        choices = TASKS[task].use_rows(loaded.recipe, [(store, rows_I)])
+        choices = section.from_rows(loaded.recipe, [(store, rows_I)]) if (section := TASKS[task].section) else []
         loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
         if TASKS[task].compares:
             with _as_begun(loaded) as base:

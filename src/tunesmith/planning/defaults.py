@@ -30,8 +30,9 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
-from tunesmith.types import Choice, HeadName, ModelKind, Task, TaskName
+from tunesmith.tasks import TASKS, has_prepass
+from tunesmith.tasks.task import Task
+from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
 SMALL_MODEL = 30_000_000
 """Most weights for which full tuning costs no more than LoRA."""
@@ -116,12 +117,14 @@ def decide_before_rows(
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task = TASKS[resolved(recipe.task)]
-    choices += (own := list(task.choose(recipe, located)))
-    recipe = reduce(with_choice, own, recipe)
+    if task.section:
+        of_model = task.section.from_model(recipe, located)
+        choices += of_model
+        recipe = reduce(with_choice, of_model, recipe)
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     if task.section:
-        _check_compared(recipe, task)
+        _check_compared(recipe, task, task.section.name)
     if task.compares and (option := METHODS[recipe.method.name].randomness(recipe.method)):
         raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
@@ -136,7 +139,7 @@ def decide_before_rows(
 def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     """The recipe without any "auto" that rows can decide, and what was chosen and why, in the order of the recipe."""
     choices: list[Choice] = []
-    if recipe.train.rows_per_step == 1 and has_look(recipe):
+    if recipe.train.rows_per_step == 1 and has_prepass(recipe):
         raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
     for key, rule in _RULES.items():
         if reduce(getattr, key.split("."), recipe) == "auto":
@@ -244,7 +247,7 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
-def _check_compared(recipe: Recipe, task: Task) -> None:
+def _check_compared(recipe: Recipe, task: Task, section: str) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
     if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
         raise RecipeError(
@@ -252,8 +255,8 @@ def _check_compared(recipe: Recipe, task: Task) -> None:
         )
     for option in ("label_smoothing", "z_loss"):
         if getattr(recipe.loss, option):
-            has_own = hasattr(getattr(recipe, task.section), option)
-            way = f"Use {task.section}.{option}" if has_own else "Leave it out"
+            has_own = hasattr(getattr(recipe, section), option)
+            way = f"Use {section}.{option}" if has_own else "Leave it out"
             raise RecipeError(f"loss.{option}: is for tokens and classes; task {task.name} compares. {way}.")
 
 
@@ -301,7 +304,7 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
         why = f"{ROWS_OF_A_DEVICE} rows for each of {devices} devices, at most {MOST_TIMES} times the usual {most}"
         return value, why
     value = max(1, min(most, rows // 20))
-    if has_look(recipe) and value < LEAST_COMPARED:
+    if has_prepass(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
     if recipe.task == "text" and (some := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value:
         return some, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
@@ -314,7 +317,7 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if facts.device.startswith("cuda"):
         usual = 16_384 if facts.num_parameters < SMALL_ON_CARD else 8192
     rows = resolved(recipe.train.rows_per_step)
-    if has_look(recipe):
+    if has_prepass(recipe):
         step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
         if max(usual, longest) < step <= MOST_IN_ONE:
             return step, "about a whole step, which is computed once then: of several passes it needs one forward more"

@@ -13,7 +13,7 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.planning.defaults import with_choice
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
+from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import Choice, ModelKind
 
 MARGIN = 0.08
@@ -150,7 +150,7 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"method.name: {method.name}: it reads whole weights; lora and full do not"
     if TASKS[resolved(recipe.task)].compares:
         yield f"task: {recipe.task}: one process computes what the model was before"
-    if has_look(recipe):
+    if has_prepass(recipe):
         yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"

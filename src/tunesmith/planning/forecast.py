@@ -29,7 +29,7 @@ from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
+from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import HeadName, Layout, ModelKind
 
 Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
@@ -174,7 +174,7 @@ class Forecaster:
             prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
             found = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
             found["answering"] += sizes.gathered * share  # of layers that are split, for every token
-            looking = load.tokens * found["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
+            looking = load.tokens * found["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
             found["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
             busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / found["training"]
             steps = total_steps(recipe, sampler.steps_per_epoch)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.recipe.objectives import Embed
 from tunesmith.tasks.preference_losses import measured, values_of
+from tunesmith.tasks.task import Losses, Terms
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = USUAL)
     return measured(torch.zeros(len(parts)), {"vectors": [part.numpy() for part in parts]})
 
 
-def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = USUAL) -> partial[Tensor]:
+def prepass(model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = USUAL) -> partial[Tensor]:
     """The `loss_sum` of the micro-batches of a step. Of a step that is one micro-batch, nothing is computed twice."""
     import torch
 
@@ -213,3 +214,13 @@ def _of_all_ranks(own: Texts, world: World) -> tuple[Texts, int]:
     device = own.vectors_LD.device
     ranks = [Texts(**{key: values.to(device) for key, values in load(one).items()}) for one in contents]
     return joined(ranks), sum(len(one.counts_B) for one in ranks[: world.rank])
+
+
+def losses_of(terms: Terms) -> Losses:
+    """Losses of vectors."""
+    options = terms.recipe.embed
+    return Losses(
+        partial(embedding_loss_sum, options=options),
+        partial(embedding_measure, options=options),
+        partial(prepass, options=options) if options.loss not in ALONE else None,
+    )

@@ -8,17 +8,18 @@ weighs the same whichever micro-batch it lands in. What is added up is left in t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Loss
-from tunesmith.types import Batch, Labels, Measured
+from tunesmith.tasks.task import PLAIN, Losses, Terms
+from tunesmith.types import Batch, Labels, Measured, required
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.models.fused_loss import OutputLayer
-
-PLAIN = Loss()
 
 
 def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN) -> Tensor:
@@ -138,3 +139,31 @@ def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Lo
     # Multiplied here and not inside cross_entropy, which divides by the weights of a micro-batch instead of a step.
     weights_C = to_device(torch.from_numpy(labels.weights_C).to(losses_N.dtype), losses_N.device)
     return losses_N * weights_C[targets_N]
+
+
+def token_losses(terms: Terms) -> Losses:
+    """Losses of tokens: the next one, or the one under a mask."""
+    return Losses(
+        partial(token_loss_sum, loss=terms.loss, output=terms.output), partial(token_measure, output=terms.output)
+    )
+
+
+def sequence_losses(terms: Terms) -> Losses:
+    """Losses of a whole text's labels. Raises RecipeError for additions that such labels have not."""
+    labels = _checked(terms)
+    return Losses(partial(sequence_loss_sum, labels=labels, loss=terms.loss), partial(sequence_measure, labels=labels))
+
+
+def word_losses(terms: Terms) -> Losses:
+    """Losses of the words' labels."""
+    labels = _checked(terms)
+    return Losses(partial(word_loss_sum, labels=labels, loss=terms.loss), partial(word_measure, labels=labels))
+
+
+def _checked(terms: Terms) -> Labels:
+    labels = required(terms.labels)
+    for option in ("label_smoothing", "z_loss"):
+        if labels.kind in ("many", "number") and getattr(terms.loss, option):
+            what = "numbers" if labels.kind == "number" else "classes of which several can hold"
+            raise RecipeError(f"loss.{option}: is for one class of several; these labels are {what}. Leave it out.")
+    return labels

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import resolved
-from tunesmith.tasks.preference_losses import look, preference_loss_sum, preference_measure
-from tunesmith.types import Choice, Rates, Task
+from tunesmith.tasks.preference_losses import losses_of
+from tunesmith.tasks.task import OwnSection, Rates, Task
+from tunesmith.types import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tunesmith.data.dataset import RowStore
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.tasks.task import Side
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
 
 
-def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
     """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
     import numpy as np
 
@@ -69,8 +70,7 @@ PREFER = Task(
     doc="The better of two answers to a prompt.",
     shapes=("preference", "unpaired"),
     heads={"causal": "next_token"},
-    loss_sum=preference_loss_sum,
-    measure=preference_measure,
+    losses=losses_of,
     encoder="tunesmith.data.branch_encoders:PreferenceEncoder",
     record=_record,
     is_chat=True,
@@ -84,8 +84,5 @@ PREFER = Task(
     outcome="pairs",
     rows_per_step=32,
     rates=Rates(adapter=(2e-4, 5e-6), full=(1e-6, 5e-7)),
-    look=look,
-    looks=lambda options: options.loss == "kto",
-    use_rows=_use_rows,
-    section="prefer",
+    section=OwnSection("prefer", from_rows=_from_rows, has_prepass=lambda recipe: recipe.prefer.loss == "kto"),
 )

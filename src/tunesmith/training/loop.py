@@ -41,7 +41,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
     """
     if loss is not None:
-        state = replace(state, task=replace(state.task, loss_sum=loss, look=None))
+        state = replace(state, task=replace(state.task, loss_sum=loss, prepass=None))
     recipe, sampler, attachment, optimizer = state.recipe, state.sampler, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()

@@ -308,7 +308,8 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
         on_progress=on_progress,
     )
     sides = [(rows.store, rows.train_rows), (rows.held_store, rows.held_rows)]
-    rows.choices.extend(TASKS[rows.task].use_rows(recipe, sides))
+    if section := TASKS[rows.task].section:
+        rows.choices.extend(section.from_rows(recipe, sides))
     return rows
 
 

@@ -342,7 +342,8 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    others = {task.section for task in TASKS.values() if task.section} - {TASKS[resolved(recipe.task)].section}
+    learnt = TASKS[resolved(recipe.task)].section
+    others = {task.section.name for task in TASKS.values() if task.section and task.section is not learnt}
     settings = {
         f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track", *others})).items()
     }

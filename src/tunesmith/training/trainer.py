@@ -377,7 +377,7 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
 
 def _halved(setup: Setup, event: Event) -> str:
     tokens, peak = event.values["tokens_per_pass"], event.timing["peak_bytes"]
-    looks = setup.task.look is not None and setup.world.size > 1
+    looks = setup.task.prepass is not None and setup.world.size > 1
     again = (
         "; with dropout its gradient is approximate, since the ranks did not look at its rows again" if looks else ""
     )
