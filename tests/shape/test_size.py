@@ -28,7 +28,7 @@ ROOMS = {
     "runs": (1_400, "run folders, events, checkpoints"),
     "serve": (3_300, "the engine and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_290, "what is learnt"),
+    "tasks": (1_335, "what is learnt"),
     "trackers": (750, "four experiment trackers"),
     "training": (3_900, "the loop, and a run around it"),
 }

@@ -67,7 +67,7 @@ class RemoteFile:
 
 
 REGISTERED: dict[str, Sequence[RemoteFile]] = {}
-"""The files of each address that was listed in this process, and each of them by its own."""
+"""A cache: the files of each address that was listed in this process, and each of them by its own."""
 
 
 def is_address(path: str) -> bool:

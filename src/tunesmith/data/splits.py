@@ -54,7 +54,12 @@ class Splits:
     choices: list[Choice] = field(default_factory=list)
     """Automatic decisions about held-out rows and labels."""
     _texts: dict[bool, dict[int, str]] = field(default_factory=dict, repr=False)
-    """Texts that were read, of held-out files (True) and of training files."""
+    """A cache of texts that were read, of held-out files (True) and of training files."""
+
+    @property
+    def sides(self) -> list[tuple[RowStore, NDArray[np.int64]]]:
+        """(store, rows) of the training rows, then of the held-out ones."""
+        return [(self.store, self.train_rows), (self.held_store, self.held_rows)]
 
     @property
     def skipped(self) -> int:
@@ -189,9 +194,6 @@ def encode_rows(
     by_class = labels is not None and labels.kind == "one"
     held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
     notes += [few] if (few := few_note(len(held))) else []
-    if labels is not None:
-        for labelled in stores:
-            labelled.use(labels)
     return Splits(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
 
 

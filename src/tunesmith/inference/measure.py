@@ -25,6 +25,7 @@ from tunesmith.data.hold_out import split
 from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
+from tunesmith.data.row_targets import write_reference, write_targets
 from tunesmith.data.splits import counted, refuse_bad, texts_of
 from tunesmith.errors import DataError, InputError, ModelError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
@@ -58,7 +59,7 @@ from tunesmith.phrases import percent, plural
 from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.tasks import TASKS, bind
+from tunesmith.tasks import TASKS, bind, partner_tokens
 from tunesmith.types import Example, Layout, Part, Problem, TaskName
 
 # I rows
@@ -155,10 +156,16 @@ def evaluate_file(
         rows_I = np.arange(len(store))
         choices = section.from_rows(loaded.recipe, [(store, rows_I)]) if (section := TASKS[task].section) else []
         loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
+        write_targets(
+            [(store, rows_I)],
+            labels=loaded.labels,
+            masked=masked_share(loaded),
+            partner_tokens=partner_tokens(loaded.recipe),
+        )
         if TASKS[task].compares:
             with _as_begun(loaded) as base:
                 found = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
-            store.branches.reference = np.array([result["logps"] for result in found.results], np.float64)
+            write_reference(store, rows_I, np.array([result["logps"] for result in found.results], np.float64))
         found = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
         results = row_results(loaded.head, loaded.labels, found, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
@@ -263,7 +270,7 @@ def _headline(
 def _encoded(
     loaded: LoadedModel, data: Data, folder: Path, problems: list[Problem], on_progress: OnProgress
 ) -> RowStore:
-    """The rows of the file, with the labels of the model."""
+    """The rows of the file, whose labels the model knows."""
     store = build(
         folder,
         data=data,
@@ -278,7 +285,6 @@ def _encoded(
     if loaded.labels is not None:
         find_kind(loaded.renderer.task_name, data, [store.count_labels()])
         refuse_unknown(loaded.labels, store.count_labels())
-        store.use(loaded.labels)
     return store
 
 
@@ -316,13 +322,18 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
 
 
+def masked_share(loaded: LoadedModel) -> float | None:
+    """Share of a row's tokens that are measured under a mask; None: the model learnt none."""
+    return loaded.recipe.train.masked if loaded.head == "masked_token" else None
+
+
 def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
-    if loaded.head == "masked_token":
+    if (share := masked_share(loaded)) is not None:
         # The seed by which every run masks its held-out rows, so that metrics compare.
-        masking = Masking.of(loaded.renderer.tokenizer, share=loaded.recipe.train.masked, seed=0)
+        masking = Masking.of(loaded.renderer.tokenizer, share=share, seed=0)
     return Collator(
         store,
         layout=layout,

@@ -39,6 +39,12 @@ def has_prepass(recipe: Recipe) -> bool:
     return section is not None and section.has_prepass(recipe)
 
 
+def partner_tokens(recipe: Recipe) -> int | None:
+    """Most tokens of a prompt and another row's answer behind it, for rows that need such partners; None: they need
+    none. The loss is decided by now."""
+    return resolved(recipe.data.max_tokens) if TASKS[resolved(recipe.task)].compares and has_prepass(recipe) else None
+
+
 def bind(
     name: TaskName,
     labels: Labels | None,

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
-from tunesmith.recipe.schema import resolved
 from tunesmith.tasks.preference_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
 from tunesmith.types import Choice
@@ -28,7 +27,7 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
 
 
 def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
-    """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
+    """The loss that rows are made for, and of unpaired ones weights by which both sides weigh the same."""
     import numpy as np
 
     (store, train_I), *_ = sides
@@ -50,8 +49,6 @@ def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
         return [*choices, *([Choice("prefer.margin", 0.0, why)] if unused else [])]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
-    for side, rows_I in sides:
-        side.branches.use_partners(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
     return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
 
 

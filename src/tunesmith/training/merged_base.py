@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import open_kept
+from tunesmith.data.row_targets import write_targets
 from tunesmith.errors import RunError
 from tunesmith.inference.load import LoadedModel, load_run
-from tunesmith.inference.measure import feed
+from tunesmith.inference.measure import feed, masked_share
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode
@@ -151,6 +152,7 @@ def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
             continue
         nums = np.flatnonzero(np.isin(store.hashes, wanted)) if len(wanted) else np.arange(len(store))
         if len(nums):
+            write_targets([(store, nums)], masked=masked_share(speaker))
             return feed(speaker, store), nums[:ROWS].tolist()
     return None, []
 

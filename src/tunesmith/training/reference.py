@@ -20,6 +20,7 @@ import transformers
 from numpy.typing import NDArray
 
 from tunesmith.data.collate import Collator
+from tunesmith.data.row_targets import write_reference
 from tunesmith.errors import RunError
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.recipe.schema import resolved
@@ -54,9 +55,7 @@ def use_reference(session: Session) -> None:
         values_IK = _compute(session, collator, rows_I) if found is None else found
         for path in (path for path, one in kept.items() if one is None):
             write_atomic(path, _packed(values_IK))
-        if store.branches.reference is None:
-            store.branches.reference = np.full((len(store), values_IK.shape[1]), np.nan)
-        store.branches.reference[rows_I] = values_IK
+        write_reference(store, rows_I, values_IK)
 
 
 def share_reference(setup: Setup) -> None:
@@ -65,9 +64,10 @@ def share_reference(setup: Setup) -> None:
     if not setup.task.compares or world.size == 1:
         return
     for store in dict.fromkeys((setup.rows.store, setup.rows.held_store)):
-        own = store.branches.reference
-        content, *_ = world.gather(b"" if own is None else _packed(own))
-        store.branches.reference = _unpacked(content, len(store)) if content else None
+        of_rank = store.learnt.reference_IK
+        content, *_ = world.gather(b"" if of_rank is None else _packed(of_rank))
+        if (values_IK := _unpacked(content, len(store))) is not None:
+            write_reference(store, np.arange(len(store)), values_IK)
 
 
 def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -113,7 +113,7 @@ def _read(path: Path, num_rows: int) -> NDArray[np.float64] | None:
 
 
 def _unpacked(content: bytes, num_rows: int) -> NDArray[np.float64] | None:
-    is_whole = hashlib.sha256(content[32:]).digest() == content[:32]
+    is_whole = bool(content) and hashlib.sha256(content[32:]).digest() == content[:32]
     return np.frombuffer(content[32:], np.float64).reshape(num_rows, -1).copy() if is_whole else None
 
 

@@ -10,6 +10,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import StepSampler, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
@@ -38,7 +39,7 @@ from tunesmith.planning.memory import DTYPES
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Choice, HeadName, Layout
@@ -98,6 +99,8 @@ def resolve_run(
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(inputs, cache_dirs, on_progress)
     recipe = reduce(with_choice, rows.choices, inputs.recipe)
+    masked = recipe.train.masked if inputs.head == "masked_token" else None
+    write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
     _check_evaluation(recipe, inputs.head, rows)
     lengths_I = rows.store.lengths[rows.train_rows]
     targets_I = rows.held_store.targets[rows.held_rows]
@@ -178,9 +181,6 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
         choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
         return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
-    if inputs.head == "masked_token":
-        for store in (rows.store, rows.held_store):
-            store.use_masks(recipe.train.masked)
     speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
         located=inputs.located,
@@ -307,9 +307,8 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
         own_classes=inputs.own_classes,
         on_progress=on_progress,
     )
-    sides = [(rows.store, rows.train_rows), (rows.held_store, rows.held_rows)]
     if section := TASKS[rows.task].section:
-        rows.choices.extend(section.from_rows(recipe, sides))
+        rows.choices.extend(section.from_rows(recipe, rows.sides))
     return rows
 
 
