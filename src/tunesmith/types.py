@@ -7,7 +7,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+OnProgress = Callable[[str, int, int], None]
+"""Gets (phase, done, total) of anything that takes seconds."""
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
 

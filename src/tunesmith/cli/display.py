@@ -333,13 +333,19 @@ class RunDisplay:
         if is_sent:
             self.note(text)
         else:
+            if self.as_json:
+                json_line({"kind": "tracking", "sent": False, "text": text})
             self.console.print(visible(text), style="yellow", soft_wrap=True)
+
+    def close(self) -> None:
+        """Take away what is live."""
+        self.display.__exit__(None, None, None)
 
     def done(self, run: Run) -> None:
         """Print where the result is and what to do with it."""
         from tunesmith.tasks import TASKS
 
-        self.display.__exit__(None, None, None)
+        self.close()
         if self.as_json:
             json_line({"kind": "result", "run": str(run.path), "report": str(run.report_path)})
         elif self.quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -26,9 +26,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
-from tunesmith.types import Choice, Example, Labels, Problem, TaskName
-
-OnProgress = Callable[[str, int, int], None]
+from tunesmith.types import Choice, Example, Labels, OnProgress, Problem, TaskName
 
 
 @dataclass(frozen=True)

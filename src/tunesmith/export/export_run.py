@@ -30,9 +30,9 @@ from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
+from tunesmith.types import OnProgress
 from tunesmith.version import __version__
 
-OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
 """Age at which an unfinished export of the same name is taken for that of a dead process."""
 

@@ -60,12 +60,11 @@ from tunesmith.planning.defaults import with_choice
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind, partner_tokens
-from tunesmith.types import Example, Layout, Part, Problem, TaskName
+from tunesmith.types import Example, Layout, OnProgress, Part, Problem, TaskName
 
 # I rows
 
 
-OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
 """Rows of a file that are answered by default, by tasks that write answers; `MOST_SHORT` of short ones."""
 

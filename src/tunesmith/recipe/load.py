@@ -48,25 +48,13 @@ OTHER_NAMES = {
     "gradient_checkpointing": "train.checkpointed_layers",
 }
 """Names of options in other tools that are not like ours, for suggestions."""
-REMOVED: dict[str, Any] = {
-    "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
-    "method.quant": "nf4", "method.double_quant": True, "loss.neftune_alpha": 0.0, "train.group_by_length": False,
-    "evaluation.bleu": False,
-}  # fmt: skip
-"""Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
-MEASURED = ("evaluation.bleu",)
-"""Removed options that changed only measurements: the recipe of a run may have any value."""
-
 SETTING = "--set"
 
 
-def load(
-    path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None, *, of_run: bool = False
-) -> Recipe:
+def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
 
     Mappings are merged key by key; an override replaces the value of its key. Values of overrides are YAML.
-    `of_run`: it is the recipe of a run, perhaps of an earlier version, which is read without `MEASURED`.
     Raises RecipeError with a line for every problem.
     """
     data: dict[str, Any] = _merged({}, base or {})
@@ -76,9 +64,6 @@ def load(
             given = _read_file(path)
             if tool := other_tools.tool_of(given):
                 raise RecipeError(_translation(path, given, tool))
-            for section, _, name in (key.partition(".") for key in MEASURED if of_run):
-                if isinstance(values := given.get(section), dict):
-                    values.pop(name, None)
             data = _merged(data, given)
         except RecipeError as error:
             problems.append(str(error))
@@ -191,7 +176,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
 
 def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
     # Strict, so that true is not 1 and "8" is not 8; by way of JSON, in which a list may become a tuple.
-    written = json.dumps(_without_removed(data), default=_plain)
+    written = json.dumps(data, default=_plain)
     try:
         return Recipe.model_validate_json(written, strict=True), []
     except ValidationError as error:
@@ -205,20 +190,6 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
     if more := len(groups) - len(problems):
         problems.append(f"and {more:,} more like these")
     return None, problems
-
-
-def _without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
-    kept = _merged({}, data)
-    for key, value in REMOVED.items():
-        section, _, name = key.partition(".")
-        given = kept.get(section)
-        if isinstance(given, dict) and name in given:
-            found = given[name]
-            if (tuple(found) if isinstance(found, list) else found) == value:
-                del given[name]
-    if isinstance(optim := kept.get("optim"), dict) and optim.get("schedule", "") is None:  # what null meant
-        del optim["schedule"]
-    return kept
 
 
 def _plain(value: Any) -> Any:
@@ -284,8 +255,6 @@ def _refused(value: str, option: Option, given: Any) -> str:
     way = f", did you mean {near[0]}?" if near else ""
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
         way = ": put it in quotes"
-    if given == "schedule_free":
-        way = ": no longer an optimizer. For the result of a run that had it, write adamw, which changes nothing"
     return f"{value} is not {option.allowed}{way}"
 
 
@@ -293,11 +262,6 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
     other = next((option for option in options().values() if option.methods and option.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
-    if shown in ("method.quant", "method.double_quant"):
-        way = "drop it for a new run. PEFT loads the adapter of a run that had it, on its own base"
-        return f"this version quantises in nf4 with scales in 8 bits alone: {way}"
-    if shown in REMOVED:
-        return "this version has no such option any more: drop it"
     plain = re.sub(r"\[\d+\]", "[]", shown)
     near = similar(plain)
     section = shown.rpartition(".")[0]

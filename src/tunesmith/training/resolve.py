@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -42,9 +41,8 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
-from tunesmith.types import Choice, HeadName, Layout
+from tunesmith.types import Choice, HeadName, Layout, OnProgress
 
-OnProgress = Callable[[str, int, int], None]
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64

@@ -48,10 +48,10 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sampler_of
+from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, Row
+from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
 """Rows that are looked at before the first step."""

@@ -26,8 +26,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Progress, Session
-from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup
+from tunesmith.types import OnProgress
 
 DIGEST = "recipe"
 """Key of run.json: the digest of the recipe as it was given."""
