@@ -372,12 +372,6 @@ class Aside(str):
     __slots__ = ()
 
 
-def has_new_head(plan: Mapping[str, Any]) -> bool:
-    """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
-    say; nearly every classifier and tagger did."""
-    return bool(plan.get("new_head", plan.get("task") in ("classify", "tag")))
-
-
 def required(value: T | None) -> T:
     """The value of an option that its section fills in if it is null."""
     if value is None:

@@ -118,14 +118,6 @@ def test_words_of_a_forecast():
     }
 
 
-def test_a_run_of_an_earlier_version_is_still_shown():
-    earlier = FORECAST | {"seconds": {"step": 1.0, "training": 60.0, "looking": 2.0, "spread": 0.3}}
-    assert (
-        dict(forecast_facts(earlier))["time"]
-        == "estimated by an earlier version of tunesmith, in parts that this one cannot show"
-    )
-
-
 def test_a_named_column_that_no_row_has_ends_in_2_with_the_nearest_name(tmp_path: Path) -> None:
     model = model_folder(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"

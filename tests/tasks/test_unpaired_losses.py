@@ -99,11 +99,11 @@ def test_the_reference_point_is_the_mean_over_the_step_without_gradient_and_neve
 
 def test_a_partner_is_another_row_with_another_prompt_and_its_line_is_prompt_and_answer(tmp_path):
     store = prepare(recipe_of(tmp_path), root=tmp_path / "runs").store
-    partners = store.learnt.partners.rows_I
+    partners = store.learnt.partners_I
     for i in range(len(store)):
         row, other = store.row(i), store.row(int(partners[i]))
         assert store.inputs[i] != store.inputs[partners[i]]
-        line = partner_line(row, other, store.learnt.partners.max_tokens)
+        line = partner_line(row, other, store.learnt.partner_tokens)
         stem = len(row.ids) - row.branches[0]
         assert line.ids[:stem].tolist() == row.ids[:stem].tolist()
         assert line.ids[stem:].tolist() == lines_of(other)[0].ids[-other.branches[0] :].tolist()

@@ -121,10 +121,10 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
-        partners = self.store.learnt.partners
-        if partners is None or lines == "learnt":
+        targets = self.store.learnt
+        if targets.partners_I is None or lines == "learnt":
             return lines_of(row)
-        other = partner_line(row, self.store.row(int(partners.rows_I[index])), partners.max_tokens)
+        other = partner_line(row, self.store.row(int(targets.partners_I[index])), targets.partner_tokens)
         return [other] if lines == "partners" else [*lines_of(row), other]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:

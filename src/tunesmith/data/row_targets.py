@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Partners:
-    """Another row for each row, whose answer is read behind this row's prompt, which it does not answer."""
-
-    rows_I: NDArray[np.int64]
-    """-1 for rows that need none."""
-    max_tokens: int
-    """Most tokens of a prompt and the answer behind it."""
-
-
-@dataclass(frozen=True, slots=True)
 class RowTargets:
     """What is learnt from the rows of a store, besides their tokens."""
 
@@ -39,7 +29,10 @@ class RowTargets:
     """The classes or numbers of a head; None: rows hold the store's own ids of their labels."""
     masked: float | None = None
     """Share of a row's trained tokens that is learnt under a mask, at least one; see `collate.Masking`."""
-    partners: Partners | None = None
+    partners_I: NDArray[np.int64] | None = None
+    """Another row for each row, whose answer is read behind this row's prompt, which it does not answer; -1: none."""
+    partner_tokens: int = 0
+    """Most tokens of a prompt and its partner's answer."""
     reference_IK: NDArray[np.float64] | None = None
     """The log-probability of each branch's trained tokens under the model of step 1, then of the partner's; None: not
     computed, or not needed."""
@@ -54,14 +47,14 @@ def write_targets(
 ) -> None:
     """Write what is learnt into the store of each side, which is (store, its rows that are used).
 
-    `partner_tokens`: most tokens of a prompt and its partner's answer; None: rows need no partners.
+    `partner_tokens` None: rows need no partners.
     """
     for store in dict.fromkeys(store for store, _ in sides):
-        partners = None
+        targets = RowTargets(labels, masked)
         if partner_tokens is not None:
             parts = [rows_I for other, rows_I in sides if other is store]
-            partners = Partners(partners_of(parts, store.hashes, store.inputs), partner_tokens)
-        store.learn(RowTargets(labels, masked, partners))
+            targets = RowTargets(labels, masked, partners_of(parts, store.hashes, store.inputs), partner_tokens)
+        store.learn(targets)
 
 
 def write_reference(store: RowStore, rows_I: NDArray[np.int64], values_IK: NDArray[np.float64]) -> None:

@@ -56,7 +56,7 @@ class Watcher:
     export_progress: Callable[[], AbstractContextManager[OnProgress]] = _ignore_progress
 
 
-class Watch(Protocol):
+class OpenWatcher(Protocol):
     """Opens the watcher of this process; that of another rank than the first gets no event."""
 
     def __call__(self, *, is_first: bool) -> AbstractContextManager[Watcher]: ...
@@ -69,7 +69,7 @@ class Several(Protocol):
 
 
 def train_run(
-    recipe: Recipe, *, watch: Watch, several: Several, root: Path, out: Path | None = None, offline: bool = False
+    recipe: Recipe, *, watch: OpenWatcher, several: Several, root: Path, out: Path | None = None, offline: bool = False
 ) -> Run:
     """Train a recipe, send its events to its trackers, and make its exports; the finished run.
 
@@ -95,7 +95,7 @@ def train_run(
 def resume_run(
     run: Run,
     *,
-    watch: Watch,
+    watch: OpenWatcher,
     several: Several,
     settings: Sequence[str] = (),
     trackers: Sequence[str] = (),

@@ -36,7 +36,7 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import remove, temporary_folder, write_atomic
-from tunesmith.training.answering import continuation
+from tunesmith.training.answers import continuation
 from tunesmith.training.loop import training_steps
 from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup, prepare
