@@ -34,8 +34,7 @@ class RowTargets:
     partner_tokens: int = 0
     """Most tokens of a prompt and its partner's answer."""
     reference_IK: NDArray[np.float64] | None = None
-    """The log-probability of each branch's trained tokens under the model of step 1, then of the partner's; None: not
-    computed, or not needed."""
+    """The log-probability of each branch's trained tokens under the model of step 1, then of the partner's."""
 
 
 def write_targets(
@@ -45,10 +44,8 @@ def write_targets(
     masked: float | None = None,
     partner_tokens: int | None = None,
 ) -> None:
-    """Write what is learnt into the store of each side, which is (store, its rows that are used).
-
-    `partner_tokens` None: rows need no partners.
-    """
+    """Write what is learnt into the store of each side: (store, rows that are used). `partner_tokens` None: rows need
+    no partners."""
     for store in dict.fromkeys(store for store, _ in sides):
         targets = RowTargets(labels, masked)
         if partner_tokens is not None:

@@ -26,7 +26,8 @@ from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings, without_vector
 from tunesmith.phrases import command
-from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head, with_choice
+from tunesmith.planning.decisions import Decisions
+from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
@@ -311,9 +312,11 @@ def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[
             f"{command('train', name, 'DATA', '--task', chosen)}"
         )
     found = model_size(located)
-    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, found, kind)
-    choice = choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
-    return with_choice(recipe, choice), tokenizer
+    decisions = Decisions(Recipe(model=name, task=chosen))
+    decide_before_rows(decisions, located, found, kind)
+    recipe = decisions.recipe
+    decisions.decide(choose_precision(recipe, found.num_params, recipe.device, tokens=TOKENS_TO_ANSWER))
+    return decisions.folded(), tokenizer
 
 
 def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> TaskName:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.phrases import percent, plural
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning.decisions import with_options
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind, partner_tokens
@@ -154,7 +153,7 @@ def evaluate_file(
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
         choices = section.from_rows(loaded.recipe, [(store, rows_I)]) if (section := TASKS[task].section) else []
-        loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
+        loaded = replace(loaded, recipe=with_options(loaded.recipe, {choice.key: choice.value for choice in choices}))
         write_targets(
             [(store, rows_I)],
             labels=loaded.labels,

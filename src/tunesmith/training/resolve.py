@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.phrases import percent
 from tunesmith.planning import devices
+from tunesmith.planning.decisions import Decisions, with_options
 from tunesmith.planning.defaults import (
     HELD,
     ROWS_OF_A_DEVICE,
@@ -29,7 +29,6 @@ from tunesmith.planning.defaults import (
     decide_measuring,
     rate_notes,
     total_steps,
-    with_choice,
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
@@ -89,14 +88,18 @@ def resolve_run(
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
-    recipe, grouped, processes = _on_devices(recipe, world)
-    inputs = find_inputs(recipe, root=root, offline=offline)
+    decisions = Decisions(recipe)
+    processes = _on_devices(decisions, world)
+    inputs = find_inputs(decisions, root=root, offline=offline)
+    if world.size > 1 and recipe.devices != world.size:
+        decisions.show(Choice("devices", world.size, "processes of this group, one device each"))
     refuse_shard(inputs.recipe, inputs.located, inputs.kind)
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(inputs, cache_dirs, on_progress)
-    recipe = reduce(with_choice, rows.choices, inputs.recipe)
+    decisions.decide(*rows.choices)
+    recipe = decisions.recipe
     masked = recipe.train.masked if inputs.head == "masked_token" else None
     write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
     _check_evaluation(recipe, inputs.head, rows)
@@ -105,71 +108,80 @@ def resolve_run(
     kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
     held_tokens = int(rows.held_store.lengths[rows.held_rows].sum())
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes)
-    recipe, choices = _decided(recipe, inputs, rows, facts)
-    choices = [*inputs.choices, *grouped, *rows.choices, *choices]
-    if device is not None:
-        choices = [choice for choice in choices if choice.key not in ("device", "threads")]
-    if run is not None or not world.is_first:
-        return ResolvedRun(_unforecast(recipe), choices, [], inputs, rows, given, None)
-    on_progress("plan", 0, 1)
-    found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
-    try:
-        is_here = device is None
-        device = device or _device_here(found, recipe, world, apart=apart)
-        _forecast(found, device, world, root if is_here else None, free_tokens=free_tokens)
-    except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
-        raise
-    except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
-        found.recipe = _unforecast(recipe)
-        why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
-        found.notes.append(f"memory and time could not be forecast: {why}")
-    on_progress("plan", 1, 1)
-    return found
+    _decide(decisions, inputs, rows, facts)
+    notes: list[str] = []
+    forecast: Forecast | None = None
+    is_here = device is None
+    if run is None and world.is_first:
+        on_progress("plan", 0, 1)
+        recipe = decisions.folded()
+        notes = rate_notes(recipe, facts)
+        try:
+            device = device or _device_here(notes, recipe, world, apart=apart)
+            planned = Planned(decisions, notes, inputs, rows, device)
+            forecast = _forecast(planned, recipe, root if is_here else None, free_tokens=free_tokens)
+        except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
+            raise
+        except Exception as error:  # a machine or model that the forecast does not know: the run itself may well go on
+            why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
+            notes.append(f"memory and time could not be forecast: {why}")
+        on_progress("plan", 1, 1)
+    for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what a forecast would have decided
+        if decisions.is_open(key):
+            decisions.set(key, value)
+    elsewhere = () if is_here else ("device", "threads")  # of this machine, and nobody's who asks for another
+    choices = [choice for choice in decisions.choices if choice.key not in elsewhere]
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
 
 
-def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int]:
-    """The recipe for as many devices as its group has, and how many processes of it are on one machine."""
+def _on_devices(decisions: Decisions, world: World) -> int:
+    """Decide the number of devices, as many as the group has; how many processes of it are on this machine."""
     if world.size > 1:
-        choice = Choice("devices", world.size, "processes of this group, one device each")
-        others = recipe.devices != world.size
-        return with_choice(recipe, choice), [choice] if others else [], world.place.local_size
-    if recipe.devices == "auto":
-        return with_choice(recipe, Choice("devices", 1, "")), [], 1
-    return recipe, [], recipe.devices
+        decisions.set("devices", world.size)
+        return world.place.local_size
+    if decisions.is_open("devices"):
+        decisions.set("devices", 1)
+    return resolved(decisions.recipe.devices)
 
 
-def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tuple[Recipe, list[Choice]]:
-    """Everything that rows decide; evaluations by epoch become a number of steps."""
-    recipe, choices = decide(recipe, facts)
-    steps_per_epoch = sampler_of(recipe, rows, "padded", "cpu").steps_per_epoch  # no layout or device changes it
-    if recipe.evaluation.every == "epoch":
-        why = next((choice.reason for choice in choices if choice.key == "evaluation.every"), "")
-        choices = [choice for choice in choices if choice.key != "evaluation.every"]
+def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) -> None:
+    """Decide everything that rows decide; evaluations by epoch become a number of steps."""
+    decide(decisions, facts)
+    steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # on any layout and device
+    if decisions.recipe.evaluation.every == "epoch":
+        why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
         reason = f"the steps of an epoch: {why}" if why else "the steps of an epoch"
-        choices.append(Choice("evaluation.every", steps_per_epoch, reason))
-        recipe = with_choice(recipe, choices[-1])
-    recipe, measuring = decide_measuring(
-        recipe,
-        inputs.recipe,
+        decisions.decide(Choice("evaluation.every", steps_per_epoch, reason))
+    decide_measuring(
+        decisions,
         facts,
-        steps=total_steps(recipe, steps_per_epoch),
+        steps=total_steps(decisions.recipe, steps_per_epoch),
         held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
     )
-    less = {choice.key for choice in measuring}
-    return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
-def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | None, *, free_tokens: bool) -> None:
-    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
-    the recipe and the forecast of `found` as they were; notes may have been added."""
-    inputs, rows, recipe = found.inputs, found.rows, found.recipe
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a forecast is made from."""
+
+    decisions: Decisions
+    notes: list[str]
+    inputs: Inputs
+    rows: Splits
+    device: Device
+
+
+def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tokens: bool) -> Forecast:
+    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises anything,
+    nothing is decided, but notes may have been added."""
+    inputs, rows, device = planned.inputs, planned.rows, planned.device
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
-        recipe = with_choice(recipe, Choice("shard", False, ""))
+        recipe = with_options(recipe, {"shard": False})
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     kind = device.kind
@@ -196,7 +208,7 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
         choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
-        split = with_choice(whole, choice)
+        split = with_options(whole, {"shard": True})
         with suppress(RecipeError):  # of a model whose layers cannot be split
             split, others, other = fit(split, predict, longest=longest, free_tokens=free_tokens)
             if other.fits:
@@ -205,26 +217,25 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
         refusal = refuse(recipe, forecast, predict, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        found.notes.append(str(refusal))
+        planned.notes.append(str(refusal))
     if saving := _saving(inputs.recipe, recipe, forecast, folder):
-        recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
+        recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    found.notes += _few_rows(recipe, size, forecast)
-    replaced = {choice.key for choice in fitted}
-    found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
-    found.recipe, found.forecast = recipe, forecast
+    planned.notes.extend(_few_rows(recipe, size, forecast))
+    planned.decisions.decide(*fitted)
+    return forecast
 
 
-def _device_here(found: ResolvedRun, recipe: Recipe, world: World, *, apart: bool) -> Device:
+def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
     """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
-        found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+        notes.append(f"precision: float16: {slow}. Leave precision out.")
     name = world.card or resolved(recipe.device)
     measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
     device = measure(name, threads=threads, dtype=dtype)
-    found.notes.extend(filter(None, [device.in_use, _unlike(world)]))
+    notes.extend(filter(None, [device.in_use, _unlike(world)]))
     return replace(device, room=_room_of_a_rank(device, recipe, world))
 
 
@@ -282,15 +293,6 @@ def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
 
 def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
-
-
-def _unforecast(recipe: Recipe) -> Recipe:
-    """The recipe with what a forecast would have decided."""
-    if recipe.shard == "auto":
-        recipe = with_choice(recipe, Choice("shard", False, ""))
-    if recipe.train.checkpointed_layers != "auto":
-        return recipe
-    return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
 
 
 def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
