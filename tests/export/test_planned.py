@@ -87,10 +87,16 @@ def test_a_finished_run_has_its_exports(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
     assert "this run is done" in result.stderr
     shutil.rmtree(tmp_path / "run" / "exports" / "merged")
+    with pytest.warns(tunesmith.TunesmithWarning, match="it was done except for 1 export, made now"):
+        tunesmith.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "exports" / "merged" / "verify.json").is_file()
+    shutil.rmtree(tmp_path / "run" / "exports" / "merged")
     reached = list[str]()
     monkeypatch.setattr("tunesmith.training.trainer.resume", lambda run, **_: reached.append(run.path.name) or run)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
     assert (result.exit_code, reached) == (0, ["run"]), result.output
+    tunesmith.resume(tmp_path / "run")
+    assert reached == ["run", "run"]
     assert not (tmp_path / "run" / "exports" / "merged").exists()  # one of several ranks makes none
