@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike, fspath
@@ -96,7 +96,7 @@ def train(
     watch = partial(_watch, progress=progress, on_event=on_event, should_stop=should_stop)
 
     def several(devices: int) -> Run:
-        with watch(is_first=True) as watcher:
+        with watch(True) as watcher:
             listener = watcher.listener(lambda run: None)
             return train_in_child(
                 chosen, root=Path(root), out=place, offline=offline, listener=listener, on_note=watcher.say
@@ -130,7 +130,7 @@ def resume(
 
     def several(devices: int) -> Run:
         words = ["resume", str(begun.path), *(["--model", begun.base] if begun.base is not None else [])]
-        with watch(is_first=True) as watcher:
+        with watch(True) as watcher:
             return run_words(words, offline=offline, listener=watcher.listener(lambda run: None), on_note=watcher.say)
 
     return resume_run(begun, watch=watch, several=several, offline=offline)
@@ -291,8 +291,8 @@ def _columns(match: re.Match[str]) -> str:
 
 @contextmanager
 def _watch(
-    *,
     is_first: bool,
+    *,
     progress: bool | None,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
@@ -322,7 +322,8 @@ def _watch(
             _tell(note)
 
     try:
-        yield Watcher(listener, tracked=_warn, say=_tell, exported=exported, export_note=_tell)
+        silent = nullcontext(lambda what, done, total: None)
+        yield Watcher(listener, _warn, say=_tell, exported=exported, export_note=_tell, export_progress=lambda: silent)
     finally:
         if line is not None:
             line.close()

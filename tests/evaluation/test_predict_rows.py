@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
 from tunesmith.data.collate import Collator, build_batch
+from tunesmith.data.row_targets import RowTargets
 from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import bind
@@ -30,7 +31,7 @@ class Shelf:
         self.lengths = np.array(lengths, np.int32)
         self.denominators = np.array([row.trained[1:].sum() for row in self.rows], np.float64)
         self.num_bytes = np.zeros(len(lengths), np.int32)
-        self.branches = SimpleNamespace(partners=None)
+        self.learnt = RowTargets()
 
     def lengths_in(self, layout: str) -> np.ndarray:
         return self.lengths

@@ -184,7 +184,7 @@ def test_a_control_group_inside_another_is_bounded_by_both(tmp_path, monkeypatch
         (group / "memory.current").write_text("3000\n")
         (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
     (tmp_path / "own").write_text("1:name=systemd:/\n0::/slurm/job_7/step\n")
-    monkeypatch.setattr(devices, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(devices, "NAMED_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "own")
     assert devices._group_free() == 4_000 - 3_000 + 500
     (tmp_path / "own").write_text("0::/slurm/job_7\n")

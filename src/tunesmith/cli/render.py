@@ -297,7 +297,7 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
 Facts = list[tuple[str, str]]
 LEAST_PART = 2**20 / 10
 """Bytes of a part of the memory that is named at least."""
-SETTLED = 8
+SETTLED_SHOWN = 8
 """Steps of usual size that count in a probe, the last ones."""
 
 
@@ -326,7 +326,7 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None) ->
         total = forecast["memory"]["total"] if forecast else 0
         away = f", estimated {size(total)} ({100 * total / found - 100:+.0f} %)" if total else ""
         facts.append(("memory", f"{size(found)}{away}"))
-    if usual := probe["steps"][1:][-SETTLED:]:
+    if usual := probe["steps"][1:][-SETTLED_SHOWN:]:
         tokens, taken = (sum(one[key] for one in usual) / len(usual) for key in ("count", "seconds"))
         facts.append(("step", f"{taken:.3g} s, of {tokens:,.0f} tokens"))
     facts += [("note", text) for text in probe["notes"]]

@@ -97,7 +97,7 @@ def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: boo
 
 @contextmanager
 def _watch(
-    *, is_first: bool, as_json: bool, quiet: bool, verbose: bool, earlier: Iterable[Event] = ()
+    is_first: bool, *, as_json: bool, quiet: bool, verbose: bool, earlier: Iterable[Event] = ()
 ) -> Iterator[Watcher]:
     """The terminal as the watcher of a run; ranks other than the first show nothing."""
     from tunesmith.cli.display import phases, run_display

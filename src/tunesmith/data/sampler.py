@@ -34,7 +34,7 @@ prefix."""
 MULTIPLE = 32
 """Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
 large one."""
-VERSION = "2"
+ORDER_VERSION = "2"
 """Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
 In version 1 the order of seed s + 1 was that of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)

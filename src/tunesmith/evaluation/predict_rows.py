@@ -26,7 +26,7 @@ from tunesmith.parallel.world import World
 from tunesmith.tasks.task import BoundTask
 from tunesmith.types import HeadName, Labels
 
-MAX_CHARS = 10_000
+MOST_ROW_CHARS = 10_000
 """Characters of a row's text that are written down."""
 MOST_HIGH_LOSS = 20
 """Training rows of high loss that are listed."""
@@ -212,7 +212,7 @@ def row_lines(
         text = given
         if text is None:
             text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
-        shown = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
+        shown = text if len(text) <= MOST_ROW_CHARS else text[:MOST_ROW_CHARS] + " …"
         yield {"source": str(store.source(row)), "hash": result["hash"], "text": shown, **result}
 
 

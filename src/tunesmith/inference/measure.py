@@ -49,7 +49,7 @@ from tunesmith.evaluation.generate import (
 )
 from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
 from tunesmith.evaluation.retrieval import settled
-from tunesmith.evaluation.scores import MEASURED, answer_scores, score, score_answers
+from tunesmith.evaluation.scores import MEASURED_ROWS, answer_scores, score, score_answers
 from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
@@ -152,23 +152,12 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        choices = section.from_rows(loaded.recipe, [(store, rows_I)]) if (section := TASKS[task].section) else []
-        loaded = replace(loaded, recipe=with_options(loaded.recipe, {choice.key: choice.value for choice in choices}))
-        write_targets(
-            [(store, rows_I)],
-            labels=loaded.labels,
-            masked=masked_share(loaded),
-            partner_tokens=partner_tokens(loaded.recipe),
-        )
-        if TASKS[task].compares:
-            with _as_begun(loaded) as base:
-                found = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
-            write_reference(store, rows_I, np.array([result["logps"] for result in found.results], np.float64))
+        loaded = _with_targets(loaded, store, rows_I, on_progress)
         found = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
         results = row_results(loaded.head, loaded.labels, found, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
         constant = constant_answer(loaded.labels, known.store, known.rows_I)
-        source = MEASURED if trained is None else "the training rows"
+        source = MEASURED_ROWS if trained is None else "the training rows"
         measures, details = score(results, classes=classes, constant=constant, constant_from=source)
         _refuse_non_finite(measures["loss"]["value"], loaded, path)
         texts = map(texts_of(data.train, data, task, store, rows_I).get, rows_I.tolist())
@@ -183,6 +172,23 @@ def evaluate_file(
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
     headline, notes = _headline(task, measures, baseline, details, store), [*notes, *more]
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
+
+
+def _with_targets(
+    loaded: LoadedModel, store: RowStore, rows_I: NDArray[np.int64], on_progress: OnProgress
+) -> LoadedModel:
+    """The model with the options that these rows decide; what they are measured by is written into their store."""
+    sides, task = [(store, rows_I)], TASKS[loaded.renderer.task_name]
+    if task.section:
+        options = {choice.key: choice.value for choice in task.section.from_rows(loaded.recipe, sides)}
+        loaded = replace(loaded, recipe=with_options(loaded.recipe, options))
+    partners = partner_tokens(loaded.recipe)
+    write_targets(sides, labels=loaded.labels, masked=masked_share(loaded), partner_tokens=partners)
+    if task.compares:
+        with _as_begun(loaded) as base:
+            reference = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
+        write_reference(store, rows_I, np.array([result["logps"] for result in reference.results], np.float64))
+    return loaded
 
 
 def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -> tuple[list[Example], int]:

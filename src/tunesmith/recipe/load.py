@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "gradient_checkpointing": "train.checkpointed_layers",
 }
 """Names of options in other tools that are not like ours, for suggestions."""
-SETTING = "--set"
+SETTING_OPTION = "--set"
 
 
 def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
@@ -76,7 +76,7 @@ def load(path: str | None, overrides: Sequence[str] = (), base: Mapping[str, Any
 
     def where(key: str) -> str:
         from_setting = any(_within(key, setting) or _within(setting, key) for setting in settings)
-        return SETTING if from_setting else path or "recipe"
+        return SETTING_OPTION if from_setting else path or "recipe"
 
     recipe, found = _checked(data, where)
     problems += found
@@ -149,14 +149,14 @@ def _apply(data: dict[str, Any], override: str) -> str:
     key, equals, value_text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
-    if key.count(".") >= yaml_io.MAX_DEPTH:
-        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {yaml_io.MAX_DEPTH}: no option is.")
+        raise RecipeError(f"{SETTING_OPTION} {override}: not of the form key=value, such as method.rank=8.")
+    if key.count(".") >= yaml_io.MAX_YAML_DEPTH:
+        raise RecipeError(f"{SETTING_OPTION} {key[:40]}…: nested deeper than {yaml_io.MAX_YAML_DEPTH}: no option is.")
     try:
-        value = yaml_io.parse(value_text, SETTING)
+        value = yaml_io.parse(value_text, SETTING_OPTION)
     except RecipeError as error:
-        rule = str(error).splitlines()[0].removeprefix(f"{SETTING}:1: ")
-        raise RecipeError(f"{SETTING} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
+        rule = str(error).splitlines()[0].removeprefix(f"{SETTING_OPTION}:1: ")
+        raise RecipeError(f"{SETTING_OPTION} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
     section = data
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents, start=1):
@@ -167,7 +167,7 @@ def _apply(data: dict[str, Any], override: str) -> str:
             inner = {}
         if not isinstance(inner, dict):
             name = ".".join(parents[:depth])
-            raise RecipeError(f"{SETTING} {key}: {name} has no options below it: set {name} as a whole.")
+            raise RecipeError(f"{SETTING_OPTION} {key}: {name} has no options below it: set {name} as a whole.")
         section[parent] = inner
         section = inner
     section[last] = value
@@ -184,7 +184,7 @@ def _checked(data: Mapping[str, Any], where: Callable[[str], str]) -> tuple[Reci
     placed = [(*_place(detail["loc"]), detail) for detail in details]
     problems = []
     groups = [(place, list(group)) for place, group in groupby(placed, key=lambda item: item[:2])]
-    for (shown, known), group in groups[: yaml_io.MOST_PROBLEMS]:
+    for (shown, known), group in groups[: yaml_io.MOST_RECIPE_PROBLEMS]:
         key, problem = _problem(shown, known, [detail for _, _, detail in group])
         problems.append(f"{where(key)}: {key}: {problem}" if key else f"{where(key)}: {problem}")
     if more := len(groups) - len(problems):

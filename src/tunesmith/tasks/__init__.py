@@ -12,7 +12,7 @@ from tunesmith.recipe.schema import Loss, Recipe, resolved
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.prefer import PREFER
 from tunesmith.tasks.scores import RANK, REWARD
-from tunesmith.tasks.task import PLAIN, BoundTask, Task, Terms
+from tunesmith.tasks.task import PLAIN_LOSS, BoundTask, Task, Terms
 from tunesmith.tasks.texts import CHAT, CLASSIFY, GENERATE, SUMMARIZE, TAG, TEXT
 from tunesmith.types import TASK_NAMES, Labels, TaskName
 
@@ -48,7 +48,7 @@ def partner_tokens(recipe: Recipe) -> int | None:
 def bind(
     name: TaskName,
     labels: Labels | None,
-    loss: Loss = PLAIN,
+    loss: Loss = PLAIN_LOSS,
     output: OutputLayer | None = None,
     *,
     recipe: Recipe | None = None,

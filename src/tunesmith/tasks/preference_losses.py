@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.parallel.world import World
 
-USUAL = Prefer()
+USUAL_PREFER = Prefer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pair
 
 
 def preference_loss_sum(
-    model: nn.Module, batch: Batch, *, options: Prefer = USUAL, output: OutputLayer | None = None
+    model: nn.Module, batch: Batch, *, options: Prefer = USUAL_PREFER, output: OutputLayer | None = None
 ) -> Tensor:
     """Sum of the pairs' losses, float32."""
     return pair_losses(pairs_of(model, batch, output), options)[0].sum().float()
@@ -188,7 +188,7 @@ def kto_prepass(
 
 
 def preference_measure(
-    model: nn.Module, batch: Batch, *, options: Prefer = USUAL, output: OutputLayer | None = None
+    model: nn.Module, batch: Batch, *, options: Prefer = USUAL_PREFER, output: OutputLayer | None = None
 ) -> Measured:
     """The loss of each row and what was found of it, without gradient. Losses of kto follow from all rows: `settle`."""
     import torch

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Side = tuple[RowStore, NDArray[np.int64]]
     """A store, and the rows of it that are trained on or measured."""
 
-PLAIN = Loss()
+PLAIN_LOSS = Loss()
 
 
 class Measure(Protocol):
@@ -54,7 +54,7 @@ class Terms:
 
     labels: Labels | None = None
     """Of a task that learns labels."""
-    loss: Loss = PLAIN
+    loss: Loss = PLAIN_LOSS
     """Additions to the loss that is trained; what is measured keeps the plain one."""
     output: OutputLayer | None = None
     """The output layer of a model that learns tokens, if losses can be computed in pieces."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tunesmith.parallel.launch import devices_of
 from tunesmith.parallel.own_card import take_card
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 OnRun = Callable[[Run], None]
 
 
-def _ignore_progress() -> AbstractContextManager[OnProgress]:
-    return nullcontext(lambda what, done, total: None)
-
-
 @dataclass(frozen=True)
 class Watcher:
     """Callbacks of whoever watches a run, from its first event to its last export."""
@@ -51,21 +47,15 @@ class Watcher:
     exported: Callable[[Exported], None]
     export_note: Callable[[str], None]
     """Gets what should be known before an export is done."""
+    export_progress: Callable[[], AbstractContextManager[OnProgress]]
     done: Callable[[Run], None] = lambda run: None
     """Called with the finished run, before its exports are made."""
-    export_progress: Callable[[], AbstractContextManager[OnProgress]] = _ignore_progress
 
 
-class OpenWatcher(Protocol):
-    """Opens the watcher of this process; that of another rank than the first gets no event."""
-
-    def __call__(self, *, is_first: bool) -> AbstractContextManager[Watcher]: ...
-
-
-class Several(Protocol):
-    """Runs the same job in one process a device, and returns its run."""
-
-    def __call__(self, devices: int) -> Run: ...
+OpenWatcher = Callable[[bool], AbstractContextManager[Watcher]]
+"""Opens the watcher of this process. (False): of another rank than the first, which gets no event."""
+Several = Callable[[int], Run]
+"""Runs the same job in so many processes, one a device, and returns its run."""
 
 
 def train_run(
@@ -80,7 +70,7 @@ def train_run(
     if (devices := devices_of(recipe)) > 1:
         return several(devices)
     is_first = _take_part(recipe)
-    with watch(is_first=is_first) as watcher:
+    with watch(is_first) as watcher:
         if is_first and recipe.export.to:
             from tunesmith.export.export_run import refuse_planned
 
@@ -110,7 +100,7 @@ def resume_run(
     """
     is_alone = place_of(os.environ).size == 1  # ranks would all make the same exports
     if is_alone and run.state() == "done" and _missing_exports(run):
-        with watch(is_first=True) as watcher:
+        with watch(True) as watcher:
             made = plural(len(_make_exports(run, watcher)), "export")
             given = {"--track (see `tunesmith track`)": trackers, "--set": settings}
             unused = " and ".join(option for option, words in given.items() if words)
@@ -123,7 +113,7 @@ def resume_run(
     is_first = _take_part(recipe)
     of_recipe = run.recipe().track if is_first else ()
     with (
-        watch(is_first=is_first) as watcher,
+        watch(is_first) as watcher,
         tracked(trackers if is_first else (), offline=offline, say=watcher.tracked, optional=of_recipe) as on_run,
     ):
         from tunesmith.training import trainer

@@ -31,8 +31,8 @@ from tunesmith.training.setup import Setup
 TOLERANCE = {"float32": 0.002, "float16": 0.05, "bfloat16": 0.4}
 """Nats by which an answer of one trained token may be off between two passes; it grows with the root of their number.
 In bfloat16 the largest seen is 0.14."""
-LEAST = 0.01
-MOST_NAMED = 5
+LEAST_NATS = 0.01
+MOST_NAMED_ROWS = 5
 
 
 def use_reference(session: Session) -> None:
@@ -132,11 +132,11 @@ def check_start(setup: Setup) -> None:
         results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
         for row, result in zip(rows, results, strict=True):
             moved = np.nan_to_num(np.abs(np.subtract(result["logps"], result["reference"])), nan=np.inf)
-            if (moved > np.maximum(LEAST, allowed * np.sqrt(result["lengths"]))).any():
+            if (moved > np.maximum(LEAST_NATS, allowed * np.sqrt(result["lengths"]))).any():
                 away.append((float(moved.max()), str(setup.store.source(row))))
     if not away:
         return
-    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED])
+    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED_ROWS])
     raise RunError(
         f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: {named}. "
         "The first loss of dpo would not be log 2, and every later one would be off by as much. Likely causes: dropout "

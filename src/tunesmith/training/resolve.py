@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,62 +77,66 @@ def resolve_run(
     world: World | None = None,
     apart: bool = False,
 ) -> ResolvedRun:
-    """Encode rows and decide. `device`: another machine's, for which a plan is asked. `world`: the group that trains;
-    all of it but its first rank get a recipe in which everything is decided, and forecast nothing. `apart`: a card is
-    measured by another process, so that this one takes no memory of it.
+    """Encode rows and decide. `device`: another machine's, for a plan. `world`: the group that trains; ranks but the
+    first get a recipe in which everything is decided. `apart`: a card is measured by another process.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
+    # 1. What a person gave, on the machine that is asked about.
     given, world = changed(recipe), world or World()
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
     decisions = Decisions(recipe)
+    # 2. What model, devices and the first row decide.
     processes = _on_devices(decisions, world)
     inputs = find_inputs(decisions, root=root, offline=offline)
     if world.size > 1 and recipe.devices != world.size:
         decisions.show(Choice("devices", world.size, "processes of this group, one device each"))
     refuse_shard(inputs.recipe, inputs.located, inputs.kind)
+    # 3. The rows, and what they decide.
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
-    rows = _rows(inputs, cache_dirs, on_progress)
-    decisions.decide(*rows.choices)
-    recipe = decisions.recipe
-    masked = recipe.train.masked if inputs.head == "masked_token" else None
-    write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
-    _check_evaluation(recipe, inputs.head, rows)
-    lengths_I = rows.store.lengths[rows.train_rows]
-    targets_I = rows.held_store.targets[rows.held_rows]
-    kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
-    held_tokens = int(rows.held_store.lengths[rows.held_rows].sum())
+    rows = _rows(decisions, inputs, cache_dirs, on_progress)
+    (store, rows_I), (held, held_I) = rows.sides
+    kind, held_tokens = device.kind if device else decisions.recipe.device, int(held.lengths[held_I].sum())
+    lengths_I, targets_I = store.lengths[rows_I], held.targets[held_I]
     facts = Facts(inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes)
+    free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
+    # 4. What memory decides, by a forecast; a run that goes on, or another rank, has it decided.
     notes: list[str] = []
     forecast: Forecast | None = None
-    is_here = device is None
     if run is None and world.is_first:
         on_progress("plan", 0, 1)
         recipe = decisions.folded()
         notes = rate_notes(recipe, facts)
-        try:
+        with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
             planned = Planned(decisions, notes, inputs, rows, device)
             forecast = _forecast(planned, recipe, root if is_here else None, free_tokens=free_tokens)
-        except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
-            raise
-        except Exception as error:  # a machine or model that the forecast does not know: the run itself may well go on
-            why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
-            notes.append(f"memory and time could not be forecast: {why}")
         on_progress("plan", 1, 1)
     for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what a forecast would have decided
         if decisions.is_open(key):
             decisions.set(key, value)
-    elsewhere = () if is_here else ("device", "threads")  # of this machine, and nobody's who asks for another
-    choices = [choice for choice in decisions.choices if choice.key not in elsewhere]
+    # 5. One recipe.
+    choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
     return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
+
+
+@contextmanager
+def _forecasting(notes: list[str]) -> Iterator[None]:
+    """A block that forecasts: what was given wrong is raised, everything else becomes a note."""
+    try:
+        yield
+    except (RecipeError, DataError, DoesNotFitError):
+        raise
+    except Exception as error:  # a machine or model that the forecast does not know: the run itself may well go on
+        why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
+        notes.append(f"memory and time could not be forecast: {why}")
 
 
 def _on_devices(decisions: Decisions, world: World) -> int:
@@ -295,7 +300,8 @@ def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
 
 
-def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
+def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
+    """The rows, with what is learnt from them; options that follow from them are decided."""
     recipe = inputs.recipe
     rows = encode_rows(
         recipe.data,
@@ -309,6 +315,11 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
     )
     if section := TASKS[rows.task].section:
         rows.choices.extend(section.from_rows(recipe, rows.sides))
+    decisions.decide(*rows.choices)
+    recipe = decisions.recipe
+    masked = recipe.train.masked if inputs.head == "masked_token" else None
+    write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
+    _check_evaluation(recipe, inputs.head, rows)
     return rows
 
 

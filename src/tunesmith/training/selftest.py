@@ -159,7 +159,7 @@ def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tenso
     loss_of = step_loss(setup, [tuple(rows) for rows in passes], 1)
     for rows in passes:
         batch = setup.collator.batch(rows, draw=0, lines="learnt")
-        (loss_of(setup.model, batch) / count).backward()
+        (loss_of(setup.model, batch) / count).backward()  # type: ignore[no-untyped-call]
         setup.attachment.collect_gradients()
     gradients = {name: t.grad.clone() for name, t in setup.attachment.trained.items() if t.grad is not None}
     setup.optimizer.zero_grad()

@@ -354,7 +354,7 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "tokenizer and template": renderer.fingerprint,
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
-        "setting order of rows": f"version {sampler.VERSION}",
+        "setting order of rows": f"version {sampler.ORDER_VERSION}",
     }
     return {**settings, **model, **data, **own}
 
