@@ -241,11 +241,6 @@ def _name(target: Run | str | PathLike[str]) -> str:
     return str(target.path) if isinstance(target, Run) else fspath(target)
 
 
-def _warn(is_sent: bool, text: str) -> None:
-    if not is_sent:
-        _tell(text)
-
-
 def _tell(text: str) -> None:
     """Warn, as if at the line of the caller's own code that called us."""
     depth, frame = 1, sys._getframe()
@@ -317,13 +312,19 @@ def _watch(
 
         return Listener(on_event=hear, on_progress=line.tick, should_stop=should_stop, on_run=begin)
 
+    def tracked(is_sent: bool, text: str) -> None:
+        if not is_sent:
+            _tell(text)
+
     def exported(done: Exported) -> None:
         for note in done.notes:
             _tell(note)
 
     try:
         silent = nullcontext(lambda what, done, total: None)
-        yield Watcher(listener, _warn, say=_tell, exported=exported, export_note=_tell, export_progress=lambda: silent)
+        yield Watcher(
+            listener, tracked, say=_tell, exported=exported, export_note=_tell, export_progress=lambda: silent
+        )
     finally:
         if line is not None:
             line.close()

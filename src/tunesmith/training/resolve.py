@@ -241,7 +241,8 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
     measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
     device = measure(name, threads=threads, dtype=dtype)
     notes.extend(filter(None, [device.in_use, _unlike(world)]))
-    return replace(device, room=_room_of_a_rank(device, recipe, world))
+    room = devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
+    return replace(device, room=min((int(rank["room"]) for rank in world.joined), default=room))
 
 
 def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
@@ -287,13 +288,6 @@ def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
     if wanted > MOST_OF_A_DEVICE * size:
         way = "This model is small for so many: fewer devices take about as long"
     return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
-
-
-def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
-    """Bytes that each rank may take: the smallest of all, and of a processor's memory its share."""
-    if world.joined:
-        return min(int(one["room"]) for one in world.joined)
-    return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
 
 
 def _speaks(inputs: Inputs) -> bool:

@@ -230,7 +230,7 @@ def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer |
 
 
 def _resolve_together(
-    world: World, recipe: Recipe, root: Path, *, run: Run | None, turn: int = 0, **how: Any
+    world: World, recipe: Recipe, root: Path, *, run: Run | None, offline: bool, on_progress: OnProgress, turn: int = 0
 ) -> ResolvedRun:
     """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others. `turn`:
     the number of times that this was done before."""
@@ -240,7 +240,7 @@ def _resolve_together(
     leader = world.rank - world.place.local_rank
     if world.rank != leader:
         world.wait_for(f"rows of {leader}, {turn}", leader)
-    found = _resolve(world, recipe, root, run=run, **how)
+    found = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
     if world.is_first:
         world.publish(f"recipe {turn}", found.recipe.model_dump(mode="json"))
     if world.rank == leader:
