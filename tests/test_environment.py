@@ -16,7 +16,7 @@ from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.environment import (
     KEPT_FREE,
-    SHAPES,
+    SHAPE_CACHE_SIZE,
     for_child,
     in_force,
     prepare_environment,
@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_shapes_of_passes() -> None:
     prepare_environment(environment)
     assert growth(environment) < 16  # MiB: a few shapes more or less in the caches
     # The planted bug: only one of the two caches is bounded, so that the other keeps what this one drops.
-    assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES, "LRU_CACHE_CAPACITY": "4096"}) > 64
+    assert growth({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPE_CACHE_SIZE, "LRU_CACHE_CAPACITY": "4096"}) > 64
 
 
 def test_what_a_person_has_set_counts_more_and_is_told() -> None:
@@ -79,7 +79,7 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
     prepare_environment(environment)
     assert in_force(environment) == {
         "GOMP_SPINCOUNT": "5",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPES,
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPE_CACHE_SIZE,
         "LRU_CACHE_CAPACITY": "7",
         "MALLOC_MMAP_MAX_": "9",
         "MALLOC_TRIM_THRESHOLD_": KEPT_FREE,

@@ -17,8 +17,9 @@ from tunesmith.data.renderer import EncoderSettings, RowEncoder
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.load import validate
 from tunesmith.tasks import TASKS, register
-from tunesmith.tasks.losses import token_loss_sum, token_measure
-from tunesmith.types import Example, Part, Problem, Source, Task
+from tunesmith.tasks.losses import token_losses
+from tunesmith.tasks.task import Task
+from tunesmith.types import Example, Part, Problem, Source
 
 
 def parse(record: dict[str, Any], source: Source, *, answered: bool = True) -> Example | list[Problem]:
@@ -39,8 +40,7 @@ ECHO = Task(
     doc="The same text again.",
     shapes=("said",),
     heads={"causal": "next_token"},
-    loss_sum=token_loss_sum,
-    measure=token_measure,
+    losses=token_losses,
     encoder=encoder,
     record=lambda text, answer=None: {"say": text},
     raw_text=True,

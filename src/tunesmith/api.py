@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,20 +24,18 @@ from tunesmith.errors import DataError, InputError, RecipeError, RunError, Tunes
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.export.export_run import export_planned, refuse_planned
+from tunesmith.export.export_run import Exported
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
-from tunesmith.parallel.launch import devices_of
-from tunesmith.parallel.world import place_of
 from tunesmith.phrases import PHASES, visible
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
-from tunesmith.trackers.sender import tracked
-from tunesmith.training import trainer as training
+from tunesmith.training.job import Watcher, resume_run, train_run
+from tunesmith.training.progress import Listener
 from tunesmith.types import Event, TaskName
 
 Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
@@ -96,19 +94,18 @@ def train(
     if not chosen.model or not chosen.data.train:
         missing = "model" if not chosen.model else "data"
         raise RecipeError(f"tunesmith.train: {missing}: nothing was given: tunesmith.train(model, data)")
-    refuse_planned(chosen, offline=offline)
     place = Path(out) if out else None
-    if devices_of(chosen) > 1:
-        with _problems_named(), _listening(progress, on_event, should_stop, lambda run: None) as listener:
-            return train_in_child(chosen, root=Path(root), out=place, offline=offline, listener=listener)
-    is_first = place_of(os.environ).rank == 0
-    with (
-        _problems_named(),
-        tracked(chosen.track if is_first else (), offline=offline, say=_warn) as on_run,
-        _listening(progress, on_event, should_stop, on_run) as listener,
-    ):
-        run = training.train(chosen, root=Path(root), out=place, offline=offline, listener=listener)
-        return _with_exports(run) if is_first else run
+    watch = partial(_watch, progress=progress, on_event=on_event, should_stop=should_stop)
+
+    def several(devices: int) -> Run:
+        with watch(True) as watcher:
+            listener = watcher.listener(lambda run: None)
+            return train_in_child(
+                chosen, root=Path(root), out=place, offline=offline, listener=listener, on_note=watcher.say
+            )
+
+    with _problems_named():
+        return train_run(chosen, watch=watch, several=several, root=Path(root), out=place, offline=offline)
 
 
 def resume(
@@ -130,25 +127,15 @@ def resume(
     Examples:
         >>> run = tunesmith.resume("last")
     """
-    found = _opened(run, root, model)
-    if found.recipe().devices != "auto" and devices_of(found.recipe()) > 1:
-        with _listening(progress, on_event, should_stop, lambda run: None) as listener:
-            place = ["--model", found.base] if found.base is not None else []
-            return run_words(["resume", str(found.path), *place], offline=offline, listener=listener)
-    with (
-        tracked((), offline=offline, say=_warn, optional=found.recipe().track) as on_run,
-        _listening(progress, on_event, should_stop, on_run) as listener,
-    ):
-        training.resume(found, offline=offline, listener=listener)
-        return _with_exports(found)
+    begun = _opened(run, root, model)
+    watch = partial(_watch, progress=progress, on_event=on_event, should_stop=should_stop)
 
+    def several(devices: int) -> Run:
+        words = ["resume", str(begun.path), *(["--model", begun.base] if begun.base is not None else [])]
+        with watch(True) as watcher:
+            return run_words(words, offline=offline, listener=watcher.listener(lambda run: None), on_note=watcher.say)
 
-def _with_exports(run: Run) -> Run:
-    for word in run.recipe().export.to:
-        done = export_planned(run, word, on_note=_tell)
-        for note in done.notes:
-            _tell(note)
-    return run
+    return resume_run(begun, watch=watch, several=several, offline=offline)
 
 
 def predict(
@@ -260,11 +247,6 @@ def _name(target: Run | str | PathLike[str]) -> str:
     return str(target.path) if isinstance(target, Run) else fspath(target)
 
 
-def _warn(is_sent: bool, text: str) -> None:
-    if not is_sent:
-        _tell(text)
-
-
 def _tell(text: str) -> None:
     """Warn, as if at the line of the caller's own code that called us."""
     depth, frame = 1, sys._getframe()
@@ -309,34 +291,49 @@ def _columns(match: re.Match[str]) -> str:
 
 
 @contextmanager
-def _listening(
+def _watch(
+    is_first: bool,
+    *,
     progress: bool | None,
     on_event: Callable[[Event], None],
     should_stop: Callable[[], bool],
-    on_run: Callable[[Run], None],
-) -> Iterator[training.Listener]:
-    def tell(event: Event) -> None:
+) -> Iterator[Watcher]:
+    """The caller's program as the watcher of a run: notes become warnings, and one bar shows how far it is."""
+    line = ProgressLine() if is_first and (is_wanted() if progress is None else progress) else None
+
+    def hear(event: Event) -> None:
+        if line is not None:
+            line.event(event)
         for text in _notes_of(event):
             _tell(text)
         on_event(event)
 
-    if not (is_wanted() if progress is None else progress):
-        yield training.Listener(on_event=tell, should_stop=should_stop, on_run=on_run)
-        return
-    line = ProgressLine()
+    def listener(on_run: Callable[[Run], None]) -> Listener:
+        if line is None:
+            return Listener(on_event=hear, should_stop=should_stop, on_run=on_run)
 
-    def both(event: Event) -> None:
-        line.event(event)
-        tell(event)
+        def begin(run: Run) -> None:
+            line.run(run)
+            on_run(run)
 
-    def begin(run: Run) -> None:
-        line.run(run)
-        on_run(run)
+        return Listener(on_event=hear, on_progress=line.tick, should_stop=should_stop, on_run=begin)
+
+    def tracked(is_sent: bool, text: str) -> None:
+        if not is_sent:
+            _tell(text)
+
+    def exported(done: Exported) -> None:
+        for note in done.notes:
+            _tell(note)
 
     try:
-        yield training.Listener(on_event=both, on_progress=line.tick, should_stop=should_stop, on_run=begin)
+        silent = nullcontext(lambda what, done, total: None)
+        yield Watcher(
+            listener, tracked, say=_tell, exported=exported, export_note=_tell, export_progress=lambda: silent
+        )
     finally:
-        line.close()
+        if line is not None:
+            line.close()
 
 
 def _files(files: Files | Any, root: Path) -> list[Any]:

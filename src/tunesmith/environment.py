@@ -24,7 +24,7 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Python 3.11 and later then leaves the working folder out of the path of imports."""
 DROP_FOLDER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); "
 """First words of a program by `python -c` that do the same in every version."""
-SHAPES = "192"
+SHAPE_CACHE_SIZE = "192"
 KEPT_FREE = str(2**30)
 """Bytes of freed memory that glibc keeps at the end of the heap."""
 MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
@@ -77,8 +77,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     environ.update(SAFE_PATH)
     # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for each
     # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
-    environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)
-    environ.setdefault("LRU_CACHE_CAPACITY", SHAPES)
+    environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
+    environ.setdefault("LRU_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
     # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
     # in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up to a GiB takes
     # 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs mallopt.

@@ -7,7 +7,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -26,6 +26,8 @@ JsonObject: TypeAlias = dict[str, Any]
 Record: TypeAlias = Mapping[str, Any]
 """Values by name, to be read only: a row of a file or table, a part of a recipe or report."""
 
+OnProgress = Callable[[str, int, int], None]
+"""Gets (phase, done, total) of anything that takes seconds."""
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
 
@@ -277,90 +279,6 @@ class LossSum(Protocol):
     def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Usual peak learning rates, each of a model below and of one from `large` weights on."""
-
-    adapter: tuple[float, float]
-    full: tuple[float, float]
-    large: float = 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A task and everything that other files need to know about it: a row of `tasks.TASKS`."""
-
-    name: TaskName
-    doc: str
-    shapes: tuple[Shape, ...]
-    """Data shapes the task accepts."""
-    heads: Mapping[ModelKind, HeadName]
-    """The kinds of model that can learn it, and the head each needs."""
-    loss_sum: Callable[..., Tensor]
-    """(model, batch) -> sum of the targets' losses over the batch (nats, or squared error), float32; with gradient.
-    A task that learns classes takes its `labels` too, see `tasks.bind`."""
-    measure: Callable[..., Measured]
-    """(model, batch) -> the same losses one by one, without gradient, and the model's outputs."""
-    encoder: str | Callable[[Any], Any]
-    """(EncoderSettings) -> the RowEncoder that makes token ids and targets of its examples, see `data.renderer`; or its
-    name, "module:function", which is imported when rows are encoded."""
-    record: Callable[..., JsonObject]
-    """(text, answer=None) -> a text as a row of the user's file, with its answer if there is one."""
-    is_chat: bool = False
-    """Rows are conversations in the model's chat template."""
-    raw_text: bool = False
-    """No template is put around the text, and white space of answers counts."""
-    has_prompt: bool = False
-    """`data.prompt` is put in front of the text."""
-    writes_answers: bool = False
-    """The model answers a prompt with text that is compared with a reference."""
-    learns_classes: bool = False
-    """A new head learns the labels of the data."""
-    by_word: bool = False
-    """The head answers for each word."""
-    takes_pairs: bool = False
-    """A row may hold two texts."""
-    input_role: str = "user"
-    """Role of what is answered, as `Example.parts` name it."""
-    answer_key: str = ""
-    """Key of the answer in a line that `predict` writes; empty: the head's own keys."""
-    detected: str = ""
-    """Why rows of its shape choose this task, in words."""
-    on_overlong: tuple[Literal["error", "cut"], str] = ("error", "a cut answer would teach the model to break off")
-    """The value that `data.too_long: auto` takes, and why."""
-    headline_metrics: tuple[str, ...] = ()
-    """The metrics that say most, in order."""
-    next_commands: tuple[tuple[str, ...], ...] = (("eval", "FILE"), ("show",))
-    """Commands for a finished run, without its name: the verb, and what follows the run."""
-    compares: bool = False
-    """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout is off
-    in training, since two passes must find the same."""
-    outcome: str = ""
-    """Key of its metrics in `HEAD_METRICS`; empty: as the head or the labels say."""
-    rows_per_step: int = 16
-    """Most rows that `train.rows_per_step: auto` takes."""
-    rates: Rates | None = None
-    """None: the method's."""
-    look: Callable[..., Callable[..., Tensor]] | None = None
-    """(model, micro-batches of a step, world) -> `loss_sum` of this step: what its rows have in common is found before
-    the first backward, without gradient and over all processes. None: each row is learnt by itself."""
-    looks: Callable[[Any], bool] = lambda options: False
-    """(its section of the recipe) -> whether the task has a look with these options."""
-    use_rows: Callable[[Any, Any], list[Choice]] = lambda recipe, sides: []
-    """(recipe, (store, rows) of each side, training first) -> options of its own section that follow from the rows,
-    which are made ready. Raises DataError for rows that these options cannot learn from."""
-    choose: Callable[[Any, Any], Sequence[Choice]] = lambda recipe, located: ()
-    """(recipe, its model) -> options of its own section that follow from the model's files."""
-    pools: bool = False
-    """The trained tokens of a line are pooled, not predicted: targets are not shifted."""
-    sees_rows: bool = False
-    """`loss_sum` adds up losses of single targets, and leaves them in `Batch.losses`."""
-    text_measure: Callable[..., Measured] | None = None
-    """`measure` of the tokens of a text, for a task whose own compares rows; None: `measure` itself."""
-    section: str = ""
-    """Section of the recipe that only this task has; `loss_sum`, `measure` and `look` take it as `options`."""
-
-
 class Attachment(Protocol):
     """A method's hold on a model: the tensors that are trained, and their way into the model and out of it again.
 
@@ -456,12 +374,6 @@ class Aside(str):
     """A note on what is as usual, which needs no action: the first lines of a run leave it out, its report does not."""
 
     __slots__ = ()
-
-
-def has_new_head(plan: Record) -> bool:
-    """Whether the run of a "plan" event (or of a report) begins with a head of random numbers. Earlier versions did not
-    say; nearly every classifier and tagger did."""
-    return bool(plan.get("new_head", plan.get("task") in ("classify", "tag")))
 
 
 def required(value: T | None) -> T:

@@ -8,7 +8,7 @@ from benchmarks.planning import errors
 from benchmarks.reviews import make_reviews
 from benchmarks.whole import PARTS, foreseen, taken_by_part, taken_by_phase
 
-from tunesmith.planning.forecast import KINDS
+from tunesmith.planning.forecast import WORK_KINDS
 
 
 def test_errors_are_shares_of_what_was_measured():
@@ -17,9 +17,9 @@ def test_errors_are_shares_of_what_was_measured():
 
 
 def test_every_kind_of_work_is_part_of_a_run_once():
-    assert sorted(kind for kinds, _ in PARTS.values() for kind in kinds) == sorted(KINDS)
-    seconds = {"work": {kind: {"seconds": 2.0} for kind in KINDS}}
-    assert sum(foreseen(seconds, part) for part in PARTS) == 2.0 * len(KINDS)
+    assert sorted(kind for kinds, _ in PARTS.values() for kind in kinds) == sorted(WORK_KINDS)
+    seconds = {"work": {kind: {"seconds": 2.0} for kind in WORK_KINDS}}
+    assert sum(foreseen(seconds, part) for part in PARTS) == 2.0 * len(WORK_KINDS)
 
 
 def test_what_a_run_took_is_all_some_part_of_it():

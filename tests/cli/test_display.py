@@ -308,7 +308,7 @@ def listed(**changes: object) -> dict[str, object]:
 def test_runs_keep_name_and_state_on_any_terminal(width: int) -> None:
     screen = terminal(width)
     rows = [cli_runs._cells(one) for one in (listed(), listed(name="bbc-2", state="interrupted"))]
-    print_table(screen, cli_runs.COLUMNS, rows, spare=cli_runs.SPARE)
+    print_table(screen, cli_runs.RUN_COLUMNS, rows, spare=cli_runs.SPARE)
     assert isinstance(screen.file, io.StringIO)
     lines = without_colours(screen.file.getvalue()).splitlines()
     assert all(len(line) <= width for line in lines)

@@ -98,7 +98,7 @@ def recipe_of(*words: str) -> Recipe:
     seen: list[Recipe] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tunesmith.cli.options.refuse_unreadable", lambda files, how: None)
-        patch.setattr("tunesmith.cli.train._tune", lambda recipe, **how: seen.append(recipe))
+        patch.setattr("tunesmith.training.job.train_run", lambda recipe, **how: seen.append(recipe))
         result = CliRunner().invoke(app, ["train", "m", "rows.jsonl", *words])
     assert result.exit_code == 0, result.output
     return seen[0]

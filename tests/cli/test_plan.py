@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.cli.render import forecast_facts, probe_facts
-from tunesmith.planning.forecast import KINDS
+from tunesmith.planning.forecast import WORK_KINDS
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {
@@ -21,7 +21,7 @@ FORECAST = {
         "total": 120.0,
         "spread": 0.3,
         "work": {
-            **{kind: {"count": 0, "price": 0.0, "seconds": 0.0} for kind in KINDS},
+            **{kind: {"count": 0, "price": 0.0, "seconds": 0.0} for kind in WORK_KINDS},
             "training": {"count": 66, "price": 1.5, "seconds": 99.0},
             "measuring": {"count": 1050, "price": 0.02, "seconds": 21.0},
         },
@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_told_with_what_would_and_ends_in_2(tmp_path, monke
 def test_for_machines_a_probe_is_plain_values(tmp_path, monkeypatch):
     """What a probe finds is measured in tests/planning/test_probe.py."""
     steps = [Timed(0.02, 90, step=7), Timed(0.01, 60, step=2)]
-    work = {kind: Timed(0.1, 10) for kind in KINDS if kind != "training"}
+    work = {kind: Timed(0.1, 10) for kind in WORK_KINDS if kind != "training"}
     monkeypatch.setattr("tunesmith.training.probe.probe", lambda *args, **how: Found(steps, work, peak=2**28))
     told = json.loads(plan(tmp_path, "--json", "--probe"))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".rows"], "it leaves no run"
@@ -116,14 +116,6 @@ def test_words_of_a_forecast():
         "time": "about 2 min (1.4–2.6): about 1.6 min to train (1.5 s a step), about 21 s for all else",
         "disk": "1.5 MiB: checkpoints 1.0 MiB, result 512.0 KiB",
     }
-
-
-def test_a_run_of_an_earlier_version_is_still_shown():
-    earlier = FORECAST | {"seconds": {"step": 1.0, "training": 60.0, "looking": 2.0, "spread": 0.3}}
-    assert (
-        dict(forecast_facts(earlier))["time"]
-        == "estimated by an earlier version of tunesmith, in parts that this one cannot show"
-    )
 
 
 def test_a_named_column_that_no_row_has_ends_in_2_with_the_nearest_name(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_lack_of_memory_is_not_the_fault_of_a_row(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_template_that_loops_without_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_trial, "LIMIT_S", 0.2)
+    monkeypatch.setattr(template_trial, "TRIAL_LIMIT_S", 0.2)
     tokenizer = tiny_tokenizer("{% for i in range(99999) %}" * 3 + "{% set x = 1 %}" + "{% endfor %}" * 3)
     tokenizer.name_or_path = "owner/model"
     with pytest.raises(ModelError, match=r"^owner/model: its chat template ran for more than 0.2 s, in a loop"):

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.families import bert_like
+from shape.tree import source_files
 from tunesmith.data.collate import Collator, Masking, build_batch
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import copies_in
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
@@ -120,13 +122,27 @@ def store_of(path: Path, text: str, **options: Any) -> RowStore:
     path.mkdir()
     (path / "a.jsonl").write_text(text, "utf-8")
     settings = {"max_tokens": 12, "too_long": "cut", "control_tokens": "error", "kind": "encoder", **options}
-    return build(
+    store = build(
         path,
         data=Data(),
         files=[DataFile(path=str(path / "a.jsonl"))],
         renderer=Renderer(BERT, **settings),
         on_problem=lambda problem: pytest.fail(str(problem)) if problem.severity == "error" else None,
     )
+    write_targets([(store, np.arange(len(store)))], masked=0.3)
+    return store
+
+
+def test_making_a_collator_changes_nothing_in_its_store(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "rows", '{"text": "the quick brown fox jumps over"}\n', task=TASKS["text"])
+    learnt, denominators = store.learnt, store.denominators
+    Collator(store, layout="padded", device="cpu", masking=masking(share=0.9))
+    assert store.learnt is learnt
+    assert store.denominators is denominators
+
+
+def test_row_stores_are_written_in_one_place() -> None:
+    assert [path.name for path in source_files() if ".learn(" in path.read_text("utf-8")] == ["row_targets.py"]
 
 
 def test_a_collator_masks_what_the_store_counts_for_any_grouping_of_rows(tmp_path: Path) -> None:

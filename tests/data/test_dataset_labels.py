@@ -12,6 +12,7 @@ from data.families import bert_like, t5_like
 from tunesmith.data import encode as encoding_module
 from tunesmith.data.dataset import RowStore, build
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.row_targets import write_targets
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.types import Labels
@@ -55,7 +56,7 @@ def test_class_ids_follow_first_appearance_until_the_labels_are_known(tmp_path: 
     assert [store.labels.at(i).tolist() for i in range(5)] == [[0], [1], [0], [2], [1]] == labels_of(store)
     assert store.summary.many is False
     assert store.denominators.tolist() == [1.0] * 5
-    store.use(Labels("one", ("a", "b", "c"), np.array([0.5, 1.0, 4.0])))
+    write_targets([(store, np.arange(len(store)))], labels=Labels("one", ("a", "b", "c"), np.array([0.5, 1.0, 4.0])))
     assert labels_of(store) == [[1], [0], [1], [2], [0]]
     assert store.row(0).labels.dtype == np.int64  # type: ignore[union-attr]
     assert store.denominators.tolist() == [1.0, 0.5, 1.0, 4.0, 0.5]
@@ -67,7 +68,7 @@ def test_lists_of_classes_become_a_line_of_noughts_and_ones(tmp_path: Path) -> N
     assert store.summary.many is True
     assert store.labels.firsts().tolist() == [0, -1, 2]
     assert labels_of(store) == [[0, 1], [], [2]]
-    store.use(Labels("many", ("a", "b", "c")))
+    write_targets([(store, np.arange(len(store)))], labels=Labels("many", ("a", "b", "c")))
     assert labels_of(store) == [[[1, 1, 0]], [[0, 0, 0]], [[0, 0, 1]]]
     assert store.row(1).labels.dtype == np.float32  # type: ignore[union-attr]
     assert store.denominators.tolist() == [3.0] * 3
@@ -89,7 +90,7 @@ def test_labels_are_counted_as_row_by_row(chosen: list[int] | None, tmp_path: Pa
 
 def test_numbers_are_read_from_their_words(tmp_path: Path) -> None:
     store = store_of(tmp_path, texts(0.5, -2, 0.5))
-    store.use(Labels("number"))
+    write_targets([(store, np.arange(len(store)))], labels=Labels("number"))
     assert labels_of(store) == [[0.5], [-2.0], [0.5]]
     assert store.denominators.tolist() == [1.0] * 3
 
@@ -100,10 +101,10 @@ def test_tags_weigh_what_their_words_weigh(tmp_path: Path) -> None:
     store = store_of(tmp_path, rows, "tag")
     assert store.targets.tolist() == [2, 3, 10] == store.denominators.tolist()
     assert store.labels.firsts().tolist() == [0, 1, 0]
-    store.use(Labels("tags", ("B", "O"), np.array([2.0, 0.25])))
+    write_targets([(store, np.arange(len(store)))], labels=Labels("tags", ("B", "O"), np.array([2.0, 0.25])))
     assert labels_of(store) == [[1, 0], [0, 0, 1], [1] * 10]
     assert store.denominators.tolist() == [2.25, 4.25, 2.5]
-    store.use(Labels("tags", ("B", "O")))
+    write_targets([(store, np.arange(len(store)))], labels=Labels("tags", ("B", "O")))
     assert store.denominators.tolist() == [2.0, 3.0, 10.0]
 
 

@@ -22,7 +22,7 @@ CHAT: list[Any] = [{"role": "user", "content": "a"}] * 51
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(template_trial, "LIMIT_S", 0.5)
+    monkeypatch.setattr(template_trial, "TRIAL_LIMIT_S", 0.5)
     monkeypatch.setattr(chat_template, "RENDERING_S", 0.5)
     started = time.monotonic()
     yield

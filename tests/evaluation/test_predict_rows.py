@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from evaluation.predictions import classes, numbers, results, sets, tokens
 from tiny_model import tiny_model
 from tunesmith.data.collate import Collator, build_batch
+from tunesmith.data.row_targets import RowTargets
 from tunesmith.evaluation.predict_rows import predict_rows, row_results, sample_rows
 from tunesmith.models.attention import use_packed_attention
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import bind
 from tunesmith.types import Labels, Row, Source
 
 VOCAB = 80
@@ -30,7 +31,7 @@ class Shelf:
         self.lengths = np.array(lengths, np.int32)
         self.denominators = np.array([row.trained[1:].sum() for row in self.rows], np.float64)
         self.num_bytes = np.zeros(len(lengths), np.int32)
-        self.branches = SimpleNamespace(partners=None)
+        self.learnt = RowTargets()
 
     def lengths_in(self, layout: str) -> np.ndarray:
         return self.lengths
@@ -50,7 +51,7 @@ def model_of(arch: str, *, dropout: float = 0.0):
 
 def outcomes(model, tokens_per_pass: int, *, layout="packed", rows=range(8)):
     collator = Collator(SHELF, layout=layout, device="cpu", masking=None, decoder_start=None, has_types=False)
-    return predict_rows(model, TASKS["chat"], collator, rows, tokens_per_pass=tokens_per_pass)
+    return predict_rows(model, bind("chat", None), collator, rows, tokens_per_pass=tokens_per_pass)
 
 
 def loss(model, tokens_per_pass: int, *, layout="packed") -> float:
@@ -80,7 +81,7 @@ def test_batching_test_catches_a_mean_of_batch_means():  # trap: L5 planted
         means = []
         for members in passes:
             batch = build_batch([SHELF.row(i) for i in members], members, layout="packed", device="cpu")
-            measured = TASKS["chat"].measure(model, batch)
+            measured = bind("chat", None).measure(model, batch)
             means.append(float(measured.losses_N.mean()))
         return sum(means) / len(means)
 
@@ -155,7 +156,9 @@ def test_dropout_test_catches_a_model_left_in_training():  # trap: L11 planted
     model = model_of("gpt2", dropout=0.5)
     batch = build_batch(SHELF.rows, range(8), layout="packed", device="cpu")
     with pytest.raises(AssertionError):
-        dropout_is_off_and_modes_come_back(model, lambda: float(TASKS["chat"].measure(model, batch).losses_N.sum()))
+        dropout_is_off_and_modes_come_back(
+            model, lambda: float(bind("chat", None).measure(model, batch).losses_N.sum())
+        )
 
 
 @pytest.mark.parametrize("most", [0, 1, 7, 40, 60, 100])

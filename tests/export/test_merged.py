@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,11 +234,3 @@ def test_rounding_that_eats_what_was_tuned_is_told_from_a_fault(
     monkeypatch.setattr(merged, "ROUNDED", dataclasses.replace(merged.ROUNDED, carried=1e-9))
     with pytest.raises(ExportError, match=r"`tunesmith export \S+ --to merged --dtype auto` takes the first"):
         exported("chat", tmp_path, options=ExportOptions(dtype="bfloat16"))
-
-
-def test_a_run_with_an_option_of_earlier_versions_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick(monkeypatch)
-    run = Run(shutil.copytree(finished("classify-encoder").path, tmp_path / "run"))
-    text = run.recipe_path.read_text("utf-8").replace("evaluation:\n", "evaluation:\n  bleu: true\n")
-    run.recipe_path.write_text(text, "utf-8")
-    assert export_run(run, "merged", offline=True).found is not None

@@ -1,7 +1,6 @@
 """Answers that go on from measured rows are those of writing each alone, and the rows' losses stay what they are."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from packed import CAN, VOCAB, rows_of, sharp
 from tiny_run import tiny_recipe
 from tunesmith.data.collate import Collator
+from tunesmith.data.row_targets import RowTargets
 from tunesmith.evaluation.predict_rows import Predictions, predict_rows
 from tunesmith.generation import continuation
 from tunesmith.generation.continuation import Continuation
@@ -46,7 +46,7 @@ class Shelf:
         self.lengths = np.array([len(row.ids) for row in rows], np.int32)
         self.denominators = np.array([row.trained[1:].sum() for row in rows], np.float64)
         self.num_bytes = np.zeros(len(rows), np.int32)
-        self.branches = SimpleNamespace(partners=None)
+        self.learnt = RowTargets()
 
     def lengths_in(self, layout: str) -> Any:
         return self.lengths

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tiny_model import SETTINGS, tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.optim import SCHEDULES, Optimizer, clip_divisor, gradient_norm, rate, warmup_steps
-from tunesmith.optim.optimizers import LARGE, PIECE, decays
+from tunesmith.optim.optimizers import LARGE_TENSOR, PIECE, decays
 from tunesmith.recipe.schema import Optim
 from tunesmith.training.setup import prepare
 
@@ -186,7 +186,7 @@ def test_the_norm_is_that_of_all_gradients_together() -> None:
 
 def test_the_norm_of_large_gradients_is_exact_and_the_same_again() -> None:
     drawn = torch.Generator().manual_seed(0)
-    sizes = (PIECE + 7, LARGE, LARGE - 1)
+    sizes = (PIECE + 7, LARGE_TENSOR, LARGE_TENSOR - 1)
     tensors = [torch.zeros(size) for size in sizes]
     for tensor in tensors:
         tensor.grad = torch.randn(tensor.shape, generator=drawn)
@@ -202,7 +202,7 @@ def test_the_norm_of_large_gradients_is_exact_and_the_same_again() -> None:
     assert gradient_norm(tensors) == norm
 
 
-@pytest.mark.parametrize("size", [3, LARGE])
+@pytest.mark.parametrize("size", [3, LARGE_TENSOR])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_norm_that_is_not_finite_is_told(value: float, size: int) -> None:
     tensor = torch.zeros(size)

@@ -45,6 +45,14 @@ def test_a_run_with_exports_is_a_result(tmp_path: Path, monkeypatch: pytest.Monk
     assert heard.steps == [1]
 
 
+def test_notes_of_exports_and_of_trackers_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = {"kind": "tracking", "sent": False, "text": "wandb: sent nothing yet"}
+    child_that_prints(tmp_path, monkeypatch, STEP, lost, RESULT, EXPORT | {"notes": ["dtype: float16"]})
+    notes: list[str] = []
+    run_words(["train"], offline=True, listener=Heard(), on_note=notes.append)
+    assert notes == ["wandb: sent nothing yet", "dtype: float16"]
+
+
 def test_what_ends_without_a_result_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child_that_prints(tmp_path, monkeypatch, STEP)
     with pytest.raises(GroupError, match="ended with code 0"):

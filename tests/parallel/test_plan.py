@@ -153,7 +153,7 @@ def test_each_device_reads_the_general_text_whole(folder: Path) -> None:
 
 def test_rows_that_are_looked_at_before_are_one_forward_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = planned(folder, 1)[1].duration
-    monkeypatch.setattr("tunesmith.planning.forecast.has_look", lambda recipe: True)
+    monkeypatch.setattr("tunesmith.planning.forecast.has_prepass", lambda recipe: True)
     looked = planned(folder, 1)[1].duration
     assert plain is not None
     assert looked is not None

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
-from tunesmith.planning.defaults import GENERAL_TOKENS, TRAINED, WORD, Facts, decide_measuring, with_choice
+from tunesmith.planning.decisions import Decisions
+from tunesmith.planning.defaults import GENERAL_TOKENS, TRAINED, WORD, Facts, decide_measuring
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.resolve import resolve_run
@@ -23,12 +24,14 @@ TOGETHER = 4 * 2048 // (100 + 1 + 64)
 def decided(steps: int, *, held: int = 60, params: int = 135_000_000, **evaluation: Any) -> tuple[Recipe, list[Choice]]:
     """Of a chat run with 16 rows of 100 tokens a step."""
     given = validate({"model": "m", "task": "prefer", "evaluation": evaluation})
-    recipe = with_choice(given, Choice("evaluation.surprising", 200, "")) if "surprising" not in evaluation else given
-    recipe = with_choice(recipe, Choice("evaluation.samples", 16, "")) if "samples" not in evaluation else recipe
-    recipe = with_choice(recipe, Choice("train.rows_per_step", 16, ""))
-    recipe = with_choice(recipe, Choice("train.tokens_per_pass", 2048, ""))
+    decisions = Decisions(given)
+    usual = {"evaluation.surprising": 200, "evaluation.samples": 16, "train.rows_per_step": 16}
+    for key, value in {**usual, "train.tokens_per_pass": 2048}.items():
+        if key.removeprefix("evaluation.") not in evaluation:
+            decisions.set(key, value)
     facts = Facts(params, "cpu", "causal", np.full(16, 100, np.int32), np.full(held, 100, np.int32))
-    return decide_measuring(recipe, given, facts, steps=steps, held_tokens=100 * held, writes=True, speaks=True)
+    decide_measuring(decisions, facts, steps=steps, held_tokens=100 * held, writes=True, speaks=True)
+    return decisions.folded(), decisions.choices
 
 
 def share(recipe: Recipe, steps: int, *, held: int) -> float:

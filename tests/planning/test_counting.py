@@ -8,7 +8,7 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.evaluation import general
-from tunesmith.planning.forecast import KINDS
+from tunesmith.planning.forecast import WORK_KINDS
 from tunesmith.training import evaluate as looking
 from tunesmith.training import trainer as training
 from tunesmith.training.resolve import resolve_run
@@ -32,7 +32,7 @@ def test_the_work_that_is_foreseen_is_the_work_that_is_done(tmp_path: Path, monk
     if recipe.evaluation.keep == "best":  # each best is saved, and which ones are cannot be foreseen
         assert done.pop("saving") >= foreseen.pop("saving")
     assert foreseen == pytest.approx({kind: done[kind] for kind in foreseen}, rel=0.1)  # rows have unequal lengths
-    assert set(duration.counts) == set(KINDS)
+    assert set(duration.counts) == set(WORK_KINDS)
     if len(recipe.data.eval) or recipe.data.held_out:
         assert all(duration.prices[kind] > 0 for kind, count in duration.counts.items() if count)
 

@@ -4,13 +4,22 @@ import numpy as np
 import pytest
 
 from tunesmith.models import machine
+from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import Facts, checkpoint_every, decide, rate_notes
 from tunesmith.recipe.load import validate
 
 
+def decided_by(recipe, facts):
+    decisions = Decisions(recipe)
+    decide(decisions, facts)
+    return decisions.folded(), decisions.choices
+
+
 def decided(rows: int, **recipe):
     facts = Facts(135_000_000, "cpu", "causal", np.full(rows, 50, np.int32))
-    return decide(validate({"model": "m", "method": {"name": "lora"}, "task": "chat", "threads": 1, **recipe}), facts)
+    return decided_by(
+        validate({"model": "m", "method": {"name": "lora"}, "task": "chat", "threads": 1, **recipe}), facts
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,7 @@ def test_all_rows_whose_losses_training_sees_are_looked_at(recipe):
 def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, parameters, rows, held, every):
     facts = Facts(parameters, "cpu", "encoder", np.full(rows, 50, np.int32), held_tokens=50 * held)
     given = validate({"model": "m", "method": {"name": "full"}, "task": task, "threads": 1})
-    evaluation = decide(given, facts)[0].evaluation
+    evaluation = decided_by(given, facts)[0].evaluation
     assert (evaluation.every, evaluation.keep) == (every, "last" if every is None else "best")
 
 
@@ -108,7 +117,7 @@ def test_a_learning_rate_far_above_the_usual_is_noted(rate, note):
 def test_answers_of_one_word_are_all_asked_for(task, targets, answered):
     facts = Facts(135_000_000, "cpu", "causal", np.full(500, 50, np.int32), np.array(targets, np.int32))
     recipe = validate({"model": "m", "method": {"name": "lora"}, "task": task, "threads": 1})
-    assert decide(recipe, facts)[0].evaluation.samples == answered
+    assert decided_by(recipe, facts)[0].evaluation.samples == answered
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
     monkeypatch.setattr(machine, "cpu_flags", lambda: {"amx_bf16"})
     facts = Facts(parameters, "cpu", "encoder", np.full(500, length, np.int32))
     given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu", **recipe}
-    assert decide(validate(given), facts)[0].precision == precision
+    assert decided_by(validate(given), facts)[0].precision == precision
 
 
 @pytest.mark.parametrize(
@@ -143,7 +152,7 @@ def test_products_are_narrow_where_there_are_enough_of_them(monkeypatch, paramet
 def test_checkpoints_are_as_far_apart_as_a_crash_may_cost(parameters, length, rows, every, reason):
     facts = Facts(parameters, "cpu", "encoder", np.full(rows, length, np.int32))
     given = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "device": "cpu"}
-    recipe, choices = decide(validate({**given, "train": {"epochs": 1, "rows_per_step": 16}}), facts)
+    recipe, choices = decided_by(validate({**given, "train": {"epochs": 1, "rows_per_step": 16}}), facts)
     assert recipe.checkpoint.every == every
     assert next(choice.reason for choice in choices if choice.key == "checkpoint.every") == reason
 

@@ -8,7 +8,7 @@ from tiny_run import tiny_recipe
 from tunesmith.errors import DoesNotFitError, InputError, ModelError, RecipeError
 from tunesmith.planning import devices
 from tunesmith.planning import fit as fitting
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning.decisions import with_options
 from tunesmith.planning.devices import Device, named
 from tunesmith.planning.forecast import Disk, Forecast, heaviest
 from tunesmith.planning.memory import Heavy, Load, Memory
@@ -16,7 +16,6 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
-from tunesmith.types import Choice
 
 LAYERS = 10
 
@@ -99,7 +98,7 @@ def test_a_refusal_names_the_nearest_plans_that_fit_and_their_predictions():
 
 def lora_with(**method) -> Recipe:
     recipe = recipe_with(checkpointed_layers=LAYERS, tokens_per_pass=128)
-    return with_choice(recipe, Choice("method", {"name": "lora", **method}, ""))
+    return with_options(recipe, {"method": {"name": "lora", **method}})
 
 
 def test_a_packed_base_is_offered_if_lora_does_not_fit_and_keeps_options():
@@ -185,7 +184,7 @@ def test_a_control_group_inside_another_is_bounded_by_both(tmp_path, monkeypatch
         (group / "memory.current").write_text("3000\n")
         (group / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
     (tmp_path / "own").write_text("1:name=systemd:/\n0::/slurm/job_7/step\n")
-    monkeypatch.setattr(devices, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(devices, "NAMED_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(devices, "OWN_GROUP", tmp_path / "own")
     assert devices._group_free() == 4_000 - 3_000 + 500
     (tmp_path / "own").write_text("0::/slurm/job_7\n")

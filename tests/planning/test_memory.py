@@ -12,7 +12,7 @@ from tiny import tiny_tokenizer
 from tiny_model import seeing_model
 from tiny_run import tiny_recipe
 from tunesmith.models.resolve_model import ModelRef
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning.decisions import with_options
 from tunesmith.planning.devices import CUDA_CONTEXT, Device, named
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.load import validate
@@ -43,7 +43,7 @@ def held_by(setup: Setup) -> dict[str, int]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", [{"name": "full"}, {"name": "lora", "rank": 4}, {"name": "dora", "rank": 4}])
 def test_what_is_held_is_what_a_prepared_run_holds(tmp_path, method, precision):
-    recipe = with_choice(tiny_recipe(tmp_path, precision=precision), Choice("method", method, ""))
+    recipe = with_options(tiny_recipe(tmp_path, precision=precision), {"method": method})
     setup = prepare(recipe, root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert {name: getattr(sizes, name) for name in held_by(setup)} == held_by(setup)
@@ -86,7 +86,7 @@ def encoder(folder: Path, arch: str, **settings: Any) -> tuple[Recipe, ModelRef]
 def test_layers_above_trained_rows_of_the_embedding_keep_activations(tmp_path, train, first):
     """Full tuning trains the rows of the tokens in the data as tensors of their own, outside of the model."""
     method = Choice("method", {"name": "full", "train": train}, "")
-    setup = prepare(with_choice(tiny_recipe(tmp_path), method), root=tmp_path)
+    setup = prepare(with_options(tiny_recipe(tmp_path), {method.key: method.value}), root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert setup.attachment.trains_token_rows is (first == 0)
     assert sizes.first == first

@@ -18,9 +18,9 @@ import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import OutOfMemoryError
-from tunesmith.planning.forecast import KINDS, Duration
+from tunesmith.planning.forecast import WORK_KINDS, Duration
 from tunesmith.training import probe as process
-from tunesmith.training.probe import KILLED, MORE, SPREAD, USUAL, Found, Timed, _why, probe
+from tunesmith.training.probe import KILLED, MORE, STEP_SPREAD, USUAL_STEPS, Found, Timed, _why, probe
 from tunesmith.training.resolve import ResolvedRun, resolve_run
 from tunesmith.training.setup import prepare
 
@@ -53,9 +53,9 @@ def test_it_tells_of_every_heavy_moment_and_leaves_nothing(probed):
     assert found.ended == ""
     assert found.steps[0].step == seen.forecast.heavy.step
     assert len({one.step for one in found.steps}) == len(found.steps), "the heaviest step, then usual ones"
-    assert 1 + USUAL < len(found.steps) <= 1 + MORE, "more than four where they are short"
+    assert 1 + USUAL_STEPS < len(found.steps) <= 1 + MORE, "more than four where they are short"
     assert all(one.seconds > 0 and one.count > 0 for one in found.steps)
-    assert {*found.work, "training"} == set(KINDS)
+    assert {*found.work, "training"} == set(WORK_KINDS)
     assert found.work["starting"].seconds > found.work["finishing"].seconds > 0
     assert heard[-1] == "probe"
     assert nothing_left(root), "no run, and no folder of the probe"
@@ -172,7 +172,7 @@ def test_the_peak_is_kept_with_each_piece(tmp_path, monkeypatch):
     def measure(setup, folder, found):
         for _ in range(3):
             yield
-            kept.append(json.loads((folder / process.MEASURED).read_bytes())["peak"])
+            kept.append(json.loads((folder / process.MEASURED_FILE).read_bytes())["peak"])
 
     asked = {"recipe": {"model": "m"}, "root": "", "folder": str(tmp_path), "offline": True, "parent": 0, "born": 0.0}
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
@@ -184,7 +184,7 @@ def test_the_peak_is_kept_with_each_piece(tmp_path, monkeypatch):
     assert kept == [5, 7, 9]
 
 
-COUNTS = dict(zip(KINDS, (1, 100, 1000, 40, 5, 1), strict=True))
+COUNTS = dict(zip(WORK_KINDS, (1, 100, 1000, 40, 5, 1), strict=True))
 FORMULA = Duration(COUNTS, dict.fromkeys(COUNTS, 1.0))
 
 
@@ -212,8 +212,8 @@ def test_a_total_follows_from_what_was_measured(tmp_path, monkeypatch):
     assert found.values(forecast, 100.0)["memory"] == 5000
     duration = found.duration(forecast, 100.0)
     seconds = {kind: work["seconds"] for kind, work in duration.values()["work"].items()}
-    assert seconds == pytest.approx(dict(zip(KINDS, (3.0, 200.0, 10.0, 4.0, 2.5, 7.0), strict=True)))
-    assert duration.spread == SPREAD < FORMULA.spread
+    assert seconds == pytest.approx(dict(zip(WORK_KINDS, (3.0, 200.0, 10.0, 4.0, 2.5, 7.0), strict=True)))
+    assert duration.spread == STEP_SPREAD < FORMULA.spread
     assert duration.total == pytest.approx(226.5)
 
 

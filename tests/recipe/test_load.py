@@ -28,7 +28,6 @@ PROBLEMS = [
         {"method": {"rank_pattern": {"mlp": 0}}},
         "method.rank_pattern.mlp: 0 does not belong in a mapping of names to numbers",
     ),
-    ({"method": {"init": "pissa"}}, "method.init: this version has no such option any more: drop it"),
     ({"optim": {"lr": "atuo"}}, "optim.lr: 'atuo' is not a number above 0, or auto, did you mean auto?"),
     ({"optim": {"lr": -1}}, "optim.lr: -1 is not a number above 0, or auto"),
     ({"optim": {"lr": float("nan")}}, "optim.lr: NaN is not a number above 0, or auto"),
@@ -218,24 +217,6 @@ def test_a_flood_of_unknown_keys_is_counted_in_seconds(tmp_path, template):
     lines = str(refusal.value).splitlines()
     assert len(lines) == 21
     assert lines[-1] == "and 19,980 more like these"
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (["method.name=qlora", "method.quant=int8"], "PEFT loads the adapter of a run that had it"),
-        (["method.name=qlora", "method.double_quant=false"], "PEFT loads the adapter of a run that had it"),
-        (["optim.name=schedule_free"], "write adamw"),
-        (["method.name=lora", "method.bias=all"], "no such option any more"),
-    ],
-)
-def test_what_earlier_versions_had_is_refused_with_a_way_out(settings: list[str], words: str) -> None:
-    with pytest.raises(RecipeError, match=words):
-        load.load(None, ["model=m", "data.train=a.jsonl", *settings])
-
-
-def test_null_of_earlier_versions_means_what_it_meant() -> None:
-    assert load.load(None, ["model=m", "data.train=a.jsonl", "optim.schedule=null"]).optim.schedule == "linear"
 
 
 @pytest.mark.parametrize(

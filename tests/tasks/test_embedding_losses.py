@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from tunesmith.data.branch_encoders import BranchEncoder, EmbeddingEncoder
 from tunesmith.errors import RecipeError
 from tunesmith.parallel.world import World
 from tunesmith.recipe.objectives import Embed
-from tunesmith.tasks import TASKS, embedding_losses
-from tunesmith.tasks.embedding_losses import Texts, look, text_losses
+from tunesmith.tasks import embedding_losses
+from tunesmith.tasks.embedding_losses import Texts, prepass, text_losses
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.step import compute_gradients
 
@@ -203,7 +202,7 @@ def of_the_pass(model: Any, batches: Any, world: World, **how: Any) -> Any:
 
 def gradient_of_the_pass(model: Any, batches: Any, world: World, **how: Any) -> Any:
     """The loss is that of the step, its gradient that of the pass alone."""
-    whole, own = look(model, batches, world, **how), of_the_pass(model, batches, world, **how)
+    whole, own = prepass(model, batches, world, **how), of_the_pass(model, batches, world, **how)
 
     def loss_sum(model: Any, batch: Any) -> torch.Tensor:
         loss = own(model, batch)
@@ -233,7 +232,7 @@ def as_constants(model: Any, batches: Any, world: World, **how: Any) -> Any:
      ("symmetric", gradient_of_the_pass), ("cosent", as_constants)],
 )  # fmt: skip
 def test_negatives_of_the_pass_would_be_seen(tmp_path, monkeypatch, name, planted):
-    monkeypatch.setitem(TASKS, "embed", replace(TASKS["embed"], look=planted))
+    monkeypatch.setattr(embedding_losses, "prepass", planted)
     with pytest.raises(AssertionError):
         assert_one_micro_batch_is_as_many(tmp_path, name)
 
@@ -288,7 +287,7 @@ def test_dropout_is_drawn_again_as_it_was_looked_at(tmp_path, method):
 
 def test_the_test_sees_dropout_that_is_drawn_anew(tmp_path, monkeypatch):
     def other(model: Any, batches: Any, world: World, **how: Any) -> Any:
-        found = look(model, batches, world, **how)
+        found = prepass(model, batches, world, **how)
 
         def loss_sum(model: Any, batch: Any) -> Any:
             torch.rand(1)
@@ -296,7 +295,7 @@ def test_the_test_sees_dropout_that_is_drawn_anew(tmp_path, monkeypatch):
 
         return loss_sum
 
-    monkeypatch.setitem(TASKS, "embed", replace(TASKS["embed"], look=other))
+    monkeypatch.setattr(embedding_losses, "prepass", other)
     with pytest.raises(AssertionError):
         assert_the_gradient_is_that_of_one_graph(tmp_path, "full")
 

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 from tiny_model import tiny_model
 from tunesmith.data.collate import build_batch
 from tunesmith.models.attention import use_packed_attention
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import bind
 from tunesmith.types import Row, Source
 
 VOCAB = 96
-LOSS = TASKS["chat"].loss_sum
+LOSS = bind("chat", None).loss_sum
 
 
 def rows_of(lengths, *, seed=0) -> list[Row]:
@@ -100,7 +100,7 @@ def test_measure_tells_each_loss_and_each_first_choice():
     model = model_of("llama").eval()
     rows = rows_of([7, 9])
     batch = build_batch(rows, (0, 1), layout="packed", device="cpu")
-    measured = TASKS["chat"].measure(model, batch)
+    measured = bind("chat", None).measure(model, batch)
     with torch.no_grad():
         assert float(measured.losses_N.sum()) == pytest.approx(float(LOSS(model, batch)), rel=1e-6)
     assert len(measured.losses_N) == len(measured.outputs_N) == batch.num_targets

@@ -27,7 +27,7 @@ from tunesmith.recipe.objectives import Reward
 from tunesmith.serve.protocol import EngineOptions, RequestError
 from tunesmith.serve.registry import open_registry
 from tunesmith.tasks import TASKS
-from tunesmith.tasks.scores import branch_loss_sum, reward_losses
+from tunesmith.tasks.scores import by_branch, reward_losses
 from tunesmith.training.selftest import selftest
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import train
@@ -157,11 +157,11 @@ def test_memory_settings_change_no_loss_and_no_gradient(tmp_path, monkeypatch):
     assert [steps[0][2] for steps in found] == [1, 8]
     assert_alike(found)
 
-    def of_the_pass(*given: Any) -> Any:
-        losses = reward_losses(*given)
+    def of_the_pass(*values: Any, options: Reward) -> Any:
+        losses = reward_losses(*values, options=options)
         return losses.mean().expand(len(losses)) / len(losses)
 
-    other = replace(TASKS["reward"], loss_sum=partial(branch_loss_sum, losses=of_the_pass))
+    other = replace(TASKS["reward"], losses=lambda terms: by_branch(partial(of_the_pass, options=terms.recipe.reward)))
     monkeypatch.setitem(TASKS, "reward", other)
     planted = by_memory(tmp_path / "planted", recipe_of, 4096, 1)
     with pytest.raises(AssertionError):

@@ -11,8 +11,9 @@ import torch
 
 from tiny_run import same_run, stopped
 from tiny_tasks import assert_alike, by_memory, rows_of, task_recipe, write
-from tunesmith.data.branches import BranchColumns, lines_of, partner_line
+from tunesmith.data.branches import lines_of, partner_line
 from tunesmith.data.formats import FORMATS
+from tunesmith.data.row_targets import partners_of, write_reference
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluation.compare import row_baseline
 from tunesmith.evaluation.scores import score
@@ -85,12 +86,12 @@ def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
 def test_the_reference_point_is_the_steps_mean_detached_and_at_least_0(tmp_path):
     setup = prepare(recipe_of(tmp_path, train={"rows_per_step": 6}), root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:6]]
-    store, looked = setup.store, partial(setup.collator.batch, draw=1, lines="looked")
+    store, of_partners = setup.store, partial(setup.collator.batch, draw=1, lines="partners")
     for reference, expected in ((-500.0, 1), (500.0, 0)):
-        store.branches.reference = np.full((len(store), 2), reference)
-        found = setup.task.look(setup.model, [looked(rows[:2]), looked(rows[2:])], setup.world)
+        write_reference(store, np.arange(len(store)), np.full((len(store), 2), reference))
+        found = setup.task.prepass(setup.model, [of_partners(rows[:2]), of_partners(rows[2:])], setup.world)
         with torch.no_grad():
-            s, _ = preference_losses.line_logps(setup.model, looked(rows), None)
+            s, _ = preference_losses.line_logps(setup.model, of_partners(rows), None)
         assert found.keywords["z0"] == pytest.approx(max(0.0, float(s.mean()) - reference), rel=1e-6)
         assert (found.keywords["z0"] > 0) == expected
         assert isinstance(found.keywords["z0"], float)
@@ -98,11 +99,11 @@ def test_the_reference_point_is_the_steps_mean_detached_and_at_least_0(tmp_path)
 
 def test_a_partner_has_another_prompt_and_its_line_is_prompt_and_answer(tmp_path):
     store = prepare(recipe_of(tmp_path), root=tmp_path / "runs").store
-    partners = store.branches.partners
+    partners = store.learnt.partners_I
     for i in range(len(store)):
         row, other = store.row(i), store.row(int(partners[i]))
         assert store.inputs[i] != store.inputs[partners[i]]
-        line = partner_line(row, other, store.branches.max_tokens)
+        line = partner_line(row, other, store.learnt.partner_tokens)
         stem = len(row.ids) - row.branches[0]
         assert line.ids[:stem].tolist() == row.ids[:stem].tolist()
         assert line.ids[stem:].tolist() == lines_of(other)[0].ids[-other.branches[0] :].tolist()
@@ -112,16 +113,12 @@ def test_a_partner_has_another_prompt_and_its_line_is_prompt_and_answer(tmp_path
 def test_partners_go_round_and_pass_over_rows_of_one_prompt():
     hashes, inputs = np.array([5, 1, 3, 2, 4], np.uint64), np.array([7, 7, 8, 7, 7], np.uint64)
 
-    def partners_of(*sides: list[int]) -> Any:
-        nothing = np.empty(0, np.int64)
-        columns = BranchColumns((nothing, nothing), (nothing, nothing), (nothing, nothing))
-        for side in sides:
-            columns.use_partners(np.array(side), hashes, inputs, 9)
-        return columns.partners.tolist()
+    def partners(*sides: list[int]) -> Any:
+        return partners_of([np.array(side) for side in sides], hashes, inputs).tolist()
 
-    assert partners_of([*range(5)]) == [2, 2, 4, 2, 2]  # in order 1, 3, 2, 4, 0: the one of prompt 8, the one after it
-    assert partners_of([0, 1, 3]) == [0, 1, -1, 3, -1]
-    assert partners_of([*range(5)], [0, 2]) == [2, 2, 0, 2, 2]
+    assert partners([*range(5)]) == [2, 2, 4, 2, 2]  # in order 1, 3, 2, 4, 0: the one of prompt 8, the one after it
+    assert partners([0, 1, 3]) == [0, 1, -1, 3, -1]
+    assert partners([*range(5)], [0, 2]) == [2, 2, 0, 2, 2]
 
 
 # trap: P18

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tiny_tasks import rows_of, task_recipe, write
 from tunesmith.errors import RunError
+from tunesmith.planning.decisions import Decisions
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.training import merged_base
@@ -188,9 +189,11 @@ def test_it_takes_float32_where_16_bits_would_change_answers(tmp_path, monkeypat
     merged = load_file(first.merged_path / "model.safetensors")
     assert {one.dtype for one in merged.values()} == {torch.float32}
     auto = recipe.model_copy(update={"model": str(first.path), "precision": "auto"})
-    found = find_inputs(auto, root=tmp_path / "runs", offline=True)
+    decisions = Decisions(auto)
+    found = find_inputs(decisions, root=tmp_path / "runs", offline=True)
     assert found.recipe.precision == "float32"
-    [choice] = [choice for choice in found.choices if choice.key == "precision"]
+    [choice] = [choice for choice in decisions.choices if choice.key == "precision"]
     assert choice.reason == "16 bits would change the answers of the run it starts from"
-    given = find_inputs(auto.model_copy(update={"precision": "bfloat16"}), root=tmp_path / "runs", offline=True)
+    narrow = auto.model_copy(update={"precision": "bfloat16"})
+    given = find_inputs(Decisions(narrow), root=tmp_path / "runs", offline=True)
     assert given.recipe.precision == "bfloat16"

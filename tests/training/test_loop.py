@@ -145,12 +145,17 @@ def poison(monkeypatch, at: int) -> None:
     chat = TASKS["chat"]
     calls = {"n": 0}
 
-    def poisoned(model, batch, **how):
-        loss = chat.loss_sum(model, batch, **how)
-        calls["n"] += 1
-        return loss * float("nan") if calls["n"] == at else loss
+    def poisoned(terms):
+        losses = chat.losses(terms)
 
-    monkeypatch.setitem(TASKS, "chat", replace(chat, loss_sum=poisoned))
+        def loss_sum(model, batch):
+            loss = losses.loss_sum(model, batch)
+            calls["n"] += 1
+            return loss * float("nan") if calls["n"] == at else loss
+
+        return replace(losses, loss_sum=loss_sum)
+
+    monkeypatch.setitem(TASKS, "chat", replace(chat, losses=poisoned))
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path, monkeypatch):  # trap: L8

@@ -9,9 +9,8 @@ import pytest
 
 from killed_runs import kill_runs
 from tiny_run import chats, same_run, stop_at, stopped, tiny_recipe
-from tunesmith.errors import ModelError, RecipeError, RunError, Stopped
+from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
-from tunesmith.recipe.load import REMOVED, load
 from tunesmith.recipe.schema import DataFile
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run, runs
@@ -130,17 +129,6 @@ def test_change_test_catches_a_resume_that_does_not_look(tmp_path, monkeypatch):
         resume(run)
 
 
-def test_a_run_of_an_earlier_order_is_refused_in_words(tmp_path, monkeypatch):
-    """Its rows stand in another order: to go on would repeat some of an epoch and leave others out."""
-    right, key = preparing._identity, "setting order of rows"
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_identity", lambda *a: {k: v for k, v in right(*a).items() if k != key})
-        run = stopped_run(tmp_path)
-    monkeypatch.setattr("tunesmith.training.trainer.prepare", None)  # nothing is loaded for that
-    with pytest.raises(RunError, match=r"an earlier version of Tunesmith began this run, .* rows in another order"):
-        resume(run)
-
-
 def test_a_refused_resume_leaves_the_rows_of_the_run_alone(tmp_path):
     run = stopped_run(tmp_path)
     file = tmp_path / "chats.jsonl"
@@ -169,27 +157,6 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
     assert len(list((run.rows_path / "train").glob("*.json"))) == 7
     found = load_training_rows(run)
     assert len(found.store) == 18
-
-
-def test_a_run_with_removed_options_resumes_if_they_changed_nothing(tmp_path, monkeypatch):
-    straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
-    right = preparing._identity
-    with monkeypatch.context() as patch:  # as an earlier version recorded it
-        before = {f"setting {key}": str(value) for key, value in REMOVED.items() if key != "method.rounding"}
-        before["setting evaluation.bleu"] = "True"
-        patch.setattr(preparing, "_identity", lambda *args: right(*args) | before)
-        run = stopped(straight.recipe(), tmp_path / "runs", 3)
-    recipe = run.recipe_path.read_text("utf-8")
-    run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: pissa\n"), "utf-8")
-    with pytest.raises(RecipeError, match=r"method.init: this version has no such option any more"):
-        resume(run)
-    run.recipe_path.write_text(recipe.replace("method:\n", "method:\n  init: kaiming\n  layers: []\n"), "utf-8")
-    recipe = run.recipe_path.read_text("utf-8")
-    run.recipe_path.write_text(recipe.replace("evaluation:\n", "evaluation:\n  bleu: true\n"), "utf-8")
-    with pytest.raises(RecipeError, match=r"evaluation.bleu: this version has no such option any more"):
-        load(str(run.recipe_path))
-    found, expected = ([e.values for e in one.events() if e.kind == "step"] for one in (resume(run), straight))
-    assert found == expected
 
 
 def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkeypatch):

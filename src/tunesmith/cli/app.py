@@ -58,7 +58,7 @@ class Command(PlainFlags, TyperCommand):
             raise
 
 
-OTHER_NAMES = {
+OTHER_COMMANDS = {
     "finetune": "train", "fine-tune": "train", "tune": "train", "fit": "train", "continue": "resume", "list": "runs",
     "test": "eval", "evaluate": "eval", "infer": "predict", "generate": "predict", "convert": "export",
     "merge": "export", "upload": "push", "deploy": "serve", "report": "show", "version": "--version", "help": "--help",
@@ -79,7 +79,7 @@ class Commands(TyperGroup):
         except Exception as error:
             near = difflib.get_close_matches(args[0].lower(), self.list_commands(ctx), n=1, cutoff=0.6) if args else []
             if args and type(error).__name__ == "UsageError":
-                name = OTHER_NAMES.get(args[0].lower(), near[0] if near else "")
+                name = OTHER_COMMANDS.get(args[0].lower(), near[0] if near else "")
                 error.message = f"No such command {args[0]!r}." + (f" Did you mean {name}?" if name else "")  # type: ignore[attr-defined]
             raise
 
@@ -156,16 +156,16 @@ def about(
     """
 
 
-GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+COMMAND_GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume, sweep),
     "Look and talk": (show, chat),
     "Use and measure": (serve, predict, evaluate, compare, export, push, track),
     "More": (explain, selftest, recipe, doctor),
 }
-NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
-for group, commands in GROUPS.items():
+COMMAND_NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own
+for group, commands in COMMAND_GROUPS.items():
     for command in commands:
-        app.command(NAMES.get(command), cls=Command, rich_help_panel=group)(command)
+        app.command(COMMAND_NAMES.get(command), cls=Command, rich_help_panel=group)(command)
 
 of_runs = typer.Typer(cls=Subcommands, invoke_without_command=True, callback=runs, context_settings=HELP)
 for command in (rm, prune):

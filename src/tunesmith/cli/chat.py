@@ -64,7 +64,7 @@ def chat(
         raise InputError(f"--once: {error}.") from error
 
 
-HELP = """/reset  forget the conversation
+CHAT_HELP = """/reset  forget the conversation
 /help   these lines
 /exit   leave; so do /quit and Ctrl-D"""
 _COMMAND = re.compile(r"/\w+")
@@ -189,7 +189,7 @@ class Conversation:
             if text == "/reset":
                 self.reset()
             elif text == "/help":
-                self.screen.print(HELP, style="bright_black")
+                self.screen.print(CHAT_HELP, style="bright_black")
             elif typed and _COMMAND.fullmatch(text):
                 self.screen.print(f"no command {text}; /help lists them", style="red")
             elif text:

@@ -96,12 +96,15 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     from tunesmith.models.load import load_tokenizer, model_kind
     from tunesmith.models.resolve_model import resolve_model
     from tunesmith.models.size import model_size
+    from tunesmith.planning.decisions import Decisions
     from tunesmith.planning.defaults import decide_before_rows, find_head
 
     located = resolve_model(recipe.model, revision=recipe.revision, offline=offline, weights=False)
     tokenizer, kind = load_tokenizer(located, recipe.data.template), model_kind(located)
     try:
-        decided, _ = decide_before_rows(recipe, located, model_size(located), kind)
+        decisions = Decisions(recipe)
+        decide_before_rows(decisions, located, model_size(located), kind)
+        decided = decisions.folded()
     except DataError:
         return None
     find_head(decided, located, kind)

@@ -40,7 +40,7 @@ PLAIN_WAIT_S = 2.0
 """Seconds before the first line on progress where lines are all there is."""
 MOST_ANSWERS = 4
 REFRESH_PER_SECOND = 8
-MEASURED = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
+MEASURED_WORDS = {"evaluation": "held-out ", "answers": "answers: ", "general": ""}
 WHEN = {"before": "untouched model", "after": "tuned model"}
 
 
@@ -185,9 +185,9 @@ def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str
     needs no action, unless `verbose`."""
     if not verbose and event.kind in ("answers", "general") and event.values["name"] == "before":
         return ""  # the table at the end has them
-    if event.kind in MEASURED:
+    if event.kind in MEASURED_WORDS:
         when = WHEN.get(event.values["name"], f"step {event.step}")
-        return f"{when}: {MEASURED[event.kind]}{render.metric_line(event, series)}"
+        return f"{when}: {MEASURED_WORDS[event.kind]}{render.metric_line(event, series)}"
     if event.kind == "note":
         is_aside = event.values.get("detail") or event.values.get("aside")
         return "" if is_aside and not verbose else f"note: {event.values['text']}"
@@ -333,13 +333,19 @@ class RunDisplay:
         if is_sent:
             self.note(text)
         else:
+            if self.as_json:
+                json_line({"kind": "tracking", "sent": False, "text": text})
             self.console.print(visible(text), style="yellow", soft_wrap=True)
+
+    def close(self) -> None:
+        """Take away what is live."""
+        self.display.__exit__(None, None, None)
 
     def done(self, run: Run) -> None:
         """Print where the result is and what to do with it."""
         from tunesmith.tasks import TASKS
 
-        self.display.__exit__(None, None, None)
+        self.close()
         if self.as_json:
             json_line({"kind": "result", "run": str(run.path), "report": str(run.report_path)})
         elif self.quiet:

@@ -152,5 +152,5 @@ def recipe_of(target: str, settings: list[str], *, root: Path) -> Recipe:
 
     if is_run(target, root):
         run = Run.open(named(target, root), root)
-        return moved_to(run.place(load.load(str(run.recipe_path), settings, of_run=True)))
+        return moved_to(run.place(load.load(str(run.recipe_path), settings)))
     return load.load(None, [*to_overrides({"model": target}), *settings])

@@ -15,7 +15,7 @@ from tunesmith.errors import DataError, Stopped, TunesmithError, is_out_of_memor
 if TYPE_CHECKING:
     from tunesmith.types import Problem
 
-FAILED, BAD_INPUT = 1, 2
+FAILED_CODE, BAD_INPUT = 1, 2
 SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""
@@ -31,7 +31,7 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
     """
     from tunesmith.parallel.launch import ending, record_failure
 
-    code = error.exit_code if isinstance(error, TunesmithError) else FAILED
+    code = error.exit_code if isinstance(error, TunesmithError) else FAILED_CODE
     code, prints = ending(error, code)
     record_failure(error, code, str(error), is_printed=prints)
     if not prints:
@@ -59,7 +59,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         all_said = str(error) == "\n".join(map(str, error.problems))
     for line in explained(error)[int(all_said) :]:
         _print(line, style="bold red")
-    return error.exit_code if isinstance(error, TunesmithError) else FAILED
+    return error.exit_code if isinstance(error, TunesmithError) else FAILED_CODE
 
 
 def explained(error: BaseException) -> list[str]:

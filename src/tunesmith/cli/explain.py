@@ -13,7 +13,7 @@ import typer
 from tunesmith.cli.streams import console
 from tunesmith.errors import InputError
 
-PAGE = "troubleshooting.md"
+EXPLAIN_PAGE = "troubleshooting.md"
 """The page of docs/guide, which a wheel holds too."""
 
 
@@ -44,8 +44,8 @@ def explain(
 
 def parts() -> dict[str, str]:
     """The text of the page by its words."""
-    packed = files("tunesmith").joinpath(PAGE)
-    from_checkout = Path(__file__).resolve().parents[3] / "docs" / "guide" / PAGE
+    packed = files("tunesmith").joinpath(EXPLAIN_PAGE)
+    from_checkout = Path(__file__).resolve().parents[3] / "docs" / "guide" / EXPLAIN_PAGE
     text = packed.read_text("utf-8") if packed.is_file() else from_checkout.read_text("utf-8")
     found = re.split(r"^## (.+)\n", re.sub(r"^# .*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
     return {word: part.strip() for word, part in zip(found[1::2], found[2::2], strict=True)}

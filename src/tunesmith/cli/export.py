@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,6 @@ from tunesmith.cli.options import (
     refuse_unknown_target,
 )
 from tunesmith.cli.streams import console, json_line
-from tunesmith.errors import InputError
 from tunesmith.phrases import plural, visible
 from tunesmith.runs.folder import Run
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.folder import Run
 
 
-PHASES = {
+EXPORT_PHASES = {
     "tuned": "running the tuned model",
     "base": "running its base",
     "write": "writing",
@@ -79,36 +78,27 @@ def export(
     from tunesmith.export.target import ExportOptions
 
     options = ExportOptions(dtype=dtype, quant=quant, license=license)
-    with phases(console(stderr=True), PHASES) as progress:
-        how: dict[str, Any] = {"proof": not no_verify, "offline": offline, "on_progress": progress, "on_note": _note}
-        done = export_run(found, to, out=out, options=options, **how)
-    _report(done, as_json=as_json)
+    with phases(console(stderr=True), EXPORT_PHASES) as progress:
+        done = export_run(
+            found,
+            to,
+            out=out,
+            options=options,
+            proof=not no_verify,
+            offline=offline,
+            on_progress=progress,
+            on_note=print_note,
+        )
+    print_export(done, as_json=as_json)
 
 
-def make_planned(run: Run, *, as_json: bool) -> int:
-    """Make the exports of a finished run's recipe that are not there, and report each; returns their number."""
-    words = [word for word in run.recipe().export.to if not run.export_path(word).exists()]
-    for word in words.copy():
-        try:
-            refuse_unknown_target("export.to", word)
-        except InputError as error:  # of an earlier version
-            _note(str(error))
-            words.remove(word)
-            continue
-        from tunesmith.cli.display import phases
-        from tunesmith.export.export_run import export_planned
-
-        with phases(console(stderr=True), PHASES) as progress:
-            done = export_planned(run, word, on_progress=progress, on_note=_note)
-        _report(done, as_json=as_json)
-    return len(words)
-
-
-def _note(text: str) -> None:
+def print_note(text: str) -> None:
+    """Print a note on an export."""
     console(stderr=True).print(visible(f"note: {text}"), style="bright_black", soft_wrap=True)
 
 
-def _report(done: Exported, *, as_json: bool) -> None:
+def print_export(done: Exported, *, as_json: bool) -> None:
+    """Print what was exported, and how far it is from the tuned model."""
     from dataclasses import asdict
 
     from tunesmith.export.hub import comparison_lines
@@ -161,7 +151,7 @@ def push(
         target = to or ("adapter" if found.adapter_path.exists() else "merged")
         folder = found.export_path(target)
         if not folder.exists():
-            with phases(console(stderr=True), PHASES) as progress:
+            with phases(console(stderr=True), EXPORT_PHASES) as progress:
                 folder = export_run(found, target, on_progress=progress).path
     done = upload(folder, name, private=not public)
     if as_json:

@@ -31,8 +31,8 @@ DEFAULT = "http://127.0.0.1:8000/v1"
 TIMEOUT_S = 30.0
 POLL_S = 1.0
 PAGE, MOST_EVENTS = 100, 1000
-ENDED = ("succeeded", "failed", "cancelled")
-COLUMNS = ("job", "status", "model", "method", "made", "fine-tuned model")
+ENDED_STATUS = ("succeeded", "failed", "cancelled")
+JOB_COLUMNS = ("job", "status", "model", "method", "made", "fine-tuned model")
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, or [bold]last[/].")]
 Url = Annotated[
@@ -114,7 +114,7 @@ def list_jobs(
         json_line(found)
         return
     if found or not console().is_terminal:
-        print_table(console(), COLUMNS, map(_cells, found))
+        print_table(console(), JOB_COLUMNS, map(_cells, found))
     else:
         console().print("no jobs yet")
 
@@ -178,7 +178,7 @@ def follow(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None
                 screen.print(visible(_line(event)), soft_wrap=True)
         if found["status"] == "paused":
             raise Stopped(f"{found['id']}: paused; go on with: tunesmith jobs resume {found['id']}")
-        if found["status"] in ENDED:
+        if found["status"] in ENDED_STATUS:
             break
         time.sleep(POLL_S)
     if found["status"] != "succeeded":

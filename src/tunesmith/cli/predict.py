@@ -154,7 +154,7 @@ def _one(predictor: Predictor, text: str, pair: str | None, bare: bool) -> None:
     from tunesmith.inference.rows import record_of
     from tunesmith.tasks import TASKS
 
-    if pair is not None and not TASKS[predictor.task].takes_pairs:
+    if pair is not None and not ((head := TASKS[predictor.task].head) and head.takes_pairs):
         raise InputError(f"--pair: the task {predictor.task} of this model takes one text. Leave it out.")
     [line] = predict_list(predictor, [record_of(predictor.task, text, pair)], bare=bare)
     if "error" in line:

@@ -222,7 +222,7 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _steps(plan: Mapping[str, Any]) -> str:
-    """The steps, and in epochs, which a plan of an earlier version cannot say: 30 steps (1.5 epochs)."""
+    """The steps, and in epochs where the plan says how many make one: 30 steps (1.5 epochs)."""
     steps = plural(plan["steps"], "step")
     epochs = plan["steps"] / plan.get("steps_per_epoch", math.inf)
     shown = "less than 0.1" if epochs < 0.1 else f"{epochs:,.1f}".removesuffix(".0")
@@ -297,7 +297,7 @@ def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most:
 Facts = list[tuple[str, str]]
 LEAST_PART = 2**20 / 10
 """Bytes of a part of the memory that is named at least."""
-SETTLED = 8
+SETTLED_SHOWN = 8
 """Steps of usual size that count in a probe, the last ones."""
 
 
@@ -326,7 +326,7 @@ def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None) ->
         total = forecast["memory"]["total"] if forecast else 0
         away = f", estimated {size(total)} ({100 * total / found - 100:+.0f} %)" if total else ""
         facts.append(("memory", f"{size(found)}{away}"))
-    if usual := probe["steps"][1:][-SETTLED:]:
+    if usual := probe["steps"][1:][-SETTLED_SHOWN:]:
         tokens, taken = (sum(one[key] for one in usual) / len(usual) for key in ("count", "seconds"))
         facts.append(("step", f"{taken:.3g} s, of {tokens:,.0f} tokens"))
     facts += [("note", text) for text in probe["notes"]]
@@ -347,14 +347,12 @@ def _group(group: Mapping[str, Any]) -> str:
     has = "the whole model"
     if group.get("split"):
         has = f"{size(group['split'] // group['devices'])} of the layers and all other weights"
-    seconds = group.get("exchange_seconds", group.get("sum_seconds", 0.0))  # the second of an earlier version
-    return f"{group['devices']}, each with {has} and a part of each step; they exchange numbers {seconds:.2g} s a step"
+    seconds = f"{group['exchange_seconds']:.2g} s a step"
+    return f"{group['devices']}, each with {has} and a part of each step; they exchange numbers {seconds}"
 
 
 def _time(seconds: Mapping[str, Any]) -> str:
     span, _, beside = _span(seconds).partition("; ")
-    if "work" not in seconds:
-        return span
     training = seconds["work"]["training"]
     each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
     rest = f"{about(seconds['total'] - training['seconds'])} for all else"
@@ -363,8 +361,6 @@ def _time(seconds: Mapping[str, Any]) -> str:
 
 def _span(seconds: Mapping[str, Any]) -> str:
     """The whole time with its range, and what else the processor does: about 5 min (2–7)."""
-    if "work" not in seconds:  # an event of a run that is older than this list of kinds of work
-        return "estimated by an earlier version of tunesmith, in parts that this one cannot show"
     total, low, high = seconds["total"], 1 - seconds["spread"], 1 + seconds["spread"]
     busy = seconds.get("busy", 0.0)  # which an earlier version did not look for
     beside = ""

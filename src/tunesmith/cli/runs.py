@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
+RUN_COLUMNS = ("run", "state", "model", "task", "method", "steps", "held-out loss", "measure", "made")
 SPARE = ("made", "method", "held-out loss", "task", "model", "measure", "steps")
 """Columns that a narrow terminal has no room for, the first to go first."""
 
@@ -75,7 +75,7 @@ def runs(
         rule = f" of which {' and '.join(where)} holds" if where else " yet. Start one: tunesmith train MODEL DATA"
         screen.print(f"{root}: no runs{rule}")
     else:
-        print_table(screen, COLUMNS, map(_cells, rows), spare=SPARE)
+        print_table(screen, RUN_COLUMNS, map(_cells, rows), spare=SPARE)
         for row in rows:
             if "problem" in row:
                 words = " ".join(row["problem"].split())
@@ -170,7 +170,7 @@ def facts(run: Run) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "problem" in row:
-        return [row["name"], row["state"], *[""] * (len(COLUMNS) - 2)]
+        return [row["name"], row["state"], *[""] * (len(RUN_COLUMNS) - 2)]
     return [
         row["name"],
         row["state"],
@@ -243,7 +243,7 @@ def _holds(place: str, found: Any, sign: str, value: str) -> bool:
     return fnmatch.fnmatchcase(given, value) == (sign != "!=")
 
 
-MOST_ANSWERS = 16
+MOST_RUN_ANSWERS = 16
 """Shown."""
 
 
@@ -301,9 +301,9 @@ def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | No
         screen.print(f"held-out loss {loss(series.curve[0])} → {loss(series.curve[-1])}{aside}")
     print_result(screen, report or {})
     if series.samples:
-        if len(series.samples) > MOST_ANSWERS:
-            screen.print(f"{MOST_ANSWERS} of {len(series.samples):,} answers; the report has all")
-        screen.print(answers_table(series.samples, width=min(screen.width, 120), most=MOST_ANSWERS))
+        if len(series.samples) > MOST_RUN_ANSWERS:
+            screen.print(f"{MOST_RUN_ANSWERS} of {len(series.samples):,} answers; the report has all")
+        screen.print(answers_table(series.samples, width=min(screen.width, 120), most=MOST_RUN_ANSWERS))
 
 
 def _tail(screen: Console, run: Run) -> None:

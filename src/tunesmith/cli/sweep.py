@@ -29,7 +29,7 @@ CHOSEN = (
     "The best of several trials looks a little better on the rows it was chosen by than it is: measure it on rows that "
     "no trial was measured on."
 )
-COLUMNS = ("trial", "options", "measure", "steps", "state")
+SWEEP_COLUMNS = ("trial", "options", "measure", "steps", "state")
 
 
 def sweep(
@@ -122,7 +122,7 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
         best_of(outcomes)
         return
     if not quiet:
-        heads = [info_of(found.grid.metric).label if head == "measure" else head for head in COLUMNS]
+        heads = [info_of(found.grid.metric).label if head == "measure" else head for head in SWEEP_COLUMNS]
         print_table(screen, heads, [_cells(outcome, found.grid.metric) for outcome in outcomes])
     best = best_of(outcomes)
     run = found.root / best.trial.name

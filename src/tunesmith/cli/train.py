@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,11 +17,13 @@ from tunesmith.cli import options
 from tunesmith.cli.options import build_recipe, named
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
-from tunesmith.phrases import plural, visible
+from tunesmith.phrases import visible
 from tunesmith.runs.folder import Run
+from tunesmith.types import Event, OnProgress
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.training.job import Watcher
 
 
 def train(
@@ -72,7 +77,9 @@ def train(
     if ray is not None:
         _tune_on_ray(found, ray, out=out, offline=offline, shown=shown)
         return
-    _tune(found, out=out, root=root, offline=offline, shown=shown)
+    from tunesmith.training.job import train_run
+
+    train_run(found, watch=partial(_watch, **shown), several=_launch, root=root, out=out, offline=offline)
 
 
 def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, shown: dict[str, Any]) -> None:
@@ -88,42 +95,39 @@ def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: boo
         display.done(run)
 
 
-def _tune(recipe: Recipe, *, out: Path | None, root: Path, offline: bool, shown: dict[str, Any]) -> None:
-    from tunesmith.cli.display import run_display
-    from tunesmith.cli.export import make_planned
-    from tunesmith.parallel.own_card import take_card
-    from tunesmith.parallel.world import place_of
-    from tunesmith.trackers.sender import tracked
+@contextmanager
+def _watch(
+    is_first: bool, *, as_json: bool, quiet: bool, verbose: bool, earlier: Iterable[Event] = ()
+) -> Iterator[Watcher]:
+    """The terminal as the watcher of a run; ranks other than the first show nothing."""
+    from tunesmith.cli.display import phases, run_display
+    from tunesmith.cli.export import EXPORT_PHASES, print_export, print_note
+    from tunesmith.training.job import Watcher
 
-    launch_ranks(recipe)
-    place = place_of(os.environ)
-    take_card(place, recipe.device, os.environ)  # before an import can list the cards
-    first = place.rank == 0
-    how = shown if first else {"as_json": False, "quiet": True, "follows": True}
-    with (
-        run_display(**how) as display,
-        tracked(recipe.track if first else (), offline=offline, say=display.tracked) as on_run,
-    ):
-        from tunesmith.training import trainer as training
+    shown = {"as_json": as_json and is_first, "quiet": quiet or not is_first, "follows": not is_first}
+    with run_display(**shown, verbose=verbose, earlier=earlier) as display:
 
-        if recipe.export.to and first:
-            from tunesmith.export.export_run import refuse_planned
+        def export_progress() -> AbstractContextManager[OnProgress]:
+            display.close()
+            return phases(console(stderr=True), EXPORT_PHASES)
 
-            refuse_planned(recipe, offline=offline)
-        run = training.train(recipe, root=root, out=out, offline=offline, listener=display.listener(on_run))
-        if first:
-            display.done(run)
-            make_planned(run, as_json=shown["as_json"])
+        yield Watcher(
+            listener=display.listener,
+            tracked=display.tracked,
+            say=lambda text: console(stderr=True).print(visible(text), soft_wrap=True),
+            done=display.done,
+            export_progress=export_progress,
+            export_note=print_note,
+            exported=partial(print_export, as_json=as_json),
+        )
 
 
-def launch_ranks(recipe: Recipe) -> None:
-    """Run this command line in one process a device if there are several, and exit with their code."""
-    from tunesmith.parallel.launch import devices_of, launch
+def _launch(devices: int) -> NoReturn:
+    """Run this command line in one process a device, and exit with their code."""
+    from tunesmith.parallel.launch import launch
 
-    devices = devices_of(recipe)
-    if devices > 1:
-        screen = console(stderr=True)
-        raise typer.Exit(launch(devices, sys.argv[1:], say=lambda text: screen.print(visible(text), style="bold red")))
+    screen = console(stderr=True)
+    raise typer.Exit(launch(devices, sys.argv[1:], say=lambda text: screen.print(visible(text), style="bold red")))
 
 
 def resume(
@@ -145,44 +149,15 @@ def resume(
 
     tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """
-    from tunesmith.cli.display import run_display
-    from tunesmith.cli.export import make_planned
-    from tunesmith.parallel.own_card import take_card
-    from tunesmith.parallel.world import place_of
-    from tunesmith.recipe import load
-    from tunesmith.trackers.sender import tracked
+    from tunesmith.training.job import resume_run
 
-    found = Run.open(named(run, root), root, base=model)
-    is_alone = place_of(os.environ).size == 1  # ranks would all make the same exports
-    if is_alone and found.state() == "done" and (num := make_planned(found, as_json=as_json)):
-        words = f"{found.path}: it was done except for {plural(num, 'export')}, made now"
-        options_given = {"--track (see `tunesmith track`)": track, "--set": settings}
-        unused = " and ".join(option for option, given in options_given.items() if given)
-        words += f". {unused} had no effect" if unused else ""
-        console(stderr=True).print(visible(words), soft_wrap=True)
-        return
+    begun = Run.open(named(run, root), root, base=model)
     try:
-        earlier = list(found.events())
-    except RunError:  # a damaged log, which training.resume puts right or refuses
+        earlier = list(begun.events())
+    except RunError:  # a damaged log, which training puts right or refuses
         earlier = []
-    recipe = load.load(str(found.recipe_path), settings or [], of_run=True)
-    alone = recipe.model_copy(update={"devices": 1}) if recipe.devices == "auto" else recipe  # of an earlier version
-    launch_ranks(alone)
-    place = place_of(os.environ)
-    take_card(place, recipe.device, os.environ)
-    first = place.rank == 0
-    trackers, of_recipe = (track or [], found.recipe().track) if first else ([], ())
-    shown: dict[str, Any] = {"as_json": as_json and first, "quiet": quiet or not first, "follows": not first}
-    with (
-        run_display(**shown, verbose=verbose, earlier=earlier) as display,
-        tracked(trackers, offline=offline, say=display.tracked, optional=of_recipe) as on_run,
-    ):
-        from tunesmith.training import trainer as training
-
-        done = training.resume(found, settings=settings or [], offline=offline, listener=display.listener(on_run))
-        if first:
-            display.done(done)
-            make_planned(done, as_json=as_json)
+    watch = partial(_watch, as_json=as_json, quiet=quiet, verbose=verbose, earlier=earlier)
+    resume_run(begun, watch=watch, several=_launch, settings=settings or [], trackers=track or [], offline=offline)
 
 
 POLL_S = 0.5

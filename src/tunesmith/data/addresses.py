@@ -34,10 +34,10 @@ from tunesmith.types import Aside
 
 HUB = "hf://"
 GRAMMAR = "hf://datasets/owner/name[@revision][/path][?subset=S&split=T]"
-SIDES = ("train", "eval", "replay")
+DATA_SIDES = ("train", "eval", "replay")
 DISK_SHARE = 0.5
 """Most of the free disk that downloads may take: encoded rows and checkpoints need the rest."""
-STALE_S = 86400.0
+STALE_DOWNLOAD_S = 86400.0
 """Age at which a downloaded file that is to be removed counts as left over from a killed process."""
 _SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 """Words in the names of files that say their split, as in the library datasets."""
@@ -67,7 +67,7 @@ class RemoteFile:
 
 
 REGISTERED: dict[str, Sequence[RemoteFile]] = {}
-"""The files of each address that was listed in this process, and each of them by its own."""
+"""A cache: the files of each address that was listed in this process, and each of them by its own."""
 
 
 def is_address(path: str) -> bool:
@@ -112,7 +112,7 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     Data without an address is returned as it is, and no server is contacted. Raises DataError for an address that
     cannot be used.
     """
-    files = {file.at: file for side in SIDES for file in getattr(data, side) if is_address(file.at)}
+    files = {file.at: file for side in DATA_SIDES for file in getattr(data, side) if is_address(file.at)}
     if not files:
         return data, []
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -135,7 +135,7 @@ def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     def at_commit(file: DataFile) -> DataFile:
         return file.model_copy(update={"path": listings[file.at][0]}) if file.at in listings else file
 
-    return data.model_copy(update={side: tuple(map(at_commit, getattr(data, side))) for side in SIDES}), notes
+    return data.model_copy(update={side: tuple(map(at_commit, getattr(data, side))) for side in DATA_SIDES}), notes
 
 
 def short_name(path: str) -> str:
@@ -388,7 +388,7 @@ def local(address: str) -> Iterator[str]:
     if file.is_kept or file.cached():
         yield download(file)
         return
-    clean(folder, older_than_s=STALE_S)
+    clean(folder, older_than_s=STALE_DOWNLOAD_S)
     with storing(folder, num_bytes=file.num_bytes):
         place = TemporaryDirectory(prefix=TEMPORARY, dir=folder, ignore_cleanup_errors=True)
     with place:

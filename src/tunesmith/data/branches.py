@@ -84,28 +84,6 @@ class BranchColumns:
     def __init__(self, sizes: ListColumn, values: ListColumn, keys: ListColumn) -> None:
         self._sizes, self._values, self._keys = sizes, values, keys
         self.has_any = len(sizes[1]) > 0
-        self.reference: NDArray[np.float64] | None = None
-        """[I, K], the log-probability of each branch's trained tokens under the model of step 1, then of the partner's;
-        None: not computed."""
-        self.max_tokens = 0
-        """Most tokens of a prompt and the answer behind it."""
-        self.partners: NDArray[np.int64] | None = None
-        """[I], another row for each row, whose answer is read behind this row's prompt, which it does not answer; -1
-        for rows that need none."""
-
-    def use_partners(
-        self, rows_I: NDArray[np.int64], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64], max_tokens: int
-    ) -> None:
-        """Pair each of some rows with the next row, by content hash and around the end, that has another prompt. If
-        all prompts are equal, a row is its own partner. `hashes_I` and `inputs_I` cover all rows."""
-        self.max_tokens, order = max_tokens, rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
-        ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
-        if self.partners is None:
-            self.partners = np.full(len(hashes_I), -1, np.int64)
-        self.partners[order] = order
-        if len(ends):
-            next_end = ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)]
-            self.partners[order] = order[(next_end + 1) % len(order)]
 
     @property
     def counts(self) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from tunesmith.types import Draft, Drafts, Example, Part, Problem, Source
 
 SENTINEL = "tunesmithQ7vAnswerZ3kHere"
 """One word, letters and digits only: no template trims, splits or escapes it."""
-QUESTION = {"role": "user", "content": "Hi"}
+PROBE_QUESTION = {"role": "user", "content": "Hi"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "a"}}}
 
 Render = Callable[[Sequence[Message], bool], str]
@@ -96,7 +96,7 @@ class ChatEncoder(RowEncoder):
         self._run, self.stop_ids, self._middle = find_stops(self._bare_render, self.control, name=fast.name)
         ends = dict.fromkeys([self._run[0], *self.stop_ids, *self._middle])
         self._ends = tuple(self.control.closing[token_id] for token_id in ends)
-        if self._starts_with_two_bos(fast.ids([self._bare_render([QUESTION], True)])[0].tolist()):
+        if self._starts_with_two_bos(fast.ids([self._bare_render([PROBE_QUESTION], True)])[0].tolist()):
             raise ModelError(f"{fast.name}: its chat template writes BOS twice. Give a corrected one by data.template.")
 
     def encode(self, examples: Sequence[Example]) -> list[Drafts]:
@@ -403,7 +403,7 @@ def find_stops(
     What a template writes behind the last turn only, such as Phi 3's <|endoftext|>, closes the text and no turn.
     """
     try:
-        last, middle = closings(render, QUESTION)
+        last, middle = closings(render, PROBE_QUESTION)
     except TemplateRefusal as refusal:
         raise ModelError(
             f"{name}: its chat template refuses a question and an answer: {refusal} Give another by data.template."
@@ -429,7 +429,7 @@ def find_stops(
 def _end_of_tool_call(render: Render, control: ControlTokens, close: str) -> list[int]:
     """The id that closes a turn with a tool call, where it is not closed as an answer is."""
     try:
-        text = render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], False)
+        text = render([PROBE_QUESTION, {"role": "assistant", "content": "", "tool_calls": [CALL]}], False)
     except TemplateRefusal:  # a template without tools
         return []
     closing_id = None if text.endswith(close) else control.last_closing_id(text)

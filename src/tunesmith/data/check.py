@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
 
 Side = Literal["train", "replay", "eval"]
-SIDES: tuple[Side, ...] = ("train", "replay", "eval")
+ALL_SIDES: tuple[Side, ...] = ("train", "replay", "eval")
 Span = tuple[str, bool]
 """Text and whether it is trained."""
 FIRST_ROWS = 3
@@ -186,7 +186,7 @@ class _Check:
         self._paths: list[str] = []
         """Files and the documents of folders, in the order in which they are read."""
         self._total_bytes = self._done_bytes = 0
-        self._sides: dict[Side, _Side] = {side: _Side() for side in SIDES}
+        self._sides: dict[Side, _Side] = {side: _Side() for side in ALL_SIDES}
         self._first_rows: list[tuple[Span, ...]] = []
         self._forms: dict[Shape, tuple[str, tuple[Span, ...]]] = {}
         self._counts: dict[str, Counter[str]] = {"error": Counter(), "warning": Counter()}
@@ -203,7 +203,7 @@ class _Check:
             columns, note = usual
             self._data = self._data.model_copy(update={"columns": columns})
             self._notes.append(note)
-        entries = [(side, file, self._members(file, side)) for side in SIDES for file in getattr(self._data, side)]
+        entries = [(side, file, self._members(file, side)) for side in ALL_SIDES for file in getattr(self._data, side)]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
         for side_check in self._sides.values():

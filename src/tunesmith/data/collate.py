@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Flat positions that predict, and what."""
-LinesOf = Literal["all", "learnt", "looked"]
+LinesOf = Literal["all", "learnt", "partners"]
 RANDOM_BEYOND = 0.8
 KEPT_BEYOND = 0.9
 
@@ -95,14 +95,10 @@ class Collator:
     pools: bool = False
     """Whether trained tokens are pooled, see `Task.pools`."""
 
-    def __post_init__(self) -> None:
-        if self.masking is not None:
-            self.store.use_masks(self.masking.share)
-
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """The batch of some rows of the store. `draw` numbers the maskings of a row: the step, or 0 for measuring.
         `copies`: see `sampler.copies_in`; empty: each row is there once. `lines`: of rows with partners those that are
-        learnt, those that the step looks at before, or all, which are measured.
+        learnt, those of the partners, or all, which are measured.
 
         In a step, masks follow from a row's index in the store; for measuring, from the content of its example, so that
         they are the same in another file, order or run.
@@ -127,19 +123,17 @@ class Collator:
         return pad_to_multiple(batch) if self.pads else batch
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
-        branches = self.store.branches
-        if branches.partners is None or lines == "learnt":
+        targets = self.store.learnt
+        if targets.partners_I is None or lines == "learnt":
             return lines_of(row)
-        other = partner_line(row, self.store.row(int(branches.partners[index])), branches.max_tokens)
-        return [other] if lines == "looked" else [*lines_of(row), other]
+        other = partner_line(row, self.store.row(int(targets.partners_I[index])), targets.partner_tokens)
+        return [other] if lines == "partners" else [*lines_of(row), other]
 
     def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:
         """The batch of these lines of each row, with the rows that targets belong to, and their numbers."""
-        branches, device = self.store.branches, batch.row_of_N.device
-        reference = (
-            np.zeros((len(rows), 2)) if branches.reference is None else branches.reference[list(batch.row_indices)]
-        )
-        values = np.concatenate([np.array([row.values for row in rows], np.float64), reference], axis=1)
+        reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
+        known = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
+        values = np.concatenate([np.array([row.values for row in rows], np.float64), known], axis=1)
         row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines)))
         wide = torch.float32 if device.type == "mps" else torch.float64
         keys = np.array([key for row in rows for key in row.keys], np.int64)

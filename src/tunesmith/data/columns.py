@@ -22,12 +22,12 @@ from tunesmith.types import JsonObject, Problem, Record, Shape, Source, TaskName
 
 SAMPLE_ROWS, SAMPLE_CHARS, SAMPLE_COLUMNS = 500, 4_000_000, 200
 """The part of a file that is looked at: rows, characters of all, fields of a row."""
-LOOKED_AT = 1000
+COLUMN_SAMPLE = 1000
 """Characters of a value that are looked at."""
-FEW_ROWS = 20
+FEW_COLUMN_ROWS = 20
 """Rows below which values that differ may be classes all the same."""
 MOST_SUGGESTED = 2
-MOST_NAMES = 1000
+MOST_COLUMNS = 1000
 """Names that a misspelt one is compared with."""
 
 Values = Literal["text", "label", "number", "name", "other"]
@@ -97,8 +97,9 @@ def sample(rows: Iterable[Record]) -> list[JsonObject]:
     with suppress(DataError):  # which is said when its rows are read
         for row in itertools.islice(rows, SAMPLE_ROWS):
             fields = itertools.islice(row.items(), SAMPLE_COLUMNS)
-            shortened.append({name: value[:LOOKED_AT] if isinstance(value, str) else value for name, value in fields})
-            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in shortened[-1].values())
+            cut = {name: value[:COLUMN_SAMPLE] if isinstance(value, str) else value for name, value in fields}
+            shortened.append(cut)
+            num_chars += sum(len(value) if isinstance(value, str) else 100 for value in cut.values())
             if num_chars > SAMPLE_CHARS:
                 break
     return shortened
@@ -166,7 +167,7 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
         return []
     longest = max(texts, key=lambda name: _length(rows, name))
     labels = sorted(labels, key=lambda name: _plain(name) not in _LABELS)
-    maybe = [name for name in names if len(rows) < FEW_ROWS and _plain(name) not in _ABOUT]
+    maybe = [name for name in names if len(rows) < FEW_COLUMN_ROWS and _plain(name) not in _ABOUT]
     classes = [_class_of(longest, name) for name in labels or maybe]
     numbers = [_class_of(longest, name, by_number=True) for name in by.get("number", [])]
     pair = [name for name in kinds if name in (texts if len(texts) > 1 else [*texts, *maybe])]
@@ -295,7 +296,7 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
     """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of its
     file."""
     shape = find_shape(record)
-    near = [did_you_mean(theirs, list(record)[:MOST_NAMES]) for theirs in columns.values() if theirs not in record]
+    near = [did_you_mean(theirs, list(record)[:MOST_COLUMNS]) for theirs in columns.values() if theirs not in record]
     if any(near):
         suggested = f"data.columns has another name.{next(filter(None, near))}"
     if shape is not None and task is not None:
@@ -304,7 +305,7 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
         return "other_task", message, f"Give --task {tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
     message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
-    if misspelt := _misspelt(tuple(record)[:MOST_NAMES], tuple(wanted)):
+    if misspelt := _misspelt(tuple(record)[:MOST_COLUMNS], tuple(wanted)):
         way = f"Correct the name, or add {paste(misspelt)}."
         return "unknown_shape", message, f"Did you mean {', '.join(misspelt)}? {way}"
     takes = ", or ".join(map(" and ".join, wanted))
@@ -333,7 +334,7 @@ def ask_text_or_classes(data: Data) -> str | None:
         if not rows or _shape_of(rows[0], data.columns) != "text":
             continue
         kinds = {name: kind for name, kind in values_of(rows).items() if name != text}
-        few = len(rows) < FEW_ROWS
+        few = len(rows) < FEW_COLUMN_ROWS
         labels = [name for name, kind in kinds.items() if kind == "label" and (few or _plain(name) not in _ABOUT)]
         labels.sort(key=lambda name: _plain(name) not in _LABELS)
         labels += [name for name in kinds if _plain(name) in _LABELS and name not in labels]
@@ -389,8 +390,8 @@ def absent_columns(data: Data) -> list[Problem]:
                 absent = {ours: theirs for ours, theirs in absent.items() if theirs not in row}
                 if not absent:
                     return []
-                if len(seen) < MOST_NAMES and not row.keys() <= seen.keys():
-                    seen.update(dict.fromkeys(itertools.islice(row, MOST_NAMES - len(seen))))
+                if len(seen) < MOST_COLUMNS and not row.keys() <= seen.keys():
+                    seen.update(dict.fromkeys(itertools.islice(row, MOST_COLUMNS - len(seen))))
     where = Source(files[0].path, 0)
     return [
         Problem(

@@ -35,6 +35,7 @@ from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, com
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.row_targets import RowTargets
 from tunesmith.data.tokenizer import serialized
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, Data, DataFile
@@ -162,7 +163,8 @@ class RowStore:
             self.denominators = np.ones(len(self))
         self.labels = LabelColumn(table, summary.labels)
         """Classes of the rows, by the store's own ids."""
-        self._learnt: Labels | None = None
+        self.learnt = RowTargets()
+        """What is learnt from the rows besides their tokens, as `row_targets` wrote it."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -182,7 +184,7 @@ class RowStore:
             raise IndexError(f"row {index} of a store of {len(self)}")
         labels: NDArray[np.generic] | None = None
         if self.summary.many is not None:
-            learnt = self._learnt
+            learnt = self.learnt.labels
             labels = self.labels.at(index) if learnt is None else self.labels.targets_at(index, learnt)
         return Row(
             self._ids[index].values.to_numpy(),
@@ -223,15 +225,13 @@ class RowStore:
         places_I = np.arange(len(self))
         return places_I - np.maximum.accumulate(np.where(is_first_I, places_I, 0))
 
-    def use(self, labels: Labels) -> None:
-        """Let rows hold the targets that `labels` define."""
-        self._learnt = labels
-        if not self.branches.has_any:
-            self.denominators = self.labels.denominators(labels)
-
-    def use_masks(self, share: float) -> None:
-        """Count this share of a row's trained tokens as learnt, at least one; see `collate.Masking`."""
-        self.denominators = np.maximum(1.0, np.round(share * self.targets))
+    def learn(self, targets: RowTargets) -> None:
+        """Let rows hold these targets. Only `row_targets` calls it."""
+        self.learnt = targets
+        if targets.masked is not None:
+            self.denominators = np.maximum(1.0, np.round(targets.masked * self.targets))
+        elif targets.labels is not None and not self.branches.has_any:
+            self.denominators = self.labels.denominators(targets.labels)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """The rows as they are on disk; columns that an earlier version did not write are empty."""

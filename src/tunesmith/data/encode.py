@@ -43,7 +43,7 @@ from tunesmith.types import Example, Part, Problem, Row, Source
 T = TypeVar("T")
 
 CHUNK_EXAMPLES = 512
-CHUNK_CHARS = 4_000_000
+ENCODED_CHARS = 4_000_000
 """A chunk is rendered and tokenized at once: it ends at whichever of the two bounds is met first."""
 BATCH_ROWS = 8192
 BATCH_TOKENS = 4_000_000
@@ -97,7 +97,7 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
         for file, example in found:
             chunk.append((file, example))
             num_chars += sum(len(part.text) for part in example.first_line)
-            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= CHUNK_CHARS:
+            if len(chunk) >= CHUNK_EXAMPLES or num_chars >= ENCODED_CHARS:
                 yield chunk
                 chunk, num_chars = [], 0
     except TunesmithError:

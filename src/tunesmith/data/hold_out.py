@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import SHAPES
-from tunesmith.data.labels import MOST_LISTED, find_kind, order
+from tunesmith.data.labels import MOST_LABELS_LISTED, find_kind, order
 from tunesmith.errors import DataError
 from tunesmith.phrases import listed, plural
 from tunesmith.recipe.schema import Data, resolved
@@ -22,7 +22,7 @@ FLOOR, PART, LEAST, MOST = 50, 0.1, 0.05, 0.2
 """By itself: a twentieth of many rows, a tenth of up to a thousand, 50 where that is a fifth or less."""
 RARE = 10
 """Rows of a class below which it is neither learnt well nor measured."""
-FEW = 30
+FEW_HELD = 30
 """Held-out rows below which hardly any difference is distinguishable from chance."""
 
 
@@ -60,7 +60,7 @@ def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool
 
 def few_note(num_held: int) -> str | None:
     """Note about the uncertainty of few held-out rows; None if there are enough, or none."""
-    if not 0 < num_held < FEW:
+    if not 0 < num_held < FEW_HELD:
         return None
     points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval of a share: 1.96 * sqrt(0.25 / n)
     rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
@@ -195,7 +195,7 @@ def never_trained(
     missing = order(shown.keys() - trained.keys()) if labels.kind != "number" else ()
     if not missing:
         return []
-    listed = ", ".join(map(repr, missing[:MOST_LISTED])) + (", ..." if len(missing) > MOST_LISTED else "")
+    listed = ", ".join(map(repr, missing[:MOST_LABELS_LISTED])) + (", ..." if len(missing) > MOST_LABELS_LISTED else "")
     return [
         f"{len(missing):,} of {len(labels.names):,} classes are in held-out rows alone, so they are measured and "
         f"never learnt: {listed}. Add rows of them, or choose the held-out rows yourself: --eval"

@@ -29,7 +29,7 @@ ClassWeights = Literal["equal", "balanced"] | Mapping[str, float]
 
 MOST_CLASSES = 1000
 """Most classes that rows may bring if data.labels names none."""
-MOST_LISTED = 20
+MOST_LABELS_LISTED = 20
 """Rows named one by one, one for each label that cannot be used."""
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -125,8 +125,8 @@ def refuse_unknown(labels: Labels, *sides: LabelCounts) -> None:
         for i, name in enumerate(side.names):
             is_known = is_number(name) if labels.kind == "number" else name in known
             if side.counts_V[i] and not is_known:
-                if len(problems) == MOST_LISTED:
-                    raise DataError(f"more than {MOST_LISTED} labels cannot be used", problems)
+                if len(problems) == MOST_LABELS_LISTED:
+                    raise DataError(f"more than {MOST_LABELS_LISTED} labels cannot be used", problems)
                 problems.append(Problem(side.place(i), "unknown_label", *_unknown(name, labels)))
     if problems:
         raise DataError("\n".join(map(str, problems)), problems)
@@ -235,7 +235,7 @@ def weights_of(
 def _unknown(name: str, labels: Labels) -> tuple[str, str]:
     if labels.kind == "number":
         return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
-    listed = ", ".join(labels.names[:MOST_LISTED]) + (", ..." if len(labels.names) > MOST_LISTED else "")
+    listed = ", ".join(labels.names[:MOST_LABELS_LISTED]) + (", ..." if len(labels.names) > MOST_LABELS_LISTED else "")
     fix = f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, labels.names)}"
     return f"the label {name[:60]!r} is not one of the classes ({listed}).", fix
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tunesmith.types import LEAST_PREFIX, Batch, Segment, Span
 
-MOST_ROWS = 512
+MOST_ROWS_GROUPED = 512
 """Rows looked at together: the search for the best groups costs their square."""
 
 
@@ -79,8 +79,8 @@ def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
     """
     order = _sorted(rows)
     groups: list[Stretch] = []
-    for at in range(0, len(order), MOST_ROWS):
-        groups += _best(rows, order[at : at + MOST_ROWS])
+    for at in range(0, len(order), MOST_ROWS_GROUPED):
+        groups += _best(rows, order[at : at + MOST_ROWS_GROUPED])
     return sorted(groups, key=lambda group: group.members)
 
 

@@ -189,7 +189,7 @@ def _hint(rest: str, reason: str) -> str:
 OnBadRow = Callable[[int, BadRow], None]
 """Gets the line of a row and its problem."""
 
-CHUNK_BYTES = 256 * 1024
+JSON_CHUNK_BYTES = 256 * 1024
 MOST_INDENTED_BYTES = 2**26
 """The most of a file that is read at once to see whether all its lines make one object."""
 MOST_BLANK = 1_000_000
@@ -255,7 +255,7 @@ def rest_of_line(stream: ByteStream, raw: bytes) -> int:
     """Skip to the end of a line of which `raw` was read. Returns the number of bytes skipped."""
     size = 0
     while raw and not raw.endswith(b"\n"):
-        raw = stream.readline(CHUNK_BYTES)
+        raw = stream.readline(JSON_CHUNK_BYTES)
         size += len(raw)
     return size
 

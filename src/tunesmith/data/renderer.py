@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,10 @@ from tunesmith.types import (
     Record,
     Row,
     Source,
-    Task,
 )
+
+if TYPE_CHECKING:
+    from tunesmith.tasks.task import Task
 
 TooLong = Literal["error", "drop", "cut"]
 

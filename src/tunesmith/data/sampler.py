@@ -34,7 +34,7 @@ prefix."""
 MULTIPLE = 32
 """Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
 large one."""
-VERSION = "2"
+ORDER_VERSION = "2"
 """Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
 In version 1 seed s + 1 gave the order of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -68,13 +68,14 @@ class StepSampler:
     """Cost of a micro-batch besides its tokens, in tokens, see `pass_cost`."""
     is_even: bool = False
     """Every part of a step has to go through the model as often, see `idle`."""
-    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Of what follows from the other fields alone."""
 
     @property
     def rows_per_epoch(self) -> int:
-        if "rows_per_epoch" not in self._kept:
-            self._kept["rows_per_epoch"] = int(copies(self.weights_I, self.sources_I, seed=self.seed, epoch=0).sum())
-        return int(self._kept["rows_per_epoch"])
+        if "rows_per_epoch" not in self._cache:
+            self._cache["rows_per_epoch"] = int(copies(self.weights_I, self.sources_I, seed=self.seed, epoch=0).sum())
+        return int(self._cache["rows_per_epoch"])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -153,20 +154,20 @@ class StepSampler:
 
     def _sides_of(self, rows: Sequence[int]) -> NDArray[np.int32]:
         """Tokens of these rows, [B, S]: source and target apart for an encoder–decoder."""
-        if "sides" not in self._kept:
+        if "sides" not in self._cache:
             sides = [self.lengths_I] if self.targets_I is None else [self.lengths_I - self.targets_I, self.targets_I]
-            self._kept["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
-            self._kept["sides"][self.rows_I] = np.stack(sides, axis=1)
-        sides_of_rows: NDArray[np.int32] = self._kept["sides"][list(rows)]
+            self._cache["sides"] = np.zeros((int(self.rows_I.max()) + 1, len(sides)), np.int32)
+            self._cache["sides"][self.rows_I] = np.stack(sides, axis=1)
+        sides_of_rows: NDArray[np.int32] = self._cache["sides"][list(rows)]
         return sides_of_rows
 
     def _chosen(self, epoch: int, offset: int) -> NDArray[np.int64]:
         """Indices into `rows_I` of the rows of a step, which is counted from 0 within its epoch."""
-        if self._kept.get("epoch") != epoch:  # cached: one epoch serves many steps
+        if self._cache.get("epoch") != epoch:  # cached: one epoch serves many steps
             order = shuffled(self.weights_I, self.sources_I, seed=self.seed, epoch=epoch)
-            self._kept.update(epoch=epoch, order=order)
-        chosen: NDArray[np.int64] = self._kept["order"][offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
-        return chosen
+            self._cache.update(epoch=epoch, order=order)
+        order_R: NDArray[np.int64] = self._cache["order"]
+        return order_R[offset * self.rows_per_step : (offset + 1) * self.rows_per_step]
 
 
 def pass_cost(device: object) -> int:

@@ -44,7 +44,7 @@ SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
 SEARCHES = frozenset({"lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"})
 PIECES = frozenset({"rsplit", "split", "splitlines"})
 CONSUMERS = frozenset({"groupby", "join", "last", "list", "max", "min", "random", "reverse", "sort", "sum", "unique"})
-SHORT = PIECES | SEARCHES
+SHORT_TEXT = PIECES | SEARCHES
 BOUNDED = COLUMNS | SLOW | CONSUMERS | {"expandtabs", "format", "replace", "translate"}
 _TEXTS, _SMALL = {str}, 2**31
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*")
@@ -319,7 +319,7 @@ def _is_small(name: str, subject: Any, args: Sequence[Any]) -> bool:
     """Whether a filter or method needs no bound: nearly always."""
     if name in BOUNDED:
         return False
-    if name not in SHORT:
+    if name not in SHORT_TEXT:
         return True
     return isinstance(subject, str) and len(subject) < SLOW_VALUES and not any(len(str(arg)) > 100 for arg in args)
 

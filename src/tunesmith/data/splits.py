@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -26,9 +26,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs.atomic import write_atomic
-from tunesmith.types import Choice, Example, JsonObject, Labels, Problem, TaskName
-
-OnProgress = Callable[[str, int, int], None]
+from tunesmith.types import Choice, Example, JsonObject, Labels, OnProgress, Problem, TaskName
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,12 @@ class Splits:
     choices: list[Choice] = field(default_factory=list)
     """Automatic decisions about held-out rows and labels."""
     _texts: dict[bool, dict[int, str]] = field(default_factory=dict, repr=False)
-    """Texts that were read, of held-out files (True) and of training files."""
+    """A cache of texts that were read, of held-out files (True) and of training files."""
+
+    @property
+    def sides(self) -> list[tuple[RowStore, NDArray[np.int64]]]:
+        """(store, rows) of the training rows, then of the held-out ones."""
+        return [(self.store, self.train_rows), (self.held_store, self.held_rows)]
 
     @property
     def skipped(self) -> int:
@@ -187,10 +190,6 @@ def encode_rows(
     by_class = labels is not None and labels.kind == "one"
     held = measured_rows(held, held_store, max_held, notes, by_class=by_class)
     notes += [few] if (few := few_note(len(held))) else []
-    # 5. Rows answer with the labels from here on.
-    if labels is not None:
-        for labelled in stores:
-            labelled.use(labels)
     return Splits(data, store, held_store, train, held, problems, notes, task, labels, [*chosen, *of_labels])
 
 

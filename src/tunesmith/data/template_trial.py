@@ -22,14 +22,14 @@ from tunesmith.data.sandbox import Sandbox, TooLong, TooMuch
 from tunesmith.environment import for_child, python_words
 from tunesmith.types import JsonObject
 
-LIMIT_S = 2.0
+TRIAL_LIMIT_S = 2.0
 """Seconds of processor time for one conversation, which takes microseconds."""
 WAIT_S = 60.0
 """Longest wait for the process, on a busy machine too."""
-MEMORY_BYTES = 2**30
+TRIAL_BYTES = 2**30
 """Memory that it may take."""
-TICK_S = 0.1
-TAKES_MEMORY = f"takes more than {MEMORY_BYTES / 2**30:g} GiB of memory"
+TRIAL_TICK_S = 0.1
+TAKES_MEMORY = f"takes more than {TRIAL_BYTES / 2**30:g} GiB of memory"
 
 _CALL = {"type": "function", "id": "a1", "function": {"name": "look_up", "arguments": {"days": 2}}}
 _TOOL = {"name": "look_up", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
@@ -59,7 +59,7 @@ def fault_of(texts: Sequence[str], tokens: JsonObject) -> str:
 
     `tokens`: the special tokens by their names, as templates read them.
     """
-    return _fault_of(json.dumps({"texts": list(texts), "tokens": tokens, "limit_s": LIMIT_S}))
+    return _fault_of(json.dumps({"texts": list(texts), "tokens": tokens, "limit_s": TRIAL_LIMIT_S}))
 
 
 @lru_cache(maxsize=64)
@@ -75,12 +75,12 @@ def _fault_of(given: str) -> str:
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):
-                    answer, _ = process.communicate(to_send, timeout=TICK_S)
+                    answer, _ = process.communicate(to_send, timeout=TRIAL_TICK_S)
                     break
                 to_send = None
                 if time.monotonic() > ends:
                     return too_long
-                if _resident_bytes(process.pid) > 2 * MEMORY_BYTES:  # where the system keeps no limit: macOS, Windows
+                if _resident_bytes(process.pid) > 2 * TRIAL_BYTES:  # where the system keeps no limit: macOS, Windows
                     return TAKES_MEMORY
         finally:
             process.kill()
@@ -120,7 +120,7 @@ def _limit(limit_s: float) -> None:
         return
     with suppress(ValueError, OSError):  # a lower limit is in force
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-        most = pages * resource.getpagesize() + MEMORY_BYTES
+        most = pages * resource.getpagesize() + TRIAL_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     with suppress(ValueError, OSError):
         most_s = int(time.process_time() + 2 * limit_s) + 2

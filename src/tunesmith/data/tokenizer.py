@@ -25,7 +25,7 @@ from tunesmith.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = (
+SPELLING_PROBE = (
     "0 1 22 333 4444 3.14 1,000,000 2024-01-31\n\nA line.\n\n\nAnother\tone \r\n  four    spaces        eight"
     " I'm you'LL don't naïve cafe\u0301 Å A\u030a 今日は 你好吗 안녕 สวัสดี नमस्ते مرحبا"
     " 😀 \U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd 𝔘𝔫𝔦 ﬁ ½ ²\u200b\u00a0end "
@@ -267,8 +267,8 @@ def check_against_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     read_directly = Tokenizer.from_file(str(file))
     read_directly.no_truncation()  # files of sentence encoders cut and pad every text
     read_directly.no_padding()
-    expected = read_directly.encode(PROBE, add_special_tokens=False).ids
-    actual = tokenizer(PROBE, add_special_tokens=False).input_ids
+    expected = read_directly.encode(SPELLING_PROBE, add_special_tokens=False).ids
+    actual = tokenizer(SPELLING_PROBE, add_special_tokens=False).input_ids
     if list(actual) != expected:
         at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(expected))
         raise ModelError(
@@ -288,7 +288,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template_text: str, *, vocab
              for i, t in tokenizer.added_tokens_decoder.items()}  # fmt: skip
     parts = {
         "template": template_text,
-        "probe": list(tokenizer(PROBE, add_special_tokens=True).input_ids),
+        "probe": list(tokenizer(SPELLING_PROBE, add_special_tokens=True).input_ids),
         "added": added,
         "named": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "bos": tokenizer.bos_token_id,

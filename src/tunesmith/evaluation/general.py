@@ -23,7 +23,8 @@ from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.data.tokenizer import ControlTokens, FastTokenizer
 from tunesmith.evaluation.bootstrap import Interval, paired_intervals, ratio, value_of
 from tunesmith.models.modes import eval_mode
-from tunesmith.types import Batch, HeadName, Layout, Row, Source, Task
+from tunesmith.tasks.task import BoundTask
+from tunesmith.types import Batch, HeadName, Layout, Row, Source
 
 MAX_TOKENS = 256
 """Most tokens of a row of general text."""
@@ -68,7 +69,7 @@ def general_rows(tokenizer: Any) -> list[Row]:
 
 
 def text_losses(
-    model: PreTrainedModel, task: Task, tokenizer: Any, *, layout: Layout, device: torch.device | str
+    model: PreTrainedModel, task: BoundTask, tokenizer: Any, *, layout: Layout, device: torch.device | str
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Summed loss in nats and number of targets of each passage, by a task that predicts next tokens: [P], [P]."""
     rows = general_rows(tokenizer)

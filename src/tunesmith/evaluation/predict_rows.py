@@ -23,9 +23,10 @@ from tunesmith.models.machine import to_host
 from tunesmith.models.modes import eval_mode
 from tunesmith.parallel.shares import shares
 from tunesmith.parallel.world import World
-from tunesmith.types import HeadName, Labels, Task
+from tunesmith.tasks.task import BoundTask
+from tunesmith.types import HeadName, Labels
 
-MAX_CHARS = 10_000
+MOST_ROW_CHARS = 10_000
 """Characters of a row's text that are written down."""
 MOST_HIGH_LOSS = 20
 """Training rows of high loss that are listed."""
@@ -55,7 +56,7 @@ class Predictions:
 
 def predict_rows(
     model: nn.Module,
-    task: Task,
+    task: BoundTask,
     collator: Collator,
     rows: Sequence[int],
     *,
@@ -211,7 +212,7 @@ def row_lines(
         text = given
         if text is None:
             text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
-        shown = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
+        shown = text if len(text) <= MOST_ROW_CHARS else text[:MOST_ROW_CHARS] + " …"
         yield {"source": str(store.source(row)), "hash": result["hash"], "text": shown, **result}
 
 

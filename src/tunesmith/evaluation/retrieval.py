@@ -29,7 +29,8 @@ from tunesmith.recipe.objectives import Embed
 from tunesmith.recipe.schema import Recipe
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
 from tunesmith.tasks.preference_losses import settle
-from tunesmith.types import Row, Task
+from tunesmith.tasks.task import Task
+from tunesmith.types import Row
 
 K1, B = 1.2, 0.75
 MeasuredRows = tuple[RowStore, NDArray[np.int64], Predictions]

@@ -30,7 +30,7 @@ Constant = str | float | list[str]
 RowKind = Literal[
     "tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards", "ranks", "similarities",
 ]  # fmt: skip
-MEASURED = "the rows measured"
+MEASURED_ROWS = "the rows measured"
 OVER_CLASSES = ("label_accuracy", "macro_f1")
 """Metrics of sets that are means over all classes of the head, also those that no row names."""
 MOST_DOTS = 500
@@ -43,7 +43,7 @@ ANSWER_SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 """Scores of each answer in evaluation/answers-<name>.jsonl."""
 SHORT_WORDS = 3
 """An answer of at most so many words is right or wrong: a class, a name, a date."""
-MOSTLY = 0.9
+MOSTLY_SHARE = 0.9
 _SUMS = ("loss", "count", "correct", "bytes")
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
@@ -66,9 +66,12 @@ def score(
     statistics = statistics_of(kind, units, classes, complete=True)
     details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
     if habits := {key: value_of(statistics[key], len(units)) for key in HABITS if key in statistics}:
-        details["constant"] = {"answer": max(habits, key=lambda key: np.nan_to_num(habits[key])), "from": MEASURED}
+        details["constant"] = {
+            "answer": max(habits, key=lambda key: np.nan_to_num(habits[key])),
+            "from": MEASURED_ROWS,
+        }
     elif "recall" in details:
-        details["constant"] = {"answer": branch_scores.BM25, "from": MEASURED}
+        details["constant"] = {"answer": branch_scores.BM25, "from": MEASURED_ROWS}
     elif constant is not None and kind != "similarities":  # a rank correlation, which no constant has
         statistics |= _baseline(kind, units, classes, constant)
         details["constant"] = {"answer": constant, "from": constant_from}
@@ -393,7 +396,7 @@ def is_short(reference: str) -> bool:
 
 def are_short(references: Sequence[str]) -> bool:
     """Whether most answers are."""
-    return bool(references) and sum(map(is_short, references)) >= MOSTLY * len(references)
+    return bool(references) and sum(map(is_short, references)) >= MOSTLY_SHARE * len(references)
 
 
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, Interval]:

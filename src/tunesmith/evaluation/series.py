@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.types import Event, has_new_head
+from tunesmith.types import Event
 
 RECENT_STEPS = 20
 """Newest steps, from which the time left is estimated."""
@@ -88,7 +88,7 @@ class RunSeries:
 
     @property
     def has_new_head(self) -> bool:
-        return has_new_head(self.plan)
+        return bool(self.plan.get("new_head"))
 
     @property
     def total_steps(self) -> int:

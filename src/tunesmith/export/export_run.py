@@ -30,12 +30,11 @@ from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, at_work, clean, remove, replace_folder, storing, temporary_folder, to_json
 from tunesmith.runs.folder import Run
-from tunesmith.types import JsonObject
+from tunesmith.types import JsonObject, OnProgress
 from tunesmith.version import __version__
 
-OnProgress = Callable[[str, int, int], None]
 DEAD_S = 3600.0
-"""Age at which an unfinished export of the same name counts as left over from a dead process, where locks do not say."""
+"""Age at which an unfinished export of the same name counts as left over from a dead process if locks do not say."""
 
 
 TARGETS: dict[str, ExportTarget] = {target.name: target for target in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}

@@ -32,7 +32,8 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError
-from tunesmith.types import Batch, Measured, Task
+from tunesmith.tasks.task import BoundTask
+from tunesmith.types import Batch, Measured
 
 PASSES = 4
 """Passes whose tokens are kept until their answers are written: each written token reads all weights."""
@@ -71,7 +72,7 @@ class Continuation:
     """
 
     model: PreTrainedModel
-    task: Task
+    task: BoundTask
     """Measures the rows: tokens, not branches."""
     stop_ids: frozenset[int]
     new_tokens: int

@@ -26,7 +26,8 @@ from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings, without_vector
 from tunesmith.phrases import command
-from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head, with_choice
+from tunesmith.planning.decisions import Decisions
+from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
@@ -281,9 +282,9 @@ def refuse_needless(base: str | None, model: str) -> None:
 def run_labels(recipe: Recipe) -> Labels | None:
     """Labels of the head of a run, by its resolved recipe; None where it has none."""
     task = TASKS[resolved(recipe.task)]
-    if not task.learns_classes:
+    if task.head is None:
         return None
-    kind: LabelKind = "tags" if task.by_word else resolved(recipe.data.label_kind)
+    kind: LabelKind = "tags" if task.head.by_word else resolved(recipe.data.label_kind)
     return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 
@@ -311,9 +312,11 @@ def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[
             f"{command('train', name, 'DATA', '--task', chosen)}"
         )
     size = model_size(located)
-    recipe, _ = decide_before_rows(Recipe(model=name, task=chosen), located, size, kind)
-    choice = choose_precision(recipe, size.num_params, recipe.device, tokens=TOKENS_TO_ANSWER)
-    return with_choice(recipe, choice), tokenizer
+    decisions = Decisions(Recipe(model=name, task=chosen))
+    decide_before_rows(decisions, located, size, kind)
+    recipe = decisions.recipe
+    decisions.decide(choose_precision(recipe, size.num_params, recipe.device, tokens=TOKENS_TO_ANSWER))
+    return decisions.folded(), tokenizer
 
 
 def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> TaskName:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tunesmith.data.hold_out import split
 from tunesmith.data.labels import find_kind, refuse_unknown
 from tunesmith.data.problems import refused
 from tunesmith.data.read import expand_folders
+from tunesmith.data.row_targets import write_reference, write_targets
 from tunesmith.data.splits import counted, refuse_bad, texts_of
 from tunesmith.errors import DataError, InputError, ModelError, NonFiniteError
 from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
@@ -49,22 +49,21 @@ from tunesmith.evaluation.generate import (
 )
 from tunesmith.evaluation.predict_rows import Predictions, constant_answer, predict_rows, row_lines, row_results
 from tunesmith.evaluation.retrieval import settled
-from tunesmith.evaluation.scores import MEASURED, answer_scores, score, score_answers
+from tunesmith.evaluation.scores import MEASURED_ROWS, answer_scores, score, score_answers
 from tunesmith.inference.load import LoadedModel, load_base
 from tunesmith.inference.predict import Predictor
 from tunesmith.methods import METHODS
 from tunesmith.models.fused_loss import find_output_layer
 from tunesmith.phrases import percent, plural
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning.decisions import with_options
 from tunesmith.recipe.schema import Data, DataFile, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.tasks import TASKS, bind
-from tunesmith.types import Example, JsonObject, Layout, Part, Problem, Record, TaskName
+from tunesmith.tasks import TASKS, bind, partner_tokens
+from tunesmith.types import Example, JsonObject, Layout, OnProgress, Part, Problem, Record, TaskName
 
 # I rows
 
 
-OnProgress = Callable[[str, int, int], None]
 SAMPLES = 50
 """Rows of a file that are answered by default, by tasks that write answers; `MOST_SHORT` of short ones."""
 
@@ -153,17 +152,12 @@ def evaluate_file(
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         store = _encoded(loaded, data, Path(folder), problems, on_progress)
         rows_I = np.arange(len(store))
-        choices = TASKS[task].use_rows(loaded.recipe, [(store, rows_I)])
-        loaded = replace(loaded, recipe=reduce(with_choice, choices, loaded.recipe))
-        if TASKS[task].compares:
-            with _as_begun(loaded) as base:
-                predictions = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
-            store.branches.reference = np.array([result["logps"] for result in predictions.results], np.float64)
+        loaded = _with_targets(loaded, store, rows_I, on_progress)
         predictions = _predicted(loaded, store, lambda done, total: on_progress("evaluate", done, total))
         results = row_results(loaded.head, loaded.labels, predictions, store.hashes)
         classes, known = () if loaded.labels is None else loaded.labels.names, trained or TrainingRows(store, rows_I)
         constant = constant_answer(loaded.labels, known.store, known.rows_I)
-        source = MEASURED if trained is None else "the training rows"
+        source = MEASURED_ROWS if trained is None else "the training rows"
         measures, details = score(results, classes=classes, constant=constant, constant_from=source)
         _refuse_non_finite(measures["loss"]["value"], loaded, path)
         texts = map(texts_of(data.train, data, task, store, rows_I).get, rows_I.tolist())
@@ -178,6 +172,23 @@ def evaluate_file(
         baseline = answer_baseline([{**sample, **scores} for sample, scores in scored])
     headline, notes = _headline(task, measures, baseline, details, store), [*notes, *more]
     return EvaluationResult(task, len(rows_I), measures, baseline, headline, details, sampled, num_trained, notes)
+
+
+def _with_targets(
+    loaded: LoadedModel, store: RowStore, rows_I: NDArray[np.int64], on_progress: OnProgress
+) -> LoadedModel:
+    """The model with the options that these rows decide; what they are measured by is written into their store."""
+    sides, task = [(store, rows_I)], TASKS[loaded.renderer.task_name]
+    if task.section:
+        options = {choice.key: choice.value for choice in task.section.from_rows(loaded.recipe, sides)}
+        loaded = replace(loaded, recipe=with_options(loaded.recipe, options))
+    partners = partner_tokens(loaded.recipe)
+    write_targets(sides, labels=loaded.labels, masked=masked_share(loaded), partner_tokens=partners)
+    if task.compares:
+        with _as_begun(loaded) as base:
+            reference = _predicted(base, store, lambda done, total: on_progress("reference", done, total))
+        write_reference(store, rows_I, np.array([result["logps"] for result in reference.results], np.float64))
+    return loaded
 
 
 def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -> tuple[list[Example], int]:
@@ -263,7 +274,7 @@ def _headline(
 def _encoded(
     loaded: LoadedModel, data: Data, folder: Path, problems: list[Problem], on_progress: OnProgress
 ) -> RowStore:
-    """The rows of the file, with the labels of the model."""
+    """The rows of the file, whose labels the model knows."""
     store = build(
         folder,
         data=data,
@@ -278,7 +289,6 @@ def _encoded(
     if loaded.labels is not None:
         find_kind(loaded.renderer.task_name, data, [store.count_labels()])
         refuse_unknown(loaded.labels, store.count_labels())
-        store.use(loaded.labels)
     return store
 
 
@@ -316,13 +326,18 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
 
 
+def masked_share(loaded: LoadedModel) -> float | None:
+    """Share of a row's tokens that are measured under a mask; None: the model learnt none."""
+    return loaded.recipe.train.masked if loaded.head == "masked_token" else None
+
+
 def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
     masking = None
-    if loaded.head == "masked_token":
+    if (share := masked_share(loaded)) is not None:
         # The seed by which every run masks its held-out rows, so that metrics compare.
-        masking = Masking.of(loaded.renderer.tokenizer, share=loaded.recipe.train.masked, seed=0)
+        masking = Masking.of(loaded.renderer.tokenizer, share=share, seed=0)
     return Collator(
         store,
         layout=layout,

@@ -35,7 +35,7 @@ SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 FIRST_LOOK_BYTES = 8 << 20
 """Bytes of a training file within which its first row has to end."""
 PARSED_BYTES = 64 << 10
-"""Most bytes of a first row that is parsed where requests are answered: 2 ms at most, in which nothing else is (8 MiB: 0.8 s)."""
+"""Most bytes of a first row that is parsed between requests: 2 ms at most, in which none is answered (8 MiB: 0.8 s)."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 FORM_BYTES = 4096
 """Most bytes of a form around its file."""

@@ -179,7 +179,7 @@ def restore(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
         message = f"weights: {len(odd)} names differ from what is trained, among them {odd[0]}."
-        raise CheckpointError(f"{message} An earlier version trained other layers of such a model: train anew.")
+        raise CheckpointError(message)
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise CheckpointError(f"weights: {name}: {tensors[name].dtype} {tuple(tensors[name].shape)} does not fit")

@@ -49,7 +49,7 @@ PATTERN_KEYS = (
     "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save",
 )  # fmt: skip
 """Keys of a config that peft reads as regular expressions."""
-MAX_NAMED = 5
+MOST_NAMED_TENSORS = 5
 """Problems of an adapter that an error names."""
 
 _LAYER_KEY = re.compile(r"(?P<name>.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector)")
@@ -288,9 +288,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     needed = [name for name in heads.new_head_names(model) if name in drawn or not name.startswith(inside)]
     problems += [f"no weights for the head's {name}" for name in needed if name not in whole.head]
     if problems:
-        more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        more = f" and {len(problems) - MOST_NAMED_TENSORS} more" if len(problems) > MOST_NAMED_TENSORS else ""
         base = saved.config["base_model_name_or_path"]
-        raise ModelError(f"{folder}: does not fit {base}: {'; '.join(problems[:MAX_NAMED])}{more}")
+        raise ModelError(f"{folder}: does not fit {base}: {'; '.join(problems[:MOST_NAMED_TENSORS])}{more}")
     attachment = put_adapters(model, adapted, whole=whole, settings=saved.settings, rows=rows)
     with torch.no_grad():
         for name, master in attachment.trained.items():

@@ -43,6 +43,15 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(rank, num_inputs, **like))
         self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, **like))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] → [..., O], by the equation of this file; `_fused` is the same, faster."""
+        if not self.active:
+            return self.base(x)  # type: ignore[no-any-return]
+        if self._can_fuse:
+            return self._fused(x)
+        low: Tensor = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A)
+        return self.base(x) + F.linear(low, self.lora_B) * self.scale  # type: ignore[no-any-return]
+
     @property
     def weight(self) -> Tensor:
         """The base's, for models that read it, as T5 does for its dtype."""
@@ -67,31 +76,21 @@ class LoraLinear(nn.Module):
         """The base's, which Mamba and Jamba read."""
         return self.base.bias  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] → [..., O]."""
-        if not self.active:
-            out: Tensor = self.base(x)
-            return out
-        if not self._is_one_product:
-            return self._forward_by_autograd(x)
+    def _fused(self, x: Tensor) -> Tensor:
+        """`forward` as one node of autograd, which keeps x once and no product of the base."""
         return lora_forward(x, self.frozen, self.bias, self.lora_A, self.lora_B, scale=self.scale)
 
     @property
-    def _is_one_product(self) -> bool:
+    def _can_fuse(self) -> bool:
+        """With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
+        own generator, which gradient checkpointing restores before it recomputes."""
         return self._product_is_known and not (self.dropout and self.training)
 
     def parts(self) -> LinearParts | None:
         """What it computes with now; None if it does not compute by that alone."""
-        if type(self).forward is not LoraLinear.forward or not (self.active and self._is_one_product):
+        if type(self).forward is not LoraLinear.forward or not (self.active and self._can_fuse):
             return None
         return LinearParts(self.frozen, self.bias, self.lora_A, self.lora_B, self.scale)
-
-    def _forward_by_autograd(self, x: Tensor) -> Tensor:
-        # With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
-        # own generator, which gradient checkpointing restores before it recomputes.
-        low: Tensor = F.linear(F.dropout(x, self.dropout, training=self.training), self.lora_A)
-        out: Tensor = self.base(x) + F.linear(low, self.lora_B) * self.scale
-        return out
 
     def merged_OI(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """The weight of base and path together, float32."""

@@ -30,7 +30,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 GROUPS = ("all-linear", "attention", "mlp")
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
-MAX_CHARS = 1_000
+MOST_PATTERN_CHARS = 1_000
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _LAYER_INDEX = re.compile(r"(^|\.)\d+\.")
@@ -287,8 +287,10 @@ def _problem(pattern: str) -> str:
     """The reason against a regular expression; empty: none. Time is exponential in the repeats of a group and in the
     number of groups with alternatives, and polynomial in the number of repeats."""
     instead = "List the names of the modules instead."
-    if len(pattern) > MAX_CHARS:
-        return f"this regular expression could take forever: it has more than {MAX_CHARS:,} characters. {instead}"
+    if len(pattern) > MOST_PATTERN_CHARS:
+        return (
+            f"this regular expression could take forever: it has more than {MOST_PATTERN_CHARS:,} characters. {instead}"
+        )
     plain = _OPENING.sub("(", _LITERAL.sub("x", pattern))
     if "(?" in plain:
         return f"this regular expression has flags or a condition after (?, which are not allowed. {instead}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Groups = list[dict[str, Any]]
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
-BLOCK = 256
+STATE_BLOCK = 256
 """Values that share a scale in 8-bit state (bitsandbytes)."""
 SMALL = 4096
 """Tensors below this are not worth 8-bit state, as bitsandbytes has it."""
@@ -40,7 +40,7 @@ _INSIDE_A_LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})
-LARGE = 1 << 16
+LARGE_TENSOR = 1 << 16
 """Size of a gradient that is worth a call of its own; of many smaller ones torch's norm is faster."""
 PIECE = 1 << 20
 """Number of squares that are summed in float32; these sums are summed in float64."""
@@ -112,7 +112,7 @@ def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
 
 
 def _adamw_8bit_state(tensor: Tensor) -> Mapping[str, Slot]:
-    blocks = Slot(torch.Size([-(-tensor.numel() // BLOCK)]), torch.float32)
+    blocks = Slot(torch.Size([-(-tensor.numel() // STATE_BLOCK)]), torch.float32)
     bytes_ = Slot(tensor.shape, torch.uint8)
     number = Slot(torch.Size(), torch.int64, "number")
     return {"step": number, "state1": bytes_, "state2": bytes_, "absmax1": blocks, "absmax2": blocks}
@@ -212,8 +212,8 @@ def gradient_norm(tensors: Iterable[Tensor]) -> float:
     million numbers.
     """
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    large = [gradient for gradient in gradients if gradient.device.type == "cpu" and gradient.numel() >= LARGE]
-    others = [gradient for gradient in gradients if gradient.device.type != "cpu" or gradient.numel() < LARGE]
+    large = [gradient for gradient in gradients if gradient.device.type == "cpu" and gradient.numel() >= LARGE_TENSOR]
+    others = [gradient for gradient in gradients if gradient.device.type != "cpu" or gradient.numel() < LARGE_TENSOR]
     squares = [piece.dot(piece) for gradient in large for piece in torch.split(gradient.reshape(-1), PIECE)]
     of_large = float(torch.stack(squares).double().sum().sqrt()) if squares else 0.0
     return math.hypot(of_large, float(torch.nn.utils.get_total_norm(others)) if others else 0.0)

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Any, Protocol
+from typing import Protocol
 
 from tunesmith import errors
 from tunesmith.environment import for_child, python_words
@@ -22,13 +22,22 @@ MOST_PROBLEMS = 5
 """Rows that an error names."""
 
 
-def train_in_child(recipe: Recipe, *, root: Path, out: Path | None, **how: Any) -> Run:
-    """Run `tunesmith train` for a recipe; raises what it failed with. `how`: see `run_words`."""
+def train_in_child(
+    recipe: Recipe,
+    *,
+    root: Path,
+    out: Path | None,
+    offline: bool,
+    listener: Hears,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """Run `tunesmith train` for a recipe, see `run_words`; raises what it failed with."""
     with TemporaryDirectory(prefix="tunesmith-") as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(as_yaml(recipe, comments=False), "utf-8")
         place = ["--out", str(out)] if out is not None else []
-        return run_words(["train", "--recipe", str(file), "--runs", str(root), *place], **how)
+        words = ["train", "--recipe", str(file), "--runs", str(root), *place]
+        return run_words(words, offline=offline, listener=listener, on_note=on_note)
 
 
 class Hears(Protocol):
@@ -40,8 +49,11 @@ class Hears(Protocol):
     def should_stop(self) -> Callable[[], bool]: ...
 
 
-def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
-    """Run `tunesmith WORDS` to its end, and return its run. `should_stop` is called after every event.
+def run_words(
+    words: Sequence[str], *, offline: bool, listener: Hears, on_note: Callable[[str], None] = lambda text: None
+) -> Run:
+    """Run `tunesmith WORDS` to its end, and return its run. `should_stop` is called after every event; `on_note` gets
+    the notes of exports, and what trackers did not get.
 
     Raises the error that it ends with, a TunesmithError.
     """
@@ -60,6 +72,9 @@ def run_words(words: Sequence[str], *, offline: bool, listener: Hears) -> Run:
                     continue
                 last = from_json(line)
                 result = last if last.get("kind") == "result" else result  # lines of exports may follow
+                notes = [last["text"]] if last.get("kind") == "tracking" else last.get("notes", ())
+                for note in notes if last.get("kind") in ("tracking", "export") else ():
+                    on_note(note)
                 if "step" in last:
                     listener.on_event(Event(**last))
                 if not is_stopping and listener.should_stop():

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from tunesmith.parallel.world import World
 
-ROWS: Sequence[Placement] = (Shard(0),)
+PIECE_ROWS: Sequence[Placement] = (Shard(0),)
 
 
 def shard_layers(world: World, model: nn.Module, body: nn.Module, layers: Sequence[nn.Module], *, device: str) -> None:
@@ -48,7 +48,7 @@ def as_whole(tensors: Mapping[str, Tensor], shards: Mapping[str, torch.Size], me
         if shape is not None:
             stride = torch.empty(shape, device="meta").stride()
             local = tensor.detach()
-            gathered[name] = DTensor.from_local(local, mesh, ROWS, run_check=False, shape=shape, stride=stride)
+            gathered[name] = DTensor.from_local(local, mesh, PIECE_ROWS, run_check=False, shape=shape, stride=stride)
     return gathered
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SHUTDOWN_S = 600
 """Seconds that ranks get to save a checkpoint after a request to stop."""
-INTERRUPTED = 130
+INTERRUPTED_CODE = 130
 RUN = "run"
 """File in the agent's folder that holds the path of the run."""
 
@@ -98,7 +98,7 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
             return report_failure(error.failures, Path(name), say)
         except SignalException:
             run = _run_of(Path(name))
-            return Stopped.exit_code if run is not None and run.state() == "stopped" else INTERRUPTED
+            return Stopped.exit_code if run is not None and run.state() == "stopped" else INTERRUPTED_CODE
     return 0
 
 

@@ -30,13 +30,13 @@ JOIN_S = 600.0
 """Seconds in which every rank must have come: from a cold network disk imports take minutes."""
 DEAD_S, SAY_S = 60.0, 10.0
 """Seconds after which a rank without a sign of life is given up, and between two words on who has come."""
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 POLL_S = 0.05
 COLLECTIVE_S = 7200.0
 """Seconds that a sum waits for the slowest rank, which may be saving or measuring; a dead one is noticed at once."""
 OWN_AGENT = "TUNESMITH_AGENT"
 """Set in ranks that `launch` started."""
-FAILED = "failed"
+FAILED_KEY = "failed"
 _TRANSPORT = re.compile(r"gloo|NCCL|[Pp]rocess ?[Gg]roup|[Cc]onnection")
 """Words of an error of torch.distributed, which has no class of its own."""
 AGREED = (Stopped, NonFiniteError, OutOfMemoryError)
@@ -266,7 +266,7 @@ class World:
             "code": error.exit_code if isinstance(error, TunesmithError) else 1,
         }
         with suppress(RuntimeError):
-            self._store.compare_set(FAILED, "", json.dumps(failed))  # the first one counts
+            self._store.compare_set(FAILED_KEY, "", json.dumps(failed))  # the first one counts
 
     def close(self) -> None:
         """Leave the group."""
@@ -282,13 +282,13 @@ class World:
         while not self._over.is_set():
             with suppress(RuntimeError):  # the store is gone, which the main thread notices
                 self._store.add(f"beat/{self.rank}", 1)
-            self._over.wait(BEAT_S)
+            self._over.wait(HEARTBEAT_S)
 
     def _raise_failure(self) -> None:
         """Raise GroupError if a rank has said why it ended."""
         with suppress(RuntimeError):
-            if self._store.check([FAILED]):
-                failed = self._get(FAILED)
+            if self._store.check([FAILED_KEY]):
+                failed = self._get(FAILED_KEY)
                 error = GroupError(f"rank {failed['rank']} of {self.size}: {failed['text']}")
                 error.exit_code = failed["code"]
                 raise error

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,12 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.size import UNBOUNDED, ModelSize
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.phrases import plural
-from tunesmith.recipe.load import validate
-from tunesmith.recipe.methods import FullMethod, LoraMethod, OptionGroup
+from tunesmith.planning.decisions import Decisions
+from tunesmith.recipe.methods import FullMethod, LoraMethod
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
-from tunesmith.types import Choice, HeadName, ModelKind, Task, TaskName
+from tunesmith.tasks import TASKS, has_prepass
+from tunesmith.tasks.task import Task
+from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
 SMALL_MODEL = 30_000_000
 """Most weights for which full tuning costs no more than LoRA."""
@@ -90,46 +90,35 @@ class Facts:
         return -(-(self.rows_per_epoch or len(self.lengths_I)) // resolved(recipe.train.rows_per_step))
 
 
-def decide_before_rows(
-    recipe: Recipe, located: ModelRef, size: ModelSize, kind: ModelKind
-) -> tuple[Recipe, list[Choice]]:
-    """The recipe with task, method, device and longest row decided, and why.
-
-    Raises:
-        ModelError: data.max_tokens is more than the model can attend to.
-        DataError: only the person can tell the task.
-        RecipeError: an option that the task or the model does not take.
-    """
-    limit = size.max_tokens
+def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize, kind: ModelKind) -> None:
+    """Decide task, method, device and longest row. Raises ModelError for data.max_tokens beyond the model, DataError
+    where only a person can tell the task, RecipeError for an option that task or model do not take."""
+    recipe, limit = decisions.recipe, size.max_tokens
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
             f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
             "tokens. Lower it; if a run of an earlier version had more, start a new one."
         )
-    choices: list[Choice] = []
 
     def choose(key: str, rule: Callable[[], Choice]) -> None:
-        nonlocal recipe
-        value = reduce(getattr, key.split("."), recipe)
-        if value == "auto" or getattr(value, "name", None) == "auto":
-            choices.append(rule())
-            recipe = with_choice(recipe, choices[-1])
+        if decisions.is_open(key):
+            decisions.decide(rule())
 
     if absent := absent_columns(recipe.data):
         raise DataError("\n".join(map(str, absent)), absent)
     if usual := usual_columns(recipe.data, None if recipe.task == "auto" else recipe.task):
-        choices.append(Choice("data.columns", *usual))
-        recipe = with_choice(recipe, choices[-1])
-    choose("task", lambda: _task_of_first_row(recipe, kind))
+        decisions.decide(Choice("data.columns", *usual))
+    choose("task", lambda: _task_of_first_row(decisions.recipe, kind))
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
-    task = TASKS[resolved(recipe.task)]
-    choices += (task_choices := list(task.choose(recipe, located)))
-    recipe = reduce(with_choice, task_choices, recipe)
+    task = TASKS[resolved(decisions.recipe.task)]
+    if task.section:
+        decisions.decide(*task.section.from_model(decisions.recipe, located))
     choose("data.max_tokens", lambda: _max_tokens(task.name, kind, limit))
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
+    recipe = decisions.recipe
     if task.section:
-        _check_compared(recipe, task)
+        _check_compared(recipe, task, task.section.name)
     if task.compares and (option := METHODS[recipe.method.name].randomness(recipe.method)):
         raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
@@ -138,35 +127,21 @@ def decide_before_rows(
         stride = max(1, resolved(recipe.data.max_tokens) - 1)
         reason = "each window begins with the last token of the one before it"
         choose("data.stride", lambda: Choice("data.stride", stride, reason))
-    return recipe, choices
 
 
-def decide(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
-    """The recipe without any "auto" that rows can decide, and what was chosen and why, in the order of the recipe."""
-    choices: list[Choice] = []
-    if recipe.train.rows_per_step == 1 and has_look(recipe):
+def decide(decisions: Decisions, facts: Facts) -> None:
+    """Decide every "auto" that rows can decide, in the order of the rules. Raises RecipeError."""
+    if decisions.recipe.train.rows_per_step == 1 and has_prepass(decisions.recipe):
         raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
     for key, rule in _RULES.items():
-        if reduce(getattr, key.split("."), recipe) == "auto":
-            choice = Choice(key, *rule(recipe, facts))
-            if key == "optim.lr":  # the rate contains the factor now
-                recipe = with_choice(recipe, Choice("optim.lr_times", 1.0, ""))
-            recipe = with_choice(recipe, choice)
-            choices += [choice] if choice.reason else []
-    return recipe, choices
-
-
-def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
-    """The recipe with one option set and checked. Its files keep their places."""
-    data = recipe.model_dump()
-    section, _, name = choice.key.rpartition(".")
-    value = choice.value.model_dump() if isinstance(choice.value, OptionGroup) else choice.value
-    (data[section] if section else data)[name] = value
-    checked = validate(data)
-    # The method's name decides its class, so everything is made again except the files, which know their places.
-    files = recipe.data.model_copy(update={name: getattr(checked.data, name)}) if section == "data" else recipe.data
-    checked = checked.model_copy(update={"data": files})
-    return checked if recipe.base is None else checked.on_base(recipe.base)
+        if not decisions.is_open(key):
+            continue
+        choice = Choice(key, *rule(decisions.recipe, facts))
+        if key == "optim.lr":  # the rate contains the factor now
+            decisions.set("optim.lr_times", 1.0)
+        decisions.set(key, choice.value)
+        if choice.reason:
+            decisions.show(choice)
 
 
 KINDS: dict[ModelKind, str] = {
@@ -252,7 +227,7 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
-def _check_compared(recipe: Recipe, task: Task) -> None:
+def _check_compared(recipe: Recipe, task: Task, section: str) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
     if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
         raise RecipeError(
@@ -260,8 +235,8 @@ def _check_compared(recipe: Recipe, task: Task) -> None:
         )
     for option in ("label_smoothing", "z_loss"):
         if getattr(recipe.loss, option):
-            has_own = hasattr(getattr(recipe, task.section), option)
-            way = f"Use {task.section}.{option}" if has_own else "Leave it out"
+            has_own = hasattr(getattr(recipe, section), option)
+            way = f"Use {section}.{option}" if has_own else "Leave it out"
             raise RecipeError(f"loss.{option}: is for tokens and classes; task {task.name} compares. {way}.")
 
 
@@ -310,7 +285,7 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
         why = f"{ROWS_OF_A_DEVICE} rows for each of {devices} devices, at most {MOST_TIMES} times the usual {most}"
         return value, why
     value = max(1, min(most, rows // 20))
-    if has_look(recipe) and value < LEAST_COMPARED:
+    if has_prepass(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
     if (
         recipe.task == "text"
@@ -326,7 +301,7 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if facts.device.startswith("cuda"):
         usual = 16_384 if facts.num_parameters < SMALL_ON_CARD else 8192
     rows = resolved(recipe.train.rows_per_step)
-    if has_look(recipe):
+    if has_prepass(recipe):
         step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
         if max(usual, longest) < step <= MOST_IN_ONE:
             return step, "fits a whole step in one micro-batch; splitting it would cost an extra forward pass"
@@ -457,13 +432,11 @@ UNNOTICED_S = 10.0
 
 
 def decide_measuring(
-    recipe: Recipe, given: Recipe, facts: Facts, *, steps: int, held_tokens: int, writes: bool, speaks: bool
-) -> tuple[Recipe, list[Choice]]:
-    """The recipe without "auto" in `evaluation`, and what was made less than in a longer run.
-
-    `given`: the recipe as a person wrote it: what it does not leave to "auto" stays. `held_tokens`: of the held-out
-    rows that are measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured.
-    """
+    decisions: Decisions, facts: Facts, *, steps: int, held_tokens: int, writes: bool, speaks: bool
+) -> None:
+    """Decide what is "auto" in `evaluation`: less in a short run. `held_tokens`: of held-out rows that are measured.
+    `writes`: such a model answers prompts; `speaks`: its general ability is measured."""
+    recipe, given = decisions.recipe, decisions.given.evaluation
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
     new_tokens = new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)
     together = batch_size(held_tokens / max(1, prompts), new_tokens, PASSES * resolved(recipe.train.tokens_per_pass))
@@ -477,31 +450,31 @@ def decide_measuring(
     unnoticed = UNNOTICED_S * OPERATIONS_PER_SECOND.get(facts.device, 1e13) / (2 * facts.num_parameters)
     trained = steps * resolved(recipe.train.rows_per_step) * row
     left = max(TRAINED * trained * SHARE / (1 - SHARE), unnoticed) - 2 * held_tokens
-    choices: list[Choice] = []
 
     def spend(name: str, values: Sequence[int | bool], cost: Callable[[Any], float]) -> None:
         """Take the first value that there is time for; the last one costs nothing."""
-        nonlocal recipe, left
-        if getattr(given.evaluation, name) == "auto":
+        nonlocal left
+        if getattr(given, name) == "auto":
             value, longer = next(value for value in values if cost(value) <= max(0.0, left)), str(values[0]).lower()
             reason = f"the run is short, and measuring takes at most about a third of it; {longer} in a longer one"
-            recipe = with_choice(recipe, Choice(f"evaluation.{name}", value, reason))
-            choices.extend([Choice(f"evaluation.{name}", value, reason)] if value != values[0] else [])
-        left -= cost(getattr(recipe.evaluation, name))
+            decisions.set(f"evaluation.{name}", value)
+            if value != values[0]:
+                decisions.show(Choice(f"evaluation.{name}", value, reason))
+        left -= cost(getattr(decisions.recipe.evaluation, name))
 
     samples = resolved(recipe.evaluation.samples)
     halves = [samples >> i for i in range(samples.bit_length()) if i == 0 or samples >> i >= FEW_PROMPTS]
     spend("samples", [*halves, 0], answers)
-    before = samples = resolved(recipe.evaluation.samples)
+    before = samples = resolved(decisions.recipe.evaluation.samples)
     while before > FEW_PROMPTS and answers(before) / 2 > max(ON_THE_WAY * TRAINED * trained, unnoticed):
         before //= 2
-    if given.evaluation.samples_before == "auto":
+    if given.samples_before == "auto":
         reason = f"of {samples:,} that the tuned one answers, so that this takes at most a tenth of the training"
-        recipe = with_choice(recipe, choice := Choice("evaluation.samples_before", before, reason))
-        choices.extend([choice] if before < samples else [])
+        decisions.set("evaluation.samples_before", before)
+        if before < samples:
+            decisions.show(Choice("evaluation.samples_before", before, reason))
     spend("general", (True, False), lambda is_measured: 2.0 * GENERAL_TOKENS * speaks * is_measured)
     if not TASKS[resolved(recipe.task)].sees_rows:
         spend("surprising", range(resolved(recipe.evaluation.surprising), -1, -1), lambda num: num * row)
-    if given.evaluation.max_rows == "auto":
-        recipe = with_choice(recipe, Choice("evaluation.max_rows", HELD, ""))
-    return recipe, choices
+    if given.max_rows == "auto":
+        decisions.set("evaluation.max_rows", HELD)

@@ -47,7 +47,7 @@ BUSY_S = 0.2
 """Seconds for which other programs are watched."""
 WRITTEN_PIECE, WRITTEN_PIECES = 2**20, 64
 """Bytes of a piece of the file that is timed, and pieces."""
-GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+NAMED_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Linux's control groups, and which of them this process is in."""
 
 
@@ -186,7 +186,7 @@ def _memory_free() -> int:
 def _group_free() -> int:
     """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside the
     other; cached files can be given up."""
-    free, group = 2**63, GROUPS
+    free, group = 2**63, NAMED_GROUPS
     with suppress(OSError):
         group /= "".join(re.findall(r"^0::/(.*)", OWN_GROUP.read_text("utf-8"), re.M))
     for folder in (group, *group.parents):

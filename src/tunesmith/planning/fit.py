@@ -10,10 +10,10 @@ from tunesmith.errors import DoesNotFitError, RecipeError, TunesmithError
 from tunesmith.methods import METHODS
 from tunesmith.models import load
 from tunesmith.models.resolve_model import ModelRef
-from tunesmith.planning.defaults import with_choice
+from tunesmith.planning.decisions import with_options
 from tunesmith.planning.forecast import Forecast
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
+from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import Choice, JsonObject, ModelKind
 
 MARGIN = 0.08
@@ -45,7 +45,7 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     while free_tokens and sizes[-1] > least:
         sizes.append(max(least, sizes[-1] // 2))
     for tokens, layers in ((tokens, layers) for tokens in sizes for layers in numbers):
-        best = _with(_with(recipe, "train.tokens_per_pass", tokens), "train.checkpointed_layers", layers)
+        best = with_options(recipe, {"train.tokens_per_pass": tokens, "train.checkpointed_layers": layers})
         forecast = predict(best)
         if forecast.memory.total <= (1 - MARGIN) * forecast.device.room:
             break
@@ -83,11 +83,8 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
         keys = {f"{key}={value}" if key.startswith("method") else key for key, value in change.items()}
         if any(keys >= fewer for fewer in seen) or len(alternatives) == MOST_ALTERNATIVES:
             continue
-        other = recipe
         try:
-            for key, value in change.items():
-                other = _with(other, key, {"name": value} if key == "method" else value)
-            forecast = predict(other)
+            forecast = predict(with_options(recipe, change))
         except TunesmithError:  # a setting that this model or machine does not take
             continue
         if forecast.fits:
@@ -111,10 +108,6 @@ def _changes(recipe: Recipe, num_layers: int, longest: int) -> Iterator[JsonObje
     for other in others:
         yield other
         yield {**other, **narrow, **smallest}
-
-
-def _with(recipe: Recipe, key: str, value: object) -> Recipe:
-    return with_choice(recipe, Choice(key, value, ""))
 
 
 ELEMENTWISE = ("adamw", "lion")
@@ -150,7 +143,7 @@ def _reasons(recipe: Recipe, located: ModelRef, kind: ModelKind) -> Iterator[str
         yield f"method.name: {method.name}: it reads whole weights; lora and full do not"
     if TASKS[resolved(recipe.task)].compares:
         yield f"task: {recipe.task}: one process computes what the model was before"
-    if has_look(recipe):
+    if has_prepass(recipe):
         yield f"task: {recipe.task}: the rows of a step are looked at in passes of their own"
     if recipe.precision == "float16":
         yield "precision: float16: a step that overflows is made again, which every device would have to know"

@@ -29,17 +29,17 @@ from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.tasks import TASKS, has_look
+from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
 Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
 """Kinds of work in a run; docs/guide/planning.md has a table of what is counted for each."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
+WORK_KINDS: tuple[Kind, ...] = get_args(Kind)
 SPREAD = 0.5
 """Share by which a total by formula alone may be off, either way."""
 MOVED = 13
 """Times that a step reads or writes the inputs and outputs of the linear layers outside of matrix products."""
-OPERATIONS = 150
+OPERATIONS_STARTED = 150
 """Operations that a layer starts in a step."""
 DECODE_LAUNCH = 1e-3
 """Seconds a layer for the next token of some answers."""
@@ -47,9 +47,9 @@ STARTING_S, LOADED = 12.0, 100e6
 """Libraries, tokenizer and plan on two cores; bytes of weights that are read and hashed in a second."""
 FINISHING_S = 4.0
 """Report and end of the process on two cores."""
-BUCKET = 64 * 2**20
+BUCKET_BYTES = 64 * 2**20
 """Bytes of gradients that are summed together, see `parallel.exchange`."""
-MOST_STEPS, MOST_SHARING_STEPS = 1000, 64
+MOST_STEPS_TRIED, MOST_SHARING_STEPS = 1000, 64
 """Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share prefixes, which
 take long to find."""
 
@@ -156,7 +156,7 @@ class Forecaster:
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
         base = self.base if self.device.kind == "cpu" else 0
         if size > 1:
-            base += min(BUCKET, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
+            base += min(BUCKET_BYTES, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
         is_adapter = METHODS[recipe.method.name].is_adapter
         disk = Disk(
             rows=self.rows.store.summary.arrow_bytes,
@@ -174,7 +174,7 @@ class Forecaster:
             prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
             price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
             price["answering"] += sizes.gathered * share  # of layers that are split, for every token
-            looking = load.tokens * price["measuring"] if has_look(recipe) and micro_batches > 1 else 0.0
+            looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
             price["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
             busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / price["training"]
             steps = total_steps(recipe, sampler.steps_per_epoch)
@@ -263,7 +263,7 @@ class Forecaster:
 
 def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_filled: bool = False) -> Heavy:
     """The micro-batch of most tokens and targets, on any device, among those that will really occur."""
-    most = MOST_STEPS if sampler.ids_of is None else MOST_SHARING_STEPS
+    most = MOST_STEPS_TRIED if sampler.ids_of is None else MOST_SHARING_STEPS
     targets_I, size = targets_of(store), sampler.part[1]
     devices = [replace(sampler, part=(rank, size)) for rank in range(size)]  # each caches the order of an epoch
     candidates: list[Heavy] = []
@@ -376,7 +376,7 @@ def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 
 def step_seconds(sizes: Sizes, load: Load, *, micro_batches: float, recomputed: int, device: Device) -> float:
     """Seconds of a step that computes `load` in `micro_batches`, and of its update."""
     update = 3 * sizes.gradients + 2 * sizes.optimizer + 1.5 * sizes.masters
-    launches = micro_batches * sizes.layers * OPERATIONS * device.launch
+    launches = micro_batches * sizes.layers * OPERATIONS_STARTED * device.launch
     computing = pass_seconds(sizes, load, device, recomputed=recomputed)
     # A processor waits for what it starts; a card computes while the processor starts the next operation.
     both = computing + launches if device.kind == "cpu" else max(computing, launches)

@@ -49,25 +49,13 @@ OTHER_NAMES = {
     "gradient_checkpointing": "train.checkpointed_layers",
 }
 """Names of options in other tools that are not like ours, for suggestions."""
-REMOVED: JsonObject = {
-    "method.init": "kaiming", "method.rounding": "nearest", "method.bias": "none", "method.layers": (),
-    "method.quant": "nf4", "method.double_quant": True, "loss.neftune_alpha": 0.0, "train.group_by_length": False,
-    "evaluation.bleu": False,
-}  # fmt: skip
-"""Options of earlier versions, with the only value that a recipe may still give them: it changes nothing."""
-MEASURED = ("evaluation.bleu",)
-"""Removed options that changed only measurements: the recipe of a run may have any value."""
-
-SETTING = "--set"
+SETTING_OPTION = "--set"
 
 
-def load(
-    path: str | None, overrides: Sequence[str] = (), base: Record | None = None, *, of_run: bool = False
-) -> Recipe:
+def load(path: str | None, overrides: Sequence[str] = (), base: Record | None = None) -> Recipe:
     """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
 
     Mappings are merged key by key; an override replaces the value of its key. Values of overrides are YAML.
-    `of_run`: it is the recipe of a run, perhaps of an earlier version, which is read without `MEASURED`.
     Raises RecipeError with a line for every problem.
     """
     data: JsonObject = _merged({}, base or {})
@@ -77,9 +65,6 @@ def load(
             content = _read_file(path)
             if tool := other_tools.tool_of(content):
                 raise RecipeError(_translation(path, content, tool))
-            for section, _, name in (key.partition(".") for key in MEASURED if of_run):
-                if isinstance(values := content.get(section), dict):
-                    values.pop(name, None)
             data = _merged(data, content)
         except RecipeError as error:
             problems.append(str(error))
@@ -92,7 +77,7 @@ def load(
 
     def where(key: str) -> str:
         from_setting = any(_within(key, setting) or _within(setting, key) for setting in settings)
-        return SETTING if from_setting else path or "recipe"
+        return SETTING_OPTION if from_setting else path or "recipe"
 
     recipe, faults = _checked(data, where)
     problems += faults
@@ -165,14 +150,14 @@ def _apply(data: JsonObject, override: str) -> str:
     key, equals, value_text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"{SETTING} {override}: not of the form key=value, such as method.rank=8.")
-    if key.count(".") >= yaml_io.MAX_DEPTH:
-        raise RecipeError(f"{SETTING} {key[:40]}…: nested deeper than {yaml_io.MAX_DEPTH}: no option is.")
+        raise RecipeError(f"{SETTING_OPTION} {override}: not of the form key=value, such as method.rank=8.")
+    if key.count(".") >= yaml_io.MAX_YAML_DEPTH:
+        raise RecipeError(f"{SETTING_OPTION} {key[:40]}…: nested deeper than {yaml_io.MAX_YAML_DEPTH}: no option is.")
     try:
-        value = yaml_io.parse(value_text, SETTING)
+        value = yaml_io.parse(value_text, SETTING_OPTION)
     except RecipeError as error:
-        rule = str(error).splitlines()[0].removeprefix(f"{SETTING}:1: ")
-        raise RecipeError(f"{SETTING} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
+        rule = str(error).splitlines()[0].removeprefix(f"{SETTING_OPTION}:1: ")
+        raise RecipeError(f"{SETTING_OPTION} {override}: {rule}. Put text in quotes: '{key}=\"...\"'.") from error
     section = data
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents, start=1):
@@ -183,7 +168,7 @@ def _apply(data: JsonObject, override: str) -> str:
             inner = {}
         if not isinstance(inner, dict):
             name = ".".join(parents[:depth])
-            raise RecipeError(f"{SETTING} {key}: {name} has no options below it: set {name} as a whole.")
+            raise RecipeError(f"{SETTING_OPTION} {key}: {name} has no options below it: set {name} as a whole.")
         section[parent] = inner
         section = inner
     section[last] = value
@@ -192,7 +177,7 @@ def _apply(data: JsonObject, override: str) -> str:
 
 def _checked(data: Record, where: Callable[[str], str]) -> tuple[Recipe | None, list[str]]:
     # Strict, so that true is not 1 and "8" is not 8; by way of JSON, in which a list may become a tuple.
-    written = json.dumps(_without_removed(data), default=_plain)
+    written = json.dumps(data, default=_plain)
     try:
         return Recipe.model_validate_json(written, strict=True), []
     except ValidationError as error:
@@ -200,26 +185,12 @@ def _checked(data: Record, where: Callable[[str], str]) -> tuple[Recipe | None, 
     placed = [(*_place(detail["loc"]), detail) for detail in details]
     problems = []
     groups = [(place, list(group)) for place, group in groupby(placed, key=lambda item: item[:2])]
-    for (shown, known), group in groups[: yaml_io.MOST_PROBLEMS]:
+    for (shown, known), group in groups[: yaml_io.MOST_RECIPE_PROBLEMS]:
         key, problem = _problem(shown, known, [detail for _, _, detail in group])
         problems.append(f"{where(key)}: {key}: {problem}" if key else f"{where(key)}: {problem}")
     if more := len(groups) - len(problems):
         problems.append(f"and {more:,} more like these")
     return None, problems
-
-
-def _without_removed(data: Record) -> JsonObject:
-    cleaned = _merged({}, data)
-    for key, value in REMOVED.items():
-        section, _, name = key.partition(".")
-        options = cleaned.get(section)
-        if isinstance(options, dict) and name in options:
-            old_value = options[name]
-            if (tuple(old_value) if isinstance(old_value, list) else old_value) == value:
-                del options[name]
-    if isinstance(optim := cleaned.get("optim"), dict) and optim.get("schedule", "") is None:  # what null meant
-        del optim["schedule"]
-    return cleaned
 
 
 def _plain(value: Any) -> Any:
@@ -285,8 +256,6 @@ def _refused(value: str, option: Option, given: object) -> str:
     way = f", did you mean {near[0]}?" if near else ""
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
         way = ": put it in quotes"
-    if given == "schedule_free":
-        way = ": no longer an optimizer. For the result of a run that had it, write adamw, which changes nothing"
     return f"{value} is not {option.allowed}{way}"
 
 
@@ -294,11 +263,6 @@ def _unknown(shown: str, location: Sequence[int | str]) -> str:
     other = next((option for option in options().values() if option.methods and option.key == shown), None)
     if other is not None:
         return f"has no meaning for method {location[1]}: drop it or set method.name: {' or '.join(other.methods)}"
-    if shown in ("method.quant", "method.double_quant"):
-        way = "drop it for a new run. PEFT loads the adapter of a run that had it, on its own base"
-        return f"this version quantises in nf4 with scales in 8 bits alone: {way}"
-    if shown in REMOVED:
-        return "this version has no such option any more: drop it"
     plain = re.sub(r"\[\d+\]", "[]", shown)
     near = similar(plain)
     section = shown.rpartition(".")[0]

@@ -13,8 +13,8 @@ from tunesmith.errors import RecipeError
 from tunesmith.types import JsonObject
 
 MAX_BYTES = 256 * 1024
-MAX_DEPTH = 32
-MOST_PROBLEMS = 20
+MAX_YAML_DEPTH = 32
+MOST_RECIPE_PROBLEMS = 20
 TYPES = {
     "null": re.compile(r"(?:~|null|Null|NULL|)\Z"),
     "bool": re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"),
@@ -53,8 +53,8 @@ def parse(text: str, where: str) -> Any:
 
 def first_of(problems: Sequence[str]) -> list[str]:
     """The first twenty problems, and a line that counts the others."""
-    more = len(problems) - MOST_PROBLEMS
-    return [*problems[:MOST_PROBLEMS], f"and {more:,} more like these"] if more > 0 else list(problems)
+    more = len(problems) - MOST_RECIPE_PROBLEMS
+    return [*problems[:MOST_RECIPE_PROBLEMS], f"and {more:,} more like these"] if more > 0 else list(problems)
 
 
 def dump(value: object) -> str:
@@ -82,8 +82,8 @@ class _Loader(yaml.SafeLoader):
             problem = "& and * (anchors) are not for recipes"
         elif event.tag is not None:
             problem = f"{event.tag} (tags) are not for recipes"
-        elif self.depth >= MAX_DEPTH:
-            problem = f"nested deeper than {MAX_DEPTH}"
+        elif self.depth >= MAX_YAML_DEPTH:
+            problem = f"nested deeper than {MAX_YAML_DEPTH}"
         if problem:
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1

@@ -192,7 +192,7 @@ class Run:
         """Read the complete recipe of this run, with the current places of its files."""
         from tunesmith.recipe import load
 
-        return self.place(load.load(str(self.recipe_path), of_run=True))
+        return self.place(load.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
         """Give a recipe of this run the current places of its files and the date that its chat template writes."""

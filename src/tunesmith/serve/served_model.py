@@ -161,7 +161,7 @@ class Classifier:
 
     def _example(self, text: str | Sequence[str], index: int) -> Example:
         source = Source("input", index + 1)
-        if TASKS[self.card.task].by_word:
+        if (head := TASKS[self.card.task].head) and head.by_word:
             if not isinstance(text, str):
                 raise RequestError("a model that tags words takes one text, not a pair")
             return Example(tuple(Part("word", word, False) for word in text.split()), source, "tokens_tags")

@@ -210,7 +210,7 @@ def _recipes(path: Path, text: str, base: Record, chosen: Sequence[Record]) -> l
 
 def _placed(problem: str, path: Path, text: str, options: Record) -> str:
     """A problem that names --set or the recipe, with the place in the file instead."""
-    rest = problem.removeprefix(load.SETTING).removeprefix("recipe").lstrip(": ")
+    rest = problem.removeprefix(load.SETTING_OPTION).removeprefix("recipe").lstrip(": ")
     key = next((key for key in sorted(options, key=len, reverse=True) if rest.startswith(key)), None)
     written = re.compile(rf"(^|[{{,\s])['\"]?{re.escape(key or '')}['\"]?\s*:")
     at = [i for i, line in enumerate(text.splitlines(), 1) if key and written.search(line)]

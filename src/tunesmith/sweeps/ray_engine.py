@@ -117,12 +117,12 @@ def _trainer(config: dict[str, Any], needs: dict[str, float], workers: int) -> A
 
 def _worker(config: dict[str, Any]) -> None:
     """A rank: it trains inside the group that Ray made."""
-    import tunesmith
+    from tunesmith.api import train
 
     os.chdir(config["folder"])
     recipe = Recipe.model_validate_json(config["recipe"])
     try:
-        tunesmith.train(recipe=recipe, out=config["out"], offline=config["offline"], progress=False)
+        train(recipe=recipe, out=config["out"], offline=config["offline"], progress=False)
     except Stopped:
         return
     except TunesmithError as error:

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.errors import DataError, RecipeError
-from tunesmith.tasks.embedding_losses import ALONE, embedding_loss_sum, embedding_measure, look
-from tunesmith.types import Choice, Pooling, Rates, Task
+from tunesmith.tasks.embedding_losses import ALONE, losses_of
+from tunesmith.tasks.task import OwnSection, Rates, Task
+from tunesmith.types import Choice, Pooling
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from tunesmith.data.dataset import RowStore
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.tasks.task import Side
 
 
-def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
+def _from_model(recipe: Recipe, located: ModelRef) -> list[Choice]:
     """Pooling and prompts, as the model's files say."""
     from tunesmith.models.load import model_kind
     from tunesmith.models.pooling import find_pooling
@@ -44,7 +42,7 @@ def _choose(recipe: Recipe, located: ModelRef) -> list[Choice]:
     return choices
 
 
-def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
     """The loss that rows are made for. Raises DataError for the first row that it cannot learn from."""
     (store, rows_I), *_ = sides
     loss, choices = recipe.embed.loss, []
@@ -74,8 +72,7 @@ EMBED = Task(
     doc="Vectors of texts, by which those that belong together are found.",
     shapes=("text_pairs",),
     heads={"encoder": "vector", "causal": "vector"},
-    loss_sum=embedding_loss_sum,
-    measure=embedding_measure,
+    losses=losses_of,
     encoder="tunesmith.data.branch_encoders:EmbeddingEncoder",
     record=lambda text, answer=None: {"anchor": text} | ({} if answer is None else {"positive": answer}),
     input_role="anchor",
@@ -87,9 +84,5 @@ EMBED = Task(
     outcome="vectors",
     rows_per_step=128,
     rates=Rates(adapter=(1e-4, 1e-4), full=(5e-5, 2e-5), large=5e7),
-    look=look,
-    looks=lambda options: options.loss not in ALONE,
-    choose=_choose,
-    use_rows=_use_rows,
-    section="embed",
+    section=OwnSection("embed", _from_model, _from_rows, lambda recipe: recipe.embed.loss not in ALONE),
 )

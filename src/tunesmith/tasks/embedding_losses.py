@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.recipe.objectives import Embed
 from tunesmith.tasks.preference_losses import measured, values_of
+from tunesmith.tasks.task import Losses, Terms
 from tunesmith.types import Batch, Measured
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SCORED = ("cosent", "angle", "cosine")
 """Losses of two texts and their score; the others are of an anchor and its positive."""
 ALONE = ("cosine", "margin")
 """Losses of each row by itself."""
-USUAL = Embed(loss="ranking", normalize=True, pooling="mean")
+EMBED_USUAL = Embed(loss="ranking", normalize=True, pooling="mean")
 _ODD = 0x9E3779B97F4A7C15 - 2**64
 """A factor by which two keys make one."""
 
@@ -146,12 +147,12 @@ def _is_in(asked_BM: Tensor, known_B: Tensor) -> Tensor:
     return known_B[torch.searchsorted(known_B, asked_BM).clamp_max(len(known_B) - 1)] == asked_BM
 
 
-def embedding_loss_sum(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Tensor:
+def embedding_loss_sum(model: nn.Module, batch: Batch, *, options: Embed = EMBED_USUAL) -> Tensor:
     """Sum of the losses of a batch whose rows are all that there are."""
     return text_losses(texts_of(batch, embed(model, batch, options)), options).sum()
 
 
-def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = USUAL) -> Measured:
+def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = EMBED_USUAL) -> Measured:
     """The vectors of each row, as a NumPy array [texts, D] under "vectors". Losses follow from all rows: see
     `evaluation.retrieval`."""
     import torch
@@ -162,7 +163,9 @@ def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = USUAL)
     return measured(torch.zeros(len(parts)), {"vectors": [part.numpy() for part in parts]})
 
 
-def look(model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = USUAL) -> partial[Tensor]:
+def prepass(
+    model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = EMBED_USUAL
+) -> partial[Tensor]:
     """The `loss_sum` of the micro-batches of a step. Of a step that is one micro-batch, nothing is computed twice."""
     import torch
 
@@ -213,3 +216,13 @@ def _of_all_ranks(own: Texts, world: World) -> tuple[Texts, int]:
     device = own.vectors_LD.device
     ranks = [Texts(**{key: values.to(device) for key, values in load(one).items()}) for one in contents]
     return joined(ranks), sum(len(one.counts_B) for one in ranks[: world.rank])
+
+
+def losses_of(terms: Terms) -> Losses:
+    """Losses of vectors."""
+    options = terms.recipe.embed
+    return Losses(
+        partial(embedding_loss_sum, options=options),
+        partial(embedding_measure, options=options),
+        partial(prepass, options=options) if options.loss not in ALONE else None,
+    )

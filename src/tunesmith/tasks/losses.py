@@ -8,20 +8,21 @@ weighs the same whichever micro-batch it lands in. What is added up is left in t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Loss
-from tunesmith.types import Batch, Labels, Measured
+from tunesmith.tasks.task import PLAIN_LOSS, Losses, Terms
+from tunesmith.types import Batch, Labels, Measured, required
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tunesmith.models.fused_loss import OutputLayer
 
-PLAIN = Loss()
 
-
-def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN) -> Tensor:
+def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN_LOSS) -> Tensor:
     """[N] float32, each target's own: (1 − ε) · −log p(target) + ε · mean over V of −log p + z · (log Σ exp)².
 
     ε: label smoothing, Szegedy et al. 2015, arXiv 1512.00567, section 7. z: Chowdhery et al. 2022, arXiv 2204.02311,
@@ -38,7 +39,9 @@ def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN) -> T
     return losses_N
 
 
-def token_loss_sum(model: nn.Module, batch: Batch, loss: Loss = PLAIN, output: OutputLayer | None = None) -> Tensor:
+def token_loss_sum(
+    model: nn.Module, batch: Batch, loss: Loss = PLAIN_LOSS, output: OutputLayer | None = None
+) -> Tensor:
     """Sum of −log p(target) and of what `loss` adds, over the targets of a batch: a float32 scalar in nats.
 
     `output`: the model's output layer if its shape allows computing the loss without the logits of all targets at once.
@@ -80,7 +83,7 @@ def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = N
         return Measured(losses_N=torch.cat(losses), outputs_N=torch.cat(outputs))
 
 
-def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:
+def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN_LOSS) -> Tensor:
     """Sum of the rows' losses: cross-entropy, binary cross-entropy over all classes, or squared error; float32."""
     from tunesmith.models.forward import sequence_logits
 
@@ -98,7 +101,7 @@ def sequence_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured
         return Measured(losses_N=_sequence_losses(logits_BC, batch.targets_N, labels), outputs_N=logits_BC)
 
 
-def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN) -> Tensor:
+def word_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN_LOSS) -> Tensor:
     """Sum of the words' cross-entropies, each at the first token of its word; float32."""
     from tunesmith.models.forward import logits_at_targets
 
@@ -117,7 +120,7 @@ def word_measure(model: nn.Module, batch: Batch, labels: Labels) -> Measured:
         return Measured(losses_N=losses_N, outputs_N=logits_NC.argmax(-1))
 
 
-def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels, loss: Loss = PLAIN) -> Tensor:
+def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels, loss: Loss = PLAIN_LOSS) -> Tensor:
     from torch.nn import functional as F
 
     if labels.kind == "number":
@@ -127,7 +130,7 @@ def _sequence_losses(logits_BC: Tensor, targets_B: Tensor, labels: Labels, loss:
     return _class_losses(logits_BC, targets_B, labels, loss)
 
 
-def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Loss = PLAIN) -> Tensor:
+def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Loss = PLAIN_LOSS) -> Tensor:
     import torch
 
     from tunesmith.models.machine import to_device
@@ -138,3 +141,31 @@ def _class_losses(logits_NC: Tensor, targets_N: Tensor, labels: Labels, loss: Lo
     # Multiplied here and not inside cross_entropy, which divides by the weights of a micro-batch instead of a step.
     weights_C = to_device(torch.from_numpy(labels.weights_C).to(losses_N.dtype), losses_N.device)
     return losses_N * weights_C[targets_N]
+
+
+def token_losses(terms: Terms) -> Losses:
+    """Losses of tokens: the next one, or the one under a mask."""
+    return Losses(
+        partial(token_loss_sum, loss=terms.loss, output=terms.output), partial(token_measure, output=terms.output)
+    )
+
+
+def sequence_losses(terms: Terms) -> Losses:
+    """Losses of a whole text's labels. Raises RecipeError for additions that such labels have not."""
+    labels = _checked(terms)
+    return Losses(partial(sequence_loss_sum, labels=labels, loss=terms.loss), partial(sequence_measure, labels=labels))
+
+
+def word_losses(terms: Terms) -> Losses:
+    """Losses of the words' labels."""
+    labels = _checked(terms)
+    return Losses(partial(word_loss_sum, labels=labels, loss=terms.loss), partial(word_measure, labels=labels))
+
+
+def _checked(terms: Terms) -> Labels:
+    labels = required(terms.labels)
+    for option in ("label_smoothing", "z_loss"):
+        if labels.kind in ("many", "number") and getattr(terms.loss, option):
+            what = "numbers" if labels.kind == "number" else "classes of which several can hold"
+            raise RecipeError(f"loss.{option}: is for one class of several; these labels are {what}. Leave it out.")
+    return labels

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
-from tunesmith.recipe.schema import resolved
-from tunesmith.tasks.preference_losses import look, preference_loss_sum, preference_measure
-from tunesmith.types import Choice, Rates, Task
+from tunesmith.tasks.preference_losses import losses_of
+from tunesmith.tasks.task import OwnSection, Rates, Task
+from tunesmith.types import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tunesmith.data.dataset import RowStore
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.tasks.task import Side
 
 
 def _record(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def _record(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
 
 
-def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
-    """The loss that rows are made for; unpaired ones get partners, and weights by which both sides weigh the same."""
+def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
+    """The loss that rows are made for, and of unpaired ones weights by which both sides weigh the same."""
     import numpy as np
 
     (store, train_I), *_ = sides
@@ -49,8 +49,6 @@ def _use_rows(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]
         return [*choices, *([Choice("prefer.margin", 0.0, why)] if unused else [])]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
-    for side, rows_I in sides:
-        side.branches.use_partners(rows_I, side.hashes, side.inputs, resolved(recipe.data.max_tokens))
     return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
 
 
@@ -69,8 +67,7 @@ PREFER = Task(
     doc="The better of two answers to a prompt.",
     shapes=("preference", "unpaired"),
     heads={"causal": "next_token"},
-    loss_sum=preference_loss_sum,
-    measure=preference_measure,
+    losses=losses_of,
     encoder="tunesmith.data.branch_encoders:PreferenceEncoder",
     record=_record,
     is_chat=True,
@@ -84,8 +81,5 @@ PREFER = Task(
     outcome="pairs",
     rows_per_step=32,
     rates=Rates(adapter=(2e-4, 5e-6), full=(1e-6, 5e-7)),
-    look=look,
-    looks=lambda options: options.loss == "kto",
-    use_rows=_use_rows,
-    section="prefer",
+    section=OwnSection("prefer", from_rows=_from_rows, has_prepass=lambda recipe: recipe.prefer.loss == "kto"),
 )

@@ -20,6 +20,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.recipe.objectives import Prefer
+from tunesmith.tasks.losses import token_measure
+from tunesmith.tasks.task import Losses, Terms
 from tunesmith.types import Batch, Measured, required
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
     from tunesmith.parallel.world import World
 
-USUAL = Prefer()
+USUAL_PREFER = Prefer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ def pairs_of(model: nn.Module, batch: Batch, output: OutputLayer | None) -> Pair
 
 
 def preference_loss_sum(
-    model: nn.Module, batch: Batch, *, options: Prefer = USUAL, output: OutputLayer | None = None
+    model: nn.Module, batch: Batch, *, options: Prefer = USUAL_PREFER, output: OutputLayer | None = None
 ) -> Tensor:
     """Sum of the pairs' losses, float32."""
     return pair_losses(pairs_of(model, batch, output), options)[0].sum().float()
@@ -173,18 +175,20 @@ def kto_loss_sum(model: nn.Module, batch: Batch, *, options: Prefer, output: Out
     return kto_losses(s_B - values_BV[:, 1], values_BV[:, 0] > 0, z0, options).sum().float()
 
 
-def look(model: nn.Module, batches: Iterable[Batch], world: World, **how: Any) -> Callable[..., Tensor]:
+def kto_prepass(
+    model: nn.Module, batches: Iterable[Batch], world: World, *, options: Prefer, output: OutputLayer | None
+) -> partial[Tensor]:
     """`kto_loss_sum` with z₀ of a step, whose lines hold the answers of partners."""
-    moved = [line_logps(model, batch, how["output"])[0] - values_of(batch)[:, 2] for batch in batches]
+    moved = [line_logps(model, batch, output)[0] - values_of(batch)[:, 2] for batch in batches]
     import torch
 
-    own = [math.fsum(torch.cat(moved).tolist() if moved else ()), sum(map(len, moved))]  # read once
-    total, num = (math.fsum(column) for column in zip(*world.gather_values(own), strict=True))
-    return partial(kto_loss_sum, **how, z0=max(0.0, total / num))
+    of_rank = [math.fsum(torch.cat(moved).tolist() if moved else ()), sum(map(len, moved))]  # read once
+    total, num = (math.fsum(column) for column in zip(*world.gather_values(of_rank), strict=True))
+    return partial(kto_loss_sum, options=options, output=output, z0=max(0.0, total / num))
 
 
 def preference_measure(
-    model: nn.Module, batch: Batch, *, options: Prefer = USUAL, output: OutputLayer | None = None
+    model: nn.Module, batch: Batch, *, options: Prefer = USUAL_PREFER, output: OutputLayer | None = None
 ) -> Measured:
     """The loss of each row and what was found of it, without gradient. Losses of kto follow from all rows: `settle`."""
     import torch
@@ -214,3 +218,14 @@ def measured(losses_B: Tensor, columns: Mapping[str, Iterable[Any]]) -> Measured
     """The losses of rows, and what was found of each by name."""
     results = tuple(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     return Measured(losses_N=losses_B.float(), outputs_N=losses_B.new_empty(0), results=results)
+
+
+def losses_of(terms: Terms) -> Losses:
+    """Losses of compared answers, and of their tokens."""
+    options, output = terms.recipe.prefer, terms.output
+    return Losses(
+        partial(preference_loss_sum, options=options, output=output),
+        partial(preference_measure, options=options, output=output),
+        partial(kto_prepass, options=options, output=output) if options.loss == "kto" else None,
+        partial(token_measure, output=output),
+    )

@@ -8,23 +8,28 @@ or the loss of its list.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.objectives import Rank, Reward
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.preference_losses import measured, values_of
-from tunesmith.types import Batch, Choice, Measured, Rates, Task
+from tunesmith.tasks.task import LabelHead, Losses, OwnSection, Rates, Task
+from tunesmith.types import Batch, Choice, Measured
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from tunesmith.data.dataset import RowStore
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.tasks.task import Side
+
+
+class RowLosses(Protocol):
+    """[B], the loss of each row by the number that the model gives to each of its branches."""
+
+    def __call__(self, scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_B: Tensor, /) -> Tensor: ...
 
 
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
@@ -68,30 +73,35 @@ def ranking_losses(scores_L: Tensor, wanted_L: Tensor, row_of_L: Tensor, values_
     return -(wanted_BL.softmax(1) * scores_BL.log_softmax(1).masked_fill(is_other_BL, 0)).sum(1)
 
 
-def branch_losses(model: nn.Module, batch: Batch, losses: Callable[..., Tensor], options: Any) -> tuple[Tensor, Tensor]:
+def branch_losses(model: nn.Module, batch: Batch, losses: RowLosses) -> tuple[Tensor, Tensor]:
     """[L] the number that the model gives to each branch, and [B] `losses` of the rows by them; float32."""
     from tunesmith.models.forward import sequence_logits
 
     rewards_L = sequence_logits(model, batch)[:, 0].float()
     margin_B = values_of(batch)[:, 0].float()
-    return rewards_L, losses(rewards_L, batch.targets_N.float(), batch.row_of_N, margin_B, options)
+    return rewards_L, losses(rewards_L, batch.targets_N.float(), batch.row_of_N, margin_B)
 
 
-def branch_loss_sum(model: nn.Module, batch: Batch, *, losses: Callable[..., Tensor], options: Any) -> Tensor:
+def branch_loss_sum(model: nn.Module, batch: Batch, *, losses: RowLosses) -> Tensor:
     """Sum of the rows' losses, float32."""
-    return branch_losses(model, batch, losses, options)[1].sum()
+    return branch_losses(model, batch, losses)[1].sum()
 
 
-def branch_measure(model: nn.Module, batch: Batch, *, losses: Callable[..., Tensor], options: Any) -> Measured:
+def branch_measure(model: nn.Module, batch: Batch, *, losses: RowLosses) -> Measured:
     """The loss of each row, and the number, score and tokens of each of its branches, without gradient."""
     import torch
 
     with torch.no_grad():
-        rewards_L, losses_B = branch_losses(model, batch, losses, options)
+        rewards_L, losses_B = branch_losses(model, batch, losses)
     counts = torch.bincount(batch.row_of_N, minlength=len(losses_B)).tolist()
     columns = {"rewards": rewards_L, "scores": batch.targets_N.float(), "lengths": torch.tensor(batch.lengths)}
     parts = {key: [part.tolist() for part in torch.split(found_L, counts)] for key, found_L in columns.items()}
     return measured(losses_B, parts)
+
+
+def by_branch(losses: RowLosses) -> Losses:
+    """Losses of rows whose branches each get a number."""
+    return Losses(partial(branch_loss_sum, losses=losses), partial(branch_measure, losses=losses))
 
 
 def _answered(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def _searched(text: str, answer: str | None = None) -> dict[str, Any]:
     return {"query": text, "documents": [answer, text[::-1]], "labels": [1, 0]}
 
 
-def _use_lists(recipe: Recipe, sides: Sequence[tuple[RowStore, NDArray[np.int64]]]) -> list[Choice]:
+def _refuse_single_documents(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
     """Raise DataError for a loss that compares the documents of a row where no row has two."""
     (store, rows_I), *_ = sides
     loss = recipe.ranking.loss
@@ -123,12 +133,11 @@ REWARD = Task(
     doc="A number for an answer, higher for the better one.",
     shapes=("scored_answers",),
     heads={"causal": "sequence", "encoder": "sequence"},
-    loss_sum=partial(branch_loss_sum, losses=reward_losses),
-    measure=partial(branch_measure, losses=reward_losses),
+    losses=lambda terms: by_branch(partial(reward_losses, options=terms.recipe.reward)),
     encoder="tunesmith.data.branch_encoders:RewardEncoder",
     record=_answered,
     is_chat=True,
-    learns_classes=True,
+    head=LabelHead(),
     answer_key="reward",
     detected="rows have several answers to a prompt, in order or with scores",
     on_overlong=("error", "of a cut answer the model would learn that it was cut"),
@@ -137,19 +146,17 @@ REWARD = Task(
     outcome="rewards",
     rows_per_step=32,
     rates=Rates(adapter=(1e-4, 1e-4), full=(3e-5, 1e-5)),
-    section="reward",
+    section=OwnSection("reward"),
 )
 RANK = Task(
     name="rank",
     doc="A score for a document that may answer a query.",
     shapes=("ranked_documents",),
     heads={"encoder": "sequence", "causal": "sequence"},
-    loss_sum=partial(branch_loss_sum, losses=ranking_losses),
-    measure=partial(branch_measure, losses=ranking_losses),
+    losses=lambda terms: by_branch(partial(ranking_losses, options=terms.recipe.ranking)),
     encoder="tunesmith.data.branch_encoders:RankingEncoder",
     record=_searched,
-    learns_classes=True,
-    takes_pairs=True,
+    head=LabelHead(takes_pairs=True),
     input_role="query",
     answer_key="score",
     detected="rows are a query with documents and their labels",
@@ -158,6 +165,5 @@ RANK = Task(
     next_commands=(("eval", "FILE"), ("serve",), ("show",)),
     outcome="lists",
     rates=EMBED.rates,
-    use_rows=_use_lists,
-    section="ranking",
+    section=OwnSection("ranking", from_rows=_refuse_single_documents),
 )

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.tasks.losses import (
-    sequence_loss_sum,
-    sequence_measure,
-    token_loss_sum,
-    token_measure,
-    word_loss_sum,
-    word_measure,
-)
-from tunesmith.types import Task
+from tunesmith.tasks.losses import sequence_losses, token_losses, word_losses
+from tunesmith.tasks.task import LabelHead, Task
 
 
 def _conversation(text: str, answer: str | None = None) -> dict[str, Any]:
@@ -30,8 +23,7 @@ CHAT = Task(
     doc="Answers of the assistant in a conversation, in the model's own chat template.",
     shapes=("messages", "sharegpt", "alpaca", "prompt_completion"),
     heads={"causal": "next_token"},
-    loss_sum=token_loss_sum,
-    measure=token_measure,
+    losses=token_losses,
     encoder="tunesmith.data.chat:ChatEncoder",
     sees_rows=True,
     record=_conversation,
@@ -46,8 +38,7 @@ GENERATE = Task(
     doc="The completion of a prompt, plain text, followed by the end token.",
     shapes=("prompt_completion",),
     heads={"causal": "next_token", "encoder_decoder": "next_token"},
-    loss_sum=token_loss_sum,
-    measure=token_measure,
+    losses=token_losses,
     encoder="tunesmith.data.completion:completion_encoder",
     sees_rows=True,
     record=lambda text, answer=None: {"prompt": text} | ({} if answer is None else {"completion": f" {answer}"}),
@@ -62,8 +53,7 @@ TEXT = Task(
     doc="Every token of plain documents; for an encoder, masked tokens.",
     shapes=("text",),
     heads={"causal": "next_token", "encoder": "masked_token"},
-    loss_sum=token_loss_sum,
-    measure=token_measure,
+    losses=token_losses,
     encoder="tunesmith.data.documents:DocumentEncoder",
     sees_rows=True,
     record=lambda text, answer=None: {"text": text if answer is None else f"{text} {answer}"},
@@ -78,8 +68,7 @@ SUMMARIZE = Task(
     doc="The summary of a document.",
     shapes=("document_summary",),
     heads={"causal": "next_token", "encoder_decoder": "next_token"},
-    loss_sum=token_loss_sum,
-    measure=token_measure,
+    losses=token_losses,
     encoder="tunesmith.data.completion:summary_encoder",
     sees_rows=True,
     record=lambda text, answer=None: {"document": text} | ({} if answer is None else {"summary": answer}),
@@ -97,13 +86,11 @@ CLASSIFY = Task(
     doc="Classes of a text or of a pair of texts, or a number for it.",
     shapes=("text_label",),
     heads={"encoder": "sequence", "causal": "sequence"},
-    loss_sum=sequence_loss_sum,
-    measure=sequence_measure,
+    losses=sequence_losses,
     encoder="tunesmith.data.classification:ClassificationEncoder",
     sees_rows=True,
     record=lambda text, answer=None: {"text": text} | ({} if answer is None else {"label": answer}),
-    learns_classes=True,
-    takes_pairs=True,
+    head=LabelHead(takes_pairs=True),
     detected="rows are texts and their labels",
     on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("accuracy", "macro_f1", "micro_f1", "exact_rows", "spearman", "mse", "calibration_error"),
@@ -114,13 +101,11 @@ TAG = Task(
     doc="A tag for each word, read at the word's first token.",
     shapes=("tokens_tags",),
     heads={"encoder": "tokens", "causal": "tokens"},
-    loss_sum=word_loss_sum,
-    measure=word_measure,
+    losses=word_losses,
     encoder="tunesmith.data.classification:TaggingEncoder",
     sees_rows=True,
     record=_tagged,
-    learns_classes=True,
-    by_word=True,
+    head=LabelHead(by_word=True),
     detected="rows are words and their tags",
     on_overlong=("cut", "the beginning of a text shows its class; cut rows are counted"),
     headline_metrics=("span_f1", "span_recall", "tag_accuracy"),

@@ -36,7 +36,7 @@ from tunesmith.evaluation.scores import RowResult, answer_scores, loss_by_source
 from tunesmith.generation.continuation import Continuation
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
-from tunesmith.training.answering import continuation, prompts_of, samples
+from tunesmith.training.answers import continuation, prompts_of, samples
 from tunesmith.training.progress import Session
 
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")

@@ -20,7 +20,8 @@ from tunesmith.models.resolve_model import ModelRef, resolve_base, split_revisio
 from tunesmith.models.size import ModelSize, model_size
 from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
-from tunesmith.planning.defaults import decide_before_rows, find_head, with_choice
+from tunesmith.planning.decisions import Decisions
+from tunesmith.planning.defaults import decide_before_rows, find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.merged_base import Start, start_from
 from tunesmith.types import Choice, HeadName, ModelKind
@@ -31,7 +32,7 @@ class Inputs:
     """Facts that are known before a row is encoded."""
 
     recipe: Recipe
-    choices: list[Choice]
+    """With the decisions so far."""
     notes: list[str]
     located: ModelRef
     size: ModelSize
@@ -46,29 +47,33 @@ class Inputs:
     """The model's revision as it was asked for, by whose name the hub's cache knows it; the recipe has the commit."""
 
 
-def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
+def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
     """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not cached
     only the headers of the weights are fetched.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
     """
-    data, of_data = pin(recipe.data, offline=offline)
-    recipe = recipe.model_copy(update={"data": data})
+    data, of_data = pin(decisions.recipe.data, offline=offline)
+    decisions.set("data", data)
+    recipe = decisions.recipe
     start, finer = Start(recipe.model), None
     if recipe.base is None:  # a resumed run has its base already
         start = start_from(recipe.model, root=root, offline=offline)
         name, revision = split_revision(start.model, recipe.revision)
-        recipe = recipe.model_copy(update={"model": name, "revision": revision})
+        decisions.set("model", name)
+        decisions.set("revision", revision)
         if start.precision is not None and recipe.precision == "auto":
             finer = Choice("precision", start.precision, "16 bits would change the answers of the run it starts from")
-            recipe = with_choice(recipe, finer)
+            decisions.set("precision", start.precision)
+        recipe = decisions.recipe
     check_installed(recipe.optim)
     notes = [*([start.note] if start.note else []), *of_data]
     located = resolve_base(recipe, offline=offline, weights=False)
     asked_for = recipe.revision
     if recipe.base is None and located.revision != asked_for:
-        recipe = recipe.model_copy(update={"revision": located.revision})
+        decisions.set("revision", located.revision)
+        recipe = decisions.recipe
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
     method_of(recipe).check(recipe.method)
     size, kind = model_size(located), model_kind(located)
@@ -76,17 +81,17 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     notes += special_tokens.describe(added, recipe.data.new_tokens)
     if recipe.device != "auto":
         machine.choose_device(recipe.device)
-    recipe, choices = decide_before_rows(recipe, located, size, kind)
-    head = find_head(recipe, located, kind)
-    recipe, renderer, dates = _dated(recipe, tokenizer, kind, notes)
-    choices += [*dates, *([finer] if finer else [])]
+    decide_before_rows(decisions, located, size, kind)
+    head = find_head(decisions.recipe, located, kind)
+    renderer = _dated(decisions, tokenizer, kind, notes)
+    if finer is not None:
+        decisions.show(finer)
     if recipe.revision != asked_for:
         reason = f"the commit that {asked_for or 'main'} of the model is now"
-        choices.append(Choice("revision", recipe.revision, reason))
+        decisions.show(Choice("revision", recipe.revision, reason))
     has_classes = head in ("sequence", "tokens") and not located.is_gguf
     return Inputs(
-        recipe=recipe,
-        choices=choices,
+        recipe=decisions.folded(),
         notes=notes,
         located=located,
         size=size,
@@ -99,20 +104,20 @@ def find_inputs(recipe: Recipe, *, root: Path, offline: bool) -> Inputs:
     )
 
 
-def _dated(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]
-) -> tuple[Recipe, Renderer, list[Choice]]:
-    """The recipe with the day that its template writes; None: it writes none."""
-    chosen = recipe.data.date == "auto"
-    if chosen:
-        recipe = with_choice(recipe, Choice("data.date", date.today().isoformat(), ""))
-    renderer = make_renderer(recipe, tokenizer, kind)
+def _dated(decisions: Decisions, tokenizer: PreTrainedTokenizerBase, kind: ModelKind, notes: list[str]) -> Renderer:
+    """The renderer, with the day that its template writes decided; None: it writes none."""
+    is_open, given = decisions.is_open("data.date"), decisions.recipe.data.date
+    if is_open:
+        decisions.set("data.date", date.today().isoformat())
+    renderer = make_renderer(decisions.folded(), tokenizer, kind)
     if renderer.date is None:
-        if recipe.data.date is not None and not chosen:
-            notes.append(f"data.date: {recipe.data.date}: no chat template here writes a date: it is left out")
-        return with_choice(recipe, Choice("data.date", None, "")), renderer, []
-    reason = "the chat template writes the date: training and every later use here show the model this day"
-    return recipe, renderer, [Choice("data.date", renderer.date, reason)] if chosen else []
+        if given is not None and not is_open:
+            notes.append(f"data.date: {given}: no chat template here writes a date: it is left out")
+        decisions.set("data.date", None)
+    elif is_open:
+        reason = "the chat template writes the date: training and every later use here show the model this day"
+        decisions.show(Choice("data.date", renderer.date, reason))
+    return renderer
 
 
 def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:

@@ -50,7 +50,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         ...     print(event.step, event.values["loss"])
     """
     if loss is not None:
-        state = replace(state, task=replace(state.task, loss_sum=loss, look=None))
+        state = replace(state, task=replace(state.task, loss_sum=loss, prepass=None))
     recipe, sampler, attachment, optimizer = state.recipe, state.sampler, state.attachment, state.optimizer
     for step in range(start + 1, state.total_steps + 1):
         started = time.perf_counter()

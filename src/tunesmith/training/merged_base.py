@@ -16,9 +16,10 @@ from torch import Tensor
 
 from tunesmith.data.collate import Collator
 from tunesmith.data.dataset import open_kept
+from tunesmith.data.row_targets import write_targets
 from tunesmith.errors import RunError
 from tunesmith.inference.load import LoadedModel, load_run
-from tunesmith.inference.measure import feed
+from tunesmith.inference.measure import feed, masked_share
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
 from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode
@@ -34,7 +35,7 @@ FACTS = "merged.json"
 """File in a merged base with its distance from the result that was measured."""
 MADE_OF = "merged-from.json"
 """File in a merged base with the SHA-256 of each file of its adapter, written last."""
-ROWS = 16
+COMPARED_ROWS = 16
 """Held-out rows, or else rows of the training, that both are compared on."""
 TARGETS = 64
 """Most targets of a row that are compared, spread over it: each has a number for every word of the vocabulary."""
@@ -145,7 +146,7 @@ def _save(run: Run, speaker: LoadedModel) -> None:
 def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
     """Rows to compare on, as the run kept them: held-out ones, else those of the training; none if they are gone."""
     after = run.evaluation_path / "after.jsonl"
-    lines = map(from_json, after.read_bytes().splitlines()[:ROWS]) if after.is_file() else ()
+    lines = map(from_json, after.read_bytes().splitlines()[:COMPARED_ROWS]) if after.is_file() else ()
     wanted = np.array([int(line["hash"], 16) for line in lines], np.uint64)
     for side, key in (("held_out", "held-out rows"), ("train", "rows")):
         store = open_kept(run.rows_path / side, run.identity().get(key))
@@ -153,7 +154,8 @@ def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
             continue
         nums = np.flatnonzero(np.isin(store.hashes, wanted)) if len(wanted) else np.arange(len(store))
         if len(nums):
-            return feed(speaker, store), nums[:ROWS].tolist()
+            write_targets([(store, nums)], masked=masked_share(speaker))
+            return feed(speaker, store), nums[:COMPARED_ROWS].tolist()
     return None, []
 
 

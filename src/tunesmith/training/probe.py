@@ -36,29 +36,29 @@ from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import remove, temporary_folder, write_atomic
-from tunesmith.training.answering import continuation
+from tunesmith.training.answers import continuation
 from tunesmith.training.loop import training_steps
-from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import length_histogram
+from tunesmith.types import OnProgress
 
-SPREAD = 0.15
+STEP_SPREAD = 0.15
 """Share by which a total after a probe may be off, either way."""
-LIMIT_S = 600.0
+LONGEST_S = 600.0
 """A probe that takes longer is ended; what it measured until then counts."""
-USUAL, USUAL_S = 4, 30.0
+USUAL_STEPS, USUAL_S = 4, 30.0
 """Steps of usual size, and seconds after which none is added."""
 MORE, MORE_S = 16, 4.0
 """Most steps of usual size where they are short, and seconds after which none is added: the first are slower."""
-SETTLED = 8
+SETTLED_STEPS = 8
 """Steps of usual size that count, the last ones."""
-LOOKED_AT = 64
+STEPS_LOOKED_AT = 64
 """Steps among which those of usual size are looked for."""
 LOOKS, LOOKS_S = 6, 4.0
 """Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
 FEW_WORDS, MORE_WORDS = 2, 10
 KILLED = "the system killed it, as it does where memory ends"
-MEASURED = "measured"
+MEASURED_FILE = "measured"
 """File of the probe's folder with what it found."""
 
 
@@ -94,10 +94,10 @@ class Found:
         """
         if not self.steps or forecast is None or forecast.duration is None:
             return None
-        counted = self.steps[1:][-SETTLED:] or self.steps
+        counted = self.steps[1:][-SETTLED_STEPS:] or self.steps
         step = mean_tokens * sum(one.seconds for one in counted) / sum(one.count for one in counted)
         prices: dict[Kind, float] = {kind: one.seconds / one.count for kind, one in self.work.items()}
-        spread = forecast.duration.spread if self.ended else SPREAD
+        spread = forecast.duration.spread if self.ended else STEP_SPREAD
         found = {**forecast.duration.prices, **prices, "training": step}
         return replace(forecast.duration, prices=found, spread=spread)
 
@@ -111,7 +111,7 @@ class Found:
 _JSON = TypeAdapter(Found)
 
 
-def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress, limit_s: float = LIMIT_S) -> Found:
+def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress, limit_s: float = LONGEST_S) -> Found:
     """Try the heaviest moments of a run whose every "auto" is decided. Nothing of it stays below `root`.
 
     Never raises for what ends the child: `Found.ended` says it.
@@ -137,7 +137,7 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
                 ended = _why(code, folder / "printed")
             except subprocess.TimeoutExpired:
                 ended = f"it was not done within {limit_s:,.0f} s"
-        measured = folder / MEASURED
+        measured = folder / MEASURED_FILE
         found = _JSON.validate_json(measured.read_bytes()) if measured.exists() else Found()
         found.ended = found.ended or ended
         return found
@@ -164,13 +164,13 @@ def main() -> None:
         found.work["starting"] = Timed(time.time() - asked["born"])
         for _ in measure(setup, folder, found):
             found.peak = peak(setup.device)
-            write_atomic(folder / MEASURED, _JSON.dump_json(found))
+            write_atomic(folder / MEASURED_FILE, _JSON.dump_json(found))
     except (TunesmithError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TunesmithError) and not is_out_of_memory(error):
             raise
         is_plain = isinstance(error, TunesmithError) and not isinstance(error, OutOfMemoryError)
         found.ended = str(error) if is_plain else f"memory ended: {error}"
-        write_atomic(folder / MEASURED, _JSON.dump_json(found))
+        write_atomic(folder / MEASURED_FILE, _JSON.dump_json(found))
 
 
 def _end_with(parent: int, folder: Path) -> None:
@@ -219,7 +219,7 @@ def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
     sampler, steps = setup.sampler, setup.total_steps
     heavy = setup.forecast.heavy if setup.forecast else heaviest(sampler, steps, setup.rows.store)
     mean = float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch
-    others = [step for step in range(1, min(steps, LOOKED_AT) + 1) if step != heavy.step]
+    others = [step for step in range(1, min(steps, STEPS_LOOKED_AT) + 1) if step != heavy.step]
     usual = sorted(others, key=lambda step: abs(sum(setup.rows.store.lengths[sampler.rows(step)]) - mean))[:MORE]
     spent = 0.0
     for number, step in enumerate([heavy.step, *usual]):
@@ -230,7 +230,7 @@ def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
         found.steps.append(Timed(seconds, event.values["tokens"], step=step))
         yield
         spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
-        if spent > USUAL_S or (number >= USUAL and spent > MORE_S):
+        if spent > USUAL_S or (number >= USUAL_STEPS and spent > MORE_S):
             return
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.runs.folder import Run
-from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup
-from tunesmith.types import Event
+from tunesmith.types import Event, OnProgress
 
 OnEvent = Callable[[Event], None]
 

@@ -20,6 +20,7 @@ import transformers
 from numpy.typing import NDArray
 
 from tunesmith.data.collate import Collator
+from tunesmith.data.row_targets import write_reference
 from tunesmith.errors import RunError
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.recipe.schema import resolved
@@ -30,8 +31,8 @@ from tunesmith.training.setup import Setup
 TOLERANCE = {"float32": 0.002, "float16": 0.05, "bfloat16": 0.4}
 """Nats by which an answer of one trained token may be off between two passes; it grows with the root of their number.
 In bfloat16 the largest seen is 0.14."""
-LEAST = 0.01
-MOST_NAMED = 5
+LEAST_NATS = 0.01
+MOST_NAMED_ROWS = 5
 
 
 def use_reference(session: Session) -> None:
@@ -54,9 +55,7 @@ def use_reference(session: Session) -> None:
         values_IK = _compute(session, collator, rows_I) if found is None else found
         for path in (path for path, one in kept.items() if one is None):
             write_atomic(path, _packed(values_IK))
-        if store.branches.reference is None:
-            store.branches.reference = np.full((len(store), values_IK.shape[1]), np.nan)
-        store.branches.reference[rows_I] = values_IK
+        write_reference(store, rows_I, values_IK)
 
 
 def share_reference(setup: Setup) -> None:
@@ -65,9 +64,10 @@ def share_reference(setup: Setup) -> None:
     if not setup.task.compares or world.size == 1:
         return
     for store in dict.fromkeys((setup.rows.store, setup.rows.held_store)):
-        own = store.branches.reference
-        content, *_ = world.gather(b"" if own is None else _packed(own))
-        store.branches.reference = _unpacked(content, len(store)) if content else None
+        of_rank = store.learnt.reference_IK
+        content, *_ = world.gather(b"" if of_rank is None else _packed(of_rank))
+        if (values_IK := _unpacked(content, len(store))) is not None:
+            write_reference(store, np.arange(len(store)), values_IK)
 
 
 def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -113,7 +113,7 @@ def _read(path: Path, num_rows: int) -> NDArray[np.float64] | None:
 
 
 def _unpacked(content: bytes, num_rows: int) -> NDArray[np.float64] | None:
-    is_whole = hashlib.sha256(content[32:]).digest() == content[:32]
+    is_whole = bool(content) and hashlib.sha256(content[32:]).digest() == content[:32]
     return np.frombuffer(content[32:], np.float64).reshape(num_rows, -1).copy() if is_whole else None
 
 
@@ -132,11 +132,11 @@ def check_start(setup: Setup) -> None:
         results = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
         for row, result in zip(rows, results, strict=True):
             moved = np.nan_to_num(np.abs(np.subtract(result["logps"], result["reference"])), nan=np.inf)
-            if (moved > np.maximum(LEAST, allowed * np.sqrt(result["lengths"]))).any():
+            if (moved > np.maximum(LEAST_NATS, allowed * np.sqrt(result["lengths"]))).any():
                 away.append((float(moved.max()), str(setup.store.source(row))))
     if not away:
         return
-    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED])
+    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED_ROWS])
     raise RunError(
         f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: {named}. "
         "The first loss of dpo would not be log 2, and every later one would be off by as much. Likely causes: dropout "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.row_targets import write_targets
 from tunesmith.data.sampler import StepSampler, copies, pass_cost
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows, source_ids, times_per_epoch
 from tunesmith.environment import resident_bytes
@@ -24,6 +24,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.phrases import percent
 from tunesmith.planning import devices
+from tunesmith.planning.decisions import Decisions, with_options
 from tunesmith.planning.defaults import (
     HELD,
     ROWS_OF_A_DEVICE,
@@ -33,7 +34,6 @@ from tunesmith.planning.defaults import (
     decide_measuring,
     rate_notes,
     total_steps,
-    with_choice,
 )
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
@@ -42,12 +42,11 @@ from tunesmith.planning.memory import DTYPES
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
-from tunesmith.types import Choice, HeadName, Layout
+from tunesmith.types import Choice, HeadName, Layout, OnProgress
 
-OnProgress = Callable[[str, int, int], None]
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64
@@ -82,100 +81,125 @@ def resolve_run(
     world: World | None = None,
     apart: bool = False,
 ) -> ResolvedRun:
-    """Encode rows and decide. `device`: another machine's, for which a plan is asked. `world`: the group that trains;
-    all of it but its first rank get a recipe in which everything is decided, and forecast nothing. `apart`: a card is
-    measured by another process, so that this one takes no memory of it.
+    """Encode rows and decide. `device`: another machine's, for a plan. `world`: the group that trains; ranks but the
+    first get a recipe in which everything is decided. `apart`: a card is measured by another process.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
+    # 1. What a person gave, on the machine that is asked about.
     given, world = changed(recipe), world or World()
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
-    recipe, grouped, processes = _on_devices(recipe, world)
-    inputs = find_inputs(recipe, root=root, offline=offline)
+    decisions = Decisions(recipe)
+    # 2. What model, devices and the first row decide.
+    processes = _on_devices(decisions, world)
+    inputs = find_inputs(decisions, root=root, offline=offline)
+    if world.size > 1 and recipe.devices != world.size:
+        decisions.show(Choice("devices", world.size, "processes of this group, one device each"))
     refuse_shard(inputs.recipe, inputs.located, inputs.kind)
+    # 3. The rows, and what they decide.
     cache_dirs = CacheDirs(root / ".rows", root / ".rows")  # shared by the runs below `root`
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
-    rows = _rows(inputs, cache_dirs, on_progress)
-    recipe = reduce(with_choice, rows.choices, inputs.recipe)
-    _check_evaluation(recipe, inputs.head, rows)
-    lengths_I = rows.store.lengths[rows.train_rows]
-    targets_I = rows.held_store.targets[rows.held_rows]
-    kind, free_tokens = device.kind if device else recipe.device, recipe.train.tokens_per_pass == "auto"
-    held_tokens, per_epoch = int(rows.held_store.lengths[rows.held_rows].sum()), rows_per_epoch(rows, recipe.seed)
-    headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
+    rows = _rows(decisions, inputs, cache_dirs, on_progress)
+    (store, rows_I), (held, held_I) = rows.sides
+    kind, held_tokens = device.kind if device else decisions.recipe.device, int(held.lengths[held_I].sum())
     facts = Facts(
-        inputs.size.num_params, kind, inputs.kind, lengths_I, targets_I, held_tokens, processes, per_epoch, headline
+        inputs.size.num_params,
+        kind,
+        inputs.kind,
+        store.lengths[rows_I],
+        held.targets[held_I],
+        held_tokens,
+        processes,
+        rows_per_epoch(rows, decisions.recipe.seed),
+        "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels),
     )
-    recipe, choices = _decided(recipe, inputs, rows, facts)
-    choices = [*inputs.choices, *grouped, *rows.choices, *choices]
-    if device is not None:
-        choices = [choice for choice in choices if choice.key not in ("device", "threads")]
-    if run is not None or not world.is_first:
-        return ResolvedRun(_unforecast(recipe), choices, [], inputs, rows, given, None)
-    on_progress("plan", 0, 1)
-    found = ResolvedRun(recipe, choices, rate_notes(recipe, facts), inputs, rows, given, None)
+    free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
+    _decide(decisions, inputs, rows, facts)
+    # 4. What memory decides, by a forecast; a run that goes on, or another rank, has it decided.
+    notes: list[str] = []
+    forecast: Forecast | None = None
+    if run is None and world.is_first:
+        on_progress("plan", 0, 1)
+        recipe = decisions.folded()
+        notes = rate_notes(recipe, facts)
+        with _forecasting(notes):
+            device = device or _device_here(notes, recipe, world, apart=apart)
+            planned = Planned(decisions, notes, inputs, rows, device)
+            forecast = _forecast(planned, recipe, root if is_here else None, free_tokens=free_tokens)
+        on_progress("plan", 1, 1)
+    for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what a forecast would have decided
+        if decisions.is_open(key):
+            decisions.set(key, value)
+    # 5. One recipe.
+    choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
+    return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
+
+
+@contextmanager
+def _forecasting(notes: list[str]) -> Iterator[None]:
+    """A block that forecasts: what was given wrong is raised, everything else becomes a note."""
     try:
-        is_here = device is None
-        device = device or _device_here(found, recipe, world, apart=apart)
-        _forecast(found, device, world, root if is_here else None, free_tokens=free_tokens)
-    except (RecipeError, DataError, DoesNotFitError):  # what was given is wrong, not the forecast
+        yield
+    except (RecipeError, DataError, DoesNotFitError):
         raise
-    except Exception as error:  # a machine or a model that the forecast does not know: the run itself may well go on
-        found.recipe = _unforecast(recipe)
+    except Exception as error:  # a machine or model that the forecast does not know: the run itself may well go on
         why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
-        found.notes.append(f"memory and time could not be forecast: {why}")
-    on_progress("plan", 1, 1)
-    return found
+        notes.append(f"memory and time could not be forecast: {why}")
 
 
-def _on_devices(recipe: Recipe, world: World) -> tuple[Recipe, list[Choice], int]:
-    """The recipe for as many devices as its group has, and how many processes of it are on one machine."""
+def _on_devices(decisions: Decisions, world: World) -> int:
+    """Decide the number of devices, as many as the group has; how many processes of it are on this machine."""
     if world.size > 1:
-        choice = Choice("devices", world.size, "processes of this group, one device each")
-        others = recipe.devices != world.size
-        return with_choice(recipe, choice), [choice] if others else [], world.place.local_size
-    if recipe.devices == "auto":
-        return with_choice(recipe, Choice("devices", 1, "")), [], 1
-    return recipe, [], recipe.devices
+        decisions.set("devices", world.size)
+        return world.place.local_size
+    if decisions.is_open("devices"):
+        decisions.set("devices", 1)
+    return resolved(decisions.recipe.devices)
 
 
-def _decided(recipe: Recipe, inputs: Inputs, rows: Splits, facts: Facts) -> tuple[Recipe, list[Choice]]:
-    """Everything that rows decide; evaluations by epoch become a number of steps."""
-    recipe, choices = decide(recipe, facts)
-    steps_per_epoch = sampler_of(recipe, rows, "padded", "cpu").steps_per_epoch  # no layout or device changes it
-    if recipe.evaluation.every == "epoch":
-        why = next((choice.reason for choice in choices if choice.key == "evaluation.every"), "")
-        choices = [choice for choice in choices if choice.key != "evaluation.every"]
+def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) -> None:
+    """Decide everything that rows decide; evaluations by epoch become a number of steps."""
+    decide(decisions, facts)
+    steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # on any layout and device
+    if decisions.recipe.evaluation.every == "epoch":
+        why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
         reason = f"the steps of an epoch: {why}" if why else "the steps of an epoch"
-        choices.append(Choice("evaluation.every", steps_per_epoch, reason))
-        recipe = with_choice(recipe, choices[-1])
-    recipe, measuring = decide_measuring(
-        recipe,
-        inputs.recipe,
+        decisions.decide(Choice("evaluation.every", steps_per_epoch, reason))
+    decide_measuring(
+        decisions,
         facts,
-        steps=total_steps(recipe, steps_per_epoch),
+        steps=total_steps(decisions.recipe, steps_per_epoch),
         held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
     )
-    less = {choice.key for choice in measuring}
-    return recipe, [*(choice for choice in choices if choice.key not in less), *measuring]
 
 
-def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | None, *, free_tokens: bool) -> None:
-    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; whatever else it raises leaves
-    the recipe and the forecast of `found` as they were; notes may have been added."""
-    inputs, rows, recipe = found.inputs, found.rows, found.recipe
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a forecast is made from."""
+
+    decisions: Decisions
+    notes: list[str]
+    inputs: Inputs
+    rows: Splits
+    device: Device
+
+
+def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tokens: bool) -> Forecast:
+    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises anything,
+    nothing is decided, but notes may have been added."""
+    inputs, rows, device = planned.inputs, planned.rows, planned.device
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
-        recipe = with_choice(recipe, Choice("shard", False, ""))
+        recipe = with_options(recipe, {"shard": False})
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
     kind = device.kind
@@ -185,9 +209,6 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
         choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
         return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
-    if inputs.head == "masked_token":
-        for store in (rows.store, rows.held_store):
-            store.use_masks(recipe.train.masked)
     speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
         located=inputs.located,
@@ -205,7 +226,7 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
     if not forecast.fits and can_split:
         needed = f"a whole model on each device would need {gib(forecast.memory.total)} of {gib(device.room)}"
         choice = Choice("shard", True, f"{needed}: the layers' weights are split over {size}")
-        split = with_choice(whole, choice)
+        split = with_options(whole, {"shard": True})
         with suppress(RecipeError):  # of a model whose layers cannot be split
             split, others, other = fit(split, predict, longest=longest, free_tokens=free_tokens)
             if other.fits:
@@ -214,27 +235,27 @@ def _forecast(found: ResolvedRun, device: Device, world: World, folder: Path | N
         refusal = refuse(recipe, forecast, predict, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        found.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
+        planned.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
     if saving := _saving(inputs.recipe, recipe, forecast, folder):
-        recipe, fitted = with_choice(recipe, saving), [*fitted, saving]
+        recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    found.notes += _few_rows(recipe, size, forecast)
-    replaced = {choice.key for choice in fitted}
-    found.choices = [*(choice for choice in found.choices if choice.key not in replaced), *fitted]
-    found.recipe, found.forecast = recipe, forecast
+    planned.notes.extend(_few_rows(recipe, size, forecast))
+    planned.decisions.decide(*fitted)
+    return forecast
 
 
-def _device_here(found: ResolvedRun, recipe: Recipe, world: World, *, apart: bool) -> Device:
+def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
     """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
-        found.notes.append(f"precision: float16: {slow}. Leave precision out.")
+        notes.append(f"precision: float16: {slow}. Leave precision out.")
     name = world.card or resolved(recipe.device)
     measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
     device = measure(name, threads=threads, dtype=dtype)
-    found.notes.extend(filter(None, [device.in_use, _unlike(world)]))
-    return replace(device, room=_room_of_a_rank(device, recipe, world))
+    notes.extend(filter(None, [device.in_use, _unlike(world)]))
+    room = devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
+    return replace(device, room=min((int(rank["room"]) for rank in world.joined), default=room))
 
 
 def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
@@ -282,27 +303,12 @@ def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
     return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
 
 
-def _room_of_a_rank(device: Device, recipe: Recipe, world: World) -> int:
-    """Bytes that each rank may take: the smallest of all, and of a processor's memory its share."""
-    if world.joined:
-        return min(int(one["room"]) for one in world.joined)
-    return devices.share_of_room(device.kind, device.room, resolved(recipe.devices))
-
-
 def _speaks(inputs: Inputs) -> bool:
     return general.can_generate(inputs.head, is_causal=inputs.kind == "causal", max_tokens=inputs.size.max_tokens)
 
 
-def _unforecast(recipe: Recipe) -> Recipe:
-    """The recipe with what a forecast would have decided."""
-    if recipe.shard == "auto":
-        recipe = with_choice(recipe, Choice("shard", False, ""))
-    if recipe.train.checkpointed_layers != "auto":
-        return recipe
-    return with_choice(recipe, Choice("train.checkpointed_layers", 0, ""))
-
-
-def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
+def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Splits:
+    """The rows, with what is learnt from them; options that follow from them are decided."""
     recipe = inputs.recipe
     rows = encode_rows(
         recipe.data,
@@ -314,8 +320,13 @@ def _rows(inputs: Inputs, cache_dirs: CacheDirs, on_progress: OnProgress) -> Spl
         own_classes=inputs.own_classes,
         on_progress=on_progress,
     )
-    sides = [(rows.store, rows.train_rows), (rows.held_store, rows.held_rows)]
-    rows.choices.extend(TASKS[rows.task].use_rows(recipe, sides))
+    if section := TASKS[rows.task].section:
+        rows.choices.extend(section.from_rows(recipe, rows.sides))
+    decisions.decide(*rows.choices)
+    recipe = decisions.recipe
+    masked = recipe.train.masked if inputs.head == "masked_token" else None
+    write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
+    _check_evaluation(recipe, inputs.head, rows)
     return rows
 
 

@@ -15,24 +15,12 @@ from tunesmith.training.setup import Setup
 MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
 """Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
 NAMED_LATER = {
-    "setting devices": "1",
-    "setting shard": "False",
-    "setting data.date": "None",
-    "setting data.mix": "times",
-    "setting repeatable": "False",
-    "setting optim.lr_times": "1.0",
-    "setting prefer.desirable": "None",
-    "setting prefer.undesirable": "None",
-    "setting embed.include_prompt": "None",
-    "setting checkpoint.snapshots": "0",
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"
 """The same, of one that changes only a measurement: it may have any value."""
-_REMOVED = {f"setting {key}": str(value) for key, value in load.REMOVED.items()}
-_MEASURED = {f"setting {key}" for key in load.MEASURED}
 
 
 def refuse_other_run(
@@ -43,8 +31,7 @@ def refuse_other_run(
         return [], []
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
     unnamed = [key for key in later if key not in then]
-    then = {**later, **{key: value for key, value in _without(then, _MEASURED).items() if _REMOVED.get(key) != value}}
-    then = follow_renamed_gguf(then, setup.identity)
+    then = follow_renamed_gguf({**later, **then}, setup.identity)
     known = then.get("tokenizer and template")
     if known not in (None, setup.renderer.fingerprint) and setup.renderer.is_of(known):
         # An earlier version named it, and rows, by less; the files of the model and of the data are compared by hash.
@@ -88,21 +75,11 @@ def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
 
 def recipe_with(run: Run, settings: Sequence[str]) -> Recipe:
     """The recipe of a run with some settings, its files at their places now."""
-    return run.place(load.load(str(run.recipe_path), settings, of_run=True)) if settings else run.recipe()
+    return run.place(load.load(str(run.recipe_path), settings)) if settings else run.recipe()
 
 
 def _without(identity: Mapping[str, str], keys: set[str]) -> dict[str, str]:
     return {key: value for key, value in identity.items() if key not in keys}
-
-
-def refuse_other_order(run: Run, then: Mapping[str, str]) -> None:
-    """Raise RunError for a run of an earlier version with another order of rows, before anything is loaded."""
-    if then and "setting order of rows" not in then:
-        raise RunError(
-            f"{run.path}: an earlier version of Tunesmith began this run, and this one takes rows in another order: "
-            "some would be trained twice, others not at all. Resume it with the version that began it, or start a new "
-            "run with `tunesmith train`."
-        )
 
 
 def _refuse_changes(run: Run, now: Mapping[str, str], then: Mapping[str, str]) -> None:

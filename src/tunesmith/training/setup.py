@@ -48,10 +48,10 @@ from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
 from tunesmith.training.inputs import Inputs
-from tunesmith.training.resolve import OnProgress, ResolvedRun, resolve_run, sampler_of
+from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, Row
+from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
 """Rows that are looked at before the first step."""
@@ -237,7 +237,7 @@ def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer |
 
 
 def _resolve_together(
-    world: World, recipe: Recipe, root: Path, *, run: Run | None, turn: int = 0, **how: Any
+    world: World, recipe: Recipe, root: Path, *, run: Run | None, offline: bool, on_progress: OnProgress, turn: int = 0
 ) -> ResolvedRun:
     """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others. `turn`:
     the number of times that this was done before."""
@@ -247,7 +247,7 @@ def _resolve_together(
     leader = world.rank - world.place.local_rank
     if world.rank != leader:
         world.wait_for(f"rows of {leader}, {turn}", leader)
-    found = _resolve(world, recipe, root, run=run, **how)
+    found = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
     if world.is_first:
         world.publish(f"recipe {turn}", found.recipe.model_dump(mode="json"))
     if world.rank == leader:
@@ -349,7 +349,8 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    others = {task.section for task in TASKS.values() if task.section} - {TASKS[resolved(recipe.task)].section}
+    learnt = TASKS[resolved(recipe.task)].section
+    others = {task.section.name for task in TASKS.values() if task.section and task.section is not learnt}
     settings = {
         f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track", *others})).items()
     }
@@ -360,7 +361,7 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "tokenizer and template": renderer.fingerprint,
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
-        "setting order of rows": f"version {sampler.VERSION}",
+        "setting order of rows": f"version {sampler.ORDER_VERSION}",
     }
     return {**settings, **model, **data, **own}
 

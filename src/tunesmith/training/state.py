@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tunesmith.data.sampler import StepSampler
     from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
-    from tunesmith.types import Attachment, Task
+    from tunesmith.tasks.task import BoundTask
+    from tunesmith.types import Attachment
 
 FIRST_SCALE = 2.0**16
 """As torch.amp.GradScaler begins."""
@@ -68,7 +69,7 @@ class TrainState:
     recipe: Recipe
     """Resolved: no "auto" is left. The loop reads its seed and its optimizer's options."""
     model: nn.Module
-    task: Task
+    task: BoundTask
     """Gives the loss of a batch."""
     attachment: Attachment
     """The trained tensors, and the way they reach the model."""

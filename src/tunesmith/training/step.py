@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
 from tunesmith.phrases import size
 from tunesmith.training.state import TrainState
-from tunesmith.types import Batch
+from tunesmith.types import Batch, LossSum
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,16 @@ def _batches(state: TrainState, passes: list[MicroBatch], step: int, lines: Line
         yield state.collator.batch(rows, draw=step, copies=copies, lines=lines)
 
 
-def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> Callable[..., Tensor]:
-    """The task's loss of these passes, behind a look at their rows with the random numbers that the passes draw."""
-    if state.task.look is None:
+def step_loss(state: TrainState, passes: list[MicroBatch], step: int) -> LossSum:
+    """The task's loss of these passes, after a pass over their rows with the random numbers that these draw."""
+    if state.task.prepass is None:
         return state.task.loss_sum
     torch.manual_seed(_step_seed(state.recipe.seed, step, state.sampler.part[0]))
     with torch.no_grad():
-        return state.task.look(state.model, _batches(state, passes, step, "looked"), state.world)
+        return state.task.prepass(state.model, _batches(state, passes, step, "partners"), state.world)
 
 
-def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: Callable[..., Tensor]) -> Tensor:
+def _pass(state: TrainState, batch: Batch, num_targets: float, loss_of: LossSum) -> Tensor:
     """Run forward and backward; return the loss sum."""
     loss_sum = loss_of(state.model, batch)
     state.loss_scale.scaled(loss_sum, num_targets).backward()  # type: ignore[no-untyped-call]

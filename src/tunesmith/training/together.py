@@ -26,8 +26,8 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Progress, Session
-from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup
+from tunesmith.types import OnProgress
 
 DIGEST = "recipe"
 """Key of run.json: the digest of the recipe as it was given."""
@@ -76,8 +76,8 @@ def refuse_other_inputs(setup: Setup) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Start of a run, as the first rank found it."""
+class GroupStart:
+    """GroupStart of a run, as the first rank found it."""
 
     run: Run
     progress: Progress
@@ -101,7 +101,7 @@ def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves
     broadcast(setup, {} if newest is None else newest.optimizer)
 
 
-def receive_start(setup: Setup) -> Start:
+def receive_start(setup: Setup) -> GroupStart:
     """Take what `share_start` gives on the first rank."""
     facts = setup.world.gather_values(None)[0]
     _broadcast_weights(setup)
@@ -112,7 +112,7 @@ def receive_start(setup: Setup) -> Start:
     optimizer = broadcast(setup, None)
     if optimizer:
         setup.optimizer.load(optimizer)
-    return Start(Run(Path(facts["run"])), Progress(**facts["progress"]), facts["is_fresh"], facts["saves"])
+    return GroupStart(Run(Path(facts["run"])), Progress(**facts["progress"]), facts["is_fresh"], facts["saves"])
 
 
 @torch.no_grad()

@@ -51,7 +51,6 @@ from tunesmith.training.reference import check_start, share_reference, use_refer
 from tunesmith.training.same_run import (
     NAMED_LATER,
     recipe_with,
-    refuse_other_order,
     refuse_other_run,
     settings_of_group,
     with_settings,
@@ -206,7 +205,6 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
         settings = [*settings, *settings_of_group(with_settings(run, settings), world)]
         recipe = recipe_with(run, settings)
         then = newest.state["identity"] if newest else run.identity()
-        refuse_other_order(run, then)
         setup = prepare(recipe, root=root, offline=offline, on_progress=listener.on_progress, run=run, world=world)
         set_before, unnamed = refuse_other_run(run, setup, then, settings)
         refuse_other_inputs(setup)

@@ -29,7 +29,6 @@ from tunesmith.phrases import duration, plural
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
-from tunesmith.types import has_new_head
 
 MOST_LISTED = 40
 """Rows of each list that a report names; all are counted."""
@@ -40,7 +39,7 @@ RowsByKey = Mapping[tuple[str, int], RowResult]
 
 def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
     """Values of report.json; see docs/guide/report.md."""
-    new_head = has_new_head({**series.plan, **facts})  # a head of random numbers has no meaningful "before"
+    new_head = series.has_new_head or bool(facts.get("new_head"))  # its random numbers have no meaningful "before"
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
     kept = facts.get("kept") or progress.get("kept") or {}

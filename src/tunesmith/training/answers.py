@@ -17,8 +17,8 @@ from tunesmith.evaluation.generate import (
 from tunesmith.generation.continuation import Continuation, kept_passes
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.progress import Session
-from tunesmith.training.resolve import OnProgress
 from tunesmith.training.setup import Setup, answer_tokens
+from tunesmith.types import OnProgress
 
 
 def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
