@@ -222,14 +222,14 @@ def _looking(folder: Path, *, tokens_per_pass: int, above: int) -> Any:
     recipe = json.loads((folder / "embed.json").read_text())
     recipe["train"]["tokens_per_pass"] = tokens_per_pass
     with together_as(validate(recipe), folder) as made:
-        right = made.task.look
+        right = made.task.prepass
         assert right is not None
 
         def look(model: Any, batches: Any, of: World) -> Any:
             made.task = replace(made.task, loss_sum=right(model, batches, of))
             return _ending(made, above=above).task.loss_sum
 
-        made.task = replace(made.task, look=look)
+        made.task = replace(made.task, prepass=look)
         return steps_of(made)
 
 

@@ -21,7 +21,8 @@ from tunesmith.evaluation import bootstrap, branch_scores
 from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, intervals, ratio, value_of
 from tunesmith.evaluation.branch_scores import HABITS, column
 from tunesmith.evaluation.metrics import HEAD_METRICS
-from tunesmith.types import Labels, Task
+from tunesmith.tasks.task import Task
+from tunesmith.types import Labels
 
 RowResult = Mapping[str, Any]
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""

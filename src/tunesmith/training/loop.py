@@ -105,7 +105,7 @@ def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepG
     """
     done = compute_gradients(state, sampler, step)
     met = meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)
-    if state.world.size == 1 or state.task.look is None or met.exhausted is not None or met.tokens_per_pass is None:
+    if state.world.size == 1 or state.task.prepass is None or met.exhausted is not None or met.tokens_per_pass is None:
         return done, met
     drop_gradients(state)
     done, again = _computed(state, replace(done.sampler, tokens_per_pass=met.tokens_per_pass), step)
