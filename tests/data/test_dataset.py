@@ -135,6 +135,7 @@ def with_special(**names: str) -> Renderer:
     return Renderer(tiny_tokenizer(CHATML, **names), TASKS["chat"], **how)
 
 
+DATED = CHATML + "{# {{ strftime_now('%d %b') }} #}"
 CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
     "two words of the vocabulary": lambda: (with_words(("Ġa", "Ġb"), ("Ġb", "Ġa")), Data()),
     "merges": lambda: (with_words(merges=False), Data()),
@@ -148,7 +149,7 @@ CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
     "pooling": lambda: (make_renderer(pooling=Pooling("cls")), Data()),
     "prompt of a query": lambda: (make_renderer(pooling=Pooling(query_prompt="q: ")), Data()),
     "prompt of a document": lambda: (make_renderer(pooling=Pooling(document_prompt="d: ")), Data()),
-    "date": lambda: (make_renderer(date="2026-01-01"), Data()),
+    "date": lambda: (make_renderer(template=DATED, date="2026-01-02"), Data()),
     "encoding": lambda: (make_renderer(), Data(encoding="latin-1")),
     "suffixes": lambda: (make_renderer(), Data(suffixes=(".log",))),
     "template": lambda: (make_renderer(template=template("trim")), Data()),
@@ -162,7 +163,8 @@ CHANGES: dict[str, Callable[[], tuple[Renderer, Data]]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_setting_that_matters_changes_the_key(tmp_path: Path, files: list[DataFile], change: str) -> None:
-    first, _ = make(tmp_path / "rows", *files)
+    usual = make_renderer(template=DATED, date="2026-01-01") if change == "date" else None
+    first, _ = make(tmp_path / "rows", *files, renderer=usual)
     renderer, data = CHANGES[change]()
     other, _ = make(tmp_path / "rows", *files, renderer=renderer, data=data)
     assert not other.reused
@@ -188,6 +190,16 @@ def test_each_part_of_the_key_is_changed_by_one_of_these_tests(monkeypatch: pyte
         usual_names = {*usual, "reading", "pooling", "date"}
         assert set(parts) <= usual_names
     assert seen == usual_names
+
+
+def test_rows_of_a_file_whose_encoding_was_named_are_read_in_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps(json.loads(line("naïve", "café")), ensure_ascii=False))
+    known, _ = make(tmp_path / "rows", file, data=Data())
+    Path(file.path).write_bytes(Path(file.path).read_text("utf-8").encode("cp1252"))
+    store, heard = make(tmp_path / "rows", file, data=Data(encoding="cp1252"))
+    assert heard == []
+    assert store.row(0).ids.tolist() == known.row(0).ids.tolist()
+    assert make(tmp_path / "rows", file, data=Data(encoding="cp1252"))[0].reused
 
 
 def word_level(*words: str) -> PreTrainedTokenizerFast:

@@ -405,7 +405,7 @@ def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Re
         "task": renderer.task_name,
     }
     if data.reading != AS_IT_IS:
-        parts["reading"] = data.reading
+        parts["reading"] = [*data.reading]
     for name in ("kind", "stride", "prompt", "max_tokens", "too_long", "control_tokens"):
         parts[name] = getattr(renderer, name)
     if renderer.pooling is not None:
