@@ -63,10 +63,9 @@ def train(
     several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
 
     Args:
-        data: one file or several, each a path or {"path", "weight"}; or rows: a list of mappings, a pandas or a
-            `datasets` table, which are written to `root`/data as JSONL, where a resumed run finds them; `eval` too.
-        recipe: a recipe or its file.
-        options: its sections or top-level keys, which count more: method="lora", optim={"lr": 1e-4}, seed=3.
+        data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets` table,
+            written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
+        recipe: a recipe or its file; `options`, its sections or keys, count more: method="lora", optim={"lr": 1e-4}.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
 
@@ -77,9 +76,7 @@ def train(
     Examples:
         >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
     """
-    given = dict(options)
-    if model is not None:
-        given["model"] = fspath(model)
+    given = dict(options) if model is None else {**options, "model": fspath(model)}
     for key, files in (("train", _files(data, Path(root))), ("eval", _files(eval, Path(root)))):
         if files:
             given["data"] = {**given.get("data", {}), key: files}
