@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.models.linear_nodes import ACTIVATIONS, LinearParts, gated_mlp, linears
+from tunesmith.models.card_kernels import ACTIVATIONS
+from tunesmith.models.linear_nodes import LinearParts, gated_mlp, linears
 from tunesmith.models.rms_norm import rms_norm
 
 PLAIN_ACTIVATIONS = (F.silu, lambda x: F.gelu(x, approximate="tanh"), F.gelu, F.relu)
