@@ -236,7 +236,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, option
 
     Where a piece has more keys than queries, the last query reads up to the last key (Dao 2023, FlashAttention-2).
     """
-    q_THD, k_KGD, v_KGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q_THD, k_KGD, v_KGD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     left = -1 if options.window is None else options.window - 1
     out_THD: Tensor = _varlen_attn()(
         q_THD,
