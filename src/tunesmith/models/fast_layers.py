@@ -193,7 +193,7 @@ def _activation(module: nn.Module) -> Activation | None:
 
 def _rotate_by_node(module: nn.Module) -> None:
     """Let attention turn queries and keys by one node each, on a card, where it does so in halves."""
-    own = type(module).forward
+    own: Any = type(module).forward
     function: Any = inspect.unwrap(own)
     # A wrapper that only renames old arguments may be left out; another one may be a layer's own.
     is_plain = function is own or "/utils/deprecation." in own.__code__.co_filename.replace("\\", "/")
