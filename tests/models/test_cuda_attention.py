@@ -289,3 +289,52 @@ def test_nobody_looks_for_the_rows_of_a_packed_pass(monkeypatch):
     logits_at_targets(model, batch)
     with pytest.raises(pytest.fail.Exception, match="it waits"):
         model(input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """FlashAttention 3 as installed on a Hopper: which implementation was switched to, in order."""
+    switched: list[str] = []
+    functions = {
+        "activate_flash_attention_impl": switched.append,
+        "restore_flash_attention_impl": lambda: switched.append("restored"),
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda_attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda_attention.importlib, "import_module", lambda name: SimpleNamespace(**functions))
+    monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: varlen_by_hand)
+    cuda_attention.newest_flash.cache_clear()
+    choose_kernel.cache_clear()
+    yield switched
+    cuda_attention.newest_flash.cache_clear()
+    choose_kernel.cache_clear()
+
+
+def test_flash_attention_3_is_taken_where_it_is_right(flash: list[str]) -> None:
+    case = replace(PLAIN, dtype=torch.bfloat16)
+    assert choose_kernel(case, CPU).name == "varlen by FlashAttention 3"
+    assert flash == ["FA3"]
+    assert choose_kernel(replace(case, softcap=True), CPU).name == "padded"
+
+
+def test_a_wrong_flash_attention_3_is_switched_off_again(flash: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def reads_one_key_too_few(*args: Any, **how: Any) -> Tensor:
+        if flash[-1:] == ["FA3"]:
+            how["window_size"] = (20, 0)
+        return varlen_by_hand(*args, **how)
+
+    monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: reads_one_key_too_few)
+    assert choose_kernel(replace(PLAIN, dtype=torch.bfloat16), CPU).name == "varlen"
+    assert flash == ["FA3", "restored"]
+
+
+def test_repeatable_runs_and_other_cards_do_without_flash_attention_3(
+    flash: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert cuda_attention.newest_flash(CPU) == ""
+    cuda_attention.newest_flash.cache_clear()
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert cuda_attention.newest_flash(CPU) == ""
+    assert flash == []

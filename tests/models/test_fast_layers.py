@@ -1,5 +1,7 @@
 """Which modules of a model compute in one node, and that the model's answers and gradients stay."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from card import as_on_a_card
 from tunesmith.methods.lora import attach
 from tunesmith.methods.lora_layer import LoraLinear
 from tunesmith.models import fast_layers
@@ -61,7 +64,8 @@ def in_nodes(model: nn.Module) -> list[nn.Module]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_logits_and_every_gradient_stay(family: str, method: str) -> None:
+@pytest.mark.parametrize("card", [False, True])
+def test_logits_and_every_gradient_stay(family: str, method: str, *, card: bool) -> None:
     model = model_of(family)
     if method == "lora":
         attachment = attach(model, LoraMethod(name="lora", rank=4, alpha=8), seed=0)
@@ -71,11 +75,12 @@ def test_logits_and_every_gradient_stay(family: str, method: str) -> None:
                     tensor.normal_(std=0.1)
         attachment.publish()
     logits, grads = answer(model)
-    use_fast_layers(model)
+    with as_on_a_card() if card else nullcontext():
+        use_fast_layers(model)
+        found, found_grads = answer(model)
     norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
-    mlps, siblings = 2, 6 if method == "lora" else 0
-    assert len(in_nodes(model)) == norms + mlps + siblings
-    found, found_grads = answer(model)
+    mlps, siblings, turned = 2, 6 if method == "lora" else 0, 2 if card else 0
+    assert len(in_nodes(model)) == norms + mlps + siblings + turned
     # float32: sums in another order, through two layers.
     torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
     assert found_grads.keys() == grads.keys()

@@ -1,9 +1,12 @@
 """`kernels: fast` and `kernels: plain` are one training: the option says how, not what."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tiny_run import tiny_recipe
 from tunesmith.models import short_row_attention
+from tunesmith.training import setup as setups
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import prepare
 
@@ -33,3 +36,20 @@ def test_both_ways_train_alike_and_fast_is_what_runs_by_default(tmp_path, monkey
     assert bool(seen) == (precision == "bfloat16")
     assert fast == pytest.approx(plain, abs=tolerance)
     assert plain[-1] < plain[0] - 0.1  # it learns: equal losses of a model that stands still prove nothing
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "is_sharded", "noted"),
+    [
+        ("cpu", "fast", False, ["slower"]),
+        ("cuda", "fast", False, ["slower"]),
+        ("cuda:1", "fast", False, ["slower"]),
+        ("cuda", "plain", False, []),
+        ("cuda", "fast", True, []),
+        ("mps", "fast", False, []),
+    ],
+)
+def test_layers_compute_by_nodes_on_processors_and_cards(monkeypatch, device, kernels, is_sharded, noted):
+    monkeypatch.setattr(setups, "use_fast_layers", lambda model: ["slower"])
+    recipe, world = SimpleNamespace(kernels=kernels, device=device), SimpleNamespace(is_sharded=is_sharded)
+    assert setups._nodes(recipe, None, world) == noted

@@ -2,6 +2,8 @@
 
 # T tokens, I inputs, O outputs, R rank
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.models.linear_nodes import ACTIVATIONS, LinearParts, gated_mlp, linears
+from card import as_on_a_card
+from tunesmith.models.card_kernels import ACTIVATIONS
+from tunesmith.models.linear_nodes import LinearParts, gated_mlp, linears
 from tunesmith.models.rms_norm import rms_norm
 
 PLAIN_ACTIVATIONS = (F.silu, lambda x: F.gelu(x, approximate="tanh"), F.gelu, F.relu)
@@ -48,6 +52,13 @@ def trained_of(layers: tuple[LinearParts, ...]) -> list[Tensor]:
     return [tensor for layer in layers for tensor in layer.tensors if tensor is not None and tensor.requires_grad]
 
 
+@pytest.fixture(params=[False, True], ids=["processor", "card"])
+def place(request: pytest.FixtureRequest) -> Iterator[None]:
+    with as_on_a_card() if request.param else nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("rank", "bias", "trained"), list(product((0, 2), (False, True), (False, True))))
 def test_siblings_and_a_gated_mlp_equal_plain_autograd(*, rank: int, bias: bool, trained: bool) -> None:
     torch.manual_seed(0)

@@ -111,14 +111,15 @@ def test_layers_keep_inputs_and_outputs_recomputed_ones_their_input():
 @pytest.mark.parametrize(
     ("kernels", "precision", "less"), [("fast", "bfloat16", 0.43), ("fast", "float32", 0.28), ("plain", "bfloat16", 0)]
 )
-def test_layers_keep_less_on_a_processor_where_norms_and_mlps_are_nodes(tmp_path, kernels, precision, less):
+def test_layers_keep_less_where_norms_and_mlps_are_nodes(tmp_path, kernels, precision, less):
     setup = prepare(tiny_recipe(tmp_path, kernels=kernels, precision=precision), root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert sizes.less == less
     assert any("forward" in vars(module) for module in setup.model.modules()) is (kernels == "fast")
     assert needs(replace(SIZES, less=0.5)).activations == 1000 * (2 * 40) + 28000
-    card = named("H100-80G")
-    assert needs(replace(SIZES, less=0.5), device=card).activations == needs(device=card).activations
+    for device, is_less in ((named("H100-80G"), True), (Device("mps", "mps", 2**40), False)):
+        less_kept = needs(replace(SIZES, less=0.5), device=device).activations
+        assert (less_kept < needs(device=device).activations) is is_less
 
 
 def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():
@@ -139,6 +140,22 @@ def test_pieces_of_a_card_that_others_fill_are_those_of_the_whole_card():
     shared = replace(card, room=10 * 10**9, memory=card.room)
     assert needs(large, targets=5000, device=shared).logits == needs(large, targets=5000, device=card).logits
     assert needs(large, targets=5000, device=named("16G")).logits < needs(large, targets=5000, device=card).logits
+
+
+def test_a_piece_in_half_precision_on_a_card_is_there_narrow_too_with_its_gradient():
+    """Logits in bfloat16, in float32, their softmax, and the gradient in bfloat16: 2.5 times the float32 ones."""
+    narrow, card = replace(SIZES, outputs=100_000, itemsize=2), named("80G")
+    assert needs(narrow, targets=5000, device=card).logits == 2.5 * 512 * 2**20
+    assert needs(replace(narrow, itemsize=4), targets=5000, device=card).logits == 2 * 512 * 2**20
+    assert needs(narrow, targets=5000, device=named("16G")).logits == 2.5 * 128 * 2**20
+    assert needs(narrow, targets=5000).logits == 2 * 4 * 96 * 100_000  # on a processor
+
+
+def test_weights_of_attention_are_kept_on_apples_device():
+    """Its attention with gradients is made of products and a softmax, which keeps them for every pair of tokens."""
+    mac = Device("mps", "mps", 2**40)
+    assert needs(device=mac, squares=1000).activations - needs(device=mac).activations == 4 * 4 * 2 * 1000
+    assert needs(squares=1000).activations == needs().activations
 
 
 def test_measured_rows_are_the_peak_if_they_have_more_logits():

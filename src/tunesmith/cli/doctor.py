@@ -34,6 +34,7 @@ EXTRAS = {
     "trackio": ("trackio", "runs in Trackio"),
     "json": ("llguidance", "answers that follow a JSON schema, on the server"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
+    "cuda": ("liger_kernel", "kernels of a card where torch.compile makes none"),
     "peft": ("peft", "the methods of PEFT"),
     "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),
     "ray": ("ray", "sweeps of several runs at once, and runs on a Ray cluster"),
@@ -56,11 +57,10 @@ def doctor(as_json: Json = False) -> None:
         if name not in ("extras", "threads reason"):
             why = f": {found['threads reason']}" if name == "threads" else ""
             screen.print(f"{name:<14} {value}{why}", soft_wrap=True)
-    extras = found["extras"]
-    for name, is_here in extras.items():
+    for name, is_here in found["extras"].items():
         state = "" if is_here else " (not installed)"
         screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
-    if missing := [name for name, is_here in extras.items() if not is_here]:
+    if missing := [name for name, is_here in found["extras"].items() if not is_here]:
         way = f"\nTo install one of those that are missing, such as {missing[0]}:\n{install_command(missing[0])}"
         screen.print(way, soft_wrap=True, markup=False)
 

@@ -4,7 +4,8 @@ A kernel is taken only if a probe on this device, of rows like those of a run, g
 attention that is spelled out in float32. None of them is called once a row, and none makes a mask of all tokens of a
 micro-batch by all its keys.
 
-- varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on.
+- varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on; on Hopper by
+  FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) where its package is installed.
 - padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: all the rest.
 """
 
@@ -13,11 +14,13 @@ micro-batch by all its keys.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -44,6 +47,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 mistake 0.1 and more."""
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
+FLASH_3, HOPPER = "flash_attn_interface", 9
+"""Module of FlashAttention 3, and the major capability of the cards that it is for."""
 PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
 PROBE_PIECES = (Segment(70), Segment(33), Segment(33), Segment(1), Segment(128), Segment(5))
 PROBE_SHARING = (Segment(70), Segment(33, ((0, 70),)), Segment(1, ((0, 70), (70, 33))), Segment(128), Segment(5))
@@ -85,6 +90,12 @@ class AttentionCase:
         )
 
 
+USUAL = AttentionCase(
+    torch.bfloat16, 8, 2, 128, 128, causal=True, window=False, softcap=False, dropout=False, shared=False
+)
+"""Of most models."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionKernel:
     """One way to compute attention over packed rows."""
@@ -101,14 +112,37 @@ def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
     """The first kernel that passes its probe. Raises UnsupportedAttentionError where none does."""
     capability = torch.cuda.get_device_capability(device)
     refusals = []
+    newest = newest_flash(device)
     for kernel in KERNELS:
         if kernel.supports(case, capability):
             # In a thread of its own, where no hook of a recomputed layer sees the tensors of the probe.
             reason = in_background(partial(probe, kernel, case, device)).result()
             if not reason:
-                return kernel
+                return replace(kernel, name=newest) if newest and kernel.run is varlen else kernel
             refusals.append(f"{kernel.name}: {reason}")
     raise UnsupportedAttentionError(f"no attention kernel gives the right answer here ({'; '.join(refusals)})")
+
+
+@cache
+def newest_flash(device: torch.device) -> str:
+    """Let torch's flash attention be FlashAttention 3 in this process; its name, and "" where it is not taken.
+
+    Taken on Hopper where the package is installed and right. It has no mode that repeats bit for bit.
+    """
+    is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
+    if not is_hopper or torch.are_deterministic_algorithms_enabled() or find_spec(FLASH_3) is None:
+        return ""
+    attention: Any = importlib.import_module("torch.nn.attention")
+    try:
+        attention.activate_flash_attention_impl("FA3")
+        reason = in_background(partial(probe, KERNELS[0], USUAL, device)).result()
+    except Exception as error:  # of a package of another version: torch's own is there
+        if is_out_of_memory(error):
+            raise
+        reason = type(error).__name__
+    if reason and hasattr(attention, "restore_flash_attention_impl"):
+        attention.restore_flash_attention_impl()
+    return "" if reason else "varlen by FlashAttention 3"
 
 
 def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) -> str:
@@ -202,7 +236,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, option
 
     Where a piece has more keys than queries, the last query reads up to the last key (Dao 2023, FlashAttention-2).
     """
-    q_THD, k_KGD, v_KGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q_THD, k_KGD, v_KGD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     left = -1 if options.window is None else options.window - 1
     out_THD: Tensor = _varlen_attn()(
         q_THD,

@@ -1,24 +1,28 @@
 """Modules of a model that compute in one node of the graph each, where that is the same.
 
-RMS norms, gated MLPs, and linear layers that read the same input. Weights and names stay; a module gets a `forward` of
-its own. Which modules are known is found by their answers: a class is taken where a known way gives its own answer and
-all of its gradients. What is not known stays as the model has it: other kinds of layers, dropout, hooks on a layer.
-This is looked at in every call, since layers may change.
+RMS norms, gated MLPs, linear layers that read the same input, and on a card rotations of queries and keys. Weights and
+names stay; a module gets a `forward` of its own. Which modules are known is found by their answers: a class is taken
+where a known way gives its own answer and all of its gradients. What is not known stays as the model has it: other
+kinds of layers, dropout, hooks on a layer. This is looked at in every call, since layers may change.
 """
 
 # T tokens, H hidden size
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.models.linear_nodes import ACTIVATIONS, Activation, LinearParts, gated_mlp, linears
+from tunesmith.models.card_kernels import ACTIVATIONS, Activation, on_card, refused_here, rotated
+from tunesmith.models.linear_nodes import LinearParts, gated_mlp, linears
 from tunesmith.models.rms_norm import COUNTED_FROM, rms_norm
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
@@ -26,11 +30,14 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_pr
 _CROSS = re.compile(r"(?i)(encoder_attn|cross_?att[^.]*)(\.[^.]+)?$")
 """Names of attention whose keys and values read the encoder, and queries the decoder."""
 MLP = ("gate_proj", "up_proj", "down_proj")
+ROTATION = "apply_rotary_pos_emb"
+"""The function that models' attention calls by this name."""
 PROBE_TOKENS = 4
 
 
-def use_fast_layers(model: nn.Module) -> None:
-    """Replace the forward of every module of the model that is known."""
+def use_fast_layers(model: nn.Module) -> list[str]:
+    """Replace the forward of every module of the model that is known. Returns a note where a card computes one by one
+    what could be one kernel."""
     norms: dict[Any, int | None] = {}
     mlps: dict[Any, Activation | None] = {}
     for name, module in list(model.named_modules()):
@@ -46,14 +53,21 @@ def use_fast_layers(model: nn.Module) -> None:
         if _parts(module, MLP) is not None and not _drops(module):
             mlp = type(module), type(getattr(module, "act_fn", None))
             if mlp not in mlps:
-                mlps[mlp] = next((act for act in ACTIVATIONS if _mlp_agrees(module, act)), None)
+                activation = _activation(module)
+                mlps[mlp] = activation if activation is not None and _mlp_agrees(module, activation) else None
             if (activation := mlps[mlp]) is not None:
                 module.forward = partial(_gated, module, activation, module.forward)
                 continue
+        _rotate_by_node(module)
         for names in SIBLINGS:
             parts = _parts(module, names)
             if parts is not None and all(part.rank for part in parts) and not _CROSS.search(name):
                 _Siblings([getattr(module, name) for name in names]).join()
+    weight = next((p for p in model.parameters() if p.is_floating_point() and on_card(p)), None)
+    refused = "" if weight is None else refused_here(weight.device, weight.dtype)
+    return [f"gated MLPs and rotations: by several kernels each, slower with the same result ({refused})"] * bool(
+        refused
+    )
 
 
 def keeps_less(model: nn.Module) -> bool:
@@ -152,10 +166,79 @@ def _epsilon(module: nn.Module) -> float:
 
 
 def _norm_agrees(module: nn.Module, start: int) -> bool:
-    weight_H = _weight(module)
-    drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
-    drawn_TH[0] *= 100
-    return _agrees(partial(_norm, module, start, module.forward), module.forward, drawn_TH, [])
+    """In float32 too: beside weights of 20 it is a matter of rounding in half precision whether they count from 0."""
+    for norm in (copy.deepcopy(module).float().requires_grad_(), module):
+        weight_H = _weight(norm)
+        drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
+        drawn_TH[0] *= 100
+        trained = [weight_H] if weight_H.requires_grad else []
+        if not _agrees(partial(_norm, norm, start, norm.forward), norm.forward, drawn_TH, trained):
+            return False
+    return True
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    """Which activation an MLP's is, by its values in float32: near 0, where those of small weights lie, all of them
+    differ by less than half precision rounds."""
+    act: Any = getattr(module, "act_fn", None)
+    if not callable(act):
+        return None
+    grid = torch.linspace(-6, 6, 1000)
+    try:
+        values = act(grid)
+    except (RuntimeError, TypeError):
+        return None
+    return next((known for known in ACTIVATIONS if torch.allclose(known.value(grid), values, atol=1e-6)), None)
+
+
+def _rotate_by_node(module: nn.Module) -> None:
+    """Let attention turn queries and keys by one node each, on a card, where it does so in halves."""
+    own: Any = type(module).forward
+    function: Any = inspect.unwrap(own)
+    # A wrapper that only renames old arguments may be left out; another one may be a layer's own.
+    is_plain = function is own or "/utils/deprecation." in own.__code__.co_filename.replace("\\", "/")
+    theirs = getattr(function, "__globals__", {}).get(ROTATION)
+    weight = next(module.parameters(), None)
+    if theirs is None or not is_plain or ROTATION not in function.__code__.co_names or weight is None:
+        return
+    if on_card(weight) and _rotation_agrees(theirs, weight.device, weight.dtype):
+        module.forward = MethodType(_with_rotation(function, theirs), module)
+
+
+@cache
+def _with_rotation(function: FunctionType, theirs: Callable[..., Any]) -> FunctionType:
+    """The function, calling ours by the name of theirs."""
+    names = {**function.__globals__, ROTATION: partial(_rotate_both, theirs)}
+    ours = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    ours.__kwdefaults__ = function.__kwdefaults__
+    return ours
+
+
+def _rotate_both(theirs: Callable[..., Any], q: Tensor, k: Tensor, *turns: Any, **more: Any) -> Any:
+    cos, sin = turns if len(turns) == 2 else (None, None)
+    if more or cos is None or sin is None or not (on_card(q) and _can_rotate(q, k, cos, sin)):
+        return theirs(q, k, *turns, **more)
+    return rotated(q, cos, sin), rotated(k, cos, sin)
+
+
+def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    return (
+        all(x.dim() == 4 and x.shape[2:] == cos.shape[1:] and x.dtype == cos.dtype == sin.dtype for x in (q, k))
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and not cos.requires_grad
+    )
+
+
+@cache
+def _rotation_agrees(theirs: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    q, cos, sin = (torch.randn(shape, generator=draw).to(device, dtype) for shape in ((1, 2, 5, 16), *[(1, 5, 16)] * 2))
+
+    def both(way: Callable[..., Any], x: Tensor) -> Tensor:
+        return torch.cat(way(x, x[:, :1], cos, sin), 1)
+
+    return _agrees(partial(both, partial(_rotate_both, theirs)), partial(both, theirs), q, [])
 
 
 def _mlp_agrees(module: nn.Module, activation: Activation) -> bool:
@@ -180,10 +263,10 @@ def _agrees(
     """Whether both give the same answer and the same gradients, but for rounding."""
     try:
         answers, expected = (_answer(way, x, trained) for way in (ours, theirs))
-    except (RuntimeError, TypeError):  # another signature, or other shapes
+    except (RuntimeError, TypeError, AttributeError, ValueError):  # another signature or shape, or an older torch
         return False
-    # Sums over thousands of numbers, rounded in another order.
-    tolerance = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    # Sums over thousands of numbers, rounded in another order; in half precision that is one rounding of each sum.
+    tolerance = max(4 * torch.finfo(x.dtype).eps, 16 * torch.finfo(torch.float32).eps)
     return all(
         mine.shape == its.shape and float((mine - its).norm()) <= tolerance * float(its.norm())
         for mine, its in zip(answers, expected, strict=True)

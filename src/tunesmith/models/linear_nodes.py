@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunesmith.models.card_kernels import Activation, gate, gate_backward, on_card
 from tunesmith.models.quantized import product
 
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
@@ -55,28 +54,6 @@ class LinearParts:
     @property
     def rank(self) -> int:
         return 0 if self.a_RI is None else len(self.a_RI)
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """Of the gate: its value, and the gradient before it from that behind it."""
-
-    value: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu(approximate: str) -> Activation:
-    return Activation(
-        partial(F.gelu, approximate=approximate), partial(torch.ops.aten.gelu_backward, approximate=approximate)
-    )
-
-
-ACTIVATIONS = (
-    Activation(F.silu, torch.ops.aten.silu_backward),
-    _gelu("tanh"),
-    _gelu("none"),
-    Activation(F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
-)
 
 
 def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
@@ -120,7 +97,7 @@ class _GatedMlp(torch.autograd.Function):
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS, (g_TF, u_TF) = _forward(x_TI, layers[:2])
-        low_TR, (y_TO,) = _forward(activation.value(g_TF).mul_(u_TF), layers[2:])
+        low_TR, (y_TO,) = _forward(gate(g_TF, u_TF, activation), layers[2:])
         ctx.save_for_backward(x_TI, low_TS, low_TR, g_TF, u_TF, *tensors)
         ctx.layers, ctx.activation, ctx.shape = _frozen(layers), activation, x.shape
         return y_TO.view(*x.shape[:-1], -1)
@@ -130,14 +107,13 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, low_TS, low_TR, g_TF, u_TF, *tensors = ctx.saved_tensors
         layers, (needs_x, _, _, *needs) = _thawed(ctx.layers, tensors), ctx.needs_input_grad
-        act_TF = ctx.activation.value(g_TF)
-        # Without a matrix of `down` to train its input is not needed.
-        h_TF = act_TF * u_TF if needs[8] or needs[10] else act_TF
         g_TO = grad.reshape(-1, grad.shape[-1])
-        gh_TF, of_down = _backward([g_TO], h_TF, low_TR, layers[2:], needs[8:], needs_x=True)
+        gh_TF, glow_TR = _of_input([g_TO], layers[2:], needs_x=True)
         assert gh_TF is not None
-        gu_TF = act_TF.mul_(gh_TF)
-        gg_TF = ctx.activation.backward(gh_TF.mul_(u_TF), g_TF)
+        # Without a matrix of `down` to train its input is not needed.
+        needs_h = needs[8] or needs[10]
+        h_TF, gg_TF, gu_TF = gate_backward(gh_TF, g_TF, u_TF, ctx.activation, needs_h=needs_h)
+        of_down = _of_layers([g_TO], gu_TF if h_TF is None else h_TF, low_TR, glow_TR, layers[2:], needs[8:])
         gx_TI, gradients = _backward([gg_TF, gu_TF], x_TI, low_TS, layers[:2], needs[:8], needs_x=needs_x)
         return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *gradients, *of_down
 
@@ -176,7 +152,7 @@ def _forward(x_TI: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor | None
         at += layer.rank
         if layer.bias_O is None:
             # The thin product first: the other one adds to it as it is computed, before it is rounded.
-            y_TO = torch.addmm(x_TI.new_empty(()), here_TR, layer.b_OR.t(), beta=0, alpha=layer.scale)
+            y_TO = _scaled(here_TR, layer.b_OR.t(), layer.scale)
             outs.append(y_TO.addmm_(x_TI, dense(layer.weight).t()))
         else:
             y_TO = product(x_TI, dense(layer.weight), layer.bias_O)
@@ -194,27 +170,61 @@ def _backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of the input, and that of each tensor of the layers, four a layer, where it is needed."""
-    gx_TI: Tensor | None = None
-    rows: list[Tensor | None] = [None] * len(layers)
-    if low_TS is not None and (a_SI := _stacked(layers)) is not None:
-        ranks = [layer.rank for layer in layers]
-        glow_TS = torch.empty_like(low_TS)
-        for g_TO, layer, glow_TR in zip(grads_TO, layers, torch.split(glow_TS, ranks, 1), strict=True):
+    gx_TI, glow_TS = _of_input(grads_TO, layers, needs_x=needs_x)
+    return gx_TI, _of_layers(grads_TO, x_TI, low_TS, glow_TS, layers, needs)
+
+
+def _of_input(
+    grads_TO: Sequence[Tensor], layers: Sequence[LinearParts], *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the input, where it is needed, and of the product with all A [T, S]."""
+    gx_TI = glow_TS = None
+    if (a_SI := _stacked(layers)) is not None:
+        glow_TS = grads_TO[0].new_empty(len(grads_TO[0]), len(a_SI))
+        split = torch.split(glow_TS, [layer.rank for layer in layers], 1)
+        for g_TO, layer, glow_TR in zip(grads_TO, layers, split, strict=True):
             if layer.b_OR is not None:
-                torch.mul(g_TO @ layer.b_OR, layer.scale, out=glow_TR)
+                if on_card(g_TO):
+                    _scaled(g_TO, layer.b_OR, layer.scale, out=glow_TR)
+                else:  # which takes no slow way where it writes between others
+                    torch.mul(g_TO @ layer.b_OR, layer.scale, out=glow_TR)
         gx_TI = glow_TS @ a_SI if needs_x else None
-        rows = list(torch.split(glow_TS.t() @ x_TI, ranks)) if any(needs[2::4]) else rows
-    gradients: list[Tensor | None] = []
-    at = 0
-    for index, (g_TO, layer, ga_RI) in enumerate(zip(grads_TO, layers, rows, strict=True)):
-        needs_weight, needs_bias, needs_a, needs_b = needs[4 * index : 4 * index + 4]
+    for g_TO, layer in zip(grads_TO, layers, strict=True):
         if needs_x:
             weight_OI = dense(layer.weight)
             gx_TI = g_TO @ weight_OI if gx_TI is None else gx_TI.addmm_(g_TO, weight_OI)
+    return gx_TI, glow_TS
+
+
+def _of_layers(  # noqa: PLR0917 — what the layers read and wrote, in this order
+    grads_TO: Sequence[Tensor],
+    x_TI: Tensor,
+    low_TS: Tensor | None,
+    glow_TS: Tensor | None,
+    layers: Sequence[LinearParts],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of each tensor of the layers, four a layer, where it is needed."""
+    ranks = [layer.rank for layer in layers]
+    rows: Sequence[Tensor | None] = [None] * len(layers)
+    if glow_TS is not None and any(needs[2::4]):
+        rows = torch.split(glow_TS.t() @ x_TI, ranks)
+    lows: Sequence[Tensor | None] = [None] * len(layers) if low_TS is None else torch.split(low_TS, ranks, 1)
+    gradients: list[Tensor | None] = []
+    for index, (g_TO, layer, ga_RI, low_TR) in enumerate(zip(grads_TO, layers, rows, lows, strict=True)):
+        needs_weight, needs_bias, needs_a, needs_b = needs[4 * index : 4 * index + 4]
         gradients += [g_TO.t() @ x_TI if needs_weight else None, g_TO.sum(0) if needs_bias else None]
         gradients.append(ga_RI if needs_a else None)
-        # Transposed at the end: on CPU the product with R rows is a third faster than the one with R columns.
-        low_TR = None if low_TS is None else low_TS[:, at : at + layer.rank]
-        at += layer.rank
-        gradients.append((low_TR.t() @ g_TO).mul_(layer.scale).t() if needs_b and low_TR is not None else None)
-    return gx_TI, gradients
+        gb_OR = None
+        if needs_b and low_TR is not None:
+            if on_card(g_TO):
+                gb_OR = _scaled(g_TO.t(), low_TR, layer.scale)
+            else:  # The product with R rows is a third faster than the one with R columns.
+                gb_OR = (low_TR.t() @ g_TO).mul_(layer.scale).t()
+        gradients.append(gb_OR)
+    return gradients
+
+
+def _scaled(a_MK: Tensor, b_KN: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """[M, N]: a product times a number, in one operation."""
+    return torch.addmm(a_MK.new_empty(()), a_MK, b_KN, beta=0, alpha=scale, out=out)

@@ -4,7 +4,8 @@
     dx = (h - x · (h · x) / (H rms(x)²)) / rms(x),  h = dy ∘ w;  dw = Σ_T dy ∘ x / rms(x)
 
 Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; the backward follows by the product rule.
-Kept for it: x, which the model holds anyway, and one number a token. It computes in float32 inside.
+Kept for it: x, which the model holds anyway, and one number a token. It computes in float32 inside. On a card it is
+torch's own kernel, that of `F.rms_norm`, which reads x once.
 """
 
 # T tokens, H hidden size
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunesmith.models.card_kernels import on_card
+
 COUNTED_FROM = (0, 1)
 """Numbers that models count the weights of a norm from. 0, as Llama: x is rounded, then multiplied by w. 1, as Gemma:
 multiplied by 1 + w in float32, then rounded."""
@@ -24,6 +27,8 @@ multiplied by 1 + w in float32, then rounded."""
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, start: int = 0) -> Tensor:
     """[..., H] → [..., H]; `start` is one of `COUNTED_FROM`."""
+    if on_card(x):
+        return _CardNorm.apply(x, weight_H, eps, start)  # type: ignore[no-any-return,no-untyped-call]
     out: Tensor = _RmsNorm.apply(x, weight_H.float() + start if start else weight_H, eps)  # type: ignore[no-untyped-call]
     return out
 
@@ -55,3 +60,31 @@ class _RmsNorm(torch.autograd.Function):
             # Without writing into it: in float32 it may be the incoming gradient itself.
             gx = torch.addcmul(gnormed * inverse_T1, wide, along_T1).to(x.dtype)
         return gx, gweight_H, None
+
+
+class _CardNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float, start: int) -> Tensor:
+        sizes = [len(weight_H)]
+        # Weights that count from 1 come after: 1 + w would be rounded.
+        out, inverse_T1 = torch.ops.aten._fused_rms_norm(x, sizes, None if start else weight_H, eps)
+        ctx.save_for_backward(x, weight_H, inverse_T1)
+        ctx.start = start
+        return torch.addcmul(out, out, weight_H) if start else out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight_H, inverse_T1 = ctx.saved_tensors
+        needs = [bool(needed) for needed in ctx.needs_input_grad[:2]]
+        backward = torch.ops.aten._fused_rms_norm_backward
+        if not ctx.start:
+            gx, gweight_H = backward(grad, x, [len(weight_H)], inverse_T1, weight_H, needs)
+            return gx if needs[0] else None, gweight_H if needs[1] else None, None, None
+        gx = gweight_H = None
+        if needs[0]:
+            gnormed = torch.addcmul(grad, grad, weight_H)
+            gx, _ = backward(gnormed, x, [len(weight_H)], inverse_T1, None, [True, False])
+        if needs[1]:
+            gweight_H = (x * inverse_T1 * grad).flatten(0, -2).sum(0).to(weight_H.dtype)
+        return gx, gweight_H, None, None

@@ -100,7 +100,7 @@ class Sizes:
     cached: int = 0
     """Bytes of the keys and values of a token, in all layers."""
     less: float = 0.0
-    """So many times less than `kept` on a processor: `LESS_BY_NODES`."""
+    """So many times less than `kept`, but for Apple's device: `LESS_BY_NODES`."""
     softcap: bool = False
     """Scores are squashed, so that all of them are kept."""
 
@@ -271,10 +271,12 @@ def peak(
     `answered`: tokens whose keys and values are kept for answers."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
+    if device.kind == "mps":  # torch has no attention there that forms its weights again for the backward pass
+        scores = sizes.itemsize * sizes.heads * load.squares
     if sizes.softcap:  # spelled out, on every device
         scores = SOFTCAP_BYTES * sizes.heads * load.squares
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
-    layer = int((sizes.kept - (sizes.less if is_cpu else 0)) * used) + scores
+    layer = int((sizes.kept - (sizes.less if device.kind != "mps" else 0)) * used) + scores
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
     kept_layers = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
     activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work

@@ -413,9 +413,9 @@ class Recipe(OptionGroup):
     threads: Annotated[int, Field(gt=0, le=1_024)] | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """fast: token loss and attention of short rows by functions of this package, on a processor norms, gated MLPs and
-    LoRA layers of one input too, and shared prefixes computed once, where that gives the model's own answer; plain:
-    torch's and the model's own, slower, for comparison."""
+    """fast: token loss and attention of short rows by functions of this package, on a processor and on a card norms,
+    gated MLPs and LoRA layers of one input too, on a card rotations, and shared prefixes computed once, where that
+    gives the model's own answer; plain: torch's and the model's own, slower, for comparison."""
     repeatable: bool = False
     """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor repeats a run
     without it."""

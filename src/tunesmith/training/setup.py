@@ -181,8 +181,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
-    if recipe.kernels == "fast" and recipe.device == "cpu" and not world.is_sharded:
-        use_fast_layers(model)
+    node_notes = _nodes(recipe, model, world)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, recipe, rows, inputs)
     output, loss_notes = _output_layer(recipe, model)
@@ -193,7 +192,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
     samples, sample_notes = _samples(recipe, inputs, rows)
-    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *padding_notes, *loss_notes]
+    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *node_notes, *padding_notes, *loss_notes]
     return Setup(
         recipe=recipe,
         choices=[*found.choices, *sharing],
@@ -223,6 +222,13 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
         world=world,
     )
+
+
+def _nodes(recipe: Recipe, model: PreTrainedModel, world: World) -> list[str]:
+    """Let layers compute in one node of the graph each, and a note where a card cannot do so by one kernel."""
+    if recipe.kernels != "fast" or recipe.device == "mps" or world.is_sharded:
+        return []
+    return [Aside(note) for note in use_fast_layers(model)]
 
 
 def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
