@@ -300,6 +300,9 @@ def test_files_are_read_for_one_task_as_in_training(tmp_path: Path) -> None:
     )
     refused = check(Data(train=(DataFile(path=str(prefs)), DataFile(path=str(pairs)))))
     assert refused.errors == {"other_task": 3}
+    assert {problem.fix for problem in refused.problems if problem.code == "other_task"} == {
+        "Give --task embed. Files of two tasks need two runs."
+    }
     both = check(Data(train=(DataFile(path=str(chats)), DataFile(path=str(plain)))))
     assert both.ok
     assert [place.rpartition(": ")[2] for place, _ in both.forms] == ["messages", "alpaca"]

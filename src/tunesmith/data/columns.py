@@ -304,7 +304,7 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
         message = f"its fields belong to task {tasks}, not to {task}: {names(record)}."
         return "other_task", message, f"Give --task {tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
-    message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
+    message = f"no shape of rows {f'of task {task} ' if task else ''}has these fields: {names(record)}."
     if misspelt := _misspelt(tuple(record)[:MOST_COLUMNS], tuple(wanted)):
         way = f"Correct the name, or add {paste(misspelt)}."
         return "unknown_shape", message, f"Did you mean {', '.join(misspelt)}? {way}"
