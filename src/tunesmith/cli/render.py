@@ -28,10 +28,10 @@ BETTER, WORSE = "green", "red"
 COLOURS = {"better": BETTER, "worse": WORSE}
 MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
 LIST_METRICS = (
-    "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman", "rougeL",
-    "token_accuracy",
+    "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman",
+    "exact_match", "rougeL", "token_accuracy",
 )  # fmt: skip
-"""A list of runs shows the first of these that was measured."""
+"""A list of runs shows the first of these that was measured; exact matches of answers of one word alone."""
 MOST_LABELS = 12
 """Classes named in the plan."""
 MOST_GIVEN = 12
@@ -146,10 +146,10 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
     """The most important metric, before and after, or with that of the majority baseline; "" if there is none."""
-    measured = [key for key in LIST_METRICS if key in after]
-    key = next((key for key in measured if key in before), measured[0] if measured else None)
-    if key is None:
+    are_words = "rouge2" not in after  # no reference has two words
+    if not (measured := [key for key in LIST_METRICS if key in after and (are_words or key != "exact_match")]):
         return ""
+    key = next((key for key in measured if key in before), measured[0])
     info = info_of(key)
     if key in before:
         return f"{info.label} {info.text(before[key]['value'])} → {info.text(after[key]['value'])}"
