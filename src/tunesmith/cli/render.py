@@ -237,10 +237,12 @@ def given_options(given: Mapping[str, Any]) -> str:
 
 
 def label_counts(rows_of: Mapping[str, int], most: int = MOST_LABELS) -> str:
-    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
+    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2; of numbers 4: 17, 5: 9."""
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
     names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:most]]
-    shown = ", ".join(f"{name} {rows:,}" for name, (_, rows) in zip(names, by_size, strict=False))
+    shown = ", ".join(
+        f"{name}{':' * name[-1:].isdigit()} {rows:,}" for name, (_, rows) in zip(names, by_size, strict=False)
+    )
     more = f", … and {len(by_size) - most} more" if len(by_size) > most else ""
     return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 
