@@ -182,6 +182,15 @@ def test_a_refusal_from_python_names_the_row_and_what_is_wrong(tmp_path: Path) -
     assert 'leave such rows out: recipe=tunesmith.Recipe(data={"bad_rows": "skip"}).' in str(refused.value)
 
 
+def test_what_is_wrong_with_many_rows_is_written_once(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{i}", "completion": ""} for i in range(9)] + [{"prompt": 3, "completion": "b"}]
+    with pytest.raises(DataError) as refused:
+        tunesmith.train(model_folder(tmp_path / "model"), rows, root=tmp_path, offline=True)
+    _, empty, number = str(refused.value).splitlines()
+    assert empty.endswith("empty. Write it, or remove the row. The same is wrong in 8 more rows.")
+    assert ":10: wrong_type: " in number
+
+
 def test_an_option_of_the_command_line_is_named_as_python_writes_it() -> None:
     with pytest.raises(tunesmith.RecipeError, match=r'epochs: unknown key, did you mean train=\{"epochs": \.\.\.\}\?'):
         tunesmith.train("model", "rows.jsonl", epochs=3)
@@ -198,7 +207,9 @@ def test_notes_of_a_run_reach_who_calls_it_from_python(tmp_path: Path) -> None:
             )
         texts = [str(one.message) for one in heard]
         assert any("5 of 5 held-out rows are" in text or "of the 5" in text for text in texts), texts
-        assert set(run.notes) <= set(texts)
+        assert set(texts) <= set(run.notes)
+        asides = [note for event in run.events() for note in event.values.get("asides", ())]
+        assert not set(texts) & set(asides)  # which need no action; a terminal prints them with --verbose alone
         assert run.notes
         assert {Path(one.filename).name for one in heard} == {Path(__file__).name}
 

@@ -29,7 +29,7 @@ from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
 from tunesmith.parallel.child import run_words, train_in_child
-from tunesmith.phrases import PHASES, visible
+from tunesmith.phrases import PHASES, plural, visible
 from tunesmith.recipe.load import load as load_recipe
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import USUAL, Recipe
@@ -256,9 +256,12 @@ _OURS = ("tunesmith", "contextlib")
 
 
 def _notes_of(event: Event) -> list[str]:
+    """What a terminal prints of an event's notes: not those that need no action, which `Run.notes` has."""
+    values = event.values
     if event.kind == "plan":
-        return list(event.values.get("warnings", ()))
-    return [event.values["text"]] if event.kind == "note" and not event.values.get("detail") else []
+        return [note for note in values.get("warnings", ()) if note not in values.get("asides", ())]
+    is_aside = values.get("detail") or values.get("aside")
+    return [values["text"]] if event.kind == "note" and not is_aside else []
 
 
 @contextmanager
@@ -267,7 +270,15 @@ def _problems_named() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        listed = [str(problem) for problem in error.problems if str(problem) not in str(error)]
+        alike: dict[str, list[str]] = {}
+        for problem in error.problems:
+            cause = str(problem).replace(str(problem.source), problem.source.path, 1)
+            alike.setdefault(cause, []).append(str(problem))
+        listed = [
+            first + (f" The same is wrong in {plural(len(rest), 'more row')}." if rest else "")
+            for first, *rest in alike.values()
+            if first not in str(error)
+        ]
         more = [f"... and {len(listed) - MOST_PROBLEMS:,} more: see .problems"] if len(listed) > MOST_PROBLEMS else []
         text = "\n".join([str(error), *listed[:MOST_PROBLEMS], *more])
         raise DataError(_as_python(text), error.problems) from None

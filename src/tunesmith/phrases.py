@@ -60,8 +60,8 @@ def about(seconds: float) -> str:
 
 
 def between(seconds: float, low: float, high: float) -> str:
-    """An estimated time and its range, all in one unit: about 5 min (2–7)."""
-    unit, size = _unit(high)
+    """An estimated time and its range, all in the unit of the estimate: about 5 min (2–7), about 28 s (14–140)."""
+    unit, size = _unit(seconds)
     first, last = (_number(bound / size) for bound in (low, high))
     text = f"about {_number(seconds / size)} {unit}"
     return text if first == last else f"{text} ({first}–{last})"

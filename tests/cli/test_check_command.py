@@ -30,7 +30,9 @@ def written(path: Path, row: dict[str, Any], num: int = 60) -> str:
 def test_what_all_rows_share_is_said_once(num: int, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", {"id": 1, "data": {"q": "a"}}, num)
     lines = checked(path, code=2)
-    assert lines[0].startswith(f"{path}: all {num:,} rows: unknown_shape: no shape has its fields: 'id', 'data'.")
+    assert lines[0].startswith(
+        f"{path}: all {num:,} rows: unknown_shape: no shape of rows has these fields: 'id', 'data'."
+    )
     assert lines[1] == ""
 
 

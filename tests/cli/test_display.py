@@ -259,6 +259,10 @@ def test_a_list_of_runs_tells_of_the_measure_that_says_most() -> None:
     assert headline_metric({"loss": before["loss"]}, after) == "accuracy 60.0 %"
     assert headline_metric({}, {"preference_accuracy": fake_events.interval(0.75)}) == "preference accuracy 75.0 %"
     assert headline_metric(before, {"loss": before["loss"]}) == ""
+    words = {key: fake_events.interval(0.5) for key in ("rougeL", "exact_match")}  # of answers of one word
+    assert headline_metric(words, words) == "exact match 50.0 % → 50.0 %"
+    assert headline_metric({}, words | {"rouge2": fake_events.interval(0.2)}).startswith("ROUGE-L")
+    assert headline_metric({}, words | {"preference_accuracy": fake_events.interval(0.7)}).startswith("preference")
     assert headline_metric({}, after | {"majority": fake_events.interval(0.58)}) == "accuracy 60.0 % (majority 58.0 %)"
 
 

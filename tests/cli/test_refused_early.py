@@ -52,6 +52,10 @@ CASES = [
     (["finetune", "model", "rows.jsonl"], "No such command 'finetune'. Did you mean train?"),
     (["exprot", "one"], "No such command 'exprot'. Did you mean export?"),
     (["version"], "No such command 'version'. Did you mean --version?"),
+    (["train", "model", "rows.jsonl", "--out", "runs/one"], "runs/one: already exists, and a run never overwrites"),
+    (["resume", "one"], "this run is done: nothing is left to resume"),
+    (["serve", "onne", "--port", "0"], "onne: no such folder, file or run. Did you mean one?"),
+    (["serve", "zebra", "--offline", "--port", "0"], "zebra: no such run in runs"),
     (["serve", "--jobs"], "name the model that jobs tune, `tunesmith serve --jobs MODEL`"),
 ]
 CODE = """

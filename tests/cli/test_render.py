@@ -69,6 +69,11 @@ def test_a_range_of_time_says_its_unit_once(low: float, high: float, shown: str)
     assert phrases.between((low + high) / 2, low, high) == shown
 
 
+def test_classes_that_are_numbers_are_told_from_their_rows() -> None:
+    assert render.label_counts({"good": 80, "bad": 120}) == "2 classes: bad 120, good 80"
+    assert render.label_counts({"5": 9, "4": 17, "r2": 3}) == "3 classes: 4: 17, 5: 9, r2: 3"
+
+
 @pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])
 def test_targets_of_a_row_are_known_without_colors(in_color: bool, shown: str) -> None:
     row = render.sample_row([("Hi ", False), ("Yes.", True)], in_color=in_color)

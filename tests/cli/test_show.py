@@ -42,6 +42,7 @@ def test_a_finished_run_says_what_it_took_and_not_what_was_predicted(shown) -> N
     text, run = shown("chat")
     assert "took: 3 s to prepare, 4:00 min to train, 1:05 min to measure; at most 1.0 GiB of memory" in text
     assert "\ntime: " not in text
+    assert "held-out loss 2.2000 → 1.2998 at step 90, which was kept; 1.2683 at the end\n" in text
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
     assert f"{run.path.name}: done, made {made}" in text.replace("\n", "")
 

@@ -29,6 +29,7 @@ def test_shares_and_times_are_written_in_one_way() -> None:
     assert between(300, 120, 420) == "about 5 min (2–7)"
     assert between(42, 21, 62) == "about 42 s (21–62)"
     assert between(27, 14, 41) == "about 27 s (14–41)"
+    assert between(28, 14, 144) == "about 28 s (14–144)"  # beside other programs the range is wide: no 0.47 min
     assert between(9000, 8990, 9010) == "about 2.5 h"
 
 

@@ -111,7 +111,7 @@ def test_a_file_to_predict_needs_no_column_of_answers(tmp_path: Path):
     [
         ({"promt": "question"}, "Did you mean prompt?"),
         ({"question": "prompt"}, "Did you mean {prompt: question}?"),
-        ({"zzz": "q"}, "no shape has such a field. One of "),
+        ({"zzz": "q"}, "no shape of rows has such a field. One of "),
         ({"prompt": "text", "completion": "text"}, "text is named for two fields"),
     ],
 )

@@ -300,6 +300,9 @@ def test_files_are_read_for_one_task_as_in_training(tmp_path: Path) -> None:
     )
     refused = check(Data(train=(DataFile(path=str(prefs)), DataFile(path=str(pairs)))))
     assert refused.errors == {"other_task": 3}
+    assert {problem.fix for problem in refused.problems if problem.code == "other_task"} == {
+        "Give --task embed. Files of two tasks need two runs."
+    }
     both = check(Data(train=(DataFile(path=str(chats)), DataFile(path=str(plain)))))
     assert both.ok
     assert [place.rpartition(": ")[2] for place, _ in both.forms] == ["messages", "alpaca"]
@@ -315,3 +318,24 @@ def test_classes_that_may_be_missing_labels_are_named(tmp_path: Path) -> None:
     rows = table(text=words(), label=one_of("a", "b", "NaN"))
     notes = checked(put(tmp_path, "nan.csv", comma_separated(rows))).notes
     assert any("learnt as classes: 'NaN' (20 rows)" in note for note in notes)
+
+
+def first_fix(path: Path) -> str:
+    return check(Data(train=(DataFile(path=str(path)),))).problems[0].fix
+
+
+def test_a_text_that_is_called_message_is_no_conversation(tmp_path: Path) -> None:
+    rows = table(date=lambda i: f"2024-01-{1 + i % 28:02d}", message=words(), department=one_of("sales", "support"))
+    fix = first_fix(put(tmp_path, "rows.csv", comma_separated(rows)))
+    assert "data.columns={text: message, label: department}" in fix
+    assert "messages" not in fix
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert "{messages: message}" in first_fix(put(tmp_path, "chats.jsonl", json_lines([{"message": turns}] * 3)))
+
+
+def test_rows_inside_of_an_object_and_roles_of_other_programs_have_a_way_out(tmp_path: Path) -> None:
+    whole = put(tmp_path, "whole.json", json_lines([{"data": [{"input": "a", "output": "b"}] * 3}]))
+    assert first_fix(whole) == "'data' is a list of objects: if they are the rows, give a file of that list alone."
+    turns = [{"role": "Human", "content": "a"}, {"role": "assistant", "content": "b"}]
+    roles = put(tmp_path, "roles.jsonl", json_lines([{"messages": turns}]))
+    assert first_fix(roles) == "One of assistant, developer, system, tool, user. Write user for it."

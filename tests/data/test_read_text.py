@@ -14,6 +14,7 @@ from tunesmith.data.check import check
 from tunesmith.data.read import expand_folders
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Data, DataFile
+from tunesmith.types import Problem
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=5)
 
@@ -97,6 +98,27 @@ def test_a_folder_is_walked_in_the_order_of_its_names(tmp_path: Path):
         "Give files of rows by name."
     )
     assert expand_folders(found, heard.append) == found
+
+
+def test_models_and_runs_in_a_folder_are_no_documents(tmp_path: Path) -> None:
+    """Their vocabularies and reports would be trained, and `config.json` alone makes no model of a folder."""
+    made = {
+        "minilm": ("config.json", "tokenizer_config.json", "vocab.txt"),
+        "runs/one": ("run.json", "events.jsonl", "report.md"),
+    }
+    for name, files in {**made, "notes": ("config.json", "a.txt")}.items():
+        (tmp_path / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / name / file).write_text("Text.")
+    heard: list[Problem] = []
+    found = expand_folders([DataFile(path=str(tmp_path))], heard.append)
+    assert [Path(file.path).name for file in found] == ["a.txt"]
+    assert str(heard[0]) == (
+        f"{tmp_path}: left_out: folders of a model or a run were left out: 'minilm', 'runs/one'. "
+        "If they hold documents of yours, give those by name."
+    )
+    within = expand_folders([DataFile(path=str(tmp_path / "minilm"))], heard.append)  # which was named
+    assert [Path(file.path).name for file in within] == ["vocab.txt"]
 
 
 def test_a_folder_of_held_out_documents_is_not_trained_with_its_siblings(tmp_path: Path):

@@ -181,7 +181,11 @@ def _events(kind: str, num_steps: int, texts: Sequence[str]) -> Iterator[Event]:
     choice = {"key": "optim.lr", "value": 0.0005, "reason": "usual for LoRA on a model below a billion weights"}
     method = {"key": "method", "value": {"name": "lora", "rank": 16}, "reason": "needs 0.3 GiB instead of 2.0"}
     counts = {"trained_parameters": 4_884_480, "total_parameters": 139_399_488}
-    yield Event("plan", 0, 0.0, {"choices": [choice, method], "warnings": ["rows.jsonl: 3 × cut"], **counts})
+    notes = {
+        "warnings": ["rows.jsonl: 3 × cut", "padding is <pad> from now on"],
+        "asides": ["padding is <pad> from now on"],
+    }
+    yield Event("plan", 0, 0.0, {"choices": [choice, method], **notes, **counts})
     yield _evaluation(kind, "before", 0, 2.2, 0)
     yield from _spoken(kind, "before", 0, texts)
     draw = random.Random(1)

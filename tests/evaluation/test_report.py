@@ -107,6 +107,9 @@ def test_every_kind_of_run_gets_the_plots_that_fit_it(pages, kind):
     assert "3 × cut" in page.text
     assert "step 90 of 120: the best evaluation: held-out loss 1.2900" in page.text
     assert "ab" * 32 in page.text  # the hash of the model
+    before, needs_no_action, after = page.text.partition("Notes that need no action")
+    assert needs_no_action
+    assert ("3 × cut" in before, "padding is" in before, "padding is <pad>" in after) == (True, False, True)
 
 
 @pytest.mark.parametrize("kind", TASKS)

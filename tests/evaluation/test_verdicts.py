@@ -59,6 +59,15 @@ def test_a_classifier_below_the_commonest_class_is_called_worse() -> None:
     assert sentence.endswith(" points, worse")
 
 
+def test_a_baseline_that_its_words_name_is_named_once() -> None:
+    measures = {"recall_1": {"value": 0.4, "change": {"value": 0.1, "low": -0.1, "high": 0.3, "is_clear": False}}}
+    of_ranks = {"name": "BM25", "words": "a search for shared words (BM25)", "from": "the rows measured"}
+    sentence = baseline_sentence(
+        {"recall_1": {"value": 0.5, "low": 0.4, "high": 0.6}}, {**of_ranks, "key": "recall_1", "measures": measures}
+    )
+    assert "against 40.0 % for a search for shared words (BM25): +10.0" in sentence
+
+
 def test_short_answers_are_compared_with_the_commonest_reference() -> None:
     """65 of 100 are positive; the model says so always, and is no better."""
     answers = [

@@ -227,6 +227,7 @@ def test_refused_before_anything_is_served(words: list[str], said: str, monkeypa
         raise InputError("broken: its prompts are not those of training.")
 
     monkeypatch.setattr("tunesmith.serve.engine.WorkerEngine.start", start)
+    monkeypatch.setattr("tunesmith.cli.serve.refuse_missing", lambda *target, **how: None)  # `broken` is no folder
     assert said in refused(*words, "--port", "0")
 
 

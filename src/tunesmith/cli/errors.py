@@ -128,11 +128,8 @@ def print_problems(
         first, size = group[0], len(group)
         if nums and sum(other[1] == code for other in alike) == 1:
             size = max(size, nums.get(code, 0))  # of which not all are listed
-        place = (
-            str(first.source)
-            if size == 1
-            else f"{path}:{', '.join(str(one.source.line) for one in group[:MOST_ALIKE])}"
-        )
+        lines = ", ".join(str(one.source.line) for one in group[:MOST_ALIKE])
+        place = str(first.source) if size == 1 else f"{path}:{lines}"
         if 1 < size == (rows or {}).get(path):
             place = f"{path}: all {size:,} rows"
         elif size > MOST_ALIKE:

@@ -259,16 +259,13 @@ def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> No
 
     if Path(model).expanduser().exists() or is_run(model, root):
         return
-    is_path = bool(re.search(r"^[.~]|[/\\]", model)) and looks_like_path(split_revision(model)[0])
-    if is_path:
-        resolve_model(model, offline=True)
     name = split_revision(model)[0]
+    if re.search(r"^[.~]|[/\\]", model) and looks_like_path(name):
+        resolve_model(model, offline=True)
     folders = [path.name for path in Path().glob("[!.]*") if (path / "config.json").is_file() or path.suffix == ".gguf"]
     known = [*folders, *(run.path.name for run in runs(root))]
-    if "/" in name or model.startswith("hf://"):
-        return
     near = did_you_mean(name, known)
-    if not near and offline is None:
+    if "/" in name or model.startswith("hf://") or not (near or offline is not None):
         return
     try:
         resolve_model(model, offline=bool(offline or near), weights=False)

@@ -28,10 +28,10 @@ BETTER, WORSE = "green", "red"
 COLOURS = {"better": BETTER, "worse": WORSE}
 MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
 LIST_METRICS = (
-    "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman", "rougeL",
-    "token_accuracy",
+    "accuracy", "macro_f1", "micro_f1", "span_f1", "preference_accuracy", "recall_1", "ndcg_10", "spearman",
+    "exact_match", "rougeL", "token_accuracy",
 )  # fmt: skip
-"""A list of runs shows the first of these that was measured."""
+"""A list of runs shows the first of these that was measured; exact matches where no reference has two words."""
 MOST_LABELS = 12
 """Classes named in the plan."""
 MOST_GIVEN = 12
@@ -146,10 +146,9 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
     """The most important metric, before and after, or with that of the majority baseline; "" if there is none."""
-    measured = [key for key in LIST_METRICS if key in after]
-    key = next((key for key in measured if key in before), measured[0] if measured else None)
-    if key is None:
+    if not (keys := [key for key in LIST_METRICS if key in after and (key != "exact_match" or "rouge2" not in after)]):
         return ""
+    key = next((key for key in keys if key in before), keys[0])
     info = info_of(key)
     if key in before:
         return f"{info.label} {info.text(before[key]['value'])} → {info.text(after[key]['value'])}"
@@ -237,10 +236,11 @@ def given_options(given: Mapping[str, Any]) -> str:
 
 
 def label_counts(rows_of: Mapping[str, int], most: int = MOST_LABELS) -> str:
-    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2."""
+    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2; of numbers 4: 17, 5: 9."""
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
     names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:most]]
-    shown = ", ".join(f"{name} {rows:,}" for name, (_, rows) in zip(names, by_size, strict=False))
+    pairs = zip(names, by_size, strict=False)
+    shown = ", ".join(f"{name}{':' * name[-1:].isdigit()} {rows:,}" for name, (_, rows) in pairs)
     more = f", … and {len(by_size) - most} more" if len(by_size) > most else ""
     return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 

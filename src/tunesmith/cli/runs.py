@@ -296,9 +296,10 @@ def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | No
     if len(series.curve) == 1:
         screen.print(f"held-out loss of the untouched model {loss(series.curve[0])}")
     elif series.curve:
-        kept = series.report.get("kept", {}).get("step", series.step)
-        aside = "" if kept == series.step else f", kept: step {kept:,}"
-        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(series.curve[-1])}{aside}")
+        kept, last = series.report.get("kept", {}).get("step", series.step), series.curve[-1]
+        at_step = {step: values["loss"] for step, values in series.course(kept)}
+        aside = "" if kept == series.step else f" at step {kept:,}, which was kept; {loss(last)} at the end"
+        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(at_step.get(kept, last))}{aside}")
     print_result(screen, report or {})
     if series.samples:
         if len(series.samples) > MOST_RUN_ANSWERS:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, named
+from tunesmith.cli.options import BaseAt, Json, Offline, Quiet, Root, named, refuse_missing
 from tunesmith.cli.signals import stopping_on_signals
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import install_command
@@ -301,6 +301,8 @@ def serve_own(
         admission = ProjectKeys(work.store, policy.keys, may_be_open=bound.is_loopback).admit
         policy = replace(policy, keys=None, admission=admission, known=KeptAnswers(work.store).find)
     targets = [named(target, root) for target in targets]
+    for target in targets if work is None else ():
+        refuse_missing(target, root, offline=options.offline)
     output.note(f"loading {', '.join(targets if work is None else work.bases.bases)}")
 
     async def run() -> None:

@@ -286,6 +286,8 @@ def _usual_classes(named: Mapping[str, str], kinds: Mapping[str, Values], task: 
     return Meaning(columns, f"the class `{labels[0]}`", "classify")
 
 
+TURNS = ("messages", "conversations")
+"""Fields that hold a conversation."""
 _USUAL: tuple[Shape, ...] = (
     "messages", "sharegpt", "alpaca", "prompt_completion", "document_summary", "tokens_tags", "text_label", "text",
     "text_pairs", "preference",
@@ -304,16 +306,28 @@ def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapp
         message = f"its fields belong to task {tasks}, not to {task}: {names(record)}."
         return "other_task", message, f"Give --task {tasks.split()[0]}. {suggested}".strip()
     wanted = [FORMATS[name].required for name in (SHAPES[task] if task else _USUAL)]
-    message = f"no shape {f'of task {task} ' if task else ''}has its fields: {names(record)}."
-    if misspelt := _misspelt(tuple(record)[:MOST_COLUMNS], tuple(wanted)):
+    message = f"no shape of rows {f'of task {task} ' if task else ''}has these fields: {names(record)}."
+    misspelt = _misspelt(tuple(record)[:MOST_COLUMNS], tuple(wanted))
+    if misspelt and not any(ours in TURNS and _is_prose(record[theirs]) for ours, theirs in misspelt.items()):
         way = f"Correct the name, or add {paste(misspelt)}."
         return "unknown_shape", message, f"Did you mean {', '.join(misspelt)}? {way}"
     takes = ", or ".join(map(" and ".join, wanted))
     if not suggested and (nested := next((name for name, value in record.items() if isinstance(value, dict)), None)):
         suggested = f"{nested!r} is an object: write its texts as fields of the row."
+    if not suggested and (rows := next((name for name, value in record.items() if _are_rows(value)), None)):
+        suggested = f"{rows!r} is a list of objects: if they are the rows, give a file of that list alone."
     fields = ", ".join(f"{ours}: ..." for ours in (wanted[-1] if task else ("prompt", "completion")))
     takes = f"A row has {takes}; name yours by --set 'data.columns={{{fields}}}'."
     return "unknown_shape", message, suggested or takes
+
+
+def _is_prose(value: Any) -> bool:
+    """A text that is no list in JSON, as a cell of a table may be."""
+    return isinstance(value, str) and not value.lstrip().startswith("[")
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value[:MOST_COLUMNS])
 
 
 @lru_cache(maxsize=1)  # rows of a file mostly have the same fields

@@ -201,6 +201,8 @@ class FileExamples:
             return self.shape  # which says what is missing
         if shape is None:
             code, message, fix = explain(record, self.task, self._suggested(record), self.data.columns)
+            if code == "other_task" and len(self.data.train) > 1:
+                fix += " Files of two tasks need two runs."
             if self.facts.columns is not None:
                 if self.facts.kind == "CSV":
                     message += " If line 1 is a row, put the names of the columns above it."
@@ -297,7 +299,9 @@ def check_column_names(columns: Mapping[str, str]) -> None:
     for ours, theirs in columns.items():
         if ours not in FIELDS:
             swapped = f" Did you mean {{{theirs}: {ours}}}?" if theirs in FIELDS else f" One of {', '.join(FIELDS)}."
-            raise RecipeError(f"data.columns.{ours}: no shape has such a field.{did_you_mean(ours, FIELDS) or swapped}")
+            raise RecipeError(
+                f"data.columns.{ours}: no shape of rows has such a field.{did_you_mean(ours, FIELDS) or swapped}"
+            )
     twice = sorted({theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1})
     if twice:
         raise RecipeError(f"data.columns: {twice[0]} is named for two fields; a column can be one.")

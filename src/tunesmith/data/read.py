@@ -75,7 +75,12 @@ def _documents(
     folder: str, at: str, on_problem: Callable[[Problem], None], trained: bool, suffixes: Sequence[str]
 ) -> list[str]:
     """Their paths from the folder on, which is read `at` a place."""
-    listed = sorted(_walk(at), key=lambda name: name.split(os.sep))
+    models: list[str] = []
+    listed = sorted(_walk(at, models), key=lambda name: name.split(os.sep))
+    if models:
+        message = f"folders of a model or a run were left out: {names(sorted(models))}."
+        fix = "If they hold documents of yours, give those by name."
+        on_problem(Problem(Source(folder, 0), "left_out", message, fix, severity="warning"))
     writable = [name for name in listed if name.encode("utf-8", "ignore").decode() == name]  # others are not UTF-8
     documents = [name for name in writable if suffix_of(name) in (*DOCUMENTS, *suffixes)]
     rows = [name for name in writable if suffix_of(name) in SUFFIXES]
@@ -139,17 +144,27 @@ def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str], ar
             raise refusal(folder, 0, "is_folder", message, fix)
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """Every file that is not hidden, by its path from the folder on."""
+def _walk(folder: str, models: list[str]) -> Iterator[str]:
+    """Every file that is not hidden, by its path from the folder on. Folders in it that hold a model or a run, whose
+    vocabularies and reports are no documents, are not walked: `models` gets their paths."""
 
     def refuse(error: OSError) -> None:
         raise refusal(str(error.filename), 0, "unreadable", f"the folder cannot be listed: {error.strerror}.")
 
     for here, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if here != folder and any(together <= {*files} for together in _OF_MODELS):
+            models.append(os.path.relpath(here, folder))
+            folders.clear()
+            continue
         yield from (os.path.relpath(os.path.join(here, name), folder) for name in files if not name.startswith("."))
 
 
+_OF_MODELS = (
+    {"config.json", "tokenizer_config.json"}, {"config.json", "model.safetensors"}, {"adapter_config.json"},
+    {"run.json", "events.jsonl"},
+)  # fmt: skip
+"""Files that together are those of a model, an adapter or a run."""
 OnProblem = Callable[[Problem], None]
 
 

@@ -336,9 +336,10 @@ def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mappi
     key = baseline["key"]
     info, its = info_of(key), baseline["measures"][key]
     where = "" if baseline["from"] == "the training rows" else f" of {baseline['from']}"
+    named = "" if f"({baseline['name']})" in baseline["words"] else f" ({baseline['name']}{where})"
     return (
         f"{info.label} is {info.whole(measures[key])}, against {info.text(its['value'])} for "
-        f"{baseline['words']} ({baseline['name']}{where}): {info.worth(its['change'])}"
+        f"{baseline['words']}{named}: {info.worth(its['change'])}"
     )
 
 

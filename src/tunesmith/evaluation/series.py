@@ -82,7 +82,7 @@ class RunSeries:
             sample[values["name"]] = values["answer"]
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
         elif event.kind == "note":
-            (self.details if values.get("detail") else self.notes).append(values["text"])
+            (self.details if values.get("detail") or values.get("aside") else self.notes).append(values["text"])
         elif event.kind == "end":
             self.report = values.get("report", {})
 

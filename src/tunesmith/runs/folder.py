@@ -395,6 +395,12 @@ def refuse_taken(out: Path | None) -> None:
         raise RunError(f"{out}: already exists, and a run never overwrites. Take another, or resume the run in it.")
 
 
+def refuse_done(run: Run) -> None:
+    """Raise RunError for a run that has ended well."""
+    if run.state() == "done":
+        raise RunError(f"{run.path}: this run is done: nothing is left to resume. `tunesmith show` prints its report.")
+
+
 def is_run(target: str, root: Path) -> bool:
     """Whether a word that can mean a run or a model means a run: its folder, "last", or a name in `root`."""
     if Path(target).exists():

@@ -23,7 +23,7 @@ from tunesmith.parallel.world import place_of
 from tunesmith.phrases import plural
 from tunesmith.recipe.load import load
 from tunesmith.recipe.schema import Recipe
-from tunesmith.runs.folder import Run
+from tunesmith.runs.folder import Run, refuse_done, refuse_taken
 from tunesmith.trackers.sender import Say, tracked
 from tunesmith.types import OnProgress
 
@@ -67,6 +67,8 @@ def train_run(
         InputError: recipe, data, model, a tracker or an export cannot be used; no run folder was made.
         And whatever `trainer.train` and an export raise.
     """
+    if place_of(os.environ).size == 1:
+        refuse_taken(out)  # before torch is imported; of a group its first rank looks
     if (devices := devices_of(recipe)) > 1:
         return several(devices)
     is_first = _take_part(recipe)
@@ -107,6 +109,8 @@ def resume_run(
             ignored = f". {unused} had no effect" if unused else ""
             watcher.say(f"{run.path}: it was done except for {made}, made now{ignored}")
         return run
+    if is_alone:
+        refuse_done(run)
     recipe = load(str(run.recipe_path), settings)
     if (devices := devices_of(recipe)) > 1:
         return several(devices)

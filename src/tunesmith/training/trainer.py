@@ -22,7 +22,6 @@ from tunesmith.errors import (
     InputError,
     OutOfMemoryError,
     RecipeError,
-    RunError,
     Stopped,
     StorageError,
     one_line,
@@ -42,7 +41,7 @@ from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import write_atomic
-from tunesmith.runs.folder import FollowedRun, Run, refuse_taken
+from tunesmith.runs.folder import FollowedRun, Run, refuse_done, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
@@ -174,9 +173,8 @@ def resume(run: Run, *, settings: Sequence[str] = (), offline: bool = False, lis
     """
     listener = listener or Listener()
     with joined(run.recipe().device, listener.on_progress) as world:
-        if world.is_first and run.state() == "done":
-            done = "this run is done: nothing is left to resume. `tunesmith show` prints its report."
-            raise RunError(f"{run.path}: {done}")
+        if world.is_first:
+            refuse_done(run)
         done_run = _resume(world, run, settings=settings, offline=offline, listener=listener)
     free_cached_memory()
     return done_run

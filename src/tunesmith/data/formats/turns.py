@@ -10,6 +10,11 @@ from tunesmith.data.problems import RowProblems, describe_type
 from tunesmith.types import JsonObject, Part, Record
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
+_MEANT = {
+    "customer": "user", "human": "user", "agent": "assistant", "ai": "assistant", "bot": "assistant",
+    "gpt": "assistant", "model": "assistant",
+}  # fmt: skip
+"""Roles by names that other programs give them."""
 _PLAIN = {"role", "content"}
 
 
@@ -53,7 +58,8 @@ def _role(message: Record, check: RowProblems, place: str) -> str:
     if role is None:
         check.add("missing_field", f"{place}.role is missing.", f"One of {', '.join(sorted(ROLES))}.")
     elif isinstance(role, str):
-        check.add("unknown_role", f"{place}.role is {role[:40]!r}.", f"One of {', '.join(sorted(ROLES))}.")
+        meant = f" Write {_MEANT[role.lower()]} for it." if role.lower() in _MEANT else ""
+        check.add("unknown_role", f"{place}.role is {role[:40]!r}.", f"One of {', '.join(sorted(ROLES))}.{meant}")
     else:
         check.wrong_type(f"{place}.role", role, "text")
     return ""

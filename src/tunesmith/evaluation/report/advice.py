@@ -15,6 +15,8 @@ from tunesmith.recipe.schema import Recipe, resolved
 MOST_TRIED = 3
 STILL_FALLING = 0.01
 """Share of the loss by which the last evaluation is lower than the one before it, if training may not be done."""
+WORSE_THAN_RANDOM = 1.1
+"""How many times its untrained loss a model with a new head has at least, if its steps were too large."""
 
 Course = Sequence[tuple[int, Mapping[str, Any]]]
 """(step, values) of the evaluations, as `RunSeries.course` has them."""
@@ -45,17 +47,19 @@ def _advices(report: Mapping[str, Any], recipe: Recipe, course: Course) -> Itera
         if not recipe.data.eval:
             yield Advice("Nothing was measured: hold out a tenth of the rows.", ("data.held_out=0.1",))
         return
+    rate = resolved(recipe.optim.lr) if recipe.optim.lr != "auto" else 0.0
+    losses = [values["loss"] for _, values in sorted(course, key=lambda pair: pair[0])]
+    if rate and report.get("new_head") and len(losses) > 1 and min(losses[1:]) > WORSE_THAN_RANDOM * losses[0]:
+        yield Advice("Worse than its new head was at random: take smaller steps.", (f"optim.lr={rate / 10:.3g}",))
     never = list(never_right(report["details"]["after"], weights=report.get("class_weights")))
     if any("class_weights=balanced" in sentence for sentence in never):
         yield Advice(f"{never[0]} Let rare classes count more.", ("train.class_weights=balanced",))
-    rate = resolved(recipe.optim.lr) if recipe.optim.lr != "auto" else 0.0
     loss = report["changes"].get("loss")
     if rate and loss and loss["is_clear"] and loss["value"] > 0:
         yield Advice("The held-out loss rose: take smaller steps.", (f"optim.lr={rate / 3:.3g}",))
     elif rate and report.get("general") and report["general"]["past_bound"]:
         yield Advice("General ability was lost: a lower rate keeps more of it.", (f"optim.lr={rate / 3:.3g}",))
     epochs = recipe.train.epochs
-    losses = [values["loss"] for _, values in sorted(course, key=lambda pair: pair[0])]
     is_whole = epochs != "auto" and not recipe.train.max_steps and report["kept"].get("step") in (None, report["steps"])
     if is_whole and len(losses) > 2 and min(losses[:-1]) - losses[-1] > STILL_FALLING * losses[-1]:
         why = "The held-out loss was still falling at the end: train longer."

@@ -134,8 +134,8 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
 def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
     general = report["general"]
     forgotten = [general["verdict"]] if general and general["past_bound"] else []
-    notes = list(dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes]))
-    if notes:
+    planned = [note for note in series.plan.get("warnings", ()) if note not in series.plan.get("asides", ())]
+    if notes := list(dict.fromkeys([*forgotten, *report["notes"], *planned, *series.notes])):
         yield Block("items", notes)
 
 
@@ -308,8 +308,8 @@ def _loss(value: Mapping[str, Any]) -> Cell:
 
 def _choices(series: RunSeries) -> Iterator[Block | Table]:
     choices: Sequence[Mapping[str, Any]] = series.plan.get("choices", [])
-    if details := [*series.plan.get("details", ()), *series.details]:
-        yield Block("items", details, fold="Details of the method")
+    if details := [*series.plan.get("asides", ()), *series.plan.get("details", ()), *series.details]:
+        yield Block("items", details, fold="Notes that need no action")
     if choices:
         yield Block("paragraph", "Settings that were chosen for you, and why.")
         rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]
