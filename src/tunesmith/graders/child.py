@@ -3,9 +3,9 @@
     python -m tunesmith.graders.child
 
 reads on its standard input what to load and then a line of JSON a grade, and writes a line for each to its standard
-output. The code is loaded once; each grade is made by a fork of this process, in a session and a folder of its own with
-limits of its own, so that nothing that a grade does, prints or leaves behind reaches the next one. What code prints goes
-to standard error.
+output. The code is loaded once. Each grade is made by a fork of this process, with a session, a folder and limits of
+its own, so that nothing that a grade does, prints or leaves behind reaches the next one. What code prints goes to
+standard error.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _enter(folder: str, seed: int, limits: Limits) -> None:
 
 
 def _ended(pid: int, *, wait: bool) -> int:
-    """End a fork with everything that it started; its exit code, or minus its signal. `wait`: it is ending by itself."""
+    """End a fork with all that it started; its exit code, or minus its signal. `wait`: it is ending by itself."""
     done, status, until = 0, 0, time.monotonic() + 1
     while wait and not done and time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)

@@ -23,6 +23,8 @@ LOAD_S = 60.0
 """Longest time in which the code of a grader is loaded."""
 GRACE_S = 10.0
 """Beyond the limit of a grade, which its process keeps by itself."""
+OFFLINE = (schema.Python, schema.UnitTests)
+"""Code of others, which gets no network."""
 KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONSAFEPATH")
 SETTINGS = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -40,6 +42,7 @@ class Children:
         """SHA-256 of the files that the grader is made of."""
         self.offline = first.offline
         """Whether its code has no network."""
+        self.closes_network = isinstance(grader, OFFLINE)
         self._idle.put(first)
 
     def ask(self, request: Mapping[str, Any], times: int = 1) -> Mapping[str, Any]:
@@ -137,7 +140,7 @@ def _to_load(grader: Any, folder: str) -> dict[str, Any]:
     limits = {
         "seconds": getattr(grader, "seconds", schema.SECONDS),
         "memory_bytes": int(getattr(grader, "memory_gib", schema.MEMORY_GIB) * 2**30),
-        "offline": isinstance(grader, (schema.Python, schema.UnitTests)),
+        "offline": isinstance(grader, OFFLINE),
     }
     if isinstance(grader, schema.UnitTests):
         return {"what": "tests", **limits}

@@ -20,9 +20,9 @@ MOST_SOURCE = 256 * 1024
 """Bytes of a Python grader's text."""
 _WORDS_OF_CORPUS = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
 REFUSED = {
-    "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number for each class.",
-    "reward_run": "the score of a run of task reward is not offered yet. Serve the run with `tunesmith serve RUN` and ask "
-    "/v1/classifications of it in a `function` grader.",
+    "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number.",
+    "reward_run": "a run of task reward is not offered as a grader. Serve it with `tunesmith serve RUN`, and let a "
+    "`function` grader ask its /v1/classify.",
 }
 """Types that are known and not offered."""
 
