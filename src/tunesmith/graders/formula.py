@@ -32,8 +32,8 @@ _OPERATORS: Mapping[str, Callable[[float, float], float]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": operator.pow,
 }  # fmt: skip
 _TOKEN = re.compile(r"\s*(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+|[A-Za-z_]\w*|[-+*/^(),])")
-MOST_TOKENS = 500
-"""A longer formula would nest more deeply than Python can follow."""
+MOST_TOKENS, MOST_DEPTH = 200, 30
+"""A longer or deeper formula would nest more deeply than Python can follow."""
 
 
 def compute(value: Value, rewards: Mapping[str, float]) -> float:
@@ -56,7 +56,7 @@ def parse(text: str, names: Sequence[str], place: str) -> Value:
 class _Parser:
     def __init__(self, text: str, names: Sequence[str], place: str) -> None:
         self.text, self.names, self.place = text, names, place
-        self.at, self.num = 0, 0
+        self.at, self.num, self.depth = 0, 0, 0
 
     def whole(self) -> Value:
         value = self._sum()
@@ -98,6 +98,14 @@ class _Parser:
         return self._left("*/", self._sign)
 
     def _sign(self) -> Value:
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise self._error(f"it nests more than {MOST_DEPTH} deep")
+        value = self._signed()
+        self.depth -= 1
+        return value
+
+    def _signed(self) -> Value:
         if self._peek() in ("+", "-"):
             sign, value = self._take(), self._sign()
             return _applied(operator.neg, value) if sign == "-" else value

@@ -92,8 +92,8 @@ def _of_model(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
     if length is not None and abs(length) > MOST_CORRELATION:
         wins = "length wins" if length > 0 else "shortness wins"
         yield Verdict(
-            f"Within a group reward follows the number of tokens (correlation {length:.2f}): {wins}. Let a `length` grader "
-            "bound it in a `multi` grader, unless it is what you want."
+            f"Within a group reward follows the number of tokens (correlation {length:.2f}): {wins}. Let a `length` "
+            "grader bound it in a `multi` grader, unless it is what you want."
         )
 
 
