@@ -198,8 +198,7 @@ def limit_process(*, memory_bytes: int, seconds: float, grace_s: int = 1) -> Non
             most = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize() + memory_bytes
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         with suppress(ValueError, OSError):
-            until = int(time.process_time() + seconds) + 1
-            resource.setrlimit(resource.RLIMIT_CPU, (until, until + grace_s))
+            resource.setrlimit(resource.RLIMIT_CPU, (until := int(time.process_time() + seconds) + 1, until + grace_s))
 
 
 def resident_bytes() -> int:

@@ -49,7 +49,7 @@ def grade(rows: Path, grader: Any, *words: str | Path, code: int = 0) -> Any:
 def test_a_grader_that_tells_answers_apart_is_found_good(rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "tried.html"
     lines = grade(rows, RIGHT, "--page", page).stdout.splitlines()
-    assert lines[1] == "the row's reference\t1.000\t1.000 to 1.000"
+    assert lines[1] == "the row's reference\t1.000\t1.000 to 1.000\tall 1"
     assert lines[2].startswith("an empty answer\t0.000")
     assert "Nothing speaks against this grader" in lines[-1]
     assert "Nothing speaks against" in page.read_text()
@@ -90,7 +90,14 @@ def test_failed_grades_are_counted_by_kind_with_their_line(rows: Path) -> None:
     values = json.loads(grade(rows, source, "--json", code=2).stdout)
     assert [(one["kind"], one["num"]) for one in values["errors"]] == [("exception", 15)]
     assert values["verdict"][0]["refuses"]
-    assert values["kinds"]["reference"] == {"answers": 3, "scored": 0, "mean": None, "counts": [], "edges": []}
+    assert values["kinds"]["reference"] == {
+        "answers": 3,
+        "scored": 0,
+        "unread": 0,
+        "mean": None,
+        "counts": [],
+        "edges": [],
+    }
 
 
 def graded(*groups: list[tuple[float | None, int]]) -> list[Graded]:

@@ -58,8 +58,11 @@ def test_multi_of_openais_guide() -> None:
     item = {"name": "Ada Lovelace", "email": "ada@example.org"}
     found = grade(multi, json.dumps({"name": "ada lovelace", "email": "other"}), item)
     assert (found.reward, dict(found.scores)) == (0.5, {"name": 1.0, "email": 0.0})
-    assert grade(multi, "Ada", item).kind == "not_json"
-    assert grade(multi, '{"name": "Ada"}', item).kind == "not_json"
+    unread = grade(multi, '{"name": "Ada Lovelace"}', item)
+    assert (unread.reward, unread.is_unread) == (0.5, True), (
+        "an answer without the JSON is a bad answer, no failed grade"
+    )
+    assert grade(multi, "Ada", item).reward == 0
 
 
 def test_python_of_openais_guide() -> None:
@@ -73,7 +76,7 @@ def test_python_of_openais_guide() -> None:
     as_text = {"type": "text_similarity", "name": "fuzzy", "evaluation_metric": "fuzzy_match"}
     as_text |= {"input": "{{sample.output_text}}", "reference": "{{item.reference_answer}}"}
     text = "fuzzy wuzzy had no hair"
-    assert grade(python, text, item).reward == grade(as_text, text, item).reward == pytest.approx(0.711, abs=0.001)
+    assert grade(python, text, item).reward == grade(as_text, text, item).reward == pytest.approx(0.7556, abs=0.0001)
 
 
 TEXT, REFERENCE = "the cat sat on a mat today", "the cat sat on the mat"
@@ -238,5 +241,5 @@ def test_a_formula_without_a_value_is_no_reward(text: str) -> None:
     "text", ["", "a +", "a b", "(a", "a)", "abs(a, a)", "__import__('os')", "a ** 2", "a;b", "(" * 400]
 )
 def test_what_is_no_formula_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="character"):
+    with pytest.raises(InputError, match="no formula"):
         formula.parse(text, ("a",), "calculate_output")

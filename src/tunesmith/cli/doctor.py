@@ -33,6 +33,7 @@ EXTRAS = {
     "mlflow": ("mlflow", "runs in MLflow"),
     "trackio": ("trackio", "runs in Trackio"),
     "json": ("llguidance", "answers that follow a JSON schema, on the server"),
+    "graders": ("rapidfuzz jsonschema", "graders of likeness and of JSON schemas"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
     "peft": ("peft", "the methods of PEFT"),
     "llama-cpp": ("llama_cpp", "GGUF exports in all kinds of llama.cpp"),

@@ -187,13 +187,14 @@ def _draw(values: dict[str, Any], said: Sequence[Verdict]) -> None:
     from tunesmith.graders.verdict import lines_of
 
     screen = console()
-    print_table(screen, ["of", "reward", "95 % interval"], lines_of(values))
+    print_table(screen, ["", "reward", "95 % interval", "from lowest to highest"], lines_of(values))
     for error in values["errors"]:
         first = error["first"][0]
         places = listed(dict.fromkeys(one["source"] for one in error["first"]), 3)
         screen.print(visible(f"{error['num']:,} without reward, {KINDS[error['kind']]}: {places}"))
         screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
-    for title in ("best", "worst"):
+    is_alike = len({one["reward"] for one in (*values["best"], *values["worst"])}) < 2
+    for title in () if is_alike else ("best", "worst"):
         screen.print(f"{title}:")
         for one in values[title]:
             screen.print(visible(f"  {one['reward']:.3g}  {one['source']}  {one_line(one['answer'], 90)}"))

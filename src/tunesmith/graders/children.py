@@ -138,8 +138,8 @@ def _place(grader: Any) -> str:
 def _to_load(grader: Any, folder: str) -> dict[str, Any]:
     """What a process is to load, with its limits; the text of a Python grader as a file in `folder`."""
     limits = {
-        "seconds": getattr(grader, "seconds", schema.SECONDS),
-        "memory_bytes": int(getattr(grader, "memory_gib", schema.MEMORY_GIB) * 2**30),
+        "seconds": grader.seconds,
+        "memory_bytes": int(grader.memory_gib * 2**30),
         "offline": isinstance(grader, OFFLINE),
     }
     if isinstance(grader, schema.UnitTests):

@@ -19,7 +19,6 @@ KINDS: Mapping[str, str] = {
     "died": "its process ended by itself",
     "not_a_number": "it gave no finite number",
     "unknown_variable": "the row lacks a field that it names",
-    "not_json": "it reads JSON, and the answer is none",
     "formula": "its formula has no value there",
     "no_code": "the row has no tests",
     "unreachable": "the judge could not be reached",
@@ -29,7 +28,7 @@ KINDS: Mapping[str, str] = {
 
 
 class GradeError(Exception):
-    """A grade that failed: there is no reward, which is not a reward of 0."""
+    """A grade that failed: there is no reward, which is not a reward of 0. Kind "not_json": the answer failed."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -77,4 +76,6 @@ class Grade:
     """Further numbers: of the parts of a multi grader, or that a function gives."""
     kind: Kind | None = None
     error: str = ""
+    is_unread: bool = False
+    """The grader reads JSON that the answer does not have: that part has its lowest reward."""
     seconds: float = 0.0

@@ -39,7 +39,7 @@ def page_of(found: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: st
 
 
 def _rewards(found: Mapping[str, Any]) -> Iterator[Block | Table]:
-    rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds in lines_of(found)]
+    rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds, _ in lines_of(found)]
     yield Table([Column("of"), Column("value, with its 95 % interval", "number")], rows)
     yield Block("figures", [_histogram(kind, one) for kind, one in found["kinds"].items() if one["scored"]])
 

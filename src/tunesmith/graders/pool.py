@@ -85,18 +85,22 @@ class Pool:
             return self._kept[key]
         begun, scores = time.monotonic(), dict[str, float]()
         rewards: dict[str, float] = {}
+        is_unread = False
         try:
             for name, part in self._parts.items():
                 try:
                     rewards[name], more = self._of_part(name, part, sample, item, int(key[:15], 16))
                 except GradeError as error:
+                    if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
+                        rewards[name], more, is_unread = getattr(part, "range", (0.0,))[0], {}, True
+                        continue
                     raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
                 scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}
             reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
         except GradeError as error:
-            return Grade(None, {}, error.kind, str(error), time.monotonic() - begun)
+            return Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
         scores |= {name: value for name, value in rewards.items() if name}
-        grade = self._kept[key] = Grade(reward, scores, seconds=time.monotonic() - begun)
+        grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - begun)
         return grade
 
     def _of_part(

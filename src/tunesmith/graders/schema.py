@@ -58,9 +58,14 @@ class TextSimilarity(_Grader):
         return value
 
 
-class _Child(_Grader):
+class _Limited(_Grader):
+    """What is computed in a process of its own."""
+
     seconds: float = Field(SECONDS, gt=0, le=3600)
     memory_gib: float = Field(MEMORY_GIB, gt=0)
+
+
+class _Child(_Limited):
     env: tuple[str, ...] = ()
     """Names of environment variables that the code gets; all others are hidden from it."""
 
@@ -146,7 +151,7 @@ class ScoreModel(_Grader):
         return value
 
 
-class Regex(_Grader):
+class Regex(_Limited):
     type: Literal["regex"]
     pattern: str | tuple[str, ...]
     """The reward is the share of patterns that the text has somewhere."""
@@ -189,7 +194,7 @@ class Length(_Grader):
         return self
 
 
-class JsonSchema(_Grader):
+class JsonSchema(_Limited):
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
     input: str = "{{sample.output_text}}"

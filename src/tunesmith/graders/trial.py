@@ -107,7 +107,15 @@ def _of_kind(some: Sequence[Graded]) -> dict[str, Any]:
     """Count, mean over rows with its interval, sub-scores and histogram of one kind of answers."""
     rewards = _scored(some)
     means = [math.fsum(own) / len(own) for one in groups(some).values() if (own := _scored(one))]
-    found: dict[str, Any] = {"answers": len(some), "scored": len(rewards), "mean": None, "counts": [], "edges": []}
+    unread = sum(one.grade.is_unread for one in some)
+    found: dict[str, Any] = {
+        "answers": len(some),
+        "scored": len(rewards),
+        "unread": unread,
+        "mean": None,
+        "counts": [],
+        "edges": [],
+    }
     if not rewards:
         return found
     counts, edges = np.histogram(rewards, bins=10)

@@ -10,6 +10,7 @@ from tunesmith.graders.grade import KINDS
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
 
+BARS = "▁▂▃▄▅▆▇█"
 LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
 
 
@@ -97,22 +98,32 @@ def _of_model(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
         )
 
 
-def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(what, value, 95 % interval) of every measure."""
+def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(what, value, 95 % interval, distribution) of every measure."""
     for kind, one in found["kinds"].items():
         failed = one["answers"] - one["scored"]
-        what = PLAYED[kind] + (f" ({failed:,} without reward)" if failed else "")
-        yield what, f"{one['mean']['value']:.3f}" if one["mean"] else "–", _bounds(one["mean"])
+        odd = [f"{failed:,} without reward"] * (failed > 0) + [f"{one['unread']:,} without the JSON"] * (
+            one["unread"] > 0
+        )
+        what = PLAYED[kind] + (f" ({', '.join(odd)})" if odd else "")
+        if one["mean"] is None:
+            yield what, "–", "", ""
+            continue
+        bars = "".join(BARS[round((len(BARS) - 1) * num / max(one["counts"]))] for num in one["counts"])
+        spread = f"{one['low']:.3g} {bars} {one['high']:.3g}" if one["low"] < one["high"] else f"all {one['low']:.3g}"
+        yield what, f"{one['mean']['value']:.3f}", _bounds(one["mean"]), spread
+        if kind in ("reference", MODEL):
+            yield from ((f"  {name}", f"{mean:.3f}", "", "") for name, mean in one["scores"].items())
     model = found["model"] or {"measures": {}, "groups": {}, "length": None}
     for name, measure in model["measures"].items():
         if name != "reward":
-            yield name, f"{measure['value']:.3f}", _bounds(measure)
+            yield name, f"{measure['value']:.3f}", _bounds(measure), ""
     for size, share in model["groups"].items():
         least = "at least " if int(size) > model["samples"] else ""
-        yield f"groups of {size} would have spread", f"{least}{percent(share, 0)}", ""
+        yield f"groups of {size} would have spread", f"{least}{percent(share, 0)}", "", ""
     if model["length"] is not None:
-        yield "correlation of reward with tokens", f"{model['length']:.2f}", ""
-    yield "seconds a grade, median and 99 %", f"{found['seconds']['p50']:.3g}, {found['seconds']['p99']:.3g}", ""
+        yield "correlation of reward with tokens", f"{model['length']:.2f}", "", ""
+    yield "seconds a grade, median and 99 %", f"{found['seconds']['p50']:.2g}, {found['seconds']['p99']:.2g}", "", ""
 
 
 def _bounds(interval: Mapping[str, float] | None) -> str:
