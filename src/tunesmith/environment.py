@@ -11,8 +11,9 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from types import ModuleType
@@ -202,6 +203,19 @@ def default_threads(processes: int = 1) -> tuple[int, str]:
     if processes > 1:
         return max(1, num // processes), f"{num} cores for {processes} processes"
     return num, f"{num} core{'s are' if num > 1 else ' is'} free to this process"
+
+
+def limit_process(*, memory_bytes: int, seconds: float, grace_s: int = 1) -> None:
+    """Let this process have `memory_bytes` and `seconds` of a processor beyond what it has taken: then SIGXCPU, and
+    `grace_s` later its end. What a system cannot limit (memory on macOS, anything on Windows) stays free."""
+    with suppress(ImportError):
+        import resource
+
+        with suppress(ValueError, OSError):  # a lower limit is in force
+            most = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize() + memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_CPU, (until := int(time.process_time() + seconds) + 1, until + grace_s))
 
 
 def resident_bytes() -> int:

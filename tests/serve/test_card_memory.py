@@ -37,11 +37,11 @@ def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_and_values_get_what_the_card_has_and_not_the_host(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = worker._free_for_keys(torch.device("cuda"), limit=2**50)
+    found = worker.free_for_keys(torch.device("cuda"), limit=2**50)
     assert found == int(0.9 * (60 + 18 - 16 - 1) * GIB)
     monkeypatch.setenv(CARD_SHARE, "0.4")
-    assert worker._free_for_keys(torch.device("cuda"), limit=2**50) == int(0.9 * (32 - 16 - 1) * GIB)
-    assert worker._free_for_keys(torch.device("cpu"), limit=2**50) > 2**49
+    assert worker.free_for_keys(torch.device("cuda"), limit=2**50) == int(0.9 * (32 - 16 - 1) * GIB)
+    assert worker.free_for_keys(torch.device("cpu"), limit=2**50) > 2**49
 
 
 def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:

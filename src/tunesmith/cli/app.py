@@ -16,6 +16,7 @@ from tunesmith.cli.doctor import doctor, selftest
 from tunesmith.cli.eval import compare, evaluate
 from tunesmith.cli.explain import explain
 from tunesmith.cli.export import export, push
+from tunesmith.cli.grade import grade
 from tunesmith.cli.options import OPTIONS
 from tunesmith.cli.predict import predict
 from tunesmith.cli.runs import prune, rm, runs, show
@@ -159,7 +160,7 @@ def about(
 COMMAND_GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume, sweep),
     "Look and talk": (show, chat),
-    "Use and measure": (serve, predict, evaluate, compare, export, push, track),
+    "Use and measure": (serve, predict, evaluate, grade, compare, export, push, track),
     "More": (explain, selftest, recipe, doctor),
 }
 COMMAND_NAMES = {evaluate: "eval"}  # which as a function's name would hide Python's own

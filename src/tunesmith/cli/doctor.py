@@ -33,6 +33,7 @@ EXTRAS = {
     "mlflow": ("mlflow", "runs in MLflow"),
     "trackio": ("trackio", "runs in Trackio"),
     "json": ("llguidance", "answers that follow a JSON schema, on the server"),
+    "graders": ("rapidfuzz jsonschema", "graders of likeness and of JSON schemas"),
     "bitsandbytes": ("bitsandbytes", "method qlora and optimizers of 8 bits"),
     "cuda": ("liger_kernel", "kernels of a card where torch.compile makes none"),
     "peft": ("peft", "the methods of PEFT"),

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 
 from tunesmith.data.sandbox import Sandbox, TooLong, TooMuch
-from tunesmith.environment import for_child, python_words
+from tunesmith.environment import for_child, limit_process, python_words
 from tunesmith.types import JsonObject
 
 TRIAL_LIMIT_S = 2.0
@@ -105,26 +104,12 @@ def _resident_bytes(pid: int) -> int:
 def main() -> None:
     """The process: writes a line."""
     job = json.load(sys.stdin)
-    _limit(job["limit_s"])
+    limit_process(memory_bytes=TRIAL_BYTES, seconds=2 * job["limit_s"] + 1)
     sys.stdout.write(f"{_first_fault(job)}\n")
 
 
 def _first_fault(given: JsonObject) -> str:
     return next(filter(None, (_fault(text, given["tokens"], given["limit_s"]) for text in given["texts"])), "")
-
-
-def _limit(limit_s: float) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows: the other process looks at the clock and at this one's memory
-        return
-    with suppress(ValueError, OSError):  # a lower limit is in force
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-        most = pages * resource.getpagesize() + TRIAL_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    with suppress(ValueError, OSError):
-        most_s = int(time.process_time() + 2 * limit_s) + 2
-        resource.setrlimit(resource.RLIMIT_CPU, (most_s, most_s + 1))
 
 
 def _fault(text: str, tokens: JsonObject, limit_s: float) -> str:

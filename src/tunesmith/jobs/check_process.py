@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import math
-import resource
 import signal
 import sys
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import orjson
-import psutil
 
+from tunesmith.environment import limit_process
 from tunesmith.jobs.training_files import FAILED, CheckedFile, FileFault, check_file
 from tunesmith.types import JsonObject, Record
 
@@ -68,12 +65,7 @@ def _limit(memory_bytes: int, seconds: int) -> None:
 
     signal.signal(signal.SIGXCPU, end)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
-    until = seconds + math.ceil(time.process_time())
-    with suppress(OSError, ValueError):  # a lower limit is in force
-        resource.setrlimit(resource.RLIMIT_CPU, (until, until + GRACE_S))
-    with suppress(OSError, ValueError):  # macOS has no such limit
-        most = psutil.Process().memory_info().vms + memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit_process(memory_bytes=memory_bytes, seconds=seconds, grace_s=GRACE_S)
     with suppress(OSError):  # where memory is short nevertheless, Linux ends this process before the server
         Path("/proc/self/oom_score_adj").write_text("1000")
 

@@ -95,7 +95,7 @@ class Worker:
             decoder: Scheduler(
                 decoder,
                 streams=options.streams,
-                room=decoder.token_capacity(_free_for_keys(decoder.model.device, limit) // len(decoders)),
+                room=decoder.token_capacity(free_for_keys(decoder.model.device, limit) // len(decoders)),
             )
             for decoder in decoders
         }
@@ -180,7 +180,7 @@ class Worker:
             self._send(tuple(events))
 
 
-def _free_for_keys(device: torch.device, limit: int) -> int:
+def free_for_keys(device: torch.device, limit: int) -> int:
     """Bytes for keys and values once the weights are loaded: of the card where the model is on one, else of what this
     process may hold."""
     if device.type != "cuda":

@@ -1,0 +1,219 @@
+"""tunesmith grade"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.options import Json, Offline, Root, named, refuse_missing
+from tunesmith.cli.render import print_table
+from tunesmith.cli.streams import console, json_line
+from tunesmith.errors import InputError
+from tunesmith.phrases import PHASES, listed, one_line, plural, visible
+from tunesmith.runs.atomic import refuse_existing, to_json, write_atomic, writing
+
+if TYPE_CHECKING:
+    from tunesmith.graders.grade import Answer
+    from tunesmith.graders.prompts import Prompt
+    from tunesmith.graders.trial import Graded
+    from tunesmith.graders.verdict import Verdict
+
+ROWS_OF_MODEL = 64
+WORDS = {**PHASES, "draw": "drawing answers", "grade": "grading"}
+Say = Callable[[str], None]
+Tick = Callable[[str, int, int], None]
+
+
+def grade(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Rows with prompt or messages, and what the grader reads.")
+    ],
+    grader: Annotated[
+        str, typer.Option(metavar="GRADER", help="file.py, file.py:FUNCTION, or a grader in .json or .yaml.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="RUN|MODEL", help="Grade answers of this run or model, too.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, max=64, help="Answers of the model to each prompt.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.1, max=2, help="Of the model's answers.")] = 1.0,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rows taken, evenly over the file (default: all; with --model 64, but all with --keep)."
+        ),
+    ] = None,
+    passes: Annotated[float, typer.Option("--pass", help="Least reward of an answer that counts as right.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the model's answers.")] = 0,
+    keep: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Write the rows whose mean reward lies there to --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="File of the rows that --keep keeps.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over --out.")] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with pictures.")] = None,
+    root: Root = Path("runs"),
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Try a grader before anything is trained with it: does it tell right answers from wrong ones, and can it be won?
+
+    tunesmith grade prompts.jsonl --grader grader.py
+
+    tunesmith grade prompts.jsonl --grader grader.json --model HuggingFaceTB/SmolLM2-135M-Instruct --page tried.html
+    """
+    bounds = _bounds(keep, out, model, overwrite)
+    if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
+        raise InputError(f"--page {page}: not a page in a folder that is there. Give FILE.html.")
+    from tunesmith.graders import schema
+    from tunesmith.graders.pool import Pool
+    from tunesmith.graders.prompts import read_prompts
+    from tunesmith.graders.trial import grade_all, played, results
+    from tunesmith.graders.verdict import verdicts
+
+    found = schema.load(grader)
+    every = read_prompts([data])
+    prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
+    schema.check_variables(found, prompts[0].item)
+    if model is not None:
+        model = named(model, root)
+        refuse_missing(model, root, offline=offline)
+    screen = console(stderr=True)
+
+    def say(words: str) -> None:
+        screen.print(visible(words), style="bright_black")
+
+    if len(prompts) < len(every):
+        say(f"{len(prompts):,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
+    from tunesmith.cli.display import phases
+
+    with Pool(found) as pool, phases(screen, WORDS) as tick:
+        _say_network(pool.children.values(), say)
+        answers = [*played(prompts)]
+        if model is not None:
+            how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
+            answers += _drawn(model, prompts, seed, how, root, offline, say, tick)
+        graded = grade_all(pool, prompts, answers, tick)
+    values = results(prompts, graded, passes=passes)
+    said = verdicts(values, data)
+    if as_json:
+        shown = [{"words": one.words, "refuses": one.refuses} for one in said]
+        json_line({"kind": "grade", "data": data, "grader": grader, "target": model, **values, "verdict": shown})
+    else:
+        _draw(values, said)
+    if page is not None:
+        from tunesmith.graders.page import page_of
+
+        write_atomic(page, page_of(values, said, grader=grader, data=data).encode())
+        say(f"a page with pictures: {page}")
+    if bounds is not None and out is not None:
+        _keep(prompts, graded, bounds, out, say)
+    if any(one.refuses for one in said):
+        raise typer.Exit(InputError.exit_code)
+
+
+def _bounds(keep: str | None, out: Path | None, model: str | None, overwrite: bool) -> tuple[float, float] | None:
+    """The bounds of --keep. Raises InputError for options that do not go together."""
+    if keep is None and out is None:
+        return None
+    if keep is None or out is None or model is None:
+        raise InputError("grade: --keep, --out and --model go together: rows are kept by what the model's answers get.")
+    refuse_existing(out, overwrite=overwrite)
+    low, colon, high = keep.partition(":")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        bounds = 1.0, 0.0
+    if not colon or not bounds[0] <= bounds[1]:
+        raise InputError(f"--keep {keep}: not two rewards, the lower first. Write --keep 0.05:0.95")
+    return bounds
+
+
+def _some(every: Sequence[Prompt], most: int) -> list[Prompt]:
+    num = min(most, len(every))
+    return [every[i * len(every) // num] for i in range(num)]
+
+
+def _say_network(children: Any, say: Say) -> None:
+    offline = {child.offline for child in children if child.closes_network}
+    if offline == {False}:
+        say("note: this system lets no ordinary program close its network, so the grader's code has one")
+
+
+def _drawn(
+    model: str,
+    prompts: Sequence[Prompt],
+    seed: int,
+    how: dict[str, Any],
+    root: Path,
+    offline: bool,
+    say: Say,
+    tick: Tick,
+) -> list[tuple[str, int, Answer]]:
+    """Answers of a model to each prompt. Raises InputError where none can be asked."""
+    from tunesmith.graders.grade import Answer
+    from tunesmith.graders.trial import MODEL
+    from tunesmith.serve.samples import Question, SampledModel
+
+    tick("load", 0, 1)
+    source = SampledModel(model, root=root, offline=offline, streams=max(16, 2 * how["num"]), note=say)
+    questions = [Question(one.messages, _seed(one, seed), one.tools) for one in prompts]
+    found = source.answers(questions, **how, progress=tick)
+    refused = [(prompts[i].source, why) for i, why in enumerate(found) if isinstance(why, str)]
+    if refused:
+        first = f"the first: {refused[0][0]}: {refused[0][1]}"
+        if len(refused) == len(prompts):
+            raise InputError(f"{model}: no row can be asked; {first}.")
+        say(f"note: {len(refused):,} of {plural(len(prompts), 'row')} cannot be asked; {first}")
+    drawn = [(i, one) for i, some in enumerate(found) if not isinstance(some, str) for one in some]
+    cut = sum(not one.ended for _, one in drawn)
+    if cut > 0.05 * len(drawn):
+        say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
+    return [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
+
+
+def _seed(prompt: Prompt, seed: int) -> int:
+    """Of a prompt's answers: from its row and `seed`, whatever other rows are there."""
+    digest = hashlib.sha256(to_json([seed, dict(prompt.item)]))
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def _draw(values: dict[str, Any], said: Sequence[Verdict]) -> None:
+    from tunesmith.graders.grade import KINDS
+    from tunesmith.graders.trial import PLAYED
+    from tunesmith.graders.verdict import lines_of
+
+    screen = console()
+    print_table(screen, ["", "reward", "95 % interval", "from lowest to highest"], lines_of(values))
+    for error in values["errors"]:
+        first = error["first"][0]
+        places = listed(dict.fromkeys(one["source"] for one in error["first"]), 3)
+        screen.print(visible(f"{error['num']:,} without reward, {KINDS[error['kind']]}: {places}"))
+        screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
+    is_alike = len({one["reward"] for one in (*values["best"], *values["worst"])}) < 2
+    for title in () if is_alike else ("best", "worst"):
+        screen.print(f"{title}:")
+        for one in values[title]:
+            screen.print(visible(f"  {one['reward']:.3g}  {one['source']}  {one_line(one['answer'], 90)}"))
+    for one in said:
+        screen.print(visible(("✗ " if one.refuses else "") + one.words))
+
+
+def _keep(
+    prompts: Sequence[Prompt], graded: Sequence[Graded], bounds: tuple[float, float], out: Path, say: Say
+) -> None:
+    """Write the rows whose mean reward of the model's answers lies within the bounds."""
+    from tunesmith.graders.trial import MODEL, groups
+
+    low, high = bounds
+    kept = []
+    for i, members in groups([one for one in graded if one.kind == MODEL]).items():
+        rewards = [one.grade.reward for one in members if one.grade.reward is not None]
+        if rewards and low <= sum(rewards) / len(rewards) <= high:
+            kept.append(prompts[i].item)
+    with writing(out) as file:
+        file.writelines(to_json(item) + b"\n" for item in kept)
+    say(f"{len(kept):,} of {plural(len(prompts), 'row')} have a mean reward from {low:g} to {high:g} and are in {out}")

@@ -1,0 +1,330 @@
+"""The process that runs the code of graders.
+
+    python -m tunesmith.graders.child
+
+reads on its standard input what to load and then a line of JSON a grade, and writes a line for each to its standard
+output. The code is loaded once. Each grade is made by a fork of this process, with a session, a folder and limits of
+its own, so that nothing that a grade does, prints or leaves behind reaches the next one. What code prints goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import random
+import runpy
+import secrets
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from tunesmith.environment import limit_process
+
+Work = Callable[[Mapping[str, Any]], Any]
+Limits = Mapping[str, Any]
+"""{memory_bytes, seconds} of a grade, or of a test."""
+Answer = dict[str, Any]
+"""{"value": what a grader returned}, or {"kind", "error"} as in `grade.Grade`."""
+FILE_BYTES = 64 * 2**20
+"""Largest file that a grade may write."""
+MOST_TRACE = 2000
+"""Characters of a traceback."""
+_SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
+"""Linux: prctl.h and sched.h."""
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.path[:] = [path for path in sys.path if path]
+
+    def say(message: Mapping[str, Any]) -> None:
+        out.write(json.dumps(message).encode() + b"\n")
+        out.flush()
+
+    given = json.loads(sys.stdin.buffer.readline() or b"{}")
+    if not given:
+        return
+    _prctl(_SUBREAPER)
+    offline = given["offline"] and _without_network()
+    limits = {"memory_bytes": given["memory_bytes"], "seconds": given["seconds"]}
+    try:
+        work = _loaded(given)
+    except BaseException as error:
+        say(_problem(error))
+        return
+    say({"files": _own_files(given.get("file", "")), "offline": offline})
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        say(_graded(request, work, limits, request["seed"]))
+
+
+def _prctl(option: int, value: int = 1) -> None:
+    prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+    if prctl is not None:
+        prctl(option, value)
+
+
+def _without_network() -> bool:
+    """Leave the network, where the kernel lets an ordinary user; whether it did."""
+    unshare = getattr(ctypes.CDLL(None), "unshare", None) if sys.platform == "linux" else None
+    return unshare is not None and unshare(_NEW_USER | _NEW_NET) == 0
+
+
+def _loaded(given: Mapping[str, Any]) -> Work | None:
+    """The function that grades; None: tests of answers are run."""
+    if given["what"] == "tests":
+        return None
+    if given["what"] == "text":
+        from tunesmith.graders.schema import from_value
+        from tunesmith.graders.texts import grade_text
+
+        grader = from_value(given["grader"])
+        return lambda request: grade_text(grader, request["sample"], request["item"])
+    file = Path(given["file"])
+    sys.path.insert(0, str(file.parent))
+    module = _module("tunesmith_grader", file)
+    function = getattr(module, given["function"], None)
+    if not callable(function):
+        raise LookupError(f"{file.name} has no function {given['function']}")
+    return _called(function)
+
+
+def _module(name: str, file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None, "a file that ends in .py"
+    assert spec.loader is not None, "a file that ends in .py"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _called(function: Callable[..., Any]) -> Work:
+    """`grade(sample, item)`, or as TRL calls rewards: lists of completions and of each column, of one answer."""
+    names = list(inspect.signature(function).parameters)
+    if not {"completions", "completion"} & set(names):
+        return lambda request: function(request["sample"], request["item"])
+
+    def as_trl(request: Mapping[str, Any]) -> Any:
+        sample, item = request["sample"], request["item"]
+        is_chat = isinstance(item.get("prompt", []), list)
+        text = sample["output_text"]
+        columns = {key: [value] for key, value in item.items()}
+        columns.setdefault("prompts", [item.get("prompt", item.get("messages"))])
+        columns["completions"] = [[{"role": "assistant", "content": text}] if is_chat else text]
+        takes_all = any(one.kind == one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
+        found = function(**{key: value for key, value in columns.items() if takes_all or key in names})
+        return found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+
+    return as_trl
+
+
+def _own_files(file: str) -> dict[str, str]:
+    """SHA-256 of the grader's file and of the modules that it loaded from its folder and below."""
+    folder = Path(file).parent.resolve() if file else None
+    paths = {Path(at) for module in list(sys.modules.values()) if (at := getattr(module, "__file__", None))}
+    own = sorted(path for path in paths if folder and path.is_file() and folder in path.resolve().parents)
+    return {str(path.relative_to(folder) if folder else path): _sha256(path) for path in own}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _graded(request: Mapping[str, Any], work: Work | None, limits: Limits, seed: int) -> Answer:
+    with suppress(OSError):
+        os.ftruncate(2, 0)  # of what earlier grades printed
+        os.lseek(2, 0, os.SEEK_SET)
+    if work is not None:
+        ready = work
+        text, problem = _forked(lambda read, write: _say(write, _value_of(ready, request)), seed, limits)
+        return problem or dict(json.loads(text))
+    passed = sum(_passes(request["code"], test, seed, limits) for test in request["tests"])
+    return {"value": passed / len(request["tests"])}
+
+
+def _say(write: int, answer: Mapping[str, Any]) -> None:
+    data = memoryview(json.dumps(answer).encode() + b"\n")
+    while data:
+        data = data[os.write(write, data) :]
+
+
+def _trace(error: BaseException) -> str:
+    """The end of a traceback, without the lines of this file."""
+    found = traceback.TracebackException.from_exception(error)
+    found.stack[:] = [
+        frame for frame in found.stack if frame.filename != __file__ and "importlib" not in frame.filename
+    ]
+    return "".join(found.format(chain=False)).strip()[-MOST_TRACE:]
+
+
+def _problem(error: BaseException) -> Answer:
+    kind = "memory" if isinstance(error, MemoryError) else getattr(error, "kind", "exception")
+    return {"kind": kind, "error": str(error) if hasattr(error, "kind") else _trace(error)}
+
+
+def _value_of(work: Work, request: Mapping[str, Any]) -> Answer:
+    """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
+    value = work(request)
+    scores = dict(value) if isinstance(value, Mapping) else {"reward": value}
+    numbers = {str(name): _number(one) for name, one in scores.items()}
+    if numbers.get("reward") is None:
+        what = (
+            repr(scores["reward"])[:80] if "reward" in scores else f"no reward among {', '.join(numbers) or 'nothing'}"
+        )
+        return {"kind": "not_a_number", "error": f"it gave {what}; a grade is a finite number"}
+    return {"value": numbers.pop("reward"), "scores": {name: one for name, one in numbers.items() if one is not None}}
+
+
+def _number(value: Any) -> float | None:
+    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+    return float(value) if isinstance(value, (bool, int, float)) and math.isfinite(value) else None
+
+
+def _forked(
+    work: Callable[[int, int], None], seed: int, limits: Limits, then: Callable[[str], bytes] | None = None
+) -> tuple[str, Answer | None]:
+    """What a fork that calls `work(read, write)` said, up to a line end, and a problem if there was one.
+
+    `then`: makes, in the fork's folder, what is sent to it after its first line; it has a second line to say.
+    """
+    folder = tempfile.mkdtemp(prefix="grade-")
+    (from_fork, to_us), (from_us, to_fork) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(from_fork)
+            os.close(to_fork)
+            _enter(folder, seed, limits)
+            work(from_us, to_us)
+        except BaseException as error:
+            _say(to_us, _problem(error))
+        finally:
+            os._exit(0)
+    os.close(to_us)
+    os.close(from_us)
+    status, text = 0, None
+    try:
+        ends = time.monotonic() + limits["seconds"]
+        text = _line(from_fork, ends)
+        if text and then is not None:
+            with suppress(OSError):
+                os.write(to_fork, then(folder))
+            text = _line(from_fork, ends)
+    finally:
+        os.close(from_fork)
+        os.close(to_fork)
+        status = _ended(pid, wait=text == "")
+        rmtree(folder, ignore_errors=True)
+    if text is None or status == -signal.SIGXCPU:
+        return "", {"kind": "timeout", "error": f"it took more than {limits['seconds']:g} s and was ended"}
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+    return text, None if text else {"kind": "died", "error": f"its process ended by itself ({how})"}
+
+
+def _line(source: int, ends: float) -> str | None:
+    """A line that a fork says; "": it ended before; None: its time did."""
+    text = b""
+    while (left := ends - time.monotonic()) > 0:
+        if select.select([source], [], [], left)[0]:
+            new = os.read(source, 1 << 16)
+            text += new
+            if not new or text.endswith(b"\n"):
+                return text.decode("utf-8", "replace") if new else ""
+    return None
+
+
+def _enter(folder: str, seed: int, limits: Limits) -> None:
+    """Make this fork a grade's: a session, a folder, limits and random numbers of its own."""
+    import resource
+
+    os.setsid()
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    os.chdir(folder)
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    limit_process(memory_bytes=limits["memory_bytes"], seconds=limits["seconds"] * (os.cpu_count() or 1))
+    for which, most in ((resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(which, (most, most))
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+def _ended(pid: int, *, wait: bool) -> int:
+    """End a fork with all that it started; its exit code, or minus its signal. `wait`: it is ending by itself."""
+    done, status, until = 0, 0, time.monotonic() + 1
+    while wait and not done and time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.001)
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.kill(pid, signal.SIGKILL)  # it has no group of its own yet
+    if not done:
+        _, status = os.waitpid(pid, 0)
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    with suppress(OSError):  # on Linux orphans come to this process, also those that left the group
+        while others := children.read_text("ascii").split():
+            for other in map(int, others):
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+_RUN, _READ, _WRITE = runpy.run_path, os.read, os.write
+"""As they are before the code of an answer can replace them."""
+
+
+def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
+    """Whether a test passes on the code of an answer. Its pass is a word that this process alone knows until the code
+    is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
+    word = secrets.token_hex(16)
+
+    def then(folder: str) -> bytes:
+        # Written now, outside of the folder that the code knows, so that loading the code could not change it.
+        (Path(place) / "test_of_answer.py").write_text(f"{test}\n\n__passed__()\n", "utf-8")
+        return word.encode()
+
+    with tempfile.TemporaryDirectory(prefix="test-") as place:
+        text, _ = _forked(lambda read, write: _run_test(code, Path(place), read, write), seed, limits, then)
+    return text == f"{word}\n"
+
+
+def _run_test(code: str, place: Path, read: int, write: int) -> None:
+    Path("answer.py").write_text(code, "utf-8")
+    answer = vars(_module("answer", Path("answer.py").resolve()))
+    _WRITE(write, b"loaded\n")
+    word = _READ(read, 64)
+    file = str(place / "test_of_answer.py")
+
+    def passed() -> None:
+        names = sys._getframe(1).f_globals
+        for name in [name for name in names if name.startswith("test")]:
+            if getattr(getattr(names[name], "__code__", None), "co_filename", "") == file:
+                names[name]()
+        _WRITE(write, word + b"\n")
+
+    _RUN(file, {**answer, "__passed__": passed}, "test_of_answer")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Processes that run the code of graders, see `child`: started once, each for one grade at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from tunesmith.environment import for_child, python_words
+from tunesmith.errors import InputError
+from tunesmith.graders import schema
+from tunesmith.graders.grade import GradeError
+
+LOAD_S = 60.0
+"""Longest time in which the code of a grader is loaded."""
+GRACE_S = 10.0
+"""Beyond the limit of a grade, which its process keeps by itself."""
+OFFLINE = (schema.Python, schema.UnitTests)
+"""Code of others, which gets no network."""
+KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONSAFEPATH")
+SETTINGS = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+class Children:
+    """Runs the code of one grader, in as many processes as ask at the same time."""
+
+    def __init__(self, grader: Any) -> None:
+        if not hasattr(os, "fork"):
+            raise InputError(f"{grader.type}: code of graders needs Linux or macOS. On Windows, run tunesmith in WSL.")
+        self._grader = grader
+        self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
+        first = _Child(grader)
+        self.files: Mapping[str, str] = first.files
+        """SHA-256 of the files that the grader is made of."""
+        self.offline = first.offline
+        """Whether its code has no network."""
+        self.closes_network = isinstance(grader, OFFLINE)
+        self._idle.put(first)
+
+    def ask(self, request: Mapping[str, Any], times: int = 1) -> Mapping[str, Any]:
+        """The value and the scores of a request that takes up to `times` the limit. Raises GradeError."""
+        try:
+            child = self._idle.get_nowait()
+        except queue.Empty:
+            child = _Child(self._grader)
+        try:
+            answer = child.ask(request, self._grader.seconds * times + GRACE_S)
+        except GradeError:
+            child.end()
+            raise
+        self._idle.put(child)
+        if "kind" in answer:
+            raise GradeError(answer["kind"], answer["error"] + child.last_words(answer["kind"]))
+        return answer
+
+    def close(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().end()
+
+
+class _Child:
+    def __init__(self, grader: Any) -> None:
+        kept = (*KEPT_ENV, *getattr(grader, "env", ()))
+        env = {name: value for name, value in for_child().items() if name in kept} | SETTINGS
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
+        self._folder = tempfile.TemporaryDirectory(prefix="grader-")
+        self._process = subprocess.Popen(
+            python_words("tunesmith.graders.child"), env=env, cwd=self._folder.name, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
+        )  # fmt: skip
+        try:
+            told = self.ask(_to_load(grader, self._folder.name), LOAD_S)
+            if "kind" in told:
+                raise GradeError(told["kind"], told["error"])
+        except GradeError as error:
+            self.end()
+            raise InputError(f"{_place(grader)}: the grader cannot be loaded: {error}") from None
+        self.files, self.offline = told["files"], told["offline"]
+
+    def ask(self, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
+        """Raises GradeError where the process ends, or says nothing in time."""
+        out = self._process.stdout
+        assert out is not None, "it is a pipe"
+        assert self._process.stdin is not None, "it is a pipe"
+        line = b""
+        with suppress(OSError):  # it has ended, which the empty line says
+            data = memoryview(json.dumps(request).encode() + b"\n")
+            while data:
+                data = data[self._process.stdin.write(data) :]
+            ends = time.monotonic() + seconds
+            while not line.endswith(b"\n") and (left := ends - time.monotonic()) > 0:
+                if select.select([out], [], [], left)[0]:
+                    new = os.read(out.fileno(), 1 << 16)
+                    if not new:
+                        break
+                    line += new
+            else:
+                if not line.endswith(b"\n"):
+                    raise GradeError("timeout", f"it took more than {seconds:g} s and was ended")
+        if not line.endswith(b"\n"):
+            raise GradeError("died", "the process of the grader ended by itself" + self.last_words("died"))
+        return dict(json.loads(line))
+
+    def last_words(self, kind: str) -> str:
+        """What a process that died printed last."""
+        if kind != "died":
+            return ""
+        size = os.fstat(self._log.fileno()).st_size
+        lines = os.pread(self._log.fileno(), 1000, max(0, size - 1000)).decode("utf-8", "replace").strip().splitlines()
+        return f"; it printed last: {lines[-1]}" if lines else ""
+
+    def end(self) -> None:
+        """End the process with all that it started."""
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._log.close()
+        self._folder.cleanup()
+
+
+def _place(grader: Any) -> str:
+    return grader.file if isinstance(grader, schema.Function) else grader.name or grader.type
+
+
+def _to_load(grader: Any, folder: str) -> dict[str, Any]:
+    """What a process is to load, with its limits; the text of a Python grader as a file in `folder`."""
+    limits = {
+        "seconds": grader.seconds,
+        "memory_bytes": int(grader.memory_gib * 2**30),
+        "offline": isinstance(grader, OFFLINE),
+    }
+    if isinstance(grader, schema.UnitTests):
+        return {"what": "tests", **limits}
+    if isinstance(grader, schema.Function):
+        return {"what": "file", "file": grader.file, "function": grader.function, **limits}
+    if isinstance(grader, schema.Python):
+        file = os.path.join(folder, "grader.py")
+        with open(file, "w", encoding="utf-8") as out:
+            out.write(grader.source)
+        return {"what": "file", "file": file, "function": "grade", **limits}
+    return {"what": "text", "grader": grader.model_dump(mode="json", by_alias=True), **limits}

@@ -1,0 +1,81 @@
+"""What is graded, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal[
+    "exception", "timeout", "memory", "died", "not_a_number", "unknown_variable", "not_json", "formula",
+    "no_code", "unreachable", "refused", "unreadable",
+]  # fmt: skip
+"""Why there is no reward."""
+KINDS: Mapping[str, str] = {
+    "exception": "the grader raised an error",
+    "timeout": "it took too long",
+    "memory": "it took too much memory",
+    "died": "its process ended by itself",
+    "not_a_number": "it gave no finite number",
+    "unknown_variable": "the row lacks a field that it names",
+    "formula": "its formula has no value there",
+    "no_code": "the row has no tests",
+    "unreachable": "the judge could not be reached",
+    "refused": "the judge refused to answer",
+    "unreadable": "the judge's answer could not be read",
+}
+
+
+class GradeError(Exception):
+    """A grade that failed: there is no reward, which is not a reward of 0. Kind "not_json": the answer failed."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind: Kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer to be graded: a sample of a model, or a text that plays one."""
+
+    text: str
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Tool calls in OpenAI's shape."""
+    ended: bool = True
+    """False: it was cut at the most tokens."""
+    tokens: int | None = None
+
+    def as_sample(self) -> dict[str, Any]:
+        """`sample` as a grader gets it: OpenAI's names, and ours `ended` and `tokens`."""
+        message = {"role": "assistant", "content": self.text, "tool_calls": list(self.tools)}
+        reason = "tool_calls" if self.tools else "stop" if self.ended else "length"
+        return {
+            "output_text": self.text,
+            "output_json": _json_of(self.text),
+            "output_tools": list(self.tools),
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+            "ended": self.ended,
+            "tokens": self.tokens,
+        }
+
+
+def _json_of(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=lambda word: None)
+    except (ValueError, RecursionError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """What a grader says of an answer; `reward` None: the grade failed, as `kind` and `error` say."""
+
+    reward: float | None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers: of the parts of a multi grader, or that a function gives."""
+    kind: Kind | None = None
+    error: str = ""
+    is_unread: bool = False
+    """The grader reads JSON that the answer does not have: that part has its lowest reward."""
+    seconds: float = 0.0

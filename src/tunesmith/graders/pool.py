@@ -1,0 +1,142 @@
+"""Grades of many answers at once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from tunesmith.environment import num_cpus
+from tunesmith.graders import formula, judge, schema, texts
+from tunesmith.graders.children import Children
+from tunesmith.graders.grade import Answer, Grade, GradeError
+
+JUDGED_AT_ONCE = 8
+_CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, schema.JsonSchema)
+"""Code, and what a regular expression can keep busy for ever."""
+
+
+class Pool:
+    """Grades answers by a grader; a context manager, at whose end no process is left.
+
+    `kept`: grades by the digest of all they follow from, which are not made again: given by whoever keeps them for
+    longer. Raises InputError for a grader that cannot be loaded.
+    """
+
+    def __init__(
+        self, grader: Any, *, at_once: int | None = None, kept: MutableMapping[str, Grade] | None = None
+    ) -> None:
+        self.grader = grader
+        self._parts = schema.parts_of(grader)
+        self._kept: MutableMapping[str, Grade] = {} if kept is None else kept
+        self._underway: dict[str, Future[Grade]] = {}
+        self._lock = Lock()
+        self._formula = None
+        if isinstance(grader, schema.Multi):
+            self._formula = formula.parse(grader.calculate_output, tuple(self._parts), "calculate_output")
+        for part in self._parts.values():
+            texts.refuse_lacking(part)
+            if isinstance(part, schema.ScoreModel):
+                judge.key_of(part)
+        self.children: dict[str, Children] = {}
+        try:
+            for name, part in self._parts.items():
+                if isinstance(part, IN_CHILDREN):
+                    self.children[name] = Children(part)
+        except BaseException:
+            self.close()
+            raise
+        has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
+        usual = JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)
+        self._threads = ThreadPoolExecutor(at_once or usual)
+        files = {name: dict(child.files) for name, child in self.children.items()}
+        self.identity = _digest([grader.model_dump(mode="json"), files])
+        """SHA-256 of the grader and of the files of its code."""
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._threads.shutdown(wait=error is None, cancel_futures=True)
+        self.close()
+
+    def close(self) -> None:
+        for child in self.children.values():
+            child.close()
+
+    def submit(self, answer: Answer, item: Mapping[str, Any]) -> Future[Grade]:
+        """The grade of an answer to the prompt of a row, `item`, once it is made. Answers that are alike share one."""
+        key = _digest([self.identity, dict(item), answer.text, list(answer.tools), answer.ended, answer.tokens])
+        with self._lock:
+            if key not in self._underway:
+                self._underway[key] = self._threads.submit(self._grade, key, answer.as_sample(), item)
+            return self._underway[key]
+
+    def _grade(self, key: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Grade:
+        if key in self._kept:
+            return self._kept[key]
+        begun, scores = time.monotonic(), dict[str, float]()
+        rewards: dict[str, float] = {}
+        is_unread = False
+        try:
+            for name, part in self._parts.items():
+                try:
+                    rewards[name], more = self._of_part(name, part, sample, item, int(key[:15], 16))
+                except GradeError as error:
+                    if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
+                        rewards[name], more, is_unread = getattr(part, "range", (0.0,))[0], {}, True
+                        continue
+                    raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
+                scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}
+            reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
+        except GradeError as error:
+            return Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
+        scores |= {name: value for name, value in rewards.items() if name}
+        grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - begun)
+        return grade
+
+    def _of_part(
+        self, name: str, part: Any, sample: Mapping[str, Any], item: Mapping[str, Any], seed: int
+    ) -> tuple[float, Mapping[str, float]]:
+        if isinstance(part, schema.ScoreModel):
+            return judge.ask(part, sample, item), {}
+        if name not in self.children:
+            return texts.grade_text(part, sample, item), {}
+        if isinstance(part, schema.UnitTests):
+            tests = _tests_of(part, item)
+            request = {"code": code_of(sample["output_text"]), "tests": tests, "seed": seed}
+            return float(self.children[name].ask(request, len(tests))["value"]), {}
+        found = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
+        return float(found["value"]), found.get("scores", {})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
+
+
+def code_of(text: str) -> str:
+    """The last fenced block of an answer, or all of it where there is none."""
+    blocks = _CODE.findall(text)
+    return str(blocks[-1]) if blocks else text
+
+
+def _tests_of(part: schema.UnitTests, item: Mapping[str, Any]) -> list[str]:
+    tests = item.get(part.tests)
+    found = [tests] if isinstance(tests, str) else tests
+    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+        raise GradeError(
+            "no_code", f"{part.tests}: a text or a list of texts is needed, each with statements that assert"
+        )
+    if any("TestCase" in one for one in found):
+        raise GradeError(
+            "no_code", f"{part.tests}: classes of unittest are not run. Write assert, or functions test_..."
+        )
+    return found

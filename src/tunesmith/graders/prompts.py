@@ -1,0 +1,95 @@
+"""Rows that are graded: a prompt, perhaps a reference, and whatever else the grader reads of them.
+
+{"prompt": "..." or [messages], "reference": "...", ...}
+{"messages": [..., {"role": "user", "content": "..."}], "answer": "...", ...}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.problems import RowProblems, names
+from tunesmith.data.read import read
+from tunesmith.errors import DataError
+from tunesmith.graders.grade import Answer
+from tunesmith.recipe.schema import DataFile, Limits
+from tunesmith.types import Problem, Source
+
+REFERENCES = ("reference", "reference_answer", "answer", "completion")
+"""Fields with the right answer, the first that a row has; else it is the assistant's last turn."""
+MOST_LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A row: what a model is asked, and all fields as they are."""
+
+    source: str
+    item: Mapping[str, Any]
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    reference: Answer | None = None
+
+    @property
+    def text(self) -> str:
+        """The last message before the answer."""
+        return str(self.messages[-1]["content"])
+
+
+def read_prompts(paths: Iterable[str]) -> list[Prompt]:
+    """The rows of data files. Raises DataError with all problems, by line."""
+    problems: list[Problem] = []
+    found: list[Prompt] = []
+
+    def note(problem: Problem) -> None:
+        if problem.severity == "error":
+            problems.append(problem)
+
+    for _, record, source in read([DataFile(path=path) for path in paths], limits=Limits(), on_problem=note):
+        one = prompt_of(record, source)
+        if isinstance(one, Prompt):
+            found.append(one)
+        else:
+            problems += one
+    if problems:
+        more = [f"and {len(problems) - MOST_LISTED:,} more problems"] if len(problems) > MOST_LISTED else []
+        raise DataError("\n".join([*map(str, problems[:MOST_LISTED]), *more]), problems)
+    return found
+
+
+def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Problem]:
+    """One row, or its problems."""
+    found = RowProblems(source)
+    place = "prompt" if record.get("prompt") is not None else "messages"
+    given = record.get(place)
+    if given is None:
+        fix = 'Write {"prompt": "..."} or {"messages": [...]}, whose last message the model answers.'
+        found.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
+        return found.problems
+    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    parts = parts_of(turns, found, place=place, trained=False)
+    tools = tools_of(record, found)
+    asked = without_answer(parts, found)
+    check_order(asked, found, place=place, answered=False)
+    if isinstance(given, str) and not given.strip():
+        found.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
+    if found.problems:
+        return found.problems
+    messages = tuple({"role": part.role, "content": part.text, **part.fields} for part in asked)
+    return Prompt(str(source), dict(record), messages, tools, _reference(record, parts[len(asked) :]))
+
+
+def _reference(record: Mapping[str, Any], turns: Any) -> Answer | None:
+    for name in REFERENCES:
+        value = record.get(name)
+        if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "content" in value[-1]:
+            value = value[-1]["content"]
+        if value is not None:
+            return Answer(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if not turns:
+        return None
+    return Answer("".join(part.text for part in turns), tuple(turns[-1].fields.get("tool_calls", ())))

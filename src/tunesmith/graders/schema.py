@@ -1,0 +1,334 @@
+"""The grammar of graders: OpenAI's JSON, and further types of our own. docs/guide/grade.md has an example of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from tunesmith.errors import InputError
+from tunesmith.graders import formula, templates
+from tunesmith.phrases import near_file
+
+SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
+MOST_SOURCE = 256 * 1024
+"""Bytes of a Python grader's text."""
+_WORDS_OF_CORPUS = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
+REFUSED = {
+    "label_model": "a judge that gives classes is not offered. Let a `score_model` grader give a number.",
+    "reward_run": "a run of task reward is not offered as a grader. Serve it with `tunesmith serve RUN`, and let a "
+    "`function` grader ask its /v1/classify.",
+}
+"""Types that are known and not offered."""
+
+
+class _Grader(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = ""
+
+
+class StringCheck(_Grader):
+    type: Literal["string_check"]
+    input: str
+    reference: str
+    operation: Literal["eq", "ne", "neq", "like", "ilike"]
+
+
+class TextSimilarity(_Grader):
+    type: Literal["text_similarity"]
+    input: str
+    reference: str
+    evaluation_metric: Literal[
+        "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
+    ]
+    pass_threshold: float | None = None
+    """Older examples have it; a reward is the similarity itself."""
+
+    @field_validator("evaluation_metric", mode="before")
+    @classmethod
+    def _refused(cls, value: Any) -> Any:
+        what = {"cosine": "a second model that makes vectors", "meteor": "a corpus of synonyms"}.get(str(value))
+        if what:
+            raise ValueError(f"{value}: {_WORDS_OF_CORPUS.format(what=what)}")
+        return value
+
+
+class _Limited(_Grader):
+    """What is computed in a process of its own."""
+
+    seconds: float = Field(SECONDS, gt=0, le=3600)
+    memory_gib: float = Field(MEMORY_GIB, gt=0)
+
+
+class _Child(_Limited):
+    env: tuple[str, ...] = ()
+    """Names of environment variables that the code gets; all others are hidden from it."""
+
+
+class Python(_Child):
+    type: Literal["python"]
+    source: str = Field(max_length=MOST_SOURCE)
+    image_tag: None = None
+
+    @field_validator("image_tag", mode="before")
+    @classmethod
+    def _refused(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError(f"{value}: images are not offered: the code runs in the Python of tunesmith. Leave it out")
+        return value
+
+
+class Function(_Child):
+    type: Literal["function"]
+    file: str
+    function: str = "grade"
+
+
+class UnitTests(_Child):
+    type: Literal["unit_tests"]
+    seconds: float = Field(10.0, gt=0, le=3600)
+    """Of each test."""
+    tests: str = "tests"
+    """Field of the row: a list of texts, or one."""
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str
+    type: Literal["message"] = "message"
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        parts = [value] if isinstance(value, Mapping) else value
+        if not isinstance(parts, list):
+            return value
+        if any(
+            not isinstance(one, (str, Mapping)) or (isinstance(one, Mapping) and "text" not in one) for one in parts
+        ):
+            raise ValueError("only text is taken, no image or sound")
+        return "".join(one if isinstance(one, str) else str(one["text"]) for one in parts)
+
+
+class SamplingParams(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    max_completions_tokens: int | None = None
+    reasoning_effort: str | None = None
+
+
+class ScoreModel(_Grader):
+    type: Literal["score_model"]
+    model: str
+    input: tuple[Message, ...] = Field(min_length=1)
+    range: tuple[float, float] = (0.0, 1.0)
+    sampling_params: SamplingParams = SamplingParams()
+    address: str
+    key_env: str = ""
+    """Name of the environment variable that has the key."""
+    seconds: float = Field(JUDGE_SECONDS, gt=0, le=3600)
+
+    @field_validator("address")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if not re.match(r"https?://[^/\s]+", value):
+            raise ValueError(f"{value!r} is not an address such as http://localhost:8000/v1")
+        return value.rstrip("/")
+
+    @field_validator("range")
+    @classmethod
+    def _rises(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("the first number has to be below the second")
+        return value
+
+
+class Regex(_Limited):
+    type: Literal["regex"]
+    pattern: str | tuple[str, ...]
+    """The reward is the share of patterns that the text has somewhere."""
+    input: str = "{{sample.output_text}}"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for one in [value] if isinstance(value, str) else value:
+            if "{{" in one:
+                continue
+            try:
+                re.compile(one)
+            except re.error as error:
+                raise ValueError(f"{one!r} is no regular expression: {error}") from None
+        return value
+
+
+class Number(_Grader):
+    type: Literal["number"]
+    reference: str
+    input: str = "{{sample.output_text}}"
+    tolerance: float = Field(1e-6, ge=0)
+    """Largest difference, as a share of the reference where that is above 1."""
+    last: bool = False
+    """True: the last number in the text counts; else the text has to be a number."""
+
+
+class Length(_Grader):
+    type: Literal["length"]
+    low: float = Field(0, ge=0)
+    high: float = Field(gt=0)
+    unit: Literal["words", "characters", "tokens"] = "words"
+    input: str = "{{sample.output_text}}"
+
+    @model_validator(mode="after")
+    def _rises(self) -> Length:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low:g}, above high, {self.high:g}")
+        return self
+
+
+class JsonSchema(_Limited):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    input: str = "{{sample.output_text}}"
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+Single = Annotated[
+    StringCheck | TextSimilarity | Python | Function | UnitTests | ScoreModel | Regex | Number | Length | JsonSchema,
+    Field(discriminator="type"),
+]
+"""A grader that is not made of others."""
+
+
+class Multi(_Grader):
+    type: Literal["multi"]
+    graders: dict[str, Single] = Field(min_length=1)
+    calculate_output: str
+
+    @field_validator("graders", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """OpenAI's guide has a mapping, its client a single grader, some scripts a list."""
+        if isinstance(value, Mapping) and "type" in value and isinstance(value["type"], str):
+            value = [value]
+        if isinstance(value, list):
+            names = [str(one.get("name") or "") if isinstance(one, Mapping) else "" for one in value]
+            if "" in names or len(set(names)) < len(names):
+                raise ValueError("each grader of a list needs a name of its own, by which the formula calls it")
+            value = dict(zip(names, value, strict=True))
+        if isinstance(value, Mapping) and any(
+            isinstance(one, Mapping) and one.get("type") == "multi" for one in value.values()
+        ):
+            raise ValueError("a multi grader within another is not offered. Put its graders and formula into this one")
+        return value
+
+    @model_validator(mode="after")
+    def _formula(self) -> Multi:
+        try:
+            formula.parse(self.calculate_output, tuple(self.graders), "calculate_output")
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+Grader = Single | Multi
+_ANY: TypeAdapter[Any] = TypeAdapter(Annotated[Single | Multi, Field(discriminator="type")])
+
+
+def parts_of(grader: Any) -> dict[str, Any]:
+    """The graders of which one is made, by name: itself under "", unless it is a multi."""
+    return dict(grader.graders) if isinstance(grader, Multi) else {"": grader}
+
+
+def load(word: str) -> Any:
+    """The grader that `--grader` names: file.py[:function], or a .json, .yaml or .yml file. Raises InputError."""
+    if word.startswith("run:"):
+        raise InputError(f"--grader: {word}: {REFUSED['reward_run']}")
+    path, _, name = word.partition(":") if not Path(word).exists() else (word, "", "")
+    file = Path(path).expanduser()
+    if file.suffix not in (".py", ".json", ".yaml", ".yml"):
+        raise InputError(f"--grader: {word}: takes file.py, file.py:FUNCTION, or a grader in a .json or .yaml file.")
+    if not file.is_file():
+        raise InputError(f"--grader: {path}: there is no such file.{near_file(path)}")
+    if file.suffix == ".py":
+        return Function(type="function", file=str(file.resolve()), function=name or "grade")
+    if name:
+        raise InputError(f"--grader: {word}: :{name} is a function of a .py file. Leave it out.")
+    try:
+        content = file.read_bytes()
+        value = orjson.loads(content) if file.suffix == ".json" else yaml.safe_load(content)
+    except (orjson.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(
+            f"{file}: cannot be read as {file.suffix[1:].upper()}: {' '.join(str(error).split())}"
+        ) from error
+    return from_value(value, place=str(file), folder=file.resolve().parent)
+
+
+def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> Any:
+    """The grader that a JSON value describes; files that it names are looked for in `folder`. Raises InputError."""
+    kinds = [value, *(value.get("graders") or {}).values()] if _is_multi(value) else [value]
+    for kind in kinds:
+        if isinstance(kind, Mapping) and kind.get("type") in REFUSED:
+            raise InputError(f"{place}: type {kind['type']}: {REFUSED[str(kind['type'])]}")
+    try:
+        grader = _ANY.validate_python(value)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{place}: {text}" for text in _problems(error))) from None
+    if isinstance(grader, Multi):
+        parts = {name: _placed(part, folder, place) for name, part in grader.graders.items()}
+        return grader.model_copy(update={"graders": parts})
+    return _placed(grader, folder, place)
+
+
+def _is_multi(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("graders"), Mapping)
+
+
+def _placed(grader: Any, folder: Path, place: str) -> Any:
+    if not isinstance(grader, Function):
+        return grader
+    file = (folder / Path(grader.file).expanduser()).resolve()
+    if not file.is_file():
+        raise InputError(f"{place}: file: {file}: there is no such file.{near_file(file)}")
+    return grader.model_copy(update={"file": str(file)})
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    for one in error.errors():
+        where = ".".join(str(step) for step in one["loc"] if step not in ("", *_TYPES))
+        message = str(one.get("ctx", {}).get("error") or one["msg"])
+        if one["type"] == "extra_forbidden":
+            message = "there is no such option of this type. Leave it out"
+        yield f"{where + ': ' if where else ''}{message}".rstrip(".") + "."
+
+
+_TYPES = (
+    "string_check", "text_similarity", "python", "function", "unit_tests", "score_model", "regex", "number", "length",
+    "json_schema", "multi",
+)  # fmt: skip
+
+
+def texts_of(grader: Any) -> Iterator[tuple[str, str]]:
+    """(place, text) of every text of a grader in which variables may be."""
+    for name, part in parts_of(grader).items():
+        before = f"graders.{name}." if name else ""
+        for key in ("input", "reference", "pattern"):
+            value = getattr(part, key, None)
+            if isinstance(value, str):
+                yield before + key, value
+            elif value is not None:
+                yield from ((f"{before}{key}[{i}]", getattr(one, "content", one)) for i, one in enumerate(value))
+
+
+def check_variables(grader: Any, item: Mapping[str, Any] | None) -> None:
+    """Raise InputError for variables that `item`, the first row, does not have; see `templates.check`."""
+    for place, text in texts_of(grader):
+        templates.check(text, item, place)

@@ -1,0 +1,175 @@
+"""Graders that compare texts: no code of others runs, so they are computed in this process.
+
+BLEU: Papineni et al. 2002, of one sentence, n-grams of 1 to 4 words, above 1 with the add-one smoothing of Lin & Och
+2004, "ORANGE", section 4. GLEU: Wu et al. 2016, arXiv 1609.08144, section 4.4.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from tunesmith.environment import install_command
+from tunesmith.errors import InputError
+from tunesmith.evaluation.scores import WordTokenizer
+from tunesmith.graders import schema
+from tunesmith.graders.grade import GradeError
+from tunesmith.graders.templates import render
+
+_NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
+MOST_ERRORS = 10
+"""Errors of a schema that are counted: more make the reward no lower."""
+NGRAMS = 4
+
+
+def needed_package(grader: Any) -> str:
+    """The package of the extra `graders` that a grader cannot do without; "" for none."""
+    if isinstance(grader, schema.TextSimilarity) and grader.evaluation_metric == "fuzzy_match":
+        return "rapidfuzz"
+    return "jsonschema" if isinstance(grader, schema.JsonSchema) else ""
+
+
+def refuse_lacking(grader: Any) -> None:
+    """Raise InputError for a package that a grader needs and that is not installed, and for a schema that is none."""
+    package = needed_package(grader)
+    if package:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            way = f"`{install_command('graders')}` installs it."
+            raise InputError(f"{grader.type}: it needs {package}, which is not installed. {way}") from None
+    if isinstance(grader, schema.JsonSchema):
+        _validator(json.dumps(grader.json_schema))
+
+
+def grade_text(grader: Any, sample: Mapping[str, Any], item: Mapping[str, Any]) -> float:
+    """The reward of one answer. Raises GradeError."""
+    text = render(grader.input, sample, item)
+    if isinstance(grader, schema.StringCheck):
+        return _string_check(grader.operation, text, render(grader.reference, sample, item))
+    if isinstance(grader, schema.TextSimilarity):
+        return similarity(grader.evaluation_metric, text, render(grader.reference, sample, item))
+    if isinstance(grader, schema.Regex):
+        patterns = [grader.pattern] if isinstance(grader.pattern, str) else grader.pattern
+        return sum(_has(render(one, sample, item), text) for one in patterns) / len(patterns)
+    if isinstance(grader, schema.Number):
+        return _number(grader, text, render(grader.reference, sample, item))
+    if isinstance(grader, schema.Length):
+        return _length(grader, text, sample["tokens"])
+    assert isinstance(grader, schema.JsonSchema)
+    return _schema(grader, text)
+
+
+def _string_check(operation: str, text: str, reference: str) -> float:
+    match operation:
+        case "eq":
+            return float(text == reference)
+        case "ne" | "neq":
+            return float(text != reference)
+        case "like":
+            return float(reference in text)
+        case _:
+            return float(reference.casefold() in text.casefold())
+
+
+def similarity(metric: str, text: str, reference: str) -> float:
+    """Of two texts, from 0 to 1. Words are lower case, runs of letters and digits."""
+    if metric == "fuzzy_match":
+        from rapidfuzz import fuzz, utils
+
+        return float(fuzz.WRatio(text, reference, processor=utils.default_process)) / 100
+    if metric.startswith("rouge"):
+        from rouge_score.rouge_scorer import RougeScorer
+
+        name = "rougeL" if metric == "rouge_l" else f"rouge{metric[-1]}"
+        return float(RougeScorer([name], tokenizer=WordTokenizer()).score(reference, text)[name].fmeasure)
+    words, of_reference = (WordTokenizer().tokenize(one) for one in (text, reference))
+    return _bleu(words, of_reference) if metric == "bleu" else _gleu(words, of_reference)
+
+
+def _overlap(words: list[str], reference: list[str], n: int) -> tuple[int, int, int]:
+    """N-grams that both have, that the words have, that the reference has."""
+    ours, theirs = (Counter(zip(*(some[i:] for i in range(n)), strict=False)) for some in (words, reference))
+    return (ours & theirs).total(), ours.total(), theirs.total()
+
+
+def _bleu(words: list[str], reference: list[str]) -> float:
+    logs = []
+    for n in range(1, NGRAMS + 1):
+        same, ours, _ = _overlap(words, reference, n)
+        if n == 1 and not same:
+            return 0.0
+        more = int(n > 1)
+        logs.append(math.log((same + more) / (ours + more)))
+    brevity = min(0.0, 1 - len(reference) / len(words))
+    return math.exp(brevity + sum(logs) / NGRAMS)
+
+
+def _gleu(words: list[str], reference: list[str]) -> float:
+    counts = [_overlap(words, reference, n) for n in range(1, NGRAMS + 1)]
+    same, ours, theirs = (sum(column) for column in zip(*counts, strict=True))
+    return same / max(ours, theirs) if ours and theirs else 0.0
+
+
+def _has(pattern: str, text: str) -> bool:
+    try:
+        return re.search(pattern, text) is not None
+    except (re.error, RecursionError) as error:
+        raise GradeError("exception", f"pattern {pattern!r}: {error}") from None
+
+
+def _number(grader: schema.Number, text: str, reference: str) -> float:
+    wanted = _as_number(reference)
+    if wanted is None:
+        raise GradeError("not_a_number", f"reference: {reference[:40]!r} is not a number")
+    written = _NUMBER.findall(text)[-1:] if grader.last else [text]
+    value = _as_number(written[0]) if written else None
+    return float(value is not None and abs(value - wanted) <= grader.tolerance * max(1.0, abs(wanted)))
+
+
+def _as_number(text: str) -> float | None:
+    match = _NUMBER.fullmatch(text.strip())
+    return float(match[0].replace(",", "").replace("−", "-")) if match else None
+
+
+def _length(grader: schema.Length, text: str, tokens: int | None) -> float:
+    """1 within [low, high]; below it rises from 0 at an empty text, above it falls to 0 at twice `high`."""
+    if grader.unit == "tokens" and tokens is None:
+        raise GradeError("unknown_variable", "length in tokens: this text was not written by a model. Use words")
+    num = len(text.split()) if grader.unit == "words" else len(text) if grader.unit == "characters" else tokens or 0
+    if num < grader.low:
+        return num / grader.low
+    return max(0.0, 1 - max(0.0, num - grader.high) / grader.high)
+
+
+@cache
+def _validator(text: str) -> Any:
+    from jsonschema import exceptions, validators
+
+    of_schema = json.loads(text)
+    kind = validators.validator_for(of_schema)
+    try:
+        kind.check_schema(of_schema)
+    except exceptions.SchemaError as error:
+        raise InputError(f"json_schema: schema: it is not a JSON schema: {error.message}") from None
+    return kind(of_schema)
+
+
+def _schema(grader: schema.JsonSchema, text: str) -> float:
+    """1 without an error, 0 for what is not JSON, 1 / (1 + errors) between."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return 0.0
+    errors = 0
+    for _ in _validator(json.dumps(grader.json_schema)).iter_errors(value):
+        errors += 1
+        if errors == MOST_ERRORS:
+            break
+    return 1 / (1 + errors)

@@ -1,0 +1,97 @@
+"""Answers of a model to many prompts in this process, by the engine: several samples of each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tunesmith.environment import resident_bytes
+from tunesmith.errors import InputError
+from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
+from tunesmith.serve.registry import open_registry
+from tunesmith.serve.responses import find_calls
+from tunesmith.serve.scheduler import Scheduler
+from tunesmith.serve.served_model import ServedModel
+from tunesmith.serve.worker import free_for_keys
+
+
+@dataclass(slots=True)
+class Sample:
+    """One answer of a model."""
+
+    text: str = ""
+    calls: Sequence[Mapping[str, Any]] = ()
+    """Tool calls in OpenAI's shape; their text is not part of `text`."""
+    ended: bool = False
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked, and the seed from which its samples follow."""
+
+    messages: Sequence[Mapping[str, Any]]
+    seed: int
+    tools: Sequence[Mapping[str, Any]] = field(default=())
+
+
+class SampledModel:
+    """A run or a model, loaded to answer. Raises what `open_registry` raises, and InputError for one that does not
+    write text."""
+
+    def __init__(self, target: str, *, root: Path, offline: bool, streams: int, note: Callable[[str], None]) -> None:
+        self._options = EngineOptions(streams=streams, offline=offline)
+        registry = open_registry([target], root=root, options=self._options, note=note)
+        written = [model for model in registry.models.values() if isinstance(model, ServedModel)]
+        tuned = [model for model in written if not model.card.is_base] or written
+        if not tuned:
+            raise InputError(f"{target}: it does not write text, so it has no answers to grade. Choose another model.")
+        self.model = tuned[0]
+        limit = psutil.virtual_memory().available + resident_bytes()
+        room = self.model.decoder.token_capacity(free_for_keys(self.model.decoder.model.device, limit))
+        self._scheduler = Scheduler(self.model.decoder, streams=streams, room=room)
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        *,
+        num: int,
+        max_new_tokens: int,
+        temperature: float,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> list[list[Sample] | str]:
+        """`num` samples of each question, or why it cannot be asked. The same seed draws the same answers."""
+        found: list[list[Sample] | str] = []
+        for i, one in enumerate(questions):
+            how: dict[str, Any] = {"temperature": temperature, "seed": one.seed, "n": num, "max_tokens": max_new_tokens}
+            request = GenerationRequest(self.model.card.name, messages=one.messages, tools=one.tools, **how)
+            try:
+                self._scheduler.add(self.model.prepare(i, request, self._options))
+                found.append([Sample() for _ in range(num)])
+            except RequestError as error:
+                found.append(str(error))
+        done, total = 0, num * sum(not isinstance(one, str) for one in found)
+        texts: dict[tuple[int, int], list[str]] = defaultdict(list)
+        while self._scheduler.is_busy:
+            for i, event in self._scheduler.step():
+                if isinstance(event, RequestError):
+                    found[i], done = str(event), done + num
+                elif isinstance(event, Delta):
+                    texts[i, event.index].append(event.text)
+                elif isinstance(event, Finished) and not isinstance(own := found[i], str):
+                    tools = {str(tool.get("function", tool).get("name")) for tool in questions[i].tools}
+                    own[event.index] = self._sample("".join(texts.pop((i, event.index), [])), tools, event)
+                    done += 1
+            progress("draw", done, total)
+        return found
+
+    def _sample(self, text: str, tools: set[str], event: Finished) -> Sample:
+        form, calls = self.model.card.calls, list[dict[str, Any]]()
+        if form and tools:
+            calls, text = find_calls(text, form, tools)
+        return Sample(text, calls, event.reason != "length", event.completion_tokens)
