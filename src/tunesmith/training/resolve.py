@@ -182,7 +182,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a forecast is made from."""
+    """Inputs of a forecast."""
 
     decisions: Decisions
     notes: list[str]
