@@ -173,7 +173,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
     decide_measuring(
         decisions,
         facts,
-        steps=total_steps(decisions.recipe, steps_per_epoch),
+        steps=total_steps(decisions.recipe.train, steps_per_epoch),
         held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
@@ -239,7 +239,7 @@ def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tok
     if saving := _saving(inputs.recipe, recipe, forecast, folder):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    planned.notes.extend(_few_rows(recipe, size, forecast))
+    planned.notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
     planned.decisions.decide(*fitted)
     return forecast
 
@@ -269,7 +269,7 @@ def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | No
     return Choice(
         "checkpoint.every",
         *checkpoint_every(
-            total_steps(recipe, forecast.sampler.steps_per_epoch),
+            total_steps(recipe.train, forecast.sampler.steps_per_epoch),
             step_seconds=forecast.duration.prices["training"],
             saving_seconds=num_bytes / speed,
         ),
@@ -286,9 +286,9 @@ def _unlike(world: World) -> str:
     )
 
 
-def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
+def _few_rows(rows: int, size: int, forecast: Forecast) -> list[str]:
     """A note where a step has too few rows to fill the devices, with the share of it in which they compute."""
-    rows, share = resolved(recipe.train.rows_per_step), forecast.busy
+    share = forecast.busy
     if size == 1:
         return []
     wanted, part = ROWS_OF_A_DEVICE * size, "few rows each: some wait for others"

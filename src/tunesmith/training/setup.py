@@ -214,7 +214,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         collator=collator,
         held_collator=held_collator,
         sampler=sampler,
-        total_steps=total_steps(recipe, sampler.steps_per_epoch),
+        total_steps=total_steps(recipe.train, sampler.steps_per_epoch),
         device=device,
         samples=samples,
         new_head=new_head,
@@ -372,9 +372,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
     """
     trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
-    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (
-        trained + setup.optimizer.state_bytes() * trained // own
-    )
+    checkpoints = kept_checkpoints(
+        setup.recipe.checkpoint, setup.total_steps, keeps_best=setup.recipe.evaluation.every is not None
+    ) * (trained + setup.optimizer.state_bytes() * trained // own)
     is_adapter, snapshots = METHODS[setup.recipe.method.name].is_adapter, setup.recipe.checkpoint.snapshots
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
