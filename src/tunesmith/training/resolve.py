@@ -236,7 +236,8 @@ def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tok
         if recipe.memory == "refuse":
             raise refusal
         planned.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
-    if saving := _saving(inputs.recipe, recipe, forecast, folder):
+    steps = total_steps(recipe.train, forecast.sampler.steps_per_epoch)
+    if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
     planned.notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
@@ -258,10 +259,10 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
     return replace(device, room=min((int(rank["room"]) for rank in world.joined), default=room))
 
 
-def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
-    """How often a run is saved, by what a step and a checkpoint will take; None where that is given, or not known.
+def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:
+    """How often a run is saved, by what a step and a checkpoint will take; None where that is not known.
     `folder`: of runs, on the disk that counts; None: another machine's."""
-    if forecast.duration is None or given.checkpoint.every != "auto":
+    if forecast.duration is None:
         return None
     speed, num_bytes = forecast.device.written, forecast.sizes.checkpoint
     if folder is not None and num_bytes > LARGE_CHECKPOINT:
@@ -269,7 +270,7 @@ def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | No
     return Choice(
         "checkpoint.every",
         *checkpoint_every(
-            total_steps(recipe.train, forecast.sampler.steps_per_epoch),
+            steps,
             step_seconds=forecast.duration.prices["training"],
             saving_seconds=num_bytes / speed,
         ),
