@@ -15,6 +15,7 @@ from tiny import tiny_tokenizer
 from tunesmith.data.examples import content_hash
 from tunesmith.data.hold_out import measured, stratified_mask
 from tunesmith.data.renderer import Renderer
+from tunesmith.data.row_targets import write_targets
 from tunesmith.data.splits import CacheDirs, Splits, encode_rows
 from tunesmith.recipe.schema import Data
 from tunesmith.tasks import TASKS
@@ -87,6 +88,7 @@ def test_held_out_rows_of_a_classifier_are_of_every_class(tmp_path: Path):
     assert len(rows.train_rows) == 62 - 7
     assert rows.labels.names == ("ear", "eye", "skin")
     assert [choice.key for choice in rows.choices] == ["data.label_kind", "data.labels"]
+    write_targets(rows.sides, labels=rows.labels)
     assert rows.store.row(0).labels.tolist() == [1]  # type: ignore[union-attr]
 
 

@@ -119,7 +119,7 @@ def as_if_tuned(recipe: Recipe, out: Path) -> Run:
         located,
         dtype=torch.float32,
         device="cpu",
-        head=find_head(recipe, located, kind),
+        head=find_head(recipe.task, located, kind),
         labels=run_labels(recipe),
         tokenizer=tokenizer,
     )

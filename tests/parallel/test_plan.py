@@ -69,7 +69,7 @@ def _of(forecast: Forecast, rank: int, step: int) -> list[tuple[int, ...]]:
 
 def noted(folder: Path, number: int, busy: float, *settings: str) -> list[str]:
     found, forecast = planned(folder, number, "H100", *settings)
-    return _few_rows(found.recipe, number, replace(forecast, busy=busy))
+    return _few_rows(found.recipe.train.rows_per_step, number, replace(forecast, busy=busy))
 
 
 def test_few_rows_are_noted_with_the_cards_share_and_a_way_to_fill_them(folder: Path) -> None:

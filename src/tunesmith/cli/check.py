@@ -107,7 +107,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
         decided = decisions.folded()
     except DataError:
         return None
-    find_head(decided, located, kind)
+    find_head(decided.task, located, kind)
     return make_renderer(decided, tokenizer, kind)
 
 

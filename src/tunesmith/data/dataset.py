@@ -164,7 +164,7 @@ class RowStore:
         self.labels = LabelColumn(table, summary.labels)
         """Classes of the rows, by the store's own ids."""
         self.learnt = RowTargets()
-        """What is learnt from the rows besides their tokens, as `row_targets` wrote it."""
+        """Targets besides the tokens, as `row_targets` wrote them."""
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,4 +1,4 @@
-"""What a task learns from encoded rows besides their tokens: labels, masks, partners, references.
+"""Targets of encoded rows besides their tokens: labels, masks, partners, references.
 
 This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows are
 encoded and options are decided, `write_reference` once the model of step 1 has read them. All others only read.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowTargets:
-    """What is learnt from the rows of a store, besides their tokens."""
+    """Targets of the rows of a store, besides their tokens."""
 
     labels: Labels | None = None
     """The classes or numbers of a head; None: rows hold the store's own ids of their labels."""

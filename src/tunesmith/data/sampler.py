@@ -69,7 +69,7 @@ class StepSampler:
     is_even: bool = False
     """Every part of a step has to go through the model as often, see `idle`."""
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Of what follows from the other fields alone."""
+    """A cache: it holds what follows from the other fields alone."""
 
     @property
     def rows_per_epoch(self) -> int:

@@ -79,7 +79,7 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The adapter on the base of the recipe: by peft if that is installed."""
     located = resolve_base(recipe, offline=True)
     kind = model_kind(located)
-    head = find_head(recipe, located, kind)
+    head = find_head(recipe.task, located, kind)
     tokenizer = load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     model = load_model(
         located, dtype=computing.dtype, device=computing.device, head=head, labels=run_labels(recipe), seed=recipe.seed,

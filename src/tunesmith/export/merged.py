@@ -62,7 +62,7 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     """The model by transformers alone. Raises ModelError for a missing or unknown weight."""
     located = resolve_model(str(folder), offline=True)
     kind = model_kind(located)
-    head = find_head(recipe, located, kind)
+    head = find_head(recipe.task, located, kind)
     with silence_transformers():
         model, loading_info = getattr(transformers, auto_class(head, kind)).from_pretrained(
             folder, dtype=computing.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True

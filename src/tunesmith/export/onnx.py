@@ -148,7 +148,7 @@ def load_onnx(folder: Path, recipe: Recipe, computing: Computing) -> OnnxModel:
     session = onnxruntime.InferenceSession(folder / FILE, settings, providers=["CPUExecutionProvider"])
     kind = model_kind(located)
     by = f"onnxruntime {version('onnxruntime')}"
-    return OnnxModel(load.load_tokenizer(located, None), kind, find_head(recipe, located, kind), by, session)
+    return OnnxModel(load.load_tokenizer(located, None), kind, find_head(recipe.task, located, kind), by, session)
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:

@@ -168,7 +168,7 @@ def open_result(
         base = resolve_model(str(folder), offline=True)
     tokenizer = load.load_tokenizer(ModelRef("folder", folder, str(folder)), None)
     kind = model_kind(base)
-    head = find_head(recipe, base, kind)
+    head = find_head(recipe.task, base, kind)
     return RunResult(
         run, recipe, base, folder, tokenizer, kind, head, run_labels(recipe), hashes, unchecked, on_progress
     )

@@ -27,7 +27,7 @@ from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings, without_vector
 from tunesmith.phrases import command
 from tunesmith.planning.decisions import Decisions
-from tunesmith.planning.defaults import choose_precision, decide_before_rows, find_head
+from tunesmith.planning.defaults import decide_before_rows, find_head, precision_for
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs import checkpoint
 from tunesmith.runs.atomic import sha256_file
@@ -315,7 +315,8 @@ def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[
     decisions = Decisions(Recipe(model=name, task=chosen))
     decide_before_rows(decisions, located, size, kind)
     recipe = decisions.recipe
-    decisions.decide(choose_precision(recipe, size.num_params, recipe.device, tokens=TOKENS_TO_ANSWER))
+    is_adapter = METHODS[recipe.method.name].is_adapter
+    decisions.decide(precision_for(size.num_params, recipe.device, is_adapter=is_adapter, tokens=TOKENS_TO_ANSWER))
     return decisions.folded(), tokenizer
 
 
@@ -347,7 +348,7 @@ def _load(
     `as_trained` False leaves its weights as they are also where the method quantises them.
     """
     kind = model_kind(located)
-    head = find_head(recipe, located, kind)
+    head = find_head(recipe.task, located, kind)
     limit = model_size(located).max_tokens
     if resolved(recipe.data.max_tokens) > limit:  # of an earlier version, which had another limit
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_tokens": limit})})

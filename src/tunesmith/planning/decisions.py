@@ -15,7 +15,7 @@ from tunesmith.types import Choice
 
 
 class Decisions:
-    """What is decided about a recipe; a later decision takes the place of an earlier one about the same option."""
+    """Decisions about a recipe; a later one takes the place of an earlier one about the same option."""
 
     def __init__(self, given: Recipe) -> None:
         self.given = self.recipe = given  # `recipe` is replaced by every decision, unchecked
@@ -23,7 +23,7 @@ class Decisions:
 
     @property
     def choices(self) -> list[Choice]:
-        """What a person is shown, in order."""
+        """Decisions that a person is shown, in order."""
         return list(self._reasons.values())
 
     def decide(self, *choices: Choice) -> None:
@@ -42,7 +42,7 @@ class Decisions:
         self._reasons[choice.key] = choice
 
     def is_open(self, key: str) -> bool:
-        """Whether an option is "auto" still."""
+        """True while an option is "auto"."""
         value = reduce(getattr, key.split("."), self.recipe)
         return bool(value == "auto" or getattr(value, "name", None) == "auto")
 

@@ -29,7 +29,7 @@ from tunesmith.optim import OPTIMIZERS
 from tunesmith.phrases import plural
 from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.methods import FullMethod, LoraMethod
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import Data, Recipe, Train, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.tasks.task import Task
 from tunesmith.types import Choice, HeadName, ModelKind, TaskName
@@ -108,7 +108,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
         raise DataError("\n".join(map(str, absent)), absent)
     if usual := usual_columns(recipe.data, None if recipe.task == "auto" else recipe.task):
         decisions.decide(Choice("data.columns", *usual))
-    choose("task", lambda: _task_of_first_row(decisions.recipe, kind))
+    choose("task", lambda: _task_of_first_row(decisions.recipe.data, kind))
     choose("method", lambda: _method(size.num_params))
     choose("device", lambda: machine.choose_device("auto"))
     task = TASKS[resolved(decisions.recipe.task)]
@@ -150,14 +150,14 @@ KINDS: dict[ModelKind, str] = {
 """Kinds of models as the field calls them."""
 
 
-def find_head(recipe: Recipe, located: ModelRef, kind: ModelKind) -> HeadName:
+def find_head(task: TaskName, located: ModelRef, kind: ModelKind) -> HeadName:
     """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
-    heads = TASKS[resolved(recipe.task)].heads
+    heads = TASKS[task].heads
     if kind not in heads:
-        can = ", ".join(name for name, task in TASKS.items() if kind in task.heads)
+        can = ", ".join(name for name, other in TASKS.items() if kind in other.heads)
         fitting = " or ".join(KINDS[other] for other in heads)
         way = f"Use one that is {fitting}, or a task that this one can learn: {can}"
-        raise ModelError(f"{located.name}: this model is {KINDS[kind]}: it cannot learn the task {recipe.task}. {way}.")
+        raise ModelError(f"{located.name}: this model is {KINDS[kind]}: it cannot learn the task {task}. {way}.")
     return heads[kind]
 
 
@@ -176,18 +176,17 @@ def far_numbers(rows: Splits) -> list[str]:
     ]
 
 
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+def total_steps(train: Train, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run: epochs, or fewer if train.max_steps says so; at least one."""
-    epochs = recipe.train.epochs
-    assert epochs != "auto", "epochs are decided before steps are counted"
-    steps = max(1, round(epochs * steps_per_epoch))
-    return min(steps, recipe.train.max_steps or steps)
+    assert train.epochs != "auto", "epochs are decided before steps are counted"
+    steps = max(1, round(train.epochs * steps_per_epoch))
+    return min(steps, train.max_steps or steps)
 
 
-def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
-    example = first_example(recipe.data)
+def _task_of_first_row(data: Data, kind: ModelKind) -> Choice:
+    example = first_example(data)
     if (task := TASKS[task_of_rows(example.shape)]).detected:
-        if task.name == "text" and (question := ask_text_or_classes(recipe.data)):
+        if task.name == "text" and (question := ask_text_or_classes(data)):
             raise DataError(question)
         return Choice("task", task.name, task.detected)
     if example.plain or kind == "encoder_decoder":
@@ -198,10 +197,9 @@ def _task_of_first_row(recipe: Recipe, kind: ModelKind) -> Choice:
     )
 
 
-def choose_precision(recipe: Recipe, num_parameters: int, device: str, *, tokens: float) -> Choice:
+def precision_for(num_parameters: int, device: str, *, is_adapter: bool, tokens: float) -> Choice:
     """The type that weights and activations are computed in, for micro-batches of `tokens`."""
-    method = method_of(recipe)
-    if not method.is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
+    if not is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
         reason = (
             f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
             "them and to round weights at every update costs more than narrow ones save"
@@ -313,7 +311,7 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     step = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
     tokens = min(step, resolved(recipe.train.tokens_per_pass))
-    choice = choose_precision(recipe, facts.num_parameters, facts.device, tokens=tokens)
+    choice = precision_for(facts.num_parameters, facts.device, is_adapter=method_of(recipe).is_adapter, tokens=tokens)
     return choice.value, choice.reason
 
 
@@ -321,7 +319,7 @@ def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of small
     models learn few rows in several epochs. Nothing is said of others."""
     task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(recipe)
-    epochs = total_steps(recipe, per_epoch) // per_epoch
+    epochs = total_steps(recipe.train, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER
     if not learns_head or epochs < 2 or facts.held_tokens == 0:
         return None, ""
@@ -351,7 +349,7 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    steps = total_steps(recipe, facts.steps_per_epoch(recipe))
+    steps = total_steps(recipe.train, facts.steps_per_epoch(recipe))
     tokens = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
     seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
     return checkpoint_every(steps, step_seconds=seconds, saving_seconds=0.0)
@@ -372,7 +370,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     if TASKS[resolved(recipe.task)].sees_rows:
         return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
-    seen = total_steps(recipe, facts.steps_per_epoch(recipe)) * resolved(recipe.train.rows_per_step)
+    seen = total_steps(recipe.train, facts.steps_per_epoch(recipe)) * resolved(recipe.train.rows_per_step)
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the run's time"

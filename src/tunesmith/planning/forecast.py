@@ -28,7 +28,7 @@ from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import CheckpointOptions, EvaluationOptions, Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
@@ -159,9 +159,10 @@ class Forecaster:
         if size > 1:
             base += min(BUCKET_BYTES, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
         is_adapter = METHODS[recipe.method.name].is_adapter
+        steps, keeps_best = total_steps(recipe.train, sampler.steps_per_epoch), recipe.evaluation.every is not None
         disk = Disk(
             rows=self.rows.store.summary.arrow_bytes,
-            checkpoints=kept_checkpoints(recipe, total_steps(recipe, sampler.steps_per_epoch)) * sizes.checkpoint,
+            checkpoints=kept_checkpoints(recipe.checkpoint, steps, keeps_best=keeps_best) * sizes.checkpoint,
             result=4 * sizes.trained_parameters if is_adapter else sizes.weights,
         )
         load, micro_batches = self._mean(sampler)
@@ -172,13 +173,12 @@ class Forecaster:
         duration, busy = None, None
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
-            prompts = answered_at_once(recipe, self.rows, sampler, recomputed)
+            prompts = answered_at_once(recipe.evaluation, self.rows, sampler, recomputed)
             price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
             price["answering"] += sizes.gathered * share  # of layers that are split, for every token
             looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
             price["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
             busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / price["training"]
-            steps = total_steps(recipe, sampler.steps_per_epoch)
             settings = {"steps": steps, "general_tokens": self.general_tokens}
             counted = counts(recipe, self.rows, self.head, **settings, prompts=prompts, layout=sampler.layout)
             duration = Duration(counted, price, busy=self.device.busy)
@@ -228,7 +228,8 @@ class Forecaster:
             first, *others = layouts_of(self.kind)
             sampler = self.sampler_of(recipe, first if sizes.can_pack or not others else others[0], model)
             pads = pads_to_multiple(sampler.layout, device=self.device.kind, precision=resolved(recipe.precision))
-            heavy = heaviest(sampler, total_steps(recipe, sampler.steps_per_epoch), self.rows.store, is_filled=pads)
+            steps = total_steps(recipe.train, sampler.steps_per_epoch)
+            heavy = heaviest(sampler, steps, self.rows.store, is_filled=pads)
             self._steps[steps_key] = sampler, heavy, self._look(recipe, sampler)
         return sizes, *self._steps[steps_key]
 
@@ -288,26 +289,25 @@ def targets_of(store: RowStore) -> NDArray[np.float64]:
     return store.targets.astype(float) if store.branches.has_any else np.minimum(store.denominators, store.targets)
 
 
-def saves(recipe: Recipe, steps: int) -> int:
+def saves(every: int, steps: int) -> int:
     """Number of checkpoints, including the one before the first step, without the best evaluation's."""
-    return 2 + (steps - 1) // resolved(recipe.checkpoint.every)
+    return 2 + (steps - 1) // every
 
 
-def kept_checkpoints(recipe: Recipe, steps: int) -> int:
+def kept_checkpoints(checkpoint: CheckpointOptions, steps: int, *, keeps_best: bool) -> int:
     """Checkpoints that are on the disk at once, including the one that is being written."""
-    keeps_best = recipe.evaluation.every is not None
-    return min(saves(recipe, steps), recipe.checkpoint.keep + 1) + keeps_best
+    return min(saves(resolved(checkpoint.every), steps), checkpoint.keep + 1) + keeps_best
 
 
-def answered_at_once(recipe: Recipe, rows: Splits, sampler: StepSampler, recomputed: int) -> int:
+def answered_at_once(evaluation: EvaluationOptions, rows: Splits, sampler: StepSampler, recomputed: int) -> int:
     """Prompts of held-out rows that are answered together."""
     if len(rows.held_rows) == 0:
         return 1
     passes = kept_passes(recomputed) if sampler.layout == "packed" else 1
-    new_tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    new_tokens = new_tokens_for(rows.held_store.targets[rows.held_rows], evaluation.sample_tokens)
     tokens = float(rows.held_store.lengths[rows.held_rows].mean())
     size = batch_size(tokens, new_tokens, passes * sampler.tokens_per_pass)
-    return min(size, max(1, resolved(recipe.evaluation.samples)), len(rows.held_rows))
+    return min(size, max(1, resolved(evaluation.samples)), len(rows.held_rows))
 
 
 def counts(
@@ -341,7 +341,7 @@ def counts(
         + 2 * general_tokens
         + (read / devices if layout != "packed" else 0),
         "answering": written / devices,
-        "saving": saves(recipe, steps),
+        "saving": saves(resolved(recipe.checkpoint.every), steps),
         "finishing": 1,
     }
 

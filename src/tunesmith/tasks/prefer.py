@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tunesmith.recipe.objectives import Prefer
     from tunesmith.recipe.schema import Recipe
     from tunesmith.tasks.task import Side
 
@@ -49,13 +50,13 @@ def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
         return [*choices, *([Choice("prefer.margin", 0.0, why)] if unused else [])]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
-    return [*choices, *_weights(recipe, store.branches.firsts[train_I] > 0)]
+    return [*choices, *_weights(recipe.prefer, store.branches.firsts[train_I] > 0)]
 
 
-def _weights(recipe: Recipe, wanted_I: NDArray[np.bool_]) -> list[Choice]:
+def _weights(options: Prefer, wanted_I: NDArray[np.bool_]) -> list[Choice]:
     """Options of kto that the labels of the training rows decide. Raises DataError where they are all alike."""
     counts = {"desirable": int(wanted_I.sum()), "undesirable": int((~wanted_I).sum())}
-    missing = [key for key in counts if getattr(recipe.prefer, key) is None]
+    missing = [key for key in counts if getattr(options, key) is None]
     if missing and not all(counts.values()):
         raise DataError(f"data.train: all rows have label {str(bool(wanted_I[0])).lower()}: kto needs both.")
     why = f"{counts['desirable']:,} of {len(wanted_I):,} answers are wanted: both sides weigh the same"

@@ -1,4 +1,4 @@
-"""What a task is: what every task has, the parts that only some have, and the losses that follow for one run.
+"""Tasks: what every task has, the parts that only some have, and the losses that follow for one run.
 
 Task ── losses(Terms) ──▶ Losses       `tasks.bind` joins both into the `BoundTask` that is trained
 """
@@ -50,10 +50,10 @@ class RecordOf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the losses of a task follow from, known once rows are encoded and the model is loaded."""
+    """Inputs of the losses of a task, known once rows are encoded and the model is loaded."""
 
     labels: Labels | None = None
-    """Of a task that learns labels."""
+    """None: the task learns no labels."""
     loss: Loss = PLAIN_LOSS
     """Additions to the loss that is trained; what is measured keeps the plain one."""
     output: OutputLayer | None = None

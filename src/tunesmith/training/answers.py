@@ -38,7 +38,7 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
         model=setup.model,
         task=setup.task,
         stop_ids=frozenset(setup.renderer.stop_ids),
-        new_tokens=answer_tokens(setup.recipe, setup.rows),
+        new_tokens=answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows),
         wanted=wanted,
         most_tokens=passes * setup.sampler.tokens_per_pass,
         tick=partial(tick, "answer"),
@@ -77,7 +77,7 @@ def samples(session: Session, name: str, writing: Continuation | None) -> Iterat
 def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[dict[str, Any]]:
     """Answers to prompts that begin no measured row, or whose model goes on from none."""
     setup, tick = session.setup, session.listener.on_progress
-    new_tokens, most = answer_tokens(setup.recipe, setup.rows), setup.sampler.tokens_per_pass
+    new_tokens, most = answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows), setup.sampler.tokens_per_pass
     rank, size = setup.world.part
     if size == 1 or setup.world.is_sharded:  # every rank takes part in every pass
         yield from answer_samples(setup.model, setup.renderer, prompts, new_tokens, tick, most=most)

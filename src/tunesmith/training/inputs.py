@@ -82,7 +82,7 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
     if recipe.device != "auto":
         machine.choose_device(recipe.device)
     decide_before_rows(decisions, located, size, kind)
-    head = find_head(decisions.recipe, located, kind)
+    head = find_head(decisions.recipe.task, located, kind)
     renderer = _dated(decisions, tokenizer, kind, notes)
     if finer is not None:
         decisions.show(finer)

@@ -71,7 +71,7 @@ def train_run(
         refuse_taken(out)  # before torch is imported; of a group its first rank looks
     if (devices := devices_of(recipe)) > 1:
         return several(devices)
-    is_first = _take_part(recipe)
+    is_first = _take_part(recipe.device)
     with watch(is_first) as watcher:
         if is_first and recipe.export.to:
             from tunesmith.export.export_run import refuse_planned
@@ -114,7 +114,7 @@ def resume_run(
     recipe = load(str(run.recipe_path), settings)
     if (devices := devices_of(recipe)) > 1:
         return several(devices)
-    is_first = _take_part(recipe)
+    is_first = _take_part(recipe.device)
     of_recipe = run.recipe().track if is_first else ()
     with (
         watch(is_first) as watcher,
@@ -126,10 +126,10 @@ def resume_run(
         return _finish(done, watcher) if is_first else done
 
 
-def _take_part(recipe: Recipe) -> bool:
+def _take_part(device: str) -> bool:
     """Take the card of this process, before an import can list the cards; whether it is the first of its group."""
     place = place_of(os.environ)
-    take_card(place, recipe.device, os.environ)
+    take_card(place, device, os.environ)
     return place.rank == 0
 
 

@@ -173,7 +173,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
     decide_measuring(
         decisions,
         facts,
-        steps=total_steps(decisions.recipe, steps_per_epoch),
+        steps=total_steps(decisions.recipe.train, steps_per_epoch),
         held_tokens=facts.held_tokens,
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
@@ -182,7 +182,7 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What a forecast is made from."""
+    """Inputs of a forecast."""
 
     decisions: Decisions
     notes: list[str]
@@ -236,10 +236,11 @@ def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tok
         if recipe.memory == "refuse":
             raise refusal
         planned.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
-    if saving := _saving(inputs.recipe, recipe, forecast, folder):
+    steps = total_steps(recipe.train, forecast.sampler.steps_per_epoch)
+    if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    planned.notes.extend(_few_rows(recipe, size, forecast))
+    planned.notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
     planned.decisions.decide(*fitted)
     return forecast
 
@@ -258,10 +259,10 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
     return replace(device, room=min((int(rank["room"]) for rank in world.joined), default=room))
 
 
-def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | None) -> Choice | None:
-    """How often a run is saved, by what a step and a checkpoint will take; None where that is given, or not known.
+def _saving(steps: int, forecast: Forecast, folder: Path | None) -> Choice | None:
+    """How often a run is saved, by what a step and a checkpoint will take; None where that is not known.
     `folder`: of runs, on the disk that counts; None: another machine's."""
-    if forecast.duration is None or given.checkpoint.every != "auto":
+    if forecast.duration is None:
         return None
     speed, num_bytes = forecast.device.written, forecast.sizes.checkpoint
     if folder is not None and num_bytes > LARGE_CHECKPOINT:
@@ -269,7 +270,7 @@ def _saving(given: Recipe, recipe: Recipe, forecast: Forecast, folder: Path | No
     return Choice(
         "checkpoint.every",
         *checkpoint_every(
-            total_steps(recipe, forecast.sampler.steps_per_epoch),
+            steps,
             step_seconds=forecast.duration.prices["training"],
             saving_seconds=num_bytes / speed,
         ),
@@ -286,9 +287,9 @@ def _unlike(world: World) -> str:
     )
 
 
-def _few_rows(recipe: Recipe, size: int, forecast: Forecast) -> list[str]:
+def _few_rows(rows: int, size: int, forecast: Forecast) -> list[str]:
     """A note where a step has too few rows to fill the devices, with the share of it in which they compute."""
-    rows, share = resolved(recipe.train.rows_per_step), forecast.busy
+    share = forecast.busy
     if size == 1:
         return []
     wanted, part = ROWS_OF_A_DEVICE * size, "few rows each: some wait for others"

@@ -42,7 +42,7 @@ from tunesmith.planning.forecast import Forecast, kept_checkpoints
 from tunesmith.planning.memory import DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.atomic import free_bytes
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
@@ -183,7 +183,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
     node_notes = _nodes(recipe, model, world)
     with attachment.perturbed():
-        layout, padding_notes = _layout(model, recipe, rows, inputs)
+        layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
     output, loss_notes = _output_layer(recipe, model)
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
@@ -191,7 +191,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
-    samples, sample_notes = _samples(recipe, inputs, rows)
+    samples, sample_notes = _samples(recipe.evaluation, inputs, rows)
     notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *node_notes, *padding_notes, *loss_notes]
     return Setup(
         recipe=recipe,
@@ -213,7 +213,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         collator=collator,
         held_collator=held_collator,
         sampler=sampler,
-        total_steps=total_steps(recipe, sampler.steps_per_epoch),
+        total_steps=total_steps(recipe.train, sampler.steps_per_epoch),
         device=device,
         samples=samples,
         new_head=new_head,
@@ -314,29 +314,28 @@ def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Split
             raise ModelError(f"{inputs.located.name}: {why}")
 
 
-def _samples(recipe: Recipe, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
+def _samples(evaluation: EvaluationOptions, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
     """Sample prompts that leave room for an answer in the model's context, and notes on those that do not."""
     if inputs.head != "next_token":
         return [], []
-    examples = rows.sample_examples(resolved(recipe.evaluation.samples))
-    new_tokens = answer_tokens(recipe, rows)
+    examples = rows.sample_examples(resolved(evaluation.samples))
+    new_tokens = answer_tokens(evaluation.sample_tokens, rows)
     room = PromptLimit.of(inputs.renderer, model_tokens=inputs.size.max_tokens, new_tokens=new_tokens)
     prompts = sample_prompts(inputs.renderer, examples, limit=room, new_tokens=new_tokens)
     return prompts, sample_notes(prompts, num_rows=len(examples))
 
 
-def answer_tokens(recipe: Recipe, rows: Splits) -> int:
+def answer_tokens(sample_tokens: int, rows: Splits) -> int:
     """Maximum number of tokens of an answer to a held-out prompt."""
-    return new_tokens_for(rows.held_store.targets[rows.held_rows], recipe.evaluation.sample_tokens)
+    return new_tokens_for(rows.held_store.targets[rows.held_rows], sample_tokens)
 
 
-def _layout(model: PreTrainedModel, recipe: Recipe, rows: Splits, inputs: Inputs) -> tuple[Layout, list[str]]:
+def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool) -> tuple[Layout, list[str]]:
     """Packed if the model computes the same for packed rows as for each alone; else padded, with a note."""
     layout, *others = layouts_of(inputs.kind)
     if not others:
         return layout, []
     probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
-    plain = recipe.kernels == "plain"
     agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
@@ -378,9 +377,9 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
     """
     trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
-    checkpoints = kept_checkpoints(setup.recipe, setup.total_steps) * (
-        trained + setup.optimizer.state_bytes() * trained // own
-    )
+    checkpoints = kept_checkpoints(
+        setup.recipe.checkpoint, setup.total_steps, keeps_best=setup.recipe.evaluation.every is not None
+    ) * (trained + setup.optimizer.state_bytes() * trained // own)
     is_adapter, snapshots = METHODS[setup.recipe.method.name].is_adapter, setup.recipe.checkpoint.snapshots
     result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
     held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())

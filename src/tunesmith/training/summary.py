@@ -124,7 +124,7 @@ def resolved_values(found: ResolvedRun) -> dict[str, Any]:
         },
         "tokens_per_epoch": int(sampler.lengths_I @ sampler.weights_I),
         "tokens_per_step": float(sampler.lengths_I @ sampler.weights_I) / sampler.steps_per_epoch,
-        "steps": total_steps(recipe, sampler.steps_per_epoch),
+        "steps": total_steps(recipe.train, sampler.steps_per_epoch),
         "steps_per_epoch": sampler.steps_per_epoch,
         "trained_parameters": 0 if forecast is None else forecast.sizes.trained_parameters,
         "total_parameters": found.inputs.size.num_params,
