@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,7 +76,9 @@ def grade(
     from tunesmith.graders.verdict import verdicts
 
     found = schema.load(grader)
-    every = read_prompts([data])
+    if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(found).values()):
+        raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
+    every = read_prompts([_pinned(data, offline)])
     prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
     schema.check_variables(found, prompts[0].item)
     if model is not None:
@@ -95,7 +98,7 @@ def grade(
         answers = [*played(prompts)]
         if model is not None:
             how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
-            answers += _drawn(model, prompts, seed, how, root, offline, say, tick)
+            answers = _with_model(model, prompts, answers, seed, how, root, offline, say, tick)
         graded = grade_all(pool, prompts, answers, tick)
     values = results(prompts, graded, passes=passes)
     said = verdicts(values, data)
@@ -143,17 +146,19 @@ def _say_network(children: Any, say: Say) -> None:
         say("note: this system lets no ordinary program close its network, so the grader's code has one")
 
 
-def _drawn(
-    model: str,
-    prompts: Sequence[Prompt],
-    seed: int,
-    how: dict[str, Any],
-    root: Path,
-    offline: bool,
-    say: Say,
-    tick: Tick,
-) -> list[tuple[str, int, Answer]]:
-    """Answers of a model to each prompt. Raises InputError where none can be asked."""
+def _pinned(data: str, offline: bool) -> str:
+    from tunesmith.cli.display import pinned
+    from tunesmith.recipe.schema import Data, DataFile
+
+    return pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path
+
+
+def _with_model(
+    model: str, prompts: Sequence[Prompt], played: list[tuple[str, int, Answer]], seed: int, how: dict[str, Any],
+    root: Path, offline: bool, say: Say, tick: Tick,
+) -> list[tuple[str, int, Answer]]:  # fmt: skip
+    """The answers that are played, with their tokens, and those of a model. Raises InputError where no row can be
+    asked."""
     from tunesmith.graders.grade import Answer
     from tunesmith.graders.trial import MODEL
     from tunesmith.serve.samples import Question, SampledModel
@@ -172,7 +177,8 @@ def _drawn(
     cut = sum(not one.ended for _, one in drawn)
     if cut > 0.05 * len(drawn):
         say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
-    return [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
+    counted = [(kind, i, replace(one, tokens=source.num_tokens(one.text))) for kind, i, one in played]
+    return counted + [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
 
 
 def _seed(prompt: Prompt, seed: int) -> int:

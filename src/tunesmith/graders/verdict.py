@@ -10,7 +10,7 @@ from tunesmith.graders.grade import KINDS
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS = " ▁▂▃▄▅▆▇█"
 LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
 
 
@@ -109,7 +109,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if one["mean"] is None:
             yield what, "–", "", ""
             continue
-        bars = "".join(BARS[round((len(BARS) - 1) * num / max(one["counts"]))] for num in one["counts"])
+        bars = "".join(BARS[-((1 - len(BARS)) * num // max(one["counts"]))] for num in one["counts"])
         spread = f"{one['low']:.3g} {bars} {one['high']:.3g}" if one["low"] < one["high"] else f"all {one['low']:.3g}"
         yield what, f"{one['mean']['value']:.3f}", _bounds(one["mean"]), spread
         if kind in ("reference", MODEL):
