@@ -143,12 +143,12 @@ def test_length_is_compared_within_groups() -> None:
 
 def test_verdicts_on_a_models_answers() -> None:
     hopeless = results(*[[(0.0, 1)] * 4] * 9, [(1.0, 2), (0.0, 3), (0.0, 1), (0.0, 2)])
-    words = " ".join(one.words for one in verdicts(hopeless, "a"))
+    words = " ".join(one.words for one in verdicts(hopeless))
     assert "Only 10 % of the groups of 4" in words
     assert "--keep 0.05:0.95" in words
     longer = results([(1.0, 2), (0.0, 1)], [(3.0, 7), (2.0, 5)])
-    assert any("length wins" in one.words for one in verdicts(longer, "a"))
-    assert next(iter(verdicts(results([(0.5, 2), (0.5, 1)]), "a"))).refuses
+    assert any("length wins" in one.words for one in verdicts(longer))
+    assert next(iter(verdicts(results([(0.5, 2), (0.5, 1)])))).refuses
 
 
 def test_rows_are_read_with_their_references(tmp_path: Path) -> None:

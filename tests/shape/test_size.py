@@ -12,7 +12,7 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_650, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_750, "twenty-one commands, what they print and what they refuse"),
+    "cli": (4_760, "twenty-one commands, what they print and what they refuse"),
     "data": (9_250, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (3_700, "measures with intervals, answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),

@@ -22,9 +22,9 @@ class Verdict:
     refuses: bool = False
 
 
-def verdicts(found: Mapping[str, Any], data: str) -> list[Verdict]:
+def verdicts(found: Mapping[str, Any]) -> list[Verdict]:
     """The verdicts on `trial.results`, those that refuse first; at least one."""
-    some = sorted(_verdicts(found, data), key=lambda one: not one.refuses)
+    some = sorted(_verdicts(found), key=lambda one: not one.refuses)
     if any(one.refuses for one in some):
         return some
     seen = [PLAYED[kind] for kind in found["won"] if kind != "twice"]
@@ -40,7 +40,7 @@ def _right(found: Mapping[str, Any]) -> str:
     return str(next((one["against"] for one in found["won"].values()), MODEL))
 
 
-def _verdicts(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
+def _verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
     failed = sum(one["num"] for one in found["errors"])
     if failed > MOST_FAILED * found["grades"]:
         kinds = ", ".join(f"{KINDS[one['kind']]}: {one['num']:,}" for one in found["errors"])
@@ -60,7 +60,7 @@ def _verdicts(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
         yield Verdict(f"All answers of the model get {model['low']:g}: {why}.", True)
     if low < high:
         yield from _of_played(found)
-    yield from _of_model(found, data)
+    yield from _of_model(found)
 
 
 def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -76,7 +76,7 @@ def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
         yield Verdict(f"Saying the reference twice gets more than saying it once, {got}: repeating wins.", True)
 
 
-def _of_model(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
+def _of_model(found: Mapping[str, Any]) -> Iterator[Verdict]:
     model = found["model"]
     if not model or not model["measures"]:
         return
