@@ -69,6 +69,12 @@ def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
         got = ", ".join(f"{PLAYED[kind]} gets {found['won'][kind]['mean']:.3g}" for kind in winners)
         against = found["won"][winners[0]]
         right = f"{PLAYED[against['against']]} {against['mean_against']:.3g}"
+        if found["kinds"][against["against"]]["high"] == min(
+            one["low"] for one in found["kinds"].values() if one["scored"]
+        ):
+            why = "Either they are not written as the grader wants answers, or it looks at something else"
+            yield Verdict(f"{right[0].upper()}{right[1:]}, the lowest reward of all: {got}. {why}.", True)
+            return
         yield Verdict(f"The grader can be won without the answer: {got}, {right}. A model would learn just that.", True)
     twice = found["won"].get("twice")
     if twice and twice["against"] == "reference" and twice["mean"] > twice["mean_against"]:
