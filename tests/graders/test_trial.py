@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tiny_run import model_folder
 from tunesmith.cli.app import app
 from tunesmith.graders import trial
 from tunesmith.graders.grade import Answer, Grade
@@ -56,7 +55,7 @@ def test_a_grader_that_tells_answers_apart_is_found_good(rows: Path, tmp_path: P
 
 
 def can_be_won(rows: Path, grader: Any, how: str) -> None:
-    said = grade(rows, grader, code=2).stdout.splitlines()[-1]
+    said = grade(rows, grader, code=2).stdout
     assert "can be won without the answer" in said
     assert how in said
 
@@ -79,6 +78,12 @@ def test_repeating_that_wins_and_grades_all_alike_are_refused(rows: Path) -> Non
     )
     assert "repeating wins" in grade(rows, often, code=2).stdout
     assert "there is nothing to learn from" in grade(rows, "def grade(sample, item):\n    return 0.5", code=2).stdout
+
+
+def test_references_that_the_grader_does_not_take_are_named(rows: Path) -> None:
+    said = grade(rows, RIGHT | {"reference": "{{item.prompt}}"}, code=2).stdout.splitlines()[-1]
+    assert "the row's reference 0, the lowest reward of all".lower() in said.lower()
+    assert "not written as the grader wants answers" in said
 
 
 def test_failed_grades_are_counted_by_kind_with_their_line(rows: Path) -> None:
@@ -143,12 +148,12 @@ def test_length_is_compared_within_groups() -> None:
 
 def test_verdicts_on_a_models_answers() -> None:
     hopeless = results(*[[(0.0, 1)] * 4] * 9, [(1.0, 2), (0.0, 3), (0.0, 1), (0.0, 2)])
-    words = " ".join(one.words for one in verdicts(hopeless, "a"))
+    words = " ".join(one.words for one in verdicts(hopeless))
     assert "Only 10 % of the groups of 4" in words
     assert "--keep 0.05:0.95" in words
     longer = results([(1.0, 2), (0.0, 1)], [(3.0, 7), (2.0, 5)])
-    assert any("length wins" in one.words for one in verdicts(longer, "a"))
-    assert next(iter(verdicts(results([(0.5, 2), (0.5, 1)]), "a"))).refuses
+    assert any("length wins" in one.words for one in verdicts(longer))
+    assert next(iter(verdicts(results([(0.5, 2), (0.5, 1)])))).refuses
 
 
 def test_rows_are_read_with_their_references(tmp_path: Path) -> None:
@@ -188,6 +193,8 @@ def test_options_that_do_not_go_together_are_refused(rows: Path, words: list[str
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_run import model_folder  # torch, which nothing else here needs
+
     return model_folder(tmp_path_factory.mktemp("model"))
 
 

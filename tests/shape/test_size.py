@@ -12,11 +12,12 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_560, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_500, "twenty commands, what they print and what they refuse"),
+    "cli": (4_760, "twenty-one commands, what they print and what they refuse"),
     "data": (9_250, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
     "evaluation": (3_700, "measures with intervals, answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (950, "answers of many sequences together, and those that go on from rows that were measured"),
+    "graders": (2_100, "types of graders, children for their code, a judge, a trial with measures and a verdict"),
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_300, "OpenAI's fine-tuning API: files, jobs, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,58 +66,97 @@ def grade(
 
     tunesmith grade prompts.jsonl --grader grader.json --model HuggingFaceTB/SmolLM2-135M-Instruct --page tried.html
     """
-    bounds = _bounds(keep, out, model, overwrite)
-    if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
-        raise InputError(f"--page {page}: not a page in a folder that is there. Give FILE.html.")
-    from tunesmith.graders import schema
-    from tunesmith.graders.pool import Pool
-    from tunesmith.graders.prompts import read_prompts
-    from tunesmith.graders.trial import grade_all, played, results
-    from tunesmith.graders.verdict import verdicts
-
-    found = schema.load(grader)
-    every = read_prompts([data])
-    prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
-    schema.check_variables(found, prompts[0].item)
-    if model is not None:
-        model = named(model, root)
-        refuse_missing(model, root, offline=offline)
+    bounds = _bounds(keep, out, model, page, overwrite)
     screen = console(stderr=True)
 
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
+    found, every = _given(data, grader, model, offline)
+    prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
     if len(prompts) < len(every):
         say(f"{len(prompts):,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
-    from tunesmith.cli.display import phases
-
-    with Pool(found) as pool, phases(screen, WORDS) as tick:
-        _say_network(pool.children.values(), say)
-        answers = [*played(prompts)]
-        if model is not None:
-            how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
-            answers += _drawn(model, prompts, seed, how, root, offline, say, tick)
-        graded = grade_all(pool, prompts, answers, tick)
-    values = results(prompts, graded, passes=passes)
-    said = verdicts(values, data)
-    if as_json:
-        shown = [{"words": one.words, "refuses": one.refuses} for one in said]
-        json_line({"kind": "grade", "data": data, "grader": grader, "target": model, **values, "verdict": shown})
-    else:
-        _draw(values, said)
-    if page is not None:
-        from tunesmith.graders.page import page_of
-
-        write_atomic(page, page_of(values, said, grader=grader, data=data).encode())
-        say(f"a page with pictures: {page}")
+    how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    drawing = None if model is None else _Drawing(named(model, root), root, offline, seed, how)
+    graded = _graded(found, prompts, drawing, say)
+    said = _show(prompts, graded, passes, page, say, {"data": data, "grader": grader, "target": model}, as_json=as_json)
     if bounds is not None and out is not None:
         _keep(prompts, graded, bounds, out, say)
     if any(one.refuses for one in said):
         raise typer.Exit(InputError.exit_code)
 
 
-def _bounds(keep: str | None, out: Path | None, model: str | None, overwrite: bool) -> tuple[float, float] | None:
-    """The bounds of --keep. Raises InputError for options that do not go together."""
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """A model, and how its answers are drawn."""
+
+    model: str
+    root: Path
+    offline: bool
+    seed: int
+    how: dict[str, Any]
+
+
+def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[Any, list[Prompt]]:
+    """The grader and all rows. Raises InputError, before anything heavy is loaded."""
+    from tunesmith.cli.display import pinned
+    from tunesmith.graders import schema
+    from tunesmith.graders.prompts import read_prompts
+    from tunesmith.recipe.schema import Data, DataFile
+
+    found = schema.load(grader)
+    if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(found).values()):
+        raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
+    every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
+    schema.check_variables(found, every[0].item)
+    return found, every
+
+
+def _graded(found: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say) -> list[Graded]:
+    from tunesmith.cli.display import phases
+    from tunesmith.graders.pool import Pool
+    from tunesmith.graders.trial import grade_all, played
+
+    if drawing is not None:
+        refuse_missing(drawing.model, drawing.root, offline=drawing.offline)
+    with Pool(found) as pool, phases(console(stderr=True), WORDS) as tick:
+        if any(child.closes_network and not child.offline for child in pool.children.values()):
+            say("note: this system lets no ordinary program close its network, so the grader's code has one")
+        answers = [*played(prompts)]
+        if drawing is not None:
+            answers = _with_model(drawing, prompts, answers, say, tick)
+        return grade_all(pool, prompts, answers, tick)
+
+
+def _show(
+    prompts: Sequence[Prompt], graded: Sequence[Graded], passes: float, page: Path | None, say: Say,
+    of: Mapping[str, Any], *, as_json: bool,
+) -> Sequence[Verdict]:  # fmt: skip
+    """Print results and verdicts, and write the page."""
+    from tunesmith.graders.trial import results
+    from tunesmith.graders.verdict import verdicts
+
+    values = results(prompts, graded, passes=passes)
+    said = verdicts(values)
+    if as_json:
+        shown = [{"words": one.words, "refuses": one.refuses} for one in said]
+        json_line({"kind": "grade", **of, **values, "verdict": shown})
+    else:
+        _draw(values, said)
+    if page is not None:
+        from tunesmith.graders.page import page_of
+
+        write_atomic(page, page_of(values, said, grader=of["grader"], data=of["data"]).encode())
+        say(f"a page with pictures: {page}")
+    return said
+
+
+def _bounds(
+    keep: str | None, out: Path | None, model: str | None, page: Path | None, overwrite: bool
+) -> tuple[float, float] | None:
+    """The bounds of --keep. Raises InputError for options that do not go together, and a page that is none."""
+    if page is not None and (page.suffix.lower() not in (".html", ".htm") or not page.parent.is_dir()):
+        raise InputError(f"--page {page}: not a page in a folder that is there. Give FILE.html.")
     if keep is None and out is None:
         return None
     if keep is None or out is None or model is None:
@@ -137,42 +177,32 @@ def _some(every: Sequence[Prompt], most: int) -> list[Prompt]:
     return [every[i * len(every) // num] for i in range(num)]
 
 
-def _say_network(children: Any, say: Say) -> None:
-    offline = {child.offline for child in children if child.closes_network}
-    if offline == {False}:
-        say("note: this system lets no ordinary program close its network, so the grader's code has one")
-
-
-def _drawn(
-    model: str,
-    prompts: Sequence[Prompt],
-    seed: int,
-    how: dict[str, Any],
-    root: Path,
-    offline: bool,
-    say: Say,
-    tick: Tick,
+def _with_model(
+    drawing: _Drawing, prompts: Sequence[Prompt], played: list[tuple[str, int, Answer]], say: Say, tick: Tick
 ) -> list[tuple[str, int, Answer]]:
-    """Answers of a model to each prompt. Raises InputError where none can be asked."""
+    """The answers that are played, with their tokens, and those of a model. Raises InputError where no row can be
+    asked."""
     from tunesmith.graders.grade import Answer
     from tunesmith.graders.trial import MODEL
     from tunesmith.serve.samples import Question, SampledModel
 
     tick("load", 0, 1)
-    source = SampledModel(model, root=root, offline=offline, streams=max(16, 2 * how["num"]), note=say)
-    questions = [Question(one.messages, _seed(one, seed), one.tools) for one in prompts]
+    how, streams = drawing.how, max(16, 2 * drawing.how["num"])
+    source = SampledModel(drawing.model, root=drawing.root, offline=drawing.offline, streams=streams, note=say)
+    questions = [Question(one.messages, _seed(one, drawing.seed), one.tools) for one in prompts]
     found = source.answers(questions, **how, progress=tick)
     refused = [(prompts[i].source, why) for i, why in enumerate(found) if isinstance(why, str)]
     if refused:
         first = f"the first: {refused[0][0]}: {refused[0][1]}"
         if len(refused) == len(prompts):
-            raise InputError(f"{model}: no row can be asked; {first}.")
+            raise InputError(f"{drawing.model}: no row can be asked; {first}.")
         say(f"note: {len(refused):,} of {plural(len(prompts), 'row')} cannot be asked; {first}")
     drawn = [(i, one) for i, some in enumerate(found) if not isinstance(some, str) for one in some]
     cut = sum(not one.ended for _, one in drawn)
     if cut > 0.05 * len(drawn):
         say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
-    return [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
+    counted = [(kind, i, replace(one, tokens=source.num_tokens(one.text))) for kind, i, one in played]
+    return counted + [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
 
 
 def _seed(prompt: Prompt, seed: int) -> int:

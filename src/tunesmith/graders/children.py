@@ -38,6 +38,7 @@ class Children:
         self._grader = grader
         self._idle: queue.LifoQueue[_Child] = queue.LifoQueue()
         first = _Child(grader)
+        self._all = [first]
         self.files: Mapping[str, str] = first.files
         """SHA-256 of the files that the grader is made of."""
         self.offline = first.offline
@@ -51,9 +52,11 @@ class Children:
             child = self._idle.get_nowait()
         except queue.Empty:
             child = _Child(self._grader)
+            self._all.append(child)
         try:
             answer = child.ask(request, self._grader.seconds * times + GRACE_S)
         except GradeError:
+            self._all.remove(child)
             child.end()
             raise
         self._idle.put(child)
@@ -62,9 +65,9 @@ class Children:
         return answer
 
     def close(self) -> None:
-        with suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().end()
+        """End all processes, also those at work."""
+        for child in self._all:
+            child.end()
 
 
 class _Child:
@@ -93,7 +96,7 @@ class _Child:
         assert self._process.stdin is not None, "it is a pipe"
         line = b""
         with suppress(OSError):  # it has ended, which the empty line says
-            data = memoryview(json.dumps(request).encode() + b"\n")
+            data = memoryview(json.dumps(request, default=str).encode() + b"\n")
             while data:
                 data = data[self._process.stdin.write(data) :]
             ends = time.monotonic() + seconds

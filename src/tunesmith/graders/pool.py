@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Mapping, MutableMapping
@@ -11,14 +12,14 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-import orjson
-
 from tunesmith.environment import num_cpus
 from tunesmith.graders import formula, judge, schema, texts
 from tunesmith.graders.children import Children
 from tunesmith.graders.grade import Answer, Grade, GradeError
 
 JUDGED_AT_ONCE = 8
+MOST_REWARD = 1e30
+"""Sums of larger ones end."""
 _CODE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, schema.JsonSchema)
 """Code, and what a regular expression can keep busy for ever."""
@@ -97,6 +98,8 @@ class Pool:
                     raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
                 scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}
             reward = rewards[""] if self._formula is None else formula.compute(self._formula, rewards)
+            if abs(reward) > MOST_REWARD:
+                raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
         except GradeError as error:
             return Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
         scores |= {name: value for name, value in rewards.items() if name}
@@ -119,7 +122,7 @@ class Pool:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def code_of(text: str) -> str:

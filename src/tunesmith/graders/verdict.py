@@ -10,7 +10,7 @@ from tunesmith.graders.grade import KINDS
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
 
-BARS = "▁▂▃▄▅▆▇█"
+BARS = " ▁▂▃▄▅▆▇█"
 LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
 
 
@@ -22,9 +22,9 @@ class Verdict:
     refuses: bool = False
 
 
-def verdicts(found: Mapping[str, Any], data: str) -> list[Verdict]:
+def verdicts(found: Mapping[str, Any]) -> list[Verdict]:
     """The verdicts on `trial.results`, those that refuse first; at least one."""
-    some = sorted(_verdicts(found, data), key=lambda one: not one.refuses)
+    some = sorted(_verdicts(found), key=lambda one: not one.refuses)
     if any(one.refuses for one in some):
         return some
     seen = [PLAYED[kind] for kind in found["won"] if kind != "twice"]
@@ -40,7 +40,7 @@ def _right(found: Mapping[str, Any]) -> str:
     return str(next((one["against"] for one in found["won"].values()), MODEL))
 
 
-def _verdicts(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
+def _verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
     failed = sum(one["num"] for one in found["errors"])
     if failed > MOST_FAILED * found["grades"]:
         kinds = ", ".join(f"{KINDS[one['kind']]}: {one['num']:,}" for one in found["errors"])
@@ -60,7 +60,7 @@ def _verdicts(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
         yield Verdict(f"All answers of the model get {model['low']:g}: {why}.", True)
     if low < high:
         yield from _of_played(found)
-    yield from _of_model(found, data)
+    yield from _of_model(found)
 
 
 def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -69,6 +69,12 @@ def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
         got = ", ".join(f"{PLAYED[kind]} gets {found['won'][kind]['mean']:.3g}" for kind in winners)
         against = found["won"][winners[0]]
         right = f"{PLAYED[against['against']]} {against['mean_against']:.3g}"
+        if found["kinds"][against["against"]]["high"] == min(
+            one["low"] for one in found["kinds"].values() if one["scored"]
+        ):
+            why = "Either they are not written as the grader wants answers, or it looks at something else"
+            yield Verdict(f"{right[0].upper()}{right[1:]}, the lowest reward of all: {got}. {why}.", True)
+            return
         yield Verdict(f"The grader can be won without the answer: {got}, {right}. A model would learn just that.", True)
     twice = found["won"].get("twice")
     if twice and twice["against"] == "reference" and twice["mean"] > twice["mean_against"]:
@@ -76,7 +82,7 @@ def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
         yield Verdict(f"Saying the reference twice gets more than saying it once, {got}: repeating wins.", True)
 
 
-def _of_model(found: Mapping[str, Any], data: str) -> Iterator[Verdict]:
+def _of_model(found: Mapping[str, Any]) -> Iterator[Verdict]:
     model = found["model"]
     if not model or not model["measures"]:
         return
@@ -109,7 +115,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if one["mean"] is None:
             yield what, "–", "", ""
             continue
-        bars = "".join(BARS[round((len(BARS) - 1) * num / max(one["counts"]))] for num in one["counts"])
+        bars = "".join(BARS[-((1 - len(BARS)) * num // max(one["counts"]))] for num in one["counts"])
         spread = f"{one['low']:.3g} {bars} {one['high']:.3g}" if one["low"] < one["high"] else f"all {one['low']:.3g}"
         yield what, f"{one['mean']['value']:.3f}", _bounds(one["mean"]), spread
         if kind in ("reference", MODEL):

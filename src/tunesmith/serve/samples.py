@@ -56,6 +56,10 @@ class SampledModel:
         room = self.model.decoder.token_capacity(free_for_keys(self.model.decoder.model.device, limit))
         self._scheduler = Scheduler(self.model.decoder, streams=streams, room=room)
 
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text as an answer."""
+        return len(self.model.renderer.tokenizer(text, add_special_tokens=False).input_ids)
+
     def answers(
         self,
         questions: Sequence[Question],
