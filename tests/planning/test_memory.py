@@ -115,8 +115,10 @@ def test_layers_keep_less_on_a_processor_where_norms_and_mlps_are_nodes(tmp_path
     setup = prepare(tiny_recipe(tmp_path, kernels=kernels, precision=precision), root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert sizes.less == less
+    assert sizes.again == (2 * sizes.hidden if less else 0), "the inputs of q, k, v and of the MLP"
     assert any("forward" in vars(module) for module in setup.model.modules()) is (kernels == "fast")
     assert needs(replace(SIZES, less=0.5)).activations == 1000 * (2 * 40) + 28000
+    assert needs(replace(SIZES, again=3)).activations == 1000 * 4 * (40 - 3 * 4) + 28000
     card = named("H100-80G")
     assert needs(replace(SIZES, less=0.5), device=card).activations == needs(device=card).activations
 
