@@ -48,6 +48,7 @@ def add_step(verbs: Any) -> None:
     add("--rows-per-step", type=int, default=16)
     add("--threads", type=int, default=2)
     add("--kernels", default="fast", choices=["fast", "plain"])
+    add("--task", default="auto", help="what is learnt from the rows, such as classify")
     step.set_defaults(run=_step)
     limit = verbs.add_parser("limit", help="how near a finished run on a processor came to its products alone")
     limit.add_argument("run_folder", type=Path, help="a run on a model that is a folder")
@@ -73,6 +74,7 @@ def _measure(options: argparse.Namespace, method: str, root: Path) -> None:
     recipe = tunesmith.Recipe.model_validate(
         {
             "model": options.model,
+            "task": options.task,
             "data": {"train": [options.rows]},
             "threads": options.threads,
             "kernels": options.kernels,
@@ -128,7 +130,7 @@ def _limit(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 Layers = Sequence[tuple[Any, bool]]
-"""Weights of linear layers, and whether each is that of the output layer."""
+"""Weights of linear layers, and whether each lies behind the layers, where it reads the targets alone."""
 
 
 def _alone(event: Any, layers: Layers, *, trained: bool) -> float:
@@ -141,10 +143,15 @@ def weights_of(model: Any, *, dtype: Any = None) -> Layers:
     """The weights of the model's linear layers; of a model of shapes, random ones of a type."""
     import torch
 
-    head = model.get_output_embeddings()
+    from tunesmith.models.modes import layers_of
+
+    inside = {id(module) for layer in layers_of(model) for module in layer.modules()}
     modules = [one for one in model.modules() if isinstance(one, torch.nn.Linear)]
     return [
-        (torch.randn(one.weight.shape, dtype=dtype) if one.weight.is_meta else one.weight.detach(), one is head)
+        (
+            torch.randn(one.weight.shape, dtype=dtype) if one.weight.is_meta else one.weight.detach(),
+            id(one) not in inside,
+        )
         for one in modules
     ]
 

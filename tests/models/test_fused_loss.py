@@ -75,13 +75,34 @@ def in_pieces(patch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:
 
 
 def test_a_frozen_layer_has_small_pieces_but_none_below_its_weights():
-    """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 96 targets are more bytes."""
-    for vocabulary, frozen, trained in ((49_152, 96, 341), (30_522, 137, 549), (128_256, 96, 130)):
+    """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 192 targets are more bytes."""
+    for vocabulary, frozen, trained in ((49_152, 192, 341), (8_000, 524, 2_097), (128_256, 192, 130)):
         with torch.device("meta"):
             output = OutputLayer(torch.nn.Linear(8, vocabulary), 1.0, False, None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(output_module.CHUNK_BYTES, "meta", output_module.CHUNK_BYTES["cpu"])
             assert (output.chunk_size(trained=False), output.chunk_size(trained=True)) == (frozen, trained)
+
+
+def test_pieces_are_of_like_size():
+    """200 targets in pieces of at most 192: the weights are read twice, each time for 100."""
+    output = OutputLayer(torch.nn.Linear(8, 49_152, device="meta"), 1.0, False, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(output_module.CHUNK_BYTES, "meta", output_module.CHUNK_BYTES["cpu"])
+        assert list(output.chunks(200, trained=False)) == [slice(0, 100), slice(100, 200)]
+        assert list(output.chunks(192, trained=False)) == [slice(0, 192)]
+        assert list(output.chunks(0, trained=False)) == []
+
+
+def test_the_gradient_takes_the_memory_of_its_logits_on_a_processor():
+    """Bit for bit that of a softmax beside them, in rows that are no multiple of a vector."""
+    logits = 3 * torch.randn(7, 1003, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(7)
+    expected = torch.softmax(logits, -1)
+    expected[range(7), targets] -= 1
+    _, gradient = output_module._losses_and_gradient(logits, targets, smoothing=0, z=0)
+    assert torch.equal(gradient, expected)
+    assert gradient.data_ptr() == logits.data_ptr()
 
 
 def answers(model, output: OutputLayer | None) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from card import as_on_a_card
 from tunesmith.models.card_kernels import ACTIVATIONS
 from tunesmith.models.linear_nodes import LinearParts, gated_mlp, linears
-from tunesmith.models.rms_norm import rms_norm
+from tunesmith.models.rms_norm import origin_of, rms_norm
 
 PLAIN_ACTIVATIONS = (F.silu, lambda x: F.gelu(x, approximate="tanh"), F.gelu, F.relu)
 
@@ -110,3 +110,44 @@ def test_an_rms_norm_equals_the_one_that_models_spell_out(start: int, dtype: tor
     tolerance = 8 * torch.finfo(dtype).eps  # a few roundings in another order
     for one, other in zip((ours, *mine), (expected, *theirs), strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
+
+
+def kept_bytes(out: Tensor, ignored: list[Tensor]) -> int:
+    """Bytes of the tensors that the graph behind `out` keeps, each memory once."""
+    sizes: dict[int, int] = {}
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            kept = [t for t in getattr(node, "saved_tensors", ()) if t is not None]
+            sizes |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+            nodes += [before for before, _ in node.next_functions]
+    known = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+    return sum(size for address, size in sizes.items() if address not in known)
+
+
+def test_what_a_norm_answered_is_computed_again_bit_for_bit_instead_of_kept() -> None:
+    """64 × 96 numbers of two bytes for the siblings and as many for the MLP; what was written into is kept."""
+    torch.manual_seed(0)
+
+    def narrow(*sizes: int) -> Tensor:
+        return draw(*sizes).detach().bfloat16().requires_grad_()
+
+    x, weight = narrow(64, 96), narrow(96)
+    layers = tuple(LinearParts(narrow(80, 96), None, narrow(4, 96), narrow(80, 4), 2.0) for _ in range(2))
+    down = LinearParts(narrow(96, 80), None)
+    trained = [x, weight, *trained_of((*layers, down))]
+
+    def answers(normed: Tensor) -> Tensor:
+        return torch.cat([*linears(normed, layers), gated_mlp(normed, (*layers, down), ACTIVATIONS[0])], 1)
+
+    ours, kept = answers(rms_norm(x, weight, 1e-5)), answers(rms_norm(x, weight, 1e-5).view(64, 96))
+    grad = torch.randn_like(ours)
+    assert torch.equal(ours, kept)
+    assert kept_bytes(kept, trained) - kept_bytes(ours, trained) == 64 * 96 * 2
+    mine, expected = (torch.autograd.grad(out, trained, grad) for out in (ours, kept))
+    assert all(map(torch.equal, mine, expected))
+
+    changed = rms_norm(x, weight, 1e-5)
+    assert origin_of(changed) is not None
+    assert origin_of(changed.mul_(2)) is None

@@ -115,11 +115,17 @@ def test_layers_keep_less_where_norms_and_mlps_are_nodes(tmp_path, kernels, prec
     setup = prepare(tiny_recipe(tmp_path, kernels=kernels, precision=precision), root=tmp_path)
     sizes, _ = sizes_of(setup.recipe, setup.located, head=setup.head, labels=setup.rows.labels, store=setup.rows.store)
     assert sizes.less == less
+    assert sizes.again == (2 * sizes.hidden if less else 0), "the inputs of q, k, v and of the MLP"
     assert any("forward" in vars(module) for module in setup.model.modules()) is (kernels == "fast")
     assert needs(replace(SIZES, less=0.5)).activations == 1000 * (2 * 40) + 28000
     for device, is_less in ((named("H100-80G"), True), (Device("mps", "mps", 2**40), False)):
         less_kept = needs(replace(SIZES, less=0.5), device=device).activations
         assert (less_kept < needs(device=device).activations) is is_less
+    assert needs(replace(SIZES, again=3)).activations == 1000 * 4 * (40 - 3 * 4) + 28000
+    assert (
+        needs(replace(SIZES, again=3), device=named("H100-80G")).activations
+        == needs(device=named("H100-80G")).activations
+    )
 
 
 def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():

@@ -76,6 +76,14 @@ def keeps_less(model: nn.Module) -> bool:
     return any(map(_looks_like_norm, modules)) and any(_parts(module, MLP) is not None for module in modules)
 
 
+def reads_again(model: nn.Module) -> int:
+    """Gated MLPs and layers of one input in one node, which do not keep what a norm of ours answered."""
+    modules = list(model.modules())
+    joined = [parts for names in SIBLINGS[:2] for module in modules if (parts := _parts(module, names)) is not None]
+    mlps = sum(_parts(module, MLP) is not None for module in modules)
+    return mlps + sum(all(part.rank for part in parts) for parts in joined)
+
+
 def parts_of(layer: Any) -> LinearParts | None:
     """What a linear layer computes with now; None if it is not known to compute by that alone."""
     if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:

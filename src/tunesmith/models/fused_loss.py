@@ -3,8 +3,9 @@
     l = cap · tanh(scale (h Wᵀ + b) / cap),  loss = Σ_N (1 − ε) (lse − l_target) + ε (lse − mean_V l) + z lse²
     dl = p (1 + 2 z lse) − ε / V − (1 − ε) at the target,  lse = log Σ_V exp l,  p = exp(l − lse)
 
-The gradient of a chunk's logits is formed while they are there, so the logits of all targets never exist at once: two
-numbers of float32 for every target of a chunk and token of the vocabulary, instead of some five for every target. Kept
+The gradient of a chunk's logits is formed while they are there, on a processor in their place, so the logits of all
+targets never exist at once: a number of float32 (on a card two) for every target of a chunk and token of the vocabulary
+and one of the model's precision, instead of some five for every target. Kept
 for the backward: the gradient of h, D numbers a target, and where W is trained, that of W. Logits are rounded as the
 model rounds them; the softmax and its logarithm are float32.
 
@@ -17,6 +18,7 @@ output layer as the model's config describes it gives the model's own logits.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,8 +40,9 @@ SMALL_CARD = 17 * 10**9
 """Bytes of memory of a card up to which chunks are small: T4, and others of 16 GB."""
 CHUNK_BYTES_TRAINED = 64 * 2**20
 """At least, where the layer is trained: every chunk goes through its gradient once more."""
-CHUNK_TARGETS = 96
-"""At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
+CHUNK_TARGETS = 192
+"""At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets. Chunks of
+a pass are of like size: a small one at the end would read them for little."""
 PROBE_TOKENS = 8
 
 
@@ -57,8 +60,13 @@ class OutputLayer:
         """Whether it is the layer of this model: a task that is bound to another one computes the logits whole."""
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
 
+    def chunks(self, targets: int, *, trained: bool) -> Iterator[slice]:
+        """The chunks of so many targets, as like in size as can be."""
+        num = -(-targets // self.chunk_size(trained=trained))
+        yield from (slice(targets * i // num, targets * (i + 1) // num) for i in range(num))
+
     def chunk_size(self, *, trained: bool) -> int:
-        """Targets of a chunk."""
+        """Targets of a chunk, at most."""
         weight = self.layer.weight
         kind = weight.device.type
         size = CHUNK_BYTES[kind] if kind in CHUNK_BYTES else chunk_on_card(_memory_of(weight.device))
@@ -156,16 +164,12 @@ class _LossSum(torch.autograd.Function):
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_weight else None
         gbias_V = weight_VD.new_zeros(len(weight_VD), dtype=wide) if needs_bias else None
-        rows = output.chunk_size(trained=needs_weight)
-        for start in range(0, len(targets_N), rows):
-            here = slice(start, start + rows)
-            logits_NV = output.logits(hidden_ND[here])
-            losses_N, glogits_NV = _losses_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=smoothing, z=z)
+        for here in output.chunks(len(targets_N), trained=needs_weight):
+            losses_N, glogits_NV = _of_chunk(hidden_ND[here], targets_N[here], output, smoothing=smoothing, z=z)
             total += losses_N.sum()
             found_N[here] = losses_N
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
             if gweight_VD is not None:
@@ -197,14 +201,10 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         found_N = hidden_ND.new_empty(len(targets_N), dtype=wide)
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not any(needs_layer) else None
-        size = output.chunk_size(trained=False)
-        for start in range(0, len(targets_N), size):
-            here = slice(start, start + size)
-            logits_NV = output.logits(hidden_ND[here])
-            losses_N, glogits_NV = _losses_and_gradient(logits_NV.to(wide), targets_N[here], smoothing=0, z=0)
+        for here in output.chunks(len(targets_N), trained=False):
+            losses_N, glogits_NV = _of_chunk(hidden_ND[here], targets_N[here], output, smoothing=0, z=0)
             found_N[here] = -losses_N
             if ghidden_ND is not None:
-                glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
         kept = (hidden_ND, weight_VD, targets_N) if any(needs_layer) else (ghidden_ND, None, None)
         ctx.save_for_backward(*kept)
@@ -220,9 +220,7 @@ class _LogProbs(torch.autograd.Function):
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if needs_weight else None
         gbias_V = grad_N.new_zeros(len(weight_VD)) if needs_bias else None
-        size = output.chunk_size(trained=needs_weight)
-        for start in range(0, len(targets_N), size):
-            here = slice(start, start + size)
+        for here in output.chunks(len(targets_N), trained=needs_weight):
             logits_NV = output.logits(hidden_ND[here])
             glogits_NV = torch.softmax(logits_NV.to(grad_N.dtype), -1).mul_(-grad_N[here, None])
             glogits_NV.scatter_add_(1, targets_N[here, None], grad_N[here, None])
@@ -252,17 +250,30 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
     return (saved.to(factor) * factor).to(saved.dtype)
 
 
+def _of_chunk(
+    hidden_ND: Tensor, targets_N: Tensor, output: OutputLayer, *, smoothing: float, z: float
+) -> tuple[Tensor, Tensor]:
+    """[N], the losses, and [N, V], the gradient of what the linear layer answered, in the precision of `hidden_ND`."""
+    logits_NV = output.logits(hidden_ND)
+    capped_NV = None if output.cap is None else logits_NV
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
+    del logits_NV  # before there is a gradient of their size
+    losses_N, glogits_NV = _losses_and_gradient(wide_NV, targets_N, smoothing=smoothing, z=z)
+    return losses_N, _before_scale(glogits_NV.to(hidden_ND.dtype), capped_NV, output)
+
+
 def _losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: float, z: float) -> tuple[Tensor, Tensor]:
-    """[N], the losses, and [N, V], the gradient of each."""
+    """[N], the losses, and [N, V], the gradient of each; on a processor in the memory of the logits."""
     picked_N1 = targets_N[:, None]
     largest_N = logits_NV.amax(-1)
     at_target_N = logits_NV.gather(1, picked_N1)[:, 0]
-    p_NV = torch.softmax(logits_NV, -1)
+    mean_N = logits_NV.mean(-1) if smoothing else 0
+    p_NV = torch.softmax(logits_NV, -1, out=logits_NV if logits_NV.device.type == "cpu" else None)
     # The largest p is exp(largest − lse), at least 1 / V: its logarithm loses nothing.
     lse_N = largest_N - p_NV.amax(-1).log()
     losses_N = lse_N - at_target_N
     if smoothing:
-        losses_N = (1 - smoothing) * losses_N + smoothing * (lse_N - logits_NV.mean(-1))
+        losses_N = (1 - smoothing) * losses_N + smoothing * (lse_N - mean_N)
     if z:
         losses_N = losses_N + z * lse_N.square()
         p_NV.mul_(1 + 2 * z * lse_N[:, None])
@@ -272,9 +283,9 @@ def _losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: flo
     return losses_N, p_NV
 
 
-def _before_scale(glogits_NV: Tensor, logits_NV: Tensor, output: OutputLayer) -> Tensor:
-    """The gradient of the linear layer's output, from that of the logits."""
-    if output.cap is not None:
+def _before_scale(glogits_NV: Tensor, logits_NV: Tensor | None, output: OutputLayer) -> Tensor:
+    """The gradient of the linear layer's output, from that of the logits, which are needed where they are capped."""
+    if output.cap is not None and logits_NV is not None:
         glogits_NV = glogits_NV * (1 - (logits_NV / output.cap).square())
     if output.scale != 1:
         glogits_NV = glogits_NV / output.scale if output.divides else glogits_NV * output.scale

@@ -26,39 +26,59 @@ multiplied by 1 + w in float32, then rounded."""
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, start: int = 0) -> Tensor:
-    """[..., H] → [..., H]; `start` is one of `COUNTED_FROM`."""
+    """[..., H] → [..., H]; `start` is one of `COUNTED_FROM`. `origin_of` the answer knows how it came about, on
+    a processor."""
     if on_card(x):
         return _CardNorm.apply(x, weight_H, eps, start)  # type: ignore[no-any-return,no-untyped-call]
-    out: Tensor = _RmsNorm.apply(x, weight_H.float() + start if start else weight_H, eps)  # type: ignore[no-untyped-call]
-    return out
+    weight_H = weight_H.float() + start if start else weight_H
+    out, inverse_T1 = _RmsNorm.apply(x, weight_H, eps)  # type: ignore[no-untyped-call]
+    if out.requires_grad:
+        out.origin = out._version, (x.detach(), weight_H.detach(), inverse_T1)
+    return out  # type: ignore[no-any-return]
+
+
+def origin_of(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `normed` computes the answer of a norm from again, bit for bit, so that a layer that reads it need not keep
+    it; None: it is not such an answer, or was written into."""
+    version, kept = getattr(tensor, "origin", (None, None))
+    return kept if version is not None and version == tensor._version else None
+
+
+def normed(x: Tensor, weight_H: Tensor, inverse_T1: Tensor) -> Tensor:
+    """[..., H], the norm's answer."""
+    return _finished(x.to(inverse_T1.dtype, copy=True), x, weight_H, inverse_T1)
+
+
+def _finished(wide: Tensor, x: Tensor, weight_H: Tensor, inverse_T1: Tensor) -> Tensor:
+    """The answer from x in float32, which is written into."""
+    wide.mul_(inverse_T1)
+    return wide.to(x.dtype).mul_(weight_H) if weight_H.dtype == x.dtype else wide.mul_(weight_H).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        out = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
         # By its norm: torch's mean of squares takes twice as long.
-        length_T1 = torch.linalg.vector_norm(out, dim=-1, keepdim=True)
+        length_T1 = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse_T1 = length_T1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_H, inverse_T1)
-        out.mul_(inverse_T1)
-        if weight_H.dtype == x.dtype:
-            return out.to(x.dtype).mul_(weight_H)
-        return out.mul_(weight_H).to(x.dtype)
+        ctx.mark_non_differentiable(inverse_T1)
+        return _finished(wide, x, weight_H, inverse_T1), inverse_T1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_H, inverse_T1 = ctx.saved_tensors
         wide = x.to(inverse_T1.dtype)
         gx = gweight_H = None
         if ctx.needs_input_grad[1]:
             gweight_H = (wide * inverse_T1).mul_(grad).flatten(0, -2).sum(0).to(weight_H.dtype)
         if ctx.needs_input_grad[0]:
-            gnormed = (grad * weight_H).to(wide.dtype)
+            # A copy: in float32 it would be the incoming gradient itself.
+            gnormed = grad.to(wide.dtype, copy=True).mul_(weight_H.to(wide.dtype))
             along_T1 = torch.linalg.vecdot(gnormed, wide).unsqueeze(-1).mul_(inverse_T1.pow(3)).div_(-x.shape[-1])
-            # Without writing into it: in float32 it may be the incoming gradient itself.
-            gx = torch.addcmul(gnormed * inverse_T1, wide, along_T1).to(x.dtype)
+            gx = gnormed.mul_(inverse_T1).addcmul_(wide, along_T1).to(x.dtype)
         return gx, gweight_H, None
 
 

@@ -107,9 +107,12 @@ class _ShortRowAttention(torch.autograd.Function):
         q = _lines(query).index_select(0, layout.query_index).to(layout.dtype)
         k, v = (_lines(tensor).index_select(0, layout.key_index).to(layout.dtype) for tensor in (key, value))
         out = torch.empty_like(q)
+        wide = torch.promote_types(layout.dtype, torch.float32)
         weights, masks = [], []
         for block, q_NQD, out_NQD, k_NKD, v_NKD in layout.parts((q, out), (k, v)):
-            p_NQK = torch.softmax(torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale), -1)
+            scores_NQK = torch.baddbmm(block.bias, q_NQD, k_NKD.transpose(1, 2), alpha=scale)
+            # torch's softmax of bfloat16 takes twice as long as that in float32 with both conversions.
+            p_NQK = torch.softmax(scores_NQK, -1, dtype=wide).to(layout.dtype)
             weights.append(p_NQK)
             if dropout:
                 masks.append(dropout_mask(p_NQK, dropout))
@@ -235,15 +238,14 @@ class BlockLayout:
 
     def parts(self, of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
         """Each block with its part of every tensor: [N, Q, D] of queries, [N, K, D] of keys."""
-        query, key = 0, 0
-        for block in self.blocks:
-            num_queries, num_keys = block.num * block.queries, block.num * block.keys
+        query_parts = [torch.split(lines, [block.num * block.queries for block in self.blocks]) for lines in of_queries]
+        key_parts = [torch.split(lines, [block.num * block.keys for block in self.blocks]) for lines in of_keys]
+        for i, block in enumerate(self.blocks):
             yield (
                 block,
-                *(lines[query : query + num_queries].view(block.num, block.queries, -1) for lines in of_queries),
-                *(lines[key : key + num_keys].view(block.num, block.keys, -1) for lines in of_keys),
+                *(parts[i].view(block.num, block.queries, -1) for parts in query_parts),
+                *(parts[i].view(block.num, block.keys, -1) for parts in key_parts),
             )
-            query, key = query + num_queries, key + num_keys
 
 
 def _group_similar(rows: Sequence[RowSize], *, causal: bool) -> list[list[int]]:

@@ -26,7 +26,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.methods import METHODS, attach
 from tunesmith.methods.lora_layer import shape_OI
 from tunesmith.methods.targets import inner_linears
-from tunesmith.models.fast_layers import keeps_less
+from tunesmith.models.fast_layers import keeps_less, reads_again
 from tunesmith.models.fused_loss import (
     CHUNK_BYTES,
     CHUNK_BYTES_TRAINED,
@@ -100,7 +100,9 @@ class Sizes:
     cached: int = 0
     """Bytes of the keys and values of a token, in all layers."""
     less: float = 0.0
-    """So many times less than `kept`, but for Apple's device: `LESS_BY_NODES`."""
+    """Times less than `kept`, but for Apple's device: `LESS_BY_NODES`."""
+    again: int = 0
+    """Numbers of a token and layer that are not kept on a processor: answers of norms, which nodes compute again."""
     softcap: bool = False
     """Scores are squashed, so that all of them are kept."""
 
@@ -207,7 +209,8 @@ def sizes_of(
         recomputable=len(stack),
         features=features * uses,
         kept=method.kept_activations,
-        less=_less_by_nodes(recipe, model),
+        less=(less := _less_by_nodes(recipe, model)),
+        again=int(config.hidden_size) * reads_again(model) // layers if less else 0,
         first=first,
         linear_weights=linear_weights * uses,
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
@@ -277,6 +280,7 @@ def peak(
         scores = SOFTCAP_BYTES * sizes.heads * load.squares
     used = sizes.itemsize * load.tokens * sizes.features // sizes.layers  # inputs and outputs of a layer
     layer = int((sizes.kept - (sizes.less if device.kind != "mps" else 0)) * used) + scores
+    layer -= sizes.itemsize * load.tokens * sizes.again if is_cpu else 0
     at_work = int(AT_WORK * used) + (layer if recomputed else 0)
     kept_layers = max(0, sizes.layers - max(recomputed, sizes.first)) * layer
     activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
@@ -310,13 +314,15 @@ def peak(
 
 
 def _logits(sizes: Sizes, targets: int, device: Device) -> tuple[int, int]:
-    """Logits of a piece of the targets in float32 with their gradient, both also in the type of the model where that is
-    narrower; and the gradient of an output layer that learns, which is made in the forward pass."""
+    """Logits of a piece of the targets in float32, on a processor with the gradient in their place, elsewhere besides;
+    both also in the type of the model where that is narrower; and the gradient of an output layer that learns, which is
+    made in the forward pass."""
     of_output = (4 + sizes.itemsize) * sizes.hidden * sizes.outputs if sizes.trains_output else 0
     if not sizes.fused_loss:
         return targets * sizes.outputs * (12 + sizes.itemsize), of_output
     is_cpu = device.kind == "cpu"
     piece = CHUNK_BYTES["cpu"] if is_cpu else chunk_on_card(device.memory or device.room)
     least = CHUNK_BYTES_TRAINED if sizes.trains_output else 4 * CHUNK_TARGETS * sizes.outputs
-    times = 2.5 if not is_cpu and sizes.itemsize == 2 else 2.0
+    narrow = sizes.itemsize == 2
+    times = (1.5 if narrow else 1.0) if is_cpu else 2.5 if narrow else 2.0
     return int(times * min(max(piece, least), 4 * targets * sizes.outputs)), of_output
