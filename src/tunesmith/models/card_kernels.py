@@ -185,7 +185,7 @@ def _first_right(name: str, device: torch.device, dtype: torch.dtype, setting: s
     liger = operator.liger
     if liger is not None and setting == "silu" and find_spec("liger_kernel"):
         makers.append(("Liger's", lambda: liger))
-    refused = []
+    refused: list[str] = []
     for label, make in makers:
         try:
             run = make()
@@ -234,8 +234,8 @@ def _run(name: str, *args: Any) -> Any:
     return way_of(name, first.device, first.dtype, args[-1]).run(*args)
 
 
-_LIBRARY = torch.library.Library("tunesmith", "DEF")
+_LIBRARY = torch.library.Library("tunesmith", "DEF")  # type: ignore[no-untyped-call]
 for _name, _operator in OPERATORS.items():
-    _LIBRARY.define(_name + _operator.schema)
-    _LIBRARY.impl(_name, partial(_run, _name), "CompositeExplicitAutograd")
+    _LIBRARY.define(_name + _operator.schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(_name, partial(_run, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tunesmith::{_name}", _operator.plain, lib=_LIBRARY)
