@@ -18,6 +18,7 @@ import torchgen
 import transformers
 import yaml
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -163,6 +164,7 @@ def pretended_mps() -> Iterator[PretendedMps]:
         stack.enter_context(patch.object(torch.backends.mps, "is_available", lambda: True))
         stack.enter_context(patch.object(torch.mps, "empty_cache", nothing))
         stack.enter_context(patch.object(torch.accelerator, "synchronize", nothing))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # what MPS has for attention with gradients
         stack.enter_context(device)
         stack.enter_context(Operators(device))
         yield device
