@@ -256,7 +256,7 @@ _OURS = ("tunesmith", "contextlib")
 
 
 def _notes_of(event: Event) -> list[str]:
-    """What a terminal prints of an event's notes: not those that need no action, which `Run.notes` has."""
+    """The notes of an event that a terminal prints: `Run.notes` has more, which need no action."""
     values = event.values
     if event.kind == "plan":
         return [note for note in values.get("warnings", ()) if note not in values.get("asides", ())]

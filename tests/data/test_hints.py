@@ -333,7 +333,7 @@ def test_a_text_that_is_called_message_is_no_conversation(tmp_path: Path) -> Non
     assert "{messages: message}" in first_fix(put(tmp_path, "chats.jsonl", json_lines([{"message": turns}] * 3)))
 
 
-def test_rows_inside_of_an_object_and_roles_of_other_programs_have_a_way_out(tmp_path: Path) -> None:
+def test_rows_in_an_object_and_roles_of_other_programs_have_a_way_out(tmp_path: Path) -> None:
     whole = put(tmp_path, "whole.json", json_lines([{"data": [{"input": "a", "output": "b"}] * 3}]))
     assert first_fix(whole) == "'data' is a list of objects: if they are the rows, give a file of that list alone."
     turns = [{"role": "Human", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -164,7 +164,7 @@ _OF_MODELS = (
     {"config.json", "tokenizer_config.json"}, {"config.json", "model.safetensors"}, {"adapter_config.json"},
     {"run.json", "events.jsonl"},
 )  # fmt: skip
-"""Files that together are those of a model, an adapter or a run."""
+"""Files that together make a folder a model, an adapter or a run."""
 OnProblem = Callable[[Problem], None]
 
 
