@@ -217,7 +217,8 @@ def _forked(
             os._exit(0)
     os.close(to_us)
     os.close(from_us)
-    status, text = 0, None
+    status = 0
+    text: str | None = None
     try:
         ends = time.monotonic() + limits["seconds"]
         text = _line(from_fork, ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -40,7 +41,7 @@ class Pool:
         self._kept: MutableMapping[str, Grade] = {} if kept is None else kept
         self._underway: dict[str, Future[Grade]] = {}
         self._lock = Lock()
-        self._formula = None
+        self._formula: ast.expr | None = None
         if isinstance(grader, schema.Multi):
             self._formula = formula.parse(grader.calculate_output, tuple(self._parts), "calculate_output")
         for part in self._parts.values():
@@ -93,7 +94,7 @@ class Pool:
                     rewards[name], more = self._of_part(name, part, sample, item, int(key[:15], 16))
                 except GradeError as error:
                     if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
-                        rewards[name], more, is_unread = getattr(part, "range", (0.0,))[0], {}, True
+                        rewards[name], is_unread = getattr(part, "range", (0.0,))[0], True
                         continue
                     raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
                 scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}

@@ -239,7 +239,6 @@ class Multi(_Grader):
         return self
 
 
-Grader = Single | Multi
 _ANY: TypeAdapter[Any] = TypeAdapter(Annotated[Single | Multi, Field(discriminator="type")])
 
 

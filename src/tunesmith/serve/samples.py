@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class SampledModel:
     write text."""
 
     def __init__(self, target: str, *, root: Path, offline: bool, streams: int, note: Callable[[str], None]) -> None:
-        self._options = EngineOptions(streams=streams, offline=offline)
+        self._options = EngineOptions(streams=streams, offline=offline, max_new_tokens=sys.maxsize)
         registry = open_registry([target], root=root, options=self._options, note=note)
         written = [model for model in registry.models.values() if isinstance(model, ServedModel)]
         tuned = [model for model in written if not model.card.is_base] or written
