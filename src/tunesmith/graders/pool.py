@@ -118,8 +118,8 @@ class Pool:
             tests = _tests_of(part, item)
             request = {"code": code_of(sample["output_text"]), "tests": tests, "seed": seed}
             return float(self.children[name].ask(request, len(tests))["value"]), {}
-        found = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
-        return float(found["value"]), found.get("scores", {})
+        answer = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
+        return float(answer["value"]), answer.get("scores", {})
 
 
 def _digest(value: Any) -> str:
@@ -134,13 +134,13 @@ def code_of(text: str) -> str:
 
 def _tests_of(part: schema.UnitTests, item: Mapping[str, Any]) -> list[str]:
     tests = item.get(part.tests)
-    found = [tests] if isinstance(tests, str) else tests
-    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+    listed = [tests] if isinstance(tests, str) else tests
+    if not isinstance(listed, list) or not listed or not all(isinstance(test, str) and test.strip() for test in listed):
         raise GradeError(
             "no_code", f"{part.tests}: a text or a list of texts is needed, each with statements that assert"
         )
-    if any("TestCase" in one for one in found):
+    if any("TestCase" in test for test in listed):
         raise GradeError(
             "no_code", f"{part.tests}: classes of unittest are not run. Write assert, or functions test_..."
         )
-    return found
+    return listed
