@@ -72,17 +72,19 @@ def grade(
     def say(words: str) -> None:
         screen.print(visible(words), style="bright_black")
 
-    found, every = _given(data, grader, model, offline)
+    loaded, every = _given(data, grader, model, offline)
     prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
     if len(prompts) < len(every):
         say(f"{len(prompts):,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
     how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
     drawing = None if model is None else _Drawing(named(model, root), root, offline, seed, how)
-    graded = _graded(found, prompts, drawing, say)
-    said = _show(prompts, graded, passes, page, say, {"data": data, "grader": grader, "target": model}, as_json=as_json)
+    graded = _graded(loaded, prompts, drawing, say)
+    judged = _show(
+        prompts, graded, passes, page, say, {"data": data, "grader": grader, "target": model}, as_json=as_json
+    )
     if bounds is not None and out is not None:
         _keep(prompts, graded, bounds, out, say)
-    if any(one.refuses for one in said):
+    if any(entry.refuses for entry in judged):
         raise typer.Exit(InputError.exit_code)
 
 
@@ -104,22 +106,22 @@ def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[An
     from tunesmith.graders.prompts import read_prompts
     from tunesmith.recipe.schema import Data, DataFile
 
-    found = schema.load(grader)
-    if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(found).values()):
+    loaded = schema.load(grader)
+    if model is None and any(getattr(part, "unit", "") == "tokens" for part in schema.parts_of(loaded).values()):
         raise InputError(f"{grader}: length in tokens: they are a model's. Give --model, or count words.")
     every = read_prompts([pinned(Data(train=(DataFile(path=data),)), offline=offline).train[0].path])
-    schema.check_variables(found, every[0].item)
-    return found, every
+    schema.check_variables(loaded, every[0].item)
+    return loaded, every
 
 
-def _graded(found: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say) -> list[Graded]:
+def _graded(grader: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, say: Say) -> list[Graded]:
     from tunesmith.cli.display import phases
     from tunesmith.graders.pool import Pool
     from tunesmith.graders.trial import grade_all, played
 
     if drawing is not None:
         refuse_missing(drawing.model, drawing.root, offline=drawing.offline)
-    with Pool(found) as pool, phases(console(stderr=True), WORDS) as tick:
+    with Pool(grader) as pool, phases(console(stderr=True), WORDS) as tick:
         if any(child.closes_network and not child.offline for child in pool.children.values()):
             say("note: this system lets no ordinary program close its network, so the grader's code has one")
         answers = [*played(prompts)]
@@ -137,18 +139,18 @@ def _show(
     from tunesmith.graders.verdict import verdicts
 
     values = results(prompts, graded, passes=passes)
-    said = verdicts(values)
+    judged = verdicts(values)
     if as_json:
-        shown = [{"words": one.words, "refuses": one.refuses} for one in said]
+        shown = [{"words": entry.words, "refuses": entry.refuses} for entry in judged]
         json_line({"kind": "grade", **of, **values, "verdict": shown})
     else:
-        _draw(values, said)
+        _draw(values, judged)
     if page is not None:
         from tunesmith.graders.page import page_of
 
-        write_atomic(page, page_of(values, said, grader=of["grader"], data=of["data"]).encode())
+        write_atomic(page, page_of(values, judged, grader=of["grader"], data=of["data"]).encode())
         say(f"a page with pictures: {page}")
-    return said
+    return judged
 
 
 def _bounds(
@@ -189,20 +191,20 @@ def _with_model(
     tick("load", 0, 1)
     how, streams = drawing.how, max(16, 2 * drawing.how["num"])
     source = SampledModel(drawing.model, root=drawing.root, offline=drawing.offline, streams=streams, note=say)
-    questions = [Question(one.messages, _seed(one, drawing.seed), one.tools) for one in prompts]
-    found = source.answers(questions, **how, progress=tick)
-    refused = [(prompts[i].source, why) for i, why in enumerate(found) if isinstance(why, str)]
+    questions = [Question(entry.messages, _seed(entry, drawing.seed), entry.tools) for entry in prompts]
+    answers = source.answers(questions, **how, progress=tick)
+    refused = [(prompts[i].source, why) for i, why in enumerate(answers) if isinstance(why, str)]
     if refused:
         first = f"the first: {refused[0][0]}: {refused[0][1]}"
         if len(refused) == len(prompts):
             raise InputError(f"{drawing.model}: no row can be asked; {first}.")
         say(f"note: {len(refused):,} of {plural(len(prompts), 'row')} cannot be asked; {first}")
-    drawn = [(i, one) for i, some in enumerate(found) if not isinstance(some, str) for one in some]
-    cut = sum(not one.ended for _, one in drawn)
+    drawn = [(i, entry) for i, samples in enumerate(answers) if not isinstance(samples, str) for entry in samples]
+    cut = sum(not entry.ended for _, entry in drawn)
     if cut > 0.05 * len(drawn):
         say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
-    counted = [(kind, i, replace(one, tokens=source.num_tokens(one.text))) for kind, i, one in played]
-    return counted + [(MODEL, i, Answer(one.text, one.calls, one.ended, one.tokens)) for i, one in drawn]
+    counted = [(kind, i, replace(entry, tokens=source.num_tokens(entry.text))) for kind, i, entry in played]
+    return counted + [(MODEL, i, Answer(entry.text, entry.calls, entry.ended, entry.tokens)) for i, entry in drawn]
 
 
 def _seed(prompt: Prompt, seed: int) -> int:
@@ -211,7 +213,7 @@ def _seed(prompt: Prompt, seed: int) -> int:
     return int.from_bytes(digest.digest()[:7], "big")
 
 
-def _draw(values: dict[str, Any], said: Sequence[Verdict]) -> None:
+def _draw(values: dict[str, Any], judged: Sequence[Verdict]) -> None:
     from tunesmith.graders.grade import KINDS
     from tunesmith.graders.trial import PLAYED
     from tunesmith.graders.verdict import lines_of
@@ -220,30 +222,29 @@ def _draw(values: dict[str, Any], said: Sequence[Verdict]) -> None:
     print_table(screen, ["", "reward", "95 % interval", "from lowest to highest"], lines_of(values))
     for error in values["errors"]:
         first = error["first"][0]
-        places = listed(dict.fromkeys(one["source"] for one in error["first"]), 3)
+        places = listed(dict.fromkeys(entry["source"] for entry in error["first"]), 3)
         screen.print(visible(f"{error['num']:,} without reward, {KINDS[error['kind']]}: {places}"))
         screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
-    is_alike = len({one["reward"] for one in (*values["best"], *values["worst"])}) < 2
+    is_alike = len({entry["reward"] for entry in (*values["best"], *values["worst"])}) < 2
     for title in () if is_alike else ("best", "worst"):
         screen.print(f"{title}:")
-        for one in values[title]:
-            screen.print(visible(f"  {one['reward']:.3g}  {one['source']}  {one_line(one['answer'], 90)}"))
-    for one in said:
-        screen.print(visible(("✗ " if one.refuses else "") + one.words))
+        for entry in values[title]:
+            screen.print(visible(f"  {entry['reward']:.3g}  {entry['source']}  {one_line(entry['answer'], 90)}"))
+    for entry in judged:
+        screen.print(visible(("✗ " if entry.refuses else "") + entry.words))
 
 
 def _keep(
     prompts: Sequence[Prompt], graded: Sequence[Graded], bounds: tuple[float, float], out: Path, say: Say
 ) -> None:
     """Write the rows whose mean reward of the model's answers lies within the bounds."""
-    from tunesmith.graders.trial import MODEL, groups
+    from tunesmith.graders.trial import MODEL, by_row
 
     low, high = bounds
-    kept = []
-    for i, members in groups([one for one in graded if one.kind == MODEL]).items():
-        rewards = [one.grade.reward for one in members if one.grade.reward is not None]
-        if rewards and low <= sum(rewards) / len(rewards) <= high:
-            kept.append(prompts[i].item)
+    rewards = by_row([entry for entry in graded if entry.kind == MODEL])
+    chosen = [prompts[i].item for i, group in rewards.items() if low <= sum(group) / len(group) <= high]
     with writing(out) as file:
-        file.writelines(to_json(item) + b"\n" for item in kept)
-    say(f"{len(kept):,} of {plural(len(prompts), 'row')} have a mean reward from {low:g} to {high:g} and are in {out}")
+        file.writelines(to_json(item) + b"\n" for item in chosen)
+    say(
+        f"{len(chosen):,} of {plural(len(prompts), 'row')} have a mean reward from {low:g} to {high:g} and are in {out}"
+    )

@@ -126,9 +126,11 @@ def _called(function: Callable[..., Any]) -> Work:
         columns = {key: [value] for key, value in item.items()}
         columns.setdefault("prompts", [item.get("prompt", item.get("messages"))])
         columns["completions"] = [[{"role": "assistant", "content": text}] if is_chat else text]
-        takes_all = any(one.kind == one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
-        found = function(**{key: value for key, value in columns.items() if takes_all or key in names})
-        return found[0] if isinstance(found, (list, tuple)) and len(found) == 1 else found
+        takes_all = any(
+            parameter.kind == parameter.VAR_KEYWORD for parameter in inspect.signature(function).parameters.values()
+        )
+        rewards = function(**{key: value for key, value in columns.items() if takes_all or key in names})
+        return rewards[0] if isinstance(rewards, (list, tuple)) and len(rewards) == 1 else rewards
 
     return as_trl
 
@@ -137,8 +139,8 @@ def _own_files(file: str) -> dict[str, str]:
     """SHA-256 of the grader's file and of the modules that it loaded from its folder and below."""
     folder = Path(file).parent.resolve() if file else None
     paths = {Path(at) for module in list(sys.modules.values()) if (at := getattr(module, "__file__", None))}
-    own = sorted(path for path in paths if folder and path.is_file() and folder in path.resolve().parents)
-    return {str(path.relative_to(folder) if folder else path): _sha256(path) for path in own}
+    files = sorted(path for path in paths if folder and path.is_file() and folder in path.resolve().parents)
+    return {str(path.relative_to(folder) if folder else path): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:
@@ -165,11 +167,11 @@ def _say(write: int, answer: Mapping[str, Any]) -> None:
 
 def _trace(error: BaseException) -> str:
     """The end of a traceback, without the lines of this file."""
-    found = traceback.TracebackException.from_exception(error)
-    found.stack[:] = [
-        frame for frame in found.stack if frame.filename != __file__ and "importlib" not in frame.filename
+    trace = traceback.TracebackException.from_exception(error)
+    trace.stack[:] = [
+        frame for frame in trace.stack if frame.filename != __file__ and "importlib" not in frame.filename
     ]
-    return "".join(found.format(chain=False)).strip()[-MOST_TRACE:]
+    return "".join(trace.format(chain=False)).strip()[-MOST_TRACE:]
 
 
 def _problem(error: BaseException) -> Answer:
@@ -181,13 +183,16 @@ def _value_of(work: Work, request: Mapping[str, Any]) -> Answer:
     """The reward that a grader returns: a finite number, or numbers by name of which `reward` counts."""
     value = work(request)
     scores = dict(value) if isinstance(value, Mapping) else {"reward": value}
-    numbers = {str(name): _number(one) for name, one in scores.items()}
+    numbers = {str(name): _number(value) for name, value in scores.items()}
     if numbers.get("reward") is None:
         what = (
             repr(scores["reward"])[:80] if "reward" in scores else f"no reward among {', '.join(numbers) or 'nothing'}"
         )
         return {"kind": "not_a_number", "error": f"it gave {what}; a grade is a finite number"}
-    return {"value": numbers.pop("reward"), "scores": {name: one for name, one in numbers.items() if one is not None}}
+    return {
+        "value": numbers.pop("reward"),
+        "scores": {name: number for name, number in numbers.items() if number is not None},
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -217,7 +222,8 @@ def _forked(
             os._exit(0)
     os.close(to_us)
     os.close(from_us)
-    status, text = 0, None
+    status = 0
+    text: str | None = None
     try:
         ends = time.monotonic() + limits["seconds"]
         text = _line(from_fork, ends)

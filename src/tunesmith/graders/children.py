@@ -72,8 +72,8 @@ class Children:
 
 class _Child:
     def __init__(self, grader: Any) -> None:
-        kept = (*KEPT_ENV, *getattr(grader, "env", ()))
-        env = {name: value for name, value in for_child().items() if name in kept} | SETTINGS
+        names = (*KEPT_ENV, *getattr(grader, "env", ()))
+        env = {name: value for name, value in for_child().items() if name in names} | SETTINGS
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self._folder = tempfile.TemporaryDirectory(prefix="grader-")
         self._process = subprocess.Popen(

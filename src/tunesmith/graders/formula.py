@@ -31,13 +31,13 @@ MOST_CHARACTERS = 500
 def compute(node: ast.expr, rewards: Mapping[str, float]) -> float:
     """The finite value of a formula. Raises GradeError, for example where it divides by 0."""
     try:
-        found = _value(node, rewards)
-        if isinstance(found, complex) or not math.isfinite(found):
+        value = _value(node, rewards)
+        if isinstance(value, complex) or not math.isfinite(value):
             raise ValueError("it is not a finite number")
     except (ArithmeticError, ValueError) as error:
         parts = ", ".join(f"{name} {reward:g}" for name, reward in rewards.items())
         raise GradeError("formula", f"calculate_output: no value with {parts}: {error}") from None
-    return float(found)
+    return float(value)
 
 
 def _value(node: ast.expr, rewards: Mapping[str, float]) -> float:
@@ -46,12 +46,12 @@ def _value(node: ast.expr, rewards: Mapping[str, float]) -> float:
             return float(str(number))
         case ast.Name(id=name):
             return rewards[name]
-        case ast.UnaryOp(op=op, operand=one):
-            return _OPERATORS[type(op)](_value(one, rewards))
+        case ast.UnaryOp(op=op, operand=part):
+            return _OPERATORS[type(op)](_value(part, rewards))
         case ast.BinOp(left=left, op=op, right=right):
             return _OPERATORS[type(op)](_value(left, rewards), _value(right, rewards))
         case ast.Call(func=ast.Name(id=name), args=args):
-            values = [_value(one, rewards) for one in args]
+            values = [_value(part, rewards) for part in args]
             return FUNCTIONS[name](*values) if len(values) == 1 and name not in _MANY else FUNCTIONS[name](values)
     raise AssertionError("`parse` has refused it")
 
@@ -78,15 +78,15 @@ def _check(node: ast.expr, names: Sequence[str]) -> None:
         case ast.Name(id=name):
             if name not in names:
                 raise ValueError(f"there is no grader {name}.{did_you_mean(name, names)}".rstrip(".?"))
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=one):
-            _check(one, names)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=part):
+            _check(part, names)
         case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
             _check(left, names)
             _check(right, names)
         case ast.Call(func=ast.Name(id=name), args=[_, *more] as args, keywords=[]) if name in FUNCTIONS:
             if more and name not in _MANY:
                 raise ValueError(f"{name} takes one value")
-            for one in args:
-                _check(one, names)
+            for part in args:
+                _check(part, names)
         case _:
             raise ValueError(f"{ast.unparse(node)[:40].replace('**', '^')} has no meaning")

@@ -44,7 +44,7 @@ def ask(
 ) -> float:
     """The judge's number, within the grader's range. Raises GradeError."""
     low, high = grader.range
-    messages = [{"role": one.role, "content": render(one.content, sample, item)} for one in grader.input]
+    messages = [{"role": turn.role, "content": render(turn.content, sample, item)} for turn in grader.input]
     rule = f'Answer in JSON: {{"steps": [short reasons], "result": a number from {low:g} to {high:g}}}. Nothing else.'
     given = grader.sampling_params.model_dump(exclude_none=True)
     if (most := given.pop("max_completions_tokens", None)) is not None:

@@ -18,55 +18,57 @@ from tunesmith.phrases import plural
 from tunesmith.version import __version__
 
 
-def page_of(found: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
+def page_of(values: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: str, data: str) -> str:
     """HTML of `trial.results` that loads nothing."""
     report = {
         "name": grader,
         "task": "grader",
-        "method": plural(found["grades"], "grade"),
+        "method": plural(values["grades"], "grade"),
         "versions": {"tunesmith": __version__},
     }
-    summary = f"Tried on {plural(found['rows'], 'row')} of {data}."
+    summary = f"Tried on {plural(values['rows'], 'row')} of {data}."
     sections = [
         PageSection(
-            "verdict", "Verdict", [Block("warning" if one.refuses else "paragraph", one.words) for one in verdicts]
+            "verdict",
+            "Verdict",
+            [Block("warning" if entry.refuses else "paragraph", entry.words) for entry in verdicts],
         ),
-        PageSection("rewards", "Rewards", list(_rewards(found))),
-        PageSection("errors", "Grades that failed", [_errors(found)] if found["errors"] else []),
-        *(PageSection(name, f"The {name} answers", [_answers(found[name])]) for name in ("best", "worst")),
+        PageSection("rewards", "Rewards", list(_rewards(values))),
+        PageSection("errors", "Grades that failed", [_errors(values)] if values["errors"] else []),
+        *(PageSection(name, f"The {name} answers", [_answers(values[name])]) for name in ("best", "worst")),
     ]
-    return as_html(Page(report, time.time(), summary, [one for one in sections if one.blocks]))
+    return as_html(Page(report, time.time(), summary, [entry for entry in sections if entry.blocks]))
 
 
-def _rewards(found: Mapping[str, Any]) -> Iterator[Block | Table]:
-    rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds, _ in lines_of(found)]
+def _rewards(values: Mapping[str, Any]) -> Iterator[Block | Table]:
+    rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds, _ in lines_of(values)]
     yield Table([Column("of"), Column("value, with its 95 % interval", "number")], rows)
-    yield Block("figures", [_histogram(kind, one) for kind, one in found["kinds"].items() if one["scored"]])
+    yield Block("figures", [_histogram(kind, entry) for kind, entry in values["kinds"].items() if entry["scored"]])
 
 
-def _histogram(kind: str, one: Mapping[str, Any]) -> Plot:
+def _histogram(kind: str, entry: Mapping[str, Any]) -> Plot:
     def paint(axes: Any) -> None:
-        edges = np.array(one["edges"])
+        edges = np.array(entry["edges"])
         axes.bar(
-            edges[:-1], one["counts"], width=np.diff(edges), align="edge", color=ACCENT, alpha=0.55, edgecolor=PAPER
+            edges[:-1], entry["counts"], width=np.diff(edges), align="edge", color=ACCENT, alpha=0.55, edgecolor=PAPER
         )
         axes.set(xlabel="reward", ylabel="answers")
         axes.grid(visible=False, axis="x")
 
     title = PLAYED[kind][0].upper() + PLAYED[kind][1:]
-    return draw(f"rewards-{kind}", title, f"{plural(one['scored'], 'answer')} by reward.", paint, height=180)
+    return draw(f"rewards-{kind}", title, f"{plural(entry['scored'], 'answer')} by reward.", paint, height=180)
 
 
-def _errors(found: Mapping[str, Any]) -> Table:
+def _errors(values: Mapping[str, Any]) -> Table:
     rows = [
-        [Cell(KINDS[one["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
-        for one in found["errors"]
-        for first in one["first"]
+        [Cell(KINDS[entry["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
+        for entry in values["errors"]
+        for first in entry["first"]
     ]
     return Table([Column("kind"), Column("row", "source"), Column("answer"), Column("error")], rows)
 
 
-def _answers(some: Sequence[Mapping[str, Any]]) -> Table:
+def _answers(answers: Sequence[Mapping[str, Any]]) -> Table:
     columns = [
         Column("row", "source"),
         Column("reward", "number"),
@@ -76,10 +78,10 @@ def _answers(some: Sequence[Mapping[str, Any]]) -> Table:
     ]
     rows = [
         [
-            Cell(one["source"]),
-            Cell(f"{one['reward']:.3g}"),
-            *(Cell(one[key] or "") for key in ("prompt", "answer", "reference")),
+            Cell(entry["source"]),
+            Cell(f"{entry['reward']:.3g}"),
+            *(Cell(entry[key] or "") for key in ("prompt", "answer", "reference")),
         ]
-        for one in some
+        for entry in answers
     ]
     return Table(columns, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -40,7 +41,7 @@ class Pool:
         self._kept: MutableMapping[str, Grade] = {} if kept is None else kept
         self._underway: dict[str, Future[Grade]] = {}
         self._lock = Lock()
-        self._formula = None
+        self._formula: ast.expr | None = None
         if isinstance(grader, schema.Multi):
             self._formula = formula.parse(grader.calculate_output, tuple(self._parts), "calculate_output")
         for part in self._parts.values():
@@ -93,7 +94,7 @@ class Pool:
                     rewards[name], more = self._of_part(name, part, sample, item, int(key[:15], 16))
                 except GradeError as error:
                     if error.kind == "not_json":  # a fault of the answer, from which a model has to learn
-                        rewards[name], more, is_unread = getattr(part, "range", (0.0,))[0], {}, True
+                        rewards[name], is_unread = getattr(part, "range", (0.0,))[0], True
                         continue
                     raise GradeError(error.kind, f"{name}: {error}" if name else str(error)) from None
                 scores |= {f"{name}.{score}" if name else score: value for score, value in more.items()}
@@ -117,8 +118,8 @@ class Pool:
             tests = _tests_of(part, item)
             request = {"code": code_of(sample["output_text"]), "tests": tests, "seed": seed}
             return float(self.children[name].ask(request, len(tests))["value"]), {}
-        found = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
-        return float(found["value"]), found.get("scores", {})
+        answer = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
+        return float(answer["value"]), answer.get("scores", {})
 
 
 def _digest(value: Any) -> str:
@@ -133,13 +134,13 @@ def code_of(text: str) -> str:
 
 def _tests_of(part: schema.UnitTests, item: Mapping[str, Any]) -> list[str]:
     tests = item.get(part.tests)
-    found = [tests] if isinstance(tests, str) else tests
-    if not isinstance(found, list) or not found or not all(isinstance(one, str) and one.strip() for one in found):
+    listed = [tests] if isinstance(tests, str) else tests
+    if not isinstance(listed, list) or not listed or not all(isinstance(test, str) and test.strip() for test in listed):
         raise GradeError(
             "no_code", f"{part.tests}: a text or a list of texts is needed, each with statements that assert"
         )
-    if any("TestCase" in one for one in found):
+    if any("TestCase" in test for test in listed):
         raise GradeError(
             "no_code", f"{part.tests}: classes of unittest are not run. Write assert, or functions test_..."
         )
-    return found
+    return listed

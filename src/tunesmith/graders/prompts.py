@@ -43,42 +43,42 @@ class Prompt:
 def read_prompts(paths: Iterable[str]) -> list[Prompt]:
     """The rows of data files. Raises DataError with all problems, by line."""
     problems: list[Problem] = []
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
 
     def note(problem: Problem) -> None:
         if problem.severity == "error":
             problems.append(problem)
 
     for _, record, source in read([DataFile(path=path) for path in paths], limits=Limits(), on_problem=note):
-        one = prompt_of(record, source)
-        if isinstance(one, Prompt):
-            found.append(one)
+        prompt = prompt_of(record, source)
+        if isinstance(prompt, Prompt):
+            prompts.append(prompt)
         else:
-            problems += one
+            problems += prompt
     if problems:
         more = [f"and {len(problems) - MOST_LISTED:,} more problems"] if len(problems) > MOST_LISTED else []
         raise DataError("\n".join([*map(str, problems[:MOST_LISTED]), *more]), problems)
-    return found
+    return prompts
 
 
 def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Problem]:
     """One row, or its problems."""
-    found = RowProblems(source)
+    row = RowProblems(source)
     place = "prompt" if record.get("prompt") is not None else "messages"
     given = record.get(place)
     if given is None:
         fix = 'Write {"prompt": "..."} or {"messages": [...]}, whose last message the model answers.'
-        found.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
-        return found.problems
+        row.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
+        return row.problems
     turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    parts = parts_of(turns, found, place=place, trained=False)
-    tools = tools_of(record, found)
-    asked = without_answer(parts, found)
-    check_order(asked, found, place=place, answered=False)
+    parts = parts_of(turns, row, place=place, trained=False)
+    tools = tools_of(record, row)
+    asked = without_answer(parts, row)
+    check_order(asked, row, place=place, answered=False)
     if isinstance(given, str) and not given.strip():
-        found.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
-    if found.problems:
-        return found.problems
+        row.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
+    if row.problems:
+        return row.problems
     messages = tuple({"role": part.role, "content": part.text, **part.fields} for part in asked)
     return Prompt(str(source), dict(record), messages, tools, _reference(record, parts[len(asked) :]))
 

@@ -110,10 +110,10 @@ class Message(BaseModel):
         if not isinstance(parts, list):
             return value
         if any(
-            not isinstance(one, (str, Mapping)) or (isinstance(one, Mapping) and "text" not in one) for one in parts
+            not isinstance(part, (str, Mapping)) or (isinstance(part, Mapping) and "text" not in part) for part in parts
         ):
             raise ValueError("only text is taken, no image or sound")
-        return "".join(one if isinstance(one, str) else str(one["text"]) for one in parts)
+        return "".join(part if isinstance(part, str) else str(part["text"]) for part in parts)
 
 
 class SamplingParams(BaseModel):
@@ -160,13 +160,13 @@ class Regex(_Limited):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for one in [value] if isinstance(value, str) else value:
-            if "{{" in one:
+        for part in [value] if isinstance(value, str) else value:
+            if "{{" in part:
                 continue
             try:
-                re.compile(one)
+                re.compile(part)
             except re.error as error:
-                raise ValueError(f"{one!r} is no regular expression: {error}") from None
+                raise ValueError(f"{part!r} is no regular expression: {error}") from None
         return value
 
 
@@ -220,12 +220,12 @@ class Multi(_Grader):
         if isinstance(value, Mapping) and "type" in value and isinstance(value["type"], str):
             value = [value]
         if isinstance(value, list):
-            names = [str(one.get("name") or "") if isinstance(one, Mapping) else "" for one in value]
+            names = [str(part.get("name") or "") if isinstance(part, Mapping) else "" for part in value]
             if "" in names or len(set(names)) < len(names):
                 raise ValueError("each grader of a list needs a name of its own, by which the formula calls it")
             value = dict(zip(names, value, strict=True))
         if isinstance(value, Mapping) and any(
-            isinstance(one, Mapping) and one.get("type") == "multi" for one in value.values()
+            isinstance(part, Mapping) and part.get("type") == "multi" for part in value.values()
         ):
             raise ValueError("a multi grader within another is not offered. Put its graders and formula into this one")
         return value
@@ -239,7 +239,6 @@ class Multi(_Grader):
         return self
 
 
-Grader = Single | Multi
 _ANY: TypeAdapter[Any] = TypeAdapter(Annotated[Single | Multi, Field(discriminator="type")])
 
 
@@ -302,10 +301,10 @@ def _placed(grader: Any, folder: Path, place: str) -> Any:
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
-    for one in error.errors():
-        where = ".".join(str(step) for step in one["loc"] if step not in ("", *_TYPES))
-        message = str(one.get("ctx", {}).get("error") or one["msg"])
-        if one["type"] == "extra_forbidden":
+    for part in error.errors():
+        where = ".".join(str(step) for step in part["loc"] if step not in ("", *_TYPES))
+        message = str(part.get("ctx", {}).get("error") or part["msg"])
+        if part["type"] == "extra_forbidden":
             message = "there is no such option of this type. Leave it out"
         yield f"{where + ': ' if where else ''}{message}".rstrip(".") + "."
 
@@ -325,7 +324,7 @@ def texts_of(grader: Any) -> Iterator[tuple[str, str]]:
             if isinstance(value, str):
                 yield before + key, value
             elif value is not None:
-                yield from ((f"{before}{key}[{i}]", getattr(one, "content", one)) for i, one in enumerate(value))
+                yield from ((f"{before}{key}[{i}]", getattr(part, "content", part)) for i, part in enumerate(value))
 
 
 def check_variables(grader: Any, item: Mapping[str, Any] | None) -> None:

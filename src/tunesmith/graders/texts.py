@@ -57,7 +57,7 @@ def grade_text(grader: Any, sample: Mapping[str, Any], item: Mapping[str, Any]) 
         return similarity(grader.evaluation_metric, text, render(grader.reference, sample, item))
     if isinstance(grader, schema.Regex):
         patterns = [grader.pattern] if isinstance(grader.pattern, str) else grader.pattern
-        return sum(_has(render(one, sample, item), text) for one in patterns) / len(patterns)
+        return sum(_has(render(pattern, sample, item), text) for pattern in patterns) / len(patterns)
     if isinstance(grader, schema.Number):
         return _number(grader, text, render(grader.reference, sample, item))
     if isinstance(grader, schema.Length):
@@ -89,13 +89,13 @@ def similarity(metric: str, text: str, reference: str) -> float:
 
         name = "rougeL" if metric == "rouge_l" else f"rouge{metric[-1]}"
         return float(RougeScorer([name], tokenizer=WordTokenizer()).score(reference, text)[name].fmeasure)
-    words, of_reference = (WordTokenizer().tokenize(one) for one in (text, reference))
+    words, of_reference = (WordTokenizer().tokenize(words) for words in (text, reference))
     return _bleu(words, of_reference) if metric == "bleu" else _gleu(words, of_reference)
 
 
 def _overlap(words: list[str], reference: list[str], n: int) -> tuple[int, int, int]:
     """N-grams that both have, that the words have, that the reference has."""
-    ours, theirs = (Counter(zip(*(some[i:] for i in range(n)), strict=False)) for some in (words, reference))
+    ours, theirs = (Counter(zip(*(side[i:] for i in range(n)), strict=False)) for side in (words, reference))
     return (ours & theirs).total(), ours.total(), theirs.total()
 
 

@@ -8,12 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tunesmith.evaluation.bootstrap import Interval, intervals, ratio
+from tunesmith.evaluation.bootstrap import intervals, ratio
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.pool import Pool
 from tunesmith.graders.prompts import Prompt
@@ -45,17 +44,17 @@ class Graded:
 def played(prompts: Sequence[Prompt]) -> Iterator[tuple[str, int, Answer]]:
     """(kind, row, answer) of every answer that a row gives without a model."""
     references = [prompt.reference for prompt in prompts]
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
         yield "empty", i, Answer("")
         yield "echo", i, Answer(prompt.text)
-        if (own := references[i]) is None:
+        if reference is None:
             continue
-        yield "reference", i, own
-        yield "twice", i, Answer(f"{own.text}\n{own.text}", own.tools)
+        yield "reference", i, reference
+        yield "twice", i, Answer(f"{reference.text}\n{reference.text}", reference.tools)
         later = (references[(i + far) % len(references)] for far in range(1, len(references)))
-        other = next((one for one in later if one is not None and one != own), None)
-        if other is not None:
-            yield "foreign", i, other
+        foreign = next((other for other in later if other is not None and other != reference), None)
+        if foreign is not None:
+            yield "foreign", i, foreign
 
 
 def grade_all(
@@ -66,11 +65,11 @@ def grade_all(
 ) -> list[Graded]:
     """The grade of every (kind, row, answer)."""
     futures = [pool.submit(answer, prompts[i].item) for _, i, answer in answers]
-    found = []
+    graded = []
     for (kind, i, answer), future in zip(answers, futures, strict=True):
-        found.append(Graded(kind, i, answer, future.result()))
-        progress("grade", len(found), len(answers))
-    return found
+        graded.append(Graded(kind, i, answer, future.result()))
+        progress("grade", len(graded), len(answers))
+    return graded
 
 
 def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: float = 1.0) -> dict[str, Any]:
@@ -78,14 +77,13 @@ def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: floa
 
     `passes`: the reward at which an answer counts as right.
     """
-    kinds = {kind: [one for one in graded if one.kind == kind] for kind in PLAYED}
-    of_kinds = {kind: _of_kind(some) for kind, some in kinds.items() if some}
-    seconds = np.array([one.grade.seconds for one in graded])
+    kinds = {kind: [entry for entry in graded if entry.kind == kind] for kind in PLAYED}
+    seconds = np.array([entry.grade.seconds for entry in graded])
     return {
         "rows": len(prompts),
         "references": len(kinds["reference"]),
         "grades": len(graded),
-        "kinds": of_kinds,
+        "kinds": {kind: _of_kind(entries) for kind, entries in kinds.items() if entries},
         "model": _of_model(kinds[MODEL], passes) if kinds[MODEL] else None,
         "won": _won(kinds),
         "errors": _errors(prompts, graded),
@@ -94,22 +92,26 @@ def results(prompts: Sequence[Prompt], graded: Sequence[Graded], *, passes: floa
     }
 
 
-def _scored(some: Sequence[Graded]) -> list[float]:
-    return [one.grade.reward for one in some if one.grade.reward is not None]
+def by_row(entries: Sequence[Graded]) -> dict[int, list[float]]:
+    """The rewards of each row that has any."""
+    rewards: dict[int, list[float]] = {}
+    for entry in entries:
+        if entry.grade.reward is not None:
+            rewards.setdefault(entry.row, []).append(entry.grade.reward)
+    return rewards
 
 
-def groups(some: Sequence[Graded]) -> dict[int, list[Graded]]:
-    """Graded answers by their row."""
-    return {row: list(members) for row, members in groupby(sorted(some, key=lambda one: one.row), lambda one: one.row)}
+def mean(rewards: Sequence[float]) -> float:
+    """Rounded once, so that the same rewards in another order have the same mean."""
+    return math.fsum(rewards) / len(rewards)
 
 
-def _of_kind(some: Sequence[Graded]) -> dict[str, Any]:
-    """Count, mean over rows with its interval, sub-scores and histogram of one kind of answers."""
-    rewards = _scored(some)
-    means = [math.fsum(own) / len(own) for one in groups(some).values() if (own := _scored(one))]
-    unread = sum(one.grade.is_unread for one in some)
-    found: dict[str, Any] = {
-        "answers": len(some),
+def _of_kind(entries: Sequence[Graded]) -> dict[str, Any]:
+    """Count, mean over rows with its interval, sub-scores and histogram of the answers of one kind."""
+    rewards = [entry.grade.reward for entry in entries if entry.grade.reward is not None]
+    unread = sum(entry.grade.is_unread for entry in entries)
+    values: dict[str, Any] = {
+        "answers": len(entries),
         "scored": len(rewards),
         "unread": unread,
         "mean": None,
@@ -117,36 +119,36 @@ def _of_kind(some: Sequence[Graded]) -> dict[str, Any]:
         "edges": [],
     }
     if not rewards:
-        return found
+        return values
+    means = [mean(group) for group in by_row(entries).values()]
     counts, edges = np.histogram(rewards, bins=10)
-    names = sorted({name for one in some for name in one.grade.scores})
-    scores = {name: [one.grade.scores[name] for one in some if name in one.grade.scores] for name in names}
-    found["scores"] = {name: math.fsum(values) / len(values) for name, values in scores.items()}
-    found |= {"low": min(rewards), "high": max(rewards), "counts": counts.tolist(), "edges": edges.tolist()}
-    return found | {"mean": intervals(len(means), {"mean": ratio(means)})["mean"]}
+    scores: dict[str, list[float]] = {}
+    for entry in entries:
+        for name, score in entry.grade.scores.items():
+            scores.setdefault(name, []).append(score)
+    values["scores"] = {name: mean(column) for name, column in sorted(scores.items())}
+    values |= {"low": min(rewards), "high": max(rewards), "counts": counts.tolist(), "edges": edges.tolist()}
+    return values | {"mean": intervals(len(means), {"mean": ratio(means)})["mean"]}
 
 
-def _of_model(some: Sequence[Graded], passes: float) -> dict[str, Any]:
+def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
     """Means over prompts of what a group of a model's answers says, each with its interval over prompts."""
-    rewards = [own for one in groups(some).values() if (own := _scored(one))]
-    most = max((len(one) for one in groups(some).values()), default=0)
-    if not rewards:
+    groups, most = list(by_row(entries).values()), max(Counter(entry.row for entry in entries).values())
+    if not groups:
         return {"samples": most, "measures": {}, "groups": {}, "length": None}
-    full = [own for own in rewards if len(own) == most] or rewards
+    full = [group for group in groups if len(group) == most] or groups
     num = min(map(len, full))
-    right = [sum(reward >= passes for reward in own) for own in full]
-    measures: dict[str, Interval] = intervals(
-        len(rewards), {"reward": ratio([math.fsum(own) / len(own) for own in rewards])}
-    )
+    right = [sum(reward >= passes for reward in group) for group in full]
+    measures = intervals(len(groups), {"reward": ratio([mean(group) for group in groups])})
     of_full = {
-        "pass@1": ratio([c / len(own) for c, own in zip(right, full, strict=True)]),
-        f"pass@{num}": ratio([pass_at(num, len(own), c) for c, own in zip(right, full, strict=True)]),
-        f"best of {num}": ratio([max(own) for own in full]),
-        "groups with spread": ratio([float(max(own) > min(own)) for own in full]),
+        "pass@1": ratio([c / len(group) for c, group in zip(right, full, strict=True)]),
+        f"pass@{num}": ratio([pass_at(num, len(group), c) for c, group in zip(right, full, strict=True)]),
+        f"best of {num}": ratio([max(group) for group in full]),
+        "groups with spread": ratio([float(max(group) > min(group)) for group in full]),
     }
     measures |= intervals(len(full), of_full)
-    spreads = {str(size): float(np.mean([spread_of(size, own) for own in full])) for size in GROUPS}
-    return {"samples": most, "measures": measures, "groups": spreads, "length": length_correlation(some)}
+    spreads = {str(size): mean([spread_of(size, group) for group in full]) for size in GROUPS}
+    return {"samples": most, "measures": measures, "groups": spreads, "length": length_correlation(entries)}
 
 
 def pass_at(k: int, num: int, right: int) -> float:
@@ -167,17 +169,19 @@ def spread_of(size: int, rewards: Sequence[float]) -> float:
     return 1 - math.fsum((count / num) ** size for count in counts)
 
 
-def length_correlation(some: Sequence[Graded]) -> float | None:
+def length_correlation(entries: Sequence[Graded]) -> float | None:
     """Pearson's r of reward and tokens within the groups, whose means are taken out: what training would see. None
     where either does not vary."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for entry in entries:
+        if entry.answer.tokens is not None and entry.grade.reward is not None:
+            groups.setdefault(entry.row, []).append((float(entry.answer.tokens), entry.grade.reward))
     tokens: list[float] = []
     rewards: list[float] = []
-    for members in groups(some).values():
-        pairs = [(one.answer.tokens, one.grade.reward) for one in members]
-        known = [(float(count), reward) for count, reward in pairs if count is not None and reward is not None]
-        for values, column in ((tokens, 0), (rewards, 1)):
-            mean = math.fsum(pair[column] for pair in known) / max(len(known), 1)
-            values += [pair[column] - mean for pair in known]
+    for pairs in groups.values():
+        for column, values in enumerate((tokens, rewards)):
+            centre = mean([pair[column] for pair in pairs])
+            values += [pair[column] - centre for pair in pairs]
     spread = math.sqrt(math.fsum(x * x for x in tokens) * math.fsum(y * y for y in rewards))
     return None if spread < 1e-12 else math.fsum(x * y for x, y in zip(tokens, rewards, strict=True)) / spread
 
@@ -186,42 +190,48 @@ def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, dict[str, Any]]:
     """Of answers that must not win, their mean and that of the references, or else of the model's answers, on the rows
     that have both."""
     right = "reference" if kinds["reference"] else MODEL
-    means = {
-        kind: {row: math.fsum(own) / len(own) for row, one in groups(kinds[kind]).items() if (own := _scored(one))}
-        for kind in (right, "empty", "echo", "foreign", "twice")
-    }
-    found = {}
+    against = {row: mean(group) for row, group in by_row(kinds[right]).items()}
+    won = {}
     for kind in ("empty", "echo", "foreign", "twice"):
-        if both := sorted(means[kind].keys() & means[right].keys()):
-            ours, other = (math.fsum(means[one][row] for row in both) / len(both) for one in (kind, right))
-            found[kind] = {"mean": ours, "against": right, "mean_against": other, "rows": len(both)}
-    return found
+        means = {row: mean(group) for row, group in by_row(kinds[kind]).items() if row in against}
+        if means:
+            others = mean([against[row] for row in means])
+            won[kind] = {
+                "mean": mean(list(means.values())),
+                "against": right,
+                "mean_against": others,
+                "rows": len(means),
+            }
+    return won
 
 
 def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[dict[str, Any]]:
     """Kinds of failed grades, the commonest first: how many, and the first places."""
-    failed = [one for one in graded if one.grade.kind is not None]
-    found = []
-    for kind, num in Counter(one.grade.kind for one in failed).most_common():
-        some = [one for one in failed if one.grade.kind == kind]
-        first = [{"source": prompts[one.row].source, "of": one.kind, "error": one.grade.error} for one in some[:SHOWN]]
-        found.append({"kind": kind, "num": num, "first": first})
-    return found
+    failed = Counter(entry.grade.kind for entry in graded if entry.grade.kind is not None)
+    errors = []
+    for kind, num in failed.most_common():
+        first = [entry for entry in graded if entry.grade.kind == kind][:SHOWN]
+        places = [
+            {"source": prompts[entry.row].source, "of": entry.kind, "error": entry.grade.error} for entry in first
+        ]
+        errors.append({"kind": kind, "num": num, "first": places})
+    return errors
 
 
-def _extremes(prompts: Sequence[Prompt], some: Sequence[Graded]) -> dict[str, Any]:
-    known = sorted((one for one in some if one.grade.reward is not None), key=lambda one: -(one.grade.reward or 0.0))
+def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> dict[str, Any]:
+    ranked = [entry for entry in entries if entry.grade.reward is not None]
+    ranked.sort(key=lambda entry: -(entry.grade.reward or 0.0))
 
-    def shown(one: Graded) -> dict[str, Any]:
-        prompt = prompts[one.row]
+    def shown(entry: Graded) -> dict[str, Any]:
+        prompt = prompts[entry.row]
         return {
             "source": prompt.source,
-            "of": one.kind,
+            "of": entry.kind,
             "prompt": prompt.text,
-            "answer": one.answer.text,
+            "answer": entry.answer.text,
             "reference": prompt.reference.text if prompt.reference else None,
-            "reward": one.grade.reward,
-            "scores": dict(one.grade.scores),
+            "reward": entry.grade.reward,
+            "scores": dict(entry.grade.scores),
         }
 
-    return {"best": list(map(shown, known[:SHOWN])), "worst": list(map(shown, known[: -SHOWN - 1 : -1]))}
+    return {"best": list(map(shown, ranked[:SHOWN])), "worst": list(map(shown, ranked[: -SHOWN - 1 : -1]))}

@@ -22,35 +22,37 @@ class Verdict:
     refuses: bool = False
 
 
-def verdicts(found: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
     """The verdicts on `trial.results`, those that refuse first; at least one."""
-    some = sorted(_verdicts(found), key=lambda one: not one.refuses)
-    if any(one.refuses for one in some):
-        return some
-    seen = [PLAYED[kind] for kind in found["won"] if kind != "twice"]
+    sentences = sorted(_verdicts(values), key=lambda entry: not entry.refuses)
+    if any(entry.refuses for entry in sentences):
+        return sentences
+    seen = [PLAYED[kind] for kind in values["won"] if kind != "twice"]
     others = " and ".join(filter(None, [", ".join(seen[:-1]), *seen[-1:]]))
-    told = f"It tells {PLAYED[_right(found)]} from {others}. " if seen else ""
+    told = f"It tells {PLAYED[_right(values)]} from {others}. " if seen else ""
     return [
-        Verdict(f"{told}{'Nothing speaks against this grader.' if not some else 'It can be used; worth knowing:'}"),
-        *some,
+        Verdict(
+            f"{told}{'Nothing speaks against this grader.' if not sentences else 'It can be used; worth knowing:'}"
+        ),
+        *sentences,
     ]
 
 
-def _right(found: Mapping[str, Any]) -> str:
-    return str(next((one["against"] for one in found["won"].values()), MODEL))
+def _right(values: Mapping[str, Any]) -> str:
+    return str(next((entry["against"] for entry in values["won"].values()), MODEL))
 
 
-def _verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    failed = sum(one["num"] for one in found["errors"])
-    if failed > MOST_FAILED * found["grades"]:
-        kinds = ", ".join(f"{KINDS[one['kind']]}: {one['num']:,}" for one in found["errors"])
-        of = f"{failed:,} of {plural(found['grades'], 'grade')} failed ({percent(failed / found['grades'])})"
+def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:
+    failed = sum(entry["num"] for entry in values["errors"])
+    if failed > MOST_FAILED * values["grades"]:
+        kinds = ", ".join(f"{KINDS[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
+        of = f"{failed:,} of {plural(values['grades'], 'grade')} failed ({percent(failed / values['grades'])})"
         yield Verdict(f"{of}, and have no reward: {kinds}. Mend the grader or the rows that are named above.", True)
-    known = [one for one in found["kinds"].values() if one["scored"]]
+    known = [entry for entry in values["kinds"].values() if entry["scored"]]
     if not known:
         return
-    low, high = min(one["low"] for one in known), max(one["high"] for one in known)
-    model = found["kinds"].get(MODEL)
+    low, high = min(entry["low"] for entry in known), max(entry["high"] for entry in known)
+    model = values["kinds"].get(MODEL)
     if low == high:
         yield Verdict(
             f"All grades are {low:g}: there is nothing to learn from. The grader has to tell answers apart.", True
@@ -59,31 +61,33 @@ def _verdicts(found: Mapping[str, Any]) -> Iterator[Verdict]:
         why = "there is nothing to learn: take an easier task, a denser grader, or train on references first"
         yield Verdict(f"All answers of the model get {model['low']:g}: {why}.", True)
     if low < high:
-        yield from _of_played(found)
-    yield from _of_model(found)
+        yield from _of_played(values)
+    yield from _of_model(values)
 
 
-def _of_played(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    winners = [kind for kind, one in found["won"].items() if kind != "twice" and one["mean"] >= one["mean_against"]]
+def _of_played(values: Mapping[str, Any]) -> Iterator[Verdict]:
+    winners = [
+        kind for kind, entry in values["won"].items() if kind != "twice" and entry["mean"] >= entry["mean_against"]
+    ]
     if winners:
-        got = ", ".join(f"{PLAYED[kind]} gets {found['won'][kind]['mean']:.3g}" for kind in winners)
-        against = found["won"][winners[0]]
+        got = ", ".join(f"{PLAYED[kind]} gets {values['won'][kind]['mean']:.3g}" for kind in winners)
+        against = values["won"][winners[0]]
         right = f"{PLAYED[against['against']]} {against['mean_against']:.3g}"
-        if found["kinds"][against["against"]]["high"] == min(
-            one["low"] for one in found["kinds"].values() if one["scored"]
+        if values["kinds"][against["against"]]["high"] == min(
+            entry["low"] for entry in values["kinds"].values() if entry["scored"]
         ):
             why = "Either they are not written as the grader wants answers, or it looks at something else"
             yield Verdict(f"{right[0].upper()}{right[1:]}, the lowest reward of all: {got}. {why}.", True)
             return
         yield Verdict(f"The grader can be won without the answer: {got}, {right}. A model would learn just that.", True)
-    twice = found["won"].get("twice")
+    twice = values["won"].get("twice")
     if twice and twice["against"] == "reference" and twice["mean"] > twice["mean_against"]:
         got = f"{twice['mean']:.3g} instead of {twice['mean_against']:.3g}"
         yield Verdict(f"Saying the reference twice gets more than saying it once, {got}: repeating wins.", True)
 
 
-def _of_model(found: Mapping[str, Any]) -> Iterator[Verdict]:
-    model = found["model"]
+def _of_model(values: Mapping[str, Any]) -> Iterator[Verdict]:
+    model = values["model"]
     if not model or not model["measures"]:
         return
     spread = model["measures"]["groups with spread"]["value"]
@@ -104,23 +108,27 @@ def _of_model(found: Mapping[str, Any]) -> Iterator[Verdict]:
         )
 
 
-def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def lines_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """(what, value, 95 % interval, distribution) of every measure."""
-    for kind, one in found["kinds"].items():
-        failed = one["answers"] - one["scored"]
-        odd = [f"{failed:,} without reward"] * (failed > 0) + [f"{one['unread']:,} without the JSON"] * (
-            one["unread"] > 0
+    for kind, entry in values["kinds"].items():
+        failed = entry["answers"] - entry["scored"]
+        odd = [f"{failed:,} without reward"] * (failed > 0) + [f"{entry['unread']:,} without the JSON"] * (
+            entry["unread"] > 0
         )
         what = PLAYED[kind] + (f" ({', '.join(odd)})" if odd else "")
-        if one["mean"] is None:
+        if entry["mean"] is None:
             yield what, "–", "", ""
             continue
-        bars = "".join(BARS[-((1 - len(BARS)) * num // max(one["counts"]))] for num in one["counts"])
-        spread = f"{one['low']:.3g} {bars} {one['high']:.3g}" if one["low"] < one["high"] else f"all {one['low']:.3g}"
-        yield what, f"{one['mean']['value']:.3f}", _bounds(one["mean"]), spread
+        bars = "".join(BARS[-((1 - len(BARS)) * num // max(entry["counts"]))] for num in entry["counts"])
+        spread = (
+            f"{entry['low']:.3g} {bars} {entry['high']:.3g}"
+            if entry["low"] < entry["high"]
+            else f"all {entry['low']:.3g}"
+        )
+        yield what, f"{entry['mean']['value']:.3f}", _bounds(entry["mean"]), spread
         if kind in ("reference", MODEL):
-            yield from ((f"  {name}", f"{mean:.3f}", "", "") for name, mean in one["scores"].items())
-    model = found["model"] or {"measures": {}, "groups": {}, "length": None}
+            yield from ((f"  {name}", f"{mean:.3f}", "", "") for name, mean in entry["scores"].items())
+    model = values["model"] or {"measures": {}, "groups": {}, "length": None}
     for name, measure in model["measures"].items():
         if name != "reward":
             yield name, f"{measure['value']:.3f}", _bounds(measure), ""
@@ -129,7 +137,7 @@ def lines_of(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         yield f"groups of {size} would have spread", f"{least}{percent(share, 0)}", "", ""
     if model["length"] is not None:
         yield "correlation of reward with tokens", f"{model['length']:.2f}", "", ""
-    yield "seconds a grade, median and 99 %", f"{found['seconds']['p50']:.2g}, {found['seconds']['p99']:.2g}", "", ""
+    yield "seconds a grade, median and 99 %", f"{values['seconds']['p50']:.2g}, {values['seconds']['p99']:.2g}", "", ""
 
 
 def _bounds(interval: Mapping[str, float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class SampledModel:
     write text."""
 
     def __init__(self, target: str, *, root: Path, offline: bool, streams: int, note: Callable[[str], None]) -> None:
-        self._options = EngineOptions(streams=streams, offline=offline)
+        self._options = EngineOptions(streams=streams, offline=offline, max_new_tokens=sys.maxsize)
         registry = open_registry([target], root=root, options=self._options, note=note)
         written = [model for model in registry.models.values() if isinstance(model, ServedModel)]
         tuned = [model for model in written if not model.card.is_base] or written
@@ -70,29 +71,34 @@ class SampledModel:
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> list[list[Sample] | str]:
         """`num` samples of each question, or why it cannot be asked. The same seed draws the same answers."""
-        found: list[list[Sample] | str] = []
-        for i, one in enumerate(questions):
-            how: dict[str, Any] = {"temperature": temperature, "seed": one.seed, "n": num, "max_tokens": max_new_tokens}
-            request = GenerationRequest(self.model.card.name, messages=one.messages, tools=one.tools, **how)
+        answers: list[list[Sample] | str] = []
+        for i, question in enumerate(questions):
+            how: dict[str, Any] = {
+                "temperature": temperature,
+                "seed": question.seed,
+                "n": num,
+                "max_tokens": max_new_tokens,
+            }
+            request = GenerationRequest(self.model.card.name, messages=question.messages, tools=question.tools, **how)
             try:
                 self._scheduler.add(self.model.prepare(i, request, self._options))
-                found.append([Sample() for _ in range(num)])
+                answers.append([Sample() for _ in range(num)])
             except RequestError as error:
-                found.append(str(error))
-        done, total = 0, num * sum(not isinstance(one, str) for one in found)
+                answers.append(str(error))
+        done, total = 0, num * sum(not isinstance(samples, str) for samples in answers)
         texts: dict[tuple[int, int], list[str]] = defaultdict(list)
         while self._scheduler.is_busy:
             for i, event in self._scheduler.step():
                 if isinstance(event, RequestError):
-                    found[i], done = str(event), done + num
+                    answers[i], done = str(event), done + num
                 elif isinstance(event, Delta):
                     texts[i, event.index].append(event.text)
-                elif isinstance(event, Finished) and not isinstance(own := found[i], str):
+                elif isinstance(event, Finished) and not isinstance(samples := answers[i], str):
                     tools = {str(tool.get("function", tool).get("name")) for tool in questions[i].tools}
-                    own[event.index] = self._sample("".join(texts.pop((i, event.index), [])), tools, event)
+                    samples[event.index] = self._sample("".join(texts.pop((i, event.index), [])), tools, event)
                     done += 1
             progress("draw", done, total)
-        return found
+        return answers
 
     def _sample(self, text: str, tools: set[str], event: Finished) -> Sample:
         form, calls = self.model.card.calls, list[dict[str, Any]]()
