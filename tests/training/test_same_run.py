@@ -8,7 +8,6 @@ from tunesmith.training import same_run
 _NAMES = """
     model revision name task method.name method.rank method.alpha method.rslora method.dropout method.targets
     method.rank_pattern method.alpha_pattern method.also_train method.loraplus_ratio method.train method.freeze
-<<<<<<< HEAD
     method.kind method.settings data.train data.train[].path data.train[].weight data.mix data.eval
     data.held_out data.columns data.template data.date data.new_tokens data.max_tokens data.too_long data.stride
     data.prompt data.labels data.label_kind data.replay data.bad_rows data.control_tokens data.overlap
@@ -26,25 +25,6 @@ _NAMES = """
 """
 RECORDED = frozenset(_NAMES.split())
 """Options that every run which can be resumed has recorded. The list never grows."""
-=======
-    method.kind method.settings data.train data.train[].path data.train[].weight data.eval data.held_out
-    data.columns data.template data.new_tokens data.max_tokens data.too_long data.stride data.prompt data.labels
-    data.label_kind data.replay data.bad_rows data.control_tokens data.overlap data.num_proc
-    data.limits.line_bytes data.limits.depth data.limits.messages data.limits.problems optim.name optim.lr
-    optim.schedule optim.warmup optim.weight_decay optim.betas optim.eps optim.momentum optim.clip
-    loss.label_smoothing loss.z_loss prefer.loss prefer.beta prefer.margin prefer.label_smoothing prefer.nll
-    prefer.length reward.margin reward.center embed.loss embed.scale embed.symmetric embed.dims embed.pooling
-    embed.normalize embed.query_prompt embed.document_prompt embed.documents ranking.loss
-    ranking.positive_weight train.epochs train.max_steps train.rows_per_step train.tokens_per_pass
-    train.checkpointed_layers train.class_weights train.masked evaluation.every evaluation.max_rows
-    evaluation.metric evaluation.patience evaluation.keep evaluation.samples evaluation.sample_tokens
-    evaluation.general evaluation.surprising checkpoint.every checkpoint.keep export.to precision device memory
-    threads kernels seed track devices shard data.date data.mix repeatable optim.lr_times prefer.desirable
-    prefer.undesirable embed.include_prompt checkpoint.snapshots
-"""
-RECORDED = frozenset(_NAMES.split())
-"""Options that every run that can be resumed has recorded. It never grows."""
->>>>>>> s
 WHAT_TO_DO = (
     "new, so that no run that is under way has recorded it, and each would be refused when it is resumed. Enter it in "
     "NAMED_LATER of training/same_run.py with the value that earlier versions used, as text; if it is a field of "
@@ -73,15 +53,9 @@ def test_what_earlier_versions_used_is_what_a_recipe_without_the_option_says() -
     assert {key: str(value) for key, value in other.items()} == {key: same_run.NAMED_LATER[key] for key in other}
 
 
-<<<<<<< HEAD
 def test_an_option_that_went_is_gone_on_purpose() -> None:
     gone = RECORDED - set(options())
     assert not gone, (
         f"{', '.join(sorted(gone))}: recipes of runs that are under way name it, and could not be read: none of them "
         "could be resumed. Let recipe/load.py read it, or say so in CHANGELOG.md (Taken out) and take it off this list"
     )
-=======
-def test_an_option_that_went_can_be_read_in_the_recipe_of_a_run() -> None:
-    gone = RECORDED - set(options())
-    assert not gone, f"{', '.join(sorted(gone))}: recipes of runs name it, and recipe/load.py would refuse them"
->>>>>>> s

@@ -78,10 +78,8 @@ def keeps_less(model: nn.Module) -> bool:
 
 def reads_again(model: nn.Module) -> int:
     """Gated MLPs and layers of one input in one node, which do not keep what a norm of ours answered."""
-    modules = list(model.modules())
-    joined = [parts for names in SIBLINGS[:2] for module in modules if (parts := _parts(module, names)) is not None]
-    mlps = sum(_parts(module, MLP) is not None for module in modules)
-    return mlps + sum(all(part.rank for part in parts) for parts in joined)
+    nodes = [(names, _parts(module, names)) for module in model.modules() for names in (MLP, *SIBLINGS[:2])]
+    return sum(parts is not None and (names is MLP or all(part.rank for part in parts)) for names, parts in nodes)
 
 
 def parts_of(layer: Any) -> LinearParts | None:

@@ -41,8 +41,7 @@ SMALL_CARD = 17 * 10**9
 CHUNK_BYTES_TRAINED = 64 * 2**20
 """At least, where the layer is trained: every chunk goes through its gradient once more."""
 CHUNK_TARGETS = 192
-"""At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets. Chunks of
-a pass are of like size: a small one at the end would read them for little."""
+"""At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
 PROBE_TOKENS = 8
 
 
@@ -61,7 +60,7 @@ class OutputLayer:
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
 
     def chunks(self, targets: int, *, trained: bool) -> Iterator[slice]:
-        """The chunks of so many targets, as like in size as can be."""
+        """The chunks of so many targets, of like size: a small one at the end would read the weights for little."""
         num = -(-targets // self.chunk_size(trained=trained))
         yield from (slice(targets * i // num, targets * (i + 1) // num) for i in range(num))
 
@@ -256,9 +255,8 @@ def _of_chunk(
     """[N], the losses, and [N, V], the gradient of what the linear layer answered, in the precision of `hidden_ND`."""
     logits_NV = output.logits(hidden_ND)
     capped_NV = None if output.cap is None else logits_NV
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
-    del logits_NV  # before there is a gradient of their size
-    losses_N, glogits_NV = _losses_and_gradient(wide_NV, targets_N, smoothing=smoothing, z=z)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
+    losses_N, glogits_NV = _losses_and_gradient(logits_NV, targets_N, smoothing=smoothing, z=z)
     return losses_N, _before_scale(glogits_NV.to(hidden_ND.dtype), capped_NV, output)
 
 

@@ -32,10 +32,6 @@ Weight: TypeAlias = Tensor | Callable[[], Tensor]
 """A weight [O, I], or what unpacks it: one that is kept packed is there in full for one product at a time."""
 
 
-Origin: TypeAlias = tuple[Tensor, Tensor, Tensor] | None
-"""What the input is computed from again, see `rms_norm.origin_of`; None: the input is kept."""
-
-
 def dense(weight: Weight) -> Tensor:
     """The weight [O, I] for one product."""
     return weight if isinstance(weight, Tensor) else weight()
@@ -65,25 +61,23 @@ class LinearParts:
 def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     """[..., I] → [..., O] by each of the layers."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    outs: tuple[Tensor, ...] = _Linears.apply(x, origin_of(x), tuple(layers), *tensors)  # type: ignore[no-untyped-call]
+    outs: tuple[Tensor, ...] = _Linears.apply(x, tuple(layers), *tensors)  # type: ignore[no-untyped-call]
     return outs
 
 
 def gated_mlp(x: Tensor, layers: tuple[LinearParts, LinearParts, LinearParts], activation: Activation) -> Tensor:
     """[..., I] → [..., O] by gate, up and down."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
-    out: Tensor = _GatedMlp.apply(x, origin_of(x), layers, activation, *tensors)  # type: ignore[no-untyped-call]
+    out: Tensor = _GatedMlp.apply(x, layers, activation, *tensors)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, origin: Origin, layers: tuple[LinearParts, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, layers: tuple[LinearParts, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS, outs = _forward(x_TI, layers)
-        ctx.save_for_backward(*(origin or (x_TI, None, None)), low_TS, *tensors)
+        ctx.save_for_backward(*(origin_of(x) or (x_TI, None, None)), low_TS, *tensors)
         ctx.layers, ctx.shape = _frozen(layers), x.shape
         # No views of them: Longformer and DeBERTa write into the answer.
         return tuple(out.contiguous().resize_(*x.shape[:-1], out.shape[-1]) for out in outs)
@@ -91,38 +85,31 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, low_TS = ctx.saved_tensors[:4]
-        tensors = ctx.saved_tensors[4:]
-        needs_x, _, _, *needs = ctx.needs_input_grad
-        x_TI = _input(kept, ctx.shape)
+        x, weight_H, inverse_T1, low_TS, *tensors = ctx.saved_tensors
+        needs_x, _, *needs = ctx.needs_input_grad
+        x_TI = _input(x, weight_H, inverse_T1)
         grads_TO = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         gx_TI, gradients = _backward(grads_TO, x_TI, low_TS, _thawed(ctx.layers, tensors), needs, needs_x=needs_x)
-        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *gradients
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, *gradients
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        origin: Origin,
-        layers: tuple[LinearParts, ...],
-        activation: Activation,
-        *tensors: Tensor | None,
+        ctx: Any, x: Tensor, layers: tuple[LinearParts, ...], activation: Activation, *tensors: Tensor | None
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS, (g_TF, u_TF) = _forward(x_TI, layers[:2])
         low_TR, (y_TO,) = _forward(gate(g_TF, u_TF, activation), layers[2:])
-        ctx.save_for_backward(*(origin or (x_TI, None, None)), low_TS, low_TR, g_TF, u_TF, *tensors)
+        ctx.save_for_backward(*(origin_of(x) or (x_TI, None, None)), low_TS, low_TR, g_TF, u_TF, *tensors)
         ctx.layers, ctx.activation, ctx.shape = _frozen(layers), activation, x.shape
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, low_TS, low_TR, g_TF, u_TF = ctx.saved_tensors[:7]
-        tensors = ctx.saved_tensors[7:]
-        layers, (needs_x, _, _, _, *needs) = _thawed(ctx.layers, tensors), ctx.needs_input_grad
+        x, weight_H, inverse_T1, low_TS, low_TR, g_TF, u_TF, *tensors = ctx.saved_tensors
+        layers, (needs_x, _, _, *needs) = _thawed(ctx.layers, tensors), ctx.needs_input_grad
         g_TO = grad.reshape(-1, grad.shape[-1])
         gh_TF, glow_TR = _of_input([g_TO], layers[2:], needs_x=True)
         assert gh_TF is not None
@@ -130,9 +117,9 @@ class _GatedMlp(torch.autograd.Function):
         needs_h = needs[8] or needs[10]
         h_TF, gg_TF, gu_TF = gate_backward(gh_TF, g_TF, u_TF, ctx.activation, needs_h=needs_h)
         of_down = _of_layers([g_TO], gu_TF if h_TF is None else h_TF, low_TR, glow_TR, layers[2:], needs[8:])
-        x_TI = _input(kept, ctx.shape)
+        x_TI = _input(x, weight_H, inverse_T1)
         gx_TI, gradients = _backward([gg_TF, gu_TF], x_TI, low_TS, layers[:2], needs[:8], needs_x=needs_x)
-        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, None, *gradients, *of_down
+        return None if gx_TI is None else gx_TI.view(ctx.shape), None, None, *gradients, *of_down
 
 
 def _frozen(layers: Sequence[LinearParts]) -> tuple[tuple[Weight | None, float], ...]:
@@ -156,12 +143,9 @@ def _stacked(layers: Sequence[LinearParts]) -> Tensor | None:
     return torch.cat(matrices) if len(matrices) > 1 else matrices[0] if matrices else None
 
 
-def _input(kept: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
-    """[T, I], the input of a node: kept, or computed again."""
-    x, weight_H, inverse_T1 = kept
-    assert x is not None
-    again = x if weight_H is None or inverse_T1 is None else normed(x, weight_H, inverse_T1)
-    return again.reshape(-1, shape[-1])
+def _input(x: Tensor, weight_H: Tensor | None, inverse_T1: Tensor | None) -> Tensor:
+    """[T, I], the input of a node: x, or what a norm answered to it."""
+    return x if weight_H is None or inverse_T1 is None else normed(x, weight_H, inverse_T1).view(-1, x.shape[-1])
 
 
 def _forward(x_TI: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor | None, list[Tensor]]:

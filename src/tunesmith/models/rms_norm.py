@@ -38,8 +38,7 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, start: int = 0) -> Tens
 
 
 def origin_of(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What `normed` computes the answer of a norm from again, bit for bit, so that a layer that reads it need not keep
-    it; None: it is not such an answer, or was written into."""
+    """What `normed` computes a norm's answer from again, bit for bit; None: it is none, or was written into."""
     version, kept = getattr(tensor, "origin", (None, None))
     return kept if version is not None and version == tensor._version else None
 

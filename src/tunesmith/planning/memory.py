@@ -41,7 +41,7 @@ from tunesmith.models.size import meta_model
 from tunesmith.optim import Optimizer
 from tunesmith.planning.devices import CUDA_CONTEXT, Device
 from tunesmith.recipe.schema import Recipe, resolved
-from tunesmith.types import HeadName, Labels
+from tunesmith.types import HeadName, JsonObject, Labels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_WORK = 0.7
@@ -209,8 +209,7 @@ def sizes_of(
         recomputable=len(stack),
         features=features * uses,
         kept=method.kept_activations,
-        less=(less := _less_by_nodes(recipe, model)),
-        again=int(config.hidden_size) * reads_again(model) // layers if less else 0,
+        **_less_by_nodes(recipe, model, layers),
         first=first,
         linear_weights=linear_weights * uses,
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
@@ -239,9 +238,12 @@ def _key_size(config: PreTrainedConfig) -> int:
     return int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
 
 
-def _less_by_nodes(recipe: Recipe, model: PreTrainedModel) -> float:
-    computes = recipe.kernels == "fast" and recipe.shard is not True
-    return LESS_BY_NODES.get(model.dtype.itemsize, 0.0) if computes and keeps_less(model) else 0.0
+def _less_by_nodes(recipe: Recipe, model: PreTrainedModel, layers: int) -> JsonObject:
+    """`less` and `again` of the sizes."""
+    if recipe.kernels != "fast" or recipe.shard is True or not keeps_less(model):
+        return {}
+    hidden = int(model.config.get_text_config().hidden_size)
+    return {"less": LESS_BY_NODES.get(model.dtype.itemsize, 0.0), "again": hidden * reads_again(model) // layers}
 
 
 def _learns(module: nn.Module) -> bool:
