@@ -105,19 +105,7 @@ def resolve_run(
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(decisions, inputs, cache_dirs, on_progress)
-    (store, rows_I), (held, held_I) = rows.sides
-    kind, held_tokens = device.kind if device else decisions.recipe.device, int(held.lengths[held_I].sum())
-    facts = Facts(
-        inputs.size.num_params,
-        kind,
-        inputs.kind,
-        store.lengths[rows_I],
-        held.targets[held_I],
-        held_tokens,
-        processes,
-        rows_per_epoch(rows, decisions.recipe.seed),
-        "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels),
-    )
+    facts = _facts(inputs, rows, device.kind if device else decisions.recipe.device, processes, decisions.recipe.seed)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
     # 4. What memory decides, by a forecast; a run that goes on, or another rank, has it decided.
@@ -138,6 +126,23 @@ def resolve_run(
     # 5. One recipe.
     choices = [choice for choice in decisions.choices if is_here or choice.key not in ("device", "threads")]
     return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
+
+
+def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, seed: int) -> Facts:
+    """What the decisions after the rows go by. `kind`: the device's."""
+    (store, rows_I), (held, held_I) = rows.sides
+    headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
+    return Facts(
+        inputs.size.num_params,
+        kind,
+        inputs.kind,
+        lengths_I=store.lengths[rows_I],
+        held_targets_I=held.targets[held_I],
+        held_tokens=int(held.lengths[held_I].sum()),
+        processes=processes,
+        rows_per_epoch=rows_per_epoch(rows, seed),
+        headline=headline,
+    )
 
 
 @contextmanager
