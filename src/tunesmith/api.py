@@ -36,9 +36,9 @@ from tunesmith.recipe.schema import USUAL, Recipe
 from tunesmith.runs.folder import Run
 from tunesmith.training.job import Watcher, resume_run, train_run
 from tunesmith.training.progress import Listener
-from tunesmith.types import Event, TaskName
+from tunesmith.types import Event, JsonObject, Record, TaskName
 
-Files = str | PathLike[str] | Mapping[str, Any] | Sequence[str | PathLike[str] | Mapping[str, Any]]
+Files = str | PathLike[str] | Record | Sequence[str | PathLike[str] | Record]
 """A path, {"path", "weight"}, or several of them; or rows: a list of mappings, a pandas or a `datasets` table."""
 
 MOST_PROBLEMS = 5
@@ -76,15 +76,15 @@ def train(
     Examples:
         >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
     """
-    given = dict(options) if model is None else {**options, "model": fspath(model)}
+    changes = dict(options) if model is None else {**options, "model": fspath(model)}
     for key, files in (("train", _files(data, Path(root))), ("eval", _files(eval, Path(root)))):
         if files:
-            given["data"] = {**given.get("data", {}), key: files}
+            changes["data"] = {**changes.get("data", {}), key: files}
     base = recipe.model_dump() if isinstance(recipe, Recipe) else {}
     path = None if recipe is None or isinstance(recipe, Recipe) else fspath(recipe)
     start = load_recipe(path, base=base).model_dump()
     try:
-        chosen = validate(_over(start, given), where="tunesmith.train")
+        chosen = validate(_over(start, changes), where="tunesmith.train")
     except RecipeError as error:  # train.epochs is written train={"epochs": ...} here
         text = re.sub(r"did you mean (\w+)\.(\w+)\?", r'did you mean \1={"\2": ...}?', str(error))
         raise RecipeError(text) from None
@@ -137,7 +137,7 @@ def resume(
 
 def predict(
     target: Run | str | PathLike[str],
-    rows: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    rows: str | Record | Sequence[str | Record],
     *,
     base: bool = False,
     task: TaskName | None = None,
@@ -146,7 +146,7 @@ def predict(
     root: str | PathLike[str] = "runs",
     model: str | PathLike[str] | None = None,
     offline: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Answers to texts, or to rows with the fields of the task, in order: as the lines of `tunesmith predict --bare`.
 
     A row that cannot be used has {"error": ...} in its place.
@@ -161,10 +161,10 @@ def predict(
     Examples:
         >>> answers = tunesmith.predict("last", ["How do I reset it?"])
     """
-    given = [rows] if isinstance(rows, (str, Mapping)) else rows
+    listed = [rows] if isinstance(rows, (str, Mapping)) else rows
     where = _where(target, model)
     speaker = load_any(_name(target), root=Path(root), base=base, task=task, model=where, offline=offline)
-    return predict_list(Predictor(speaker, max_new_tokens, threshold), given, bare=True)
+    return predict_list(Predictor(speaker, max_new_tokens, threshold), listed, bare=True)
 
 
 def evaluate(
@@ -223,14 +223,14 @@ def load(
     Examples:
         >>> model, tokenizer = tunesmith.load("last")
     """
-    found = _opened(run, root, model)
-    speaker = load_run(found, offline=offline)
+    opened = _opened(run, root, model)
+    speaker = load_run(opened, offline=offline)
     return speaker.model, speaker.renderer.tokenizer
 
 
 def _opened(run: Run | str | PathLike[str], root: str | PathLike[str], model: str | PathLike[str] | None) -> Run:
-    found = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
-    return found if model is None else replace(found, base=fspath(model))
+    opened = run if isinstance(run, Run) else Run.open(fspath(run), Path(root))
+    return opened if model is None else replace(opened, base=fspath(model))
 
 
 def _where(target: Run | str | PathLike[str], model: str | PathLike[str] | None) -> str | None:
@@ -358,7 +358,7 @@ def _files(files: Files | Any, root: Path) -> list[Any]:
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
 
 
-def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _over(start: Record, given: Record) -> JsonObject:
     """`given` laid over `start`, section by section; another method or optimizer brings its own defaults."""
     result = dict(start)
     for key, value in given.items():
@@ -367,7 +367,7 @@ def _over(start: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
             is_other = value.get("name", before.get("name")) != before.get("name")
             if is_other and key == "optim":
                 usual = USUAL[before["name"]]
-                before = {option: kept for option, kept in before.items() if kept != usual.get(option)}
+                before = {option: setting for option, setting in before.items() if setting != usual.get(option)}
             result[key] = value if is_other and key == "method" else {**before, **value}
         else:
             result[key] = value

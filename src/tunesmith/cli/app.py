@@ -98,11 +98,11 @@ class Commands(TyperGroup):
 
 def _explain(error: Any) -> None:
     """Put a value that typer's checks refuse into plain words."""
-    for found in getattr(error.__cause__, "errors", list)()[:1]:
-        rule, _, expected = found["msg"].partition("Input should be ")
+    for fault in getattr(error.__cause__, "errors", list)()[:1]:
+        rule, _, expected = fault["msg"].partition("Input should be ")
         if not rule:
             expected = expected.partition(",")[0].replace("valid integer", "whole number").replace("valid ", "")
-            error.message = f"it is {found['input']}, and must be {expected}. Correct it, or leave the option out."
+            error.message = f"it is {fault['input']}, and must be {expected}. Correct it, or leave the option out."
 
 
 def _suggest(error: Any, flags: set[str]) -> None:
@@ -118,9 +118,9 @@ def _suggest(error: Any, flags: set[str]) -> None:
     if option is None or is_exact:
         option = OPTIONS.get(key or "")
     else:
-        key = next((key for key, one in OPTIONS.items() if one == option), None)
-    own = f"{option} ({key})" if key else option
-    error.message += f", did you mean {own if option in flags else f'--set {key}=...'}?"
+        key = next((key for key, spelled in OPTIONS.items() if spelled == option), None)
+    suggestion = f"{option} ({key})" if key else option
+    error.message += f", did you mean {suggestion if option in flags else f'--set {key}=...'}?"
     error.possibilities = None
 
 

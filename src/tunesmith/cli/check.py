@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
 from tunesmith.phrases import mix_text, percent, plural, size, visible
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
     return make_renderer(decided, tokenizer, kind)
 
 
-def draw(report: CheckReport, mix: Sequence[Mapping[str, Any]] = ()) -> None:
+def draw(report: CheckReport, mix: Sequence[Record] = ()) -> None:
     """Problems first, then files, tokens and a first row, then the verdict."""
     screen = console()
     errors = [problem for problem in report.problems if problem.severity == "error"]
@@ -210,10 +211,16 @@ def plan(
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
-    how: dict[str, Any] = {"held_out": eval_, "recipe": recipe, "settings": settings, "fast": fast, "root": root}
-    found = build_recipe("plan", model, data, words=words, **how)
+    settings_of_run: dict[str, Any] = {
+        "held_out": eval_,
+        "recipe": recipe,
+        "settings": settings,
+        "fast": fast,
+        "root": root,
+    }
+    wanted = build_recipe("plan", model, data, words=words, **settings_of_run)
 
-    values, fits = _resolve(found, root, offline=offline, device=device, probe=probe)
+    values, fits = _resolve(wanted, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody
     if as_json:
         json_line({"kind": "plan", **values})
@@ -225,9 +232,7 @@ def plan(
         raise typer.Exit(InputError.exit_code)
 
 
-def _resolve(
-    recipe: Recipe, root: Path, *, offline: bool, device: str | None, probe: bool
-) -> tuple[dict[str, Any], bool]:
+def _resolve(recipe: Recipe, root: Path, *, offline: bool, device: str | None, probe: bool) -> tuple[JsonObject, bool]:
     from tunesmith.cli.display import phases
     from tunesmith.parallel.launch import devices_of
 
@@ -239,8 +244,8 @@ def _resolve(
         card, devices = named_group(device) if device else (None, devices_of(recipe))
         if (recipe.devices, devices) != ("auto", 1):  # else the plan would say that it was given
             recipe = recipe.model_copy(update={"devices": devices})
-        how: dict[str, Any] = {"device": card, "apart": probe}
-        resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, **how)
+        place: dict[str, Any] = {"device": card, "apart": probe}
+        resolved = resolve_run(recipe, root=root, offline=offline, on_progress=tick, **place)
         values, fits = resolved_values(resolved), resolved.forecast is None or resolved.forecast.fits
         if small := _small_disk(resolved.forecast, root):
             values["warnings"].append(small)
@@ -278,11 +283,11 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
     return f"its weights ({size(num_bytes)}) are not downloaded yet; train does that"
 
 
-def _probe(resolved: Any, values: Mapping[str, Any], root: Path, *, offline: bool, tick: Any) -> dict[str, Any]:
+def _probe(resolved: Any, values: Record, root: Path, *, offline: bool, tick: Any) -> JsonObject:
     from tunesmith.training.probe import probe
 
-    found = probe(resolved.recipe, root=root, offline=offline, on_progress=tick)
-    return found.values(resolved.forecast, values["tokens_per_step"])
+    probed = probe(resolved.recipe, root=root, offline=offline, on_progress=tick)
+    return probed.values(resolved.forecast, values["tokens_per_step"])
 
 
 def recipe(

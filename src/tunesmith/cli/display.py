@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial, partialmethod
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -24,7 +24,7 @@ from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
 from tunesmith.phrases import PHASES, command, duration, one_line, percent, plural, size, visible
-from tunesmith.types import Event
+from tunesmith.types import Event, Record
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Data
@@ -194,14 +194,14 @@ def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str
     return f"resumed after step {event.step} of {series.total_steps}" if event.kind == "resume" else ""
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+def plan_lines(plan: Record) -> list[str]:
     """A plan as whole lines: facts, choices, notes."""
     lines = [f"{name}: {text}" for name, text in render.plan_facts(plan)]
     lines += [_choice_line(choice) for choice in plan.get("choices", ())]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 
-def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
+def print_plan(screen: Console, plan: Record) -> None:
     """A plan as a panel with notes below on a terminal, in whole lines elsewhere."""
     lines, style = plan_lines(plan), ""
     if screen.is_terminal:
@@ -211,7 +211,7 @@ def print_plan(screen: Console, plan: Mapping[str, Any]) -> None:
         screen.print(visible(line), style=style)
 
 
-def print_start(screen: Console, plan: Mapping[str, Any], *, verbose: bool) -> None:
+def print_start(screen: Console, plan: Record, *, verbose: bool) -> None:
     """A plan before the first step: its facts and what is unusual in at most `MOST_FIRST` lines; all if `verbose`."""
     if verbose:
         print_plan(screen, plan)
@@ -236,7 +236,7 @@ def print_start(screen: Console, plan: Mapping[str, Any], *, verbose: bool) -> N
         screen.print(f"{words}: `tunesmith show` lists all, and --verbose", style=render.MUTED)
 
 
-def _choice_line(choice: Mapping[str, Any]) -> str:
+def _choice_line(choice: Record) -> str:
     return f"chosen: {choice['key']} = {render.option(choice['value'])}: {choice['reason']}"
 
 
@@ -257,8 +257,8 @@ def plain_bars() -> None:
     if not is_drawn(sys.stderr):
         from tqdm import tqdm
 
-        how = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_WAIT_S}
-        tqdm.__init__ = partialmethod(tqdm.__init__, **how)  # type: ignore[assignment, method-assign]
+        pace = {"mininterval": PLAIN_SECONDS, "delay": PLAIN_WAIT_S}
+        tqdm.__init__ = partialmethod(tqdm.__init__, **pace)  # type: ignore[assignment, method-assign]
         tqdm.status_printer = staticmethod(  # type: ignore[method-assign]
             lambda file: partial(print, file=file, flush=True)
         )
@@ -286,10 +286,10 @@ def pinned(data: Data, *, offline: bool) -> Data:
     """The data with addresses pinned, which is said on stderr."""
     from tunesmith.data.addresses import pin
 
-    found, notes = pin(data, offline=offline)
+    pinned_data, notes = pin(data, offline=offline)
     for note in notes:
         console(stderr=True).print(visible(f"note: {note}"), style="bright_black")
-    return found
+    return pinned_data
 
 
 @dataclass

@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from tunesmith.environment import default_threads, install_command
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural, size
 from tunesmith.runs.folder import Run, is_run
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -49,24 +50,24 @@ def doctor(as_json: Json = False) -> None:
 
     tunesmith doctor --json
     """
-    found = findings()
+    facts = findings()
     if as_json:
-        json_line(found)
+        json_line(facts)
         return
     screen = console()
-    for name, value in found.items():
+    for name, value in facts.items():
         if name not in ("extras", "threads reason"):
-            why = f": {found['threads reason']}" if name == "threads" else ""
+            why = f": {facts['threads reason']}" if name == "threads" else ""
             screen.print(f"{name:<14} {value}{why}", soft_wrap=True)
-    for name, is_here in found["extras"].items():
+    for name, is_here in facts["extras"].items():
         state = "" if is_here else " (not installed)"
         screen.print(f"extra {name:<14} {EXTRAS[name][1]}{state}", soft_wrap=True, markup=False)
-    if missing := [name for name, is_here in found["extras"].items() if not is_here]:
+    if missing := [name for name, is_here in facts["extras"].items() if not is_here]:
         way = f"\nTo install one of those that are missing, such as {missing[0]}:\n{install_command(missing[0])}"
         screen.print(way, soft_wrap=True, markup=False)
 
 
-def findings() -> dict[str, Any]:
+def findings() -> JsonObject:
     """Versions, and the device, precision and threads of a training on this machine."""
     from importlib.util import find_spec
 

@@ -7,10 +7,11 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.cli.signals import INTERRUPTED
 from tunesmith.errors import DataError, Stopped, TunesmithError, is_out_of_memory
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     from tunesmith.types import Problem
@@ -20,7 +21,7 @@ SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""
 OF_THE_FILE = ("invalid_utf8",)
-"""Problems of rows whose cause is that of their file, whatever byte shows it."""
+"""Problems of rows that have one cause for the whole file, whatever byte shows it."""
 DEBUG = "TUNESMITH_DEBUG"
 
 
@@ -82,9 +83,9 @@ def explained(error: BaseException) -> list[str]:
     ]
 
 
-def as_values(error: BaseException) -> dict[str, Any]:
+def as_values(error: BaseException) -> JsonObject:
     """The error as one JSON object."""
-    values: dict[str, Any] = {"kind": "error", "code": type(error).__name__, "message": str(error)}
+    values: JsonObject = {"kind": "error", "code": type(error).__name__, "message": str(error)}
     if topic := getattr(error, "topic", ""):
         values["topic"] = topic
     if isinstance(error, DataError):
@@ -92,7 +93,7 @@ def as_values(error: BaseException) -> dict[str, Any]:
     return values
 
 
-def problem_values(problem: Problem) -> dict[str, Any]:
+def problem_values(problem: Problem) -> JsonObject:
     return {
         "file": problem.source.path,
         "line": problem.source.line,
@@ -128,7 +129,7 @@ def print_problems(
         first, size = group[0], len(group)
         if nums and sum(other[1] == code for other in alike) == 1:
             size = max(size, nums.get(code, 0))  # of which not all are listed
-        lines = ", ".join(str(one.source.line) for one in group[:MOST_ALIKE])
+        lines = ", ".join(str(problem.source.line) for problem in group[:MOST_ALIKE])
         place = str(first.source) if size == 1 else f"{path}:{lines}"
         if 1 < size == (rows or {}).get(path):
             place = f"{path}: all {size:,} rows"

@@ -18,6 +18,7 @@ from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, one_line, plural, visible
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,20 +59,20 @@ def evaluate(
     if out is not None and out.exists() and Path(data).exists() and out.samefile(data):
         raise InputError(f"--out: {out}: is the data itself, which it would take the place of. Choose another file.")
 
-    def keep(lines: Iterator[dict[str, Any]]) -> None:
+    def keep(lines: Iterator[JsonObject]) -> None:
         if out is not None:
             with writing(out) as file:
                 file.writelines(to_json(line) + b"\n" for line in lines)
 
     options: dict[str, Any] = {"root": root, "base": base, "model": model, "task": task, "offline": offline}
-    found = measured(target, data, samples=samples, judge=judge, keep=keep, **options)
+    result = measured(target, data, samples=samples, judge=judge, keep=keep, **options)
     if as_json:
-        values = {"task": found.task, "rows": found.num_rows, "trained_on": found.num_trained}
-        values |= {"measures": found.measures, "baseline": found.baseline, "headline": found.headline}
-        values |= {"details": found.details, "samples": found.samples}
+        values = {"task": result.task, "rows": result.num_rows, "trained_on": result.num_trained}
+        values |= {"measures": result.measures, "baseline": result.baseline, "headline": result.headline}
+        values |= {"details": result.details, "samples": result.samples}
         json_line({"kind": "eval", "target": target, "data": data, **values})
     else:
-        _draw(found, out)
+        _draw(result, out)
 
 
 def measured(
@@ -85,8 +86,8 @@ def measured(
     samples: int | None,
     judge: str | None = None,
     offline: bool,
-    keep: Callable[[Iterator[dict[str, Any]]], None],
-    said: set[str] | None = None,
+    keep: Callable[[Iterator[JsonObject]], None],
+    noted: set[str] | None = None,
 ) -> EvaluationResult:
     """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: none
     but those on the run itself is repeated."""
@@ -103,23 +104,23 @@ def measured(
         loaded = load_any(target, root=root, base=base, task=of_task, model=model, offline=offline)
         of_export = export_note(loaded.located.path)
         arbiter = None if judge is None else load_any(judge, root=root, offline=offline)
-        how: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
-        found = evaluate_file(loaded, data, samples=samples, keep=keep, **how)
-    said = set() if said is None else said
-    for note in filter(None, (loaded.note, of_export, *found.notes)):
-        if note in said and note != loaded.note and "this run" not in note:
+        settings: dict[str, Any] = {"judge": arbiter, "offline": offline, "on_progress": progress}
+        result = evaluate_file(loaded, data, samples=samples, keep=keep, **settings)
+    noted = set() if noted is None else noted
+    for note in filter(None, (loaded.note, of_export, *result.notes)):
+        if note in noted and note != loaded.note and "this run" not in note:
             continue
-        said.add(note)
+        noted.add(note)
         screen.print(visible(f"note: {note}"), style="bright_black")
-    return found
+    return result
 
 
 def export_note(place: Path) -> str:
-    """A note on a model that is an export: why its loss is not that of its run."""
+    """A note on a model that is an export: why its loss differs from its run's."""
     from tunesmith.export.hub import CHECK_FILE
 
     folder = place if place.is_dir() else place.parent
-    with suppress(OSError, KeyError, TypeError, ValueError):  # no such file, or that of another tool
+    with suppress(OSError, KeyError, TypeError, ValueError):  # no such file, or another tool's
         facts = from_json((folder / CHECK_FILE).read_bytes())
         note = f"an export ({facts['target']}): `tunesmith show` has the loss of its run on rows held out there"
         if facts.get("loss_tuned") is None or facts.get("loss_exported") is None:
@@ -184,28 +185,28 @@ def compare(
         options: dict[str, Any] = {"task": task, "root": root, "offline": offline, "said": set()}
         sides = [_measured(name, data, model if is_run(name, root) else None, **options) for name in targets]
     try:
-        found = compare_runs([side.rows for side in sides])
+        comparisons = compare_runs([side.rows for side in sides])
     except InputError as error:
         way = f"tunesmith compare {' '.join(targets)} --data FILE"
         raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {way}") from error
     if len(targets) == 2:
-        _show_two(found[0], targets, sides, is_kept=data is None, as_json=as_json)
+        _show_two(comparisons[0], targets, sides, is_kept=data is None, as_json=as_json)
     else:
-        _show_many(found, targets, is_kept=data is None, as_json=as_json)
+        _show_many(comparisons, targets, is_kept=data is None, as_json=as_json)
     if out is not None:
         from tunesmith.evaluation.report.pages import as_html
         from tunesmith.evaluation.report.sections import comparison_page
 
-        write_atomic(out, as_html(comparison_page(targets, found, task or "")).encode())
+        write_atomic(out, as_html(comparison_page(targets, comparisons, task or "")).encode())
         console(stderr=True).print(f"a page with the table and a picture: {out}")
 
 
 def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bool, as_json: bool) -> None:
-    """A row for each run: its values, and how they differ from those of the first run."""
+    """A row for each run: its values, and their differences from the first run."""
     if as_json:
         runs = [
-            {"name": name, "measures": _as_values(one.metrics), "loss_note": one.loss_note}
-            for name, one in zip(names[1:], found, strict=True)
+            {"name": name, "measures": _as_values(comparison.metrics), "loss_note": comparison.loss_note}
+            for name, comparison in zip(names[1:], found, strict=True)
         ]
         json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
         return
@@ -216,7 +217,7 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bo
     counted = plural(found[0].num_rows, unit)
     screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
-    for note in dict.fromkeys(one.loss_note for one in found if one.loss_note):
+    for note in dict.fromkeys(comparison.loss_note for comparison in found if comparison.loss_note):
         screen.print(note)
     print_table(screen, [column.title for column in table.columns], cells)
     for sentence in too_few(found[0].num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
@@ -227,10 +228,10 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bo
 class _Side:
     """One of the evaluations."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    baseline: Mapping[str, Any] | None = None
+    rows: list[JsonObject] = field(default_factory=list)
+    answers: list[JsonObject] = field(default_factory=list)
+    metrics: Record = field(default_factory=dict)
+    baseline: Record | None = None
 
 
 def _kept(name: str, root: Path) -> _Side:
@@ -253,14 +254,14 @@ def _kept(name: str, root: Path) -> _Side:
 
 def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
     side = _Side()
-    found = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
-    side.metrics, side.baseline = found.measures, found.baseline
+    result = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
+    side.metrics, side.baseline = result.measures, result.baseline
     return side
 
 
 def _two_values(
-    found: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, of_answers: Mapping[str, Any]
-) -> dict[str, Any]:
+    found: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, of_answers: Record
+) -> JsonObject:
     """All of a comparison of two, JSON-ready."""
     return {
         "kind": "compare",
@@ -281,7 +282,7 @@ def _two_values(
     }
 
 
-def _as_values(measures: Mapping[str, Difference]) -> dict[str, Any]:
+def _as_values(measures: Mapping[str, Difference]) -> JsonObject:
     return {
         key: {"a": differs.a, "b": differs.b, "b_minus_a": differs.b_minus_a, "is_clear": differs.is_clear}
         for key, differs in measures.items()
@@ -336,7 +337,7 @@ def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:
     print_table(screen, ["metric", "A", "B", "B − A"], rows)
 
 
-def row_words(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def row_words(was: Record, now: Record) -> str:
     """A row in both evaluations: bad → good, right is good; or the loss of both."""
     from tunesmith.evaluation.report.values import label_text, target_of
     from tunesmith.evaluation.scores import num_right

@@ -47,8 +47,8 @@ def parts() -> dict[str, str]:
     packed = files("tunesmith").joinpath(EXPLAIN_PAGE)
     from_checkout = Path(__file__).resolve().parents[3] / "docs" / "guide" / EXPLAIN_PAGE
     text = packed.read_text("utf-8") if packed.is_file() else from_checkout.read_text("utf-8")
-    found = re.split(r"^## (.+)\n", re.sub(r"^# .*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
-    return {word: part.strip() for word, part in zip(found[1::2], found[2::2], strict=True)}
+    pieces = re.split(r"^## (.+)\n", re.sub(r"^# .*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
+    return {word: part.strip() for word, part in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
 def _first_sentence(text: str) -> str:

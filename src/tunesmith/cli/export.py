@@ -71,8 +71,8 @@ def export(
     """
     refuse_unknown_target("--to", to)
     refuse_lacking_export("--to", to)
-    found = Run.open(named(run, root), root, base=model)
-    found.result()  # refused here, before torch is imported
+    opened = Run.open(named(run, root), root, base=model)
+    opened.result()  # refused here, before torch is imported
     from tunesmith.cli.display import phases
     from tunesmith.export.export_run import export_run
     from tunesmith.export.target import ExportOptions
@@ -80,7 +80,7 @@ def export(
     options = ExportOptions(dtype=dtype, quant=quant, license=license)
     with phases(console(stderr=True), EXPORT_PHASES) as progress:
         done = export_run(
-            found,
+            opened,
             to,
             out=out,
             options=options,
@@ -140,7 +140,7 @@ def push(
 
     tunesmith push last me/support --to merged --public
     """
-    found = Run.open(named(run, root), root)
+    opened = Run.open(named(run, root), root)
     from dataclasses import asdict
 
     from tunesmith.cli.display import phases
@@ -148,11 +148,11 @@ def push(
     from tunesmith.export.hub import push as upload
 
     if folder is None:
-        target = to or ("adapter" if found.adapter_path.exists() else "merged")
-        folder = found.export_path(target)
+        target = to or ("adapter" if opened.adapter_path.exists() else "merged")
+        folder = opened.export_path(target)
         if not folder.exists():
             with phases(console(stderr=True), EXPORT_PHASES) as progress:
-                folder = export_run(found, target, on_progress=progress).path
+                folder = export_run(opened, target, on_progress=progress).path
     done = upload(folder, name, private=not public)
     if as_json:
         json_line({"kind": "push", "folder": str(folder), "name": name, "private": not public, **asdict(done)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 from tunesmith.phrases import PHASES, listed, one_line, plural, visible
 from tunesmith.runs.atomic import refuse_existing, to_json, write_atomic, writing
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from tunesmith.graders.grade import Answer
@@ -96,7 +97,7 @@ class _Drawing:
     root: Path
     offline: bool
     seed: int
-    how: dict[str, Any]
+    how: JsonObject
 
 
 def _given(data: str, grader: str, model: str | None, offline: bool) -> tuple[Any, list[Prompt]]:
@@ -132,7 +133,7 @@ def _graded(grader: Any, prompts: Sequence[Prompt], drawing: _Drawing | None, sa
 
 def _show(
     prompts: Sequence[Prompt], graded: Sequence[Graded], passes: float, page: Path | None, say: Say,
-    of: Mapping[str, Any], *, as_json: bool,
+    of: Record, *, as_json: bool,
 ) -> Sequence[Verdict]:  # fmt: skip
     """Print results and verdicts, and write the page."""
     from tunesmith.graders.trial import results
@@ -213,7 +214,7 @@ def _seed(prompt: Prompt, seed: int) -> int:
     return int.from_bytes(digest.digest()[:7], "big")
 
 
-def _draw(values: dict[str, Any], judged: Sequence[Verdict]) -> None:
+def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
     from tunesmith.graders.grade import KINDS
     from tunesmith.graders.trial import PLAYED
     from tunesmith.graders.verdict import lines_of

@@ -20,6 +20,7 @@ from tunesmith.cli.serve import StorePlace, check_extra, open_store
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, Stopped, TunesmithError
 from tunesmith.phrases import visible
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     from urllib.error import HTTPError
@@ -71,25 +72,25 @@ class JobServerClient:
     def name(self, job: str) -> str:
         """The path of a job. Raises InputError if there is none yet."""
         if job == "last":
-            found = self.ask("GET", "", limit=1)["data"]
-            if not found:
+            newest = self.ask("GET", "", limit=1)["data"]
+            if not newest:
                 raise InputError(f"{self.url}: there are no jobs yet. docs/guide/jobs.md shows how a script makes one.")
-            job = found[0]["id"]
+            job = newest[0]["id"]
         return f"/{urllib.parse.quote(job, safe='')}"
 
-    def new_events(self, path: str, seen: set[str]) -> list[dict[str, Any]]:
+    def new_events(self, path: str, seen: set[str]) -> list[JsonObject]:
         """Events that are not in `seen`, which gets them, oldest first; of a long job at first the last thousand."""
-        found: list[dict[str, Any]] = []
+        fresh: list[JsonObject] = []
         query: dict[str, Any] = {"limit": PAGE if seen else MOST_EVENTS}
         while True:
             page = self.ask("GET", f"{path}/events", **query)
-            new = [one for one in page["data"] if one["id"] not in seen]
-            found += new
+            new = [event for event in page["data"] if event["id"] not in seen]
+            fresh += new
             if not seen or len(new) < len(page["data"]) or not page["has_more"]:
                 break
             query["after"] = new[-1]["id"]
-        seen.update(one["id"] for one in found)
-        return found[::-1]
+        seen.update(event["id"] for event in fresh)
+        return fresh[::-1]
 
 
 def _refusal(error: HTTPError, address: str) -> TunesmithError:
@@ -109,17 +110,17 @@ def list_jobs(
 
     tunesmith jobs list --url http://trainer:8000/v1
     """
-    found = JobServerClient(url).ask("GET", "", limit=limit)["data"]
+    listed = JobServerClient(url).ask("GET", "", limit=limit)["data"]
     if as_json:
-        json_line(found)
+        json_line(listed)
         return
-    if found or not console().is_terminal:
-        print_table(console(), JOB_COLUMNS, map(_cells, found))
+    if listed or not console().is_terminal:
+        print_table(console(), JOB_COLUMNS, map(_cells, listed))
     else:
         console().print("no jobs yet")
 
 
-def _cells(job: dict[str, Any]) -> tuple[str, ...]:
+def _cells(job: JsonObject) -> tuple[str, ...]:
     made = age(max(0.0, time.time() - job["created_at"]))
     return (job["id"], job["status"], job["model"], job["method"]["type"], made, job["fine_tuned_model"] or "–")
 
@@ -131,17 +132,17 @@ def show(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
     """
     client = JobServerClient(url)
     path = client.name(job)
-    found = client.ask("GET", path)
+    facts = client.ask("GET", path)
     checkpoints = client.ask("GET", f"{path}/checkpoints")["data"]
     if as_json:
-        json_line({**found, "checkpoints": checkpoints})
+        json_line({**facts, "checkpoints": checkpoints})
         return
     screen = console()
-    for line in (*_facts(found, checkpoints), *map(_line, client.ask("GET", f"{path}/events", limit=10)["data"][::-1])):
+    for line in (*_facts(facts, checkpoints), *map(_line, client.ask("GET", f"{path}/events", limit=10)["data"][::-1])):
         screen.print(visible(line), soft_wrap=True)
 
 
-def _facts(job: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Iterator[str]:
+def _facts(job: JsonObject, checkpoints: list[JsonObject]) -> Iterator[str]:
     kind = job["method"]["type"]
     numbers = ", ".join(f"{key} {value}" for key, value in job["method"][kind]["hyperparameters"].items())
     yield f"{job['id']}: {job['status']}"
@@ -152,12 +153,12 @@ def _facts(job: dict[str, Any], checkpoints: list[dict[str, Any]]) -> Iterator[s
         yield f"{job['error']['code']}: {job['error']['message']}"
     if job["fine_tuned_model"]:
         yield f"model {job['fine_tuned_model']}, {job['trained_tokens']:,} tokens, results {job['result_files'][0]}"
-    for one in checkpoints:
-        loss = one["metrics"].get("valid_loss", one["metrics"].get("train_loss"))
-        yield f"step {one['step_number']}: {one['fine_tuned_model_checkpoint']}, loss {loss}"
+    for checkpoint in checkpoints:
+        loss = checkpoint["metrics"].get("valid_loss", checkpoint["metrics"].get("train_loss"))
+        yield f"step {checkpoint['step_number']}: {checkpoint['fine_tuned_model_checkpoint']}, loss {loss}"
 
 
-def _line(event: dict[str, Any]) -> str:
+def _line(event: JsonObject) -> str:
     mark = "" if event["level"] == "info" else f"{event['level']}: "
     return f"{time.strftime('%H:%M:%S', time.localtime(event['created_at']))} {mark}{event['message']}"
 
@@ -170,29 +171,29 @@ def follow(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None
     client, seen, screen = JobServerClient(url), set[str](), console()
     path = client.name(job)
     while True:
-        found = client.ask("GET", path)
+        state = client.ask("GET", path)
         for event in client.new_events(path, seen):
             if as_json:
                 json_line(event)
             else:
                 screen.print(visible(_line(event)), soft_wrap=True)
-        if found["status"] == "paused":
-            raise Stopped(f"{found['id']}: paused; go on with: tunesmith jobs resume {found['id']}")
-        if found["status"] in ENDED_STATUS:
+        if state["status"] == "paused":
+            raise Stopped(f"{state['id']}: paused; go on with: tunesmith jobs resume {state['id']}")
+        if state["status"] in ENDED_STATUS:
             break
         time.sleep(POLL_S)
-    if found["status"] != "succeeded":
-        why = f": {found['error']['message']}" if found["error"] and found["error"]["message"] else "."
-        raise TunesmithError(f"{found['id']}: {found['status']}{why}")
+    if state["status"] != "succeeded":
+        why = f": {state['error']['message']}" if state["error"] and state["error"]["message"] else "."
+        raise TunesmithError(f"{state['id']}: {state['status']}{why}")
 
 
 def _act(job: str, action: str, url: str, *, as_json: bool) -> None:
     client = JobServerClient(url)
-    found = client.ask("POST", f"{client.name(job)}/{action}")
+    answer = client.ask("POST", f"{client.name(job)}/{action}")
     if as_json:
-        json_line(found)
+        json_line(answer)
     else:
-        console().print(visible(f"{found['id']}: {found['status']}"), soft_wrap=True)
+        console().print(visible(f"{answer['id']}: {answer['status']}"), soft_wrap=True)
 
 
 def cancel(job: Job, url: Url = DEFAULT, as_json: Json = False) -> None:
@@ -293,7 +294,7 @@ def end_key(key: KeyName, store: StorePlace = "jobs", as_json: Json = False) -> 
     typer.echo(f"{key}: revoked", err=as_json)
 
 
-def _shown(row: Any) -> dict[str, Any]:
+def _shown(row: Any) -> JsonObject:
     from tunesmith.jobs.access import state_of
 
     return {**{name: row[name] for name in KEY_COLUMNS if name != "state"}, "state": state_of(row)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,7 @@ from tunesmith.phrases import did_you_mean, visible
 from tunesmith.runs import events
 from tunesmith.runs.atomic import to_json
 from tunesmith.runs.folder import Run, is_run, no_such_run, runs
-from tunesmith.types import EXPORT_NAMES, TASK_NAMES, Problem, TaskName
+from tunesmith.types import EXPORT_NAMES, TASK_NAMES, JsonObject, Problem, Record, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Reading, Recipe
@@ -122,7 +122,7 @@ FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprisi
 _WEIGHT = re.compile(r"(?P<path>.{2,}):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", re.IGNORECASE)
 
 
-def data_file(text: str) -> dict[str, Any]:
+def data_file(text: str) -> JsonObject:
     """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter in front
     of the colon is a drive of Windows.
 
@@ -143,20 +143,20 @@ def data_file(text: str) -> dict[str, Any]:
     return {"path": match["path"], "weight": weight}
 
 
-def mix_of(data: Sequence[Mapping[str, Any]]) -> str | None:
+def mix_of(data: Sequence[Record]) -> str | None:
     """ "shares" for two or more files whose weights add up to 1; None: not decided by them."""
     weights = [file["weight"] for file in data if "weight" in file]
     return "shares" if len(weights) == len(data) > 1 and math.isclose(sum(weights), 1, abs_tol=1e-9) else None
 
 
-def to_overrides(values: Mapping[str, Any]) -> list[str]:
+def to_overrides(values: Record) -> list[str]:
     """Options of the command line as `key=value` in the form of `--set`.
 
     Values are JSON, which a recipe reads as YAML. None and empty lists are left out.
     """
-    given = {key: value for key, value in values.items() if value not in (None, [])}
-    whole = {key: int(value) for key, value in given.items() if isinstance(value, float) and value.is_integer()}
-    return [f"{key}={to_json(value).decode()}" for key, value in {**given, **whole}.items()]
+    typed = {key: value for key, value in values.items() if value not in (None, [])}
+    whole_numbers = {key: int(value) for key, value in typed.items() if isinstance(value, float) and value.is_integer()}
+    return [f"{key}={to_json(value).decode()}" for key, value in {**typed, **whole_numbers}.items()]
 
 
 def build_recipe(
@@ -166,7 +166,7 @@ def build_recipe(
     *,
     held_out: Sequence[str] | None,
     recipe: Path | None,
-    words: Mapping[str, Any],
+    words: Record,
     settings: Sequence[str] | None,
     fast: bool = False,
     root: Path,
@@ -183,36 +183,36 @@ def build_recipe(
     explicit = {"model": model, "data.train": train, "data.eval": files(held_out), "data.mix": mix_of(train), **words}
     overrides = [*to_overrides(explicit), *(FAST if fast else ()), *(settings or ())]
     try:
-        found = load.load(str(recipe) if recipe else None, overrides)
+        built = load.load(str(recipe) if recipe else None, overrides)
     except RecipeError as error:  # an option is named as it was typed
         message = str(error)
         for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
             message = message.replace(f"--set: {key}: ", f"{OPTIONS[key]}: ")
         raise RecipeError(message) from error
-    given = [file.path for file in (*found.data.train, *found.data.replay, *found.data.eval)]
-    refuse_swapped(verb, found.model, given)
-    if not found.model or not found.data.train:
-        missing = "model" if not found.model else "data.train"
+    paths = [file.path for file in (*built.data.train, *built.data.replay, *built.data.eval)]
+    refuse_swapped(verb, built.model, paths)
+    if not built.model or not built.data.train:
+        missing = "model" if not built.model else "data.train"
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
-    refuse_unreadable(given, found.data.reading)
-    refuse_missing(found.model, root)
-    refuse_lacking(found)
-    return found
+    refuse_unreadable(paths, built.data.reading)
+    refuse_missing(built.model, root)
+    refuse_lacking(built)
+    return built
 
 
 def named(target: str, root: Path) -> str:
     """The path of the run that "last" means, which is printed on stderr with its state; any other target as it is."""
-    found = runs(root) if target == "last" and not Path(target).exists() else []
-    if not found:
+    runs_here = runs(root) if target == "last" and not Path(target).exists() else []
+    if not runs_here:
         return target
     run = Run.open(target, root)
-    said = f"last: {run.path}, {run.state()}"
+    line = f"last: {run.path}, {run.state()}"
     if run.state() != "done":
         with suppress(RunError):  # a damaged log, which the command itself says
-            said += f" at step {getattr(events.newest(run.events_path), 'step', 0)}"
-        done = [one for one in found if one.state() == "done"]
-        said += f"; the last finished run is {max(done, key=lambda one: one.created).path}" if done else ""
-    console(stderr=True).print(visible(said), style="bright_black", soft_wrap=True)
+            line += f" at step {getattr(events.newest(run.events_path), 'step', 0)}"
+        done = [finished for finished in runs_here if finished.state() == "done"]
+        line += f"; the last finished run is {max(done, key=lambda finished: finished.created).path}" if done else ""
+    console(stderr=True).print(visible(line), style="bright_black", soft_wrap=True)
     return str(run.path)
 
 
@@ -253,7 +253,7 @@ def refuse_swapped(verb: str, model: str, data: Sequence[str]) -> None:
 
 def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> None:
     """Raise ModelError for a model that is not there, before anything heavy is loaded. Nothing but the names of what is
-    here decides about a path, and about a name so near that of a folder or a run here that it is meant; the hub is
+    here decides about a path, and about a name that nearly names a folder or a run here; the hub is
     asked for any other name without an owner, unless `offline` is None."""
     from tunesmith.models.resolve_model import looks_like_path, resolve_model, split_revision
 
@@ -334,10 +334,10 @@ def _refuse_empty(paths: Sequence[str]) -> None:
         raise InputError("DATA is empty. Give the name of a file, a folder or an address.")
 
 
-def _refuse_twice(words: Mapping[str, Any], settings: Sequence[str]) -> None:
+def _refuse_twice(words: Record, settings: Sequence[str]) -> None:
     set_keys = [setting.partition("=")[0].strip() for setting in settings]
     for key in [key for key, value in words.items() if value is not None and key in OPTIONS]:
-        if twice := [one for one in set_keys if f"{key}.".startswith(f"{one}.")]:
+        if twice := [set_key for set_key in set_keys if f"{key}.".startswith(f"{set_key}.")]:
             raise InputError(f"{OPTIONS[key]} and --set {twice[0]} both set {key}. Give one of them.")
 
 
@@ -350,10 +350,10 @@ def as_task(name: str | None) -> TaskName | None:
     return name
 
 
-def files(paths: Sequence[str] | None, *, once: bool = False) -> list[dict[str, Any]]:
+def files(paths: Sequence[str] | None, *, once: bool = False) -> list[JsonObject]:
     """The files that were typed. Raises InputError for one that is there twice where each may be there `once`."""
-    found = [data_file(path) for path in paths or ()]
-    names = [file["path"] for file in found]
+    typed = [data_file(path) for path in paths or ()]
+    names = [file["path"] for file in typed]
     if once and (twice := [name for name in names if names.count(name) > 1]):
         raise InputError(f"{twice[0]}: is there twice: give it once, with a weight ({twice[0]}:2).")
-    return found
+    return typed

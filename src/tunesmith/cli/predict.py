@@ -93,9 +93,9 @@ def predict(
         _one(predictor, text, pair, bare)
     else:
         assert data is not None, "one of both was given"
-        how: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
+        settings: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
         with _as_file(data) as path:
-            counts = _file(predictor, path, out, say, how, offline=offline, shown="stdin" if data == "-" else path)
+            counts = _file(predictor, path, out, say, settings, offline=offline, shown="stdin" if data == "-" else path)
         _summarize(counts, out, say, as_json=as_json)
 
 
@@ -115,7 +115,7 @@ def _refuse_mixed(
 
 @contextmanager
 def _as_file(data: str) -> Iterator[str]:
-    """The path of the rows; those of the standard input are written to a temporary file first, to their end."""
+    """The path of the rows; the standard input is first written to a temporary file, to its end."""
     if data != "-":
         yield data
         return

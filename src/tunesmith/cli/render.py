@@ -17,7 +17,7 @@ from tunesmith import phrases
 from tunesmith.evaluation.metrics import VERDICTS, info_of, with_bounds
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import about, between, mix_text, one_line, percent, plural, size, visible
-from tunesmith.types import Event
+from tunesmith.types import Event, Record
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.bootstrap import Interval
@@ -85,7 +85,7 @@ def _counts(event: Event) -> str:
     return f"{event.values['tokens']:,} tokens" if event.kind == "general" else rows_and_targets(event.values)
 
 
-def rows_and_targets(values: Mapping[str, Any]) -> str:
+def rows_and_targets(values: Record) -> str:
     """The size of an evaluation: 60 rows, 1,234 targets; or 9 documents in 60 windows, 1,234 targets."""
     rows = plural(values["rows"], "row")
     if "documents" in values:
@@ -118,7 +118,7 @@ def print_table(
     screen.print(table)
 
 
-def print_result(screen: Console, report: Mapping[str, Any]) -> None:
+def print_result(screen: Console, report: Record) -> None:
     """The result of a run in a sentence or two, and a table of its metrics; nothing where nothing was measured."""
     from tunesmith.evaluation.report import values
 
@@ -145,7 +145,7 @@ def print_result(screen: Console, report: Mapping[str, Any]) -> None:
 
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
-    """The most important metric, before and after, or with that of the majority baseline; "" if there is none."""
+    """The most important metric, before and after, or with the majority baseline's; "" if there is none."""
     if not (keys := [key for key in LIST_METRICS if key in after and (key != "exact_match" or "rouge2" not in after)]):
         return ""
     key = next((key for key in keys if key in before), keys[0])
@@ -157,12 +157,12 @@ def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval
     return f"{info.label} {info.text(after[key]['value'])}{baseline}"
 
 
-def first_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+def first_facts(plan: Record) -> list[tuple[str, str]]:
     """(name, text) of what a person wants to know before the first step, a line each; `plan_facts` has all."""
-    whole = dict(plan_facts({**plan, "forecast": None, "probe": None}))
-    facts = [(name, whole[name]) for name in ("model", "task")] + [("rows", f"{whole['rows']}; {_steps(plan)}")]
+    by_name = dict(plan_facts({**plan, "forecast": None, "probe": None}))
+    facts = [(name, by_name[name]) for name in ("model", "task")] + [("rows", f"{by_name['rows']}; {_steps(plan)}")]
     facts += [("labels", label_counts(plan["labels"], 4))] if plan.get("labels") else []
-    facts += [("runs on", whole["runs on"])] if whole.get("runs on") else []
+    facts += [("runs on", by_name["runs on"])] if by_name.get("runs on") else []
     if forecast := plan.get("forecast"):
         each = " on each device" if forecast.get("group") else ""
         facts.append(("memory", f"{size(forecast['memory']['total'])}{each} at most"))
@@ -180,7 +180,7 @@ def facts_grid(facts: Iterable[tuple[str, str]], *, a_line_each: bool = False) -
     return grid
 
 
-def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
+def plan_panel(plan: Record) -> RenderableType:
     """Facts of the plan, then each choice that was made for the person."""
     parts: list[RenderableType] = [facts_grid(plan_facts(plan))]
     if plan.get("choices"):
@@ -188,7 +188,7 @@ def plan_panel(plan: Mapping[str, Any]) -> RenderableType:
     return Panel(Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT, padding=(1, 2))
 
 
-def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+def plan_facts(plan: Record) -> list[tuple[str, str]]:
     """(name, text) of the facts of a plan besides its choices."""
     rows, trained, total = plan["rows"], plan["trained_parameters"], plan["total_parameters"]
     share = f"{count(trained)} weights are trained ({percent(trained / total)})" if trained else "adapted"
@@ -215,12 +215,12 @@ def plan_facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if plan.get("forecast"):
         facts += forecast_facts(plan["forecast"], plan.get("probe"))
     if plan.get("probe"):
-        found = probe_facts(plan["probe"], plan.get("forecast"))
-        facts += [(f"measured {name}", text) for name, text in found]
+        probed = probe_facts(plan["probe"], plan.get("forecast"))
+        facts += [(f"measured {name}", text) for name, text in probed]
     return [fact for fact in facts if fact[1]]
 
 
-def _steps(plan: Mapping[str, Any]) -> str:
+def _steps(plan: Record) -> str:
     """The steps, and in epochs where the plan says how many make one: 30 steps (1.5 epochs)."""
     steps = plural(plan["steps"], "step")
     epochs = plan["steps"] / plan.get("steps_per_epoch", math.inf)
@@ -228,7 +228,7 @@ def _steps(plan: Mapping[str, Any]) -> str:
     return f"{steps} ({shown} {'epoch' if shown == '1' else 'epochs'})" if epochs else steps
 
 
-def given_options(given: Mapping[str, Any]) -> str:
+def given_options(given: Record) -> str:
     """The options that a person set: optim.lr 0.0001, train.epochs 2."""
     shown = [f"{key} {one_line(option(value), 40)}" for key, value in list(given.items())[:MOST_GIVEN]]
     more = [f"{len(given) - MOST_GIVEN} more"] if len(given) > MOST_GIVEN else []
@@ -245,7 +245,7 @@ def label_counts(rows_of: Mapping[str, int], most: int = MOST_LABELS) -> str:
     return f"{plural(len(rows_of), 'class')}: {shown}{more}"
 
 
-def choices_table(choices: Sequence[Mapping[str, Any]]) -> Table:
+def choices_table(choices: Sequence[Record]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED, show_header=True, pad_edge=False)
     table.add_column("chosen for you", style=ACCENT, no_wrap=True)
     table.add_column("", max_width=36)
@@ -269,7 +269,7 @@ def sample_row(spans: Iterable[tuple[str, bool]], *, in_color: bool) -> Text:
     return text
 
 
-def answers_table(samples: Mapping[int, Mapping[str, Any]], *, width: int, most: int) -> RenderableType:
+def answers_table(samples: Mapping[int, Record], *, width: int, most: int) -> RenderableType:
     """Held-out prompts, their reference answers and the two answers to each, side by side."""
     from tunesmith.evaluation.report.values import mark
 
@@ -305,7 +305,7 @@ LEAST_BUSY, MOST_BUSY = 0.15, 0.7
 """Shares of the processor: from one on other programs are named, and above the other they still leave a part of it."""
 
 
-def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None = None) -> Facts:
+def forecast_facts(forecast: Record, probe: Record | None = None) -> Facts:
     """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
     facts = [("memory", _memory(forecast))]
     seconds = (probe and probe["seconds"]) or forecast["seconds"]
@@ -319,31 +319,30 @@ def forecast_facts(forecast: Mapping[str, Any], probe: Mapping[str, Any] | None 
     return facts
 
 
-def probe_facts(probe: Mapping[str, Any], forecast: Mapping[str, Any] | None) -> Facts:
+def probe_facts(probe: Record, forecast: Record | None) -> Facts:
     """(name, text) of what a probe measured, and what was estimated."""
-    facts, found = [], probe["memory"]
-    if found:
+    facts, peak = [], probe["memory"]
+    if peak:
         total = forecast["memory"]["total"] if forecast else 0
-        away = f", estimated {size(total)} ({100 * total / found - 100:+.0f} %)" if total else ""
-        facts.append(("memory", f"{size(found)}{away}"))
+        away = f", estimated {size(total)} ({100 * total / peak - 100:+.0f} %)" if total else ""
+        facts.append(("memory", f"{size(peak)}{away}"))
     if usual := probe["steps"][1:][-SETTLED_SHOWN:]:
-        tokens, taken = (sum(one[key] for one in usual) / len(usual) for key in ("count", "seconds"))
+        tokens, taken = (sum(step[key] for step in usual) / len(usual) for key in ("count", "seconds"))
         facts.append(("step", f"{taken:.3g} s, of {tokens:,.0f} tokens"))
     facts += [("note", text) for text in probe["notes"]]
     return facts + ([("ended", f"early: {probe['ended']}")] if probe["ended"] else [])
 
 
-def _memory(forecast: Mapping[str, Any]) -> str:
-    memory, one = forecast["memory"], forecast["pass"]
-    heavy = f"{plural(one['rows'], 'row')}, {one['tokens']:,} tokens, {one['targets']:,} targets"
+def _memory(forecast: Record) -> str:
+    memory, heavy_pass = forecast["memory"], forecast["pass"]
+    heavy = f"{plural(heavy_pass['rows'], 'row')}, {heavy_pass['tokens']:,} tokens, {heavy_pass['targets']:,} targets"
     parts = ", ".join(f"{name} {size(num)}" for name, num in memory["parts"].items() if num > LEAST_PART)
     each = " on each device" if forecast.get("group") else ""
-    return (
-        f"{size(memory['total'])}{each} at most, of {size(forecast['room'])}, in step {one['step']} ({heavy}): {parts}"
-    )
+    where = f"of {size(forecast['room'])}, in step {heavy_pass['step']} ({heavy})"
+    return f"{size(memory['total'])}{each} at most, {where}: {parts}"
 
 
-def _group(group: Mapping[str, Any]) -> str:
+def _group(group: Record) -> str:
     has = "the whole model"
     if group.get("split"):
         has = f"{size(group['split'] // group['devices'])} of the layers and all other weights"
@@ -351,7 +350,7 @@ def _group(group: Mapping[str, Any]) -> str:
     return f"{group['devices']}, each with {has} and a part of each step; they exchange numbers {seconds}"
 
 
-def _time(seconds: Mapping[str, Any]) -> str:
+def _time(seconds: Record) -> str:
     span, _, beside = _span(seconds).partition("; ")
     training = seconds["work"]["training"]
     each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
@@ -359,7 +358,7 @@ def _time(seconds: Mapping[str, Any]) -> str:
     return f"{span}: {each}, {rest}{f'; {beside}' if beside else ''}"
 
 
-def _span(seconds: Mapping[str, Any]) -> str:
+def _span(seconds: Record) -> str:
     """The whole time with its range, and what else the processor does: about 5 min (2–7)."""
     total, low, high = seconds["total"], 1 - seconds["spread"], 1 + seconds["spread"]
     busy = seconds.get("busy", 0.0)  # which an earlier version did not look for

@@ -23,6 +23,7 @@ from tunesmith.phrases import command, did_you_mean, duration, plural, size, vis
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run, model_shown
 from tunesmith.runs.folder import runs as all_runs
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,10 +63,12 @@ def runs(
     tunesmith runs prune
     """
     if ctx.invoked_subcommand is not None:
-        for one in ctx.command.params:
-            source = ctx.get_parameter_source(one.name or "")
+        for param in ctx.command.params:
+            source = ctx.get_parameter_source(param.name or "")
             if source is not None and source.name == "COMMANDLINE":
-                raise InputError(f"{one.opts[0]}: write it after {ctx.invoked_subcommand}, which does not see it here.")
+                raise InputError(
+                    f"{param.opts[0]}: write it after {ctx.invoked_subcommand}, which does not see it here."
+                )
         return
     rows = select(list(map(facts, all_runs(root))), where or (), sort or "-created")
     screen = console()
@@ -110,8 +113,8 @@ def prune(
     """
     if names and where:
         raise InputError(f"--where: {', '.join(names)}: runs are named already. Give names or conditions.")
-    found = [] if names else select(list(map(facts, all_runs(root))), where or (), "name")
-    done = [row["path"] for row in found if row["state"] == "done"]
+    rows = [] if names else select(list(map(facts, all_runs(root))), where or (), "name")
+    done = [row["path"] for row in rows if row["state"] == "done"]
     _remove([Run.open(named(name, root), root) for name in names or done], verb="prune", yes=yes, as_json=as_json)
 
 
@@ -119,12 +122,12 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
     """Say what each part frees, ask, and remove them. Raises InputError where nobody can answer."""
     from tunesmith.runs.prune import removable, remove_removable
 
-    parts, kept = removable(list({run.path.resolve(): run for run in chosen}.values()), whole=verb == "rm")
-    if kept and verb == "rm":
-        raise RunError("\n".join(kept))
+    parts, notes = removable(list({run.path.resolve(): run for run in chosen}.values()), whole=verb == "rm")
+    if notes and verb == "rm":
+        raise RunError("\n".join(notes))
     screen, total = console(stderr=as_json), sum(part.num_bytes for part in parts)
-    found = [f"{one.path.relative_to(one.run.path.parent)}: {size(one.num_bytes)} ({one.reason})" for one in parts]
-    for line in [*kept, *(found or ["nothing to remove"])]:
+    lines = [f"{part.path.relative_to(part.run.path.parent)}: {size(part.num_bytes)} ({part.reason})" for part in parts]
+    for line in [*notes, *(lines or ["nothing to remove"])]:
         screen.print(visible(line), soft_wrap=True)
     words = f"Remove {size(total)} of {plural(len({part.run.path for part in parts}), 'run')}?"
     if parts and not yes and not sys.stdin.isatty():
@@ -140,7 +143,7 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
         screen.print(f"freed {size(total)}")
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: Run) -> JsonObject:
     """One run in plain values; one that cannot be read says why instead of hiding the others.
 
     `fields`: what it can be filtered and sorted by.
@@ -159,16 +162,20 @@ def facts(run: Run) -> dict[str, Any]:
     except TunesmithError as error:
         return known | {"problem": str(error), "fields": known}
     plain |= {"task": recipe.task, "method": recipe.method.name, "step": series.step, "steps": series.total_steps}
-    general = {name: {"general_loss": {"value": found["loss"]}} for name, found in series.general.items()}
+    general = {
+        name: {"general_loss": {"value": general_result["loss"]}} for name, general_result in series.general.items()
+    }
     before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
     losses = {"before": before.get("loss"), "after": after.get("loss", series.curve[-1] if series.curve[1:] else None)}
-    fields = flat(recipe.model_dump()) | {f"before.{key}": one["value"] for key, one in before["measures"].items()}
-    fields |= {"loss": losses["after"]} | {key: one["value"] for key, one in after["measures"].items()}
+    fields = flat(recipe.model_dump()) | {
+        f"before.{key}": measure["value"] for key, measure in before["measures"].items()
+    }
+    fields |= {"loss": losses["after"]} | {key: measure["value"] for key, measure in after["measures"].items()}
     measures = {"before": before["measures"], "after": after["measures"]}
     return {**known, **plain, **losses, "measures": measures, "fields": fields | plain}
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: JsonObject) -> list[str]:
     if "problem" in row:
         return [row["name"], row["state"], *[""] * (len(RUN_COLUMNS) - 2)]
     return [
@@ -198,7 +205,7 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
-def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> list[dict[str, Any]]:
+def select(rows: Sequence[JsonObject], where: Iterable[str], sort: str) -> list[JsonObject]:
     """The runs of which every condition holds, in the order of a field; each row has `fields`.
 
     `sort`: a field, with a minus in front from large to small; runs without it come last.
@@ -214,12 +221,12 @@ def select(rows: Sequence[dict[str, Any]], where: Iterable[str], sort: str) -> l
         rows = [row for row in rows if _holds(f"--where {text}", row["fields"].get(match[1]), match[2], match[3])]
     field = sort.removeprefix("-")
     _refuse_unknown(f"--sort {sort}", field, known)
-    there = [row for row in rows if row["fields"].get(field) is not None]
-    are_numbers = all(isinstance(row["fields"][field], int | float) for row in there)
-    there.sort(
+    with_field = [row for row in rows if row["fields"].get(field) is not None]
+    are_numbers = all(isinstance(row["fields"][field], int | float) for row in with_field)
+    with_field.sort(
         key=lambda row: row["fields"][field] if are_numbers else str(row["fields"][field]), reverse=sort[:1] == "-"
     )
-    return [*there, *(row for row in rows if row["fields"].get(field) is None)]
+    return [*with_field, *(row for row in rows if row["fields"].get(field) is None)]
 
 
 def _refuse_unknown(place: str, name: str, known: Sequence[str]) -> None:
@@ -239,8 +246,8 @@ def _holds(place: str, found: Any, sign: str, value: str) -> bool:
         raise InputError(f"{place}: it is a number, such as {found:g}.") from None
     if sign in ("<", "<=", ">", ">="):
         raise InputError(f"{place}: it is text, such as {found!r}: use = or !=, and * for any text.")
-    given = str(found).lower() if isinstance(found, bool) else str(found)
-    return fnmatch.fnmatchcase(given, value) == (sign != "!=")
+    shown = str(found).lower() if isinstance(found, bool) else str(found)
+    return fnmatch.fnmatchcase(shown, value) == (sign != "!=")
 
 
 MOST_RUN_ANSWERS = 16
@@ -252,25 +259,25 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
 
     tunesmith show last
     """
-    found = Run.open(run, root)
+    opened = Run.open(run, root)
     if as_json:
-        json_line(facts(found) | {"report": _report(found)})
+        json_line(facts(opened) | {"report": _report(opened)})
         return
     screen = console()
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.created))
-    screen.print(f"{visible(str(found.path))}: {found.state()}, made {made}")
-    series = RunSeries.of(found.events())
-    report = _report(found)
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(opened.created))
+    screen.print(f"{visible(str(opened.path))}: {opened.state()}, made {made}")
+    series = RunSeries.of(opened.events())
+    report = _report(opened)
     if series.plan:
         from tunesmith.cli.display import print_plan
 
         spent = {} if report is None else {"forecast": None, "took": took(report)}
         print_plan(screen, {**series.plan, **spent})
     _measures(screen, series, report)
-    _tail(screen, found)
+    _tail(screen, opened)
 
 
-def _report(run: Run) -> dict[str, Any] | None:
+def _report(run: Run) -> JsonObject | None:
     """The report of a finished run, or None before there is one."""
     if not run.report_path.exists():
         return None
@@ -279,14 +286,14 @@ def _report(run: Run) -> dict[str, Any] | None:
     return kept_report(run)
 
 
-def took(report: Mapping[str, Any]) -> str:
+def took(report: Record) -> str:
     """The time and memory that a finished run took."""
     parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
     spans = [f"{duration(report['seconds'][part])} {words}" for part, words in parts.items()]
     return f"{', '.join(spans)}; at most {size(report['peak_memory_bytes'])} of memory"
 
 
-def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | None) -> None:
+def _measures(screen: Console, series: RunSeries, report: Record | None) -> None:
     if series.steps:
         losses = [step.loss for step in series.steps.values()]
         num = min(max(10, len(losses) // 10), (len(losses) + 1) // 2)  # one step may have a single row
@@ -296,10 +303,10 @@ def _measures(screen: Console, series: RunSeries, report: Mapping[str, Any] | No
     if len(series.curve) == 1:
         screen.print(f"held-out loss of the untouched model {loss(series.curve[0])}")
     elif series.curve:
-        kept, last = series.report.get("kept", {}).get("step", series.step), series.curve[-1]
-        at_step = {step: values["loss"] for step, values in series.course(kept)}
-        aside = "" if kept == series.step else f" at step {kept:,}, which was kept; {loss(last)} at the end"
-        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(at_step.get(kept, last))}{aside}")
+        kept_step, last = series.report.get("kept", {}).get("step", series.step), series.curve[-1]
+        at_step = {step: values["loss"] for step, values in series.course(kept_step)}
+        aside = "" if kept_step == series.step else f" at step {kept_step:,}, which was kept; {loss(last)} at the end"
+        screen.print(f"held-out loss {loss(series.curve[0])} → {loss(at_step.get(kept_step, last))}{aside}")
     print_result(screen, report or {})
     if series.samples:
         if len(series.samples) > MOST_RUN_ANSWERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from tunesmith.errors import InputError
 from tunesmith.phrases import one_line, plural, visible
 from tunesmith.runs.folder import is_run
 from tunesmith.serve.protocol import Engine, EngineOptions, ModelCard
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -119,8 +120,8 @@ def serve(
 
 def _refuse_nothing(targets: Sequence[str] | None, bases: Path | None, ray: str | None, *, jobs: bool) -> None:
     """Raise InputError where nothing to serve was named, and for options of jobs without jobs."""
-    for option, given in (("--bases", bases), ("--ray", ray)):
-        if given is not None and not jobs:
+    for option, value in (("--bases", bases), ("--ray", ray)):
+        if value is not None and not jobs:
             raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None and jobs:
         raise InputError(
@@ -153,27 +154,29 @@ class ServerOutput:
     def serving(self, bound: BoundSocket, served: Sequence[ModelCard], *, has_key: bool) -> None:
         self.has_started = True
         if self.as_json:
-            json_line({"kind": "serving", "url": bound.url, "key": has_key, "models": [asdict(one) for one in served]})
+            json_line(
+                {"kind": "serving", "url": bound.url, "key": has_key, "models": [asdict(card) for card in served]}
+            )
             return
         if self.quiet:
             self.screen.print(bound.url)
             return
-        width = max(len(one.name) for one in served)
-        for one in served:
-            what = "the untouched base" if one.is_base else "tuned"
+        width = max(len(card.name) for card in served)
+        for card in served:
+            what = "the untouched base" if card.is_base else "tuned"
             self.screen.print(
-                f"  {visible(one.name):<{width}}  {one.task}, {what}, {_does(one)}, "
-                f"{plural(one.max_tokens, 'token')} at most"
+                f"  {visible(card.name):<{width}}  {card.task}, {what}, {_does(card)}, "
+                f"{plural(card.max_tokens, 'token')} at most"
             )
         who = "from this machine only" if bound.is_loopback else "from every machine that reaches this address"
         key = "with a key" if has_key else "without a key"
         self.screen.print(f"\n{bound.url}/v1 answers requests {who}, {key}. Ctrl-C ends it. Try:\n", style="bold")
         # Not wrapped, so that a line can be copied at any width.
         self.screen.print(to_try(bound.url, served[0], has_key=has_key) + "\n", soft_wrap=True)
-        if any(one.answers == "text" for one in served):
+        if any(card.answers == "text" for card in served):
             self.screen.print(f"Or open {bound.url}/ in a browser. Give a temperature: without one it is 1.\n")
 
-    def job(self, runs: Path, job: Mapping[str, Any]) -> None:
+    def job(self, runs: Path, job: Record) -> None:
         """A line for each state that a job comes to; its run lies in `runs`."""
         status, run = job["status"], runs / job["id"]
         tuned, error = job["tuned_name"] if status == "succeeded" else None, job["error"]
@@ -215,7 +218,7 @@ def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:
     import orjson
 
     path = {"text": "chat/completions", "embeddings": "embeddings", "labels": "classify"}[served.answers]
-    text: dict[str, Any] = {"input": "Hello"}
+    text: JsonObject = {"input": "Hello"}
     if served.answers == "text":
         text = {"messages": [{"role": "user", "content": "Hello"}]}
     elif served.task == "rank":

@@ -10,11 +10,12 @@ import os
 import re
 import select
 import sys
-from collections.abc import Mapping
 from typing import IO, Any
 
 import orjson
 from rich.console import Console
+
+from tunesmith.types import Record
 
 
 class _Lasting(io.FileIO):
@@ -104,7 +105,7 @@ def json_line(value: Any) -> None:
     sys.stdout.flush()
 
 
-def data_line(value: Mapping[str, Any]) -> None:
+def data_line(value: Record) -> None:
     """One row of data on a line of stdout, as plain JSON: what the row says is not changed in any way.
 
     Raises OSError where stdout takes no more: rows that nobody has are not worth computing.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from tunesmith.environment import refuse_ranks
 from tunesmith.errors import Stopped
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.phrases import command, plural, visible
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,11 +61,11 @@ def sweep(
     from tunesmith.sweeps.grid import read_grid
     from tunesmith.sweeps.sweep import Sweep
 
-    found = Sweep(read_grid(grid, name), root, offline)
+    trials = Sweep(read_grid(grid, name), root, offline)
     screen = console(stderr=as_json)
     if not quiet:
-        screen.print(f"{plural(len(found.grid.trials), 'trial')} of {', '.join(found.grid.keys)}")
-    with found.opened():
+        screen.print(f"{plural(len(trials.grid.trials), 'trial')} of {', '.join(trials.grid.keys)}")
+    with trials.opened():
         with (
             _watching(screen, quiet=quiet) as watch,
             stopping_on_signals(
@@ -74,13 +75,13 @@ def sweep(
             ) as watch.should_stop,
         ):
             try:
-                with _engine(found, ray) as engine:
-                    found.run(engine, watch)
+                with _engine(trials, ray) as engine:
+                    trials.run(engine, watch)
             except Stopped as stopped:
                 words = ["sweep", str(grid), *(["--name", name] if name else []), "--runs", str(root)]
                 words += ["--ray", ray] if ray else []
                 raise Stopped(f"{stopped}; go on with: {command(*words)}") from None
-        _show(found, as_json=as_json, quiet=quiet)
+        _show(trials, as_json=as_json, quiet=quiet)
 
 
 @contextmanager
@@ -93,8 +94,8 @@ def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
     from tunesmith.parallel.cluster import connected
     from tunesmith.sweeps.ray_engine import RayTasks
 
-    with connected(ray) as there:
-        yield RayTasks(there, found.grid.trials[0].recipe)
+    with connected(ray) as ray_module:
+        yield RayTasks(ray_module, found.grid.trials[0].recipe)
 
 
 @contextmanager
@@ -136,7 +137,7 @@ def _show(found: Sweep, *, as_json: bool, quiet: bool) -> None:
     screen.print(f"\n{CHOSEN}")
 
 
-def _values(found: Sweep, outcome: Outcome) -> dict[str, Any]:
+def _values(found: Sweep, outcome: Outcome) -> JsonObject:
     return {
         "name": outcome.trial.name,
         "run": str(found.root / outcome.trial.name),

@@ -19,7 +19,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RecipeError, RunError, TunesmithError
 from tunesmith.phrases import visible
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event, OnProgress
+from tunesmith.types import Event, JsonObject, OnProgress
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
@@ -49,7 +49,7 @@ def train(
     ] = None,
     ray: Annotated[
         int | None,
-        typer.Option(min=1, metavar="WORKERS", help="Train on so many workers of this Ray cluster; needs --out."),
+        typer.Option(min=1, metavar="WORKERS", help="Train on this number of workers of the Ray cluster; needs --out."),
     ] = None,
     root: options.Root = Path("runs"),
     offline: options.Offline = False,
@@ -71,18 +71,24 @@ def train(
     """
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
-    how: dict[str, Any] = {"held_out": eval_, "recipe": recipe, "settings": settings, "fast": fast, "root": root}
-    found = build_recipe("train", model, data, words=words, **how)
+    settings_of_run: dict[str, Any] = {
+        "held_out": eval_,
+        "recipe": recipe,
+        "settings": settings,
+        "fast": fast,
+        "root": root,
+    }
+    wanted = build_recipe("train", model, data, words=words, **settings_of_run)
     shown: dict[str, Any] = {"as_json": as_json, "quiet": quiet, "verbose": verbose}
     if ray is not None:
-        _tune_on_ray(found, ray, out=out, offline=offline, shown=shown)
+        _tune_on_ray(wanted, ray, out=out, offline=offline, shown=shown)
         return
     from tunesmith.training.job import train_run
 
-    train_run(found, watch=partial(_watch, **shown), several=_launch, root=root, out=out, offline=offline)
+    train_run(wanted, watch=partial(_watch, **shown), several=_launch, root=root, out=out, offline=offline)
 
 
-def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, shown: dict[str, Any]) -> None:
+def _tune_on_ray(recipe: Recipe, workers: int, *, out: Path | None, offline: bool, shown: JsonObject) -> None:
     from tunesmith.cli.display import run_display
     from tunesmith.sweeps.ray_engine import train_on_ray
 
@@ -145,7 +151,7 @@ def resume(
 
     tunesmith resume runs/support-3f2a
 
-    tunesmith resume last --track mlflow    (those of the recipe continue by themselves; --track none: without any)
+    tunesmith resume last --track mlflow    (the recipe's trackers continue by themselves; --track none: without any)
 
     tunesmith resume last --set train.tokens_per_pass=512 --set train.checkpointed_layers=30
     """
@@ -185,17 +191,17 @@ def track(
     names = check_names(to)
     if not names:
         raise InputError("--to: none: names no tracker. Give tensorboard, wandb, mlflow or trackio.")
-    found, screen, failed = Run.open(named(run, root), root), console(stderr=as_json), dict[str, str]()
+    opened, screen, failed = Run.open(named(run, root), root), console(stderr=as_json), dict[str, str]()
 
     def say(is_sent: bool, line: str) -> None:
         screen.print(line, soft_wrap=True)
         failed.update({} if is_sent else {line.partition(":")[0]: line})
 
     with tracked(names, offline=offline, say=say, wait_s=None) as begin:
-        begin(found)
-        while follow and found.state() in ("new", "running"):
+        begin(opened)
+        while follow and opened.state() in ("new", "running"):
             time.sleep(POLL_S)
     for name in names if as_json else ():
-        json_line({"kind": "track", "tracker": name, "sent": name not in failed, **read_state(found, name)})
+        json_line({"kind": "track", "tracker": name, "sent": name not in failed, **read_state(opened, name)})
     if failed:
         raise TunesmithError("\n".join(failed.values()))

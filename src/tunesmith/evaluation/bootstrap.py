@@ -53,7 +53,7 @@ def paired_intervals(
 
     def difference(key: str) -> Statistic:
         a, b = of_a[key], of_b[key]
-        behind = min(rows_behind(one, num_rows) for one in (a, b))
+        behind = min(rows_behind(side, num_rows) for side in (a, b))
         return OfRows(lambda weights_RI: b(weights_RI) - a(weights_RI), behind)
 
     return _spread(num_rows, differences, {key: difference(key) for key in of_a}, paired_interval)
@@ -84,7 +84,7 @@ def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
     """The value between the percentiles of the resamples in which it is defined, further out the fewer rows it is of.
 
     Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a mean the
-    interval is as wide as that of Student's t, which percentiles alone miss by 23 % at 6 rows.
+    interval is as wide as Student's t, which percentiles alone miss by 23 % at 6 rows.
     """
     defined = values_R[~np.isnan(values_R)]
     if not np.isfinite(value) or not len(defined):
@@ -95,17 +95,17 @@ def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
 
 
 def paired_interval(difference: float, differences_R: Floats, num_rows: float) -> Interval:
-    """`interval` of a difference, and at least that of Student's t around it with the spread of the resamples.
+    """`interval` of a difference, and at least as wide as Student's t around it with the spread of the resamples.
 
     Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a few rows
     differ by far more than others, which the percentiles of few rows do not show.
     """
-    found = interval(difference, differences_R, num_rows)
-    if math.isnan(found["low"]):
-        return found
+    spread = interval(difference, differences_R, num_rows)
+    if math.isnan(spread["low"]):
+        return spread
     free = max(num_rows - 1, 1.0)
     far = student_t(free) * math.sqrt((free + 1) / free) * float(np.nanstd(differences_R))
-    low, high = min(found["low"], difference - far), max(found["high"], difference + far)
+    low, high = min(spread["low"], difference - far), max(spread["high"], difference + far)
     return Interval(value=difference, low=low, high=high)
 
 
@@ -136,7 +136,7 @@ def _spread(
 ) -> dict[str, Interval]:
     drawn = [{key: statistic(weights) for key, statistic in statistics.items()} for weights in resamples(num_rows)]
     return {
-        key: bounds(values[key], np.concatenate([some[key] for some in drawn]), rows_behind(statistic, num_rows))
+        key: bounds(values[key], np.concatenate([batch[key] for batch in drawn]), rows_behind(statistic, num_rows))
         for key, statistic in statistics.items()
     }
 

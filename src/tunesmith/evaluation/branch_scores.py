@@ -6,18 +6,18 @@ An anchor has one right document, so that recall is the share of rows that find 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.evaluation import bootstrap
 from tunesmith.evaluation.bootstrap import Floats, OfRows, Statistic, ratio
+from tunesmith.types import JsonObject, Record
 
 # I rows, P pairs
 
-Results = Sequence[Mapping[str, Any]]
+Results = Sequence[Record]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
 HABITS = ("longer_chosen", "likelier_chosen")
 """Measures that choose an answer without knowing preferences: its length, and how likely the untouched model finds its
@@ -28,7 +28,7 @@ def column(rows: Results, key: str) -> Floats:
     return np.array([row[key] for row in rows], np.float64)
 
 
-def gains(row: Mapping[str, Any], what: str) -> Floats:
+def gains(row: Record, what: str) -> Floats:
     """The lead of the better of each two answers of a row in what the model compares ("margin") or in a habit; for an
     answer that is alone, its own value."""
     if what == "margin" and "rewards" not in row:
@@ -48,19 +48,19 @@ def pair_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str
     in the calibration too: the mean of several differences is the logit of no event."""
     known = ("margin", *HABITS) if "reference" in rows[0] else ("margin", HABITS[0])
     gained = {what: [gains(row, what) for row in rows] for what in known}
-    won = {what: ratio([_won(one).mean() for one in of_rows]) for what, of_rows in gained.items()}
-    means_I = np.array([one.mean() for one in gained["margin"]])
-    found = {"preference_accuracy": won.pop("margin"), "margin": ratio(means_I)}
+    won = {what: ratio([_won(gain).mean() for gain in of_rows]) for what, of_rows in gained.items()}
+    means_I = np.array([gain.mean() for gain in gained["margin"]])
+    statistics = {"preference_accuracy": won.pop("margin"), "margin": ratio(means_I)}
     if "rewards" in rows[0]:
         leads_P = np.concatenate(gained["margin"])
-        rows_P = np.repeat(np.arange(len(rows)), [len(one) for one in gained["margin"]])
-        found["calibration_error"] = bootstrap.calibration_error(
+        rows_P = np.repeat(np.arange(len(rows)), [len(gain) for gain in gained["margin"]])
+        statistics["calibration_error"] = bootstrap.calibration_error(
             1 / (1 + np.exp(-np.abs(leads_P))), _won(leads_P), rows_P
         )
-        found["reward_mean"] = ratio([np.mean(row["rewards"]) for row in rows])
+        statistics["reward_mean"] = ratio([np.mean(row["rewards"]) for row in rows])
     else:
-        found["chosen_shift"], found["rejected_shift"] = map(ratio, _shifts(rows).T)
-    return found | won
+        statistics["chosen_shift"], statistics["rejected_shift"] = map(ratio, _shifts(rows).T)
+    return statistics | won
 
 
 def answer_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str, Statistic]:
@@ -91,7 +91,7 @@ def _won(differences_I: Floats) -> Floats:
     return np.where(differences_I == 0, 0.5, (differences_I > 0).astype(np.float64))
 
 
-def pair_details(rows: Results, _: Sequence[str]) -> dict[str, Any]:
+def pair_details(rows: Results, _: Sequence[str]) -> JsonObject:
     """Accuracy by which answer is longer."""
     margins_I, longer_I = (np.concatenate([gains(row, what) for row in rows]) for what in ("margin", HABITS[0]))
     of_length = []
@@ -106,7 +106,7 @@ CURVE = (1, 2, 3, 5, 10, 20, 50, 100)
 BM25 = "bm25"
 
 
-def by_bm25(rows: Results) -> list[Mapping[str, Any]]:
+def by_bm25(rows: Results) -> list[Record]:
     """The rows as if BM25 had ranked their documents."""
     return [{**row, "rank": row[BM25], **({"ndcg": row["bm25_ndcg"]} if "ndcg" in row else {})} for row in rows]
 
@@ -126,16 +126,18 @@ def ranked(rows: Results) -> NDArray[np.bool_]:
     return np.array([row["rank"] is not None for row in rows], np.bool_)
 
 
-def rank_details(rows: Results, _: Sequence[str] = ()) -> dict[str, Any]:
+def rank_details(rows: Results, _: Sequence[str] = ()) -> JsonObject:
     """Recall over ranks, of the model, of BM25, and of vectors that are cut."""
     can_err = [row for row in rows if row["rank"] is not None]
     ranks = {"model": column(can_err, "rank"), "BM25": column(can_err, BM25)}
     for dim in rows[0].get("dims", {}):
         ranks[f"{dim} numbers"] = np.array([row["dims"][dim] for row in rows])
     recall = {name: [float((rank_I <= k).mean()) for k in CURVE] for name, rank_I in ranks.items() if len(rank_I)}
-    found: dict[str, Any] = {"documents": int(column(rows, "documents").max())}
-    found |= {"recall": {"at": list(CURVE), **recall}} if can_err else {}
-    return {**found, "lists": len(rows), "left_out": len(rows) - len(can_err)} if len(can_err) < len(rows) else found
+    details: JsonObject = {"documents": int(column(rows, "documents").max())}
+    details |= {"recall": {"at": list(CURVE), **recall}} if can_err else {}
+    return (
+        {**details, "lists": len(rows), "left_out": len(rows) - len(can_err)} if len(can_err) < len(rows) else details
+    )
 
 
 def similarity_statistics(rows: Results, _: Sequence[str], complete: bool) -> dict[str, Statistic]:

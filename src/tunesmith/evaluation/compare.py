@@ -27,19 +27,20 @@ from tunesmith.evaluation.scores import (
     sureness,
 )
 from tunesmith.phrases import percent, plural
+from tunesmith.types import JsonObject, Record
 
 # I rows in common
 
 
 ROUNDING = 1e-9
-"""Share of a value below which a difference is that of sums in another order, and none."""
+"""Share of a value below which a difference is mere rounding of sums in another order."""
 TIE_NATS = 0.01
 """Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
 TIE_SHARE = 0.01
 """Squared errors that differ by less than this share of the larger are a tie."""
 _OTHER_WEIGHTS = "the two weigh classes differently (train.class_weights): {}"
 NEAR_POOL = (
-    "the two searched different documents, as those of training rows are searched too: compared here are the ranks "
+    "the two searched different documents, since training rows are searched too: compared here are the ranks "
     "among the documents of the measured rows alone"
 )
 OTHER_POOLS = (
@@ -78,7 +79,7 @@ class Difference:
         excludes_0 = self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
         return excludes_0 and self.b_minus_a["value"] != 0 and self.num_rows >= FEWEST_ROWS
 
-    def as_change(self) -> dict[str, Any]:
+    def as_change(self) -> JsonObject:
         """The difference as a report keeps it: value, low, high, is_clear."""
         return {**self.b_minus_a, "is_clear": self.is_clear}
 
@@ -141,7 +142,7 @@ def compare_rows(
             unweighted = ({"loss": ratio(column(rows, "loss") / column(rows, "count"))} for rows in (a, b))
             metrics, loss_note = {**metrics, **paired(len(a), *unweighted)}, "the loss is compared without weights"
         else:
-            loss_note = "a row's loss is that of all its words together, so the losses do not compare"
+            loss_note = "a row has one loss for all its words, so the losses do not compare"
             del metrics["loss"]
         loss_note = _OTHER_WEIGHTS.format(loss_note)
     metrics, loss_note = {} if pool_note == OTHER_POOLS else metrics, loss_note or pool_note
@@ -183,16 +184,16 @@ def compare_runs(sides: Sequence[Sequence[RowResult]]) -> list[Comparison]:
     shared = set.intersection(*({key for key, _ in keyed(rows)} for rows in sides))
     if not shared:
         raise InputError(f"the {len(sides)} evaluations have no row that is in all of them. Measure all on one file.")
-    some = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
-    in_order = [list(by_key(rows).values()) for rows in some]
-    (first, *others), note = _in_one_pool(in_order) if kind_of(some[0][0]) == "ranks" else (some, "")
+    shared_rows = [[row for key, row in keyed(rows) if key in shared] for rows in sides]
+    in_order = [list(by_key(rows).values()) for rows in shared_rows]
+    (first, *others), note = _in_one_pool(in_order) if kind_of(shared_rows[0][0]) == "ranks" else (shared_rows, "")
     compared = map(partial(compare_rows, first), others)
-    return [replace(one, loss_note=note) for one in compared] if note == NEAR_POOL else list(compared)
+    return [replace(comparison, loss_note=note) for comparison in compared] if note == NEAR_POOL else list(compared)
 
 
 def _gain(kind: RowKind, was: RowResult, now: RowResult) -> float:
     """Gain of B on a row, 0 for a tie: by what is right, then by the probability that B gives it."""
-    if kind == "similarities":  # their loss is that of all rows together
+    if kind == "similarities":  # all rows together have one loss
         return 0.0
     if kind not in ("tokens", "numbers"):
         return (num_right(now) - num_right(was)) * (1 + sureness(now))
@@ -208,23 +209,24 @@ def paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic
     differences = {
         key: 0.0 if math.isclose(was, now, rel_tol=ROUNDING) else now - was for key, (was, now) in values.items()
     }
-    found = paired_intervals(num, of_a, of_b, differences)
+    bounds = paired_intervals(num, of_a, of_b, differences)
     behind = {key: math.ceil(min(rows_behind(of[key], num) for of in (of_a, of_b))) for key in of_a}
-    return {key: Difference(*values[key], found[key], behind[key]) for key in of_a}
+    return {key: Difference(*values[key], bounds[key], behind[key]) for key in of_a}
 
 
-def compare_answers(
-    answers_a: Iterable[Mapping[str, Any]], answers_b: Iterable[Mapping[str, Any]]
-) -> tuple[int, dict[str, Difference]]:
+def compare_answers(answers_a: Iterable[Record], answers_b: Iterable[Record]) -> tuple[int, dict[str, Difference]]:
     """The number of prompts that both answered (of one source, with one reference), and the differences in scores.
 
     Works on the lines of a run's evaluation/answers-<name>.jsonl.
     """
     of_a, of_b = (
-        {(one["source"], one["prompt"], one["reference"]): one for one in answers} for answers in (answers_a, answers_b)
+        {(answer["source"], answer["prompt"], answer["reference"]): answer for answer in answers}
+        for answers in (answers_a, answers_b)
     )
     shared = sorted(of_a.keys() & of_b.keys())
-    sides = [{key: ratio(column([of[one] for one in shared], key)) for key in ANSWER_SCORES} for of in (of_a, of_b)]
+    sides = [
+        {key: ratio(column([of[answer] for answer in shared], key)) for key in ANSWER_SCORES} for of in (of_a, of_b)
+    ]
     return len(shared), paired(len(shared), *sides) if shared else {}
 
 
@@ -236,15 +238,15 @@ def rows_against_constant(
     units = list(by_key(rows).values())
     kind = kind_of(units[0])
     if kind in _NAMES and constant in HABITS:
-        found, (key,) = statistics_of(kind, units, (), complete=True), CONSTANT_METRICS[kind]
-        return paired(len(units), {key: found[constant]}, {key: found[key]})
-    said: list[RowResult] = [
+        statistics, (key,) = statistics_of(kind, units, (), complete=True), CONSTANT_METRICS[kind]
+        return paired(len(units), {key: statistics[constant]}, {key: statistics[key]})
+    constant_rows: list[RowResult] = [
         {**row, "predicted": [constant] * len(row["tags"]) if kind == "tags" else constant} for row in units
     ]
     if kind == "ranks":
-        said = by_bm25(units)
-    names = classes or names_in((*units, *said))
-    sides = (statistics_of(kind, some, names, complete=True) for some in (said, units))
+        constant_rows = by_bm25(units)
+    names = classes or names_in((*units, *constant_rows))
+    sides = (statistics_of(kind, rows_of_side, names, complete=True) for rows_of_side in (constant_rows, units))
     of_constant, of_model = ({key: side[key] for key in side if key in CONSTANT_METRICS[kind]} for side in sides)
     return paired(len(units), of_constant, of_model)
 
@@ -273,18 +275,18 @@ _HABITS = {
 def changes(
     before: Sequence[RowResult],
     after: Sequence[RowResult],
-    answers_before: Iterable[Mapping[str, Any]],
-    answers_after: Iterable[Mapping[str, Any]],
+    answers_before: Iterable[Record],
+    answers_after: Iterable[Record],
     *,
     classes: Sequence[str] = (),
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     """By metric {"value", "low", "high", "is_clear"} of after minus before, paired; {} where rows are not kept."""
-    found = compare_rows(before, after, classes=classes).metrics if before and after else {}
+    of_rows = compare_rows(before, after, classes=classes).metrics if before and after else {}
     _, of_answers = compare_answers(answers_before, answers_after)
-    return {key: differs.as_change() for key, differs in {**found, **of_answers}.items()}
+    return {key: differs.as_change() for key, differs in {**of_rows, **of_answers}.items()}
 
 
-def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, classes: Sequence[str] = ()) -> Any:
+def row_baseline(rows: Sequence[RowResult], constant: Record | None, classes: Sequence[str] = ()) -> Any:
     """Metrics of a constant answer on the same rows, JSON-ready; None for tasks without one, or if it is not known.
 
     `constant` is {"answer", "from"} of `score`. In {"name", "words", "from", "rows", "key", "measures"}, `key` is the
@@ -293,27 +295,27 @@ def row_baseline(rows: Sequence[RowResult], constant: Mapping[str, Any] | None, 
     if constant is None or not rows:
         return None
     kind = kind_of(rows[0])
-    found = rows_against_constant(rows, constant["answer"], classes=classes)
+    compared = rows_against_constant(rows, constant["answer"], classes=classes)
     words = _HABITS[constant["answer"]] if kind in _NAMES and kind != "numbers" else _words(constant["answer"])
     facts = {"name": _NAMES.get(kind, "majority baseline"), "words": words, "from": constant["from"], "rows": len(rows)}
-    return {**facts, "key": CONSTANT_METRICS[kind][0], "measures": _as_measures(found)}
+    return {**facts, "key": CONSTANT_METRICS[kind][0], "measures": _as_measures(compared)}
 
 
-def answer_baseline(answers: Sequence[Mapping[str, Any]]) -> Any:
+def answer_baseline(answers: Sequence[Record]) -> Any:
     """Metrics of always giving the commonest reference, for short answers that name classes; None for others."""
-    if not are_short([one["reference"] for one in answers]):
+    if not are_short([answer["reference"] for answer in answers]):
         return None
-    usual, num = Counter(one["reference"].strip() for one in answers).most_common(1)[0]
+    usual, num = Counter(answer["reference"].strip() for answer in answers).most_common(1)[0]
     if num < max(2, LIKE_A_CLASS * len(answers)):
         return None
-    always = ratio([float(one["reference"].strip() == usual) for one in answers])
-    given = ratio(column(answers, "exact_match"))
-    found = paired(len(answers), {"exact_match": always}, {"exact_match": given})
+    always = ratio([float(answer["reference"].strip() == usual) for answer in answers])
+    exact = ratio(column(answers, "exact_match"))
+    compared = paired(len(answers), {"exact_match": always}, {"exact_match": exact})
     facts = {"name": "majority baseline", "words": _words(usual), "from": "the answers measured", "rows": len(answers)}
-    return {**facts, "key": "exact_match", "measures": _as_measures(found)}
+    return {**facts, "key": "exact_match", "measures": _as_measures(compared)}
 
 
-def _as_measures(found: Mapping[str, Difference]) -> dict[str, Any]:
+def _as_measures(found: Mapping[str, Difference]) -> JsonObject:
     return {key: {"value": differs.a, "change": differs.as_change()} for key, differs in found.items()}
 
 
@@ -331,7 +333,7 @@ def named(label: str) -> str:
     return f"`{flat}`" if len(flat) <= _MOST_CHARACTERS else f"`{flat[:_MOST_CHARACTERS]}…`"
 
 
-def baseline_sentence(measures: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Any]) -> str:
+def baseline_sentence(measures: Mapping[str, Record], baseline: Record) -> str:
     """accuracy is 67.3% (62.8–72.0), against 65.4% for always answering `positive` (majority baseline): …"""
     key = baseline["key"]
     info, its = info_of(key), baseline["measures"][key]
@@ -348,7 +350,7 @@ def capitalized(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str]:
+def never_right(details: Record, weights: Any = None) -> Iterator[str]:
     """A sentence that names the classes of which no held-out row is right, if there are any.
 
     `weights`: train.class_weights of the run, with which a second sentence says the way out.
@@ -374,7 +376,7 @@ def never_right(details: Mapping[str, Any], weights: Any = None) -> Iterator[str
         yield f"{more}{way if is_rare and weights == 'equal' else ''}."
 
 
-def left_out(details: Mapping[str, Any]) -> Iterator[str]:
+def left_out(details: Record) -> Iterator[str]:
     """A sentence on the lists that no order gets wrong, if there are any."""
     if num := details.get("left_out", 0):
         yield (
@@ -392,11 +394,11 @@ def too_few(num: int, unit: str, way: str = HOLD_OUT_MORE) -> Iterator[str]:
         yield f"{count} few: on other {unit}s of the same kind this may turn out differently. {way}"
 
 
-def preference_notes(measures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def preference_notes(measures: Mapping[str, Record]) -> Iterator[str]:
     """Sentences on a model of preferences that went wrong; none for other tasks."""
     if "preference_accuracy" not in measures:
         return
-    value = {key: one["value"] for key, one in measures.items()}
+    value = {key: interval["value"] for key, interval in measures.items()}
     accuracy = value["preference_accuracy"]
     if measures["preference_accuracy"].get("high", 1.0) < min(value[habit] for habit in _HABITS if habit in value):
         yield (

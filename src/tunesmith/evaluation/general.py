@@ -38,7 +38,7 @@ BOUND = 0.1
 
 
 def can_generate(head: HeadName, *, is_causal: bool, max_tokens: int) -> bool:
-    """Whether a model continues text within so many positions, so that its general ability can be measured."""
+    """Whether a model continues text within `max_tokens` positions, so that its general ability can be measured."""
     return head == "next_token" and is_causal and max_tokens >= TOKENS_NEEDED
 
 

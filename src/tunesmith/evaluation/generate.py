@@ -24,7 +24,7 @@ from tunesmith.models.machine import free_cached_memory
 from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example
+from tunesmith.types import Example, JsonObject
 
 LEAST_CHUNK = 32
 """Tokens of a prompt that are read at a time at least, where memory ends."""
@@ -121,12 +121,12 @@ def read_answer(renderer: Renderer, prompt: Sequence[int], ids: list[int]) -> An
     """Generated tokens as text. Decoded with their prompt, of which some tokenizers make the white space at the
     beginning of the answer."""
     end = next((i for i, token_id in enumerate(ids) if token_id in renderer.stop_ids), None)
-    before, whole = (
+    before, with_prompt = (
         renderer.tokenizer.decode([*prompt, *written], skip_special_tokens=True) for written in ([], ids[:end])
     )
-    if not whole.startswith(before):
-        before, whole = "", renderer.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return Answer(text=trimmed(renderer, whole[len(before) :]), stopped=end is not None)
+    if not with_prompt.startswith(before):
+        before, with_prompt = "", renderer.tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return Answer(text=trimmed(renderer, with_prompt[len(before) :]), stopped=end is not None)
 
 
 def has_short_answers(targets_I: NDArray[np.integer[Any]]) -> bool:
@@ -135,7 +135,7 @@ def has_short_answers(targets_I: NDArray[np.integer[Any]]) -> bool:
 
 
 def new_tokens_for(targets_I: NDArray[np.integer[Any]], most: int) -> int:
-    """Most tokens of an answer to the prompts of rows with so many targets."""
+    """Most tokens of an answer to the prompts of rows with `targets_I` targets."""
     return min(most, SHORT_LIMIT) if has_short_answers(targets_I) else most
 
 
@@ -198,7 +198,7 @@ def sample_prompts(
 
 
 def sample_notes(prompts: Sequence[SamplePrompt], *, num_rows: int) -> list[str]:
-    """Notes on the prompts that could be made of so many rows."""
+    """Notes on the prompts that could be made of `num_rows` rows."""
     num_cut, left_out = sum(prompt.cut > 0 for prompt in prompts), num_rows - len(prompts)
     verb = "has" if left_out == 1 else "have"
     was = "was" if num_cut == 1 else "were"
@@ -223,12 +223,12 @@ def _document_prompt(renderer: Renderer, example: Example, new_tokens: int) -> S
     if len(ids) <= PREFIX_TOKENS:
         return None
     prefix, rest = ids[:PREFIX_TOKENS], ids[PREFIX_TOKENS : PREFIX_TOKENS + new_tokens]
-    prompt, reference = (renderer.tokenizer.decode(some, skip_special_tokens=True) for some in (prefix, rest))
+    prompt, reference = (renderer.tokenizer.decode(part, skip_special_tokens=True) for part in (prefix, rest))
     return SamplePrompt(prefix, prompt, reference=reference, source=str(example.source))
 
 
 def batch_size(prompt_tokens: float, new_tokens: int, most: int) -> int:
-    """The number of prompts of so many tokens that are answered together, in `most` tokens."""
+    """The number of prompts of `prompt_tokens` that are answered together, in `most` tokens."""
     return max(1, int(most // (prompt_tokens + 1 + new_tokens)))
 
 
@@ -237,7 +237,7 @@ def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) 
     batches: list[list[SamplePrompt]] = []
     for prompt in prompts:
         longer = [*batches[-1], prompt] if batches else [prompt]
-        if batches and len(longer) * (max(len(one.ids) for one in longer) + new_tokens) <= most:
+        if batches and len(longer) * (max(len(member.ids) for member in longer) + new_tokens) <= most:
             batches[-1] = longer
         else:
             batches.append([prompt])
@@ -258,7 +258,7 @@ def generate_within(
     if len(prompts) == 1:
         return generate_within(model, renderer, prompts, new_tokens, most=max(1, min(most, len(prompts[0])) // 2))
     halves = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
-    return [one for half in halves for one in generate_within(model, renderer, half, new_tokens, most=most)]
+    return [answer for half in halves for answer in generate_within(model, renderer, half, new_tokens, most=most)]
 
 
 def answer_samples(
@@ -269,17 +269,17 @@ def answer_samples(
     tick: Callable[[str, int, int], None],
     *,
     most: int,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """The values of one "sample" event a prompt, in order. `most`: tokens of prompts and answers in a batch."""
     done = 0
-    for some in prompt_batches(prompts, new_tokens, most):
-        given = generate_within(model, renderer, [sample.ids for sample in some], new_tokens, most=most)
-        yield from map(sample_values, some, given)
-        done += len(some)
+    for batch in prompt_batches(prompts, new_tokens, most):
+        answers = generate_within(model, renderer, [sample.ids for sample in batch], new_tokens, most=most)
+        yield from map(sample_values, batch, answers)
+        done += len(batch)
         tick("answer", done, len(prompts))
 
 
-def sample_values(sample: SamplePrompt, given: Answer) -> dict[str, Any]:
+def sample_values(sample: SamplePrompt, given: Answer) -> JsonObject:
     """The values of the "sample" event of a prompt and its answer."""
     return {
         "prompt": sample.prompt,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tunesmith.errors import InputError
 from tunesmith.phrases import percent
+from tunesmith.types import Record
 
 Verdict = Literal["better", "worse", "unclear", "few", ""]
 VERDICTS = {"better": "better", "worse": "worse", "unclear": "may be chance", "few": "too few rows to tell", "": ""}
@@ -36,7 +37,7 @@ class MetricInfo:
         form = ".2f" if self.form == "ratio" else ".4f" if abs(value) < 100 else ",.1f"
         return (percent(value) if self.form == "percent" else f"{value:{form}}").replace("-", "−")
 
-    def bounds(self, interval: Mapping[str, Any]) -> str:
+    def bounds(self, interval: Record) -> str:
         """The ends of an interval, in fewer digits than its value; empty where there is none, or a point."""
         low, high = interval.get("low", math.nan), interval.get("high", math.nan)
         if not low < high:
@@ -47,11 +48,11 @@ class MetricInfo:
         text = f"{low:.2f}{dash}{high:.2f}" if self.form == "ratio" else f"{low:.3f}{dash}{high:.3f}"
         return text.replace("-", "−")
 
-    def whole(self, interval: Mapping[str, Any]) -> str:
+    def whole(self, interval: Record) -> str:
         """A value with its interval: 1.2300 (1.200–1.250)."""
         return with_bounds(self.text(interval["value"]), self.bounds(interval))
 
-    def difference(self, interval: Mapping[str, Any]) -> str:
+    def difference(self, interval: Record) -> str:
         """A difference of two values with its interval: +3.2 (+1.0 to +5.1) points."""
         if not math.isfinite(interval["value"]):
             return ""
@@ -62,12 +63,12 @@ class MetricInfo:
         )
         return f"{value} ({low} to {high}){unit}" if "nan" not in low + high else f"{value}{unit}"
 
-    def worth(self, change: Mapping[str, Any]) -> str:
+    def worth(self, change: Record) -> str:
         """A paired difference and its verdict: +3.2 (+1.0 to +5.1) points, better."""
         words = filter(None, [self.difference(change), VERDICTS[self.verdict(change)]])
         return "the same" if change["value"] == 0 else ", ".join(words)
 
-    def verdict(self, change: Mapping[str, Any]) -> Verdict:
+    def verdict(self, change: Record) -> Verdict:
         """Verdict on a paired difference: unclear where its interval holds 0, few where there are too few rows."""
         if change["value"] == 0 or not math.isfinite(change["value"]):
             return ""
@@ -118,7 +119,7 @@ METRICS: Mapping[str, MetricInfo] = {
     "rouge1": MetricInfo("ROUGE-1", "number", "higher", "F1 of words shared with the reference (rouge-score)."),
     "rouge2": MetricInfo("ROUGE-2", "number", "higher", "F1 of word pairs shared with the reference (rouge-score)."),
     "rougeL": MetricInfo("ROUGE-L", "number", "higher", "F1 of the longest common subsequence (rouge-score)."),
-    "length_ratio": MetricInfo("length ratio", "ratio", "neither", "Words of answers over those of references."),
+    "length_ratio": MetricInfo("length ratio", "ratio", "neither", "Words of answers over words of references."),
     "preference_accuracy": MetricInfo(
         "preference accuracy",
         "percent",

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.parallel.shares import shares
 from tunesmith.parallel.world import World
 from tunesmith.tasks.task import BoundTask
-from tunesmith.types import HeadName, Labels
+from tunesmith.types import HeadName, JsonObject, Labels, Record
 
 MOST_ROW_CHARS = 10_000
 """Characters of a row's text that are written down."""
@@ -47,7 +47,7 @@ class Predictions:
     """The likeliest token or tag of each target, int64 [N]; of sequence heads logits or the number, float32 [1, C]."""
     targets: list[NDArray[np.generic]]
     """The right answer: int64 [N]; of sequence heads int64 [1], float32 [1] or float32 [1, C]."""
-    results: list[Mapping[str, Any]] = field(default_factory=list)
+    results: list[Record] = field(default_factory=list)
     """Of rows with branches, in place of outputs and targets: see `Measured.results`."""
 
     def __len__(self) -> int:
@@ -77,10 +77,10 @@ def predict_rows(
     losses_I = np.zeros(len(rows))
     outputs: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
     targets: list[NDArray[np.generic]] = [np.empty(0)] * len(rows)
-    results: dict[int, Mapping[str, Any]] = {}
+    results: dict[int, Record] = {}
     done = 0
-    how: dict[str, Any] = {"layout": collator.layout, "device": collator.device}
-    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, **how)
+    settings: dict[str, Any] = {"layout": collator.layout, "device": collator.device}
+    batches = micro_batches_of(store, rows, tokens_per_pass=tokens_per_pass, **settings)
     dealt = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)
     mine = dealt[world.rank]
     with eval_mode(model):
@@ -92,8 +92,8 @@ def predict_rows(
             done += len(members)
             progress(done, len(rows))
             if measured.results:
-                found = zip(members, measured.losses_N.tolist(), measured.results, strict=True)
-                for member, loss, result in found:
+                measured_rows = zip(members, measured.losses_N.tolist(), measured.results, strict=True)
+                for member, loss, result in measured_rows:
                     losses_I[place[member]], results[place[member]] = loss, result
                 continue
             row_of_N, losses_N, *answers = (
@@ -110,7 +110,7 @@ def predict_rows(
         answering.finish()
     if world.size > 1:
         _gather(world, [place[row] for i in mine for row in batches[i]], losses_I, outputs, targets)
-        results = {i: one for part in world.gather_values(sorted(results.items())) for i, one in part}
+        results = {i: result for part in world.gather_values(sorted(results.items())) for i, result in part}
     in_order, index = [results[i] for i in sorted(results)], np.asarray(rows, np.int64)
     num_bytes_I = store.num_bytes[index].astype(np.int64)
     return Predictions(losses_I, store.denominators[index], num_bytes_I, outputs, targets, in_order)
@@ -124,19 +124,19 @@ def _gather(
     targets: list[NDArray[np.generic]],
 ) -> None:
     """Fill in what other ranks predicted; `places`: those that this rank did."""
-    own: dict[str, NDArray[Any]] = {"places": np.asarray(places, np.int64), "losses": losses_I[list(places)]}
+    mine: dict[str, NDArray[Any]] = {"places": np.asarray(places, np.int64), "losses": losses_I[list(places)]}
     for name, parts in (("outputs", outputs), ("targets", targets)):
-        some = [parts[i] for i in places]
-        own[f"{name} sizes"] = np.array([len(part) for part in some], np.int64)
-        if some:
-            own[name] = np.concatenate(some)
-    for content in world.gather(save(own)):
-        found = load(content)
-        losses_I[found["places"]] = found["losses"]
+        predicted = [parts[i] for i in places]
+        mine[f"{name} sizes"] = np.array([len(part) for part in predicted], np.int64)
+        if predicted:
+            mine[name] = np.concatenate(predicted)
+    for content in world.gather(save(mine)):
+        received = load(content)
+        losses_I[received["places"]] = received["losses"]
         for name, parts in (("outputs", outputs), ("targets", targets)):
-            if name in found:
-                cut = np.split(found[name], np.cumsum(found[f"{name} sizes"])[:-1])
-                for i, part in zip(found["places"].tolist(), cut, strict=True):
+            if name in received:
+                cut = np.split(received[name], np.cumsum(received[f"{name} sizes"])[:-1])
+                for i, part in zip(received["places"].tolist(), cut, strict=True):
                     parts[i] = part
 
 
@@ -146,7 +146,7 @@ def row_results(
     """One JSON-ready result a row: hash, loss, count, and what was predicted.
 
     Tokens have `correct`; classes `label`, `predicted` and the `probability` of the prediction (lists where a row has
-    any number of classes); numbers `value` and `predicted`; words `tags` and `predicted`. Where the loss is that of the
+    any number of classes); numbers `value` and `predicted`; words `tags` and `predicted`. Where the loss covers the
     whole text of a document's window, `bytes` is the size of that text.
     """
     sums = (hashes_I.tolist(), found.losses_I.tolist(), found.counts_I.tolist(), found.num_bytes_I.tolist())
@@ -157,7 +157,7 @@ def row_results(
     return results
 
 
-def _predicted(head: HeadName, labels: Labels | None, found: Predictions) -> Iterator[dict[str, Any]]:
+def _predicted(head: HeadName, labels: Labels | None, found: Predictions) -> Iterator[JsonObject]:
     if found.results:
         yield from found.results  # type: ignore[misc]
         return
@@ -206,10 +206,10 @@ def row_lines(
     *,
     tokenizer: Any,
     texts: Iterable[str | None],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     """Each row's result with its "source" and "text"; a text that is None is written as its tokens spell it."""
-    for row, result, given in zip(map(int, rows_I), results, texts, strict=True):
-        text = given
+    for row, result, row_text in zip(map(int, rows_I), results, texts, strict=True):
+        text = row_text
         if text is None:
             text = str(tokenizer.decode(store.row(row).ids.tolist(), skip_special_tokens=True))
         shown = text if len(text) <= MOST_ROW_CHARS else text[:MOST_ROW_CHARS] + " …"
@@ -225,7 +225,7 @@ def sample_rows(store: RowStore, rows_I: NDArray[np.int64], most: int) -> NDArra
     return rows_I[np.argsort(hashes_I, kind="stable")][:most]
 
 
-def highest_loss(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def highest_loss(lines: Iterable[JsonObject]) -> list[JsonObject]:
     """The lines of highest loss per target, the highest first."""
     return sorted(lines, key=lambda line: -line["loss"] / line["count"])[:MOST_HIGH_LOSS]
 

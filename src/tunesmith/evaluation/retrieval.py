@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.tasks.embedding_losses import SCORED, Texts, text_losses
 from tunesmith.tasks.preference_losses import settle
 from tunesmith.tasks.task import Task
-from tunesmith.types import Row
+from tunesmith.types import JsonObject, Record, Row
 
 K1, B = 1.2, 0.75
 MeasuredRows = tuple[RowStore, NDArray[np.int64], Predictions]
@@ -52,8 +52,8 @@ class Bm25:
                 places[word].append((m, times))
         self._size = len(documents)
         self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
-        for word, found in places.items():
-            at, times = np.array(found).T
+        for word, postings in places.items():
+            at, times = np.array(postings).T
             idf = math.log(1 + (self._size - len(at) + 0.5) / (len(at) + 0.5))
             self._weights[word] = at, idf * times * (K1 + 1) / (times + norms_M[at])
 
@@ -86,24 +86,24 @@ def settled(
 ) -> Predictions:
     """The predictions of `own` rows with what follows from all of them together: losses of kto, ranks among the
     documents of `others` too, ranks within a list."""
-    _, _, found = own
+    _, _, predictions = own
     if task.outcome == "lists":
-        return replace(found, results=_lists(own, tokenizer))
+        return replace(predictions, results=_lists(own, tokenizer))
     if task.outcome == "vectors":
         return _vectors(own, others, recipe.embed, tokenizer)
-    if found.results and "wanted" in found.results[0]:
-        return replace(found, losses_I=np.array(settle(found.results, recipe.prefer)))
-    return found
+    if predictions.results and "wanted" in predictions.results[0]:
+        return replace(predictions, losses_I=np.array(settle(predictions.results, recipe.prefer)))
+    return predictions
 
 
 def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any) -> Predictions:
     """Losses, and ranks or the similarities of rows with scores. Losses of ranking are those among all documents."""
-    store, rows_I, found = own
+    store, rows_I, predictions = own
     if options.loss not in SCORED:
         losses, results = zip(*_ranked(own, others, options, tokenizer), strict=True)
         if options.loss == "ranking":
-            return replace(found, losses_I=np.array(losses), results=list(results))
-    vectors = [torch.from_numpy(result["vectors"]) for result in found.results]
+            return replace(predictions, losses_I=np.array(losses), results=list(results))
+    vectors = [torch.from_numpy(result["vectors"]) for result in predictions.results]
     scores = torch.tensor([store.row(int(row)).values[0] for row in rows_I], dtype=torch.float32)
     counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss here needs keys
     texts = Texts(torch.cat(vectors), keys, counts, scores)
@@ -112,12 +112,12 @@ def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, 
         cosines_I = (vectors_LD[texts.anchors_B] * vectors_LD[texts.anchors_B + 1]).sum(-1)
         pairs = zip(scores.tolist(), cosines_I.tolist(), strict=True)
         results = tuple({"value": value, "similarity": cosine} for value, cosine in pairs)
-    return replace(found, losses_I=text_losses(texts, options).double().numpy(), results=list(results))
+    return replace(predictions, losses_I=text_losses(texts, options).double().numpy(), results=list(results))
 
 
 def _ranked(
     own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any
-) -> Iterator[tuple[float, Mapping[str, Any]]]:
+) -> Iterator[tuple[float, Record]]:
     documents: dict[int, tuple[NDArray[np.float32], NDArray[np.int32]]] = {}
     """Vector and tokens of each, by the key of its text."""
     belongs: dict[int, set[int]] = defaultdict(set)
@@ -127,13 +127,13 @@ def _ranked(
     """Measured rows, and the vectors of their anchors."""
     near: set[int] = set()
     """Documents of measured rows."""
-    for store, rows_I, found in (own, *others):
-        for row, result in zip(map(store.row, rows_I.tolist()), found.results, strict=True):
+    for store, rows_I, predictions in (own, *others):
+        for row, result in zip(map(store.row, rows_I.tolist()), predictions.results, strict=True):
             anchor, *texts = row.keys
             parts = zip(result["vectors"][1:], (line.ids for line in lines_of(row)[1:]), strict=True)
             documents.update(zip(texts, parts, strict=True))
             belongs[anchor].add(texts[0])
-            if found is own[2]:
+            if predictions is own[2]:
                 rows.append((row, result["vectors"][0]))
                 near.update(texts)
                 belongs_near[anchor].add(texts[0])
@@ -156,8 +156,8 @@ def _ranked(
             is_shown_M = is_in_M.copy()
             is_shown_M[[place[key] for key in {anchor, *positives[anchor]} - {positive} if key in place]] = False
             searches.append({**_searched(scores, words_M, place[positive], is_shown_M, options), "pool": pool})
-        whole, *near_ones = searches
-        yield whole.pop("loss"), {**whole, **({"near": near_ones[0]} if near_ones else {})}
+        everywhere, *near_ones = searches
+        yield everywhere.pop("loss"), {**everywhere, **({"near": near_ones[0]} if near_ones else {})}
 
 
 def _searched(
@@ -166,7 +166,7 @@ def _searched(
     right: int,
     is_shown_M: NDArray[np.bool_],
     options: Embed,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The rank of a document among those that are shown, by the vectors at each of their sizes and by BM25, and the
     loss."""
     first, *cut = (_rank(scores_M, right, is_shown_M) for scores_M in scores)
@@ -186,18 +186,18 @@ def _pool(sides: Sequence[MeasuredRows]) -> str:
     return hashlib.blake2b(np.array(hashes, np.uint64).tobytes(), digest_size=6).hexdigest()
 
 
-def _lists(own: MeasuredRows, tokenizer: Any) -> list[Mapping[str, Any]]:
+def _lists(own: MeasuredRows, tokenizer: Any) -> list[Record]:
     """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25; None for a
     list whose documents are all as good, which no order gets wrong. Of rows with one document each its score."""
-    store, rows_I, found = own
+    store, rows_I, predictions = own
     if (store.branches.counts[rows_I] == 1).all():
-        return [{"value": one["scores"][0], "similarity": one["rewards"][0]} for one in found.results]
+        return [{"value": result["scores"][0], "similarity": result["rewards"][0]} for result in predictions.results]
     rows = [store.row(row) for row in rows_I.tolist()]
     lists = [[line.ids for line in lines_of(row)] for row in rows]
     begins = [int(row.values[0]) for row in rows]
     texts = [[_text(ids[begin:], None, tokenizer) for ids in of] for of, begin in zip(lists, begins, strict=True)]
-    bm25, first, results = Bm25([text for of_row in texts for text in of_row]), 0, list[Mapping[str, Any]]()
-    for of, begin, result in zip(lists, begins, found.results, strict=True):
+    bm25, first, results = Bm25([text for of_row in texts for text in of_row]), 0, list[Record]()
+    for of, begin, result in zip(lists, begins, predictions.results, strict=True):
         hashes = [hashlib.blake2b(ids.tobytes()).digest() for ids in of]
         order_K = sorted(range(len(of)), key=hashes.__getitem__)  # ties are broken by chance
         wanted_K = np.array(result["scores"])[order_K]
@@ -233,6 +233,6 @@ def _rank(scores_M: NDArray[Any], right: int, is_shown_M: NDArray[np.bool_]) -> 
 
 def _text(ids_T: NDArray[np.int32], prompt: str | None, tokenizer: Any) -> str:
     """The words of a text, without the prompt in front of it."""
-    whole = str(tokenizer.decode(ids_T.tolist(), skip_special_tokens=True))
+    decoded = str(tokenizer.decode(ids_T.tolist(), skip_special_tokens=True))
     start = str(tokenizer.decode(tokenizer(prompt).input_ids, skip_special_tokens=True)) if prompt else ""
-    return whole.removeprefix(start)
+    return decoded.removeprefix(start)

@@ -1,7 +1,7 @@
 """Metrics of a task from the results of its rows, each with its interval, and metrics of generated answers.
 
-A row's result is one line of evaluation/<name>.jsonl. Values equal those of scikit-learn, scipy, seqeval and
-rouge-score. Definitions: docs/reference/measures.md.
+A row's result is one line of evaluation/<name>.jsonl. Values equal scikit-learn's, scipy's, seqeval's and
+rouge-score's. Definitions: docs/reference/measures.md.
 """
 
 # I rows, C classes
@@ -22,9 +22,9 @@ from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, 
 from tunesmith.evaluation.branch_scores import HABITS, column
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.tasks.task import Task
-from tunesmith.types import Labels
+from tunesmith.types import JsonObject, Labels, Record
 
-RowResult = Mapping[str, Any]
+RowResult = Record
 """One line of evaluation/<name>.jsonl, or its numbers alone; see `predict_rows.row_results`."""
 Constant = str | float | list[str]
 """One answer to every row: a class or tag, a number, or the classes that hold."""
@@ -43,7 +43,7 @@ PREFIXES = ("B", "I", "E", "S")
 ANSWER_SCORES = ("exact_match", "rouge1", "rouge2", "rougeL")
 """Scores of each answer in evaluation/answers-<name>.jsonl."""
 SHORT_WORDS = 3
-"""An answer of at most so many words is right or wrong: a class, a name, a date."""
+"""An answer of at most this number of words is right or wrong: a class, a name, a date."""
 MOSTLY_SHARE = 0.9
 _SUMS = ("loss", "count", "correct", "bytes")
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words
@@ -56,16 +56,16 @@ def score(
     classes: Sequence[str] = (),
     constant: Constant | None = None,
     constant_from: str = "the training rows",
-) -> tuple[dict[str, Interval], dict[str, Any]]:
+) -> tuple[dict[str, Interval], JsonObject]:
     """Metrics of at least one row by the keys of `METRICS`, and JSON-ready details by kind of row.
 
-    `classes` are those of the head. `constant` is the baseline's answer to every row, by the labels of `constant_from`;
+    `classes`: the head's. `constant` is the baseline's answer to every row, by the labels of `constant_from`;
     None: no baseline.
     """
     results = list(rows)
     kind, units = kind_of(results[0]), list(by_key(results).values())
     statistics = statistics_of(kind, units, classes, complete=True)
-    details: dict[str, Any] = {} if kind == "tokens" else _DETAILS[kind](results, classes)
+    details: JsonObject = {} if kind == "tokens" else _DETAILS[kind](results, classes)
     if habits := {key: value_of(statistics[key], len(units)) for key in HABITS if key in statistics}:
         details["constant"] = {
             "answer": max(habits, key=lambda key: np.nan_to_num(habits[key])),
@@ -79,19 +79,19 @@ def score(
     return intervals(len(units), statistics), details
 
 
-def loss_by_source(rows: Sequence[RowResult], sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+def loss_by_source(rows: Sequence[RowResult], sources: Sequence[str]) -> dict[str, JsonObject]:
     """Rows and loss of each source, {"rows": 12, "loss": {"value", "low", "high"}}, of 2 to `MOST_SOURCES`; else empty.
-    `sources` names that of each row."""
+    `sources`: the source of each row."""
     names = list(dict.fromkeys(sources))
     if not 1 < len(names) <= MOST_SOURCES:
         return {}
-    found = {}
+    by_source = {}
     for name in names:
-        own = [row for row, source in zip(rows, sources, strict=True) if source == name]
-        units = list(by_key(own).values())
+        rows_of_source = [row for row, source in zip(rows, sources, strict=True) if source == name]
+        units = list(by_key(rows_of_source).values())
         loss = ratio([unit["loss"] for unit in units], [unit["count"] for unit in units])
-        found[name] = {"rows": len(own), **intervals(len(units), {"loss": loss})}
-    return found
+        by_source[name] = {"rows": len(rows_of_source), **intervals(len(units), {"loss": loss})}
+    return by_source
 
 
 def kind_of(row: RowResult) -> RowKind:
@@ -115,14 +115,14 @@ def by_key(rows: Iterable[RowResult]) -> dict[tuple[str, int], RowResult]:
     Keys are a row's hash and how many rows with that hash came before. The windows of a document, which share its hash,
     are one unit: their sums are added up.
     """
-    found: dict[tuple[str, int], RowResult] = {}
+    units: dict[tuple[str, int], RowResult] = {}
     for key, row in keyed(rows):
-        if key in found:
-            sums = {name: found[key].get(name, 0) + row[name] for name in _SUMS if name in row}
-            found[key] = {**found[key], **sums}
+        if key in units:
+            sums = {name: units[key].get(name, 0) + row[name] for name in _SUMS if name in row}
+            units[key] = {**units[key], **sums}
         else:
-            found[key] = row
-    return dict(sorted(found.items(), key=lambda item: item[0]))
+            units[key] = row
+    return dict(sorted(units.items(), key=lambda item: item[0]))
 
 
 def keyed(rows: Iterable[RowResult]) -> Iterator[tuple[tuple[str, int], RowResult]]:
@@ -140,12 +140,12 @@ def num_right(row: RowResult) -> int:
     if "rank" in row:
         return int(row["rank"] == 1)
     if "tags" in row:
-        return sum(tag == found for tag, found in zip(row["tags"], row["predicted"], strict=True))
+        return sum(tag == predicted for tag, predicted in zip(row["tags"], row["predicted"], strict=True))
     return int(row["label"] == row["predicted"])
 
 
 def sureness(row: RowResult) -> float:
-    """Probability of a row's prediction; of several classes that of the least sure one."""
+    """Probability of a row's prediction; the least sure one of several classes."""
     chances = row.get("probability", 0.0)
     return float(min(chances, default=0.0) if isinstance(chances, list) else chances)
 
@@ -163,23 +163,23 @@ def statistics_of(
 
 def names_in(rows: Iterable[RowResult]) -> list[str]:
     """The classes that rows name, sorted."""
-    found: set[str] = set()
+    names: set[str] = set()
     for row in rows:
         for value in (row.get("label"), row.get("tags"), row.get("predicted")):
-            found.update(name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
-    return sorted(found)
+            names.update(name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str))
+    return sorted(names)
 
 
 def _token_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
     loss = ratio(column(rows, "loss"), column(rows, "count"))
-    found: dict[str, Statistic] = {
+    statistics: dict[str, Statistic] = {
         "perplexity": lambda weights_RI: np.exp(np.minimum(loss(weights_RI), 700.0)),
         "token_accuracy": ratio(column(rows, "correct"), column(rows, "count")),
     }
     if any("bytes" in row for row in rows):
         num_bytes_I = np.array([row.get("bytes", 0) for row in rows])
-        found["bits_per_byte"] = ratio(column(rows, "loss") / math.log(2), num_bytes_I)
-    return found
+        statistics["bits_per_byte"] = ratio(column(rows, "loss") / math.log(2), num_bytes_I)
+    return statistics
 
 
 def _class_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
@@ -187,14 +187,14 @@ def _class_statistics(rows: Sequence[RowResult], classes: Sequence[str], complet
     true_I, found_I = _class_ids(rows, classes)
     true_IC, found_IC = (np.arange(len(classes)) == ids_I[:, None] for ids_I in (true_I, found_I))
     hits_I = true_I == found_I
-    found = {
+    statistics = {
         "accuracy": ratio(hits_I),
         "macro_f1": bootstrap.macro_f1(true_IC & found_IC, true_IC.astype(int) + found_IC, absent_count=False),
         "calibration_error": bootstrap.calibration_error(column(rows, "probability"), hits_I),
     }
     if complete and len(classes) == 2:
-        found["roc_auc"] = bootstrap.roc_auc(true_I == 1, _second_chances(rows, classes))
-    return found
+        statistics["roc_auc"] = bootstrap.roc_auc(true_I == 1, _second_chances(rows, classes))
+    return statistics
 
 
 def _class_ids(rows: Sequence[RowResult], classes: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -213,13 +213,13 @@ def _set_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete:
     true_IC, found_IC = _class_sets(rows, classes)
     right_IC = true_IC & found_IC
     counts_I3 = np.stack([right_IC.sum(1), found_IC.sum(1), true_IC.sum(1)], axis=1)
-    found = {
+    statistics = {
         "micro_f1": bootstrap.precision_recall_f1(counts_I3)[2],
         "exact_rows": ratio((true_IC == found_IC).all(1)),
         "label_accuracy": ratio((true_IC == found_IC).sum(1) / max(len(classes), 1)),
         "macro_f1": bootstrap.macro_f1(right_IC, true_IC.astype(int) + found_IC, absent_count=True),
     }
-    return found if complete else {key: found[key] for key in found if key not in OVER_CLASSES}
+    return statistics if complete else {key: statistics[key] for key in statistics if key not in OVER_CLASSES}
 
 
 def _class_sets(rows: Sequence[RowResult], classes: Sequence[str]) -> list[NDArray[np.bool_]]:
@@ -236,12 +236,12 @@ def _number_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bo
 def _tag_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
     """Metrics of whole spans where every class is O or a tag of a span (B-PER, I-PER, ...), else macro-F1 of tags."""
     words_I = np.array([len(row["tags"]) for row in rows])
-    found: dict[str, Statistic] = {"tag_accuracy": ratio([num_right(row) for row in rows], words_I)}
+    scores: dict[str, Statistic] = {"tag_accuracy": ratio([num_right(row) for row in rows], words_I)}
     if mark_spans(classes):
         statistics = bootstrap.precision_recall_f1(_span_counts(rows).sum(2))
-        return found | dict(zip(("span_precision", "span_recall", "span_f1"), statistics, strict=True))
+        return scores | dict(zip(("span_precision", "span_recall", "span_f1"), statistics, strict=True))
     right_IC, found_IC, true_IC = _tag_counts(rows, classes)
-    return found | {"macro_f1": bootstrap.macro_f1(right_IC, found_IC + true_IC, absent_count=False)}
+    return scores | {"macro_f1": bootstrap.macro_f1(right_IC, found_IC + true_IC, absent_count=False)}
 
 
 def labels_headline(task: Task, labels: Labels) -> str:
@@ -263,9 +263,9 @@ def _span_counts(rows: Sequence[RowResult], types: Sequence[str] | None = None) 
     spans = [[_spans(row[key]) for row in rows] for key in ("tags", "predicted")]
     kinds = types if types is not None else sorted({kind for side in spans for row in side for kind, _, _ in row})
     counts = np.zeros((len(rows), 3, len(kinds)), np.int64)
-    for i, (true, found) in enumerate(zip(*spans, strict=True)):
-        for k, some in enumerate((true & found, found, true)):
-            for kind, _, _ in some:
+    for i, (true, predicted) in enumerate(zip(*spans, strict=True)):
+        for k, chosen in enumerate((true & predicted, predicted, true)):
+            for kind, _, _ in chosen:
                 counts[i, k, kinds.index(kind)] += 1
     return counts
 
@@ -281,9 +281,9 @@ def _tag_counts(rows: Sequence[RowResult], classes: Sequence[str]) -> NDArray[np
     ids = {name: i for i, name in enumerate(classes)}
     counts = np.zeros((3, len(rows), len(classes)), np.int64)
     for i, row in enumerate(rows):
-        for tag, found in zip(row["tags"], row["predicted"], strict=True):
-            counts[0, i, ids[tag]] += tag == found
-            counts[1, i, ids[found]] += 1
+        for tag, predicted in zip(row["tags"], row["predicted"], strict=True):
+            counts[0, i, ids[tag]] += tag == predicted
+            counts[1, i, ids[predicted]] += 1
             counts[2, i, ids[tag]] += 1
     return counts
 
@@ -315,7 +315,7 @@ def _baseline(kind: RowKind, rows: Sequence[RowResult], classes: Sequence[str], 
     return {"majority": ratio(np.array([row["label"] == constant for row in rows]))}
 
 
-def _class_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+def _class_details(rows: Sequence[RowResult], classes: Sequence[str]) -> JsonObject:
     true_I, found_I = _class_ids(rows, classes)
     confusion_CC = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion_CC, (true_I, found_I), 1)
@@ -330,19 +330,19 @@ def _class_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[st
     return details
 
 
-def _set_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+def _set_details(rows: Sequence[RowResult], classes: Sequence[str]) -> JsonObject:
     true_IC, found_IC = _class_sets(rows, classes)
     counts = (true_IC & found_IC).sum(0), found_IC.sum(0), true_IC.sum(0)
     return {"labels": list(classes), "per_class": _table("label", classes, *counts)}
 
 
-def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> dict[str, Any]:
-    found = "similarity" if "similarity" in rows[0] else "predicted"
+def _number_details(rows: Sequence[RowResult], _: Sequence[str]) -> JsonObject:
+    key = "similarity" if "similarity" in rows[0] else "predicted"
     shown = np.unique(np.linspace(0, len(rows) - 1, MOST_DOTS).astype(np.int64)).tolist()
-    return {"scatter": [[rows[i]["value"], rows[i][found]] for i in shown]}
+    return {"scatter": [[rows[i]["value"], rows[i][key]] for i in shown]}
 
 
-def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str, Any]:
+def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> JsonObject:
     if mark_spans(classes):
         types = sorted({kind for row in rows for key in ("tags", "predicted") for kind, _, _ in _spans(row[key])})
         table = _table("type", types, *_span_counts(rows, types).sum(0))
@@ -351,7 +351,7 @@ def _tag_details(rows: Sequence[RowResult], classes: Sequence[str]) -> dict[str,
     return {"labels": list(classes), "per_type": table}
 
 
-_DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[str, Any]]] = {
+_DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], JsonObject]] = {
     "classes": _class_details,
     "sets": _set_details,
     "numbers": _number_details,
@@ -364,7 +364,7 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], dict[s
 }
 
 
-def _table(key: str, names: Sequence[str], right_C: Any, found_C: Any, true_C: Any) -> list[dict[str, Any]]:
+def _table(key: str, names: Sequence[str], right_C: Any, found_C: Any, true_C: Any) -> list[JsonObject]:
     """Precision, recall, F1 and support of each class; 0 where one is not defined."""
     scores = divide(right_C, found_C), divide(right_C, true_C), divide(2 * right_C, found_C + true_C)
     rows = zip(names, *(column.tolist() for column in (*scores, true_C)), strict=True)
@@ -383,7 +383,7 @@ def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[d
 
 
 class WordTokenizer:
-    """Words in lower case: those of rouge-score in ASCII text, where other letters would be lost in the original."""
+    """Words in lower case, as rouge-score splits ASCII text; elsewhere other letters would be lost in the original."""
 
     def tokenize(self, text: str) -> list[str]:
         """Runs of letters and digits; each letter of a script without spaces is a word."""
@@ -413,7 +413,7 @@ def score_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str
     scores = answer_scores(answers, references)
     words = WordTokenizer().tokenize
     keys = [key for key in ANSWER_SCORES if key != "rouge2" or any(len(words(text)) > 1 for text in references)]
-    statistics = {key: ratio([one[key] for one in scores]) for key in keys}
+    statistics = {key: ratio([score[key] for score in scores]) for key in keys}
     lengths_2I = [[len(words(text)) for text in texts] for texts in (answers, references)]
     statistics["length_ratio"] = ratio(*map(np.array, lengths_2I))
     return intervals(len(scores), statistics)
@@ -424,8 +424,8 @@ def answer_scores(answers: Sequence[str], references: Sequence[str]) -> list[dic
     from rouge_score.rouge_scorer import RougeScorer  # now: its imports take as long as loading a model
 
     scorer = RougeScorer(ANSWER_SCORES[1:], tokenizer=WordTokenizer())
-    found = []
+    scores = []
     for answer, reference in zip(answers, references, strict=True):
-        rouges = {key: one.fmeasure for key, one in scorer.score(reference, answer).items()}
-        found.append({"exact_match": float(answer.strip() == reference.strip()), **rouges})
-    return found
+        rouges = {key: rouge.fmeasure for key, rouge in scorer.score(reference, answer).items()}
+        scores.append({"exact_match": float(answer.strip() == reference.strip()), **rouges})
+    return scores

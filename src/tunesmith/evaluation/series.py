@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject, Record
 
 RECENT_STEPS = 20
 """Newest steps, from which the time left is estimated."""
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 class RunSeries:
     """A run after its events so far. One that is resumed repeats some of them: the later event counts."""
 
-    plan: Mapping[str, Any] = field(default_factory=dict)
+    plan: Record = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
     """Hashes of model, data and settings."""
     started: bool = False
@@ -37,16 +37,16 @@ class RunSeries:
     """The newest."""
     steps: dict[int, Step] = field(default_factory=dict)
     peak_bytes: int = 0
-    evaluations: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
+    evaluations: list[tuple[int, Record]] = field(default_factory=list)
     """Step and values, in order."""
-    answers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    answers: dict[str, Record] = field(default_factory=dict)
     """Values of the "answers" events by their name."""
-    general: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    general: dict[str, Record] = field(default_factory=dict)
+    samples: dict[int, JsonObject] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
     """Notes that nobody has to act on."""
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: Record = field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> RunSeries:
@@ -60,7 +60,7 @@ class RunSeries:
         if event.kind in ("start", "resume"):
             self.started, self.step = True, event.step
             self.identity = values.get("identity", self.identity)
-            self.steps = {step: found for step, found in self.steps.items() if step <= event.step}
+            self.steps = {step: step_values for step, step_values in self.steps.items() if step <= event.step}
         elif event.kind == "plan":
             # A forecast does not repeat bit for bit: it depends on the memory that is free at the moment.
             self.plan = {**values, "forecast": timing.get("forecast")}
@@ -77,8 +77,8 @@ class RunSeries:
         elif event.kind == "general":
             self.general[values["name"]] = values
         elif event.kind == "sample":
-            given = {key: values.get(key, "") for key in ("prompt", "reference", "source")}
-            sample = self.samples.setdefault(values["index"], given)
+            texts = {key: values.get(key, "") for key in ("prompt", "reference", "source")}
+            sample = self.samples.setdefault(values["index"], texts)
             sample[values["name"]] = values["answer"]
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
         elif event.kind == "note":
@@ -102,28 +102,28 @@ class RunSeries:
             return None
         return sum(recent) / len(recent) * (self.total_steps - self.step)
 
-    def course(self, kept: int | None = None) -> list[tuple[int, Mapping[str, Any]]]:
+    def course(self, kept: int | None = None) -> list[tuple[int, Record]]:
         """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where those
         of step `kept` were put back, is left out. `kept` None: not known; a step's own evaluation counts."""
-        found: dict[int, Mapping[str, Any]] = {}
+        by_step: dict[int, Record] = {}
         for step, values in self.evaluations:
-            if values["name"] != "after" or (step == kept if kept is not None else step not in found):
-                found[step] = values
-        return list(found.items())
+            if values["name"] != "after" or (step == kept if kept is not None else step not in by_step):
+                by_step[step] = values
+        return list(by_step.items())
 
     @property
     def curve(self) -> list[float]:
         """Held-out losses in the order of their steps."""
-        kept = self.report.get("kept", {}).get("step")
-        return [values["loss"] for _, values in sorted(self.course(kept), key=lambda pair: pair[0])]
+        kept_step = self.report.get("kept", {}).get("step")
+        return [values["loss"] for _, values in sorted(self.course(kept_step), key=lambda pair: pair[0])]
 
-    def score(self, name: str) -> dict[str, Any] | None:
+    def score(self, name: str) -> JsonObject | None:
         """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
         of `general_tokens` behind them; None if nothing was held out, or of the "before" of a new head."""
-        found = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
-        if found is None or (name == "before" and self.has_new_head):
+        evaluation = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
+        if evaluation is None or (name == "before" and self.has_new_head):
             return None
-        measures, counts = measures_of(found), {}
+        measures, counts = measures_of(evaluation), {}
         if name in self.answers:
             measures |= self.answers[name]["measures"]
             counts["answers"] = self.answers[name].get("num", 0)
@@ -131,10 +131,10 @@ class RunSeries:
             measures["general_loss"] = {"value": self.general[name]["loss"]}
             counts["general_tokens"] = self.general[name].get("tokens", 0)
         order = sorted(measures, key=lambda key: list(METRICS).index(key) if key in METRICS else len(METRICS))
-        rest = {key: value for key, value in found.items() if key != "name"}
+        rest = {key: value for key, value in evaluation.items() if key != "name"}
         return {**rest, **counts, "measures": {key: measures[key] for key in order}}
 
 
-def measures_of(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+def measures_of(evaluation: Record) -> dict[str, Mapping[str, float]]:
     """Every metric of an evaluation as {"value", "low", "high"}; the loss has no interval where none was made."""
     return {"loss": {"value": evaluation["loss"]}, **evaluation.get("measures", {})}

@@ -145,7 +145,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(recipe: Recipe) -> Method:
-    """The row of a recipe's method; of `auto`, which becomes lora or full, that of lora."""
+    """The row of a recipe's method; for `auto`, which becomes lora or full, lora's."""
     return METHODS["lora" if recipe.method.name == "auto" else recipe.method.name]
 
 

@@ -36,6 +36,7 @@ from tunesmith.models.save import save_tokenizer
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.recipe.methods import DoraMethod, LoraMethod, LowRankMethod
 from tunesmith.runs.atomic import writing_folder
+from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
@@ -97,7 +98,7 @@ def base_reference(located: ModelRef) -> str:
     return located.name if located.kind == "hub" else str(located.path.resolve())
 
 
-def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> dict[str, Any]:
+def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) -> JsonObject:
     """The adapter_config.json of an adapter."""
     settings, rows, sizes = attachment.settings, attachment.rows, attachment.sizes
     return {
@@ -119,8 +120,10 @@ def to_config(attachment: LoraAttachment, *, base: str, revision: str | None) ->
         "trainable_token_indices": None if rows is None else {name: list(rows.ids) for name in rows.names},
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {f"^{name}": one.rank for name, one in sizes.items() if one.rank != settings.rank},
-        "alpha_pattern": {f"^{name}": _as_int(one.alpha) for name, one in sizes.items() if one.alpha != settings.alpha},
+        "rank_pattern": {f"^{name}": size.rank for name, size in sizes.items() if size.rank != settings.rank},
+        "alpha_pattern": {
+            f"^{name}": _as_int(size.alpha) for name, size in sizes.items() if size.alpha != settings.alpha
+        },
     }
 
 
@@ -159,7 +162,7 @@ def module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if not (inside and name.startswith(inside))]
 
 
-def check_patterns(config: Mapping[str, Any]) -> None:
+def check_patterns(config: Record) -> None:
     """Raise ModelError for a config with a regular expression on which peft could take forever."""
     for key in PATTERN_KEYS:
         words = config.get(key) or ()
@@ -175,7 +178,7 @@ def _num_bytes(attachment: LoraAttachment) -> int:
     return sum(4 * tensor.numel() for tensor in attachment.trained.values())
 
 
-def _write(attachment: LoraAttachment, config: Mapping[str, Any], folder: Path) -> None:
+def _write(attachment: LoraAttachment, config: Record, folder: Path) -> None:
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -192,7 +195,7 @@ def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
 
 
 def _whole_modules(attachment: LoraAttachment) -> list[str]:
-    """The modules that are written whole: those of the head, and those that were named, with the ones tied to them."""
+    """The modules that are written whole: the head's and the named ones, with the ones tied to them."""
     model, modules = attachment.model, attachment.whole.modules
     names = [*head_modules(model, attachment.whole.head), *modules, *tied_modules(model, modules)]
     return list(dict.fromkeys(names))
@@ -215,7 +218,7 @@ class SavedConfig:
     """An adapter's config."""
 
     settings: LowRankMethod
-    config: Mapping[str, Any]
+    config: Record
 
     def means(self, name: str) -> bool:
         """Whether the module of this name is adapted."""
@@ -244,12 +247,12 @@ class SavedConfig:
         return {tuple(ids) for ids in (indices.values() if isinstance(indices, dict) else [indices]) if ids}
 
 
-def by_patterns(patterns: Mapping[str, Any], name: str, default: float) -> Any:
+def by_patterns(patterns: Record, name: str, default: float) -> Any:
     """The value of the first pattern that means a layer, as peft reads them."""
     parts = name.split(".")
     ends = [".".join(parts[start:]) for start in range(len(parts))]
-    found = (value for key, value in patterns.items() if any(matches(key, end, whole=True) for end in ends))
-    return next(found, default)
+    values = (value for key, value in patterns.items() if any(matches(key, end, whole=True) for end in ends))
+    return next(values, default)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
@@ -257,7 +260,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
 
     Raises:
         ModelError: a file that is missing or broken, a kind of adapter that changes the base, other labels, or weights
-            that are not exactly those of the layers it names and of the model's head; the model was not changed.
+            that do not fit exactly the layers it names and the model's head; the model was not changed.
     """
     heads.check_labels(model, folder)
     saved, tensors = read_config(folder), _read_weights(folder)
@@ -266,32 +269,32 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     targets = named_targets(model, named | meant)
     linear = {name for target in targets for name in target.names}
     adapted = [saved.sized(target) for target in targets]
-    whole = _find_whole(saved, model)
+    whole_weights = _find_whole(saved, model)
     ids = saved.token_ids()
     problems = [f"no linear layer {name} in the model" for name in sorted((named | meant) - linear)]
     problems += [f"weights for {name}, which target_modules does not name" for name in sorted(named - meant)]
-    problems += [f"{name} is adapted and whole" for name in sorted(linear) if is_inside(name, whole.modules)]
+    problems += [f"{name} is adapted and whole" for name in sorted(linear) if is_inside(name, whole_weights.modules)]
     problems += tied_reasons(model, targets)
     if len(ids) > 1:
         problems.append("rows of embedding and head are for different tokens")
     num_rows = min(len(weight) for weight in tables(model).values()) if ids else 0
     problems += [
-        f"rows for token {max(some)}, and the model has {num_rows}: its embedding has to grow first"
-        for some in ids
-        if max(some) >= num_rows
+        f"rows for token {max(ids_of_table)}, and the model has {num_rows}: its embedding has to grow first"
+        for ids_of_table in ids
+        if max(ids_of_table) >= num_rows
     ]
     rows = next(iter(ids), ())
-    problems += tensor_problems(tensors, _shapes(saved, model, adapted, whole, rows))
-    problems += _unequal_ties(model, whole, tensors)
+    problems += tensor_problems(tensors, _shapes(saved, model, adapted, whole_weights, rows))
+    problems += _unequal_ties(model, whole_weights, tensors)
     # A pooler that comes with the base may be missing, the rest of a head may not.
     drawn, inside = heads.new_param_names(model), f"{model.base_model_prefix}."
     needed = [name for name in heads.new_head_names(model) if name in drawn or not name.startswith(inside)]
-    problems += [f"no weights for the head's {name}" for name in needed if name not in whole.head]
+    problems += [f"no weights for the head's {name}" for name in needed if name not in whole_weights.head]
     if problems:
         more = f" and {len(problems) - MOST_NAMED_TENSORS} more" if len(problems) > MOST_NAMED_TENSORS else ""
         base = saved.config["base_model_name_or_path"]
         raise ModelError(f"{folder}: does not fit {base}: {'; '.join(problems[:MOST_NAMED_TENSORS])}{more}")
-    attachment = put_adapters(model, adapted, whole=whole, settings=saved.settings, rows=rows)
+    attachment = put_adapters(model, adapted, whole=whole_weights, settings=saved.settings, rows=rows)
     with torch.no_grad():
         for name, master in attachment.trained.items():
             master.copy_(tensors[name])
@@ -307,7 +310,7 @@ def read_low_rank(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     saved, tensors = read_config(folder), _read_weights(folder)
     if isinstance(saved.settings, DoraMethod):
         raise ModelError(f"{folder}: DoRA, which is more than low-rank paths on layers")
-    found: dict[str, tuple[Tensor, Tensor, float]] = {}
+    paths: dict[str, tuple[Tensor, Tensor, float]] = {}
     for key, a_RI in tensors.items():
         match = _LAYER_KEY.fullmatch(key)
         if match is None or f"{match['name']}.lora_B.weight" not in tensors:
@@ -316,8 +319,8 @@ def read_low_rank(folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
             name, rank = match["name"], len(a_RI)
             alpha = by_patterns(saved.config.get("alpha_pattern") or {}, name, saved.settings.alpha)
             scale = alpha / (rank**0.5 if saved.settings.rslora else rank)
-            found[name] = (a_RI, tensors[f"{name}.lora_B.weight"], scale)
-    return found
+            paths[name] = (a_RI, tensors[f"{name}.lora_B.weight"], scale)
+    return paths
 
 
 def read_config(folder: Path) -> SavedConfig:
@@ -334,7 +337,7 @@ def read_config(folder: Path) -> SavedConfig:
     return SavedConfig(_settings(path, config), config)
 
 
-def _settings(path: Path, config: dict[str, Any]) -> LowRankMethod:
+def _settings(path: Path, config: JsonObject) -> LowRankMethod:
     missing = [key for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if key not in config]
     if config.get("peft_type") != "LORA" or missing:
         raise ModelError(f"{path}: not a LoRA adapter: peft_type {config.get('peft_type')!r}, missing keys {missing}")
@@ -386,9 +389,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _find_whole(saved: SavedConfig, model: PreTrainedModel) -> Whole:
     """Weights that an adapter brings whole, as peft finds them: modules by name endings."""
     ends = tuple(saved.config.get("modules_to_save") or ())
-    found = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
-    head = tuple(name for name in heads.new_head_names(model) if is_inside(name, found))
-    modules = [name for name in found if not any(is_inside(weight, [name]) for weight in head)]
+    matching = [name for name, _ in model.named_modules() if ends and name.endswith(ends)]
+    head = tuple(name for name in heads.new_head_names(model) if is_inside(name, matching))
+    modules = [name for name in matching if not any(is_inside(weight, [name]) for weight in head)]
     once: list[str] = []
     for name in modules:
         if not is_inside(name, set(modules) - {name}) and not tied_modules(model, [name]).keys() & set(once):
@@ -401,9 +404,12 @@ def _shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of everything that the file must hold, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for one in adapted:
-        name, (num_outputs, num_inputs) = one.target.name, shape_OI(one.target.module)
-        shapes |= {f"{name}.lora_A.weight": (one.rank, num_inputs), f"{name}.lora_B.weight": (num_outputs, one.rank)}
+    for layer in adapted:
+        name, (num_outputs, num_inputs) = layer.target.name, shape_OI(layer.target.module)
+        shapes |= {
+            f"{name}.lora_A.weight": (layer.rank, num_inputs),
+            f"{name}.lora_B.weight": (num_outputs, layer.rank),
+        }
         if isinstance(saved.settings, DoraMethod):
             shapes[f"{name}.{MAGNITUDE}"] = (num_outputs,)
     shapes |= {name: tuple(weight.shape) for name, weight in _saved_modules(model, whole.modules).items()}

@@ -82,7 +82,7 @@ def _rows_of(
     if len(tokens) == len(weight):
         return None, ()
     remark = (
-        f"{name}: {len(tokens):,} of {len(weight):,} rows are trained, those of the tokens in the data: the others get "
+        f"{name}: {len(tokens):,} of {len(weight):,} rows are trained, for the tokens in the data: the others get "
         "no gradient, and stay as they are"
     )
     return TokenRows(model, tokens, among={name: weight}), (remark,)
@@ -162,7 +162,7 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
 
 def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[str]) -> dict[str, nn.Parameter]:
     """The parameters to train, by name, in the order of the model: those that `train` means (all if it is empty)
-    without those that `freeze` means. Words are those of `targets`; a weight with two names (tied) is meant by either.
+    without those that `freeze` means. Words are as in `targets`; a weight with two names (tied) is meant by either.
 
     Raises:
         RecipeError: a word that means no weight, nothing left to train, or a weight frozen that is new and random.
@@ -191,25 +191,25 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     frozen = [(name, weight) for name, weight in model.named_parameters() if name not in chosen]
     if not frozen:
         return ()
-    num, total = (sum(p.numel() for p in some) for some in ((p for _, p in frozen), model.parameters()))
+    num, total = (sum(p.numel() for p in parameters) for parameters in ((p for _, p in frozen), model.parameters()))
     return (f"frozen: {len(frozen)} weights, {percent(num / total)} of the model, such as {frozen[0][0]}",)
 
 
 def _meant(words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:
     """Ids of the parameters that `words` mean."""
     problems: list[str] = []
-    found: set[int] = set()
+    meant: set[int] = set()
     for word in words:
         check_word(word, f"method.{option}")
-        some = {key for key, known in names.items() if any(_means(word, name) for name in known)}
-        if not some:
+        matching = {key for key, known in names.items() if any(_means(word, name) for name in known)}
+        if not matching:
             parts = {part for known in names.values() for name in known for part in name.split(".")}
             hint = near_words(word.rpartition(".")[2], parts)
             problems.append(f"method.{option}: {word!r} means no weight.{hint}")
-        found |= some
+        meant |= matching
     if problems:
         raise RecipeError("\n".join(problems))
-    return found
+    return meant
 
 
 def _means(word: str, name: str) -> bool:

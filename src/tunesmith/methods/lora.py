@@ -195,13 +195,13 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     rows = _new_tokens(model, targets, modules)
     attachment = put_adapters(model, adapted, whole=Whole(head, modules), settings=settings, rows=rows)
     attachment.notes = tuple(
-        f"method.also_train: {other} is trained with {one}: they are one weight (tied)"
-        for other, one in tied_modules(model, modules).items()
+        f"method.also_train: {other} is trained with {tied}: they are one weight (tied)"
+        for other, tied in tied_modules(model, modules).items()
     )
     if left_out and not {"all-linear", "mlp"}.isdisjoint(settings.targets):
         text = f"{len(left_out)} modules such as {left_out[0]} are not linear layers: they have no adapter, stay frozen"
         attachment.notes += (Aside(text),)
-    if not set(GROUPS).isdisjoint(settings.targets) and (gates := [one.name for one in routers(model)]):
+    if not set(GROUPS).isdisjoint(settings.targets) and (gates := [gate.name for gate in routers(model)]):
         what = f"{len(gates)} layers such as {gates[0]} choose experts"
         attachment.notes += (Aside(f"{what}: they have no adapter but where method.targets names them"),)
     if unread:
@@ -235,12 +235,14 @@ def put_adapters(
     model.requires_grad_(False)
     layer_class = DoraLinear if isinstance(settings, DoraMethod) else LoraLinear
     layers = []
-    for one in adapted:
-        scale = one.alpha / (one.rank**0.5 if settings.rslora else one.rank)
-        layer = layer_class(one.target.module, rank=one.rank, scale=scale, dropout=settings.dropout)
-        layer.train(one.target.module.training)
-        replace_module(model, one.target, layer)
-        layers.append((one, layer))
+    for layer_to_adapt in adapted:
+        scale = layer_to_adapt.alpha / (layer_to_adapt.rank**0.5 if settings.rslora else layer_to_adapt.rank)
+        layer = layer_class(
+            layer_to_adapt.target.module, rank=layer_to_adapt.rank, scale=scale, dropout=settings.dropout
+        )
+        layer.train(layer_to_adapt.target.module.training)
+        replace_module(model, layer_to_adapt.target, layer)
+        layers.append((layer_to_adapt, layer))
     token_rows = TokenRows(model, rows) if rows else None
     return LoraAttachment(model, layers, whole=whole, weights=weights, settings=settings, rows=token_rows)
 
@@ -255,15 +257,15 @@ def _new_tokens(model: PreTrainedModel, targets: Sequence[Target], modules: Sequ
         return ()
     tables = {id(table): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
     weights = {id(table.weight) for table in tables.values()}
-    whole = {id(weight) for weight in weights_of(model, modules).values()} & weights
+    trained_whole = {id(weight) for weight in weights_of(model, modules).values()} & weights
     adapted = [target.name for target in targets if id(target.module) in tables]
-    if adapted or (whole and whole != weights):
+    if adapted or (trained_whole and trained_whole != weights):
         names = [name for name, module in model.named_modules() if id(module) in tables]
         raise RecipeError(
             f"data.new_tokens: {' and '.join(names)} have rows of the new tokens: name all of them in "
             "method.also_train, or none there and in method.targets."
         )
-    return () if whole else ids
+    return () if trained_whole else ids
 
 
 # The method's fields in METHODS

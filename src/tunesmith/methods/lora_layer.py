@@ -128,7 +128,7 @@ class DoraLinear(LoraLinear):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Start the trained lengths from those of the rows now, so that outputs are those of V."""
+        """Start the trained lengths from the rows' present lengths, so that outputs are V's."""
         self.refresh()
         self.lora_magnitude_vector.copy_(self.norm_O)
 

@@ -46,7 +46,7 @@ class MasterWeights:
                 self._hooks.append(hook)
 
     def collect(self) -> None:
-        """Add the gradients of the copies to those of the masters, in float32, and drop them."""
+        """Add the gradients of the copies to the masters', in float32, and drop them."""
         if self._pairs and _in_one_call(self._pairs[0][1]):
             _add_in_two_calls([pair for pair in self._pairs if pair[0].grad is not None])
             return
@@ -57,8 +57,8 @@ class MasterWeights:
     def publish(self) -> None:
         """Round the masters into the copies."""
         if self._pairs and _in_one_call(self._pairs[0][1]):
-            own = [_own(parameter) for parameter, _ in self._pairs]
-            torch._foreach_copy_(own, [master for _, master in self._pairs])
+            copies = [_own(parameter) for parameter, _ in self._pairs]
+            torch._foreach_copy_(copies, [master for _, master in self._pairs])
             return
         for parameter, master in self._pairs:
             _own(parameter).copy_(master)
@@ -88,7 +88,7 @@ def _in_one_call(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def _add_in_two_calls(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Add gradients to those of the masters: grouped additions know one type, so they are widened before, all at once.
+    """Add gradients to the masters': grouped additions know one type, so they are widened before, all at once.
     A master without a gradient takes them as they are then."""
     if not pairs:
         return

@@ -70,12 +70,12 @@ class TokenRows:
 
 def tables(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights that have a row for every token, by the name of the first module that has it."""
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for anchor in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if anchor is not None and not any(anchor.weight is weight for weight in found.values()):
+        if anchor is not None and not any(anchor.weight is weight for weight in by_name.values()):
             name = next(n for n, module in model.named_modules() if module._parameters.get("weight") is anchor.weight)
-            found[name] = anchor.weight
-    return found
+            by_name[name] = anchor.weight
+    return by_name
 
 
 def sole_embedding(model: PreTrainedModel) -> str | None:

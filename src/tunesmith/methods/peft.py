@@ -34,7 +34,7 @@ from tunesmith.models.modes import silence_transformers
 from tunesmith.models.save import writing_weights
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.methods import PeftMethod
-from tunesmith.types import Attachment
+from tunesmith.types import Attachment, JsonObject
 
 if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
@@ -91,7 +91,7 @@ def config_class(kind: str) -> Any:
     import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kinds = {str(found.value): config for found, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds = {str(peft_type.value): config for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     usable = sorted(kinds.keys() - set(UNSUPPORTED))
     if kind in usable:
         return kinds[kind]
@@ -111,8 +111,8 @@ def make_config(method: PeftMethod, **given: Any) -> Any:
     Raises:
         RecipeError: peft is not installed, the kind does not exist or is not supported, or peft refuses the settings.
     """
-    if own := [key for key in OWN_KEYS if key in method.settings]:
-        raise RecipeError(f"method.settings.{own[0]}: follows from the model and the run. Leave it out.")
+    if reserved := [key for key in OWN_KEYS if key in method.settings]:
+        raise RecipeError(f"method.settings.{reserved[0]}: follows from the model and the run. Leave it out.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*will be ignored")
@@ -128,7 +128,7 @@ def learning_rate(method: PeftMethod, kind: str, num_parameters: int) -> tuple[f
     if method.kind in LEARNING_RATES:
         rate, source = LEARNING_RATES[method.kind]
         return rate, f"usual for {method.kind}: {source}"
-    return 5e-4 if num_parameters < 1e9 else 2e-4, f"that of LoRA: for {method.kind} none is known here, try others too"
+    return 5e-4 if num_parameters < 1e9 else 2e-4, f"as for LoRA: for {method.kind} none is known here, try others too"
 
 
 def randomness(method: PeftMethod) -> str | None:
@@ -184,7 +184,7 @@ class PeftAttachment(Attachment):
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """Move everything that is trained by a tenth of its size inside the block: fresh adapters often add zero."""
-        kept = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
+        before = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for tensor in self.trained.values():
@@ -195,7 +195,7 @@ class PeftAttachment(Attachment):
                 yield
             finally:
                 for name, tensor in self.trained.items():
-                    tensor.copy_(kept[name])
+                    tensor.copy_(before[name])
                 self.publish()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
     """Put a saved adapter on `model`, its base, by peft's own functions, but strictly.
 
     Raises:
-        ModelError: a file that is missing or broken, other labels, or tensors that are not exactly those of the method.
+        ModelError: a file that is missing or broken, other labels, or tensors that do not fit the method exactly.
     """
     heads.check_labels(model, folder)
     peft = import_peft()
@@ -337,12 +337,12 @@ def _layer_class() -> Any:
     return BaseTunerLayer
 
 
-def _given(model: PreTrainedModel, method: PeftMethod) -> dict[str, Any]:
+def _given(model: PreTrainedModel, method: PeftMethod) -> JsonObject:
     """Settings that follow from the model."""
-    given: dict[str, Any] = {"task_type": task_type(model)}
+    settings: dict[str, Any] = {"task_type": task_type(model)}
     if head := head_modules(model, heads.new_head_names(model)):
-        given["modules_to_save"] = list(dict.fromkeys([*(method.settings.get("modules_to_save") or ()), *head]))
-    return given
+        settings["modules_to_save"] = list(dict.fromkeys([*(method.settings.get("modules_to_save") or ()), *head]))
+    return settings
 
 
 def _notes(attachment: PeftAttachment, layers: list[str]) -> tuple[str, ...]:
@@ -367,8 +367,8 @@ def _plain_name(name: str) -> str:
 
 def _checksums(model: PreTrainedModel) -> dict[str, int]:
     """A sum over the bits of every weight of the base, by its name there."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        _plain_name(name): int(weight.detach().contiguous().view(whole[weight.element_size()]).sum())
+        _plain_name(name): int(weight.detach().contiguous().view(integers[weight.element_size()]).sum())
         for name, weight in model.named_parameters()
     }

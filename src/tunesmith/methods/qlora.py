@@ -53,8 +53,8 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
     model.to(device)
     free_cached_memory()  # otherwise the heap stays as large as the weights that were packed
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    before = size(sum(one.weight_shape.numel() * one.weight_dtype.itemsize for one in packed))
-    after = size(sum(one.num_bytes for one in packed))
+    before = size(sum(layer.weight_shape.numel() * layer.weight_dtype.itemsize for layer in packed))
+    after = size(sum(layer.num_bytes for layer in packed))
     notes = [f"the base is quantised to {BASE_FORMAT}: {len(packed)} linear layers, {before} become {after}"]
     if left_out:
         notes.append(f"{left_out} linear layers are not quantised: they compute in their own way, or share a weight")
@@ -64,8 +64,8 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
 def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target], int]:
     """The layers that are packed, or will be, and the number of those that cannot be. Raises RecipeError for none."""
     modules = find_modules(model, settings.also_train, ())
-    whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
-    inside = [target for target in inner_linears(model) if id(target.module) not in whole]
+    trained_whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
+    inside = [target for target in inner_linears(model) if id(target.module) not in trained_whole]
     targets = [
         target
         for target in inside

@@ -67,27 +67,29 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     """
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
     unread = {id(target.module) for target in unread_linears(model)}
-    linears = [one for one in _named(model, LINEARS) if one.name not in head and id(one.module) not in unread]
+    linears = [
+        linear for linear in _named(model, LINEARS) if linear.name not in head and id(linear.module) not in unread
+    ]
     in_head = [target for target in _named(model, LINEARS) if target.name in head]
     embeddings = _named(model, (nn.Embedding,))
     problems: list[str] = []
     chosen: set[int] = set()
     for word in targets:
         check_word(word, "method.targets")
-        found = [target for target in linears if _is_meant(word, target, model)]
-        chosen.update(id(target.module) for target in found)
-        problems += [f"method.targets: {word!r}: {reason}" for reason in tied_reasons(model, found)]
+        meant = [target for target in linears if _is_meant(word, target, model)]
+        chosen.update(id(target.module) for target in meant)
+        problems += [f"method.targets: {word!r}: {reason}" for reason in tied_reasons(model, meant)]
         unfit = [target for target in embeddings if word not in GROUPS and _is_meant(word, target, model)]
         problems += [
             f"method.targets: {word!r}: {target.name} is an embedding, only linear layers can be adapted. "
             "Leave it out, or train every weight with method: full."
             for target in unfit
         ]
-        if not found and (of_head := [target.name for target in in_head if _is_meant(word, target, model)]):
+        if not meant and (of_head := [target.name for target in in_head if _is_meant(word, target, model)]):
             problems.append(
                 f"method.targets: {word!r}: {of_head[0]} belongs to the head, which is trained whole. Leave it out."
             )
-        elif not found and not unfit:
+        elif not meant and not unfit:
             others = not_linear(model)
             why = f" ({others[0]} and its like hold weights, but are not linear layers.)" if others else ""
             hint = near_words(word, [t.name for t in linears], *GROUPS)
@@ -98,11 +100,13 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
 
 
 def inner_linears(model: nn.Module, *, unread: bool = True) -> list[Target]:
-    """Every linear layer inside the decoder and encoder layers, but those of a head that is trained whole. `unread`:
-    with those of `unread_linears`."""
+    """Every linear layer inside the decoder and encoder layers, without a head that is trained whole. `unread`:
+    with `unread_linears`."""
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
     others = {id(target.module) for target in unread_linears(model)} if not unread else set()
-    linears = [one for one in _named(model, LINEARS) if one.name not in head and id(one.module) not in others]
+    linears = [
+        linear for linear in _named(model, LINEARS) if linear.name not in head and id(linear.module) not in others
+    ]
     return [target for target in linears if _place(target, model) is not None]
 
 
@@ -114,7 +118,7 @@ def routers(model: nn.Module) -> list[Target]:
 def unread_linears(model: nn.Module) -> list[Target]:
     """The linear layers that only images or sound pass through."""
     read = {id(module) for module in text_part(model).modules()}
-    return [one for one in _named(getattr(model, "base_model", model), LINEARS) if id(one.module) not in read]
+    return [linear for linear in _named(getattr(model, "base_model", model), LINEARS) if id(linear.module) not in read]
 
 
 def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
@@ -133,11 +137,11 @@ def by_pattern(
     values: dict[str, float] = {}
     for word, value in patterns.items():
         check_word(word, option)
-        found = [target.name for target in targets if _is_meant(word, target, model)]
-        if not found:
+        matching = [target.name for target in targets if _is_meant(word, target, model)]
+        if not matching:
             hint = near_words(word, [target.name for target in targets])
             raise RecipeError(f"{option}: {word!r} matches no adapted layer.{hint}")
-        values |= dict.fromkeys(found, value)
+        values |= dict.fromkeys(matching, value)
     return values
 
 
@@ -202,10 +206,10 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
     chosen: set[str] = set()
     for word in words:
         check_word(word, "method.also_train")
-        found = [name for name in names if means(word, name)]
-        if not found:
+        matching = [name for name in names if means(word, name)]
+        if not matching:
             problems.append(f"method.also_train: {word!r} matches no module with weights.{near_words(word, names)}")
-        for name in found:
+        for name in matching:
             if inside := [other for other in adapted if is_inside(other, [name])]:
                 problems.append(
                     f"method.also_train: {word!r}: {min(inside)} has an adapter: a layer is adapted or trained whole, "
@@ -216,7 +220,7 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
                     f"method.also_train: {word!r}: {name} belongs to the head, which is trained whole anyway. "
                     "Leave it out."
                 )
-        chosen.update(found)
+        chosen.update(matching)
     if problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     return tuple(name for name in names if name in chosen and not is_inside(name, chosen - {name}))
@@ -234,12 +238,12 @@ def weights_of(model: nn.Module, modules: Sequence[str]) -> dict[str, nn.Paramet
 def tied_modules(model: nn.Module, modules: Sequence[str]) -> dict[str, str]:
     """The other modules that hold a weight of `modules`, each with the name of the one it shares it with."""
     weights = {parameter: name.rpartition(".")[0] for name, parameter in weights_of(model, modules).items()}
-    found: dict[str, str] = {}
+    tied: dict[str, str] = {}
     for name, module in model.named_modules():
         shared = [weights[weight] for weight in module.parameters(recurse=False) if weight in weights]
         if shared and not is_inside(name, modules):
-            found[name] = shared[0]
-    return found
+            tied[name] = shared[0]
+    return tied
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
@@ -350,8 +354,8 @@ def _is_linear(module: nn.Module) -> bool:
         return isinstance(module, LINEARS)
     with suppress(Exception):  # of a foreign model
         rows, columns = module.weight.shape
-        found = module(module.weight.new_zeros(1, columns))
-        if isinstance(found, Tensor) and found.shape == (1, rows):
+        answer = module(module.weight.new_zeros(1, columns))
+        if isinstance(answer, Tensor) and answer.shape == (1, rows):
             _LINEAR_BY_ANSWER.add(type(module))
             return True
     return False
@@ -369,15 +373,15 @@ def is_router(model: nn.Module, name: str) -> bool:
     start, inside = name[: index.end() if index else 0], name[index.end() :].split(".") if index else []
     holders = [model.get_submodule(start + ".".join(inside[:depth])) for depth in range(1, len(inside) + 1)]
     names = (*inside, *(type(holder).__name__.lower() for holder in holders))
-    if any("router" in one for one in names):
+    if any("router" in part for part in names):
         return True
     outputs = _num_outputs(model.get_submodule(name))
     for holder, key in zip(holders[-2::-1], inside[:0:-1], strict=True):
         branch = getattr(holder, key)
-        if len(list(islice((one for one in branch.modules() if isinstance(one, LINEARS)), 2))) > 1:
+        if len(list(islice((part for part in branch.modules() if isinstance(part, LINEARS)), 2))) > 1:
             return False
-        beside = [one for other, one in holder.named_children() if other != key]
-        counts = {count for one in beside for count in _expert_counts(one)}
+        beside = [part for other, part in holder.named_children() if other != key]
+        counts = {count for part in beside for count in _expert_counts(part)}
         if counts and outputs in (1, *counts):
             return True
     return False
@@ -391,15 +395,15 @@ def _num_outputs(linear: nn.Module) -> int:
 
 def _expert_counts(module: nn.Module) -> set[int]:
     """Numbers of experts that a module may hold; empty: it holds none."""
-    found = {
+    counts = {
         parameter.shape[0]
-        for one in module.modules()
-        if not isinstance(one, _CONVOLUTIONS)
-        for parameter in one.parameters(recurse=False)
+        for inner in module.modules()
+        if not isinstance(inner, _CONVOLUTIONS)
+        for parameter in inner.parameters(recurse=False)
         if parameter.ndim == 3
     }
-    lists = [one for one in module.modules() if isinstance(one, nn.ModuleList) and len(one) > 1]
-    return found | {len(one) for one in lists if any(isinstance(part, LINEARS) for part in one.modules())}
+    lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList) and len(inner) > 1]
+    return counts | {len(inner) for inner in lists if any(isinstance(part, LINEARS) for part in inner.modules())}
 
 
 def _is_meant(word: str, target: Target, model: nn.Module) -> bool:

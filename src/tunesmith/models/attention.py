@@ -3,7 +3,7 @@
 A model that uses it is called with input_ids [1, T], positions that restart with every row, and the keyword `segments`,
 which transformers passes to the attention function and keeps for the recomputation of a checkpointed layer. Without
 `segments` (generation, padded batches) it is transformers' own sdpa attention. `packing_check` finds out whether a
-model's answers are those of one row at a time.
+model gives each row the answers that it gives for that row alone.
 """
 
 # B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys (of all pieces in a row),
@@ -137,7 +137,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """[B, T, H, D]: attention within each piece of `segments`; without `segments` sdpa attention.
 
-    The signature is that of transformers' attention functions. Raises UnsupportedAttentionError for attention sinks,
+    The signature is as in transformers' attention functions. Raises UnsupportedAttentionError for attention sinks,
     position biases and windows in both directions.
     """
     if others.get("s_aux") is not None:
@@ -182,7 +182,7 @@ def _by_pieces(
         )
         longest = min(most, options.window or most)
     stretches = [tuple(some) for _, some in groupby(segments.sizes, key=lambda size: max(size) <= longest or size)]
-    # One split for all: its backward is one concatenation, that of a slice would be a full tensor of zeros each.
+    # One split for all: its backward is one concatenation, a slice's would be a full tensor of zeros each.
     queries = torch.split(query_1HTD, [sum(tokens for tokens, _ in some) for some in stretches], dim=2)
     num_keys = [sum(keys for _, keys in some) for some in stretches]
     keys, values = (torch.split(tensor, num_keys, dim=2) for tensor in (key_1GKD, value_1GKD))

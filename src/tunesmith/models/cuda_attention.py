@@ -260,7 +260,7 @@ class PaddedLayout:
     blocks: tuple[tuple[int, int], ...]
     """(S, L) of each."""
     place_T: Tensor
-    """int64, the place of each query: that of its own key."""
+    """int64, the place of each query, the same as its own key's."""
     place_K: Tensor
     masks: tuple[Tensor | None, ...]
     """bool [S, 1, 1, L] for each block, keys that are there; None: a causal query reads none of the others, or all are.

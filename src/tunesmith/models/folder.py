@@ -7,7 +7,6 @@ checked against the files before anything maps memory by their word.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import orjson
 
 from tunesmith.errors import ModelError
+from tunesmith.types import Record
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -130,7 +130,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Record:
     """A JSON object from a file of a model. Raises ModelError, naming it, where it is none."""
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ModelError(f"{path}: {path.stat().st_size:,} bytes: more than the {MAX_JSON_BYTES:,} allowed for JSON.")
@@ -143,7 +143,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _as_object(value: Any) -> Mapping[str, Any]:
+def _as_object(value: Any) -> Record:
     return value if isinstance(value, dict) else {}
 
 

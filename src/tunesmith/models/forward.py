@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tunesmith.models.attention import packed_forward
 from tunesmith.models.heads import pools_last
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
-from tunesmith.types import Batch, Segment
+from tunesmith.types import Batch, JsonObject, Segment
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
@@ -47,7 +47,7 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     return hidden_BTD.flatten(0, 1)
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+def _inputs(model: nn.Module, batch: Batch) -> JsonObject:
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT}
     if has_cache(type(model).forward):
         inputs["use_cache"] = False
@@ -98,7 +98,7 @@ def _at_positions(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]
 
 @contextmanager
 def _first_alone(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Let the pooler and head of a packed encoder see the first token of each row alone, as those of BERT need it.
+    """Let the pooler and head of a packed encoder see the first token of each row alone, as BERT's need it.
 
     `packing_check` finds out whether a model's own read no other.
     """

@@ -6,7 +6,7 @@
 The gradient of a chunk's logits is formed while they are there, on a processor in their place, so the logits of all
 targets never exist at once: a number of float32 (on a card two) for every target of a chunk and token of the vocabulary
 and one of the model's precision, instead of some five for every target. Kept
-for the backward: the gradient of h, D numbers a target, and where W is trained, that of W. Logits are rounded as the
+for the backward: the gradient of h, D numbers a target, and W's where it is trained. Logits are rounded as the
 model rounds them; the softmax and its logarithm are float32.
 
 The gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. It is used only where the
@@ -83,7 +83,7 @@ class OutputLayer:
     def loss_sum(
         self, hidden_ND: Tensor, targets_N: Tensor, *, smoothing: float, z: float, losses: list[Tensor] | None = None
     ) -> Tensor:
-        """The sum of the targets' losses, a float32 scalar. `losses`: those of each target are appended, [N]."""
+        """The sum of the targets' losses, a float32 scalar. `losses`: gets each target's loss appended, [N]."""
         weight, bias = self.layer.weight, self.layer.bias
         out, losses_N = _LossSum.apply(hidden_ND, weight, bias, targets_N, self, smoothing, z)  # type: ignore[no-untyped-call]
         if losses is not None:

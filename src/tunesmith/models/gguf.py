@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ModelError
 from tunesmith.models.folder import DamagedError, TensorInfo
+from tunesmith.types import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ AS_CONVERTED = (
 class GgufHeader:
     """The first part of a GGUF file."""
 
-    metadata: Mapping[str, Any]
+    metadata: Record
     """Numbers, texts and lists of numbers by key; a list of texts as their number."""
     tensors: Mapping[str, TensorInfo]
 

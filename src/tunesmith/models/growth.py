@@ -11,9 +11,10 @@ from typing import Any
 import orjson
 
 from tunesmith.errors import ModelError
+from tunesmith.types import JsonObject
 
 MOST = 256
-"""Characters for one: those of Unicode's own forms are 18 at most, which some files apply twice."""
+"""Characters for one: Unicode's own forms make 18 at most, which some files apply twice."""
 _WHOLE = re.compile(r"(?:\\s|[\w ])(?:\+|\{[1-9]\d*,\d*\})?")
 """A regular expression that takes away a character at least; others can match nothing, next to each character."""
 
@@ -38,7 +39,7 @@ def check_growth(file: Path) -> None:
                 )
 
 
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
+def _steps(part: Any) -> Iterator[JsonObject]:
     """The steps of a part, those within sequences too."""
     open_parts = [part]
     while open_parts:
@@ -50,7 +51,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
             open_parts += [step.get(name) for name in ("normalizers", "pretokenizers", "decoders")]
 
 
-def _factor(step: dict[str, Any]) -> int:
+def _factor(step: JsonObject) -> int:
     """The most characters that a step makes of one."""
     kind, pattern, content = step.get("type"), step.get("pattern"), step.get("content")
     if kind == "ByteLevel":

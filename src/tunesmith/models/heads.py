@@ -9,14 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tunesmith.errors import ModelError
-from tunesmith.types import HeadName, LabelKind, Labels
+from tunesmith.types import HeadName, JsonObject, LabelKind, Labels
 
 LABELS_FILE = "labels.json"
 
@@ -59,7 +58,7 @@ def new_head_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_parameters() if in_head(model, name))
 
 
-def label_settings(labels: Labels) -> dict[str, Any]:
+def label_settings(labels: Labels) -> JsonObject:
     """The entries of a config for labels: names by id and back, and the kind of problem."""
     names = labels.names or ("LABEL_0",)
     return {

@@ -178,7 +178,7 @@ def _backward(
     *,
     needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradient of the input, and that of each tensor of the layers, four a layer, where it is needed."""
+    """The gradients of the input and of each tensor of the layers, four a layer, where they are needed."""
     gx_TI, glow_TS = _of_input(grads_TO, layers, needs_x=needs_x)
     return gx_TI, _of_layers(grads_TO, x_TI, low_TS, glow_TS, layers, needs)
 

@@ -54,7 +54,7 @@ from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_to
 from tunesmith.phrases import listed
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import sha256_file
-from tunesmith.types import Aside, HeadName, Labels, ModelKind
+from tunesmith.types import Aside, HeadName, JsonObject, Labels, ModelKind
 
 OnNote = Callable[[str], None]
 _OF_A_HEAD = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|score|qa_outputs|predictions)\.")
@@ -77,7 +77,7 @@ def load_config(located: ModelRef) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(**pretrained_args(located))
 
 
-def pretrained_args(located: ModelRef) -> dict[str, Any]:
+def pretrained_args(located: ModelRef) -> JsonObject:
     """The arguments of from_pretrained for a local model; they forbid network and remote code."""
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if located.is_gguf:
@@ -195,7 +195,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
-    Each weight is read straight onto the device, and packed there as `packing` says; those of a GGUF are moved later.
+    Each weight is read straight onto the device, and packed there as `packing` says; a GGUF's are moved later.
     A head that answers with the labels already is kept, and without `labels` whatever head there is; any other is new,
     drawn from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new weights, and weights
     that the model does not use, which are therefore not in what is saved.
@@ -244,7 +244,7 @@ def load_model(
 
 
 def _unused_note(located: ModelRef, model: PreTrainedModel, unused: list[str]) -> str:
-    """A note on weights that were not loaded, which are as usual where they are those of another head."""
+    """A note on weights that were not loaded, which is as usual where they belong to another head."""
     note = f"{len(unused)} weights of {located.name} have no place in {type(model).__name__}, such as {unused[0]}"
     return Aside(note) if all(map(_OF_A_HEAD.search, unused)) else note
 
@@ -273,7 +273,7 @@ _AUTO: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _lacking(located: ModelRef, model: PreTrainedModel, found: dict[str, Any], *, drawable: bool) -> set[str]:
+def _lacking(located: ModelRef, model: PreTrainedModel, found: JsonObject, *, drawable: bool) -> set[str]:
     """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack any other."""
     missing = set(found["missing_keys"])
     misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}

@@ -78,7 +78,7 @@ def layers_of(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def text_part(model: nn.Module) -> nn.Module:
-    """The part that text passes through: the language model of one that sees or hears too."""
+    """The part that text passes through: the language model within a model that sees or hears too."""
     is_more = getattr(getattr(model, "config", None), "text_config", None) is not None
     found: nn.Module | None = model.get_decoder() if is_more else None  # type: ignore[operator]
     return model if found is None else found

@@ -25,7 +25,7 @@ from tunesmith.types import Batch, Layout, ModelKind, Row
 PROBE_TOKENS = 128
 """Tokens of a row that are run: enough to see another row leak into it, cheap enough for every start."""
 PROBE_POSITIONS = 32
-"""Positions of a row whose logits are compared: those of all would be gigabytes with a large vocabulary."""
+"""Positions of a row whose logits are compared: the logits of all would be gigabytes with a large vocabulary."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each other;
 in float32 0 and 1.7."""
@@ -69,7 +69,7 @@ def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
 def check_packing(
     model: PreTrainedModel, kind: ModelKind, rows: Sequence[Row], *, has_types: bool = False, plain: bool = False
 ) -> PackingCheck:
-    """Compare the model's answers for a few real rows, packed, with those of its own attention for one row at a time.
+    """Compare the model's answers for a few real rows, packed, with its own attention's for one row at a time.
 
     The answers are logits; of a causal model with a head the hidden states that the head reads, since there may be one
     class only. `has_types`: the model has token types for the two texts of a pair. The model is left as it was.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ModelError
-from tunesmith.types import Batch, Pooling, PoolingKind
+from tunesmith.types import Batch, JsonObject, Pooling, PoolingKind
 
 _KINDS: dict[str, PoolingKind] = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
@@ -38,7 +38,7 @@ def find_pooling(folder: Path) -> Pooling | None:
     if strange := [name for name in names if name not in _KNOWN_MODULES]:
         raise ModelError(f"{folder}: {_MODULES}: {strange[0]}: only {', '.join(_KNOWN_MODULES)} can be computed here.")
     kind: PoolingKind = "mean"
-    config: dict[str, Any] = {}
+    config: JsonObject = {}
     if "Pooling" in names:
         config = _json(folder / places[names.index("Pooling")] / "config.json")
         modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]

@@ -3,7 +3,7 @@
 nf4: blocks of 64 weights, each rounded to one of 16 quantiles of a normal distribution times the block's largest
 magnitude; the magnitudes are quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman & Zettlemoyer,
 "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3).
-bitsandbytes packs and unpacks; the product and its gradient are those of the unpacked weight, exactly.
+bitsandbytes packs and unpacks; the product and its gradient equal the unpacked weight's exactly.
 
 Weights are packed one by one as they are read, by an extension of transformers' loading, so that a model is never
 whole in memory before it is quantised.

@@ -112,7 +112,7 @@ def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True)
 
 
 def looks_like_path(model: str) -> bool:
-    """Whether a name, without a revision, is that of a file or folder rather than a hub id."""
+    """Whether a name, without a revision, names a file or folder rather than a hub id."""
     path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
     return path or ("/" in model and Path(model).parent.is_dir())
 

@@ -28,7 +28,7 @@ from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.models.streamed_weights import stored_names, write_streamed
 from tunesmith.runs.atomic import writing_folder
-from tunesmith.types import Pooling
+from tunesmith.types import JsonObject, Pooling
 
 SHARD_BYTES = 5 * 1000**3
 """Largest weights file; what the hub and most tools write."""
@@ -43,7 +43,7 @@ class Stream:
     dtype: torch.dtype
     """They are rounded to it."""
     tick: Callable[[int, int], None] = lambda done, total: None
-    """Gets the weights written, and those of all."""
+    """Gets the number of weights written, and of all."""
 
 
 def save_model(
@@ -123,7 +123,7 @@ def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:
     """The tokenizer's files: copies of those it came from, unless it was changed or they have no tokenizer.json, as
-    those of a GGUF and of older models that bring a sentencepiece file.
+    in a GGUF and in older models that bring a sentencepiece file.
 
     A chat template that was given by file is written too, and replaces any other.
     """
@@ -149,8 +149,8 @@ def _same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     return texts[0] == texts[1] or _contents(texts[0]) == _contents(texts[1])  # megabytes are rarely to be read
 
 
-def _contents(backend: str) -> dict[str, Any]:
-    contents: dict[str, Any] = json.loads(backend)
+def _contents(backend: str) -> JsonObject:
+    contents: JsonObject = json.loads(backend)
     del contents["truncation"], contents["padding"]
     return contents
 

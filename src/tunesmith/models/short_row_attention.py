@@ -43,7 +43,7 @@ WIDE = 32
 """Keys of the longest row of a pass up to which it computes in float32: as fast there, and oneDNN compiles nothing for
 the many shapes of short blocks."""
 SIMILAR, FEW = 0.75, 16
-"""Rows share a block if the shortest has this share of the longest's queries, or lacks no more than so many; the same
+"""Rows share a block if the shortest has this share of the longest's queries, or lacks no more than FEW; the same
 holds for keys."""
 LEVELS = 1 << 16
 """Values of the bits drawn for one element of a dropout mask."""

@@ -17,7 +17,7 @@ from tunesmith.models.folder import read_tensors
 from tunesmith.models.gguf import GgufHeader, read_gguf
 from tunesmith.models.load import auto_class, load_config, wrap_errors
 from tunesmith.models.resolve_model import ModelRef
-from tunesmith.types import HeadName, Labels
+from tunesmith.types import HeadName, JsonObject, Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _config_of_gguf(located: ModelRef) -> PreTrainedConfig:
     names = GGUF_CONFIG_MAPPING.get(header.architecture)
     if names is None:
         raise ModelError(f"{located.path}: transformers cannot make a {header.architecture} of a GGUF file's header.")
-    values: dict[str, Any] = {"vocab_size": header.metadata.get("tokenizer.ggml.tokens")}
+    values: JsonObject = {"vocab_size": header.metadata.get("tokenizer.ggml.tokens")}
     for key, name in names.items():
         value = header.metadata.get(f"{header.architecture}.{key}")
         if name is not None and isinstance(value, int):

@@ -84,7 +84,7 @@ def text_losses(texts: Texts, options: Embed) -> Tensor:
     if not options.dims:
         return _losses(texts, options)
     cut = [texts._replace(vectors_LD=F.normalize(texts.vectors_LD[:, :dim], dim=-1)) for dim in options.dims]
-    return sum((_losses(one, options) for one in cut[1:]), _losses(cut[0], options))
+    return sum((_losses(shorter, options) for shorter in cut[1:]), _losses(cut[0], options))
 
 
 def _losses(texts: Texts, options: Embed) -> Tensor:
@@ -110,8 +110,8 @@ def _losses(texts: Texts, options: Embed) -> Tensor:
     differences_BB = similar_B[None, :] - similar_B[:, None]
     counts_BB = texts.scores_B[:, None] > texts.scores_B[None, :]
     differences_BB = differences_BB.masked_fill(~counts_BB, float("-inf"))
-    whole = torch.logsumexp(torch.cat([similar_B.new_zeros(1), differences_BB.flatten()]), 0)
-    return whole.expand(len(similar_B))
+    loss = torch.logsumexp(torch.cat([similar_B.new_zeros(1), differences_BB.flatten()]), 0)
+    return loss.expand(len(similar_B))
 
 
 def _ranking(texts: Texts, options: Embed) -> Tensor:
@@ -214,8 +214,8 @@ def _of_all_ranks(own: Texts, world: World) -> tuple[Texts, int]:
         return own, 0
     contents = world.gather(save({key: values.cpu().contiguous() for key, values in own._asdict().items()}))
     device = own.vectors_LD.device
-    ranks = [Texts(**{key: values.to(device) for key, values in load(one).items()}) for one in contents]
-    return joined(ranks), sum(len(one.counts_B) for one in ranks[: world.rank])
+    ranks = [Texts(**{key: values.to(device) for key, values in load(content).items()}) for content in contents]
+    return joined(ranks), sum(len(content.counts_B) for content in ranks[: world.rank])
 
 
 def losses_of(terms: Terms) -> Losses:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import DataError
 from tunesmith.phrases import plural
 from tunesmith.tasks.preference_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
-from tunesmith.types import Choice
+from tunesmith.types import Choice, JsonObject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.tasks.task import Side
 
 
-def _record(text: str, answer: str | None = None) -> dict[str, Any]:
+def _record(text: str, answer: str | None = None) -> JsonObject:
     if answer is None:
         return {"messages": [{"role": "user", "content": text}]}
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}

@@ -1,7 +1,7 @@
 """Losses of preferences, from the log-probabilities of answers.
 
     s   log-probability of an answer's trained tokens, summed     n   their number
-    r   s minus that of the reference, the model of step 1        Δ   r of the chosen minus r of the rejected answer
+    r   s minus the reference's, the model of step 1              Δ   r of the chosen minus r of the rejected answer
     z₀  of kto: mean over the rows of a step of r of the answer of another row, whose prompt it does not answer; 0 or
         more, without gradient. It estimates how far the model has moved from its reference
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.recipe.objectives import Prefer
 from tunesmith.tasks.losses import token_measure
 from tunesmith.tasks.task import Losses, Terms
-from tunesmith.types import Batch, Measured, required
+from tunesmith.types import Batch, Measured, Record, required
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -204,7 +204,7 @@ def preference_measure(
     return measured(losses_B, {key: values.tolist() for key, values in columns.items()})
 
 
-def settle(results: Sequence[Mapping[str, Any]], options: Prefer) -> list[float]:
+def settle(results: Sequence[Record], options: Prefer) -> list[float]:
     """The loss of kto of each row measured, with z₀ of all of them."""
     import torch
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.objectives import Rank, Reward
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.preference_losses import measured, values_of
 from tunesmith.tasks.task import LabelHead, Losses, OwnSection, Rates, Task
-from tunesmith.types import Batch, Choice, Measured
+from tunesmith.types import Batch, Choice, JsonObject, Measured
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,7 +35,7 @@ class RowLosses(Protocol):
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
     """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row.
 
-    m is the row's own margin and that of the recipe times the difference of both scores. Bradley–Terry: Stiennon et al.
+    m is the row's own margin and the recipe's times the difference of both scores. Bradley–Terry: Stiennon et al.
     2020, arXiv 2009.01325; m: Touvron et al. 2023, arXiv 2307.09288, section 3.2.2; c: Eisenstein et al. 2023, arXiv
     2312.09244, eq. 2. Equal scores make no pair.
     """
@@ -104,13 +104,13 @@ def by_branch(losses: RowLosses) -> Losses:
     return Losses(partial(branch_loss_sum, losses=losses), partial(branch_measure, losses=losses))
 
 
-def _answered(text: str, answer: str | None = None) -> dict[str, Any]:
+def _answered(text: str, answer: str | None = None) -> JsonObject:
     if answer is None:
         return {"prompt": text, "completion": text}
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
 
 
-def _searched(text: str, answer: str | None = None) -> dict[str, Any]:
+def _searched(text: str, answer: str | None = None) -> JsonObject:
     if answer is None:
         return {"query": text, "document": text}
     return {"query": text, "documents": [answer, text[::-1]], "labels": [1, 0]}

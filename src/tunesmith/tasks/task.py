@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tunesmith.recipe.schema import Loss, Recipe
+from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,7 @@ class Prepass(Protocol):
 class RecordOf(Protocol):
     """A text as a row of the user's file, with its answer if there is one."""
 
-    def __call__(self, text: str, answer: str | None = None) -> dict[str, Any]: ...
+    def __call__(self, text: str, answer: str | None = None) -> JsonObject: ...
 
 
 @dataclass(frozen=True, slots=True)

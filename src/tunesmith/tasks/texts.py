@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tunesmith.tasks.losses import sequence_losses, token_losses, word_losses
 from tunesmith.tasks.task import LabelHead, Task
+from tunesmith.types import JsonObject
 
 
-def _conversation(text: str, answer: str | None = None) -> dict[str, Any]:
+def _conversation(text: str, answer: str | None = None) -> JsonObject:
     answers = [] if answer is None else [{"role": "assistant", "content": answer}]
     return {"messages": [{"role": "user", "content": text}, *answers]}
 
 
-def _tagged(text: str, answer: str | None = None) -> dict[str, Any]:
+def _tagged(text: str, answer: str | None = None) -> JsonObject:
     words = text.split()
     return {"tokens": words} | ({} if answer is None else {"tags": [answer] * len(words)})
 

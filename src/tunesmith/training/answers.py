@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 from tunesmith.evaluation.generate import (
     Answer,
@@ -18,7 +17,7 @@ from tunesmith.generation.continuation import Continuation, kept_passes
 from tunesmith.recipe.schema import resolved
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup, answer_tokens
-from tunesmith.types import OnProgress
+from tunesmith.types import JsonObject, OnProgress
 
 
 def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
@@ -58,7 +57,7 @@ def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
     return found
 
 
-def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[dict[str, Any]]:
+def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
     """The values of the "sample" events of the prompts, in order; each rank of a group writes some of the answers."""
     setup, world = session.setup, session.setup.world
     own = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
@@ -74,7 +73,7 @@ def samples(session: Session, name: str, writing: Continuation | None) -> Iterat
         yield sample_values(sample, given[index]) if index in given else next(missing)
 
 
-def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[dict[str, Any]]:
+def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[JsonObject]:
     """Answers to prompts that begin no measured row, or whose model goes on from none."""
     setup, tick = session.setup, session.listener.on_progress
     new_tokens, most = answer_tokens(setup.recipe.evaluation.sample_tokens, setup.rows), setup.sampler.tokens_per_pass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from tunesmith.methods import METHODS
 from tunesmith.runs import checkpoint, events
@@ -16,6 +14,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup
 from tunesmith.training.together import refuse_drift, whole_state
+from tunesmith.types import Record
 
 
 def save(session: Session) -> None:
@@ -59,7 +58,7 @@ def _write(session: Session) -> None:
     checkpoint.rotate(run.checkpoints_path, keep=setup.recipe.checkpoint.keep, best=session.progress.best.get("step"))
 
 
-def _try_saving(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
+def _try_saving(setup: Setup, run: Run, weights: Record) -> None:
     """Save the result once and remove it, so that saving cannot fail for the first time after the last step."""
     folder = temporary_folder(run.path, "trial-result")
     try:
@@ -87,7 +86,7 @@ def keep_snapshot(session: Session, *, at: str) -> None:
     session.emit("snapshot", {"path": f"{run.snapshots_path.name}/{name}", "at": at})
 
 
-def save_result(setup: Setup, run: Run, weights: Mapping[str, Any]) -> None:
+def save_result(setup: Setup, run: Run, weights: Record) -> None:
     """Save the tuned adapter or model in its run. `weights`: see `Setup.whole_weights`."""
     folder = run.adapter_path if METHODS[setup.recipe.method.name].is_adapter else run.model_path
     setup.save_result(folder, **weights)

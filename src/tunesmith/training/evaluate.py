@@ -38,6 +38,7 @@ from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.answers import continuation, prompts_of, samples
 from tunesmith.training.progress import Session
+from tunesmith.types import JsonObject
 
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
 
@@ -132,7 +133,7 @@ def _predicted(
 
 def _lines(
     session: Session, store: RowStore, rows_I: NDArray[np.int64], results: list[RowResult]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonObject]:
     setup = session.setup
     known = setup.rows.texts(store, rows_I)
     texts = [known.get(int(row)) for row in rows_I]
@@ -207,8 +208,8 @@ def _measure_general(session: Session, name: str) -> None:
 def find_high_loss_rows(session: Session) -> None:
     """Write the training rows of highest loss to `evaluation/surprising.json`.
 
-    Of a task that sees rows they are those of the last epoch, and each loss is that of the row's own step, before its
-    update: nothing is measured for them, but the answers of a head for those that are listed. Other rows are measured.
+    If training saw the rows, they come from the last epoch, each with the loss of its own step, before the update:
+    nothing is measured for them but a head's answers for the listed rows. Other rows are measured.
     """
     setup, world = session.setup, session.setup.world
     most = resolved(setup.recipe.evaluation.surprising)
@@ -237,7 +238,7 @@ def find_high_loss_rows(session: Session) -> None:
 
 
 def _seen(session: Session, most: int) -> list[tuple[int, float]]:
-    """Rows of the last epoch, at most so many, with their losses by the log of their steps: on the first rank."""
+    """At most `most` rows of the last epoch with their losses, from the log of their steps: on the first rank."""
     setup, last = session.setup, session.progress.step
     if not setup.world.is_first or not setup.task.sees_rows:
         return []

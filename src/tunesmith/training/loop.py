@@ -43,7 +43,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
-        OutOfMemoryError: a micro-batch of one row does not fit; the weights are those of the step before.
+        OutOfMemoryError: a micro-batch of one row does not fit; the weights are as after the step before.
 
     Examples:
         >>> for event in tunesmith.training_steps(setup):

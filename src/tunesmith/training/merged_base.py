@@ -144,7 +144,7 @@ def _save(run: Run, speaker: LoadedModel) -> None:
 
 
 def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
-    """Rows to compare on, as the run kept them: held-out ones, else those of the training; none if they are gone."""
+    """Rows to compare on, as the run kept them: held-out ones, else training rows; none if they are gone."""
     after = run.evaluation_path / "after.jsonl"
     lines = map(from_json, after.read_bytes().splitlines()[:COMPARED_ROWS]) if after.is_file() else ()
     wanted = np.array([int(line["hash"], 16) for line in lines], np.uint64)
@@ -181,7 +181,7 @@ def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -
 def _distance(
     measured: list[tuple[Tensor, Tensor]], merged: list[tuple[Tensor, Tensor]], speaker: LoadedModel
 ) -> Distance:
-    """How far answers of a merged base are from those of base and adapter."""
+    """The distance of a merged base's answers from the answers of base and adapter."""
     if not measured:
         return Distance("how far it is from what was measured is not known: the rows of that run are gone")
     p_NV, q_NV = (torch.cat([logits_NV for logits_NV, _ in side]) for side in (measured, merged))

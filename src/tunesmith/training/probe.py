@@ -40,7 +40,7 @@ from tunesmith.training.answers import continuation
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import length_histogram
-from tunesmith.types import OnProgress
+from tunesmith.types import JsonObject, OnProgress
 
 STEP_SPREAD = 0.15
 """Share by which a total after a probe may be off, either way."""
@@ -53,7 +53,7 @@ MORE, MORE_S = 16, 4.0
 SETTLED_STEPS = 8
 """Steps of usual size that count, the last ones."""
 STEPS_LOOKED_AT = 64
-"""Steps among which those of usual size are looked for."""
+"""Steps that are searched for steps of usual size."""
 LOOKS, LOOKS_S = 6, 4.0
 """Micro-batches of held-out rows besides the heaviest one, and seconds after which none is added."""
 FEW_WORDS, MORE_WORDS = 2, 10
@@ -101,7 +101,7 @@ class Found:
         found = {**forecast.duration.prices, **prices, "training": step}
         return replace(forecast.duration, prices=found, spread=spread)
 
-    def values(self, forecast: Forecast | None, mean_tokens: float) -> dict[str, Any]:
+    def values(self, forecast: Forecast | None, mean_tokens: float) -> JsonObject:
         """As JSON. `memory`: the peak, 0 where it ended before a step."""
         duration = self.duration(forecast, mean_tokens)
         seconds = None if duration is None else duration.values()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.runs.folder import Run
 from tunesmith.training.setup import Setup
-from tunesmith.types import Event, OnProgress
+from tunesmith.types import Event, JsonObject, OnProgress, Record
 
 OnEvent = Callable[[Event], None]
 
@@ -24,13 +24,13 @@ class Progress:
     train_seconds: float = 0.0
     prepare_seconds: float = 0.0
     evaluate_seconds: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
+    best: JsonObject = field(default_factory=dict)
     """{"step", "value"} of the best evaluation after the first step, by evaluation.metric."""
     without_best: int = 0
     """Evaluations since then."""
     tokens_per_pass: int | None = None
     """Reduced train.tokens_per_pass after running out of memory; None: not reduced."""
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: JsonObject = field(default_factory=dict)
     """{"step", "reason"} of the weights that are the result."""
 
 
@@ -60,7 +60,7 @@ class Session:
     progress: Progress
     listener: Listener
 
-    def emit(self, kind: Any, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
+    def emit(self, kind: Any, values: Record, timing: Record | None = None) -> None:
         """Log an event with the current time and pass it to the listener."""
         self.pass_on(Event(kind, self.progress.step, time.time(), values, timing or {}))
 

@@ -45,7 +45,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
-from tunesmith.types import Choice, HeadName, Layout, OnProgress
+from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
@@ -64,7 +64,7 @@ class ResolvedRun:
     """Notes on the prediction."""
     inputs: Inputs
     rows: Splits
-    given: dict[str, Any]
+    given: JsonObject
     """Options that the recipe gave, where they differ from the defaults."""
     forecast: Forecast | None
     """None where none could be made, which a note says, and for a resumed run, whose choices are made."""
@@ -254,7 +254,7 @@ def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool)
     """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
-        slow = "a processor takes at least ten times as long as in float32, and the time foreseen is that of float32"
+        slow = "a processor takes at least ten times as long as in float32, and the time foreseen is for float32"
         notes.append(f"precision: float16: {slow}. Leave precision out.")
     name = world.card or resolved(recipe.device)
     measure = devices.here_apart if apart and name.startswith("cuda") else devices.here
@@ -305,7 +305,7 @@ def _few_rows(rows: int, size: int, forecast: Forecast) -> list[str]:
         return []
     way = f"{wanted:,} would fill them, but are another update: fewer steps, each of more rows"
     if wanted > MOST_OF_A_DEVICE * size:
-        way = "This model is small for so many: fewer devices take about as long"
+        way = "This model is small for this number: fewer devices take about as long"
     return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
 
 

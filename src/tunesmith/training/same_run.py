@@ -20,7 +20,7 @@ NAMED_LATER = {
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"
-"""The same, of one that changes only a measurement: it may have any value."""
+"""Another such setting, which changes only a measurement: it may have any value."""
 
 
 def refuse_other_run(

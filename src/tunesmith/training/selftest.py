@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 import torch
@@ -32,7 +31,7 @@ from tunesmith.tasks import TASKS
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup, packed_agrees, prepare
 from tunesmith.training.step import step_loss
-from tunesmith.types import TaskName
+from tunesmith.types import JsonObject, TaskName
 
 STEPS = 4
 
@@ -97,7 +96,7 @@ def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
     return validate({**data, "task": task})
 
 
-def _row_of(name: TaskName, question: str, answer: str) -> dict[str, Any]:
+def _row_of(name: TaskName, question: str, answer: str) -> JsonObject:
     """A row of the task; its class says whether the text is a question."""
     task = TASKS[name]
     kind = "question" if "?" in question else "order"

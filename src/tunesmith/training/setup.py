@@ -51,7 +51,7 @@ from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Aside, Choice, HeadName, Labels, Layout, ModelKind, OnProgress, Row
+from tunesmith.types import Aside, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
 """Rows that are looked at before the first step."""
@@ -80,7 +80,7 @@ class Setup(TrainState):
     samples: list[SamplePrompt]
     new_head: bool
     """Whether the head has random weights before the first step."""
-    given: dict[str, Any]
+    given: JsonObject
     """Options that the recipe gave, where they differ from the defaults."""
     forecast: Forecast | None
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
@@ -93,7 +93,7 @@ class Setup(TrainState):
         """Whether the model writes text, so that its general ability can be measured."""
         return can_generate(self.head, is_causal=self.sampler.layout != "encoder_decoder", max_tokens=self.room)
 
-    def whole_weights(self) -> dict[str, Any]:
+    def whole_weights(self) -> JsonObject:
         """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
         if not self.attachment.shards:
             return {}
@@ -238,7 +238,7 @@ def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer |
     output = find_output_layer(model)
     if output is not None or output_layer_of(model) is None:
         return output, []
-    why = "this model's logits are not those of its output layer alone, so those of all targets are kept at once"
+    why = "this model's logits need more than its output layer, so the logits of all targets are kept at once"
     return None, [f"the loss: {why}, which takes more memory than was foreseen"]
 
 
@@ -374,7 +374,7 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
 def refuse_small_disk(setup: Setup, folder: Path) -> None:
     """Raise DoesNotFitError where the disk of `folder` has less room than checkpoints and result take.
 
-    `folder`: of runs, of one that is to be made, or of one that goes on: the checkpoints in it are replaced by others.
+    `folder`: the runs folder, a new run's folder, or the folder of a resumed run, whose checkpoints are replaced.
     """
     trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
     checkpoints = kept_checkpoints(

@@ -88,7 +88,7 @@ def _by_row(batch: Batch) -> list[Tensor]:
 def _read(
     state: TrainState, losses: list[Tensor], of_rows: list[Tensor]
 ) -> tuple[list[float], list[float], float | None]:
-    """The loss sums, those of rows, and the norm of the gradients where it is read with them: a CUDA device is waited
+    """The loss sums, the rows' losses, and the norm of gradients where it is read with them: a CUDA device is waited
     for once."""
     if not losses:
         return [], [], None
@@ -145,7 +145,7 @@ def drop_gradients(state: TrainState) -> None:
 
 
 def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemoryError:
-    """The error for a micro-batch of one row that does not fit. The weights are those of the step before."""
+    """The error for a micro-batch of one row that does not fit. The weights are as after the step before."""
     drop_gradients(state)
     where = f" on rank {found.rank}" if state.world.size > 1 else ""
     return OutOfMemoryError(
@@ -158,7 +158,7 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
 
 
 def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
-    """Forward and backward of one micro-batch on every rank, so many times, without an update: where layers are split,
+    """Forward and backward of one micro-batch on every rank, `times` times, without an update: where layers are split,
     memory that ends inside a step cannot be made good, so the heaviest is tried before the first.
 
     Raises GroupError where it ends.

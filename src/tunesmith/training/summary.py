@@ -24,26 +24,26 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import model_shown
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
-from tunesmith.types import Aside, Choice
+from tunesmith.types import Aside, Choice, JsonObject
 from tunesmith.version import __version__
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_name(setup: Setup) -> str:
-    """Name of the run folder without its four hex digits: the recipe's name, or that of the first data file; of rows in
-    memory, whose file has a hash for a name, those of model and task."""
+    """Name of the run folder without its four hex digits: the recipe's name, or the first data file's; for rows in
+    memory, whose file has a hash for a name, model and task."""
     file = short_name(setup.recipe.data.train[0].path)
     in_memory = f"{Path(setup.recipe.model).name.removesuffix('.gguf')[:30]}-{setup.recipe.task}"
     return setup.recipe.name or (in_memory if IN_MEMORY.fullmatch(file) else file.split(".")[0])
 
 
-def start_values(setup: Setup) -> dict[str, Any]:
+def start_values(setup: Setup) -> JsonObject:
     """Values of the "start" event: versions and hashes."""
     return {"model": setup.located.name, "versions": versions(setup.recipe), "identity": dict(setup.identity)}
 
 
-def _in_short(recipe: Recipe, model: str, rows: Splits) -> dict[str, Any]:
+def _in_short(recipe: Recipe, model: str, rows: Splits) -> JsonObject:
     """Values that every account of a run begins with."""
     kinds = {
         "model": model_shown(model),
@@ -54,7 +54,7 @@ def _in_short(recipe: Recipe, model: str, rows: Splits) -> dict[str, Any]:
     return {**kinds, "mix": mix(rows.data, rows.trained_per_file)}
 
 
-def _choices(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+def _choices(choices: Sequence[Choice]) -> list[JsonObject]:
     return [{"key": one.key, "value": plain(one.value), "reason": one.reason} for one in choices]
 
 
@@ -75,7 +75,7 @@ def unusual(choices: Sequence[Choice]) -> list[str]:
     return [choice.key for choice in choices if choice.key in _UNUSUAL and _UNUSUAL[choice.key](choice)]
 
 
-def plan_values(setup: Setup) -> dict[str, Any]:
+def plan_values(setup: Setup) -> JsonObject:
     """Values of the "plan" event: what will be done, and why."""
     sampler = setup.sampler
     return {
@@ -104,12 +104,12 @@ def plan_values(setup: Setup) -> dict[str, Any]:
     }
 
 
-def plan_timing(setup: Setup) -> dict[str, Any]:
+def plan_timing(setup: Setup) -> JsonObject:
     """The predicted memory and time; empty if there is no prediction."""
     return {} if setup.forecast is None else {"forecast": setup.forecast.values()}
 
 
-def resolved_values(found: ResolvedRun) -> dict[str, Any]:
+def resolved_values(found: ResolvedRun) -> JsonObject:
     """Output of `tunesmith plan`: the values of a "plan" event that are known before the model is loaded."""
     recipe, forecast = found.recipe, found.forecast
     sampler = sampler_of(recipe, found.rows, "padded", recipe.device) if forecast is None else forecast.sampler
@@ -139,7 +139,7 @@ def _named(device: str, number: int) -> str:
     return device if number == 1 else f"{number} × {device}"
 
 
-def report_facts(setup: Setup) -> dict[str, Any]:
+def report_facts(setup: Setup) -> JsonObject:
     """Facts for the report, without its metrics."""
     return {
         "name": run_name(setup),
@@ -179,7 +179,7 @@ def window_count(setup: Setup) -> str:
     )
 
 
-def length_histogram(setup: Setup) -> dict[str, Any]:
+def length_histogram(setup: Setup) -> JsonObject:
     """Tokens of the training rows in at most 40 bins of equal width."""
     lengths_I = setup.sampler.lengths_I
     counts, edges = np.histogram(lengths_I, bins=min(40, int(np.ptp(lengths_I)) + 1))

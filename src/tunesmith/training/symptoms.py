@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from tunesmith.evaluation.compare import named
 from tunesmith.evaluation.scores import RowResult
-from tunesmith.types import Event
+from tunesmith.types import Event, Record
 
 FEWEST = 4
 """Answers, or steps, below which nothing is said of them."""
@@ -57,7 +56,7 @@ def _apart(trained: float, held: float) -> Iterator[str]:
         yield f"{losses}: held-out rows are easier, or known: tunesmith explain held-out-better-than-training"
 
 
-def _endless(samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _endless(samples: Sequence[Record]) -> Iterator[str]:
     known = [sample for sample in samples if sample.get("reference")]
     cut = [
         sample

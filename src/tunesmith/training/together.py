@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from tunesmith.runs import checkpoint
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Progress, Session
 from tunesmith.training.setup import Setup
-from tunesmith.types import OnProgress
+from tunesmith.types import JsonObject, OnProgress
 
 DIGEST = "recipe"
 """Key of run.json: the digest of the recipe as it was given."""
@@ -49,7 +48,7 @@ def joined(device: str, on_progress: OnProgress = lambda what, done, total: None
         yield world
 
 
-def _facts(place: Place, device: str) -> dict[str, Any]:
+def _facts(place: Place, device: str) -> JsonObject:
     name = machine.choose_device(device).value
     kind = torch.device(name).type
     room = devices.share_of_room(kind, devices.room(name), place.local_size)
@@ -57,7 +56,7 @@ def _facts(place: Place, device: str) -> dict[str, Any]:
 
 
 def refuse_other_inputs(setup: Setup) -> None:
-    """Connect the group, and raise RunError on a rank whose data, model or tokenizer are not those of the first."""
+    """Connect the group, and raise RunError on a rank whose data, model or tokenizer differ from the first's."""
     world = setup.world
     if world.size == 1:
         return
@@ -88,7 +87,7 @@ class GroupStart:
 
 def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves: bool = False) -> None:
     """Give the other ranks the run, its progress, its weights and the state of its optimizer: of a fresh run without a
-    checkpoint, or of one that goes on from its newest, which is then saved again if `saves`."""
+    checkpoint, or of a run that continues from its newest, which is then saved again if `saves`."""
     setup = session.setup
     if setup.world.size == 1:
         return
@@ -176,8 +175,8 @@ def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def refuse_drift(session: Session) -> None:
-    """Raise GroupError if the trained tensors of a rank are not those of the first. Where the cards are unlike, all
-    ranks take those of the first."""
+    """Raise GroupError if the trained tensors of a rank differ from the first's. Where the cards are unlike, all
+    ranks take the first's."""
     setup = session.setup
     if setup.world.size == 1:
         return

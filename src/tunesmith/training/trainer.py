@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -69,7 +68,7 @@ from tunesmith.training.together import (
     share_start,
     unfinished,
 )
-from tunesmith.types import Event
+from tunesmith.types import Event, JsonObject
 
 __all__ = ["Listener", "OnEvent", "resume", "train"]
 
@@ -316,7 +315,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     session.emit("end", {"report": write_report(run, facts, asdict(session.progress))})
 
 
-def _plan(setup: Setup, planned: Event | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _plan(setup: Setup, planned: Event | None) -> tuple[JsonObject, JsonObject]:
     """Values and timing of the "plan" event. A run that starts over repeats the choices and predictions of its first
     start, because its recipe is resolved by now."""
     values, timing = plan_values(setup), plan_timing(setup)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tunesmith.evaluation.report.values import build
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import Run
+from tunesmith.types import JsonObject, Record
 
 
-def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(run: Run, facts: Record, progress: Record) -> JsonObject:
     """Write the report of a finished run into its folder and return its values as in report.json.
 
-    `facts` are those of `training.summary.report_facts`, `progress` is `training.Progress` in plain values.
+    `facts` come from `training.summary.report_facts`, `progress` is `training.Progress` in plain values.
     """
     series = RunSeries.of(run.events())
     report = build(run, series, facts, progress)
@@ -23,7 +21,7 @@ def write_report(run: Run, facts: Mapping[str, Any], progress: Mapping[str, Any]
     return report
 
 
-def smoke_test(lengths: Mapping[str, Any]) -> None:
+def smoke_test(lengths: Record) -> None:
     """Import everything that a report needs and draw one of its plots: most of the time that it takes. `lengths` is the
     histogram of the report."""
     from tunesmith.evaluation.report.pages import as_html  # noqa: F401
@@ -32,7 +30,7 @@ def smoke_test(lengths: Mapping[str, Any]) -> None:
     length_plot(lengths)
 
 
-def _write_pages(run: Run, series: RunSeries, report: Mapping[str, Any]) -> None:
+def _write_pages(run: Run, series: RunSeries, report: Record) -> None:
     from tunesmith.evaluation.report.pages import as_html, as_markdown
     from tunesmith.evaluation.report.sections import make_page
 

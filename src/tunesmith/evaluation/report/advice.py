@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tunesmith.evaluation.compare import never_right
 from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.types import Record
 
 MOST_TRIED = 3
 STILL_FALLING = 0.01
@@ -18,7 +18,7 @@ STILL_FALLING = 0.01
 WORSE_THAN_RANDOM = 1.1
 """How many times its untrained loss a model with a new head has at least, if its steps were too large."""
 
-Course = Sequence[tuple[int, Mapping[str, Any]]]
+Course = Sequence[tuple[int, Record]]
 """(step, values) of the evaluations, as `RunSeries.course` has them."""
 
 
@@ -31,18 +31,18 @@ class Advice:
     """In the form of --set."""
 
 
-def next_command(run: Path, advice: Mapping[str, Any]) -> str:
+def next_command(run: Path, advice: Record) -> str:
     """The command that trains again as `run` was, but for the settings of an advice in plain values."""
     words = [word for setting in advice["settings"] for word in ("--set", setting)]
     return command("train", "--recipe", run / "recipe.yaml", *words)
 
 
-def try_next(report: Mapping[str, Any], recipe: Recipe, course: Course) -> list[Advice]:
+def try_next(report: Record, recipe: Recipe, course: Course) -> list[Advice]:
     """At most `MOST_TRIED` changes, the one that mends most first; none where nothing measured calls for one."""
     return list(islice(_advices(report, recipe, course), MOST_TRIED))
 
 
-def _advices(report: Mapping[str, Any], recipe: Recipe, course: Course) -> Iterator[Advice]:
+def _advices(report: Record, recipe: Recipe, course: Course) -> Iterator[Advice]:
     if report["metrics"]["after"] is None:
         if not recipe.data.eval:
             yield Advice("Nothing was measured: hold out a tenth of the rows.", ("data.held_out=0.1",))

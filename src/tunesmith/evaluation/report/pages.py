@@ -47,11 +47,11 @@ def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:
     cut = len(shown) - MOST_CHARACTERS
     if cut > 0:
         shown = f"{shown[:MOST_CHARACTERS]}… ({cut:,} more characters are left out)"
-    whole = Markup("<bdi>{}</bdi>").format(shown)
+    shown_whole = Markup("<bdi>{}</bdi>").format(shown)
     if len(shown) < folded_from and shown.count("\n") < folded_from / _IN_A_LINE:
-        return whole
+        return shown_whole
     summary = Markup("<summary><bdi>{}</bdi> <small>{:,} characters</small></summary>")
-    return Markup("<details>{}{}</details>").format(summary.format(one_line(shown, 160), len(shown)), whole)
+    return Markup("<details>{}{}</details>").format(summary.format(one_line(shown, 160), len(shown)), shown_whole)
 
 
 def prose(text: str) -> Markup:

@@ -12,7 +12,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.report.values import headline_metrics, selected_step
 from tunesmith.evaluation.series import RunSeries, measures_of
+from tunesmith.types import Record
 
 INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Placeholder colours, which the page replaces by its own, light or dark."""
@@ -84,13 +85,13 @@ def _inline(svg: str, name: str) -> str:
     return body.rstrip()
 
 
-def training_plots(series: RunSeries, report: Mapping[str, Any]) -> list[Plot]:
+def training_plots(series: RunSeries, report: Record) -> list[Plot]:
     """Loss over the steps, and the most important metric."""
     if not series.steps:
         return []
-    steps_S, losses_S = np.array([(one.step, one.loss) for one in series.steps.values()], np.float64).T
-    kept = selected_step(report)
-    return [_loss(series, steps_S, losses_S, kept), *_measure(series, headline_metrics(report)[:1], kept)]
+    steps_S, losses_S = np.array([(step.step, step.loss) for step in series.steps.values()], np.float64).T
+    kept_step = selected_step(report)
+    return [_loss(series, steps_S, losses_S, kept_step), *_measure(series, headline_metrics(report)[:1], kept_step)]
 
 
 def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:
@@ -120,20 +121,22 @@ def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Pl
 def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
     """The most important metric, where it was measured during training and is not another form of the loss."""
     measured = [(step, measures_of(values).get(key)) for key in keys for step, values in series.course(kept)]
-    found = [
+    points = [
         (step, interval) for step, interval in measured if interval is not None and math.isfinite(interval["value"])
     ]
-    if len(found) < COURSE_FROM or keys[0] in ("loss", "perplexity", "bits_per_byte"):
+    if len(points) < COURSE_FROM or keys[0] in ("loss", "perplexity", "bits_per_byte"):
         return []
     info = info_of(keys[0])
 
     def paint(axes: Any) -> None:
-        values = np.asarray([interval["value"] for _, interval in found])
-        ends = np.asarray([(i.get("low", i["value"]), i.get("high", i["value"])) for _, i in found]).T
+        values = np.asarray([interval["value"] for _, interval in points])
+        ends = np.asarray([(i.get("low", i["value"]), i.get("high", i["value"])) for _, i in points]).T
         spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
-        axes.errorbar([step for step, _ in found], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT)
+        axes.errorbar(
+            [step for step, _ in points], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT
+        )
         _mark_kept(axes, kept)
-        rises, is_late = info.better != "lower", 2 * kept > found[-1][0]  # a corner that a good course leaves free
+        rises, is_late = info.better != "lower", 2 * kept > points[-1][0]  # a corner that a good course leaves free
         axes.legend(loc=f"{'upper' if rises == is_late else 'lower'} {'left' if is_late else 'right'}")
 
     return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]
@@ -162,8 +165,8 @@ def thinned(steps_S: Floats, values_S: Floats) -> tuple[Floats, Floats]:
     parts = np.array_split(np.arange(len(values_S)), MOST_POINTS // 2)
     low = [part[np.argmin(np.nan_to_num(values_S[part], nan=np.inf))] for part in parts]
     high = [part[np.argmax(np.nan_to_num(values_S[part], nan=-np.inf))] for part in parts]
-    kept = np.unique(np.asarray([low, high]))
-    return steps_S[kept], values_S[kept]
+    extremes = np.unique(np.asarray([low, high]))
+    return steps_S[extremes], values_S[extremes]
 
 
 def _finite(values: Floats) -> Floats:
@@ -183,7 +186,7 @@ def scatter_plot(pairs: Floats) -> Plot:
     return draw("scatter", "Numbers", f"{len(pairs):,} held-out rows: the number and what the model said.", paint)
 
 
-def length_plot(lengths: Mapping[str, Any]) -> Plot:
+def length_plot(lengths: Record) -> Plot:
     """Histogram of the training rows' lengths, with the limit marked."""
     edges, counts, limit = lengths["edges"], lengths["counts"], lengths["max_tokens"]
     near = limit <= 2 * edges[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_o
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
+from tunesmith.types import Record
 from tunesmith.version import __version__
 
 MOST_MATRIX = 12
@@ -77,13 +78,13 @@ class PageSection:
 class Page:
     """Everything that a report shows."""
 
-    report: Mapping[str, Any]
+    report: Record
     created: float
     summary: str
     sections: Sequence[PageSection]
 
 
-def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
+def make_page(run: Run, series: RunSeries, report: Record) -> Page:
     """The page of a report; sections that would be empty are left out."""
     made = {
         ("measures", "Measures"): _metrics(report),
@@ -100,10 +101,10 @@ def make_page(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Page:
         ("repeat", "Repeat"): _repeat(run, series, report),
     }
     sections = [PageSection(name, title, list(blocks)) for (name, title), blocks in made.items()]
-    return Page(report, run.created, values.summary(report), [one for one in sections if one.blocks])
+    return Page(report, run.created, values.summary(report), [section for section in sections if section.blocks])
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _metrics(report: Record) -> Iterator[Block | Table]:
     lines, (other, ours) = values.metric_lines(report), values.sides(report)
     if not lines:
         return
@@ -131,7 +132,7 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     yield Block("facts", [(line.label, line.doc) for line in lines], fold="What each measure is")
 
 
-def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _notes(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     general = report["general"]
     forgotten = [general["verdict"]] if general and general["past_bound"] else []
     planned = [note for note in series.plan.get("warnings", ()) if note not in series.plan.get("asides", ())]
@@ -139,13 +140,13 @@ def _notes(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Tab
         yield Block("items", notes)
 
 
-def _try_next(run: Run, report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _try_next(run: Run, report: Record) -> Iterator[Block | Table]:
     for advice in report.get("try_next", ()):
         yield Block("paragraph", advice["why"])
         yield Block("code", next_command(run.path, advice))
 
 
-def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _training(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     best, step, tokens, seconds = report["best"], values.selected_step(report), report["tokens"], report["seconds"]
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
@@ -162,7 +163,7 @@ def _training(series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | 
     )
 
 
-def _outcomes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _outcomes(details: Record) -> Iterator[Block | Table]:
     """Details that `evaluation.scores` keeps: classes, types of spans, numbers, preferences or ranks."""
     if details.get("scatter"):
         yield Block("figures", [scatter_plot(np.asarray(details["scatter"], np.float64))])
@@ -187,25 +188,29 @@ def _outcomes(details: Mapping[str, Any]) -> Iterator[Block | Table]:
         yield Block("heading", "Class by class, lowest F1 first")
         yield Table(columns, cells, "fit", shown=MOST_LISTED)
     if details.get("threshold"):
-        best = max(details["threshold"], key=lambda one: one["f1"])
-        said = f"The best F1 of {labels[1]}, {best['f1']:.3f}, is that of a threshold of {best['threshold']:.2f}"
-        yield Block("paragraph", f"{said} (predict --threshold).")
-    if found := details.get("by_length"):
+        best = max(details["threshold"], key=lambda value_at_rank: value_at_rank["f1"])
+        sentence = f"The best F1 of {labels[1]}, {best['f1']:.3f}, comes with a threshold of {best['threshold']:.2f}"
+        yield Block("paragraph", f"{sentence} (predict --threshold).")
+    if values_of_rank := details.get("by_length"):
         columns = [Column("the chosen answer is"), Column("pairs", "number"), Column("right", "number")]
         rows = []
-        for one in found:
-            right = "–" if one["accuracy"] is None else percent(one["accuracy"])
-            rows.append([Cell(one["chosen"]), Cell(f"{one['pairs']:,}"), Cell(right)])
+        for value_at_rank in values_of_rank:
+            right = "–" if value_at_rank["accuracy"] is None else percent(value_at_rank["accuracy"])
+            rows.append([Cell(value_at_rank["chosen"]), Cell(f"{value_at_rank['pairs']:,}"), Cell(right)])
         yield Block("paragraph", "A model that learnt length is right where the chosen answer is longer.")
         yield Table(columns, rows, "fit")
     if recall := details.get("recall"):
         columns = [Column("recall of", "head"), *(Column(f"@{rank}", "number") for rank in recall["at"])]
-        rows = [[Cell(name), *(Cell(percent(one)) for one in found)] for name, found in recall.items() if name != "at"]
+        rows = [
+            [Cell(name), *(Cell(percent(value_at_rank)) for value_at_rank in values_of_rank)]
+            for name, values_of_rank in recall.items()
+            if name != "at"
+        ]
         yield Block("paragraph", f"Right documents among the nearest, of {details['documents']:,} documents.")
         yield Table(columns, rows, "fit")
 
 
-def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _answers(report: Record) -> Iterator[Block | Table]:
     samples = report["samples"]
     if not samples:
         return
@@ -221,12 +226,12 @@ def _answers(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     rows = []
     for sample in samples:
         marks = {when: values.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
-        given = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
-        rows.append([*given, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
+        cells = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
+        rows.append([*cells, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
     yield Table(columns, rows, "rows answered stack", shown=MOST_LISTED)
 
 
-def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _changed_rows(report: Record) -> Iterator[Block | Table]:
     flips, worse = report["flips"], report["worse_rows"]
     if flips:
         names = [Column(title, "name") for title in ("true", "before", "after")]
@@ -250,7 +255,7 @@ def _changed_rows(report: Mapping[str, Any]) -> Iterator[Block | Table]:
         yield Table(columns, [[Cell(row["source"]), Cell(row["text"]), *cells] for row, cells in losses], "rows stack")
 
 
-def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _high_loss(report: Record) -> Iterator[Block | Table]:
     rows = report["surprising"]["rows"]
     if not rows:
         return
@@ -271,12 +276,12 @@ def _high_loss(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     yield Table([Column("row", "source"), Column("text"), *names, Column("loss", "number")], cells, "rows stack")
 
 
-def _general(general: Mapping[str, Any] | None) -> Iterator[Block | Table]:
+def _general(general: Record | None) -> Iterator[Block | Table]:
     if general:
         yield Block("warning" if general["past_bound"] else "paragraph", general["verdict"])
 
 
-def _data(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _data(report: Record) -> Iterator[Block | Table]:
     rows = report["rows"]
     counts = f"{plural(rows['train'], 'row')} to train on, {rows['held_out']:,} held out, {rows['skipped']:,} skipped."
     yield Block("paragraph", counts)
@@ -285,9 +290,9 @@ def _data(report: Mapping[str, Any]) -> Iterator[Block | Table]:
         yield Block("figures", [length_plot(report["lengths"])])
 
 
-def _sources(report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _sources(report: Record) -> Iterator[Block | Table]:
     """Each source's part in training, and its own loss before and after."""
-    mix = {one["path"]: one for one in report.get("mix", ())}
+    mix = {source["path"]: source for source in report.get("mix", ())}
     sides = [(report["metrics"][side] or {}).get("sources", {}) for side in ("before", "after")]
     paths = list(dict.fromkeys([*mix, *sides[0], *sides[1]]))
     if len(paths) < 2:
@@ -295,28 +300,28 @@ def _sources(report: Mapping[str, Any]) -> Iterator[Block | Table]:
     titles = ("rows trained", "each seen per epoch", "share of training", "held out", "loss before", "loss after")
     rows = []
     for path in paths:
-        one, held = mix.get(path), sides[1].get(path)
-        trained = [f"{one['rows']:,}", f"{one['times']:.3g} ×", percent(one["share"])] if one else [""] * 3
+        source, held = mix.get(path), sides[1].get(path)
+        trained = [f"{source['rows']:,}", f"{source['times']:.3g} ×", percent(source["share"])] if source else [""] * 3
         losses = [_loss(side[path]["loss"]) if path in side else Cell("") for side in sides]
         rows.append([Cell(path), *map(Cell, trained), Cell(f"{held['rows']:,}" if held else ""), *losses])
     yield Table([Column("source", "source"), *(Column(title, "number") for title in titles)], rows, "stack")
 
 
-def _loss(value: Mapping[str, Any]) -> Cell:
+def _loss(value: Record) -> Cell:
     return Cell(METRICS["loss"].text(value["value"]), METRICS["loss"].bounds(value))
 
 
 def _choices(series: RunSeries) -> Iterator[Block | Table]:
-    choices: Sequence[Mapping[str, Any]] = series.plan.get("choices", [])
+    choices: Sequence[Record] = series.plan.get("choices", [])
     if details := [*series.plan.get("asides", ()), *series.plan.get("details", ()), *series.details]:
         yield Block("items", details, fold="Notes that need no action")
     if choices:
         yield Block("paragraph", "Settings that were chosen for you, and why.")
-        rows = [[Cell(one["key"]), Cell(option(one["value"])), Cell(one["reason"])] for one in choices]
+        rows = [[Cell(choice["key"]), Cell(option(choice["value"])), Cell(choice["reason"])] for choice in choices]
         yield Table([Column("option", "head"), Column("value"), Column("why")], rows, "fit stack")
 
 
-def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[Block | Table]:
+def _repeat(run: Run, series: RunSeries, report: Record) -> Iterator[Block | Table]:
     hashes = [(key, digest) for key, digest in series.identity.items() if not key.startswith("setting ")]
     yield Block("code", f"tunesmith train --recipe {shlex.quote(str(run.recipe_path))}")
     yield Block("code", run.recipe_path.read_text("utf-8"), fold="Recipe")
@@ -327,7 +332,10 @@ def _repeat(run: Run, series: RunSeries, report: Mapping[str, Any]) -> Iterator[
 def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str) -> Page:
     """The page of `evaluation.compare.compare_runs`; `names`: of all runs, the first one first."""
     keys, unit = list(found[0].metrics), "document" if found[0].are_documents else "row"
-    plots = [_plot(key, names, [one.metrics[key] for one in found if key in one.metrics]) for key in keys]
+    plots = [
+        _plot(key, names, [comparison.metrics[key] for comparison in found if key in comparison.metrics])
+        for key in keys
+    ]
     summary = f"{plural(len(names), 'run')} on the {plural(found[0].num_rows, unit)} that all have; A is {names[0]}."
     versions = {"tunesmith": __version__}
     report = {"name": "Comparison", "task": task, "method": plural(len(names), "run"), "versions": versions}
@@ -339,12 +347,15 @@ def comparison_page(names: Sequence[str], found: Sequence[Comparison], task: str
 
 
 def comparison_table(names: Sequence[str], found: Sequence[Comparison]) -> Table:
-    """A row for each run: its values, and how they differ from those of the first run."""
+    """A row for each run: its values, and their differences from the first run."""
     keys = list(found[0].metrics)
     rows = [[Cell(names[0]), *(Cell(info_of(key).text(found[0].metrics[key].a)) for key in keys)]]
-    for name, one in zip(names[1:], found, strict=True):
-        differences = [(info_of(key), one.metrics.get(key)) for key in keys]
-        cells = [Cell(info.text(one.b), info.worth(one.as_change())) if one else Cell("–") for info, one in differences]
+    for name, comparison in zip(names[1:], found, strict=True):
+        differences = [(info_of(key), comparison.metrics.get(key)) for key in keys]
+        cells = [
+            Cell(info.text(comparison.b), info.worth(comparison.as_change())) if comparison else Cell("–")
+            for info, comparison in differences
+        ]
         rows.append([Cell(name), *cells])
     return Table([Column("run", "name"), *(Column(info_of(key).label, "number") for key in keys)], rows)
 

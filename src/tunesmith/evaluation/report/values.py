@@ -29,6 +29,7 @@ from tunesmith.phrases import duration, plural
 from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
+from tunesmith.types import JsonObject, Record
 
 MOST_LISTED = 40
 """Rows of each list that a report names; all are counted."""
@@ -37,13 +38,13 @@ RowsByKey = Mapping[tuple[str, int], RowResult]
 """Rows by hash, and how many with that hash came before."""
 
 
-def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+def build(run: Run, series: RunSeries, facts: Record, progress: Record) -> JsonObject:
     """Values of report.json; see docs/guide/report.md."""
     new_head = series.has_new_head or bool(facts.get("new_head"))  # its random numbers have no meaningful "before"
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
-    kept = facts.get("kept") or progress.get("kept") or {}
-    course = series.course(kept.get("step", progress["step"]))
+    kept_facts = facts.get("kept") or progress.get("kept") or {}
+    course = series.course(kept_facts.get("step", progress["step"]))
     looks = {step for step, values in series.evaluations if values["name"] == "step"}
     report = {
         **facts,
@@ -55,7 +56,7 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "tokens_per_second": round(progress["tokens"] / max(progress["train_seconds"], 1e-9), 2),
         "peak_memory_bytes": series.peak_bytes,
         "best": progress["best"],
-        "kept": kept,
+        "kept": kept_facts,
         "chosen_from": len(looks) if run.recipe().evaluation.keep == "best" and progress["best"] else 0,
         "held_out_curve": [[step, values["loss"]] for step, values in course],
         "samples": [series.samples[index] for index in sorted(series.samples)],
@@ -71,14 +72,14 @@ def build(run: Run, series: RunSeries, facts: Mapping[str, Any], progress: Mappi
         "general": _general_ability(series),
     }
     judged = _judged(run, report)
-    return {**judged, "try_next": [asdict(one) for one in try_next(judged, run.recipe(), course)]}
+    return {**judged, "try_next": [asdict(advice) for advice in try_next(judged, run.recipe(), course)]}
 
 
 def _optional(run: Run, name: str, absent: Any) -> Any:
     return run.read_json(name) if (run.path / name).exists() else absent
 
 
-def _general_ability(series: RunSeries) -> dict[str, Any] | None:
+def _general_ability(series: RunSeries) -> JsonObject | None:
     """Change of general ability; None where it was not measured on both sides."""
     if not {"before", "after"} <= set(series.general):
         return None
@@ -96,7 +97,7 @@ def _general_ability(series: RunSeries) -> dict[str, Any] | None:
     }
 
 
-def _judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
+def _judged(run: Run, report: Record) -> JsonObject:
     """The report with its `changes`, `baseline` and `headline`. Raises RunError for a broken file of the evaluation."""
     details = report["details"]["after"]
     classes = details.get("labels", ())
@@ -104,19 +105,19 @@ def _judged(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     baseline = row_baseline(after, details.get("constant"), classes)
     if baseline is None and "answers" in (report["metrics"]["after"] or {}):
         baseline = answer_baseline(answers_of(run, "after"))
-    found: dict[str, Any] = {"changes": {}, "baseline": baseline}
+    judged: JsonObject = {"changes": {}, "baseline": baseline}
     if report["metrics"]["before"] is not None:
         before = list(rows_of(run, "before").values())
         answers = [answers_of(run, name) for name in ("before", "after")]
-        found["changes"] = changes(before, after, *answers, classes=classes)
+        judged["changes"] = changes(before, after, *answers, classes=classes)
         if report.get("general"):
             change = report["general"]["change"]
-            found["changes"]["general_loss"] = {**change, "is_clear": change["low"] > 0 or change["high"] < 0}
-    whole = {**report, **found}
-    return {**whole, "headline": list(headline(whole))}
+            judged["changes"]["general_loss"] = {**change, "is_clear": change["low"] > 0 or change["high"] < 0}
+    judged_report = {**report, **judged}
+    return {**judged_report, "headline": list(headline(judged_report))}
 
 
-def kept_report(run: Run) -> dict[str, Any]:
+def kept_report(run: Run) -> JsonObject:
     """The report of a finished run. Raises RunError where there is none, or one of an early form."""
     report = run.read_json("report.json")
     if "headline" not in report:
@@ -151,20 +152,20 @@ def _lines(path: Path, keys: Sequence[str]) -> Iterator[RowResult]:
         yield row
 
 
-def flips(before: RowsByKey, after: RowsByKey) -> dict[str, Any] | None:
+def flips(before: RowsByKey, after: RowsByKey) -> JsonObject | None:
     """Rows that were right and are wrong, and the reverse, surest first; None where no row is right or wrong."""
-    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    by_direction: dict[bool, list[JsonObject]] = {True: [], False: []}
     for key in before.keys() & after.keys():
         was, now = _is_right(before[key]), _is_right(after[key])
         if was is None or now is None:
             return None
         if was != now:
-            found[was].append(_flip(before[key], after[key]))
+            by_direction[was].append(_flip(before[key], after[key]))
     if not after:
         return None
-    for rows in found.values():
+    for rows in by_direction.values():
         rows.sort(key=lambda flip: (-flip["probability"], flip["source"]))
-    lost, gained = found[True], found[False]
+    lost, gained = by_direction[True], by_direction[False]
     counts = {"num_lost": len(lost), "num_gained": len(gained)}
     return {**counts, "lost": lost[:MOST_LISTED], "gained": gained[:MOST_LISTED]}
 
@@ -178,7 +179,7 @@ def target_of(row: RowResult) -> Any:
     return next((row[key] for key in ("label", "tags", "value") if key in row), "")
 
 
-def _flip(was: RowResult, now: RowResult) -> dict[str, Any]:
+def _flip(was: RowResult, now: RowResult) -> JsonObject:
     common = {"source": now["source"], "probability": sureness(now), "text": now["text"]}
     if "tags" not in now:
         values = {"label": now["label"], "before": was["predicted"], "after": now["predicted"]}
@@ -195,15 +196,15 @@ def label_text(label: Any) -> str:
     return f"{label:.6g}" if isinstance(label, float) else str(label)
 
 
-def regressions(before: RowsByKey, after: RowsByKey) -> list[dict[str, Any]]:
+def regressions(before: RowsByKey, after: RowsByKey) -> list[JsonObject]:
     """The rows whose loss per target rose most: source, text where there is one, and the loss before and after."""
-    found = []
+    worse = []
     for key in before.keys() & after.keys():
         was, now = (row["loss"] / row["count"] if row["count"] else 0.0 for row in (before[key], after[key]))
         if now > was:
-            found.append({"source": after[key]["source"], "text": after[key]["text"], "before": was, "after": now})
-    found.sort(key=lambda row: (row["before"] - row["after"], row["source"]))
-    return found[:MOST_WORSE]
+            worse.append({"source": after[key]["source"], "text": after[key]["text"], "before": was, "after": now})
+    worse.sort(key=lambda row: (row["before"] - row["after"], row["source"]))
+    return worse[:MOST_WORSE]
 
 
 Interval = Mapping[str, float]
@@ -228,20 +229,20 @@ class MetricLine:
     """Of the constant answer, where `other` is another side; empty where that has none."""
 
 
-def sides(report: Mapping[str, Any]) -> tuple[str, str]:
+def sides(report: Record) -> tuple[str, str]:
     """Titles of the two columns of metrics; the first is empty where there is no comparison."""
     if report["metrics"]["before"] is not None:
         return "before", "after"
     return (report["baseline"]["name"] if report["baseline"] else ""), "tuned"
 
 
-def metric_lines(report: Mapping[str, Any]) -> list[MetricLine]:
+def metric_lines(report: Record) -> list[MetricLine]:
     """Every metric of the result."""
     after = report["metrics"]["after"]
     return [] if after is None else [_line(report, key) for key in after["measures"] if _is_shown(report, key)]
 
 
-def headline_metrics(report: Mapping[str, Any]) -> list[str]:
+def headline_metrics(report: Record) -> list[str]:
     """Keys of the metrics that matter for this task, most important first."""
     after = report["metrics"]["after"]
     if after is None:
@@ -256,7 +257,7 @@ def headline_metrics(report: Mapping[str, Any]) -> list[str]:
     return ["exact_match", *others] if leads else [*others[:1], "exact_match", *others[1:]]
 
 
-def _is_shown(report: Mapping[str, Any], key: str) -> bool:
+def _is_shown(report: Record, key: str) -> bool:
     """Neither a constant's metric, which is in the other column, nor one that was not measured before."""
     before = report["metrics"]["before"]
     if key in BASELINES and report["baseline"]:
@@ -264,7 +265,7 @@ def _is_shown(report: Mapping[str, Any], key: str) -> bool:
     return before is None or key in before["measures"]
 
 
-def _line(report: Mapping[str, Any], key: str) -> MetricLine:
+def _line(report: Record, key: str) -> MetricLine:
     info, after = info_of(key), report["metrics"]["after"]["measures"][key]
     other, change = _compared(report, key)
     return MetricLine(
@@ -280,7 +281,7 @@ def _line(report: Mapping[str, Any], key: str) -> MetricLine:
     )
 
 
-def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Mapping[str, Any] | None]:
+def _compared(report: Record, key: str) -> tuple[Interval | None, Record | None]:
     """The value that a metric is compared with, and the paired difference."""
     if report["metrics"]["before"] is not None:
         return report["metrics"]["before"]["measures"][key], report["changes"].get(key)
@@ -288,12 +289,12 @@ def _compared(report: Mapping[str, Any], key: str) -> tuple[Interval | None, Map
     return (None, None) if its is None else ({"value": its["value"]}, its["change"])
 
 
-def _of_constant(report: Mapping[str, Any], key: str) -> str:
+def _of_constant(report: Record, key: str) -> str:
     constant = (report["baseline"] or {"measures": {}})["measures"].get(key)
     return "" if constant is None or report["metrics"]["before"] is None else info_of(key).text(constant["value"])
 
 
-def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Mapping[str, Any] | None) -> str:
+def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Record | None) -> str:
     if other is None or not math.isfinite(difference := after["value"] - other["value"]):
         return ""
     if difference == 0 or (change is not None and change["value"] == 0):
@@ -308,7 +309,7 @@ _VERBS = {
 }  # fmt: skip
 
 
-def summary(report: Mapping[str, Any]) -> str:
+def summary(report: Record) -> str:
     """The run and its result in one paragraph."""
     tuned = (
         f"{report['model']} was tuned to {_VERBS.get(report['task'], report['task'])} (method {report['method']}) on "
@@ -320,7 +321,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return " ".join([tuned, *report["headline"], *unused])
 
 
-def headline(report: Mapping[str, Any]) -> Iterator[str]:
+def headline(report: Record) -> Iterator[str]:
     """The result in sentences: its most important metric, against the comparisons that are fair."""
     after, before = report["metrics"]["after"], report["metrics"]["before"]
     if after is None:
@@ -361,7 +362,7 @@ def headline(report: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _one_answer(report: Mapping[str, Any]) -> Iterator[str]:
+def _one_answer(report: Record) -> Iterator[str]:
     """A sentence where all answers are one, which no measure says as plainly."""
     answers = [sample["after"].strip() for sample in report["samples"] if "after" in sample]
     references = {sample["reference"].strip() for sample in report["samples"] if sample.get("reference")}
@@ -369,7 +370,7 @@ def _one_answer(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"All {len(answers):,} answers are {named(answers[0])}."
 
 
-def leading_key(report: Mapping[str, Any]) -> str:
+def leading_key(report: Record) -> str:
     """The most important metric that is a number on both sides: a constant model has no rank correlation."""
     keys = headline_metrics(report)
     measured = [side["measures"] for side in report["metrics"].values() if side is not None]
@@ -377,14 +378,14 @@ def leading_key(report: Mapping[str, Any]) -> str:
     return next(are_finite, keys[0])
 
 
-def _num_counted(after: Mapping[str, Any], key: str) -> tuple[int, str]:
+def _num_counted(after: Record, key: str) -> tuple[int, str]:
     """Number and unit of the items behind a metric."""
     if key in ANSWER_METRICS:
         return after["answers"], "answer"
     return (after["documents"], "document") if "documents" in after else (after["rows"], "row")
 
 
-def _counted_on(report: Mapping[str, Any], key: str) -> str:
+def _counted_on(report: Record, key: str) -> str:
     """The items behind a metric, and whether they were trained on."""
     after = report["metrics"]["after"]
     if key == "general_loss":
@@ -394,7 +395,7 @@ def _counted_on(report: Mapping[str, Any], key: str) -> str:
     return f"{counted} that were held out ({overlap})" if overlap else f"{counted} it was not trained on"
 
 
-def _overlap(report: Mapping[str, Any]) -> str:
+def _overlap(report: Record) -> str:
     rows = report["rows"]
     if not rows["overlap"]:
         return ""
@@ -402,7 +403,7 @@ def _overlap(report: Mapping[str, Any]) -> str:
     return f"{rows['overlap']:,} of the {plural(rows['held_out'], 'row')} held out {verb} also in the training files"
 
 
-def sample_text(report: Mapping[str, Any]) -> str:
+def sample_text(report: Record) -> str:
     """The items behind all metrics."""
     after, overlap = report["metrics"]["after"], _overlap(report)
     windows = f" in {plural(after['rows'], 'window')}" if "documents" in after else ""
@@ -422,11 +423,11 @@ def mark(answer: str, reference: str | None) -> str:
     return "right" if answer.strip() == reference.strip() else "wrong" if is_short(reference) else ""
 
 
-def selected_step(report: Mapping[str, Any]) -> int:
+def selected_step(report: Record) -> int:
     return int(report["kept"].get("step", report["steps"]))
 
 
-def confused_pairs(details: Mapping[str, Any], most: int = 15) -> list[tuple[str, str, int, float]]:
+def confused_pairs(details: Record, most: int = 15) -> list[tuple[str, str, int, float]]:
     """(class, taken for, rows, share of the class's rows), most rows first."""
     labels, counts = details.get("labels", ()), details.get("confusion", ())
     pairs = [
