@@ -234,13 +234,15 @@ def _looking(folder: Path, *, tokens_per_pass: int, above: int) -> Any:
 
 
 def looking(folder: Path) -> Any:
-    return _looking(folder, tokens_per_pass=200, above=40)
+    found = _looking(folder, tokens_per_pass=200, above=40)
+    (folder / f"smaller-{os.environ['RANK']}").write_text(str(min(filter(None, found["smaller"]))))
+    return found
 
 
 def looking_in_small_passes(folder: Path) -> Any:
-    """As it is from the start where `looking` arrives."""
-    found = looking(folder)
-    return _looking(folder, tokens_per_pass=min(filter(None, found["smaller"])), above=10**6)
+    """As it is from the start where `looking` arrived."""
+    smaller = int((folder / f"smaller-{os.environ['RANK']}").read_text())
+    return _looking(folder, tokens_per_pass=smaller, above=10**6)
 
 
 def looking_planted(folder: Path) -> Any:
