@@ -147,7 +147,7 @@ def counted_probes(patch: pytest.MonkeyPatch) -> Iterator[list[AttentionCase]]:
     choose_kernel.cache_clear()
 
 
-def test_a_kernel_that_passed_its_probe_is_probed_again_for_every_other_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_is_probed_again_for_every_other_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(CASES) == {field.name for field in fields(AttentionCase)}
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     with counted_probes(monkeypatch) as probed:

@@ -50,7 +50,7 @@ def test_a_run_without_held_out_rows_is_to_hold_some_out() -> None:
     assert settings(nothing, with_rows) == []
 
 
-def test_a_new_head_that_ends_worse_than_at_random_is_to_take_smaller_steps() -> None:
+def test_a_new_head_that_ends_worse_than_random_takes_smaller_steps() -> None:
     report = report_of(new_head=True)
     assert settings(report, course=course_of(1.11, 108.9, 27.0, 29.5)) == ["optim.lr=3e-05"]
     assert settings(report, course=course_of(1.11, 1.13)) == []  # two steps of a run that has hardly begun

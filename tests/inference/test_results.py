@@ -166,7 +166,7 @@ with at_work(folder):
 """
 
 
-def test_the_copy_of_an_export_that_was_killed_a_minute_ago_is_removed_and_that_of_one_at_work_is_not(run: Run) -> None:
+def test_the_copy_of_a_killed_export_is_removed_not_that_of_one_at_work(run: Run) -> None:
     """Of a large model the copy takes as much of the disk as the model."""
     words = [sys.executable, "-c", AT_WORK, str(run.path / "exports")]
     children = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]

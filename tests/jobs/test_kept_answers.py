@@ -37,7 +37,7 @@ SCOPE: dict[str, Any] = {"method": "GET", "path": "/v1/fine_tuning/jobs", "query
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_an_answer_about_jobs_is_that_to_the_same_request_of_the_same_store(change: dict[str, Any]) -> None:
+def test_an_answer_about_jobs_belongs_to_its_request_and_store(change: dict[str, Any]) -> None:
     store: Any = SimpleNamespace(answers={}, version=7)
     kept = KeptAnswers(store)
     with project("a"):
@@ -50,7 +50,7 @@ def test_an_answer_about_jobs_is_that_to_the_same_request_of_the_same_store(chan
         assert kept.find(other) is None
 
 
-def test_an_answer_that_was_read_while_a_job_changed_is_not_kept_for_what_it_became() -> None:
+def test_an_answer_read_while_a_job_changed_is_not_kept() -> None:
     store: Any = SimpleNamespace(answers={}, version=7)
     request: Any = SimpleNamespace(scope={**SCOPE, "route": "its route"})
 

@@ -126,7 +126,7 @@ def kept_bytes(out: Tensor, ignored: list[Tensor]) -> int:
     return sum(size for address, size in sizes.items() if address not in known)
 
 
-def test_what_a_norm_answered_is_computed_again_bit_for_bit_instead_of_kept() -> None:
+def test_answers_of_norms_are_computed_again_bit_for_bit() -> None:
     """64 × 96 numbers of two bytes for the siblings and as many for the MLP; what was written into is kept."""
     torch.manual_seed(0)
 

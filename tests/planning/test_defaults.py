@@ -70,7 +70,7 @@ def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, par
         ("accuracy", {"metric": "loss"}, "loss", "the evaluation with the best loss is the result"),
     ],
 )
-def test_the_best_evaluation_is_that_of_the_headline_unless_a_person_says_otherwise(headline, given, metric, reason):
+def test_the_headline_says_which_evaluation_was_best_by_default(headline, given, metric, reason):
     facts = Facts(22_700_000, "cpu", "encoder", np.full(600, 50, np.int32), held_tokens=3000, headline=headline)
     recipe = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "evaluation": given}
     decided, choices = decide(validate(recipe), facts)

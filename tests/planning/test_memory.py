@@ -148,7 +148,7 @@ def test_pieces_of_a_card_that_others_fill_are_those_of_the_whole_card():
     assert needs(large, targets=5000, device=named("16G")).logits < needs(large, targets=5000, device=card).logits
 
 
-def test_a_piece_in_half_precision_on_a_card_is_there_narrow_too_with_its_gradient():
+def test_a_piece_in_half_precision_on_a_card_is_there_narrow_too():
     """Logits in bfloat16, in float32, their softmax, and the gradient in bfloat16: 2.5 times the float32 ones."""
     narrow, card = replace(SIZES, outputs=100_000, itemsize=2), named("80G")
     assert needs(narrow, targets=5000, device=card).logits == 2.5 * 512 * 2**20

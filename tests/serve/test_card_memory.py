@@ -65,7 +65,7 @@ def test_server_and_jobs_share_a_card(on_card: None, monkeypatch: pytest.MonkeyP
     assert os.environ[CARD_SHARE] == "half"
 
 
-def test_a_run_of_a_job_gets_what_the_server_leaves_unless_its_card_is_another(
+def test_a_run_of_a_job_gets_what_the_server_leaves_of_their_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[dict[str, str]] = []
@@ -82,7 +82,7 @@ def test_what_is_no_share_of_a_card_is_refused(monkeypatch: pytest.MonkeyPatch, 
         environment.card_share()
 
 
-def test_a_server_that_leaves_nothing_of_the_card_to_its_jobs_does_not_start(
+def test_a_server_that_leaves_its_jobs_nothing_of_the_card_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CARD_SHARE, "1")

@@ -46,7 +46,7 @@ def test_an_option_that_is_forgotten_would_be_seen(monkeypatch: pytest.MonkeyPat
     assert new_options() == {"data.encoding"}
 
 
-def test_what_earlier_versions_used_is_what_a_recipe_without_the_option_says() -> None:
+def test_earlier_versions_used_what_a_recipe_without_the_option_says() -> None:
     """Else such a run would be refused nevertheless: its recipe lacks the option too."""
     defaults = {key: options()[key.removeprefix("setting ")].default for key in same_run.NAMED_LATER}
     other = {key: value for key, value in defaults.items() if value != "auto"}

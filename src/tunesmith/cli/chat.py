@@ -68,7 +68,7 @@ CHAT_HELP = """/reset  forget the conversation
 /help   these lines
 /exit   leave; so do /quit and Ctrl-D"""
 _COMMAND = re.compile(r"/\w+")
-"""What looks like a command; a message may begin so, and goes on."""
+"""Text that looks like a command; a message may begin so, and goes on."""
 STYLES = {"before": "default", "after": "green", "": "default"}
 
 

@@ -209,7 +209,7 @@ def _with_model(
 
 
 def _seed(prompt: Prompt, seed: int) -> int:
-    """Of a prompt's answers: from its row and `seed`, whatever other rows are there."""
+    """Seeds of a prompt's answers: from its row and `seed`, whatever other rows are there."""
     digest = hashlib.sha256(to_json([seed, dict(prompt.item)]))
     return int.from_bytes(digest.digest()[:7], "big")
 

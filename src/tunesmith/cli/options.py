@@ -313,7 +313,7 @@ def refuse_unusable(
 
 
 def reading_of(target: str, root: Path) -> Reading:
-    """How the data of a run was read; of a model as files are by default."""
+    """Options by which the data of a run was read; for a model the defaults."""
     from tunesmith.recipe.schema import AS_IT_IS
 
     return Run.open(target, root).recipe().data.reading if is_run(target, root) else AS_IT_IS

@@ -48,7 +48,7 @@ class Predictions:
     targets: list[NDArray[np.generic]]
     """The right answer: int64 [N]; of sequence heads int64 [1], float32 [1] or float32 [1, C]."""
     results: list[Record] = field(default_factory=list)
-    """Of rows with branches, in place of outputs and targets: see `Measured.results`."""
+    """Results of rows with branches, in place of outputs and targets: see `Measured.results`."""
 
     def __len__(self) -> int:
         return len(self.losses_I)

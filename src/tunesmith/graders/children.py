@@ -114,7 +114,7 @@ class _Child:
         return dict(json.loads(line))
 
     def last_words(self, kind: str) -> str:
-        """What a process that died printed last."""
+        """Last lines that a process printed before it died."""
         if kind != "died":
             return ""
         size = os.fstat(self._log.fileno()).st_size
@@ -139,7 +139,7 @@ def _place(grader: Any) -> str:
 
 
 def _to_load(grader: Any, folder: str) -> dict[str, Any]:
-    """What a process is to load, with its limits; the text of a Python grader as a file in `folder`."""
+    """Source that a process loads, with its limits; the text of a Python grader as a file in `folder`."""
     limits = {
         "seconds": grader.seconds,
         "memory_bytes": int(grader.memory_gib * 2**30),

@@ -1,4 +1,4 @@
-"""What is graded, and what comes of it."""
+"""Samples, and their grades."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _json_of(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a grader says of an answer; `reward` None: the grade failed, as `kind` and `error` say."""
+    """The grade of an answer; `reward` None: the grade failed, as `kind` and `error` say."""
 
     reward: float | None
     scores: Mapping[str, float] = field(default_factory=dict)

@@ -59,7 +59,7 @@ class TextSimilarity(_Grader):
 
 
 class _Limited(_Grader):
-    """What is computed in a process of its own."""
+    """Types of graders that compute in a process of their own."""
 
     seconds: float = Field(SECONDS, gt=0, le=3600)
     memory_gib: float = Field(MEMORY_GIB, gt=0)

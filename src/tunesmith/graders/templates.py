@@ -15,7 +15,7 @@ _VARIABLE = re.compile(r"\{\{\s*(.*?)\s*\}\}", re.DOTALL)
 _PATH = re.compile(r"(item|sample)((?:\.[^.\[\]\s]+|\[\d+\])+)")
 _STEP = re.compile(r"\.([^.\[\]\s]+)|\[(\d+)\]")
 SAMPLE = ("output_text", "output_json", "output_tools", "choices", "ended", "tokens")
-"""What a sample has."""
+"""Fields of a sample."""
 
 
 def _steps(match: re.Match[str]) -> list[str | int]:

@@ -79,7 +79,7 @@ def _string_check(operation: str, text: str, reference: str) -> float:
 
 
 def similarity(metric: str, text: str, reference: str) -> float:
-    """Of two texts, from 0 to 1. Words are lower case, runs of letters and digits."""
+    """The likeness of two texts, from 0 to 1. Words are lower case, runs of letters and digits."""
     if metric == "fuzzy_match":
         from rapidfuzz import fuzz, utils
 

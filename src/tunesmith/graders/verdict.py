@@ -1,4 +1,4 @@
-"""What a trial says of a grader, in words."""
+"""The verdict of a trial on a grader, in words."""
 
 from __future__ import annotations
 

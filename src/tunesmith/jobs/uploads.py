@@ -299,7 +299,7 @@ def look_at_first_row(head: bytes) -> None:
 
 
 def _is_object(line: bytes) -> bool:
-    """Of a long line only the ends are looked at: the process that checks the files of a job reads it whole."""
+    """Only the ends of a long line are looked at: the process that checks the files of a job reads it whole."""
     if not (line.startswith(b"{") and line.endswith(b"}")):
         return False
     if len(line) <= PARSED_BYTES:

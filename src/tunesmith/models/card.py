@@ -25,7 +25,7 @@ NODES = "/dev", "nvidia[0-9]*"
 WSL = Path("/usr/lib/wsl/lib/libcuda.so.1")
 """Windows' driver as Linux inside of it sees it."""
 WHEELS = "https://pytorch.org/get-started/locally"
-"""Where PyTorch says how its wheels are installed, by version of CUDA."""
+"""Address of PyTorch's wheels, by version of CUDA."""
 LEAST_DRIVER = {13: 580, 12: 525}
 """Oldest driver of each major version of CUDA (NVIDIA, "CUDA Compatibility", table of minor versions)."""
 OLD_CARDS = (7, 5)
@@ -100,7 +100,7 @@ def _install(driver_major: int, capability: tuple[int, int] | None = None) -> st
 
 
 def _words_of_torch() -> str:
-    """What torch warns of as it looks for cards, once in a process."""
+    """Warnings of torch as it looks for cards, once in a process."""
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         torch.cuda.is_available()

@@ -36,7 +36,7 @@ ROUNDINGS, WIDE_ROUNDINGS = 4, 16
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Of the gate: its value, and the gradient before it from that behind it."""
+    """The activation of a gate: its value, and the gradient before it from that behind it."""
 
     name: str
     value: Callable[[Tensor], Tensor]
@@ -160,7 +160,7 @@ OPERATORS = {
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a card computes an operator, and why not in the ways before."""
+    """The way in which a card computes an operator, and why not in the ways before."""
 
     name: str
     run: Function

@@ -1,4 +1,4 @@
-"""How much longer a tokenizer.json makes a text before it splits it: replacements one after the other multiply."""
+"""The factor by which a tokenizer.json lengthens a text before it splits it: replacements in a row multiply.
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def dense(weight: Weight) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LinearParts:
-    """What a linear layer computes with."""
+    """The parts that a linear layer computes with."""
 
     weight: Weight
     bias_O: Tensor | None
@@ -123,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def _frozen(layers: Sequence[LinearParts]) -> tuple[tuple[Weight | None, float], ...]:
-    """What a node keeps of its layers beside tensors, which autograd keeps: weights that are packed, and scales."""
+    """Parts of layers that a node keeps, besides tensors, which autograd keeps: weights that are packed, and scales."""
     return tuple((None if isinstance(layer.weight, Tensor) else layer.weight, layer.scale) for layer in layers)
 
 

@@ -1,4 +1,4 @@
-"""Where the pieces of a packed batch are, and attention of rows of equal length.
+"""Places of the pieces of a packed batch, and attention of rows of equal length.
 
 A packed batch consists of pieces: a piece is a row; or where rows share a prefix, the prefix or the rest of one of the
 rows. A piece reads what is before it in its row, which other pieces compute, and itself.
@@ -43,7 +43,7 @@ class Segments:
     bands: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, compare=False)
     """Masks of a sliding window, by (Q, K, window)."""
     layouts: dict[Any, Any] = field(default_factory=dict, compare=False)
-    """What kernels derive from these pieces in the first layer of a pass, for all others."""
+    """Values that kernels derive from these pieces in the first layer of a pass, for all others."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, device: torch.device) -> Segments:

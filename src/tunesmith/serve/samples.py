@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a model is asked, and the seed from which its samples follow."""
+    """A question to a model, and the seed from which its samples follow."""
 
     messages: Sequence[Mapping[str, Any]]
     seed: int

@@ -49,7 +49,7 @@ MOST_LOSS, MOST_ERROR = 0.02, 0.01
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a merged base in 16 bits is from the result that was measured."""
+    """The distance of a merged base in 16 bits from the result that was measured."""
 
     words: str
     needs_float32: bool = False

@@ -129,7 +129,7 @@ def resolve_run(
 
 
 def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, seed: int) -> Facts:
-    """What the decisions after the rows go by. `kind`: the device's."""
+    """Facts for the decisions after the rows. `kind`: the device's."""
     (store, rows_I), (held, held_I) = rows.sides
     headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
     return Facts(

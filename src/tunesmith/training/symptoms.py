@@ -1,4 +1,4 @@
-"""What a run shows of the commonest disappointments, each with its word for `tunesmith explain`."""
+"""Signs of the commonest disappointments in a run, each with its word for `tunesmith explain`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to try next, by what a run measured: a sentence of why, and the settings of a run that may be better."""
+"""Changes to try next, by what a run measured: a sentence of why, and the settings of a run that may be better."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_TRIED = 3
 STILL_FALLING = 0.01
 """Share of the loss by which the last evaluation is lower than the one before it, if training may not be done."""
 WORSE_THAN_RANDOM = 1.1
-"""How many times its untrained loss a model with a new head has at least, if its steps were too large."""
+"""Least loss of a model with a new head, as a multiple of its untrained loss, that says its steps were too large."""
 
 Course = Sequence[tuple[int, Record]]
 """(step, values) of the evaluations, as `RunSeries.course` has them."""

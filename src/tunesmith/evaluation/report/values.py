@@ -226,7 +226,7 @@ class MetricLine:
     """The paired difference with its interval."""
     verdict: Verdict
     baseline: str = ""
-    """Of the constant answer, where `other` is another side; empty where that has none."""
+    """Measures of the constant answer, where `other` is another side; empty where that has none."""
 
 
 def sides(report: Record) -> tuple[str, str]:
