@@ -1,4 +1,4 @@
-"""The factor by which a tokenizer.json lengthens a text before it splits it: replacements in a row multiply.
+"""The factor by which a tokenizer.json lengthens a text before it splits it: replacements in a row multiply."""
 
 from __future__ import annotations
 
