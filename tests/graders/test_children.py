@@ -35,7 +35,7 @@ def grade(sample, item):
             while True: pass
     return 0.25
 """
-KINDS = {
+FAILURES = {
     "none": "not_a_number", "nan": "not_a_number", "inf": "not_a_number", "text": "not_a_number",
     "raises": "exception", "exits": "exception", "ends": "died", "dies": "died", "eats": "memory",
     "sleeps": "timeout", "spins": "timeout", "good": None,
@@ -43,8 +43,8 @@ KINDS = {
 
 
 def test_a_grade_that_fails_is_no_reward_and_the_next_one_is_made(tmp_path: Path) -> None:  # trap: R19
-    found = grades(function_in(tmp_path, ODD, seconds=1.0), *KINDS)
-    assert {text: one.kind for text, one in zip(KINDS, found, strict=True)} == KINDS
+    found = grades(function_in(tmp_path, ODD, seconds=1.0), *FAILURES)
+    assert {text: one.kind for text, one in zip(FAILURES, found, strict=True)} == FAILURES
     no_failure_counts_as_zero(found)
     assert "of mine" in found[4].error
     assert "line 12" in found[4].error

@@ -215,7 +215,7 @@ def _seed(prompt: Prompt, seed: int) -> int:
 
 
 def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
-    from tunesmith.graders.grade import KINDS
+    from tunesmith.graders.grade import FAILURES
     from tunesmith.graders.trial import PLAYED
     from tunesmith.graders.verdict import lines_of
 
@@ -224,7 +224,7 @@ def _draw(values: JsonObject, judged: Sequence[Verdict]) -> None:
     for error in values["errors"]:
         first = error["first"][0]
         places = listed(dict.fromkeys(entry["source"] for entry in error["first"]), 3)
-        screen.print(visible(f"{error['num']:,} without reward, {KINDS[error['kind']]}: {places}"))
+        screen.print(visible(f"{error['num']:,} without reward, {FAILURES[error['kind']]}: {places}"))
         screen.print(visible(f"  of {PLAYED[first['of']]}: {one_line(first['error'][-300:], 300)}"))
     is_alike = len({entry["reward"] for entry in (*values["best"], *values["worst"])}) < 2
     for title in () if is_alike else ("best", "worst"):

@@ -21,12 +21,12 @@ from tunesmith.graders.grade import GradeError
 
 LOAD_S = 60.0
 """Longest time in which the code of a grader is loaded."""
-GRACE_S = 10.0
+STARTING_GRACE_S = 10.0
 """Beyond the limit of a grade, which its process keeps by itself."""
 OFFLINE = (schema.Python, schema.UnitTests)
 """Code of others, which gets no network."""
 KEPT_ENV = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONSAFEPATH")
-SETTINGS = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+FIXED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class Children:
@@ -54,7 +54,7 @@ class Children:
             child = _Child(self._grader)
             self._all.append(child)
         try:
-            answer = child.ask(request, self._grader.seconds * times + GRACE_S)
+            answer = child.ask(request, self._grader.seconds * times + STARTING_GRACE_S)
         except GradeError:
             self._all.remove(child)
             child.end()
@@ -73,7 +73,7 @@ class Children:
 class _Child:
     def __init__(self, grader: Any) -> None:
         names = (*KEPT_ENV, *getattr(grader, "env", ()))
-        env = {name: value for name, value in for_child().items() if name in names} | SETTINGS
+        env = {name: value for name, value in for_child().items() if name in names} | FIXED_ENVIRONMENT
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`end` closes it)
         self._folder = tempfile.TemporaryDirectory(prefix="grader-")
         self._process = subprocess.Popen(

@@ -24,7 +24,7 @@ _OPERATORS: Mapping[type, Callable[..., float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
-MOST_CHARACTERS = 500
+MOST_FORMULA_CHARACTERS = 500
 """A longer formula could nest more deeply than Python can follow."""
 
 
@@ -59,8 +59,8 @@ def _value(node: ast.expr, rewards: Mapping[str, float]) -> float:
 def parse(text: str, names: Sequence[str], place: str) -> ast.expr:
     """The formula in `text`. Raises InputError where it is none, or names no grader of `names`."""
     try:
-        if len(text) > MOST_CHARACTERS or "**" in text or "#" in text:
-            raise SyntaxError(f"it has more than {MOST_CHARACTERS} characters, or ** or #")
+        if len(text) > MOST_FORMULA_CHARACTERS or "**" in text or "#" in text:
+            raise SyntaxError(f"it has more than {MOST_FORMULA_CHARACTERS} characters, or ** or #")
         node = ast.parse(text.strip().replace("^", "**"), mode="eval").body
         _check(node, names)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

@@ -12,7 +12,7 @@ Kind = Literal[
     "no_code", "unreachable", "refused", "unreadable",
 ]  # fmt: skip
 """Why there is no reward."""
-KINDS: Mapping[str, str] = {
+FAILURES: Mapping[str, str] = {
     "exception": "the grader raised an error",
     "timeout": "it took too long",
     "memory": "it took too much memory",

@@ -21,8 +21,8 @@ from tunesmith.graders.grade import GradeError
 from tunesmith.graders.schema import ScoreModel
 from tunesmith.graders.templates import render
 
-TRIES = 3
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+JUDGE_TRIES = 3
+FIRST_WAIT_S, LONGEST_RETRY_S = 1.0, 60.0
 """Before the second try, doubled before the third, unless the reply names a time."""
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 MOST_BYTES = 4 * 2**20
@@ -73,7 +73,7 @@ def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float],
     if key := key_of(grader):
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     ends = time.monotonic() + grader.seconds
-    for attempt in range(TRIES):
+    for attempt in range(JUDGE_TRIES):
         try:
             with urllib.request.urlopen(request, timeout=max(0.1, ends - time.monotonic())) as reply:
                 return dict(json.loads(reply.read(MOST_BYTES)))
@@ -86,7 +86,7 @@ def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float],
         except (ValueError, TypeError):
             raise GradeError("unreadable", f"{grader.address}: its reply is not a JSON object") from None
         wait = float(named) if re.fullmatch(r"\d+(\.\d+)?", named) else FIRST_WAIT_S * 2**attempt
-        if attempt == TRIES - 1 or wait > LONGEST_WAIT_S or time.monotonic() + wait > ends:
+        if attempt == JUDGE_TRIES - 1 or wait > LONGEST_RETRY_S or time.monotonic() + wait > ends:
             break
         sleep(wait)
     if time.monotonic() >= ends:

@@ -11,7 +11,7 @@ import numpy as np
 from tunesmith.evaluation.report.pages import as_html
 from tunesmith.evaluation.report.plots import ACCENT, PAPER, Plot, draw
 from tunesmith.evaluation.report.sections import Block, Cell, Column, Page, PageSection, Table
-from tunesmith.graders.grade import KINDS
+from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import PLAYED
 from tunesmith.graders.verdict import Verdict, lines_of
 from tunesmith.phrases import plural
@@ -61,7 +61,7 @@ def _histogram(kind: str, entry: Mapping[str, Any]) -> Plot:
 
 def _errors(values: Mapping[str, Any]) -> Table:
     rows = [
-        [Cell(KINDS[entry["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
+        [Cell(FAILURES[entry["kind"]]), Cell(first["source"]), Cell(PLAYED[first["of"]]), Cell(first["error"])]
         for entry in values["errors"]
         for first in entry["first"]
     ]

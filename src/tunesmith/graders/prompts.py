@@ -21,7 +21,7 @@ from tunesmith.types import Problem, Source
 
 REFERENCES = ("reference", "reference_answer", "answer", "completion")
 """Fields with the right answer, the first that a row has; else it is the assistant's last turn."""
-MOST_LISTED = 20
+MOST_ROW_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
         else:
             problems += prompt
     if problems:
-        more = [f"and {len(problems) - MOST_LISTED:,} more problems"] if len(problems) > MOST_LISTED else []
-        raise DataError("\n".join([*map(str, problems[:MOST_LISTED]), *more]), problems)
+        more = [f"and {len(problems) - MOST_ROW_PROBLEMS:,} more problems"] if len(problems) > MOST_ROW_PROBLEMS else []
+        raise DataError("\n".join([*map(str, problems[:MOST_ROW_PROBLEMS]), *more]), problems)
     return prompts
 
 

@@ -15,7 +15,7 @@ from tunesmith.errors import InputError
 from tunesmith.graders import formula, templates
 from tunesmith.phrases import near_file
 
-SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
+GRADER_SECONDS, JUDGE_SECONDS, MEMORY_GIB = 60.0, 120.0, 2.0
 MOST_SOURCE = 256 * 1024
 """Bytes of a Python grader's text."""
 _WORDS_OF_CORPUS = "it needs {what}. Take rouge_l, bleu or fuzzy_match, or compute it in a `python` grader."
@@ -61,7 +61,7 @@ class TextSimilarity(_Grader):
 class _Limited(_Grader):
     """Types of graders that compute in a process of their own."""
 
-    seconds: float = Field(SECONDS, gt=0, le=3600)
+    seconds: float = Field(GRADER_SECONDS, gt=0, le=3600)
     memory_gib: float = Field(MEMORY_GIB, gt=0)
 
 

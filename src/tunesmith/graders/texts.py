@@ -23,7 +23,7 @@ from tunesmith.graders.grade import GradeError
 from tunesmith.graders.templates import render
 
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
-MOST_ERRORS = 10
+MOST_SCHEMA_ERRORS = 10
 """Errors of a schema that are counted: more make the reward no lower."""
 NGRAMS = 4
 
@@ -168,6 +168,6 @@ def _schema(grader: schema.JsonSchema, text: str) -> float:
     errors = 0
     for _ in _validator(json.dumps(grader.json_schema)).iter_errors(value):
         errors += 1
-        if errors == MOST_ERRORS:
+        if errors == MOST_SCHEMA_ERRORS:
             break
     return 1 / (1 + errors)

@@ -27,8 +27,8 @@ PLAYED: Mapping[str, str] = {
     MODEL: "the model's answers",
 }
 """Kinds of answers that a grader is tried on."""
-GROUPS = (4, 8, 16, 32)
-SHOWN = 5
+GROUP_SIZES = (4, 8, 16, 32)
+NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
         "groups with spread": ratio([float(max(group) > min(group)) for group in full]),
     }
     measures |= intervals(len(full), of_full)
-    spreads = {str(size): mean([spread_of(size, group) for group in full]) for size in GROUPS}
+    spreads = {str(size): mean([spread_of(size, group) for group in full]) for size in GROUP_SIZES}
     return {"samples": most, "measures": measures, "groups": spreads, "length": length_correlation(entries)}
 
 
@@ -210,7 +210,7 @@ def _errors(prompts: Sequence[Prompt], graded: Sequence[Graded]) -> list[dict[st
     failed = Counter(entry.grade.kind for entry in graded if entry.grade.kind is not None)
     errors = []
     for kind, num in failed.most_common():
-        first = [entry for entry in graded if entry.grade.kind == kind][:SHOWN]
+        first = [entry for entry in graded if entry.grade.kind == kind][:NUM_SHOWN]
         places = [
             {"source": prompts[entry.row].source, "of": entry.kind, "error": entry.grade.error} for entry in first
         ]
@@ -234,4 +234,4 @@ def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> dict[str,
             "scores": dict(entry.grade.scores),
         }
 
-    return {"best": list(map(shown, ranked[:SHOWN])), "worst": list(map(shown, ranked[: -SHOWN - 1 : -1]))}
+    return {"best": list(map(shown, ranked[:NUM_SHOWN])), "worst": list(map(shown, ranked[: -NUM_SHOWN - 1 : -1]))}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.graders.grade import KINDS
+from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
 
@@ -45,7 +45,7 @@ def _right(values: Mapping[str, Any]) -> str:
 def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:
     failed = sum(entry["num"] for entry in values["errors"])
     if failed > MOST_FAILED * values["grades"]:
-        kinds = ", ".join(f"{KINDS[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
+        kinds = ", ".join(f"{FAILURES[entry['kind']]}: {entry['num']:,}" for entry in values["errors"])
         of = f"{failed:,} of {plural(values['grades'], 'grade')} failed ({percent(failed / values['grades'])})"
         yield Verdict(f"{of}, and have no reward: {kinds}. Mend the grader or the rows that are named above.", True)
     known = [entry for entry in values["kinds"].values() if entry["scored"]]
