@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 import torchgen
@@ -96,6 +96,9 @@ class PretendedMps(TorchFunctionMode):
             return answers[owner] if here or owner is not Tensor.device else func(*args, **kwargs)
         if func in NAMES:
             return func(*args, **kwargs)
+        if func is Tensor.backward:
+            with self:  # else what is computed again in it would be on the processor
+                return torch.autograd.backward(*args, kwargs.pop("gradient", None), **kwargs)
         if func in READS and self.has(first):
             raise TypeError("can't convert mps:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if func is Tensor.cpu or (func is Tensor.to and self._goes_to(args, kwargs) == "cpu"):
@@ -164,6 +167,7 @@ def pretended_mps() -> Iterator[PretendedMps]:
         stack.enter_context(patch.object(torch.backends.mps, "is_available", lambda: True))
         stack.enter_context(patch.object(torch.mps, "empty_cache", nothing))
         stack.enter_context(patch.object(torch.accelerator, "synchronize", nothing))
+        stack.enter_context(patch.object(torch, "Event", lambda **how: MagicMock()))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # what MPS has for attention with gradients
         stack.enter_context(device)
         stack.enter_context(Operators(device))

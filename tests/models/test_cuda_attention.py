@@ -1,6 +1,6 @@
 """Kernels of CUDA devices: which one is taken for which call, and that each computes attention, seen on a processor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -292,7 +292,7 @@ def test_nobody_looks_for_the_rows_of_a_packed_pass(monkeypatch):
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def flash(monkeypatch: pytest.MonkeyPatch, varlen_on_a_processor: None) -> Iterator[list[str]]:
     """FlashAttention 3 as installed on a Hopper: which implementation was switched to, in order."""
     switched: list[str] = []
     functions = {
@@ -302,7 +302,6 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda_attention, "find_spec", lambda name: name)
     monkeypatch.setattr(cuda_attention.importlib, "import_module", lambda name: SimpleNamespace(**functions))
-    monkeypatch.setattr(cuda_attention, "_varlen_attn", lambda: varlen_by_hand)
     cuda_attention.newest_flash.cache_clear()
     choose_kernel.cache_clear()
     yield switched

@@ -209,9 +209,9 @@ def _problem(run: Function, name: str, device: torch.device, dtype: torch.dtype,
         inputs = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
         inputs = inputs[:2] if name == "gate" else inputs
         expected = OPERATORS[name].plain(*(tensor.float() for tensor in inputs), setting)
-        kept = [tensor.clone() for tensor in inputs]
+        before = [tensor.clone() for tensor in inputs]
         answer = run(*inputs, setting)
-        if not all(map(torch.equal, inputs, kept)):
+        if not all(map(torch.equal, inputs, before)):
             return "it writes into its inputs"
         answers, right = ((x,) if isinstance(x, Tensor) else x for x in (answer, expected))
         for ours, theirs in zip(answers, right, strict=True):

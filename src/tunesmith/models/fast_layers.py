@@ -199,12 +199,12 @@ def _activation(module: nn.Module) -> Activation | None:
 
 def _rotate_by_node(module: nn.Module) -> None:
     """Let attention turn queries and keys by one node each, on a card, where it does so in halves."""
-    own: Any = type(module).forward
-    function: Any = inspect.unwrap(own)
+    forward: Any = type(module).forward
+    function: Any = inspect.unwrap(forward)
     # A wrapper that only renames old arguments may be left out; another one may be a layer's own.
-    is_plain = function is own or "/utils/deprecation." in own.__code__.co_filename.replace("\\", "/")
+    is_plain = function is forward or "/utils/deprecation." in forward.__code__.co_filename.replace("\\", "/")
     theirs = getattr(function, "__globals__", {}).get(ROTATION)
-    weight = next(module.parameters(), None)
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)  # packed ones are of bytes
     if theirs is None or not is_plain or ROTATION not in function.__code__.co_names or weight is None:
         return
     if on_card(weight) and _rotation_agrees(theirs, weight.device, weight.dtype):
