@@ -75,8 +75,8 @@ def in_pieces(patch: pytest.MonkeyPatch, rows: int, vocabulary: int) -> None:
 
 
 def test_a_frozen_layer_has_small_pieces_but_none_below_its_weights():
-    """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 192 targets are more bytes."""
-    for vocabulary, frozen, trained in ((49_152, 192, 341), (8_000, 524, 2_097), (128_256, 192, 130)):
+    """SmolLM2, where 16 MiB are 85 targets; of a large vocabulary 128 targets are more bytes."""
+    for vocabulary, frozen, trained in ((49_152, 128, 341), (8_000, 524, 2_097), (128_256, 128, 130)):
         with torch.device("meta"):
             output = OutputLayer(torch.nn.Linear(8, vocabulary), 1.0, False, None)
         with pytest.MonkeyPatch.context() as patch:
@@ -85,12 +85,12 @@ def test_a_frozen_layer_has_small_pieces_but_none_below_its_weights():
 
 
 def test_pieces_are_of_like_size():
-    """200 targets in pieces of at most 192: the weights are read twice, each time for 100."""
+    """200 targets in pieces of at most 128: the weights are read twice, each time for 100."""
     output = OutputLayer(torch.nn.Linear(8, 49_152, device="meta"), 1.0, False, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(output_module.CHUNK_BYTES, "meta", output_module.CHUNK_BYTES["cpu"])
         assert list(output.chunks(200, trained=False)) == [slice(0, 100), slice(100, 200)]
-        assert list(output.chunks(192, trained=False)) == [slice(0, 192)]
+        assert list(output.chunks(128, trained=False)) == [slice(0, 128)]
         assert list(output.chunks(0, trained=False)) == []
 
 

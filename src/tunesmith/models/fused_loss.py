@@ -40,7 +40,7 @@ SMALL_CARD = 17 * 10**9
 """Bytes of memory of a card up to which chunks are small: T4, and others of 16 GB."""
 CHUNK_BYTES_TRAINED = 64 * 2**20
 """At least, where the layer is trained: every chunk goes through its gradient once more."""
-CHUNK_TARGETS = 192
+CHUNK_TARGETS = 128
 """At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
 PROBE_TOKENS = 8
 
