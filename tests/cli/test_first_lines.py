@@ -137,7 +137,7 @@ def test_notes_on_the_way_that_need_no_action_wait_for_the_report() -> None:
     assert event_line(aside, RunSeries()) == ""
     assert event_line(aside, RunSeries(), verbose=True) == "note: 18 rows were encoded before"
     series = RunSeries.of([aside])
-    assert series.notes == ["18 rows were encoded before"]  # and so it is in the report
+    assert (series.notes, series.details) == ([], ["18 rows were encoded before"])  # the report has it under Choices
 
 
 @pytest.mark.parametrize("flag", ["--verbose", "-v"])

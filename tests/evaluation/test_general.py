@@ -13,7 +13,7 @@ from tunesmith.data.tokenizer import FastTokenizer
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.models.attention import use_packed_attention
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import bind
 
 TOKENIZER = tiny_tokenizer()
 
@@ -52,7 +52,7 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
                 losses[-1] += float(F.cross_entropy(logits, window_T[1:], reduction="sum"))
     if layout == "packed":
         use_packed_attention(tiny)
-    losses_P, counts_P = general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout=layout, device="cpu")
+    losses_P, counts_P = general.text_losses(tiny, bind("chat", None), TOKENIZER, layout=layout, device="cpu")
     assert counts_P.tolist() == counts
     assert losses_P == pytest.approx(losses, rel=1e-5)  # float32 logits
 
@@ -60,7 +60,7 @@ def test_losses_of_passages_are_sums_by_hand_over_their_targets(layout, monkeypa
 def test_measuring_leaves_the_model_as_it_was():
     tiny = model().train()
     state = torch.get_rng_state()
-    general.text_losses(tiny, TASKS["chat"], TOKENIZER, layout="padded", device="cpu")
+    general.text_losses(tiny, bind("chat", None), TOKENIZER, layout="padded", device="cpu")
     assert tiny.training
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -18,7 +18,7 @@ from tunesmith.generation.continuation import Continuation
 from tunesmith.generation.decoder import BatchedDecoder
 from tunesmith.models.attention import NAME, use_packed_attention
 from tunesmith.models.segments import UnsupportedAttentionError
-from tunesmith.tasks import TASKS
+from tunesmith.tasks import bind
 from tunesmith.training import trainer as training
 from tunesmith.types import Row, Source
 
@@ -74,11 +74,11 @@ def measured(
     model: PreTrainedModel, rows: Sequence[Row], writing: Continuation | None, *, tokens: int = 40
 ) -> Predictions:
     collator = Collator(Shelf(rows), layout="packed", device="cpu")  # type: ignore[arg-type]
-    return predict_rows(model, TASKS["chat"], collator, range(len(rows)), tokens_per_pass=tokens, answering=writing)
+    return predict_rows(model, bind("chat", None), collator, range(len(rows)), tokens_per_pass=tokens, answering=writing)
 
 
 def writer(model: PreTrainedModel, *, most: int = 1000) -> Continuation:
-    return Continuation(model, TASKS["chat"], frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
+    return Continuation(model, bind("chat", None), frozenset({STOP}), NEW, dict(enumerate(PROMPTS)), most)
 
 
 # trap: A18

@@ -73,7 +73,7 @@ def test_small_classifiers_are_measured_on_the_way_where_that_is_cheap(task, par
 def test_the_headline_says_which_evaluation_was_best_by_default(headline, given, metric, reason):
     facts = Facts(22_700_000, "cpu", "encoder", np.full(600, 50, np.int32), held_tokens=3000, headline=headline)
     recipe = {"model": "m", "method": {"name": "full"}, "task": "classify", "threads": 1, "evaluation": given}
-    decided, choices = decide(validate(recipe), facts)
+    decided, choices = decided_by(validate(recipe), facts)
     assert decided.evaluation.metric == metric
     assert next(choice.reason for choice in choices if choice.key == "evaluation.keep") == reason
 

@@ -89,7 +89,7 @@ def measured(
     keep: Callable[[Iterator[JsonObject]], None],
     noted: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `said` the notes: none
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `noted` the notes: none
     but those on the run itself is repeated."""
     refuse_no_answers(samples, judge)
     target, of_task = named(target, root), as_task(task)
@@ -182,7 +182,7 @@ def compare(
     if data is None:
         sides = [_kept(name, root) for name in targets]
     else:
-        options: dict[str, Any] = {"task": task, "root": root, "offline": offline, "said": set()}
+        options: dict[str, Any] = {"task": task, "root": root, "offline": offline, "noted": set()}
         sides = [_measured(name, data, model if is_run(name, root) else None, **options) for name in targets]
     try:
         comparisons = compare_runs([side.rows for side in sides])
