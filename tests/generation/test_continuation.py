@@ -74,7 +74,9 @@ def measured(
     model: PreTrainedModel, rows: Sequence[Row], writing: Continuation | None, *, tokens: int = 40
 ) -> Predictions:
     collator = Collator(Shelf(rows), layout="packed", device="cpu")  # type: ignore[arg-type]
-    return predict_rows(model, bind("chat", None), collator, range(len(rows)), tokens_per_pass=tokens, answering=writing)
+    return predict_rows(
+        model, bind("chat", None), collator, range(len(rows)), tokens_per_pass=tokens, answering=writing
+    )
 
 
 def writer(model: PreTrainedModel, *, most: int = 1000) -> Continuation:

@@ -450,7 +450,7 @@ def slow_rows(folder: Path) -> Any:
             time.sleep(2.5)
         return right(*given, **how)
 
-    short = {"JOIN_S": 2.0, "DEAD_S": 2.0, "BEAT_S": 0.2, "COLLECTIVE_S": 30.0}
+    short = {"JOIN_S": 2.0, "DEAD_S": 2.0, "HEARTBEAT_S": 0.2, "COLLECTIVE_S": 30.0}
     with patch.multiple(world, **short), patch.object(setup, "resolve_run", slowly):
         return steps(folder, "lora", train={"max_steps": 1})
 
