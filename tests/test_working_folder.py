@@ -189,7 +189,7 @@ def test_check_of_rows_in_two_processes(place: Path) -> None:
         ("plan", "model", "chats.jsonl"),
         ("train", "model", "chats.jsonl", "--out", "run"),
         ("train", "model", "chats.jsonl", "--out", "run", "--set", "devices=2"),
-        ("train", "model", "chats.jsonl", "--out", "run", "--set", "export=[merged]"),
+        ("train", "model", "chats.jsonl", "--out", "run", "--set", "export.to=[merged]"),
         ("sweep", "sweep.yaml"),
         ("selftest", "model"),
     ],
@@ -201,10 +201,10 @@ def test_commands_that_start_processes(place: Path, words: tuple[str, ...]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [("serve", "model"), ("serve", "--jobs", "jobs", "--bases", "bases.yaml")], ids=" ".join
+    "words", [("serve", "model"), ("serve", "--jobs", "--store", "jobs", "--bases", "bases.yaml")], ids=" ".join
 )
 def test_servers(place: Path, words: tuple[str, ...]) -> None:
-    (place / "bases.yaml").write_text(f"tiny: {{model: {place / 'model'}}}\n")
+    (place / "bases.yaml").write_text(f"bases: {{tiny: {{model: {place / 'model'}}}}}\n")
     process = fresh.Process("-m", "tunesmith", *words, "--port", "0", "--offline", cwd=place)
     until = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < until and not _has_engine(process.pid):

@@ -339,3 +339,8 @@ def test_rows_in_an_object_and_roles_of_other_programs_have_a_way_out(tmp_path: 
     turns = [{"role": "Human", "content": "a"}, {"role": "assistant", "content": "b"}]
     roles = put(tmp_path, "roles.jsonl", json_lines([{"messages": turns}]))
     assert first_fix(roles) == "One of assistant, developer, system, tool, user. Write user for it."
+
+
+def test_a_name_that_nobody_would_type_is_in_no_hint() -> None:
+    rows = table(text=words(), **{"mood" * 200: one_of("glad", "sad")})
+    assert list(values_of(rows)) == ["text"]

@@ -216,7 +216,7 @@ def usual_events(client: openai.OpenAI, job: Any) -> list[str]:
     messages = [one.message.replace(job.id, "JOB").replace(job.fine_tuned_model, "MODEL") for one in found]
     # Reasons of choices name the memory that is free.
     messages = [re.sub(r"(?s):\w{8}:ckpt|(?<=^Chosen: ).*", "", one) for one in messages]
-    return sorted(one for one in messages if "again" not in one and "goes on" not in one)
+    return sorted(one for one in messages if "again" not in one and "continues after" not in one)
 
 
 @pytest.mark.slow

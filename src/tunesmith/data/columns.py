@@ -26,6 +26,8 @@ COLUMN_SAMPLE = 1000
 """Characters of a value that are looked at."""
 FEW_COLUMN_ROWS = 20
 """Rows below which values that differ may be classes all the same."""
+LONGEST_NAME = 80
+"""Characters of a column's name that a hint repeats."""
 MOST_SUGGESTED = 2
 MOST_COLUMNS = 1000
 """Names that a misspelt one is compared with."""
@@ -115,8 +117,8 @@ def _ignore(problem: Problem) -> None:
 
 
 def values_of(rows: Sequence[Record]) -> dict[str, Values]:
-    """Classify each column of a sample by its values, in the order of the columns."""
-    columns = dict.fromkeys(name for row in rows for name in row)
+    """Classify each column of a sample by its values, in the order of the columns; none whose name nobody would type."""
+    columns = dict.fromkeys(name for row in rows for name in row if len(name) <= LONGEST_NAME)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
 
 

@@ -119,6 +119,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return torch.cat(halves, -1)
 
 
+def _rotate_whole(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    halves, c, s = (part.unflatten(-1, (2, -1)) for part in (x, cos.unsqueeze(2), sin.unsqueeze(2)))
+    other = (halves * s).flip(-2) if back else halves.flip(-2) * s
+    is_negative = torch.arange(2, device=x.device).unsqueeze(-1) == int(back)
+    return (halves * c + torch.where(is_negative, -other, other)).flatten(-2)
+
+
 def _compiled(plain: Function) -> Function:
     # One process compiles, so that no pool of others is started.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -147,6 +154,8 @@ class Operator:
     plain: Function
     liger: Function | None = None
     """For SiLU."""
+    whole: Function | None = None
+    """The same written so that a compiler makes one kernel of it; None: `plain` is."""
 
 
 OPERATORS = {
@@ -154,7 +163,7 @@ OPERATORS = {
     "gate_backward": Operator(
         "(Tensor gh, Tensor g, Tensor u, str act) -> (Tensor, Tensor, Tensor)", _gate_backward, _liger_gate_backward
     ),
-    "rotate": Operator("(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotate),
+    "rotate": Operator("(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _rotate, whole=_rotate_whole),
 }
 
 
@@ -181,7 +190,9 @@ def way_of(name: str, device: torch.device, dtype: torch.dtype, setting: str | b
 
 def _first_right(name: str, device: torch.device, dtype: torch.dtype, setting: str | bool) -> Way:
     operator = OPERATORS[name]
-    makers: list[tuple[str, Callable[[], Function]]] = [("compiled", lambda: _compiled(operator.plain))]
+    makers: list[tuple[str, Callable[[], Function]]] = [
+        ("compiled", lambda: _compiled(operator.whole or operator.plain))
+    ]
     liger = operator.liger
     if liger is not None and setting == "silu" and find_spec("liger_kernel"):
         makers.append(("Liger's", lambda: liger))
