@@ -252,7 +252,7 @@ def real_outcome(folder: Path, num: int, monkeypatch: pytest.MonkeyPatch) -> tup
     run = Run(store.runs_path / name)
     said = store.page(events, events.c.job == name, limit=100)[0]
     assert len({row["id"] for row in said}) == len(said)
-    kept = [row for row in said if not re.search(r"again|goes on after|^Created|^Validating", row["message"])]
+    kept = [row for row in said if not re.search(r"again|continues after|^Created|^Validating", row["message"])]
     found = {
         "job": {key: job[key] for key in ("status", "error", "numbers", "trained_tokens")},
         "events": sorted((row["id"], CHOSEN.sub("", row["message"]), str(row["data"])) for row in kept),

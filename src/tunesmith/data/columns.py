@@ -117,7 +117,7 @@ def _ignore(problem: Problem) -> None:
 
 
 def values_of(rows: Sequence[Record]) -> dict[str, Values]:
-    """Classify each column of a sample by its values, in the order of the columns; none whose name nobody would type."""
+    """Classify each column of a sample by its values, in their order; none whose name nobody would type."""
     columns = dict.fromkeys(name for row in rows for name in row if len(name) <= LONGEST_NAME)
     return {name: "other" if _IS_ID.search(name) else _values([row.get(name) for row in rows]) for name in columns}
 

@@ -120,10 +120,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
 
 def _rotate_whole(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    halves, c, s = (part.unflatten(-1, (2, -1)) for part in (x, cos.unsqueeze(2), sin.unsqueeze(2)))
+    halves, c, s = (torch.unflatten(part, -1, (2, -1)) for part in (x, cos.unsqueeze(2), sin.unsqueeze(2)))
     other = (halves * s).flip(-2) if back else halves.flip(-2) * s
     is_negative = torch.arange(2, device=x.device).unsqueeze(-1) == int(back)
-    return (halves * c + torch.where(is_negative, -other, other)).flatten(-2)
+    turned: Tensor = halves * c + torch.where(is_negative, -other, other)
+    return turned.flatten(-2)
 
 
 def _compiled(plain: Function) -> Function:
