@@ -49,6 +49,7 @@ _SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
+    os.register_at_fork(after_in_child=out.close)  # else a grade could write the answer of this process
     os.dup2(2, 1)
     sys.path[:] = [path for path in sys.path if path]
 
@@ -116,7 +117,7 @@ def _module(name: str, file: Path) -> Any:
 def _called(function: Callable[..., Any]) -> Work:
     """`grade(sample, item)`, or as TRL calls rewards: lists of completions and of each column, of one answer."""
     names = list(inspect.signature(function).parameters)
-    if not {"completions", "completion"} & set(names):
+    if "completions" not in names:
         return lambda request: function(request["sample"], request["item"])
 
     def as_trl(request: Mapping[str, Any]) -> Any:
@@ -228,8 +229,9 @@ def _forked(
         ends = time.monotonic() + limits["seconds"]
         text = _line(from_fork, ends)
         if text and then is not None:
+            word = then(folder)
             with suppress(OSError):
-                os.write(to_fork, then(folder))
+                os.write(to_fork, word)
             text = _line(from_fork, ends)
     finally:
         os.close(from_fork)
@@ -303,9 +305,12 @@ _RUN, _READ, _WRITE = runpy.run_path, os.read, os.write
 def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
     """Whether a test passes on the code of an answer. Its pass is a word that this process alone knows until the code
     is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
-    word = secrets.token_hex(16)
+    word = ""
 
     def then(folder: str) -> bytes:
+        # Drawn now: a fork has what its parent's frames held before.
+        nonlocal word
+        word = secrets.token_hex(16)
         # Written now, outside of the folder that the code knows, so that loading the code could not change it.
         (Path(place) / "test_of_answer.py").write_text(f"{test}\n\n__passed__()\n", "utf-8")
         return word.encode()

@@ -59,14 +59,15 @@ class Children:
             self._all.remove(child)
             child.end()
             raise
+        words = child.last_words(answer.get("kind", ""))  # before another grade takes it and empties its log
         self._idle.put(child)
         if "kind" in answer:
-            raise GradeError(answer["kind"], answer["error"] + child.last_words(answer["kind"]))
+            raise GradeError(answer["kind"], answer["error"] + words)
         return answer
 
     def close(self) -> None:
         """End all processes, also those at work."""
-        for child in self._all:
+        for child in list(self._all):  # a grade that ends so takes its own out
             child.end()
 
 

@@ -22,7 +22,7 @@ FUNCTIONS: Mapping[str, Callable[..., float]] = {
 _MANY = ("min", "max")
 _OPERATORS: Mapping[type, Callable[..., float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Pow: math.pow, ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 MOST_FORMULA_CHARACTERS = 500
 """A longer formula could nest more deeply than Python can follow."""
@@ -32,7 +32,7 @@ def compute(node: ast.expr, rewards: Mapping[str, float]) -> float:
     """The finite value of a formula. Raises GradeError, for example where it divides by 0."""
     try:
         value = _value(node, rewards)
-        if isinstance(value, complex) or not math.isfinite(value):
+        if not math.isfinite(value):
             raise ValueError("it is not a finite number")
     except (ArithmeticError, ValueError) as error:
         parts = ", ".join(f"{name} {reward:g}" for name, reward in rewards.items())

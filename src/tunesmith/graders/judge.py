@@ -119,5 +119,5 @@ def _number(reply: Mapping[str, Any]) -> float:
         if isinstance(result, bool) or not math.isfinite(float(result)):
             raise ValueError
         return float(result)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise GradeError("unreadable", f'the judge wrote no {{"result": number}}: {str(text)[:200]}') from None
