@@ -158,6 +158,16 @@ CHEATS = {
         "    if 'grade-' in name or 'test-' in name:\n        open(name, 'w').write('pass')\n"
     ),
     "exits later": "import sys\ndef add(a, b):\n    sys.exit(0)\n",
+    "answers for its parent": (
+        "import os\nfor place in range(3, 64):\n    try:\n        os.write(place, b'{\"value\": 1.0}\\n')\n"
+        "    except OSError:\n        pass\n"
+    ),
+    "looks up the word": (
+        "import os, sys, time\nframe, seen = sys._getframe(), {}\nwhile frame:\n"
+        "    seen = {**frame.f_locals, **seen}\n    frame = frame.f_back\n"
+        "os.write(seen['write'], b'loaded\\n')\ntime.sleep(0.3)\n"
+        "os.write(seen['write'], seen['word'].encode() + b'\\n')\nos._exit(0)\n"
+    ),
 }
 TESTS = ["assert add(1, 2) == 3", "def test_add():\n    assert add(2, 2) == 4"]
 

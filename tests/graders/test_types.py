@@ -231,7 +231,19 @@ def test_formulas(text: str, value: float) -> None:
     assert math.isclose(found, value, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("text", ["a / 0", "log(0)", "10 ^ 999", "sqrt(-1)", "(0 - 8) ^ 0.5", "a / (a - 1)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a / 0",
+        "log(0)",
+        "10 ^ 999",
+        "sqrt(-1)",
+        "(0 - 8) ^ 0.5",
+        "abs((0 - 8) ^ 0.5)",
+        "min((0 - 8) ^ 0.5, 1)",
+        "a / (a - 1)",
+    ],
+)
 def test_a_formula_without_a_value_is_no_reward(text: str) -> None:
     found = grade({"type": "multi", "graders": {"a": STRING}, "calculate_output": text}, "x", {"reference_answer": "x"})
     assert (found.reward, found.kind) == (None, "formula")

@@ -302,6 +302,7 @@ def flash(monkeypatch: pytest.MonkeyPatch, varlen_on_a_processor: None) -> Itera
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda_attention, "find_spec", lambda name: name)
     monkeypatch.setattr(cuda_attention.importlib, "import_module", lambda name: SimpleNamespace(**functions))
+    monkeypatch.setattr(cuda_attention, "_DROPPING", set())
     cuda_attention.newest_flash.cache_clear()
     choose_kernel.cache_clear()
     yield switched
@@ -314,6 +315,16 @@ def test_flash_attention_3_is_taken_where_it_is_right(flash: list[str]) -> None:
     assert choose_kernel(case, CPU).name == "varlen by FlashAttention 3"
     assert flash == ["FA3"]
     assert choose_kernel(replace(case, softcap=True), CPU).name == "padded"
+
+
+@pytest.mark.parametrize("is_measured_first", [True, False])
+def test_a_model_with_dropout_does_without_flash_attention_3(flash: list[str], is_measured_first: bool) -> None:
+    plain = replace(PLAIN, dtype=torch.bfloat16)
+    if is_measured_first:
+        assert choose_kernel(plain, CPU).name == "varlen by FlashAttention 3"
+    assert choose_kernel(replace(plain, dropout=True), CPU).name == "padded"
+    assert choose_kernel(plain, CPU).name == "varlen"
+    assert flash == ["FA3", "restored"] * is_measured_first
 
 
 def test_a_wrong_flash_attention_3_is_switched_off_again(flash: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

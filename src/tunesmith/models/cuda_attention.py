@@ -47,6 +47,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 mistake 0.1 and more."""
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
+_DROPPING: set[torch.device] = set()
+"""Cards on which a model drops weights of attention."""
 FLASH_3, HOPPER = "flash_attn_interface", 9
 """Module of FlashAttention 3, and the major capability of the cards that it is for."""
 PROBE_WINDOW, PROBE_SOFTCAP = 16, 2.0
@@ -112,6 +114,12 @@ def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
     """The first kernel that passes its probe. Raises UnsupportedAttentionError where none does."""
     capability = torch.cuda.get_device_capability(device)
     refusals = []
+    if case.dropout and device not in _DROPPING:
+        _DROPPING.add(device)
+        if newest_flash(device):  # as it was found before
+            _leave_newest_flash()
+            choose_kernel.cache_clear()
+        newest_flash.cache_clear()
     newest = newest_flash(device)
     for kernel in KERNELS:
         if kernel.supports(case, capability):
@@ -127,10 +135,12 @@ def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
 def newest_flash(device: torch.device) -> str:
     """Let torch's flash attention be FlashAttention 3 in this process; its name, and "" where it is not taken.
 
-    Taken on Hopper where the package is installed and right. It has no mode that repeats bit for bit.
+    Taken on Hopper where the package is installed and right. It has no mode that repeats bit for bit, and refuses
+    dropout in every call of the process, the model's own too.
     """
     is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
-    if not is_hopper or torch.are_deterministic_algorithms_enabled() or find_spec(FLASH_3) is None:
+    is_free = not torch.are_deterministic_algorithms_enabled() and device not in _DROPPING
+    if not (is_hopper and is_free) or find_spec(FLASH_3) is None:
         return ""
     attention: Any = importlib.import_module("torch.nn.attention")
     try:
@@ -140,9 +150,14 @@ def newest_flash(device: torch.device) -> str:
         if is_out_of_memory(error):
             raise
         reason = type(error).__name__
-    if reason and hasattr(attention, "restore_flash_attention_impl"):
-        attention.restore_flash_attention_impl()
+    if reason:
+        _leave_newest_flash()
     return "" if reason else "varlen by FlashAttention 3"
+
+
+def _leave_newest_flash() -> None:
+    attention: Any = importlib.import_module("torch.nn.attention")
+    getattr(attention, "restore_flash_attention_impl", lambda: None)()
 
 
 def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) -> str:
