@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
 import typer
 
 from tunesmith.cli.options import Json, Offline, Root, named, refuse_missing
@@ -15,7 +16,7 @@ from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError
 from tunesmith.phrases import PHASES, listed, one_line, plural, visible
-from tunesmith.runs.atomic import refuse_existing, to_json, write_atomic, writing
+from tunesmith.runs.atomic import refuse_existing, write_atomic, writing
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _with_model(
 
 def _seed(prompt: Prompt, seed: int) -> int:
     """Seeds of a prompt's answers: from its row and `seed`, whatever other rows are there."""
-    digest = hashlib.sha256(to_json([seed, dict(prompt.item)]))
+    digest = hashlib.sha256(orjson.dumps([seed, dict(prompt.item)], default=str))  # as text: a date of Parquet
     return int.from_bytes(digest.digest()[:7], "big")
 
 
@@ -244,8 +245,8 @@ def _keep(
     low, high = bounds
     rewards = by_row([entry for entry in graded if entry.kind == MODEL])
     chosen = [prompts[i].item for i, group in rewards.items() if low <= sum(group) / len(group) <= high]
-    with writing(out) as file:
-        file.writelines(to_json(item) + b"\n" for item in chosen)
+    with writing(out) as file:  # plain JSON: a text such as "NaN" stays as the row has it
+        file.writelines(orjson.dumps(item, default=str, option=orjson.OPT_APPEND_NEWLINE) for item in chosen)
     say(
         f"{len(chosen):,} of {plural(len(prompts), 'row')} have a mean reward from {low:g} to {high:g} and are in {out}"
     )

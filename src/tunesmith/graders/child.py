@@ -33,6 +33,7 @@ from shutil import rmtree
 from typing import Any
 
 from tunesmith.environment import limit_process
+from tunesmith.graders.grade import GradeError
 
 Work = Callable[[Mapping[str, Any]], Any]
 Limits = Mapping[str, Any]
@@ -176,8 +177,9 @@ def _trace(error: BaseException) -> str:
 
 
 def _problem(error: BaseException) -> Answer:
-    kind = "memory" if isinstance(error, MemoryError) else getattr(error, "kind", "exception")
-    return {"kind": kind, "error": str(error) if hasattr(error, "kind") else _trace(error)}
+    if isinstance(error, GradeError):
+        return {"kind": error.kind, "error": str(error)}
+    return {"kind": "memory" if isinstance(error, MemoryError) else "exception", "error": _trace(error)}
 
 
 def _value_of(work: Work, request: Mapping[str, Any]) -> Answer:

@@ -43,7 +43,7 @@ def render(text: str, sample: Mapping[str, Any], item: Mapping[str, Any]) -> str
 
     def shown(match: re.Match[str]) -> str:
         value = _value(_steps(match), {"sample": sample, "item": item}, match[0])
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
     return _VARIABLE.sub(shown, text)
 
