@@ -135,9 +135,9 @@ def _metrics(report: Record) -> Iterator[Block | Table]:
 def _notes(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     general = report["general"]
     forgotten = [general["verdict"]] if general and general["past_bound"] else []
-    planned = [note for note in series.plan.get("warnings", ()) if note not in series.plan.get("asides", ())]
-    if notes := list(dict.fromkeys([*forgotten, *report["notes"], *planned, *series.notes])):
-        yield Block("items", notes)
+    notes = dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes])
+    if to_act_on := [note for note in notes if note not in series.plan.get("asides", ())]:
+        yield Block("items", to_act_on)
 
 
 def _try_next(run: Run, report: Record) -> Iterator[Block | Table]:
