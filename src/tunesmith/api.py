@@ -183,7 +183,7 @@ def evaluate(
 
     Args:
         data: a file, or rows: a list of mappings, a pandas or a `datasets` table.
-        samples: so many rows are answered, and the answers measured; None: 50 for the tasks chat, generate, summarize.
+        samples: number of rows that are answered and measured; None: 50 for the tasks chat, generate, summarize.
         judge: a run of task reward or a model that writes; it gives nothing but the rates at which answers of the run
             win against those from before. Rows may be prompts then.
         model: where the model that a run was made from is now, if it was moved.

@@ -236,7 +236,7 @@ def _facts(kind: str, name: str) -> dict[str, Any]:
             "counts": [(20 - k) * k for k in range(20)],
             "max_tokens": 128,
         },
-        "notes": ["rows.jsonl: 3 × cut"],
+        "notes": ["rows.jsonl: 3 × cut", "padding is <pad> from now on"],  # as a run's facts have all of its plan's
     }
 
 

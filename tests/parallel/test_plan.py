@@ -78,7 +78,7 @@ def test_few_rows_are_noted_with_the_cards_share_and_a_way_to_fill_them(folder: 
     assert "27 would fill them, but are another update" in note
     assert noted(folder, 8, 0.8) == noted(folder, 1, 0.1) == []
     (small,) = noted(folder, 8, 0.01)
-    assert "This model is small for this number: fewer devices take about as long" in small
+    assert "This model is too small to fill them all: fewer devices take about as long" in small
     assert [note for note in planned(folder, 8)[0].notes if "8 devices" in note]
 
 

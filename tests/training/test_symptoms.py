@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tunesmith.recipe.schema import Loss
 from tunesmith.training.symptoms import symptoms
 from tunesmith.types import Event
 
@@ -45,6 +46,12 @@ def test_a_good_run_shows_none() -> None:
 def test_losses_that_are_odd(after: float, trained: float, word: str) -> None:
     events = [evaluation("before", 2.4), *steps(*[trained] * 16), evaluation("after", after)]
     assert words("chat", events) == [word]
+
+
+def test_a_training_loss_with_additions_is_above_the_held_out_one() -> None:
+    events = [evaluation("before", 2.4), *steps(*[3.4] * 16), evaluation("after", 2.0)]
+    assert words("chat", events) == ["held-out-better-than-training"]
+    assert list(symptoms("chat", events, [], Loss(label_smoothing=0.1))) == []
 
 
 def test_a_classifier_that_gives_one_class() -> None:

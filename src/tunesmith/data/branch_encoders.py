@@ -41,7 +41,7 @@ class BranchEncoder(RowEncoder):
     """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
 
     names: tuple[str, ...] = SIDES
-    """Names of this number of lines in messages."""
+    """Names of the lines of a row that has one for each name, for messages."""
     compares = True
     """Lines that are all the same teach nothing."""
 

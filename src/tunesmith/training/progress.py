@@ -25,7 +25,7 @@ class Progress:
     prepare_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     best: JsonObject = field(default_factory=dict)
-    """{"step", "value"} of the best evaluation after the first step, by evaluation.metric."""
+    """{"step", "value", "loss"} of the best evaluation after the first step, by evaluation.metric."""
     without_best: int = 0
     """Evaluations since then."""
     tokens_per_pass: int | None = None

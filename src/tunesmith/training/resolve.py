@@ -305,7 +305,7 @@ def _few_rows(rows: int, size: int, forecast: Forecast) -> list[str]:
         return []
     way = f"{wanted:,} would fill them, but are another update: fewer steps, each of more rows"
     if wanted > MOST_OF_A_DEVICE * size:
-        way = "This model is small for this number: fewer devices take about as long"
+        way = "This model is too small to fill them all: fewer devices take about as long"
     return [f"train.rows_per_step is {rows}, which leaves {size} devices {part}. {way}"]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from tunesmith.evaluation.compare import named
 from tunesmith.evaluation.scores import RowResult
+from tunesmith.recipe.schema import Loss
+from tunesmith.tasks.task import PLAIN_LOSS
 from tunesmith.types import Event, Record
 
 FEWEST = 4
@@ -13,7 +15,7 @@ FEWEST = 4
 ONE_CLASS_ROWS = 10
 """Held-out rows below which one class for all may be right."""
 FAR_BELOW = 0.25
-"""Share of the held-out loss below which a training loss is that of rows learnt by heart."""
+"""Share of the held-out loss below which a training loss shows rows learnt by heart."""
 BELOW = 0.7
 """Share of the training loss below which a held-out loss is odd: dropout and the update between explain less."""
 LONGER = 1.5
@@ -21,8 +23,9 @@ LONGER = 1.5
 _WRITES = ("chat", "generate", "summarize")
 
 
-def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult]) -> Iterator[str]:
-    """A sentence for each. `events`: those of the run; `rows`: results of its held-out rows after training."""
+def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss: Loss = PLAIN_LOSS) -> Iterator[str]:
+    """A sentence for each. `events`: the run's; `rows`: results of its held-out rows after training; `loss`: additions,
+    with which a training loss is above the held-out one by itself."""
     held = {event.values["name"]: float(event.values["loss"]) for event in events if event.kind == "evaluation"}
     before, after = held.get("before"), held.get("after")
     if before is not None and after is not None and after >= before:
@@ -34,7 +37,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult]) -> I
     of_step = {event.step: float(event.values["loss"]) for event in events if event.kind == "step"}
     tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]
     if after is not None and len(tail) >= FEWEST:
-        yield from _apart(sum(tail) / len(tail), after)
+        yield from _apart(sum(tail) / len(tail), after, is_plain=loss == PLAIN_LOSS)
     yield from _endless(
         [event.values for event in events if event.kind == "sample" and event.values["name"] == "after"]
     )
@@ -48,11 +51,11 @@ def _one_class(rows: Sequence[RowResult]) -> Iterator[str]:
         yield f"all {len(classes):,} held-out rows are called {named(classes[0][1])}: tunesmith explain one-class"
 
 
-def _apart(trained: float, held: float) -> Iterator[str]:
+def _apart(trained: float, held: float, *, is_plain: bool) -> Iterator[str]:
     losses = f"the training loss is {trained:.4f} in the end, the held-out loss {held:.4f}"
     if trained < FAR_BELOW * held:
         yield f"{losses}: rows are learnt by heart: tunesmith explain it-copies-rows"
-    if held < BELOW * trained:
+    if is_plain and held < BELOW * trained:
         yield f"{losses}: held-out rows are easier, or known: tunesmith explain held-out-better-than-training"
 
 

@@ -76,7 +76,7 @@ def refuse_other_inputs(setup: Setup) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GroupStart:
-    """GroupStart of a run, as the first rank found it."""
+    """Start of a run, as the first rank found it."""
 
     run: Run
     progress: Progress

@@ -301,7 +301,8 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     _keep_best(session)
     evaluate_run(session, "after")
     if setup.world.is_first:
-        for text in symptoms(setup.task.name, list(run.events()), list(rows_of(run, "after").values())):
+        rows = list(rows_of(run, "after").values())
+        for text in symptoms(setup.task.name, list(run.events()), rows, setup.recipe.loss):
             session.emit("note", {"text": text})
     find_high_loss_rows(session)
     weights = setup.whole_weights()

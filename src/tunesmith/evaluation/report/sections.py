@@ -135,9 +135,9 @@ def _metrics(report: Record) -> Iterator[Block | Table]:
 def _notes(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     general = report["general"]
     forgotten = [general["verdict"]] if general and general["past_bound"] else []
-    planned = [note for note in series.plan.get("warnings", ()) if note not in series.plan.get("asides", ())]
-    if notes := list(dict.fromkeys([*forgotten, *report["notes"], *planned, *series.notes])):
-        yield Block("items", notes)
+    notes = dict.fromkeys([*forgotten, *report["notes"], *series.plan.get("warnings", ()), *series.notes])
+    if to_act_on := [note for note in notes if note not in series.plan.get("asides", ())]:
+        yield Block("items", to_act_on)
 
 
 def _try_next(run: Run, report: Record) -> Iterator[Block | Table]:
@@ -188,23 +188,21 @@ def _outcomes(details: Record) -> Iterator[Block | Table]:
         yield Block("heading", "Class by class, lowest F1 first")
         yield Table(columns, cells, "fit", shown=MOST_LISTED)
     if details.get("threshold"):
-        best = max(details["threshold"], key=lambda value_at_rank: value_at_rank["f1"])
+        best = max(details["threshold"], key=lambda entry: entry["f1"])
         sentence = f"The best F1 of {labels[1]}, {best['f1']:.3f}, comes with a threshold of {best['threshold']:.2f}"
         yield Block("paragraph", f"{sentence} (predict --threshold).")
-    if values_of_rank := details.get("by_length"):
+    if by_length := details.get("by_length"):
         columns = [Column("the chosen answer is"), Column("pairs", "number"), Column("right", "number")]
         rows = []
-        for value_at_rank in values_of_rank:
-            right = "–" if value_at_rank["accuracy"] is None else percent(value_at_rank["accuracy"])
-            rows.append([Cell(value_at_rank["chosen"]), Cell(f"{value_at_rank['pairs']:,}"), Cell(right)])
+        for entry in by_length:
+            right = "–" if entry["accuracy"] is None else percent(entry["accuracy"])
+            rows.append([Cell(entry["chosen"]), Cell(f"{entry['pairs']:,}"), Cell(right)])
         yield Block("paragraph", "A model that learnt length is right where the chosen answer is longer.")
         yield Table(columns, rows, "fit")
     if recall := details.get("recall"):
         columns = [Column("recall of", "head"), *(Column(f"@{rank}", "number") for rank in recall["at"])]
         rows = [
-            [Cell(name), *(Cell(percent(value_at_rank)) for value_at_rank in values_of_rank)]
-            for name, values_of_rank in recall.items()
-            if name != "at"
+            [Cell(name), *(Cell(percent(share)) for share in shares)] for name, shares in recall.items() if name != "at"
         ]
         yield Block("paragraph", f"Right documents among the nearest, of {details['documents']:,} documents.")
         yield Table(columns, rows, "fit")
