@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.measured import machine, run_child, versions
 from tunesmith.environment import prepare_environment
 
-SPREAD, PROBE_SPREAD = 0.5, 0.15
+SPREAD, PROBE_SPREAD = 0.5, 0.3
 """Of `tunesmith.planning.forecast` and `tunesmith.training.probe`, which import torch."""
 
 PEER = Path(__file__).parent / "peers" / "plan_peer.py"

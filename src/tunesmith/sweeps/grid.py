@@ -90,7 +90,9 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
     chosen = list(_drawn(axes, drawn) if drawn else combined)
     called = name or re.sub(r"[^\w.-]+", "-", path.stem).strip("-.") or "sweep"
     digits = max(2, len(str(len(chosen))))
-    base = {**base, "evaluation": {"metric": "loss", **(base.get("evaluation") or {})}}  # one measure for all trials
+    evaluation = base.get("evaluation") or {}
+    metric = "loss" if evaluation.get("metric", "auto") == "auto" else evaluation["metric"]
+    base = {**base, "evaluation": {**evaluation, "metric": metric}}  # one measure for all trials
     recipes = _recipes(path, text, base, chosen)
     if any(recipe.model == "last" for recipe in recipes):
         raise RecipeError(f"{path}: model: last: is the trial before for every trial but the first. Name the run.")

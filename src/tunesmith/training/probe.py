@@ -42,7 +42,7 @@ from tunesmith.training.setup import Setup, prepare
 from tunesmith.training.summary import length_histogram
 from tunesmith.types import JsonObject, OnProgress
 
-STEP_SPREAD = 0.15
+STEP_SPREAD = 0.3
 """Share by which a total after a probe may be off, either way."""
 LONGEST_S = 600.0
 """A probe that takes longer is ended; what it measured until then counts."""
