@@ -136,7 +136,7 @@ def test_scores_of_short_rows_are_kept_on_a_processor_in_bfloat16():
 
 def test_logits_are_those_of_a_piece_where_the_loss_is_fused():
     large = replace(SIZES, outputs=50_000)
-    assert needs(large, targets=2000).logits == 2 * 4 * 96 * 50_000
+    assert needs(large, targets=2000).logits == 4 * 128 * 50_000
     assert needs(replace(large, fused_loss=False), targets=2000).logits == 2000 * 50_000 * 16
     assert needs(replace(large, trains_output=True), targets=2000).gradients == 8 * 4 * 50_000
 
@@ -154,9 +154,7 @@ def test_a_piece_in_half_precision_on_a_card_is_there_narrow_too():
     assert needs(narrow, targets=5000, device=card).logits == 2.5 * 512 * 2**20
     assert needs(replace(narrow, itemsize=4), targets=5000, device=card).logits == 2 * 512 * 2**20
     assert needs(narrow, targets=5000, device=named("16G")).logits == 2.5 * 128 * 2**20
-    assert (
-        needs(narrow, targets=5000).logits == 1.5 * 4 * 192 * 100_000
-    )  # on a processor: the gradient takes the logits' place
+    assert needs(narrow, targets=5000).logits == 1.5 * 4 * 128 * 100_000  # here the gradient takes the logits' place
 
 
 def test_weights_of_attention_are_kept_on_apples_device():
@@ -170,7 +168,7 @@ def test_measured_rows_are_the_peak_if_they_have_more_logits():
     large = replace(SIZES, outputs=50_000)
     plain = needs(replace(large, fused_loss=False), looked=2000)
     assert (plain.gradients, plain.activations, plain.logits) == (0, 56000, 2000 * 50_000 * 8)
-    assert needs(large, looked=2000).logits == 2 * 4 * 96 * 50_000
+    assert needs(large, looked=2000).logits == 4 * 128 * 50_000
 
 
 def test_gradients_are_there_before_a_pass_or_when_the_update_needs_more():
