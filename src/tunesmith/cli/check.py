@@ -211,14 +211,9 @@ def plan(
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank}
     settings = [*(settings or []), "memory=warn"]
-    settings_of_run: dict[str, Any] = {
-        "held_out": eval_,
-        "recipe": recipe,
-        "settings": settings,
-        "fast": fast,
-        "root": root,
-    }
-    wanted = build_recipe("plan", model, data, words=words, **settings_of_run)
+    wanted = build_recipe(
+        "plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root
+    )
 
     values, fits = _resolve(wanted, root, offline=offline, device=device, probe=probe)
     values.get("given", {}).pop("memory", None)  # it was set above, by nobody

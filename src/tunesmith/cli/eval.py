@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,8 +183,8 @@ def compare(
     if data is None:
         sides = [_kept(name, root) for name in targets]
     else:
-        options: dict[str, Any] = {"task": task, "root": root, "offline": offline, "noted": set()}
-        sides = [_measured(name, data, model if is_run(name, root) else None, **options) for name in targets]
+        measure = partial(_measured, data=data, task=task, root=root, offline=offline, noted=set())
+        sides = [measure(name, base=model if is_run(name, root) else None) for name in targets]
     try:
         comparisons = compare_runs([side.rows for side in sides])
     except InputError as error:
@@ -252,9 +253,14 @@ def _kept(name: str, root: Path) -> _Side:
     return _Side(lines[0], lines[1], report["metrics"]["after"]["measures"], report["baseline"])
 
 
-def _measured(name: str, data: str, base: str | None, **options: Any) -> _Side:
+def _measured(
+    name: str, *, data: str, base: str | None, task: str | None, root: Path, offline: bool, noted: set[str]
+) -> _Side:
     side = _Side()
-    result = measured(name, data, base=False, model=base, samples=0, keep=side.rows.extend, **options)
+    keep = side.rows.extend
+    result = measured(
+        name, data, root=root, base=False, task=task, model=base, samples=0, offline=offline, keep=keep, noted=noted
+    )
     side.metrics, side.baseline = result.measures, result.baseline
     return side
 

@@ -71,14 +71,9 @@ def train(
     """
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
     words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
-    settings_of_run: dict[str, Any] = {
-        "held_out": eval_,
-        "recipe": recipe,
-        "settings": settings,
-        "fast": fast,
-        "root": root,
-    }
-    wanted = build_recipe("train", model, data, words=words, **settings_of_run)
+    wanted = build_recipe(
+        "train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root
+    )
     shown: dict[str, Any] = {"as_json": as_json, "quiet": quiet, "verbose": verbose}
     if ray is not None:
         _tune_on_ray(wanted, ray, out=out, offline=offline, shown=shown)

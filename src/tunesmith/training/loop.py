@@ -25,9 +25,8 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
     """Yield one "step" event for every optimizer update after step `start`.
 
     Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole. The loss of a
-    step is the sum over its targets divided once by their number, over all micro-batches of all processes. Random
-    numbers (dropout) are a function of seed, step and rank alone, since torch's generator is seeded anew at every step:
-    nothing done between steps can change the next one.
+    step is the sum over its targets divided once by their number, over all micro-batches of all processes. torch's
+    generator is seeded at every step from seed, step and rank: nothing done between steps changes the next one.
 
     `loss` replaces the loss of the task: called with the model and a `Batch`, it returns the sum of the losses of the
     batch's targets, a scalar with a gradient. It must not divide: the loop divides by the targets of the whole step.
@@ -62,13 +61,10 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         sampler, smaller = done.sampler, met.tokens_per_pass
         sampler = sampler if smaller is None else replace(sampler, tokens_per_pass=smaller)
         lr = rate(step, state.total_steps, recipe.optim)
-        grad_norm = done.norm
-        if grad_norm is None or state.world.size > 1:
-            grad_norm = step_norm(state)
+        grad_norm = step_norm(state) if done.norm is None or state.world.size > 1 else done.norm
         _require_finite(state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
         optimizer.step(lr, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
-
         seconds = time.perf_counter() - started
         row_ids = [i for rows in met.micro_batches for i in rows]
         tokens = sum(int(state.store.lengths[i]) for i in row_ids)
