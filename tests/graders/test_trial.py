@@ -135,7 +135,9 @@ def test_pass_at_k_is_the_unbiased_estimate() -> None:
 def test_spread_of_groups_of_other_sizes() -> None:
     half = [1.0] * 4 + [0.0] * 4
     assert trial.spread_of(4, half) == pytest.approx(1 - 2 / math.comb(8, 4))
-    assert trial.spread_of(16, half) == 1 - 2 * 0.5**16
+    assert trial.spread_of(16, [0.0] * 8) == 0
+    assert trial.spread_of(16, half) == trial.spread_of(8, half) == 1, "all of them spread already"
+    assert trial.spread_of(16, [0.5]) == 0
     assert trial.spread_of(32, [0.1] * 8) == 0
 
 

@@ -160,13 +160,12 @@ def pass_at(k: int, num: int, right: int) -> float:
 def spread_of(size: int, rewards: Sequence[float]) -> float:
     """The chance that `size` answers to a prompt do not all get one reward, by the rewards of those that were drawn.
 
-    Up to their number it is without bias; beyond it is 1 − Σ p^size of the shares p of each reward, which for rewards
-    of 0 and 1 is 1 − p^G − (1 − p)^G, and too low on average: a reward that was not seen has a share of 0.
+    Without bias up to their number. Of more answers it is the chance for their number, a lower bound: more answers can
+    only spread more.
     """
     counts, num = Counter(rewards).values(), len(rewards)
-    if size <= num:
-        return 1 - sum(math.comb(count, size) for count in counts) / math.comb(num, size)
-    return 1 - math.fsum((count / num) ** size for count in counts)
+    size = min(size, num)
+    return 1 - sum(math.comb(count, size) for count in counts) / math.comb(num, size)
 
 
 def length_correlation(entries: Sequence[Graded]) -> float | None:

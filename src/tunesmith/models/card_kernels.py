@@ -1,4 +1,4 @@
-"""Functions of single numbers that a card computes in one kernel each.
+"""Elementwise functions that a card computes in one kernel each.
 
     gate           h = act(g) ∘ u
     gate backward  ∂g = act'(g) ∘ u ∘ ∂h,  ∂u = act(g) ∘ ∂h,  and h again
@@ -149,7 +149,7 @@ def _liger_gate_backward(gh: Tensor, g: Tensor, u: Tensor, act: str) -> tuple[Te
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A function of single numbers."""
+    """An elementwise function."""
 
     schema: str
     plain: Function

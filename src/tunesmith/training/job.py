@@ -36,32 +36,32 @@ OnRun = Callable[[Run], None]
 
 @dataclass(frozen=True)
 class Watcher:
-    """Callbacks of whoever watches a run, from its first event to its last export."""
+    """Callbacks that follow a run, from its first event to its last export."""
 
     listener: Callable[[OnRun], Listener]
-    """Returns the listener of the run; its `on_run` calls the one that is given, too."""
+    """Takes a callback and returns the listener of the run, whose `on_run` also calls that callback."""
     tracked: Say
     """Gets whether a tracker has all that was sent to it, and a line."""
     say: Callable[[str], None]
-    """Gets what was done for the run besides training."""
+    """Receives a line for each thing that was done besides training."""
     exported: Callable[[Exported], None]
     export_note: Callable[[str], None]
-    """Gets what should be known before an export is done."""
+    """Receives each note on an export while it is made."""
     export_progress: Callable[[], AbstractContextManager[OnProgress]]
     done: Callable[[Run], None] = lambda run: None
     """Called with the finished run, before its exports are made."""
 
 
 OpenWatcher = Callable[[bool], AbstractContextManager[Watcher]]
-"""Opens the watcher of this process. (False): of another rank than the first, which gets no event."""
+"""Opens the watcher of this process; called with False on every rank but the first, which receives no event."""
 Several = Callable[[int], Run]
-"""Runs the same job in so many processes, one a device, and returns its run."""
+"""Runs the same job in one process for each device, and returns its run."""
 
 
 def train_run(
     recipe: Recipe, *, watch: OpenWatcher, several: Several, root: Path, out: Path | None = None, offline: bool = False
 ) -> Run:
-    """Train a recipe, send its events to its trackers, and make its exports; the finished run.
+    """Train a recipe, send its events to its trackers, and make its exports. Returns the finished run.
 
     Raises:
         InputError: recipe, data, model, a tracker or an export cannot be used; no run folder was made.
@@ -93,8 +93,8 @@ def resume_run(
     trackers: Sequence[str] = (),
     offline: bool = False,
 ) -> Run:
-    """Go on with a run: train its rest, send it to these trackers and to those of its recipe, and make its exports. Of
-    a run that is done the exports that are missing are made.
+    """Continue a run: train the rest, send it to these trackers and to its recipe's, and make its exports. A run that
+    is done gets the exports that it lacks.
 
     Raises:
         RunError: the run is done with all its exports, or cannot go on.
