@@ -36,6 +36,13 @@ def test_relative_links_resolve(page: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_brackets_that_the_site_would_read_as_a_reference_are_code(page: Path) -> None:
+    """`[x, y] [W, B]` is a link to a page named `W, B` where the site is built, and ends the strict build."""
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text("utf-8")))
+    assert re.findall(r"\] ?\[[^\]\n]*\]", text) == []
+
+
 READ_BY_USERS = [
     path for path in PAGES if path.name == "README.md" or path.parent.name in ("guide", "tutorials", "reference")
 ]
