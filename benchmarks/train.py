@@ -18,6 +18,7 @@ from benchmarks.classify import UnusableError
 from benchmarks.measured import ROOT, Child, run_child, versions
 
 OURS = "Tunesmith"
+BESIDE = "The other checkout"
 SCRIPTS = ROOT / "benchmarks" / "peers"
 
 
@@ -136,10 +137,17 @@ class Race:
     rounds: int
     until: float = float("inf")
     """time.monotonic() at which no new turn is begun."""
+    beside: str | None = None
+    """Interpreter of another checkout of Tunesmith, which is a contestant then."""
+
+    @property
+    def names(self) -> list[str]:
+        """All contestants."""
+        return [OURS, *([BESIDE] if self.beside else []), *self.peers]
 
     def turns(self, settings: Settings) -> Iterator[Turn]:
         """Every turn, those from before read from their files. UnusableError: those had other settings."""
-        names = [OURS, *self.peers]
+        names = self.names
         for number in range(self.rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
@@ -160,17 +168,18 @@ class Race:
         folder.mkdir(parents=True, exist_ok=True)
         rows = self.work / "rows" / settings.rows
         begun = time.time()
-        if name == OURS:
-            run, arguments, found = folder / f"run-{int(begun)}", {}, versions()
-            words = [sys.executable, "-m", "tunesmith", *train_words(settings, self.work, run, seed=number)]
-            child = run_child(words, log=folder / "log")
+        if name in (OURS, BESIDE):
+            run, arguments, found = folder / f"run-{int(begun)}", {}, versions() if name == OURS else {}
+            python = sys.executable if name == OURS else str(self.beside)
+            words = [python, "-m", "tunesmith", *train_words(settings, self.work, run, seed=number)]
+            child = run_child(words, log=folder / "log", settings=None if name == OURS else {"PYTHONPATH": ""})
         else:
             peer = PEERS[name]
             job, run, arguments, found = folder / "job.json", folder / "told.json", peer.arguments, {}
             fields = {**asdict(settings), "seed": number, "arguments": dict(peer.arguments), "folder": str(folder)}
             job.write_text(json.dumps({**fields, "rows": str(rows / "rows.json")}), "utf-8")
-            python = self.environments / peer.environment / "bin" / "python"
-            words = [str(python), str(SCRIPTS / peer.script), str(job), str(run)]
+            python = str(self.environments / peer.environment / "bin" / "python")
+            words = [python, str(SCRIPTS / peer.script), str(job), str(run)]
             child = run_child(words, log=folder / "log")
         turn = told(Turn(name, number, asdict(settings), found, arguments, asdict(child)), child, run, begun)
         return replace(turn, share=_share(run, folder)) if name == OURS and not turn.error else turn
@@ -187,7 +196,7 @@ def told(turn: Turn, child: Child, path: Path, begun: float) -> Turn:
     if child.code:
         return Turn(**{**fields, "error": f"exit code {child.code}\n{child.tail}"})
     try:
-        log = read_run(path) if turn.name == OURS else Log(**json.loads(path.read_text("utf-8")))
+        log = read_run(path) if turn.name in (OURS, BESIDE) else Log(**json.loads(path.read_text("utf-8")))
         tokens, targets = log.rates()
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Turn(**{**fields, "error": f"what it left cannot be used: {type(error).__name__}: {error}"})
@@ -238,7 +247,7 @@ def read_run(run: Path) -> Log:
 
 def measure_held_out(race: Race, settings: Settings) -> None:
     """Add the held-out loss to every result that lacks it."""
-    for name in [OURS, *race.peers]:
+    for name in race.names:
         for number in range(race.rounds):
             path = race.path(settings, name, number)
             turn = _read(path, settings) if path.exists() else None

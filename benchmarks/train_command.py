@@ -36,6 +36,7 @@ def add_train(verbs: Any) -> None:
     add("--environments", type=Path, default=Path(".peers"), help="made by python -m benchmarks.environments")
     add("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     add("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER", help=", ".join(PEERS))
+    add("--beside", metavar="PYTHON", help="interpreter of another checkout of Tunesmith, which takes its turns too")
     add("--rounds", type=int, default=3, help="turns of each contestant")
     add("--steps", type=int, default=20)
     add("--rows-per-step", type=int, default=16)
@@ -55,7 +56,9 @@ def _train(options: argparse.Namespace, words: Sequence[str]) -> int:
     # libgomp's own default for all: what Tunesmith's launcher sets beside a busy program would be set for it alone.
     os.environ.setdefault("GOMP_SPINCOUNT", "300000")
     until = time.monotonic() + 60 * options.minutes
-    race = Race(options.work.resolve(), options.environments.resolve(), options.peers, options.rounds, until)
+    race = Race(
+        options.work.resolve(), options.environments.resolve(), options.peers, options.rounds, until, options.beside
+    )
     if options.only != "judge":
         missing = {PEERS[name].environment for name in options.peers}
         missing = {name for name in missing if not (race.environments / name / "bin" / "python").exists()}
