@@ -38,6 +38,7 @@ MISTAKES = [
     ("command misspelt", "trian model chats.jsonl", "Did you mean train?", ""),
     ("command of another tool", "finetune model chats.jsonl", "Did you mean train?", ""),
     ("argument left out", "chat", "RUN|MODEL", ""),
+    ("target of an export left out", "export last", "merged, adapter, gguf, ollama, onnx", ""),
     ("one option twice", "train model chats.jsonl --lr 1 --set optim.lr=2", "Give one of them", ""),
     # recipes
     ("recipe not there", "train --recipe recipee.yaml", "Did you mean recipe.yaml?", "options"),

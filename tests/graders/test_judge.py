@@ -48,6 +48,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+        for byte in b" " * 40 if headers.get("X-Drips") else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
         self.wfile.write(content.encode() if isinstance(content, str) else json.dumps(content).encode())
 
     def log_message(self, *words: object) -> None: ...
@@ -140,6 +143,14 @@ def test_what_is_no_number_is_no_reward(stub: Stub, reply: Any, kind: str, times
     with pytest.raises(GradeError) as error:
         ask(stub.grader())
     assert (error.value.kind, len(stub.asked)) == (kind, times)
+
+
+def test_a_reply_that_drips_ends_with_its_seconds(stub: Stub) -> None:
+    stub.replies = [(200, {"X-Drips": "1"}, {"choices": [{"message": {"content": '{"result": 1}'}}]})]
+    begun = time.monotonic()
+    with pytest.raises(GradeError) as error:
+        ask(stub.grader(seconds=0.3))
+    assert (error.value.kind, time.monotonic() - begun < 1) == ("timeout", True)
 
 
 def test_silence_and_a_closed_door_are_no_reward(stub: Stub) -> None:

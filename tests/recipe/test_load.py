@@ -56,7 +56,10 @@ PROBLEMS = [
         "data.columns.a:b: null does not belong in a mapping of names to names: write {name: value}",
     ),
     ({"data": {"limits": {"depht": 3}}}, "data.limits.depht: unknown key, did you mean data.limits.depth?"),
-    ({"data": {"held_out": 1}}, "data.held_out: 1 is not a number of at least 0 and below 1, or auto"),
+    (
+        {"data": {"held_out": 8}},
+        "data.held_out: 8 is not a number of at least 0 and below 1, or auto: it is a share, 0.2 for a fifth",
+    ),
     ({"rank": 8}, "rank: unknown key, did you mean method.rank?"),
     ({"every": 8}, "every: unknown key, did you mean evaluation.every or checkpoint.every?"),
     ({"learning_rate": 8}, "learning_rate: unknown key, did you mean optim.lr?"),

@@ -67,3 +67,12 @@ def test_answers_that_do_not_end() -> None:
     assert words("chat", [*GOOD, *endless]) == ["answers-never-end"]
     assert words("text", [*GOOD, *endless]) == []
     assert words("chat", [*GOOD, *[answer("It left on Monday.", stopped=False, reference="It is there.")] * 5]) == []
+
+
+def test_a_loss_that_rose_while_more_answers_are_right_says_both() -> None:
+    events = [
+        Event("evaluation", 0, 0.0, {"name": name, "loss": loss, "measures": {"accuracy": {"value": right}}}, {})
+        for name, loss, right in (("before", 0.9, 0.4), ("after", 1.1, 0.7))
+    ]
+    (note,) = symptoms("classify", events, ())
+    assert "1.1000 after; more answers are right, and the wrong ones are surer: tunesmith explain" in note

@@ -54,6 +54,8 @@ class Command(PlainFlags, TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:  # typer's own copy of click has it, where older ones use click itself
             _explain(error)
+            if type(error).__name__ == "MissingParameter":
+                error.message = error.message or getattr(error.param, "help", "")  # type: ignore[attr-defined]
             if type(error).__name__ == "NoSuchOption" and any("--set" in param.opts for param in self.params):
                 _suggest(error, {name for param in self.params for name in param.opts})
             raise

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from tunesmith.errors import InputError
@@ -76,7 +76,7 @@ def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float],
     for attempt in range(JUDGE_TRIES):
         try:
             with urllib.request.urlopen(request, timeout=max(0.1, ends - time.monotonic())) as reply:
-                return dict(json.loads(reply.read(MOST_BYTES)))
+                return dict(json.loads(_read(reply, ends)))
         except urllib.error.HTTPError as error:
             why, named = f"status {error.code}: {_words_of(error)}", error.headers.get("Retry-After", "")
             if error.code not in (408, 409, 429) and error.code < 500:
@@ -92,6 +92,16 @@ def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float],
     if time.monotonic() >= ends:
         raise GradeError("timeout", f"{grader.address}: it took more than {grader.seconds:g} s")
     raise GradeError("unreachable", f"{grader.address}: {why}, after {attempt + 1} tries")
+
+
+def _read(reply: HTTPResponse, ends: float) -> bytes:
+    """The body. Raises TimeoutError at time.monotonic() == `ends`, however slowly it drips."""
+    body = b""
+    while len(body) < MOST_BYTES and (part := reply.read1(MOST_BYTES - len(body))):
+        body += part
+        if time.monotonic() > ends:
+            raise TimeoutError("the reply was not whole in time")
+    return body
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:

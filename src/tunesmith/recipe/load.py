@@ -256,6 +256,8 @@ def _refused(value: str, option: Option, given: object) -> str:
     way = f", did you mean {near[0]}?" if near else ""
     if "text" in option.allowed.split() and isinstance(given, (int, float)):
         way = ": put it in quotes"
+    elif "below 1" in option.allowed and isinstance(given, (int, float)) and given >= 1:
+        way = ": it is a share, 0.2 for a fifth"
     return f"{value} is not {option.allowed}{way}"
 
 

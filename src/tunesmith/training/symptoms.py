@@ -26,11 +26,14 @@ _WRITES = ("chat", "generate", "summarize")
 def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss: Loss = PLAIN_LOSS) -> Iterator[str]:
     """A sentence for each. `events`: the run's; `rows`: results of its held-out rows after training; `loss`: additions,
     with which a training loss is above the held-out one by itself."""
-    held = {event.values["name"]: float(event.values["loss"]) for event in events if event.kind == "evaluation"}
+    measured = {event.values["name"]: event.values for event in events if event.kind == "evaluation"}
+    held = {name: float(values["loss"]) for name, values in measured.items()}
     before, after = held.get("before"), held.get("after")
     if before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
-        yield f"the held-out loss did not fall: {losses}: tunesmith explain loss-does-not-fall"
+        right = [measured[name].get("measures", {}).get("accuracy", {}).get("value", 0.0) for name in ("before", "after")]
+        is_surer = "; more answers are right, and the wrong ones are surer" if right[1] > right[0] else ""
+        yield f"the held-out loss did not fall: {losses}{is_surer}: tunesmith explain loss-does-not-fall"
     yield from _one_class(rows)
     if task not in _WRITES:
         return
