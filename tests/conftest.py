@@ -24,7 +24,7 @@ WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: 
 """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
 
 devices.BUSY_S = 0.0
-"""A run waits for a fifth of a second to see what other programs take of the processor: tests would wait for minutes."""
+"""A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
