@@ -16,11 +16,15 @@ import torch
 from transformers.utils import logging
 
 from tunesmith.evaluation import report
+from tunesmith.planning import devices
 
 os.fsync = lambda descriptor: None
 """A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
 WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
 """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
+
+devices.BUSY_S = 0.0
+"""A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

@@ -24,8 +24,10 @@ import gc, json, os, runpy, select, signal, socket, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
 import tunesmith.inference.measure, tunesmith.evaluation.report.plots, tunesmith.training.trainer
+import tunesmith.planning.devices
 torch.set_num_threads(1)
-os.fsync = lambda descriptor: None  # as in conftest.py, and no pages
+os.fsync = lambda descriptor: None  # as in conftest.py, no pages, and no waiting for other programs
+tunesmith.planning.devices.BUSY_S = 0.0
 tunesmith.evaluation.report._write_pages = lambda *args, **kwargs: None
 gc.freeze()
 

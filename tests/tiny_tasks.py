@@ -132,12 +132,16 @@ def folder_of(kind: str, path: Path, *, dropout: float) -> Path:
     return model_folder(path, dropout=dropout) if kind == "causal" else encoder_decoder_folder(path)
 
 
+STEPS_ALONE: dict[str, Any] = {"evaluation": {"samples": 0, "surprising": 0}, "checkpoint": {"every": 1000}}
+"""Of a run whose steps are looked at: no answers, and nothing is saved between them."""
+
+
 def by_memory(folder: Path, recipe_of: Callable[..., Recipe], *sizes: int, **sections: Any) -> list[list[Any]]:
     """Loss, gradient norm and micro-batches of two steps of eight rows, for each number of tokens a micro-batch."""
     found = []
     for tokens in sizes:
         (folder / str(tokens)).mkdir(parents=True)
-        how = {"train": {"rows_per_step": 8, "max_steps": 2, "tokens_per_pass": tokens}, **sections}
+        how = {"train": {"rows_per_step": 8, "max_steps": 2, "tokens_per_pass": tokens}, **STEPS_ALONE, **sections}
         run = train(recipe_of(folder / str(tokens), **how), root=folder / "runs")
         steps = [event.values for event in run.events() if event.kind == "step"]
         found.append([(step["loss"], step["grad_norm"], step["passes"]) for step in steps])

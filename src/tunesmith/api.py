@@ -71,7 +71,7 @@ def train(
 
     Raises:
         InputError: recipe, data or model cannot be used; nothing was written.
-        Stopped: asked to stop; `tunesmith.resume(run)` goes on.
+        Stopped: a stop was requested; `tunesmith.resume(run)` continues.
 
     Examples:
         >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
@@ -124,15 +124,15 @@ def resume(
     Examples:
         >>> run = tunesmith.resume("last")
     """
-    begun = _opened(run, root, model)
+    opened = _opened(run, root, model)
     watch = partial(_watch, progress=progress, on_event=on_event, should_stop=should_stop)
 
     def several(devices: int) -> Run:
-        words = ["resume", str(begun.path), *(["--model", begun.base] if begun.base is not None else [])]
+        words = ["resume", str(opened.path), *(["--model", opened.base] if opened.base is not None else [])]
         with watch(True) as watcher:
             return run_words(words, offline=offline, listener=watcher.listener(lambda run: None), on_note=watcher.say)
 
-    return resume_run(begun, watch=watch, several=several, offline=offline)
+    return resume_run(opened, watch=watch, several=several, offline=offline)
 
 
 def predict(

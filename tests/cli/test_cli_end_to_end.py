@@ -217,8 +217,8 @@ def test_a_finished_run_has_nothing_to_resume(done: tuple[Run, Result]) -> None:
     assert "nothing is left to resume" in tunesmith("resume", run.path, code=2).stderr
 
 
-LONG = ("train.epochs=20",)
-LONG_STEPS = 120  # 6 an epoch: long enough that a signal lands in the middle
+LONG = ("train.epochs=10",)
+LONG_STEPS = 60  # 6 an epoch: long enough that a signal lands in the middle
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny_model import TRANSLATORS, tiny_model
 from tiny_tasks import task_recipe, write
 from tunesmith.data.renderer import Renderer
 from tunesmith.evaluation import generate as generation
-from tunesmith.evaluation.generate import Answer, generate
+from tunesmith.evaluation.generate import GeneratedAnswer, generate
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.tasks import TASKS
 from tunesmith.training import trainer as training
@@ -82,7 +82,7 @@ def assert_answers_together_are_those_alone(arch: str, ask: Any) -> None:
     for prompt in PROMPTS:
         ids = step_by_step(model, prompt)
         stopped = ids[-1] == TOKENIZER.eos_token_id
-        expected.append(Answer(TOKENIZER.decode(ids, skip_special_tokens=True).strip(), stopped))
+        expected.append(GeneratedAnswer(TOKENIZER.decode(ids, skip_special_tokens=True).strip(), stopped))
     assert len({one.text for one in expected}) == len(PROMPTS)
     assert ask(model, renderer(), PROMPTS, HOW) == expected
     assert [generate(model, renderer(), [prompt], HOW)[0] for prompt in PROMPTS] == expected
@@ -93,7 +93,7 @@ def test_answers_together_are_those_alone(arch: str) -> None:
     assert_answers_together_are_those_alone(arch, generate)
 
 
-def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: int) -> list[Answer]:
+def padded_on_the_other_side(model: PreTrainedModel, renderer: Any, prompts: Any, how: int) -> list[GeneratedAnswer]:
     """The planted bug: causal prompts padded on the right, sources on the left."""
     longest = max(map(len, prompts))
     fill = [TOKENIZER.pad_token_id]
@@ -154,7 +154,7 @@ def test_a_completion_keeps_its_white_space(metaspace: bool, completion: str, mo
     example = pair("Is it you?", completion)
     [[row]] = made.encode([example])
     [told] = generate(Writes(row.ids[row.trained].tolist()), made, [made.prompt_ids(example.parts[:1])], HOW)
-    assert told == Answer(completion, stopped=True)
+    assert told == GeneratedAnswer(completion, stopped=True)
     talks = Renderer(tiny_tokenizer(), TASKS["chat"], max_tokens=None, too_long="error", control_tokens="error")
     assert generation.trimmed(talks, completion) == "yes"
 

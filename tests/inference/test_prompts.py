@@ -8,7 +8,7 @@ import pytest
 
 from tiny_tasks import task_recipe, texts, write
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Answer
+from tunesmith.evaluation.generate import GeneratedAnswer
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_file
@@ -37,9 +37,11 @@ def test_a_document_is_cut_alike_wherever_it_is_asked(
     setup = prepared(tmp_path, kind, data)
     asked: list[list[int]] = []
 
-    def answer(model: Any, renderer: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Answer]:
+    def answer(
+        model: Any, renderer: Any, prompts: Sequence[Sequence[int]], *_: Any, **__: Any
+    ) -> list[GeneratedAnswer]:
         asked.extend(list(prompt) for prompt in prompts)
-        return [Answer("x", stopped=True) for _ in prompts]
+        return [GeneratedAnswer("x", stopped=True) for _ in prompts]
 
     monkeypatch.setattr(generate, "generate", answer)
     speaker = LoadedModel(setup.model, setup.renderer, setup.recipe, setup.head, setup.located)

@@ -1,4 +1,5 @@
-"""A PostgreSQL cluster in a temporary folder, reached by a socket there; ended with the tests."""
+"""A PostgreSQL cluster in a temporary folder, reached by a socket there; ended with the tests. And stores whose tables
+are copies of those that were made first."""
 
 from __future__ import annotations
 
@@ -10,10 +11,24 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tunesmith.jobs import database
 from tunesmith.jobs.store import Store
+from tunesmith.jobs.store_folder import DATABASE_FILE
+
+SYNCED = database._set_up_sqlite
+
+
+def _unsynced(connection: Any, record: Any) -> None:
+    SYNCED(connection, record)
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+database._set_up_sqlite = _unsynced
+"""As `os.fsync` does nothing in tests: SQLite waited for the disk for longer than it worked."""
 
 
 def _binaries() -> Path | None:
@@ -64,16 +79,20 @@ class Cluster:
             self.stop()
             shutil.rmtree(self.folder)
 
-    def url(self, place: Path) -> str:
-        """The address of the database that belongs to a folder."""
+    def url(self, place: Path, *, like: str = "template1") -> str:
+        """The address of the database that belongs to a folder. A new one is a copy of the database `like`."""
         import psycopg
 
-        name = "t" + hashlib.sha256(str(place).encode()).hexdigest()[:16]
+        name = _name(place)
         where = f"host={self.folder} user=tunesmith"
         with psycopg.connect(f"{where} dbname=postgres", autocommit=True) as connection:
             if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone():
-                connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+                connection.execute(f"CREATE DATABASE {name} TEMPLATE {like}")  # type: ignore[call-overload]
         return f"postgresql://tunesmith@/{name}?host={self.folder}"
+
+
+def _name(place: Path) -> str:
+    return "t" + hashlib.sha256(str(place).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -82,6 +101,23 @@ def cluster() -> Cluster:
     return Cluster()
 
 
-def open_store(place: Path, kind: str, **options: object) -> Store:
+@functools.cache
+def _made(kind: str) -> Path:
+    """The place of empty tables."""
+    place = Path(tempfile.mkdtemp(prefix="tunesmith-tables-")) / DATABASE_FILE
+    atexit.register(shutil.rmtree, place.parent)
+    made = database.Database(cluster().url(place) if kind == "postgresql" else place)
+    made.prepare(may_upgrade=False, on_note=print)
+    made.close()
+    return place
+
+
+def open_store(place: Path, kind: str = "sqlite", **options: object) -> Store:
     """The store of a folder, as it was if it is there. `kind`: sqlite or postgresql."""
-    return Store(place, cluster().url(place) if kind == "postgresql" else None, **options)  # type: ignore[arg-type]
+    url, tables = None, _made(kind)
+    if kind == "postgresql":
+        url = cluster().url(place, like=_name(tables))
+    elif not (place / DATABASE_FILE).exists():
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copy(tables, place / DATABASE_FILE)
+    return Store(place, url, **options)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def test_a_million_bad_lines_end_their_job_without_the_servers_memory(store: Sto
 
 
 def test_faults_are_counted_to_a_bound_and_named_within_one(tmp_path: Path) -> None:
-    path, long = tmp_path / "rows.jsonl", "x" * 100_000
+    path, long = tmp_path / "rows.jsonl", "x" * 10_000
     for num, words in ((30, "And 20 more."), (999, "And 989 more."), (1000, "And 990 more, behind which")):
         path.write_bytes(rows(1) + (json.dumps({long: 1}).encode() + b"\n") * num)
         with pytest.raises(FileFault) as fault:
@@ -102,7 +102,7 @@ def its_check_ends(server: Dispatcher, name: str, process: int) -> None:
 def test_a_cancelled_job_ends_its_check_while_other_projects_continue(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wide = b"".join(json.dumps({f"field {i} {row}": 1 for i in range(90_000)}).encode() + b"\n" for row in range(12))
+    wide = b"".join(json.dumps({f"field {i} {row}": 1 for i in range(9_000)}).encode() + b"\n" for row in range(12))
     slow = put_waiting(store, "red", "file-slow", wide)
     server = working(store)
     server.round()

@@ -238,7 +238,6 @@ def real_outcome(folder: Path, num: int, monkeypatch: pytest.MonkeyPatch) -> tup
     monkeypatch.setattr("tunesmith.jobs.routes.new_id", lambda kind: kind + "A" * 24)
     model_folder(folder / "tiny")
     store = Store(folder / "store")
-    store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
     file = put_file(store, chats(folder / "rows.jsonl", 18).read_bytes())
     valid = put_file(store, chats(folder / "valid.jsonl", 4, seed=4).read_bytes(), "file-b")
     how = {"n_epochs": 2, "batch_size": 3}

@@ -27,8 +27,6 @@ MOVES = {"checked": ("validating_files", "queued"), "started": ("queued", "runni
 
 def test_random_sequences_of_actions_follow_the_rules(store: Store) -> None:
     draw = random.Random(7)
-    if store._database.is_sqlite:
-        store._database._connected().exec_driver_sql("PRAGMA synchronous = OFF")  # no power fails here
     store.rules = Rules(every_project=ProjectRules(jobs_waiting=10_000))
     file = put_file(store, rows(12))
     for _ in range(300 if store._database.is_sqlite else 50):

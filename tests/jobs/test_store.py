@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from jobs.places import put_file, put_job, rows
-from jobs.postgres import Cluster, cluster
+from jobs.postgres import SYNCED, Cluster, cluster
 from tunesmith.errors import InputError
 from tunesmith.jobs import migrations
 from tunesmith.jobs.database import LOCK
@@ -46,6 +46,13 @@ def test_a_store_has_one_server(opened: Opened, tmp_path: Path) -> None:
         opened(tmp_path)
     store.close()
     opened(tmp_path).close()
+
+
+def test_what_was_answered_is_on_the_disk(tmp_path: Path) -> None:
+    """Other tests do not wait for it."""
+    with sqlite3.connect(tmp_path / DATABASE_FILE) as connection:
+        SYNCED(connection, None)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,), "FULL"
 
 
 def test_a_database_has_one_server_from_whichever_folder(tmp_path: Path) -> None:

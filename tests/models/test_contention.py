@@ -41,6 +41,7 @@ else:
     contention.IdleTeam, contention.INTERVAL_S, contention.QUIET_INTERVALS = Team, 0.1, 5
     contention.watch()
     contention.watch()  # a second call begins nothing
+    print(flush=True)
     until = time.monotonic() + 30
     while len(made) < int(sys.argv[2]) and time.monotonic() < until:
         values.add_(1)
@@ -48,12 +49,16 @@ else:
 """
 
 
-def told(*words: str, **environment: str) -> list[object]:
+def start(*words: str) -> subprocess.Popen[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     words = (sys.executable, "-c", WAITING, *words)
-    env = {**clean, "OMP_NUM_THREADS": "2", **environment}
-    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=120)
-    return list(json.loads(done.stdout))
+    return subprocess.Popen(words, env={**clean, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, text=True)
+
+
+def told(child: subprocess.Popen[str]) -> list[object]:
+    printed, _ = child.communicate(timeout=120)
+    assert child.returncode == 0
+    return list(json.loads(printed))
 
 
 def needs_libgomp() -> None:
@@ -69,7 +74,7 @@ def needs_libgomp() -> None:
 
 def test_an_idle_team_makes_waiting_threads_sleep_until_it_ends() -> None:
     needs_libgomp()
-    spinning, sleeping, again = told("team")
+    spinning, sleeping, again = told(start("team"))
     assert isinstance(spinning, float)
     assert isinstance(sleeping, float)
     assert isinstance(again, float)
@@ -80,9 +85,12 @@ def test_an_idle_team_makes_waiting_threads_sleep_until_it_ends() -> None:
 
 def test_threads_sleep_while_another_program_wants_their_cores() -> None:
     needs_libgomp()
+    child = start("watch", "1")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "\n", "it has imported what it needs, and watches"
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))]
     try:
-        assert told("watch", "1") == ["sleep"]
+        assert told(child) == ["sleep"]
     finally:
         for process in busy:
             process.kill()

@@ -76,7 +76,7 @@ def main() -> None:
 
     from tunesmith.parallel import world
 
-    world.POLL_S = 0.025  # how long a rank waits for the word of one that failed, too: twenty of these
+    world.POLL_S, world.WORD_S = 0.005, 0.5
     kept = next(rendezvous("env://"))  # one store for all scenarios
     folder, found = Path(sys.argv[1]), {}
     own = folder / f"rank-{os.environ['RANK']}.json"

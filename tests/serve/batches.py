@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
-from tunesmith.evaluation.generate import Answer, generate
+from tunesmith.evaluation.generate import GeneratedAnswer, generate
 from tunesmith.generation.adapters import AdapterSet, LowRankPath
 from tunesmith.generation.decoder import BatchedDecoder, Decoder
 from tunesmith.methods import lora
@@ -83,7 +83,7 @@ RENDERER: Any = SimpleNamespace(tokenizer=TOKENIZER, stop_ids=tuple(STOPS), task
 
 
 @functools.cache
-def alone(arch: str, run: str | None, prompt: tuple[int, ...], max_new_tokens: int) -> Answer:
+def alone(arch: str, run: str | None, prompt: tuple[int, ...], max_new_tokens: int) -> GeneratedAnswer:
     """What transformers' own generation answers, greedily and to this prompt alone."""
     return generate(tuned(arch, run), RENDERER, [prompt], max_new_tokens)[0]
 
@@ -124,8 +124,8 @@ class Heard:
         else:
             self.refused = told
 
-    def answer(self, index: int = 0) -> Answer:
-        return Answer(self.texts[index], self.ended[index].reason == "stop")
+    def answer(self, index: int = 0) -> GeneratedAnswer:
+        return GeneratedAnswer(self.texts[index], self.ended[index].reason == "stop")
 
 
 def hear(news: Sequence[KeyedEvent], heard: Mapping[int, Heard]) -> None:

@@ -10,7 +10,7 @@ from statistics import median
 
 from tiny_run import WORDS
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Answer
+from tunesmith.evaluation.generate import GeneratedAnswer
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.types import Part
@@ -31,7 +31,7 @@ class Case:
     model: str
     text: str
     max_tokens: int
-    answer: Answer
+    answer: GeneratedAnswer
 
 
 def texts(num: int) -> list[str]:

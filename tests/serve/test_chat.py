@@ -34,7 +34,7 @@ def speaker_of(folder: Path, arch: str) -> LoadedModel:
     return loading.load_model(str(path), offline=True)
 
 
-def expected(speaker: LoadedModel, text: str) -> generate.Answer:
+def expected(speaker: LoadedModel, text: str) -> generate.GeneratedAnswer:
     prompt = speaker.renderer.prompt_ids([Part("user", text, trained=False)])
     return generate.generate(speaker.model, speaker.renderer, [prompt], 12)[0]
 

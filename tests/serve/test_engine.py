@@ -21,7 +21,7 @@ from serve.engines import OPTIONS, Asked, engine_over, heard, says, two_runs, un
 from tiny_tasks import encoder_folder
 from tunesmith.errors import InputError
 from tunesmith.evaluation import generate
-from tunesmith.evaluation.generate import Answer
+from tunesmith.evaluation.generate import GeneratedAnswer
 from tunesmith.inference import load as loading
 from tunesmith.models.forward import hidden_states
 from tunesmith.runs.folder import Run
@@ -56,7 +56,7 @@ def asked(root: Path) -> Iterator[Asked]:
         yield made
 
 
-def offline(root: Path, model: str, text: str, tokens: int) -> Answer:
+def offline(root: Path, model: str, text: str, tokens: int) -> GeneratedAnswer:
     """What `tunesmith predict` would answer."""
     if model == "model-llama":
         speaker = loading.load_model(str(root.parent / model), offline=True)
@@ -166,7 +166,7 @@ def test_stops_end_an_answer(asked: Asked) -> None:
     whole = asked.answer(says("first", QUESTIONS[0], max_tokens=32)).texts[0]
     stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
     found = asked.answer(says("first", QUESTIONS[0], max_tokens=32, stop=(stop,)))
-    assert found.answer() == Answer(whole.partition(stop)[0].strip(), stopped=True)
+    assert found.answer() == GeneratedAnswer(whole.partition(stop)[0].strip(), stopped=True)
 
 
 def long(model: str = "first") -> GenerationRequest:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, train_words
 from shape.tree import ROOT
 from tiny_tasks import encoder_folder, rows_of, task_recipe, write, write_pooling
@@ -158,7 +159,8 @@ def test_the_test_sees_a_prompt_in_the_mean(tmp_path, monkeypatch, place):
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])
-def test_an_adapter_is_merged_and_proven(tmp_path, kind):
+def test_an_adapter_is_merged_and_proven(tmp_path, kind, monkeypatch):
+    quick(monkeypatch)
     run = train(recipe_of(tmp_path, kind, method="lora"), root=tmp_path / "runs")
     kept = "last" if kind == "causal" else "mean"
     assert find_pooling(run.adapter_path).kind == kept

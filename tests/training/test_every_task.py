@@ -44,11 +44,13 @@ def evaluations(run: Run) -> dict[str, Any]:
     [*((task, kind, "full") for task, kind in EVERY), *((task, kind, "lora") for task, kind in FIRST.values())],
 )
 def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, kind, method):
+    rows = 60 if task == "text" else 40  # masked words are learnt slowly
     sections = {
         "optim": {"lr": 5e-3 if method == "lora" else 3e-3},
         "train": {"epochs": 6 if kind == "encoder" else 3},
+        "checkpoint": {"every": 20},
     }
-    run = train(task_recipe(tmp_path, task, kind, rows=60, method=method, **sections), root=tmp_path / "runs")
+    run = train(task_recipe(tmp_path, task, kind, rows=rows, method=method, **sections), root=tmp_path / "runs")
     assert run.state() == "done"
     found = evaluations(run)
     assert found["after"]["loss"] < found["before"]["loss"]
@@ -66,7 +68,7 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
         scores = [json.loads(line)["rougeL"] for line in text.splitlines()]
         assert sum(scores) / len(scores) == pytest.approx(told[0]["measures"]["rougeL"]["value"], rel=1e-12)
     surprising = json.loads((run.path / "evaluation" / "surprising.json").read_text())
-    assert surprising["looked_at"] == 60
+    assert surprising["looked_at"] == rows
     losses = [line["loss"] / line["count"] for line in surprising["rows"]]
     assert len(losses) == 20
     assert losses == sorted(losses, reverse=True)

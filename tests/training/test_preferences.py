@@ -18,7 +18,7 @@ import tunesmith
 from export.exports import quick
 from parallel.test_agent import TUNESMITH, begin, end, second_rank, train_words, wait_for_step
 from tiny_run import model_folder, same_run, stopped, values_of
-from tiny_tasks import assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
+from tiny_tasks import STEPS_ALONE, assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
 from tunesmith.data.branches import join, lines_of
 from tunesmith.data.formats.comparisons import SIDES
 from tunesmith.data.prefixes import share_prefixes
@@ -86,11 +86,12 @@ def test_log_probabilities_are_those_of_each_line_alone(tmp_path, arch, layout, 
     recipe = recipe.model_copy(update={"model": str(model_folder(tmp_path / arch, arch))})
     setup = prepare(recipe, root=tmp_path / "runs")
     rows = [int(i) for i in setup.rows.train_rows[:5]]
+    plain = load_plain(recipe.model)
     with eval_mode(setup.model):
         found = setup.task.measure(setup.model, setup.collator.batch(rows, draw=1)).results
-        expected = [own_logps(load_plain(recipe.model), setup.store.row(row)) for row in rows]
-        with_prompt = [own_logps(load_plain(recipe.model), shifted(setup.store.row(row))) for row in rows]
-        off_by_one = [own_logps(load_plain(recipe.model), setup.store.row(row), before=0) for row in rows]
+        expected = [own_logps(plain, setup.store.row(row)) for row in rows]
+        with_prompt = [own_logps(plain, shifted(setup.store.row(row))) for row in rows]
+        off_by_one = [own_logps(plain, setup.store.row(row), before=0) for row in rows]
     ours = [result["logps"] for result in found]
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
     for planted in (with_prompt, off_by_one):
@@ -150,18 +151,24 @@ def test_the_reference_is_the_model_of_step_1_whatever_was_learnt(tmp_path):
     run = train(recipe, root=tmp_path / "runs")
     kept = reference._read(next(run.rows_path.glob("train/*.reference")), len(setup.rows.train_rows))
     rows = [setup.store.row(int(i)) for i in setup.rows.train_rows[:4]]
-    base, tuned = ([own_logps(load_plain(str(place)), row) for row in rows] for place in (recipe.model, run.model_path))
+    models = (load_plain(recipe.model), load_plain(str(run.model_path)))
+    base, tuned = ([own_logps(model, row) for row in rows] for model in models)
     np.testing.assert_allclose(kept[:4], base, rtol=1e-4)
     with pytest.raises(AssertionError):  # a reference that moves with the model
         np.testing.assert_allclose(kept[:4], tuned, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = recipe_of(folder, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
+    return train(recipe, root=folder / "runs")
+
+
 @pytest.mark.parametrize("is_lost", [False, True], ids=["kept", "lost"])
-def test_stopped_and_resumed_it_is_the_same_run(tmp_path, is_lost):
+def test_stopped_and_resumed_it_is_the_same_run(tmp_path, straight, is_lost):
     """With the reference that it has kept, or one that the untouched model is asked for again."""
-    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
-    straight = train(recipe, root=tmp_path / "straight")
-    halting = stopped(recipe, tmp_path / "halting", 3)
+    halting = stopped(straight.recipe(), tmp_path / "halting", 3)
     kept = {path: path.read_bytes() for path in halting.rows_path.glob("*/*.reference")}
     for path in kept if is_lost else ():
         path.write_bytes(kept[path][:-8] + b"damaged!")
@@ -173,8 +180,9 @@ def test_stopped_and_resumed_it_is_the_same_run(tmp_path, is_lost):
 def test_another_loss_on_the_same_rows_finds_the_reference(tmp_path, monkeypatch):
     computed = []
     monkeypatch.setattr(reference, "_compute", lambda *a, real=reference._compute: computed.append(1) or real(*a))
-    train(recipe_of(tmp_path), root=tmp_path / "runs")
-    run = train(recipe_of(tmp_path, prefer={"loss": "ipo"}), root=tmp_path / "runs")
+    short = {"train": {"max_steps": 1}, **STEPS_ALONE}
+    train(recipe_of(tmp_path, **short), root=tmp_path / "runs")
+    run = train(recipe_of(tmp_path, prefer={"loss": "ipo"}, **short), root=tmp_path / "runs")
     assert len(computed) == 2
     assert len(list(run.rows_path.glob("*/*.reference"))) == 2
 
@@ -235,7 +243,7 @@ def assert_sharing_changes_nothing(tmp_path: Path) -> None:
     rows = rows_of("prefer", 24)
     for row in rows:
         row["prompt"][0]["content"] += " the big red old" * 8
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(tmp_path, train={"max_steps": 4}, **STEPS_ALONE)
     write(tmp_path / "prefer.jsonl", rows)
     run = train(recipe, root=tmp_path / "runs")
     plain = train(recipe.model_copy(update={"kernels": "plain"}), root=tmp_path / "runs")

@@ -57,5 +57,5 @@ def test_an_option_that_went_is_gone_on_purpose() -> None:
     gone = RECORDED - set(options())
     assert not gone, (
         f"{', '.join(sorted(gone))}: recipes of runs that are under way name it, and could not be read: none of them "
-        "could be resumed. Let recipe/load.py read it, or say so in CHANGELOG.md (Taken out) and take it off this list"
+        "could be resumed. Let recipe/load.py read it, or say so in CHANGELOG.md and take it off this list"
     )

@@ -28,7 +28,9 @@ def explain(
     screen = console()
     if not word:
         for name, text in known.items():
-            screen.print(f"{name:<32} {_first_sentence(text)}", soft_wrap=True)
+            line = re.sub(r"[*`]", "", " ".join(text.split())).removeprefix("- ")
+            first_sentence = line.partition(". ")[0].partition(": ")[0].rstrip(".")
+            screen.print(f"{name:<32} {first_sentence}", soft_wrap=True)
         return
     if word not in known:
         near = difflib.get_close_matches(word.lower().replace(" ", "-"), known, n=1, cutoff=0.5)
@@ -49,8 +51,3 @@ def parts() -> dict[str, str]:
     text = packed.read_text("utf-8") if packed.is_file() else from_checkout.read_text("utf-8")
     pieces = re.split(r"^## (.+)\n", re.sub(r"^# .*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
     return {word: part.strip() for word, part in zip(pieces[1::2], pieces[2::2], strict=True)}
-
-
-def _first_sentence(text: str) -> str:
-    line = re.sub(r"[*`]", "", " ".join(text.split())).removeprefix("- ")
-    return line.partition(". ")[0].partition(": ")[0].rstrip(".")

@@ -351,19 +351,19 @@ def _group(group: Record) -> str:
 
 
 def _time(seconds: Record) -> str:
-    span, _, beside = _span(seconds).partition("; ")
+    span, _, others = _span(seconds).partition("; ")
     training = seconds["work"]["training"]
     each = f"{about(training['seconds'])} to train ({training['price']:.2g} s a step)"
     rest = f"{about(seconds['total'] - training['seconds'])} for all else"
-    return f"{span}: {each}, {rest}{f'; {beside}' if beside else ''}"
+    return f"{span}: {each}, {rest}{f'; {others}' if others else ''}"
 
 
 def _span(seconds: Record) -> str:
     """The whole time with its range, and what else the processor does: about 5 min (2–7)."""
     total, low, high = seconds["total"], 1 - seconds["spread"], 1 + seconds["spread"]
     busy = seconds.get("busy", 0.0)  # which an earlier version did not look for
-    beside = ""
+    others = ""
     if busy >= LEAST_BUSY:
         high /= 1 - min(busy, MOST_BUSY)
-        beside = f"; other programs take {percent(busy, 0)} of the processor"
-    return f"{between(total, low * total, high * total)}{beside}"
+        others = f"; other programs take {percent(busy, 0)} of the processor"
+    return f"{between(total, low * total, high * total)}{others}"

@@ -164,8 +164,9 @@ class ServerOutput:
         width = max(len(card.name) for card in served)
         for card in served:
             what = "the untouched base" if card.is_base else "tuned"
+            does = "ranks documents" if card.task == "rank" else f"answers with {card.answers}"
             self.screen.print(
-                f"  {visible(card.name):<{width}}  {card.task}, {what}, {_does(card)}, "
+                f"  {visible(card.name):<{width}}  {card.task}, {what}, {does}, "
                 f"{plural(card.max_tokens, 'token')} at most"
             )
         who = "from this machine only" if bound.is_loopback else "from every machine that reaches this address"
@@ -207,10 +208,6 @@ class ServerOutput:
             failed = f", {usage.failed}" if usage.failed else ""
             self.last = (log.method, path, log.status)
             self.screen.print(f"{log.method} {path} {log.status} {milliseconds} ms{tokens}{failed}")
-
-
-def _does(served: ModelCard) -> str:
-    return "ranks documents" if served.task == "rank" else f"answers with {served.answers}"
 
 
 def to_try(url: str, served: ModelCard, *, has_key: bool) -> str:

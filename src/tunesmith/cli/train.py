@@ -152,13 +152,13 @@ def resume(
     """
     from tunesmith.training.job import resume_run
 
-    begun = Run.open(named(run, root), root, base=model)
+    opened = Run.open(named(run, root), root, base=model)
     try:
-        earlier = list(begun.events())
+        earlier = list(opened.events())
     except RunError:  # a damaged log, which training puts right or refuses
         earlier = []
     watch = partial(_watch, as_json=as_json, quiet=quiet, verbose=verbose, earlier=earlier)
-    resume_run(begun, watch=watch, several=_launch, settings=settings or [], trackers=track or [], offline=offline)
+    resume_run(opened, watch=watch, several=_launch, settings=settings or [], trackers=track or [], offline=offline)
 
 
 POLL_S = 0.5

@@ -180,8 +180,10 @@ def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
     if (usual := _usual_pair(named, None)) and {"prompt", "completion"} == usual.columns.keys():
         first, second = usual.columns.values()
         rest = [name for name in texts if name not in (first, second)]
-        with_rest = [_answer_to(first, second, rest[0])] if rest and task in (None, "chat", "generate") else []
-        both = [*with_rest, _pair(first, second, task), _pair(second, first, task)]
+        both = [_pair(first, second, task), _pair(second, first, task)]
+        if rest and task in (None, "chat", "generate"):
+            columns = {"instruction": first, "input": rest[0], "output": second}
+            both = [Meaning(columns, f"to write `{second}` from `{first}` and `{rest[0]}`"), *both]
     alone = [Meaning({"text": longest}, f"the text of `{longest}` itself", "text")]
     if task == "classify":
         ordered = classes or numbers
@@ -209,11 +211,6 @@ _FIELDS: dict[TaskName | None, tuple[tuple[str, str], str]] = {
 def _pair(first: str, second: str, task: TaskName | None) -> Meaning:
     fields, learns = _FIELDS.get(task, _FIELDS[None])
     return Meaning(dict(zip(fields, (first, second), strict=True)), learns.format(first, second))
-
-
-def _answer_to(question: str, answer: str, extra: str) -> Meaning:
-    columns = {"instruction": question, "input": extra, "output": answer}
-    return Meaning(columns, f"to write `{answer}` from `{question}` and `{extra}`")
 
 
 def _class_of(text: str, label: str, *, by_number: bool = False) -> Meaning:
@@ -347,7 +344,10 @@ def ask_text_or_classes(data: Data) -> str | None:
     text = data.columns.get("text", "text")
     for file in data.train:
         rows = sample_of(file, data)
-        if not rows or _shape_of(rows[0], data.columns) != "text":
+        if not rows:
+            continue
+        renamed = {ours: rows[0][theirs] for ours, theirs in data.columns.items() if theirs in rows[0]}
+        if find_shape({**rows[0], **renamed}) != "text":
             continue
         kinds = {name: kind for name, kind in values_of(rows).items() if name != text}
         few = len(rows) < FEW_COLUMN_ROWS
@@ -364,10 +364,6 @@ def ask_text_or_classes(data: Data) -> str | None:
                 f"To learn the class: {of_class}. To learn the text itself: --set task=text."
             )
     return None
-
-
-def _shape_of(row: Record, columns: Mapping[str, str]) -> Shape | None:
-    return find_shape({**row, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}})
 
 
 def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:

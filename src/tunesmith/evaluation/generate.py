@@ -39,7 +39,7 @@ PREFIX_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """Text that a model wrote."""
 
     text: str
@@ -54,7 +54,7 @@ def generate(
     max_new_tokens: int,
     *,
     chunk: int | None = None,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a prompt that
     are read at a time.
 
@@ -117,7 +117,7 @@ def trimmed(renderer: Renderer, text: str) -> str:
     return text if TASKS[renderer.task_name].raw_text else text.strip()
 
 
-def read_answer(renderer: Renderer, prompt: Sequence[int], ids: list[int]) -> Answer:
+def read_answer(renderer: Renderer, prompt: Sequence[int], ids: list[int]) -> GeneratedAnswer:
     """Generated tokens as text. Decoded with their prompt, of which some tokenizers make the white space at the
     beginning of the answer."""
     end = next((i for i, token_id in enumerate(ids) if token_id in renderer.stop_ids), None)
@@ -126,7 +126,7 @@ def read_answer(renderer: Renderer, prompt: Sequence[int], ids: list[int]) -> An
     )
     if not with_prompt.startswith(before):
         before, with_prompt = "", renderer.tokenizer.decode(ids[:end], skip_special_tokens=True)
-    return Answer(text=trimmed(renderer, with_prompt[len(before) :]), stopped=end is not None)
+    return GeneratedAnswer(text=trimmed(renderer, with_prompt[len(before) :]), stopped=end is not None)
 
 
 def has_short_answers(targets_I: NDArray[np.integer[Any]]) -> bool:
@@ -246,7 +246,7 @@ def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) 
 
 def generate_within(
     model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], new_tokens: int, *, most: int
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """As `generate`. A prompt of more than `most` tokens is read in parts; where memory ends, half as many prompts are
     answered together, and then a prompt is read in smaller parts."""
     try:
@@ -279,7 +279,7 @@ def answer_samples(
         tick("answer", done, len(prompts))
 
 
-def sample_values(sample: SamplePrompt, given: Answer) -> JsonObject:
+def sample_values(sample: SamplePrompt, given: GeneratedAnswer) -> JsonObject:
     """The values of the "sample" event of a prompt and its answer."""
     return {
         "prompt": sample.prompt,

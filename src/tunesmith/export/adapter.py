@@ -85,7 +85,7 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
         located, dtype=computing.dtype, device=computing.device, head=head, labels=run_labels(recipe), seed=recipe.seed,
         tokenizer=tokenizer,
     )  # fmt: skip
-    resize_embeddings(model, new_tokens_of(recipe, located))
+    resize_embeddings(model, new_tokens_of(recipe.data.new_tokens, located))
     if find_spec("peft") is None:
         METHODS["lora"].load_result(model, folder)
         return TorchModel(tokenizer, kind, head, "tunesmith (peft is not installed)", model)

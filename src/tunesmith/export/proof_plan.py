@@ -75,7 +75,8 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
     passes = (
         2 + result.is_adapter + (result.quant is not None)
     )  # the tuned model, its export, its base, and that packed
-    card = result.recipe.device if target.on_card and _is_card(result.recipe.device) else None
+    own = result.recipe.device
+    card = own if target.on_card and torch.device(own).type == "cuda" and is_here(own) else None
     for device, tuned in (*_on_card(result, card), ("cpu", "float32"), ("cpu", "bfloat16")):
         exported = written or tuned
         if exported == "float16" and device == "cpu" and _fits(result, params, "cpu", "float32"):
@@ -85,7 +86,9 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
         for limit_s, fewer in ((LONG_S, FEW_TOKENS), (VERY_LONG_S, FEWEST_TOKENS)) if device == "cpu" else ():
             if seconds > limit_s and tokens > fewer:
                 tokens, seconds = fewer, seconds * fewer / tokens
-        is_slow = device == "cpu" and seconds > VERY_LONG_S and _is_quick("bfloat16")
+        is_slow = (
+            device == "cpu" and seconds > VERY_LONG_S and machine.choose_precision("auto", "cpu").value == "bfloat16"
+        )
         of_device = {tuned} if device == "cpu" else {tuned, exported}  # an export's files are mapped, not copied
         if not is_slow and all(_fits(result, params, device, dtype) for dtype in of_device):
             break
@@ -98,10 +101,6 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
 def is_here(device: str) -> bool:
     """Whether the device of a run is on this machine."""
     return torch.device(device).type != "cuda" or torch.cuda.is_available()
-
-
-def _is_card(device: str) -> bool:
-    return torch.device(device).type == "cuda" and is_here(device)
 
 
 def _on_card(result: RunResult, card: str | None) -> list[tuple[str, str]]:
@@ -119,10 +118,6 @@ def _fits(result: RunResult, params: int, device: str, dtype: str) -> bool:
         return wanted <= int(torch.cuda.mem_get_info(device)[0])
     stays_in_files = not result.weights.is_gguf and result.stored_dtype == stored
     return stays_in_files or wanted <= devices.room("cpu")
-
-
-def _is_quick(dtype: str) -> bool:
-    return bool(machine.choose_precision("auto", "cpu").value == dtype)
 
 
 def _seconds(params: int, tokens: int, device: str, dtypes: set[str]) -> float:

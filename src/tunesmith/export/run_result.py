@@ -81,7 +81,7 @@ class RunResult:
     @cached_property
     def config(self) -> Any:
         config = load.load_config(self.weights)
-        if self.is_adapter and (added := new_tokens_of(self.recipe, self.base).ids):
+        if self.is_adapter and (added := new_tokens_of(self.recipe.data.new_tokens, self.base).ids):
             text = config.get_text_config()
             text.vocab_size = max(text.vocab_size, max(added) + 1)
         return config
@@ -120,7 +120,7 @@ class RunResult:
         )  # fmt: skip
         if not self.is_adapter:
             return model, None
-        resize_embeddings(model, new_tokens_of(self.recipe, self.base))
+        resize_embeddings(model, new_tokens_of(self.recipe.data.new_tokens, self.base))
         return model, METHODS[self.recipe.method.name].load_result(model, self.folder)
 
     def without_weights(self) -> PreTrainedModel:

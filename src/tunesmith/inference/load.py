@@ -372,18 +372,17 @@ def _load(
         on_note=notes.append,
     )
     if recipe.data.new_tokens and located.name == recipe.model:
-        resize_embeddings(model, new_tokens_of(recipe, located))
+        resize_embeddings(model, new_tokens_of(recipe.data.new_tokens, located))
     packed = "; ".join(METHODS[method.name].prepare_base(model, method, device=device)) if as_trained else ""
     model.to(device)
     note = "; ".join(filter(None, [packed, *notes]))
     renderer = make_renderer(recipe, tokenizer, kind)
-    answered = _weighed(heads.labels_of(model), recipe)
+    answered = _weighed(heads.labels_of(model), recipe.train.class_weights)
     return LoadedModel(model, renderer, recipe, head, located, answered, note=note, packed=packed)
 
 
-def _weighed(labels: Labels | None, recipe: Recipe) -> Labels | None:
+def _weighed(labels: Labels | None, weights: str | Mapping[str, float] | None) -> Labels | None:
     """The labels with the weights of their classes, so that a loss counts as it did in training."""
-    weights = recipe.train.class_weights
     if labels is None or isinstance(weights, str):
         return labels
     return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))

@@ -365,7 +365,7 @@ def is_router(model: nn.Module, name: str) -> bool:
     """Whether a linear layer chooses experts, or how much of one counts: its outputs decide where a token goes, and a
     low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
 
-    Known by its place: beside experts, with as many outputs as there are or one, and no other layer in between. Experts
+    Known by its place: near experts, with as many outputs as there are or one, and no other layer in between. Experts
     are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the name or class
     of what it is part of: the router of Zaya is a small network.
     """
@@ -380,8 +380,8 @@ def is_router(model: nn.Module, name: str) -> bool:
         branch = getattr(holder, key)
         if len(list(islice((part for part in branch.modules() if isinstance(part, LINEARS)), 2))) > 1:
             return False
-        beside = [part for other, part in holder.named_children() if other != key]
-        counts = {count for part in beside for count in _expert_counts(part)}
+        siblings = [part for other, part in holder.named_children() if other != key]
+        counts = {count for part in siblings for count in _expert_counts(part)}
         if counts and outputs in (1, *counts):
             return True
     return False

@@ -171,8 +171,8 @@ def _processes(device: str | torch.device) -> list[str]:
     """Other processes on a card, as nvidia-smi names them; none where it does not."""
     try:
         which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        asked = ["nvidia-smi", "-i", which, "--query-compute-apps=pid,name,used_memory", "--format=csv,noheader"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+        command = ["nvidia-smi", "-i", which, "--query-compute-apps=pid,name,used_memory", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, AssertionError):
         return []
     rows = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]

@@ -143,7 +143,8 @@ def _norm(module: nn.Module, start: int, alone: Callable[..., Tensor], *args: An
     weight_H = _weight(module)
     if more or len(args) != 1 or args[0].dtype != weight_H.dtype:
         return alone(*args, **more)
-    return rms_norm(args[0], weight_H, _epsilon(module), start=start)
+    epsilon = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+    return rms_norm(args[0], weight_H, epsilon, start=start)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -165,10 +166,6 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 def _weight(module: nn.Module) -> Tensor:
     return module.weight  # type: ignore[return-value]
-
-
-def _epsilon(module: nn.Module) -> float:
-    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
 
 
 def _norm_agrees(module: nn.Module, start: int) -> bool:

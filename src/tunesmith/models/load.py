@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ from tunesmith.models.quantized import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
 from tunesmith.phrases import listed
-from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.types import Aside, HeadName, JsonObject, Labels, ModelKind
 
@@ -160,9 +159,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def new_tokens_of(recipe: Recipe, located: ModelRef) -> NewTokens:
-    """The tokens that a run's recipe adds to its base."""
-    return add_tokens(load_tokenizer(located, None), recipe.data.new_tokens) if recipe.data.new_tokens else NewTokens()
+def new_tokens_of(texts: Sequence[str], located: ModelRef) -> NewTokens:
+    """The tokens that a run, whose `data.new_tokens` are given, adds to its base."""
+    return add_tokens(load_tokenizer(located, None), texts) if texts else NewTokens()
 
 
 def _read_template(path: Path) -> str:

@@ -31,7 +31,8 @@ JOIN_S = 600.0
 DEAD_S, SAY_S = 60.0, 10.0
 """Seconds after which a rank without a sign of life is given up, and between two words on who has come."""
 HEARTBEAT_S = 5.0
-POLL_S = 0.05
+POLL_S, WORD_S = 0.05, 1.0
+"""Seconds between two looks at what others say, and for which the reason of a rank that failed is waited for."""
 COLLECTIVE_S = 7200.0
 """Seconds that a sum waits for the slowest rank, which may be saving or measuring; a dead one is noticed at once."""
 OWN_AGENT = "TUNESMITH_AGENT"
@@ -209,7 +210,8 @@ class World:
             yield
         except RuntimeError as error:  # every error of torch.distributed is one
             text = " ".join(str(error).split())
-            for _ in range(20):  # the rank that failed says why, if it can
+            until = time.monotonic() + WORD_S
+            while time.monotonic() < until:  # the rank that failed says why, if it can
                 self._raise_failure()
                 time.sleep(POLL_S)
             raise GroupError(

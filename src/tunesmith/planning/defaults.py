@@ -86,8 +86,8 @@ class Facts:
     headline: str = "loss"
     """Metric that the report leads with, where rows have labels."""
 
-    def steps_per_epoch(self, recipe: Recipe) -> int:
-        return -(-(self.rows_per_epoch or len(self.lengths_I)) // resolved(recipe.train.rows_per_step))
+    def steps_per_epoch(self, rows_per_step: int) -> int:
+        return -(-(self.rows_per_epoch or len(self.lengths_I)) // rows_per_step)
 
 
 def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize, kind: ModelKind) -> None:
@@ -318,7 +318,7 @@ def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of small
     models learn few rows in several epochs. Nothing is said of others."""
-    task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(recipe)
+    task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(resolved(recipe.train.rows_per_step))
     epochs = total_steps(recipe.train, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER
     if not learns_head or epochs < 2 or facts.held_tokens == 0:
@@ -349,8 +349,9 @@ def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    steps = total_steps(recipe.train, facts.steps_per_epoch(recipe))
-    tokens = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
+    rows_per_step = resolved(recipe.train.rows_per_step)
+    steps = total_steps(recipe.train, facts.steps_per_epoch(rows_per_step))
+    tokens = float(facts.lengths_I.mean()) * rows_per_step
     seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
     return checkpoint_every(steps, step_seconds=seconds, saving_seconds=0.0)
 
@@ -370,7 +371,8 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     if TASKS[resolved(recipe.task)].sees_rows:
         return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
-    seen = total_steps(recipe.train, facts.steps_per_epoch(recipe)) * resolved(recipe.train.rows_per_step)
+    rows_per_step = resolved(recipe.train.rows_per_step)
+    seen = total_steps(recipe.train, facts.steps_per_epoch(rows_per_step)) * rows_per_step
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the run's time"

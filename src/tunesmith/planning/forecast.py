@@ -190,7 +190,7 @@ class Forecaster:
                 recomputed=recomputed,
                 device=self.device,
                 base=base,
-                answered=self._kept_tokens(recipe, sampler.tokens_per_pass, recomputed),
+                answered=self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed),
             ),
             duration=duration,
             disk=disk,
@@ -203,14 +203,14 @@ class Forecaster:
             exchange_seconds=summing + gathering,
         )
 
-    def _kept_tokens(self, recipe: Recipe, tokens_per_pass: int, recomputed: int) -> int:
+    def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
         """Most tokens whose keys and values are kept for answers: of a pass, and of prompts with what is written."""
         rows_I, store = self.rows.held_rows, self.rows.held_store
-        prompts = min(resolved(recipe.evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
+        prompts = min(resolved(evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
         if prompts == 0:
             return 0
         lengths_I = store.lengths[rows_I]
-        new_tokens = new_tokens_for(store.targets[rows_I], recipe.evaluation.sample_tokens)
+        new_tokens = new_tokens_for(store.targets[rows_I], evaluation.sample_tokens)
         written = prompts * (int(lengths_I.max()) + 1 + new_tokens)
         return min(tokens_per_pass, int(lengths_I.sum())) + min(kept_passes(recomputed) * tokens_per_pass, written)
 

@@ -42,6 +42,8 @@ from tunesmith.types import JsonObject, Record
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
+ALONE_BYTES = 2**18
+"""Size from which a tensor is hashed by a second thread while it is written: below, the handover takes longer."""
 _PREFIX = "step-"
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _DTYPES = {
@@ -264,6 +266,10 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> JsonObject:
         for name in order:
             flat = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
             content = flat.view(torch.uint8).numpy().data
+            if content.nbytes < ALONE_BYTES:
+                digest.update(content)
+                file.write(content)
+                continue
             hashing = hasher.submit(digest.update, content)  # both take as long, and neither holds Python's lock
             file.write(content)
             hashing.result()

@@ -180,7 +180,7 @@ class SampledBody(Body):
         return {**self.model_dump(include=names), "stop": tuple(self.stop)}
 
 
-class JsonSchema(StrictModel):
+class ResponseSchema(StrictModel):
     """A schema with the name that OpenAI's API requires. It is always enforced, `strict` or not."""
 
     name: str
@@ -193,7 +193,7 @@ class ResponseFormat(StrictModel):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: ResponseSchema | None = None
 
     @model_validator(mode="after")
     def _schema_of_its_type(self) -> ResponseFormat:

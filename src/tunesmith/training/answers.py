@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from tunesmith.evaluation.generate import (
-    Answer,
+    GeneratedAnswer,
     SamplePrompt,
     answer_samples,
     prompt_batches,
@@ -64,7 +64,7 @@ def samples(session: Session, name: str, writing: Continuation | None) -> Iterat
     written: dict[int, list[int]] = dict(pair for part in world.gather_values(own) for pair in part)
     prompts = prompts_of(setup, name)
     rows = rows_of(prompts, setup) if written else {}
-    given: dict[int, Answer] = {}
+    given: dict[int, GeneratedAnswer] = {}
     for index, sample in enumerate(prompts):
         if (ids := written.get(rows.get(index, -1))) is not None:
             given[index] = read_answer(setup.renderer, sample.ids, ids)

@@ -117,9 +117,9 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
     Never raises for what ends the child: `Found.ended` says it.
     """
     folder = temporary_folder(root, "probe")
-    asked = {"root": str(root), "folder": str(folder), "offline": offline, "parent": os.getpid(), "born": time.time()}
+    request = {"root": str(root), "folder": str(folder), "offline": offline, "parent": os.getpid(), "born": time.time()}
     # Whether it fits is decided before; the probe shows what happens.
-    asked["recipe"] = {**recipe.model_dump(mode="json"), "memory": "warn"}
+    request["recipe"] = {**recipe.model_dump(mode="json"), "memory": "warn"}
     on_progress("probe", 0, 1)
     try:
         with open(folder / "printed", "w+b") as printed:
@@ -127,7 +127,7 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
                 code = subprocess.run(  # it ends the child where an error or Ctrl-C comes, too
                     python_words("tunesmith.training.probe"),
                     check=False,
-                    input=json.dumps(asked).encode(),
+                    input=json.dumps(request).encode(),
                     stdout=printed,
                     stderr=printed,
                     env=for_child(),
@@ -156,12 +156,12 @@ def _why(code: int, printed: Path) -> str:
 
 def main() -> None:
     """The child."""
-    asked, found = json.load(sys.stdin), Found()
-    folder = Path(asked["folder"])
-    threading.Thread(target=_end_with, args=(asked["parent"], folder), daemon=True).start()
+    request, found = json.load(sys.stdin), Found()
+    folder = Path(request["folder"])
+    threading.Thread(target=_end_with, args=(request["parent"], folder), daemon=True).start()
     try:
-        setup = prepare(validate(asked["recipe"]), root=Path(asked["root"]), offline=asked["offline"])
-        found.work["starting"] = Timed(time.time() - asked["born"])
+        setup = prepare(validate(request["recipe"]), root=Path(request["root"]), offline=request["offline"])
+        found.work["starting"] = Timed(time.time() - request["born"])
         for _ in measure(setup, folder, found):
             found.peak = peak(setup.device)
             write_atomic(folder / MEASURED_FILE, _JSON.dump_json(found))

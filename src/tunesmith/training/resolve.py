@@ -88,7 +88,7 @@ def resolve_run(
         RecipeError, DataError, ModelError: what was given cannot be used.
         DoesNotFitError: it needs more memory than there is, and the recipe says to refuse that.
     """
-    # 1. What a person gave, on the machine that is asked about.
+    # 1. What a person gave, on the machine in question.
     given, world = changed(recipe), world or World()
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
@@ -108,7 +108,7 @@ def resolve_run(
     facts = _facts(inputs, rows, device.kind if device else decisions.recipe.device, processes, decisions.recipe.seed)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
-    # 4. What memory decides, by a forecast; a run that goes on, or another rank, has it decided.
+    # 4. What memory decides, by a forecast; in a resumed run, or on another rank, it is decided already.
     notes: list[str] = []
     forecast: Forecast | None = None
     if run is None and world.is_first:

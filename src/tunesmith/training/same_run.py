@@ -1,4 +1,4 @@
-"""Whether a run that is resumed is the run that was begun: what may change, and what may not."""
+"""Whether a run that is resumed is still the same run: what may change, and what may not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def refuse_other_run(
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
-    """Settings of a run that goes on with another number of devices: as many threads in all as before, and whole
+    """Settings of a run that is resumed on another number of devices: as many threads in all as before, and whole
     layers if it is alone now."""
     before = 1 if recipe.devices == "auto" else recipe.devices
     whole = ["shard=false"] if world.size == 1 and recipe.shard is True else []

@@ -82,7 +82,7 @@ def _as_it_was() -> Iterator[None]:
 
 
 def _small(recipe: Recipe, folder: Path, *, offline: bool) -> Recipe:
-    # Kernels of a card add in any order, unless they are told not to, and a proof compares bits.
+    # Kernels of a card add in any order, unless they are kept from it, and a proof compares bits.
     recipe = recipe.model_copy(update={"repeatable": True})
     if recipe.data.train:  # which of a run are found where they are now
         return recipe.model_copy(update={"train": recipe.train.model_copy(update={"rows_per_step": 4})})

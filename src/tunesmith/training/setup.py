@@ -124,7 +124,7 @@ def prepare(
         root: the folder of runs, where encoded rows are kept for the next one.
         offline: nothing is fetched.
         on_progress: called with phase, done and total.
-        run: the one that goes on.
+        run: the one that is resumed.
         world: the group of processes; its first rank decides for all, and of each machine one encodes rows.
 
     Raises:

@@ -22,6 +22,7 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.models.packing_check import PROBE_TOKENS, TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.phrases import percent
+from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs
@@ -81,7 +82,7 @@ def decide_sharing(
     problem = ""
     if recipe.kernels == "plain":
         problem = "kernels: plain leaves them"
-    elif not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe)):
+    elif not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
     elif model.device.type != "meta" and (found := disagreement(model, shared.probe)):
         problem = f"the model then {found}"
@@ -95,9 +96,9 @@ def filled_by(sampler: StepSampler, store: RowStore) -> StepSampler:
     return replace(sampler, ids_of=lambda index: store.row(index).ids)
 
 
-def random_option(model: nn.Module, recipe: Recipe) -> str | None:
+def random_option(model: nn.Module, method: MethodOptions) -> str | None:
     """The option that makes a forward pass random in training; None: none does."""
-    if option := METHODS[recipe.method.name].randomness(recipe.method):
+    if option := METHODS[method.name].randomness(method):
         return option
     settings = model.config.get_text_config().to_dict().items()  # type: ignore[union-attr,operator]
     inside = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())

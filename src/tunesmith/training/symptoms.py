@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from tunesmith.evaluation.compare import named
 from tunesmith.evaluation.scores import RowResult
 from tunesmith.recipe.schema import Loss
+from tunesmith.tasks import TASKS
 from tunesmith.tasks.task import PLAIN_LOSS
 from tunesmith.types import Event, Record
 
@@ -20,7 +21,6 @@ BELOW = 0.7
 """Share of the training loss below which a held-out loss is odd: dropout and the update between explain less."""
 LONGER = 1.5
 """How many times as long as its reference an answer is that was cut off, at least, if it does not end."""
-_WRITES = ("chat", "generate", "summarize")
 
 
 def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss: Loss = PLAIN_LOSS) -> Iterator[str]:
@@ -35,7 +35,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
         is_surer = "; more answers are right, and the wrong ones are surer" if right[1] > right[0] else ""
         yield f"the held-out loss did not fall: {losses}{is_surer}: tunesmith explain loss-does-not-fall"
     yield from _one_class(rows)
-    if task not in _WRITES:
+    if not TASKS[task].writes_answers or TASKS[task].compares:
         return
     of_step = {event.step: float(event.values["loss"]) for event in events if event.kind == "step"}
     tail = [of_step[step] for step in sorted(of_step)][-max(FEWEST, len(of_step) // 4) :]

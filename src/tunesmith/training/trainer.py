@@ -255,12 +255,12 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
         session.emit("stopped", {"message": str(stopped)})
         raise
     except Exception as error:  # the outermost frame of a run: log the reason and raise it again
-        told = _card_lost(session, error) if is_lost(error) else error
+        failure = _card_lost(session, error) if is_lost(error) else error
         with suppress(StorageError):  # a full disk may refuse the last line too: the first error counts
-            session.emit("failed", {"code": type(told).__name__, "message": str(told)})
-        if told is error:
+            session.emit("failed", {"code": type(failure).__name__, "message": str(failure)})
+        if failure is error:
             raise
-        raise told from error
+        raise failure from error
     finally:
         setup.world.wants_stop = lambda: False  # a circle: the model would stay on its card until the next collection
 
