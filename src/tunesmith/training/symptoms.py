@@ -32,7 +32,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
     if before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
         measures = [measured[name].get("measures", {}) for name in ("before", "after")]
-        right = [found.get("accuracy", {}).get("value", 0.0) for found in measures]
+        right = [values.get("accuracy", {}).get("value", 0.0) for values in measures]
         is_surer = "; more answers are right, and the wrong ones are surer" if right[1] > right[0] else ""
         yield f"the held-out loss did not fall: {losses}{is_surer}: tunesmith explain loss-does-not-fall"
     yield from _one_class(rows)
