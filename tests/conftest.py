@@ -23,6 +23,9 @@ os.fsync = lambda descriptor: None
 WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
 """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
 
+for cards in (torch.cuda, torch.xpu):
+    if not cards.is_available():  # it would keep its caller's stack, printed, for a card that never comes: at each step
+        cards.manual_seed_all = lambda seed: None
 devices.BUSY_S = 0.0
 """A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
 
