@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from transformers.utils import logging
+from typer import testing
 
 from tunesmith.evaluation import report
 from tunesmith.planning import devices
@@ -28,6 +30,9 @@ for cards in (torch.cuda, torch.xpu):
         cards.manual_seed_all = lambda seed: None
 devices.BUSY_S = 0.0
 """A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
+
+testing._get_command = cache(testing._get_command)
+"""The commands are made once, not for each that a test calls: typer reads the types of all their options."""
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
