@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from transformers.utils import logging
+from typer import testing
 
 from tunesmith.evaluation import report
 from tunesmith.planning import devices
@@ -23,8 +25,14 @@ os.fsync = lambda descriptor: None
 WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
 """Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
 
+for cards in (torch.cuda, torch.xpu):
+    if not cards.is_available():  # it would keep its caller's stack, printed, for a card that never comes: at each step
+        cards.manual_seed_all = lambda seed: None
 devices.BUSY_S = 0.0
 """A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
+
+testing._get_command = cache(testing._get_command)
+"""The commands are made once, not for each that a test calls: typer reads the types of all their options."""
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

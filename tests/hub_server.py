@@ -80,7 +80,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def dataset(self, name: str, files: Mapping[str, bytes], **facts: Any) -> Repo:
         repo = self.repos[f"datasets/{name}"] = Repo(**facts)

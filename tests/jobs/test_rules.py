@@ -288,7 +288,7 @@ class Receiver(http.server.ThreadingHTTPServer):
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.statuses: list[int] = []
         super().__init__(("127.0.0.1", 0), _Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:

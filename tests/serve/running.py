@@ -15,9 +15,12 @@ from typing import Any
 from openai import OpenAI
 
 from serve.fake import FakeEngine
+from tunesmith.serve import http
 from tunesmith.serve.app import make_app
 from tunesmith.serve.http import BoundSocket, HttpServer, bind
 from tunesmith.serve.middleware import AccessPolicy, RequestLog
+
+http._POLL_S = 0.02  # a server of a test ends at once
 
 
 @dataclass

@@ -63,6 +63,6 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def answering() -> Iterator[str]:
     """A block with a server that is no tracker's; its host and port."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -31,7 +31,8 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
     before, after = held.get("before"), held.get("after")
     if before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
-        right = [measured[name].get("measures", {}).get("accuracy", {}).get("value", 0.0) for name in ("before", "after")]
+        measures = [measured[name].get("measures", {}) for name in ("before", "after")]
+        right = [values.get("accuracy", {}).get("value", 0.0) for values in measures]
         is_surer = "; more answers are right, and the wrong ones are surer" if right[1] > right[0] else ""
         yield f"the held-out loss did not fall: {losses}{is_surer}: tunesmith explain loss-does-not-fall"
     yield from _one_class(rows)
