@@ -174,7 +174,7 @@ def test_held_out_rows_are_masked_alike_in_every_file_and_order(tmp_path: Path) 
 
 
 def test_masks_by_place_in_the_file_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Collator, "_content", lambda collator, index: index)
+    monkeypatch.setattr(Collator, "_content_number", lambda collator, index: index)
     with pytest.raises(AssertionError):
         held_out_masks_follow_from_what_rows_say(tmp_path)
 

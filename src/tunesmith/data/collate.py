@@ -1,7 +1,7 @@
-"""Rows as the tensors of a micro-batch: targets shifted, padded or packed, and masked where a model learns masked
-tokens."""
+"""Rows as the tensors of a micro-batch: targets shifted, rows padded or packed, tokens masked for a masked language
+model."""
 
-# B rows, T tokens, N targets, U tokens of the decoder
+# B rows, L lines, K branches, T tokens, N targets, U tokens of the decoder, V values
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
-"""Flat positions that predict, and what."""
+"""Targets of a row: flat positions in the micro-batch that predict, and what each of them predicts."""
 LinesOf = Literal["all", "learnt", "partners"]
-RANDOM_BEYOND = 0.8
-KEPT_BEYOND = 0.9
+"""Lines of a row with a partner: its own, which are learnt; its prompt with the partner's answer; or both."""
+RANDOM_BEYOND, KEPT_BEYOND = 0.8, 0.9
+"""Draws in [0, 1) from which on a chosen token becomes a random one instead of the mask, and stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +57,20 @@ class Masking:
 
         `index` is any whole number that names the row, `copy` numbers its copies in one draw.
         """
-        places = np.flatnonzero(row.trained)
+        trained_positions = np.flatnonzero(row.trained)
 
-        def keys(purpose: int) -> NDArray[np.uint64]:
-            return sort_keys(places, self.seed, draw, salt=4 * index + purpose, copy=copy)
+        def hashes(purpose: int) -> NDArray[np.uint64]:
+            """A number drawn for each trained token, for one of three purposes."""
+            return sort_keys(trained_positions, self.seed, draw, salt=4 * index + purpose, copy=copy)
 
-        order = np.argsort(keys(1), kind="stable")[:num]
-        order.sort()
-        chosen_N = places[order]
-        shares_N = (keys(2) / 2.0**64)[order]
-        random_N = self.ordinary_ids[(keys(3) % np.uint64(len(self.ordinary_ids))).astype(np.int64)[order]]
+        chosen = np.sort(np.argsort(hashes(1), kind="stable")[:num])  # places in `trained_positions`
+        chosen_N = trained_positions[chosen]
+        draws_N = (hashes(2) / 2.0**64)[chosen]
+        random_N = self.ordinary_ids[(hashes(3) % np.uint64(len(self.ordinary_ids))).astype(np.int64)[chosen]]
         ids_T = row.ids.astype(np.int64)
         originals_N = ids_T[chosen_N]
-        shown_N = np.where(shares_N < RANDOM_BEYOND, self.mask_id, random_N)
-        ids_T[chosen_N] = np.where(shares_N < KEPT_BEYOND, shown_N, originals_N)
+        replaced_N = np.where(draws_N < RANDOM_BEYOND, self.mask_id, random_N)
+        ids_T[chosen_N] = np.where(draws_N < KEPT_BEYOND, replaced_N, originals_N)
         trained_T = np.zeros(len(ids_T), np.bool_)
         trained_T[chosen_N] = True
         return replace(row, ids=ids_T.astype(np.int32), trained=trained_T, labels=originals_N)
@@ -85,30 +86,34 @@ class Collator:
     masking: Masking | None = None
     """None: not a masked language model."""
     decoder_start: int | None = None
+    """The token that an encoder–decoder's decoder starts from."""
     has_types: bool = False
+    """Whether the model distinguishes the two texts of a pair by token types."""
     shares: bool = False
     """Whether shared prefixes are computed once."""
     pads: bool = False
-    """Whether packed batches are padded to a multiple."""
+    """Whether packed batches are padded to a multiple of `sampler.MULTIPLE` tokens."""
     pad_id: int = 0
     """See `models.special_tokens.pad_id`."""
     pools: bool = False
     """Whether trained tokens are pooled, see `Task.pools`."""
 
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
-        """The batch of some rows of the store. `draw` numbers the maskings of a row: the step, or 0 for measuring.
-        `copies`: see `sampler.copies_in`; empty: each row is there once. `lines`: of rows with partners those that are
-        learnt, those of the partners, or all, which are measured.
+        """Make the batch of rows of the store: `members` are their indices.
 
-        In a step, masks follow from a row's index in the store; for measuring, from the content of its example, so that
-        they are the same in another file, order or run.
+        Args:
+            draw: numbers the maskings of a row. In a step it is the step, and masks follow from a row's index in the
+                store; for measuring it is 0, and they follow from the content of its example, so that they are the same
+                in another file, order or run.
+            copies: see `sampler.copies_in`; empty: each row is there once.
+            lines: which lines of rows with partners.
         """
         copies = tuple(copies) or (0,) * len(members)
         rows = [self._row(index, draw, copy) for index, copy in zip(members, copies, strict=True)]
-        whole_rows, parts = rows, [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
-        rows = [line for part in parts for line in part]
+        lines_of_rows = [self._lines(index, row, lines) for index, row in zip(members, rows, strict=True)]
+        all_lines = [line for row_lines in lines_of_rows for line in row_lines]
         batch = build_batch(
-            rows,
+            all_lines,
             members,
             layout=self.layout,
             device=self.device,
@@ -118,47 +123,49 @@ class Collator:
             pools=self.pools,
         )
         batch = replace(batch, copies_B=copies)
-        batch = self._with_lines(batch, whole_rows, parts) if whole_rows[0].branches else batch
-        batch = share_prefixes(batch, [row.ids for row in rows]) if self.shares else batch
+        batch = self._with_lines(batch, rows, lines_of_rows) if rows[0].branches else batch
+        batch = share_prefixes(batch, [line.ids for line in all_lines]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
         targets = self.store.learnt
         if targets.partners_I is None or lines == "learnt":
             return lines_of(row)
-        other = partner_line(row, self.store.row(int(targets.partners_I[index])), targets.partner_tokens)
-        return [other] if lines == "partners" else [*lines_of(row), other]
+        partner = self.store.row(int(targets.partners_I[index]))
+        with_its_answer = partner_line(row, partner, targets.partner_tokens)
+        return [with_its_answer] if lines == "partners" else [*lines_of(row), with_its_answer]
 
-    def _with_lines(self, batch: Batch, rows: Sequence[Row], lines: Sequence[Sequence[Row]]) -> Batch:
-        """The batch of these lines of each row, with the rows that targets belong to, and their numbers."""
+    def _with_lines(self, batch: Batch, rows: Sequence[Row], lines_of_rows: Sequence[Sequence[Row]]) -> Batch:
+        """A batch that was built of lines, with the line and the row of each target, the rows' values and reference."""
         reference_IK, device = self.store.learnt.reference_IK, batch.row_of_N.device
-        known = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
-        values = np.concatenate([np.array([row.values for row in rows], np.float64), known], axis=1)
-        row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines)))
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        keys = np.array([key for row in rows for key in row.keys], np.int64)
+        reference_BK = np.zeros((len(rows), 2)) if reference_IK is None else reference_IK[list(batch.row_indices)]
+        values_BV = np.concatenate([np.array([row.values for row in rows], np.float64), reference_BK], axis=1)
+        row_of_line = np.repeat(np.arange(len(rows)), list(map(len, lines_of_rows)))
+        float_type = torch.float32 if device.type == "mps" else torch.float64
+        keys_L = np.array([key for row in rows for key in row.keys], np.int64)
         return replace(
             batch,
-            line_of_N=batch.row_of_N,
-            row_of_N=_copied(torch.from_numpy(row_of_line), device)[batch.row_of_N],
-            values_BV=_copied(torch.from_numpy(values).to(wide), device),
-            keys_L=_copied(torch.from_numpy(keys), device) if len(keys) else None,
+            line_of_N=batch.row_of_N,  # `build_batch` took each line for a row
+            row_of_N=_on_device(torch.from_numpy(row_of_line), device)[batch.row_of_N],
+            values_BV=_on_device(torch.from_numpy(values_BV).to(float_type), device),
+            keys_L=_on_device(torch.from_numpy(keys_L), device) if len(keys_L) else None,
         )
 
     def _row(self, index: int, draw: int, copy: int) -> Row:
+        """A row of the store, masked if the model learns masked tokens."""
         row = self.store.row(index)
         if self.masking is None:
             return row
-        name = index if draw else self._content(index)
-        return self.masking.apply(row, num=int(self.store.denominators[index]), draw=draw, index=name, copy=copy)
+        num_masked, name = int(self.store.denominators[index]), index if draw else self._content_number(index)
+        return self.masking.apply(row, num=num_masked, draw=draw, index=name, copy=copy)
 
-    def _content(self, index: int) -> int:
+    def _content_number(self, index: int) -> int:
         """A number for the content of a row: the content hash of its example plus the number of the window."""
         return int(self.store.hashes[index]) + int(self.store.windows[index])
 
 
-def _copied(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on a device. From pinned memory nobody waits for the copy."""
+def _on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor to a device. From pinned memory the processor does not wait for the copy."""
     tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
@@ -174,19 +181,18 @@ def build_batch(
     pad_id: int = 0,
     pools: bool = False,
 ) -> Batch:
-    """The tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token t + 1 of
-    its row.
+    """Make the tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token t + 1
+    of its row.
 
-    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that are pooled
-    (`pools`). An encoder–decoder reads the source, and its decoder reads `decoder_start` and the target without its
-    last token. `has_types`: the model distinguishes the two texts of a pair by token types. `pad_id`: the token that
-    shorter rows are padded with.
+    Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that are pooled. An
+    encoder–decoder reads the source, and its decoder reads `decoder_start` and the target without its last token.
+    Options mean what those of `Collator` do. `row_indices`: where the rows are in the store, for `Batch`.
     """
-    is_pair, is_packed = layout == "encoder_decoder", layout == "packed"
-    read = [_source(row) if is_pair else row.ids for row in rows]
-    lengths = [len(ids) for ids in read]
+    has_decoder, is_packed = layout == "encoder_decoder", layout == "packed"
+    inputs = [_source(row) if has_decoder else row.ids for row in rows]
+    lengths = [len(ids) for ids in inputs]
     longest = max(lengths)
-    starts, ids_BT = _laid_out(read, is_packed=is_packed, pad_id=pad_id)
+    starts, ids_BT = _laid_out(inputs, is_packed=is_packed, pad_id=pad_id)
     if is_packed:
         positions_BT = np.concatenate([np.arange(n) for n in lengths])[None]
         mask_BT = None
@@ -196,7 +202,7 @@ def build_batch(
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
     decoder_ids_BU = None
     learnt = [_learnt(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]
-    if is_pair:
+    if has_decoder:
         assert decoder_start is not None, "the model does not say which token its decoder starts from"
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
         decoder_ids_BU, learnt = _decoder(targets, decoder_start, pad_id=pad_id)
@@ -204,7 +210,7 @@ def build_batch(
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         numbers = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
-        return _copied(torch.from_numpy(np.array(numbers)), device)
+        return _on_device(torch.from_numpy(np.array(numbers)), device)
 
     return Batch(
         layout=layout,
@@ -222,7 +228,8 @@ def build_batch(
 
 
 def _learnt(row: Row, start: int, *, pools: bool) -> Learnt:
-    """Labels are predicted at their own position, tokens at the one before."""
+    """The targets of a row that begins at flat position `start`: labels and pooled tokens at their own position, other
+    tokens at the position before."""
     if pools:
         return start + np.flatnonzero(row.trained), row.ids[row.trained]
     if row.labels is not None:
@@ -231,20 +238,22 @@ def _learnt(row: Row, start: int, *, pools: bool) -> Learnt:
 
 
 def _source(row: Row) -> NDArray[np.int32]:
+    """The tokens before the first trained one, which the encoder reads."""
     return row.ids[: int(np.argmax(row.trained))]
 
 
 def _decoder(
     targets: Sequence[NDArray[np.int32]], start_id: int, *, pad_id: int
 ) -> tuple[NDArray[np.generic], list[Learnt]]:
-    """Decoder inputs [B, U] and targets: each target token is predicted from those before it."""
-    read = [np.concatenate([[start_id], ids[:-1]]) for ids in targets]
-    starts, ids_BU = _laid_out(read, is_packed=False, pad_id=pad_id)
+    """Decoder inputs [B, U] and targets: each target token is predicted from the tokens before it."""
+    inputs = [np.concatenate([[start_id], ids[:-1]]) for ids in targets]
+    starts, ids_BU = _laid_out(inputs, is_packed=False, pad_id=pad_id)
     learnt: list[Learnt] = [(start + np.arange(len(ids)), ids) for start, ids in zip(starts, targets, strict=True)]
     return ids_BU, learnt
 
 
 def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.generic]) -> NDArray[np.int64]:
+    """[B, T], 1 at the tokens of the second text of a pair, else 0."""
     flat = np.zeros(ids_BT.size, np.int64)
     for row, start in zip(rows, starts, strict=True):
         if row.second:
@@ -255,36 +264,37 @@ def _types(rows: Sequence[Row], starts: NDArray[np.int64], ids_BT: NDArray[np.ge
 def _laid_out(
     lines: Sequence[NDArray[np.generic]], *, is_packed: bool, pad_id: int
 ) -> tuple[NDArray[np.signedinteger[Any]], NDArray[np.generic]]:
-    """Flat start of each line, and the lines as one array: end to end, or padded one below the other."""
+    """Flat start of each line, and the lines as one array: end to end in one row, or a padded row for each."""
     lengths = [len(line) for line in lines]
     if is_packed:
         return np.cumsum([0, *lengths[:-1]]), np.concatenate(lines)[None]
     padded = np.full((len(lines), max(lengths)), pad_id, np.int64)
-    for b, line in enumerate(lines):
-        padded[b, : len(line)] = line
+    for number, line in enumerate(lines):
+        padded[number, : len(line)] = line
     return np.arange(len(lines)) * max(lengths), padded
 
 
 def pads_to_multiple(layout: Layout, *, device: str, precision: str) -> bool:
-    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each shape on a CPU, and
-    numbers of tokens hardly ever repeat. On short rows of an encoder compiling was a quarter of a step."""
+    """Whether packed batches are padded to a multiple: oneDNN compiles bfloat16 products for each new shape on a CPU,
+    and numbers of tokens hardly ever repeat. With short rows of an encoder, compiling took a quarter of a step."""
     return layout == "packed" and device == "cpu" and precision == "bfloat16"
 
 
 def pad_to_multiple(batch: Batch) -> Batch:
     """Append a row of fewer than `MULTIPLE` tokens to a packed batch, without targets and unread by other rows.
 
-    They repeat the last token: another token may have no row in an embedding that is trained in part.
+    It repeats the batch's last token: another token may have no row in an embedding that is trained in part.
     """
     num_tokens = batch.ids_BT.shape[1]
-    num = padded_size(num_tokens) - num_tokens
-    if num == 0:
+    num_added = padded_size(num_tokens) - num_tokens
+    if num_added == 0:
         return batch
-    positions_BT = torch.arange(num, device=batch.positions_BT.device)[None]
+    positions_BT = torch.arange(num_added, device=batch.positions_BT.device)[None]
+    last_token_BT = batch.ids_BT[:, -1:].expand(-1, num_added)  # a view on the device: a card is not waited for
     return replace(
         batch,
-        ids_BT=torch.cat([batch.ids_BT, batch.ids_BT[:, -1:].expand(-1, num)], 1),  # nothing is read from a card
+        ids_BT=torch.cat([batch.ids_BT, last_token_BT], 1),
         positions_BT=torch.cat([batch.positions_BT, positions_BT], 1),
-        types_BT=None if batch.types_BT is None else F.pad(batch.types_BT, (0, num)),
-        filling=num,
+        types_BT=None if batch.types_BT is None else F.pad(batch.types_BT, (0, num_added)),
+        filling=num_added,
     )

@@ -1,5 +1,5 @@
-"""Set up a run: from a recipe to a `Setup` with model, rows, method and steps. Every "auto" is decided and every check
-made before step 1."""
+"""Set up a run: from a recipe to a `Setup` with model, rows, method and steps. Every "auto" is decided and every
+check made before step 1."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tunesmith.data import sampler
 from tunesmith.data.branches import lines_of
 from tunesmith.data.collate import Collator, Masking, pads_to_multiple
+from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
@@ -54,12 +55,12 @@ from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Aside, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
-"""Rows that are looked at before the first step."""
+"""Number of training rows that are tried before the first step: for float16, and packed together."""
 
 
 @dataclass
 class Setup(TrainState):
-    """A run before its first step: the state of training, and everything that evaluation, report and result need."""
+    """A run before its first step: the state of training, and what evaluation, report and result need besides."""
 
     model: PreTrainedModel
     choices: list[Choice]
@@ -81,7 +82,7 @@ class Setup(TrainState):
     new_head: bool
     """Whether the head has random weights before the first step."""
     given: JsonObject
-    """Options that the recipe gave, where they differ from the defaults."""
+    """Options of the person's recipe that differ from the defaults, before anything was decided."""
     forecast: Forecast | None
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class Setup(TrainState):
         return {"weights": whole_weights(self.world, self.model)}
 
     def save_result(self, folder: Path, **weights: Any) -> None:
-        """Save the tuned adapter or model. `weights`: those that `whole_weights` found."""
+        """Save the tuned adapter or model. `weights`: what `whole_weights` returned."""
         METHODS[self.recipe.method.name].save_result(
             self.attachment, folder, model=self.model, renderer=self.renderer, located=self.located, **weights
         )
@@ -124,8 +125,8 @@ def prepare(
         root: the folder of runs, where encoded rows are kept for the next one.
         offline: nothing is fetched.
         on_progress: called with phase, done and total.
-        run: the one that is resumed.
-        world: the group of processes; its first rank decides for all, and of each machine one encodes rows.
+        run: the run to resume; None: a new one.
+        world: the group of processes; its first rank decides for all, and one rank of each machine encodes rows.
 
     Raises:
         InputError: RecipeError, DataError, ModelError: input that cannot be used; DoesNotFitError: too little memory.
@@ -135,25 +136,26 @@ def prepare(
         >>> setup = tunesmith.prepare(recipe, root=Path("runs"))
     """
     world = world or World()
-    found = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
-    setup = _set_up(found, world, on_progress)
-    # A type that was given is taken, and its losses say what comes of it.
-    if found.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in found.given):
+    plan = _resolve_together(world, recipe, root, offline=offline, on_progress=on_progress, run=run)
+    setup = _set_up(plan, world, on_progress)
+    # A float16 that the person chose is kept: losses that are no numbers will show that it overflows.
+    if plan.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in plan.given):
         return setup
     del setup
     machine.free_cached_memory()
-    wide = recipe.model_copy(update={"precision": "float32"})
-    found = _resolve_together(world, wide, root, offline=offline, on_progress=on_progress, run=run, turn=1)
-    reason = "numbers inside this model are too large for float16, the fast type of this device: found by looking"
-    found.choices = [*(one for one in found.choices if one.key != "precision"), Choice("precision", "float32", reason)]
-    found.given.pop("precision", None)
-    return _set_up(found, world, on_progress)
+    in_float32 = recipe.model_copy(update={"precision": "float32"})
+    plan = _resolve_together(world, in_float32, root, offline=offline, on_progress=on_progress, run=run, tries=1)
+    reason = "numbers in this model are too large for float16, this device's fast type, as the first rows showed"
+    others = (choice for choice in plan.choices if choice.key != "precision")
+    plan.choices = [*others, Choice("precision", "float32", reason)]
+    plan.given.pop("precision", None)  # float32 was decided here, not given by the person
+    return _set_up(plan, world, on_progress)
 
 
 @torch.no_grad()
 def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
-    """Whether losses of the first rows are no numbers, where the type was chosen; the first rank looks for all. A
-    forward pass that overflows is helped by no scale of the loss."""
+    """Whether the forward pass overflows on one of the first rows, which no scale of the loss can mend. Only a
+    precision that `was_chosen` here, not by the person, is tried. The first rank tries it for all ranks."""
     world = setup.world
     if not world.is_first:
         return bool(world.wait_for("overflows"))
@@ -167,9 +169,9 @@ def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
     return overflows
 
 
-def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
+def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     """Load the model of a resolved run and attach its method."""
-    recipe, inputs, rows = found.recipe, found.inputs, found.rows
+    recipe, inputs, rows = plan.recipe, plan.inputs, plan.rows
     device = world.card or recipe.device
     on_progress("load", 0, 1)
     hashes = in_background(partial(load.fingerprint, inputs.located))
@@ -181,7 +183,7 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
-    node_notes = _nodes(recipe, model, world)
+    kernel_notes = _use_fast_layers(recipe, model, world)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
     output, loss_notes = _output_layer(recipe, model)
@@ -189,14 +191,14 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     on_progress("load", 1, 1)
     sampler = sampler_of(recipe, rows, layout, device)
     sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
-    collator, held_collator, sharing = collators(recipe, inputs, rows, model, sampler, device=device)
+    collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
-    samples, sample_notes = _samples(recipe.evaluation, inputs, rows)
-    notes = [*inputs.notes, *found.notes, *rows.notes, *far_numbers(rows), *node_notes, *padding_notes, *loss_notes]
+    samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
+    notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
     return Setup(
         recipe=recipe,
-        choices=[*found.choices, *sharing],
-        notes=[*notes, *attachment.notes, *sample_notes],
+        choices=[*plan.choices, *sharing_choices],
+        notes=[*notes, *attachment.notes, *prompt_notes],
         located=inputs.located,
         model=model,
         room=inputs.size.max_tokens,
@@ -217,48 +219,49 @@ def _set_up(found: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         device=device,
         samples=samples,
         new_head=new_head,
-        given=found.given,
-        forecast=found.forecast,
+        given=plan.given,
+        forecast=plan.forecast,
         identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
         world=world,
     )
 
 
-def _nodes(recipe: Recipe, model: PreTrainedModel, world: World) -> list[str]:
-    """Let layers compute in one node of the graph each, and a note where a card cannot do so by one kernel."""
+def _use_fast_layers(recipe: Recipe, model: PreTrainedModel, world: World) -> list[str]:
+    """Compute each known layer in one autograd node. Returns a note where a card lacks one kernel for it."""
     if recipe.kernels != "fast" or recipe.device == "mps" or world.is_sharded:
         return []
     return [Aside(note) for note in use_fast_layers(model)]
 
 
 def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
-    """The output layer by which losses are computed piece by piece, and a note where the forecast counted on one."""
+    """Find the output layer by which losses are computed piece by piece. None: logits are computed whole, with a
+    note where the forecast did not expect that."""
     if not method_of(recipe).fused_loss or recipe.kernels != "fast":
         return None, []
-    output = find_output_layer(model)
-    if output is not None or output_layer_of(model) is None:
-        return output, []
+    output_layer = find_output_layer(model)
+    if output_layer is not None or output_layer_of(model) is None:
+        return output_layer, []
     why = "this model's logits need more than its output layer, so the logits of all targets are kept at once"
     return None, [f"the loss: {why}, which takes more memory than was foreseen"]
 
 
 def _resolve_together(
-    world: World, recipe: Recipe, root: Path, *, run: Run | None, offline: bool, on_progress: OnProgress, turn: int = 0
+    world: World, recipe: Recipe, root: Path, *, run: Run | None, offline: bool, on_progress: OnProgress, tries: int = 0
 ) -> ResolvedRun:
-    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others. `turn`:
-    the number of times that this was done before."""
+    """Resolve the run on the first rank, then with its recipe on one rank of each machine, then on the others.
+    `tries`: the number of times that this was done before."""
     if not world.is_first:
-        decided = validate(world.wait_for(f"recipe {turn}"))
+        decided = validate(world.wait_for(f"recipe {tries}"))
         recipe = decided if run is None else run.place(decided)
-    leader = world.rank - world.place.local_rank
+    leader = world.rank - world.place.local_rank  # the first rank of this machine, which encodes its rows
     if world.rank != leader:
-        world.wait_for(f"rows of {leader}, {turn}", leader)
-    found = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
+        world.wait_for(f"rows of {leader}, {tries}", leader)
+    plan = _resolve(world, recipe, root, run=run, offline=offline, on_progress=on_progress)
     if world.is_first:
-        world.publish(f"recipe {turn}", found.recipe.model_dump(mode="json"))
+        world.publish(f"recipe {tries}", plan.recipe.model_dump(mode="json"))
     if world.rank == leader:
-        world.publish(f"rows of {leader}, {turn}", True)
-    return found
+        world.publish(f"rows of {leader}, {tries}", True)
+    return plan
 
 
 def _resolve(
@@ -267,19 +270,20 @@ def _resolve(
     """Resolve the run, and download the weights of the model if they are missing."""
     if recipe.repeatable:
         machine.use_repeatable_kernels()  # before the machine's speed is measured
-    found = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run, world=world)
-    if found.inputs.located.has_weights:
-        return found
-    on_progress("download", 0, 1)  # it fits, so they are worth fetching
-    resolve_base(found.inputs.recipe.model_copy(update={"revision": found.inputs.revision}))
+    plan = resolve_run(recipe, root=root, offline=offline, on_progress=on_progress, run=run, world=world)
+    if plan.inputs.located.has_weights:
+        return plan
+    on_progress("download", 0, 1)  # the run fits into memory, so its weights are worth fetching
+    resolve_base(plan.inputs.recipe.model_copy(update={"revision": plan.inputs.revision}))
     on_progress("download", 1, 1)
     return resolve_run(recipe, root=root, on_progress=on_progress, run=run, world=world)
 
 
 def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -> tuple[PreTrainedModel, int]:
-    """The base of the method, and how many weights it has."""
+    """Load the model as the method needs its base. Returns it with its number of weights."""
     method, device = recipe.method, world.card or recipe.device
-    inputs.notes.extend(filter(None, [prepare_allocator(device)]))
+    if allocator_note := prepare_allocator(device):
+        inputs.notes.append(allocator_note)
     model = load.load_model(
         inputs.located,
         dtype=DTYPES[resolved(recipe.precision)],
@@ -315,13 +319,14 @@ def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Split
 
 
 def _samples(evaluation: EvaluationOptions, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
-    """Sample prompts that leave room for an answer in the model's context, and notes on those that do not."""
+    """Held-out prompts to answer on the way, which leave an answer its place in the model's context, and notes on
+    those that do not."""
     if inputs.head != "next_token":
         return [], []
     examples = rows.sample_examples(resolved(evaluation.samples))
     new_tokens = answer_tokens(evaluation.sample_tokens, rows)
-    room = PromptLimit.of(inputs.renderer, model_tokens=inputs.size.max_tokens, new_tokens=new_tokens)
-    prompts = sample_prompts(inputs.renderer, examples, limit=room, new_tokens=new_tokens)
+    limit = PromptLimit.of(inputs.renderer, model_tokens=inputs.size.max_tokens, new_tokens=new_tokens)
+    prompts = sample_prompts(inputs.renderer, examples, limit=limit, new_tokens=new_tokens)
     return prompts, sample_notes(prompts, num_rows=len(examples))
 
 
@@ -331,18 +336,19 @@ def answer_tokens(sample_tokens: int, rows: Splits) -> int:
 
 
 def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool) -> tuple[Layout, list[str]]:
-    """Packed if the model computes the same for packed rows as for each alone; else padded, with a note."""
-    layout, *others = layouts_of(inputs.kind)
-    if not others:
+    """Choose packed rows if the model computes the same for them as for each row alone, else padded ones, with a note.
+    An encoder–decoder has one layout only."""
+    layout, *slower_layouts = layouts_of(inputs.kind)
+    if not slower_layouts:
         return layout, []
-    probe = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
-    agreement = packed_agrees(model, inputs.kind, probe, tokenizer=inputs.renderer.tokenizer, plain=plain)
+    probe_rows = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
+    agreement = packed_agrees(model, inputs.kind, probe_rows, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
         attention.use_packed_attention(model, plain=plain)
         kernels = ", ".join(agreement.kernels)
         return layout, [Aside(f"attention: {kernels}, which a probe here found right")] if kernels else []
     note = f"padded batches: this model cannot run rows packed together ({agreement.reason}); slower, same result"
-    return others[0], [Aside(note)]
+    return slower_layouts[0], [Aside(note)]
 
 
 def packed_agrees(
@@ -354,44 +360,50 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    learnt = TASKS[resolved(recipe.task)].section
-    others = {task.section.name for task in TASKS.values() if task.section and task.section is not learnt}
-    settings = {
-        f"setting {key}": str(value) for key, value in flat(recipe.model_dump(exclude={"track", *others})).items()
-    }
+    """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of the
+    recipe for other tasks are left out."""
+    section = TASKS[resolved(recipe.task)].section
+    other_sections = {task.section.name for task in TASKS.values() if task.section and task.section is not section}
+    options = flat(recipe.model_dump(exclude={"track", *other_sections}))
+    settings = {f"setting {key}": str(value) for key, value in options.items()}
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
-    hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
-    data = {f"data {path}": digest for path, digest in hashes.items()}
-    own = {
+    file_hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}
+    data = {f"data {path}": digest for path, digest in file_hashes.items()}
+    encoded = {
         "tokenizer and template": renderer.fingerprint,
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
         "setting order of rows": f"version {sampler.ORDER_VERSION}",
     }
-    return {**settings, **model, **data, **own}
+    return {**settings, **model, **data, **encoded}
 
 
 def refuse_small_disk(setup: Setup, folder: Path) -> None:
-    """Raise DoesNotFitError where the disk of `folder` has less room than checkpoints and result take.
+    """Raise DoesNotFitError where the disk of `folder` has less free space than checkpoints and result take.
 
     `folder`: the runs folder, a new run's folder, or the folder of a resumed run, whose checkpoints are replaced.
     """
-    trained, own = 4 * setup.attachment.num_trained, 4 * sum(t.numel() for t in setup.attachment.trained.values())
-    checkpoints = kept_checkpoints(
+    attachment, num_snapshots = setup.attachment, setup.recipe.checkpoint.snapshots
+    trained_bytes = 4 * attachment.num_trained  # in float32; of a split run more than this process holds
+    held_bytes = 4 * sum(tensor.numel() for tensor in attachment.trained.values())
+    optimizer_bytes = setup.optimizer.state_bytes() * trained_bytes // held_bytes
+    checkpoints = (trained_bytes + optimizer_bytes) * kept_checkpoints(
         setup.recipe.checkpoint, setup.total_steps, keeps_best=setup.recipe.evaluation.every is not None
-    ) * (trained + setup.optimizer.state_bytes() * trained // own)
-    is_adapter, snapshots = METHODS[setup.recipe.method.name].is_adapter, setup.recipe.checkpoint.snapshots
-    result = trained if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
-    held = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed = checkpoints + result * (1 + snapshots + bool(snapshots)) - min(checkpoints, held)  # one for a stop
+    )
+    is_adapter = METHODS[setup.recipe.method.name].is_adapter
+    result = trained_bytes if is_adapter else sum(tensor.nbytes for tensor in setup.model.parameters())
+    num_results = 1 + num_snapshots + bool(num_snapshots)  # the last one: a snapshot at a stop
+    written = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    needed = checkpoints + result * num_results - min(checkpoints, written)
     if (free := free_bytes(folder)) == sys.maxsize:
         setup.notes.append(f"{folder}: free space unknown")
     if needed <= free:
         return
     raise DoesNotFitError(
         f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: {size(checkpoints)} for "
-        f"checkpoints{f', of which it has {size(held)},' if held else ''} and {size(result)} for the result. Free some "
-        "space, choose a folder on a larger disk with --runs, or keep fewer checkpoints with checkpoint.keep.",
+        f"checkpoints{f', of which it has {size(written)},' if written else ''} and {size(result)} for the result. "
+        "Free some space, choose a folder on a larger disk with --runs, or keep fewer checkpoints with "
+        "checkpoint.keep.",
         needed=needed,
         room=free,
     )
@@ -400,21 +412,21 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
 def collators(
     recipe: Recipe, inputs: Inputs, rows: Splits, model: PreTrainedModel, sampler: StepSampler, *, device: str
 ) -> tuple[Collator, Collator, list[Choice]]:
-    """The collators of training rows and of held-out rows, and what was decided for them.
+    """Make the collators of training rows and of held-out rows; returns what was decided for them too.
 
-    Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is computed whole,
-    as in a later evaluation of the result.
+    Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is computed
+    whole, as in a later evaluation of the result.
     """
     tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
-    masks = inputs.head == "masked_token"
+    is_masked = inputs.head == "masked_token"
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
 
-    def collator(store: Any, seed: int, *, shares: bool) -> Collator:
+    def collator(store: RowStore, seed: int, *, shares: bool) -> Collator:
         return Collator(
             store,
             layout=layout,
             device=device,
-            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if masks else None,
+            masking=Masking.of(tokenizer, share=recipe.train.masked, seed=seed) if is_masked else None,
             decoder_start=getattr(model.config, "decoder_start_token_id", None),
             has_types=has_token_types(model, tokenizer),
             pad_id=pad_id(model, tokenizer),
