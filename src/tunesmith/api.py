@@ -63,8 +63,8 @@ def train(
     several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
 
     Args:
-        data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets` table,
-            written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
+        data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`
+            table, written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
         recipe: a recipe or its file; `options`, its sections or keys, count more: method="lora", optim={"lr": 1e-4}.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
@@ -115,8 +115,8 @@ def resume(
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Go on with a stopped or broken run, named as on the command line, as if it had never stopped. `model`: where its
-    model is now, if it was moved.
+    """Go on with a stopped or broken run, named as on the command line, as if it had never stopped. `model`:
+    where its model is now, if it was moved.
 
     Raises:
         RunError: the run is finished or in use, or its data, tokenizer, template, model or settings changed.
@@ -184,8 +184,8 @@ def evaluate(
     Args:
         data: a file, or rows: a list of mappings, a pandas or a `datasets` table.
         samples: number of rows that are answered and measured; None: 50 for the tasks chat, generate, summarize.
-        judge: a run of task reward or a model that writes; it gives nothing but the rates at which answers of the run
-            win against those from before. Rows may be prompts then.
+        judge: a run of task reward or a model that writes; it gives nothing but the rates at which answers of
+            the run win against those from before. Rows may be prompts then.
         model: where the model that a run was made from is now, if it was moved.
 
     Raises:
@@ -214,8 +214,8 @@ def load(
     model: str | PathLike[str] | None = None,
     offline: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The tuned model of a run and its tokenizer, as `transformers` uses them. `model`: where the model that it was
-    made from is now, if it was moved.
+    """The tuned model of a run and its tokenizer, as `transformers` uses them. `model`: where the model that it
+    was made from is now, if it was moved.
 
     Raises:
         InputError: of it RunError: there is no such run; ModelError: its model cannot be used.
@@ -352,8 +352,8 @@ def _files(files: Files | Any, root: Path) -> list[Any]:
     if not all(isinstance(file, (str, PathLike)) or (isinstance(file, Mapping) and "path" in file) for file in several):
         shown = " ".join(repr(files).split())
         raise InputError(
-            f"data: {type(files).__name__} {shown:.60} is neither files nor rows. Give a path or several, a list of "
-            "mappings, or a pandas or a datasets table; of a dictionary of tables, one of them."
+            f"data: {type(files).__name__} {shown:.60} is neither files nor rows. Give a path or several, a "
+            "list of mappings, or a pandas or a datasets table; of a dictionary of tables, one of them."
         )
     return [file if isinstance(file, Mapping) else fspath(file) for file in several]
 

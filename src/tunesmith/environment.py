@@ -76,8 +76,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     Measured: docs/inside/EXPERIMENTS.md.
     """
     environ.update(SAFE_PATH)
-    # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for each
-    # shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
+    # oneDNN and torch's layer above it each keep 1,024 compiled products, more than half a MiB each, one for
+    # each shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
     # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
@@ -96,8 +96,8 @@ def refuse_ranks(environ: Mapping[str, str]) -> None:
     ranks = environ.get("WORLD_SIZE", "")
     if ranks.isdecimal() and int(ranks) > 1:
         raise InputError(
-            f"WORLD_SIZE={ranks}: torchrun or its like started {ranks} processes, but only `tunesmith train` and "
-            "`resume` run in several. Start this without a launcher; if there is none, unset WORLD_SIZE."
+            f"WORLD_SIZE={ranks}: torchrun or its like started {ranks} processes, but only `tunesmith train` "
+            "and `resume` run in several. Start this without a launcher; if there is none, unset WORLD_SIZE."
         )
 
 
@@ -111,8 +111,8 @@ def for_child(**more: str) -> dict[str, str]:
 
 
 def python_words(module: str) -> list[str]:
-    """The command that runs a module of this package, in the environment of `for_child`, as `python -m` does, but
-    without the working folder on the path of imports."""
+    """The command that runs a module of this package, in the environment of `for_child`, as `python -m` does,
+    but without the working folder on the path of imports."""
     if sys.version_info >= (3, 11):
         return [sys.executable, "-m", module]
     return [sys.executable, "-c", f"{DROP_FOLDER}import runpy; runpy._run_module_as_main({module!r})"]
@@ -122,10 +122,10 @@ def python_words(module: str) -> list[str]:
 def spawning() -> Iterator[None]:
     """A block in which `multiprocessing` starts processes of this package by "spawn".
 
-    They do not import the program's main module, so that a script needs no `if __name__ == "__main__"`, and Ctrl-C is
-    not for them. A daemonic process (a worker of multiprocessing.Pool or Celery) may start them too, which
-    `multiprocessing` forbids since such a process can be killed and leave children behind: these end with it by
-    themselves.
+    They do not import the program's main module, so that a script needs no `if __name__ == "__main__"`, and
+    Ctrl-C is not for them. A daemonic process (a worker of multiprocessing.Pool or Celery) may start them too,
+    which `multiprocessing` forbids since such a process can be killed and leave children behind: these end with
+    it by themselves.
     """
     import multiprocessing  # whoever starts processes has it
 
@@ -164,8 +164,8 @@ def _safe(words: Sequence[Any]) -> list[Any]:
 def import_bitsandbytes() -> Any:
     """Import bitsandbytes without network; to be called before peft or transformers import it.
 
-    Where the package `kernels` is installed, bitsandbytes downloads a kernel for CPUs and runs it at import. It is
-    hidden here.
+    Where the package `kernels` is installed, bitsandbytes downloads a kernel for CPUs and runs it at import. It
+    is hidden here.
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
@@ -194,8 +194,8 @@ def num_cpus() -> int:
 
 
 def default_threads(processes: int = 1) -> tuple[int, str]:
-    """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process, or its share
-    of them where several `processes` train together on this machine."""
+    """Default number of threads, and why: OMP_NUM_THREADS if it is set, else the cores of this process, or its
+    share of them where several `processes` train together on this machine."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted), "OMP_NUM_THREADS is set"
@@ -231,8 +231,8 @@ _NEEDED_BY = re.compile(r"(?P<package>[^;]+?)\s*;\s*extra\s*==\s*[\"'](?P<extra>
 def install_command(*extras: str) -> str:
     """The command that installs the packages of extras of tunesmith into the Python that runs.
 
-    It names the packages and not `tunesmith[extra]`, which an index would have to know: tunesmith is installed from a
-    checkout.
+    It names the packages and not `tunesmith[extra]`, which an index would have to know: tunesmith is installed
+    from a checkout.
     """
     python = shlex.quote(sys.executable or "python")
     try:

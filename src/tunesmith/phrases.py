@@ -90,8 +90,8 @@ def nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:
-    """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are named,
-    which have to be liker, since they share suffixes."""
+    """ " Did you mean ...?" for a name that is not there; "" where none is like it. `folder`: where files are
+    named, which have to be liker, since they share suffixes."""
     near = nearest(name, names, 0.6 if folder is None else 0.75)
     return f" Did you mean {near if folder is None else folder / near}?" if near is not None else ""
 
@@ -177,8 +177,8 @@ def mix_text(sources: Sequence[Record]) -> str:
     )
 
 
-# What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction, spaces
-# without width, line ends that are none in a file, and halves of characters.
+# What a reader would not see or a display would act on: C0 but tab and newline, DEL, C1, marks of direction,
+# spaces without width, line ends that are none in a file, and halves of characters.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufff9-\ufffb\ufffe\uffff"
     "\ud800-\udfff\U000e0000-\U000e007f]"

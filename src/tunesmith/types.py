@@ -42,8 +42,8 @@ TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag"
 EXPORT_NAMES = ("merged", "adapter", "gguf", "ollama", "onnx")
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
 HeadName = Literal["next_token", "masked_token", "sequence", "tokens", "vector"]
-"""A head predicts the next token, a masked token, something about a whole text, or about each of its words; `vector`:
-there is none, and the hidden states of a text are pooled."""
+"""A head predicts the next token, a masked token, something about a whole text, or about each of its words;
+`vector`: there is none, and the hidden states of a text are pooled."""
 PoolingKind = Literal["mean", "cls", "max", "last"]
 """The mean or maximum over all tokens of a text, or its first or last token."""
 LabelKind = Literal["one", "many", "number", "tags"]
@@ -165,15 +165,15 @@ class Row:
     trained: NDArray[np.bool_]
     source: Source
     labels: NDArray[np.generic] | None = None
-    """Targets at the trained positions, in their order, instead of the tokens themselves: class ids
-    int64 [N], numbers float32 [N], 0 or 1 for each class float32 [1, C], or the token under a mask int64 [N]."""
+    """Targets at the trained positions, in their order, instead of the tokens themselves: class ids int64 [N],
+    numbers float32 [N], 0 or 1 for each class float32 [1, C], or the token under a mask int64 [N]."""
     second: int = 0
     """Index at which the second text of a pair begins (token type 1); 0: there is none."""
     num_bytes: int = 0
     """UTF-8 bytes of the text that the trained tokens of a document spell; 0 for other tasks."""
     branches: tuple[int, ...] = ()
-    """Tokens of each branch: the ids are a stem, which all have in common, and the branches one after the other. The
-    stem with each of them is a line, which is computed as a row of its own; see `data.branches`."""
+    """Tokens of each branch: the ids are a stem, which all have in common, and the branches one after the
+    other. The stem with each of them is a line, which is computed as a row of its own; see `data.branches`."""
     values: tuple[float, ...] = ()
     """Numbers that the row brings along with its tokens: `Example.values`."""
     keys: tuple[int, ...] = ()
@@ -206,8 +206,8 @@ class Segment:
 class Batch:
     """The tokens of one pass, packed (one flat row of whole examples) or padded (one row an example).
 
-    The shift to next-token targets has happened: the logits at flat position `predict_N[n]` predict `targets_N[n]`.
-    No target crosses from one example into the next.
+    The shift to next-token targets has happened: the logits at flat position `predict_N[n]` predict
+    `targets_N[n]`. No target crosses from one example into the next.
     """
 
     layout: Layout
@@ -341,8 +341,8 @@ class Attachment(Protocol):
         return None
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight of the tuned model by its name in a plain model, float32 and never rounded; tied ones under each
-        name. Removes the adapter. Empty if it is not a change of weights."""
+        """Every weight of the tuned model by its name in a plain model, float32 and never rounded; tied ones
+        under each name. Removes the adapter. Empty if it is not a change of weights."""
         return iter(())
 
 

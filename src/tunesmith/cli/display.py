@@ -181,8 +181,8 @@ def display_for(console: Console, *, quiet: bool, series: RunSeries, verbose: bo
 
 
 def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str:
-    """One line on a measurement, a note, or a resumption; "" for other events and for what waits for the result or
-    needs no action, unless `verbose`."""
+    """One line on a measurement, a note, or a resumption; "" for other events and for what waits for the result
+    or needs no action, unless `verbose`."""
     if not verbose and event.kind in ("answers", "general") and event.values["name"] == "before":
         return ""  # the table at the end has them
     if event.kind in MEASURED_WORDS:
@@ -267,8 +267,8 @@ def plain_bars() -> None:
 
 
 def progress_lines(screen: Console, words: Mapping[str, str]) -> Callable[[str, int, int], None]:
-    """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`, and one at the end of a phase that
-    has had a line."""
+    """Progress as a line every `PLAIN_SECONDS`, the first after `PLAIN_WAIT_S`, and one at the end of a phase
+    that has had a line."""
     plain_bars()
     due, shown = time.monotonic() + PLAIN_WAIT_S, ""
 
@@ -372,8 +372,8 @@ class RunDisplay:
 def run_display(
     *, as_json: bool, quiet: bool, verbose: bool = False, earlier: Iterable[Event] = (), follows: bool = False
 ) -> Iterator[RunDisplay]:
-    """A display for one run; `earlier` are the events of a run that is resumed. One that `follows` a run of another
-    rank hears no event, and knows from its folder that it has begun."""
+    """A display for one run; `earlier` are the events of a run that is resumed. One that `follows` a run of
+    another rank hears no event, and knows from its folder that it has begun."""
     series = RunSeries.of(earlier)
     series.started = False
     screen = console(stderr=as_json)

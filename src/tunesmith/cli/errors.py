@@ -111,8 +111,8 @@ def print_problems(
     rows: Mapping[str, int] | None = None,
     stderr: bool = True,
 ) -> None:
-    """`file:line: code: message fix`: what several rows of a file share once, three of each kind in a file, twenty
-    lines at most, and how many more there are.
+    """`file:line: code: message fix`: what several rows of a file share once, three of each kind in a file,
+    twenty lines at most, and how many more there are.
 
     `nums`: how many there are by code, listed or not. `rows`: how many a file has, by its path.
     """

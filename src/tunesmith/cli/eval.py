@@ -90,8 +90,8 @@ def measured(
     keep: Callable[[Iterator[JsonObject]], None],
     noted: set[str] | None = None,
 ) -> EvaluationResult:
-    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `noted` the notes: none
-    but those on the run itself is repeated."""
+    """Evaluate RUN|MODEL, with progress and notes on stderr; `keep` gets the lines of its rows, `noted` the
+    notes: none but those on the run itself is repeated."""
     refuse_no_answers(samples, judge)
     target, of_task = named(target, root), as_task(task)
     refuse_unusable(target, data, root, of_task, answered=judge is None, offline=offline)
@@ -243,8 +243,8 @@ def _kept(name: str, root: Path) -> _Side:
     paths = [run.path / "evaluation" / f"{file}.jsonl" for file in ("after", "answers-after")]
     if not paths[0].exists():
         raise RunError(
-            f"{run.path}: it has not measured held-out rows: no {paths[0].name} in its folder evaluation. Compare on a "
-            "file with --data FILE, or continue it with `tunesmith resume`."
+            f"{run.path}: it has not measured held-out rows: no {paths[0].name} in its folder evaluation. "
+            "Compare on a file with --data FILE, or continue it with `tunesmith resume`."
         )
     lines = [[from_json(line) for line in path.read_bytes().splitlines()] if path.exists() else [] for path in paths]
     if not run.report_path.exists():

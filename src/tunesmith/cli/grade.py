@@ -184,8 +184,8 @@ def _some(every: Sequence[Prompt], most: int) -> list[Prompt]:
 def _with_model(
     drawing: _Drawing, prompts: Sequence[Prompt], played: list[tuple[str, int, Answer]], say: Say, tick: Tick
 ) -> list[tuple[str, int, Answer]]:
-    """The answers that are played, with their tokens, and those of a model. Raises InputError where no row can be
-    asked."""
+    """The answers that are played, with their tokens, and those of a model. Raises InputError where no row can
+    be asked."""
     from tunesmith.graders.grade import Answer
     from tunesmith.graders.trial import MODEL
     from tunesmith.serve.samples import Question, SampledModel

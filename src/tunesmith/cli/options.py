@@ -123,8 +123,8 @@ _WEIGHT = re.compile(r"(?P<path>.{2,}):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\
 
 
 def data_file(text: str) -> JsonObject:
-    """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter in front
-    of the colon is a drive of Windows.
+    """`rows.jsonl`, or `rows.jsonl:0.5` with a weight; a file whose whole name is there wins. A single letter
+    in front of the colon is a drive of Windows.
 
     Raises InputError for an empty name, and for a weight that is not a number above 0 and up to 100.
     """
@@ -173,8 +173,8 @@ def build_recipe(
 ) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `settings`.
 
-    Raises InputError without a model or rows, where an option and a setting name one key, and for files and paths of
-    models that are not there.
+    Raises InputError without a model or rows, where an option and a setting name one key, and for files and
+    paths of models that are not there.
     """
     from tunesmith.recipe import load
 
@@ -252,8 +252,8 @@ def refuse_swapped(verb: str, model: str, data: Sequence[str]) -> None:
 
 
 def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> None:
-    """Raise ModelError for a model that is not there, before anything heavy is loaded. Nothing but the names of what is
-    here decides about a path, and about a name that nearly names a folder or a run here; the hub is
+    """Raise ModelError for a model that is not there, before anything heavy is loaded. Nothing but the names of
+    what is here decides about a path, and about a name that nearly names a folder or a run here; the hub is
     asked for any other name without an owner, unless `offline` is None."""
     from tunesmith.models.resolve_model import looks_like_path, resolve_model, split_revision
 
@@ -292,8 +292,8 @@ def refuse_lacking(recipe: Recipe) -> None:
 def refuse_unusable(
     target: str, data: str, root: Path, task: TaskName | None, *, answered: bool, offline: bool
 ) -> None:
-    """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of which a
-    run can use no row that is `answered`, before anything heavy is loaded."""
+    """Raise ModelError or DataError for a model that is not there, and a local file that cannot be read or of
+    which a run can use no row that is `answered`, before anything heavy is loaded."""
     from tunesmith.data.addresses import is_address
     from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples

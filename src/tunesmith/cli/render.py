@@ -96,8 +96,8 @@ def rows_and_targets(values: Record) -> str:
 def print_table(
     screen: Console, heads: Sequence[str], rows: Iterable[Sequence[str | Text]], *, spare: Sequence[str] = ()
 ) -> None:
-    """Columns on a terminal, tab-separated lines elsewhere. `spare`: what a narrow terminal has no room for, the first
-    to go first."""
+    """Columns on a terminal, tab-separated lines elsewhere. `spare`: what a narrow terminal has no room for,
+    the first to go first."""
     rows = list(rows)
     if not screen.is_terminal:
         for row in (heads, *rows):

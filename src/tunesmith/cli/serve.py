@@ -190,8 +190,8 @@ class ServerOutput:
             self.screen.print(f"{job['id']} on {visible(job['model'])}: {status}{more}", soft_wrap=True)
 
     def request(self, log: RequestLog) -> None:
-        """A line for each request, with nothing of its content or its answer, but one for equal GETs in a row: a client
-        that waits polls."""
+        """A line for each request, with nothing of its content or its answer, but one for equal GETs in a row:
+        a client that waits polls."""
         path, usage = one_line(log.path, PATH_WIDTH), log.usage
         milliseconds = round(log.seconds * 1000)
         if self.as_json:
@@ -290,8 +290,8 @@ def serve_own(
     has_key = policy.keys is not None or (work is not None and work.store.keys() != {})
     if not (has_key or bound.is_loopback):
         raise InputError(
-            f"--host {bound.host}: other machines can reach that address, so it needs an API key: --key-file FILE, or "
-            f"{KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. {MAKE_KEY}"
+            f"--host {bound.host}: other machines can reach that address, so it needs an API key: --key-file "
+            f"FILE, or {KEY_VARIABLE}, or with --jobs one of `tunesmith keys create`. {MAKE_KEY}"
         )
     if work is not None:
         from tunesmith.jobs.access import ProjectKeys

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tunesmith.sweeps.trial import TrialRunner
 
 CHOSEN = (
-    "The best of several trials looks a little better on the rows it was chosen by than it is: measure it on rows that "
-    "no trial was measured on."
+    "The best of several trials looks a little better on the rows it was chosen by than it is: measure it on "
+    "rows that no trial was measured on."
 )
 SWEEP_COLUMNS = ("trial", "options", "measure", "steps", "state")
 

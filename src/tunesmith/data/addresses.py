@@ -1,8 +1,8 @@
 """Data by address: which files are meant, what fetching them costs, and the fetching, if they fit on the disk.
 
-Data sets of the hub are pinned to a commit. The part of `GRAMMAR` before the question mark is huggingface_hub's own;
-`path` names a file, a folder or a pattern (data/train-*). Without it, the README names subsets and splits in its
-`configs:`, or else the files do by their names.
+Data sets of the hub are pinned to a commit. The part of `GRAMMAR` before the question mark is huggingface_hub's
+own; `path` names a file, a folder or a pattern (data/train-*). Without it, the README names subsets and splits
+in its `configs:`, or else the files do by their names.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def register(address: str, files: Sequence[RemoteFile]) -> None:
 
 
 def registered(address: str) -> Sequence[RemoteFile]:
-    """The files of an address that `pin` has seen in this process, or that are all on this machine. Raises DataError
-    for another."""
+    """The files of an address that `pin` has seen in this process, or that are all on this machine. Raises
+    DataError for another."""
     if address not in REGISTERED:
         listing = _remembered(address)
         if listing is None or not all(file.cached() for file in listing[1]):
@@ -109,8 +109,8 @@ def size_of(path: str) -> int:
 def pin(data: Data, *, offline: bool) -> tuple[Data, list[str]]:
     """The data with every address of the hub pinned to a commit, and what is said of it.
 
-    Data without an address is returned as it is, and no server is contacted. Raises DataError for an address that
-    cannot be used.
+    Data without an address is returned as it is, and no server is contacted. Raises DataError for an address
+    that cannot be used.
     """
     files = {file.at: file for side in DATA_SIDES for file in getattr(data, side) if is_address(file.at)}
     if not files:
@@ -164,9 +164,9 @@ def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequ
 
     if secret := _SECRET.search(text):
         raise DataError(
-            f"{secret[1]}://…@{text[secret.end() :]}: has a password, which the run's files and its report would have "
-            f"too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which fsspec reads. A run "
-            "that was made with it ends with the version that began it, or is made again."
+            f"{secret[1]}://…@{text[secret.end() :]}: has a password, which the run's files and its report "
+            f"would have too. Take it out, and set FSSPEC_{secret[1].upper()}_USERNAME and _PASSWORD, which "
+            "fsspec reads. A run that was made with it ends with the version that began it, or is made again."
         )
     if page := _HUB_PAGE.match(text):
         raise DataError(f"{text}: a page of the hub. The data set is hf://datasets/{page[1]}.")
@@ -351,8 +351,8 @@ def _is_rows(path: str) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it. Raises DataError where its package is not installed, and for
-    a kind that fsspec does not know."""
+    """The file system of an address, and the path in it. Raises DataError where its package is not installed,
+    and for a kind that fsspec does not know."""
     import fsspec
 
     try:

@@ -1,7 +1,7 @@
 """Rows with branches to token ids: each line by an encoder of a single answer or text, and all of them as one row.
 
-Preferences are answers in a chat, or to a plain prompt. Rewards, and scores of documents for a query, are read at one
-token of each line. Vectors are made of the tokens that are pooled.
+Preferences are answers in a chat, or to a plain prompt. Rewards, and scores of documents for a query, are read
+at one token of each line. Vectors are made of the tokens that are pooled.
 """
 
 # T tokens
@@ -161,9 +161,9 @@ class RankingEncoder(BranchEncoder):
 class EmbeddingEncoder(BranchEncoder):
     """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around a text.
 
-    No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector. A text
-    is known by its own tokens, without its prompt, so that an anchor is recognised among the documents. Raises
-    `RecipeError` for a limit that leaves no token.
+    No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector.
+    A text is known by its own tokens, without its prompt, so that an anchor is recognised among the documents.
+    Raises `RecipeError` for a limit that leaves no token.
     """
 
     names, compares = (), False
@@ -214,8 +214,8 @@ def pooled(num_tokens: int, kind: str, first: int = 0) -> NDArray[np.bool_]:
 
 
 def first_pooled(pooling: Pooling, prompt: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens before the first one that is pooled. Where a prompt is left out, so is what the tokenizer puts before it,
-    as in sentence-transformers."""
+    """Tokens before the first one that is pooled. Where a prompt is left out, so is what the tokenizer puts
+    before it, as in sentence-transformers."""
     if pooling.include_prompt or not prompt:
         return 0
     ids = tokenizer(prompt).input_ids

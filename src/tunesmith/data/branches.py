@@ -2,8 +2,8 @@
 
     [stem | branch | branch]  →  stem + branch, stem + branch
 
-The stem is what all lines begin with, at most up to the first token that is trained in one of them. It is kept once,
-and computed once where the lines of a micro-batch may share prefixes.
+The stem is what all lines begin with, at most up to the first token that is trained in one of them. It is kept
+once, and computed once where the lines of a micro-batch may share prefixes.
 """
 
 # T tokens

@@ -1,7 +1,7 @@
 """Conversations to ids and trained flags: rendered by the tokenizer's own template, tokenized as one text, checked.
 
-The place of an answer in the rendered text S is found by rendering and never guessed. Two ways, tried in this order for
-each turn i:
+The place of an answer in the rendered text S is found by rendering and never guessed. Two ways, tried in this
+order for each turn i:
 
 prefix    P = messages before i, with the assistant's turn opened, as serving feeds it; E = messages to i.
           When S starts with both, the turn is the text between them.
@@ -143,8 +143,8 @@ class ChatEncoder(RowEncoder):
                 "template_ambiguous",
                 f"the chat template changes messages[{index}] ({example.parts[index].role}) so that its tokens "
                 f"cannot be located: {reason}",
-                "Split the row so that it ends with that answer, set its weight to 0, or give another template by "
-                "data.template.",
+                "Split the row so that it ends with that answer, set its weight to 0, or give another template "
+                "by data.template.",
             )
         missing = list(_left_out(example, messages, conversation, turns))
         useless = [problem for problem in missing if problem.severity == "error"]
@@ -189,8 +189,8 @@ class ChatEncoder(RowEncoder):
         return self._limit.fit(source, draft)
 
     def _last_token(self, row: _Row, turn: Turn) -> int | None:
-        """The last trained token of a turn: the one that closes it, which may have white space before and after it; of
-        an earlier answer that another token closes than the last one, the one before that."""
+        """The last trained token of a turn: the one that closes it, which may have white space before and after
+        it; of an earlier answer that another token closes than the last one, the one before that."""
         conversation, closing = row.text.whole, row.places.closing
         behind = bisect_right(row.ends, turn.limit if turn.close is None else turn.close)
         at = behind - 1 if turn.close is None else behind
@@ -393,10 +393,10 @@ def _around(text: str) -> tuple[str, str]:
 def find_stops(
     render: Render, control: ControlTokens, *, name: str
 ) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
-    """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), those where
-    generation stops: the last of them, and the one that closes a turn with tool calls; and the one that closes an
-    earlier answer where that is another, as gpt-oss ends a conversation with <|return|>, which becomes <|end|> when the
-    conversation continues.
+    """The tokens that close an answer, one directly after the other (mostly one, two for Command R7B), those
+    where generation stops: the last of them, and the one that closes a turn with tool calls; and the one that
+    closes an earlier answer where that is another, as gpt-oss ends a conversation with <|return|>, which
+    becomes <|end|> when the conversation continues.
 
     Raises `ModelError` when the template does not show an answer, or closes it without a control token.
 

@@ -33,8 +33,8 @@ class TemplateRefusal(Exception):
 class ChatTemplate:
     """The chat template of a tokenizer. `date`: the day that `strftime_now` writes (YYYY-MM-DD); None: today.
 
-    It is tried in a process of its own first (`template_trial`). Raises `ModelError` when there is none, and for one
-    that takes too much time or memory.
+    It is tried in a process of its own first (`template_trial`). Raises `ModelError` when there is none, and
+    for one that takes too much time or memory.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
@@ -49,16 +49,16 @@ class ChatTemplate:
 
     def _bad(self, does: str) -> ModelError:
         return ModelError(
-            f"{self._name}: its chat template {does}. Give another by data.template, and look at this one before you "
-            "trust its source."
+            f"{self._name}: its chat template {does}. Give another by data.template, and look at this one "
+            "before you trust its source."
         )
 
     def render(self, messages: Sequence[Message], *, tools: Sequence[Record] = (), prompt: bool) -> str:
         """The text of a conversation; `prompt` opens the assistant's next turn, as serving does.
 
-        Raises `TemplateRefusal` with the template's own error, or for too long a text; `ModelError` for one that nests
-        too deeply, or takes too much time or memory. A lack of memory or of a package is not the row's, and is
-        raised as it is.
+        Raises `TemplateRefusal` with the template's own error, or for too long a text; `ModelError` for one
+        that nests too deeply, or takes too much time or memory. A lack of memory or of a package is not the
+        row's, and is raised as it is.
         """
         try:
             text = self._render(list(messages), list(tools) or None, prompt)

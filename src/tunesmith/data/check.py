@@ -62,8 +62,8 @@ class FileReport:
     path: str
     side: Side
     format: str
-    """JSON lines, JSON array, CSV, TSV, Parquet, CoNLL, text, with ", gzipped" if it is; "12 documents" for a folder;
-    "" if it could not be opened."""
+    """JSON lines, JSON array, CSV, TSV, Parquet, CoNLL, text, with ", gzipped" if it is; "12 documents" for a
+    folder; "" if it could not be opened."""
     shape: Shape | None
     """None if no row can be used."""
     rows: int
@@ -127,8 +127,8 @@ def check(
 ) -> CheckReport:
     """Read and encode all rows as training would, keep about 50 bytes of each, and report every problem.
 
-    Without a renderer nothing is said about tokens; without a task the fields of rows decide what they are for. Nothing
-    is written.
+    Without a renderer nothing is said about tokens; without a task the fields of rows decide what they are for.
+    Nothing is written.
 
     Raises:
         RecipeError: data.columns names a field that no shape has; data.labels does not fit the labels.

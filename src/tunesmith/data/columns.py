@@ -1,5 +1,5 @@
-"""Fields that have other names than ours: what their values hold, which may be read without a word, and hints for
-the others. See docs/guide/data.md, "Other names"."""
+"""Fields that have other names than ours: what their values hold, which may be read without a word, and hints
+for the others. See docs/guide/data.md, "Other names"."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class Meaning:
 
 
 def sample(rows: Iterable[Record]) -> list[JsonObject]:
-    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts their
-    beginnings."""
+    """The first rows, until one that cannot be read, in bounded memory: of each its first fields, of texts
+    their beginnings."""
     shortened: list[JsonObject] = []
     num_chars = 0
     with suppress(DataError):  # which is said when its rows are read
@@ -294,8 +294,8 @@ _USUAL: tuple[Shape, ...] = (
 
 
 def explain(record: Record, task: TaskName | None, suggested: str, columns: Mapping[str, str]) -> tuple[str, str, str]:
-    """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of its
-    file."""
+    """Why a row has no shape that `task` learns from: code, message and way out. `suggested`: the meanings of
+    its file."""
     shape = find_shape(record)
     near = [did_you_mean(theirs, list(record)[:MOST_COLUMNS]) for theirs in columns.values() if theirs not in record]
     if any(near):

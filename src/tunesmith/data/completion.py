@@ -1,5 +1,5 @@
-"""Prompt and completion as plain text to ids and trained flags, and documents with their summaries; for causal and for
-encoder–decoder models."""
+"""Prompt and completion as plain text to ids and trained flags, and documents with their summaries; for causal
+and for encoder–decoder models."""
 
 # T tokens, P tokens of the prompt, S tokens of the source
 
@@ -90,8 +90,8 @@ class CompletionEncoder(RowEncoder):
 class Seq2SeqEncoder(RowEncoder):
     """Source for the encoder and target for the decoder, closed by EOS. `prompt`: the text around a document.
 
-    Each side may be as long as the room; only the source is ever cut, at its end. Raises `ModelError` for a tokenizer
-    without EOS, `RecipeError` for a limit without place for a token.
+    Each side may be as long as the room; only the source is ever cut, at its end. Raises `ModelError` for a
+    tokenizer without EOS, `RecipeError` for a limit without place for a token.
     """
 
     def __init__(self, settings: EncoderSettings, prompt: str = PLACEHOLDER) -> None:
@@ -166,8 +166,8 @@ def completion_encoder(settings: EncoderSettings) -> RowEncoder:
 class SummarizationEncoder(RowEncoder):
     """One question, the prompt with the document in it, and one answer, the summary.
 
-    With a chat template two messages; without, plain text, in which two line breaks part a prompt that ends with the
-    document from the summary. A row that is too long loses the end of its document.
+    With a chat template two messages; without, plain text, in which two line breaks part a prompt that ends
+    with the document from the summary. A row that is too long loses the end of its document.
     """
 
     def __init__(self, settings: EncoderSettings, prompt: str) -> None:

@@ -3,8 +3,8 @@
     <key>.arrow   an Arrow IPC file: ids, trained flags, where each row came from
     <key>.json    its summary, written last: without it there is no store
 
-The key is a hash of everything the rows follow from, so an equal key means equal rows and nothing is encoded twice.
-A killed build leaves only a `.tmp-` file.
+The key is a hash of everything the rows follow from, so an equal key means equal rows and nothing is encoded
+twice. A killed build leaves only a `.tmp-` file.
 """
 
 # I rows, T tokens, N targets, V words of the vocabulary
@@ -43,8 +43,8 @@ from tunesmith.runs import atomic as disk
 from tunesmith.types import IGNORE, JsonObject, Labels, Layout, Problem, Row, Source
 
 VERSION = 5
-"""Version of the file format, of encoding and of the key: raise it with any change that gives other rows for equal
-data. 5: the whole tokenizer is in the key, and texts that become vectors have keys of their own."""
+"""Version of the file format, of encoding and of the key: raise it with any change that gives other rows for
+equal data. 5: the whole tokenizer is in the key, and texts that become vectors have keys of their own."""
 READABLE = (4, VERSION)
 """Versions whose rows a finished run may have kept."""
 STALE_S = 3600.0
@@ -278,10 +278,10 @@ def build(
 ) -> RowStore:
     """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
 
-    A folder among `files` is replaced by the documents in it; `store.paths` names those. `on_problem` receives the
-    first `data.limits.problems` problems, also where the rows were found; `summary` counts all of them.
-    Bad rows are left out and counted, whatever `data.bad_rows` says: the caller refuses.
-    Raises `DataError` for a file that is missing, unreadable or changes meanwhile; `StorageError`.
+    A folder among `files` is replaced by the documents in it; `store.paths` names those. `on_problem` receives
+    the first `data.limits.problems` problems, also where the rows were found; `summary` counts all of them. Bad
+    rows are left out and counted, whatever `data.bad_rows` says: the caller refuses. Raises `DataError` for a
+    file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
     files = expand_folders(files, on_problem, how=data.reading)
     inspect_files(files, lambda warning: None, data.reading)  # names all that cannot be read, before one is hashed

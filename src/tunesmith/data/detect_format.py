@@ -67,8 +67,8 @@ TAGGED = re.compile(rb"\S.*[ \t](?:O|[BIES]-\S+)")
 def detect_format(path: str, head: bytes, suffixes: Sequence[str] = ()) -> tuple[FileFormat, str]:
     """Detect the format of a file, and the delimiter of a CSV. Raises `DataError` for other formats.
 
-    A file named as a document, by one of `suffixes` too, is taken for one: problems of its text are problems of that
-    row. So is text without a suffix, unless it is a table.
+    A file named as a document, by one of `suffixes` too, is taken for one: problems of its text are problems of
+    that row. So is text without a suffix, unless it is a table.
     """
     text = head.removeprefix(BOM).lstrip()
     if suffix_of(path) in (*DOCUMENTS, *suffixes) and not head.startswith(b"PAR1"):
@@ -262,8 +262,8 @@ def _is_workbook(place: str) -> bool:
 
 
 class Recoded(RawIOBase):
-    """The bytes of a text in another encoding, as UTF-8. Where its first part that is not ASCII is UTF-8 already, all
-    stays as it is: a run's encoding counts for files that are not UTF-8.
+    """The bytes of a text in another encoding, as UTF-8. Where its first part that is not ASCII is UTF-8
+    already, all stays as it is: a run's encoding counts for files that are not UTF-8.
 
     Raises UnicodeError for bytes that the encoding does not have.
     """

@@ -16,12 +16,12 @@ from tunesmith.types import Draft, Drafts, Example, Part, Problem
 
 
 class DocumentEncoder(RowEncoder):
-    """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one; a window reads at
-    least one token that the one before it has trained. Or for one of masked tokens: each window in the tokenizer's own
-    frame, and trained is what may be masked.
+    """Text for a model of next tokens: BOS if the tokenizer adds one, the text, EOS if there is one; a window
+    reads at least one token that the one before it has trained. Or for one of masked tokens: each window in the
+    tokenizer's own frame, and trained is what may be masked.
 
-    Raises `ModelError` for a tokenizer without the mask that it needs; `RecipeError` for a limit or a `stride` (None:
-    the longest) that leaves tokens out.
+    Raises `ModelError` for a tokenizer without the mask that it needs; `RecipeError` for a limit or a `stride`
+    (None: the longest) that leaves tokens out.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:
@@ -29,8 +29,8 @@ class DocumentEncoder(RowEncoder):
         self._is_masked = settings.kind == "encoder"
         if self._is_masked and settings.tokenizer.mask_token_id is None:
             raise ModelError(
-                f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For task: "
-                "text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
+                f"{fast.name}: its tokenizer has no mask token, so no token can be hidden from the model. For "
+                "task: text take an encoder that has learnt masked tokens, such as BERT, or a causal model."
             )
         self.control = ControlTokens(settings.tokenizer, "")
         self.stop_ids = () if self._is_masked or fast.eos_id is None else (fast.eos_id,)

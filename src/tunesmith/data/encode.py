@@ -129,8 +129,8 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
 
 @contextmanager
 def _processes(renderer: Renderer, num: int) -> Iterator[Callable[[Chunk], Callable[[], Encoded]]]:
-    """A function that starts the encoding of a chunk and returns one that waits for its rows. With `num` 1 the second
-    encodes, in this process.
+    """A function that starts the encoding of a chunk and returns one that waits for its rows. With `num` 1 the
+    second encodes, in this process.
 
     Processes take chunks by turns, so that the rows of each come in the order in which its chunks were sent.
     """

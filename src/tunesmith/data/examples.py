@@ -54,9 +54,9 @@ def examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yield the index of the file and the example of every usable row; problems of other rows go to `on_problem`.
 
-    `facts` is filled with what is known of each file, as by `read`. Only the shapes that `task` learns from are looked
-    for. Not `answered`: what is to be predicted may be missing and is not read; an example then holds what it is
-    predicted from, and in `kept` the fields `keep` and the row's own answer as `reference`; None:
+    `facts` is filled with what is known of each file, as by `read`. Only the shapes that `task` learns from are
+    looked for. Not `answered`: what is to be predicted may be missing and is not read; an example then holds
+    what it is predicted from, and in `kept` the fields `keep` and the row's own answer as `reference`; None:
     nothing.
 
     Raises:
@@ -276,9 +276,9 @@ _WITH_INPUT = {*CHATS, *COMPARED, *SEARCHED, "text_label", "tokens_tags"}
 def input_hash(example: Example) -> int:
     """64-bit hash of the input of an example: its prompt, document, text or words, without the answer.
 
-    For conversations the turns before the first answer: the instructions and the first turn of the user. For plain
-    text, which has no input, the `content_hash`. The same on every machine and in every release: the held-out rows
-    of a data set follow from it.
+    For conversations the turns before the first answer: the instructions and the first turn of the user. For
+    plain text, which has no input, the `content_hash`. The same on every machine and in every release: the
+    held-out rows of a data set follow from it.
     """
     parts = example.parts
     if (example.shape in CHATS or example.branches) and not example.plain:

@@ -44,9 +44,9 @@ def choose_share(num_rows: int) -> Choice:
 def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """Mask of held-out rows, by a hash of input or content; rows with an equal hash are always on one side.
 
-    As many as the share says, those with the smallest hashes: where rows with one hash would be torn, the nearest
-    number that does not. One that has more than a fifth of all rows comes last. A share that is not 0 holds out at
-    least one row and leaves at least one, if there are two different ones.
+    As many as the share says, those with the smallest hashes: where rows with one hash would be torn, the
+    nearest number that does not. One that has more than a fifth of all rows comes last. A share that is not 0
+    holds out at least one row and leaves at least one, if there are two different ones.
     """
     _, of_row_I, sizes = np.unique(hashes_I, return_inverse=True, return_counts=True)
     mask_I = np.zeros(len(hashes_I), np.bool_)
@@ -80,8 +80,8 @@ def stratified_mask(
 ) -> NDArray[np.bool_]:
     """Mask of held-out rows in which every class has its share: its rows with the smallest input hashes.
 
-    Of n rows of a class round(share * n), at least one where n is 2 or more, never all. Rows with one input are on one
-    side: of an input with several classes the row with the smallest content hash decides.
+    Of n rows of a class round(share * n), at least one where n is 2 or more, never all. Rows with one input are
+    on one side: of an input with several classes the row with the smallest content hash decides.
     """
     mask_I = np.zeros(len(inputs_I), np.bool_)
     if share == 0:
@@ -152,8 +152,8 @@ def _classes_of_inputs(
 def measured(hashes_I: NDArray[np.uint64], classes_I: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """`most` of some rows, each class its share of them and at least one, by ascending content hash.
 
-    Of a class whose rows are n, those with the smallest hashes: ceil(t * n) for one t, the largest that `most` allows.
-    Where there are more classes than `most`, one row of each of the first by hash.
+    Of a class whose rows are n, those with the smallest hashes: ceil(t * n) for one t, the largest that `most`
+    allows. Where there are more classes than `most`, one row of each of the first by hash.
     """
     order_I = np.lexsort((hashes_I, classes_I))
     _, starts, of_class_I, sizes = np.unique(
@@ -197,8 +197,8 @@ def never_trained(
         return []
     listed = ", ".join(map(repr, missing[:MOST_LABELS_LISTED])) + (", ..." if len(missing) > MOST_LABELS_LISTED else "")
     return [
-        f"{len(missing):,} of {len(labels.names):,} classes are in held-out rows alone, so they are measured and "
-        f"never learnt: {listed}. Add rows of them, or choose the held-out rows yourself: --eval"
+        f"{len(missing):,} of {len(labels.names):,} classes are in held-out rows alone, so they are measured "
+        f"and never learnt: {listed}. Add rows of them, or choose the held-out rows yourself: --eval"
     ]
 
 
@@ -215,8 +215,8 @@ def measured_rows(
         are = "is" if size == 1 else "are"
         by_share = ", each class its share" if by_class else ""
         notes.append(
-            f"{size:,} of {len(held):,} held-out rows {are} measured{by_share}: {len(held) - size:,} are left out "
-            "(evaluation.max_rows)"
+            f"{size:,} of {len(held):,} held-out rows {are} measured{by_share}: {len(held) - size:,} are left "
+            "out (evaluation.max_rows)"
         )
     return held[measured(store.hashes[held], classes_I, size)]
 

@@ -38,8 +38,8 @@ def is_rows(given: object) -> bool:
 def write_rows(rows: object, folder: Path) -> Path:
     """`rows` as a JSONL file in `folder`, named by its content: the same rows are the same file.
 
-    Missing values of a table (NaN, NaT) are left out. Raises DataError naming the row and the field that JSON cannot
-    hold.
+    Missing values of a table (NaN, NaT) are left out. Raises DataError naming the row and the field that JSON
+    cannot hold.
     """
     lines = b"".join(_line(i, row) + b"\n" for i, row in enumerate(_records(rows)))
     if not lines:
@@ -70,8 +70,8 @@ def _line(i: int, row: Record) -> bytes:
             orjson.dumps(value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"row {i}: field {name}: {type(value).__name__} {value!r:.60} cannot be written as JSON ({error}). "
-                "Turn it into text or a number."
+                f"row {i}: field {name}: {type(value).__name__} {value!r:.60} cannot be written as JSON "
+                f"({error}). Turn it into text or a number."
             ) from None
     return orjson.dumps(dict(row), default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
 

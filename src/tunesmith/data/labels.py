@@ -1,8 +1,8 @@
 """Classes, their order and their weights: from the words of rows to the targets of a head.
 
 Classes come in the order of the recipe's data.labels, or sorted as the training files have them: whole numbers
-first, by value, then all other words by code point. It never follows from the order of rows. Resolved, it is written
-into the run's recipe, so a run that is repeated with more rows keeps every id.
+first, by value, then all other words by code point. It never follows from the order of rows. Resolved, it is
+written into the run's recipe, so a run that is repeated with more rows keeps every id.
 """
 
 # C classes, I rows, N targets, V words of a store's vocabulary
@@ -75,8 +75,8 @@ def resolve_labels(
 ) -> tuple[Labels, list[Choice]]:
     """Labels that the head of a classifier or tagger learns, and what was decided for the user.
 
-    `trained`: labels of the rows that are trained on, from which weights follow. `sides`: labels of all rows of the
-    training files, then of held-out files if there are any. Classes come from the training files, or from
+    `trained`: labels of the rows that are trained on, from which weights follow. `sides`: labels of all rows of
+    the training files, then of held-out files if there are any. Classes come from the training files, or from
     `own_classes`, which the model's head has, if the rows bring no other.
 
     Raises:
@@ -166,8 +166,8 @@ def similar_names_notes(names: Iterable[str]) -> list[str]:
     for name in order(names):
         alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     return [
-        f"the classes {' and '.join(map(repr, group))} differ only in white space, case or how characters are encoded: "
-        "they are learnt as different ones. If they are one, write them alike"
+        f"the classes {' and '.join(map(repr, group))} differ only in white space, case or how characters are "
+        "encoded: they are learnt as different ones. If they are one, write them alike"
         for group in alike.values()
         if len(group) > 1
     ]
@@ -193,8 +193,8 @@ def count_classes(seen: LabelCounts, names: Sequence[str]) -> NDArray[np.int64]:
 def targets(labels: Labels, local_ids: NDArray[np.int64], vocabulary: Sequence[str]) -> NDArray[np.generic]:
     """Targets of a head for one row, whose labels are given as indices into `vocabulary`.
 
-    Class ids int64 [N], a number float32 [1], or 0 and 1 for each class float32 [1, C]. Raises DataError for a label
-    that is not one of the classes.
+    Class ids int64 [N], a number float32 [1], or 0 and 1 for each class float32 [1, C]. Raises DataError for a
+    label that is not one of the classes.
     """
     if labels.kind == "number":
         return np.array([float(vocabulary[i]) for i in local_ids], np.float32)

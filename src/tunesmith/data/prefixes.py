@@ -1,8 +1,8 @@
 """Prefixes that rows of a micro-batch share, so that a causal model computes them once.
 
-The states of a causal model at a token follow from the tokens up to it alone: rows with one prefix have the same states
-there, and the gradients of their losses add up. Nothing is approximated. The idea for preference pairs:
-Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.
+The states of a causal model at a token follow from the tokens up to it alone: rows with one prefix have the
+same states there, and the gradients of their losses add up. Nothing is approximated. The idea for preference
+pairs: Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305.
 """
 
 # T tokens of one row
@@ -72,8 +72,8 @@ def share_prefixes(batch: Batch, rows: Sequence[NDArray[np.int32]]) -> Batch:
 
 
 def prefix_groups(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
-    """Group rows by prefix so that the fewest tokens are computed; every row is longer than its group's prefix, which
-    is empty for a row on its own.
+    """Group rows by prefix so that the fewest tokens are computed; every row is longer than its group's prefix,
+    which is empty for a row on its own.
 
     A function of the rows alone. Groups are in the order of their first member, members in the order given.
     """
@@ -92,8 +92,8 @@ def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
 def stretches(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
     """Stretches that a micro-batch of these rows computes, prefixes before what follows; as many as rows if none share.
 
-    Groups as `prefix_groups` finds them, or prefixes within prefixes where that computes fewer tokens: a system prompt
-    that all rows begin with, then the prompts of two answers each.
+    Groups as `prefix_groups` finds them, or prefixes within prefixes where that computes fewer tokens: a system
+    prompt that all rows begin with, then the prompts of two answers each.
     """
     flat = []
     for group in prefix_groups(rows):

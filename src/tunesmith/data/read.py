@@ -38,15 +38,15 @@ _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?
 def expand_folders(
     files: Sequence[DataFile], on_problem: OnProblem, *, trained: bool = False, how: Reading = AS_IT_IS
 ) -> tuple[DataFile, ...]:
-    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight, and each
-    address by the files that it names.
+    """The files, each folder replaced by the documents in it, or by its files of rows, which take its weight,
+    and each address by the files that it names.
 
-    Documents end in .txt, .md or as `how` says, or where there are none have no suffix; a README next to files of rows
-    is not one. Hidden files and folders are left out; all others are named in one warning a folder.
+    Documents end in .txt, .md or as `how` says, or where there are none have no suffix; a README next to files
+    of rows is not one. Hidden files and folders are left out; all others are named in one warning a folder.
 
     Raises:
-        DataError: a folder cannot be listed, or holds nothing to read, or is `trained` on and holds held-out files
-            among others; all such folders are named.
+        DataError: a folder cannot be listed, or holds nothing to read, or is `trained` on and holds held-out
+            files among others; all such folders are named.
     """
     expanded: list[DataFile] = []
     refused: list[Problem] = []
@@ -145,8 +145,8 @@ def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str], ar
 
 
 def _walk(folder: str, models: list[str]) -> Iterator[str]:
-    """Every file that is not hidden, by its path from the folder on. Folders in it that hold a model or a run, whose
-    vocabularies and reports are no documents, are not walked: `models` gets their paths."""
+    """Every file that is not hidden, by its path from the folder on. Folders in it that hold a model or a run,
+    whose vocabularies and reports are no documents, are not walked: `models` gets their paths."""
 
     def refuse(error: OSError) -> None:
         raise refusal(str(error.filename), 0, "unreadable", f"the folder cannot be listed: {error.strerror}.")
@@ -178,12 +178,12 @@ def read(
 ) -> Iterator[tuple[int, JsonObject, Source]]:
     """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
 
-    A row that cannot be read goes to `on_problem`, and reading continues with the next one. `facts` gets the facts of
-    every file and document of a folder, before its first row, and is kept up to date.
+    A row that cannot be read goes to `on_problem`, and reading continues with the next one. `facts` gets the
+    facts of every file and document of a folder, before its first row, and is kept up to date.
 
     Raises:
-        DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row begins.
-            Files that cannot be opened are named together, before the first row.
+        DataError: a file cannot be read, holds no row, or is broken so that nobody can say where its next row
+            begins. Files that cannot be opened are named together, before the first row.
     """
     for index, of_address in inspect_files(files, on_problem, how):
         with local(of_address.at) if is_address(of_address.at) else nullcontext("") as local_path:

@@ -25,8 +25,8 @@ _AS_CSV = "Save the sheet as CSV."
 
 
 def excel_rows(facts: FileFacts, *, limits: Limits, on_bad: OnBadRow) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row's number in the sheet and values by column; formulas have the values that Excel last computed. Empty
-    rows are left out.
+    """Each row's number in the sheet and values by column; formulas have the values that Excel last computed.
+    Empty rows are left out.
 
     Raises `DataError` where the file is damaged or too large, and where openpyxl is not installed.
     """

@@ -1,5 +1,5 @@
-"""JSON lines and JSON arrays, one row at a time in memory, and strict JSON: what orjson accepts silently is refused
-here, with place and reason."""
+"""JSON lines and JSON arrays, one row at a time in memory, and strict JSON: what orjson accepts silently is
+refused here, with place and reason."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def loads(raw: bytes, *, depth: int) -> Any:
     """The value of one JSON text.
 
     Raises:
-        BadRow: it is not JSON, nests deeper than `depth`, names a key twice, or holds NaN, a NUL, a lone surrogate,
-            or a whole number that cannot be kept exactly.
+        BadRow: it is not JSON, nests deeper than `depth`, names a key twice, or holds NaN, a NUL, a lone
+            surrogate, or a whole number that cannot be kept exactly.
     """
     if raw.count(b"{") + raw.count(b"[") > depth:
         check_depth(raw, depth)
@@ -220,8 +220,8 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
 
 
 def count_blank(num: int, facts: FileFacts) -> int:
-    """One blank line more than `num` since the last row. Raises `DataError` after `MOST_BLANK`: a packed file of a
-    megabyte can hold a thousand million."""
+    """One blank line more than `num` since the last row. Raises `DataError` after `MOST_BLANK`: a packed file
+    of a megabyte can hold a thousand million."""
     if num < MOST_BLANK:
         return num + 1
     message = f"more than {MOST_BLANK:,} lines before it are blank."

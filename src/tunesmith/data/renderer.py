@@ -142,9 +142,9 @@ Encoded = list[Row] | list[Problem]
 class Renderer:
     """Turns examples into rows for one task and kind of model, with the ids that serving will feed.
 
-    `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the options of
-    `data`; None: as the option's "auto" or null. `pooling`: for texts that become vectors.
-    Raises `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for options that leave a
+    `max_tokens`: longest row, None for no limit. `too_long`, `control_tokens`, `stride` and `prompt` are the
+    options of `data`; None: as the option's "auto" or null. `pooling`: for texts that become vectors. Raises
+    `ModelError` for a tokenizer or template that cannot be trained with, `RecipeError` for options that leave a
     row no room.
     """
 
@@ -175,8 +175,8 @@ class Renderer:
         """SHA-256 of the template and of what makes ids of text."""
 
     def is_of(self, known: str) -> bool:
-        """Whether a run with that fingerprint has this template and tokenizer, as far as the version that began it
-        could tell."""
+        """Whether a run with that fingerprint has this template and tokenizer, as far as the version that began
+        it could tell."""
         return known in (
             self.fingerprint,
             fingerprint(self.tokenizer, self._encoder.template_text, vocabulary=False),
@@ -213,9 +213,9 @@ class Renderer:
     ) -> list[int]:
         """The ids that serving feeds to have `parts` answered, or a document continued; the same code as training.
 
-        Where `data.too_long` is cut, a document that a causal model summarizes is cut down to `max_tokens`, which
-        leaves room for the summary, and the source of an encoder–decoder as in training; `on_cut` receives the number
-        of tokens that were cut off. Raises `DataError` when the template refuses the parts.
+        Where `data.too_long` is cut, a document that a causal model summarizes is cut down to `max_tokens`,
+        which leaves room for the summary, and the source of an encoder–decoder as in training; `on_cut`
+        receives the number of tokens that were cut off. Raises `DataError` when the template refuses the parts.
         """
         return self._encoder.prompt_ids(parts, tools, max_tokens, on_cut)
 

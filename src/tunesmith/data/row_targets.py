@@ -44,8 +44,8 @@ def write_targets(
     masked: float | None = None,
     partner_tokens: int | None = None,
 ) -> None:
-    """Write what is learnt into the store of each side: (store, rows that are used). `partner_tokens` None: rows need
-    no partners."""
+    """Write what is learnt into the store of each side: (store, rows that are used). `partner_tokens` None:
+    rows need no partners."""
     for store in dict.fromkeys(store for store, _ in sides):
         targets = RowTargets(labels, masked)
         if partner_tokens is not None:
@@ -65,9 +65,9 @@ def write_reference(store: RowStore, rows_I: NDArray[np.int64], values_IK: NDArr
 def partners_of(
     parts: Sequence[NDArray[np.int64]], hashes_I: NDArray[np.uint64], inputs_I: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """[I], the partner of each row within its part: the next row by content hash, wrapping round, that has a different
-    prompt. If all prompts are equal, a row is its own partner; of a row in several parts the last one counts, and a row
-    in none has -1."""
+    """[I], the partner of each row within its part: the next row by content hash, wrapping round, that has a
+    different prompt. If all prompts are equal, a row is its own partner; of a row in several parts the last one
+    counts, and a row in none has -1."""
     partners_I = np.full(len(hashes_I), -1, np.int64)
     for rows_I in parts:
         order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]

@@ -1,7 +1,7 @@
 """Rows of each step, and their division into micro-batches, which go through the model together.
 
-All of it is a pure function of (lengths, weights, seed, epoch), so any step can be named, repeated and resumed to
-without replaying those before it.
+All of it is a pure function of (lengths, weights, seed, epoch), so any step can be named, repeated and resumed
+to without replaying those before it.
 """
 
 # I rows, R places in an epoch, a pool or a step, B rows of a micro-batch, S sides of a row
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 MicroBatch = tuple[int, ...]
 """Indices of the rows that go through the model together in one forward and backward."""
 MICRO_BATCH_COST, COST_ON_CARD = 64, 4096
-"""Cost of a micro-batch in addition to its tokens, in tokens: what a small model on a CPU computes in that time, or a
-card in the 40 to 90 ms that it takes to start all operations of a micro-batch."""
+"""Cost of a micro-batch in addition to its tokens, in tokens: what a small model on a CPU computes in that
+time, or a card in the 40 to 90 ms that it takes to start all operations of a micro-batch."""
 MOST_READ = 4
-"""Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys of its
-prefix."""
+"""Times its tokens that the rows of a micro-batch may have where prefixes are shared: each row keeps the keys
+of its prefix."""
 MULTIPLE = 32
-"""Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing of a
-large one."""
+"""Tokens that the size of a padded packed micro-batch is a multiple of: an eighth of one of short rows, nothing
+of a large one."""
 ORDER_VERSION = "2"
-"""Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its own only.
-In version 1 seed s + 1 gave the order of seed s with every row number lowered by one."""
+"""Version of what `sort_keys` draws: the order of rows, fractional weights and masks. A run resumes with its
+own only. In version 1 seed s + 1 gave the order of seed s with every row number lowered by one."""
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -60,8 +60,8 @@ class StepSampler:
     sources_I: NDArray[np.int64] | None = None
     """The number of each row's source, where a fraction of each source is taken; None: of all rows of one weight."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
-    """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what is
-    computed. None: rows are computed whole."""
+    """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what
+    is computed. None: rows are computed whole."""
     part: tuple[int, int] = (0, 1)
     """(rank, size): the share of a step that `step` gives, of as many as there are processes."""
     pass_cost: int = MICRO_BATCH_COST
@@ -121,8 +121,8 @@ class StepSampler:
         )
 
     def _units(self, rows: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(tokens, places in `rows`) of what one process computes: copies of a row, so that `copies_in` numbers them,
-        and rows with one prefix, unless they are more than a fair share."""
+        """(tokens, places in `rows`) of what one process computes: copies of a row, so that `copies_in` numbers
+        them, and rows with one prefix, unless they are more than a fair share."""
         lengths, copies = self.lengths_of(rows), dict[int, list[int]]()
         for at, row in enumerate(rows):
             copies.setdefault(row, []).append(at)
@@ -187,9 +187,9 @@ def make_micro_batches(
     """Group rows into micro-batches of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
 
     Every row is in exactly one micro-batch. Packed rows are placed by best-fit decreasing (Johnson et al. 1974,
-    "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by length,
-    and padding counts, as does each micro-batch (`cost`, in tokens). `targets`: for an encoder–decoder the tokens of
-    each row that its decoder reads, which are padded apart from the others.
+    "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by
+    length, and padding counts, as does each micro-batch (`cost`, in tokens). `targets`: for an encoder–decoder
+    the tokens of each row that its decoder reads, which are padded apart from the others.
     """
     if layout == "packed":
         by_length = sorted(range(len(rows)), key=lambda i: (-lengths[i], rows[i], i))
@@ -287,8 +287,8 @@ def _cut_padded(sides_RS: NDArray[np.int64], tokens_per_pass: int, cost: int) ->
 
 
 def sort_keys(items: NDArray[np.int64], seed: int, epoch: int, *, salt: int, copy: int = 0) -> NDArray[np.uint64]:
-    """One 64-bit sort key per item: splitmix64 of (seed, epoch, salt, copy, item), the same on every platform and
-    numpy release.
+    """One 64-bit sort key per item: splitmix64 of (seed, epoch, salt, copy, item), the same on every platform
+    and numpy release.
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", figure 17.
     """

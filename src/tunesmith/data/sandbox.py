@@ -1,8 +1,8 @@
 """Jinja for templates that others wrote: what transformers gives them, and bounds on what a rendering may compute.
 
-Whatever a template makes passes through here: operators, literals, slices, calls, filters and what is written. So no
-operation in C, which nothing can interrupt, takes much more than a second or `TEXT_CHARS`, and each looks at the clock.
-Imports neither torch nor transformers.
+Whatever a template makes passes through here: operators, literals, slices, calls, filters and what is written.
+So no operation in C, which nothing can interrupt, takes much more than a second or `TEXT_CHARS`, and each looks
+at the clock. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def encode_rows(
     """Every row encoded once and split. Bad rows are an error or are counted, as `data.bad_rows` says.
 
     Raises:
-        DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is "error", or
-            labels cannot be learnt, see `resolve_labels`.
+        DataError: rows cannot be used, no row is left, rows of both sides overlap and `data.overlap` is
+            "error", or labels cannot be learnt, see `resolve_labels`.
         RecipeError: data.labels or train.class_weights do not fit the labels, or data.columns the shapes.
     """
     # 1. The files of each side: folders become their documents.
@@ -283,9 +283,9 @@ def texts_of(
 def times_per_epoch(data: Data, rows_F: Sequence[int]) -> NDArray[np.float64]:
     """[F], how often each row of each file of `data.train` and `data.replay` is seen in an epoch.
 
-    `rows_F`: rows of each file that are trained. With `data.mix: times` these are the weights. With shares each source
-    has its weight's share of the rows of `data.train`, and the epoch ends where the first source is used up: no row is
-    seen twice in it.
+    `rows_F`: rows of each file that are trained. With `data.mix: times` these are the weights. With shares each
+    source has its weight's share of the rows of `data.train`, and the epoch ends where the first source is used
+    up: no row is seen twice in it.
 
     Raises DataError if a source that is to have a share has no row.
     """
@@ -308,8 +308,8 @@ def source_ids(data: Data) -> NDArray[np.int64]:
 
 
 def mix(data: Data, rows_F: Sequence[int]) -> list[JsonObject]:
-    """Each source as {"path", "rows", "times", "share"}: its rows that are trained, how often each is seen per epoch,
-    and its share of the rows of an epoch. Empty for a single source that is seen once."""
+    """Each source as {"path", "rows", "times", "share"}: its rows that are trained, how often each is seen per
+    epoch, and its share of the rows of an epoch. Empty for a single source that is seen once."""
     files, times_F, by_source = (*data.train, *data.replay), times_per_epoch(data, rows_F), dict[int, JsonObject]()
     for file, source, num, times in zip(files, source_ids(data).tolist(), rows_F, times_F.tolist(), strict=True):
         entry = by_source.setdefault(source, {"path": file.source, "rows": 0, "times": times})

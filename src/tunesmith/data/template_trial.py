@@ -2,8 +2,8 @@
 
     python -m tunesmith.data.template_trial
 
-is that process, which may take little memory and time. It imports Jinja and nothing of torch: a tenth of a second. What
-a template does only to later rows meets the bounds of `sandbox`.
+is that process, which may take little memory and time. It imports Jinja and nothing of torch: a tenth of a
+second. What a template does only to later rows meets the bounds of `sandbox`.
 """
 
 from __future__ import annotations

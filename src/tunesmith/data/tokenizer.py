@@ -94,8 +94,8 @@ class FastTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer written in Python, which gives "
-                "no character offsets of its tokens. Use a model folder with a tokenizer.json."
+                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} is a tokenizer written in Python, which "
+                "gives no character offsets of its tokens. Use a model folder with a tokenizer.json."
             )
         self.name = str(tokenizer.name_or_path)
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -202,8 +202,8 @@ class ControlTokens:
         return match.group() if match else None
 
     def num_common(self, texts: Sequence[str]) -> int:
-        """Characters that all texts begin with, before a control token that cuts them: what precedes it has the same
-        tokens in each, and what follows is tokenized as if it began there. 0 for a single text."""
+        """Characters that all texts begin with, before a control token that cuts them: what precedes it has the
+        same tokens in each, and what follows is tokenized as if it began there. 0 for a single text."""
         matches = self._control_re.finditer(commonprefix(texts)) if len(texts) > 1 else ()  # noqa: RUF071 (it is text)
         return max((match.start() for match in matches if self._id_of[match.group()] in self._cuts), default=0)
 
@@ -273,8 +273,8 @@ def check_against_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(expected))
         raise ModelError(
             f"{file}: transformers reads it as another tokenizer: {len(actual)} tokens for a probe text of "
-            f"{len(expected)}, the first difference at token {at + 1}. What is trained would not be what the model "
-            "knows. Use a release of transformers that agrees with the file."
+            f"{len(expected)}, the first difference at token {at + 1}. What is trained would not be what the "
+            "model knows. Use a release of transformers that agrees with the file."
         )
 
 
@@ -302,8 +302,8 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, template_text: str, *, vocab
 
 
 def serialized(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Rust tokenizer as its tokenizer.json has it, without padding and truncation, which calls change: all that
-    ids follow from. A tokenizer without one is refused by `FastTokenizer`."""
+    """The Rust tokenizer as its tokenizer.json has it, without padding and truncation, which calls change: all
+    that ids follow from. A tokenizer without one is refused by `FastTokenizer`."""
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()

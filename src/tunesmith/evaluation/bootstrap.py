@@ -1,9 +1,9 @@
 """Percentile intervals of the bootstrap, and the metrics as functions of row weights that it needs.
 
-Efron & Tibshirani 1993, §13.3. Rows are drawn with replacement, always the same ones for the same number of rows, so
-that a report repeats. A resample is a vector of weights: how often each row was drawn. A metric takes all resamples at
-once. With all weights 1 it is the number that scikit-learn, scipy or seqeval computes; with the weights of a resample
-it is that number for the rows drawn.
+Efron & Tibshirani 1993, §13.3. Rows are drawn with replacement, always the same ones for the same number of
+rows, so that a report repeats. A resample is a vector of weights: how often each row was drawn. A metric takes
+all resamples at once. With all weights 1 it is the number that scikit-learn, scipy or seqeval computes; with
+the weights of a resample it is that number for the rows drawn.
 """
 
 # I rows, P predictions, R resamples, C classes, G groups of equal values
@@ -83,8 +83,8 @@ def value_of(statistic: Statistic, num_rows: int) -> float:
 def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
     """The value between the percentiles of the resamples in which it is defined, further out the fewer rows it is of.
 
-    Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a mean the
-    interval is as wide as Student's t, which percentiles alone miss by 23 % at 6 rows.
+    Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a
+    mean the interval is as wide as Student's t, which percentiles alone miss by 23 % at 6 rows.
     """
     defined = values_R[~np.isnan(values_R)]
     if not np.isfinite(value) or not len(defined):
@@ -97,8 +97,8 @@ def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
 def paired_interval(difference: float, differences_R: Floats, num_rows: float) -> Interval:
     """`interval` of a difference, and at least as wide as Student's t around it with the spread of the resamples.
 
-    Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a few rows
-    differ by far more than others, which the percentiles of few rows do not show.
+    Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a
+    few rows differ by far more than others, which the percentiles of few rows do not show.
     """
     spread = interval(difference, differences_R, num_rows)
     if math.isnan(spread["low"]):
@@ -116,8 +116,8 @@ def expanded(num_rows: float) -> float:
 
 
 def student_t(free: float) -> float:
-    """The quantile of Student's t that leaves half of `COVERED` above 0: Abramowitz and Stegun 1964, 26.7.5, which is
-    right to 0.003 from 4 degrees of freedom on, and too small, so that it is never too wide, below."""
+    """The quantile of Student's t that leaves half of `COVERED` above 0: Abramowitz and Stegun 1964, 26.7.5,
+    which is right to 0.003 from 4 degrees of freedom on, and too small, so that it is never too wide, below."""
     z = NormalDist().inv_cdf((1 + COVERED) / 2)
     terms = (
         (z**3 + z) / 4,
@@ -176,8 +176,8 @@ def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statis
 def macro_f1(right_IC: Counts, both_IC: Counts, *, absent_count: bool) -> Statistic:
     """Mean F1 of classes from what each row adds: how often a class is right, and how often it is found or true.
 
-    A class that is neither found nor true counts 0 (`absent_count`, as scikit-learn where a row has any number of
-    classes) or is left out of the mean (as where each item has one).
+    A class that is neither found nor true counts 0 (`absent_count`, as scikit-learn where a row has any number
+    of classes) or is left out of the mean (as where each item has one).
     """
     rights_IC, boths_IC = np.asarray(right_IC, np.float64), np.asarray(both_IC, np.float64)
 

@@ -20,8 +20,8 @@ from tunesmith.types import JsonObject, Record
 Results = Sequence[Record]
 """Lines of evaluation/<name>.jsonl, see `scores.RowResult`."""
 HABITS = ("longer_chosen", "likelier_chosen")
-"""Measures that choose an answer without knowing preferences: its length, and how likely the untouched model finds its
-tokens in the mean, which a row of rewards does not hold."""
+"""Measures that choose an answer without knowing preferences: its length, and how likely the untouched model
+finds its tokens in the mean, which a row of rewards does not hold."""
 
 
 def column(rows: Results, key: str) -> Floats:
@@ -29,8 +29,8 @@ def column(rows: Results, key: str) -> Floats:
 
 
 def gains(row: Record, what: str) -> Floats:
-    """The lead of the better of each two answers of a row in what the model compares ("margin") or in a habit; for an
-    answer that is alone, its own value."""
+    """The lead of the better of each two answers of a row in what the model compares ("margin") or in a habit;
+    for an answer that is alone, its own value."""
     if what == "margin" and "rewards" not in row:
         return np.array([row["margin"]], np.float64)
     values = np.array(row["rewards" if what == "margin" else "lengths"], np.float64)

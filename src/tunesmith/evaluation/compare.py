@@ -44,8 +44,8 @@ NEAR_POOL = (
     "among the documents of the measured rows alone"
 )
 OTHER_POOLS = (
-    "the two searched different documents, so their ranks and losses do not compare. Measure both on one file with "
-    "tunesmith eval"
+    "the two searched different documents, so their ranks and losses do not compare. Measure both on one file "
+    "with tunesmith eval"
 )
 CONSTANT_METRICS: Mapping[RowKind, tuple[str, ...]] = {
     "tokens": (),
@@ -74,8 +74,8 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0: other rows of the same kind would hardly reverse the difference. Never of
-        fewer than `FEWEST_ROWS`."""
+        """Whether the interval excludes 0: other rows of the same kind would hardly reverse the difference.
+        Never of fewer than `FEWEST_ROWS`."""
         excludes_0 = self.b_minus_a["low"] > 0 or self.b_minus_a["high"] < 0
         return excludes_0 and self.b_minus_a["value"] != 0 and self.num_rows >= FEWEST_ROWS
 
@@ -96,8 +96,8 @@ class Comparison:
     are_documents: bool
     """Whether rows are documents, their windows added up."""
     same_targets: bool
-    """False: the models split the texts into other tokens, so losses per token, perplexity and token accuracy do not
-    compare; bits per byte do."""
+    """False: the models split the texts into other tokens, so losses per token, perplexity and token accuracy
+    do not compare; bits per byte do."""
     loss_note: str
     """A note where the two weigh classes differently, or searched other documents; else empty."""
     metrics: dict[str, Difference]
@@ -123,8 +123,8 @@ def compare_rows(
     shared = [key for key in a_by_key if key in b_by_key]
     if not shared:
         raise InputError(
-            f"they have no row in common (the first has {len(a_by_key):,}, the second {len(b_by_key):,}), and only "
-            "evaluations of the same rows can be compared. Measure both on one file with tunesmith eval."
+            f"they have no row in common (the first has {len(a_by_key):,}, the second {len(b_by_key):,}), and "
+            "only evaluations of the same rows can be compared. Measure both on one file with tunesmith eval."
         )
     a, b = [a_by_key[key] for key in shared], [b_by_key[key] for key in shared]
     kinds = [{kind_of(row) for row in rows} for rows in (a, b)]
@@ -233,8 +233,8 @@ def compare_answers(answers_a: Iterable[Record], answers_b: Iterable[Record]) ->
 def rows_against_constant(
     rows: Sequence[RowResult], constant: Any, *, classes: Sequence[str] = ()
 ) -> dict[str, Difference]:
-    """The model of the rows (B) against always answering `constant` (A): a class, a list of classes, a number, or the
-    tag of every word. Paired: both on the same rows."""
+    """The model of the rows (B) against always answering `constant` (A): a class, a list of classes, a number,
+    or the tag of every word. Paired: both on the same rows."""
     units = list(by_key(rows).values())
     kind = kind_of(units[0])
     if kind in _NAMES and constant in HABITS:
@@ -289,8 +289,8 @@ def changes(
 def row_baseline(rows: Sequence[RowResult], constant: Record | None, classes: Sequence[str] = ()) -> Any:
     """Metrics of a constant answer on the same rows, JSON-ready; None for tasks without one, or if it is not known.
 
-    `constant` is {"answer", "from"} of `score`. In {"name", "words", "from", "rows", "key", "measures"}, `key` is the
-    metric of the verdict; each metric has the baseline's value and the paired change to the model.
+    `constant` is {"answer", "from"} of `score`. In {"name", "words", "from", "rows", "key", "measures"}, `key`
+    is the metric of the verdict; each metric has the baseline's value and the paired change to the model.
     """
     if constant is None or not rows:
         return None
@@ -402,12 +402,12 @@ def preference_notes(measures: Mapping[str, Record]) -> Iterator[str]:
     accuracy = value["preference_accuracy"]
     if measures["preference_accuracy"].get("high", 1.0) < min(value[habit] for habit in _HABITS if habit in value):
         yield (
-            f"{percent(accuracy)} of the held-out preferences are right, fewer than by choosing the longer answer or "
-            "the likelier one: chosen and rejected may be the wrong way round"
+            f"{percent(accuracy)} of the held-out preferences are right, fewer than by choosing the longer "
+            "answer or the likelier one: chosen and rejected may be the wrong way round"
         )
     chosen, rejected = (value.get(key, 0.0) for key in ("chosen_shift", "rejected_shift"))
     if chosen < UNLEARNT:
         yield (
-            f"chosen answers lost {-chosen:.2f} nats a token, rejected ones {-rejected:.2f}: the model unlearns both. "
-            "prefer.nll: 1 keeps the chosen ones likely, and so does a lower optim.lr"
+            f"chosen answers lost {-chosen:.2f} nats a token, rejected ones {-rejected:.2f}: the model "
+            "unlearns both. prefer.nll: 1 keeps the chosen ones likely, and so does a lower optim.lr"
         )

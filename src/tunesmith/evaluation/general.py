@@ -1,7 +1,7 @@
 """Forgetting probe: the loss of general text before and after training.
 
-The text is general.txt in this folder, in the public domain (CC0). It is measured in micro-batches of one size on every
-machine, so that two runs can be compared.
+The text is general.txt in this folder, in the public domain (CC0). It is measured in micro-batches of one size
+on every machine, so that two runs can be compared.
 """
 
 # T tokens, P passages
@@ -33,8 +33,8 @@ TOKENS_PER_PASS = 512
 TOKENS_NEEDED = 384
 """Positions of a model that reads a passage of the general text with room to spare."""
 BOUND = 0.1
-"""Rise of the general loss, in nats, beyond which a run is warned of. By the fit of Hoffmann et al. 2022 (equation 10:
-406.4 / N^0.34) a model of a billion parameters that was halved would lose as much."""
+"""Rise of the general loss, in nats, beyond which a run is warned of. By the fit of Hoffmann et al. 2022
+(equation 10: 406.4 / N^0.34) a model of a billion parameters that was halved would lose as much."""
 
 
 def can_generate(head: HeadName, *, is_causal: bool, max_tokens: int) -> bool:
@@ -51,8 +51,8 @@ def passages() -> list[str]:
 def general_rows(tokenizer: Any) -> list[Row]:
     """The general text as rows of at most `MAX_TOKENS`: every token of a passage but its first is a target once.
 
-    Control tokens that the tokenizer writes around a text are not targets: whether a text ends says nothing of the
-    language. Raises ModelError for a tokenizer that cannot be used.
+    Control tokens that the tokenizer writes around a text are not targets: whether a text ends says nothing of
+    the language. Raises ModelError for a tokenizer that cannot be used.
     """
     control = ControlTokens(tokenizer, "")
     rows = []
@@ -116,7 +116,7 @@ def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str,
     if moved["value"] <= BOUND:
         return f"{line}, within the bound of {BOUND:+} nats.", False
     return (
-        f"{line}, past the bound of {BOUND:+} nats: general ability was lost. These keep more of it: a lower optim.lr, "
-        "fewer train.epochs, LoRA with method.targets=mlp, general rows mixed in with data.replay. "
+        f"{line}, past the bound of {BOUND:+} nats: general ability was lost. These keep more of it: a lower "
+        "optim.lr, fewer train.epochs, LoRA with method.targets=mlp, general rows mixed in with data.replay. "
         "More: tunesmith explain it-forgets"
     ), True

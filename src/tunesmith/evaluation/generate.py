@@ -31,8 +31,8 @@ LEAST_CHUNK = 32
 FEW_ANSWERS = 16
 """Prompts answered before and after a run for a person to read."""
 SHORT_TOKENS, SHORT_LIMIT, MOST_SHORT = 8, 16, 256
-"""Answers of at most 8 tokens, as a class, a name or a date, are right or wrong as a whole: 256 of those are answered
-and counted, with 16 tokens at most."""
+"""Answers of at most 8 tokens, as a class, a name or a date, are right or wrong as a whole: 256 of those are
+answered and counted, with 16 tokens at most."""
 MOSTLY = 0.9
 PREFIX_TOKENS = 48
 """Tokens of a document that are given as the prompt of a sample."""
@@ -58,8 +58,8 @@ def generate(
     """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a prompt that
     are read at a time.
 
-    Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is padded
-    on the right, because BART and its like count positions from the first token.
+    Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is
+    padded on the right, because BART and its like count positions from the first token.
     """
     longest = max(map(len, prompts))
     has_decoder = model.config.is_encoder_decoder
@@ -81,8 +81,8 @@ def _generate(
     model: PreTrainedModel, renderer: Renderer, max_new_tokens: int, ids_BT: Tensor, mask_BT: Tensor, **reads: int
 ) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
-    # Every value is explicit, so that nothing left in the model's own generation config can change an answer. Padding
-    # follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
+    # Every value is explicit, so that nothing left in the model's own generation config can change an answer.
+    # Padding follows an end only: where nothing ends an answer, no answer is padded, whatever its id.
     stop_ids = renderer.stop_ids
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_ids) or None,
@@ -101,8 +101,8 @@ def _generate(
 def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block the output layer gets the last tokens of prompts as a matrix of their own.
 
-    They are a slice of all tokens, and for a slice torch's matmul copies the layer's weights once for each prompt:
-    54 MiB each for SmolLM2, a GiB for 128,256 tokens of size 4,096.
+    They are a slice of all tokens, and for a slice torch's matmul copies the layer's weights once for each
+    prompt: 54 MiB each for SmolLM2, a GiB for 128,256 tokens of size 4,096.
     """
     head = model.get_output_embeddings()
     if head is None:

@@ -165,8 +165,8 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "lists": ("loss", "recall_1", "mrr_10", "ndcg_10", "spearman"),
     "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }
-"""Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own: bits per
-byte documents, ROC AUC two classes, span metrics tags that mark spans."""
+"""Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own:
+bits per byte documents, ROC AUC two classes, span metrics tags that mark spans."""
 
 
 def info_of(key: str) -> MetricInfo:

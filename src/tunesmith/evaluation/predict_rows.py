@@ -65,12 +65,12 @@ def predict_rows(
     world: World | None = None,
     answering: Continuation | None = None,
 ) -> Predictions:
-    """Predictions for the given rows of the collator's store, in the order given. `answering`: goes on from the prompts
-    of rows that this process reads.
+    """Predictions for the given rows of the collator's store, in the order given. `answering`: goes on from the
+    prompts of rows that this process reads.
 
-    They do not depend on how rows are cut into micro-batches, and no random number of the loop is consumed: the mask of
-    a row follows from the row alone. The micro-batches are dealt to the ranks of `world`, and every rank gets all
-    predictions: with the bits that one process gives.
+    They do not depend on how rows are cut into micro-batches, and no random number of the loop is consumed: the
+    mask of a row follows from the row alone. The micro-batches are dealt to the ranks of `world`, and every
+    rank gets all predictions: with the bits that one process gives.
     """
     store, world = collator.store, world or World()
     place = {row: i for i, row in enumerate(rows)}
@@ -145,9 +145,9 @@ def row_results(
 ) -> list[RowResult]:
     """One JSON-ready result a row: hash, loss, count, and what was predicted.
 
-    Tokens have `correct`; classes `label`, `predicted` and the `probability` of the prediction (lists where a row has
-    any number of classes); numbers `value` and `predicted`; words `tags` and `predicted`. Where the loss covers the
-    whole text of a document's window, `bytes` is the size of that text.
+    Tokens have `correct`; classes `label`, `predicted` and the `probability` of the prediction (lists where a
+    row has any number of classes); numbers `value` and `predicted`; words `tags` and `predicted`. Where the
+    loss covers the whole text of a document's window, `bytes` is the size of that text.
     """
     sums = (hashes_I.tolist(), found.losses_I.tolist(), found.counts_I.tolist(), found.num_bytes_I.tolist())
     results: list[RowResult] = []

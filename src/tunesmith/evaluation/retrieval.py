@@ -38,8 +38,8 @@ MeasuredRows = tuple[RowStore, NDArray[np.int64], Predictions]
 
 
 class Bm25:
-    """Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework", section 3.4, with Lucene's logarithm, which
-    is never negative."""
+    """Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework", section 3.4, with Lucene's
+    logarithm, which is never negative."""
 
     def __init__(self, documents: Sequence[str]) -> None:
         self._words = WordTokenizer().tokenize
@@ -167,8 +167,8 @@ def _searched(
     is_shown_M: NDArray[np.bool_],
     options: Embed,
 ) -> JsonObject:
-    """The rank of a document among those that are shown, by the vectors at each of their sizes and by BM25, and the
-    loss."""
+    """The rank of a document among those that are shown, by the vectors at each of their sizes and by BM25, and
+    the loss."""
     first, *cut = (_rank(scores_M, right, is_shown_M) for scores_M in scores)
     logits_M = options.scale * scores[0].astype(np.float64)
     return {

@@ -80,8 +80,8 @@ def score(
 
 
 def loss_by_source(rows: Sequence[RowResult], sources: Sequence[str]) -> dict[str, JsonObject]:
-    """Rows and loss of each source, {"rows": 12, "loss": {"value", "low", "high"}}, of 2 to `MOST_SOURCES`; else empty.
-    `sources`: the source of each row."""
+    """Rows and loss of each source, {"rows": 12, "loss": {"value", "low", "high"}}, of 2 to `MOST_SOURCES`;
+    else empty. `sources`: the source of each row."""
     names = list(dict.fromkeys(sources))
     if not 1 < len(names) <= MOST_SOURCES:
         return {}
@@ -112,8 +112,8 @@ _MARKS: Mapping[str, RowKind] = {
 def by_key(rows: Iterable[RowResult]) -> dict[tuple[str, int], RowResult]:
     """The units that are resampled, in the order of their hashes, whatever the order of the rows.
 
-    Keys are a row's hash and how many rows with that hash came before. The windows of a document, which share its hash,
-    are one unit: their sums are added up.
+    Keys are a row's hash and how many rows with that hash came before. The windows of a document, which share
+    its hash, are one unit: their sums are added up.
     """
     units: dict[tuple[str, int], RowResult] = {}
     for key, row in keyed(rows):
@@ -258,8 +258,8 @@ def mark_spans(names: Sequence[str]) -> bool:
 
 
 def _span_counts(rows: Sequence[RowResult], types: Sequence[str] | None = None) -> NDArray[np.int64]:
-    """Spans of each row that are right, found and true, by type, int64 [I, 3, types]; seqeval's default mode, which
-    reads IOB1 and IOB2 as conlleval does."""
+    """Spans of each row that are right, found and true, by type, int64 [I, 3, types]; seqeval's default mode,
+    which reads IOB1 and IOB2 as conlleval does."""
     spans = [[_spans(row[key]) for row in rows] for key in ("tags", "predicted")]
     kinds = types if types is not None else sorted({kind for side in spans for row in side for kind, _, _ in row})
     counts = np.zeros((len(rows), 3, len(kinds)), np.int64)
@@ -403,8 +403,8 @@ def are_short(references: Sequence[str]) -> bool:
 def score_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, Interval]:
     """exact_match, rouge1, rouge2, rougeL and length_ratio; {} for no answers.
 
-    Without rouge2 where no reference has two words, since it is 0 for any answer then. The order of the answers has no
-    say.
+    Without rouge2 where no reference has two words, since it is 0 for any answer then. The order of the answers
+    has no say.
     """
     if not answers:
         return {}

@@ -1,5 +1,5 @@
-"""Exports: the targets, the checks of their options, and the way of an export, which is written next to its place,
-compared, described, and only then moved there."""
+"""Exports: the targets, the checks of their options, and the way of an export, which is written next to its
+place, compared, described, and only then moved there."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def export_run(
     on_progress: OnProgress = lambda what, done, total: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> Exported:
-    """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`. `on_note`
-    gets what should be known before it is done, such as the minutes that the comparison will take.
+    """Export the result of a finished run, whole or not at all. `out` None: into the run's folder `exports`.
+    `on_note` gets what should be known before it is done, such as the minutes that the comparison will take.
 
     Raises:
         InputError: the run has no result, or not one that this target can carry; nothing was written.

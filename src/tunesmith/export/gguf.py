@@ -117,8 +117,8 @@ def check_model(result: RunResult, options: ExportOptions) -> list[str]:
     """Notes. Raises ModelError for a model, head or tokenizer that cannot be written."""
     if result.head != "next_token" or result.kind != "causal":
         raise ModelError(
-            f"gguf: only decoder-only models that write text can be exported, and this model ({result.kind}) is tuned "
-            f"for {result.recipe.task}. Export merged or onnx instead."
+            f"gguf: only decoder-only models that write text can be exported, and this model ({result.kind}) "
+            f"is tuned for {result.recipe.task}. Export merged or onnx instead."
         )
     check_base(result.config, result.weights.name, options)
     find_vocabulary(result)
@@ -133,8 +133,8 @@ def check_base(config: PreTrainedConfig, name: str, options: ExportOptions) -> N
     if QUANT_TYPES[options.quant].by_llama_cpp and not llama_cpp.is_installed():
         ours = ", ".join(name for name, quant in QUANT_TYPES.items() if not quant.by_llama_cpp)
         raise ModelError(
-            f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. Install it "
-            f"by `{install_command('llama-cpp')}`, or use one of {ours}."
+            f"--quant: {options.quant}: needs llama.cpp's quantizer, and llama-cpp-python is not installed. "
+            f"Install it by `{install_command('llama-cpp')}`, or use one of {ours}."
         )
 
 

@@ -30,8 +30,8 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 PROBE = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
     "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ "
-    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
-    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE "
+    "you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 """The text whose tokens llama.cpp hashes (`chktxt`)."""
 
@@ -128,8 +128,8 @@ def find_vocabulary(result: RunResult) -> GgufVocabulary:
     model = backend["model"]
     if model["type"] != "BPE":
         raise ModelError(
-            f"gguf: a tokenizer of the type {model['type']} cannot be written. Export merged instead, and convert "
-            "that with llama.cpp's convert_hf_to_gguf.py."
+            f"gguf: a tokenizer of the type {model['type']} cannot be written. Export merged instead, and "
+            "convert that with llama.cpp's convert_hf_to_gguf.py."
         )
     if model.get("byte_fallback"):
         return GgufVocabulary("llama", "default", backend)  # sentencepiece has none
@@ -175,8 +175,8 @@ def _end_of_turn(result: RunResult) -> int | None:
 def begins_with_bos(result: RunResult) -> bool:
     """Whether llama.cpp has to prepend a BOS: if the tokenizer does so, and prompts of training begin with one.
 
-    If the chat template writes it as well, llama.cpp drops one. If the template alone writes it, or begins with another
-    control token that is also called BOS (SmolLM2), it is left to the template.
+    If the chat template writes it as well, llama.cpp drops one. If the template alone writes it, or begins with
+    another control token that is also called BOS (SmolLM2), it is left to the template.
     """
     bos = result.tokenizer.bos_token_id
     role = TASKS[result.renderer.task_name].input_role
@@ -228,8 +228,8 @@ def read_tokenizer(located: ModelRef) -> PreTrainedTokenizerBase:
     facts = read_gguf(located.path).metadata
     tokenizer = load.load_tokenizer(located, None)
     if facts.get("tokenizer.ggml.model") == "llama":
-        # llama.cpp puts a space in front of every text between control tokens, or of none; transformers guesses by the
-        # architecture.
+        # llama.cpp puts a space in front of every text between control tokens, or of none; transformers guesses
+        # by the architecture.
         steps: list[Any] = [normalizers.Replace(" ", "▁")]
         if facts.get("tokenizer.ggml.add_space_prefix", True):
             steps.insert(0, normalizers.Prepend("▁"))

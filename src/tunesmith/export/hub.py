@@ -126,8 +126,8 @@ def _data(report: Record) -> str:
     files = ", ".join(f"`{_escape(Path(path).name)}`" for path in report.get("data", []))
     tokens = report.get("tokens", {})
     return (
-        f"{rows['train']:,} rows to learn from, {rows['held_out']:,} held out, {rows['skipped']:,} skipped; {files}. "
-        f"{report.get('steps', 0):,} steps over {tokens.get('processed', 0):,.0f} tokens, "
+        f"{rows['train']:,} rows to learn from, {rows['held_out']:,} held out, {rows['skipped']:,} skipped; "
+        f"{files}. {report.get('steps', 0):,} steps over {tokens.get('processed', 0):,.0f} tokens, "
         f"{tokens.get('trained', 0):,.0f} of them trained."
     )
 

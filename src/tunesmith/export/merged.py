@@ -43,8 +43,8 @@ def _check(result: RunResult, options: ExportOptions) -> list[str]:
 def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]:
     dtype: torch.dtype = getattr(torch, _dtypes(result, options)[0])
     stored = result.stored_dtype
-    # As they are stored, weights stay in their files, and every layer is merged in float32 by itself. What was trained
-    # whole would lose by that.
+    # As they are stored, weights stay in their files, and every layer is merged in float32 by itself. What was
+    # trained whole would lose by that.
     in_files = dtype == stored or result.is_low_rank
     model, attachment = result.load(stored if in_files else torch.float32)
     tensors = tuned_tensors(model, attachment)

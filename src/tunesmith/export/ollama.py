@@ -22,8 +22,8 @@ _MARKS = ("Qx1zK", "Wv2yJ", "Ru3xH", "Ts4wG")
 
 Messages = Sequence[Mapping[str, str]]
 Parts = Mapping[str, tuple[str, str]]
-"""Text before and after the content of each role. "open" begins an answer, "default" a conversation without a system
-message."""
+"""Text before and after the content of each role. "open" begins an answer, "default" a conversation without a
+system message."""
 
 
 def go_template(result: RunResult) -> tuple[str | None, list[str]]:
@@ -136,8 +136,8 @@ def _conversations(*, with_system: bool) -> list[Messages]:
 
 
 def modelfile(result: RunResult, name: str, *, license: str | None = None) -> tuple[str, list[str]]:
-    """The text of a Modelfile for the GGUF `name` next to it, and notes. Raises ModelError for text that a Modelfile
-    cannot hold."""
+    """The text of a Modelfile for the GGUF `name` next to it, and notes. Raises ModelError for text that a
+    Modelfile cannot hold."""
     go, notes = go_template(result)
     quotes = '"""'
     problem = "its chat template has three quotes in a row, which end a template" if quotes in (go or "") else ""

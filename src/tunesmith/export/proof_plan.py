@@ -15,8 +15,8 @@ from tunesmith.phrases import about
 from tunesmith.planning import devices
 
 MANY_TOKENS, FEW_TOKENS, FEWEST_TOKENS = 8192, 2048, 512
-"""Tokens of all rows together, at most: of a processor that takes longer than `LONG_S`, or even than `VERY_LONG_S`,
-fewer."""
+"""Tokens of all rows together, at most: of a processor that takes longer than `LONG_S`, or even than
+`VERY_LONG_S`, fewer."""
 SLACK = 1.2
 """Memory of a computing model, as a factor of its weights."""
 LONG_S = 60.0

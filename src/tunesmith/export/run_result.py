@@ -178,8 +178,8 @@ def open_result(
 def tuned_tensors(model: PreTrainedModel, attachment: Attachment | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the tuned model by its name in a plain model: base plus delta in float32, not rounded.
 
-    Takes the adapter off the model and unpacks quantized weights. Tied weights come under each of their names. Yields
-    nothing if the adapter cannot be merged.
+    Takes the adapter off the model and unpacks quantized weights. Tied weights come under each of their names.
+    Yields nothing if the adapter cannot be merged.
     """
     if attachment is not None:
         yield from attachment.merged_weights()

@@ -53,8 +53,8 @@ class Tolerances:
 EXACT = Tolerances(kl=1e-6, loss=1e-4, carried=0.01)
 """float32 on both sides: only the order of additions differs."""
 ROUNDED = Tolerances(kl=5e-3, loss=0.02, carried=0.2)
-"""16-bit weights. Measured: merging SmolLM2 into bfloat16 gives KL 7e-4.
-0.02 nats of loss: trap A2 of docs/inside/correctness.md. After three steps rounding was up to 6 % of the effect."""
+"""16-bit weights. Measured: merging SmolLM2 into bfloat16 gives KL 7e-4. 0.02 nats of loss: trap A2 of
+docs/inside/correctness.md. After three steps rounding was up to 6 % of the effect."""
 GGUF_EXACT = Tolerances(kl=1e-3, loss=0.02, carried=0.05)
 """F32 and F16 in a GGUF (trap A14)."""
 QUANTIZED = Tolerances(kl=2e-2, loss=0.05, carried=0.2)

@@ -157,8 +157,8 @@ def compute(
     model: ExportedModel, renderer: Renderer, rows: Sequence[Example], *, labels: Labels | None, masked: float,
     tokens: int, tick: Callable[[int, int], None],
 ) -> Outputs:  # fmt: skip
-    """The outputs of a model. `masked`: share of masked tokens; `tokens`: of all rows together, at most; `tick` gets
-    the numbers of rows done and of all rows."""
+    """The outputs of a model. `masked`: share of masked tokens; `tokens`: of all rows together, at most; `tick`
+    gets the numbers of rows done and of all rows."""
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked, tokens=tokens)
     # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
@@ -249,8 +249,8 @@ class ExportComparison:
     loss_error: float | None
     """Standard error of their difference over rows; None for fewer than two."""
     carried: float | None
-    """Share of the change from the base that the export keeps: slope of (exported − base) on (tuned − base). None if
-    there is no base, or no effect."""
+    """Share of the change from the base that the export keeps: slope of (exported − base) on (tuned − base).
+    None if there is no base, or no effect."""
     measure: str = "KL divergence"
 
     def problems(self, allowed: Tolerances) -> list[str]:
@@ -396,8 +396,8 @@ def exported_outputs(
 
 
 def launch(job: Path, tick: Callable[[int, int], None], *, expected_s: float = 0.0) -> None:
-    """Do a job in a new process. Raises ExportError with the last line of its errors, or if it takes several times as
-    long as expected."""
+    """Do a job in a new process. Raises ExportError with the last line of its errors, or if it takes several
+    times as long as expected."""
 
     def look() -> None:
         done, total = 0, 1

@@ -2,10 +2,10 @@
 
     python -m tunesmith.graders.child
 
-reads on its standard input what to load and then a line of JSON a grade, and writes a line for each to its standard
-output. The code is loaded once. Each grade is made by a fork of this process, with a session, a folder and limits of
-its own, so that nothing that a grade does, prints or leaves behind reaches the next one. What code prints goes to
-standard error.
+reads on its standard input what to load and then a line of JSON a grade, and writes a line for each to its
+standard output. The code is loaded once. Each grade is made by a fork of this process, with a session, a folder
+and limits of its own, so that nothing that a grade does, prints or leaves behind reaches the next one. What
+code prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -305,8 +305,8 @@ _RUN, _READ, _WRITE = runpy.run_path, os.read, os.write
 
 
 def _passes(code: str, test: str, seed: int, limits: Limits) -> bool:
-    """Whether a test passes on the code of an answer. Its pass is a word that this process alone knows until the code
-    is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
+    """Whether a test passes on the code of an answer. Its pass is a word that this process alone knows until
+    the code is loaded, and the test's last line says it: an exit, a print or a replaced function is no pass."""
     word = ""
 
     def then(folder: str) -> bytes:

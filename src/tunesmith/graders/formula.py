@@ -1,7 +1,7 @@
 """The formula of a multi grader: numbers, names of graders, + - * / ^, brackets, and a few functions.
 
-OpenAI, "Graders" (guide), section Multigraders. Python's parser reads it and nothing of it is run: a value is computed
-node by node, and what is not in the list above is refused.
+OpenAI, "Graders" (guide), section Multigraders. Python's parser reads it and nothing of it is run: a value is
+computed node by node, and what is not in the list above is refused.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ IN_CHILDREN = (schema.Function, schema.Python, schema.UnitTests, schema.Regex, s
 class Pool:
     """Grades answers by a grader; a context manager, at whose end no process is left.
 
-    `kept`: grades by the digest of all they follow from, which are not made again: given by whoever keeps them for
-    longer. Raises InputError for a grader that cannot be loaded.
+    `kept`: grades by the digest of all they follow from, which are not made again: given by whoever keeps them
+    for longer. Raises InputError for a grader that cannot be loaded.
     """
 
     def __init__(

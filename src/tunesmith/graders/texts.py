@@ -1,7 +1,7 @@
 """Graders that compare texts: no code of others runs, so they are computed in this process.
 
-BLEU: Papineni et al. 2002, of one sentence, n-grams of 1 to 4 words, above 1 with the add-one smoothing of Lin & Och
-2004, "ORANGE", section 4. GLEU: Wu et al. 2016, arXiv 1609.08144, section 4.4.
+BLEU: Papineni et al. 2002, of one sentence, n-grams of 1 to 4 words, above 1 with the add-one smoothing of Lin
+& Och 2004, "ORANGE", section 4. GLEU: Wu et al. 2016, arXiv 1609.08144, section 4.4.
 """
 
 from __future__ import annotations

@@ -152,16 +152,16 @@ def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
 
 
 def pass_at(k: int, num: int, right: int) -> float:
-    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias. Chen et al. 2021,
-    arXiv 2107.03374, equation 1."""
+    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias. Chen et al.
+    2021, arXiv 2107.03374, equation 1."""
     return 1 - math.comb(num - right, k) / math.comb(num, k)
 
 
 def spread_of(size: int, rewards: Sequence[float]) -> float:
     """The chance that `size` answers to a prompt do not all get one reward, by the rewards of those that were drawn.
 
-    Without bias up to their number. Of more answers it is the chance for their number, a lower bound: more answers can
-    only spread more.
+    Without bias up to their number. Of more answers it is the chance for their number, a lower bound: more
+    answers can only spread more.
     """
     counts, num = Counter(rewards).values(), len(rewards)
     size = min(size, num)
@@ -169,8 +169,8 @@ def spread_of(size: int, rewards: Sequence[float]) -> float:
 
 
 def length_correlation(entries: Sequence[Graded]) -> float | None:
-    """Pearson's r of reward and tokens within the groups, whose means are taken out: what training would see. None
-    where either does not vary."""
+    """Pearson's r of reward and tokens within the groups, whose means are taken out: what training would see.
+    None where either does not vary."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for entry in entries:
         if entry.answer.tokens is not None and entry.grade.reward is not None:
@@ -186,8 +186,8 @@ def length_correlation(entries: Sequence[Graded]) -> float | None:
 
 
 def _won(kinds: Mapping[str, Sequence[Graded]]) -> dict[str, dict[str, Any]]:
-    """Of answers that must not win, their mean and that of the references, or else of the model's answers, on the rows
-    that have both."""
+    """Of answers that must not win, their mean and that of the references, or else of the model's answers, on
+    the rows that have both."""
     right = "reference" if kinds["reference"] else MODEL
     against = {row: mean(group) for row, group in by_row(kinds[right]).items()}
     won = {}

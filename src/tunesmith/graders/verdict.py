@@ -94,17 +94,17 @@ def _of_model(values: Mapping[str, Any]) -> Iterator[Verdict]:
     if spread < LEAST_SPREAD:
         more = f"of 32 {percent(model['groups']['32'], 0)} or more would have it"
         yield Verdict(
-            f"Only {percent(spread, 0)} of the groups of {model['samples']} have answers of different reward, and only "
-            f"those teach anything; {more}. Ways out: more answers a prompt; an easier task or a denser grader; "
-            "training on references first; or the prompts that are neither solved nor hopeless: --keep 0.05:0.95 "
-            "--out kept.jsonl."
+            f"Only {percent(spread, 0)} of the groups of {model['samples']} have answers of different reward, "
+            f"and only those teach anything; {more}. Ways out: more answers a prompt; an easier task or a "
+            "denser grader; training on references first; or the prompts that are neither solved nor hopeless: "
+            "--keep 0.05:0.95 --out kept.jsonl."
         )
     length = model["length"]
     if length is not None and abs(length) > MOST_CORRELATION:
         wins = "length wins" if length > 0 else "shortness wins"
         yield Verdict(
-            f"Within a group reward follows the number of tokens (correlation {length:.2f}): {wins}. Let a `length` "
-            "grader bound it in a `multi` grader, unless it is what you want."
+            f"Within a group reward follows the number of tokens (correlation {length:.2f}): {wins}. Let a "
+            "`length` grader bound it in a `multi` grader, unless it is what you want."
         )
 
 

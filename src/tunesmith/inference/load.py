@@ -157,8 +157,8 @@ def load_run(
 ) -> LoadedModel:
     """The tuned model of a finished run; of an unfinished one, as of its newest checkpoint, which `note` says.
 
-    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is. `on`: another
-    device or precision than the run's.
+    On the base as the method trains on it, quantised or not; `as_trained` False: on the base as it is. `on`:
+    another device or precision than the run's.
 
     Raises:
         ModelError: the base model is gone or cannot be read.
@@ -236,8 +236,8 @@ def load_base(
 
 
 def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> None:
-    """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its adapter would
-    load on others without an error, and answer something else."""
+    """Raise RunError where the base's files, by their SHA-256, are not those that a run was tuned on: its
+    adapter would load on others without an error, and answer something else."""
     then = {key.removeprefix("model "): value for key, value in run.identity().items() if key[:6] == "model "}
     then = follow_renamed_gguf(then, hashes)
     weights = {name for name in {*then, *hashes} if name == "config.json" or name.endswith((".safetensors", ".gguf"))}
@@ -245,8 +245,8 @@ def refuse_other_base(run: Run, base: ModelRef, hashes: Mapping[str, str]) -> No
     if changed:
         raise RunError(
             f"{base.path}: {', '.join(changed[:3])}: not the file that {run.path} was tuned on (its SHA-256 is "
-            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that one back, "
-            "or pass its place with --model PATH."
+            f"{hashes.get(changed[0], 'absent')[:16]}, was {then.get(changed[0], 'absent')[:16]}). Put that "
+            "one back, or pass its place with --model PATH."
         )
 
 
@@ -291,8 +291,8 @@ def run_labels(recipe: Recipe) -> Labels | None:
 def load_model(name: str, *, task: TaskName | None = None, offline: bool = False) -> LoadedModel:
     """A model that was not tuned here, in the precision and on the device that a run would choose.
 
-    `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError where it
-    has no head for the task.
+    `task`: what to ask of it; None: what it was made for, by its head, template and kind. Raises ModelError
+    where it has no head for the task.
     """
     located = resolve_model(name, offline=offline)
     recipe, tokenizer = untuned_recipe(located, task=task)

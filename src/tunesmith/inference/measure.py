@@ -130,9 +130,9 @@ def evaluate_file(
 ) -> EvaluationResult:
     """Metrics of all rows of a file, each with its interval, and of answers to `samples` of them.
 
-    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line
-    a row, as in a run's evaluation/after.jsonl. `judge`: says how often answers to the rows' prompts win against those
-    from before; then nothing else is measured, and lines are answers.
+    `samples` None: `SAMPLES` for tasks that write answers, 0 for others. `keep` gets an iterator of one line a
+    row, as in a run's evaluation/after.jsonl. `judge`: says how often answers to the rows' prompts win against
+    those from before; then nothing else is measured, and lines are answers.
 
     Raises:
         InputError: `samples` for a model that writes nothing, or a judge of what is not a run.
@@ -295,8 +295,8 @@ def _encoded(
 def _refuse_non_finite(loss: float, loaded: LoadedModel, path: str) -> None:
     if not math.isfinite(loss):
         raise NonFiniteError(
-            f"{path}: the loss of its rows is {loss}: the weights of {loaded.result or loaded.located.path} hold "
-            "values that are not finite, or lead to them. Nothing was measured."
+            f"{path}: the loss of its rows is {loss}: the weights of {loaded.result or loaded.located.path} "
+            "hold values that are not finite, or lead to them. Nothing was measured."
         )
 
 
@@ -402,8 +402,8 @@ def judged(
     old, new = (np.mean([len(text.split()) for text in texts]) for texts in (before, after))
     note = (
         f"{plural(len(won), 'prompt')} judged by {judge.run.path if judge.run else judge.located.name}; "
-        f"{plural(int((won == 0.5).sum()), 'tie')}; answers are {new:.1f} words long on average, and were {old:.1f} "
-        "before: judges tend to prefer long ones"
+        f"{plural(int((won == 0.5).sum()), 'tie')}; answers are {new:.1f} words long on average, and were "
+        f"{old:.1f} before: judges tend to prefer long ones"
     )
     if share > MOST_UNREAD:
         unnamed = f"{percent(share, 0)} of its verdicts name neither A nor B and count as ties"

@@ -61,8 +61,8 @@ class Predictor:
             )
         if self.threshold is not None and not (self.is_many or self.positive):
             raise InputError(
-                "predict: --threshold is for models that answer with any number of classes, or with one of two; this "
-                "one does not."
+                "predict: --threshold is for models that answer with any number of classes, or with one of "
+                "two; this one does not."
             )
 
     @property
@@ -263,8 +263,8 @@ def predict_to(
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Counts:
-    """Predict all rows of a file into the file `out`, from where an earlier call left off. Without an answer there is
-    no file.
+    """Predict all rows of a file into the file `out`, from where an earlier call left off. Without an answer
+    there is no file.
 
     Raises:
         InputError: `out` holds something else, was made from another file or model, or is the file itself.
@@ -310,8 +310,8 @@ def predict_file(
     skip: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Counts:
-    """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were written
-    before."""
+    """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were
+    written before."""
     data = predictor.loaded.recipe.data
     facts: list[FileFacts] = []
 

@@ -124,8 +124,8 @@ class RowStream:
         line = answer if self._bare else as_row(item, answer)
         if taken := item.kept.keys() & {*line, "source", "error"}:
             raise InputError(
-                f"--keep {min(taken)}: each line has a field of this name already. The row's own answer is kept as "
-                "reference in any case; rename any other column."
+                f"--keep {min(taken)}: each line has a field of this name already. The row's own answer is "
+                "kept as reference in any case; rename any other column."
             )
         first = {name: value for name, value in item.kept.items() if name != "reference"}
         last = {"reference": item.kept["reference"]} if "reference" in item.kept else {}
@@ -206,8 +206,8 @@ class OutputFile:
     ) -> None:
         """Open the file to continue it, without its half last line, or a new one.
 
-        `kept` are columns that lines without an answer have too. Raises InputError where the file is complete, was
-        started with another identity, or is being written by another process; StorageError.
+        `kept` are columns that lines without an answer have too. Raises InputError where the file is complete,
+        was started with another identity, or is being written by another process; StorageError.
         """
         self.path, self.part = path, path.with_name(path.name + ".part")
         self._progress = path.with_name(path.name + ".progress.json")
@@ -240,8 +240,8 @@ class OutputFile:
         ]
         if changed:
             raise InputError(
-                f"{self.path}: was started with something else: {'; '.join(changed)}. Put it back, choose another "
-                "--out, or start again with --overwrite."
+                f"{self.path}: was started with something else: {'; '.join(changed)}. Put it back, choose "
+                "another --out, or start again with --overwrite."
             )
 
     def _read_lines(self) -> None:

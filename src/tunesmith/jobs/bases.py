@@ -51,8 +51,8 @@ class Bases(Rules):
             for other, shown in shown_by.items():
                 if not _NAME.fullmatch(other):
                     raise InputError(
-                        f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no colon "
-                        "and no slash: programs split names of tuned models there."
+                        f"{other[:60]!r}: a public name has letters, digits, dots, hyphens and underscores, no "
+                        "colon and no slash: programs split names of tuned models there."
                     )
                 if owners.setdefault(other, (name, shown))[0] != name:
                     raise InputError(f"{other}: a name of two bases, {owners[other][0]} and {name}. Remove one.")
@@ -81,8 +81,8 @@ def bases_of_file(path: Path) -> Bases:
         recipe = load.validate({"model": base.model, **base.recipe})
         if recipe.method.name not in ("auto", "lora"):
             raise InputError(
-                f"{path}: bases.{name}.recipe.method: {recipe.method.name}: a result is put on the base that is being "
-                "served, which only lora can. Leave it out."
+                f"{path}: bases.{name}.recipe.method: {recipe.method.name}: a result is put on the base that "
+                "is being served, which only lora can. Leave it out."
             )
     return bases
 

@@ -89,8 +89,8 @@ class Database:
             raise InputError(f"{self}: version {version}, not {newest}. Start the server once, which upgrades it.")
         if version is not None and not self.is_sqlite and not may_upgrade:
             raise InputError(
-                f"{self}: version {version}, this version of tunesmith needs {newest}. Make a backup with pg_dump, "
-                "then start once with --upgrade-store."
+                f"{self}: version {version}, this version of tunesmith needs {newest}. Make a backup with "
+                "pg_dump, then start once with --upgrade-store."
             )
         if version is not None and self.is_sqlite:
             copy = Path(f"{self.place}.v{version}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
@@ -162,8 +162,8 @@ class Database:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Faults of the database as answers: 507 for a full disk, 503 for damage and for all that may pass, 400 for a value
-    that no row can have, such as a text with NUL in PostgreSQL."""
+    """Faults of the database as answers: 507 for a full disk, 503 for damage and for all that may pass, 400 for
+    a value that no row can have, such as a text with NUL in PostgreSQL."""
     try:
         yield
     except DataError as error:

@@ -1,7 +1,7 @@
 """The one dispatcher of a store: starts waiting jobs, projects in turn, and follows each run to its end.
 
-A kill at any moment loses nothing, since all can be done again: a run is an ordinary run folder, ids of events follow
-from the run, and a job changes its state in one transaction with everything that belongs to it.
+A kill at any moment loses nothing, since all can be done again: a run is an ordinary run folder, ids of events
+follow from the run, and a job changes its state in one transaction with everything that belongs to it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class _Active:
 
 @dataclass
 class Dispatcher:
-    """Moves jobs on, one `round` after another; `run` does that until `stop` is set. Its tables are by id of the job
-    unless they say otherwise."""
+    """Moves jobs on, one `round` after another; `run` does that until `stop` is set. Its tables are by id of
+    the job unless they say otherwise."""
 
     store: Store
     bases: Bases
@@ -170,8 +170,8 @@ class Dispatcher:
                 self._begin(job)
 
     def _in_turn(self) -> list[Record]:
-        """Jobs that wait and are checked: first those of projects with the fewest runs, counting the project's jobs
-        before them; then of the project that has waited longest; each project's oldest first."""
+        """Jobs that wait and are checked: first those of projects with the fewest runs, counting the project's
+        jobs before them; then of the project that has waited longest; each project's oldest first."""
         num_before = Counter(active.project for active in self.active.values())
         checked = (job for job in self.store.with_status(*WAITING) if job["is_checked"])
         waiting = [job for job in checked if job["id"] not in self.active]
@@ -363,8 +363,8 @@ class Dispatcher:
         return {"id": file_id, **facts, "sha256": sha256_file(path)}
 
     def _tidy(self, job_id: str) -> None:
-        """Remove what only a further step would need of a job that has succeeded or was cancelled. A cancelled job
-        gets the results of its steps first, and loses the snapshot of its stop."""
+        """Remove what only a further step would need of a job that has succeeded or was cancelled. A cancelled
+        job gets the results of its steps first, and loses the snapshot of its stop."""
         job, run = self.store.job(job_id), Run(self._run_path(job_id))
         if job is None or job["status"] not in ("succeeded", "cancelled"):
             return
@@ -393,8 +393,8 @@ class Dispatcher:
                 remove(run.path / snapshot.values["path"])
 
     def _finish(self, job_id: str, run: Run, export_error: Record | None = None) -> None:
-        """Serve the model on its base, write the results file, and only then let the job succeed: a client that reads
-        `succeeded` can use the model at once."""
+        """Serve the model on its base, write the results file, and only then let the job succeed: a client that
+        reads `succeeded` can use the model at once."""
         job = self._job(job_id)
         name = job["tuned_name"]
         try:

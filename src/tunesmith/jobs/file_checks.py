@@ -27,8 +27,8 @@ from tunesmith.types import JsonObject, Record
 AT_ONCE = 2
 """Checks, each of another project."""
 MOST_ATTEMPTS = 3
-"""Checks of a job that are ended from outside; starts of its run without a new checkpoint between them; crashes of the
-engine while its result is attached."""
+"""Checks of a job that are ended from outside; starts of its run without a new checkpoint between them; crashes
+of the engine while its result is attached."""
 MEMORY_BYTES = 1 << 30
 SECONDS, BYTES_A_SECOND = 60, 1 << 20
 """Processor time of a check: SECONDS, and one more for each BYTES_A_SECOND. Good rows take a tenth of it."""

@@ -1,7 +1,7 @@
 """Runs as child processes: `tunesmith train` or `tunesmith resume` with a run folder, and nothing else between them.
 
-A child holds a lock file from its start to its end, however it ends and however the server does. So a server that is
-started again finds the child of an earlier one, and never starts a second.
+A child holds a lock file from its start to its end, however it ends and however the server does. So a server
+that is started again finds the child of an earlier one, and never starts a second.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class LocalLauncher:
 def start_child(
     run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0
 ) -> ChildProcess:
-    """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for what it
-    prints, so that a full disk is met before it works. Raises OSError."""
+    """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for
+    what it prints, so that a full disk is met before it works. Raises OSError."""
     lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,8 +27,8 @@ POLL_S = 0.5
 
 
 def hold_place(run: Path, recipe: Path, environment: Mapping[str, str], offline: bool, server: str) -> None:
-    """The task: ends when the run does. A child that a lost task left at work continues, and is waited for. On another
-    machine than the `server` it has its card for itself."""
+    """The task: ends when the run does. A child that a lost task left at work continues, and is waited for. On
+    another machine than the `server` it has its card for itself."""
     launcher = LocalLauncher(offline=offline)
     share = {} if socket.gethostname() == server else {CARD_SHARE: "1"}
     process = launcher.find(run) or launcher.start(run, recipe, {**share, **environment})

@@ -46,6 +46,6 @@ def set_aside(folder: Path, unknown: Sequence[Path]) -> list[str]:
     for changed in {place, *(path.parent for path in unknown)}:
         fsync_dir(changed)
     return [
-        f"{plural(len(unknown), 'upload')} that no row of the database names: moved to {place}. A kill had interrupted "
-        "it, or the database is an older copy. Delete there what nobody misses."
+        f"{plural(len(unknown), 'upload')} that no row of the database names: moved to {place}. A kill had "
+        "interrupted it, or the database is an older copy. Delete there what nobody misses."
     ]

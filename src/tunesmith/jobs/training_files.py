@@ -89,8 +89,8 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     task = next(iter(tasks)) or "chat"
     if method != (fitting := "dpo" if task == "prefer" else "supervised"):
         message = (
-            f"Input file {path.name} is in the {_FORMATS[task]} format, but the specified fine-tuning job is not using "
-            f"'{fitting}' as the training method (provided method={method})."
+            f"Input file {path.name} is in the {_FORMATS[task]} format, but the specified fine-tuning job is "
+            f"not using '{fitting}' as the training method (provided method={method})."
         )
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {message}", f"{which}_file")
     if num < min_examples:

@@ -72,8 +72,8 @@ _READ = {
 def save_result(
     attachment: LoraAttachment, folder: Path, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> None:
-    """Write the adapter, in float32 whatever the model computes in, the labels of a head, and the tokenizer with the
-    template that it was trained with."""
+    """Write the adapter, in float32 whatever the model computes in, the labels of a head, and the tokenizer
+    with the template that it was trained with."""
     config = to_config(attachment, base=base_reference(located), revision=located.revision)
     with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as staged:
         _write(attachment, config, staged)
@@ -83,8 +83,8 @@ def save_result(
 def writing_adapter(
     folder: Path, num_bytes: int, *, model: PreTrainedModel, renderer: Renderer, located: ModelRef
 ) -> Iterator[Path]:
-    """Give a folder to write an adapter into; at the end it gets tokenizer and labels, and takes the place of `folder`.
-    After an exception nothing remains."""
+    """Give a folder to write an adapter into; at the end it gets tokenizer and labels, and takes the place of
+    `folder`. After an exception nothing remains."""
     with writing_folder(folder, num_bytes=num_bytes) as staged:
         yield staged
         save_tokenizer(with_pad_token(model, renderer.tokenizer), staged, located=located)
@@ -259,8 +259,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> LoraAttachment:
     """Put a saved adapter on `model`, its base: one of ours, or a LoRA or DoRA written by peft.
 
     Raises:
-        ModelError: a file that is missing or broken, a kind of adapter that changes the base, other labels, or weights
-            that do not fit exactly the layers it names and the model's head; the model was not changed.
+        ModelError: a file that is missing or broken, a kind of adapter that changes the base, other labels, or
+            weights that do not fit exactly the layers it names and the model's head; the model was not changed.
     """
     heads.check_labels(model, folder)
     saved, tensors = read_config(folder), _read_weights(folder)
@@ -350,8 +350,8 @@ def _settings(path: Path, config: JsonObject) -> LowRankMethod:
         unknown.append("bias")
     if unknown:
         raise ModelError(
-            f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. Merge this "
-            "adapter with peft."
+            f"{path}: {', '.join(unknown)}: only LoRA and DoRA that leave the base as it is can be loaded. "
+            "Merge this adapter with peft."
         )
     targets, place = config["target_modules"], "target_modules"
     try:

@@ -38,8 +38,8 @@ class FullAttachment(Attachment):
         spread: int | None = None,
         tokens: Sequence[int] | None = None,
     ) -> None:
-        """`spread`: see MasterWeights. `tokens`: all ids that training can meet, ascending; of an embedding that
-        nothing else reads only their rows are trained, under the name of the whole."""
+        """`spread`: see MasterWeights. `tokens`: all ids that training can meet, ascending; of an embedding
+        that nothing else reads only their rows are trained, under the name of the whole."""
         self.model = model
         model.requires_grad_(False)
         self._rows, remark = _rows_of(model, chosen, tokens)
@@ -82,8 +82,8 @@ def _rows_of(
     if len(tokens) == len(weight):
         return None, ()
     remark = (
-        f"{name}: {len(tokens):,} of {len(weight):,} rows are trained, for the tokens in the data: the others get "
-        "no gradient, and stay as they are"
+        f"{name}: {len(tokens):,} of {len(weight):,} rows are trained, for the tokens in the data: the others "
+        "get no gradient, and stay as they are"
     )
     return TokenRows(model, tokens, among={name: weight}), (remark,)
 
@@ -126,8 +126,8 @@ def save_result(
     located: ModelRef,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in. `weights`: of a
-    model whose layers are split."""
+    """Write a Hugging Face model folder, complete in itself, in the dtype that the model computes in.
+    `weights`: of a model whose layers are split."""
     ends, pooling = renderer.stop_ids, renderer.pooling
     save_model(model, renderer.tokenizer, folder, located=located, stop_ids=ends, pooling=pooling, weights=weights)
 
@@ -136,8 +136,8 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
     """Copy the weights of a saved folder into a model of the same shape.
 
     Raises:
-        ModelError: a weight that is missing, left over, or of another shape, or a head for other labels; the model was
-            not changed.
+        ModelError: a weight that is missing, left over, or of another shape, or a head for other labels; the
+            model was not changed.
     """
     check_labels(model, folder)
     try:
@@ -180,8 +180,8 @@ def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[s
         raise RecipeError("method.freeze: every weight that would be trained is frozen. Name less of it.")
     if random := [name for name in new_param_names(model) if name not in chosen]:
         raise RecipeError(
-            f"method.{'freeze' if not train else 'train'}: {random[0]} is new, and would stay the random numbers that "
-            f"it is. {'Name it too' if train else 'Leave it out'}."
+            f"method.{'freeze' if not train else 'train'}: {random[0]} is new, and would stay the random "
+            f"numbers that it is. {'Name it too' if train else 'Leave it out'}."
         )
     return chosen
 

@@ -1,5 +1,5 @@
-"""LoRA and DoRA on a whole model: it is frozen, low-rank adapters on its linear layers are trained, and with them what
-the recipe names and a new head, whole.
+"""LoRA and DoRA on a whole model: it is frozen, low-rank adapters on its linear layers are trained, and with
+them what the recipe names and a new head, whole.
 """
 
 # I inputs, O outputs, R rank
@@ -179,8 +179,8 @@ def attach(model: PreTrainedModel, settings: LowRankMethod, *, seed: int) -> Lor
     Outputs do not change until the first update, to the last bit.
 
     Raises:
-        RecipeError: what cannot be adapted or trained whole, a setting that means nothing here, or a model that carries
-            adapters already, or that guesses tokens with output layers that are new.
+        RecipeError: what cannot be adapted or trained whole, a setting that means nothing here, or a model that
+            carries adapters already, or that guesses tokens with output layers that are new.
     """
     refuse_frozen_new(model, f"method.name: {settings.name}")
     head = new_head_names(model)

@@ -3,9 +3,9 @@
     LoRA   y = x Wᵀ + b + s (x Aᵀ) Bᵀ
     DoRA   y = m / ‖V‖ ⊙ (x Vᵀ) + b,  V = W + s B A,  ‖V‖ the length of each row of V (of each output)
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1. Liu et al., "DoRA:
-Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; ‖V‖ is a constant to the gradient, as in section
-4.3, so it is computed once an update.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1. Liu et al.,
+"DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5; ‖V‖ is a constant to the gradient,
+as in section 4.3, so it is computed once an update.
 """
 
 # T tokens, I inputs, O outputs, R rank
@@ -82,8 +82,8 @@ class LoraLinear(nn.Module):
 
     @property
     def _can_fuse(self) -> bool:
-        """With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from torch's
-        own generator, which gradient checkpointing restores before it recomputes."""
+        """With dropout the two paths see different inputs, so autograd adds their gradients. Dropout draws from
+        torch's own generator, which gradient checkpointing restores before it recomputes."""
         return self._product_is_known and not (self.dropout and self.training)
 
     def parts(self) -> LinearParts | None:

@@ -1,7 +1,7 @@
 """float32 masters of the weights that a model computes with.
 
-bfloat16 loses an update of relative size 1e-3, since its neighbours are 2^-8 apart. So trained weights are float32, and
-the model computes with a copy that is rounded once an update. A float32 tensor is its own master.
+bfloat16 loses an update of relative size 1e-3, since its neighbours are 2^-8 apart. So trained weights are
+float32, and the model computes with a copy that is rounded once an update. A float32 tensor is its own master.
 
 A bfloat16 value stands for a cell of float32 values that round to it. Masters that all start in the middle of their
 cells would hide the first small updates of full tuning from the forward pass. So with `spread` they start anywhere in
@@ -22,9 +22,9 @@ class MasterWeights:
     """Masters of named parameters, in the order given."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, free_early: bool, spread: int | None = None) -> None:
-        """`spread`: a seed for the start of each master in its cell; None: the middle.
-        `free_early` moves every gradient to its master inside the backward, so that never all exist in both widths, as
-        full tuning needs; for a few small tensors one sweep after the backward is cheaper."""
+        """`spread`: a seed for the start of each master in its cell; None: the middle. `free_early` moves every
+        gradient to its master inside the backward, so that never all exist in both widths, as full tuning
+        needs; for a few small tensors one sweep after the backward is cheaper."""
         self.trained: dict[str, Tensor] = {}
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

@@ -1,8 +1,8 @@
-"""Training of single rows of the embedding and the output layer: of new tokens, with adapters, and in full tuning of
-the tokens that occur in the data.
+"""Training of single rows of the embedding and the output layer: of new tokens, with adapters, and in full
+tuning of the tokens that occur in the data.
 
-The rows stay in the model's own weights, so that every forward is the model's own. Only the backward differs: it
-computes gradients of those rows alone.
+The rows stay in the model's own weights, so that every forward is the model's own. Only the backward differs:
+it computes gradients of those rows alone.
 """
 
 # T tokens, D hidden size, V vocabulary, K rows
@@ -79,8 +79,8 @@ def tables(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def sole_embedding(model: PreTrainedModel) -> str | None:
-    """The name of the input embedding, if it is torch's, its weight is not tied, and it reads rows as they are encoded:
-    decoders of encoder–decoders add a first token. None otherwise."""
+    """The name of the input embedding, if it is torch's, its weight is not tied, and it reads rows as they are
+    encoded: decoders of encoder–decoders add a first token. None otherwise."""
     embedding = model.get_input_embeddings()
     owners = [name for name, module in model.named_modules() if module._parameters.get("weight") is embedding.weight]
     if model.config.is_encoder_decoder or len(owners) > 1 or type(embedding).forward is not nn.Embedding.forward:
@@ -96,8 +96,8 @@ def _forward(name: str, module: nn.Module, rows: Tensor, ids: tuple[int, ...], i
     scale: Any = 1.0 if is_plain else getattr(module, "embed_scale", None)  # the factor of Gemma's
     if not isinstance(module, nn.Embedding) or scale is None:
         raise RecipeError(
-            f"data.new_tokens: {name} computes in its own way, of which rows cannot be trained alone. Train it whole: "
-            f"method.also_train: {name.rpartition('.')[2]}"
+            f"data.new_tokens: {name} computes in its own way, of which rows cannot be trained alone. Train it "
+            f"whole: method.also_train: {name.rpartition('.')[2]}"
         )
     places_V = torch.full((module.num_embeddings,), len(ids), device=ids_K.device)
     places_V[ids_K] = torch.arange(len(ids), device=ids_K.device)

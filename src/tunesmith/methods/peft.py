@@ -52,8 +52,8 @@ UNSUPPORTED = (
     "ADALORA", "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING",
     "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA",
 )  # fmt: skip
-"""Kinds that need inputs, a loss or a schedule of their own, replace the model's code, or let the rows of a batch
-change each other's answers (LILY)."""
+"""Kinds that need inputs, a loss or a schedule of their own, replace the model's code, or let the rows of a
+batch change each other's answers (LILY)."""
 LEARNING_RATES: Mapping[str, tuple[float, str]] = MappingProxyType(
     {
         "IA3": (3e-3, "Liu et al. 2022, section 3.4"),
@@ -97,8 +97,8 @@ def config_class(kind: str) -> Any:
         return kinds[kind]
     if kind in UNSUPPORTED:
         raise RecipeError(
-            f"method.kind: {kind}: it needs inputs, code or a loss that only peft's own training gives it. Use one of: "
-            f"{', '.join(usable)}."
+            f"method.kind: {kind}: it needs inputs, code or a loss that only peft's own training gives it. Use "
+            f"one of: {', '.join(usable)}."
         )
     raise RecipeError(
         f"method.kind: {kind!r}: peft has no such method.{did_you_mean(kind, usable)} There are: {', '.join(usable)}."
@@ -259,8 +259,8 @@ def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAtta
     after = _checksums(model)
     if moved := [name for name, checksum in before.items() if after.get(name, checksum) != checksum]:
         raise RecipeError(
-            f"method.settings: {method.kind}: they change the base itself ({moved[0]}), so that the adapter would not "
-            "fit the base that others have. Choose another initialisation."
+            f"method.settings: {method.kind}: they change the base itself ({moved[0]}), so that the adapter "
+            "would not fit the base that others have. Choose another initialisation."
         )
     layers = [name for name, module in model.named_modules() if isinstance(module, _layer_class())]
     bases = {f"{name}.base_layer": model.get_submodule(name).get_base_layer() for name in layers}

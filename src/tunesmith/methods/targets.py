@@ -56,11 +56,11 @@ class Target:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
-    """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is trained
-    whole, are not among them, nor `unread_linears`.
+    """The linear layers that `targets` mean, each once, in the order of the model. Layers of a head, which is
+    trained whole, are not among them, nor `unread_linears`.
 
-    Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`), `attention`
-    (those inside an attention module) or `mlp` (the others).
+    Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`),
+    `attention` (those inside an attention module) or `mlp` (the others).
 
     Raises:
         RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
@@ -212,8 +212,8 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
         for name in matching:
             if inside := [other for other in adapted if is_inside(other, [name])]:
                 problems.append(
-                    f"method.also_train: {word!r}: {min(inside)} has an adapter: a layer is adapted or trained whole, "
-                    "not both. Leave it out here or in method.targets."
+                    f"method.also_train: {word!r}: {min(inside)} has an adapter: a layer is adapted or trained "
+                    "whole, not both. Leave it out here or in method.targets."
                 )
             elif any(weight.startswith(f"{name}.") for weight in head):
                 problems.append(
@@ -288,8 +288,8 @@ def check_expression(pattern: str) -> None:
 
 @lru_cache
 def _problem(pattern: str) -> str:
-    """The reason against a regular expression; empty: none. Time is exponential in the repeats of a group and in the
-    number of groups with alternatives, and polynomial in the number of repeats."""
+    """The reason against a regular expression; empty: none. Time is exponential in the repeats of a group and
+    in the number of groups with alternatives, and polynomial in the number of repeats."""
     instead = "List the names of the modules instead."
     if len(pattern) > MOST_PATTERN_CHARS:
         return (
@@ -305,8 +305,8 @@ def _problem(pattern: str) -> str:
     repeats, paths = _size(plain)
     if repeats > MAX_REPEATS or paths > MAX_PATHS or _REPEATED.search(plain):
         return (
-            f"this regular expression could take forever: it repeats a group, or has more than {MAX_REPEATS} repeats "
-            f"or {MAX_PATHS:,} combinations of alternatives. {instead}"
+            f"this regular expression could take forever: it repeats a group, or has more than {MAX_REPEATS} "
+            f"repeats or {MAX_PATHS:,} combinations of alternatives. {instead}"
         )
     return ""
 
@@ -348,8 +348,8 @@ _LINEAR_BY_ANSWER: set[type[nn.Module]] = set()
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer; one that computes in its own way, as Falcon's layers and routers of experts,
-    by what it answers."""
+    """Whether a module is a linear layer; one that computes in its own way, as Falcon's layers and routers of
+    experts, by what it answers."""
     if not isinstance(module, LINEARS) or type(module).forward in PLAIN_FORWARDS or type(module) in _LINEAR_BY_ANSWER:
         return isinstance(module, LINEARS)
     with suppress(Exception):  # of a foreign model
@@ -362,8 +362,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def is_router(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer chooses experts, or how much of one counts: its outputs decide where a token goes, and a
-    low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
+    """Whether a linear layer chooses experts, or how much of one counts: its outputs decide where a token goes,
+    and a low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
 
     Known by its place: near experts, with as many outputs as there are or one, and no other layer in between. Experts
     are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the name or class

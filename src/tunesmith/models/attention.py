@@ -1,9 +1,9 @@
 """Attention over packed rows: no padding, no mask, and no row reads another.
 
-A model that uses it is called with input_ids [1, T], positions that restart with every row, and the keyword `segments`,
-which transformers passes to the attention function and keeps for the recomputation of a checkpointed layer. Without
-`segments` (generation, padded batches) it is transformers' own sdpa attention. `packing_check` finds out whether a
-model gives each row the answers that it gives for that row alone.
+A model that uses it is called with input_ids [1, T], positions that restart with every row, and the keyword
+`segments`, which transformers passes to the attention function and keeps for the recomputation of a
+checkpointed layer. Without `segments` (generation, padded batches) it is transformers' own sdpa attention.
+`packing_check` finds out whether a model gives each row the answers that it gives for that row alone.
 """
 
 # B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys (of all pieces in a row),
@@ -93,8 +93,8 @@ _transformers_find = masking_utils.find_packed_sequence_indices
 
 
 def _find_packed_rows(position_ids: Tensor) -> Tensor | None:
-    """transformers' search for packed rows by their positions, which a processor has to wait for if they are on a card;
-    a packed forward knows its rows."""
+    """transformers' search for packed rows by their positions, which a processor has to wait for if they are on
+    a card; a packed forward knows its rows."""
     return None if _TRACE.get() is not None else _transformers_find(position_ids)
 
 
@@ -137,8 +137,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """[B, T, H, D]: attention within each piece of `segments`; without `segments` sdpa attention.
 
-    The signature is as in transformers' attention functions. Raises UnsupportedAttentionError for attention sinks,
-    position biases and windows in both directions.
+    The signature is as in transformers' attention functions. Raises UnsupportedAttentionError for attention
+    sinks, position biases and windows in both directions.
     """
     if others.get("s_aux") is not None:
         raise UnsupportedAttentionError("its attention has sinks")

@@ -108,8 +108,8 @@ def _words_of_torch() -> str:
 
 
 def prepare_allocator(device: str | torch.device) -> str:
-    """Let the allocator of a card grow its segments, as PyTorch recommends where batches have many sizes; returns a
-    note where its driver cannot. Nothing is set where a person has."""
+    """Let the allocator of a card grow its segments, as PyTorch recommends where batches have many sizes;
+    returns a note where its driver cannot. Nothing is set where a person has."""
     place = torch.device(device)
     if place.type == "cuda" and card_share() < 1:
         torch.cuda.set_per_process_memory_fraction(card_share(), place)
@@ -154,8 +154,8 @@ def exact_products() -> Iterator[None]:
 
 
 def in_use(device: str | torch.device) -> str:
-    """A note where others hold memory of a card, with its free memory and who they are; "" where nobody does. To be
-    called before this process holds any."""
+    """A note where others hold memory of a card, with its free memory and who they are; "" where nobody does.
+    To be called before this process holds any."""
     if torch.device(device).type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
@@ -184,8 +184,8 @@ def _processes(device: str | torch.device) -> list[str]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that a card failed: it fell off the bus, was reset, or a kernel of it ended badly. Nothing
-    can be computed on it any more in this process."""
+    """Whether an error says that a card failed: it fell off the bus, was reset, or a kernel of it ended badly.
+    Nothing can be computed on it any more in this process."""
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return type(error).__name__ == "AcceleratorError" or bool(re.search(r"CUDA error|CUDNN_|NVML", str(error)))

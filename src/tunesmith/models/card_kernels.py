@@ -4,11 +4,11 @@
     gate backward  ∂g = act'(g) ∘ u ∘ ∂h,  ∂u = act(g) ∘ ∂h,  and h again
     rotation       [x₁ c₁ - x₂ s₁, x₂ c₂ + x₁ s₂],  x₁ and x₂ the halves of a head
 
-Spelled out they are a handful of kernels, each of which reads and writes whole tensors, and bytes moved are what such
-operations cost a card. Here each is an operator, `torch.ops.tunesmith.…`, and the first way that a probe on the card
-finds right computes it: the kernel that torch.compile makes of it, Liger's where that is installed, or the operations
-one by one. Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 6; Su et al. 2021, "RoFormer",
-arXiv 2104.09864, equation 34, in halves as Llama has it.
+Spelled out they are a handful of kernels, each of which reads and writes whole tensors, and bytes moved are
+what such operations cost a card. Here each is an operator, `torch.ops.tunesmith.…`, and the first way that a
+probe on the card finds right computes it: the kernel that torch.compile makes of it, Liger's where that is
+installed, or the operations one by one. Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202,
+equation 6; Su et al. 2021, "RoFormer", arXiv 2104.09864, equation 34, in halves as Llama has it.
 """
 
 # T tokens, F width of an MLP, B rows, H heads, D head size
@@ -181,8 +181,8 @@ _CHOSEN: dict[tuple[str, torch.device, torch.dtype, str | bool], Way] = {}
 
 
 def way_of(name: str, device: torch.device, dtype: torch.dtype, setting: str | bool) -> Way:
-    """The first way that gives the answer of the operations one by one in float32, but for rounding; looked for in the
-    first call, which is that of the probe of the module."""
+    """The first way that gives the answer of the operations one by one in float32, but for rounding; looked for
+    in the first call, which is that of the probe of the module."""
     key = name, device, dtype, setting
     if key not in _CHOSEN:
         _CHOSEN[key] = _first_right(*key)

@@ -1,11 +1,11 @@
 """Threads that wait for each other give their cores away while other programs want them.
 
-torch's OpenMP threads spin while they wait. Alone that is faster than sleeping; next to other programs the thread that
-is waited for often has no core, and the spinning one keeps it from getting one: a run next to six busy loops made no
-two steps in 28 seconds. libgomp fixes how long threads spin when a process starts, with one exception in its manual
-(GOMP_SPINCOUNT): while it manages more threads than there are cores, threads spin 100 turns and then sleep. So an
-additional, idle team of threads makes all others sleep while they wait, for as long as it exists, and a run gets its
-fair share of the cores. Measured: docs/inside/EXPERIMENTS.md.
+torch's OpenMP threads spin while they wait. Alone that is faster than sleeping; next to other programs the
+thread that is waited for often has no core, and the spinning one keeps it from getting one: a run next to six
+busy loops made no two steps in 28 seconds. libgomp fixes how long threads spin when a process starts, with one
+exception in its manual (GOMP_SPINCOUNT): while it manages more threads than there are cores, threads spin 100
+turns and then sleep. So an additional, idle team of threads makes all others sleep while they wait, for as long
+as it exists, and a run gets its fair share of the cores. Measured: docs/inside/EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class IdleTeam:
     def _run(self) -> None:
         library = _libgomp()
         if library is not None:
-            # The call by which code compiled by gcc starts a parallel region. A team counts its threads but one; with
-            # as many as there are cores it is enough, whatever teams exist already.
+            # The call by which code compiled by gcc starts a parallel region. A team counts its threads but
+            # one; with as many as there are cores it is enough, whatever teams exist already.
             nothing = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p)
             library.GOMP_parallel(nothing, None, ctypes.c_uint(max(2, num_cpus())), ctypes.c_uint(0))
         self._over.wait()

@@ -1,16 +1,16 @@
 """Attention over packed rows on a CUDA device: kernels in order of preference, and which of them computes a call.
 
-A kernel is taken only if a probe on this device, of rows like those of a run, gives the answer and the gradients of
-attention that is spelled out in float32. None of them is called once a row, and none makes a mask of all tokens of a
-micro-batch by all its keys.
+A kernel is taken only if a probe on this device, of rows like those of a run, gives the answer and the
+gradients of attention that is spelled out in float32. None of them is called once a row, and none makes a mask
+of all tokens of a micro-batch by all its keys.
 
 - varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on; on Hopper by
   FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) where its package is installed.
 - padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: all the rest.
 """
 
-# H heads, T tokens, D head size, K keys, G groups of heads that share keys, S rows of a block, L its longest row,
-# N places of all blocks
+# H heads, T tokens, D head size, K keys, G groups of heads that share keys, S rows of a block, L its longest
+# row, N places of all blocks
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from tunesmith.types import Segment
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
-"""Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token read by
-mistake 0.1 and more."""
+"""Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token
+read by mistake 0.1 and more."""
 SHORT = 32
 """Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
 _DROPPING: set[torch.device] = set()
@@ -135,8 +135,8 @@ def choose_kernel(case: AttentionCase, device: torch.device) -> AttentionKernel:
 def newest_flash(device: torch.device) -> str:
     """Let torch's flash attention be FlashAttention 3 in this process; its name, and "" where it is not taken.
 
-    Taken on Hopper where the package is installed and right. It has no mode that repeats bit for bit, and refuses
-    dropout in every call of the process, the model's own too.
+    Taken on Hopper where the package is installed and right. It has no mode that repeats bit for bit, and
+    refuses dropout in every call of the process, the model's own too.
     """
     is_hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
     is_free = not torch.are_deterministic_algorithms_enabled() and device not in _DROPPING

@@ -36,8 +36,8 @@ PROBE_TOKENS = 4
 
 
 def use_fast_layers(model: nn.Module) -> list[str]:
-    """Replace the forward of every module of the model that is known. Returns a note where a card computes one by one
-    what could be one kernel."""
+    """Replace the forward of every module of the model that is known. Returns a note where a card computes one
+    by one what could be one kernel."""
     norms: dict[Any, int | None] = {}
     mlps: dict[Any, Activation | None] = {}
     for name, module in list(model.named_modules()):
@@ -181,8 +181,8 @@ def _norm_agrees(module: nn.Module, start: int) -> bool:
 
 
 def _activation(module: nn.Module) -> Activation | None:
-    """Which activation an MLP's is, by its values in float32: near 0, where those of small weights lie, all of them
-    differ by less than half precision rounds."""
+    """Which activation an MLP's is, by its values in float32: near 0, where those of small weights lie, all of
+    them differ by less than half precision rounds."""
     act: Any = getattr(module, "act_fn", None)
     if not callable(act):
         return None

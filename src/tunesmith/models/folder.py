@@ -1,7 +1,7 @@
 """A model's folder as Hugging Face writes it: what it must hold, and what is refused.
 
-Weights are read from safetensors alone; code that comes with a model is never run. The headers of weight files are
-checked against the files before anything maps memory by their word.
+Weights are read from safetensors alone; code that comes with a model is never run. The headers of weight files
+are checked against the files before anything maps memory by their word.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def check_folder(folder: Path, name: str) -> None:
     if config.get("quantization_config"):
         kind = _as_object(config["quantization_config"]).get("quant_method", "unknown")
         raise ModelError(
-            f"{folder / 'config.json'}: its weights are quantized ({kind}), and tuning needs them as they were. "
-            "Use the model it was made from, or a GGUF file."
+            f"{folder / 'config.json'}: its weights are quantized ({kind}), and tuning needs them as they "
+            "were. Use the model it was made from, or a GGUF file."
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{name}: a model and an adapter (adapter_config.json) in one folder: it is not clear which is meant. "
-            "Move the adapter into a folder of its own."
+            f"{name}: a model and an adapter (adapter_config.json) in one folder: it is not clear which is "
+            "meant. Move the adapter into a folder of its own."
         )
     read_tensors(folder, name)
 

@@ -19,8 +19,8 @@ from tunesmith.types import Batch, JsonObject, Segment
 
 
 def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
-    """[N, V] in the model's dtype: row n predicts batch.targets_N[n], a token or the class of one. No other position
-    meets the output layer.
+    """[N, V] in the model's dtype: row n predicts batch.targets_N[n], a token or the class of one. No other
+    position meets the output layer.
 
     A packed batch needs a model that was given to `attention.use_packed_attention`.
     """
@@ -30,8 +30,8 @@ def logits_at_targets(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def sequence_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[B, C]: the classes of each row, or its number. A causal model answers at its last token, known by the row's
-    length and never by the pad token."""
+    """[B, C]: the classes of each row, or its number. A causal model answers at its last token, known by the
+    row's length and never by the pad token."""
     if not pools_last(model):
         with _attention_of(batch), _first_alone(model, batch):
             logits_BC: Tensor = model(**_inputs(model, batch)).logits

@@ -3,14 +3,14 @@
     l = cap · tanh(scale (h Wᵀ + b) / cap),  loss = Σ_N (1 − ε) (lse − l_target) + ε (lse − mean_V l) + z lse²
     dl = p (1 + 2 z lse) − ε / V − (1 − ε) at the target,  lse = log Σ_V exp l,  p = exp(l − lse)
 
-The gradient of a chunk's logits is formed while they are there, on a processor in their place, so the logits of all
-targets never exist at once: a number of float32 (on a card two) for every target of a chunk and token of the vocabulary
-and one of the model's precision, instead of some five for every target. Kept
-for the backward: the gradient of h, D numbers a target, and W's where it is trained. Logits are rounded as the
-model rounds them; the softmax and its logarithm are float32.
+The gradient of a chunk's logits is formed while they are there, on a processor in their place, so the logits of
+all targets never exist at once: a number of float32 (on a card two) for every target of a chunk and token of
+the vocabulary and one of the model's precision, instead of some five for every target. Kept for the backward:
+the gradient of h, D numbers a target, and W's where it is trained. Logits are rounded as the model rounds them;
+the softmax and its logarithm are float32.
 
-The gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. It is used only where the
-output layer as the model's config describes it gives the model's own logits.
+The gradient in the forward: Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2. It is used only
+where the output layer as the model's config describes it gives the model's own logits.
 """
 
 # N targets, V vocabulary, D hidden size

@@ -153,8 +153,8 @@ def _entry(cursor: _Cursor) -> tuple[str, TensorInfo, int, int]:
 def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, on_note: Callable[[str], None]) -> None:
     """Split text as the vocabulary was learnt, and limit its length to what the model was made for.
 
-    transformers gives a rule that it does not know GPT-2's pattern: with SmolLM2, blanks in front of a digit would
-    become other tokens than the model has seen.
+    transformers gives a rule that it does not know GPT-2's pattern: with SmolLM2, blanks in front of a digit
+    would become other tokens than the model has seen.
     """
     from tokenizers import pre_tokenizers
 
@@ -167,8 +167,8 @@ def fix_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, on_note: Calla
         )
     elif byte_level and rule not in AS_CONVERTED:
         on_note(
-            f"{path.name}: its rule for splitting text, {rule!r}, is not known here: some tokens may differ from those "
-            "that the model has learnt. The model's Hugging Face folder, if there is one, is safer."
+            f"{path.name}: its rule for splitting text, {rule!r}, is not known here: some tokens may differ "
+            "from those that the model has learnt. The model's Hugging Face folder, if there is one, is safer."
         )
     limit = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(limit, int):
@@ -201,8 +201,8 @@ def read_once() -> Iterator[None]:
 
 
 def _fast_reader(reader: Any) -> Any:
-    """A reader over a plain array: a vocabulary takes half a million slices, which take three times as long from a
-    memory-mapped array."""
+    """A reader over a plain array: a vocabulary takes half a million slices, which take three times as long
+    from a memory-mapped array."""
     if not isinstance(reader, type):  # inside another block
         return reader
     import numpy as np

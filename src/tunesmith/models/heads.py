@@ -101,8 +101,8 @@ def same_labels(config: PreTrainedConfig, head: HeadName, labels: Labels) -> boo
 
 
 def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple[str, ...]:
-    """The weights to draw: those that the files lack, and the whole head if one of its weights is among them or if the
-    head is not to be kept."""
+    """The weights to draw: those that the files lack, and the whole head if one of its weights is among them or
+    if the head is not to be kept."""
     own = [name for name in new_head_names(model) if not name.startswith(f"{model.base_model_prefix}.")]
     whole = own if not keep or not lacks.isdisjoint(own) else []
     return tuple(name for name, _ in model.named_parameters() if name in lacks or name in whole)
@@ -112,8 +112,8 @@ def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple
 def init_head(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
     """Fresh values for weights: matrices normal with the config's initializer_range, biases 0, scales of norms 1.
 
-    Drawn on the CPU in float32, each from (seed, name): the same in every precision, on every device, and whatever
-    random numbers the process has used or will use.
+    Drawn on the CPU in float32, each from (seed, name): the same in every precision, on every device, and
+    whatever random numbers the process has used or will use.
     """
     std = float(getattr(model.config, "initializer_range", 0.02))
     for name in names:
@@ -162,6 +162,6 @@ def check_labels(model: PreTrainedModel, folder: Path) -> None:
     if saved is not None and (labels is None or (saved.kind, saved.names) != (labels.kind, labels.names)):
         expected = "tokens" if labels is None else f"{labels.kind} of {list(labels.names)}"
         raise ModelError(
-            f"{folder / LABELS_FILE}: {saved.kind} of {list(saved.names)}, but the model answers with {expected}. "
-            "Load the model with the labels of the result."
+            f"{folder / LABELS_FILE}: {saved.kind} of {list(saved.names)}, but the model answers with "
+            f"{expected}. Load the model with the labels of the result."
         )

@@ -3,13 +3,13 @@
     siblings    low = x [A₁; A₂; ...]ᵀ,  yᵢ = x Wᵢᵀ + bᵢ + sᵢ lowᵢ Bᵢᵀ
     gated MLP   g, u as siblings,  h = act(g) ∘ u,  y = h Wᵀ + b + s (h Aᵀ) Bᵀ
 
-The low-rank path may be missing, and each matrix may be trained or frozen. The input is read once for all A, and its
-gradients are added where they are computed. Kept for the backward, numbers a token: siblings their input and all ranks;
-an MLP its input, all ranks, and two of its width, g and u, from which act(g) and h are computed again. An input that
-our norm answered is computed again too, from what the norm keeps.
+The low-rank path may be missing, and each matrix may be trained or frozen. The input is read once for all A,
+and its gradients are added where they are computed. Kept for the backward, numbers a token: siblings their
+input and all ranks; an MLP its input, all ranks, and two of its width, g and u, from which act(g) and h are
+computed again. An input that our norm answered is computed again too, from what the norm keeps.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; Shazeer 2020, "GLU
-Variants Improve Transformer", arXiv 2002.05202, equation 6. The backward follows by the chain rule.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, section 4.1; Shazeer
+2020, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 6. The backward follows by the chain rule.
 """
 
 # T tokens, I inputs, O outputs, F width of the MLP, R rank, S ranks of all siblings

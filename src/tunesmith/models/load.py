@@ -195,12 +195,12 @@ def load_model(
     """The model with its weights in `dtype` on `device`, in eval mode, with a head that answers with `labels`.
 
     Each weight is read straight onto the device, and packed there as `packing` says; a GGUF's are moved later.
-    A head that answers with the labels already is kept, and without `labels` whatever head there is; any other is new,
-    drawn from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new weights, and weights
-    that the model does not use, which are therefore not in what is saved.
+    A head that answers with the labels already is kept, and without `labels` whatever head there is; any other
+    is new, drawn from `seed` alone. `tokenizer` is the model's own, if it is at hand. `on_note` gets new
+    weights, and weights that the model does not use, which are therefore not in what is saved.
 
-    Raises ModelError where another weight is missing or of another shape than the config says, or where transformers
-    has no such head for the model.
+    Raises ModelError where another weight is missing or of another shape than the config says, or where
+    transformers has no such head for the model.
     """
     contention.watch()  # whoever loads a model computes with it, next to whatever else runs on the machine
     # Reading a GGUF's config takes as long as its weights; it has neither labels nor an architecture without heads.
@@ -280,8 +280,8 @@ def _lacking(located: ModelRef, model: PreTrainedModel, found: JsonObject, *, dr
     for names, what in ((missing, "not in its files"), (misshapen, "of another shape than its config says")):
         if wrong := sorted(names - may_be_new):
             raise ModelError(
-                f"{located.name}: {len(wrong)} weights are {what}, such as {wrong[0]}: they would start as random "
-                f"numbers. Use a whole {type(model).__name__}."
+                f"{located.name}: {len(wrong)} weights are {what}, such as {wrong[0]}: they would start as "
+                f"random numbers. Use a whole {type(model).__name__}."
             )
     if found.get("error_msgs"):
         raise ModelError(f"{located.name}: its weights cannot be loaded: {found['error_msgs'][0]}")

@@ -24,8 +24,8 @@ FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
 def choose_device(name: str) -> Choice:
     """The device to compute on: the one that was named, or with "auto" the fastest there is.
 
-    Raises RecipeError for a device that this machine lacks, and for a card that torch cannot use, unless another device
-    is named.
+    Raises RecipeError for a device that this machine lacks, and for a card that torch cannot use, unless
+    another device is named.
     """
     if name != "auto":
         return Choice("device", _present(name), "as given")
@@ -61,8 +61,8 @@ def _present(name: str) -> str:
 
 
 def choose_precision(name: str, device: str) -> Choice:
-    """ "float32", "bfloat16" or "float16" for weights and activations on `device`; with "auto", what is fast there, and
-    on a processor instead of float16 too."""
+    """ "float32", "bfloat16" or "float16" for weights and activations on `device`; with "auto", what is fast
+    there, and on a processor instead of float16 too."""
     fast, why = _fast_precision(torch.device(device))
     if name == "float16" and device == "cpu":
         return Choice("precision", fast, f"float16 takes a processor ten times as long or more; {why}")
@@ -106,8 +106,8 @@ def cpu_flags() -> set[str]:
 
 
 def use_repeatable_kernels() -> None:
-    """Let CUDA compute with kernels that give the same bits each time, in this process; to be called before its first
-    product. What has no such kernel raises an error."""
+    """Let CUDA compute with kernels that give the same bits each time, in this process; to be called before its
+    first product. What has no such kernel raises an error."""
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -130,8 +130,8 @@ def to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory held so far: on a CUDA device by tensors, elsewhere by this process: on Linux its own, since what
-    getrusage says of a child begins with its parent's peak."""
+    """Most memory held so far: on a CUDA device by tensors, elsewhere by this process: on Linux its own, since
+    what getrusage says of a child begins with its parent's peak."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if (status := Path("/proc/self/status")).exists() and (most := re.search(r"VmHWM:\s+(\d+)", status.read_text())):

@@ -45,8 +45,8 @@ def silence_transformers() -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every rate of dropout to 0, as a module or as a number that a module keeps, so that two passes in training
-    mode find the same. The model's config stays as it is."""
+    """Set every rate of dropout to 0, as a module or as a number that a module keeps, so that two passes in
+    training mode find the same. The model's config stays as it is."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -58,14 +58,14 @@ def disable_dropout(model: nn.Module) -> None:
 def checkpoint_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Recompute the first `num_layers` layers, and no other, whenever the model is in training mode.
 
-    The recomputation is non-reentrant: gradients reach adapters in a layer whose input needs none, and dropout draws
-    the same numbers again. Raises RecipeError if the model has fewer layers.
+    The recomputation is non-reentrant: gradients reach adapters in a layer whose input needs none, and dropout
+    draws the same numbers again. Raises RecipeError if the model has fewer layers.
     """
     layers = layers_of(model)
     if num_layers > len(layers):
         raise RecipeError(
-            f"train.checkpointed_layers: {num_layers}: {type(model).__name__} has {len(layers)} layers that can be "
-            f"recomputed. Use at most {len(layers)}."
+            f"train.checkpointed_layers: {num_layers}: {type(model).__name__} has {len(layers)} layers that "
+            f"can be recomputed. Use at most {len(layers)}."
         )
     for index, layer in enumerate(layers):
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -27,11 +27,11 @@ PROBE_TOKENS = 128
 PROBE_POSITIONS = 32
 """Positions of a row whose logits are compared: the logits of all would be gigabytes with a large vocabulary."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-"""Largest error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each other;
-in float32 0 and 1.7."""
+"""Largest error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each
+other; in float32 0 and 1.7."""
 LEAKS = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}
-"""Largest error between a row's first tokens behind one row and behind another of the same length: the shapes are
-equal, so a sound model gives the same bits. Hybrids with recurrent layers have 0.1 to 0.3."""
+"""Largest error between a row's first tokens behind one row and behind another of the same length: the shapes
+are equal, so a sound model gives the same bits. Hybrids with recurrent layers have 0.1 to 0.3."""
 LEAK_TOKENS = 8
 _REFUSALS = (UnsupportedAttentionError, NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
 """Errors of a foreign model that is called with packed rows; they are padded then."""
@@ -106,8 +106,8 @@ def check_packing(
 
 
 def has_windows(model: PreTrainedModel) -> bool:
-    """Whether some layer may attend to near tokens only, as far as the config knows its layers: models make the mask of
-    a window for all kinds of layers that they could have."""
+    """Whether some layer may attend to near tokens only, as far as the config knows its layers: models make the
+    mask of a window for all kinds of layers that they could have."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     return getattr(config, "use_sliding_window", True) and (kinds is None or set(kinds) != {"full_attention"})
@@ -204,8 +204,8 @@ def _answers(
 def _compare(
     alone: Sequence[Tensor], packed: Sequence[Tensor], trace: AttentionTrace, dtype: torch.dtype, *, by_row: bool
 ) -> PackingCheck:
-    """`by_row`: the error of the worst row; else of all rows, by the spread of the answers among positions and rows,
-    since a head may have one class or two."""
+    """`by_row`: the error of the worst row; else of all rows, by the spread of the answers among positions and
+    rows, since a head may have one class or two."""
     pairs = list(zip(packed, alone, strict=True))
     largest = max(float((packed_KV - alone_KV).abs().max()) for packed_KV, alone_KV in pairs)
     if by_row:

@@ -26,8 +26,8 @@ _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def find_pooling(folder: Path) -> Pooling | None:
-    """The pooling that the files in a model's folder name, if there are any. Raises ModelError for one that cannot be
-    computed here."""
+    """The pooling that the files in a model's folder name, if there are any. Raises ModelError for one that
+    cannot be computed here."""
     if not (folder / _MODULES).is_file():
         return None
     modules = _json(folder / _MODULES)

@@ -1,12 +1,12 @@
 """A frozen linear layer whose weight is kept in 4 bits, and unpacked anew for every product.
 
-nf4: blocks of 64 weights, each rounded to one of 16 quantiles of a normal distribution times the block's largest
-magnitude; the magnitudes are quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman & Zettlemoyer,
-"QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3).
-bitsandbytes packs and unpacks; the product and its gradient equal the unpacked weight's exactly.
+nf4: blocks of 64 weights, each rounded to one of 16 quantiles of a normal distribution times the block's
+largest magnitude; the magnitudes are quantised too, to 8 bits in blocks of 256 (Dettmers, Pagnoni, Holtzman &
+Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3). bitsandbytes packs
+and unpacks; the product and its gradient equal the unpacked weight's exactly.
 
-Weights are packed one by one as they are read, by an extension of transformers' loading, so that a model is never
-whole in memory before it is quantised.
+Weights are packed one by one as they are read, by an extension of transformers' loading, so that a model is
+never whole in memory before it is quantised.
 """
 
 # T tokens, I inputs, O outputs
@@ -173,8 +173,8 @@ class PackOnLoad(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         element_size: float,
     ) -> None:
-        """`choose`: the names of modules to pack, of a model without weights. `pack`: a module with its weight, on the
-        device where it is kept, to what takes its place. `element_size`: bytes of a packed weight."""
+        """`choose`: the names of modules to pack, of a model without weights. `pack`: a module with its weight,
+        on the device where it is kept, to what takes its place. `element_size`: bytes of a packed weight."""
         self.quant_method = NAME
         self.choose, self.pack, self.element_size = choose, pack, element_size
         AUTO_QUANTIZER_MAPPING[NAME] = _Quantizer

@@ -1,7 +1,7 @@
 """Resolution of a model's name to its files, before anything heavy is imported or a weight is read.
 
-A model is a folder as Hugging Face writes it, an id of the hub (a cached one is used without asking the hub), or a GGUF
-file. Weights are read from safetensors and GGUF alone; code that comes with a model is never run.
+A model is a folder as Hugging Face writes it, an id of the hub (a cached one is used without asking the hub),
+or a GGUF file. Weights are read from safetensors and GGUF alone; code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class ModelRef:
 def resolve_model(model: str, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> ModelRef:
     """The model that `model` names: a folder, a .gguf file, or a hub id, downloaded unless cached.
 
-    `revision` is for hub ids, which can also have it in their name: owner/name@revision. Without `weights` only the
-    headers of weight files are fetched, which is all that a plan reads; a second call fetches the rest. `offline` opens
-    no socket. Raises ModelError if there is no such model, or if it cannot be used.
+    `revision` is for hub ids, which can also have it in their name: owner/name@revision. Without `weights` only
+    the headers of weight files are fetched, which is all that a plan reads; a second call fetches the rest.
+    `offline` opens no socket. Raises ModelError if there is no such model, or if it cannot be used.
     """
     if not model.strip():
         raise ModelError("model: no model was named. Give a folder, a .gguf file or a hub id.")

@@ -3,9 +3,9 @@
     y = x / rms(x) · w,  rms(x)² = mean(x²) + eps
     dx = (h - x · (h · x) / (H rms(x)²)) / rms(x),  h = dy ∘ w;  dw = Σ_T dy ∘ x / rms(x)
 
-Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; the backward follows by the product rule.
-Kept for it: x, which the model holds anyway, and one number a token. It computes in float32 inside. On a card it is
-torch's own kernel, that of `F.rms_norm`, which reads x once.
+Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4; the backward follows by the product
+rule. Kept for it: x, which the model holds anyway, and one number a token. It computes in float32 inside. On a
+card it is torch's own kernel, that of `F.rms_norm`, which reads x once.
 """
 
 # T tokens, H hidden size
@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from tunesmith.models.card_kernels import on_card
 
 COUNTED_FROM = (0, 1)
-"""Numbers that models count the weights of a norm from. 0, as Llama: x is rounded, then multiplied by w. 1, as Gemma:
-multiplied by 1 + w in float32, then rounded."""
+"""Numbers that models count the weights of a norm from. 0, as Llama: x is rounded, then multiplied by w. 1, as
+Gemma: multiplied by 1 + w in float32, then rounded."""
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, *, start: int = 0) -> Tensor:

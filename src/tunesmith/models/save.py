@@ -60,8 +60,8 @@ def save_model(
 
     `located` is where the tokenizer came from: its files are copied byte for byte if nothing in them changed.
     `stop_ids` end an answer and go into the generation config of a model that writes; a head's labels go into
-    labels.json. `pooling`: of a model that makes vectors. `weights`: those to write in place of the model's own. An
-    encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
+    labels.json. `pooling`: of a model that makes vectors. `weights`: those to write in place of the model's
+    own. An encoder that guesses masked words keeps the files at `located` that say how its vectors are pooled.
     Raises StorageError where the disk refuses.
     """
     dtype = weights.dtype if isinstance(weights, Stream) else None
@@ -122,8 +122,8 @@ def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located: ModelRef) -> None:
-    """The tokenizer's files: copies of those it came from, unless it was changed or they have no tokenizer.json, as
-    in a GGUF and in older models that bring a sentencepiece file.
+    """The tokenizer's files: copies of those it came from, unless it was changed or they have no
+    tokenizer.json, as in a GGUF and in older models that bring a sentencepiece file.
 
     A chat template that was given by file is written too, and replaces any other.
     """

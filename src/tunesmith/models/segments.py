@@ -1,11 +1,11 @@
 """Places of the pieces of a packed batch, and attention of rows of equal length.
 
-A packed batch consists of pieces: a piece is a row; or where rows share a prefix, the prefix or the rest of one of the
-rows. A piece reads what is before it in its row, which other pieces compute, and itself.
+A packed batch consists of pieces: a piece is a row; or where rows share a prefix, the prefix or the rest of one
+of the rows. A piece reads what is before it in its row, which other pieces compute, and itself.
 """
 
-# T tokens, H heads, D head size, S rows of equal length, Q queries, K keys (of all pieces in a row), B rows,
-# G groups of heads that share keys, R queries of all heads of a group, C pieces that share a prefix, P its tokens
+# T tokens, H heads, D head size, S rows of equal length, Q queries, K keys (of all pieces in a row), B rows, G
+# groups of heads that share keys, R queries of all heads of a group, C pieces that share a prefix, P its tokens
 
 from __future__ import annotations
 

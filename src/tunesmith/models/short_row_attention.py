@@ -6,15 +6,15 @@ float32 six to nine tenths up to 96; with dropout, which torch's CPU kernel lack
     P = softmax(Q Kᵀ · scale),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),  dQ = dS K · scale,  dK = dSᵀ Q · scale
 
-With dropout P V becomes (M ∘ P) V / (1 - p), and dO Vᵀ likewise, for a random mask M. Rows of similar length are
-multiplied in one block: a shorter row is filled with its last token, whose answers are thrown away and whose gradients
-are zero. Query heads that share a key head are stacked, so that a product reads the keys once. Scores are rounded to
-the precision of the inputs, as in transformers' eager attention; the softmax computes in float32. A pass of rows of at
-most 32 tokens computes in float32 throughout. Sources: Vaswani et al. 2017, section 3.2.1; Dao et al. 2022, appendix
-B.2, for the backward.
+With dropout P V becomes (M ∘ P) V / (1 - p), and dO Vᵀ likewise, for a random mask M. Rows of similar length
+are multiplied in one block: a shorter row is filled with its last token, whose answers are thrown away and
+whose gradients are zero. Query heads that share a key head are stacked, so that a product reads the keys once.
+Scores are rounded to the precision of the inputs, as in transformers' eager attention; the softmax computes in
+float32. A pass of rows of at most 32 tokens computes in float32 throughout. Sources: Vaswani et al. 2017,
+section 3.2.1; Dao et al. 2022, appendix B.2, for the backward.
 
-Kept for the backward, in numbers a token: D for each query head, 2 D for each key head, and one (with dropout two) for
-each query head and key.
+Kept for the backward, in numbers a token: D for each query head, 2 D for each key head, and one (with dropout
+two) for each query head and key.
 """
 
 # H heads, T tokens, D head size, S rows of a block, G groups of heads that share keys, R query heads a group,
@@ -40,11 +40,11 @@ LONGEST_SHARED = 96
 LONGEST_DROPPED = 1024
 """`LONGEST` with dropout, in either precision."""
 WIDE = 32
-"""Keys of the longest row of a pass up to which it computes in float32: as fast there, and oneDNN compiles nothing for
-the many shapes of short blocks."""
+"""Keys of the longest row of a pass up to which it computes in float32: as fast there, and oneDNN compiles
+nothing for the many shapes of short blocks."""
 SIMILAR, FEW = 0.75, 16
-"""Rows share a block if the shortest has this share of the longest's queries, or lacks no more than FEW; the same
-holds for keys."""
+"""Rows share a block if the shortest has this share of the longest's queries, or lacks no more than FEW; the
+same holds for keys."""
 LEVELS = 1 << 16
 """Values of the bits drawn for one element of a dropout mask."""
 

@@ -1,8 +1,8 @@
 """Tokens that a recipe adds to a model's vocabulary, and the pad token.
 
-A causal model with a head answers at a text's last token. transformers finds it as the last one that is not the pad
-token: where that is the end token too, it takes the token before. Here the last token is known by the row's length; the
-pad token is set apart for other programs that read the saved model.
+A causal model with a head answers at a text's last token. transformers finds it as the last one that is not the
+pad token: where that is the end token too, it takes the token before. Here the last token is known by the row's
+length; the pad token is set apart for other programs that read the saved model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class NewTokens:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewTokens:
-    """Add tokens that are matched in any text, in the order given. Raises RecipeError for one that is there already or
-    that the tokenizer makes nothing of."""
+    """Add tokens that are matched in any text, in the order given. Raises RecipeError for one that is there
+    already or that the tokenizer makes nothing of."""
     if not texts:
         return NewTokens()
     known, problems = tokenizer.get_vocab(), []
@@ -109,8 +109,8 @@ def choose_pad_token(
     config.pad_token_id = chosen
     if chosen is None:
         on_note(
-            "no token of the model is free for padding: it shares its end token. Here the end of a row is known by its "
-            "length; other programs must give the saved model one text at a time"
+            "no token of the model is free for padding: it shares its end token. Here the end of a row is "
+            "known by its length; other programs must give the saved model one text at a time"
         )
     else:
         text = NEW if chosen == len(tokenizer) else tokenizer.convert_ids_to_tokens(chosen)
@@ -146,9 +146,9 @@ def without_vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
     if odd is None:
         return ""
     return (
-        f"the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}) has no vector, for the embedding of the model "
-        f"has {num:,} rows: its tokenizer was made longer, the model not. Take the tokenizer that belongs to it, or "
-        "save it after resize_token_embeddings of transformers."
+        f"the token {tokenizer.convert_ids_to_tokens(odd)!r} ({odd}) has no vector, for the embedding of the "
+        f"model has {num:,} rows: its tokenizer was made longer, the model not. Take the tokenizer that "
+        "belongs to it, or save it after resize_token_embeddings of transformers."
     )
 
 

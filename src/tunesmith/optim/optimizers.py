@@ -1,7 +1,7 @@
 """Optimizers: add one by writing its row in OPTIMIZERS; the library that keeps it computes the update.
 
-`Optimizer` applies the rows to everything that is trained: who takes which tensor, decay, clipping, and state by name.
-docs/reference/optimizers.md says when to use which.
+`Optimizer` applies the rows to everything that is trained: who takes which tensor, decay, clipping, and state
+by name. docs/reference/optimizers.md says when to use which.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _lion(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
 
 
 def _adafactor(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
-    # An update is scaled by max(1, RMS of the weight) and not by the RMS alone: rates mean what they mean elsewhere,
-    # and a matrix of zeros, as LoRA's B at its start, can move.
+    # An update is scaled by max(1, RMS of the weight) and not by the RMS alone: rates mean what they mean
+    # elsewhere, and a matrix of zeros, as LoRA's B at its start, can move.
     return torch.optim.Adafactor(groups, lr=float(optim.lr), eps=(None, 1.0))
 
 
@@ -208,8 +208,8 @@ def decays(name: str, tensor: Tensor) -> bool:
 def gradient_norm(tensors: Iterable[Tensor]) -> float:
     """The global 2-norm of the gradients, float32; 0 where there are none.
 
-    Large ones on a CPU are multiplied with themselves: torch's own norm reads half as fast, and is off by 1e-3 for 28
-    million numbers.
+    Large ones on a CPU are multiplied with themselves: torch's own norm reads half as fast, and is off by 1e-3
+    for 28 million numbers.
     """
     gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
     large = [gradient for gradient in gradients if gradient.device.type == "cpu" and gradient.numel() >= LARGE_TENSOR]
@@ -263,8 +263,8 @@ class Optimizer:
         ]
 
     def step(self, lr: float, *, divisor: float = 1.0) -> None:
-        """Update every tensor that has a gradient, and drop the gradients. `divisor`: divides all gradients first, see
-        `clip_divisor`."""
+        """Update every tensor that has a gradient, and drop the gradients. `divisor`: divides all gradients
+        first, see `clip_divisor`."""
         for row, names, optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate_factor"]
@@ -293,8 +293,8 @@ class Optimizer:
             tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """The state, not copied: `<name of a trained tensor>/<part>`. Empty before the first update; a tensor that
-        never had a gradient has no entries."""
+        """The state, not copied: `<name of a trained tensor>/<part>`. Empty before the first update; a tensor
+        that never had a gradient has no entries."""
         tensors: dict[str, Tensor] = {}
         for row, names, optimizer in self.parts:
             for name in names:
@@ -303,8 +303,8 @@ class Optimizer:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave, bit for bit. Raises CheckpointError, with nothing changed, for a name that is
-        unknown or misses a part, or a shape that does not fit."""
+        """Put back what `state` gave, bit for bit. Raises CheckpointError, with nothing changed, for a name
+        that is unknown or misses a part, or a shape that does not fit."""
         left = dict(tensors)
         states: list[dict[Tensor, dict[str, Any]]] = []
         for row, names, optimizer in self.parts:

@@ -52,8 +52,8 @@ class Hears(Protocol):
 def run_words(
     words: Sequence[str], *, offline: bool, listener: Hears, on_note: Callable[[str], None] = lambda text: None
 ) -> Run:
-    """Run `tunesmith WORDS` to its end, and return its run. `should_stop` is called after every event; `on_note` gets
-    the notes of exports, and what trackers did not get.
+    """Run `tunesmith WORDS` to its end, and return its run. `should_stop` is called after every event;
+    `on_note` gets the notes of exports, and what trackers did not get.
 
     Raises the error that it ends with, a TunesmithError.
     """
@@ -92,8 +92,8 @@ def run_words(
 
 
 def as_error(last: JsonObject, text: str, code: int) -> errors.TunesmithError:
-    """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its `text`,
-    after what it said of its progress, and its exit code."""
+    """The error that another process named in `last`, {"kind", "code", "message"}; without that one of its
+    `text`, after what it said of its progress, and its exit code."""
     kind = getattr(errors, str(last.get("code", "")), None) if last.get("kind") == "error" else None
     message = str(last.get("message", "")) if kind is not None else re.split(r"^error: ", text, flags=re.M)[-1]
     message = message or f"the process of the run ended with code {code}"

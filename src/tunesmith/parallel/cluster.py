@@ -26,8 +26,8 @@ def import_ray() -> Any:
         import ray
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--ray: Ray is not installed. Install it with: {install_command('ray')}, or leave --ray out: runs then "
-            "follow one after the other."
+            f"--ray: Ray is not installed. Install it with: {install_command('ray')}, or leave --ray out: runs "
+            "then follow one after the other."
         ) from error
     return ray
 
@@ -78,8 +78,8 @@ def _elsewhere() -> Iterator[None]:
 def needs_of(recipe: Recipe, ray: Any) -> dict[str, float]:
     """Processors and cards that Ray keeps for one run of a recipe.
 
-    As many processors as `threads` says, else one; a card each of `devices` if the cluster has cards and the recipe
-    does not name another device.
+    As many processors as `threads` says, else one; a card each of `devices` if the cluster has cards and the
+    recipe does not name another device.
     """
     devices = recipe.devices if isinstance(recipe.devices, int) else 1
     has_cards = ray.cluster_resources().get("GPU", 0) > 0 and recipe.device in ("auto", "cuda")

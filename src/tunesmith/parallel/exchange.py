@@ -1,5 +1,5 @@
-"""The one meeting of a step: every rank learns what the others computed, and gradients are summed, through flat pieces
-of at most 64 MiB."""
+"""The one meeting of a step: every rank learns what the others computed, and gradients are summed, through flat
+pieces of at most 64 MiB."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Layers split over the ranks of a group by FSDP2: each rank keeps a piece of every weight of a layer, and has a layer
-whole only while it computes it.
+"""Layers split over the ranks of a group by FSDP2: each rank keeps a piece of every weight of a layer, and has
+a layer whole only while it computes it.
 
-Embeddings, the last norm and the head stay whole on every rank, so that whatever reads them need not know. Source of
-the scheme: Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277, section 3.2.
+Embeddings, the last norm and the head stay whole on every rank, so that whatever reads them need not know.
+Source of the scheme: Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277, section 3.2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run on several devices of this machine: torch's elastic agent starts a rank for each, in this process.
 
-Rank 0 has the terminal. The others write to `logs/rank-N.log` of the run. If a rank fails, the agent ends the others,
-and what is printed is the reason of the one that failed.
+Rank 0 has the terminal. The others write to `logs/rank-N.log` of the run. If a rank fails, the agent ends the
+others, and what is printed is the reason of the one that failed.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def own_run(run: Run, rank: int) -> None:
 def ending(error: BaseException, code: int) -> tuple[int, bool]:
     """(exit code, whether this process prints the error) of a rank that ends with it.
 
-    What all ranks agreed on ends well on all but the first. A run that was stopped ends well under another agent, which
-    starts again whatever fails. Of a rank that was lost our own agent says more.
+    What all ranks agreed on ends well on all but the first. A run that was stopped ends well under another
+    agent, which starts again whatever fails. Of a rank that was lost our own agent says more.
     """
     try:
         place = place_of(os.environ)

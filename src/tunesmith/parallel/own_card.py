@@ -13,8 +13,8 @@ from tunesmith.types import JsonObject
 def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> str:
     """Let this process see its own card alone, as cuda:0, in all of its threads; returns "".
 
-    Where CUDA runs already (Ray's workers), the card that is current there, which has to be named then: "cuda:1".
-    Raises RecipeError for a device that is one, InputError for more processes than cards.
+    Where CUDA runs already (Ray's workers), the card that is current there, which has to be named then:
+    "cuda:1". Raises RecipeError for a device that is one, InputError for more processes than cards.
     """
     if place.size > 1 and device not in ("auto", "cuda", "cpu"):
         raise RecipeError(f"device: {device}: one device, but {place.size} processes train. Use cuda, cpu or auto.")
@@ -35,8 +35,8 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> s
 
 
 def card_of(place: Place, device: str) -> JsonObject:
-    """Name and number of a rank's card; {} on a processor. Raises GroupError where the rank sees more than its own,
-    because something listed the cards before it took one."""
+    """Name and number of a rank's card; {} on a processor. Raises GroupError where the rank sees more than its
+    own, because something listed the cards before it took one."""
     import torch
 
     if not device.startswith("cuda"):
@@ -44,8 +44,8 @@ def card_of(place: Place, device: str) -> JsonObject:
     seen = max(torch.cuda.device_count(), torch._C._cuda_getDeviceCount())
     if place.local_size > 1 and ":" not in device and seen != 1:
         raise GroupError(
-            f"rank {place.rank}: it sees {seen} cards instead of its own: a library started CUDA before it took one. "
-            "Let the launcher set CUDA_VISIBLE_DEVICES for each process."
+            f"rank {place.rank}: it sees {seen} cards instead of its own: a library started CUDA before it "
+            "took one. Let the launcher set CUDA_VISIBLE_DEVICES for each process."
         )
     properties = torch.cuda.get_device_properties(device)
     return {"card": properties.name, "uuid": str(getattr(properties, "uuid", ""))}

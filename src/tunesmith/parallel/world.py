@@ -1,9 +1,9 @@
 """The group of processes that train one run: each has a rank, from 0, and a device of its own.
 
-A run that is alone has the world `World()`, which never imports torch.distributed. A group is made by an agent (ours in
-`launch`, or torchrun, Slurm, Kubernetes, Ray), which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-Its ranks first find each other through a store of small values, where waiting has no limit but a heartbeat, and
-`connect` once they have something to sum.
+A run that is alone has the world `World()`, which never imports torch.distributed. A group is made by an agent
+(ours in `launch`, or torchrun, Slurm, Kubernetes, Ray), which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR
+and MASTER_PORT. Its ranks first find each other through a store of small values, where waiting has no limit but
+a heartbeat, and `connect` once they have something to sum.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ class World:
             if time.monotonic() > until:
                 named = ", ".join(map(str, missing[:8]))
                 raise GroupError(
-                    f"WORLD_SIZE={self.size}: no word of rank {named} within {JOIN_S:.0f} s. Start as many processes "
-                    "as WORLD_SIZE says, and let all reach MASTER_ADDR and MASTER_PORT."
+                    f"WORLD_SIZE={self.size}: no word of rank {named} within {JOIN_S:.0f} s. Start as many "
+                    "processes as WORLD_SIZE says, and let all reach MASTER_ADDR and MASTER_PORT."
                 )
             if time.monotonic() > due:
                 say(self.size - len(missing), self.size)
@@ -152,8 +152,8 @@ class World:
             owner = owners.setdefault((peer["host"], peer["uuid"]) if peer.get("uuid") else rank, rank)
             if owner != rank:
                 raise InputError(
-                    f"rank {rank} and rank {owner} on {peer['host']} have one card, {peer['card']}. Name as many in "
-                    "CUDA_VISIBLE_DEVICES as there are processes, or start fewer."
+                    f"rank {rank} and rank {owner} on {peer['host']} have one card, {peer['card']}. Name as "
+                    "many in CUDA_VISIBLE_DEVICES as there are processes, or start fewer."
                 )
             for key, value in first["same"].items():
                 if peer["same"].get(key) != value:
@@ -310,8 +310,8 @@ def _own_facts(facts: Record) -> JsonObject:
 
 @contextmanager
 def group(place: Place, facts: Callable[[], Record], say: Say = lambda here, size: None) -> Iterator[World]:
-    """The world of this process until the block ends. `facts`: what this rank says of itself, {"room", "same"}; `say`
-    gets how many ranks are there, of how many, while this one waits for the others."""
+    """The world of this process until the block ends. `facts`: what this rank says of itself, {"room", "same"};
+    `say` gets how many ranks are there, of how many, while this one waits for the others."""
     if place.size == 1:
         yield World(place)
         return

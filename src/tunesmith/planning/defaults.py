@@ -96,8 +96,8 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
     recipe, limit = decisions.recipe, size.max_tokens
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
-            f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to {limit:,} "
-            "tokens. Lower it; if a run of an earlier version had more, start a new one."
+            f"{located.name}: data.max_tokens is {recipe.data.max_tokens:,}, but the model can attend to "
+            f"{limit:,} tokens. Lower it; if a run of an earlier version had more, start a new one."
         )
 
     def choose(key: str, rule: Callable[[], Choice]) -> None:
@@ -201,8 +201,8 @@ def precision_for(num_parameters: int, device: str, *, is_adapter: bool, tokens:
     """The type that weights and activations are computed in, for micro-batches of `tokens`."""
     if not is_adapter and device == "cpu" and num_parameters * tokens <= FEW_PRODUCTS:
         reason = (
-            f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to compile "
-            "them and to round weights at every update costs more than narrow ones save"
+            f"a pass has few products ({num_parameters / 1e6:.1f} M weights, about {tokens:,.0f} tokens): to "
+            "compile them and to round weights at every update costs more than narrow ones save"
         )
         return Choice("precision", "float32", reason)
     return machine.choose_precision("auto", device)
@@ -258,8 +258,8 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
     if rate <= HIGH_RATE * usual:
         return []
     return [
-        f"optim.lr: {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: the loss may rise and never come back: "
-        "tunesmith explain loss-is-nan"
+        f"optim.lr: {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: the loss may rise and never "
+        "come back: tunesmith explain loss-is-nan"
     ]
 
 
@@ -357,8 +357,8 @@ def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 
 
 def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) -> tuple[int, str]:
-    """Steps between checkpoints and why: up to ten checkpoints in a run, so close that a crash costs little, and so far
-    apart that saving takes at most a tenth of the run."""
+    """Steps between checkpoints and why: up to ten checkpoints in a run, so close that a crash costs little,
+    and so far apart that saving takes at most a tenth of the run."""
     apart = max(SAFE_SECONDS, saving_seconds / SAVING_SHARE)
     num = max(1, min(10, int(steps * step_seconds / apart)))
     every = max(min(MOST_STEPS_LOST, -(-steps // num)), math.ceil(saving_seconds / SAVING_SHARE / step_seconds))
@@ -434,8 +434,8 @@ UNNOTICED_S = 10.0
 def decide_measuring(
     decisions: Decisions, facts: Facts, *, steps: int, held_tokens: int, writes: bool, speaks: bool
 ) -> None:
-    """Decide what is "auto" in `evaluation`: less in a short run. `held_tokens`: of held-out rows that are measured.
-    `writes`: such a model answers prompts; `speaks`: its general ability is measured."""
+    """Decide what is "auto" in `evaluation`: less in a short run. `held_tokens`: of held-out rows that are
+    measured. `writes`: such a model answers prompts; `speaks`: its general ability is measured."""
     recipe, given = decisions.recipe, decisions.given.evaluation
     row, prompts = float(facts.lengths_I.mean()), len(facts.held_targets_I) if writes else 0
     new_tokens = new_tokens_for(facts.held_targets_I, recipe.evaluation.sample_tokens)

@@ -29,8 +29,8 @@ EFFICIENCY = 0.4
 """Share of a card's peak that tuning reaches: 0.41 and 0.43 are published for LoRA on an H100 (NeMo AutoModel's
 performance summary, Llama 3 8B and Qwen2.5 7B)."""
 CUDA_LAUNCH, CUDA_START, CPU_LAUNCH = 5e-6, 18e-6, 35e-6
-"""Seconds to start one operation alone; with the code of the model and of torch, on a card (5,300 counted operations of
-32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
+"""Seconds to start one operation alone; with the code of the model and of torch, on a card (5,300 counted
+operations of 32 layers of a LoRA step take a core some 90 ms), and on a processor, which waits for it."""
 CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 GROUP = 400 * 2**20
@@ -94,8 +94,8 @@ _CARDS: dict[str, tuple[int, float, float]] = {
     "V100-16G": (16, 125e12, 0.9e12),
     "T4-16G": (16, 65e12, 0.32e12),
 }
-"""Memory in GB, dense operations a second in `precision` with float32 sums, bytes a second: from the makers' data
-sheets."""
+"""Memory in GB, dense operations a second in `precision` with float32 sums, bytes a second: from the makers'
+data sheets."""
 _FLOAT16 = ("V100", "T4")
 """Cards that do not multiply bfloat16."""
 
@@ -156,8 +156,8 @@ def busy_share() -> float:
 
 
 def here_apart(device: str, *, threads: int, dtype: torch.dtype) -> Device:
-    """`here`, found by a process of its own: half a GiB of a card, which CUDA keeps for each, is free again when it has
-    ended. Raises RuntimeError with what the process printed where it fails."""
+    """`here`, found by a process of its own: half a GiB of a card, which CUDA keeps for each, is free again
+    when it has ended. Raises RuntimeError with what the process printed where it fails."""
     arguments = [device, str(threads), str(dtype).removeprefix("torch.")]
     words = [*python_words("tunesmith.planning.devices"), *arguments]
     done = subprocess.run(words, capture_output=True, env=for_child(), text=True, check=False)
@@ -184,8 +184,8 @@ def _memory_free() -> int:
 
 
 def _group_free() -> int:
-    """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside the
-    other; cached files can be given up."""
+    """Bytes that the control groups of this process leave (a container, a job of Slurm or systemd), one inside
+    the other; cached files can be given up."""
     free, group = 2**63, NAMED_GROUPS
     with suppress(OSError):
         group /= "".join(re.findall(r"^0::/(.*)", OWN_GROUP.read_text("utf-8"), re.M))

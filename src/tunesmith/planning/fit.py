@@ -1,5 +1,5 @@
-"""Make a run fit into memory: as many layers recomputed and passes as small as it takes, or layers split over devices;
-or say what else would fit."""
+"""Make a run fit into memory: as many layers recomputed and passes as small as it takes, or layers split over
+devices; or say what else would fit."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def refuse(recipe: Recipe, forecast: Forecast, predict: Predict, *, longest: int
 
 
 def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]:
-    """At most three plans that fit, as the command line takes them, with the bytes of each: those that change least
-    first, and none that changes more than one of them."""
+    """At most three plans that fit, as the command line takes them, with the bytes of each: those that change
+    least first, and none that changes more than one of them."""
     alternatives: dict[str, int] = {}
     seen: list[set[str]] = []
     for change in _changes(recipe, predict(recipe).sizes.recomputable, longest):

@@ -44,15 +44,15 @@ OPERATIONS_STARTED = 150
 DECODE_LAUNCH = 1e-3
 """Seconds a layer for the next token of some answers."""
 STARTING_S, LOADED, LOADED_TO_CARD = 12.0, 100e6, 500e6
-"""Libraries, tokenizer and plan on two cores; bytes of weights that are read and hashed in a second, as measured on
-such a machine, and as taken for one with a card, whose disk is not measured."""
+"""Libraries, tokenizer and plan on two cores; bytes of weights that are read and hashed in a second, as
+measured on such a machine, and as taken for one with a card, whose disk is not measured."""
 FINISHING_S = 4.0
 """Report and end of the process on two cores."""
 BUCKET_BYTES = 64 * 2**20
 """Bytes of gradients that are summed together, see `parallel.exchange`."""
 MOST_STEPS_TRIED, MOST_SHARING_STEPS = 1000, 64
-"""Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share prefixes, which
-take long to find."""
+"""Steps among which the heaviest is looked for, evenly spread over a longer run; fewer where rows share
+prefixes, which take long to find."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +215,8 @@ class Forecaster:
         return min(tokens_per_pass, int(lengths_I.sum())) + min(kept_passes(recomputed) * tokens_per_pass, written)
 
     def _looked_up(self, recipe: Recipe) -> tuple[Sizes, StepSampler, Heavy, Load]:
-        """The sizes of a recipe's model, its steps, and the heaviest micro-batches: of any device, and of what is
-        measured."""
+        """The sizes of a recipe's model, its steps, and the heaviest micro-batches: of any device, and of what
+        is measured."""
         key = f"{recipe.method!r} {recipe.precision} {recipe.kernels} {recipe.optim!r} {recipe.shard}"
         if key not in self._sizes:
             self._sizes[key] = sizes_of(
@@ -284,8 +284,8 @@ def heaviest(sampler: StepSampler, total_steps: int, store: RowStore, *, is_fill
 
 
 def targets_of(store: RowStore) -> NDArray[np.float64]:
-    """[I], positions of each row whose logits are computed: of masked words those that are drawn, and one of a row with
-    several classes, which the denominator of the loss counts each."""
+    """[I], positions of each row whose logits are computed: of masked words those that are drawn, and one of a
+    row with several classes, which the denominator of the loss counts each."""
     return store.targets.astype(float) if store.branches.has_any else np.minimum(store.denominators, store.targets)
 
 
@@ -320,8 +320,8 @@ def counts(
     prompts: int = 1,
     layout: Layout = "packed",
 ) -> dict[Kind, float]:
-    """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured. `prompts`:
-    those that are answered together."""
+    """Times that a run does each kind of work. `general_tokens`: 0 where the general text is not measured.
+    `prompts`: those that are answered together."""
     every = recipe.evaluation.every
     assert not isinstance(every, str), "it is decided with the steps"
     evaluations = 2 if every is None else 2 + (steps - 1) // every + (recipe.evaluation.keep == "best")
@@ -347,8 +347,8 @@ def counts(
 
 
 def _answers(recipe: Recipe, rows: Splits, *, together: int) -> tuple[float, float]:
-    """Tokens of all prompts that are answered before and after, and tokens that are written one after the other: at
-    first answers are as long as they may be, in the end short ones as long as they should be."""
+    """Tokens of all prompts that are answered before and after, and tokens that are written one after the
+    other: at first answers are as long as they may be, in the end short ones as long as they should be."""
     last, first = (
         min(resolved(num), len(rows.held_rows)) for num in (recipe.evaluation.samples, recipe.evaluation.samples_before)
     )

@@ -7,8 +7,8 @@
     look    one layer at work + logits of the rows that are measured, in pieces where the loss is fused
             + keys and values of prompts that are answered together
 
-A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone (Chen et
-al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
+A layer keeps a multiple of the inputs and outputs of its linear layers; a recomputed one keeps its input alone
+(Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AT_WORK = 0.7
 """Memory that the backward of a layer holds besides kept activations, in inputs and outputs of its linear layers."""
 LESS_BY_NODES = {2: 0.43, 4: 0.28}
-"""By bytes of a number: what a layer keeps less, of the same, where its norms and its gated MLP are one node each:
-neither copies in float32 nor act(g) and its product with u."""
+"""By bytes of a number: what a layer keeps less, of the same, where its norms and its gated MLP are one node
+each: neither copies in float32 nor act(g) and its product with u."""
 LIBRARIES_NARROW, LIBRARIES_WIDE = 170 * 2**20, 112 * 2**20
-"""Bytes that torch and oneDNN keep for themselves on a processor: code, compiled products in bfloat16, copied operands
-in float32."""
+"""Bytes that torch and oneDNN keep for themselves on a processor: code, compiled products in bfloat16, copied
+operands in float32."""
 CUDA_UNUSED = 0.05
 """Share of the tensors' memory that the allocator of a card cannot use."""
 SOFTCAP_BYTES = 18
 """Bytes of a squashed score: in float32 its product, tangent, masked value and weight, and the weight narrow."""
 QUANTIZED_BITS = 4.127
-"""Bits of a weight with its scales: 4, 8 for a block of 64, and 32 for 256 blocks (Dettmers et al. 2023, "QLoRA", arXiv
-2305.14314, section 3)."""
+"""Bits of a weight with its scales: 4, 8 for a block of 64, and 32 for 256 blocks (Dettmers et al. 2023,
+"QLoRA", arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +271,9 @@ def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
 def peak(
     sizes: Sizes, heavy: Heavy, look: Load, *, recomputed: int, device: Device, base: int, answered: int = 0
 ) -> Memory:
-    """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes where a
-    step has too few; `recomputed`: number of layers recomputed in the backward pass; `base`: bytes already in use;
-    `answered`: tokens whose keys and values are kept for answers."""
+    """The most that a run needs. `look`: the heaviest micro-batch of rows that are measured, which fill passes
+    where a step has too few; `recomputed`: number of layers recomputed in the backward pass; `base`: bytes
+    already in use; `answered`: tokens whose keys and values are kept for answers."""
     load, is_cpu, wide = heavy.load, device.kind == "cpu", sizes.itemsize == 4
     scores = sizes.itemsize * sizes.heads * load.short_squares if is_cpu and not wide else 0
     if device.kind == "mps":  # torch has no attention there that forms its weights again for the backward pass
@@ -288,8 +288,8 @@ def peak(
     activations = kept_layers + recomputed * sizes.itemsize * load.tokens * sizes.hidden + at_work
     logits, of_output = _logits(sizes, load.targets, device)
     gradients = of_output + (sizes.gradients if heavy.accumulating else 0)
-    # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go back to the
-    # system, and what measuring rows needs comes besides.
+    # In bfloat16 small compiled products lie between the blocks of training, so that its memory does not go
+    # back to the system, and what measuring rows needs comes besides.
     left = logits + at_work if is_cpu and not wide else 0
     read, _ = _logits(replace(sizes, trains_output=False), look.targets, device)
     if not sizes.fused_loss:  # logits as they are computed, in float32, and their softmax
@@ -316,9 +316,9 @@ def peak(
 
 
 def _logits(sizes: Sizes, targets: int, device: Device) -> tuple[int, int]:
-    """Logits of a piece of the targets in float32, on a processor with the gradient in their place, elsewhere besides;
-    both also in the type of the model where that is narrower; and the gradient of an output layer that learns, which is
-    made in the forward pass."""
+    """Logits of a piece of the targets in float32, on a processor with the gradient in their place, elsewhere
+    besides; both also in the type of the model where that is narrower; and the gradient of an output layer that
+    learns, which is made in the forward pass."""
     of_output = (4 + sizes.itemsize) * sizes.hidden * sizes.outputs if sizes.trains_output else 0
     if not sizes.fused_loss:
         return targets * sizes.outputs * (12 + sizes.itemsize), of_output

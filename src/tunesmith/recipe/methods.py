@@ -70,13 +70,13 @@ class LowRankMethod(OptionGroup):
     """Layers to adapt: all-linear, attention, mlp, the end of a module's name (q_proj), or a regular expression over
     whole module names (re:layers\\.[0-3]\\..*)."""
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
-    """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the last
-    counts."""
+    """Other ranks by target: {mlp: 8, down_proj: 4}. Words as in `targets`; of several that mean a layer the
+    last counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other alphas by target, in the same words."""
     also_train: Words = ()
-    """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, or re: and
-    a regular expression over whole names."""
+    """Modules trained in full in addition to the adapters, such as embed_tokens: the end of a module's name, or
+    re: and a regular expression over whole names."""
     loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """LoRA+: rate of B over the rate of A, which is optim.lr."""
 
@@ -119,8 +119,8 @@ class FullMethod(OptionGroup):
 
     name: Literal["full"] = "full"
     train: Words = ()
-    """Weights to train: the end of a module's or weight's name (lm_head, layers.3, norm.weight), or re: and a regular
-    expression over whole names of weights. Empty: all."""
+    """Weights to train: the end of a module's or weight's name (lm_head, layers.3, norm.weight), or re: and a
+    regular expression over whole names of weights. Empty: all."""
     freeze: Words = ()
     """Weights among them that stay frozen, in the same words."""
 

@@ -27,16 +27,16 @@ class Prefer(OptionGroup):
     """Loss of a pair, or with kto of an answer that is labelled true or false. simpo, cpo and orpo do not compare the
     model with the one that it was at step 1, all others do. auto: dpo, for rows with a label kto."""
     beta: Annotated[float, Field(gt=0)] | None = None
-    """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5, of simpo
-    2."""
+    """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5,
+    of simpo 2."""
     margin: Annotated[float, Field(ge=0)] | None = None
-    """Margin by which the chosen answer has to win, in addition to the row's own (dpo, dpo_norm, hinge, simpo, cpo).
-    null: 0, of simpo β / 2."""
+    """Margin by which the chosen answer has to win, in addition to the row's own (dpo, dpo_norm, hinge, simpo,
+    cpo). null: 0, of simpo β / 2."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the pairs that are taken to be labelled the wrong way round (dpo, robust)."""
     nll: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the chosen answer's negative log-likelihood a token, which keeps it likely. null: 0, of cpo and orpo
-    1."""
+    """Weight of the chosen answer's negative log-likelihood a token, which keeps it likely. null: 0, of cpo and
+    orpo 1."""
     length: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length less."""
     desirable: Annotated[float, Field(gt=0)] | None = None
@@ -71,8 +71,8 @@ class Reward(OptionGroup):
     """Task reward: the loss of a better and a worse answer, see docs/guide/preferences.md."""
 
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """Margin by which the better answer has to win for each point of difference in score, in addition to the margin of
-    a row. Answers without scores differ by 1 from one to the next."""
+    """Margin by which the better answer has to win for each point of difference in score, in addition to the
+    margin of a row. Answers without scores differ by 1 from one to the next."""
     center: Annotated[float, Field(ge=0)] = 0.01
     """Weight of the squared sum of both rewards, which keeps their mean at 0."""
 
@@ -81,9 +81,9 @@ class Embed(OptionGroup):
     """Task embed: vectors of texts, see docs/guide/embeddings.md."""
 
     loss: Literal["ranking", "cosent", "angle", "cosine", "margin"] | Auto = "auto"
-    """Loss. ranking: an anchor finds its positive among all documents of the step. cosent and angle order pairs by
-    their score, cosine meets the score, margin meets a teacher's difference of positive and negative. auto: ranking, of
-    rows with a score cosent, with a score and a negative margin."""
+    """Loss. ranking: an anchor finds its positive among all documents of the step. cosent and angle order pairs
+    by their score, cosine meets the score, margin meets a teacher's difference of positive and negative. auto:
+    ranking, of rows with a score cosent, with a score and a negative margin."""
     scale: Annotated[float, Field(gt=0)] = 20.0
     """Factor of the similarities inside the softmax (ranking, cosent, angle): the inverse of the temperature."""
     symmetric: bool = False
@@ -91,8 +91,8 @@ class Embed(OptionGroup):
     dims: tuple[Positive, ...] = ()
     """Matryoshka: sizes to which a vector may be cut. The losses of all of them are added; name the full size too."""
     pooling: PoolingKind | Auto = "auto"
-    """Way from the token vectors of a text to its vector: mean, cls (its first), last or max. auto: as the files of
-    sentence-transformers say, else mean, of causal models last."""
+    """Way from the token vectors of a text to its vector: mean, cls (its first), last or max. auto: as the
+    files of sentence-transformers say, else mean, of causal models last."""
     normalize: bool | Auto = "auto"
     """Scale vectors to length 1. auto: as the model's files say, else true."""
     query_prompt: str | None = None
@@ -102,8 +102,8 @@ class Embed(OptionGroup):
     include_prompt: bool | None = None
     """Whether the tokens of a prompt are pooled too. null: as the model's files say, else true."""
     documents: Positive = 10_000
-    """Most documents among which held-out anchors look for their positive: the held-out rows' own and others from
-    training."""
+    """Most documents among which held-out anchors look for their positive: the held-out rows' own and others
+    from training."""
 
     def as_pooling(self, max_tokens: int | None) -> Pooling | None:
         """The pooling that these options describe; None while it is not decided."""
@@ -117,7 +117,7 @@ class Rank(OptionGroup):
     """Task rank: scores of documents for a query, see docs/guide/embeddings.md."""
 
     loss: Literal["pointwise", "listwise", "pairwise"] = "pointwise"
-    """pointwise: each document is right or wrong, by a label from 0 to 1. listwise: the scores of a row as shares.
-    pairwise: of each two documents the better one has the higher score."""
+    """pointwise: each document is right or wrong, by a label from 0 to 1. listwise: the scores of a row as
+    shares. pairwise: of each two documents the better one has the higher score."""
     positive_weight: Annotated[float, Field(gt=0)] = 1.0
     """pointwise: weight of right documents; as many as there are wrong ones for each makes both weigh the same."""

@@ -1,7 +1,7 @@
 """Finds the model and the data of a run again, whatever the current folder.
 
-run.json records `made` = {"in": the current folder then, "root": the folder of the run, "places": {typed: absolute
-path}}. Runs of earlier versions have no record: their paths are used as typed.
+run.json records `made` = {"in": the current folder then, "root": the folder of the run, "places": {typed:
+absolute path}}. Runs of earlier versions have no record: their paths are used as typed.
 """
 
 from __future__ import annotations

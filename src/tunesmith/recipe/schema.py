@@ -1,8 +1,8 @@
 """Every option of a run, each declared once: name, type, default, unit and doc.
 
-The command line, `tunesmith recipe` and docs/reference/recipe.md are all derived from this file.
-"auto" is decided from model, data and machine before the run starts, printed with its reason, and written resolved
-into the run's recipe.yaml.
+The command line, `tunesmith recipe` and docs/reference/recipe.md are all derived from this file. "auto" is
+decided from model, data and machine before the run starts, printed with its reason, and written resolved into
+the run's recipe.yaml.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class DataFile(OptionGroup):
     """One file of rows and how often each of its rows is seen in an epoch."""
 
     path: str
-    """Rows as JSONL, JSON, CSV, TSV, Excel, Parquet or CoNLL, may be gzipped; .txt or .md documents; a folder of
-    either; or an address: hf://datasets/owner/name."""
+    """Rows as JSONL, JSON, CSV, TSV, Excel, Parquet or CoNLL, may be gzipped; .txt or .md documents; a folder
+    of either; or an address: hf://datasets/owner/name."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Times each row is seen per epoch. 0.5: a different half each epoch. 2: every row twice."""
     _at: str | None = PrivateAttr(None)
@@ -100,23 +100,23 @@ class Data(OptionGroup):
     train: tuple[DataFile, ...] = ()
     """Training files. Each entry is a path, or {path, weight}."""
     mix: Literal["times", "shares"] = "times"
-    """Meaning of the weights of `train`. times: how often each row is seen per epoch. shares: the share of each file in
-    the rows of every epoch, as weights to each other; an epoch ends where the first file is used up."""
+    """Meaning of the weights of `train`. times: how often each row is seen per epoch. shares: the share of each
+    file in the rows of every epoch, as weights to each other; an epoch ends where the first file is used up."""
     eval: tuple[DataFile, ...] = ()
     """Held-out files. Empty: a part of `train` is split off, see `held_out`."""
     held_out: Fraction | Auto = "auto"
-    """Share of `train` held out when `eval` is empty: the rows with the smallest hashes of their inputs, so that few
-    move when rows are added. auto: a fifth of a small file, 50 to 100 rows of a larger one, a twentieth of a large
-    one."""
+    """Share of `train` held out when `eval` is empty: the rows with the smallest hashes of their inputs, so
+    that few move when rows are added. auto: a fifth of a small file, 50 to 100 rows of a larger one, a
+    twentieth of a large one."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Other names of fields, ours to yours: {prompt: question, completion: answer}. A name that no row has is an
-    error."""
+    """Other names of fields, ours to yours: {prompt: question, completion: answer}. A name that no row has is
+    an error."""
     encoding: Annotated[str, AfterValidator(_known_encoding)] = "auto"
-    """Encoding of files that are not UTF-8: cp1252, latin-1, cp1251, shift_jis, ... auto: UTF-8, or UTF-16 and UTF-32
-    by their byte order marks."""
+    """Encoding of files that are not UTF-8: cp1252, latin-1, cp1251, shift_jis, ... auto: UTF-8, or UTF-16 and
+    UTF-32 by their byte order marks."""
     suffixes: Words = ()
-    """Ends of names of documents, besides .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a document
-    in a folder without others."""
+    """Ends of names of documents, besides .txt and .md, before .gz: [".1", ".rst"]. Text without a suffix is a
+    document in a folder without others."""
     template: str | None = None
     """A Jinja chat template file, for models that have none. Saved with the result."""
     date: Day | Auto | None = "auto"
@@ -131,17 +131,17 @@ class Data(OptionGroup):
     """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted). auto:
     cut for classify, tag, summarize and embed, error otherwise. Documents of task text are cut in windows instead."""
     stride: Positive | Auto = "auto"
-    """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows of a
-    causal model overlap by one token, an encoder's do not. Smaller: each window begins with context that is read
-    but not trained."""
+    """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows
+    of a causal model overlap by one token, an encoder's do not. Smaller: each window begins with context that
+    is read but not trained."""
     prompt: str | None = None
     """Task summarize: the prompt, with {document} in place of the document. null: a default that is printed."""
     labels: tuple[str, ...] = ()
-    """Tasks classify and tag: the classes in the order of their ids. Empty: as in the training rows, whole numbers
-    first by value, then words by code point. A class that is not in the list is an error."""
+    """Tasks classify and tag: the classes in the order of their ids. Empty: as in the training rows, whole
+    numbers first by value, then words by code point. A class that is not in the list is an error."""
     label_kind: Literal["one", "many", "number"] | Auto = "auto"
-    """Task classify: one class a row, any number of classes a row, or a number. auto: lists are many, numbers with a
-    decimal point are a number, all else is one class."""
+    """Task classify: one class a row, any number of classes a row, or a number. auto: lists are many, numbers
+    with a decimal point are a number, all else is one class."""
     replay: tuple[DataFile, ...] = ()
     """Files of general rows mixed into training against forgetting; never held out."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -151,8 +151,8 @@ class Data(OptionGroup):
     overlap: Literal["error", "warn"] = "warn"
     """Held-out rows that are also in the training files: refuse, or train and report how many."""
     num_proc: Positive | None = None
-    """Processes that encode rows. null: one, or for files of 8 MiB and more together one a core, at most 8. Rows,
-    counts and errors are the same."""
+    """Processes that encode rows. null: one, or for files of 8 MiB and more together one a core, at most 8.
+    Rows, counts and errors are the same."""
     limits: Limits = Limits()
     _template_at: str | None = PrivateAttr(None)
 
@@ -199,8 +199,8 @@ class Optim(OptionGroup):
     """The update: the optimizer and the rate of each step."""
 
     name: OptimizerName = "adamw"
-    """Optimizer. adamw_8bit keeps its state in 8 bits, lion and adafactor keep less of it, muon makes the updates of
-    the matrices inside the layers orthogonal."""
+    """Optimizer. adamw_8bit keeps its state in 8 bits, lion and adafactor keep less of it, muon makes the
+    updates of the matrices inside the layers orthogonal."""
     lr: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Peak learning rate. LoRA wants roughly ten times the rate of full tuning."""
     lr_times: Annotated[float, Field(gt=0)] = 1.0
@@ -215,8 +215,8 @@ class Optim(OptionGroup):
     """Decay of the running means of the gradient and of its square. null: 0.9 and 0.999, of lion 0.9 and 0.99;
     adafactor has none."""
     eps: Annotated[float, Field(gt=0)] | None = None
-    """Added to the root of the second mean, so that no update divides by zero. null: 1e-8; lion and adafactor have
-    none."""
+    """Added to the root of the second mean, so that no update divides by zero. null: 1e-8; lion and adafactor
+    have none."""
     momentum: Fraction | None = None
     """muon only: decay of the running mean of the gradient that is made orthogonal. null: 0.95."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -243,8 +243,8 @@ class Optim(OptionGroup):
 
 
 class Loss(OptionGroup):
-    """Additions to the loss in training. It stays a sum over targets divided once; held-out rows are measured without
-    them."""
+    """Additions to the loss in training. It stays a sum over targets divided once; held-out rows are measured
+    without them."""
 
     label_smoothing: Fraction = 0.0
     """Share of each target that is spread evenly over all tokens or classes."""
@@ -263,15 +263,15 @@ class Train(OptionGroup):
     """Rows in one update. The loss is divided by the targets of the whole step, however it is divided into
     micro-batches."""
     tokens_per_pass: Positive | Auto = "auto"
-    """Most tokens in one micro-batch (one forward and backward), padding included, shared prefixes counted once.
-    Smaller needs less memory and gives the same update, apart from dropout. auto: enough to use the machine well, or
-    less if memory requires it."""
+    """Most tokens in one micro-batch (one forward and backward), padding included, shared prefixes counted
+    once. Smaller needs less memory and gives the same update, apart from dropout. auto: enough to use the
+    machine well, or less if memory requires it."""
     checkpointed_layers: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Layers whose activations are recomputed in the backward pass instead of kept. auto: as many as memory
     requires."""
     class_weights: Literal["equal", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "equal"
-    """Task classify and tag: weight of each class. balanced: rare classes count as much as frequent ones; or a weight
-    by name."""
+    """Task classify and tag: weight of each class. balanced: rare classes count as much as frequent ones; or a
+    weight by name."""
     masked: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Task text on an encoder: share of the tokens that are masked and learnt, drawn anew at every step."""
 
@@ -280,21 +280,21 @@ class EvaluationOptions(OptionGroup):
     """Measuring on held-out rows."""
 
     every: Positive | Literal["epoch"] | Auto | None = "auto"
-    """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last only. auto:
-    epoch, or a few of them, where a classifier or embedder of less than a billion weights learns its rows more than
-    once and that takes at most a tenth of the training; else null."""
+    """Steps between evaluations; epoch: at the end of each; null: before the first step and after the last
+    only. auto: epoch, or a few of them, where a classifier or embedder of less than a billion weights learns
+    its rows more than once and that takes at most a tenth of the training; else null."""
     max_rows: Positive | Auto | None = "auto"
     """Most held-out rows measured, chosen by content hash, of each class its share; null: all. auto: 1000."""
     metric: str = "auto"
-    """Held-out measure that says which evaluation was best, and of equal ones the lower loss: loss, accuracy, macro_f1,
-    span_f1, ... auto: where rows have labels, the one that the report leads with; else loss."""
+    """Held-out measure that says which evaluation was best, and of equal ones the lower loss: loss, accuracy,
+    macro_f1, span_f1, ... auto: where rows have labels, the one that the report leads with; else loss."""
     patience: Positive | None = None
     """Stop after this many evaluations in a row without a new best; needs `every`. null: go to the end."""
     keep: Literal["last", "best"] | Auto = "auto"
     """Whose weights are the result. auto: the best evaluation's where `every` is set, else the last step's."""
     samples: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a class, a
-    name or a date; fewer in a short run."""
+    """Held-out prompts answered before and after. auto: 16; all, up to 256, where answers are as short as a
+    class, a name or a date; fewer in a short run."""
     samples_before: Annotated[int, Field(ge=0)] | Auto = "auto"
     """Number of these prompts, the first ones, that the untouched model answers too. auto: all, or as many
     as take it at most a tenth of the training."""
@@ -320,8 +320,8 @@ class CheckpointOptions(OptionGroup):
     """Checkpoints, from which a run resumes."""
 
     every: Positive | Auto = "auto"
-    """Steps between checkpoints. auto: a tenth of all steps, at most 500; more where these take less than two minutes,
-    and where saving would take more than a tenth of the training."""
+    """Steps between checkpoints. auto: a tenth of all steps, at most 500; more where these take less than two
+    minutes, and where saving would take more than a tenth of the training."""
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
     snapshots: Annotated[int, Field(ge=0)] = 0
@@ -380,9 +380,9 @@ class Recipe(OptionGroup):
     name: str | None = None
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
-    """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of texts, a tag
-    for each word, the better of two answers, a number for an answer, vectors of texts, or a score for a
-    document. auto: detected from the rows."""
+    """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of
+    texts, a tag for each word, the better of two answers, a number for an answer, vectors of texts, or a score
+    for a document. auto: detected from the rows."""
     method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
@@ -397,28 +397,28 @@ class Recipe(OptionGroup):
     checkpoint: CheckpointOptions = CheckpointOptions()
     export: ResultExportOptions = ResultExportOptions()
     precision: Auto | Literal["float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; trained weights are always kept in float32. float16 is for NVIDIA cards of
-    capability 7 (T4, V100); its loss is scaled, so that small gradients do not become zero."""
+    """Type of weights and activations; trained weights are always kept in float32. float16 is for NVIDIA cards
+    of capability 7 (T4, V100); its loss is scaled, so that small gradients do not become zero."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     devices: Positive | Auto = "auto"
     """Devices that train together, a process each: CUDA cards, or parts of a processor. auto: all cards of this
-    machine, else one. Another number changes rounding and the random numbers of dropout only. Where torchrun or its
-    like starts the processes, it is their number."""
+    machine, else one. Another number changes rounding and the random numbers of dropout only. Where torchrun or
+    its like starts the processes, it is their number."""
     shard: bool | Auto = "auto"
-    """Split the weights of the layers over the devices, so that each keeps a part of them only. auto: where a whole
-    model does not fit each device."""
+    """Split the weights of the layers over the devices, so that each keeps a part of them only. auto: where a
+    whole model does not fit each device."""
     memory: Literal["refuse", "warn"] = "refuse"
     """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
     threads: Annotated[int, Field(gt=0, le=1_024)] | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
-    """fast: token loss and attention of short rows by functions of this package, on a processor and on a card norms,
-    gated MLPs and LoRA layers of one input too, on a card rotations, and shared prefixes computed once, where that
-    gives the model's own answer; plain: torch's and the model's own, slower, for comparison."""
+    """fast: token loss and attention of short rows by functions of this package, on a processor and on a card
+    norms, gated MLPs and LoRA layers of one input too, on a card rotations, and shared prefixes computed once,
+    where that gives the model's own answer; plain: torch's and the model's own, slower, for comparison."""
     repeatable: bool = False
-    """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor repeats a run
-    without it."""
+    """On CUDA, take only kernels that give the same bits each time, which makes a run slower. A processor
+    repeats a run without it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
     track: Words = ()

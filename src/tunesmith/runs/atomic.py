@@ -1,8 +1,8 @@
 """Files that are either as they were or complete, whenever the power goes.
 
-A file or folder is written next to its place under a temporary name, synced, and renamed; the rename is synced by its
-folder. A killed process leaves `.tmp-…` and `.old-…` behind; the owner of a folder calls `clean` when it starts, which
-removes them or puts them back.
+A file or folder is written next to its place under a temporary name, synced, and renamed; the rename is synced
+by its folder. A killed process leaves `.tmp-…` and `.old-…` behind; the owner of a folder calls `clean` when it
+starts, which removes them or puts them back.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def temporary_folder(parent: Path, name: str) -> Path:
 def replace_folder(tmp: Path, final: Path, *, swap: bool = False) -> None:
     """Sync everything in `tmp`, then rename it to `final`, its sibling.
 
-    If `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; after a
-    kill in between `clean` puts the old one back and deletes the new one.
+    If `final` exists: FileExistsError, or with `swap` the old one is moved aside first and removed last; after
+    a kill in between `clean` puts the old one back and deletes the new one.
     """
     old = final.with_name(REPLACED + final.name)
     with storing(final):
@@ -221,9 +221,9 @@ def _is_left(folder: Path) -> bool:
 def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -> list[Path]:
     """Remove leftovers of killed writers in `parent` and finish or undo half-done swaps; return the paths handled.
 
-    Only the one process that may write there calls this, unless `older_than_s` protects the work of living ones; what a
-    process had `at_work` goes when it has ended.
-    In a shared folder, `name` limits it to folders made by `temporary_folder(parent, name)`.
+    Only the one process that may write there calls this, unless `older_than_s` protects the work of living
+    ones; what a process had `at_work` goes when it has ended. In a shared folder, `name` limits it to folders
+    made by `temporary_folder(parent, name)`.
     """
     if not parent.is_dir():
         return []
@@ -263,9 +263,9 @@ _LOOKS_NON_FINITE = re.compile(r"\\*(NaN|-?Infinity)")
 def to_json(value: object, *, indent: bool = False) -> bytes:
     """Serialize as JSON so that every float comes back bit for bit from `from_json`.
 
-    JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity". A real text of
-    this form gets a backslash in front, so that the two never mix. Tuples come back as lists.
-    Raises TypeError for anything but None, bool, int, float, str, mappings with text keys, lists and tuples.
+    JSON has no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity". A real
+    text of this form gets a backslash in front, so that the two never mix. Tuples come back as lists. Raises
+    TypeError for anything but None, bool, int, float, str, mappings with text keys, lists and tuples.
     """
     return orjson.dumps(_plain(value), option=orjson.OPT_INDENT_2 if indent else None)
 

@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Start `work` at once in a daemon thread: a process that ends earlier does not wait for it, as it would for the
-    threads of an executor. `work` must change nothing that its caller uses before `result`."""
+    """Start `work` at once in a daemon thread: a process that ends earlier does not wait for it, as it would
+    for the threads of an executor. `work` must change nothing that its caller uses before `result`."""
     future: Future[T] = Future()
 
     def run() -> None:

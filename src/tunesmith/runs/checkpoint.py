@@ -122,8 +122,8 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint | None:
     """Return the newest intact checkpoint, or None if there never was one.
 
-    A damaged one is renamed to damaged-step-N, never deleted, and `on_damaged` gets its new path and the reason.
-    Raises CheckpointError if all are damaged, or one was written by a newer version.
+    A damaged one is renamed to damaged-step-N, never deleted, and `on_damaged` gets its new path and the
+    reason. Raises CheckpointError if all are damaged, or one was written by a newer version.
     """
     clean(folder)
     damaged = []
@@ -245,8 +245,8 @@ def _write_bytes(path: Path, content: bytes) -> JsonObject:
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> JsonObject:
     """Write safetensors one tensor at a time, hashing on the way; returns size and SHA-256.
 
-    The library's own writer takes all bytes at once: for full tuning that would double the memory at every save.
-    Format: https://github.com/huggingface/safetensors#format.
+    The library's own writer takes all bytes at once: for full tuning that would double the memory at every
+    save. Format: https://github.com/huggingface/safetensors#format.
     """
     order = _order(tensors)
     header: JsonObject = {}

@@ -53,8 +53,8 @@ def read(path: Path) -> Iterator[Event]:
 
 @dataclass
 class Tail:
-    """The events of a log that grows, each once. Those that a resumed run takes back (`truncate_after`) come again when
-    they are written again."""
+    """The events of a log that grows, each once. Those that a resumed run takes back (`truncate_after`) come
+    again when they are written again."""
 
     path: Path
     _seen: array[int] = field(default_factory=lambda: array("q"))
@@ -107,9 +107,9 @@ def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iter
 def truncate_after(path: Path, step: int) -> int:
     """Drop the events that a run resumed from the checkpoint of `step` will write again; return their number.
 
-    Steps, evaluations, checkpoints, samples and ends past `step` go, and measurements at `step` after its checkpoint;
-    starts, plans, notes and resumes stay. With `step` below 0 the run starts over, so starts and plans go too.
-    The file is replaced as a whole: a kill leaves the old or the new one.
+    Steps, evaluations, checkpoints, samples and ends past `step` go, and measurements at `step` after its
+    checkpoint; starts, plans, notes and resumes stay. With `step` below 0 the run starts over, so starts and
+    plans go too. The file is replaced as a whole: a kill leaves the old or the new one.
     """
     if not path.exists():
         return 0

@@ -99,8 +99,8 @@ class Run:
         recipe: Recipe | None = None,
         more: Record = MappingProxyType({}),
     ) -> Run:
-        """Make a new folder `<name>-<4 hex digits>` in `root`, or `out`; complete or absent. It records the places of
-        the files that `recipe` names, and `more` facts.
+        """Make a new folder `<name>-<4 hex digits>` in `root`, or `out`; complete or absent. It records the
+        places of the files that `recipe` names, and `more` facts.
 
         Raises RunError if `out` exists and is not empty: a run never overwrites.
         """
@@ -131,8 +131,8 @@ class Run:
 
     @classmethod
     def open(cls, path_or_name: str | Path, root: str | Path = "runs", *, base: str | None = None) -> Run:
-        """Find a run by its path, or in `root` by its name, the beginning of its name, or "last". `base`: the place of
-        its model, if it was moved.
+        """Find a run by its path, or in `root` by its name, the beginning of its name, or "last". `base`: the
+        place of its model, if it was moved.
 
         Raises:
             RunError: there is none; it names the near matches.
@@ -204,8 +204,8 @@ class Run:
         return Origin.of(self.path, facts, base=self.base).put(self.dated(recipe))
 
     def dated(self, recipe: Recipe) -> Recipe:
-        """Set the date that the chat template writes. Earlier versions did not record it: their rows were encoded on
-        the day the run was made."""
+        """Set the date that the chat template writes. Earlier versions did not record it: their rows were
+        encoded on the day the run was made."""
         if recipe.data.date != "auto":
             return recipe
         day = date.fromtimestamp(self.created).isoformat()
@@ -261,8 +261,8 @@ class Run:
             path = self.path / name
             if path.is_symlink():
                 raise RunError(
-                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a folder in "
-                    "its place."
+                    f"{path}: a link to {os.readlink(path)}: a run writes into its own folder alone. Put a "
+                    "folder in its place."
                 )
 
     def result(self) -> Path:
@@ -290,16 +290,16 @@ class Run:
         path = self.path / RESULT
         if not path.is_file():
             return (
-                f"{self.path.name}: a run of an earlier version, which noted no hashes: the files of its {result.name} "
-                "were not checked"
+                f"{self.path.name}: a run of an earlier version, which noted no hashes: the files of its "
+                f"{result.name} were not checked"
             )
         then, now = self.read_json(RESULT), _hashes(result)
         for name in then:
             if now.get(name) != then[name]:
                 raise RunError(
-                    f"{result / name}: not as the run left it (its SHA-256 is {now.get(name, 'absent')[:16]}, was "
-                    f"{str(then[name])[:16]}). Put the file back from a copy. If you changed it yourself, remove "
-                    f"{path}: the result is then loaded as it is."
+                    f"{result / name}: not as the run left it (its SHA-256 is {now.get(name, 'absent')[:16]}, "
+                    f"was {str(then[name])[:16]}). Put the file back from a copy. If you changed it yourself, "
+                    f"remove {path}: the result is then loaded as it is."
                 )
         return ""
 
@@ -331,8 +331,8 @@ class Run:
         return events.read(self.events_path)
 
     def follow(self, stop: Callable[[], bool] | None = None) -> Iterator[Event]:
-        """Yield the events so far and each new one as it comes, until `stop()` holds; without `stop`, until the run
-        is no longer running.
+        """Yield the events so far and each new one as it comes, until `stop()` holds; without `stop`, until the
+        run is no longer running.
 
         Examples:
             >>> for event in tunesmith.Run.open("last").follow():

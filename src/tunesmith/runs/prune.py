@@ -37,11 +37,11 @@ class Removable:
 
 
 def removable(chosen: Sequence[Run], *, whole: bool) -> tuple[list[Removable], list[str]]:
-    """The folders of runs (`whole`; they may start from each other), or the parts of finished runs that can go, and why
-    others stay.
+    """The folders of runs (`whole`; they may start from each other), or the parts of finished runs that can go,
+    and why others stay.
 
-    Raises RunError for a run that is under way or a job server's, and with parts for one that is not done: it resumes
-    from them.
+    Raises RunError for a run that is under way or a job server's, and with parts for one that is not done: it
+    resumes from them.
     """
     doomed: list[Removable] = []
     notes: list[str] = []
@@ -86,8 +86,8 @@ def _parts(run: Run, notes: list[str]) -> dict[Path, str]:
 
 
 def remove_removable(part: Removable) -> None:
-    """Remove a run or a part of it; under its name it is there whole or not at all. Raises RunError if a process works
-    on the run."""
+    """Remove a run or a part of it; under its name it is there whole or not at all. Raises RunError if a
+    process works on the run."""
     root = part.run.path.parent
     clean(root, name=REMOVED)
     doomed = root / f"{TEMPORARY}{REMOVED}-{secrets.token_hex(4)}"

@@ -228,8 +228,8 @@ def _refuse_unjudged(path: Path, grid: Grid) -> None:
         raise RecipeError(f"{path}: base: evaluation.metric: {grid.metric} is neither better high nor low.")
     if grid.asha is not None and grid.every is None:
         raise RecipeError(
-            f"{path}: base: evaluation.every: missing: asha stops trials by their evaluations on the way. Set it to "
-            "the steps between them, or leave asha out."
+            f"{path}: base: evaluation.every: missing: asha stops trials by their evaluations on the way. Set "
+            "it to the steps between them, or leave asha out."
         )
 
 

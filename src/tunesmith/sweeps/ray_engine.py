@@ -1,5 +1,5 @@
-"""Trials on Ray, several at once, and a run in a group of its workers: on this machine, or on a cluster whose machines
-share the disk of the runs."""
+"""Trials on Ray, several at once, and a run in a group of its workers: on this machine, or on a cluster whose
+machines share the disk of the runs."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class RayTasks:
         if self.slots < 1:
             words = ", ".join(f"{needed:g} {key.removeprefix('num_')}" for key, needed in needs.items() if needed)
             raise InputError(
-                f"--ray: a trial needs {words}, but this Ray has {room['num_cpus']:g} cpus and {room['num_gpus']:g} "
-                "gpus. Lower threads or devices in base, or use a larger cluster."
+                f"--ray: a trial needs {words}, but this Ray has {room['num_cpus']:g} cpus and "
+                f"{room['num_gpus']:g} gpus. Lower threads or devices in base, or use a larger cluster."
             )
         self._remote = ray.remote(max_retries=0, **needs)(run_trial)
         self._tasks: dict[str, Any] = {}

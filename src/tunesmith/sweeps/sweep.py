@@ -120,8 +120,8 @@ class Sweep:
                 return
             if not is_same:
                 raise RunError(
-                    f"{self.path}: holds a sweep of another grid (the file was changed since). Choose another folder "
-                    "with --name, or put the file back to go on with it."
+                    f"{self.path}: holds a sweep of another grid (the file was changed since). Choose another "
+                    "folder with --name, or put the file back to go on with it."
                 )
             self.stopped, self.failed = dict(saved["stopped"]), dict(saved["failed"])
             return
@@ -141,8 +141,8 @@ class Sweep:
     def run(self, engine: TrialRunner | None = None, watch: Watch | None = None) -> None:
         """Run what is left of every trial, in the order of the grid.
 
-        Raises Stopped, after the trials at work have saved a checkpoint, on a request to stop, and InputError if a
-        trial is refused before any has made its run and no other is getting ready.
+        Raises Stopped, after the trials at work have saved a checkpoint, on a request to stop, and InputError
+        if a trial is refused before any has made its run and no other is getting ready.
         """
         engine, watch = engine or OneByOne(), watch or Watch()
         waiting, running = self._left(watch), list[Trial]()

@@ -37,8 +37,8 @@ SETTINGS = {
 
 
 class Tracker:
-    """A library that can be used, and a run that is open in it. `__init__` raises anything if it cannot: no server, no
-    login, or no network allowed.
+    """A library that can be used, and a run that is open in it. `__init__` raises anything if it cannot: no
+    server, no login, or no network allowed.
 
     Everything may raise whatever the library raises; the caller opens the run again later.
     """
@@ -115,8 +115,8 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """A run of its own id, resumed by it. Offline it is one folder, written anew whenever the run is opened, until
-    `wandb sync` has sent it."""
+    """A run of its own id, resumed by it. Offline it is one folder, written anew whenever the run is opened,
+    until `wandb sync` has sent it."""
 
     way_out = "Check WANDB_BASE_URL, WANDB_API_KEY or `wandb login`, or go without the network: WANDB_MODE=offline."
 

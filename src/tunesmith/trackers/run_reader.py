@@ -39,8 +39,8 @@ def plainly_named(tree: Record) -> JsonObject:
 
 
 def metrics_of(event: Event) -> dict[str, float]:
-    """Values of an event by names that trackers group at the slash: train/loss, eval/loss, eval/loss_low. Those of the
-    tuned model are there as result/eval/loss too."""
+    """Values of an event by names that trackers group at the slash: train/loss, eval/loss, eval/loss_low. Those
+    of the tuned model are there as result/eval/loss too."""
     values = event.values
     if event.kind == "step":
         metrics = {f"train/{name}": values[key] for key, name in STEP.items() if key in values}

@@ -2,11 +2,11 @@
 
     python -m tunesmith.trackers.sender NAME [--offline]
 
-answers in a line why the tracker cannot be used; an empty one means that it can. Then it waits for a line with the
-folder of a run, follows the run until its parent closes the pipe or dies, sends the rest, and ends with exit code 0 if
-everything is sent.
-events.jsonl is the queue: what fails is read and sent again. What a tracker holds already is found out from the tracker
-itself whenever a run is opened in it, so a kill between sending and noting it down does not write a value twice.
+answers in a line why the tracker cannot be used; an empty one means that it can. Then it waits for a line with
+the folder of a run, follows the run until its parent closes the pipe or dies, sends the rest, and ends with
+exit code 0 if everything is sent. events.jsonl is the queue: what fails is read and sent again. What a tracker
+holds already is found out from the tracker itself whenever a run is opened in it, so a kill between sending and
+noting it down does not write a value twice.
 """
 
 from __future__ import annotations

@@ -208,8 +208,8 @@ def _measure_general(session: Session, name: str) -> None:
 def find_high_loss_rows(session: Session) -> None:
     """Write the training rows of highest loss to `evaluation/surprising.json`.
 
-    If training saw the rows, they come from the last epoch, each with the loss of its own step, before the update:
-    nothing is measured for them but a head's answers for the listed rows. Other rows are measured.
+    If training saw the rows, they come from the last epoch, each with the loss of its own step, before the
+    update: nothing is measured for them but a head's answers for the listed rows. Other rows are measured.
     """
     setup, world = session.setup, session.setup.world
     most = resolved(setup.recipe.evaluation.surprising)

@@ -48,8 +48,8 @@ class Inputs:
 
 
 def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
-    """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not cached
-    only the headers of the weights are fetched.
+    """Find the model, and decide what has to be decided before rows are read. Of a model of the hub that is not
+    cached only the headers of the weights are fetched.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.

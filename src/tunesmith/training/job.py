@@ -3,9 +3,9 @@
     several devices? ─▶ a process for each, which comes here again
     card ─▶ watcher ─▶ exports refused? ─▶ trackers ─▶ trainer.train or .resume ─▶ exports
 
-The command line and `api` call it; sweeps, jobs and Ray's workers start one of these. Callers differ in two things
-only: their `Watcher`, and how they start the processes of several devices (`Several`). It imports no torch before the
-card is taken.
+The command line and `api` call it; sweeps, jobs and Ray's workers start one of these. Callers differ in two
+things only: their `Watcher`, and how they start the processes of several devices (`Several`). It imports no
+torch before the card is taken.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def resume_run(
     trackers: Sequence[str] = (),
     offline: bool = False,
 ) -> Run:
-    """Continue a run: train the rest, send it to these trackers and to its recipe's, and make its exports. A run that
-    is done gets the exports that it lacks.
+    """Continue a run: train the rest, send it to these trackers and to its recipe's, and make its exports. A
+    run that is done gets the exports that it lacks.
 
     Raises:
         RunError: the run is done with all its exports, or cannot go on.

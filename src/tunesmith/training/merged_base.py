@@ -1,5 +1,5 @@
-"""The model that a run starts from where that is the result of another run: its folder, or its adapter merged into its
-base, and how far that is from what was measured."""
+"""The model that a run starts from where that is the result of another run: its folder, or its adapter merged
+into its base, and how far that is from what was measured."""
 
 # N targets, V vocabulary or classes
 
@@ -69,8 +69,8 @@ class Start:
 def start_from(model: str, *, root: Path, offline: bool) -> Start:
     """The model that `model` names: a run by its folder, its name in `root` or "last", or any other model.
 
-    The beginning of a name is not enough here: `gpt2` is a model, whatever runs begin so. Raises RunError for a run
-    without a result.
+    The beginning of a name is not enough here: `gpt2` is a model, whatever runs begin so. Raises RunError for a
+    run without a result.
     """
     is_whole_name = model == "last" or Path(model).exists() or (root / model / "run.json").is_file()
     if not (is_whole_name and is_run(model, root)):

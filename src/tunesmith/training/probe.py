@@ -2,8 +2,8 @@
 
     python -m tunesmith.training.probe
 
-is the child. It reads what to try from its standard input, and keeps what it measured in a file after each piece, so
-that a probe which is killed loses nothing. It ends with its parent.
+is the child. It reads what to try from its standard input, and keeps what it measured in a file after each
+piece, so that a probe which is killed loses nothing. It ends with its parent.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K]
 
-The digest is of everything that the numbers follow from, so another run on the same rows with another loss finds them
-next to the encoded rows in the folder of all runs.
+The digest is of everything that the numbers follow from, so another run on the same rows with another loss
+finds them next to the encoded rows in the folder of all runs.
 """
 
 # I rows, K branches
@@ -29,8 +29,8 @@ from tunesmith.training.progress import Session
 from tunesmith.training.setup import Setup
 
 TOLERANCE = {"float32": 0.002, "float16": 0.05, "bfloat16": 0.4}
-"""Nats by which an answer of one trained token may be off between two passes; it grows with the root of their number.
-In bfloat16 the largest seen is 0.14."""
+"""Nats by which an answer of one trained token may be off between two passes; it grows with the root of their
+number. In bfloat16 the largest seen is 0.14."""
 LEAST_NATS = 0.01
 MOST_NAMED_ROWS = 5
 
@@ -138,9 +138,9 @@ def check_start(setup: Setup) -> None:
         return
     named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED_ROWS])
     raise RunError(
-        f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: {named}. "
-        "The first loss of dpo would not be log 2, and every later one would be off by as much. Likely causes: dropout "
-        "or another draw inside the model, a method that does not start from the base model, or a model that answers "
-        "otherwise with other rows in its pass. Try kernels: plain, precision: float32 or another method. Nothing was "
-        "trained."
+        f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: "
+        f"{named}. The first loss of dpo would not be log 2, and every later one would be off by as much. "
+        "Likely causes: dropout or another draw inside the model, a method that does not start from the base "
+        "model, or a model that answers otherwise with other rows in its pass. Try kernels: plain, precision: "
+        "float32 or another method. Nothing was trained."
     )

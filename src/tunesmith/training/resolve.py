@@ -81,8 +81,8 @@ def resolve_run(
     world: World | None = None,
     apart: bool = False,
 ) -> ResolvedRun:
-    """Encode rows and decide. `device`: another machine's, for a plan. `world`: the group that trains; ranks but the
-    first get a recipe in which everything is decided. `apart`: a card is measured by another process.
+    """Encode rows and decide. `device`: another machine's, for a plan. `world`: the group that trains; ranks
+    but the first get a recipe in which everything is decided. `apart`: a card is measured by another process.
 
     Raises:
         RecipeError, DataError, ModelError: what was given cannot be used.
@@ -197,8 +197,8 @@ class Planned:
 
 
 def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tokens: bool) -> Forecast:
-    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises anything,
-    nothing is decided, but notes may have been added."""
+    """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises
+    anything, nothing is decided, but notes may have been added."""
     inputs, rows, device = planned.inputs, planned.rows, planned.device
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
@@ -287,8 +287,8 @@ def _unlike(world: World) -> str:
     if len(world.cards) < 2:
         return ""
     return (
-        f"the cards are unlike: {', '.join(world.cards)}: each step waits for the slowest, the smallest memory counts "
-        "for all, and as unlike cards may round unlike, all take rank 0's weights at every checkpoint"
+        f"the cards are unlike: {', '.join(world.cards)}: each step waits for the slowest, the smallest memory "
+        "counts for all, and as unlike cards may round unlike, all take rank 0's weights at every checkpoint"
     )
 
 

@@ -67,8 +67,8 @@ def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
     keys = [setting.partition("=")[0].strip() for setting in settings]
     if other := [key for key in keys if key not in MAY_CHANGE]:
         raise RecipeError(
-            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(MAY_CHANGE)} can "
-            "change; for anything else start a new run with `tunesmith train`."
+            f"--set {other[0]}: it would be another run. When a run is resumed, only {', '.join(MAY_CHANGE)} "
+            "can change; for anything else start a new run with `tunesmith train`."
         )
     return recipe_with(run, settings)
 

@@ -31,8 +31,8 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_name(setup: Setup) -> str:
-    """Name of the run folder without its four hex digits: the recipe's name, or the first data file's; for rows in
-    memory, whose file has a hash for a name, model and task."""
+    """Name of the run folder without its four hex digits: the recipe's name, or the first data file's; for rows
+    in memory, whose file has a hash for a name, model and task."""
     file = short_name(setup.recipe.data.train[0].path)
     in_memory = f"{Path(setup.recipe.model).name.removesuffix('.gguf')[:30]}-{setup.recipe.task}"
     return setup.recipe.name or (in_memory if IN_MEMORY.fullmatch(file) else file.split(".")[0])

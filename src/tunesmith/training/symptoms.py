@@ -24,8 +24,8 @@ LONGER = 1.5
 
 
 def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss: Loss = PLAIN_LOSS) -> Iterator[str]:
-    """A sentence for each. `events`: the run's; `rows`: results of its held-out rows after training; `loss`: additions,
-    with which a training loss is above the held-out one by itself."""
+    """A sentence for each. `events`: the run's; `rows`: results of its held-out rows after training; `loss`:
+    additions, with which a training loss is above the held-out one by itself."""
     measured = {event.values["name"]: event.values for event in events if event.kind == "evaluation"}
     held = {name: float(values["loss"]) for name, values in measured.items()}
     before, after = held.get("before"), held.get("after")
@@ -72,6 +72,6 @@ def _endless(samples: Sequence[Record]) -> Iterator[str]:
     ]
     if len(known) >= FEWEST and 2 * len(cut) > len(known):
         yield (
-            f"{len(cut):,} of {len(known):,} answers did not end within evaluation.sample_tokens and are longer than "
-            "their references: tunesmith explain answers-never-end"
+            f"{len(cut):,} of {len(known):,} answers did not end within evaluation.sample_tokens and are "
+            "longer than their references: tunesmith explain answers-never-end"
         )

@@ -1,5 +1,5 @@
-"""One run in several processes: the same inputs on each, the first rank's weights at the start, the same at every
-checkpoint."""
+"""One run in several processes: the same inputs on each, the first rank's weights at the start, the same at
+every checkpoint."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _MIXER = 0x9E3779B97F4A7C15
 
 @contextmanager
 def joined(device: str, on_progress: OnProgress = lambda what, done, total: None) -> Iterator[World]:
-    """The world of this process, with its own card taken; alone unless an agent started several. While it waits for
-    the others, `on_progress` is called every ten seconds.
+    """The world of this process, with its own card taken; alone unless an agent started several. While it waits
+    for the others, `on_progress` is called every ten seconds.
 
     Raises InputError for fewer cards than processes, and what joining a group raises.
     """
@@ -86,8 +86,8 @@ class GroupStart:
 
 
 def share_start(session: Session, newest: checkpoint.Checkpoint | None, *, saves: bool = False) -> None:
-    """Give the other ranks the run, its progress, its weights and the state of its optimizer: of a fresh run without a
-    checkpoint, or of a run that continues from its newest, which is then saved again if `saves`."""
+    """Give the other ranks the run, its progress, its weights and the state of its optimizer: of a fresh run
+    without a checkpoint, or of a run that continues from its newest, which is then saved again if `saves`."""
     setup = session.setup
     if setup.world.size == 1:
         return
@@ -130,8 +130,8 @@ def _broadcast_weights(setup: Setup) -> None:
 
 
 def broadcast(setup: Setup, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """The tensors that the first rank gives, on every rank; None where it gives none. Others pass None. Of what is
-    split over the ranks each keeps its piece."""
+    """The tensors that the first rank gives, on every rank; None where it gives none. Others pass None. Of what
+    is split over the ranks each keeps its piece."""
     world = setup.world
     if world.size == 1:
         return None if tensors is None else dict(tensors)
@@ -175,8 +175,8 @@ def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def refuse_drift(session: Session) -> None:
-    """Raise GroupError if the trained tensors of a rank differ from the first's. Where the cards are unlike, all
-    ranks take the first's."""
+    """Raise GroupError if the trained tensors of a rank differ from the first's. Where the cards are unlike,
+    all ranks take the first's."""
     setup = session.setup
     if setup.world.size == 1:
         return

@@ -47,8 +47,8 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
 
 
 def task_of_rows(shape: Shape) -> TaskName:
-    """The task that the first row decides where none is given; all other rows are read for it. chat covers generate
-    too, which learns from the same shapes."""
+    """The task that the first row decides where none is given; all other rows are read for it. chat covers
+    generate too, which learns from the same shapes."""
     return next(task for task, shapes in SHAPES.items() if shape in shapes)
 
 

@@ -4,8 +4,8 @@
     {"prompt": "...", "completion": "...", "label": true}, or messages with a label
     {"prompt": "...", "answers": ["...", "..."], "scores": [4, 1]}, or the best first without scores
 
-Pairs are read as well with chosen and rejected as whole conversations or transcripts, whose common beginning is the
-prompt (TRL's implicit prompt, UltraFeedback, Anthropic's HH); as OpenAI's input, preferred_output and
+Pairs are read as well with chosen and rejected as whole conversations or transcripts, whose common beginning is
+the prompt (TRL's implicit prompt, UltraFeedback, Anthropic's HH); as OpenAI's input, preferred_output and
 non_preferred_output; and as LLaMA-Factory's conversations with chosen and rejected turns.
 """
 

@@ -22,8 +22,8 @@ def write_report(run: Run, facts: Record, progress: Record) -> JsonObject:
 
 
 def smoke_test(lengths: Record) -> None:
-    """Import everything that a report needs and draw one of its plots: most of the time that it takes. `lengths` is the
-    histogram of the report."""
+    """Import everything that a report needs and draw one of its plots: most of the time that it takes.
+    `lengths` is the histogram of the report."""
     from tunesmith.evaluation.report.pages import as_html  # noqa: F401
     from tunesmith.evaluation.report.plots import length_plot
 

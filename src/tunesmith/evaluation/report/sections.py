@@ -58,8 +58,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a section; `kind` says how report.html.jinja sets its content: a text, notes, plots, (name, text) of
-    facts, or prompts with their answers."""
+    """A part of a section; `kind` says how report.html.jinja sets its content: a text, notes, plots, (name,
+    text) of facts, or prompts with their answers."""
 
     kind: Literal["paragraph", "warning", "heading", "code", "items", "figures", "facts", "answers"]
     content: Any
@@ -111,8 +111,8 @@ def _metrics(report: Record) -> Iterator[Block | Table]:
     reading = "Each value has its 95 % interval."
     if other:
         reading += (
-            " Both sides are measured on the same rows: a difference is called better or worse where its paired "
-            "interval excludes 0."
+            " Both sides are measured on the same rows: a difference is called better or worse where its "
+            "paired interval excludes 0."
         )
     yield Block("paragraph", f"{values.sample_text(report)} {reading}")
     compared = [Column(other, "number")] if other else []
@@ -261,8 +261,8 @@ def _high_loss(report: Record) -> Iterator[Block | Table]:
     which = f"that the tuned model finds least likely, of {looked:,} that were measured"
     if report["surprising"].get("from") == "training":
         which = (
-            f"of highest loss, of {looked:,} that were learnt in the last epoch. A loss is the one that training saw: "
-            "before the update of the row's own step"
+            f"of highest loss, of {looked:,} that were learnt in the last epoch. A loss is the one that "
+            "training saw: before the update of the row's own step"
         )
     yield Block("paragraph", f"The {listed} {which}. Wrong labels and broken rows are often among them.")
     has_labels = "predicted" in rows[0]

@@ -1,5 +1,5 @@
-"""The values of a report: the run's events and its folder `evaluation`, joined and judged, with sentences and formatted
-metrics that are the same in every form of the report."""
+"""The values of a report: the run's events and its folder `evaluation`, joined and judged, with sentences and
+formatted metrics that are the same in every form of the report."""
 
 from __future__ import annotations
 
@@ -312,9 +312,9 @@ _VERBS = {
 def summary(report: Record) -> str:
     """The run and its result in one paragraph."""
     tuned = (
-        f"{report['model']} was tuned to {_VERBS.get(report['task'], report['task'])} (method {report['method']}) on "
-        f"{plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} in "
-        f"{duration(report['seconds']['train'])} on {report['device']}."
+        f"{report['model']} was tuned to {_VERBS.get(report['task'], report['task'])} (method "
+        f"{report['method']}) on {plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} "
+        f"in {duration(report['seconds']['train'])} on {report['device']}."
     )
     skipped = report["rows"]["skipped"]
     unused = [f"{plural(skipped, 'row')} could not be used: rows/problems.jsonl lists them."] if skipped else []
@@ -338,8 +338,8 @@ def headline(report: Record) -> Iterator[str]:
         yield f"{where}{moved}{f': {worth}' if worth else ''}."
         if "loss" not in report["changes"]:
             yield (
-                "Whether the change may be chance is not known: evaluation/before.jsonl and after.jsonl, which hold "
-                "the results of each row, are not both in the run's folder."
+                "Whether the change may be chance is not known: evaluation/before.jsonl and after.jsonl, which "
+                "hold the results of each row, are not both in the run's folder."
             )
     elif baseline is None or baseline["key"] != key:
         yield f"{where}{info.label} is {now}."
