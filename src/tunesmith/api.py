@@ -39,7 +39,7 @@ from tunesmith.training.progress import Listener
 from tunesmith.types import Event, JsonObject, Record, TaskName
 
 Files = str | PathLike[str] | Record | Sequence[str | PathLike[str] | Record]
-"""A path, {"path", "weight"}, or several of them; or rows: a list of mappings, a pandas or a `datasets` table."""
+"""A path, {"path", "weight"}, or several of them; or rows: a list of mappings, a pandas or `datasets` table."""
 
 MOST_PROBLEMS = 5
 """Rows that the text of a refusal names."""
@@ -65,7 +65,7 @@ def train(
     Args:
         data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`
             table, written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
-        recipe: a recipe or its file; `options`, its sections or keys, count more: method="lora", optim={"lr": 1e-4}.
+        recipe: a recipe or its file; `options`, sections or keys of it, win: method="lora", optim={"lr": 1e-4}.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
 
@@ -147,7 +147,7 @@ def predict(
     model: str | PathLike[str] | None = None,
     offline: bool = False,
 ) -> list[JsonObject]:
-    """Answers to texts, or to rows with the fields of the task, in order: as the lines of `tunesmith predict --bare`.
+    """Answers to texts, or rows with the fields of the task, in order: as lines of `tunesmith predict --bare`.
 
     A row that cannot be used has {"error": ...} in its place.
 
@@ -183,7 +183,7 @@ def evaluate(
 
     Args:
         data: a file, or rows: a list of mappings, a pandas or a `datasets` table.
-        samples: number of rows that are answered and measured; None: 50 for the tasks chat, generate, summarize.
+        samples: number of rows to be answered and measured; None: 50 for the tasks chat, generate, summarize.
         judge: a run of task reward or a model that writes; it gives nothing but the rates at which answers of
             the run win against those from before. Rows may be prompts then.
         model: where the model that a run was made from is now, if it was moved.
@@ -266,7 +266,7 @@ def _notes_of(event: Event) -> list[str]:
 
 @contextmanager
 def _problems_named() -> Iterator[None]:
-    """A refusal of rows names the first of them, as the command line does, and options as they are written here."""
+    """A refusal of rows names the first of them, as the command line does, and options as written here."""
     try:
         yield
     except DataError as error:

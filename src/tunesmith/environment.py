@@ -1,4 +1,4 @@
-"""Environment variables that torch and its libraries read when they start, and the process: its cores and children."""
+"""Environment variables that torch and its libraries read at their start; the process: cores, children."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LEAST_REST = 0.05
 
 
 def card_share(usual: float = 1.0) -> float:
-    """Share of a card's memory that this process may take; `usual` where the variable is not set. Raises InputError."""
+    """Share of a card's memory for this process; `usual` if the variable is not set. Raises InputError."""
     text = os.environ.get(CARD_SHARE) or usual
     try:
         share = float(text)
@@ -60,7 +60,7 @@ def card_share(usual: float = 1.0) -> float:
 
 
 def rest_of_card() -> float:
-    """Share of a card that a server leaves to the runs of its jobs. Raises InputError where that is next to nothing."""
+    """Share of a card that a server leaves to the runs of its jobs. Raises InputError for next to nothing."""
     rest = 1 - card_share(SERVING_SHARE)
     if rest < LEAST_REST:
         raise InputError(
@@ -71,7 +71,7 @@ def rest_of_card() -> float:
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Set what measurably helps in this process and its children, unless it is set; call it before torch is imported.
+    """Set what measurably helps in this process and its children, unless it is set; before torch is imported.
 
     Measured: docs/inside/EXPERIMENTS.md.
     """
@@ -92,7 +92,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def refuse_ranks(environ: Mapping[str, str]) -> None:
-    """Raise InputError in one of several processes that torchrun or its like started, for what one process does."""
+    """Raise InputError in one of several processes that torchrun or its like started, for what one does."""
     ranks = environ.get("WORLD_SIZE", "")
     if ranks.isdecimal() and int(ranks) > 1:
         raise InputError(

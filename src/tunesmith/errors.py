@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MEMORY_WORDS = (
     "can't allocate memory", "not enough memory", "out of memory", "failed to allocate", "bad_alloc", "alloc_failed",
 )  # fmt: skip
-"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN, cuBLAS and others have no class."""
+"""Phrases of torch's allocators in a RuntimeError: DefaultCPUAllocator, oneDNN, cuBLAS have no class."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -50,7 +50,7 @@ def one_line(error: BaseException) -> str:
 
 
 class TunesmithWarning(UserWarning):
-    """A note of a run that is called from Python: what was left out, chosen or found, and changes nothing by itself."""
+    """A note of a run that is called from Python: what was left out, chosen or found. Changes nothing."""
 
 
 class TunesmithError(Exception):
@@ -114,7 +114,7 @@ class DoesNotFitError(InputError):
 
 
 class NonFiniteError(TunesmithError):
-    """A loss or gradient is NaN or infinite. Raised before the update: the weights are as after the step before."""
+    """A loss or gradient is NaN or infinite. Raised before the update: weights are as after the last step."""
 
     topic = "loss-is-nan"
 

@@ -60,7 +60,7 @@ def about(seconds: float) -> str:
 
 
 def between(seconds: float, low: float, high: float) -> str:
-    """An estimated time and its range, all in the unit of the estimate: about 5 min (2–7), about 28 s (14–140)."""
+    """An estimated time and its range, all in its unit: about 5 min (2–7), about 28 s (14–140)."""
     unit, size = _unit(seconds)
     first, last = (_number(bound / size) for bound in (low, high))
     text = f"about {_number(seconds / size)} {unit}"
@@ -127,7 +127,7 @@ def command(*words: object) -> str:
 
 
 def _program() -> list[str]:
-    """`tunesmith` where the shell finds it; else the script or the interpreter that this process was started with."""
+    """`tunesmith` where the shell finds it; else the script or interpreter that started this process."""
     script = Path(sys.argv[0])
     installed = shutil.which("tunesmith")
     same_place = installed is not None and Path(installed).parent == Path(sys.executable).parent
@@ -139,7 +139,7 @@ def _program() -> list[str]:
 
 
 def _short(path: Path) -> str:
-    """The path, from the current folder where it is inside of it. A link stays: an environment's Python is one."""
+    """The path, from the current folder if it is inside it. A link stays: an environment's Python is one."""
     absolute = Path(os.path.abspath(path))
     with suppress(ValueError, OSError):
         inside = str(absolute.relative_to(Path.cwd()))
@@ -156,7 +156,7 @@ def size(num_bytes: float) -> str:
 
 
 def option(value: object) -> str:
-    """The value of an option as it would be written: 0.0005, lora (rank 16, alpha 32); of a group what is not empty."""
+    """An option's value as it would be written: 0.0005, lora (rank 16, alpha 32); groups without empty ones."""
     if isinstance(value, Mapping):
         shown = {key: item for key, item in value.items() if key != "name" and item not in ((), [], {})}
         rest = ", ".join(f"{key} {option(item)}" for key, item in shown.items())
@@ -170,7 +170,7 @@ def option(value: object) -> str:
 
 
 def mix_text(sources: Sequence[Record]) -> str:
-    """Shares of sources of rows: a.jsonl 70 % (each row 1 × an epoch), b.jsonl 30 % (each row 0.43 × an epoch)."""
+    """Shares of sources of rows: a.jsonl 70 % (a row 1 × an epoch), b.jsonl 30 % (a row 0.43 × an epoch)."""
     return ", ".join(
         f"{source['path']} {100 * source['share']:.3g} % (each row {source['times']:.3g} × an epoch)"
         for source in sources
@@ -186,7 +186,7 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """The text with a sign for every character that a reader cannot see or a display acts on: ␀, ␛, ⟨U+202E⟩."""
+    """Text with a sign for every character that a reader cannot see or a display acts on: ␀, ␛, ⟨U+202E⟩."""
     return _UNSEEN.sub(_sign, text)
 
 

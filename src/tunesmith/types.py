@@ -85,7 +85,7 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The file and 1-based line that a row was read from (JSON arrays and Parquet: 1-based row; 0: the whole file)."""
+    """The file and 1-based line that a row was read from (JSON arrays, Parquet: the row; 0: the file)."""
 
     path: str
     line: int
@@ -137,7 +137,7 @@ class Example:
     kept: Record = field(default_factory=dict, compare=False)
     """Keys of a row to be answered that its answer repeats unchanged, such as an id."""
     branches: tuple[tuple[Part, ...], ...] = ()
-    """Answers to `parts` that are compared with each other, the preferred one first; empty: `parts` hold the answer."""
+    """Answers to `parts` that are compared with each other, preferred first; empty: `parts` hold the answer."""
     values: tuple[float, ...] = ()
     """Numbers that come with the branches, such as the margin of a preference."""
 
@@ -190,7 +190,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of tokens in a packed micro-batch: a row, a shared prefix, or the rest of a row after its prefix."""
+    """Tokens in a row of a micro-batch: a packed row, a shared prefix, or the rest of a row after its prefix."""
 
     tokens: int
     before: tuple[Span, ...] = ()
@@ -216,11 +216,11 @@ class Batch:
     positions_BT: Tensor
     """int64, restarting at 0 with every example."""
     mask_BT: Tensor | None
-    """int64, 1 on real tokens; None when packed: a mask together with restarting positions would join the examples."""
+    """int64, 1 on real tokens; None when packed: a mask with restarting positions would join examples."""
     lengths: tuple[int, ...]
     """Tokens of each example, in order, or of each line of rows with branches."""
     predict_N: Tensor
-    """int64, positions in the flattened [B * T] tokens; encoder–decoder: in the flattened [B * U] of the decoder."""
+    """int64, positions in flattened [B * T] tokens; encoder–decoder: in the decoder's [B * U]."""
     targets_N: Tensor
     """int64 token or class ids; float32 numbers; or float32 [N, C], 0 or 1 for each class."""
     row_of_N: Tensor
@@ -234,13 +234,13 @@ class Batch:
     pieces: tuple[Segment, ...] = ()
     """Segments of a packed micro-batch whose rows share prefixes, in order; empty: the rows are whole."""
     decoder_ids_BU: Tensor | None = None
-    """int64, what the decoder of an encoder–decoder reads: its start token, then the target but for its last."""
+    """int64, what the decoder of an encoder–decoder reads: start token, then the target but for its last."""
     filling: int = 0
     """Padding tokens after the rows of a packed micro-batch: see `data.collate.pad_to_multiple`."""
     line_of_N: Tensor | None = None
     """int64, which line each target belongs to; None: rows have no branches."""
     values_BV: Tensor | None = None
-    """float64, the numbers of each row with branches: its own values, then what the reference found of each branch."""
+    """float64, the numbers of each row with branches: its own values, then the reference of each branch."""
     losses: list[Tensor] = field(default_factory=list, compare=False)
     """The loss of each target, float32 [N] without gradient: a task with `sees_rows` leaves it here."""
     keys_L: Tensor | None = None
@@ -274,13 +274,13 @@ class Measured:
 
 
 class LossSum(Protocol):
-    """The loss of a micro-batch: the sum of its targets' losses, a scalar with a gradient, not divided by anything."""
+    """The loss of a micro-batch: the sum of its targets' losses, a scalar with gradient, undivided."""
 
     def __call__(self, model: nn.Module, batch: Batch, /) -> Tensor: ...
 
 
 class Attachment(Protocol):
-    """A method's hold on a model: the tensors that are trained, and their way into the model and out of it again.
+    """A method's hold on a model: the tensors that are trained, and their way into the model and out again.
 
     Methods derive from it and override the defaults that do not fit them.
     """
@@ -295,7 +295,7 @@ class Attachment(Protocol):
     rate_factors: Mapping[str, float] = MappingProxyType({})
     """Factors of the learning rate, by name, of the tensors whose rate differs from the schedule's."""
     shards: Mapping[str, Size] = MappingProxyType({})
-    """Shapes of the whole, by name, of the tensors of which this process has a piece only, see `parallel.fsdp`."""
+    """Shapes of the whole, by name, of the tensors of which this process has a piece, see `parallel.fsdp`."""
 
     @property
     def shared(self) -> Mapping[str, Tensor]:
@@ -326,11 +326,11 @@ class Attachment(Protocol):
         ...
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
-        """Run the model without its adapter inside the block; modules trained whole stay as they were trained."""
+        """Run the model without its adapter inside the block; modules trained whole stay as trained."""
         return nullcontext()
 
     def perturbed(self) -> AbstractContextManager[None]:
-        """Move a fresh adapter away from its start inside the block, if its start would hide how it computes."""
+        """Move a fresh adapter away from its start inside the block, if that would hide how it computes."""
         return nullcontext()
 
     def merge(self) -> None:
@@ -371,7 +371,7 @@ class Choice:
 
 
 class Aside(str):
-    """A note on what is as usual, which needs no action: the first lines of a run leave it out, its report does not."""
+    """A note on what is usual, which needs no action: left out of a run's first lines, not of its report."""
 
     __slots__ = ()
 
@@ -391,7 +391,7 @@ class Draft:
     trained_T: NDArray[np.bool_]
     warnings: list[Problem] = field(default_factory=list)
     classes_N: tuple[str, ...] | None = None
-    """Names of the classes that are learnt at the trained tokens; None: the tokens themselves; empty: any class."""
+    """Names of the classes that are learnt at the trained tokens; None: tokens themselves; empty: any class."""
     second: int = 0
     num_bytes: int = 0
     branches: tuple[int, ...] = ()

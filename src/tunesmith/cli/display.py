@@ -212,7 +212,7 @@ def print_plan(screen: Console, plan: Record) -> None:
 
 
 def print_start(screen: Console, plan: Record, *, verbose: bool) -> None:
-    """A plan before the first step: its facts and what is unusual in at most `MOST_FIRST` lines; all if `verbose`."""
+    """The plan before the first step: facts and what is unusual in `MOST_FIRST` lines; all if `verbose`."""
     if verbose:
         print_plan(screen, plan)
         return
@@ -242,7 +242,7 @@ def _choice_line(choice: Record) -> str:
 
 @contextmanager
 def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Callable[[str, int, int], None]]:
-    """One bar that moves from each phase to the next; not on a terminal a line now and then, of what takes long."""
+    """One bar that moves from each phase to the next; elsewhere a line now and then, of what takes long."""
     if not screen.is_terminal:
         yield progress_lines(screen, words)
         return
@@ -253,7 +253,7 @@ def phases(screen: Console, words: Mapping[str, str] = PHASES) -> Iterator[Calla
 
 @lru_cache
 def plain_bars() -> None:
-    """Let bars of libraries, such as of downloads, be whole lines every `PLAIN_SECONDS` if stderr is not a terminal."""
+    """Let bars of libraries (downloads) be whole lines every `PLAIN_SECONDS` if stderr is not a terminal."""
     if not is_drawn(sys.stderr):
         from tqdm import tqdm
 

@@ -79,7 +79,7 @@ class JobServerClient:
         return f"/{urllib.parse.quote(job, safe='')}"
 
     def new_events(self, path: str, seen: set[str]) -> list[JsonObject]:
-        """Events that are not in `seen`, which gets them, oldest first; of a long job at first the last thousand."""
+        """Events that `seen` lacks, which gets them, oldest first; of a long job first the last thousand."""
         fresh: list[JsonObject] = []
         query: dict[str, Any] = {"limit": PAGE if seen else MOST_EVENTS}
         while True:

@@ -217,7 +217,7 @@ def named(target: str, root: Path) -> str:
 
 
 def refuse_unknown_target(place: str, word: str) -> None:
-    """Raise InputError for an export TARGET or TARGET:VALUE of which there is no target, before torch is imported."""
+    """Raise InputError for an export TARGET or TARGET:VALUE whose target does not exist, before torch loads."""
     target = word.partition(":")[0]
     if target not in EXPORT_NAMES:
         near = did_you_mean(target, EXPORT_NAMES)
@@ -351,7 +351,7 @@ def as_task(name: str | None) -> TaskName | None:
 
 
 def files(paths: Sequence[str] | None, *, once: bool = False) -> list[JsonObject]:
-    """The files that were typed. Raises InputError for one that is there twice where each may be there `once`."""
+    """The files that were typed. Raises InputError for one given twice where each may be there `once`."""
     typed = [data_file(path) for path in paths or ()]
     names = [file["path"] for file in typed]
     if once and (twice := [name for name in names if names.count(name) > 1]):

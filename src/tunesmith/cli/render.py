@@ -67,7 +67,7 @@ def option(value: Any) -> str:
 
 
 def metric_line(event: Event, series: RunSeries) -> str:
-    """An "evaluation", "answers" or "general" event in one line; of a new head before its training the loss alone."""
+    """An evaluation, answers or general event as one line; before the training of a new head the loss alone."""
     values = event.values
     if values["name"] == "before" and series.has_new_head:
         loss = info_of("loss").text(values["loss"])
@@ -119,7 +119,7 @@ def print_table(
 
 
 def print_result(screen: Console, report: Record) -> None:
-    """The result of a run in a sentence or two, and a table of its metrics; nothing where nothing was measured."""
+    """A run's result in a sentence or two, and a table of its metrics; nothing where nothing was measured."""
     from tunesmith.evaluation.report import values
 
     if not report.get("headline") or report["metrics"]["after"] is None:
@@ -236,7 +236,7 @@ def given_options(given: Record) -> str:
 
 
 def label_counts(rows_of: Mapping[str, int], most: int = MOST_LABELS) -> str:
-    """Classes by how many rows have them, most first: 3 classes: good 120, bad 80, odd 2; of numbers 4: 17, 5: 9."""
+    """Classes by number of rows, most first: 3 classes: good 120, bad 80, odd 2; of numbers 4: 17, 5: 9."""
     by_size = sorted(rows_of.items(), key=lambda item: -item[1])
     names = [one_line(name, 40) if name == name.strip() else repr(name[:40]) for name, _ in by_size[:most]]
     pairs = zip(names, by_size, strict=False)
@@ -302,11 +302,11 @@ SETTLED_SHOWN = 8
 
 
 LEAST_BUSY, MOST_BUSY = 0.15, 0.7
-"""Shares of the processor: from one on other programs are named, and above the other they still leave a part of it."""
+"""Shares of the processor: from the first on others are named; above the second they leave part of it."""
 
 
 def forecast_facts(forecast: Record, probe: Record | None = None) -> Facts:
-    """(name, text) of what is estimated, the most important first; where a probe was made, what it measured too."""
+    """(name, text) of what is estimated, the most important first; after a probe what it measured too."""
     facts = [("memory", _memory(forecast))]
     seconds = (probe and probe["seconds"]) or forecast["seconds"]
     if seconds:

@@ -192,7 +192,7 @@ def _cells(row: JsonObject) -> list[str]:
 
 
 def _model_name(model: Path) -> str:
-    """The last part of a model's name or path; of the result of another run, or its snapshot, the name of that run."""
+    """The last part of a model's name or path; of another run's result or snapshot that run's name."""
     is_result = model.name in ("merged", "model") and (model.parent / "run.json").is_file()
     run = model.parents[2] if is_result and model.parent.parent.name == "snapshots" else model.parent
     return run.name if is_result else model.name
@@ -236,7 +236,7 @@ def _refuse_unknown(place: str, name: str, known: Sequence[str]) -> None:
 
 
 def _holds(place: str, found: Any, sign: str, value: str) -> bool:
-    """Whether `found sign value` is true, never without the field. Raises InputError for text compared by size."""
+    """Whether `found sign value` holds, never without a field. Raises InputError for text compared by size."""
     if found is None:
         return False
     try:

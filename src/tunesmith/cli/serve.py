@@ -241,7 +241,7 @@ def check_extra(extra: Literal["serve", "jobs"]) -> None:
 
 @dataclass(frozen=True)
 class ServedJobs:
-    """The store of a server's jobs, the models that they may tune, and the address of the cluster that runs them."""
+    """The store of a server's jobs, the models that they may tune, and the address of their cluster."""
 
     store: Store
     bases: Bases
@@ -249,7 +249,7 @@ class ServedJobs:
 
 
 def open_store(place: str, files: Path = Path("jobs"), **how: Any) -> Store:
-    """The store in a folder, or at postgresql://… with contents and runs in the folder `files`. Raises InputError."""
+    """The store in a folder, or at postgresql://… with contents and runs in `files`. Raises InputError."""
     from tunesmith.jobs.store import Store
 
     return Store(files, place, **how) if "://" in place else Store(Path(place), **how)

@@ -19,7 +19,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def leave_at_once() -> None:
-    """Until `interruptible`, Ctrl-C ends the process without a word: there is nothing to keep while it is imported."""
+    """Until `interruptible`, Ctrl-C ends the process without a word: nothing is lost during imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
 

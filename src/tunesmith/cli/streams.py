@@ -77,7 +77,7 @@ PLAIN_WIDTH = 100_000
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that draws on a terminal and writes plain lines elsewhere; NO_COLOR and TERM=dumb are honoured."""
+    """A console that draws on a terminal, else writes plain lines; NO_COLOR and TERM=dumb are honoured."""
     file: IO[str] = sys.stderr if stderr else sys.stdout
     drawn = is_drawn(file)
     return Console(

@@ -53,7 +53,7 @@ class RemoteFile:
     address: str
     num_bytes: int
     version: str
-    """Changes with the content: its SHA-256 where that is known, else a hash that the hub or the file system gives."""
+    """Changes with the content: its SHA-256 where that is known, else a hash of the hub or the file system."""
     is_kept: bool = False
     """Downloads go into the hub's cache and stay there."""
 
@@ -378,7 +378,7 @@ def is_elsewhere(file: DataFile) -> bool:
 
 @contextmanager
 def local(address: str) -> Iterator[str]:
-    """A registered file on this disk: of the hub in its cache if there is room, else only while the block lasts.
+    """A registered file on the disk: of the hub in its cache if there is room, else only while the block lasts.
 
     Raises DataError if it cannot be fetched; StorageError.
     """
@@ -396,7 +396,7 @@ def local(address: str) -> Iterator[str]:
 
 
 def download(file: RemoteFile, folder: Path | None = None) -> str:
-    """Put a file into a folder, or one of the hub into its cache, where a download that was cut continues; its place.
+    """Put a file into a folder, or one of the hub into its cache; continues a cut download. Returns its place.
 
     Raises DataError if it cannot be fetched; StorageError.
     """

@@ -1,4 +1,4 @@
-"""Rows with branches to token ids: each line by an encoder of a single answer or text, and all of them as one row.
+"""Rows with branches to token ids: each line by an encoder of a single answer or text, all of them as one row.
 
 Preferences are answers in a chat, or to a plain prompt. Rewards, and scores of documents for a query, are read
 at one token of each line. Vectors are made of the tokens that are pooled.
@@ -38,7 +38,7 @@ def side_encoder(settings: EncoderSettings) -> RowEncoder:
 
 
 class BranchEncoder(RowEncoder):
-    """Encodes each branch behind its stem as a row of its own, by the encoder of a side, and joins them to one row."""
+    """Encodes each branch behind its stem as a row, by the encoder of a side, and joins them to one row."""
 
     names: tuple[str, ...] = SIDES
     """Names of the lines of a row that has one for each name, for messages."""
@@ -82,7 +82,7 @@ class BranchEncoder(RowEncoder):
 
 
 class PreferenceEncoder(BranchEncoder):
-    """Encodes both sides with every check of training on answers, in the chat template if the tokenizer has one.
+    """Encodes both sides with every check of training on answers, in the chat template if there is one.
 
     Raises `ModelError` for a tokenizer or template that cannot be trained with.
     """
@@ -103,7 +103,7 @@ class PreferenceEncoder(BranchEncoder):
 
 
 class RewardEncoder(BranchEncoder):
-    """Causal models are read at the last token of prompt and answer, encoders, which read two texts, at the first.
+    """Causal models are read at the last token of prompt and answer; encoders, of two texts, at the first.
 
     Raises `ModelError` for a tokenizer or template that cannot be trained with.
     """
@@ -159,7 +159,7 @@ class RankingEncoder(BranchEncoder):
 
 
 class EmbeddingEncoder(BranchEncoder):
-    """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around a text.
+    """Anchor, positive and negatives of a row as lines, each in the frame that the tokenizer puts around texts.
 
     No EOS is put behind it where the tokenizer puts none, so that a text read elsewhere gives the same vector.
     A text is known by its own tokens, without its prompt, so that an anchor is recognised among the documents.

@@ -1,4 +1,4 @@
-"""Rows with branches: one row of a file, one row in the store, and a line of the model for each of its branches.
+"""Rows with branches: one row of a file, one row in the store, a line of the model for each of its branches.
 
     [stem | branch | branch]  →  stem + branch, stem + branch
 

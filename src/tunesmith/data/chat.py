@@ -1,4 +1,4 @@
-"""Conversations to ids and trained flags: rendered by the tokenizer's own template, tokenized as one text, checked.
+"""Conversations to ids and trained flags: rendered by the tokenizer's template, tokenized as one text, checked.
 
 The place of an answer in the rendered text S is found by rendering and never guessed. Two ways, tried in this
 order for each turn i:
@@ -48,7 +48,7 @@ class Turn:
     index: int
     """Index of its message."""
     prompt: int | None
-    """Characters of the prompt that serving feeds before this turn. None: the whole text does not begin with it."""
+    """Characters of the prompt that serving feeds before this turn. None: the text does not begin with it."""
     start: int
     """First character that the message, not the template, contributed."""
     close: int | None
@@ -112,7 +112,7 @@ class ChatEncoder(RowEncoder):
         ]
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
-        """The ids that serving feeds before the assistant's next turn. Raises `DataError` when the template refuses."""
+        """The ids that serving feeds before the next answer. Raises `DataError` when the template refuses."""
         messages = [as_message(part) for part in parts]
         try:
             text = self._template.render(messages, tools=tools, prompt=True)
@@ -351,9 +351,9 @@ def _by_sentinel(render: Render, messages: Sequence[Message], index: int, prompt
 
 
 def _start(prompt: str | None, before: str) -> int:
-    """First trained character: behind the text that the template puts before any answer, as an empty <think> block.
+    """First trained character: behind what the template puts before any answer, as an empty <think> block.
 
-    White space alone is trained: served the prompt, the model has to write it, mostly as part of its first token.
+    White space alone is trained: served the prompt, the model has to write it, mostly in its first token.
     """
     if prompt is None:
         return len(before)
@@ -361,7 +361,7 @@ def _start(prompt: str | None, before: str) -> int:
 
 
 def _is_of(found: str, text: str, message: Message) -> bool:
-    """Whether `found` is the message's text or a part of it; with tool calls or reasoning, whether it holds it."""
+    """Whether `found` is the message's text or part of it; with tool calls or reasoning whether it holds it."""
     if len(message) > 2 and found.strip() and text.strip() in found:
         return True
     return found in text and bool(found.strip() or not text.strip())
@@ -400,7 +400,7 @@ def find_stops(
 
     Raises `ModelError` when the template does not show an answer, or closes it without a control token.
 
-    What a template writes behind the last turn only, such as Phi 3's <|endoftext|>, closes the text and no turn.
+    What a template writes behind the last turn only, such as Phi 3's <|endoftext|>, closes text and no turn.
     """
     try:
         last, middle = closings(render, PROBE_QUESTION)

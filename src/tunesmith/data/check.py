@@ -103,7 +103,7 @@ class CheckReport:
     tokens: dict[Side, TokenStats]
     """Empty without a model, or without a usable row."""
     first_rows: tuple[tuple[Span, ...], ...]
-    """The first training rows as the model sees them; without a model, and for labels, the texts and their labels."""
+    """The first rows as the model sees them; without a model or for labels the texts and their labels."""
     forms: tuple[tuple[str, tuple[Span, ...]], ...]
     """A training row of each shape, as `first_rows`, after its place and shape."""
     refusals: tuple[str, ...]
@@ -111,7 +111,7 @@ class CheckReport:
     label_kind: LabelKind | None = None
     """Kind of the labels of the training rows; None: they have none, or they are refused."""
     labels: tuple[tuple[str, int], ...] = ()
-    """Classes in the order of their ids, with the number of training rows (for tags: words); none for numbers."""
+    """Classes in the order of their ids, with their training rows (for tags: words); none for numbers."""
 
     @property
     def ok(self) -> bool:
@@ -322,7 +322,7 @@ class _Check:
             self._hear(problem)
 
     def _repeats(self, first_I: NDArray[np.int64], repeats_I: NDArray[np.bool_], side: Side, code: str) -> None:
-        """Report the first of those rows that repeat a training row, whose number is in `first_I`; count all."""
+        """Report the first of those rows that repeat a training row, numbered in `first_I`; count all."""
         is_error = code == "overlap" and self._data.overlap == "error"
         severity: Literal["error", "warning"] = "error" if is_error else "warning"
         rows_I = np.flatnonzero(repeats_I)

@@ -122,7 +122,7 @@ class TaggingEncoder(RowEncoder):
 
 
 def first_tokens(words: Sequence[str], tokens: Tokens) -> NDArray[np.int64]:
-    """[W], the first token of each word in the sentence that `words` make; -1 for one that has no token of its own."""
+    """[W], the first token of each word of the sentence of `words`; -1 for one that has no token of its own."""
     sizes_W = np.array([len(word) for word in words], np.int64)
     starts_W = np.concatenate([[0], np.cumsum(sizes_W[:-1] + 1)])
     first_W = np.searchsorted(np.maximum.accumulate(tokens.ends_T), starts_W, side="right")

@@ -158,7 +158,7 @@ def _length(rows: Sequence[Record], name: str) -> float:
 
 
 def meanings(rows: Sequence[Record], task: TaskName | None) -> list[Meaning]:
-    """Guess what rows of unknown fields are meant for, the likeliest first, two at most; none if values do not say."""
+    """Guess what rows of unknown fields are for, likeliest first, at most two; none if values do not say."""
     kinds = values_of(rows)
     by: dict[Values, list[str]] = {kind: [name for name in kinds if kinds[name] == kind] for kind in kinds.values()}
     texts, labels, names = by.get("text", []), by.get("label", []), by.get("name", [])
@@ -331,7 +331,7 @@ def _are_rows(value: Any) -> bool:
 
 @lru_cache(maxsize=1)  # rows of a file mostly have the same fields
 def _misspelt(given: tuple[str, ...], wanted: tuple[tuple[str, ...], ...]) -> dict[str, str]:
-    """The names of the first shape's fields that are there but for likely misspellings, which are their values."""
+    """The names of the first shape's fields that are likely misspelt, and how they are spelt."""
     for fields in wanted:
         near = {ours: theirs for ours in fields if (theirs := nearest(ours, given, 0.8)) is not None}
         if len(near) == len(fields):
@@ -367,9 +367,9 @@ def ask_text_or_classes(data: Data) -> str | None:
 
 
 def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], str] | None:
-    """data.columns where none is given and files have usual names of others; and how each is read, for a person.
+    """data.columns where none is given and files have usual names of others, and how each is read.
 
-    None: none is needed, or it is not clear, or files differ. Without a task, the first file decides it for all.
+    None: none is needed, or it is not clear, or files differ. Without a task the first file decides for all.
     """
     if data.columns:
         return None
@@ -391,7 +391,7 @@ def usual_columns(data: Data, task: TaskName | None) -> tuple[dict[str, str], st
 
 
 def absent_columns(data: Data) -> list[Problem]:
-    """A problem for each name in data.columns that no row of any local file has, with the nearest that there is."""
+    """A problem for each name in data.columns that no row of any local file has, with the nearest one."""
     absent, seen = dict(data.columns), dict[str, None]()
     files = [file for file in (*data.train, *data.replay, *data.eval) if not is_address(file.at)]
     if not absent or len(files) < len(data.train) + len(data.replay) + len(data.eval):

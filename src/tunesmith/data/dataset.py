@@ -276,7 +276,7 @@ def build(
     on_problem: OnProblem,
     progress: OnProgress = lambda rows, done, total: None,
 ) -> RowStore:
-    """The encoded rows of `files`: found in `folder` when they have been encoded before, else encoded and put there.
+    """The encoded rows of `files`: found in `folder` if they were encoded before, else encoded and put there.
 
     A folder among `files` is replaced by the documents in it; `store.paths` names those. `on_problem` receives
     the first `data.limits.problems` problems, also where the rows were found; `summary` counts all of them. Bad
@@ -378,7 +378,7 @@ def json_path(folder: Path, key: str) -> Path:
 
 
 def open_kept(folder: Path, key: str | None) -> RowStore | None:
-    """The rows that `RowStore.keep` put into a folder, each file named by its hash; None where they cannot be read.
+    """Rows that `RowStore.keep` put into a folder, each file named by its hash; None if they cannot be read.
 
     `key`: of the rows that are meant, as the run's identity names them; None: the run is older than that name.
     """

@@ -142,7 +142,7 @@ def _document(text: bytes) -> tuple[FileFormat, str]:
 
 
 def _is_tagged(text: bytes) -> bool:
-    """Whether lines are words with the tags of spans: three quarters of those that were read, and at least two."""
+    """Whether lines are words with the tags of spans: three quarters of the lines read, and at least two."""
     words = [
         line.rstrip() for line in text.split(b"\n") if line.strip() and not line.startswith((b"-DOCSTART-", b"# "))
     ]

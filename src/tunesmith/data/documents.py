@@ -75,7 +75,7 @@ class DocumentEncoder(RowEncoder):
 
 
 def windows(num_tokens: int, *, width: int | None, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """(start, end, seen) of each window: tokens before `seen` belong to an earlier one and are only read again."""
+    """(start, end, seen) of each window: tokens before `seen` belong to an earlier one and are read again."""
     start = seen = 0
     while seen < num_tokens:
         end = num_tokens if width is None else min(start + width, num_tokens)

@@ -214,7 +214,7 @@ def _encode_for(parent: Connection) -> None:
 
 
 def _pickle_by_fields(cls: type[Any]) -> None:
-    """Send instances to a process as their fields: frozen dataclasses with slots else take three times as long."""
+    """Send instances to a process as their fields: frozen dataclasses with slots take three times as long."""
     values = attrgetter(*(field.name for field in fields(cls)))
     copyreg.pickle(cls, lambda instance: (cls, values(instance)))
 
@@ -396,14 +396,14 @@ def in_parts(files: Sequence[DataFile]) -> list[list[DataFile]]:
 class JoinedParts(Encoding):
     """The rows of files that are here only while they are read, in parts, one after the other.
 
-    Each part is a row store of its own, so that an interrupted encoding continues with the first one that is not there.
+    Each part is a row store of its own, so that an interrupted encoding continues with the first missing one.
     """
 
     build: Callable[..., Any]
     """`dataset.build` of `files`, with `on_problem` and `progress`, into the folder of parts."""
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
-        """Raises as `dataset.build`, and DataError after the first part with rows for which the data is refused."""
+        """Raises as `dataset.build`, and DataError after the first part with rows that refuse the data."""
         first_file, done_bytes = 0, 0
         for part in in_parts(self.files):
 

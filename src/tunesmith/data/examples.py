@@ -1,4 +1,4 @@
-"""Rows as examples: fields are renamed; the shape of a file is found on its first good row. See docs/guide/data.md."""
+"""Rows as examples: fields renamed, a file's shape found on its first good row. See docs/guide/data.md."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def examples(
     answered: bool = True,
     keep: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the index of the file and the example of every usable row; problems of other rows go to `on_problem`.
+    """Yield index of the file and example of every usable row; problems of other rows go to `on_problem`.
 
     `facts` is filled with what is known of each file, as by `read`. Only the shapes that `task` learns from are
     looked for. Not `answered`: what is to be predicted may be missing and is not read; an example then holds
@@ -257,7 +257,7 @@ _ANSWER: Mapping[Shape, str] = {"text_label": "label", "tokens_tags": "tags", "d
 
 
 def content_hash(example: Example) -> int:
-    """64-bit hash of the content of an example: roles, texts, trained flags, fields, tools and labels, not its place.
+    """64-bit hash of the content of an example: roles, texts, trained flags, fields, tools, labels, not place.
 
     The same on every machine and in every release.
     """

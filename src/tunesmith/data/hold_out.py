@@ -27,7 +27,7 @@ FEW_HELD = 30
 
 
 def choose_share(num_rows: int) -> Choice:
-    """The share of rows that is held out where none is given: enough to measure on, and most are left to learn from."""
+    """Share of rows that is held out where none is given: enough to measure on, and most are left to learn."""
     share = LEAST
     if num_rows:
         share = max(LEAST, min(PART, 2 * FLOOR / num_rows), min(MOST, FLOOR / num_rows))
@@ -71,7 +71,7 @@ def few_note(num_held: int) -> str | None:
 
 
 def has_one_input(inputs_I: NDArray[np.uint64]) -> bool:
-    """Whether all rows have the same one, such as an empty prompt: then they are split by content, not by input."""
+    """Whether all rows have the same input, such as an empty prompt: then they are split by content instead."""
     return len(inputs_I) > 0 and bool((inputs_I == inputs_I[0]).all())
 
 
@@ -114,7 +114,7 @@ def hold_out(
 def split_notes(
     keys_I: NDArray[np.uint64], classes_I: NDArray[np.int64] | None, mask_I: NDArray[np.bool_], share: float
 ) -> Iterator[str]:
-    """Notes if nothing can be held out, of some classes nothing, or more than `share` since rows stay together."""
+    """Notes if nothing can be held out, or none of some classes, or more than `share` as rows stay together."""
     if classes_I is None and not mask_I.any():
         yield "nothing is held out: it takes two different rows"
     if classes_I is not None and (num := len(np.setdiff1d(classes_I, classes_I[mask_I]))):
@@ -222,7 +222,7 @@ def measured_rows(
 
 
 def choose_held_out(data: Data, store: RowStore) -> tuple[Data, list[Choice]]:
-    """The data with a share of rows to hold out, and the choice where it was left open and no file is given for it."""
+    """The data with a share to hold out, and the choice, where it was left open and no file is given."""
     if data.held_out != "auto" or data.eval:
         return data, []
     choice = choose_share(int((store.file_index < len(data.train)).sum()))
@@ -232,7 +232,7 @@ def choose_held_out(data: Data, store: RowStore) -> tuple[Data, list[Choice]]:
 def split(
     data: Data, store: RowStore, held_store: RowStore, task: TaskName
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """Rows to train on, rows to measure, and what to say of the split. Rows of data.replay are never held out."""
+    """Rows to train on, rows to measure, and notes on the split. Rows of data.replay are never held out."""
     is_replay = store.file_index >= len(data.train)
     own_rows = np.flatnonzero(~is_replay)
     if len(own_rows) == 0:

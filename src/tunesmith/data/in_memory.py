@@ -21,7 +21,7 @@ IN_MEMORY = re.compile(r"rows-[0-9a-f]{12}\.jsonl")
 
 
 def is_rows(given: object) -> bool:
-    """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings other than {"path", "weight"}."""
+    """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings but {"path", "weight"}."""
     if isinstance(given, (str, bytes, Mapping)):
         return False
     if (hasattr(given, "iloc") and hasattr(given, "columns")) or hasattr(given, "column_names"):  # no pandas Series

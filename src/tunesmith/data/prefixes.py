@@ -90,7 +90,7 @@ def num_computed(rows: Sequence[NDArray[np.int32]]) -> int:
 
 
 def stretches(rows: Sequence[NDArray[np.int32]]) -> list[Stretch]:
-    """Stretches that a micro-batch of these rows computes, prefixes before what follows; as many as rows if none share.
+    """Stretches that a micro-batch of these rows computes, prefixes first; as many as rows if none share.
 
     Groups as `prefix_groups` finds them, or prefixes within prefixes where that computes fewer tokens: a system
     prompt that all rows begin with, then the prompts of two answers each.

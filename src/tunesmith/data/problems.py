@@ -32,7 +32,7 @@ def refusal(path: str, line: int, code: str, message: str, fix: str = "") -> Dat
 
 
 def num_refused(data: Data, errors: Mapping[str, int]) -> int:
-    """The problems, counted by code, for which data is refused: none where the recipe leaves out what is wrong."""
+    """The problems, counted by code, for which data is refused: none where the recipe leaves it out."""
     if data.bad_rows != "error":
         return 0
     return sum(num for code, num in errors.items() if not (code == "too_long" and data.too_long == "drop"))

@@ -1,4 +1,4 @@
-"""Reads files and folders of rows: streamed, byte for byte, every row with its place. See docs/guide/data.md."""
+"""Reads files and folders of rows: streamed, byte for byte, each row with its place. See docs/guide/data.md."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _documents(
 
 
 def _by_suffix(at: str, others: Sequence[str]) -> str:
-    """The option that takes other files of a folder for documents, as far as they begin like text; "" if none does."""
+    """The option that takes other files of a folder for documents if they begin like text; "" if none does."""
     ends: dict[str, str] = {}
     for name in others[:MOST_LOOKED_AT]:
         end = suffix_of(name)
@@ -129,7 +129,7 @@ def _refuse_held_out_at(address: str, found: Sequence[str]) -> None:
 
 
 def _refuse_held_out(folder: str, chosen: Sequence[str], rows: Sequence[str], archive: str = "") -> None:
-    """Raise `DataError` where files of rows, or folders next to one named train, are held-out rows by their names."""
+    """Raise `DataError` where files, or folders next to one named train, are held-out rows by their names."""
     tops = sorted({name.split(os.sep)[0] for name in chosen if os.sep in name})
     held_tops = [top for top in tops if _HELD_OUT.match(f"{top.lower()}.")]
     held_rows = [name for name in rows if _HELD_OUT.match(os.path.basename(name).lower())]
@@ -176,7 +176,7 @@ def read(
     facts: list[FileFacts] | None = None,
     how: Reading = AS_IT_IS,
 ) -> Iterator[tuple[int, JsonObject, Source]]:
-    """Index of the file, the row as a dictionary, and its place; one row at a time, whatever the size of the files.
+    """Index of the file, the row as a dictionary, and its place; row by row, whatever the size of the files.
 
     A row that cannot be read goes to `on_problem`, and reading continues with the next one. `facts` gets the
     facts of every file and document of a folder, before its first row, and is kept up to date.
@@ -203,7 +203,7 @@ def reread(facts: FileFacts, *, limits: Limits, how: Reading) -> Iterator[JsonOb
 def inspect_files(
     files: Sequence[DataFile], on_problem: OnProblem, how: Reading = AS_IT_IS
 ) -> list[tuple[int, FileFacts]]:
-    """Facts of every file and document of a folder, with its index. Raises one `DataError` for all unreadable ones."""
+    """Facts of every file and document of a folder, with its index. Raises a `DataError` for all unreadable."""
     facts_of_files: list[tuple[int, FileFacts]] = []
     refused: list[DataError] = []
     for index, file in enumerate(files):

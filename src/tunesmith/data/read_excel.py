@@ -16,7 +16,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import Limits
 
 MOST_UNPACKED, MOST_SHARED = 2**30, 2**27
-"""Bytes that all parts of a file may have unpacked, and those that are held whole while it is read: texts, styles."""
+"""Bytes that all parts of a file may have unpacked, and those held whole while it is read: texts, styles."""
 MOST_SHEET_ROWS, MOST_COLUMNS = 1_048_576, 16_384
 """Excel's own limits."""
 MOST_CELLS = 100_000_000

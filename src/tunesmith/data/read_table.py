@@ -25,7 +25,7 @@ def csv_rows(
     """Each row's first line and values by column; blank lines are left out.
 
     Raises:
-        DataError: the header is unusable, a quote is broken or a row too long: nothing says where the next row begins.
+        DataError: header unusable, quote broken or row too long: nothing says where the next row begins.
     """
     # The csv module knows one limit for the whole process; ours is for a row.
     csv.field_size_limit(max(csv.field_size_limit(), limits.line_bytes + 1))
@@ -153,7 +153,7 @@ def _records(table: pq.ParquetFile, facts: FileFacts) -> Iterator[JsonObject | B
 
 
 def _without_nanoseconds(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with nulls for nanoseconds, which Python's times do not have. No time is text, so none is ever used."""
+    """The batch with nulls for nanoseconds, which Python's times lack. No time is text: none is ever used."""
     for i, field in enumerate(batch.schema):
         if getattr(field.type, "unit", "") == "ns":
             batch = batch.set_column(i, field.name, pa.nulls(batch.num_rows))

@@ -35,7 +35,7 @@ def document(
 def conll_sentences(
     stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: OnBadRow
 ) -> Iterator[tuple[int, dict[str, list[str]]]]:
-    """Each sentence's first line, its words (the first column) and tags (the last; none where there is one column).
+    """Each sentence's first line, its words (the first column) and tags (the last of several).
 
     Columns are separated by tabs, or else by spaces. Lines of -DOCSTART-, which end a sentence, and comments
     before one are counted.

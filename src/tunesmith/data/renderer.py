@@ -63,7 +63,7 @@ class EncoderSettings:
 
 
 class RowEncoder:
-    """Base of the encoders, one for each kind of task and model: examples to tokens, and prompts for serving."""
+    """Base of the encoders, one for each kind of task and model: examples to tokens, prompts for serving."""
 
     control: ControlTokens
     template_text: str = ""
@@ -170,7 +170,7 @@ class Renderer:
         self.date = self.date if "strftime_now" in self._encoder.template_text else None
         self._control = self._encoder.control
         self.stop_ids: tuple[int, ...] = self._encoder.stop_ids
-        """Ids that end an answer: of the chat template, found by rendering, or EOS. Empty where nothing is written."""
+        """Ids that end an answer: of the chat template, by rendering, or EOS. Empty: nothing is written."""
         self.fingerprint: str = fingerprint(self.tokenizer, self._encoder.template_text)
         """SHA-256 of the template and of what makes ids of text."""
 
@@ -189,7 +189,7 @@ class Renderer:
         on_warning: Callable[[Problem], None] | None = None,
         vocabulary: dict[str, int] | None = None,
     ) -> list[Encoded]:
-        """One or more rows for each example, or the problems that make it unusable. About 512 at a time are fast.
+        """One or more rows for each example, or the problems that make it unusable. 512 at a time are fast.
 
         `on_warning` receives the warnings about rows that were cut, or differ from what serving shows (codes `cut`,
         `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
@@ -211,7 +211,7 @@ class Renderer:
     def prompt_ids(
         self, parts: Sequence[Part], tools: Tools = (), *, max_tokens: int | None = None, on_cut: OnCut = ignore_cut
     ) -> list[int]:
-        """The ids that serving feeds to have `parts` answered, or a document continued; the same code as training.
+        """The ids that serving feeds to have `parts` answered, or a document continued; by training's code.
 
         Where `data.too_long` is cut, a document that a causal model summarizes is cut down to `max_tokens`,
         which leaves room for the summary, and the source of an encoder–decoder as in training; `on_cut`

@@ -30,7 +30,7 @@ class RowTargets:
     masked: float | None = None
     """Share of a row's trained tokens that is learnt under a mask, at least one; see `collate.Masking`."""
     partners_I: NDArray[np.int64] | None = None
-    """Another row for each row, whose answer is read behind this row's prompt, which it does not answer; -1: none."""
+    """For each row another one, whose answer is read behind this row's prompt, though it is none; -1: none."""
     partner_tokens: int = 0
     """Most tokens of a prompt and its partner's answer."""
     reference_IK: NDArray[np.float64] | None = None

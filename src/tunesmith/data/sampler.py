@@ -56,9 +56,9 @@ class StepSampler:
     layout: Layout
     seed: int
     targets_I: NDArray[np.int32] | None = None
-    """For an encoder–decoder: the tokens of each row that its decoder reads, which are padded apart from the others."""
+    """For an encoder–decoder: tokens of each row that its decoder reads, which are padded apart from others."""
     sources_I: NDArray[np.int64] | None = None
-    """The number of each row's source, where a fraction of each source is taken; None: of all rows of one weight."""
+    """Number of each row's source, where a fraction of each source is taken; None: of all rows of a weight."""
     ids_of: Callable[[int], NDArray[np.int32]] | None = field(default=None, compare=False)
     """Returns the tokens of a row where shared prefixes are computed once; micro-batches are then sized by what
     is computed. None: rows are computed whole."""
@@ -88,7 +88,7 @@ class StepSampler:
         return rows
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of this part of an optimizer step, counted from 1; none if there are too few rows."""
+        """Micro-batches of this part of an optimizer step, counted from 1; none if there are too few rows."""
         return self._part(step, self.part[0])
 
     def idle(self, step: int) -> list[MicroBatch]:
@@ -184,7 +184,7 @@ def make_micro_batches(
     targets: Sequence[int] = (),
     cost: int = MICRO_BATCH_COST,
 ) -> list[MicroBatch]:
-    """Group rows into micro-batches of at most `tokens_per_pass` tokens, longest first; a longer row goes alone.
+    """Group rows into micro-batches of at most `tokens_per_pass` tokens, longest first; a longer row is alone.
 
     Every row is in exactly one micro-batch. Packed rows are placed by best-fit decreasing (Johnson et al. 1974,
     "Worst-case performance bounds for simple one-dimensional packing algorithms"). Padded rows are grouped by
@@ -219,7 +219,7 @@ def make_sharing_micro_batches(
     """Group packed rows into micro-batches of at most `tokens_per_pass` computed tokens, with shared prefixes
     computed once; a longer row goes alone. A function of the rows, whatever their order.
 
-    Rows with one prefix stay together as far as they fit; the groups are packed as `make_micro_batches` packs rows.
+    Rows with one prefix stay together as far as they fit; groups are packed as `make_micro_batches` packs rows.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(ids[i]), rows[i], i))
     lengths = [len(ids[i]) for i in order]
@@ -309,7 +309,7 @@ def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def copies(
     weights_I: NDArray[np.float64], sources_I: NDArray[np.int64] | None = None, *, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Copies of each row in an epoch: w times, and for a fraction w, a part of the rows of that weight and source."""
+    """Copies of each row in an epoch: w, and for a fraction w a part of the rows of that weight and source."""
     whole_I = np.floor(weights_I).astype(np.int64)
     part_I = weights_I - whole_I
     sources_I = np.zeros(len(part_I), np.int64) if sources_I is None else sources_I

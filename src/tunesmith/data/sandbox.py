@@ -1,4 +1,4 @@
-"""Jinja for templates that others wrote: what transformers gives them, and bounds on what a rendering may compute.
+"""Jinja for templates that others wrote: what transformers gives them, and bounds on what it may compute.
 
 Whatever a template makes passes through here: operators, literals, slices, calls, filters and what is written.
 So no operation in C, which nothing can interrupt, takes much more than a second or `TEXT_CHARS`, and each looks
@@ -129,7 +129,7 @@ class _Bounded(CodeGenerator):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template, which writes one conversation at a time: `begin`, then `template.render`."""
+    """The environment of one template, for one conversation at a time: `begin`, then `template.render`."""
 
     code_generator_class = _Bounded
     intercepted_binops = frozenset({"+", "*", "%", "//", "**"})
@@ -269,7 +269,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _check(self, name: str, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the subject of a filter or method, with a list for an iterator that is consumed. Raises `TooMuch`."""
+        """Return the subject of a filter or method, with a list for a consumed iterator. Raises `TooMuch`."""
         more = [*args, *kwargs.values()]
         if name in CONSUMERS and not isinstance(subject, (str, bytes, list, tuple, dict, int)):
             subject = subject if not isinstance(subject, Iterable) else list(islice(subject, VALUES + 1))

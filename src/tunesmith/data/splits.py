@@ -1,4 +1,4 @@
-"""The rows of a run: encoded, split into those trained on and those held out, with everything left out counted."""
+"""The rows of a run: encoded, split into trained and held-out ones, with all that is left out counted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Splits:
 
     @property
     def found_again(self) -> str:
-        """Says which rows an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
+        """Which rows an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
         stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
         if not (reused := {what: store for what, store in stores.items() if store.reused}):
             return ""
@@ -87,7 +87,7 @@ class Splits:
         return [files[index].source for index in self.held_store.file_index[self.held_rows].tolist()]
 
     def keep(self, folder: Path) -> None:
-        """Put the encoded rows and what was found in them into the run's own folder, by hard link where possible."""
+        """Put encoded rows and what was found in them into the run's folder, by hard link where possible."""
         self.store.keep(folder / "train")
         if self.held_store is not self.store:
             self.held_store.keep(folder / "held_out")
@@ -251,7 +251,7 @@ def given_text(example: Example) -> str | None:
 
 
 def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: Collection[str]) -> dict[str, Example]:
-    """The examples of some rows by their places, "file:line", as far as the files have them. Raises as `examples`."""
+    """Examples of some rows by their places, "file:line", as far as files have them. Raises as `examples`."""
     by_source: dict[str, Example] = {}
     for _, example in examples(files, data, lambda problem: None, task=task) if sources else ():
         if (source := str(example.source)) in sources:
@@ -264,7 +264,7 @@ def examples_at(files: Sequence[DataFile], data: Data, task: TaskName, sources: 
 def texts_of(
     files: Sequence[DataFile], data: Data, task: TaskName, store: RowStore, rows_I: NDArray[np.int64]
 ) -> dict[int, str]:
-    """The text of some rows, by their numbers; those are missing whose file is not here, or says something else."""
+    """The text of some rows, by their numbers; without those whose file is gone or says something else."""
     wanted = {str(store.source(row)): row for row in map(int, rows_I)}
     if task == "text" or any(map(is_elsewhere, files)):
         return {}

@@ -1,4 +1,4 @@
-"""A chat template is a program that somebody else wrote: it is tried in a process of its own before it runs here.
+"""A chat template is a program that somebody else wrote: it is tried in a process of its own before it runs.
 
     python -m tunesmith.data.template_trial
 

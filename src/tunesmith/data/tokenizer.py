@@ -1,4 +1,4 @@
-"""Text to ids and character offsets, special tokens around a text, control tokens, and a tokenizer's fingerprint."""
+"""Text to ids and character offsets, special tokens around a text, control tokens, the fingerprint."""
 
 # T tokens
 
@@ -150,7 +150,7 @@ class FastTokenizer:
         )
 
     def causal_frame(self, *, closed: bool) -> Frame:
-        """The special tokens around one text, or two lines; if `closed`, with EOS at the end where there is one."""
+        """The special tokens around one text, or two lines; if `closed`, EOS at the end if there is one."""
         frame = self.frame(1)
         is_closed = len(frame.after_ids) > 0 or self.eos_id is None or not closed
         after = frame.after_ids if is_closed else np.array([self.eos_id], np.int32)
@@ -260,7 +260,7 @@ class ControlPlaces:
 def check_against_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     """Raise `ModelError` when a tokenizer does not split the probe as its own tokenizer.json does.
 
-    Releases of transformers have built another tokenizer from the same file: the model then reads words it never saw.
+    Releases of transformers have built another tokenizer of the same file: models then read unknown words.
     """
     if not file.is_file():
         return

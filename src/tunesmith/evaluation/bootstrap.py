@@ -81,7 +81,7 @@ def value_of(statistic: Statistic, num_rows: int) -> float:
 
 
 def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
-    """The value between the percentiles of the resamples in which it is defined, further out the fewer rows it is of.
+    """The value between percentiles of the resamples in which it is defined, further out the fewer the rows.
 
     Percentiles are the expanded ones of Hesterberg 2015, "What Teachers Should Know About the Bootstrap": of a
     mean the interval is as wide as Student's t, which percentiles alone miss by 23 % at 6 rows.
@@ -95,7 +95,7 @@ def interval(value: float, values_R: Floats, num_rows: float) -> Interval:
 
 
 def paired_interval(difference: float, differences_R: Floats, num_rows: float) -> Interval:
-    """`interval` of a difference, and at least as wide as Student's t around it with the spread of the resamples.
+    """`interval` of a difference, at least as wide as Student's t around it with the spread of the resamples.
 
     Where both sides are as good, differences lie as often above 0 as below and t is seldom wrong, also where a
     few rows differ by far more than others, which the percentiles of few rows do not show.
@@ -110,7 +110,7 @@ def paired_interval(difference: float, differences_R: Floats, num_rows: float) -
 
 
 def expanded(num_rows: float) -> float:
-    """Share of the resamples on each side of an interval: Φ(−√(n / (n − 1)) t), t of n − 1 degrees of freedom."""
+    """Share of resamples on each side of an interval: Φ(−√(n / (n − 1)) t), t of n − 1 degrees of freedom."""
     free = max(num_rows - 1, 1.0)
     return NormalDist().cdf(-math.sqrt((free + 1) / free) * student_t(free))
 
@@ -142,7 +142,7 @@ def _spread(
 
 
 def resamples(num_rows: int) -> Iterator[Floats]:
-    """`RESAMPLES` times the weights of `num_rows` rows drawn with replacement, some resamples at a time: [R, I]."""
+    """`RESAMPLES` times the weights of `num_rows` rows drawn with replacement, some at a time: [R, I]."""
     draw = np.random.default_rng(0)
     at_once = max(1, _CELLS // num_rows)
     for start in range(0, RESAMPLES, at_once):
@@ -164,7 +164,7 @@ def ratio(numerators_I: ArrayLike, denominators_I: ArrayLike | None = None) -> S
 
 
 def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statistic]:
-    """Precision, recall and F1 by each row's counts of what is right, found and true; 0 for a denominator of 0."""
+    """Precision, recall and F1 by each row's counts of right, found and true; 0 for a denominator of 0."""
     right_I, found_I, true_I = np.asarray(counts_I3, np.float64).T
     return (
         lambda weights_RI: divide(weights_RI @ right_I, weights_RI @ found_I),
@@ -174,7 +174,7 @@ def precision_recall_f1(counts_I3: Counts) -> tuple[Statistic, Statistic, Statis
 
 
 def macro_f1(right_IC: Counts, both_IC: Counts, *, absent_count: bool) -> Statistic:
-    """Mean F1 of classes from what each row adds: how often a class is right, and how often it is found or true.
+    """Mean F1 of classes from what each row adds: how often a class is right and how often found or true.
 
     A class that is neither found nor true counts 0 (`absent_count`, as scikit-learn where a row has any number
     of classes) or is left out of the mean (as where each item has one).
@@ -203,7 +203,7 @@ def calibration_error(confidences_P: Floats, hits_P: Floats, rows_P: NDArray[np.
 
 
 def roc_auc(positive_I: NDArray[np.bool_], scores_I: Floats) -> Statistic:
-    """Chance that a positive row scores above a negative one, ties half; NaN where all rows are of one class."""
+    """Chance that a positive row scores above a negative one, ties half; NaN if all rows are of one class."""
     order, starts, _ = _groups(scores_I)
     rarer = min(int(positive_I.sum()), int((~positive_I).sum()))
     positive_I = positive_I[order]
@@ -241,7 +241,7 @@ def divide(tops: ArrayLike, bottoms: ArrayLike, *, otherwise: float = 0.0) -> Fl
 
 
 def _groups(values_I: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The order that sorts, where in it each group of equal values starts, and the group of each row: [I], [G], [I]."""
+    """The order that sorts, the start of each group of equal values in it, each row's group: [I], [G], [I]."""
     order = np.argsort(values_I, kind="stable")
     new_I = np.ones(len(order), np.bool_)
     new_I[1:] = np.diff(values_I[order]) != 0

@@ -122,7 +122,7 @@ def rank_statistics(rows: Results, _: Sequence[str] = (), complete: bool = True)
 
 
 def ranked(rows: Results) -> NDArray[np.bool_]:
-    """[I], whether an order of a row's documents can be wrong: not where all of them are as good, or there is one."""
+    """[I], whether an order of a row's documents can be wrong: not if all are as good, or it has one."""
     return np.array([row["rank"] is not None for row in rows], np.bool_)
 
 

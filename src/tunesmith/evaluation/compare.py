@@ -35,7 +35,7 @@ from tunesmith.types import JsonObject, Record
 ROUNDING = 1e-9
 """Share of a value below which a difference is mere rounding of sums in another order."""
 TIE_NATS = 0.01
-"""Losses per token that differ by less are a tie: one per cent of a token's probability, what rounding alone can do."""
+"""Losses per token that differ by less tie: one per cent of a token's probability, as rounding can do."""
 TIE_SHARE = 0.01
 """Squared errors that differ by less than this share of the larger are a tie."""
 _OTHER_WEIGHTS = "the two weigh classes differently (train.class_weights): {}"
@@ -70,7 +70,7 @@ class Difference:
     b: float
     b_minus_a: Interval
     num_rows: int
-    """Rows, documents or answers behind it; fewer where they weigh unlike or some do not count, see `rows_behind`."""
+    """Rows, documents or answers behind it; fewer if they weigh unlike or some do not count: `rows_behind`."""
 
     @property
     def is_clear(self) -> bool:
@@ -163,7 +163,7 @@ def compare_rows(
 
 
 def _in_one_pool(sides: Sequence[Sequence[RowResult]]) -> tuple[list[list[RowResult]], str]:
-    """The rows of all sides as ranked among the same documents, and a note if that is not how they were measured."""
+    """The rows of all sides as ranked among the same documents, and a note if they were not so measured."""
     pools = [[(row.get("pool"), row.get("documents")) for row in rows] for rows in sides]
     if all(pool == pools[0] for pool in pools):
         return list(map(list, sides)), ""
@@ -215,7 +215,7 @@ def paired(num: int, of_a: Mapping[str, Statistic], of_b: Mapping[str, Statistic
 
 
 def compare_answers(answers_a: Iterable[Record], answers_b: Iterable[Record]) -> tuple[int, dict[str, Difference]]:
-    """The number of prompts that both answered (of one source, with one reference), and the differences in scores.
+    """Number of prompts that both answered (of one source, with one reference), and the differences in scores.
 
     Works on the lines of a run's evaluation/answers-<name>.jsonl.
     """
@@ -280,14 +280,14 @@ def changes(
     *,
     classes: Sequence[str] = (),
 ) -> dict[str, JsonObject]:
-    """By metric {"value", "low", "high", "is_clear"} of after minus before, paired; {} where rows are not kept."""
+    """By metric {"value", "low", "high", "is_clear"} of after minus before, paired; {} if rows are not kept."""
     of_rows = compare_rows(before, after, classes=classes).metrics if before and after else {}
     _, of_answers = compare_answers(answers_before, answers_after)
     return {key: differs.as_change() for key, differs in {**of_rows, **of_answers}.items()}
 
 
 def row_baseline(rows: Sequence[RowResult], constant: Record | None, classes: Sequence[str] = ()) -> Any:
-    """Metrics of a constant answer on the same rows, JSON-ready; None for tasks without one, or if it is not known.
+    """Metrics of a constant answer on the same rows, JSON-ready; None for tasks without one, or if unknown.
 
     `constant` is {"answer", "from"} of `score`. In {"name", "words", "from", "rows", "key", "measures"}, `key`
     is the metric of the verdict; each metric has the baseline's value and the paired change to the model.
@@ -302,7 +302,7 @@ def row_baseline(rows: Sequence[RowResult], constant: Record | None, classes: Se
 
 
 def answer_baseline(answers: Sequence[Record]) -> Any:
-    """Metrics of always giving the commonest reference, for short answers that name classes; None for others."""
+    """Metrics of always giving the commonest reference, for short answers that name classes; else None."""
     if not are_short([answer["reference"] for answer in answers]):
         return None
     usual, num = Counter(answer["reference"].strip() for answer in answers).most_common(1)[0]

@@ -38,18 +38,18 @@ BOUND = 0.1
 
 
 def can_generate(head: HeadName, *, is_causal: bool, max_tokens: int) -> bool:
-    """Whether a model continues text within `max_tokens` positions, so that its general ability can be measured."""
+    """Whether a model continues text within `max_tokens` positions, so that its ability can be measured."""
     return head == "next_token" and is_causal and max_tokens >= TOKENS_NEEDED
 
 
 def passages() -> list[str]:
-    """The passages of the general text: prose, talk, letters, sums, code, tables, and a little in other languages."""
+    """The passages of the general text: prose, talk, letters, sums, code, tables, some in other languages."""
     text = files("tunesmith.evaluation").joinpath("general.txt").read_text("utf-8")
     return text.strip().split("\n\n")[1:]  # the first one is its licence
 
 
 def general_rows(tokenizer: Any) -> list[Row]:
-    """The general text as rows of at most `MAX_TOKENS`: every token of a passage but its first is a target once.
+    """General text as rows of at most `MAX_TOKENS`: every token of a passage but the first is a target once.
 
     Control tokens that the tokenizer writes around a text are not targets: whether a text ends says nothing of
     the language. Raises ModelError for a tokenizer that cannot be used.
@@ -71,7 +71,7 @@ def general_rows(tokenizer: Any) -> list[Row]:
 def text_losses(
     model: PreTrainedModel, task: BoundTask, tokenizer: Any, *, layout: Layout, device: torch.device | str
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Summed loss in nats and number of targets of each passage, by a task that predicts next tokens: [P], [P]."""
+    """Summed loss in nats and number of targets of each passage, by a task of next tokens: [P], [P]."""
     rows = general_rows(tokenizer)
     passage_I = np.array([row.source.line - 1 for row in rows])
     losses_P, counts_P = np.zeros(passage_I.max() + 1), np.zeros(passage_I.max() + 1, np.int64)
@@ -96,7 +96,7 @@ def text_batches(
 
 
 def loss_change(before_P: Sequence[float], after_P: Sequence[float], counts_P: Sequence[int]) -> Interval:
-    """Change of the loss per token, in nats, by each passage's losses before and after; passages are resampled."""
+    """Change of loss per token, in nats, by each passage's loss before and after; passages are resampled."""
     moved_P = np.asarray(after_P, np.float64) - np.asarray(before_P, np.float64)
     change, none = ratio(moved_P, np.asarray(counts_P)), ratio(np.zeros(len(moved_P)), np.asarray(counts_P))
     value = value_of(change, len(moved_P))
@@ -104,7 +104,7 @@ def loss_change(before_P: Sequence[float], after_P: Sequence[float], counts_P: S
 
 
 def assess(before_loss: float, after_loss: float, moved: Interval) -> tuple[str, bool]:
-    """One line on the change of general ability, and whether it is past `BOUND`; then with the options that help."""
+    """One line on the change of general ability, and whether it passes `BOUND`; then with options that help."""
     if not math.isfinite(moved["value"]):
         return f"General text: loss {before_loss:.4f} before, {after_loss:.4f} after: it is not a number.", True
     value, low, high = (f"{moved[end]:+.4f}" for end in ("value", "low", "high"))

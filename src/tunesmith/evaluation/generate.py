@@ -1,4 +1,4 @@
-"""Answers of a model to prompts: batched generation, and the held-out prompts that a run answers before and after.
+"""Answers of a model to prompts: batched generation, and held-out prompts that a run answers before and after.
 
 Prompts are rendered by the code that renders training rows. Decoding is greedy.
 """
@@ -89,7 +89,7 @@ def _generate(
         pad_token_id=(*stop_ids, 0)[0], use_cache=True,
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None), **reads,
     )  # fmt: skip
-    # transformers fills open values of a config from the model's own: with a repetition penalty it is not greedy.
+    # transformers fills open values of a config from the model's own: a repetition penalty is not greedy.
     with eval_mode(model), generating_by(model, GenerationConfig()), _contiguous_head_input(model):
         out_BT: Tensor = model.generate(
             ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
@@ -113,7 +113,7 @@ def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
 
 
 def trimmed(renderer: Renderer, text: str) -> str:
-    """An answer as it is shown: white space around a completion is part of it, around other answers it is not."""
+    """An answer as it is shown: white space around a completion is part of it, around others not."""
     return text if TASKS[renderer.task_name].raw_text else text.strip()
 
 
@@ -233,7 +233,7 @@ def batch_size(prompt_tokens: float, new_tokens: int, most: int) -> int:
 
 
 def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) -> list[list[SamplePrompt]]:
-    """Prompts in batches of as many as fit into `most` tokens with their answers, padding included; at least one."""
+    """Prompts in batches of as many as fit into `most` tokens with their answers and padding; at least one."""
     batches: list[list[SamplePrompt]] = []
     for prompt in prompts:
         longer = [*batches[-1], prompt] if batches else [prompt]

@@ -15,9 +15,9 @@ Verdict = Literal["better", "worse", "unclear", "few", ""]
 VERDICTS = {"better": "better", "worse": "worse", "unclear": "may be chance", "few": "too few rows to tell", "": ""}
 """Words for a verdict in a table."""
 FEW_ROWS = 30
-"""Rows below which percentile intervals are noticeably too narrow: by 6 % at 30 rows, 23 % at 6 (Hesterberg 2015)."""
+"""Rows below which percentile intervals are clearly too narrow: by 6 % at 30, 23 % at 6 (Hesterberg 2015)."""
 FEWEST_ROWS = 6
-"""Rows below which nothing is called better or worse: of five pairs all point one way by chance in 6 % of cases."""
+"""Rows below which nothing is called better or worse: all of five pairs point one way by chance in 6 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class MetricInfo:
         return "the same" if change["value"] == 0 else ", ".join(words)
 
     def verdict(self, change: Record) -> Verdict:
-        """Verdict on a paired difference: unclear where its interval holds 0, few where there are too few rows."""
+        """Verdict on a paired difference: unclear where its interval holds 0, few where rows are too few."""
         if change["value"] == 0 or not math.isfinite(change["value"]):
             return ""
         if not change["is_clear"]:
@@ -175,6 +175,6 @@ def info_of(key: str) -> MetricInfo:
 
 
 def refuse_no_answers(samples: int | None, judge: object, names: tuple[str, str] = ("--judge", "--samples 0")) -> None:
-    """Raise InputError for a judge that would have no answers to compare. `names`: the caller's words for the two."""
+    """Raise InputError for a judge without answers to compare. `names`: the caller's words for the two."""
     if judge is not None and samples == 0:
         raise InputError(f"{names[0]}: compares answers, and with {names[1]} there are none. Leave one out.")

@@ -1,4 +1,4 @@
-"""Predictions of a model for encoded rows, and the lines of evaluation/<name>.jsonl that every metric follows from."""
+"""Predictions of a model for encoded rows: the lines of evaluation/<name>.jsonl that metrics follow from."""
 
 # I rows, C classes, N targets of a row
 
@@ -44,7 +44,7 @@ class Predictions:
     num_bytes_I: NDArray[np.int64]
     """UTF-8 bytes that the row's targets spell; 0 for rows that are not documents."""
     outputs: list[NDArray[np.generic]]
-    """The likeliest token or tag of each target, int64 [N]; of sequence heads logits or the number, float32 [1, C]."""
+    """The likeliest token or tag of each target, int64 [N]; of sequence heads logits or number [1, C]."""
     targets: list[NDArray[np.generic]]
     """The right answer: int64 [N]; of sequence heads int64 [1], float32 [1] or float32 [1, C]."""
     results: list[Record] = field(default_factory=list)

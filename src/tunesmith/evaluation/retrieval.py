@@ -97,7 +97,7 @@ def settled(
 
 
 def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, tokenizer: Any) -> Predictions:
-    """Losses, and ranks or the similarities of rows with scores. Losses of ranking are those among all documents."""
+    """Losses, and ranks or similarities of rows with scores. Losses of ranking are among all documents."""
     store, rows_I, predictions = own
     if options.loss not in SCORED:
         losses, results = zip(*_ranked(own, others, options, tokenizer), strict=True)

@@ -234,7 +234,7 @@ def _number_statistics(rows: Sequence[RowResult], _: Sequence[str], complete: bo
 
 
 def _tag_statistics(rows: Sequence[RowResult], classes: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Metrics of whole spans where every class is O or a tag of a span (B-PER, I-PER, ...), else macro-F1 of tags."""
+    """Metrics of whole spans where every class is O or a tag of a span (B-PER, I-PER, ...), else macro-F1."""
     words_I = np.array([len(row["tags"]) for row in rows])
     scores: dict[str, Statistic] = {"tag_accuracy": ratio([num_right(row) for row in rows], words_I)}
     if mark_spans(classes):
@@ -383,7 +383,7 @@ def _threshold_curve(positive_I: NDArray[np.bool_], chances_I: Floats) -> list[d
 
 
 class WordTokenizer:
-    """Words in lower case, as rouge-score splits ASCII text; elsewhere other letters would be lost in the original."""
+    """Words in lower case, as rouge-score splits ASCII text; elsewhere it would lose letters."""
 
     def tokenize(self, text: str) -> list[str]:
         """Runs of letters and digits; each letter of a script without spaces is a word."""

@@ -136,5 +136,5 @@ class RunSeries:
 
 
 def measures_of(evaluation: Record) -> dict[str, Mapping[str, float]]:
-    """Every metric of an evaluation as {"value", "low", "high"}; the loss has no interval where none was made."""
+    """Every metric of an evaluation as {"value", "low", "high"}; the loss may have no interval."""
     return {"loss": {"value": evaluation["loss"]}, **evaluation.get("measures", {})}

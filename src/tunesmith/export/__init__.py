@@ -1,1 +1,1 @@
-"""Export of a run for other programs: a file for each target, a check against the tuned model, and a model card."""
+"""Export of a run for other programs: files by target, a check against the tuned model, and a model card."""

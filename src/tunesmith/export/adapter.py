@@ -114,7 +114,7 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject
 
 
 def servers(result: RunResult, config: Record) -> str:
-    """Programs that load the adapter: besides peft they read low-rank paths of decoder-only models and nothing more."""
+    """Programs that load the adapter: besides peft they read low-rank paths of decoders alone."""
     rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
     more = ("use_dora", "trainable_token_indices", "modules_to_save", "rank_pattern", "alpha_pattern")
     is_low_rank = config["peft_type"] == "LORA" and not any(config.get(key) for key in more)

@@ -34,7 +34,7 @@ from tunesmith.types import JsonObject, OnProgress
 from tunesmith.version import __version__
 
 DEAD_S = 3600.0
-"""Age at which an unfinished export of the same name counts as left over from a dead process if locks do not say."""
+"""Age at which an unfinished export of the same name counts as a dead process's if locks do not say."""
 
 
 TARGETS: dict[str, ExportTarget] = {target.name: target for target in (MERGED, ADAPTER, GGUF, OLLAMA, ONNX)}
@@ -91,7 +91,7 @@ def refuse_planned(recipe: Recipe, *, offline: bool) -> None:
 
 
 def parse_export(word: str) -> tuple[str, ExportOptions]:
-    """TARGET or TARGET:VALUE of `export.to`, where VALUE is the --dtype of `merged` and the --quant of other targets.
+    """TARGET or TARGET:VALUE of `export.to`; VALUE is the --dtype of `merged`, the --quant of other targets.
 
     Raises RecipeError for anything else.
     """
@@ -166,7 +166,7 @@ def export_run(
 
 @dataclass
 class _Export:
-    """An export on its way: written, compared, and where the dtype is for us to choose, written in a finer one."""
+    """An export on its way: written, compared, and where the dtype is ours to choose, in a finer one too."""
 
     result: RunResult
     target: ExportTarget

@@ -84,7 +84,7 @@ QUANT_TYPES: dict[str, QuantType] = {
     "q4_1": QuantType(GgmlType.Q4_1, _File.MOSTLY_Q4_1, FOUR_BITS, output=GgmlType.Q8_0),
     "q4_0": QuantType(GgmlType.Q4_0, _File.MOSTLY_Q4_0, FOUR_BITS, output=GgmlType.Q8_0),
 }
-"""By llama.cpp's name. The output layer of small types is finer than the rest, as in llama.cpp's own quantizer."""
+"""By llama.cpp's name. The output layer of small types is finer than the rest, as in its own quantizer."""
 
 QUANTIZER_INPUT = "f16"
 """Type of the file that llama.cpp's quantizer reads: its rounding is a hundredth of the quantizer's."""

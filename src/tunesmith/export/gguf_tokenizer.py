@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF: tokens with their types, merges or scores, pre-tokenizer, special tokens and chat template.
+"""A tokenizer in a GGUF: tokens with their types, merges or scores, pre-tokenizer, special tokens, template.
 
 The pre-tokenizer splits text into words before merging. A wrong name gives other tokens than the model was trained
 with, and no error. It is found by the hash of the tokens of a fixed text, as in llama.cpp, which identifies published
@@ -74,7 +74,7 @@ def probe_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def find_pre_tokenizer(tokenizer: PreTrainedTokenizerBase, *, of_gguf: str | None) -> str:
-    """The pre-tokenizer of a byte-level tokenizer, as the GGUF names it that it came from, else by hash or steps.
+    """Pre-tokenizer of a byte-level tokenizer, as the GGUF that it came from names it, else by hash or steps.
 
     Raises ModelError if none is found, or if the tokenizer contradicts the GGUF.
     """

@@ -186,7 +186,7 @@ class Pushed:
 
 
 def push(folder: Path, name: str, *, private: bool = True, endpoint: str | None = None) -> Pushed:
-    """Upload an exported folder as the model `name` (owner/name), in one commit; a repository is made if there is none.
+    """Upload an exported folder as the model `name` (owner/name), in one commit; it is made if it is missing.
 
     `endpoint` None: the hub, or what HF_ENDPOINT says. The token comes from `hf auth login` or HF_TOKEN.
 

@@ -2,7 +2,7 @@
 
     python -m tunesmith.export.llama_cpp SOURCE OUT FILE_TYPE THREADS
 
-quantizes the GGUF file SOURCE into OUT: in a process of its own, because the quantizer ends the process when it fails.
+quantizes the GGUF file SOURCE into OUT: in its own process, since a failing quantizer ends it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ system message."""
 
 
 def go_template(result: RunResult) -> tuple[str | None, list[str]]:
-    """The chat template in Go's template language, and notes. None: it does more than Go's text around messages can.
+    """The chat template in Go's template language, and notes. None: it does more than Go's text can.
 
     Derived from what the chat template writes around messages of each role, then compared on conversations.
     """

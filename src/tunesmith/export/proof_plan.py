@@ -22,7 +22,7 @@ SLACK = 1.2
 LONG_S = 60.0
 """Seconds from which on the time is said before."""
 VERY_LONG_S = 600.0
-"""Seconds from which on a processor reads fewer tokens still, and in bfloat16 where it multiplies that in hardware."""
+"""Seconds from which on a processor reads fewer tokens still, and in bfloat16 if it has that in hardware."""
 REACHED = 0.4
 """Share of the speed of a large product that a model reaches with one row at a time. Measured: 0.3 to 0.5."""
 FLOAT16 = 0.2
@@ -111,7 +111,7 @@ def _on_card(result: RunResult, card: str | None) -> list[tuple[str, str]]:
 
 
 def _fits(result: RunResult, params: int, device: str, dtype: str) -> bool:
-    """Whether weights in `dtype` have room. Read as they are stored, they stay in their files on a processor."""
+    """Whether weights in `dtype` have room. Read as stored, they stay in their files on a processor."""
     stored: torch.dtype = getattr(torch, dtype)
     wanted = params * stored.itemsize * SLACK
     if device != "cpu":

@@ -62,7 +62,7 @@ QUANTIZED = Tolerances(kl=2e-2, loss=0.05, carried=0.2)
 SIX_BITS = Tolerances(kl=5e-2, loss=0.05, carried=0.2)
 FIVE_BITS = Tolerances(kl=0.25, loss=0.15, carried=0.3)
 FOUR_BITS = Tolerances(kl=0.5, loss=0.2, carried=0.3)
-"""About twice the values of SmolLM2-135M (docs/inside/EXPERIMENTS.md). A lost adapter carries nothing in any type."""
+"""About twice the values of SmolLM2-135M (docs/inside/EXPERIMENTS.md). A lost adapter carries nothing."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class ExportTarget:
     quants: tuple[str, ...] = ()
     """Values of --quant."""
     dtypes: Callable[[RunResult, ExportOptions], tuple[str, ...]] = lambda result, options: ("",)
-    """(result, options) -> the dtypes that the weights may be written in, tried in this order; "": of no dtype."""
+    """(result, options) -> dtypes that the weights may be written in, tried in this order; "": of none."""
     on_card: bool = True
     """Whether what loads it can compute on a card."""
     check_base: Callable[[Any, str, ExportOptions], None] = lambda config, name, options: None

@@ -1,4 +1,4 @@
-"""The check of an export: it is loaded in a new process, from its files alone, and compared with the tuned model.
+"""The check of an export: it is loaded in a new process, from its files, and compared with the tuned model.
 
     python -m tunesmith.export.export_run JOB
 
@@ -114,7 +114,7 @@ class CheckRows:
 
 
 def find_rows(result: RunResult) -> CheckRows:
-    """Up to 32 rows: held-out rows, else the first training rows, else fixed texts if the data files are gone."""
+    """Up to 32 rows: held-out rows, else the first training rows, else fixed texts if data files are gone."""
     after = result.run.evaluation_path / "after.jsonl"
     lines = list(map(from_json, after.read_bytes().splitlines())) if after.is_file() else []
     sources = list(dict.fromkeys(str(line["source"]) for line in lines))
@@ -160,7 +160,7 @@ def compute(
     """The outputs of a model. `masked`: share of masked tokens; `tokens`: of all rows together, at most; `tick`
     gets the numbers of rows done and of all rows."""
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked, tokens=tokens)
-    # The fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
+    # Fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
@@ -383,7 +383,7 @@ def _outputs(model: LoadedModel, result: RunResult, rows: CheckRows, plan: Proof
 def exported_outputs(
     result: RunResult, target: ExportTarget, folder: Path, rows: CheckRows, plan: ProofPlan, *, work: Path
 ) -> Outputs:
-    """The outputs of an export in a new process. `work`: an empty folder. Raises ExportError if it cannot be loaded."""
+    """The outputs of an export in a new process. `work`: an empty folder. ExportError: it does not load."""
     facts = {
         "target": target.name, "exported": str(folder.resolve()), "recipe": str(result.run.recipe_path.resolve()),
         "model": result.recipe.place, "computing": asdict(plan.computing), "tokens": plan.tokens,

@@ -116,7 +116,7 @@ def _module(name: str, file: Path) -> Any:
 
 
 def _called(function: Callable[..., Any]) -> Work:
-    """`grade(sample, item)`, or as TRL calls rewards: lists of completions and of each column, of one answer."""
+    """`grade(sample, item)`, or as TRL calls rewards: lists of completions and of columns, of one answer."""
     names = list(inspect.signature(function).parameters)
     if "completions" not in names:
         return lambda request: function(request["sample"], request["item"])
@@ -280,7 +280,7 @@ def _enter(folder: str, seed: int, limits: Limits) -> None:
 
 
 def _ended(pid: int, *, wait: bool) -> int:
-    """End a fork with all that it started; its exit code, or minus its signal. `wait`: it is ending by itself."""
+    """End a fork with all that it started; its exit code, or minus its signal. `wait`: it ends by itself."""
     done, status, until = 0, 0, time.monotonic() + 1
     while wait and not done and time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)

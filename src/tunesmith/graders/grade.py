@@ -28,7 +28,7 @@ FAILURES: Mapping[str, str] = {
 
 
 class GradeError(Exception):
-    """A grade that failed: there is no reward, which is not a reward of 0. Kind "not_json": the answer failed."""
+    """A grade that failed: no reward, which is not a reward of 0. Kind "not_json": the answer failed."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)

@@ -75,7 +75,7 @@ class Pool:
             child.close()
 
     def submit(self, answer: Answer, item: Mapping[str, Any]) -> Future[Grade]:
-        """The grade of an answer to the prompt of a row, `item`, once it is made. Answers that are alike share one."""
+        """The grade of an answer to the prompt of a row, `item`, once it is made. Equal answers share one."""
         key = _digest([self.identity, dict(item), answer.text, list(answer.tools), answer.ended, answer.tokens])
         with self._lock:
             if key not in self._underway:

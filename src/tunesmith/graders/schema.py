@@ -1,4 +1,4 @@
-"""The grammar of graders: OpenAI's JSON, and further types of our own. docs/guide/grade.md has an example of each."""
+"""The grammar of graders: OpenAI's JSON and further types. docs/guide/grade.md has an example of each."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def parts_of(grader: Any) -> dict[str, Any]:
 
 
 def load(word: str) -> Any:
-    """The grader that `--grader` names: file.py[:function], or a .json, .yaml or .yml file. Raises InputError."""
+    """The grader that `--grader` names: file.py[:function], or a .json or .yaml file. Raises InputError."""
     if word.startswith("run:"):
         raise InputError(f"--grader: {word}: {REFUSED['reward_run']}")
     path, _, name = word.partition(":") if not Path(word).exists() else (word, "", "")
@@ -272,7 +272,7 @@ def load(word: str) -> Any:
 
 
 def from_value(value: Any, *, place: str = "grader", folder: Path = Path()) -> Any:
-    """The grader that a JSON value describes; files that it names are looked for in `folder`. Raises InputError."""
+    """The grader that a JSON value describes; files that it names are in `folder`. Raises InputError."""
     kinds = [value, *(value.get("graders") or {}).values()] if _is_multi(value) else [value]
     for kind in kinds:
         if isinstance(kind, Mapping) and kind.get("type") in REFUSED:

@@ -29,7 +29,7 @@ def _steps(match: re.Match[str]) -> list[str | int]:
 
 
 def check(text: str, item: Mapping[str, Any] | None, place: str) -> None:
-    """Raise InputError for a variable that neither a sample nor `item`, the first row, has. None: any field is one."""
+    """Raise InputError for a variable that neither a sample nor `item`, the first row, has. None: any field."""
     for match in _VARIABLE.finditer(text):
         space, first, *_ = _steps(match)
         known = SAMPLE if space == "sample" else None if item is None else tuple(item)

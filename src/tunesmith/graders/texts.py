@@ -36,7 +36,7 @@ def needed_package(grader: Any) -> str:
 
 
 def refuse_lacking(grader: Any) -> None:
-    """Raise InputError for a package that a grader needs and that is not installed, and for a schema that is none."""
+    """Raise InputError for a package that a grader needs and that is missing, and for a schema that is none."""
     package = needed_package(grader)
     if package:
         try:

@@ -158,7 +158,7 @@ def pass_at(k: int, num: int, right: int) -> float:
 
 
 def spread_of(size: int, rewards: Sequence[float]) -> float:
-    """The chance that `size` answers to a prompt do not all get one reward, by the rewards of those that were drawn.
+    """The chance that `size` answers to a prompt do not all get one reward, by the rewards of drawn ones.
 
     Without bias up to their number. Of more answers it is the chance for their number, a lower bound: more
     answers can only spread more.

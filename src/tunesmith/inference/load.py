@@ -130,7 +130,7 @@ def load_any(
     model: str | None = None,
     offline: bool = False,
 ) -> LoadedModel:
-    """Load a run's tuned model, or its untouched base, or any model. `model` is the place of a run's base, if it moved.
+    """Load a run's tuned model, or its untouched base, or any model. `model`: a run's base, if it moved.
 
     Raises InputError for options that only runs or only models have, and what the functions below raise.
     """
@@ -257,7 +257,7 @@ def follow_renamed_gguf(then: Mapping[str, str], now: Mapping[str, str]) -> dict
 
 
 def find_model(target: str, root: Path, *, offline: bool) -> ModelRef:
-    """The model of that name. Raises ModelError for what is neither a run nor a model, naming the runs there are."""
+    """The model of that name. Raises ModelError for what is neither run nor model, naming all runs."""
     try:
         return resolve_model(target, offline=offline)
     except ModelError as error:

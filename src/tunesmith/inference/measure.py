@@ -177,7 +177,7 @@ def evaluate_file(
 def _with_targets(
     loaded: LoadedModel, store: RowStore, rows_I: NDArray[np.int64], on_progress: OnProgress
 ) -> LoadedModel:
-    """The model with the options that these rows decide; what they are measured by is written into their store."""
+    """The model with the options that these rows decide; how they are measured is written into their store."""
     sides, task = [(store, rows_I)], TASKS[loaded.renderer.task_name]
     if task.section:
         options = {choice.key: choice.value for choice in task.section.from_rows(loaded.recipe, sides)}
@@ -206,7 +206,7 @@ def _chosen(loaded: LoadedModel, data: Data, store: RowStore, num: int | None) -
 def _judge_answers(
     loaded: LoadedModel, data: Data, judge: LoadedModel, num: int, on_progress: OnProgress
 ) -> EvaluationResult:
-    """Win rates of the answers to a file's prompts against those from before. Raises DataError for rows without one."""
+    """Win rates of answers to a file's prompts against those from before. Raises DataError for rows without."""
     task, problems = loaded.renderer.task_name, list[Problem]()
     if loaded.run is None or loaded.is_base or not TASKS[task].writes_answers:
         raise InputError("--judge: compares the answers of a tuned run with those from before. Name a run that writes.")
@@ -251,7 +251,7 @@ def _predicted(loaded: LoadedModel, store: RowStore, progress: Callable[[int, in
 
 @contextmanager
 def _as_begun(loaded: LoadedModel) -> Iterator[LoadedModel]:
-    """The model that the run of another began with, inside the block. Raises RunError where that is not here."""
+    """The model that the run of another began with, inside the block. Raises RunError if that is not here."""
     if loaded.has_base:
         with loaded.adapter_disabled():
             yield loaded

@@ -52,7 +52,7 @@ class Predictor:
     loaded: LoadedModel
     max_new_tokens: int = 256
     threshold: float | None = None
-    """Probability above which a class holds where any number can, or from which on the second of two is answered."""
+    """Probability above which a class holds where any number can, or from which the second of two is given."""
 
     def __post_init__(self) -> None:
         if self.loaded.head == "masked_token":
@@ -154,7 +154,7 @@ class Predictor:
             if is_tags
             else examples
         )
-        # The words of a row are its classes here: the labels of the encoded row then say which words have a token.
+        # The words of a row are its classes here: labels of the encoded row say which words have a token.
         words = {str(i): i for i in range(max((len(example.parts) for example in numbered), default=0))}
         encoded = self.loaded.renderer.encode(numbered, on_warning=warn, vocabulary=words)
         results: list[Answered] = [{} for _ in examples]

@@ -172,7 +172,7 @@ def record_of(task: TaskName, text: str, pair: str | None = None) -> Record:
 def read_file(
     path: str, data: Data, task: TaskName, stream: RowStream, facts: list[FileFacts], *, keep: Sequence[str] = ()
 ) -> None:
-    """Add every row of a file to the stream, with the fields `keep`; `data` has the names of columns and the limits.
+    """Add every row of a file to the stream, with the fields `keep`; `data` has names of columns and limits.
 
     Raises DataError where the file, or the rest of it, cannot be read.
     """
@@ -258,7 +258,7 @@ class OutputFile:
         self._file.truncate(end)
 
     def write(self, lines: Sequence[Record]) -> None:
-        """Add lines that are on the disk when this returns. Where the disk refuses them, none of them is there."""
+        """Add lines that are on the disk when this returns. If the disk refuses them, none is there."""
         # Plain JSON, in which a number that is none is null.
         content = memoryview(b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines))
         start = self._file.seek(0, os.SEEK_END)

@@ -1,1 +1,1 @@
-"""Fine-tuning jobs over HTTP, in OpenAI's shape: files, jobs, events, checkpoints and models. Imports no torch."""
+"""Fine-tuning jobs over HTTP, in OpenAI's shape: files, jobs, events, checkpoints, models. Imports no torch."""

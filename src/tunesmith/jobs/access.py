@@ -87,7 +87,7 @@ def state_of(row: Record) -> str:
 
 @dataclass
 class ProjectKeys:
-    """Admits requests by the keys of a store, or by a key file, whose keys may do everything in the first project."""
+    """Admits requests by the keys of a store, or by a key file, whose keys may do all in the first project."""
 
     store: Store
     from_file: ApiKeys | None

@@ -26,7 +26,7 @@ class PublicBase(BaseModel):
     model: str
     """A folder, a hub id (owner/name or owner/name@revision) or a .gguf file."""
     aliases: dict[str, str] = Field(default_factory=dict)
-    """Names that programs use for it, and the names that jobs of them show: gpt-4o-mini, gpt-4o-mini-2024-07-18."""
+    """Names that programs use for it, and names that their jobs show: gpt-4o-mini, gpt-4o-mini-2024-07-18."""
     recipe: JsonObject = Field(default_factory=dict)
     """Options of every run on it."""
 

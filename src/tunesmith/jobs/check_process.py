@@ -1,6 +1,6 @@
 """The process that reads the files of a job before its run, within limits of its own.
 
-`python -m tunesmith.jobs.check_process REQUEST` prints what a run has to know, or the fault, as one line of JSON.
+`python -m tunesmith.jobs.check_process REQUEST` prints what a run has to know or the fault as a line of JSON.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ _FULL = ("disk is full", "No space left", "could not extend file")
 
 
 class Database:
-    """Connections to the tables; one transaction writes at a time. All methods may be called from any thread."""
+    """Connections to the tables; one transaction writes at a time. Any thread may call the methods."""
 
     def __init__(self, place: Path | str, *, is_server: bool = True) -> None:
         """`place`: path of an SQLite file, or postgresql://…; `is_server`: hold the lock of a PostgreSQL store.

@@ -81,7 +81,7 @@ class Dispatcher:
     unfinished: dict[str, Record | None] = field(default_factory=dict)
     """Jobs whose runs are done, and whose results wait for an engine, with the errors of their exports."""
     crashes: Counter[str] = field(default_factory=Counter)
-    """Crashes of the engine while it was given the result of a job; crashes of the run are `attempts` of the job."""
+    """Crashes of the engine while it was given the result of a job; of the run: `attempts` of the job."""
     waiting: set[str] = field(default_factory=set)
     """Jobs that waited or were paused at the last round."""
     version: int = -1
@@ -123,7 +123,7 @@ class Dispatcher:
 
     def round(self) -> None:
         """Follow every run, then start as many as `parallel` allows."""
-        # 1. Has the store changed since the last round? A round that raises leaves -1: the next one does all again.
+        # 1. Has the store changed since the last round? A round that raises leaves -1: the next does all.
         version, last_version, self.version = self.store.version, self.version, -1
         is_new = version != last_version
         # 2. Follow the runs and the checks of files that are at work.
@@ -246,7 +246,7 @@ class Dispatcher:
             self._tidy(active.job_id)
 
     def _relay(self, active: _Active) -> None:
-        """Put new events of the run into the store. If that fails, the next round begins with the run's first event."""
+        """Put new events of the run into the store. If that fails, the next round begins with the first."""
         new_events = list(active.tail.read())
         if not new_events:
             return
@@ -257,7 +257,7 @@ class Dispatcher:
             raise
 
     def _store_events(self, active: _Active, run_events: Sequence[Event]) -> None:
-        """Put events of a run into the store, with what follows from them for its job. Known events change nothing."""
+        """Put events of a run into the store, and what follows for its job. Known events change nothing."""
         self.store.add_events(active.translate(run_events))
         last_saved = max((run_event.step for run_event in run_events if run_event.kind == "checkpoint"), default=-1)
         if last_saved >= 0 and last_saved > self._job(active.job_id)["last_checkpoint"]:  # it got further than before
@@ -301,7 +301,7 @@ class Dispatcher:
         return None
 
     def _fail_by(self, job: Record, error: JsonObject) -> None:
-        """Fail a job with the error of its run: of rows of one of its files, by line; of memory; or of the run."""
+        """Fail a job with the error of its run: of rows of its files, by line; of memory; or of the run."""
         for side in ("training", "validation"):
             file = job["request"][f"{side}_file"]
             if file is not None and (problems := list(problems_of(error, self.store.content_path(file)))):
@@ -315,7 +315,7 @@ class Dispatcher:
         return str(error["message"]).replace(f"{self.store.folder}/", "")
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:
-        """Put results at ends of epochs and at the newest stop on their base, once each; remove those at earlier stops.
+        """Serve results of epochs and of the newest stop on their base, once each; remove those of earlier stops.
 
         Raises RequestError while there is no engine.
         """
@@ -426,7 +426,7 @@ class Dispatcher:
 
 
 def _snapshots(job: Record, run_events: Iterable[Event]) -> dict[str, Event]:
-    """Events of snapshots, results of a run before its last step, by the names of the served models, oldest first."""
+    """Events of snapshots, results before a run's last step, by names of their served models, oldest first."""
     model, project, suffix = job["model"], job["project"], job["request"]["suffix"]
     return {
         snapshot_name(model, project, suffix, job["id"], run_event.step): run_event

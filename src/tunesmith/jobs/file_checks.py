@@ -1,4 +1,4 @@
-"""Files of jobs that wait are checked, two at once, in processes that are ended when their job is not wanted any more.
+"""Files of jobs that wait are checked, two at once, in processes that end when their job is not wanted.
 
 As a run does, a check outlives a killed server, and the next one takes it over.
 """

@@ -1,4 +1,4 @@
-"""Runs as child processes: `tunesmith train` or `tunesmith resume` with a run folder, and nothing else between them.
+"""Runs as child processes: `tunesmith train` or `resume` with a run folder, nothing else between them.
 
 A child holds a lock file from its start to its end, however it ends and however the server does. So a server
 that is started again finds the child of an earlier one, and never starts a second.
@@ -112,7 +112,7 @@ def _beside(run: Path, what: str) -> Path:
 
 
 def _holder(run: Path) -> int | None:
-    """Process id of the child that holds the lock file of a run, 0 if its server was killed before it wrote that."""
+    """Process id of the child that holds the lock file of a run, 0 if its server was killed before that."""
     try:
         lock = os.open(_beside(run, "lock"), os.O_RDONLY)
     except OSError:

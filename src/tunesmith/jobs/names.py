@@ -63,7 +63,7 @@ def snapshot_step(name: str) -> int | None:
 
 
 def shown_name(raw: bytes) -> str:
-    """A client's file name as data: its last component, without control characters, at most 255 bytes of UTF-8."""
+    """A client's file name as data: last component, no control characters, at most 255 bytes of UTF-8."""
     last = re.split(r"[/\\]", raw.decode("utf-8", "replace"))[-1]
     plain = "".join(char for char in last if unicodedata.category(char) not in ("Cc", "Cf"))
     return plain.encode()[:MAX_NAME_BYTES].decode("utf-8", "ignore") or "upload"

@@ -1,6 +1,6 @@
 """Requests that a client sends again because their answer was lost: OpenAI's clients count them in a header.
 
-A client that sends an Idempotency-Key gets one job for it, however often and from however many places it is sent.
+A client that sends an Idempotency-Key gets one job for it, however often and from wherever it is sent.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def job_made_with(store: Store, key: str, body: JobBody) -> Record | None:
 
 
 def job_made_before(store: Store, body: JobBody, retry: int) -> Record | None:
-    """The job that an earlier try of this request made. Two equal requests that are not repeats make two jobs."""
+    """The job that an earlier try of this request made. Equal requests that are no repeats make two jobs."""
     if not retry:
         return None
     sent = digest_of(body)

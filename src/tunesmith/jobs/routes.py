@@ -300,7 +300,7 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key
 
 
 def _start(store: Store, bases: Bases, name: str) -> tuple[str, str, str | None]:
-    """The base of a model that a request names, the name that its job shows, and its own name if it is a tuned one."""
+    """The base of a request's model, the name that its job shows, and its own if it is a tuned one."""
     if name in bases.names:
         return (*bases.names[name], None)
     tuned = store.tuned(name=name)

@@ -20,7 +20,7 @@ _MEASURED = {"before": "untouched model", "after": "result"}
 
 
 class EventTranslator:
-    """Turns the events of one run into rows of `store.events`, each with an id that follows from what it says."""
+    """Turns the events of one run into rows of `store.events`, with ids that follow from what they say."""
 
     def __init__(self, job: str) -> None:
         self.job = job
@@ -73,7 +73,7 @@ class EventTranslator:
 
 
 def held_out_metrics(values: Record) -> JsonObject:
-    """The metrics of a checkpoint from an evaluation: the whole validation file, under both of OpenAI's names."""
+    """The metrics of a checkpoint from an evaluation: of the whole file, under both of OpenAI's names."""
     loss = _number(values["loss"])
     metrics = {"valid_loss": loss, "full_valid_loss": loss}
     if (accuracy := values["measures"].get("token_accuracy")) is not None:
@@ -107,7 +107,7 @@ def trained_tokens(run_events: Iterable[Event]) -> int:
 
 
 def missing_exports(job: str, run: Run, why: str) -> list[JsonObject]:
-    """A warning for each export of the recipe that is not in the folder of a finished run, with the way to make it."""
+    """A warning for each export of the recipe that a finished run's folder lacks, with the way to make it."""
     warnings = []
     for target, _, value in (word.partition(":") for word in run.recipe().export.to):
         if not run.export_path(f"{target}:{value}").exists():

@@ -47,7 +47,7 @@ class JobServer:
         on_note: Callable[[str], None],
         ray: Any = None,
     ) -> JobServer:
-        """Load every base with its tuned models, and begin to work on the jobs. Raises what starting an engine does."""
+        """Load all bases with tuned models, and begin to work on jobs. Raises what starting an engine does."""
         store.rules = bases
         started: dict[str, WorkerEngine] = {}
         engines, loop = Engines(started, bases), asyncio.get_running_loop()

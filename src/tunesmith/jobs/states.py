@@ -23,7 +23,7 @@ _WORDS = {"cancel": "cancelled", "pause": "paused", "resume": "resumed"}
 def state_after(state: JobState, action: Action, job: str) -> JobState:
     """The state that a client's action leads to; the same one if there is nothing to do.
 
-    Raises RequestError for a job that has ended. Its status is 400: clients repeat a 409, which would change nothing.
+    Raises RequestError for a job that has ended. Status 400: clients repeat a 409, which changes nothing.
     """
     if state not in _AFTER[action]:
         ended = "is already cancelled" if state == "cancelled" else f"has already {state}"

@@ -53,7 +53,7 @@ RUN_STOPS = ": its run stops after the step under way"
 def event(
     job: str, message: str, *, level: str = "info", data: Record | None = None, once: object = None
 ) -> JsonObject:
-    """A row of `events`. The same `once` for a job is the same event: it is kept once, however often it is added."""
+    """A row of `events`. The same `once` for a job is the same event: kept once, however often added."""
     name = new_id("ftevent-") if once is None else derived_id("ftevent-", job, once)
     kind = "metrics" if data else "message"
     return {
@@ -115,7 +115,7 @@ class Store:
             self._opened = opened.pop_all()
 
     def _match_folder(self) -> None:
-        """Raises InputError for a folder of another database: what that does not know would be removed from it."""
+        """Raises InputError for a folder of another database: what that does not know would be removed."""
         if (store := self.one(stores)) is None:
             self.insert(stores, {"id": new_id("store-")})
         store, mark = self.one(stores) or {}, self.folder / STORE_MARK
@@ -225,7 +225,7 @@ class Store:
         return self.one(files, id=row["id"]) or {}
 
     def check_room(self, connection: sa.Connection | None, num_bytes: int) -> int | None:
-        """Bytes that the project of the request may have beyond its files and pending uploads; None: any number.
+        """Bytes that the project of the request may have beyond files and pending uploads; None: any number.
 
         Raises RequestError if `num_bytes` are more.
         """
@@ -290,7 +290,7 @@ class Store:
         return set_aside(self.folder, unknown)
 
     def expire(self) -> list[str]:
-        """Delete what is kept no longer by its own time or by the rules, rows first; returns a line for each."""
+        """Delete what is kept no longer by its own time or by the rules, rows first; a line for each."""
         now, lines = int(time.time()), []
         everything, needed = self._needed_models()
         kept_jobs = {everything[name]["job"] for name in needed}
@@ -315,7 +315,7 @@ class Store:
     # Jobs
 
     def create_job(self, row: Record, messages: Sequence[Record]) -> Record:
-        """The row of a new job, or the one that has its id. Raises RequestError if too many of the project wait."""
+        """The row of a new job, or the one with its id. Raises RequestError if too many of the project wait."""
         with self.writing() as connection:
             now = int(time.time())
             most = self.rules.of(PROJECT.get() or DEFAULT_PROJECT).jobs_waiting
@@ -338,7 +338,7 @@ class Store:
         return self._read(sa.select(jobs).where(jobs.c.status.in_(states)).order_by(jobs.c.seq))
 
     def act(self, name: str, action: Action, message: str) -> Record | None:
-        """A client's action on a job; None: there is no such job. Raises RequestError if its state forbids it."""
+        """A client's action on a job; None: no such job. Raises RequestError if its state forbids it."""
         with self.writing() as connection:
             row = connection.execute(sa.select(jobs.c.status).where(*own(jobs), jobs.c.id == name)).first()
             if row is None:
@@ -374,7 +374,7 @@ class Store:
     def succeed(
         self, name: str, messages: Sequence[Record], *, model: Record, result: Record, trained_tokens: int
     ) -> bool:
-        """Model, results, state and events of a job in one transaction; False: it was cancelled or paused before."""
+        """Model, results, state and events of a job in one transaction; False: it was stopped before."""
         with self.writing() as connection:
             now = int(time.time())
             matches = sa.update(jobs).where(jobs.c.id == name, jobs.c.status == "running")
@@ -436,7 +436,7 @@ class Store:
         return self._read(sa.select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.seq))
 
     def _needed_models(self) -> tuple[dict[str, Record], set[str]]:
-        """All models by name, and the names of those that are left, with those that they or open jobs started from."""
+        """All models by name, and the names of the rest and of bases of these and of open jobs."""
         started = {
             row["id"]: row["request"].get("starts_from") for row in self._read(sa.select(jobs.c.id, jobs.c.request))
         }
@@ -451,7 +451,7 @@ class Store:
         return everything, needed
 
     def sweep_models(self) -> None:
-        """Remove weights that no model needs any more: a deleted one's, and of merged ones those no open job needs."""
+        """Remove weights that no model needs any more: of deleted ones, and merged ones without an open job."""
         everything, needed = self._needed_models()
         in_use = {row["request"].get("starts_from") for row in self.open_jobs()}
         for name, row in everything.items():

@@ -30,7 +30,7 @@ def _owned() -> sa.Column[Any]:
 
 
 def own(table: sa.Table) -> tuple[sa.ColumnElement[bool], ...]:
-    """The condition by which a request finds the rows of its own project only. Outside of requests: all rows."""
+    """The condition by which a request finds rows of its own project only. Outside of requests: all rows."""
     project = PROJECT.get()
     return () if project is None or "project" not in table.c else (table.c.project == project,)
 

@@ -21,7 +21,7 @@ MAX_LISTED = 100
 MAX_CHARS = 1000
 """Longest description of a row's faults."""
 MOST_ERRORS = 1000
-"""Faults after which a file is read no further: its owner corrects the first, and each costs memory and time."""
+"""Faults after which a file is read no further: the owner mends the first, and each costs memory and time."""
 _TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
 _FORMATS: dict[TaskName, str] = {
     "chat": "fine-tune-chat", "generate": "fine-tune-completions", "prefer": "fine-tune-preference",

@@ -1,4 +1,4 @@
-"""Uploads in parts: parts arrive in any order and at the same time, and are joined in the order that the end names.
+"""Uploads in parts: parts arrive in any order and at once, and are joined in the order given at the end.
 
 A part is a file parts/UPLOAD/PART of the store, complete or absent after a kill; it is not written through to the disk,
 so that after a power cut parts may be short, which `complete` refuses by their sizes or MD5. The joined file appears
@@ -72,7 +72,7 @@ class JoinBody(Parameters):
 
 
 def create_upload(store: Store, body: UploadBody) -> Record:
-    """The row of a new upload. Raises RequestError for a purpose that is none, and where its project has no room."""
+    """The row of a new upload. Raises RequestError for a wrong purpose or a project without room."""
     check_purpose(body.purpose)
     store.sweep()
     name, now = new_id("upload_"), int(time.time())
@@ -108,7 +108,7 @@ def _pending(store: Store, name: str) -> Record:
 
 
 async def add_part(request: Request, store: Store, upload: str) -> str:
-    """Store a part of a pending upload and return its id. Raises RequestError; nothing is left of the part then."""
+    """Store a part of a pending upload and return its id. On a RequestError nothing is left of it."""
     row = await asyncio.to_thread(_pending, store, upload)
     folder, part = store.parts_path / upload, new_id("part_")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -140,7 +140,7 @@ def cancel_upload(store: Store, name: str) -> Record:
 def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
     """Join the parts to a file. The same call again gives the same answer.
 
-    Raises RequestError, and the upload stays pending: for an unknown part, another size or MD5, a file no job can use.
+    Raises RequestError, and the upload stays pending: for an unknown part, other size or MD5, a useless file.
     """
     with store.joining.setdefault(name, threading.Lock()):  # of calls at one time the first joins, the others see it
         try:
@@ -212,7 +212,7 @@ def _append(source: FileIO, out: BinaryIO) -> None:
 
 
 def _publish(store: Store, row: Record, file: str, found: Record) -> None:
-    """The file, its row and the state of the upload in one transaction; RequestError if it has ended meanwhile."""
+    """The file, its row and the state of the upload in one transaction; RequestError if it has ended."""
     matches = sa.update(uploads).where(uploads.c.id == row["id"], uploads.c.status == "pending")
     now, lifetime = int(time.time()), row["expires_after_s"]
     facts = {key: row[key] for key in ("purpose", "filename", "bytes")}

@@ -35,7 +35,7 @@ SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 FIRST_LOOK_BYTES = 8 << 20
 """Bytes of a training file within which its first row has to end."""
 PARSED_BYTES = 64 << 10
-"""Most bytes of a first row that is parsed between requests: 2 ms at most, in which none is answered (8 MiB: 0.8 s)."""
+"""Most bytes of a first row parsed between requests: 2 ms at most, when none is answered (8 MiB: 0.8 s)."""
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 FORM_BYTES = 4096
 """Most bytes of a form around its file."""
@@ -199,7 +199,7 @@ async def receive_form(
 ) -> Form:
     """A form whose field `content` was written to `target`, complete or not at all. Raises RequestError.
 
-    `is_part`: neither hashed nor synced. The end reads it again, and refuses what a power cut has left too short.
+    `is_part`: neither hashed nor synced. The end reads it again, and refuses what a power cut left too short.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or not 0 < len(options.get(b"boundary", b"")) <= 256:
@@ -237,7 +237,7 @@ async def receive_form(
 
 @contextmanager
 def storing_upload() -> Iterator[None]:
-    """Turn an OSError inside the block into a RequestError: the disk is full, and trying again does not help."""
+    """Turn an OSError inside the block into a RequestError: the disk is full, trying again does not help."""
     try:
         yield
     except OSError as error:

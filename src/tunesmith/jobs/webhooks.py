@@ -99,7 +99,7 @@ class WebhookSender:
         self._wait(TIMEOUT_S)
 
     def round(self, wait_s: float = 2 * TIMEOUT_S) -> None:
-        """Send what is due, each project for itself until its endpoint fails; returns when all is sent, or in time."""
+        """Send what is due, each project's until its endpoint fails; returns when all is sent or in time."""
         self.sending = {project: thread for project, thread in self.sending.items() if thread.is_alive()}
         for row in self.store.due_webhooks():
             if (project := row["project"]) not in self.sending:

@@ -36,9 +36,9 @@ class Method:
     name: str
     doc: str
     attach: Callable[..., Attachment]
-    """(model, settings, *, seed) -> Attachment. Freezes the model and adds what is trained; outputs do not change."""
+    """(model, settings, *, seed) -> Attachment. Freezes the model and adds what is trained; outputs stay."""
     save_result: Callable[..., None]
-    """(attachment, folder, *, model, renderer, located) -> None. Writes the result, completely or not at all."""
+    """(attachment, folder, *, model, renderer, located) -> None. Writes the result, complete or not at all."""
     load_result: Callable[..., Attachment]
     """(model, folder) -> Attachment. Puts a saved result on its base model; strict."""
     learning_rate: Callable[[Any, str, int], tuple[float, str]]
@@ -46,15 +46,15 @@ class Method:
     describe: Callable[[Any], str]
     """(settings) -> one sentence for a model card."""
     prepare_base: Callable[..., tuple[str, ...]] = _to_device
-    """(model, settings, *, device) -> notes. Moves a model that was just loaded to the device, as the method's base."""
+    """(model, settings, *, device) -> notes. Moves a loaded model to the device, as the method's base."""
 
     packing: Callable[[Any], PackOnLoad | None] = lambda settings: None
-    """(settings) -> how weights are packed as they are read; None: they are read as they are. Raises RecipeError."""
+    """(settings) -> how weights are packed as they are read; None: they are read as is. Raises RecipeError."""
 
     is_adapter: bool = True
     """The result is an adapter on an untouched base. False: a model folder, complete in itself."""
     low_rank: bool = False
-    """The settings are a `LowRankMethod` (rank, alpha, targets), the result is LoRA or DoRA in PEFT's format."""
+    """Settings are a `LowRankMethod` (rank, alpha, targets), the result is LoRA or DoRA in peft's format."""
     quantizes: bool = False
     """The base is kept in 4 bits; no fused LoRA kernels."""
     fused_loss: bool = True
@@ -71,7 +71,7 @@ class Method:
     check: Callable[[Any], Any] = lambda settings: None
     """(settings), against what is installed. Raises RecipeError."""
     randomness: Callable[[Any], str | None] = lambda settings: None
-    """(settings) -> the option that makes a forward pass random in training, such as dropout; None: nothing does."""
+    """(settings) -> option that makes a forward pass random in training, such as dropout; None: none does."""
     can_merge: Callable[[Any], bool] = lambda settings: True
     """(settings) -> whether the result is a change of weights, so that it can be merged into its base."""
     base_format: str = ""

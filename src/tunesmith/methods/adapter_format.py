@@ -144,7 +144,7 @@ def head_modules(model: PreTrainedModel, weights: Sequence[str]) -> list[str]:
 
 
 def shortest_ends(chosen: Mapping[str, object], all_names: Sequence[str]) -> list[str]:
-    """The shortest ends of names that mean the `chosen` modules and no other of `all_names`, as peft reads them."""
+    """The shortest ends of names that mean the `chosen` modules and no other of `all_names`, as in peft."""
     ends = set()
     for name in chosen:
         parts = name.split(".")

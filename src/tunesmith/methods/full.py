@@ -74,7 +74,7 @@ class FullAttachment(Attachment):
 def _rows_of(
     model: PreTrainedModel, chosen: Mapping[str, nn.Parameter], tokens: Sequence[int] | None
 ) -> tuple[TokenRows | None, tuple[str, ...]]:
-    """The rows of the embedding that can get a gradient, and a note; none if that is unknown or they are all."""
+    """The rows of the embedding that can get a gradient, and a note; none if unknown or they are all."""
     name = None if tokens is None else sole_embedding(model)
     if tokens is None or name is None or f"{name}.weight" not in chosen:
         return None, ()
@@ -165,7 +165,7 @@ def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[s
     without those that `freeze` means. Words are as in `targets`; a weight with two names (tied) is meant by either.
 
     Raises:
-        RecipeError: a word that means no weight, nothing left to train, or a weight frozen that is new and random.
+        RecipeError: a word that means no weight, nothing left to train, or a frozen weight that is random.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -98,7 +98,7 @@ class LoraAttachment(Attachment):
         self._masters = MasterWeights({**matrices, **magnitudes, **weights, **token_rows}, free_early=False)
         self.trained: Mapping[str, Tensor] = self._masters.trained
         if (ratio := settings.loraplus_ratio) != 1:
-            # LoRA+ (Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354).
+            # Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354.
             self.rate_factors = {name: ratio for name in self.trained if name.endswith(".lora_B.weight")}
 
     @property

@@ -27,7 +27,7 @@ from tunesmith.models.quantized import QuantizedLinear
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer (`nn.Linear`, GPT-2's transposed `Conv1D`, or either quantised) with a low-rank path."""
+    """A frozen linear layer (`nn.Linear`, GPT-2's transposed `Conv1D`, or quantised) with a low-rank path."""
 
     def __init__(self, base: nn.Module, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class DoraLinear(LoraLinear):
         factor_O = self.lora_magnitude_vector / self.norm_O
         scaled = out * factor_O
         if self.bias is not None:
-            # The bias was scaled too. Added apart from the product, it would round otherwise than in the plain layer.
+            # The bias was scaled too: added apart from the product, it would round unlike the plain layer.
             scaled = scaled + self.bias * (1.0 - factor_O)
         return scaled.to(out.dtype)
 

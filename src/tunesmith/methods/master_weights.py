@@ -82,7 +82,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _in_one_call(tensor: Tensor) -> bool:
-    """Whether many small tensors are worth one call: on CUDA, where each call of its own is a kernel to start."""
+    """Whether many small tensors are worth one call: on CUDA, where each call is a kernel to start."""
     return tensor.device.type == "cuda"
 
 

@@ -32,7 +32,7 @@ class TokenRows:
     def __init__(
         self, model: PreTrainedModel, ids: Sequence[int], *, among: Mapping[str, Tensor] | None = None
     ) -> None:
-        """`among`: only these weights, by the names of their modules; a gradient of any other row is then an error.
+        """`among`: only these weights, by the names of their modules; a gradient of another row is an error.
 
         Raises RecipeError for an embedding with a forward of its own."""
         self.ids = tuple(ids)
@@ -141,7 +141,7 @@ class _Embedded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         (places,), table, num_rows = ctx.saved_tensors, ctx.table, len(ctx.like)
-        # As torch's own embedding, so that the sum of each row has the same order; the last takes all other rows.
+        # As torch's own embedding, so that each row's sum has the same order; the last takes all other rows.
         grads = torch.ops.aten.embedding_dense_backward(g.float(), places, num_rows + 1, table.padding, False)
         grad_KD, lost_D = grads[:num_rows], grads[num_rows]
         # Looked at once on a CUDA device: the processor waits for the answer.

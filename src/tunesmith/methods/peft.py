@@ -109,7 +109,7 @@ def make_config(method: PeftMethod, **given: Any) -> Any:
     """peft's config of a method.
 
     Raises:
-        RecipeError: peft is not installed, the kind does not exist or is not supported, or peft refuses the settings.
+        RecipeError: peft is not installed, the kind does not exist or is unsupported, or peft refuses settings.
     """
     if reserved := [key for key in OWN_KEYS if key in method.settings]:
         raise RecipeError(f"method.settings.{reserved[0]}: follows from the model and the run. Leave it out.")
@@ -163,7 +163,7 @@ class PeftAttachment(Attachment):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether disabling gives the base: it disables a module that is trained whole too, and a head is one."""
+        """Whether disabling gives the base: it disables modules trained whole too, and a head is one."""
         return not getattr(self.config, "modules_to_save", None)
 
     @property
@@ -183,7 +183,7 @@ class PeftAttachment(Attachment):
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
-        """Move everything that is trained by a tenth of its size inside the block: fresh adapters often add zero."""
+        """Move everything that is trained by a tenth of its size inside the block: new ones often add zero."""
         before = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
         draw = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -225,7 +225,7 @@ class PeftAttachment(Attachment):
             yield from ((name, weight.detach().float()) for name, weight in self.model.state_dict().items())
 
     def _unwrap_whole_modules(self) -> None:
-        """Put modules that are trained whole in their places: peft fails on one without a weight, such as a pooler."""
+        """Put modules that are trained whole in their places: peft fails without a weight, as of a pooler."""
         from peft.utils import ModulesToSaveWrapper
 
         for name, module in list(self.model.named_modules()):
@@ -305,7 +305,7 @@ def load_result(model: PreTrainedModel, folder: Path) -> PeftAttachment:
     """Put a saved adapter on `model`, its base, by peft's own functions, but strictly.
 
     Raises:
-        ModelError: a file that is missing or broken, other labels, or tensors that do not fit the method exactly.
+        ModelError: a file that is missing or broken, other labels, or tensors that do not quite fit the method.
     """
     heads.check_labels(model, folder)
     peft = import_peft()

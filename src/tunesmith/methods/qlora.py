@@ -35,7 +35,7 @@ def packing(settings: QloraMethod) -> PackOnLoad:
 
 @torch.no_grad()
 def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
-    """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`. Returns notes.
+    """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`; notes.
 
     Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on `device`
     and released before the next, so that neither side ever holds two models. Layers that `packing` packed stay.
@@ -62,7 +62,7 @@ def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str 
 
 
 def _choose(model: PreTrainedModel, settings: QloraMethod) -> tuple[list[Target], int]:
-    """The layers that are packed, or will be, and the number of those that cannot be. Raises RecipeError for none."""
+    """The layers that are packed, or will be, and the number that cannot be. Raises RecipeError for none."""
     modules = find_modules(model, settings.also_train, ())
     trained_whole = {id(inner) for name in modules for inner in model.get_submodule(name).modules()}
     inside = [target for target in inner_linears(model) if id(target.module) not in trained_whole]

@@ -1,6 +1,6 @@
 """The layers and modules that the words of a recipe mean, in a model.
 
-A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression searched for in whole names.
+A word is the end of a name (`q_proj`, `mlp.down_proj`), or `re:` and a regular expression to search names.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     `attention` (those inside an attention module) or `mlp` (the others).
 
     Raises:
-        RecipeError: a word that means no layer, an embedding, or a layer that shares its weight (a tied output head).
+        RecipeError: a word for no layer, an embedding, or a layer that shares its weight (a tied output head).
     """
     head = {name.rpartition(".")[0] for name in new_head_names(model)}
     unread = {id(target.module) for target in unread_linears(model)}
@@ -181,7 +181,7 @@ def replace_module(model: nn.Module, target: Target, module: nn.Module) -> None:
 
 
 def refuse_frozen_new(model: PreTrainedModel, where: str) -> None:
-    """Raise RecipeError if the model has new, random weights outside a head, which an adapter would leave frozen."""
+    """Raise RecipeError if the model has new, random weights outside a head, which adapters leave frozen."""
     head = new_head_names(model)
     if drawn := [name for name in new_param_names(model) if name not in head]:
         raise RecipeError(
@@ -269,7 +269,7 @@ def near_words(word: str, names: Iterable[str], *groups: str) -> str:
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
-    """Whether a regular expression is found in a name, or with `whole` is all of it. Raises as `check_expression`."""
+    """Whether a regular expression is found in a name, or with `whole` is all of it. See `check_expression`."""
     check_expression(pattern)
     return (re.fullmatch if whole else re.search)(pattern, name) is not None
 
@@ -281,7 +281,7 @@ def check_word(word: str, option: str) -> None:
 
 
 def check_expression(pattern: str) -> None:
-    """Raise ModelError for a regular expression that is none or may take forever: adapters can come from anywhere."""
+    """Raise ModelError for a regular expression that is none or may take forever: adapters are strangers' files."""
     if problem := _problem(pattern):
         raise ModelError(f"{pattern[:80]!r}: {problem}")
 

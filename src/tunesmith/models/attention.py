@@ -99,7 +99,7 @@ def _find_packed_rows(position_ids: Tensor) -> Tensor | None:
 
 
 def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None:
-    """Let the model run packed batches; generation and padded batches are as before. `plain`: by torch's kernels alone.
+    """Let the model run packed batches; others stay as before. `plain`: by torch's kernels alone.
 
     Raises UnsupportedAttentionError for an encoder–decoder.
     """
@@ -173,7 +173,7 @@ def packed_attention(
 def _by_pieces(
     query_1HTD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, segments: Segments, options: AttentionOptions
 ) -> Tensor:
-    """[1, T, H, D]: stretches of short pieces by block products, others by one kernel call for each run of equals."""
+    """[1, T, H, D]: short pieces by block products, others by a kernel call for each run of equals."""
     longest = 0
     if options.short_products:
         shared = segments.shared is not None

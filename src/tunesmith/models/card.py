@@ -1,4 +1,4 @@
-"""An NVIDIA card before it computes: whether torch can use it, or why not, who else uses it, and its allocator."""
+"""An NVIDIA card before it computes: can torch use it, or why not, who else does, and its allocator."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def free_bytes(device: str | torch.device) -> int:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """A block whose products of float32 on a card are not rounded to TF32, which NVIDIA's containers switch on."""
+    """A block whose products of float32 on a card are not rounded to TF32, as NVIDIA's containers do."""
     products: Any = torch.backends.cuda.matmul
     before = products.fp32_precision
     products.fp32_precision = "ieee"

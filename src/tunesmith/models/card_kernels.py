@@ -31,7 +31,7 @@ from tunesmith.errors import is_out_of_memory, one_line
 
 Function: TypeAlias = Callable[..., Any]
 ROUNDINGS, WIDE_ROUNDINGS = 4, 16
-"""Largest error of a way, as a share of the answer's norm: in roundings of its type, or of float32 if that is more."""
+"""Largest error of a way, as a share of the answer's norm, in roundings of its type, or float32 if more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ _started = threading.Lock()
 
 
 def watch() -> None:
-    """Start a daemon thread, once a process, that checks every half second whether other programs want the cores.
+    """Start a daemon thread, once a process, that checks each half second if other programs want the cores.
 
     Does nothing where the platform does not count the waiting (other than Linux), where torch's threads are not
     libgomp's, or where the environment says how threads wait.
@@ -81,7 +81,7 @@ def _watch() -> None:
 
 
 def _seconds_waited() -> dict[str, float]:
-    """Seconds that each thread of this process was ready to run and had no core; empty where nothing counts them."""
+    """Seconds that each thread of this process was ready to run and had no core; empty: not counted."""
     found: dict[str, float] = {}
     try:
         for thread in os.listdir(TASKS):

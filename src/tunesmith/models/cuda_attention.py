@@ -1,4 +1,4 @@
-"""Attention over packed rows on a CUDA device: kernels in order of preference, and which of them computes a call.
+"""Attention over packed rows on a CUDA device: kernels in order of preference, and which computes a call.
 
 A kernel is taken only if a probe on this device, of rows like those of a run, gives the answer and the
 gradients of attention that is spelled out in float32. None of them is called once a row, and none makes a mask
@@ -46,7 +46,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token
 read by mistake 0.1 and more."""
 SHORT = 32
-"""Rows up to this many keys share a padded block; longer ones share it with rows of more than half their keys."""
+"""Rows up to this many keys share a padded block; longer ones with rows of more than half their keys."""
 _DROPPING: set[torch.device] = set()
 """Cards on which a model drops weights of attention."""
 FLASH_3, HOPPER = "flash_attn_interface", 9
@@ -161,7 +161,7 @@ def _leave_newest_flash() -> None:
 
 
 def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) -> str:
-    """Why a kernel cannot compute a case; "" if its answer and gradients are right. No random number is consumed.
+    """Why a kernel cannot compute a case; "" if answer and gradients are right. No random number is consumed.
 
     Dropout is tried, and its answers must be finite; they are compared without it.
     """
@@ -185,7 +185,7 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
 
 
 def _answers(run: Run, case: AttentionCase, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The answer and the gradients of queries, keys and values, float32; drawn in the case's dtype from one seed."""
+    """The answer and the gradients of queries, keys and values, float32; drawn in its dtype from one seed."""
     segments = Segments.sharing(PROBE_SHARING if case.shared else PROBE_PIECES, device=device)
     draw = torch.Generator().manual_seed(0)
     tokens, keys = (sum(sizes) for sizes in zip(*segments.sizes, strict=True))
@@ -226,7 +226,7 @@ def _by_piece(query: Tensor, key: Tensor, value: Tensor, segments: Segments, opt
 
 @cache
 def _varlen_attn() -> Any:
-    """torch's variable-length flash attention; None in versions without windows or grouped heads (torch 2.10)."""
+    """torch's variable-length flash attention; None if without windows or grouped heads (torch 2.10)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -247,9 +247,9 @@ def _supports_varlen(case: AttentionCase, capability: tuple[int, int]) -> bool:
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
-    """[1, T, H, D]. A window counts the token itself; the kernel's counts those to its left, and 0 to its right.
+    """[1, T, H, D]. A window counts the token itself; the kernel's counts those to its left, 0 to its right.
 
-    Where a piece has more keys than queries, the last query reads up to the last key (Dao 2023, FlashAttention-2).
+    Where a piece has more keys than queries, the last query reads to the last key (Dao 2023, FlashAttention-2).
     """
     q_THD, k_KGD, v_KGD = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     left = -1 if options.window is None else options.window - 1
@@ -278,7 +278,7 @@ class PaddedLayout:
     """int64, the place of each query, the same as its own key's."""
     place_K: Tensor
     masks: tuple[Tensor | None, ...]
-    """bool [S, 1, 1, L] for each block, keys that are there; None: a causal query reads none of the others, or all are.
+    """bool [S, 1, 1, L] for each block, keys that exist; None: a causal query reads no others, or all exist.
     """
 
     @classmethod

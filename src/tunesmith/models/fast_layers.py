@@ -169,7 +169,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _norm_agrees(module: nn.Module, start: int) -> bool:
-    """In float32 too: beside weights of 20 it is a matter of rounding in half precision whether they count from 0."""
+    """In float32 too: beside weights of 20 rounding in half precision decides whether they count from 0."""
     for norm in (copy.deepcopy(module).float().requires_grad_(), module):
         weight_H = _weight(norm)
         drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
@@ -268,7 +268,7 @@ def _agrees(
         answers, expected = (_answer(way, x, trained) for way in (ours, theirs))
     except (RuntimeError, TypeError, AttributeError, ValueError):  # another signature or shape, or an older torch
         return False
-    # Sums over thousands of numbers, rounded in another order; in half precision that is one rounding of each sum.
+    # Sums over thousands of numbers, rounded in another order; in half precision one rounding of each sum.
     tolerance = max(4 * torch.finfo(x.dtype).eps, 16 * torch.finfo(torch.float32).eps)
     return all(
         mine.shape == its.shape and float((mine - its).norm()) <= tolerance * float(its.norm())

@@ -77,7 +77,7 @@ def _instead(folder: Path, name: str) -> str:
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a model, in order. Raises ModelError if there are none, or if some are missing."""
+    """The safetensors files of a model, in order. Raises ModelError if there are none or some are missing."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -150,7 +150,7 @@ def _as_object(value: Any) -> Record:
 def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file by name, from its header, which the library checks against the file.
 
-    Raises ModelError, naming the file, where sizes or offsets do not fit each other and the file, byte for byte.
+    Raises ModelError, naming the file, where sizes or offsets do not fit each other and the file byte for byte.
     """
     from safetensors import SafetensorError, safe_open
 

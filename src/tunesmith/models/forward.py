@@ -79,7 +79,7 @@ def _attention_of(batch: Batch) -> Any:
 
 @contextmanager
 def _at_positions(model: nn.Module, positions_N: Tensor) -> Iterator[list[bool]]:
-    """Let the output layers see the N positions alone, instead of all B × T; the list stays empty if they do not.
+    """Let the output layers see the N positions alone, not all B × T; the list stays empty if they do not.
 
     Not every model has an argument for this (logits_to_keep of causal ones), and none keeps other positions for
     each row.

@@ -56,11 +56,11 @@ class OutputLayer:
     cap: float | None
 
     def belongs_to(self, model: nn.Module) -> bool:
-        """Whether it is the layer of this model: a task that is bound to another one computes the logits whole."""
+        """Whether it is this model's layer: a task that is bound to another one computes the logits whole."""
         return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is self.layer
 
     def chunks(self, targets: int, *, trained: bool) -> Iterator[slice]:
-        """The chunks of so many targets, of like size: a small one at the end would read the weights for little."""
+        """The chunks of so many targets, of like size: a small last one would read the weights for little."""
         num = -(-targets // self.chunk_size(trained=trained))
         yield from (slice(targets * i // num, targets * (i + 1) // num) for i in range(num))
 
@@ -175,7 +175,7 @@ class _LossSum(torch.autograd.Function):
                 gweight_VD += _summed(glogits_NV, hidden_ND[here])
             if gbias_V is not None:
                 gbias_V += glogits_NV.sum(0, dtype=wide)
-        # Of the layer in float16, whose largest number 65,504 is the sum of some thousand targets: rounded when scaled.
+        # Of the layer in float16, whose largest number 65,504 sums some thousand targets: rounded when scaled.
         of_layer = wide if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
         ctx.dtype = hidden_ND.dtype
         kept = ((ghidden_ND, hidden_ND.dtype), (gweight_VD, of_layer), (gbias_V, of_layer))
@@ -243,7 +243,7 @@ def _summed(glogits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
 
 
 def _times(saved: Tensor, factor: Tensor) -> Tensor:
-    """saved · factor in float32, rounded once: a factor rounded to bfloat16 would scale all gradients by up to 2^-9."""
+    """saved · factor in float32, rounded once: a factor in bfloat16 would scale all gradients by up to 2^-9."""
     if factor.device.type == "cpu":  # torch's products with one number on a processor do just that
         return saved * factor
     return (saved.to(factor) * factor).to(saved.dtype)
@@ -252,7 +252,7 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
 def _of_chunk(
     hidden_ND: Tensor, targets_N: Tensor, output: OutputLayer, *, smoothing: float, z: float
 ) -> tuple[Tensor, Tensor]:
-    """[N], the losses, and [N, V], the gradient of what the linear layer answered, in the precision of `hidden_ND`."""
+    """[N], the losses, and [N, V], the gradient of the linear layer's output, in `hidden_ND`'s precision."""
     logits_NV = output.logits(hidden_ND)
     capped_NV = None if output.cap is None else logits_NV
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
@@ -282,7 +282,7 @@ def _losses_and_gradient(logits_NV: Tensor, targets_N: Tensor, *, smoothing: flo
 
 
 def _before_scale(glogits_NV: Tensor, logits_NV: Tensor | None, output: OutputLayer) -> Tensor:
-    """The gradient of the linear layer's output, from that of the logits, which are needed where they are capped."""
+    """The gradient of the linear layer's output, from the logits' own, which are needed if they are capped."""
     if output.cap is not None and logits_NV is not None:
         glogits_NV = glogits_NV * (1 - (logits_NV / output.cap).square())
     if output.scale != 1:

@@ -1,4 +1,4 @@
-"""GGUF files: what the header says, read without trusting it, and repairs of what transformers makes of the rest.
+"""GGUF files: what the header says, read without trusting it, and repairs of what transformers makes of it.
 
 A file with wrong sizes is refused here, before a loader maps memory by them.
 """
@@ -182,7 +182,7 @@ _READING = threading.RLock()
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file once; one thread at a time, since the gguf package belongs to all of them.
+    """Let transformers parse a GGUF file once; one thread at a time, as they share the gguf package.
 
     It parses the file for the config and again for the weights, and makes the table of llama.cpp's names for every
     module of the model: without the cache loading takes five times as long (14 s of SmolLM2's 135 million weights).

@@ -16,11 +16,11 @@ from tunesmith.types import JsonObject
 MOST = 256
 """Characters for one: Unicode's own forms make 18 at most, which some files apply twice."""
 _WHOLE = re.compile(r"(?:\\s|[\w ])(?:\+|\{[1-9]\d*,\d*\})?")
-"""A regular expression that takes away a character at least; others can match nothing, next to each character."""
+"""A regular expression that takes away a character at least; others can match nothing, at each character."""
 
 
 def check_growth(file: Path) -> None:
-    """Raise `ModelError` for a tokenizer.json that makes more than `MOST` characters of one, in a text or an answer.
+    """Raise `ModelError` for a tokenizer.json that makes more than `MOST` characters of one in text or answer.
 
     It is read before the tokenizers library loads it, which rewrites its added tokens then.
     """
@@ -67,7 +67,7 @@ def _factor(step: JsonObject) -> int:
 
 
 def _longest(charsmap: Any) -> int:
-    """Characters of the longest text in SentencePiece's map: a size, a trie of this size, texts that end in NUL."""
+    """Characters of the longest text in SentencePiece's map: a size, a trie of it, texts that end in NUL."""
     try:
         raw = base64.b64decode(charsmap)
     except (TypeError, ValueError):

@@ -52,7 +52,7 @@ def pools_last(model: nn.Module) -> bool:
 
 
 def new_head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """The weights of a head that answers with classes or numbers, which are trained whole; none for other models."""
+    """The weights of a head that answers with classes or numbers, trained whole; none for other models."""
     if head_of(model) not in ("sequence", "tokens"):
         return ()
     return tuple(name for name, _ in model.named_parameters() if in_head(model, name))
@@ -110,7 +110,7 @@ def fresh_names(model: PreTrainedModel, lacks: Set[str], *, keep: bool) -> tuple
 
 @torch.no_grad()
 def init_head(model: PreTrainedModel, names: Sequence[str], *, seed: int) -> None:
-    """Fresh values for weights: matrices normal with the config's initializer_range, biases 0, scales of norms 1.
+    """Fresh values for weights: matrices normal with the config's initializer_range, biases 0, norms' scales 1.
 
     Drawn on the CPU in float32, each from (seed, name): the same in every precision, on every device, and
     whatever random numbers the process has used or will use.

@@ -123,7 +123,7 @@ class _GatedMlp(torch.autograd.Function):
 
 
 def _frozen(layers: Sequence[LinearParts]) -> tuple[tuple[Weight | None, float], ...]:
-    """Parts of layers that a node keeps, besides tensors, which autograd keeps: weights that are packed, and scales."""
+    """Parts of layers that a node keeps, besides tensors, which autograd keeps: packed weights, scales."""
     return tuple((None if isinstance(layer.weight, Tensor) else layer.weight, layer.scale) for layer in layers)
 
 

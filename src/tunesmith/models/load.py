@@ -103,7 +103,7 @@ def _gguf() -> Iterator[None]:
 
 
 def model_kind(located: ModelRef) -> ModelKind:
-    """The kind of the model by its config; no weight is read. Raises ModelError for a model that is not of text."""
+    """The kind of the model by its config; no weight is read. Raises ModelError if it is not of text."""
     if located.is_gguf:
         return "causal"
     config = load_config(located)
@@ -203,7 +203,7 @@ def load_model(
     transformers has no such head for the model.
     """
     contention.watch()  # whoever loads a model computes with it, next to whatever else runs on the machine
-    # Reading a GGUF's config takes as long as its weights; it has neither labels nor an architecture without heads.
+    # Reading a GGUF's config takes as long as its weights; it has no labels, and no architecture without heads.
     config = None if located.is_gguf else load_config(located)
     settings: dict[str, Any] = {} if labels is None else heads.label_settings(labels)
     if not located.is_gguf:
@@ -273,7 +273,7 @@ _AUTO: dict[str, tuple[Any, Any]] = {
 
 
 def _lacking(located: ModelRef, model: PreTrainedModel, found: JsonObject, *, drawable: bool) -> set[str]:
-    """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack any other."""
+    """Weights of the head that the files lack and that may be drawn. Raises ModelError if they lack others."""
     missing = set(found["missing_keys"])
     misshapen = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"]}
     may_be_new = {name for name in missing | misshapen if drawable and heads.in_head(model, name)}

@@ -115,7 +115,7 @@ def use_repeatable_kernels() -> None:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A copy of a tensor of this process on a device; from pinned memory on CUDA, so that nobody waits for it."""
+    """A copy of a tensor of this process on a device; on CUDA from pinned memory, so that nobody waits."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -25,7 +25,7 @@ from tunesmith.types import Batch, Layout, ModelKind, Row
 PROBE_TOKENS = 128
 """Tokens of a row that are run: enough to see another row leak into it, cheap enough for every start."""
 PROBE_POSITIONS = 32
-"""Positions of a row whose logits are compared: the logits of all would be gigabytes with a large vocabulary."""
+"""Positions of a row whose logits are compared: logits of all would be gigabytes with a large vocabulary."""
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest error of a row. SmolLM2-135M in bfloat16 has 0.05 from rounding, and 1.1 to 2.3 where rows read each
 other; in float32 0 and 1.7."""
@@ -62,7 +62,7 @@ class PackingCheck:
 
 
 def layouts_of(kind: ModelKind) -> tuple[Layout, ...]:
-    """The layouts of a batch of such a model: the first one it can run is taken, the last one it can always run."""
+    """The layouts of a batch of such a model: the first that it can run is taken, the last always runs."""
     return ("encoder_decoder",) if kind == "encoder_decoder" else ("packed", "padded")
 
 
@@ -125,9 +125,9 @@ def normalized_error(found_KV: Tensor, expected_KV: Tensor) -> float:
 
 
 def recurrent_layer(model: PreTrainedModel) -> str:
-    """Why rows cannot be packed, or texts decoded without the state of a layer; "" if tokens meet in attention only.
+    """Why rows cannot be packed, or texts decoded without a layer's state; "" if tokens meet in attention only.
 
-    Decided by config and modules: a leak of a tenth of the spread of logits would pass for rounding in bfloat16.
+    Decided by config and modules: a leak of a tenth of the logits' spread would pass for rounding in bfloat16.
     """
     config = model.config.get_text_config()
     for name in ("layer_types", "layers_block_type", "block_types"):

@@ -1,4 +1,4 @@
-"""Pooling of token vectors into the vector of a text: as the files of sentence-transformers say, or by their mean.
+"""Pooling of token vectors into the vector of a text: as files of sentence-transformers say, or by mean.
 
 Source: Reimers and Gurevych, "Sentence-BERT", arXiv 1908.10084, section 3.
 """
@@ -66,7 +66,7 @@ def pool(hidden_ND: Tensor, batch: Batch, kind: PoolingKind) -> Tensor:
 
 
 def count_each(index_N: Tensor, num: int) -> Tensor:
-    """[num] int64, how often each index occurs. `bincount`, which looks for the largest, would wait for a card."""
+    """[num] int64, how often each index occurs. `bincount`, which seeks the largest, would wait for a card."""
     return index_N.new_zeros(num).index_add_(0, index_N, torch.ones_like(index_N))
 
 

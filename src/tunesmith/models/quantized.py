@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _rows_of_blocks(self) -> tuple[int, ...]:
-        """A shape in which every row begins with a block: in others bitsandbytes 0.50 takes wrong scales on the CPU."""
+        """A shape whose rows begin with a block each: else bitsandbytes 0.50 takes wrong scales on CPUs."""
         if self.weight_shape[1] % BLOCK == 0:
             return tuple(self.weight_shape)
         num = self.weight_shape.numel()

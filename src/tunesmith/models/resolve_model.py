@@ -92,7 +92,7 @@ def split_revision(model: str, revision: str | None = None) -> tuple[str, str | 
 
 
 def resolve_base(recipe: Recipe, *, offline: bool = False, weights: bool = True) -> ModelRef:
-    """The model of a recipe; for a run's recipe the place where the model is now, under the name that was typed.
+    """The model of a recipe; for a run's recipe the place where the model is now, under the typed name.
 
     Raises ModelError as `resolve_model` does; for a run it says where the model was, and the way out.
     """
@@ -203,7 +203,7 @@ def _download(model: str, revision: str | None, *, weights: bool) -> ModelRef:
         files = [SINGLE] if SINGLE in names else shards(folder / INDEX)
         if not weights:
             return _with_headers(model, info.sha, folder, files)
-        # By the name as it was given, which the cache then knows: by a commit alone it would not be found again.
+        # By the name as it was given, which the cache then knows: by a commit alone it would not be found.
         whole = Path(snapshot_download(model, revision=revision, allow_patterns=small + files))
         return ModelRef("hub", whole, model, whole.name)
     except hub_failures() as error:

@@ -1,4 +1,4 @@
-"""An RMS norm in one node of the graph, in place of the half dozen small operations that models spell it out in.
+"""An RMS norm in one node of the graph, in place of the six small operations that models spell it out in.
 
     y = x / rms(x) · w,  rms(x)² = mean(x²) + eps
     dx = (h - x · (h · x) / (H rms(x)²)) / rms(x),  h = dy ∘ w;  dw = Σ_T dy ∘ x / rms(x)

@@ -1,4 +1,4 @@
-"""Saving a model: safetensors, the original tokenizer, and a generation config with the tokens that end an answer.
+"""Saving a model: safetensors, the original tokenizer, a generation config with the tokens that end answers.
 
 A folder is written next to its place and renamed: there is a whole model or none.
 """
@@ -113,7 +113,7 @@ def _save_stream(model: PreTrainedModel, folder: Path, weights: Stream) -> None:
 
 @contextmanager
 def writing_weights(folder: Path, num_bytes: int) -> Iterator[None]:
-    """Raise StorageError where safetensors cannot write: a full disk comes as its own error, not as an OSError."""
+    """Raise StorageError where safetensors cannot write: a full disk is its own error, not an OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -170,7 +170,7 @@ def _write_template(template: Any, folder: Path) -> None:
 
 
 def save_generation_config(model: PreTrainedModel, folder: Path, *, stop_ids: Sequence[int]) -> None:
-    """Write generation_config.json: the model's own, valid, and ending at `stop_ids` as well as its own end tokens."""
+    """Write generation_config.json: the model's own, valid, and ending at `stop_ids` too."""
     with silence_transformers():
         generation_config(model, stop_ids=stop_ids).save_pretrained(folder)
 
@@ -180,7 +180,7 @@ _BEAMS = ("early_stopping", "length_penalty")
 
 
 def generation_config(model: PreTrainedModel, *, stop_ids: Sequence[int]) -> GenerationConfig:
-    """The model's generation config with `stop_ids` among its ends, rid of settings that contradict each other."""
+    """The model's generation config with `stop_ids` among its ends, rid of contradictory settings."""
     config = copy.deepcopy(model.generation_config or GenerationConfig())
     config._from_model_config = False
     own = config.eos_token_id if config.eos_token_id is not None else []

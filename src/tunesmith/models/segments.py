@@ -65,7 +65,7 @@ class Segments:
         return cls(tuple(sizes), device, starts_Q, starts_K, shared)
 
     def keys(self, tensor_1GTD: Tensor) -> Tensor:
-        """[1, G, K, D] from [1, G, T, D]: keys or values as the pieces read them, a prefix once for each reader."""
+        """[1, G, K, D] from [1, G, T, D]: keys or values as pieces read them, a prefix once for each."""
         if self.shared is None:
             return tensor_1GTD
         flat_TF = tensor_1GTD[0].transpose(0, 1).flatten(1)
@@ -199,7 +199,7 @@ def equal_rows(
 def explicit_attention(
     q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_QK: Tensor | None, options: AttentionOptions
 ) -> Tensor:
-    """[B, H, Q, D]: softmax(q k' · scaling) v, with scores in float32, squashed to softcap · tanh(score / softcap).
+    """[B, H, Q, D]: softmax(q k' · scaling) v, scores in float32, squashed to softcap · tanh(score / softcap).
 
     Sources: Vaswani et al. 2017, section 3.2.1; for softcap Gemma 2 (2024), section 2.
     """

@@ -49,7 +49,7 @@ LEVELS = 1 << 16
 """Values of the bits drawn for one element of a dropout mask."""
 
 RowSize = tuple[int, int]
-"""(queries, keys). A causal row with more keys than queries reads a prefix: its queries are the last of its keys."""
+"""(queries, keys). A causal row with more keys than queries reads a prefix: its queries are the last keys."""
 
 
 def longest(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None, shared: bool) -> int:
@@ -70,7 +70,7 @@ def short_row_attention(
     scaling: float | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """[1, T, H, D]: attention within each row; `layout` says where the rows are among the T queries and K keys."""
+    """[1, T, H, D]: attention within each row; `layout` says where rows are among T queries and K keys."""
     scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = _ShortRowAttention.apply(query_1HTD, key_1GKD, value_1GKD, layout, scale, dropout)  # type: ignore[no-untyped-call]
     return out
@@ -159,7 +159,7 @@ class _ShortRowAttention(torch.autograd.Function):
 
 
 def _softmax_backward(grad_NQK: Tensor, p_NQK: Tensor) -> Tensor:
-    """In float32 where lines are shorter than a vector of bfloat16, whose numbers torch then takes one by one."""
+    """In float32 where lines are shorter than a vector of bfloat16, whose numbers torch takes one by one."""
     dtype = p_NQK.dtype
     if p_NQK.shape[-1] < WIDE:
         wide = torch.promote_types(dtype, torch.float32)

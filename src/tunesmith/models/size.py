@@ -1,4 +1,4 @@
-"""The size of a model, from its config and the headers of its weight files, and the model without its numbers."""
+"""The size of a model, from its config and headers of its weight files, and the model without its numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _AFTER_PADDING = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
-"""Models that count positions from behind their pad token's id, so that the first rows of the table are never used."""
+"""Models that count positions from behind their pad token's id, so that the table's first rows are unused."""
 
 
 def model_size(located: ModelRef) -> ModelSize:
@@ -78,7 +78,7 @@ def _gguf_size(located: ModelRef, header: GgufHeader) -> ModelSize:
 
 
 def meta_model(located: ModelRef, *, dtype: torch.dtype, head: HeadName, labels: Labels | None) -> PreTrainedModel:
-    """The model that `load.load_model` would load, without its numbers: call it with torch's default device meta.
+    """The model that `load.load_model` would load, without numbers: call it with torch's default device meta.
 
     Raises ModelError where transformers cannot make it from its config alone.
     """
@@ -91,7 +91,7 @@ def meta_model(located: ModelRef, *, dtype: torch.dtype, head: HeadName, labels:
 
 
 def _config_of_gguf(located: ModelRef) -> PreTrainedConfig:
-    """Sizes alone, from the header: transformers' own reader takes a second, since it reads the vocabulary too."""
+    """Sizes alone, from the header: transformers' reader takes a second, as it reads the vocabulary too."""
     header = read_gguf(located.path)
     names = GGUF_CONFIG_MAPPING.get(header.architecture)
     if names is None:

@@ -54,7 +54,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> NewT
 def resize_embeddings(model: PreTrainedModel, new: NewTokens) -> None:
     """Give each new token a row of the embedding and of the head: the mean of the rows of its pieces.
 
-    A vocabulary that was padded has rows already, and never loses any. `new_token_ids` returns the tokens of the model.
+    A vocabulary that was padded has rows already, and never loses any. `new_token_ids` has the model's.
     """
     if not new.ids:
         return
@@ -131,16 +131,16 @@ def with_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that shorter rows are padded with: the tokenizer's own, as in pre-training; 0 where it has none.
+    """The token that shorter rows are padded with: the tokenizer's own, as in pre-training; 0 if it has none.
 
-    Most models never see it. In some whose tokens read their neighbours (MobileBERT, ConvBERT, FNet) real tokens do.
+    Most models never see it. In some whose tokens read neighbours (MobileBERT, ConvBERT, FNet) they do.
     """
     own, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
     return int(own) if own is not None and own < num_rows else 0
 
 
 def without_vector(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]) -> str:
-    """Why the model cannot read a text: its first token beyond the embedding. "" if every token has a vector."""
+    """Why the model cannot read a text: its first token beyond the embedding. "" if all have vectors."""
     num = model.get_input_embeddings().weight.shape[0]
     odd = next((int(i) for i in token_ids if i >= num), None)
     if odd is None:
@@ -157,7 +157,7 @@ def _ends(token_ids: int | list[int] | None) -> set[int]:
 
 
 def _free_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> int | None:
-    """The tokenizer's own pad token, another control token that ends no text, or a row that no token uses yet."""
+    """The tokenizer's own pad token, another control token that ends no text, or a row that no token uses."""
     own = tokenizer.pad_token_id
     if own is not None and own not in ends:
         return int(own)

@@ -1,4 +1,4 @@
-"""Weights written to safetensors one tensor at a time: memory holds the largest tensor, never a copy of the model.
+"""Weights written to safetensors one tensor at a time: memory holds the largest one, never a copy of the model.
 
 Source of the format: the safetensors README (8 bytes of length, a JSON header, the tensors end to end).
 """

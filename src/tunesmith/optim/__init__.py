@@ -1,4 +1,4 @@
-"""The update: optimizers in one table, the rate of every step, clipping. Defined in docs/reference/schedules.md."""
+"""The update: optimizers in a table, the rate of a step, clipping. Defined in docs/reference/schedules.md."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def is_embedding(name: str) -> bool:
 
 
 def decays(name: str, tensor: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases (one axis) nor to embeddings (by name)."""
+    """Whether weight decay applies: to matrices, not to norms, biases (one axis) and embeddings (by name)."""
     return tensor.ndim > 1 and not is_embedding(name)
 
 
@@ -226,7 +226,7 @@ def clip_divisor(norm: float, most: float | None) -> float:
 
 
 def parameter_groups(trained: Mapping[str, Tensor], optim: Optim, factors: Mapping[str, float] = NO_FACTORS) -> Groups:
-    """Group tensors by weight decay and `rate_factor`, which multiplies the rate; `factors`: those that are not 1."""
+    """Group tensors by weight decay and `rate_factor`, which multiplies the rate; `factors`: all but 1."""
     members: dict[tuple[bool, float], list[tuple[str, Tensor]]] = {}
     for name, tensor in trained.items():
         members.setdefault((decays(name, tensor), factors.get(name, 1.0)), []).append((name, tensor))

@@ -16,7 +16,7 @@ def linear(progress: float) -> float:
 
 
 def cosine(progress: float) -> float:
-    """From 1 at progress 0 to 0 at progress 1 along half a cosine (Loshchilov & Hutter, arXiv 1608.03983, eq. 5)."""
+    """From 1 at progress 0 to 0 at 1 by half a cosine (Loshchilov & Hutter, arXiv 1608.03983, eq. 5)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

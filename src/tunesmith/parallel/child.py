@@ -1,4 +1,4 @@
-"""A run on several devices for a Python program: `tunesmith` in a process of its own, whose lines are its events."""
+"""A run on several devices for a Python program: `tunesmith` in a process, whose lines are its events."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """Ray at `address`: "local", "auto" (the cluster that this machine belongs to), HOST:PORT or ray://HOST:PORT.
+    """Ray at `address`: "local", "auto" (the cluster of this machine), HOST:PORT or ray://HOST:PORT.
 
     Raises InputError if it is not reached.
     """

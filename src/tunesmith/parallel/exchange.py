@@ -48,7 +48,7 @@ class Computed:
     """Smaller than planned, because memory ran out; None: as planned."""
     exhausted: Exhausted | None = None
     row_losses: list[float] = field(default_factory=list)
-    """Loss of each row of the micro-batches, summed over its targets; none where the task gives one sum alone."""
+    """Loss of each row of the micro-batches, summed over its targets; none where the task gives one sum."""
     ungraded: list[int] = field(default_factory=list)
     """Numbers of the trained tensors that got no gradient; filled in by `meet`."""
 

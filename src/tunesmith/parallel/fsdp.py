@@ -40,7 +40,7 @@ def shard_layers(world: World, model: nn.Module, body: nn.Module, layers: Sequen
 def as_whole(tensors: Mapping[str, Tensor], shards: Mapping[str, torch.Size], mesh: Any) -> dict[str, Tensor]:
     """Turn tensors that are pieces into tensors of the whole shape, which `full_tensor` gathers; others stay.
 
-    `shards`: shapes of the whole, by name of a weight; what an optimizer keeps of it is named `<weight>/<part>`.
+    `shards`: shapes of the whole, by name of a weight; what an optimizer keeps of it is `<weight>/<part>`.
     """
     gathered = dict(tensors)
     for name, tensor in tensors.items():
@@ -53,7 +53,7 @@ def as_whole(tensors: Mapping[str, Tensor], shards: Mapping[str, torch.Size], me
 
 
 def piece_of(name: str, tensor: Tensor, shards: Mapping[str, torch.Size], part: tuple[int, int]) -> Tensor:
-    """The piece of a whole tensor that the rank of `part` = (rank, size) keeps; a tensor that is not split as it is."""
+    """The piece of a whole tensor that the rank of `part` = (rank, size) keeps; an unsplit one as it is."""
     rank, size = part
     if _whole_shape(name, tensor, shards) is None:
         return tensor

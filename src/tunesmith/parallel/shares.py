@@ -1,4 +1,4 @@
-"""Division of work among the ranks of a group: a pure function of costs, so that every rank knows the share of all."""
+"""Division of work among the ranks of a group: a pure function of costs, so that each knows all shares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from heapq import heapify, heapreplace
 
 
 def shares(costs: Sequence[float], size: int) -> list[list[int]]:
-    """Indices of `costs` for each of `size` ranks, each in ascending order: the costliest first, to whoever has least.
+    """Indices of `costs` for each of `size` ranks, ascending: the costliest first, to whoever has least.
 
     Every index is in one share. The largest share costs at most the mean and the costliest index more. Equal costs go
     by index, equal loads by rank. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies", section 4.

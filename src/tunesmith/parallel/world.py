@@ -34,7 +34,7 @@ HEARTBEAT_S = 5.0
 POLL_S, WORD_S = 0.05, 1.0
 """Seconds between two looks at what others say, and for which the reason of a rank that failed is waited for."""
 COLLECTIVE_S = 7200.0
-"""Seconds that a sum waits for the slowest rank, which may be saving or measuring; a dead one is noticed at once."""
+"""Seconds that a sum waits for the slowest rank, which may save or measure; a dead one is noticed at once."""
 OWN_AGENT = "TUNESMITH_AGENT"
 """Set in ranks that `launch` started."""
 FAILED_KEY = "failed"
@@ -62,7 +62,7 @@ class Place:
 
 
 def place_of(environ: Mapping[str, str]) -> Place:
-    """Read the variables that torchrun and its like set. Raises InputError for one that is missing or no number."""
+    """Read the variables that torchrun and its like set. Raises InputError for a missing one or no number."""
     size_given = environ.get("WORLD_SIZE", "")
     if not size_given.isdecimal() or ("RANK" not in environ and int(size_given) < 2):
         return Place()
@@ -97,7 +97,7 @@ class World:
         self.joined: list[JsonObject] = []
         """Facts that each rank gave of itself when it joined."""
         self.mesh: Any = None
-        """torch's mesh of ranks over which the layers of the model are split; None: each rank has the whole model."""
+        """torch's mesh of ranks over which layers of the model are split; None: each rank has it whole."""
         self.card = ""
         """The card of this rank where CUDA ran before it came, as torch names it; else cuda:0 is its own."""
         self._store = store

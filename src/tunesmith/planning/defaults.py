@@ -151,7 +151,7 @@ KINDS: dict[ModelKind, str] = {
 
 
 def find_head(task: TaskName, located: ModelRef, kind: ModelKind) -> HeadName:
-    """The head that the task needs on a model of this kind. Raises ModelError where it cannot learn the task."""
+    """The head that the task needs on a model of this kind. Raises ModelError if it cannot learn it."""
     heads = TASKS[task].heads
     if kind not in heads:
         can = ", ".join(name for name, other in TASKS.items() if kind in other.heads)

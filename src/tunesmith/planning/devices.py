@@ -36,11 +36,11 @@ CUDA_CONTEXT = 800 * 2**20
 GROUP = 400 * 2**20
 """Memory that NCCL keeps on a card besides."""
 NVLINK, PCIE, LOOPBACK = 150e9, 12e9, 1e9
-"""Bytes a second that a sum over cards or processes moves, as reached: by the makers' data sheets, and by gloo here."""
+"""Bytes a second that a sum over cards or processes moves, by the makers' data sheets, and by gloo here."""
 CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
 CPU_PRODUCT, CUDA_PRODUCT = (1024, 1024, 2048), (8192, 4096, 4096)
-"""Rows, inner size and columns of the product that is timed. On a card a small one takes as long as its launch."""
+"""Rows, inner size and columns of the product that is timed. On a card a small one takes its launch."""
 CPU_COPIED, CUDA_COPIED = 64 * 2**20, 512 * 2**20
 """Bytes of the copy that is timed."""
 BUSY_S = 0.2
@@ -101,7 +101,7 @@ _FLOAT16 = ("V100", "T4")
 
 
 def named(name: str) -> Device:
-    """A card of the table, or one of which only the memory is known: 24G. Raises InputError for any other word."""
+    """A card of the table, or one known by its memory alone: 24G. Raises InputError for any other word."""
     wanted = name.upper().replace(" ", "")
     if match := re.fullmatch(r"(\d+)GI?B?", wanted):
         return Device(f"a card of {match[1]} GB", "cuda", int(match[1]) * GB)
@@ -174,7 +174,7 @@ def room(device: str) -> int:
 
 
 def share_of_room(kind: str, room: int, processes: int) -> int:
-    """Bytes for one of several processes on one machine: each has its own card, but they share a processor's memory."""
+    """Bytes for one of several processes on one machine: each has its card; a processor's memory is shared."""
     return (room - resident_bytes()) // processes + resident_bytes() if kind == "cpu" else room
 
 

@@ -33,7 +33,7 @@ def gib(num_bytes: float) -> str:
 
 
 def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) -> tuple[Recipe, list[Choice], Forecast]:
-    """The recipe with `train.checkpointed_layers` decided, and with `free_tokens` smaller passes if it takes them.
+    """The recipe with `train.checkpointed_layers` decided, and with `free_tokens` smaller passes if need be.
 
     What was set is left as it is, whether it fits or not.
     """
@@ -116,7 +116,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def why_whole(recipe: Recipe, located: ModelRef, kind: ModelKind) -> str:
-    """Why every device has to hold the whole model, by the option that is in the way; empty: its layers can be split.
+    """Why every device has to hold the whole model, by the option in the way; empty: layers can be split.
 
     `recipe`: with its task and method decided.
     """

@@ -1,4 +1,4 @@
-"""Estimate the needs of a run before its model is loaded, by formula: memory by component (`memory`), time, disk.
+"""Estimate the needs of a run before its model is loaded, by formula: memory (`memory`), time, disk.
 
 Time is a list of kinds of work, each with a count and a price in seconds. A probe measures the prices and keeps the
 counts. The price of a micro-batch = operations / operations a second + bytes moved / bytes a second + launches.
@@ -66,7 +66,7 @@ class Duration:
     spread: float = SPREAD
     """Share by which the total may be off, either way."""
     busy: float = 0.0
-    """Share of the processor that other programs take: the run may take so much longer, which `total` does not say."""
+    """Share of the processor that other programs take: a run may take so much longer, beyond `total`."""
 
     @property
     def total(self) -> float:
@@ -106,7 +106,7 @@ class Forecast:
     busy: float | None = None
     """Share of a mean step in which the device computes; None where its speed is not known."""
     exchange_seconds: float = 0.0
-    """Seconds of a step on several devices for summing gradients and gathering split layers, which overlaps with it."""
+    """Seconds of a step on several devices for sums of gradients and split layers, overlapping it."""
 
     @property
     def fits(self) -> bool:
@@ -134,7 +134,7 @@ class Forecast:
 
 @dataclass
 class Forecaster:
-    """Forecasts for one model and one set of rows, for any recipe. Sizes and heaviest micro-batches are cached."""
+    """Forecasts for one model and one set of rows, for any recipe. Sizes and heaviest batches are cached."""
 
     located: ModelRef
     kind: ModelKind
@@ -151,7 +151,7 @@ class Forecaster:
     _steps: dict[tuple[str, int], tuple[StepSampler, Heavy, Load]] = field(default_factory=dict)
 
     def forecast(self, recipe: Recipe) -> Forecast:
-        """Raises ModelError where no model can be made from its config alone, and what attaching the method raises."""
+        """Raises ModelError if no model can be made from its config, and what attaching the method raises."""
         sizes, sampler, heavy, look = self._looked_up(recipe)
         layers, size = recipe.train.checkpointed_layers, sampler.part[1]
         recomputed = 0 if layers == "auto" else min(layers, sizes.recomputable)
@@ -166,7 +166,7 @@ class Forecaster:
             result=4 * sizes.trained_parameters if is_adapter else sizes.weights,
         )
         load, micro_batches = self._mean(sampler)
-        # Each gradient goes out and comes back once, split layers come twice a micro-batch and their gradients go once.
+        # A gradient goes out and back once, split layers come twice a micro-batch, their gradients go once.
         share = (size - 1) / size / link(self.device)
         summing = 2 * sizes.gradients * share
         gathering = micro_batches * (2 + (sizes.elsewhere > 0)) * sizes.gathered * share
@@ -234,7 +234,7 @@ class Forecaster:
         return sizes, *self._steps[steps_key]
 
     def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
-        """The micro-batch of most targets among held-out rows and the training rows that are measured at the end."""
+        """The micro-batch of most targets among held-out rows and training rows measured at the end."""
         rows, loads = self.rows, [Load(0, 0)]
         sides = [(rows.held_store, rows.held_rows)]
         if not TASKS[resolved(recipe.task)].sees_rows:
@@ -362,13 +362,13 @@ def _answers(recipe: Recipe, rows: Splits, *, together: int) -> tuple[float, flo
 
 
 def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 0, trains: bool = True) -> float:
-    """Seconds to compute `load` without starting its operations. `trains`: forward and backward, else forward alone."""
+    """Seconds to compute `load` without starting its operations. `trains`: with the backward."""
     again = recomputed / sizes.layers
-    # Products: forward; backward to the inputs, from the first layer with gradients on; backward to the weights.
+    # Products: forward; backward to inputs, from the first layer with gradients on; backward to the weights.
     times = 1 + trains * (1 - sizes.first / sizes.layers + sizes.trains_linear + again)
     operations = 2 * sizes.linear_weights * load.tokens * times
     operations += 2 * sizes.hidden * sizes.outputs * load.targets * (1 + trains * (1 + sizes.trains_output))
-    # Of attention two products forward and five backward (Dao et al. 2022, appendix B.2), half of each where causal.
+    # Of attention two products forward and five backward (Dao et al. 2022, appendix B.2), half if causal.
     operations += sizes.layers * sizes.hidden * load.squares * (2 + trains * (5 + 2 * again))
     moved = MOVED * (1 + again / 3 if trains else 1 / 3) * sizes.itemsize * sizes.features * load.tokens
     return operations / device.products + moved / device.bandwidth

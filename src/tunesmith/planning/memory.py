@@ -45,7 +45,7 @@ from tunesmith.types import HeadName, JsonObject, Labels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_WORK = 0.7
-"""Memory that the backward of a layer holds besides kept activations, in inputs and outputs of its linear layers."""
+"""Memory that the backward of a layer holds besides kept activations, by inputs and outputs of linears."""
 LESS_BY_NODES = {2: 0.43, 4: 0.28}
 """By bytes of a number: what a layer keeps less, of the same, where its norms and its gated MLP are one node
 each: neither copies in float32 nor act(g) and its product with u."""
@@ -55,7 +55,7 @@ operands in float32."""
 CUDA_UNUSED = 0.05
 """Share of the tensors' memory that the allocator of a card cannot use."""
 SOFTCAP_BYTES = 18
-"""Bytes of a squashed score: in float32 its product, tangent, masked value and weight, and the weight narrow."""
+"""Bytes of a squashed score: in float32 product, tangent, masked value and weight, and the weight narrow."""
 QUANTIZED_BITS = 4.127
 """Bits of a weight with its scales: 4, 8 for a block of 64, and 32 for 256 blocks (Dettmers et al. 2023,
 "QLoRA", arXiv 2305.14314, section 3)."""
@@ -94,7 +94,7 @@ class Sizes:
     can_pack: bool
     """No layer carries a state from token to token."""
     gathered: int = 0
-    """Bytes of layers that are split over devices: a pass brings them together for the forward and for the backward."""
+    """Bytes of layers that are split over devices: a pass joins them for the forward and the backward."""
     elsewhere: int = 0
     """Trained weights that other devices keep."""
     cached: int = 0
@@ -102,7 +102,7 @@ class Sizes:
     less: float = 0.0
     """Times less than `kept`, but for Apple's device: `LESS_BY_NODES`."""
     again: int = 0
-    """Numbers of a token and layer that are not kept on a processor: answers of norms, which nodes compute again."""
+    """Numbers of a token and layer that are not kept on a processor: answers of norms, computed again."""
     softcap: bool = False
     """Scores are squashed, so that all of them are kept."""
 

@@ -1,1 +1,1 @@
-"""The recipe: every option of a run (options), read from files and dotted settings (read), printed with docs (show)."""
+"""The recipe: every option of a run (options), read from files and dotted settings, printed with docs."""

@@ -175,7 +175,7 @@ _IN_SIGHT = ("model", "name", "data.train", "data.eval", "track")
 
 
 def changed(recipe: Recipe) -> JsonObject:
-    """Options by their dotted keys that are not as they are by default, without model, name, files and trackers."""
+    """Options by dotted keys that differ from the defaults, without model, name, files and trackers."""
     start: JsonObject = Recipe().model_dump()
     fields = type(recipe.method).model_fields.items()
     start["method"] = {key: field.get_default(call_default_factory=True) for key, field in fields}

@@ -1,4 +1,4 @@
-"""A recipe from a file, from dotted settings (method.rank=8) and from what the caller knows, checked as a whole."""
+"""A recipe from a file, dotted settings (method.rank=8) and what the caller knows, checked as a whole."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SETTING_OPTION = "--set"
 
 
 def load(path: str | None, overrides: Sequence[str] = (), base: Record | None = None) -> Recipe:
-    """The recipe of a YAML or JSON file, laid over `base`, with `overrides` such as "method.rank=8" laid over both.
+    """The recipe of a YAML or JSON file, over `base`, with `overrides` such as "method.rank=8" over both.
 
     Mappings are merged key by key; an override replaces the value of its key. Values of overrides are YAML.
     Raises RecipeError with a line for every problem.
@@ -204,7 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _place(location: Iterable[int | str]) -> tuple[str, str]:
-    """The key as a person writes it, and the key of the option table; the branches of unions are not part of either."""
+    """The key as a person writes it, and the key of the option table; without branches of unions."""
     shown = known = ""
     skip_method = False
     for part in location:

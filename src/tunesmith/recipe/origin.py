@@ -56,7 +56,7 @@ class Origin:
         return cls(run, base, str(made.get("in", "")), str(made.get("root", "")), places)
 
     def find(self, typed: str) -> str:
-        """The place now: as recorded, moved with the run, or as typed; else the recorded place, for a message."""
+        """The place now: as recorded, moved with the run, or as typed; else as recorded, for a message."""
         then = self.places.get(typed)
         if then is None:
             return typed

@@ -1,6 +1,6 @@
 """Configuration files of LLaMA-Factory and Axolotl, translated into a recipe as far as it goes.
 
-Their options by name: docs/guide/coming-from.md, held equal to these tables by `tests/recipe/test_other_tools.py`.
+Their options by name: docs/guide/coming-from.md, held equal by `tests/recipe/test_other_tools.py`.
 """
 
 from __future__ import annotations
@@ -212,4 +212,4 @@ load_in_4bit load_in_8bit use_dora peft_use_dora lora_target_linear per_device_e
 strict resume_from_checkpoint bf16_full_eval trust_remote_code wandb_project model_type tokenizer_type special_tokens
 """
 AUTOMATIC = frozenset(_AUTOMATIC.split())
-"""Options that are decided here by themselves, are part of another one, or are words of the command line (`--out`)."""
+"""Options that are decided here by themselves, are part of another, or words of the command line (`--out`)."""

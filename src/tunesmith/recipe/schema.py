@@ -56,7 +56,7 @@ class DataFile(OptionGroup):
         return self._at or self.path
 
     def at_place(self, place: str, *, path: str = "") -> DataFile:
-        """This file, read from another place; with a path, one of the files that it names, whose source it is."""
+        """This file, read from another place; with a path a file that it names and whose source it is."""
         copy = self.model_copy(update={"path": path or self.path})
         copy._at, copy._source = place, self.source if path else self._source
         return copy

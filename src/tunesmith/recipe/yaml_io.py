@@ -1,4 +1,4 @@
-"""YAML with the types of YAML 1.2: `no`, `1:30` and 2024-01-01 are text, 1e-4 is a number, a key is there once."""
+"""YAML with the types of YAML 1.2: `no`, `1:30` and 2024-01-01 are text, 1e-4 a number, keys are there once."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def fsync_file(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file for writing. It takes `path`'s place when the block ends well; on any error nothing has changed.
+    """Open a file for writing. It takes `path`'s place when the block ends well; on an error nothing changes.
 
     Raises StorageError if the disk refuses, with `num_bytes` as the size needed.
     """
@@ -106,7 +106,7 @@ def writing(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a restart, finds the old bytes or the new, never a part."""
+    """Write `content` to `path` so that a reader, or a restart, finds old bytes or new, never a part."""
     with writing(path, num_bytes=len(content)) as file:
         file.write(content)
 
@@ -197,7 +197,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def at_work(folder: Path) -> Iterator[None]:
-    """Show `clean` that the process which fills a temporary folder lives, by a lock that the system ends with it."""
+    """Show `clean` that the writer of a temporary folder lives, by a lock that the system ends with it."""
     lock = filelock.FileLock(folder / _AT_WORK)
     with suppress(NotImplementedError, OSError):  # a file system without locks: `clean` goes by the folder's age
         lock.acquire(timeout=0)
@@ -219,7 +219,7 @@ def _is_left(folder: Path) -> bool:
 
 
 def clean(parent: Path, *, name: str | None = None, older_than_s: float = 0.0) -> list[Path]:
-    """Remove leftovers of killed writers in `parent` and finish or undo half-done swaps; return the paths handled.
+    """Remove leftovers of killed writers in `parent` and finish or undo half-done swaps; returns their paths.
 
     Only the one process that may write there calls this, unless `older_than_s` protects the work of living
     ones; what a process had `at_work` goes when it has ended. In a shared folder, `name` limits it to folders

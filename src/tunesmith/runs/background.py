@@ -1,4 +1,4 @@
-"""One call in a thread of its own: hashing and writing release Python's lock, so the caller works on meanwhile."""
+"""One call in a thread of its own: hashing and writing release Python's lock, so that the caller works on."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
       state.json              position, counters, best so far, digest of the run's log until then
       manifest.json           format, step, size and SHA-256 of each file above; written last
 
-A checkpoint is written under a temporary name, synced, and renamed. Only the holder of the run's lock writes here.
+A checkpoint is written under a temporary name, synced, and renamed. Only the holder of the lock writes here.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def newest(folder: Path, on_damaged: Callable[[Path, str], None]) -> Checkpoint 
 def rotate(folder: Path, *, keep: int, best: int | None) -> list[int]:
     """Delete all checkpoints but the `keep` newest and the one of step `best`; return the deleted steps.
 
-    Call after `save` has returned. Only complete checkpoints count as kept; incomplete ones are left for `newest`.
+    Call after `save` has returned. Only complete checkpoints count as kept; others are left for `newest`.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, and at least the newest checkpoint is kept")

@@ -95,7 +95,7 @@ class Tail:
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:
-    """Yield every event so far and each new one as it comes, once each, until `stop()` holds and nothing is left."""
+    """Yield every event so far and each new one as it comes, once each, until `stop()` and nothing is left."""
     tail, stopping = Tail(path), False
     while not stopping:
         stopping = stop()

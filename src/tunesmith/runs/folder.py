@@ -161,7 +161,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of the tuned model on the held-out rows, each {"value", "low", "high"} with its 95 % interval.
+        """Metrics of the tuned model on held-out rows, each {"value", "low", "high"} with its 95 % interval.
 
         {"loss": {"value": 1.2, "low": 1.1, "high": 1.3}, ...}; names: docs/reference/measures.md. `report` has
         the base's. Empty if nothing was held out. Raises RunError if the run has not ended.
@@ -181,7 +181,7 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """Notes of the run so far, in their order: left out, chosen, or found. Raises RunError for a damaged log."""
+        """Notes of the run so far, in their order: left out, chosen, found. Raises RunError for a bad log."""
         notes: list[str] = []
         for event in self.events():
             notes += event.values.get("warnings", ()) if event.kind == "plan" else ()
@@ -195,7 +195,7 @@ class Run:
         return self.place(load.load(str(self.recipe_path)))
 
     def place(self, recipe: Recipe) -> Recipe:
-        """Give a recipe of this run the current places of its files and the date that its chat template writes."""
+        """Give a recipe of this run the current places of its files and the date of its chat template."""
         from tunesmith.recipe.origin import Origin
 
         facts: Any = {}
@@ -233,7 +233,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Become the one writer of this folder. The operating system ends the lock with the process that holds it.
+        """Become the one writer of this folder. The system ends the lock with the process that holds it.
 
         Leftovers of a killed writer are removed first. Raises RunError naming the holder.
         """

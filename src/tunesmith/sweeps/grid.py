@@ -1,4 +1,4 @@
-"""The file of a sweep: a base recipe and the options that trials vary, all checked before anything is loaded."""
+"""The file of a sweep: a base recipe and the options that trials vary, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ class Judge:
         return rest == 0 and evaluations == 1
 
     def hear(self, trial: str, step: int, value: float) -> JsonObject | None:
-        """Note an evaluation; {"step", "value", "rank", "of"} if the trial is to stop for it, None if it continues.
+        """Note an evaluation; {"step", "value", "rank", "of"} if the trial has to stop, None if it continues.
 
         `rank` counts from 1 among the `of` trials that have reached the rung so far.
         """

@@ -131,7 +131,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _cause(failure: BaseException) -> TunesmithError:
-    """The error that a worker named, the one of the rank that failed first; GroupError where a worker is gone."""
+    """The error that a worker named, the one of the rank that failed first; GroupError if one is gone."""
     errors = [json.loads(line) for line in re.findall(rf"{_MARK}(\{{.*\}})", str(failure))]
     if not errors:
         return GroupError(f"Ray: {' '.join(str(failure).split()):.500}")

@@ -91,7 +91,7 @@ class Sweep:
     def opened(self) -> Iterator[None]:
         """Make the folder or go on with it; one process at a time.
 
-        Raises RunError if another sweep is in it or a process works on it, and InputError if a trial's folder is taken.
+        Raises RunError if another sweep or a process is in it, and InputError if a trial's folder is taken.
         """
         self._refuse_other()
         with storing(self.path):
@@ -172,7 +172,7 @@ class Sweep:
                 time.sleep(watch.poll_s)
 
     def _left(self, watch: Watch) -> list[Trial]:
-        """Trials that are neither done nor stopped nor failed for good; what the others measured is heard first."""
+        """Trials that are neither done nor stopped nor failed for good; others' measures come first."""
         left, over = [], 0
         for trial in self.grid.trials:
             self._hear(trial, Watch())
@@ -189,7 +189,7 @@ class Sweep:
         return left
 
     def _is_doubtful(self) -> bool:
-        """Whether a trial was refused and none has made its run yet: what is wrong may be wrong with all of them."""
+        """Whether a trial was refused and none has made its run yet: what is wrong may be so with all."""
         return bool(self.failed) and not any(map(self._has_run, self.grid.trials))
 
     def _has_run(self, trial: Trial) -> bool:
@@ -247,7 +247,7 @@ class Sweep:
         return Outcome(trial, state, reason, follower.step, follower.total, measure)
 
     def outcomes(self) -> list[Outcome]:
-        """Every trial, best first: those that are done by their measure, then the others as far as they came."""
+        """Every trial, best first: those that are done by their measure, then others as far as they came."""
         sign = 1 if info_of(self.grid.metric).better == "lower" else -1
 
         def order(outcome: Outcome) -> tuple[bool, float]:

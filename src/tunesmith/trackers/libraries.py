@@ -33,7 +33,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
 }
-"""Variables of the sending process: nothing is sent to the makers of these libraries, and no server is waited for."""
+"""Variables of the sending process: nothing is sent to these libraries' makers, no server is waited for."""
 
 
 class Tracker:
@@ -74,7 +74,7 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """Event files in the folder `tensorboard` of the run, written anew whenever it is opened: they follow from events.
+    """Event files in the folder `tensorboard` of the run, written anew each time: they follow from events.
 
     Values are rounded to float32, the only kind of scalar that every reader of such files shows.
     """
@@ -166,7 +166,7 @@ class Wandb(Tracker):
 
 
 def _sent_before(own: Path, run: Run, key: str) -> int:
-    """The newest step in other folders of the run once `wandb sync` has sent one; else -1, and they are removed."""
+    """Newest step in other folders of the run once `wandb sync` has sent one; else -1; they are removed."""
     others = [folder for folder in own.parent.glob(f"offline-run-*-{key}") if folder != own]
     if any(path for folder in others for path in folder.glob("*.synced")):
         with suppress(RunError):
@@ -316,7 +316,7 @@ def without_secrets(text: str) -> str:
 
 
 def _reach(address: str, offline: bool) -> None:
-    """Raise InputError if the server at an HTTP address must not be called, ConnectionError if it does not answer."""
+    """Raise InputError if the server at an HTTP address may not be called, ConnectionError if it is silent."""
     if not address.startswith("http"):
         return
     address = without_secrets(address)

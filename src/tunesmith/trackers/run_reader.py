@@ -82,9 +82,9 @@ class RunReader:
         self._open: dict[int, StepMetrics] = {}
 
     def add(self, event: Event) -> list[StepMetrics]:
-        """Take the next event; return the steps that are complete with it: one of a later step came, or the run ended.
+        """Take the next event; return the steps that it completes: a later step came, or the run ended.
 
-        The newest step of a run that was killed waits, since its evaluation may be missing, until the run continues.
+        The newest step of a run that was killed waits, as its evaluation may be missing, until that continues.
         """
         kind, values = event.kind, event.values
         if kind == "start":

@@ -1,4 +1,4 @@
-"""The process that sends a run's events to one tracker, and its parent's side, which waits no longer than promised.
+"""The process that sends a run's events to one tracker, and its parent's side, which waits as promised.
 
     python -m tunesmith.trackers.sender NAME [--offline]
 
@@ -37,7 +37,7 @@ from tunesmith.trackers.run_reader import RunReader, results_of
 from tunesmith.types import JsonObject
 
 PAUSE_S, MOST_STEPS = 5.0, 100
-"""Shortest time between two batches, and steps that a tracker gets at once: each call is a request or a transaction."""
+"""Shortest time between batches, and steps that a tracker gets at once: a call is a request or transaction."""
 RETRY_S, LONGEST_WAIT_S = 1.0, 60.0
 """Shortest and longest pause before a tracker that failed is tried again."""
 TRIES = 3
@@ -88,7 +88,7 @@ def _note(run: Run, name: str, **values: Any) -> JsonObject:
 
 
 def _attempt(run: Run, name: str, tracker: Tracker, over: threading.Event) -> None:
-    """Send steps in batches from the first event on, without those that the tracker has. Raises whatever it raises."""
+    """Send steps in batches from the first event on, without those it has. Raises whatever it raises."""
     reader, tail, is_open, is_last = RunReader(run), Tail(run.events_path), False, False
     try:
         while not is_last:
@@ -204,7 +204,7 @@ def tracked(
 
 
 def _usable(optional: Sequence[str], others: Sequence[str], say: Say) -> list[str]:
-    """The optional trackers, without the others, whose packages are here; of the rest it is said that they are not."""
+    """The optional trackers, without the others, whose packages are here; the rest is named as missing."""
     usable = []
     for name in dict.fromkeys(optional):
         if name not in others:

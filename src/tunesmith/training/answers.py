@@ -1,4 +1,4 @@
-"""Held-out prompts that a run answers before its first step and after its last, from the rows that it measures."""
+"""Held-out prompts that a run answers before its first step and after its last, from rows that it measures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
 
 
 def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
-    """The values of the "sample" events of the prompts, in order; each rank of a group writes some of the answers."""
+    """The values of the "sample" events of the prompts, in order; each rank writes some of the answers."""
     setup, world = session.setup, session.setup.world
     own = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
     written: dict[int, list[int]] = dict(pair for part in world.gather_values(own) for pair in part)

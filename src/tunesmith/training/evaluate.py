@@ -162,7 +162,7 @@ def _remember(session: Session, value: float, loss: float) -> None:
 
 
 def _answer(session: Session, name: str, writing: Continuation | None) -> None:
-    """Emit a "sample" event for each prompt, then one "answers" event with the metrics of all; scores go to a file."""
+    """Emit a "sample" event for each prompt, then one "answers" event of all metrics; scores go to a file."""
     setup = session.setup
     if not prompts_of(setup, name):
         return
@@ -238,7 +238,7 @@ def find_high_loss_rows(session: Session) -> None:
 
 
 def _seen(session: Session, most: int) -> list[tuple[int, float]]:
-    """At most `most` rows of the last epoch with their losses, from the log of their steps: on the first rank."""
+    """At most `most` rows of the last epoch with their losses, from the log of steps: on the first rank."""
     setup, last = session.setup, session.progress.step
     if not setup.world.is_first or not setup.task.sees_rows:
         return []

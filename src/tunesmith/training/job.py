@@ -127,7 +127,7 @@ def resume_run(
 
 
 def _take_part(device: str) -> bool:
-    """Take the card of this process, before an import can list the cards; whether it is the first of its group."""
+    """Take the card of this process, before an import can list cards; whether it is the group's first."""
     place = place_of(os.environ)
     take_card(place, device, os.environ)
     return place.rank == 0

@@ -38,9 +38,9 @@ MADE_OF = "merged-from.json"
 COMPARED_ROWS = 16
 """Held-out rows, or else rows of the training, that both are compared on."""
 TARGETS = 64
-"""Most targets of a row that are compared, spread over it: each has a number for every word of the vocabulary."""
+"""Most targets of a row that are compared, spread over it: each has a number for all of the vocabulary."""
 MOST_KL = 5e-3
-"""Largest mean KL divergence, in nats, of a merged base whose answers count as the same: as of an export in 16 bits."""
+"""Largest mean KL divergence, in nats, of a merged base whose answers count as equal: as of a 16-bit export."""
 
 
 MOST_LOSS, MOST_ERROR = 0.02, 0.01
@@ -95,7 +95,7 @@ def start_from(model: str, *, root: Path, offline: bool) -> Start:
 
 
 def _is_merged(run: Run) -> bool:
-    """Whether the merged base is there, and of this adapter: known by content, since a copied file keeps its time."""
+    """Whether the merged base is there, and of this adapter: by content, since a copy keeps its time."""
     try:
         made_of = from_json((run.merged_path / MADE_OF).read_bytes())
     except (OSError, ValueError):

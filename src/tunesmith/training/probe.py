@@ -1,4 +1,4 @@
-"""The probe: the heaviest step of a run, usual ones and a part of everything else, tried before the run in a child.
+"""The probe: a run's heaviest step, usual ones and a part of everything else, tried before the run in a child.
 
     python -m tunesmith.training.probe
 
@@ -49,7 +49,7 @@ LONGEST_S = 600.0
 USUAL_STEPS, USUAL_S = 4, 30.0
 """Steps of usual size, and seconds after which none is added."""
 MORE, MORE_S = 16, 4.0
-"""Most steps of usual size where they are short, and seconds after which none is added: the first are slower."""
+"""Most steps of usual size if they are short, and seconds after which none is added; the first are slower."""
 SETTLED_STEPS = 8
 """Steps of usual size that count, the last ones."""
 STEPS_LOOKED_AT = 64
@@ -256,7 +256,7 @@ def _measure_rows(setup: Setup) -> Timed | None:
 
 
 def _answer(setup: Setup) -> Timed:
-    """The next token of as many answers as are written together: of the rows that they begin, or of prompts alone."""
+    """The next token of as many answers as are written together: of rows that they begin, or of prompts."""
     if (writing := continuation(setup, "after")) is not None:
         rows = list(writing.wanted)[: writing.together([*map(setup.rows.held_store.lengths.item, writing.wanted)])]
         writing = replace(writing, stop_ids=frozenset(), new_tokens=MORE_WORDS, most_tokens=sys.maxsize)

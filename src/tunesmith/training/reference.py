@@ -1,4 +1,4 @@
-"""The reference of a run that compares answers: what the model of step 1 finds of every branch, computed once and kept.
+"""The reference of a run that compares answers: what the model of step 1 finds of each branch, kept.
 
     rows/<side>/<key>-<digest>.reference    SHA-256 of the rest, then float64 [I, K]
 
@@ -36,7 +36,7 @@ MOST_NAMED_ROWS = 5
 
 
 def use_reference(session: Session) -> None:
-    """Find or compute the reference of all rows that are trained on or measured. Call it before weights are restored.
+    """Find or compute the reference of all rows that are trained on or measured. Call it before `restore`.
 
     Only the first rank does; `share_reference` gives it to the others. Raises StorageError.
     """
@@ -118,7 +118,7 @@ def _unpacked(content: bytes, num_rows: int) -> NDArray[np.float64] | None:
 
 
 def check_start(setup: Setup) -> None:
-    """Before the first update the model is its reference: raise RunError if it finds anything else of step 1's rows.
+    """Before the first update the model is its reference: raise RunError if it differs on step 1's rows.
 
     Then the loss of the first step of dpo is log 2.
     """

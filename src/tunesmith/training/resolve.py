@@ -1,4 +1,4 @@
-"""Resolve a run before its model is loaded: every "auto" decided, its needs estimated, refused if it does not fit."""
+"""Resolve a run before its model is loaded: each "auto" decided, needs estimated, refused if too large."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
 FULL, MOST_OF_A_DEVICE = 0.75, 64
-"""Share of a step in which cards compute, below which a note says why; rows of a device that nobody trains with."""
+"""Share of a step in which cards compute, below which a note says why; rows of a device beyond any use."""
 
 
 @dataclass
@@ -251,7 +251,7 @@ def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tok
 
 
 def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
-    """This machine's device, with the memory that a rank may take. What a person should know of it goes into notes."""
+    """This machine's device, with the memory that a rank may take. What people should know goes into notes."""
     threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is for float32"

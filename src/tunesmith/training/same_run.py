@@ -13,7 +13,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.setup import Setup
 
 MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "devices", "shard")
-"""Options that change the memory of a step, and of its result only rounding and the random numbers of dropout."""
+"""Options that change the memory of a step, and of its result rounding and dropout's random numbers."""
 NAMED_LATER = {
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
@@ -26,7 +26,7 @@ MEASURES_LATER = "setting evaluation.samples_before"
 def refuse_other_run(
     run: Run, setup: Setup, then: Mapping[str, str], settings: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Notes on settings changed before, and settings that the run did not name; RunError if it would be another."""
+    """Notes on settings changed before, and settings that the run did not name; RunError if it is another."""
     if not then:
         return [], []
     later = {key: value for key, value in NAMED_LATER.items() if key in setup.identity}
@@ -34,7 +34,7 @@ def refuse_other_run(
     then = follow_renamed_gguf({**later, **then}, setup.identity)
     known = then.get("tokenizer and template")
     if known not in (None, setup.renderer.fingerprint) and setup.renderer.is_of(known):
-        # An earlier version named it, and rows, by less; the files of the model and of the data are compared by hash.
+        # An earlier version named it, and rows, by less; files of model and data are compared by hash.
         named_anew = ("tokenizer and template", "rows", "held-out rows")
         then |= {key: setup.identity[key] for key in named_anew if key in then}
     free = {f"setting {key}" for key in (*MAY_CHANGE, *(setting.partition("=")[0] for setting in settings))}
@@ -63,7 +63,7 @@ def settings_of_group(recipe: Recipe, world: World) -> list[str]:
 
 
 def with_settings(run: Run, settings: Sequence[str]) -> Recipe:
-    """The recipe of a run with settings that a person gave. Raises RecipeError for one that makes it another run."""
+    """The recipe of a run with settings that a person gave. Raises RecipeError if they make another run."""
     keys = [setting.partition("=")[0].strip() for setting in settings]
     if other := [key for key in keys if key not in MAY_CHANGE]:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Decide whether the prefix that rows of a step share is computed once: by rows and recipe, then by the model."""
+"""Decide whether the prefix that rows of a step share is computed once: by rows, recipe, and the model."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def random_option(model: nn.Module, method: MethodOptions) -> str | None:
 
 
 def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
-    """Name the difference if the prefix of these rows is shared: hidden states, or its gradient; None: nothing."""
+    """Name the difference if these rows' prefix is shared: hidden states, or its gradient; None: nothing."""
     # With every token as a target.
     rows = [Row(ids := row.ids[:PROBE_TOKENS], np.ones(len(ids), np.bool_), row.source) for row in rows]
     plain = build_batch(rows, range(len(rows)), layout="packed", device=model.device)
@@ -130,7 +130,7 @@ def disagreement(model: PreTrainedModel, rows: Sequence[Row]) -> str | None:
 
 
 def _answer(model: PreTrainedModel, batch: Batch, prefix: int) -> tuple[Tensor, Tensor]:
-    """[N, D] at the targets, and [P, D], the gradient at the first P positions, summed over the rows; float32."""
+    """[N, D] at the targets, and [P, D], the gradient at the first P positions, summed over rows; float32."""
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, args: object, output: Tensor) -> Tensor:

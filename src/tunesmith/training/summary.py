@@ -204,7 +204,7 @@ def sample_spans(setup: Setup) -> list[tuple[str, bool]]:
 
 
 def versions(recipe: Recipe | None = None) -> dict[str, str]:
-    """Versions of this package, Python and the libraries that numbers depend on, with the extras that `recipe` uses."""
+    """Versions of this package, Python and libraries that numbers depend on, with the extras of `recipe`."""
     used = {OPTIMIZERS[recipe.optim.name].extra if recipe else None}
     method = METHODS.get(recipe.method.name) if recipe else None  # "auto" before the recipe is resolved
     used |= {method.package} if method else set()

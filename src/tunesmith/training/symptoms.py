@@ -18,7 +18,7 @@ ONE_CLASS_ROWS = 10
 FAR_BELOW = 0.25
 """Share of the held-out loss below which a training loss shows rows learnt by heart."""
 BELOW = 0.7
-"""Share of the training loss below which a held-out loss is odd: dropout and the update between explain less."""
+"""Share of the training loss below which a held-out loss is odd: dropout and the next update explain less."""
 LONGER = 1.5
 """How many times as long as its reference an answer is that was cut off, at least, if it does not end."""
 

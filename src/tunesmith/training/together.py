@@ -56,7 +56,7 @@ def _facts(place: Place, device: str) -> JsonObject:
 
 
 def refuse_other_inputs(setup: Setup) -> None:
-    """Connect the group, and raise RunError on a rank whose data, model or tokenizer differ from the first's."""
+    """Connect the group, and raise RunError on a rank whose data, model or tokenizer differ from the first."""
     world = setup.world
     if world.size == 1:
         return
@@ -164,7 +164,7 @@ def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
 
 
 def whole_state(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Trained tensors and state of the optimizer for a checkpoint; `checkpoint.save` gathers those that are split."""
+    """Trained tensors and state of the optimizer for a checkpoint; `checkpoint.save` gathers split ones."""
     parts = dict(setup.attachment.trained), setup.optimizer.state()
     if not setup.attachment.shards:
         return parts

@@ -1,4 +1,4 @@
-"""The shapes that a row can have, found by the names of its fields. To add one: a `Format`, and a row in FORMATS."""
+"""The shapes of rows, found by the names of its fields. To add one: a `Format`, a row in FORMATS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations: messages as OpenAI writes them, conversations as ShareGPT does, Alpaca's tasks, and plain pairs.
+"""Conversations: messages as OpenAI writes them, conversations as ShareGPT does, Alpaca's tasks, plain pairs.
 
 {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
 {"conversations": [{"from": "human", "value": "..."}, ...], "system": "..."}
@@ -36,7 +36,7 @@ def parse_chat(
     answered: bool = True,
     key: Literal["messages", "conversations"] = "messages",
 ) -> Example | list[Problem]:
-    """The example of one row; every answer whose weight is not 0 is trained. Not `answered`: up to its last answer."""
+    """The example of one row; answers of weight other than 0 are trained. Not `answered`: up to the last."""
     check = RowProblems(source)
     turns, system, place = record.get(key), "", key
     if turns is None:
@@ -103,7 +103,7 @@ def _calls(value: str, check: RowProblems, place: str) -> list[JsonObject]:
 
 
 def _parse_alpaca(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row: instruction, a blank line and input are the user's message; the output is trained.
+    """The example of one row: instruction, a blank line and input are the user's message; output is trained.
 
     Answers in `history` are trained too.
     """

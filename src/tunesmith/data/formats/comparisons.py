@@ -153,7 +153,7 @@ def _transcript(text: str) -> list[dict[str, str]]:
 
 
 def _parse_unpaired(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row: its prompt, and as its one branch what is trained, with 1 where it is wanted, else 0."""
+    """The example of one row: its prompt, and as its branch what is trained, with 1 if it is wanted, else 0."""
     label = record.get("label")
     if answered and not isinstance(label, bool):
         return [Problem(source, "bad_label", f"label is {str(label)[:40]}.", "true: the answer is wanted; or false.")]
@@ -167,7 +167,7 @@ def _parse_unpaired(record: JsonObject, source: Source, *, answered: bool = True
 
 
 def _parse_scored(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row: its prompt, and a branch for each answer, the best first, with the scores as labels.
+    """The example of one row: its prompt, and a branch for each answer, best first, with scores as labels.
 
     Answers without scores are in order, and each counts those that follow.
     """

@@ -42,7 +42,7 @@ def _parse_summary(record: JsonObject, source: Source, *, answered: bool = True)
 
 
 def _parse_label(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row. A label is a text, a number, true or false; a list of them says which classes hold."""
+    """The example of one row. A label is text, a number, true or false; a list says which classes hold."""
     check = RowProblems(source)
     parts = [Part("text", check.text(record, "text"), False)]
     if record.get("text_pair") is not None:
@@ -98,7 +98,7 @@ def _has_pair(record: Record) -> bool:
 
 
 def _parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
-    """The example of one row: its anchor, and as branches its positive and negatives. Not `answered`: the anchor alone.
+    """The example of one row: its anchor, and as branches positive and negatives. Not `answered`: the anchor.
 
     `values` holds the score, if there is one.
     """

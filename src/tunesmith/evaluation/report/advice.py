@@ -1,4 +1,4 @@
-"""Changes to try next, by what a run measured: a sentence of why, and the settings of a run that may be better."""
+"""Changes to try next, by what a run measured: a sentence of why, and settings that may be better."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tunesmith.types import Record
 
 MOST_TRIED = 3
 STILL_FALLING = 0.01
-"""Share of the loss by which the last evaluation is lower than the one before it, if training may not be done."""
+"""Share of the loss by which the last evaluation is below the one before, if training may not be done."""
 WORSE_THAN_RANDOM = 1.1
-"""Least loss of a model with a new head, as a multiple of its untrained loss, that says its steps were too large."""
+"""Least loss of a new head, as a multiple of its untrained loss, at which steps were too large."""
 
 Course = Sequence[tuple[int, Record]]
 """(step, values) of the evaluations, as `RunSeries.course` has them."""
@@ -38,7 +38,7 @@ def next_command(run: Path, advice: Record) -> str:
 
 
 def try_next(report: Record, recipe: Recipe, course: Course) -> list[Advice]:
-    """At most `MOST_TRIED` changes, the one that mends most first; none where nothing measured calls for one."""
+    """At most `MOST_TRIED` changes, the one that mends most first; none if nothing measured calls for one."""
     return list(islice(_advices(report, recipe, course), MOST_TRIED))
 
 

@@ -24,7 +24,7 @@ MOST_CHARACTERS = 20_000
 
 
 def as_html(page: Page) -> str:
-    """The page as HTML. Every value that is put in goes through `visible` and is escaped, unless it is Markup."""
+    """The page as HTML. Every value put into it goes through `visible` and is escaped, unless it is Markup."""
 
     def shown(value: Any) -> Any:
         return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,4 +1,4 @@
-"""The plots of a report as inline SVG: drawn by matplotlib, coloured by the page, the same bytes for the same numbers.
+"""Plots of a report as inline SVG: drawn by matplotlib, coloured by the page, equal bytes for equal numbers.
 
 Lines differ by style, so that none needs its colour. matplotlib takes most of a second to import:
 this module is imported only where a report is drawn.
@@ -61,7 +61,7 @@ def draw(name: str, title: str, description: str, paint: Callable[[Any], None], 
     """The plot that `paint` makes of empty axes."""
     file = io.StringIO()
     with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
-        # A script that DejaVu lacks is not a fault: the browser has the font, only the space set aside is a guess.
+        # A script that DejaVu lacks is not a fault: the browser has the font, only the space is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         paint(figure.add_subplot())

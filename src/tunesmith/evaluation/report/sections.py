@@ -1,4 +1,4 @@
-"""The pages of a report and of a comparison as sections of blocks: one value, from which HTML and Markdown are made."""
+"""Pages of a report and of a comparison as sections of blocks: one value, made into HTML and Markdown."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _general_ability(series: RunSeries) -> JsonObject | None:
 
 
 def _judged(run: Run, report: Record) -> JsonObject:
-    """The report with its `changes`, `baseline` and `headline`. Raises RunError for a broken file of the evaluation."""
+    """The report with its `changes`, `baseline` and `headline`. Raises RunError for a broken file."""
     details = report["details"]["after"]
     classes = details.get("labels", ())
     after = list(rows_of(run, "after").values())
@@ -126,7 +126,7 @@ def kept_report(run: Run) -> JsonObject:
 
 
 def rows_of(run: Run, name: str) -> dict[tuple[str, int], RowResult]:
-    """Results of the held-out rows in the evaluation `name`, windows of a document added up; none without its file.
+    """Results of held-out rows in the evaluation `name`, windows of a document summed; none without its file.
 
     Raises RunError naming the line that is not a row.
     """
@@ -153,7 +153,7 @@ def _lines(path: Path, keys: Sequence[str]) -> Iterator[RowResult]:
 
 
 def flips(before: RowsByKey, after: RowsByKey) -> JsonObject | None:
-    """Rows that were right and are wrong, and the reverse, surest first; None where no row is right or wrong."""
+    """Rows that were right and are wrong, and the reverse, surest first; None if no row is right or wrong."""
     by_direction: dict[bool, list[JsonObject]] = {True: [], False: []}
     for key in before.keys() & after.keys():
         was, now = _is_right(before[key]), _is_right(after[key])
@@ -197,7 +197,7 @@ def label_text(label: Any) -> str:
 
 
 def regressions(before: RowsByKey, after: RowsByKey) -> list[JsonObject]:
-    """The rows whose loss per target rose most: source, text where there is one, and the loss before and after."""
+    """Rows whose loss per target rose most: source, text if there is one, and the loss before and after."""
     worse = []
     for key in before.keys() & after.keys():
         was, now = (row["loss"] / row["count"] if row["count"] else 0.0 for row in (before[key], after[key]))
@@ -417,7 +417,7 @@ def sample_text(report: Record) -> str:
 
 
 def mark(answer: str, reference: str | None) -> str:
-    """right: equal to the reference; wrong: not, where that is so short that nothing else counts; else empty."""
+    """right: equal to the reference; wrong: not, if that is so short that nothing else counts; else empty."""
     if not reference:
         return ""
     return "right" if answer.strip() == reference.strip() else "wrong" if is_short(reference) else ""
