@@ -59,8 +59,9 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> Run:
-    """Tune `model` on `data`; the finished run. Its notes arrive as `TunesmithWarning`, and are in `run.notes`. On
-    several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their agent.
+    """Tune `model` on `data`; the finished run. Its notes arrive as `TunesmithWarning`, and are in `run.notes`.
+    On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their
+    agent.
 
     Args:
         data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`

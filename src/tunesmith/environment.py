@@ -64,8 +64,9 @@ def rest_of_card() -> float:
     rest = 1 - card_share(SERVING_SHARE)
     if rest < LEAST_REST:
         raise InputError(
-            f"{CARD_SHARE}={os.environ[CARD_SHARE]}: runs of jobs get what the server leaves of the card: next to "
-            f"nothing. Give at most {1 - LEAST_REST:g}, or 1 to a server without --jobs or with jobs on other machines."
+            f"{CARD_SHARE}={os.environ[CARD_SHARE]}: runs of jobs get what the server leaves of the card: next "
+            f"to nothing. Give at most {1 - LEAST_REST:g}, or 1 to a server without --jobs or with jobs on "
+            "other machines."
         )
     return rest
 
@@ -80,9 +81,10 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     # each shape. Rows have all lengths, so both would fill up; a micro-batch needs 35 to 50.
     environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
     environ.setdefault("LRU_CACHE_CAPACITY", SHAPE_CACHE_SIZE)
-    # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same pages
-    # in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up to a GiB takes
-    # 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs mallopt.
+    # glibc maps large blocks one by one and unmaps them when they are freed, so that the kernel clears the same
+    # pages in every step; and memory that one thread frees stays in a heap of its own. One heap that keeps up
+    # to a GiB takes 15 % less memory at the peak of a LoRA run. Children read the variables, this process needs
+    # mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for name, parameter, value in MALLOC:
         if name not in environ:
@@ -206,8 +208,9 @@ def default_threads(processes: int = 1) -> tuple[int, str]:
 
 
 def limit_process(*, memory_bytes: int, seconds: float, grace_s: int = 1) -> None:
-    """Let this process have `memory_bytes` and `seconds` of a processor beyond what it has taken: then SIGXCPU, and
-    `grace_s` later its end. What a system cannot limit (memory on macOS, anything on Windows) stays free."""
+    """Let this process have `memory_bytes` and `seconds` of a processor beyond what it has taken: then SIGXCPU,
+    and `grace_s` later its end. What a system cannot limit (memory on macOS, anything on Windows) stays
+    free."""
     with suppress(ImportError):
         import resource
 

@@ -190,7 +190,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens in a row of a micro-batch: a packed row, a shared prefix, or the rest of a row after its prefix."""
+    """Consecutive tokens of a packed micro-batch: a row, a shared prefix, or what follows it in a row."""
 
     tokens: int
     before: tuple[Span, ...] = ()

@@ -20,7 +20,7 @@ def main() -> None:
 
     prepare_environment(os.environ)
     if os.environ.get("TUNESMITH_DEBUG") != "1":
-        warnings.simplefilter("ignore")  # warnings of libraries are for their programmers; ours arrive as events
+        warnings.simplefilter("ignore")  # libraries' warnings are for their programmers; ours arrive as events
     code: int | str | None = 0
     try:
         app(prog_name="tunesmith")

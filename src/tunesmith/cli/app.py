@@ -93,7 +93,7 @@ class Commands(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError, typer.BadParameter):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if any(kind.__name__ == "ClickException" for kind in type(error).__mro__):  # typer reports it, with usage
+            if any(kind.__name__ == "ClickException" for kind in type(error).__mro__):  # typer reports it
                 raise
             raise typer.Exit(errors.report(error, as_json=bool(ctx.meta.get("json")))) from None
 

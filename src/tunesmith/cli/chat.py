@@ -101,7 +101,7 @@ def open_speakers(
     if run is None and compare:
         raise InputError(f"{target}: --compare needs a run: a model has no other, untouched version.")
     note(f"loading {target if run is None else run.path}")
-    is_whole = compare and run is not None and run.model_path.exists()  # its base is loaded for the other answers only
+    is_whole = compare and run is not None and run.model_path.exists()  # its base is for the other answers only
     load = partial(load_any, target, root=root, offline=offline)
     last = load(base=base, model=None if is_whole else model)
     if last.note:

@@ -168,8 +168,9 @@ def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
     share = percent(stats.trained / stats.tokens)
     _say(
         screen,
-        f"{side}: {stats.tokens:,} tokens, {stats.trained:,} of them trained ({share}); a row has {stats.shortest:,} "
-        f"to {stats.longest:,}, half have {stats.median:,} or less, 95 % have {stats.p95:,} or less",
+        f"{side}: {stats.tokens:,} tokens, {stats.trained:,} of them trained ({share}); a row has "
+        f"{stats.shortest:,} to {stats.longest:,}, half have {stats.median:,} or less, 95 % have {stats.p95:,} "
+        "or less",
     )
 
 

@@ -320,7 +320,7 @@ class RunDisplay:
             json_line(asdict(event))
         self.display.event(event)
         is_measuring = event.kind == "sample" or event.values.get("name") in ("before", "after")
-        if is_measuring and self.should_stop() and place_of(os.environ).size == 1:  # a group stops between steps
+        if is_measuring and self.should_stop() and place_of(os.environ).size == 1:  # groups stop between steps
             raise Stopped(f"stopped while measuring; resume with: {command('resume', self.runs[-1].path)}")
 
     def note(self, text: str) -> None:

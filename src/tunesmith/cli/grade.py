@@ -62,11 +62,13 @@ def grade(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Try a grader before anything is trained with it: does it tell right answers from wrong ones, and can it be won?
+    """Try a grader before anything is trained with it: does it tell right answers from wrong ones, and can it
+    be won?
 
     tunesmith grade prompts.jsonl --grader grader.py
 
-    tunesmith grade prompts.jsonl --grader grader.json --model HuggingFaceTB/SmolLM2-135M-Instruct --page tried.html
+    tunesmith grade prompts.jsonl --grader grader.json --model HuggingFaceTB/SmolLM2-135M-Instruct --page
+    tried.html
     """
     bounds = _bounds(keep, out, model, page, overwrite)
     screen = console(stderr=True)

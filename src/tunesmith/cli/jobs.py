@@ -243,7 +243,8 @@ KEY_COLUMNS = ("id", "project", "state", "scopes", "created_at", "expires_at", "
 
 
 def _open(place: str, *, is_new: bool = False) -> Store:
-    """The store, also while a server works on it. Raises InputError where none is, unless it may be a new one."""
+    """The store, also while a server works on it. Raises InputError where none is, unless it may be a new
+    one."""
     check_extra("jobs")
     if not is_new and "://" not in place and not Path(place).is_dir():
         raise InputError(f"--store {place}: there is no store. Name the folder that `tunesmith serve --jobs` uses.")

@@ -201,7 +201,8 @@ def build_recipe(
 
 
 def named(target: str, root: Path) -> str:
-    """The path of the run that "last" means, which is printed on stderr with its state; any other target as it is."""
+    """The path of the run that "last" means, which is printed on stderr with its state; any other target as it
+    is."""
     runs_here = runs(root) if target == "last" and not Path(target).exists() else []
     if not runs_here:
         return target

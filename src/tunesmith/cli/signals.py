@@ -51,7 +51,7 @@ def stopping_on_signals(
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif has_begun():
-            from tunesmith.parallel.world import OWN_AGENT  # a rank has it; imported above, it would come before all
+            from tunesmith.parallel.world import OWN_AGENT  # ranks have it; imported above, it would come first
 
             requested.set()
             text = _LOST if number == signal.SIGTERM and OWN_AGENT in os.environ else words

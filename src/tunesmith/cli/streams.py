@@ -35,7 +35,7 @@ class _Lasting(io.FileIO):
 
 def prepare_streams() -> None:
     """Put streams that cannot fail in place of Python's, and the null device where one was closed."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would take what is printed
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened gets what is printed
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     if sys.stdin is None:

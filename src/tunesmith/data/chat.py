@@ -203,7 +203,7 @@ class ChatEncoder(RowEncoder):
             between = conversation[end : turn.limit] if end > turn.start else "before"
         if between.strip():
             return None
-        if row.tokens.ids[last] in self._middle:  # which ends a message and no answer: the model is not to stop there
+        if row.tokens.ids[last] in self._middle:  # it ends a message and no answer: no place to stop
             return last - 1
         if row.tokens.ids[last : last + len(self._run)] == self._run:
             last += len(self._run) - 1

@@ -198,7 +198,7 @@ def build_batch(
         mask_BT = None
     else:
         positions_BT = np.broadcast_to(np.arange(longest), ids_BT.shape)
-        # Padding is known by length, never by id: the padded id is a real token that no target or mask refers to.
+        # Padding is known by length, never by id: the padded id is a real token, but no target or mask has it.
         mask_BT = (np.arange(longest)[None] < np.array(lengths)[:, None]).astype(np.int64)
     decoder_ids_BU = None
     learnt = [_learnt(row, int(start), pools=pools) for row, start in zip(rows, starts, strict=True)]

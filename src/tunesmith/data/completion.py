@@ -230,7 +230,7 @@ class SummarizationEncoder(RowEncoder):
         starts_T = self._fast.encode([document])[0].starts_T
         if len(starts_T) <= excess:
             return ""
-        return document[: min(int(starts_T[-excess]), len(document) - 1)]  # shorter, whatever a tokenizer's places say
+        return document[: min(int(starts_T[-excess]), len(document) - 1)]  # shorter, whatever the places say
 
     def _refusal(self, example: Example, num_tokens: int) -> Problem:
         if self._limit.too_long != "cut":

@@ -284,12 +284,12 @@ def build(
     file that is missing, unreadable or changes meanwhile; `StorageError`.
     """
     files = expand_folders(files, on_problem, how=data.reading)
-    inspect_files(files, lambda warning: None, data.reading)  # names all that cannot be read, before one is hashed
+    inspect_files(files, lambda warning: None, data.reading)  # names all unreadable ones before one is hashed
     with ExitStack() as held:
         before = [_signature(file.at) for file in files]
         sizes = [size for size, *_ in before]
         hashes = [file_hash(file) for file in files]
-        key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # by which a reader is chosen
+        key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # which choose a reader
         paths = [file.path for file in files]
         summary = find(folder, key)
         if summary is None:

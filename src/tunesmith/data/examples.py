@@ -157,7 +157,7 @@ class FileExamples:
             fix = "Name a field by data.columns to use it."
             self._note(next(iter(self.ignored.values())), "ignored_fields", f"not used: {names(self.ignored)}.", fix)
         unused = [theirs for ours, theirs in self.data.columns.items() if ours not in self.mapped]
-        if unused and self.facts.rows and (self.answered or not self.mapped):  # else columns of answers may be missing
+        if unused and self.facts.rows and (self.answered or not self.mapped):  # else answers may be missing
             by_names = "without" if self.mapped else "by its own names"
             message = f"no row of it has {names(unused)}, which data.columns names: it was read {by_names}."
             self._note(Source(self.facts.path, 0), "columns_unused", message, "")

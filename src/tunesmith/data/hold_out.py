@@ -62,7 +62,7 @@ def few_note(num_held: int) -> str | None:
     """Note about the uncertainty of few held-out rows; None if there are enough, or none."""
     if not 0 < num_held < FEW_HELD:
         return None
-    points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval of a share: 1.96 * sqrt(0.25 / n)
+    points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval: 1.96 * sqrt(0.25 / n)
     rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
     return (
         f"{rows} too few to distinguish a small change from chance: a share measured on so few is uncertain by up to "

@@ -24,7 +24,7 @@ def is_rows(given: object) -> bool:
     """Whether `given` is rows: a pandas or `datasets` table, or a list of mappings but {"path", "weight"}."""
     if isinstance(given, (str, bytes, Mapping)):
         return False
-    if (hasattr(given, "iloc") and hasattr(given, "columns")) or hasattr(given, "column_names"):  # no pandas Series
+    if (hasattr(given, "iloc") and hasattr(given, "columns")) or hasattr(given, "column_names"):  # no Series
         return True
     if not isinstance(given, (list, tuple)) or not given:
         return False

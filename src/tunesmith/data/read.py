@@ -81,7 +81,7 @@ def _documents(
         message = f"folders of a model or a run were left out: {names(sorted(models))}."
         fix = "If they hold documents of yours, give those by name."
         on_problem(Problem(Source(folder, 0), "left_out", message, fix, severity="warning"))
-    writable = [name for name in listed if name.encode("utf-8", "ignore").decode() == name]  # others are not UTF-8
+    writable = [name for name in listed if name.encode("utf-8", "ignore").decode() == name]  # all UTF-8
     documents = [name for name in writable if suffix_of(name) in (*DOCUMENTS, *suffixes)]
     rows = [name for name in writable if suffix_of(name) in SUFFIXES]
     if rows and all(is_about(name) for name in documents):
@@ -271,7 +271,7 @@ def _records(facts: FileFacts, limits: Limits, on_bad: OnBadRow) -> Iterator[tup
         "text": document,
     }
     if facts.kind in ("CSV", "Parquet"):
-        from tunesmith.data.read_table import csv_rows, parquet_rows  # pyarrow: a server of jobs saves its 40 MB
+        from tunesmith.data.read_table import csv_rows, parquet_rows  # pyarrow: a server of jobs saves 40 MB
 
         if facts.kind == "Parquet":
             yield from parquet_rows(facts, limits=limits, on_bad=on_bad)

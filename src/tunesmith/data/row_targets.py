@@ -1,7 +1,7 @@
 """Targets of encoded rows besides their tokens: labels, masks, partners, references.
 
-This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows are
-encoded and options are decided, `write_reference` once the model of step 1 has read them. All others only read.
+This is the one place that writes into a `RowStore`, and it does so before training: `write_targets` once rows
+are encoded and options are decided, `write_reference` once the model of step 1 has read them. Others only read.
 """
 
 # I rows, K branches
@@ -71,7 +71,7 @@ def partners_of(
     partners_I = np.full(len(hashes_I), -1, np.int64)
     for rows_I in parts:
         order = rows_I[np.argsort(hashes_I[rows_I], kind="stable")]
-        ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # behind which another prompt follows
+        ends = np.flatnonzero(inputs_I[order] != np.roll(inputs_I[order], -1))  # before another prompt
         partners_I[order] = order
         if len(ends):
             next_end = ends[np.searchsorted(ends, np.arange(len(order))) % len(ends)]

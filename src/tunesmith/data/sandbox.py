@@ -144,7 +144,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals["lipsum"] = _lipsum
         self.begin(math.inf)
         self.template = self.from_string(text)
-        self.template.globals = dict(self.template.globals)  # a ChainMap takes a fifth of the time of a short chat
+        self.template.globals = dict(self.template.globals)  # a ChainMap takes a fifth of a short chat's time
 
     def begin(self, limit_s: float) -> None:
         """Begin a rendering, which may compute for `limit_s` seconds of this thread."""

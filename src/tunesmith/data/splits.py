@@ -270,7 +270,7 @@ def texts_of(
         return {}
     try:
         by_source = examples_at(files, data, task, wanted)
-    except DataError:  # a file that is gone by now must not end a run: the caller decodes tokens instead, and says so
+    except DataError:  # a file that is gone must not end a run: the caller decodes tokens, and says so
         return {}
     texts = {}
     for source, example in by_source.items():

@@ -79,7 +79,7 @@ def _fault_of(given: str) -> str:
                 to_send = None
                 if time.monotonic() > ends:
                     return too_long
-                if _resident_bytes(process.pid) > 2 * TRIAL_BYTES:  # where the system keeps no limit: macOS, Windows
+                if _resident_bytes(process.pid) > 2 * TRIAL_BYTES:  # the system keeps no limit: macOS, Windows
                     return TAKES_MEMORY
         finally:
             process.kill()

@@ -279,8 +279,8 @@ def check_against_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, template_text: str, *, vocabulary: bool = True) -> str:
-    """SHA-256 over what makes ids of text: the template, the probe's ids, every added and named token, and every word
-    with its id or score and every merge. Equal after a tokenizer was saved and loaded, by any release of its library.
+    """SHA-256 over what makes ids of text: the template, the probe's ids, every added and named token, each
+    word with its id or score, each merge. Equal after saving and loading, by any release of its library.
 
     Without `vocabulary` as earlier versions computed it: two vocabularies that spell the probe alike were one.
     """

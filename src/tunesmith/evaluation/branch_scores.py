@@ -1,7 +1,8 @@
 """Metrics of rows with branches: answers that are preferred or not, documents that are ranked, scored pairs.
 
-An anchor has one right document, so that recall is the share of rows that find it, and nDCG@10 is 1 / log2(1 + rank)
-(Järvelin and Kekäläinen 2002); a list brings its own. A result holds the rank by the model and that by BM25.
+An anchor has one right document, so that recall is the share of rows that find it, and nDCG@10 is 1 / log2(1 +
+rank) (Järvelin and Kekäläinen 2002); a list brings its own. A result holds the rank by the model and that by
+BM25.
 """
 
 from __future__ import annotations

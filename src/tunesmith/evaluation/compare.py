@@ -380,8 +380,9 @@ def left_out(details: Record) -> Iterator[str]:
     """A sentence on the lists that no order gets wrong, if there are any."""
     if num := details.get("left_out", 0):
         yield (
-            f"{num:,} of {plural(details['lists'], 'list')} {'is' if num == 1 else 'are'} left out of the ranks: all "
-            "documents of such a list have one label, or there is one document, so no order is wrong."
+            f"{num:,} of {plural(details['lists'], 'list')} {'is' if num == 1 else 'are'} left out of the "
+            "ranks: all documents of such a list have one label, or there is one document, so no order is "
+            "wrong."
         )
 
 

@@ -84,7 +84,7 @@ def predict_rows(
     dealt = shares([int(store.lengths[list(members)].sum()) for members in batches], world.size)
     mine = dealt[world.rank]
     with eval_mode(model):
-        for _ in range(max(map(len, dealt)) - len(mine) if world.is_sharded else 0):  # every rank has as many passes
+        for _ in range(max(map(len, dealt)) - len(mine) if world.is_sharded else 0):  # ranks have equal passes
             task.measure(model, collator.batch(batches[0], draw=0))
         for members in map(batches.__getitem__, mine):
             batch = collator.batch(members, draw=0)
@@ -219,7 +219,7 @@ def row_lines(
 def sample_rows(store: RowStore, rows_I: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     """The `most` rows of smallest content hash: the same sample whatever the order of the rows."""
     hashes_I = store.hashes[rows_I]
-    if most < len(rows_I):  # larger hashes are not sorted: of a million rows it takes long, and a plan does it often
+    if most < len(rows_I):  # larger hashes are not sorted: a million take long, and a plan does it often
         near_I = hashes_I <= np.partition(hashes_I, most)[most]
         rows_I, hashes_I = rows_I[near_I], hashes_I[near_I]
     return rows_I[np.argsort(hashes_I, kind="stable")][:most]
@@ -231,8 +231,9 @@ def highest_loss(lines: Iterable[JsonObject]) -> list[JsonObject]:
 
 
 def constant_answer(labels: Labels | None, store: RowStore, rows_I: NDArray[np.int64]) -> Constant | None:
-    """The best answer without reading a row, by the labels of some rows: their commonest class (of tags: the commonest
-    tag), the classes that most rows have where a row has any number of them, or the mean of their numbers."""
+    """The best answer without reading a row, by the labels of some rows: their commonest class (of tags: the
+    commonest tag), the classes that most rows have where a row has any number of them, or the mean of their
+    numbers."""
     if labels is None or len(rows_I) == 0:
         return None
     if labels.kind == "number":

@@ -1,8 +1,9 @@
 """Anchors and their positives: the rank of each positive among many documents, by vectors and by BM25.
 
-Documents are the positives and negatives of the measured rows and of others, each text once. Left out for an anchor is
-its own text, and what other rows say belongs to it: a row has one right document. A pool is the documents of some rows,
-and ranks in different pools do not compare; so each anchor is also ranked in the pool of the measured rows alone.
+Documents are the positives and negatives of the measured rows and of others, each text once. Left out for an
+anchor is its own text, and what other rows say belongs to it: a row has one right document. A pool is the
+documents of some rows, and ranks in different pools do not compare; so each anchor is also ranked in the pool
+of the measured rows alone.
 """
 
 # I rows, K texts of a row, M documents, D vector size
@@ -105,7 +106,7 @@ def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, 
             return replace(predictions, losses_I=np.array(losses), results=list(results))
     vectors = [torch.from_numpy(result["vectors"]) for result in predictions.results]
     scores = torch.tensor([store.row(int(row)).values[0] for row in rows_I], dtype=torch.float32)
-    counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss here needs keys
+    counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss needs keys
     texts = Texts(torch.cat(vectors), keys, counts, scores)
     if options.loss in SCORED:
         vectors_LD = torch.nn.functional.normalize(texts.vectors_LD, dim=-1)
@@ -187,8 +188,9 @@ def _pool(sides: Sequence[MeasuredRows]) -> str:
 
 
 def _lists(own: MeasuredRows, tokenizer: Any) -> list[Record]:
-    """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25; None for a
-    list whose documents are all as good, which no order gets wrong. Of rows with one document each its score."""
+    """The rank of the best document in its list and nDCG@10 with labels as gains, by the model and by BM25;
+    None for a list whose documents are all as good, which no order gets wrong. Of rows with one document each
+    its score."""
     store, rows_I, predictions = own
     if (store.branches.counts[rows_I] == 1).all():
         return [{"value": result["scores"][0], "similarity": result["rewards"][0]} for result in predictions.results]

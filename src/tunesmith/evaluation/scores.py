@@ -46,7 +46,7 @@ SHORT_WORDS = 3
 """An answer of at most this number of words is right or wrong: a class, a name, a date."""
 MOSTLY_SHARE = 0.9
 _SUMS = ("loss", "count", "correct", "bytes")
-_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces between words
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai, Lao, kana, Han: no spaces
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
 
 

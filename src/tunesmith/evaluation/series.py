@@ -103,8 +103,9 @@ class RunSeries:
         return sum(recent) / len(recent) * (self.total_steps - self.step)
 
     def course(self, kept: int | None = None) -> list[tuple[int, Record]]:
-        """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where those
-        of step `kept` were put back, is left out. `kept` None: not known; a step's own evaluation counts."""
+        """One evaluation a step, in order, each of that step's own weights: the "after" of other weights, where
+        those of step `kept` were put back, is left out. `kept` None: not known; a step's own evaluation
+        counts."""
         by_step: dict[int, Record] = {}
         for step, values in self.evaluations:
             if values["name"] != "after" or (step == kept if kept is not None else step not in by_step):
@@ -118,8 +119,9 @@ class RunSeries:
         return [values["loss"] for _, values in sorted(self.course(kept_step), key=lambda pair: pair[0])]
 
     def score(self, name: str) -> JsonObject | None:
-        """The evaluation of that name with the metrics of answers and of general text, and the number of `answers` and
-        of `general_tokens` behind them; None if nothing was held out, or of the "before" of a new head."""
+        """The evaluation of that name with the metrics of answers and of general text, and the number of
+        `answers` and of `general_tokens` behind them; None if nothing was held out, or of the "before" of a new
+        head."""
         evaluation = next((values for _, values in reversed(self.evaluations) if values["name"] == name), None)
         if evaluation is None or (name == "before" and self.has_new_head):
             return None

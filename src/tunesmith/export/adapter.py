@@ -101,7 +101,7 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject
     if result.base.is_gguf:
         base = f'".", gguf_file="{result.base.path.name}"'
     labels = f", num_labels={result.labels.num_outputs}" if result.labels is not None else ""
-    rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"  # a padded table is longer than needed
+    rows = "max(len(tokenizer), base.get_input_embeddings().num_embeddings)"  # padded tables are longer
     resize = f"base.resize_token_embeddings({rows})\n" if result.recipe.data.new_tokens else ""
     code = (
         f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {name}\n\n"

@@ -227,7 +227,7 @@ def gguf_writer(
         yield writer
         writer.close()
         read_gguf(path)
-    except (ModelError, OSError) as error:  # the last tensors may be lost without an error when the file is closed
+    except (ModelError, OSError) as error:  # the last tensors may be lost silently when the file is closed
         if isinstance(error, OSError) and error.errno is not None:
             raise
         # numpy reports how many numbers were written, but not why the rest were not.

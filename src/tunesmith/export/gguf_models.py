@@ -201,8 +201,9 @@ def find_architecture(config: PreTrainedConfig, name: str) -> Architecture:
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise ModelError(
-            f"{name}: gguf: a {config.model_type} cannot be written. Those that can: {', '.join(ARCHITECTURES)}. "
-            "Export merged, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"{name}: gguf: a {config.model_type} cannot be written. Those that can: "
+            f"{', '.join(ARCHITECTURES)}. Export merged, and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py."
         )
     if limits := architecture.limits(config):
         raise ModelError(

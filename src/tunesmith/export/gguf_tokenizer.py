@@ -1,8 +1,9 @@
 """A tokenizer in a GGUF: tokens with their types, merges or scores, pre-tokenizer, special tokens, template.
 
-The pre-tokenizer splits text into words before merging. A wrong name gives other tokens than the model was trained
-with, and no error. It is found by the hash of the tokens of a fixed text, as in llama.cpp, which identifies published
-tokenizers; or by the steps in the tokenizer's file, which also identify tokenizers with added tokens.
+The pre-tokenizer splits text into words before merging. A wrong name gives other tokens than the model was
+trained with, and no error. It is found by the hash of the tokens of a fixed text, as in llama.cpp, which
+identifies published tokenizers; or by the steps in the tokenizer's file, which also identify tokenizers with
+added tokens.
 """
 
 from __future__ import annotations

@@ -50,8 +50,9 @@ def go_template(result: RunResult) -> tuple[str | None, list[str]]:
             notes.append("its chat template strips spaces around messages, which Ollama does not")
     except (ValueError, TemplateRefusal) as reason:
         return None, [
-            f"its chat template cannot be written for Ollama ({reason}): the Modelfile has no TEMPLATE, and Ollama "
-            "guesses one. Check it with `ollama show --modelfile`, or run the GGUF by `llama-server --jinja`"
+            f"its chat template cannot be written for Ollama ({reason}): the Modelfile has no TEMPLATE, and "
+            "Ollama guesses one. Check it with `ollama show --modelfile`, or run the GGUF by `llama-server "
+            "--jinja`"
         ]
     if "system" not in parts:
         notes.append("its chat template has no system message: Ollama leaves them out")

@@ -96,7 +96,7 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
         attachment.merge()
     is_large = sum(weight.numel() * weight.element_size() for weight in model.parameters()) > MAX_FILE_BYTES
     pools = result.head == "sequence" and pools_last(model)
-    ids_BT = torch.arange(14).reshape(2, 7) % model.config.vocab_size  # traced on two rows of seven; both stay free
+    ids_BT = torch.arange(14).reshape(2, 7) % model.config.vocab_size  # traced on 2 rows of 7; both stay free
     inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     if has_token_types(model, result.tokenizer):
         inputs["token_type_ids"] = torch.zeros_like(ids_BT)

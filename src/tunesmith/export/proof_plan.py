@@ -67,9 +67,10 @@ class ProofPlan:
 def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tokens: int) -> ProofPlan:
     """The plan for an export whose weights are `written` in a dtype; "": in none of torch's.
 
-    The card of the run, if it is free for the larger side: in float32, else in the precision of the run. Otherwise the
-    processor: in float32, or in bfloat16 where float32 has no room or takes minutes longer. Files are computed in their
-    own dtype; float16, which a processor is slow in, in float32 where that has room. `num_tokens`: of all rows.
+    The card of the run, if it is free for the larger side: in float32, else in the precision of the run.
+    Otherwise the processor: in float32, or in bfloat16 where float32 has no room or takes minutes longer. Files
+    are computed in their own dtype; float16, which a processor is slow in, in float32 where that has room.
+    `num_tokens`: of all rows.
     """
     params = model_size(result.weights).num_params
     passes = (

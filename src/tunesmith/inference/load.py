@@ -328,7 +328,7 @@ def _made_for(located: ModelRef, kind: ModelKind, *, has_template: bool) -> Task
     if (located.path / "modules.json").is_file():  # of sentence-transformers
         head = "vector"
     fitting = [task for task in TASKS.values() if task.heads.get(kind) == head]
-    fitting = fitting or [task for task in TASKS.values() if head in task.heads.values()]  # refused by name later
+    fitting = fitting or [task for task in TASKS.values() if head in task.heads.values()]  # refused later
     return next(task.name for task in fitting if has_template or not task.is_chat)
 
 

@@ -388,8 +388,9 @@ MOST_UNREAD = 0.1
 def judged(
     judge: LoadedModel, prompts: Sequence[Example], before: Sequence[str], after: Sequence[str]
 ) -> tuple[dict[str, Interval], str]:
-    """`win_rate` of the answers after against those before, and a note. A judge that writes sees both orders; if
-    it contradicts itself, or says neither, that is a tie. Raises InputError for a judge that can do neither."""
+    """`win_rate` of the answers after against those before, and a note. A judge that writes sees both orders;
+    if it contradicts itself, or says neither, that is a tie. Raises InputError for a judge that can do
+    neither."""
     if judge.labels is not None and judge.labels.kind == "number":
         sides: list[Sequence[float]] = [_rewards(judge, prompts, answers) for answers in (before, after)]
     elif judge.head == "next_token":

@@ -39,7 +39,7 @@ def answer_to(request: Record) -> JsonObject:
                 raise FileFault("invalid_validation_file", message, "validation_file")
     except FileFault as fault:
         return {"fault": asdict(fault)}
-    except (_OutOfTimeError, MemoryError, SystemError) as error:  # the last is orjson's, where memory ends in it
+    except (_OutOfTimeError, MemoryError, SystemError) as error:  # orjson's, where memory ends in it
         what = f"{request['memory_bytes'] >> 20:,} MiB of memory"
         if isinstance(error, _OutOfTimeError):
             what = f"{request['seconds']:,} s of a processor"
@@ -64,7 +64,7 @@ def _limit(memory_bytes: int, seconds: int) -> None:
         raise _OutOfTimeError
 
     signal.signal(signal.SIGXCPU, end)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it is sent to all processes of a server, that ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a server, that ends this one
     limit_process(memory_bytes=memory_bytes, seconds=seconds, grace_s=GRACE_S)
     with suppress(OSError):  # where memory is short nevertheless, Linux ends this process before the server
         Path("/proc/self/oom_score_adj").write_text("1000")

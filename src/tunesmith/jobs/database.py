@@ -69,7 +69,7 @@ class Database:
     def prepare(self, *, may_upgrade: bool, on_note: Callable[[str], None]) -> None:
         """Make the tables, or upgrade them, in SQLite after a copy. Raises InputError for a newer version."""
         with self.reading() as connection:
-            if self.is_sqlite and self._is_server:  # before anything is removed that a damaged table does not name
+            if self.is_sqlite and self._is_server:  # before things go that a damaged table does not name
                 check = str(connection.exec_driver_sql("PRAGMA quick_check(1)").scalar())
                 if check != "ok":
                     raise RequestError(DAMAGED.format(reason=" ".join(check.split())[:200]), status=503)

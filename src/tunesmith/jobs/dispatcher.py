@@ -157,7 +157,7 @@ class Dispatcher:
     def _start_jobs(self) -> None:
         """Start as many runs as `parallel` allows, and tidy after jobs that wait no longer."""
         for job in self.store.with_status("running"):
-            if job["id"] not in (*self.active, *self.unfinished):  # an earlier server, or a full disk, left it so
+            if job["id"] not in (*self.active, *self.unfinished):  # left by an earlier server, or a full disk
                 self.store.change_job(job["id"], if_status=["running"], status="queued")
         waiting = {job["id"] for job in self.store.with_status("paused", *WAITING)}
         for job_id in self.waiting - waiting - self.active.keys():
@@ -208,7 +208,7 @@ class Dispatcher:
         run.clear_stop()
         recipe_path = self.store.recipes_path / f"{job_id}.yaml"
         integrations = [Integration.model_validate(integration) for integration in job["request"]["integrations"]]
-        environment = integrations[0].wandb.environment if integrations else {}  # of the service that gets the metrics
+        environment = integrations[0].wandb.environment if integrations else {}  # of the metrics' service
         self._follow_new(job, self.launcher.start(run.path, recipe_path, environment))
 
     def _follow_new(self, job: Record, process: ChildProcess | RayRun) -> None:
@@ -238,7 +238,7 @@ class Dispatcher:
         job = self._job(active.job_id)
         active.is_unwanted = job["status"] != "running"
         if active.is_unwanted and not (ended or active.run.stop_asked()):
-            active.process.stop()  # each round: a process that has just started may have no folder, or clear a request
+            active.process.stop()  # each round: a process that just started may have no folder, or clear a request
         if ended:
             del self.active[active.job_id]
             if job["status"] == "running":
@@ -260,7 +260,7 @@ class Dispatcher:
         """Put events of a run into the store, and what follows for its job. Known events change nothing."""
         self.store.add_events(active.translate(run_events))
         last_saved = max((run_event.step for run_event in run_events if run_event.kind == "checkpoint"), default=-1)
-        if last_saved >= 0 and last_saved > self._job(active.job_id)["last_checkpoint"]:  # it got further than before
+        if last_saved >= 0 and last_saved > self._job(active.job_id)["last_checkpoint"]:  # new progress
             self.store.change_job(active.job_id, if_status=["running"], last_checkpoint=last_saved, attempts=0)
         kinds = {run_event.kind for run_event in run_events}
         if "plan" in kinds:
@@ -315,7 +315,7 @@ class Dispatcher:
         return str(error["message"]).replace(f"{self.store.folder}/", "")
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:
-        """Serve results of epochs and of the newest stop on their base, once each; remove those of earlier stops.
+        """Serve results of epochs and of the newest stop, once each on their base; remove earlier stops' ones.
 
         Raises RequestError while there is no engine.
         """

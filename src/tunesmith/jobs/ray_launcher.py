@@ -1,7 +1,7 @@
 """Runs of jobs as Ray tasks, on this machine or on a cluster whose machines see the folder of the store.
 
-A task is only the place of a run: it starts the child that `LocalLauncher` starts, and waits for it. So what a killed
-server, task or machine leaves behind is what a killed local run leaves: a folder, and a lock that is held or free.
+A task is only the place of a run: it starts the child that `LocalLauncher` starts, and waits for it. So a
+killed server, task or machine leaves what a killed local run leaves: a folder, and a lock that is held or free.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RayRun:
             Run(self.child.run).ask_stop()
         elif self.task is not None:
             with suppress(self.ray.exceptions.RayError):
-                self.ray.cancel(self.task)  # it may wait for a place; else `stop` comes again once it has a folder
+                self.ray.cancel(self.task)  # it may wait for a place; else `stop` comes again with its folder
 
     def error(self) -> JsonObject | None:
         return self.child.error()

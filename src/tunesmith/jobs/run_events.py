@@ -47,7 +47,7 @@ class EventTranslator:
             data = {"step": run_event.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
             text = f"Step {run_event.step}/{self.total_steps}: training loss={values['loss']:.2f}"
             yield event(self.job, text, data=data, once=f"step {run_event.step}")
-            if run_event.step == self.total_steps:  # what follows takes up to a minute, or longer on a large base
+            if run_event.step == self.total_steps:  # what follows takes a minute, or longer on a large base
                 text = "All steps are done: the result is measured, saved and loaded next"
                 yield event(self.job, text, once="measured next")
         if run_event.kind == "evaluation" and values["name"] != "before":

@@ -56,7 +56,7 @@ class JobServer:
         launcher = LocalLauncher(offline=options.offline) if ray is None else RayLauncher(ray, offline=options.offline)
         slots = launcher.slots if isinstance(launcher, RayLauncher) else 1
         dispatcher = Dispatcher(store, bases, launcher, EnginesFromThread(engines, loop), on_note, slots)
-        await asyncio.to_thread(dispatcher.recover)  # before the first upload, which it could take for a leftover
+        await asyncio.to_thread(dispatcher.recover)  # before an upload that it could take for a leftover
         try:
             options = replace(options, attaches=True, engines=len(bases.bases))
             for name, base in bases.bases.items():

@@ -257,14 +257,14 @@ class Store:
     def sweep(self, *, with_uploads: bool = False) -> list[str]:
         """Remove contents of deleted files that no open job needs, and runs that are kept no longer.
 
-        `with_uploads`: at the start also halves of uploads; and what no row names is set aside, since the database may
-        be an older copy. Later it may belong to an upload that is being finished. Returns a line for what was moved.
+        `with_uploads`: at the start also halves of uploads, and what no row names is set aside, in case the
+        database is an older copy. Later it may belong to an upload being finished. A line for what moved.
         """
         stored = self._read(sa.select(files.c.id, files.c.deleted_at))
         # Read after the files: a job that is made of one meanwhile is seen here.
         needed = {row["request"].get(key) for row in self.open_jobs() for key in ("training_file", "validation_file")}
         needed |= {row["id"] for row in stored if row["deleted_at"] is None}
-        needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written before its row
+        needed |= {derived_id("file-", row["id"], "results") for row in self.open_jobs()}  # written first
         deleted = {row["id"] for row in stored} - needed
         unknown = []
         for path in list(self.files_path.iterdir()):
@@ -273,11 +273,11 @@ class Store:
             elif with_uploads and path.name not in needed:
                 unknown.append(path)
         for row in self._read(sa.select(jobs.c.id).where(jobs.c.run_removed_at.is_not(None))):
-            if (run := self.runs_path / row["id"]).exists():  # which goes last: what its launcher wrote goes with it
+            if (run := self.runs_path / row["id"]).exists():  # last: what its launcher wrote goes too
                 for path in (*self.runs_path.glob(f".{run.name}.*"), self.recipes_path / f"{run.name}.yaml", run):
                     remove(path)
         fsync_dir(self.files_path)
-        folders = list(self.parts_path.iterdir())  # before the rows: an upload that is made meanwhile is not among them
+        folders = list(self.parts_path.iterdir())  # before the rows: it has no upload made meanwhile
         pending = {row["id"] for row in self._read(sa.select(uploads.c.id).where(is_pending()))}
         ended = {row["id"] for row in self._read(sa.select(uploads.c.id))} - pending
         for path in folders:

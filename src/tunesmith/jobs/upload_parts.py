@@ -142,7 +142,7 @@ def complete_upload(store: Store, name: str, body: JoinBody) -> Record:
 
     Raises RequestError, and the upload stays pending: for an unknown part, other size or MD5, a useless file.
     """
-    with store.joining.setdefault(name, threading.Lock()):  # of calls at one time the first joins, the others see it
+    with store.joining.setdefault(name, threading.Lock()):  # of several calls the first joins, the others see it
         try:
             return _completed(store, name, body)
         finally:

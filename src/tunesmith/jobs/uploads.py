@@ -146,7 +146,7 @@ async def receive_file(request: Request, store: Store) -> Record:
             )  # fmt: skip
     except RequestError as error:
         if error.code == "file_too_large" and most == left:
-            await asyncio.to_thread(store.check_room, None, most + 1)  # which says that it is the project's limit
+            await asyncio.to_thread(store.check_room, None, most + 1)  # which names the project's limit
         raise
     anchor, seconds = (form.text(field) if field in form.fields else None for field in _EXPIRY)
     lifetime = lifetime_s(anchor, seconds)

@@ -1,7 +1,8 @@
 """Training methods, one row each in METHODS: add a method by writing its file and its row.
 
-A method attaches to a loaded model, which gives an `Attachment`: the tensors that are trained, and their way into the
-model. Everything that other rooms have to know about a method is a field of its row; none of them tests classes.
+A method attaches to a loaded model, which gives an `Attachment`: the tensors that are trained, and their way
+into the model. Everything that other rooms have to know about a method is a field of its row; none of them
+tests classes.
 """
 
 from __future__ import annotations
@@ -154,8 +155,9 @@ def attach(
 ) -> Attachment:
     """Put a recipe's method on its model.
 
-    `store`: the rows that are trained on; None: unknown. Full tuning trains only the embeddings of their tokens, and of
-    `pad_id` where rows may be padded: the others get no gradient. Raises what the method's own `attach` raises.
+    `store`: the rows that are trained on; None: unknown. Full tuning trains only the embeddings of their
+    tokens, and of `pad_id` where rows may be padded: the others get no gradient. Raises what the method's own
+    `attach` raises.
     """
     method = METHODS[recipe.method.name]
     if not method.reads_tokens:
@@ -163,7 +165,7 @@ def attach(
     # Masked words become any other at random; some optimizers' updates of a row depend on all rows.
     is_known = store is not None and head != "masked_token" and OPTIMIZERS[recipe.optim.name].spares_zeros
     tokens: Sequence[int] | None = store.tokens.tolist() if store is not None and is_known else None
-    if tokens is not None and head != "next_token":  # no padding precedes a token that is predicted from the left
+    if tokens is not None and head != "next_token":  # no padding precedes a token predicted from the left
         tokens = sorted({*tokens, pad_id})
     return method.attach(model, recipe.method, seed=recipe.seed, tokens=tokens)
 

@@ -190,7 +190,7 @@ def _tensors(attachment: LoraAttachment) -> dict[str, Tensor]:
     tensors = dict(attachment.trained)
     masters = {id(weight): attachment.trained[name] for name, weight in attachment.weights.items()}
     for name, weight in _saved_modules(attachment.model, attachment.whole.modules).items():
-        tensors[name] = masters[id(weight)].clone()  # tied ones are written twice, and safetensors wants no sharing
+        tensors[name] = masters[id(weight)].clone()  # tied ones are there twice, and safetensors wants no sharing
     return tensors
 
 

@@ -161,8 +161,9 @@ def load_result(model: PreTrainedModel, folder: Path) -> FullAttachment:
 
 
 def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name, in the order of the model: those that `train` means (all if it is empty)
-    without those that `freeze` means. Words are as in `targets`; a weight with two names (tied) is meant by either.
+    """The parameters to train, by name, in the order of the model: those that `train` means (all if it is
+    empty) without those that `freeze` means. Words are as in `targets`; a weight with two names (tied) is meant
+    by either.
 
     Raises:
         RecipeError: a word that means no weight, nothing left to train, or a frozen weight that is random.

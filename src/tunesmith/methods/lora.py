@@ -61,8 +61,9 @@ class Whole:
 
 
 class LoraAttachment(Attachment):
-    """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and `<layer>.lora_B.weight`
-    [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; then weights trained whole, and rows of new tokens.
+    """The adapters on a model. `trained` has for each layer `<layer>.lora_A.weight` [R, I] and
+    `<layer>.lora_B.weight` [O, R], with DoRA `<layer>.lora_magnitude_vector` [O]; then weights trained whole,
+    and rows of new tokens.
     """
 
     def __init__(
@@ -149,8 +150,9 @@ class LoraAttachment(Attachment):
         """
         if packed := [name for name, layer in self.layers.items() if isinstance(layer.base, QuantizedLinear)]:
             raise ModelError(
-                f"{packed[0]}: its weight is quantised, and rounding would eat what the adapter adds. Put the saved "
-                "adapter on the base as it was before, and merge there: `tunesmith export RUN --to merged` does."
+                f"{packed[0]}: its weight is quantised, and rounding would eat what the adapter adds. Put the "
+                "saved adapter on the base as it was before, and merge there: `tunesmith export RUN --to "
+                "merged` does."
             )
         for name, layer in self.layers.items():
             layer.weight.copy_(self.merged(name, layer))

@@ -3,11 +3,12 @@
 bfloat16 loses an update of relative size 1e-3, since its neighbours are 2^-8 apart. So trained weights are
 float32, and the model computes with a copy that is rounded once an update. A float32 tensor is its own master.
 
-A bfloat16 value stands for a cell of float32 values that round to it. Masters that all start in the middle of their
-cells would hide the first small updates of full tuning from the forward pass. So with `spread` they start anywhere in
-their cells, uniformly at random: the model computes with the same bits, and of every update a fitting share of weights
-crosses over. Rounding to nearest then loses nothing on average, like dither in signal processing (Schuchman, "Dither
-Signals and Their Effect on Quantization Noise", IEEE Transactions on Communication Technology 12(4), 1964).
+A bfloat16 value stands for a cell of float32 values that round to it. Masters that all start in the middle of
+their cells would hide the first small updates of full tuning from the forward pass. So with `spread` they start
+anywhere in their cells, uniformly at random: the model computes with the same bits, and of every update a
+fitting share of weights crosses over. Rounding to nearest then loses nothing on average, like dither in signal
+processing (Schuchman, "Dither Signals and Their Effect on Quantization Noise", IEEE Transactions on
+Communication Technology 12(4), 1964).
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ class _MoveGradient:
 def spread_in_cells(values: Tensor, generator: torch.Generator) -> None:
     """Move float32 `values` that bfloat16 has, in place, to random ones that bfloat16 rounds to the same.
 
-    As integers, the bits of float32 grow with its size, and bfloat16 keeps the upper 16: a cell is everything less than
-    2^15 away. Zeros, whose neighbours are as close as float32 resolves, and values that are not finite stay.
+    As integers, the bits of float32 grow with its size, and bfloat16 keeps the upper 16: a cell is everything
+    less than 2^15 away. Zeros, whose neighbours are as close as float32 resolves, and values that are not
+    finite stay.
     """
     offsets = torch.empty(values.shape, dtype=torch.int16, device=values.device)
     offsets.random_(-0x7FFF, 0x8000, generator=generator)

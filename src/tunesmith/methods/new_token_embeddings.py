@@ -146,7 +146,7 @@ class _Embedded(torch.autograd.Function):
         grad_KD, lost_D = grads[:num_rows], grads[num_rows]
         # Looked at once on a CUDA device: the processor waits for the answer.
         is_checked = lost_D.device.type == "cuda" and table.seen
-        is_lost_D = (lost_D != 0) & lost_D.isfinite()  # a number that is none is for the step, which may try again
+        is_lost_D = (lost_D != 0) & lost_D.isfinite()  # no numbers are for the step, which may try again
         if table.alone and not lost_D.is_meta and not is_checked and bool(is_lost_D.any()):
             raise ModelError("a token learns whose row of the embedding is not trained: this is an error of Tunesmith")
         table.seen = True

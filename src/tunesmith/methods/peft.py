@@ -265,7 +265,7 @@ def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAtta
     layers = [name for name, module in model.named_modules() if isinstance(module, _layer_class())]
     bases = {f"{name}.base_layer": model.get_submodule(name).get_base_layer() for name in layers}
     targets = [Target((name,), base) for name, base in bases.items() if hasattr(base, "weight")]
-    if method.kind != "TRAINABLE_TOKENS" and (tied := tied_reasons(model, targets)):  # which trains tied ones together
+    if method.kind != "TRAINABLE_TOKENS" and (tied := tied_reasons(model, targets)):  # it trains tied ones
         raise RecipeError(f"method.settings.target_modules: {tied[0]}")
     attachment.notes = _notes(attachment, layers)
     return attachment

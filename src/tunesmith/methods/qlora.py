@@ -37,8 +37,9 @@ def packing(settings: QloraMethod) -> PackOnLoad:
 def quantize_base(model: PreTrainedModel, settings: QloraMethod, *, device: str | torch.device) -> tuple[str, ...]:
     """Pack the linear layers inside the decoder and encoder layers, and move the model to `device`; notes.
 
-    Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on `device`
-    and released before the next, so that neither side ever holds two models. Layers that `packing` packed stay.
+    Modules that are trained whole, embeddings, norms and the head keep their weights. Each layer is packed on
+    `device` and released before the next, so that neither side ever holds two models. Layers that `packing`
+    packed stay.
 
     Raises:
         RecipeError: bitsandbytes is not installed, or the model has no linear layer that could be packed.

@@ -281,7 +281,8 @@ def check_word(word: str, option: str) -> None:
 
 
 def check_expression(pattern: str) -> None:
-    """Raise ModelError for a regular expression that is none or may take forever: adapters are strangers' files."""
+    """Raise ModelError for a regular expression that is none or may take forever: adapters are strangers'
+    files."""
     if problem := _problem(pattern):
         raise ModelError(f"{pattern[:80]!r}: {problem}")
 
@@ -313,7 +314,7 @@ def _problem(pattern: str) -> str:
 
 def _size(plain: str) -> tuple[int, int]:
     """The most repeats on a path through the alternatives of an expression, and the number of such paths."""
-    groups = [(0, 0, 0, 1)]  # repeats and paths of the alternatives that are read, and of the one that is being read
+    groups = [(0, 0, 0, 1)]  # repeats and paths of the alternatives that are read, and of the current one
     for part in _PART.findall(plain):
         if part == "(":
             groups.append((0, 0, 0, 1))

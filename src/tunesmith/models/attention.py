@@ -6,8 +6,8 @@ checkpointed layer. Without `segments` (generation, padded batches) it is transf
 `packing_check` finds out whether a model gives each row the answers that it gives for that row alone.
 """
 
-# B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys (of all pieces in a row),
-# G groups of heads that share keys, R queries of all heads of a group, C pieces that share a prefix, P its tokens
+# B rows, H heads, T tokens, D head size, S pieces of equal length, Q queries, K keys (of a row's pieces), G
+# groups of heads that share keys, R queries of all heads of a group, C pieces with one prefix, P its tokens
 
 from __future__ import annotations
 

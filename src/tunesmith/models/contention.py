@@ -20,8 +20,8 @@ from tunesmith.environment import num_cpus
 
 INTERVAL_S = 0.5
 BUSY_SHARE, BUSY_INTERVALS = 0.25, 2
-"""Seconds that the threads of this process waited for a core, per second; after BUSY_INTERVALS in a row above it
-threads sleep. One busy loop gives 0.3 and more, a server that answers ten requests a second less than 0.11."""
+"""Seconds that the threads of this process waited for a core, per second; above it BUSY_INTERVALS times in a
+row, threads sleep. One busy loop gives 0.3 and more, a server with ten requests a second less than 0.11."""
 QUIET_SHARE, QUIET_INTERVALS = 0.15, 8
 """After QUIET_INTERVALS in a row below this share threads spin again."""
 TASKS = "/proc/self/task"

@@ -173,7 +173,7 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
             found = _answers(kernel.run, replace(case, dropout=False), device, case.dtype)
             if case.dropout and not all(x.isfinite().all() for x in _answers(kernel.run, case, device, case.dtype)):
                 return "not finite with dropout"
-        except Exception as error:  # of a compiler, a driver, a missing kernel: whatever it is, another kernel is taken
+        except Exception as error:  # a compiler's, a driver's: whatever it is, another kernel is taken
             if is_out_of_memory(error):
                 raise
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

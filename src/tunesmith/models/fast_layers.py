@@ -1,9 +1,9 @@
 """Modules of a model that compute in one node of the graph each, where that is the same.
 
-RMS norms, gated MLPs, linear layers that read the same input, and on a card rotations of queries and keys. Weights and
-names stay; a module gets a `forward` of its own. Which modules are known is found by their answers: a class is taken
-where a known way gives its own answer and all of its gradients. What is not known stays as the model has it: other
-kinds of layers, dropout, hooks on a layer. This is looked at in every call, since layers may change.
+RMS norms, gated MLPs, linear layers that read the same input, and on a card rotations of queries and keys.
+Weights and names stay; a module gets a `forward` of its own. Which modules are known is found by their answers:
+a class is taken where a known way gives its own answer and all of its gradients. What is not known stays as it
+is: other kinds of layers, dropout, hooks on a layer. This is looked at in every call, since layers may change.
 """
 
 # T tokens, H hidden size
@@ -266,7 +266,7 @@ def _agrees(
     """Whether both give the same answer and the same gradients, but for rounding."""
     try:
         answers, expected = (_answer(way, x, trained) for way in (ours, theirs))
-    except (RuntimeError, TypeError, AttributeError, ValueError):  # another signature or shape, or an older torch
+    except (RuntimeError, TypeError, AttributeError, ValueError):  # other signature or shape, or older torch
         return False
     # Sums over thousands of numbers, rounded in another order; in half precision one rounding of each sum.
     tolerance = max(4 * torch.finfo(x.dtype).eps, 16 * torch.finfo(torch.float32).eps)

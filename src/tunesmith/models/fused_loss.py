@@ -91,7 +91,7 @@ class OutputLayer:
         return out  # type: ignore[no-any-return]
 
     def log_probs(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """[N] float32, the log-probability of each target. How much each weighs is known only after the pass: its
+        """[N] float32, the log-probability of each target. Their weights are known only after the pass: its
         gradient is scaled then; where the layer is trained, the logits of a chunk are computed again for it."""
         weight, bias = self.layer.weight, self.layer.bias
         out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self)  # type: ignore[no-untyped-call]

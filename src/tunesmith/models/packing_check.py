@@ -71,8 +71,8 @@ def check_packing(
 ) -> PackingCheck:
     """Compare the model's answers for a few real rows, packed, with its own attention's for one row at a time.
 
-    The answers are logits; of a causal model with a head the hidden states that the head reads, since there may be one
-    class only. `has_types`: the model has token types for the two texts of a pair. The model is left as it was.
+    The answers are logits; of a causal model with a head the hidden states that the head reads, since there may
+    be one class only. `has_types`: token types tell the two texts of a pair apart. The model stays as it was.
     """
     if kind == "encoder_decoder":
         return PackingCheck("an encoder–decoder reads its sources and targets apart")
@@ -92,7 +92,7 @@ def check_packing(
                 before = (probe[0], other) if kind == "causal" else ()
                 behind = [answers([row, probe[-1]], "packed")[1][:LEAK_TOKENS] for row in before]
         except _REFUSALS as refusal:
-            for module in model.modules():  # of split layers (FSDP): a forward that raises leaves their state undefined
+            for module in model.modules():  # of split layers (FSDP): a raising forward leaves their state undefined
                 getattr(module, "reset_iter_state", lambda: None)()
             return PackingCheck(str(refusal) or type(refusal).__name__)
         finally:

@@ -1,7 +1,7 @@
 """Attention of short packed rows by batched matrix products, forward and backward in one autograd node.
 
-On a CPU in bfloat16 it takes a third to five sixths of the time of torch's own kernel for rows of up to 512 tokens, in
-float32 six to nine tenths up to 96; with dropout, which torch's CPU kernel lacks, it is faster up to 1,024.
+On a CPU in bfloat16 it takes a third to five sixths of the time of torch's kernel for rows of up to 512 tokens,
+in float32 six to nine tenths up to 96; with dropout, which torch's lacks, it is faster up to 1,024.
 
     P = softmax(Q Kᵀ · scale),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ - rowsum(P ∘ dO Vᵀ)),  dQ = dS K · scale,  dK = dSᵀ Q · scale
@@ -79,8 +79,8 @@ def short_row_attention(
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """1 where an element is kept and 0 where it is dropped, in the shape and dtype of `like`.
 
-    torch draws one number an element on a CPU, 4.8 ns each; here four elements share a draw of 64 bits, 0.8 ns each.
-    The share that is kept is `kept_share(p)`, p rounded to 16 bits. Source of dropout: Srivastava et al. 2014.
+    torch draws one number an element on a CPU, 4.8 ns each; here four share a draw of 64 bits, 0.8 ns each. The
+    share that is kept is `kept_share(p)`, p rounded to 16 bits. Source of dropout: Srivastava et al. 2014.
     """
     draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     bits = draws.view(torch.int16)[: like.numel()].view(like.shape)

@@ -55,8 +55,8 @@ def model_size(located: ModelRef) -> ModelSize:
 
 
 def _max_tokens(config: Any) -> int:
-    """A model with other positions for long texts (longrope: Phi-3 and Phi-4-mini with long contexts) ends where those
-    begin: where one text of a pass is longer, transformers gives its positions to all texts of that pass."""
+    """A model with other positions for long texts (longrope: Phi-3, Phi-4-mini with long contexts) ends where
+    those begin: where one text of a pass is longer, transformers gives its positions to all texts."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return UNBOUNDED

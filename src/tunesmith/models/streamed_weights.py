@@ -23,8 +23,8 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def stored_names(model: PreTrainedModel) -> dict[str, str] | None:
-    """Name in the files of each weight of a model; tied ones once. None: files hold other tensors than the model (as
-    of experts in one), or such as are no floating-point numbers, so that all have to be in memory to be written."""
+    """Name in the files of each weight of a model; tied ones once. None: files hold other tensors than the
+    model (as of experts in one), or other than floats, so that all have to be in memory to be written."""
     state = {name: weight for name, weight in model.state_dict().items()}  # noqa: C416 — it is emptied below
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)

@@ -56,8 +56,9 @@ class Computed:
 def meet(world: World, trained: Mapping[str, Tensor], own: Computed, *, num_targets: float) -> Computed:
     """Join what all ranks computed, with the gradients of `trained` summed; a run alone gets `own` back.
 
-    A tensor without a gradient counts as zeros, and stays without one where no rank has one. Where memory ended on a
-    rank nothing is summed. Raises GroupError if the targets of all ranks are not the `num_targets` of the step.
+    A tensor without a gradient counts as zeros, and stays without one where no rank has one. Where memory ended
+    on a rank nothing is summed. Raises GroupError if the targets of all ranks are not the `num_targets` of the
+    step.
     """
     if world.size == 1:
         return own

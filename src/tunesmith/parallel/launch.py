@@ -75,9 +75,9 @@ def launch(devices: int, words: Sequence[str], *, say: Callable[[str], None]) ->
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said by `say`
-    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # of a peer that is gone: said here
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}  # we name lost peers
     with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as name, _environment({OWN_AGENT: name, **quiet}):
-        has_timeout = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}  # newer versions of torch
+        has_timeout = "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}  # newer torch
         patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_S} if has_timeout else {}
         config = LaunchConfig(
             min_nodes=1,

@@ -23,7 +23,7 @@ def take_card(place: Place, device: str, environ: MutableMapping[str, str]) -> s
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         return f"cuda:{torch.cuda.current_device()}"
     cards = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-    if len(cards) == 1 or environ.get("CUDA_VISIBLE_DEVICES") == "":  # its agent has given it one, or a person none
+    if len(cards) == 1 or environ.get("CUDA_VISIBLE_DEVICES") == "":  # its agent gave it one, or a person none
         return ""
     if cards and len(cards) < place.local_size:
         raise InputError(

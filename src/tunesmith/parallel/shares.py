@@ -9,8 +9,9 @@ from heapq import heapify, heapreplace
 def shares(costs: Sequence[float], size: int) -> list[list[int]]:
     """Indices of `costs` for each of `size` ranks, ascending: the costliest first, to whoever has least.
 
-    Every index is in one share. The largest share costs at most the mean and the costliest index more. Equal costs go
-    by index, equal loads by rank. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies", section 4.
+    Every index is in one share. The largest share costs at most the mean and the costliest index more. Equal
+    costs go by index, equal loads by rank. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies",
+    section 4.
     """
     loads = [(0.0, rank) for rank in range(size)]
     heapify(loads)

@@ -158,8 +158,9 @@ class World:
             for key, value in first["same"].items():
                 if peer["same"].get(key) != value:
                     raise InputError(
-                        f"rank {rank} on {peer['host']} has {key} {peer['same'].get(key)}, rank 0 on {first['host']} "
-                        f"{value}: they would not compute the same. Use equal machines and installations."
+                        f"rank {rank} on {peer['host']} has {key} {peer['same'].get(key)}, rank 0 on "
+                        f"{first['host']} {value}: they would not compute the same. Use equal machines and "
+                        "installations."
                     )
 
     def publish(self, key: str, value: object) -> None:
@@ -191,7 +192,7 @@ class World:
         if dist.is_initialized():  # by Ray, whose it stays
             return
         self.publish(f"ready/{self.rank}", True)
-        for rank in range(self.size):  # a group is made by all at once, and would wait long for one that is gone
+        for rank in range(self.size):  # a group is made by all at once, and would wait long for a lost one
             self.wait_for(f"ready/{rank}", rank)
         with self.reaching():
             dist.init_process_group(

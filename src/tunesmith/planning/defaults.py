@@ -91,8 +91,9 @@ class Facts:
 
 
 def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize, kind: ModelKind) -> None:
-    """Decide task, method, device and longest row. Raises ModelError for data.max_tokens beyond the model, DataError
-    where only a person can tell the task, RecipeError for an option that task or model do not take."""
+    """Decide task, method, device and longest row. Raises ModelError for data.max_tokens beyond the model,
+    DataError where only a person can tell the task, RecipeError for an option that task or model do not
+    take."""
     recipe, limit = decisions.recipe, size.max_tokens
     if recipe.data.max_tokens != "auto" and recipe.data.max_tokens > limit:
         raise ModelError(
@@ -171,8 +172,9 @@ def far_numbers(rows: Splits) -> list[str]:
     if abs(mean) <= FAR and deviation <= FAR:
         return []
     return [
-        f"labels are numbers of mean {mean:.4g} and deviation {deviation:.4g}, but a head learns numbers around 0 of "
-        "deviation 1 best: subtract the mean and divide by the deviation in your data, and undo it in the answers"
+        f"labels are numbers of mean {mean:.4g} and deviation {deviation:.4g}, but a head learns numbers "
+        "around 0 of deviation 1 best: subtract the mean and divide by the deviation in your data, and undo it "
+        "in the answers"
     ]
 
 
@@ -423,8 +425,9 @@ SHARE = 1 / 3
 """Largest share of a run that measuring takes."""
 WORD = {"cpu": 80}
 WORD_ON_CARD = 1000
-"""Cost of the next word of some answers, in tokens that are read together, since every weight comes from memory for
-it: 86 by the forecast of SmolLM2 on two cores; on a card it is the start of every operation, 40 ms for 8 B weights."""
+"""Cost of the next word of some answers, in tokens that are read together, since every weight comes from memory
+for it: 86 by the forecast of SmolLM2 on two cores; on a card it is the start of every operation, 40 ms for 8 B
+weights."""
 GENERAL_TOKENS = 5400
 """Tokens of the general text, by the tokenizer of SmolLM2."""
 UNNOTICED_S = 10.0

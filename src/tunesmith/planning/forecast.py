@@ -1,7 +1,8 @@
 """Estimate the needs of a run before its model is loaded, by formula: memory (`memory`), time, disk.
 
-Time is a list of kinds of work, each with a count and a price in seconds. A probe measures the prices and keeps the
-counts. The price of a micro-batch = operations / operations a second + bytes moved / bytes a second + launches.
+Time is a list of kinds of work, each with a count and a price in seconds. A probe measures the prices and keeps
+the counts. The price of a micro-batch = operations / operations a second + bytes moved / bytes a second +
+launches.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class Forecaster:
             price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
             price["answering"] += sizes.gathered * share  # of layers that are split, for every token
             looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
-            price["training"] = max(step, gathering) + looking + summing  # layers are gathered while others compute
+            price["training"] = max(step, gathering) + looking + summing  # gathered while others compute
             busy = pass_seconds(sizes, load, self.device, recomputed=recomputed) / price["training"]
             settings = {"steps": steps, "general_tokens": self.general_tokens}
             counted = counts(recipe, self.rows, self.head, **settings, prompts=prompts, layout=sampler.layout)

@@ -195,7 +195,7 @@ def sizes_of(
     first = 0 if below else next((i for i, layer in enumerate(stack) if _learns(layer)), len(stack))
     output, linear_weights = model.get_output_embeddings(), sum(weight.numel() for weight in linears)
     num_trained, gathered = sum(tensor.numel() for tensor in attachment.trained.values()), sum(split.values())
-    elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # share of what is split that other devices keep
+    elsewhere = 1 - 1 / resolved(recipe.devices) if split else 0.0  # split share on other devices
     num_own = num_trained - int(elsewhere * sum(t.numel() for name, t in attachment.trained.items() if name in split))
     # Of layers that are split, one that computes and the next one are whole.
     largest = sorted((sum(p.nbytes for p in layer.parameters()) for layer in stack if split), reverse=True)[:2]

@@ -55,7 +55,8 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
 class LowRankMethod(OptionGroup):
-    """Options that LoRA and its relatives share: the model is frozen, small matrices next to its layers are trained."""
+    """Options that LoRA and its relatives share: the model is frozen, small matrices next to its layers are
+    trained."""
 
     name: str
     rank: Rank = 16
@@ -63,7 +64,8 @@ class LowRankMethod(OptionGroup):
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / rank."""
     rslora: bool = False
-    """Rank-stabilised: scale the update by alpha / √rank instead, so that a high rank learns as fast as a low one."""
+    """Rank-stabilised: scale the update by alpha / √rank instead, so that a high rank learns as fast as a low
+    one."""
     dropout: Fraction = 0.0
     """Dropout on the input of the low-rank path."""
     targets: Words = ("all-linear",)
@@ -98,9 +100,11 @@ class PeftMethod(OptionGroup):
 
     name: Literal["peft"] = "peft"
     kind: str
-    """peft's name of the method, in capitals or not. docs/guide/methods.md lists them, and which are refused."""
+    """peft's name of the method, in capitals or not. docs/guide/methods.md lists them, and which are
+    refused."""
     settings: JsonObject = Field(default_factory=dict)
-    """Its settings by peft's own names, such as {target_modules: [q_proj]}; what is left out has peft's default."""
+    """Its settings by peft's own names, such as {target_modules: [q_proj]}; what is left out has peft's
+    default."""
 
     @field_validator("kind")
     @classmethod

@@ -24,8 +24,9 @@ class Prefer(OptionGroup):
     """Task prefer: the loss of a pair of answers, see docs/guide/preferences.md."""
 
     loss: PreferenceLoss | Auto = "auto"
-    """Loss of a pair, or with kto of an answer that is labelled true or false. simpo, cpo and orpo do not compare the
-    model with the one that it was at step 1, all others do. auto: dpo, for rows with a label kto."""
+    """Loss of a pair, or with kto of an answer that is labelled true or false. simpo, cpo and orpo do not
+    compare the model with the one that it was at step 1, all others do. auto: dpo, for rows with a label
+    kto."""
     beta: Annotated[float, Field(gt=0)] | None = None
     """Weight of the difference of both answers: smaller lets the model move further. null: 0.1, of dpo_norm 5,
     of simpo 2."""
@@ -38,9 +39,11 @@ class Prefer(OptionGroup):
     """Weight of the chosen answer's negative log-likelihood a token, which keeps it likely. null: 0, of cpo and
     orpo 1."""
     length: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length less."""
+    """Weight of the difference in tokens, by which a longer chosen answer counts as won less: learns length
+    less."""
     desirable: Annotated[float, Field(gt=0)] | None = None
-    """Weight of an answer with label true (kto). null: both sides weigh the same, an answer of the larger one 1."""
+    """Weight of an answer with label true (kto). null: both sides weigh the same, an answer of the larger one
+    1."""
     undesirable: Annotated[float, Field(gt=0)] | None = None
     """Weight of an answer with label false (kto). null: as of `desirable`."""
 
@@ -85,11 +88,14 @@ class Embed(OptionGroup):
     by their score, cosine meets the score, margin meets a teacher's difference of positive and negative. auto:
     ranking, of rows with a score cosent, with a score and a negative margin."""
     scale: Annotated[float, Field(gt=0)] = 20.0
-    """Factor of the similarities inside the softmax (ranking, cosent, angle): the inverse of the temperature."""
+    """Factor of the similarities inside the softmax (ranking, cosent, angle): the inverse of the
+    temperature."""
     symmetric: bool = False
-    """ranking: a positive also has to find its anchor among all anchors of the step; the mean of both losses."""
+    """ranking: a positive also has to find its anchor among all anchors of the step; the mean of both
+    losses."""
     dims: tuple[Positive, ...] = ()
-    """Matryoshka: sizes to which a vector may be cut. The losses of all of them are added; name the full size too."""
+    """Matryoshka: sizes to which a vector may be cut. The losses of all of them are added; name the full size
+    too."""
     pooling: PoolingKind | Auto = "auto"
     """Way from the token vectors of a text to its vector: mean, cls (its first), last or max. auto: as the
     files of sentence-transformers say, else mean, of causal models last."""
@@ -120,4 +126,5 @@ class Rank(OptionGroup):
     """pointwise: each document is right or wrong, by a label from 0 to 1. listwise: the scores of a row as
     shares. pairwise: of each two documents the better one has the higher score."""
     positive_weight: Annotated[float, Field(gt=0)] = 1.0
-    """pointwise: weight of right documents; as many as there are wrong ones for each makes both weigh the same."""
+    """pointwise: weight of right documents; as many as there are wrong ones for each makes both weigh the
+    same."""

@@ -123,13 +123,15 @@ class Data(OptionGroup):
     """Day (2026-11-27) for chat templates that write a date, as Llama 3.2's do: in training and wherever the
     run is used here. auto: the day on which the run is made, null for other templates."""
     new_tokens: tuple[str, ...] = ()
-    """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the model
-    spells in many pieces. With adapters, only these rows of the embedding are trained. Causal models only."""
+    """Texts that become one token each, with rows of their own in the embedding: names, tags, notation that the
+    model spells in many pieces. With adapters, only these rows of the embedding are trained. Causal models
+    only."""
     max_tokens: Positive | Auto = "auto"
     """Longest row, in tokens. auto: what the model can attend to."""
     too_long: Literal["error", "drop", "cut"] | Auto = "auto"
-    """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted). auto:
-    cut for classify, tag, summarize and embed, error otherwise. Documents of task text are cut in windows instead."""
+    """A row over max_tokens: refuse the data, drop the row (counted), or cut the end of what is read (counted).
+    auto: cut for classify, tag, summarize and embed, error otherwise. Documents of task text are cut in windows
+    instead."""
     stride: Positive | Auto = "auto"
     """Task text: tokens from the start of one window of a long document to the start of the next. auto: windows
     of a causal model overlap by one token, an encoder's do not. Smaller: each window begins with context that
@@ -147,7 +149,8 @@ class Data(OptionGroup):
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used: refuse the data, or skip the row (counted and listed)."""
     control_tokens: Literal["error", "allow"] = "error"
-    """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or trusted."""
+    """Text of a row that contains one of the template's control tokens, such as <|im_end|>: a bad row, or
+    trusted."""
     overlap: Literal["error", "warn"] = "warn"
     """Held-out rows that are also in the training files: refuse, or train and report how many."""
     num_proc: Positive | None = None
@@ -249,7 +252,8 @@ class Loss(OptionGroup):
     label_smoothing: Fraction = 0.0
     """Share of each target that is spread evenly over all tokens or classes."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual."""
+    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is
+    usual."""
 
 
 class Train(OptionGroup):
@@ -304,9 +308,10 @@ class EvaluationOptions(OptionGroup):
     """Measure before and after how well a causal model still does on general text. auto: true, except
     in a short run."""
     surprising: Annotated[int, Field(ge=0)] | Auto = "auto"
-    """Most training rows to search for the rows of highest loss; 0: none. auto: all of the last epoch, by the losses
-    that training saw. Rows that are compared with others are measured for it at the end: a third of the rows
-    trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short run."""
+    """Most training rows to search for the rows of highest loss; 0: none. auto: all of the last epoch, by the
+    losses that training saw. Rows that are compared with others are measured for it at the end: a third of the
+    rows trained on, each counted as often as it was seen, or 200 of them if that is more; fewer in a short
+    run."""
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> EvaluationOptions:
@@ -325,8 +330,9 @@ class CheckpointOptions(OptionGroup):
     keep: Positive = 2
     """Newest checkpoints kept; the best by evaluation.metric is kept too."""
     snapshots: Annotated[int, Field(ge=0)] = 0
-    """Number of epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N: each is
-    a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result too."""
+    """Number of epochs, the newest before the end of the run, whose results are kept too, in snapshots/step-N:
+    each is a run's folder for predict, chat, serve and export. If not 0, a run that is stopped keeps its result
+    too."""
 
 
 class ResultExportOptions(OptionGroup):
@@ -409,7 +415,8 @@ class Recipe(OptionGroup):
     """Split the weights of the layers over the devices, so that each keeps a part of them only. auto: where a
     whole model does not fit each device."""
     memory: Literal["refuse", "warn"] = "refuse"
-    """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or warn."""
+    """A run that is predicted to need more memory than there is: refuse it before the model is loaded, or
+    warn."""
     threads: Annotated[int, Field(gt=0, le=1_024)] | Auto = "auto"
     """CPU threads; part of what makes a run repeat bit for bit."""
     kernels: Literal["fast", "plain"] = "fast"
@@ -422,7 +429,8 @@ class Recipe(OptionGroup):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Order of rows, fresh adapter weights and dropout all follow from it."""
     track: Words = ()
-    """Experiment trackers that get the run: tensorboard, wandb, mlflow, trackio. They change nothing about it."""
+    """Experiment trackers that get the run: tensorboard, wandb, mlflow, trackio. They change nothing about
+    it."""
     _base: Base | None = PrivateAttr(None)
 
     @property

@@ -199,7 +199,7 @@ def remove(path: Path) -> None:
 def at_work(folder: Path) -> Iterator[None]:
     """Show `clean` that the writer of a temporary folder lives, by a lock that the system ends with it."""
     lock = filelock.FileLock(folder / _AT_WORK)
-    with suppress(NotImplementedError, OSError):  # a file system without locks: `clean` goes by the folder's age
+    with suppress(NotImplementedError, OSError):  # a file system without locks: `clean` goes by age
         lock.acquire(timeout=0)
     try:
         yield

@@ -141,8 +141,9 @@ def refuse_changed(path: Path, saved: Record) -> None:
     """Raise RunError where a log does not begin with what a checkpoint `saved` of it by `digest`."""
     if digest(path, saved["bytes"]) != saved:
         raise RunError(
-            f"{path}: its first {saved['bytes']:,} bytes are not those that the newest checkpoint recorded: lines were "
-            "lost or changed since, by hand or by the disk. Put the file back from a copy, or start a new run."
+            f"{path}: its first {saved['bytes']:,} bytes are not those that the newest checkpoint recorded: "
+            "lines were lost or changed since, by hand or by the disk. Put the file back from a copy, or start "
+            "a new run."
         )
 
 

@@ -1,7 +1,8 @@
 """Removal of runs, and of the parts of finished runs that are not needed any more.
 
-Nothing outside a run folder is touched, nothing of a run under way, and nothing that another run of the same folder of
-runs starts from. What goes is renamed first, so that an interrupted removal leaves no half of it under its name.
+Nothing outside a run folder is touched, nothing of a run under way, and nothing that another run of the same
+folder of runs starts from. What goes is renamed first, so that an interrupted removal leaves no half of it
+under its name.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def remove_removable(part: Removable) -> None:
     clean(root, name=REMOVED)
     doomed = root / f"{TEMPORARY}{REMOVED}-{secrets.token_hex(4)}"
     with storing(part.path):
-        with part.run.lock() if os.name != "nt" else nullcontext():  # Windows renames no folder with an open file
+        with part.run.lock() if os.name != "nt" else nullcontext():  # Windows renames no folder in use
             os.rename(part.path, doomed)
         remove(doomed)
 

@@ -152,9 +152,10 @@ def tracked(
 ) -> Iterator[Callable[[Run], None]]:
     """A block in which a run is sent to trackers: it calls what is yielded with the run once its folder exists.
 
-    Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left, or as long as it
-    takes; `say` gets whether all was sent, and a line, for each tracker. Raises InputError, before the block, if one
-    cannot be used. `optional` trackers, which a resumed recipe names, are reported instead, and the run continues.
+    Trackers cannot stop or slow the run. At the end the block waits `wait_s` in all for what is left, or as
+    long as it takes; `say` gets whether all was sent, and a line, for each tracker. Raises InputError, before
+    the block, if one cannot be used. `optional` trackers, which a resumed recipe names, are reported instead,
+    and the run continues.
     """
     processes = {
         name: subprocess.Popen(

@@ -28,7 +28,7 @@ def save(session: Session) -> None:
 
 
 def save_and_try(session: Session) -> None:
-    """Save the first checkpoint; meanwhile the first rank tries whether a result can be saved and read."""
+    """Save the first checkpoint; meanwhile the first rank saves a result and removes it, as a trial."""
     setup = session.setup
     weights = setup.whole_weights()
     trial = in_background(partial(_try_saving, setup, session.run, weights)) if setup.world.is_first else None

@@ -108,7 +108,7 @@ def _outcomes(
     session: Session, collator: Any, rows_I: NDArray[np.int64], what: str, writing: Continuation | None = None
 ) -> Predictions:
     setup, others = session.setup, []
-    if setup.task.pools and what == "evaluate":  # anchors look for their positives among documents of other rows too
+    if setup.task.pools and what == "evaluate":  # anchors seek their positives among documents of others too
         sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
         for one, some_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
             others.append((one.store, some_I, _predicted(session, one, some_I, "documents")))

@@ -120,7 +120,7 @@ def resolve_run(
             planned = Planned(decisions, notes, inputs, rows, device)
             forecast = _forecast(planned, recipe, root if is_here else None, free_tokens=free_tokens)
         on_progress("plan", 1, 1)
-    for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what a forecast would have decided
+    for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what forecasts decide
         if decisions.is_open(key):
             decisions.set(key, value)
     # 5. One recipe.
@@ -152,7 +152,7 @@ def _forecasting(notes: list[str]) -> Iterator[None]:
         yield
     except (RecipeError, DataError, DoesNotFitError):
         raise
-    except Exception as error:  # a machine or model that the forecast does not know: the run itself may well go on
+    except Exception as error:  # a machine or model unknown to the forecast: the run itself may well go on
         why = one_line(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {one_line(error)}"
         notes.append(f"memory and time could not be forecast: {why}")
 
@@ -170,7 +170,7 @@ def _on_devices(decisions: Decisions, world: World) -> int:
 def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) -> None:
     """Decide everything that rows decide; evaluations by epoch become a number of steps."""
     decide(decisions, facts)
-    steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # on any layout and device
+    steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # same on any layout
     if decisions.recipe.evaluation.every == "epoch":
         why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
         reason = f"the steps of an epoch: {why}" if why else "the steps of an epoch"

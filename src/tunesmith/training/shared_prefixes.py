@@ -64,8 +64,8 @@ def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
 def decide_sharing(
     recipe: Recipe, inputs: Inputs, store: RowStore, model: PreTrainedModel, sampler: StepSampler
 ) -> Choice | None:
-    """Whether shared prefixes are computed once; None where they cannot be: only in packed batches of a causal model
-    without token types. A model with weights is asked too, whether it then answers and learns the same."""
+    """Whether shared prefixes are computed once; None where they cannot be: only in packed batches of a causal
+    model without token types. A model with weights must answer and learn the same too."""
     if (
         inputs.kind != "causal"
         or inputs.head == "vector"

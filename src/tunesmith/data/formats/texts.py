@@ -7,7 +7,7 @@
 {"anchor": "...", "positive": "..."}, with hard negatives or without; query for anchor; negative, negative_1,
     negative_2, ..., and negatives, each a text or a list of texts
 {"sentence1": "...", "sentence2": "...", "score": 0.8}
-{"query": "...", "documents": ["...", "..."], "labels": [1, 0]}, or scores; a document a row; positive with negatives
+{"query": "...", "documents": ["...", "..."], "labels": [1, 0]}, or scores; a document a row; positive, negatives
 """
 
 from __future__ import annotations

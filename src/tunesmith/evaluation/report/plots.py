@@ -136,7 +136,7 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
             [step for step, _ in points], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT
         )
         _mark_kept(axes, kept)
-        rises, is_late = info.better != "lower", 2 * kept > points[-1][0]  # a corner that a good course leaves free
+        rises, is_late = info.better != "lower", 2 * kept > points[-1][0]  # the corner that a good course leaves
         axes.legend(loc=f"{'upper' if rises == is_late else 'lower'} {'left' if is_late else 'right'}")
 
     return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]

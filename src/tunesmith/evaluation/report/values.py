@@ -40,7 +40,7 @@ RowsByKey = Mapping[tuple[str, int], RowResult]
 
 def build(run: Run, series: RunSeries, facts: Record, progress: Record) -> JsonObject:
     """Values of report.json; see docs/guide/report.md."""
-    new_head = series.has_new_head or bool(facts.get("new_head"))  # its random numbers have no meaningful "before"
+    new_head = series.has_new_head or bool(facts.get("new_head"))  # random numbers have no meaningful "before"
     before, after = {} if new_head else rows_of(run, "before"), rows_of(run, "after")
     flipped = flips(before, after) if before else None
     kept_facts = facts.get("kept") or progress.get("kept") or {}
