@@ -355,7 +355,8 @@ class RunDisplay:
             self.console.print(f"\nresult: {run.path}", soft_wrap=True)
             if page.exists():
                 is_link = self.console.is_terminal and self.console.color_system  # else no OSC 8 is written
-                shown = Text(str(page), style=f"link {page.resolve().as_uri()}") if is_link else str(page.resolve())
+                place = page.resolve()
+                shown = Text(str(page), style=f"link {place.as_uri()}") if is_link else str(place)
                 self.console.print(Text.assemble("report: ", shown), soft_wrap=True)
             self.console.print("\nNext:\n")
             task = TASKS.get(self.series.plan.get("task", ""))

@@ -214,7 +214,8 @@ def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bo
     from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, too_few
     from tunesmith.evaluation.report.sections import comparison_table
 
-    screen, unit, table = console(), "document" if found[0].are_documents else "row", comparison_table(names, found)
+    screen, table = console(), comparison_table(names, found)
+    unit = "document" if found[0].are_documents else "row"
     counted = plural(found[0].num_rows, unit)
     screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]

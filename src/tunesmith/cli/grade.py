@@ -208,7 +208,8 @@ def _with_model(
     if cut > 0.05 * len(drawn):
         say(f"note: {cut:,} of {plural(len(drawn), 'answer')} were cut at {how['max_new_tokens']} tokens: --max-tokens")
     counted = [(kind, i, replace(entry, tokens=source.num_tokens(entry.text))) for kind, i, entry in played]
-    return counted + [(MODEL, i, Answer(entry.text, entry.calls, entry.ended, entry.tokens)) for i, entry in drawn]
+    of_model = [(i, Answer(entry.text, entry.calls, entry.ended, entry.tokens)) for i, entry in drawn]
+    return counted + [(MODEL, i, answer) for i, answer in of_model]
 
 
 def _seed(prompt: Prompt, seed: int) -> int:

@@ -160,7 +160,8 @@ def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval
 def first_facts(plan: Record) -> list[tuple[str, str]]:
     """(name, text) of what a person wants to know before the first step, a line each; `plan_facts` has all."""
     by_name = dict(plan_facts({**plan, "forecast": None, "probe": None}))
-    facts = [(name, by_name[name]) for name in ("model", "task")] + [("rows", f"{by_name['rows']}; {_steps(plan)}")]
+    rows = f"{by_name['rows']}; {_steps(plan)}"
+    facts = [("model", by_name["model"]), ("task", by_name["task"]), ("rows", rows)]
     facts += [("labels", label_counts(plan["labels"], 4))] if plan.get("labels") else []
     facts += [("runs on", by_name["runs on"])] if by_name.get("runs on") else []
     if forecast := plan.get("forecast"):

@@ -110,7 +110,8 @@ def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject
         f'{resize}model = PeftModel.from_pretrained(base, "PATH")'
     )
     use = [("python", code)]
-    return {"library": "peft", "relation": "adapter", "use": use, "servers": servers(result, read_config(folder))}
+    programs = servers(result, read_config(folder))
+    return {"library": "peft", "relation": "adapter", "use": use, "servers": programs}
 
 
 def servers(result: RunResult, config: Record) -> str:

@@ -71,7 +71,8 @@ def rope_factors(model: nn.Module, config: PreTrainedConfig) -> Tensor | None:
         return None
     rotary: Any = model.get_submodule(f"{model.base_model_prefix}.rotary_emb")
     scaled: Tensor = rotary.inv_freq.float().cpu()
-    plain = 1.0 / _theta(config) ** (torch.arange(0, _head_dim(config), 2, dtype=torch.float32) / _head_dim(config))
+    size = _head_dim(config)
+    plain = 1.0 / _theta(config) ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     return plain / scaled
 
 
@@ -164,16 +165,20 @@ def _activation(name: str, other: str) -> list[str]:
 def _gemma_scale(config: PreTrainedConfig) -> list[str]:
     if config.query_pre_attn_scalar == _head_dim(config):
         return []
-    return [f"its scores are scaled by {config.query_pre_attn_scalar}, not by the {_head_dim(config)} of a head"]
+    scale = config.query_pre_attn_scalar
+    return [f"its scores are scaled by {scale}, not by the {_head_dim(config)} of a head"]
 
 
 def _gemma3_limits(config: PreTrainedConfig) -> list[str]:
     problems = _plain_rope(config) + _gemma_scale(config)
-    due = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(config.num_hidden_layers)]
+    layers = range(1, config.num_hidden_layers + 1)
+    due = ["full_attention" if layer % 6 == 0 else "sliding_attention" for layer in layers]
     if list(config.layer_types) != due:
         problems.append("its layers do not alternate in sixes: five with a sliding window, one without")
     near = config.rope_parameters.get("sliding_attention", {}).get("rope_theta", 10_000)
-    return problems + ([f"its sliding layers have the rotary base {near:g}, not 10000"] if near != 10_000 else [])
+    if near != 10_000:
+        problems.append(f"its sliding layers have the rotary base {near:g}, not 10000")
+    return problems
 
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -96,7 +96,8 @@ def _head(result: RunResult, name: str, fields: Record, license: str, report: Re
     if metrics:
         dataset = {"name": "held-out rows", "type": "private"}
         task = {"type": pipeline, "name": str(result.recipe.task)}
-        head["model-index"] = [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+        results = [{"task": task, "dataset": dataset, "metrics": metrics}]
+        head["model-index"] = [{"name": name, "results": results}]
     return head
 
 
@@ -149,7 +150,8 @@ def comparison_section(found: ExportComparison | None, allowed: Tolerances, load
     """The section of the card about the check; None: it was left out."""
     if found is None:
         return "**Not verified**: it was exported with --no-verify, and nobody has compared it with the tuned model."
-    lines = "\n".join(f"| {what} | {value} | {bound} |" for what, value, bound in comparison_lines(found, allowed))
+    table = comparison_lines(found, allowed)
+    lines = "\n".join(f"| {what} | {value} | {bound} |" for what, value, bound in table)
     head = f"Loaded in a new process by {loaded_by} and compared with the tuned model on {found.rows} {rows}:"
     return f"{head}\n\n| | found | limit |\n|---|---|---|\n{lines}\n\nThe same numbers are in verify.json."
 

@@ -68,11 +68,13 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
             folder, dtype=computing.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    missing = {name for name in loading_info["missing_keys"] if head != "vector" or not name.startswith("pooler.")}
+    keys = loading_info["missing_keys"]
+    missing = {name for name in keys if head != "vector" or not name.startswith("pooler.")}
     wrong = sorted({*missing, *loading_info["unexpected_keys"], *map(str, loading_info["mismatched_keys"])})
     if wrong:
         raise ModelError(f"{folder.name}: {len(wrong)} weights do not fit the model, such as {wrong[0]}")
-    return TorchModel(tokenizer, kind, head, f"transformers {version('transformers')}", model.to(computing.device))
+    by = f"transformers {version('transformers')}"
+    return TorchModel(tokenizer, kind, head, by, model.to(computing.device))
 
 
 def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:

@@ -141,7 +141,8 @@ def modelfile(result: RunResult, name: str, *, license: str | None = None) -> tu
     Modelfile cannot hold."""
     go, notes = go_template(result)
     quotes = '"""'
-    problem = "its chat template has three quotes in a row, which end a template" if quotes in (go or "") else ""
+    has_quotes = quotes in (go or "")
+    problem = "its chat template has three quotes in a row, which end a template" if has_quotes else ""
     stops = [result.tokenizer.decode([token_id]) for token_id in result.renderer.stop_ids]
     if odd := [stop for stop in stops if '"' in stop or not stop.isprintable()]:
         problem = f"its answers end with {odd[0]!r}"

@@ -116,7 +116,8 @@ def _write(result: RunResult, folder: Path, options: ExportOptions) -> list[str]
     heads.write_labels(model, folder)
     if model.can_generate():
         save_generation_config(model, folder, stop_ids=result.renderer.stop_ids)
-    return [f"its weights are too large for one file of the format, and are in {FILE}.data next to it"] * is_large
+    note = f"its weights are too large for one file of the format, and are in {FILE}.data next to it"
+    return [note] if is_large else []
 
 
 @dataclass(frozen=True)

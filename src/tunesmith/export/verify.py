@@ -126,7 +126,8 @@ def find_rows(result: RunResult) -> CheckRows:
             if held_out := list(islice(matching, len(wanted))):
                 unit = "documents, the first window of each" if any("bytes" in line for line in lines) else "rows"
                 described = f"of {len(sources):,} held-out {unit}"
-                return CheckRows(sorted(held_out, key=lambda example: wanted.index(str(example.source))), described)
+                in_order = sorted(held_out, key=lambda example: wanted.index(str(example.source)))
+                return CheckRows(in_order, described)
         if first := list(islice(_examples(result, "train"), MAX_ROWS)):
             return CheckRows(first, "training rows, since none is held out")
     except DataError:
@@ -300,7 +301,8 @@ def _first_difference(tuned: Outputs, exported: Outputs) -> str:
             return f"the tuned model has {len(ours)} {what}s, the export {len(theirs)}"
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a != b:
-                place = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                unlike = (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+                place = next(unlike, min(len(a), len(b)))
                 return f"{what} {i + 1} at token {place + 1}: {a[place : place + 4]} became {b[place : place + 4]}"
     return ""
 
@@ -311,7 +313,8 @@ def _loss_error(tuned: Outputs, exported: Outputs) -> float | None:
     num = len(tuned.losses)
     if num < 2 or len(exported.losses) != num:
         return None
-    change, counts = np.asarray(exported.losses) - np.asarray(tuned.losses), np.asarray(tuned.counts, np.float64)
+    change = np.asarray(exported.losses) - np.asarray(tuned.losses)
+    counts = np.asarray(tuned.counts, np.float64)
     total = max(float(counts.sum()), 1.0)
     residual = change - change.sum() / total * counts
     return float(np.sqrt((residual**2).sum() * num / (num - 1)) / total)

@@ -52,7 +52,8 @@ def _value(node: ast.expr, rewards: Mapping[str, float]) -> float:
             return _OPERATORS[type(op)](_value(left, rewards), _value(right, rewards))
         case ast.Call(func=ast.Name(id=name), args=args):
             values = [_value(part, rewards) for part in args]
-            return FUNCTIONS[name](*values) if len(values) == 1 and name not in _MANY else FUNCTIONS[name](values)
+            takes_one = len(values) == 1 and name not in _MANY
+            return FUNCTIONS[name](*values) if takes_one else FUNCTIONS[name](values)
     raise AssertionError("`parse` has refused it")
 
 

@@ -68,7 +68,8 @@ _SCHEMA = {
 
 
 def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float], None]) -> Mapping[str, Any]:
-    request = urllib.request.Request(f"{grader.address}/chat/completions", json.dumps(body).encode(), method="POST")
+    address = f"{grader.address}/chat/completions"
+    request = urllib.request.Request(address, json.dumps(body).encode(), method="POST")
     request.add_header("Content-Type", "application/json")
     if key := key_of(grader):
         request.add_unredirected_header("Authorization", f"Bearer {key}")

@@ -43,7 +43,8 @@ def page_of(values: Mapping[str, Any], verdicts: Sequence[Verdict], *, grader: s
 def _rewards(values: Mapping[str, Any]) -> Iterator[Block | Table]:
     rows = [[Cell(what), Cell(value, bounds)] for what, value, bounds, _ in lines_of(values)]
     yield Table([Column("of"), Column("value, with its 95 % interval", "number")], rows)
-    yield Block("figures", [_histogram(kind, entry) for kind, entry in values["kinds"].items() if entry["scored"]])
+    scored = {kind: entry for kind, entry in values["kinds"].items() if entry["scored"]}
+    yield Block("figures", [_histogram(kind, entry) for kind, entry in scored.items()])
 
 
 def _histogram(kind: str, entry: Mapping[str, Any]) -> Plot:

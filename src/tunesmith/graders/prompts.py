@@ -89,7 +89,8 @@ def _reference(record: Mapping[str, Any], turns: Any) -> Answer | None:
         if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "content" in value[-1]:
             value = value[-1]["content"]
         if value is not None:
-            return Answer(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+            is_text = isinstance(value, str)
+            return Answer(value if is_text else json.dumps(value, ensure_ascii=False, default=str))
     if not turns:
         return None
     return Answer("".join(part.text for part in turns), tuple(turns[-1].fields.get("tool_calls", ())))

@@ -140,7 +140,8 @@ def _as_number(text: str) -> float | None:
 
 def _length(grader: schema.Length, text: str, tokens: int | None) -> float:
     """1 within [low, high]; below it rises from 0 at an empty text, above it falls to 0 at twice `high`."""
-    num = len(text.split()) if grader.unit == "words" else len(text) if grader.unit == "characters" else tokens or 0
+    lengths = {"words": len(text.split()), "characters": len(text)}
+    num = lengths.get(grader.unit, tokens or 0)
     if num < grader.low:
         return num / grader.low
     return max(0.0, 1 - max(0.0, num - grader.high) / grader.high)

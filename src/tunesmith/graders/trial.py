@@ -233,4 +233,5 @@ def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> dict[str,
             "scores": dict(entry.grade.scores),
         }
 
-    return {"best": list(map(shown, ranked[:NUM_SHOWN])), "worst": list(map(shown, ranked[: -NUM_SHOWN - 1 : -1]))}
+    best, worst = ranked[:NUM_SHOWN], ranked[: -NUM_SHOWN - 1 : -1]
+    return {"best": list(map(shown, best)), "worst": list(map(shown, worst))}

@@ -316,7 +316,8 @@ def untuned_recipe(located: ModelRef, *, task: TaskName | None = None) -> tuple[
     decide_before_rows(decisions, located, size, kind)
     recipe = decisions.recipe
     is_adapter = METHODS[recipe.method.name].is_adapter
-    decisions.decide(precision_for(size.num_params, recipe.device, is_adapter=is_adapter, tokens=TOKENS_TO_ANSWER))
+    tokens = TOKENS_TO_ANSWER
+    decisions.decide(precision_for(size.num_params, recipe.device, is_adapter=is_adapter, tokens=tokens))
     return decisions.folded(), tokenizer
 
 

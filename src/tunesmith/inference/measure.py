@@ -213,7 +213,8 @@ def _judge_answers(
 
     def read(*, answered: bool) -> list[Example]:
         problems.clear()
-        return [example for _, example in examples(data.train, data, problems.append, task=task, answered=answered)]
+        pairs = examples(data.train, data, problems.append, task=task, answered=answered)
+        return [example for _, example in pairs]
 
     empty = Part("assistant", "", True)  # rows without any answer are prompts as well
     rows = read(answered=True) or [replace(example, parts=(*example.parts, empty)) for example in read(answered=False)]
@@ -414,7 +415,8 @@ def judged(
 
 def _rewards(judge: LoadedModel, prompts: Sequence[Example], answers: Sequence[str]) -> list[float]:
     parts = [Part("assistant", answer or " ", True) for answer in answers]  # templates refuse an empty one
-    rows = [replace(example, parts=(*example.parts, part)) for example, part in zip(prompts, parts, strict=True)]
+    pairs = zip(prompts, parts, strict=True)
+    rows = [replace(example, parts=(*example.parts, part)) for example, part in pairs]
     return list(map(float, _values(judge, rows)))
 
 

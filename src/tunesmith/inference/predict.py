@@ -84,7 +84,8 @@ class Predictor:
     def positive(self) -> str | None:
         """The second of two classes, whose threshold can be set; None where there are not two."""
         labels = self.loaded.labels
-        return labels.names[1] if labels is not None and labels.kind == "one" and len(labels.names) == 2 else None
+        is_binary = labels is not None and labels.kind == "one" and len(labels.names) == 2
+        return labels.names[1] if labels is not None and is_binary else None
 
     @property
     def holds_above(self) -> float:
@@ -213,7 +214,8 @@ class Predictor:
             return
         chances_BC = sigmoid(logits_BC) if labels.kind == "many" else softmax(logits_BC)
         for chances_C in chances_BC:
-            probabilities = {name: round(float(p), DIGITS) for name, p in zip(labels.names, chances_C, strict=True)}
+            chances = zip(labels.names, chances_C, strict=True)
+            probabilities = {name: round(float(chance), DIGITS) for name, chance in chances}
             answer: str | list[str]
             if labels.kind == "many":
                 answer = [name for name, p in zip(labels.names, chances_C, strict=True) if p > self.holds_above]
@@ -291,7 +293,8 @@ def predict_to(
 
 def fingerprint(predictor: Predictor, path: str, *, bare: bool, keep: Sequence[str] = ()) -> dict[str, str]:
     """Hashes of rows, model and renderer, and every option, by name: the lines follow from them."""
-    expanded = expand_folders([DataFile(path=path)], lambda warning: None, how=predictor.loaded.recipe.data.reading)
+    reading = predictor.loaded.recipe.data.reading
+    expanded = expand_folders([DataFile(path=path)], lambda warning: None, how=reading)
     # The path of a file is part of every line, as its source; one that is missing is refused when it is read.
     files = (file for file in expanded if is_address(file.path) or Path(file.path).is_file())
     hashes = [f"{file.path} {file_hash(file)}\n" for file in files]

@@ -98,7 +98,8 @@ class RowStream:
             return
         rows = [item for item in self._chunk if isinstance(item, Example)]
         tick = self._tick
-        answers = iter(self._answers(rows, lambda done: tick(done, len(self._chunk)), self.warn) if rows else ())
+        num_rows = len(self._chunk)
+        answers = iter(self._answers(rows, lambda done: tick(done, num_rows), self.warn) if rows else ())
         self._write([self._line(item, next(answers) if isinstance(item, Example) else item) for item in self._chunk])
         self._chunk, self._num_chars = [], 0
 

@@ -259,7 +259,8 @@ class Dispatcher:
     def _store_events(self, active: _Active, run_events: Sequence[Event]) -> None:
         """Put events of a run into the store, and what follows for its job. Known events change nothing."""
         self.store.add_events(active.translate(run_events))
-        last_saved = max((run_event.step for run_event in run_events if run_event.kind == "checkpoint"), default=-1)
+        saved_steps = (run_event.step for run_event in run_events if run_event.kind == "checkpoint")
+        last_saved = max(saved_steps, default=-1)
         if last_saved >= 0 and last_saved > self._job(active.job_id)["last_checkpoint"]:  # new progress
             self.store.change_job(active.job_id, if_status=["running"], last_checkpoint=last_saved, attempts=0)
         kinds = {run_event.kind for run_event in run_events}

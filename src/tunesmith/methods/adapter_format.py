@@ -75,7 +75,8 @@ def save_result(
     """Write the adapter, in float32 whatever the model computes in, the labels of a head, and the tokenizer
     with the template that it was trained with."""
     config = to_config(attachment, base=base_reference(located), revision=located.revision)
-    with writing_adapter(folder, _num_bytes(attachment), model=model, renderer=renderer, located=located) as staged:
+    num_bytes = _num_bytes(attachment)
+    with writing_adapter(folder, num_bytes, model=model, renderer=renderer, located=located) as staged:
         _write(attachment, config, staged)
 
 
@@ -179,7 +180,8 @@ def _num_bytes(attachment: LoraAttachment) -> int:
 
 
 def _write(attachment: LoraAttachment, config: Record, folder: Path) -> None:
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(attachment).items()}
+    by_name = _tensors(attachment).items()
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in by_name}
     (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -338,7 +340,8 @@ def read_config(folder: Path) -> SavedConfig:
 
 
 def _settings(path: Path, config: JsonObject) -> LowRankMethod:
-    missing = [key for key in ("r", "lora_alpha", "target_modules", "base_model_name_or_path") if key not in config]
+    needed = ("r", "lora_alpha", "target_modules", "base_model_name_or_path")
+    missing = [key for key in needed if key not in config]
     if config.get("peft_type") != "LORA" or missing:
         raise ModelError(f"{path}: not a LoRA adapter: peft_type {config.get('peft_type')!r}, missing keys {missing}")
     unknown = sorted(key for key, value in config.items() if value and key not in _READ)
@@ -355,7 +358,8 @@ def _settings(path: Path, config: JsonObject) -> LowRankMethod:
         )
     targets, place = config["target_modules"], "target_modules"
     try:
-        words = (f"re:^(?:{re.compile(targets).pattern})$",) if isinstance(targets, str) else tuple(sorted(targets))
+        is_pattern = isinstance(targets, str)
+        words = (f"re:^(?:{re.compile(targets).pattern})$",) if is_pattern else tuple(sorted(targets))
         for place in ("rank_pattern", "alpha_pattern"):
             for pattern in config.get(place) or ():
                 re.compile(pattern)

@@ -192,7 +192,8 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     frozen = [(name, weight) for name, weight in model.named_parameters() if name not in chosen]
     if not frozen:
         return ()
-    num, total = (sum(p.numel() for p in parameters) for parameters in ((p for _, p in frozen), model.parameters()))
+    num = sum(parameter.numel() for _, parameter in frozen)
+    total = sum(parameter.numel() for parameter in model.parameters())
     return (f"frozen: {len(frozen)} weights, {percent(num / total)} of the model, such as {frozen[0][0]}",)
 
 

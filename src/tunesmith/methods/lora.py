@@ -257,7 +257,8 @@ def _new_tokens(model: PreTrainedModel, targets: Sequence[Target], modules: Sequ
     ids = new_token_ids(model)
     if not ids:
         return ()
-    tables = {id(table): table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table}
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(table): table for table in both if table}
     weights = {id(table.weight) for table in tables.values()}
     trained_whole = {id(weight) for weight in weights_of(model, modules).values()} & weights
     adapted = [target.name for target in targets if id(target.module) in tables]

@@ -38,7 +38,8 @@ class MasterWeights:
             master = _own(parameter).detach().float()
             if spread is not None and parameter.dtype == torch.bfloat16 and not master.is_meta:
                 device = master.device
-                spread_in_cells(master, generators.setdefault(device, torch.Generator(device).manual_seed(spread)))
+                generator = generators.setdefault(device, torch.Generator(device).manual_seed(spread))
+                spread_in_cells(master, generator)
             master.requires_grad_(True)
             self.trained[name] = master
             self._pairs.append((parameter, master))

@@ -341,7 +341,8 @@ def _given(model: PreTrainedModel, method: PeftMethod) -> JsonObject:
     """Settings that follow from the model."""
     settings: dict[str, Any] = {"task_type": task_type(model)}
     if head := head_modules(model, heads.new_head_names(model)):
-        settings["modules_to_save"] = list(dict.fromkeys([*(method.settings.get("modules_to_save") or ()), *head]))
+        saved = method.settings.get("modules_to_save") or ()
+        settings["modules_to_save"] = list(dict.fromkeys([*saved, *head]))
     return settings
 
 

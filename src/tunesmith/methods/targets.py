@@ -404,7 +404,8 @@ def _expert_counts(module: nn.Module) -> set[int]:
         if parameter.ndim == 3
     }
     lists = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList) and len(inner) > 1]
-    return counts | {len(inner) for inner in lists if any(isinstance(part, LINEARS) for part in inner.modules())}
+    with_linears = (inner for inner in lists if any(isinstance(part, LINEARS) for part in inner.modules()))
+    return counts | set(map(len, with_linears))
 
 
 def _is_meant(word: str, target: Target, model: nn.Module) -> bool:

@@ -102,7 +102,8 @@ def _adamw(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
 def _adamw_state(tensor: Tensor) -> Mapping[str, Slot]:
     # The plain kernel counts steps on the CPU, the fused one on the device.
     place: Literal["device", "cpu"] = "device" if tensor.device.type in FUSED_DEVICES else "cpu"
-    return {"step": Slot(torch.Size(), torch.float32, place), "exp_avg": _like(tensor), "exp_avg_sq": _like(tensor)}
+    step = Slot(torch.Size(), torch.float32, place)
+    return {"step": step, "exp_avg": _like(tensor), "exp_avg_sq": _like(tensor)}
 
 
 def _adamw_8bit(groups: Groups, optim: Optim) -> torch.optim.Optimizer:
@@ -281,7 +282,8 @@ class Optimizer:
         if row.divides(optimizer):
             is_needed = divisor != 1 and tensors
             # Filled there: a number that is copied to a CUDA device makes the processor wait for it.
-            scale = torch.full((), divisor, dtype=torch.float32, device=tensors[0].device) if is_needed else None
+            device = tensors[0].device
+            scale = torch.full((), divisor, dtype=torch.float32, device=device) if is_needed else None
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
         elif divisor != 1:
             for tensor in tensors:

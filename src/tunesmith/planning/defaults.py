@@ -212,7 +212,8 @@ def precision_for(num_parameters: int, device: str, *, is_adapter: bool, tokens:
 
 def _method(num_parameters: int) -> Choice:
     if num_parameters <= SMALL_MODEL:
-        return Choice("method", FullMethod(), f"all {num_parameters / 1e6:.1f} M weights are few enough to train")
+        reason = f"all {num_parameters / 1e6:.1f} M weights are few enough to train"
+        return Choice("method", FullMethod(), reason)
     full, lora = 16 * num_parameters / 2**30, 2 * num_parameters / 2**30
     reason = f"weights and optimizer need about {lora:.1f} GiB instead of {full:.1f} GiB, and the base is kept as it is"
     return Choice("method", LoraMethod(), reason)
@@ -223,7 +224,8 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
         reason = f"documents are cut in windows; the model could attend to {limit:,}"
         return Choice("data.max_tokens", TEXT_TOKENS, reason)
     if kind == "encoder_decoder" and limit >= UNBOUNDED:
-        return Choice("data.max_tokens", UNBOUNDED_TOKENS, "the model names no limit; of source and target each")
+        reason = "the model names no limit; of source and target each"
+        return Choice("data.max_tokens", UNBOUNDED_TOKENS, reason)
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
@@ -302,7 +304,8 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
         usual = 16_384 if facts.num_parameters < SMALL_ON_CARD else 8192
     rows = resolved(recipe.train.rows_per_step)
     if has_prepass(recipe):
-        step = math.ceil(rows * float(facts.lengths_I.mean()) + 3 * math.sqrt(rows) * float(facts.lengths_I.std()))
+        mean, deviation = float(facts.lengths_I.mean()), float(facts.lengths_I.std())
+        step = math.ceil(rows * mean + 3 * math.sqrt(rows) * deviation)
         if max(usual, longest) < step <= MOST_IN_ONE:
             return step, "fits a whole step in one micro-batch; splitting it would cost an extra forward pass"
     if longest > usual:

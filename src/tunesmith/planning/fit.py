@@ -37,7 +37,8 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
 
     What was set is left as it is, whether it fits or not.
     """
-    automatic, wanted_tokens = recipe.train.checkpointed_layers == "auto", resolved(recipe.train.tokens_per_pass)
+    automatic = recipe.train.checkpointed_layers == "auto"
+    wanted_tokens = resolved(recipe.train.tokens_per_pass)
     as_wanted = predict(recipe)
     num, room = as_wanted.sizes.recomputable, gib(as_wanted.device.room)
     numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
@@ -88,7 +89,8 @@ def nearest(recipe: Recipe, predict: Predict, *, longest: int) -> dict[str, int]
         except TunesmithError:  # a setting that this model or machine does not take
             continue
         if forecast.fits:
-            alternatives[" ".join(f"--set {key}={value}" for key, value in change.items())] = forecast.memory.total
+            words = " ".join(f"--set {key}={value}" for key, value in change.items())
+            alternatives[words] = forecast.memory.total
             seen.append(keys)
     return alternatives
 

@@ -160,7 +160,8 @@ class Forecaster:
         if size > 1:
             base += min(BUCKET_BYTES, sizes.gradients) + (GROUP if self.device.kind == "cuda" else 0)
         is_adapter = METHODS[recipe.method.name].is_adapter
-        steps, keeps_best = total_steps(recipe.train, sampler.steps_per_epoch), recipe.evaluation.every is not None
+        steps = total_steps(recipe.train, sampler.steps_per_epoch)
+        keeps_best = recipe.evaluation.every is not None
         disk = Disk(
             rows=self.rows.store.summary.arrow_bytes,
             checkpoints=kept_checkpoints(recipe.checkpoint, steps, keeps_best=keeps_best) * sizes.checkpoint,
@@ -228,7 +229,8 @@ class Forecaster:
         if steps_key not in self._steps:
             first, *others = layouts_of(self.kind)
             sampler = self.sampler_of(recipe, first if sizes.can_pack or not others else others[0], model)
-            pads = pads_to_multiple(sampler.layout, device=self.device.kind, precision=resolved(recipe.precision))
+            precision = resolved(recipe.precision)
+            pads = pads_to_multiple(sampler.layout, device=self.device.kind, precision=precision)
             steps = total_steps(recipe.train, sampler.steps_per_epoch)
             heavy = heaviest(sampler, steps, self.rows.store, is_filled=pads)
             self._steps[steps_key] = sampler, heavy, self._look(recipe, sampler)

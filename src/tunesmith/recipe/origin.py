@@ -76,7 +76,8 @@ class Origin:
         if data.template is not None:
             data = data.with_template_at(self.find(data.template))
         recipe = recipe.model_copy(update={"data": data.model_copy(update=sides)})
-        return recipe.on_base(Base(recipe.model, self.base or self.find(recipe.model), self._missing(recipe.model)))
+        model = recipe.model
+        return recipe.on_base(Base(model, self.base or self.find(model), self._missing(model)))
 
     def _missing(self, model: str) -> str:
         """The message for a base that is not found."""

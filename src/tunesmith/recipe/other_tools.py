@@ -52,7 +52,8 @@ def translate(data: Record, tool: str) -> tuple[JsonObject, dict[str, str]]:
             ours[option] = converted
     if ours.get("method.name") == "full":
         left |= {key: "has no meaning in full tuning" for key in ("lora_r", "lora_rank", "lora_alpha") if key in data}
-        ours = {key: value for key, value in ours.items() if not key.startswith("method.") or key == "method.name"}
+        others = [key for key in ours if key.startswith("method.") and key != "method.name"]
+        ours = {key: value for key, value in ours.items() if key not in others}
     return ours, left
 
 
@@ -141,7 +142,8 @@ def _axolotl_method(value: Any, data: Record) -> Any:
 
 
 def _axolotl_task(value: Any, _: Record) -> Any:
-    return "prefer" if value in ("dpo", "ipo", "kto", "orpo", "simpo") else Untranslated(f"rl {value}: not offered")
+    is_known = value in ("dpo", "ipo", "kto", "orpo", "simpo")
+    return "prefer" if is_known else Untranslated(f"rl {value}: not offered")
 
 
 def _share(value: Any, _: Record) -> Any:
@@ -204,12 +206,13 @@ AXOLOTL = _BOTH | {
     "optimizer": ("optim.name", _optimizer),
 }
 _AUTOMATIC = """
-gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs flash_attn flash_attention packing
-sample_packing eval_sample_packing pad_to_sequence_len group_by_length do_train do_eval eval_strategy ddp_timeout
-overwrite_cache overwrite_output_dir output_dir logging_steps plot_loss preprocessing_num_workers save_only_model
-dataloader_num_workers dataset_prepared_path dataset_dir template chat_template quantization_bit quantization_method
-load_in_4bit load_in_8bit use_dora peft_use_dora lora_target_linear per_device_eval_batch_size eval_batch_size tf32
-strict resume_from_checkpoint bf16_full_eval trust_remote_code wandb_project model_type tokenizer_type special_tokens
+gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs flash_attn flash_attention
+packing sample_packing eval_sample_packing pad_to_sequence_len group_by_length do_train do_eval eval_strategy
+ddp_timeout overwrite_cache overwrite_output_dir output_dir logging_steps plot_loss preprocessing_num_workers
+save_only_model dataloader_num_workers dataset_prepared_path dataset_dir template chat_template quantization_bit
+quantization_method load_in_4bit load_in_8bit use_dora peft_use_dora lora_target_linear
+per_device_eval_batch_size eval_batch_size tf32 strict resume_from_checkpoint bf16_full_eval trust_remote_code
+wandb_project model_type tokenizer_type special_tokens
 """
 AUTOMATIC = frozenset(_AUTOMATIC.split())
 """Options that are decided here by themselves, are part of another, or words of the command line (`--out`)."""

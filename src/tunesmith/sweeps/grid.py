@@ -190,7 +190,8 @@ def _one_of(values: Any, draw: random.Random) -> Any:
     if isinstance(values, list):
         return draw.choice(values)
     low, high = values["low"], values["high"]
-    drawn = math.exp(draw.uniform(math.log(low), math.log(high))) if values.get("log") else draw.uniform(low, high)
+    is_log = values.get("log")
+    drawn = math.exp(draw.uniform(math.log(low), math.log(high))) if is_log else draw.uniform(low, high)
     return round(drawn) if isinstance(low, int) and isinstance(high, int) else float(f"{drawn:.3g}")
 
 

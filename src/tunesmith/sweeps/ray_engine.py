@@ -31,7 +31,8 @@ class RayTasks:
         room = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
         self.slots = int(min(room[key] // needed for key, needed in needs.items() if needed))
         if self.slots < 1:
-            words = ", ".join(f"{needed:g} {key.removeprefix('num_')}" for key, needed in needs.items() if needed)
+            names = {key.removeprefix("num_"): needed for key, needed in needs.items() if needed}
+            words = ", ".join(f"{needed:g} {name}" for name, needed in names.items())
             raise InputError(
                 f"--ray: a trial needs {words}, but this Ray has {room['num_cpus']:g} cpus and "
                 f"{room['num_gpus']:g} gpus. Lower threads or devices in base, or use a larger cluster."

@@ -216,7 +216,8 @@ class Mlflow(Tracker):
     def describe(self, reader: RunReader, results: Sequence[Path]) -> None:
         known = self._run.data.params  # a parameter of a run cannot change
         recipe, facts = (plainly_named(flat(tree)) for tree in (reader.recipe, reader.facts))
-        params = [self._entities.Param(key, str(value)[:5000]) for key, value in recipe.items() if key not in known]
+        unknown = [item for item in recipe.items() if item[0] not in known]
+        params = [self._entities.Param(key, str(value)[:5000]) for key, value in unknown]
         facts["mlflow.note.content"] = "\n\n".join(reader.notes)
         tags = [self._entities.RunTag(key, str(value)) for key, value in facts.items()]
         self._client.log_batch(self._id, params=params, tags=tags)

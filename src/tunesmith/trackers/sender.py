@@ -230,7 +230,8 @@ def _result(run: Run, name: str, process: subprocess.Popen[bytes], until: float 
     step = f"up to step {state['step']:,}" if state["step"] >= 0 else "nothing yet"
     if is_sent:
         sent = "written" if (is_folder := Path(state["place"]).is_dir()) else "sent"
-        way = f". Send it with: wandb sync {shlex.quote(state['place'])}" if is_folder and name == "wandb" else ""
+        can_sync = is_folder and name == "wandb"
+        way = f". Send it with: wandb sync {shlex.quote(state['place'])}" if can_sync else ""
         return True, f"{name}: {sent} {step}{', with the results' * state['done']}: {state['place']}{way}"
     way = command("track", run.path, "--to", name)
     return False, f"{name}: sent {step}; not all of it: {state['error'] or why}. Send the rest with: {way}"

@@ -143,9 +143,9 @@ def prepare(
         return setup
     del setup
     machine.free_cached_memory()
-    in_float32 = recipe.model_copy(update={"precision": "float32"})
-    plan = _resolve_together(world, in_float32, root, offline=offline, on_progress=on_progress, run=run, tries=1)
-    reason = "numbers in this model are too large for float16, this device's fast type, as the first rows showed"
+    float32 = recipe.model_copy(update={"precision": "float32"})
+    plan = _resolve_together(world, float32, root, offline=offline, on_progress=on_progress, run=run, tries=1)
+    reason = "numbers in this model are too large for float16, this device's fast type, as first rows showed"
     others = (choice for choice in plan.choices if choice.key != "precision")
     plan.choices = [*others, Choice("precision", "float32", reason)]
     plan.given.pop("precision", None)  # float32 was decided here, not given by the person
@@ -363,8 +363,8 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of the
     recipe for other tasks are left out."""
     section = TASKS[resolved(recipe.task)].section
-    other_sections = {task.section.name for task in TASKS.values() if task.section and task.section is not section}
-    options = flat(recipe.model_dump(exclude={"track", *other_sections}))
+    others = {task.section.name for task in TASKS.values() if task.section and task.section is not section}
+    options = flat(recipe.model_dump(exclude={"track", *others}))
     settings = {f"setting {key}": str(value) for key, value in options.items()}
     model = {f"model {name}": digest for name, digest in model_hashes.items()}
     file_hashes = {**rows.store.data_hashes, **rows.held_store.data_hashes}

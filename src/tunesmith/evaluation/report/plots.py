@@ -91,7 +91,8 @@ def training_plots(series: RunSeries, report: Record) -> list[Plot]:
         return []
     steps_S, losses_S = np.array([(step.step, step.loss) for step in series.steps.values()], np.float64).T
     kept_step = selected_step(report)
-    return [_loss(series, steps_S, losses_S, kept_step), *_measure(series, headline_metrics(report)[:1], kept_step)]
+    headline = headline_metrics(report)[:1]
+    return [_loss(series, steps_S, losses_S, kept_step), *_measure(series, headline, kept_step)]
 
 
 def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Plot:

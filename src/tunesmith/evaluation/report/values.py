@@ -184,7 +184,8 @@ def _flip(was: RowResult, now: RowResult) -> JsonObject:
     if "tags" not in now:
         values = {"label": now["label"], "before": was["predicted"], "after": now["predicted"]}
         return common | {key: label_text(value) for key, value in values.items()}
-    moved = [i for i, pair in enumerate(zip(was["predicted"], now["predicted"], strict=True)) if pair[0] != pair[1]]
+    pairs = zip(was["predicted"], now["predicted"], strict=True)
+    moved = [i for i, (before, after) in enumerate(pairs) if before != after]
     words = {"label": now["tags"], "before": was["predicted"], "after": now["predicted"]}
     return common | {key: ", ".join(f"word {i + 1} {tags[i]}" for i in moved) for key, tags in words.items()}
 
