@@ -68,7 +68,7 @@ UNBOUNDED_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Inputs of the decisions."""
+    """Numbers that the rules for defaults read, so that a rule needs neither rows nor a model."""
 
     num_parameters: int
     device: str

@@ -29,7 +29,7 @@ from tunesmith.types import Choice, HeadName, ModelKind
 
 @dataclass(frozen=True)
 class Inputs:
-    """Facts that are known before a row is encoded."""
+    """What follows from recipe and model alone: rows are encoded by it, and it stays with them in `ResolvedRun`."""
 
     recipe: Recipe
     """With the decisions so far."""

@@ -57,11 +57,11 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a run starts from."""
+    """The model to load where a recipe names a run, with what the new run has to know of it."""
 
     model: str
     note: str | None = None
-    """What to say of it, where it is the result of a run."""
+    """Where it comes from, if it is the result of a run."""
     precision: str | None = None
     """The precision that it needs so as to answer as it was measured; None: any."""
 

@@ -53,7 +53,8 @@ class Listener:
 
 @dataclass
 class Session:
-    """A run in this process."""
+    """A `Setup` at work in a run folder: with the folder, the counters of a checkpoint and the callbacks, which
+    `training_steps` and evaluation without a run do without."""
 
     setup: Setup
     run: Run

@@ -55,13 +55,13 @@ FULL, MOST_OF_A_DEVICE = 0.75, 64
 
 @dataclass
 class ResolvedRun:
-    """A run before its model is loaded."""
+    """A run before its model is loaded: `plan` and `check` end here, and a `Setup` is made of it."""
 
     recipe: Recipe
     """Resolved: no "auto" is left."""
     choices: list[Choice]
     notes: list[str]
-    """Notes on the prediction."""
+    """Notes on the forecast; inputs and rows have their own."""
     inputs: Inputs
     rows: Splits
     given: JsonObject
@@ -117,8 +117,10 @@ def resolve_run(
         notes = rate_notes(recipe, facts)
         with _forecasting(notes):
             device = device or _device_here(notes, recipe, world, apart=apart)
-            planned = Planned(decisions, notes, inputs, rows, device)
-            forecast = _forecast(planned, recipe, root if is_here else None, free_tokens=free_tokens)
+            folder = root if is_here else None
+            forecast = _forecast(
+                decisions, inputs, rows, device=device, folder=folder, free_tokens=free_tokens, notes=notes
+            )
         on_progress("plan", 1, 1)
     for key, value in (("shard", False), ("train.checkpointed_layers", 0)):  # what forecasts decide
         if decisions.is_open(key):
@@ -185,21 +187,20 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """Inputs of a forecast."""
-
-    decisions: Decisions
-    notes: list[str]
-    inputs: Inputs
-    rows: Splits
-    device: Device
-
-
-def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tokens: bool) -> Forecast:
+def _forecast(
+    decisions: Decisions,
+    inputs: Inputs,
+    rows: Splits,
+    *,
+    device: Device,
+    folder: Path | None,
+    free_tokens: bool,
+    notes: list[str],
+) -> Forecast:
     """Decide what memory decides, and forecast the run with it. Raises DoesNotFitError; where it raises
-    anything, nothing is decided, but notes may have been added."""
-    inputs, rows, device = planned.inputs, planned.rows, planned.device
+    anything, nothing is decided, but `notes` may have got some. `folder`: see `_saving`. `free_tokens`: whether
+    memory may decide train.tokens_per_pass."""
+    recipe = decisions.folded()
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
@@ -240,13 +241,13 @@ def _forecast(planned: Planned, recipe: Recipe, folder: Path | None, *, free_tok
         refusal = refuse(recipe, forecast, predict, longest=longest)
         if recipe.memory == "refuse":
             raise refusal
-        planned.notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
+        notes.append(f"{refusal} More: tunesmith explain {refusal.topic}")
     steps = total_steps(recipe.train, forecast.sampler.steps_per_epoch)
     if inputs.recipe.checkpoint.every == "auto" and (saving := _saving(steps, forecast, folder)):
         recipe, fitted = with_options(recipe, {saving.key: saving.value}), [*fitted, saving]
         forecast = predict(recipe)
-    planned.notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
-    planned.decisions.decide(*fitted)
+    notes.extend(_few_rows(resolved(recipe.train.rows_per_step), size, forecast))
+    decisions.decide(*fitted)
     return forecast
 
 
