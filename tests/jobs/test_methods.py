@@ -207,7 +207,7 @@ def test_a_damaged_run_fails_its_job_and_no_other(store: Store) -> None:
     for _ in range(12):
         working.round()
     assert [store.job(one)["status"] for one in (name, other)] == ["failed", "succeeded"]
-    assert "events.jsonl" in store.job(name)["error"]["message"]
+    assert store.job(name)["error"]["message"].startswith(f"runs/{name}/events.jsonl"), "a path of the server"
 
 
 def test_a_disk_that_is_full_at_first_keeps_the_results_of_a_cancelled_job(

@@ -227,7 +227,7 @@ class Dispatcher:
             active.process.stop()
             if not active.process.is_alive():
                 self.active.pop(active.job_id, None)
-                fail(self.store, active.job_id, "run_failed", str(error))
+                fail(self.store, active.job_id, "run_failed", self._message(error))
         return active.job_id not in self.active
 
     def _follow_run(self, active: _Active, *, is_new: bool) -> None:
@@ -309,11 +309,11 @@ class Dispatcher:
                 fault = row_fault(problems, side)
                 return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
-        return fail(self.store, job["id"], code, self._message(error), param=param)
+        return fail(self.store, job["id"], code, self._message(error["message"]), param=param)
 
-    def _message(self, error: Record) -> str:
-        """The message of a run's error for clients, who see no paths of this machine."""
-        return str(error["message"]).replace(f"{self.store.folder}/", "")
+    def _message(self, error: object) -> str:
+        """The message of an error for clients, who see no paths of this machine."""
+        return str(error).replace(f"{self.store.folder}/", "")
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:
         """Serve results of epochs and of the newest stop, once each on their base; remove earlier stops' ones.
@@ -335,7 +335,7 @@ class Dispatcher:
             except Exception as error:
                 if _is_unavailable(error):
                     raise
-                message = f"{name}: cannot be served: {error}"
+                message = f"{name}: cannot be served: {self._message(error)}"
                 self.store.add_events([event(job_id, message, level="warn", once=f"refused {step}")])
                 continue
             owner = {"job": job_id, "base": job["base"], "project": job["project"]}
@@ -406,7 +406,8 @@ class Dispatcher:
             if _is_unavailable(error) and self.crashes[job_id] < MOST_ATTEMPTS:
                 self.unfinished[job_id] = export_error
                 return None
-            return fail(self.store, job_id, "result_not_served", f"The result cannot be served: {error}")
+            message = f"The result cannot be served: {self._message(error)}"
+            return fail(self.store, job_id, "result_not_served", message)
         run_events = list(run.events())
         self.store.add_events(EventTranslator(job_id)(run_events))
         file_row = self._write_results(job_id, run_events)
@@ -415,7 +416,7 @@ class Dispatcher:
         messages = [
             event(job_id, f"Checkpoint created at step {step} with Snapshot ID: {name}", once="snapshot"),
             event(job_id, f"New fine-tuned model created: {name}", once="model"),
-            *missing_exports(job_id, run, "" if export_error is None else self._message(export_error)),
+            *missing_exports(job_id, run, "" if export_error is None else self._message(export_error["message"])),
             event(job_id, "The job has successfully completed", once="completed"),
         ]
         num_tokens = trained_tokens(run_events)
