@@ -82,13 +82,13 @@ class _Child:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, bufsize=0,
         )  # fmt: skip
         try:
-            told = self.ask(_to_load(grader, self._folder.name), LOAD_S)
-            if "kind" in told:
-                raise GradeError(told["kind"], told["error"])
+            loaded = self.ask(_to_load(grader, self._folder.name), LOAD_S)
+            if "kind" in loaded:
+                raise GradeError(loaded["kind"], loaded["error"])
         except GradeError as error:
             self.end()
             raise InputError(f"{_place(grader)}: the grader cannot be loaded: {error}") from None
-        self.files, self.offline = told["files"], told["offline"]
+        self.files, self.offline = loaded["files"], loaded["offline"]
 
     def ask(self, request: Mapping[str, Any], seconds: float) -> Mapping[str, Any]:
         """Raises GradeError where the process ends, or says nothing in time."""

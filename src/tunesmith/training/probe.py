@@ -117,7 +117,8 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
     Never raises for what ends the child: `Found.ended` says it.
     """
     folder = temporary_folder(root, "probe")
-    request = {"root": str(root), "folder": str(folder), "offline": offline, "parent": os.getpid(), "born": time.time()}
+    request: JsonObject = {"root": str(root), "folder": str(folder), "offline": offline}
+    request |= {"parent": os.getpid(), "born": time.time()}
     # Whether it fits is decided before; the probe shows what happens.
     request["recipe"] = {**recipe.model_dump(mode="json"), "memory": "warn"}
     on_progress("probe", 0, 1)
