@@ -84,14 +84,21 @@ def test_an_alias_is_answered_by_its_base(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_does_not_answer_is_a_reason_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[str]()
+
     class Silent(FakeEngine):
         async def attach(self, name: str, run: Path) -> None:
-            await asyncio.Event().wait()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(name)
 
     async def attach() -> None:
         models = EnginesFromThread(Engines({"small": Silent()}, read(tmp_path, GOOD)), asyncio.get_running_loop())
-        await asyncio.to_thread(models.attach, "small", "ft:small", tmp_path)
+        with pytest.raises(TimeoutError, match=r"the engine did not answer within 0\.1 s"):
+            await asyncio.to_thread(models.attach, "small", "ft:small", tmp_path)
+        await asyncio.sleep(0.05)
+        assert ended == ["ft:small"], "it would be served later, though its job failed"
 
     monkeypatch.setattr("tunesmith.jobs.engines.ATTACH_TIMEOUT_S", 0.1)
-    with pytest.raises(TimeoutError, match=r"the engine did not answer within 0\.1 s"):
-        asyncio.run(attach())
+    asyncio.run(attach())

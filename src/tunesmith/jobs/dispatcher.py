@@ -17,7 +17,7 @@ from pathlib import Path
 from tunesmith.errors import InputError, RunError, StorageError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.engines import EnginesFromThread
-from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail
+from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail, for_clients
 from tunesmith.jobs.job_request import Integration
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
@@ -36,10 +36,8 @@ from tunesmith.types import Event, JsonObject, Record
 POLL_S = 0.2
 EXPIRE_S = 60.0
 """Seconds between two rounds that delete expired files."""
-UNAVAILABLE = 503
-"""Status of an engine's refusal while it is being started."""
-CRASHED = "engine_crashed"
-"""Code of an engine's refusal when it ended during the request."""
+UNAVAILABLE, CRASHED = 503, "engine_crashed"
+"""An engine's refusals: the status while it is being started, the code where it ended during the request."""
 
 
 @dataclass
@@ -53,7 +51,6 @@ class _Active:
     tail: Tail
     """Reads the events that the run has added since the last round."""
     translate: EventTranslator
-    """Makes a job's events of a run's."""
     is_unwanted: bool = False
     """Whether its job was paused or cancelled, so that the run has to stop."""
 
@@ -227,7 +224,7 @@ class Dispatcher:
             active.process.stop()
             if not active.process.is_alive():
                 self.active.pop(active.job_id, None)
-                fail(self.store, active.job_id, "run_failed", self._message(error))
+                fail(self.store, active.job_id, "run_failed", str(error))
         return active.job_id not in self.active
 
     def _follow_run(self, active: _Active, *, is_new: bool) -> None:
@@ -309,11 +306,7 @@ class Dispatcher:
                 fault = row_fault(problems, side)
                 return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
         code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
-        return fail(self.store, job["id"], code, self._message(error["message"]), param=param)
-
-    def _message(self, error: object) -> str:
-        """The message of an error for clients, who see no paths of this machine."""
-        return str(error).replace(f"{self.store.folder}/", "")
+        return fail(self.store, job["id"], code, str(error["message"]), param=param)
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:
         """Serve results of epochs and of the newest stop, once each on their base; remove earlier stops' ones.
@@ -335,7 +328,7 @@ class Dispatcher:
             except Exception as error:
                 if _is_unavailable(error):
                     raise
-                message = f"{name}: cannot be served: {self._message(error)}"
+                message = f"{name}: cannot be served: {for_clients(self.store, error)}"
                 self.store.add_events([event(job_id, message, level="warn", once=f"refused {step}")])
                 continue
             owner = {"job": job_id, "base": job["base"], "project": job["project"]}
@@ -406,8 +399,7 @@ class Dispatcher:
             if _is_unavailable(error) and self.crashes[job_id] < MOST_ATTEMPTS:
                 self.unfinished[job_id] = export_error
                 return None
-            message = f"The result cannot be served: {self._message(error)}"
-            return fail(self.store, job_id, "result_not_served", message)
+            return fail(self.store, job_id, "result_not_served", f"The result cannot be served: {error}")
         run_events = list(run.events())
         self.store.add_events(EventTranslator(job_id)(run_events))
         file_row = self._write_results(job_id, run_events)
@@ -416,7 +408,7 @@ class Dispatcher:
         messages = [
             event(job_id, f"Checkpoint created at step {step} with Snapshot ID: {name}", once="snapshot"),
             event(job_id, f"New fine-tuned model created: {name}", once="model"),
-            *missing_exports(job_id, run, "" if export_error is None else self._message(export_error["message"])),
+            *missing_exports(job_id, run, for_clients(self.store, (export_error or {}).get("message", ""))),
             event(job_id, "The job has successfully completed", once="completed"),
         ]
         num_tokens = trained_tokens(run_events)

@@ -96,7 +96,9 @@ class EnginesFromThread:
         self._wait(self.engines.detach(name))
 
     def _wait(self, work: Coroutine[Any, Any, None]) -> None:
+        reply = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
-            asyncio.run_coroutine_threadsafe(work, self.loop).result(ATTACH_TIMEOUT_S)
+            reply.result(ATTACH_TIMEOUT_S)
         except concurrent.futures.TimeoutError as error:
+            reply.cancel()  # what is said to be not served must not be served later
             raise TimeoutError(f"the engine did not answer within {ATTACH_TIMEOUT_S:g} s") from error

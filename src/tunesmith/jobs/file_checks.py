@@ -158,12 +158,18 @@ class FileChecks:
 def fail(
     store: Store, name: str, code: str, message: str, *, param: str | None = None, lines: Iterable[str] = ()
 ) -> None:
-    """Let a job end by an error, with an event for each of `lines`."""
+    """Let a job end by an error, with an event for each of `lines`. Clients see no paths of this machine."""
+    message = for_clients(store, message)
     messages = [event(name, line, level="error") for line in lines]
     text = message if message.startswith("The job failed") else f"The job failed: {message}"
     messages.append(event(name, text, level="error"))
     error = {"code": code, "message": message, "param": param}
     store.change_job(name, messages, if_status=[*WAITING, "running"], status="failed", error=error)
+
+
+def for_clients(store: Store, message: object) -> str:
+    """A message without the place of the store."""
+    return str(message).replace(f"{store.folder}/", "")
 
 
 def job_recipe(

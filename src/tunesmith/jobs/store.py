@@ -436,7 +436,7 @@ class Store:
         return self._read(sa.select(jobs).where(jobs.c.status.not_in(ENDED)).order_by(jobs.c.seq))
 
     def _needed_models(self) -> tuple[dict[str, Record], set[str]]:
-        """All models by name, and the names of the rest and of bases of these and of open jobs."""
+        """All models by name; names of those not deleted, and of those that these or open jobs start from."""
         started = {
             row["id"]: row["request"].get("starts_from") for row in self._read(sa.select(jobs.c.id, jobs.c.request))
         }
