@@ -110,8 +110,8 @@ def _outcomes(
     setup, others = session.setup, []
     if setup.task.pools and what == "evaluate":  # anchors seek their positives among documents of others too
         sides = [(setup.held_collator, setup.rows.held_rows), (setup.collator, setup.rows.train_rows)]
-        for one, some_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
-            others.append((one.store, some_I, _predicted(session, one, some_I, "documents")))
+        for other, other_I in other_rows(sides, collator.store, rows_I, most=setup.recipe.embed.documents):
+            others.append((other.store, other_I, _predicted(session, other, other_I, "documents")))
     own = (collator.store, rows_I, _predicted(session, collator, rows_I, what, writing))
     return settled(setup.task, own, others, recipe=setup.recipe, tokenizer=setup.renderer.tokenizer)
 
