@@ -46,31 +46,31 @@ def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, 
 
 def rows_of(prompts: Sequence[SamplePrompt], setup: Setup) -> dict[int, int]:
     """Number of a prompt → the measured row that begins with it and learns what follows."""
-    store, found = setup.rows.held_store, dict[int, int]()
-    places = {str(store.source(row)): row for row in reversed(setup.rows.held_rows.tolist())}
-    for index, sample in enumerate(prompts):
-        if (place := places.get(sample.source)) is None:
+    store, row_of_prompt = setup.rows.held_store, dict[int, int]()
+    row_of_source = {str(store.source(row)): row for row in reversed(setup.rows.held_rows.tolist())}
+    for number, sample in enumerate(prompts):
+        if (index := row_of_source.get(sample.source)) is None:
             continue
-        row, num = store.row(place), len(sample.ids)
-        if row.trained[num : num + 1].any() and row.ids[:num].tolist() == list(sample.ids):
-            found[index] = place
-    return found
+        row, num_tokens = store.row(index), len(sample.ids)
+        if row.trained[num_tokens : num_tokens + 1].any() and row.ids[:num_tokens].tolist() == list(sample.ids):
+            row_of_prompt[number] = index
+    return row_of_prompt
 
 
 def samples(session: Session, name: str, writing: Continuation | None) -> Iterator[JsonObject]:
     """The values of the "sample" events of the prompts, in order; each rank writes some of the answers."""
     setup, world = session.setup, session.setup.world
-    own = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
-    written: dict[int, list[int]] = dict(pair for part in world.gather_values(own) for pair in part)
+    mine = [] if writing is None else [(row, ids) for row, ids in writing.answers.items()]
+    written: dict[int, list[int]] = dict(pair for part in world.gather_values(mine) for pair in part)
     prompts = prompts_of(setup, name)
     rows = rows_of(prompts, setup) if written else {}
-    given: dict[int, GeneratedAnswer] = {}
+    answered: dict[int, GeneratedAnswer] = {}
     for index, sample in enumerate(prompts):
         if (ids := written.get(rows.get(index, -1))) is not None:
-            given[index] = read_answer(setup.renderer, sample.ids, ids)
-    missing = _generated(session, [sample for index, sample in enumerate(prompts) if index not in given])
+            answered[index] = read_answer(setup.renderer, sample.ids, ids)
+    missing = _generated(session, [sample for index, sample in enumerate(prompts) if index not in answered])
     for index, sample in enumerate(prompts):
-        yield sample_values(sample, given[index]) if index in given else next(missing)
+        yield sample_values(sample, answered[index]) if index in answered else next(missing)
 
 
 def _generated(session: Session, prompts: list[SamplePrompt]) -> Iterator[JsonObject]:

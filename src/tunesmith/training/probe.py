@@ -95,11 +95,11 @@ class Found:
         if not self.steps or forecast is None or forecast.duration is None:
             return None
         counted = self.steps[1:][-SETTLED_STEPS:] or self.steps
-        step = mean_tokens * sum(one.seconds for one in counted) / sum(one.count for one in counted)
-        prices: dict[Kind, float] = {kind: one.seconds / one.count for kind, one in self.work.items()}
+        step = mean_tokens * sum(timed.seconds for timed in counted) / sum(timed.count for timed in counted)
+        prices: dict[Kind, float] = {kind: timed.seconds / timed.count for kind, timed in self.work.items()}
         spread = forecast.duration.spread if self.ended else STEP_SPREAD
-        found = {**forecast.duration.prices, **prices, "training": step}
-        return replace(forecast.duration, prices=found, spread=spread)
+        all_prices = {**forecast.duration.prices, **prices, "training": step}
+        return replace(forecast.duration, prices=all_prices, spread=spread)
 
     def values(self, forecast: Forecast | None, mean_tokens: float) -> JsonObject:
         """As JSON. `memory`: the peak, 0 where it ended before a step."""
@@ -139,9 +139,9 @@ def probe(recipe: Recipe, *, root: Path, offline: bool, on_progress: OnProgress,
             except subprocess.TimeoutExpired:
                 ended = f"it was not done within {limit_s:,.0f} s"
         measured = folder / MEASURED_FILE
-        found = _JSON.validate_json(measured.read_bytes()) if measured.exists() else Found()
-        found.ended = found.ended or ended
-        return found
+        result = _JSON.validate_json(measured.read_bytes()) if measured.exists() else Found()
+        result.ended = result.ended or ended
+        return result
     finally:
         remove(folder)
         on_progress("probe", 1, 1)
@@ -157,21 +157,21 @@ def _why(code: int, printed: Path) -> str:
 
 def main() -> None:
     """The child."""
-    request, found = json.load(sys.stdin), Found()
+    request, result = json.load(sys.stdin), Found()
     folder = Path(request["folder"])
     threading.Thread(target=_end_with, args=(request["parent"], folder), daemon=True).start()
     try:
         setup = prepare(validate(request["recipe"]), root=Path(request["root"]), offline=request["offline"])
-        found.work["starting"] = Timed(time.time() - request["born"])
-        for _ in measure(setup, folder, found):
-            found.peak = peak(setup.device)
-            write_atomic(folder / MEASURED_FILE, _JSON.dump_json(found))
+        result.work["starting"] = Timed(time.time() - request["born"])
+        for _ in measure(setup, folder, result):
+            result.peak = peak(setup.device)
+            write_atomic(folder / MEASURED_FILE, _JSON.dump_json(result))
     except (TunesmithError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TunesmithError) and not is_out_of_memory(error):
             raise
         is_plain = isinstance(error, TunesmithError) and not isinstance(error, OutOfMemoryError)
-        found.ended = str(error) if is_plain else f"memory ended: {error}"
-        write_atomic(folder / MEASURED_FILE, _JSON.dump_json(found))
+        result.ended = str(error) if is_plain else f"memory ended: {error}"
+        write_atomic(folder / MEASURED_FILE, _JSON.dump_json(result))
 
 
 def _end_with(parent: int, folder: Path) -> None:
@@ -184,27 +184,27 @@ def _end_with(parent: int, folder: Path) -> None:
         os._exit(1)
 
 
-def measure(setup: Setup, folder: Path, found: Found) -> Iterator[None]:
-    """Do it, and yield when `found` has another piece. A checkpoint and a result are written into `folder`.
+def measure(setup: Setup, folder: Path, result: Found) -> Iterator[None]:
+    """Do it, and yield when `result` has another piece. A checkpoint and a result are written into `folder`.
 
     Raises what a run would: OutOfMemoryError, NonFiniteError, StorageError.
     """
-    yield from _take_steps(setup, found)
+    yield from _take_steps(setup, result)
     if (rows := _measure_rows(setup)) is not None:
-        found.work["measuring"] = rows
+        result.work["measuring"] = rows
         yield
     if setup.samples:
-        found.work["answering"] = _answer(setup)
+        result.work["answering"] = _answer(setup)
         yield
     began = time.perf_counter()
     checkpoint.save(folder, 1, weights=setup.attachment.trained, optimizer=setup.optimizer.state(), state={})
-    found.work["saving"] = Timed(time.perf_counter() - began)
+    result.work["saving"] = Timed(time.perf_counter() - began)
     yield
     began = time.perf_counter()
     setup.save_result(folder / "result")
     written = time.perf_counter() - began  # the result is rehearsed, and written
     smoke_test(length_histogram(setup))  # a report without its numbers
-    found.work["finishing"] = Timed(written + time.perf_counter() - began)
+    result.work["finishing"] = Timed(written + time.perf_counter() - began)
     yield
 
 
@@ -215,7 +215,7 @@ def peak(device: str) -> int:
     return peak_memory_bytes(device)
 
 
-def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
+def _take_steps(setup: Setup, result: Found) -> Iterator[None]:
     """The heaviest step, and others whose tokens are nearest to the mean."""
     sampler, steps = setup.sampler, setup.total_steps
     heavy = setup.forecast.heavy if setup.forecast else heaviest(sampler, steps, setup.rows.store)
@@ -226,9 +226,9 @@ def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
     for number, step in enumerate([heavy.step, *usual]):
         event = next(training_steps(setup, start=step - 1))
         if (halved := event.values.get("tokens_per_pass")) is not None:
-            found.notes.append(f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
+            result.notes.append(f"memory ended in step {step}: its passes had to be of {halved:,} tokens")
         seconds = event.timing["seconds"]
-        found.steps.append(Timed(seconds, event.values["tokens"], step=step))
+        result.steps.append(Timed(seconds, event.values["tokens"], step=step))
         yield
         spent += seconds if number else seconds / 2  # a heavy step of a minute is the only one
         if spent > USUAL_S or (number >= USUAL_STEPS and spent > MORE_S):
@@ -238,14 +238,14 @@ def _take_steps(setup: Setup, found: Found) -> Iterator[None]:
 def _measure_rows(setup: Setup) -> Timed | None:
     """Micro-batches of held-out rows, if there are any: the one that needs the most memory, and then others."""
     collator, rows, sampler = setup.held_collator, [int(i) for i in setup.rows.held_rows], setup.sampler
-    how: dict[str, Any] = {"layout": sampler.layout, "device": setup.device}
-    passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, **how)
+    options: dict[str, Any] = {"layout": sampler.layout, "device": setup.device}
+    passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, **options)
     if not passes:
         return None
     targets_I, seconds, tokens = targets_of(collator.store), 0.0, 0
     heavy = max(passes, key=lambda members: float(targets_I[list(members)].sum()))
-    some = [heavy, *passes[:: max(1, len(passes) // LOOKS)][:LOOKS]]
-    for number, members in enumerate(some):
+    probed = [heavy, *passes[:: max(1, len(passes) // LOOKS)][:LOOKS]]
+    for number, members in enumerate(probed):
         began = time.perf_counter()
         predict_rows(setup.model, setup.task, collator, members, tokens_per_pass=sampler.tokens_per_pass)
         if number:
@@ -265,9 +265,9 @@ def _answer(setup: Setup) -> Timed:
         predict_rows(setup.model, setup.task, setup.held_collator, rows, tokens_per_pass=tokens, answering=writing)
         if writing.answers and writing.seconds:
             return Timed(writing.seconds, MORE_WORDS)
-    some = setup.samples
-    size = batch_size(max(len(one.ids) for one in some), MORE_WORDS, setup.sampler.tokens_per_pass)
-    prompts, taken = [sample.ids for sample in some[:size]], []
+    samples = setup.samples
+    size = batch_size(max(len(sample.ids) for sample in samples), MORE_WORDS, setup.sampler.tokens_per_pass)
+    prompts, taken = [sample.ids for sample in samples[:size]], []
     for words in (FEW_WORDS, FEW_WORDS, MORE_WORDS):  # the very first answer is slower
         began = time.perf_counter()
         generate(setup.model, setup.renderer, prompts, words)

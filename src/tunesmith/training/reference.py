@@ -48,12 +48,12 @@ def use_reference(session: Session) -> None:
     for store, collator, rows_I in sides:
         if not len(rows_I):  # nothing is held out
             continue
-        own = session.run.rows_path / ("train" if store is rows.store else "held_out")
+        run_folder = session.run.rows_path / ("train" if store is rows.store else "held_out")
         file = f"{store.key[:16]}-{_digest(setup, rows_I, collator)}.reference"
-        kept = {folder / file: _read(folder / file, len(rows_I)) for folder in (own, store.folder)}
-        found = next((one for one in kept.values() if one is not None), None)
-        values_IK = _compute(session, collator, rows_I) if found is None else found
-        for path in (path for path, one in kept.items() if one is None):
+        by_path = {folder / file: _read(folder / file, len(rows_I)) for folder in (run_folder, store.folder)}
+        known_IK = next((values for values in by_path.values() if values is not None), None)
+        values_IK = _compute(session, collator, rows_I) if known_IK is None else known_IK
+        for path in (path for path, values in by_path.items() if values is None):
             write_atomic(path, _packed(values_IK))
         write_reference(store, rows_I, values_IK)
 
@@ -72,7 +72,7 @@ def share_reference(setup: Setup) -> None:
 
 def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) -> NDArray[np.float64]:
     setup = session.setup
-    found = predict_rows(
+    predictions = predict_rows(
         setup.model,
         setup.task,
         collator,
@@ -80,7 +80,7 @@ def _compute(session: Session, collator: Collator, rows_I: NDArray[np.int64]) ->
         tokens_per_pass=setup.sampler.tokens_per_pass,
         progress=lambda done, total: session.listener.on_progress("reference", done, total),
     )
-    return np.array([result["logps"] for result in found.results], np.float64).reshape(len(rows_I), -1)
+    return np.array([result["logps"] for result in predictions.results], np.float64).reshape(len(rows_I), -1)
 
 
 def _digest(setup: Setup, rows_I: NDArray[np.int64], collator: Collator) -> str:

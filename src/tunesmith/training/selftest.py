@@ -120,15 +120,15 @@ def _packing(setup: Setup) -> Proof:
     if setup.sampler.layout != "packed":
         return Proof("rows do not see each other", True, f"padded batches are used: {agreement.reason}")
     allowed = TOLERANCES[setup.model.dtype]
-    found = f"answers packed and alone differ by {agreement.error:.1e} of their spread, allowed is {allowed:.0e}"
-    return Proof("rows do not see each other", agreement.ok, found)
+    finding = f"answers packed and alone differ by {agreement.error:.1e} of their spread, allowed is {allowed:.0e}"
+    return Proof("rows do not see each other", agreement.ok, finding)
 
 
 def _templates(setup: Setup) -> Proof:
     """The tokens in front of each trained answer are those that serving would feed."""
     wrong = [sample.source for sample in setup.samples if not _is_prefix(setup, sample.ids, sample.source)]
-    found = f"{len(setup.samples) - len(wrong)} of {len(setup.samples)} rows begin with the prompt as it is served"
-    return Proof("training prompts are serving prompts", not wrong, found)
+    finding = f"{len(setup.samples) - len(wrong)} of {len(setup.samples)} rows begin with the prompt as it is served"
+    return Proof("training prompts are serving prompts", not wrong, finding)
 
 
 def _is_prefix(setup: Setup, prompt: Sequence[int], source: str) -> bool:
@@ -146,8 +146,8 @@ def _accumulation(setup: Setup) -> Proof:
     worst = max(float((together[name] - alone[name]).norm()) for name in together) / scale
     compares = setup.store.branches.has_any  # what two answers have in common cancels, its rounding does not
     allowed = (1e-4 if compares else 1e-5) if setup.recipe.precision == "float32" else 5e-2
-    found = f"gradients of 1×{len(rows)} and {len(rows)}×1 rows differ by {worst:.1e}, allowed is {allowed:.0e}"
-    return Proof("passes do not change the update", worst <= allowed, found)
+    finding = f"gradients of 1×{len(rows)} and {len(rows)}×1 rows differ by {worst:.1e}, allowed is {allowed:.0e}"
+    return Proof("passes do not change the update", worst <= allowed, finding)
 
 
 def _gradients(setup: Setup, passes: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -183,8 +183,8 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
     same = all(torch.equal(straight[name], tensor) for name, tensor in setup.attachment.trained.items())
     passed = same and losses == straight_losses
-    found = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
-    return Proof("a resumed run is the same run", passed, found)
+    finding = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
+    return Proof("a resumed run is the same run", passed, finding)
 
 
 def _restart(setup: Setup, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:

@@ -54,10 +54,10 @@ def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
         for members in sampler.step(step):
             rows = [line for i in members for line in lines_of(store.row(i))]
             tokens += sum(len(row.ids) for row in rows)
-            for one in stretches([row.ids for row in rows]):
-                computed += one.stop - one.start
-                if len(one.members) > 1 and not probe:
-                    probe = tuple(rows[i] for i in one.members[:PROBE_ROWS])
+            for stretch in stretches([row.ids for row in rows]):
+                computed += stretch.stop - stretch.start
+                if len(stretch.members) > 1 and not probe:
+                    probe = tuple(rows[i] for i in stretch.members[:PROBE_ROWS])
     return CommonPrefixes(1 - computed / tokens, probe)
 
 
@@ -84,8 +84,8 @@ def decide_sharing(
         problem = "kernels: plain leaves them"
     elif not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
-    elif model.device.type != "meta" and (found := disagreement(model, shared.probe)):
-        problem = f"the model then {found}"
+    elif model.device.type != "meta" and (difference := disagreement(model, shared.probe)):
+        problem = f"the model then {difference}"
     if problem:
         return Choice(KEY, False, f"{what} could be computed once, but {problem}")
     return Choice(KEY, True, f"{what} are computed once for all; counted are the tokens of the rows")

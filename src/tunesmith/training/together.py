@@ -61,12 +61,12 @@ def refuse_other_inputs(setup: Setup) -> None:
     if world.size == 1:
         return
     world.connect()
-    own = {**setup.identity, "layout": setup.sampler.layout, "shared prefixes": str(setup.collator.shares)}
-    first = world.gather_values(own)[0]
+    identity = {**setup.identity, "layout": setup.sampler.layout, "shared prefixes": str(setup.collator.shares)}
+    first = world.gather_values(identity)[0]
     changed = [
-        f"{key} is {own.get(key, 'absent')}, on rank 0 {first.get(key, 'absent')}"
-        for key in sorted({*first, *own})
-        if first.get(key) != own.get(key)
+        f"{key} is {identity.get(key, 'absent')}, on rank 0 {first.get(key, 'absent')}"
+        for key in sorted({*first, *identity})
+        if first.get(key) != identity.get(key)
     ]
     if changed:
         raise RunError(
@@ -122,10 +122,10 @@ def _broadcast_weights(setup: Setup) -> None:
     attachment, world = setup.attachment, setup.world
     with world.reaching():
         for tensor in attachment.shared.values():
-            whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0)
+            sent = tensor.detach().contiguous()
+            dist.broadcast(sent, src=0)
             if not world.is_first:
-                tensor.copy_(whole)
+                tensor.copy_(sent)
     attachment.publish()
 
 
@@ -137,21 +137,21 @@ def broadcast(setup: Setup, tensors: Mapping[str, Tensor] | None) -> dict[str, T
         return None if tensors is None else dict(tensors)
     import torch.distributed as dist
 
-    own = tensors if world.is_first else None
-    listed = None if own is None else [[name, str(t.dtype)[6:], list(t.shape)] for name, t in own.items()]
+    sent = tensors if world.is_first else None
+    listed = None if sent is None else [[name, str(t.dtype)[6:], list(t.shape)] for name, t in sent.items()]
     listed = world.gather_values(listed)[0]
     if listed is None:
         return None
-    found: dict[str, Tensor] = {}
+    received: dict[str, Tensor] = {}
     with world.reaching():
         for name, dtype, shape in listed:
             empty = torch.empty(shape, dtype=getattr(torch, dtype))
-            found[name] = empty if own is None else own[name].detach().cpu().contiguous()
-            as_bytes = found[name].reshape(-1).view(torch.uint8)
+            received[name] = empty if sent is None else sent[name].detach().cpu().contiguous()
+            as_bytes = received[name].reshape(-1).view(torch.uint8)
             if as_bytes.numel():
                 dist.broadcast(as_bytes, src=0)
-            found[name] = own_piece(setup, name, found[name])
-    return found
+            received[name] = own_piece(setup, name, received[name])
+    return received
 
 
 def own_piece(setup: Setup, name: str, tensor: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def refuse_drift(session: Session) -> None:
         _broadcast_weights(setup)
         return
     digests = setup.world.gather_values(digest(setup))
-    wrong = [rank for rank, one in enumerate(digests) if one != digests[0]]
+    wrong = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if wrong:
         raise GroupError(
             f"step {session.progress.step}: the weights of rank {wrong[0]} are not those of rank 0: a device computes "
@@ -195,17 +195,17 @@ def refuse_drift(session: Session) -> None:
 @torch.no_grad()
 def digest(setup: Setup) -> int:
     """64 bits of all trained tensors that every rank has whole, in order."""
-    found = 0
+    total = 0
     for tensor in setup.attachment.shared.values():
         bits = tensor.detach().contiguous().view(torch.int32)
-        found = (found * _MIXER + int(bits.sum(dtype=torch.int64))) % 2**64
-    return found
+        total = (total * _MIXER + int(bits.sum(dtype=torch.int64))) % 2**64
+    return total
 
 
 def recipe_digest(recipe: Recipe) -> str:
     """SHA-256 of a recipe as it is given, but for the devices and how they share it."""
-    given = recipe.model_dump(mode="json", exclude={"devices", "shard"})
-    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+    values = recipe.model_dump(mode="json", exclude={"devices", "shard"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def unfinished(out: Path, recipe: Recipe) -> Run | None:
