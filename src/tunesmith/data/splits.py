@@ -66,7 +66,7 @@ class Splits:
 
     @property
     def found_again(self) -> str:
-        """Which rows an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
+        """Rows that an earlier run or plan has encoded, by the hash of all that determines them; "": none."""
         stores = {"training": self.store} | ({} if self.held_store is self.store else {"held-out": self.held_store})
         if not (reused := {what: store for what, store in stores.items() if store.reused}):
             return ""

@@ -208,10 +208,8 @@ def _forecast(
         recipe = with_options(recipe, {"shard": False})
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
 
-    kind = device.kind
-
     def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
-        sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
+        sampler = replace(sampler_of(recipe, rows, layout, device.kind), part=(0, size))
         choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
         return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
