@@ -96,8 +96,8 @@ def _head(result: RunResult, name: str, fields: Record, license: str, report: Re
     if metrics:
         dataset = {"name": "held-out rows", "type": "private"}
         task = {"type": pipeline, "name": str(result.recipe.task)}
-        results = [{"task": task, "dataset": dataset, "metrics": metrics}]
-        head["model-index"] = [{"name": name, "results": results}]
+        measured = {"task": task, "dataset": dataset, "metrics": metrics}
+        head["model-index"] = [{"name": name, "results": [measured]}]
     return head
 
 
