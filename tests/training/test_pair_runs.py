@@ -61,5 +61,5 @@ def test_where_memory_ends_a_pass_is_halved(tmp_path, monkeypatch):
 
 def test_its_general_ability_is_not_measured(tmp_path):
     setup = prepare(recipe_of(tmp_path), root=tmp_path)
-    assert can_generate(setup.head, is_causal=True, max_tokens=setup.room)
+    assert can_generate(setup.head, is_causal=True, max_tokens=setup.max_tokens)
     assert not setup.can_generate

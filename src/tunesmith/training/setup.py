@@ -67,7 +67,7 @@ class Setup(TrainState):
     notes: list[str]
     """Facts to know before the first step: fallbacks, cut rows, overlaps."""
     located: ModelRef
-    room: int
+    max_tokens: int
     """Maximum number of tokens that the model can attend to."""
     num_parameters: int
     """Weights of the model, including its head."""
@@ -92,7 +92,7 @@ class Setup(TrainState):
     @property
     def can_generate(self) -> bool:
         """Whether the model writes text, so that its general ability can be measured."""
-        return can_generate(self.head, is_causal=self.sampler.layout != "encoder_decoder", max_tokens=self.room)
+        return can_generate(self.head, is_causal=self.sampler.layout != "encoder_decoder", max_tokens=self.max_tokens)
 
     def whole_weights(self) -> JsonObject:
         """{"weights"} of a model whose trained layers are split, on the first rank; every rank has to call it."""
@@ -201,7 +201,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         notes=[*notes, *attachment.notes, *prompt_notes],
         located=inputs.located,
         model=model,
-        room=inputs.size.max_tokens,
+        max_tokens=inputs.size.max_tokens,
         num_parameters=num_parameters,
         renderer=inputs.renderer,
         task=bind(resolved(recipe.task), rows.labels, recipe.loss, output, recipe=recipe),
@@ -385,8 +385,8 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     """
     attachment, num_snapshots = setup.attachment, setup.recipe.checkpoint.snapshots
     trained_bytes = 4 * attachment.num_trained  # in float32; of a split run more than this process holds
-    held_bytes = 4 * sum(tensor.numel() for tensor in attachment.trained.values())
-    optimizer_bytes = setup.optimizer.state_bytes() * trained_bytes // held_bytes
+    local_bytes = 4 * sum(tensor.numel() for tensor in attachment.trained.values())
+    optimizer_bytes = setup.optimizer.state_bytes() * trained_bytes // local_bytes
     checkpoints = (trained_bytes + optimizer_bytes) * kept_checkpoints(
         setup.recipe.checkpoint, setup.total_steps, keeps_best=setup.recipe.evaluation.every is not None
     )
