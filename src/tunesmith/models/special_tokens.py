@@ -133,7 +133,7 @@ def with_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that shorter rows are padded with: the tokenizer's own, as in pre-training; 0 if it has none.
 
-    Most models never see it. In some whose tokens read neighbours (MobileBERT, ConvBERT, FNet) they do.
+    Most models never see it. In some whose tokens read neighbours (MobileBERT, ConvBERT, FNet) real ones do.
     """
     own, num_rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
     return int(own) if own is not None and own < num_rows else 0

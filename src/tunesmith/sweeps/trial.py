@@ -37,7 +37,7 @@ class Job:
 
 
 def run_trial(job: Job) -> str:
-    """Train the trial, or continue where it was stopped or killed; why it failed, "" if it did not.
+    """Train the trial, or continue where it was stopped or killed. Returns why it failed, or "".
 
     A process that a killed sweep left at work is stopped first; its run continues from there.
     """

@@ -88,7 +88,7 @@ def _note(run: Run, name: str, **values: Any) -> JsonObject:
 
 
 def _attempt(run: Run, name: str, tracker: Tracker, over: threading.Event) -> None:
-    """Send steps in batches from the first event on, without those it has. Raises whatever it raises."""
+    """Send steps in batches from the first event on, without those that the tracker has. Raises its errors."""
     reader, tail, is_open, is_last = RunReader(run), Tail(run.events_path), False, False
     try:
         while not is_last:
