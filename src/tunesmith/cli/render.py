@@ -303,7 +303,7 @@ SETTLED_SHOWN = 8
 
 
 LEAST_BUSY, MOST_BUSY = 0.15, 0.7
-"""Shares of the processor: from the first on, programs are named; above the second, part is left."""
+"""Shares of the processor that others take: named from the first on, counted up to the second at most."""
 
 
 def forecast_facts(forecast: Record, probe: Record | None = None) -> Facts:
