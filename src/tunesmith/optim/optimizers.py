@@ -280,10 +280,9 @@ class Optimizer:
         """Divide inside the update's kernel where it can, which saves a pass over every gradient."""
         tensors = [self.trained[name] for name in names if self.trained[name].grad is not None]
         if row.divides(optimizer):
-            is_needed = divisor != 1 and tensors
+            divides = divisor != 1 and tensors
             # Filled there: a number that is copied to a CUDA device makes the processor wait for it.
-            device = tensors[0].device
-            scale = torch.full((), divisor, dtype=torch.float32, device=device) if is_needed else None
+            scale = torch.full((), divisor, dtype=torch.float32, device=tensors[0].device) if divides else None
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
         elif divisor != 1:
             for tensor in tensors:
