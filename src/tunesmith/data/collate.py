@@ -1,5 +1,5 @@
-"""Rows as the tensors of a micro-batch: targets shifted, rows padded or packed, tokens masked for a masked language
-model."""
+"""Rows as the tensors of a micro-batch: targets shifted, rows padded or packed, tokens masked for a masked
+language model."""
 
 # B rows, L lines, K branches, T tokens, N targets, U tokens of the decoder, V values
 
@@ -102,9 +102,9 @@ class Collator:
         """Make the batch of rows of the store: `members` are their indices.
 
         Args:
-            draw: numbers the maskings of a row. In a step it is the step, and masks follow from a row's index in the
-                store; for measuring it is 0, and they follow from the content of its example, so that they are the same
-                in another file, order or run.
+            draw: numbers the maskings of a row. In a step it is the step, and masks follow from a row's index
+                in the store; for measuring it is 0, and they follow from the content of its example, so that
+                they are the same in another file, order or run.
             copies: see `sampler.copies_in`; empty: each row is there once.
             lines: which lines of rows with partners.
         """
@@ -181,8 +181,8 @@ def build_batch(
     pad_id: int = 0,
     pools: bool = False,
 ) -> Batch:
-    """Make the tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token t + 1
-    of its row.
+    """Make the tensors of one micro-batch. Targets are shifted here and nowhere else: position t predicts token
+    t + 1 of its row.
 
     Rows with labels are not shifted: a label is predicted at its own position; nor are tokens that are pooled. An
     encoder–decoder reads the source, and its decoder reads `decoder_start` and the target without its last token.
@@ -228,8 +228,8 @@ def build_batch(
 
 
 def _learnt(row: Row, start: int, *, pools: bool) -> Learnt:
-    """The targets of a row that begins at flat position `start`: labels and pooled tokens at their own position, other
-    tokens at the position before."""
+    """The targets of a row that begins at flat position `start`: labels and pooled tokens at their own
+    position, other tokens at the position before."""
     if pools:
         return start + np.flatnonzero(row.trained), row.ids[row.trained]
     if row.labels is not None:

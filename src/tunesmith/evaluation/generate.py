@@ -55,8 +55,8 @@ def generate(
     *,
     chunk: int | None = None,
 ) -> list[GeneratedAnswer]:
-    """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a prompt that
-    are read at a time.
+    """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a
+    prompt that are read at a time.
 
     Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is
     padded on the right, because BART and its like count positions from the first token.
@@ -247,8 +247,8 @@ def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) 
 def generate_within(
     model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], new_tokens: int, *, most: int
 ) -> list[GeneratedAnswer]:
-    """As `generate`. A prompt of more than `most` tokens is read in parts; where memory ends, half as many prompts are
-    answered together, and then a prompt is read in smaller parts."""
+    """As `generate`. A prompt of more than `most` tokens is read in parts; where memory ends, half as many
+    prompts are answered together, and then a prompt is read in smaller parts."""
     try:
         return generate(model, renderer, prompts, new_tokens, chunk=most)
     except (MemoryError, RuntimeError) as error:

@@ -90,7 +90,7 @@ def plan_proof(result: RunResult, target: ExportTarget, written: str, *, num_tok
         is_slow = (
             device == "cpu" and seconds > VERY_LONG_S and machine.choose_precision("auto", "cpu").value == "bfloat16"
         )
-        of_device = {tuned} if device == "cpu" else {tuned, exported}  # an export's files are mapped, not copied
+        of_device = {tuned} if device == "cpu" else {tuned, exported}  # an export's files are mapped
         if not is_slow and all(_fits(result, params, device, dtype) for dtype in of_device):
             break
     where = "the processor" if device == "cpu" else torch.cuda.get_device_name(device)

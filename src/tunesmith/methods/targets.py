@@ -366,9 +366,9 @@ def is_router(model: nn.Module, name: str) -> bool:
     """Whether a linear layer chooses experts, or how much of one counts: its outputs decide where a token goes,
     and a low-rank change of them moves all that the experts were trained for. Servers read no adapter there.
 
-    Known by its place: near experts, with as many outputs as there are or one, and no other layer in between. Experts
-    are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the name or class
-    of what it is part of: the router of Zaya is a small network.
+    Known by its place: near experts, with as many outputs as there are or one, and no other layer in between.
+    Experts are a tensor [experts, …] that is no convolution, or a list of modules with linear layers. Or by the
+    name or class of what it is part of: the router of Zaya is a small network.
     """
     index = _LAYER_INDEX.search(name)
     start, inside = name[: index.end() if index else 0], name[index.end() :].split(".") if index else []

@@ -321,8 +321,8 @@ def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
 
 
 def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
-    """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of small
-    models learn few rows in several epochs. Nothing is said of others."""
+    """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of
+    small models learn few rows in several epochs. Nothing is said of others."""
     task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(resolved(recipe.train.rows_per_step))
     epochs = total_steps(recipe.train, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER

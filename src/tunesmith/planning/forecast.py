@@ -206,7 +206,7 @@ class Forecaster:
         )
 
     def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
-        """Most tokens whose keys and values are kept for answers: of a pass, and of prompts with what is written."""
+        """Most tokens whose keys and values are kept for answers: of a pass, and of prompts with answers."""
         rows_I, store = self.rows.held_rows, self.rows.held_store
         prompts = min(resolved(evaluation.samples), len(rows_I)) if self.head == "next_token" else 0
         if prompts == 0:

@@ -270,7 +270,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> JsonObject:
                 digest.update(content)
                 file.write(content)
                 continue
-            hashing = hasher.submit(digest.update, content)  # both take as long, and neither holds Python's lock
+            hashing = hasher.submit(digest.update, content)  # both take as long, neither holds Python's lock
             file.write(content)
             hashing.result()
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}

@@ -44,7 +44,7 @@ class Inputs:
     added: NewTokens
     """Tokens that the recipe adds."""
     revision: str | None = None
-    """The model's revision as it was given, by whose name the hub's cache knows it; the recipe has the commit."""
+    """The model's revision as it was given, as the hub's cache knows it; the recipe has the commit."""
 
 
 def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:

@@ -51,8 +51,8 @@ def refuse_other_run(
 
 
 def settings_of_group(recipe: Recipe, world: World) -> list[str]:
-    """Settings of a run that is resumed on another number of devices: as many threads in all as before, and whole
-    layers if it is alone now."""
+    """Settings of a run that is resumed on another number of devices: as many threads in all as before, and
+    whole layers if it is alone now."""
     before = 1 if recipe.devices == "auto" else recipe.devices
     whole = ["shard=false"] if world.size == 1 and recipe.shard is True else []
     if before == world.size:

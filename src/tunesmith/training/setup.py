@@ -1,5 +1,5 @@
-"""Set up a run: from a recipe to a `Setup` with model, rows, method and steps. Every "auto" is decided and every
-check made before step 1."""
+"""Set up a run: from a recipe to a `Setup` with model, rows, method and steps. Every "auto" is decided and
+every check made before step 1."""
 
 from __future__ import annotations
 
@@ -234,8 +234,8 @@ def _use_fast_layers(recipe: Recipe, model: PreTrainedModel, world: World) -> li
 
 
 def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
-    """Find the output layer by which losses are computed piece by piece. None: logits are computed whole, with a
-    note where the forecast did not expect that."""
+    """Find the output layer by which losses are computed piece by piece. None: logits are computed whole, with
+    a note where the forecast did not expect that."""
     if not method_of(recipe).fused_loss or recipe.kernels != "fast":
         return None, []
     output_layer = find_output_layer(model)
@@ -319,8 +319,8 @@ def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Split
 
 
 def _samples(evaluation: EvaluationOptions, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
-    """Held-out prompts to answer on the way, which leave an answer its place in the model's context, and notes on
-    those that do not."""
+    """Held-out prompts to answer on the way, which leave an answer its place in the model's context, and notes
+    on those that do not."""
     if inputs.head != "next_token":
         return [], []
     examples = rows.sample_examples(resolved(evaluation.samples))
@@ -336,8 +336,8 @@ def answer_tokens(sample_tokens: int, rows: Splits) -> int:
 
 
 def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool) -> tuple[Layout, list[str]]:
-    """Choose packed rows if the model computes the same for them as for each row alone, else padded ones, with a note.
-    An encoder–decoder has one layout only."""
+    """Choose packed rows if the model computes the same for them as for each row alone, else padded ones, with
+    a note. An encoder–decoder has one layout only."""
     layout, *slower_layouts = layouts_of(inputs.kind)
     if not slower_layouts:
         return layout, []
@@ -360,8 +360,8 @@ def packed_agrees(
 
 
 def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
-    """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of the
-    recipe for other tasks are left out."""
+    """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
+    the recipe for other tasks are left out."""
     section = TASKS[resolved(recipe.task)].section
     others = {task.section.name for task in TASKS.values() if task.section and task.section is not section}
     options = flat(recipe.model_dump(exclude={"track", *others}))
@@ -400,10 +400,10 @@ def refuse_small_disk(setup: Setup, folder: Path) -> None:
     if needed <= free:
         return
     raise DoesNotFitError(
-        f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: {size(checkpoints)} for "
-        f"checkpoints{f', of which it has {size(written)},' if written else ''} and {size(result)} for the result. "
-        "Free some space, choose a folder on a larger disk with --runs, or keep fewer checkpoints with "
-        "checkpoint.keep.",
+        f"{folder}: the disk has {size(free)} free, but this run needs {size(needed)} more: "
+        f"{size(checkpoints)} for checkpoints{f', of which it has {size(written)},' if written else ''} and "
+        f"{size(result)} for the result. Free some space, choose a folder on a larger disk with --runs, or "
+        "keep fewer checkpoints with checkpoint.keep.",
         needed=needed,
         room=free,
     )
@@ -414,8 +414,8 @@ def collators(
 ) -> tuple[Collator, Collator, list[Choice]]:
     """Make the collators of training rows and of held-out rows; returns what was decided for them too.
 
-    Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is computed
-    whole, as in a later evaluation of the result.
+    Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is
+    computed whole, as in a later evaluation of the result.
     """
     tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
     is_masked = inputs.head == "masked_token"
