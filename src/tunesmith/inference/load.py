@@ -384,7 +384,7 @@ def _load(
 
 def _weighed(labels: Labels | None, weights: str | Mapping[str, float] | None) -> Labels | None:
     """The labels with the weights of their classes, so that a loss counts as it did in training."""
-    if labels is None or isinstance(weights, str):
+    if labels is None or weights is None or isinstance(weights, str):
         return labels
     return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))
 
