@@ -72,3 +72,15 @@ def test_a_class_that_ends_in_a_space_is_in_quotes(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"t{i},{'good' if i % 2 else 'good '}\n" for i in range(30)))
     assert "labels: 2 classes: good 15, 'good ' 15; one a row" in checked(str(path))
+
+
+def test_rows_are_shown_as_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(4)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:3]) + '{"prompt": "q"}\n')
+    lines = checked(str(path), "--rows", "2-4")
+    assert [line for line in lines if line.startswith("line ")] == ["line 2", "line 3", "line 4"]
+    assert any("⟦a1⟧" in line for line in lines)
+    assert not any("⟦a0⟧" in line for line in lines)
+    assert lines[-1].startswith("unknown_shape: ") or "completion" in lines[-1]
+    assert "--rows: two: is no line" in "".join(checked(str(path), "--rows", "two", code=2))

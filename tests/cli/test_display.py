@@ -12,9 +12,10 @@ from rich.console import Console
 from cli import fake_events
 from tunesmith.cli import runs as cli_runs
 from tunesmith.cli.display import PLAIN_WAIT_S, Live, Plain, Silent, display_for, phases, plan_lines
-from tunesmith.cli.render import headline_metric, print_table
+from tunesmith.cli.render import print_table
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.series import RunSeries
+from tunesmith.telling.words import headline_metric
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"

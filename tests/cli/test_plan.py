@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
-from tunesmith.cli.render import forecast_facts, probe_facts
 from tunesmith.planning.forecast import WORK_KINDS
+from tunesmith.telling.words import forecast_facts, probe_facts
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {

@@ -4,6 +4,7 @@ import pytest
 
 from tunesmith import phrases
 from tunesmith.cli import render
+from tunesmith.telling import words
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,9 @@ def test_what_cannot_be_seen_is_shown_by_a_sign(given: str, shown: str) -> None:
     ("show", "shown"),
     [
         (phrases.duration, {0: "0 s", 59.4: "59 s", 59.6: "1:00 min", 185: "3:05 min", 7800: "2:10:00 h", -3: "0 s"}),
-        (render.count, {999: "999", 9_999: "9,999", 12_345: "12.3 k", 134_515_008: "134.5 M", 1.7e9: "1.7 B"}),
+        (words.count, {999: "999", 9_999: "9,999", 12_345: "12.3 k", 134_515_008: "134.5 M", 1.7e9: "1.7 B"}),
         (phrases.size, {12: "12 B", 2048: "2.0 KiB", 3 * 2**20: "3.0 MiB", 2.5 * 2**30: "2.5 GiB"}),
-        (render.age, {3: "just now", 60: "1 minute ago", 7300: "2 hours ago", 90_000: "1 day ago"}),
+        (words.age, {3: "just now", 60: "1 minute ago", 7300: "2 hours ago", 90_000: "1 day ago"}),
     ],
 )
 def test_numbers_as_text(show: Callable[[float], str], shown: dict[float, str]) -> None:
@@ -52,7 +53,7 @@ def test_numbers_as_text(show: Callable[[float], str], shown: dict[float, str]) 
     ],
 )
 def test_options_as_they_would_be_written(value: object, shown: str) -> None:
-    assert render.option(value) == shown
+    assert words.option(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -70,8 +71,8 @@ def test_a_range_of_time_says_its_unit_once(low: float, high: float, shown: str)
 
 
 def test_classes_that_are_numbers_are_told_from_their_rows() -> None:
-    assert render.label_counts({"good": 80, "bad": 120}) == "2 classes: bad 120, good 80"
-    assert render.label_counts({"5": 9, "4": 17, "r2": 3}) == "3 classes: 4: 17, 5: 9, r2: 3"
+    assert words.label_counts({"good": 80, "bad": 120}) == "2 classes: bad 120, good 80"
+    assert words.label_counts({"5": 9, "4": 17, "r2": 3}) == "3 classes: 4: 17, 5: 9, r2: 3"
 
 
 @pytest.mark.parametrize(("in_color", "shown"), [(True, "Hi Yes."), (False, "Hi ⟦Yes.⟧")])

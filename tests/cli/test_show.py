@@ -47,6 +47,14 @@ def test_a_finished_run_says_what_it_took_and_not_what_was_predicted(shown) -> N
     assert f"{run.path.name}: done, made {made}" in text.replace("\n", "")
 
 
+def test_a_run_at_work_says_how_far_it_is(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "run")
+    with run.lock():
+        run.note_progress("evaluate", 42, 100)
+        result = CliRunner().invoke(app, ["show", str(run.path)])
+    assert ": running (measuring held-out rows: 42 %), made " in result.stdout.replace("\n", "")
+
+
 def test_a_classifier_is_shown_beside_the_majority_baseline(shown) -> None:
     text, run = shown("classes")
     flat = " ".join(text.split())

@@ -516,3 +516,32 @@ asyncio.run(main())
             return True
 
     asyncio.run(until(is_gone, seconds=10))
+
+
+def test_an_engine_ends_though_a_message_swallows_its_first_cancellation() -> None:
+    """As `asyncio.wait_for` does before Python 3.12, where its answer comes at the same moment."""
+
+    class Busy:
+        is_alive, has_swallowed = True, False
+
+        async def next(self) -> list[object]:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if self.has_swallowed:
+                    raise
+                self.has_swallowed = True
+            return []
+
+        async def end(self) -> None: ...
+
+    async def scene() -> None:
+        ending = engine.WorkerEngine([], root=Path(), options=OPTIONS)
+        ending._worker = Busy()  # type: ignore[assignment]
+        ending._supervisor = asyncio.create_task(ending._supervise())
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(ending.close(0))
+        done, _ = await asyncio.wait((closing,), timeout=3)
+        assert done, "the engine never ends"
+
+    asyncio.run(scene())

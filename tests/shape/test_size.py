@@ -12,9 +12,9 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_600, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_760, "twenty-one commands, what they print and what they refuse"),
+    "cli": (4_640, "twenty-two commands, what they print and what they refuse"),
     "data": (9_330, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (3_730, "measures with intervals, answers, comparison, the report"),
+    "evaluation": (3_740, "measures with intervals, answers, comparison, the report, whose blocks a page shares"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (950, "answers of many sequences together, and those that go on from rows that were measured"),
     "graders": (2_100, "types of graders, children for their code, a judge, a trial with measures and a verdict"),
@@ -23,15 +23,17 @@ ROOMS = {
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
     "models": (5_280, "finding, loading, attention, heads, losses in pieces"),
     "optim": (450, "optimizers and schedules"),
+    "pages": (1_700, "pages of runs, data, plans and chats over what commands print; sessions"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_700, "defaults with reasons; memory, time, disk"),
     "recipe": (1_800, "every option, declared once; files of other tools translated"),
-    "runs": (1_400, "run folders, events, checkpoints"),
+    "runs": (1_410, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_300, "the engine and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_335, "what is learnt"),
+    "telling": (510, "what commands and pages say in the same words; nearly all of it was in cli"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_060, "the loop, and a run around it"),
+    "training": (4_080, "the loop, and a run around it, which says how far it is"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

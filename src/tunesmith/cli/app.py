@@ -24,6 +24,7 @@ from tunesmith.cli.serve import serve
 from tunesmith.cli.signals import interruptible
 from tunesmith.cli.sweep import sweep
 from tunesmith.cli.train import resume, track, train
+from tunesmith.cli.ui import ui
 from tunesmith.version import __version__
 
 
@@ -161,7 +162,7 @@ def about(
 
 COMMAND_GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Tune": (check, plan, train, resume, sweep),
-    "Look and talk": (show, chat),
+    "Look and talk": (ui, show, chat),
     "Use and measure": (serve, predict, evaluate, grade, compare, export, push, track),
     "More": (explain, selftest, recipe, doctor),
 }

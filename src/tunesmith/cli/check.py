@@ -15,19 +15,25 @@ from rich.text import Text
 from tunesmith.cli import options
 from tunesmith.cli.errors import print_problems
 from tunesmith.cli.options import build_recipe, files, mix_of, to_overrides
-from tunesmith.cli.render import label_counts, sample_row
+from tunesmith.cli.render import sample_row
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
-from tunesmith.phrases import mix_text, percent, plural, size, visible
+from tunesmith.phrases import plural, size, visible
+from tunesmith.telling import checks
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.data.check import CheckReport, TokenStats
+    from tunesmith.data.check import CheckReport
     from tunesmith.data.renderer import Renderer
     from tunesmith.recipe.schema import Recipe
+
+
+Lines = Annotated[
+    str | None, typer.Option("--rows", metavar="LINES", help="Show these rows as they are read: 812, 801-820.")
+]
 
 
 def check(
@@ -43,6 +49,7 @@ def check(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(metavar="FILE", help="A recipe; other options count more.")] = None,
     settings: options.Settings = None,
+    rows: Lines = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -74,6 +81,9 @@ def check(
     from tunesmith.data.splits import mix
 
     chosen = chosen.model_copy(update={"data": pinned(chosen.data, offline=offline)})
+    if rows is not None:
+        _show_rows(chosen, rows, offline=offline, as_json=as_json)
+        return
     with phases(console(stderr=True)) as tick:
         renderer = _renderer(chosen, offline) if chosen.model else None
         task = None if chosen.task == "auto" else chosen.task
@@ -81,11 +91,31 @@ def check(
     usable = [file.usable for side in ("train", "replay") for file in report.files if file.side == side]
     sources = mix(chosen.data, usable) if report.ok else []
     if as_json:
-        json_line({"kind": "check", "ok": report.ok, **asdict(report), "mix": sources})
+        json_line(check_values(report, sources))
     else:
         draw(report, sources)
     if not report.ok:
         raise typer.Exit(InputError.exit_code)
+
+
+def _show_rows(recipe: Recipe, lines: str, *, offline: bool, as_json: bool) -> None:
+    """Print rows of the first file as the model reads them. Raises InputError for lines that are no range."""
+    from tunesmith.telling.rows import rows_as_read
+
+    first, _, last = lines.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise InputError(f"--rows: {lines}: is no line and no range of lines. Give one such as 812 or 801-820.")
+    read = rows_as_read(recipe, _renderer(recipe, offline) if recipe.model else None, int(first), int(last or first))
+    if as_json:
+        json_line({"kind": "rows", "rows": read})
+        return
+    screen = console()
+    for row in read:
+        count = "" if row["tokens"] is None else f": {plural(row['tokens'], 'token')}, {row['trained']:,} learnt"
+        _say(screen, f"line {row['line']}{count}")
+        screen.print(sample_row(row["spans"], in_color=screen.color_system is not None), "")
+        for problem in row["problems"]:
+            _say(screen, f"{problem['code']}: {problem['message']} {problem['fix']}".rstrip())
 
 
 def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
@@ -114,7 +144,7 @@ def _renderer(recipe: Recipe, offline: bool) -> Renderer | None:
 
 def draw(report: CheckReport, mix: Sequence[Record] = ()) -> None:
     """Problems first, then files, tokens and a first row, then the verdict."""
-    screen = console()
+    screen, values = console(), check_values(report, mix)
     errors = [problem for problem in report.problems if problem.severity == "error"]
     warnings = [problem for problem in report.problems if problem.severity == "warning"]
     rows = {file.path: file.rows for file in report.files}
@@ -122,56 +152,24 @@ def draw(report: CheckReport, mix: Sequence[Record] = ()) -> None:
     print_problems(warnings, nums=report.warnings, rows=rows, stderr=False)
     if report.problems:
         _say(screen, "")
-    for what, counts in (("error", report.errors), ("warning", report.warnings)):
-        if counts:
-            by_code = ", ".join(f"{number:,} {code}" for code, number in sorted(counts.items()))
-            _say(screen, f"{plural(sum(counts.values()), what)}: {by_code}")
-    named = {problem.source.path for problem in errors}  # a file that cannot be read is said once
-    for file in [file for file in report.files if file.is_readable or file.path not in named]:
-        shape = f"{file.shape} in {file.format}" if file.shape else file.format or "unreadable"
-        _say(screen, f"{file.path}: {shape}: {file.usable:,} of {plural(file.rows, 'row')} can be used")
-    if mix:
-        _say(screen, f"mix, before rows are held out: {mix_text(mix)}")
-    for side, stats in report.tokens.items():
-        _tokens(screen, side, stats)
-    if report.labels:
-        words = {"one": "one a row", "many": "any number a row", "tags": "a tag for each word"}
-        _say(screen, f"labels: {label_counts(dict(report.labels))}; {words[str(report.label_kind)]}")
+    for line in (*checks.problem_counts(values), *checks.file_lines(values), *checks.token_lines(values)):
+        _say(screen, line)
     for place, spans in report.forms:
         sample = sample_row(spans, in_color=screen.color_system is not None)
         sample.rstrip()
         screen.print("", *([Text(visible(place))] if len(report.forms) > 1 else []), sample, "", sep="\n")
-    if any(file.usable for file in report.files):
-        _say(screen, f"held out: {plural(report.held_out, 'row')}")
-    for note in report.notes:
-        _say(screen, f"note: {note}")
-    listed = {f"{path} cannot be used as it is" for path in named}
-    for refusal in [refusal for refusal in report.refusals if refusal not in listed] or report.refusals:
+    for line in checks.other_lines(values):
+        _say(screen, line)
+    for refusal in checks.refusals(values):
         screen.print(Text(f"refused: {visible(refusal)}", style="bold red"))
     if report.ok:
-        _verdict(screen, report)
+        text, is_good = checks.verdict(values)
+        screen.print(Text(text, style="bold green" if is_good else "bold yellow"))
 
 
-def _verdict(screen: Console, report: CheckReport) -> None:
-    """The last line: held-out rows that are trained make what is measured worth less, or nothing."""
-    seen, held = report.warnings.get("overlap", 0), report.held_out
-    if not seen:
-        screen.print(Text("can be trained on", style="bold green"))
-        return
-    worth = "worthless" if 2 * seen >= held else "too good"
-    which = f"{seen:,} of {plural(held, 'held-out row')} {'is' if seen == 1 else 'are'} also trained"
-    text = f"can be trained on, but the measures will be {worth}: {which}"
-    screen.print(Text(text, style="bold yellow"))
-
-
-def _tokens(screen: Console, side: str, stats: TokenStats) -> None:
-    share = percent(stats.trained / stats.tokens)
-    _say(
-        screen,
-        f"{side}: {stats.tokens:,} tokens, {stats.trained:,} of them trained ({share}); a row has "
-        f"{stats.shortest:,} to {stats.longest:,}, half have {stats.median:,} or less, 95 % have {stats.p95:,} "
-        "or less",
-    )
+def check_values(report: CheckReport, mix: Sequence[Record]) -> JsonObject:
+    """The values that `--json` prints."""
+    return {"kind": "check", "ok": report.ok, **asdict(report), "mix": mix}
 
 
 def _say(screen: Console, text: str) -> None:

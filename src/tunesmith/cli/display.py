@@ -23,7 +23,8 @@ from tunesmith.errors import Stopped
 from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.parallel.world import place_of
-from tunesmith.phrases import PHASES, command, duration, one_line, percent, plural, size, visible
+from tunesmith.phrases import PHASES, command, one_line, percent, plural, visible
+from tunesmith.telling.words import choice_line, first_facts, metric_line, plan_facts, step_line
 from tunesmith.types import Event, Record
 
 if TYPE_CHECKING:
@@ -97,16 +98,6 @@ class Plain(Silent):
             self.last_line = now
             return True
         return False
-
-
-def step_line(series: RunSeries) -> str:
-    """The newest step: loss, learning rate, speed, memory, time left."""
-    last, left = series.steps[series.step], series.seconds_left
-    return (
-        f"step {last.step}/{series.total_steps}: loss {render.loss(last.loss)}, lr {last.lr:.3g}, "
-        f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
-        + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
-    )
 
 
 def bars(screen: Console) -> Progress:
@@ -187,7 +178,7 @@ def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str
         return ""  # the table at the end has them
     if event.kind in MEASURED_WORDS:
         when = WHEN.get(event.values["name"], f"step {event.step}")
-        return f"{when}: {MEASURED_WORDS[event.kind]}{render.metric_line(event, series)}"
+        return f"{when}: {MEASURED_WORDS[event.kind]}{metric_line(event, series)}"
     if event.kind == "note":
         is_aside = event.values.get("detail") or event.values.get("aside")
         return "" if is_aside and not verbose else f"note: {event.values['text']}"
@@ -196,8 +187,8 @@ def event_line(event: Event, series: RunSeries, *, verbose: bool = False) -> str
 
 def plan_lines(plan: Record) -> list[str]:
     """A plan as whole lines: facts, choices, notes."""
-    lines = [f"{name}: {text}" for name, text in render.plan_facts(plan)]
-    lines += [_choice_line(choice) for choice in plan.get("choices", ())]
+    lines = [f"{name}: {text}" for name, text in plan_facts(plan)]
+    lines += [choice_line(choice) for choice in plan.get("choices", ())]
     return lines + [f"note: {text}" for text in plan.get("warnings", ())]
 
 
@@ -216,12 +207,12 @@ def print_start(screen: Console, plan: Record, *, verbose: bool) -> None:
     if verbose:
         print_plan(screen, plan)
         return
-    facts = render.first_facts(plan)
+    facts = first_facts(plan)
     lines = "\n".join(f"{name}: {text}" for name, text in facts)
     screen.print(render.facts_grid(facts, a_line_each=True) if screen.is_terminal else lines)
     notes, choices = plan.get("warnings", ()), plan.get("choices", ())
     to_act_on = [f"note: {text}" for text in notes if text not in plan.get("asides", ())]
-    unusual = [_choice_line(choice) for choice in choices if choice["key"] in plan.get("unusual", ())]
+    unusual = [choice_line(choice) for choice in choices if choice["key"] in plan.get("unusual", ())]
     room = MOST_FIRST - 1 - len(facts)
     shown = [*to_act_on, *unusual][:room]
     for others, text in zip(reversed(range(len(shown))), shown, strict=True):
@@ -234,10 +225,6 @@ def print_start(screen: Console, plan: Record, *, verbose: bool) -> None:
     left = {"choice": len(choices) - len(shown) + num_notes, "note": len(notes) - num_notes}
     if words := " and ".join(plural(num, f"more {noun}") for noun, num in left.items() if num):
         screen.print(f"{words}: `tunesmith show` lists all, and --verbose", style=render.MUTED)
-
-
-def _choice_line(choice: Record) -> str:
-    return f"chosen: {choice['key']} = {render.option(choice['value'])}: {choice['reason']}"
 
 
 @contextmanager

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, named, refuse_unusable
-from tunesmith.cli.render import loss, print_table
+from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, one_line, plural, visible
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
+from tunesmith.telling.words import loss
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:

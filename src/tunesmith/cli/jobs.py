@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Json
-from tunesmith.cli.render import age, print_table
+from tunesmith.cli.render import print_table
 from tunesmith.cli.serve import StorePlace, check_extra, open_store
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, Stopped, TunesmithError
 from tunesmith.phrases import visible
+from tunesmith.telling.words import age
 from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.options import Json, Root, RunName, named
-from tunesmith.cli.render import age, answers_table, headline_metric, loss, print_result, print_table
+from tunesmith.cli.render import answers_table, print_result, print_table
 from tunesmith.cli.streams import console, json_line
-from tunesmith.errors import InputError, RunError, TunesmithError
+from tunesmith.errors import InputError, RunError
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.phrases import command, did_you_mean, duration, plural, size, visible
+from tunesmith.phrases import command, did_you_mean, plural, size, visible
 from tunesmith.runs import events
-from tunesmith.runs.folder import Run, model_shown
+from tunesmith.runs.folder import Run
 from tunesmith.runs.folder import runs as all_runs
+from tunesmith.telling.runs import facts, model_name, phase
+from tunesmith.telling.words import age, headline_metric, loss, took
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -143,45 +145,13 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
         screen.print(f"freed {size(total)}")
 
 
-def facts(run: Run) -> JsonObject:
-    """One run in plain values; one that cannot be read says why instead of hiding the others.
-
-    `fields`: what it can be filtered and sorted by.
-    """
-    from tunesmith.recipe.docs import flat
-
-    known: dict[str, Any] = {"name": run.path.name, "path": str(run.path), "created": 0.0, "state": "unreadable"}
-    try:
-        recipe, series = run.recipe(), RunSeries.of(run.events())
-        plain = {
-            "name": run.path.name,
-            "state": run.state(),
-            "created": run.created,
-            "model": model_shown(recipe.model),
-        }
-    except TunesmithError as error:
-        return known | {"problem": str(error), "fields": known}
-    plain |= {"task": recipe.task, "method": recipe.method.name, "step": series.step, "steps": series.total_steps}
-    general = {
-        name: {"general_loss": {"value": general_result["loss"]}} for name, general_result in series.general.items()
-    }
-    before, after = (series.score(name) or {"measures": general.get(name, {})} for name in ("before", "after"))
-    losses = {"before": before.get("loss"), "after": after.get("loss", series.curve[-1] if series.curve[1:] else None)}
-    fields = flat(recipe.model_dump()) | {
-        f"before.{key}": measure["value"] for key, measure in before["measures"].items()
-    }
-    fields |= {"loss": losses["after"]} | {key: measure["value"] for key, measure in after["measures"].items()}
-    measures = {"before": before["measures"], "after": after["measures"]}
-    return {**known, **plain, **losses, "measures": measures, "fields": fields | plain}
-
-
 def _cells(row: JsonObject) -> list[str]:
     if "problem" in row:
         return [row["name"], row["state"], *[""] * (len(RUN_COLUMNS) - 2)]
     return [
         row["name"],
         row["state"],
-        visible(_model_name(Path(row["model"]))),
+        visible(model_name(Path(row["model"]))),
         row["task"],
         row["method"],
         f"{row['step']}/{row['steps']}",
@@ -189,13 +159,6 @@ def _cells(row: JsonObject) -> list[str]:
         headline_metric(row["measures"]["before"], row["measures"]["after"]),
         age(time.time() - row["created"]),
     ]
-
-
-def _model_name(model: Path) -> str:
-    """The last part of a model's name or path; of another run's result or snapshot that run's name."""
-    is_result = model.name in ("merged", "model") and (model.parent / "run.json").is_file()
-    run = model.parents[2] if is_result and model.parent.parent.name == "snapshots" else model.parent
-    return run.name if is_result else model.name
 
 
 _CONDITION = re.compile(r"\s*([\w.]+)\s*(<=|>=|!=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
@@ -265,7 +228,9 @@ def show(run: RunName = "last", root: Root = Path("runs"), as_json: Json = False
         return
     screen = console()
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(opened.created))
-    screen.print(f"{visible(str(opened.path))}: {opened.state()}, made {made}")
+    state, newest = opened.state(), events.newest(opened.events_path)
+    doing = phase(opened, newest.time if newest else 0.0) if state == "running" else ""
+    screen.print(f"{visible(str(opened.path))}: {state}{f' ({visible(doing)})' if doing else ''}, made {made}")
     series = RunSeries.of(opened.events())
     report = _report(opened)
     if series.plan:
@@ -284,13 +249,6 @@ def _report(run: Run) -> JsonObject | None:
     from tunesmith.evaluation.report.values import kept_report
 
     return kept_report(run)
-
-
-def took(report: Record) -> str:
-    """The time and memory that a finished run took."""
-    parts = {"prepare": "to prepare", "train": "to train", "evaluate": "to measure"}
-    spans = [f"{duration(report['seconds'][part])} {words}" for part, words in parts.items()]
-    return f"{', '.join(spans)}; at most {size(report['peak_memory_bytes'])} of memory"
 
 
 def _measures(screen: Console, series: RunSeries, report: Record | None) -> None:

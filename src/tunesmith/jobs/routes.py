@@ -30,12 +30,10 @@ from tunesmith.jobs.uploads import receive_file
 from tunesmith.serve.middleware import PROJECT
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictRoute
-from tunesmith.serve.responses import json_response
+from tunesmith.serve.responses import REPORT_POLICY, json_response
 from tunesmith.trackers.libraries import check_names
 from tunesmith.types import JsonObject, Record
 
-REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
-"""A report loads nothing and runs nothing."""
 _METADATA = re.compile(r"metadata\[(.+)\]", re.DOTALL)
 _SAID: dict[Action, str] = {
     "cancel": "Fine-tuning job cancelled",

@@ -7,6 +7,7 @@
       adapter/ or model/                                    report.json, report.md, report.html
       result.json      SHA-256 of its files     logs/         output of ranks 1, 2, ...
       lock, lock.json  the writing process                  stop          a request to stop
+  progress.json    how far the part of the work is that is under way
       tracking/        what each tracker has                tensorboard/  its event files
 
 One process writes, holding `lock`; any number read.
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, StorageError
 from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
 from tunesmith.types import Event, JsonObject, Record
@@ -326,6 +327,11 @@ class Run:
         """Add one event; for the holder of the lock alone."""
         events.append(self.events_path, event)
 
+    def note_progress(self, what: str, done: int, total: int) -> None:
+        """Say how far a phase is; a full disk does not end the run for it."""
+        with suppress(StorageError):
+            self.write_json("progress.json", {"what": what, "done": done, "total": total, "time": time.time()})
+
     def events(self) -> Iterator[Event]:
         """Every event so far, oldest first; see events.read."""
         return events.read(self.events_path)
@@ -368,6 +374,9 @@ class FollowedRun(Run):
     """A run whose folder another rank of the group owns: nothing is written, and no request is read."""
 
     def append(self, event: Event) -> None:
+        return None
+
+    def note_progress(self, what: str, done: int, total: int) -> None:
         return None
 
     def stop_asked(self) -> bool:

@@ -271,7 +271,9 @@ class WorkerEngine:
         deadline = time.monotonic() + grace_s
         while self._calls and time.monotonic() < deadline and self._worker.is_alive:
             await asyncio.sleep(0.02)
-        self._supervisor.cancel()
+        while not self._supervisor.done():  # wait_for of Python 3.11 loses a cancellation that meets its answer
+            self._supervisor.cancel()
+            await asyncio.wait((self._supervisor,), timeout=0.1)
         await asyncio.gather(self._supervisor, return_exceptions=True)
         self._fail_all("the server is being stopped", status=503, code="shutting_down")
         await self._worker.end()

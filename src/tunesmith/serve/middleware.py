@@ -114,6 +114,8 @@ class AccessPolicy:
     """In place of `keys`."""
     known: Callable[[Scope], Response | None] = lambda scope: None
     """Answers for which no route is needed."""
+    refused: Callable[[Scope, RequestError], Response] = lambda scope, error: error_response(error)
+    """The answer to a request that is not allowed."""
 
 
 class AccessMiddleware:
@@ -166,7 +168,7 @@ class AccessMiddleware:
         if error is None and (preflight := self._preflight(scope)) is not None:
             return preflight
         error = error or await self._wrong_key(scope)
-        return self.policy.known(scope) or self.app if error is None else error_response(error)
+        return self.policy.known(scope) or self.app if error is None else self.policy.refused(scope, error)
 
     def _preflight(self, scope: Scope) -> Response | None:
         """The answer to a CORS preflight, for which no key is needed: what an allowed page may send."""

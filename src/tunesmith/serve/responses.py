@@ -33,6 +33,8 @@ from tunesmith.serve.request_schemas import fields_at
 from tunesmith.types import JsonObject, Record
 
 RETRY_AFTER_S = 1
+REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+"""A report of a run loads nothing and runs nothing."""
 MAX_PROBLEMS = 10
 _HTTP_ERRORS = {
     404: (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tunesmith.runs.folder import Run
@@ -49,6 +49,24 @@ class Listener:
     """Called after every step."""
     on_run: Callable[[Run], None] = lambda run: None
     """Called with the run once its folder exists."""
+
+
+PROGRESS_S = 0.5
+"""Least time between two notes of progress in one phase."""
+
+
+def noted(listener: Listener, run: Run) -> Listener:
+    """The listener of a run whose folder says how far it is, for whoever looks from another process."""
+    phase, at = "", 0.0
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal phase, at
+        if what != phase or time.monotonic() - at >= PROGRESS_S:
+            phase, at = what, time.monotonic()
+            run.note_progress(what, done, total)
+        listener.on_progress(what, done, total)
+
+    return replace(listener, on_progress=on_progress)
 
 
 @dataclass

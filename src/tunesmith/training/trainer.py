@@ -44,7 +44,7 @@ from tunesmith.runs.folder import FollowedRun, Run, refuse_done, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
-from tunesmith.training.progress import Listener, OnEvent, Progress, Session
+from tunesmith.training.progress import Listener, OnEvent, Progress, Session, noted
 from tunesmith.training.reference import check_start, share_reference, use_reference
 from tunesmith.training.same_run import (
     NAMED_LATER,
@@ -117,7 +117,7 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
         with run.lock():
             setup.rows.keep(run.rows_path)
             progress = Progress(prepare_seconds=time.perf_counter() - started)
-            session = Session(setup, run, progress, listener)
+            session = Session(setup, run, progress, noted(listener, run))
             share_start(session, None)
             _drive(session, fresh=True)
     return run
@@ -192,6 +192,7 @@ def _resume(world: World, run: Run, *, settings: Sequence[str], offline: bool, l
     listener.on_run(run)
     if is_done:
         return run
+    listener = noted(listener, run)
     started = time.perf_counter()
     with run.lock():
         run.clear_stop()

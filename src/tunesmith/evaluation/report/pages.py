@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from tunesmith.evaluation.report.sections import Block, Cell, Page, Table
 from tunesmith.evaluation.report.values import MOST_LISTED, mark
 from tunesmith.phrases import one_line, visible
 
+_HERE = files(__package__ or "")
 FOLDED_FROM = 600
 """Characters from which a text is folded to its beginning."""
 _IN_A_LINE = 40
@@ -25,20 +26,26 @@ MOST_CHARACTERS = 20_000
 
 def as_html(page: Page) -> str:
     """The page as HTML. Every value put into it goes through `visible` and is escaped, unless it is Markup."""
+    style = Markup(_HERE.joinpath("report.css").read_text("utf-8"))
+    return _environment().get_template("report.html.jinja").render(page=page, report=page.report, style=style)
 
-    def shown(value: Any) -> Any:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
-    )
+def block_template() -> Template:
+    """The template whose macro `draw` sets a block of a section."""
+    return _environment().get_template("blocks.html.jinja")
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.loader, environment.finalize = FileSystemLoader(str(_HERE)), _shown
     environment.filters |= {"data": data, "prose": prose, "line": one_line, "name": _name}
     environment.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     environment.globals |= {"svg": lambda plot: Markup(plot.svg), "mark_of": mark}
-    here = files(__package__ or "")
-    template = environment.from_string(here.joinpath("report.html.jinja").read_text("utf-8"))
-    style = Markup(here.joinpath("report.css").read_text("utf-8"))
-    return template.render(page=page, report=page.report, style=style)
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def data(text: Any, folded_from: int = FOLDED_FROM) -> Markup:

@@ -1,0 +1,127 @@
+"""Who may open pages: by a link that is good once, a session, or a key; and whose page may act.
+
+A loopback address is open to every user and every page of a machine, so there is no way in without one of the three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import cookie_parser
+
+from tunesmith.errors import StorageError
+from tunesmith.runs.atomic import from_json, to_json, write_atomic
+from tunesmith.serve.middleware import ApiKeys, wrong_key
+from tunesmith.serve.protocol import RequestError
+
+SESSION_S = 30 * 86_400
+MOST_SESSIONS = 100
+MOST_WRONG, WRONG_S = 5, 60.0
+"""Wrong keys that are looked at in so many seconds."""
+OPEN = ("/ui/open", "/ui/login")
+"""Paths that need no session: they lead to one."""
+ASSETS = "/ui/static/"
+READING = ("GET", "HEAD")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Access:
+    """The sessions of one server, by digests in `file`, which outlive it."""
+
+    file: Path
+    port: int
+    keys: ApiKeys | None = None
+    _links: set[str] = field(default_factory=set)
+    """Digests of the links that were not opened yet."""
+    _sessions: dict[str, float] = field(default_factory=dict)
+    """When each session began, by its digest."""
+    _wrong: deque[float] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            known = from_json(self.file.read_bytes())
+            self._sessions = {str(name): float(begun) for name, begun in known.items()}
+
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie: cookies know no ports."""
+        return f"tunesmith-{self.port}"
+
+    def new_link(self) -> str:
+        """The path of a link that opens a session, once."""
+        code = secrets.token_urlsafe(32)
+        self._links.add(_digest(code))
+        return f"/ui/open?code={code}"
+
+    def open_link(self, code: str) -> str | None:
+        """The token of a new session for the code of a link; None: the link was opened before, or never made."""
+        digest = _digest(code)
+        if digest not in self._links:
+            return None
+        self._links.discard(digest)
+        return self._new_session()
+
+    def open_by_key(self, key: str) -> str | None:
+        """The token of a new session for a key; None: it is none. Raises RequestError 429 after too many wrong ones."""
+        now = time.monotonic()
+        while self._wrong and now - self._wrong[0] > WRONG_S:
+            self._wrong.popleft()
+        if len(self._wrong) >= MOST_WRONG:
+            message = f"{MOST_WRONG} wrong keys within a minute. Try again in a minute."
+            raise RequestError(message, status=429, code="too_many_keys", headers={"Retry-After": f"{WRONG_S:.0f}"})
+        if self.keys is None or not self.keys.accepts(b"Bearer " + key.encode()):
+            self._wrong.append(now)
+            return None
+        return self._new_session()
+
+    def _new_session(self) -> str:
+        token, now = secrets.token_urlsafe(32), time.time()
+        alive = sorted(self._sessions.items(), key=lambda item: -item[1])[: MOST_SESSIONS - 1]
+        self._sessions = {name: begun for name, begun in alive if now - begun < SESSION_S} | {_digest(token): now}
+        with suppress(StorageError, OSError):  # it lives as long as this server then
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.file, to_json(self._sessions))
+            self.file.chmod(0o600)
+        return token
+
+    async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
+        """See middleware.Admission."""
+        if path in OPEN or (path.startswith(ASSETS) and method in READING):
+            return ""
+        if self.keys is not None and self.keys.accepts(headers.get(b"authorization")):
+            return ""
+        if not self._has_session(headers):
+            raise wrong_key("This server needs a session: open the link that `tunesmith ui` printed, or give a key.")
+        if method not in READING:
+            _refuse_foreign(headers)
+        return ""
+
+    def _has_session(self, headers: Mapping[bytes, bytes]) -> bool:
+        cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
+        digest, now = _digest(cookies.get(self.cookie, "")), time.time()
+        begun = [at for name, at in self._sessions.items() if hmac.compare_digest(name, digest)]
+        return any(now - at < SESSION_S for at in begun)
+
+
+def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:
+    """Raise RequestError unless a page of this server acts. Another port of this machine is the same site and gets the
+    cookie, so the `Origin` alone tells them apart."""
+    host = headers.get(b"host", b"").lower()
+    is_own = headers.get(b"origin", b"").lower() in (b"http://" + host, b"https://" + host)
+    is_same = headers.get(b"sec-fetch-site", b"same-origin") == b"same-origin"
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if not (is_own and is_same and (kind == b"application/json" or headers.get(b"x-tunesmith") == b"1")):
+        message = "A session acts from a page of this server alone. A program sends a key: Authorization: Bearer KEY."
+        raise RequestError(message, status=403, code="foreign_origin")

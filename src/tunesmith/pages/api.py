@@ -1,0 +1,151 @@
+"""The values behind the pages as JSON, and all that a page may do: routes of `/v1` that a program can use too."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from tunesmith.pages import starting
+from tunesmith.pages.live import MOST_POINTS, curve_values, run_values
+from tunesmith.pages.run_list import PAGE
+from tunesmith.pages.site import Site, answer_values
+from tunesmith.pages.starting import Wanted
+from tunesmith.serve.protocol import RequestError
+from tunesmith.serve.request_schemas import StrictModel, StrictRoute
+from tunesmith.serve.responses import json_response
+
+SET = "set."
+"""Stands in front of the name of an option in an address."""
+
+
+class NewRun(StrictModel):
+    """A model, rows and options to train with."""
+
+    model: str
+    data: str
+    settings: dict[str, str] = Field(default_factory=dict)
+
+
+class Deployment(StrictModel):
+    """A run to chat with."""
+
+    run: str
+
+
+def number(request: Request, name: str, usual: int, most: int) -> int:
+    """A whole number of the address. Raises RequestError for anything else."""
+    text = request.query_params.get(name, "") or str(usual)
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) <= most):
+        raise RequestError(f"{name}: {text[:40]!r}: a whole number from 0 to {most:,}.", param=name)
+    return int(text)
+
+
+def wanted_of(site: Site, request: Request) -> Wanted | None:
+    """Read what the address of the page of a new run names; None without a model and a file."""
+    query = request.query_params
+    settings = {key.removeprefix(SET): text for key, text in query.items() if key.startswith(SET) and text.strip()}
+    if not (query.get("model", "").strip() and query.get("file")):
+        return None
+    return Wanted(query["model"].strip(), site.files.find(query["file"]), tuple(sorted(settings.items())))
+
+
+def make_api(site: Site) -> APIRouter:
+    """Runs, data, plans and the engine of the chat."""
+    router = APIRouter(route_class=StrictRoute)
+
+    @router.get("/v1/runs")
+    def runs(request: Request) -> Response:
+        """Runs, newest first, and all that are at work."""
+        find, after = request.query_params.get("find", ""), number(request, "after", 0, 10**9)
+        return json_response(site.run_list.page(find, after, number(request, "limit", PAGE, 1000)))
+
+    @router.post("/v1/runs")
+    def create(body: NewRun) -> Response:
+        """Start a run: `tunesmith train` in a process of its own."""
+        wanted = Wanted(body.model, site.files.find(body.data), tuple(sorted(body.settings.items())))
+        return json_response(starting.start(site.root, wanted, offline=site.offline))
+
+    @router.get("/v1/runs/{run}")
+    def one(run: str) -> Response:
+        """One run, as far as it is."""
+        return json_response(run_values(site.log(run)))
+
+    @router.get("/v1/runs/{run}/series")
+    def series(run: str, request: Request) -> Response:
+        """The curves of a run between two steps, in at most `points` buckets."""
+        log, points = site.log(run), number(request, "points", MOST_POINTS, MOST_POINTS)
+        first, last = number(request, "from", 0, 10**9), number(request, "to", 10**9, 10**9)
+        return json_response(curve_values(log.series, points, first, min(last, log.series.step)))
+
+    @router.post("/v1/runs/{run}/stop")
+    def stop(run: str) -> Response:
+        """Let a run stop after its step, with a checkpoint."""
+        return json_response(starting.stop(site.find(run)))
+
+    @router.post("/v1/runs/{run}/resume")
+    def resume(run: str) -> Response:
+        """Let a run go on after its newest checkpoint."""
+        return json_response(starting.resume(site.find(run), offline=site.offline))
+
+    @router.post("/v1/runs/{run}/forget")
+    def forget(run: str) -> Response:
+        """Take away what is left of a run that did not start."""
+        if run not in [row["name"] for row in starting.starting_runs(site.root)]:
+            raise RequestError(f"{run[:100]}: is no run that did not start.", status=404, code="not_found")
+        starting.forget(site.root / run)
+        return json_response({"name": run, "forgotten": True})
+
+    _add_data(router, site)
+    _add_engine(router, site)
+    return router
+
+
+def _add_data(router: APIRouter, site: Site) -> None:
+    @router.get("/v1/local_files")
+    def files() -> Response:
+        """Files of rows and models on this machine."""
+        return json_response({"files": site.files.files(), "models": site.files.models()})
+
+    @router.put("/v1/local_files/{name}")
+    async def receive(name: str, request: Request) -> Response:
+        """Store a file of rows."""
+        return json_response(await site.files.receive(name, request))
+
+    @router.get("/v1/checks")
+    def check(request: Request) -> Response:
+        """The answer of `tunesmith check` on a file, or rows of it as they are read."""
+        query = request.query_params
+        path, first = site.files.find(query.get("file", "")), number(request, "from", 0, 10**9)
+        lines = (first, number(request, "to", first, 10**9)) if first else None
+        return json_response(answer_values(site.check(path, query.get("model", ""), lines)))
+
+    @router.get("/v1/plans")
+    def plan(request: Request) -> Response:
+        """The answer of `tunesmith plan`."""
+        if (wanted := wanted_of(site, request)) is None:
+            raise RequestError("model, file: name both.", param="model")
+        measured = request.query_params.get("measure") == "1"
+        return json_response(answer_values(site.plan(wanted, measured=measured)))
+
+
+def _add_engine(router: APIRouter, site: Site) -> None:
+    @router.get("/v1/deployments")
+    async def deployed() -> Response:
+        """The run that is loaded for chats."""
+        return json_response(site.engine.deployment())
+
+    @router.post("/v1/deployments")
+    async def deploy(body: Deployment) -> Response:
+        """Load a run with its base for chats, in place of another."""
+        run = site.find(body.run)
+        if not (run.adapter_path.exists() or run.model_path.exists()):
+            raise RequestError(f"{body.run}: has no result yet to chat with.", status=409, code="conflict")
+        await site.engine.load(run.path.name)
+        return json_response(site.engine.deployment())
+
+    @router.delete("/v1/deployments")
+    async def withdraw() -> Response:
+        """Give the memory of the loaded run back."""
+        await site.engine.unload()
+        return json_response(site.engine.deployment())

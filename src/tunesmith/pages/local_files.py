@@ -1,0 +1,119 @@
+"""Data files and models below one folder of this machine: listed, looked up by name, and received from a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from tunesmith.errors import StorageError
+from tunesmith.runs.atomic import TEMPORARY, free_bytes
+from tunesmith.serve.protocol import RequestError
+from tunesmith.types import JsonObject
+
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".conll", ".xlsx", ".txt", ".gz")
+"""Endings of files of rows."""
+DEPTH = 3
+"""Folders deep that are looked into."""
+MOST_LISTED = 400
+MOST_LOOKED_AT = 20_000
+MOST_BYTES = 64 * 2**30
+KEPT_FREE = 2**30
+"""Bytes of the disk that an upload leaves."""
+SKIPPED = ("runs", "node_modules", "site-packages", "__pycache__", "checkpoints", "exports")
+
+
+class LocalFiles:
+    """Files below `folder`. A name is compared with the listing: no other file can be asked for."""
+
+    def __init__(self, folder: Path, runs: Path) -> None:
+        self.folder, self._runs = folder, runs.absolute()
+
+    def files(self) -> list[JsonObject]:
+        """Files of rows, newest first: {name, path, bytes, time}."""
+        listed: list[Any] = []
+        for path in self._walk():
+            if path.name.lower().endswith(ROWS) and not (path.parent / "config.json").exists():
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    size, time = status.st_size, status.st_mtime
+                    listed.append({"name": self._name(path), "path": str(path), "bytes": size, "time": time})
+        return sorted(listed, key=lambda file: -file["time"])[:MOST_LISTED]
+
+    def models(self) -> list[str]:
+        """Folders of models and GGUF files, by name."""
+        places = []
+        for path in self._walk():
+            if path.name == "config.json" and any(path.parent.glob("tokenizer*")):
+                places.append(path.parent)
+            elif path.suffix == ".gguf":
+                places.append(path)
+        return sorted(str(place) for place in places)[:MOST_LISTED]
+
+    def find(self, name: str) -> str:
+        """The path of a file of rows by its name in the listing. Raises RequestError 404."""
+        for file in self.files():
+            if name in (file["name"], file["path"]):
+                return str(file["path"])
+        message = f"{name[:100]}: no file of that name is below {self.folder}. Choose one of the list, or drop it here."
+        raise RequestError(message, status=404, code="not_found", param="file")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _walk(self) -> Iterator[Path]:
+        num = 0
+        for place, folders, names in os.walk(self.folder):
+            depth = len(Path(place).relative_to(self.folder).parts)
+            inside = [name for name in sorted(folders) if not name.startswith(".") and name not in SKIPPED]
+            folders[:] = [name for name in inside if not self._is_runs(Path(place) / name)] if depth < DEPTH else []
+            for name in sorted(names):
+                num += 1
+                if num > MOST_LOOKED_AT:
+                    return
+                if not name.startswith("."):
+                    yield Path(place) / name
+
+    def _is_runs(self, path: Path) -> bool:
+        return path.absolute() == self._runs or (path / "run.json").exists()
+
+    async def receive(self, name: str, request: Request) -> JsonObject:
+        """Store the body of a request as a new file of that name; a name that is taken gets a number.
+
+        Raises RequestError for a name that is no file's, or another kind of file, and where the disk has no room.
+        """
+        if not re.fullmatch(r"[^/\\\0-\x1f\x7f]{1,200}", name) or name.startswith("."):
+            raise RequestError(f"{name[:100]!r}: is no name for a file.", param="name")
+        if not name.lower().endswith(ROWS):
+            raise RequestError(f"{name[:100]}: rows are in files that end in {', '.join(ROWS)}.", param="name")
+        num_bytes = int(request.headers.get("content-length") or 0)
+        if num_bytes > min(MOST_BYTES, free_bytes(self.folder) - KEPT_FREE):
+            raise RequestError(f"{name}: the disk has no room for it.", status=507, code="storage")
+        temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{id(request):x}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                async for piece in request.stream():
+                    file.write(piece)
+            path = self._link(temporary, name)
+        except (OSError, StorageError) as error:
+            message = f"{name}: could not be stored: {getattr(error, 'strerror', None) or error}."
+            raise RequestError(message, status=507, code="storage") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return {"name": self._name(path), "path": str(path), "bytes": path.stat().st_size}
+
+    def _link(self, temporary: Path, name: str) -> Path:
+        """Give a whole file its name, and never that of another."""
+        first, dot, rest = name.partition(".")
+        for number in range(1, 1000):
+            path = self.folder / (name if number == 1 else f"{first}-{number}{dot}{rest}")
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+                return path
+        raise RequestError(f"{name}: a thousand files have that name.", status=409, code="conflict")

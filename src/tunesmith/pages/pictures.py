@@ -1,0 +1,135 @@
+"""Small drawings as SVG with attributes alone: curves, bars and ranges that need no script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from tunesmith.phrases import size
+from tunesmith.types import Record
+
+WIDTH, HEIGHT = 720, 240
+LEFT, BOTTOM, TOP = 46, 24, 8
+"""Room for the numbers of the axes, in the units of the picture."""
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From steps and losses to places in the picture."""
+
+    last: float
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        return LEFT + (WIDTH - LEFT - 8) * step / self.last
+
+    def y(self, loss: float) -> float:
+        return TOP + (HEIGHT - BOTTOM - TOP) * (self.high - loss) / (self.high - self.low)
+
+    def path(self, points: Points) -> str:
+        return " ".join(f"{self.x(step):.1f},{self.y(loss):.1f}" for step, loss in points)
+
+
+def curve(values: Record) -> Markup:
+    """The loss of a run over its steps, and its held-out points; empty before there are two of any."""
+    training, held_out = values["training"], _finite_pairs(values["held_out"])
+    mean = _finite_pairs(zip(training["step"], training["mean"], strict=True))
+    low = _finite_pairs(zip(training["step"], training["low"], strict=True))
+    high = _finite_pairs(zip(training["step"], training["high"], strict=True))
+    losses = [loss for _, loss in (*mean, *held_out)]
+    if len(losses) < 2:
+        return Markup("")
+    bottom, top = _bounds(losses)
+    scale = _Scale(max([values["steps"], *(step for step, _ in mean)], default=1) or 1, bottom, top)
+    parts = [_axes(scale)]
+    if values["width"] > 1:
+        clipped = [(step, min(max(loss, bottom), top)) for step, loss in [*low, *reversed(high)]]
+        parts.append(f'<polygon class="band" points="{scale.path(clipped)}"/>')
+    shown_mean = [(step, min(max(loss, bottom), top)) for step, loss in mean]
+    parts.append(f'<polyline class="mean" fill="none" points="{scale.path(shown_mean)}"/>')
+    if len(held_out) > 2:  # two are the before and after of a table, not a course
+        parts.append(f'<polyline class="held" fill="none" points="{scale.path(held_out)}"/>')
+    for step, loss in held_out:
+        parts.append(f'<circle class="held" cx="{scale.x(step):.1f}" cy="{scale.y(loss):.1f}" r="4"/>')
+    head = f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss over the steps">'
+    return Markup(head + "".join(parts) + "</svg>")
+
+
+def _axes(scale: _Scale) -> str:
+    parts = []
+    for loss in ticks(scale.low, scale.high):
+        y = scale.y(loss)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
+    for step in ticks(0, scale.last, most=6):
+        text = f"{step:,.0f}"
+        parts.append(f'<text x="{scale.x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>')
+    return "".join(parts)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most `most` round numbers from `low` to `high`."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / most
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round(number * step, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _bounds(losses: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest loss of the picture, without the few highest: one of them would flatten the rest."""
+    ordered = sorted(losses)
+    low, high = ordered[0], ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))]
+    room = 0.06 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def _finite_pairs(pairs: Iterable[Any]) -> list[tuple[float, float]]:
+    return [(float(step), float(loss)) for step, loss in pairs if loss is not None]
+
+
+def progress(share: float, label: str) -> Markup:
+    """A bar that is full to a share of it."""
+    width = 100 * min(max(share, 0.0), 1.0)
+    return Markup(
+        '<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="{}">'
+        '<rect class="ground" width="100" height="6"/><rect class="full" width="{:.2f}" height="6"/></svg>'
+    ).format(label, width)
+
+
+def parts_bar(parts: Sequence[tuple[str, float]], room: float, label: str) -> Markup:
+    """Parts of a whole against the room that there is, whose end is marked where the parts pass it."""
+    total = sum(num for _, num in parts)
+    scale_end = max(total, room, 1.0)
+    at, drawn = 0.0, []
+    for index, (name, num) in enumerate(parts):
+        width = 100 * num / scale_end
+        title = escape(f"{name} {size(num)}")
+        drawn.append(
+            f'<rect class="part p{index % 6}" x="{at:.2f}" width="{width:.2f}" height="10">'
+            f"<title>{title}</title></rect>"
+        )
+        at += width
+    over = f'<rect class="over" x="{100 * room / scale_end:.2f}" width="0.6" height="10"/>' if total > room else ""
+    head = '<svg class="bar parts" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{}">'
+    return Markup(head).format(label) + Markup(
+        '<rect class="ground" width="100" height="10"/>' + "".join(drawn) + over + "</svg>"
+    )
+
+
+def range_bar(low: float, value: float, high: float, label: str) -> Markup:
+    """A value between its bounds, on a scale from nothing to the upper one."""
+    scale_end = max(high, 1e-9)
+    return Markup(
+        '<svg class="bar parts" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{}">'
+        '<rect class="ground" width="100" height="10"/><rect class="part p2" x="{:.2f}" width="{:.2f}" height="10"/>'
+        '<rect class="full" x="{:.2f}" width="0.8" height="10"/></svg>'
+    ).format(label, 100 * low / scale_end, 100 * (high - low) / scale_end, 100 * value / scale_end)

@@ -1,0 +1,100 @@
+"""The folders behind the pages of one server, and the commands that they ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.pages.access import Access
+from tunesmith.pages.chat_engine import ChatEngine
+from tunesmith.pages.commands import Answer, Commands
+from tunesmith.pages.live import FollowedLog, LiveRuns
+from tunesmith.pages.local_files import LocalFiles
+from tunesmith.pages.run_list import RunList
+from tunesmith.pages.starting import Wanted
+from tunesmith.phrases import size
+from tunesmith.runs.folder import Run
+from tunesmith.serve.protocol import RequestError
+from tunesmith.types import JsonObject
+
+COMMAND = "tunesmith"
+"""The module of all commands."""
+RESULT = "tunesmith.pages.result_process"
+PLAN_AGE_S = 120.0
+"""A plan names the memory of its moment."""
+
+
+@dataclass
+class Site:
+    """The folder of runs and the folder of data, and everything that is derived from them."""
+
+    root: Path
+    files: LocalFiles
+    access: Access
+    engine: ChatEngine
+    commands: Commands
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        self.runs = LiveRuns(self.root)
+        self.run_list = RunList(self.runs)
+
+    def find(self, name: str) -> Run:
+        """Raises RequestError 404."""
+        run = self.runs.find(name)
+        if run is None:
+            message = f"{name[:100]}: there is no such run in {self.root}. It may have been removed."
+            raise RequestError(message, status=404, code="not_found", param="run")
+        return run
+
+    def log(self, name: str) -> FollowedLog:
+        """Raises RequestError 404."""
+        return self.runs.log(self.find(name))
+
+    def check(self, path: str, model: str, lines: tuple[int, int] | None = None) -> Answer:
+        """The answer of `tunesmith check`: of the whole file, or rows of it as they are read."""
+        words = check_words(path, model)
+        words += ["--rows", f"{lines[0]}-{lines[1]}"] if lines else []
+        return self.commands.ask(
+            COMMAND, [*words, *self._common()], [Path(path), Path(model or ".") / "tokenizer.json"]
+        )
+
+    def plan(self, wanted: Wanted, *, measured: bool) -> Answer:
+        """The answer of `tunesmith plan`; `measured`: with a trial of the heaviest step."""
+        wanted.refuse()
+        words = ["plan", *wanted.words(), "--probe" if measured else "--no-probe", "--runs", str(self.root)]
+        files = [Path(wanted.data), Path(wanted.model) / "config.json"]
+        return self.commands.ask(COMMAND, [*words, *self._common()], files, PLAN_AGE_S)
+
+    def train_words(self, wanted: Wanted) -> list[str]:
+        """The words to type for the same run."""
+        return ["train", *wanted.words(), *([] if str(self.root) == "runs" else ["--runs", str(self.root)])]
+
+    def result(self, run: Run) -> Answer:
+        """The sections of the report of a finished run."""
+        return self.commands.ask(RESULT, [str(run.path)], [run.report_path, run.events_path])
+
+    def _common(self) -> list[str]:
+        return [*(["--offline"] if self.offline else []), "--json"]
+
+
+def check_words(path: str, model: str) -> list[str]:
+    """The words of `tunesmith check`."""
+    for name, value in (("file", path), ("model", model)):
+        if value.startswith("-") or "\0" in value:
+            raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
+    return ["check", path, *(["--model", model] if model else [])]
+
+
+def answer_values(answer: Answer) -> JsonObject:
+    """An answer of a command as JSON: {state, values, error, progress}."""
+    state = "done" if answer.values is not None else "failed" if answer.error is not None else "working"
+    return {"state": state, "values": answer.values, "error": answer.error, "progress": answer.progress}
+
+
+def machine() -> str:
+    """The memory of this machine in words."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{size(memory.available)} of {size(memory.total)} free"

@@ -1,0 +1,132 @@
+"""Runs that pages start: `tunesmith train` and `resume` in processes of their own, which outlive the server.
+
+A process holds a lock file next to its run folder and prints into a file there, so that a server that is started again
+finds what an earlier one began, and why it ended where there is no run folder yet.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.environment import CARD_SHARE
+from tunesmith.errors import TunesmithError
+from tunesmith.jobs.launcher import ChildProcess, start_child
+from tunesmith.runs.folder import Run
+from tunesmith.serve.protocol import RequestError
+from tunesmith.types import JsonObject, Record
+
+OUTPUT = re.compile(r"\.(?P<run>[^/]+)\.output")
+RESUMABLE = ("stopped", "interrupted", "failed", "new")
+WHOLE_CARD = {CARD_SHARE: "1"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A new run as a person chose it."""
+
+    model: str
+    data: str
+    settings: tuple[tuple[str, str], ...] = ()
+    """Options by key, as they were typed."""
+
+    def words(self) -> list[str]:
+        """The words after `tunesmith train`, `plan` and their like."""
+        return [self.model, self.data, *(word for key, value in self.settings for word in ("--set", f"{key}={value}"))]
+
+    def refuse(self) -> None:
+        """Raise RequestError for what would be read as an option."""
+        for name, value in (("model", self.model), ("data", self.data)):
+            if not value.strip() or value.startswith("-") or "\0" in value:
+                raise RequestError(f"{name}: {value[:100]!r}: name one that is here.", param=name)
+        for key, value in self.settings:
+            if not re.fullmatch(r"[a-z_][a-z_0-9.]*", key) or "\0" in value:
+                raise RequestError(f"{key[:60]}: is no name of an option.", param=key[:60])
+
+
+def start(root: Path, wanted: Wanted, *, offline: bool) -> JsonObject:
+    """Start a run; returns its name. Raises RequestError."""
+    wanted.refuse()
+    name = f"{_slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
+    words = ["train", *wanted.words(), *(["--offline"] if offline else [])]
+    root.mkdir(parents=True, exist_ok=True)
+    _start(root / name, [*words, "--out", str(root / name), "--json"])
+    return {"name": name}
+
+
+def resume(run: Run, *, offline: bool) -> JsonObject:
+    """Let a run go on. Raises RequestError 409 where there is nothing to resume."""
+    state = run.state()
+    if state not in RESUMABLE:
+        raise RequestError(f"{run.path.name}: it is {state}: there is nothing to resume.", status=409, code="conflict")
+    words = ["resume", str(run.path), *(["--offline"] if offline else [])]
+    _start(run.path, [*words, "--json"])
+    return {"name": run.path.name}
+
+
+def stop(run: Run) -> JsonObject:
+    """Let a run stop after its step, with a checkpoint. Raises RequestError 409 for one that is not at work."""
+    if not run.is_locked():
+        message = f"{run.path.name}: it is {run.state()}: no process works on it."
+        raise RequestError(message, status=409, code="conflict")
+    try:
+        run.ask_stop()
+    except TunesmithError as error:
+        raise RequestError(str(error), status=409, code="conflict") from error
+    return {"name": run.path.name, "is_stopping": True}
+
+
+def _start(run: Path, words: Sequence[str]) -> None:
+    try:
+        start_child(run, "tunesmith", words, WHOLE_CARD)
+    except BlockingIOError as error:
+        message = f"{run.name}: a process of it is at work already."
+        raise RequestError(message, status=409, code="conflict") from error
+    except OSError as error:
+        message = f"{run.name}: cannot be started: {error.strerror}."
+        raise RequestError(message, status=507, code="storage") from error
+
+
+def starting_runs(root: Path) -> Iterator[JsonObject]:
+    """Runs that were started here and have no folder yet: on the way, or ended before they had one."""
+    for path in sorted(root.glob(".*.output")) if root.is_dir() else ():
+        match = OUTPUT.fullmatch(path.name)
+        if match is not None and not (root / match["run"] / "run.json").exists():
+            yield starting_run(root / match["run"])
+
+
+def starting_run(run: Path) -> JsonObject:
+    """{name, state, error}: "starting", or "not started" with what its process printed last."""
+    child = ChildProcess(run)
+    if child.is_alive():
+        return {"name": run.name, "state": "starting", "error": None}
+    error = child.error() or {"message": "its process ended without a word: it was killed, or memory ran out."}
+    return {"name": run.name, "state": "not started", "error": error}
+
+
+def forget(run: Path) -> None:
+    """Remove what is left of a run that did not start. Raises RequestError 409 while it may."""
+    child = ChildProcess(run)
+    if (run / "run.json").exists() or child.is_alive():
+        raise RequestError(f"{run.name}: is at work, or has a folder.", status=409, code="conflict")
+    child.forget()
+
+
+def resuming(run: Run) -> tuple[bool, Record | None]:
+    """Whether a process of a page is about to go on with a run, and why one that was to did not."""
+    child, output = ChildProcess(run.path), run.path.parent / f".{run.path.name}.output"
+    if child.is_alive():
+        return not run.is_locked(), None
+    try:
+        is_newer = output.stat().st_mtime > run.events_path.stat().st_mtime
+    except OSError:
+        return False, None
+    error = child.error() if is_newer else None
+    return False, error if error and error.get("code") != "Stopped" else None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"

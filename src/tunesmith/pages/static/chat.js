@@ -1,0 +1,144 @@
+// The same prompt to the base and to what was tuned from it, side by side; each side names the model that answered.
+"use strict";
+import {act, failure, say} from "./page.js";
+
+const at = id => document.getElementById(id);
+const talk = at("talk"), form = at("ask"), text = at("text"), stop = at("stop"), send = at("send");
+let models = [], running = null, histories = new Map();
+
+function make(name, className, content = "") {
+  const part = document.createElement(name);
+  part.className = className;
+  part.textContent = content;
+  return part;
+}
+
+/** A side of one turn. @param {{name: string, is_base: boolean}} model */
+function side(model) {
+  const box = make("div", model.is_base ? "side" : "side tuned");
+  const head = make("h3", "");
+  const name = document.createElement("bdi");
+  name.textContent = model.name;
+  head.append(name, model.is_base ? " · the untouched base" : " · tuned");
+  const words = make("div", "text"), count = make("p", "count");
+  box.append(head, words, count);
+  return {box, head: name, words, count};
+}
+
+async function chat(model, part, signal) {
+  const history = histories.get(model.name) ?? [];
+  const system = at("system").value.trim();
+  const messages = [...(system ? [{role: "system", content: system}] : []), ...history];
+  const body = {
+    model: model.name, messages, stream: true, stream_options: {include_usage: true},
+    temperature: Number(at("temperature").value), max_tokens: Number(at("most").value), seed: Number(at("seed").value),
+  };
+  const begun = performance.now();
+  const answer = await fetch("/v1/chat/completions", {
+    method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, body: JSON.stringify(body), signal,
+  });
+  if (!answer.ok) throw new Error(await failure(answer));
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "", whole = "", reason = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) break;
+    held += value;
+    const events = held.split("\n\n");
+    held = events.pop();
+    for (const event of events) {
+      if (!event.startsWith("data: {")) continue;
+      const chunk = JSON.parse(event.slice(6));
+      if (chunk.error) throw new Error(chunk.error.message);
+      if (chunk.model) part.head.textContent = chunk.model; // who answered, not who was meant to
+      whole += chunk.choices[0]?.delta?.content ?? "";
+      reason = chunk.choices[0]?.finish_reason ?? reason;
+      part.words.textContent = whole;
+      if (chunk.usage) {
+        const seconds = (performance.now() - begun) / 1000, tokens = chunk.usage.completion_tokens;
+        part.count.textContent = `${tokens} tokens · ${(tokens / seconds).toFixed(0)}/s${reason === "length" ? " · cut at the limit" : ""}`;
+      }
+    }
+  }
+  if (!whole) part.words.textContent = "(nothing)";
+  histories.set(model.name, [...history, {role: "assistant", content: whole}]);
+}
+
+async function classify(model, part, signal, prompt) {
+  const answer = await fetch("/v1/classify", {
+    method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, signal,
+    body: JSON.stringify({model: model.name, input: [prompt]}),
+  });
+  if (!answer.ok) throw new Error(await failure(answer));
+  const values = await answer.json(), line = values.data[0];
+  part.head.textContent = values.model;
+  const shown = line.label ?? line.labels ?? line.value ?? line.score ?? line.tags;
+  part.words.textContent = Array.isArray(shown) ? shown.join(", ") : shown === undefined ? JSON.stringify(line) : String(shown);
+  const sorted = Object.entries(line.probabilities ?? {}).sort((a, b) => b[1] - a[1]).slice(0, 12);
+  for (const [label, probability] of sorted) {
+    const row = make("div", "probability"), name = document.createElement("bdi"), meter = document.createElement("meter");
+    name.textContent = label;
+    meter.value = probability;
+    row.append(name, meter, make("span", "n", `${(100 * probability).toFixed(1)} %`));
+    part.box.insertBefore(row, part.count);
+  }
+}
+
+async function ask() {
+  const prompt = text.value;
+  if (!prompt.trim() || running || !models.length) return;
+  running = new AbortController();
+  send.disabled = true;
+  stop.disabled = false;
+  text.value = "";
+  const turn = make("div", "two plain");
+  talk.append(make("div", "ask-bubble", prompt), turn);
+  form.scrollIntoView({block: "nearest"});
+  await Promise.all(models.map(async model => {
+    const part = side(model);
+    turn.append(part.box);
+    const before = histories.get(model.name) ?? [];
+    try {
+      if (model.answers === "text") {
+        histories.set(model.name, [...before, {role: "user", content: prompt}]);
+        await chat(model, part, running.signal);
+      } else await classify(model, part, running.signal, prompt);
+    } catch (error) {
+      histories.set(model.name, before);
+      part.box.classList.add("failed");
+      part.count.textContent = error.name === "AbortError" ? "stopped" : error.message;
+    }
+  }));
+  running = null;
+  send.disabled = false;
+  stop.disabled = true;
+  text.focus();
+  form.scrollIntoView({block: "nearest"});
+}
+
+function begin() {
+  histories = new Map();
+  talk.replaceChildren();
+}
+
+if (form) {
+  models = JSON.parse(form.dataset.models);
+  form.hidden = false;
+  form.addEventListener("submit", event => { event.preventDefault(); ask(); });
+  text.addEventListener("keydown", event => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+    else if (event.key === "Escape") running?.abort();
+  });
+  stop.addEventListener("click", () => running?.abort());
+  at("again").addEventListener("click", begin);
+}
+
+const choose = at("choose");
+choose?.addEventListener("submit", async event => {
+  event.preventDefault();
+  const name = new FormData(choose).get("run");
+  try {
+    await act("POST", "/v1/deployments", {run: name});
+    location.assign(`/ui/chat?run=${encodeURIComponent(name)}`);
+  } catch (error) { say(error.message); }
+});

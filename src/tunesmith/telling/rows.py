@@ -1,0 +1,62 @@
+"""Rows as the model reads them: text in stretches that are learnt or only read, with the problems of those lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.types import JsonObject, Problem
+
+if TYPE_CHECKING:
+    from tunesmith.data.renderer import Renderer
+    from tunesmith.recipe.schema import Recipe
+    from tunesmith.types import Example, TaskName
+
+
+def rows_as_read(recipe: Recipe, renderer: Renderer | None, first: int, last: int) -> list[JsonObject]:
+    """The lines `first` to `last` of the first training file: {line, tokens, trained, spans, problems} of each row.
+
+    `spans`: (text, whether it is learnt). Without a renderer, and for labels, they are the texts before any template,
+    and the numbers of tokens are None. Raises DataError if the file cannot be read.
+    """
+    from tunesmith.data.columns import usual_columns
+    from tunesmith.data.examples import examples
+
+    task: TaskName | None = None if recipe.task == "auto" else recipe.task
+    data, problems = recipe.data, list[Problem]()
+    if usual := usual_columns(data, task):
+        data = data.model_copy(update={"columns": usual[0]})
+    rows: dict[int, JsonObject] = {}
+    for _, example in examples(data.train[:1], data, problems.append, task=task):
+        if example.source.line > last:
+            break
+        if example.source.line >= first:
+            rows[example.source.line] = _row(example, renderer, problems)
+    of_lines = [problem for problem in problems if first <= problem.source.line <= last]
+    for problem in of_lines:
+        empty: JsonObject = {"line": problem.source.line, "tokens": None, "trained": None, "spans": [], "problems": []}
+        words = {"code": problem.code, "message": problem.message, "fix": problem.fix, "severity": problem.severity}
+        rows.setdefault(problem.source.line, empty)["problems"].append(words)
+    return [rows[line] for line in sorted(rows)]
+
+
+def _row(example: Example, renderer: Renderer | None, problems: list[Problem]) -> JsonObject:
+    from tunesmith.data.branches import lines_of
+    from tunesmith.data.check import spans_of, spans_of_texts
+    from tunesmith.types import Row
+
+    values: JsonObject = {"line": example.source.line, "tokens": None, "trained": None, "problems": []}
+    if renderer is None:
+        return {**values, "spans": spans_of_texts(example)}
+    encoded = renderer.encode([example], on_warning=problems.append)[0]
+    rows = [row for row in encoded if isinstance(row, Row)]
+    problems += [problem for problem in encoded if isinstance(problem, Problem)]
+    if not rows:
+        return {**values, "spans": spans_of_texts(example)}
+    values |= {"tokens": sum(len(row.ids) for row in rows), "trained": int(sum(row.trained.sum() for row in rows))}
+    if example.labels:
+        return {**values, "spans": spans_of_texts(example)}
+    lines = [line for row in rows for line in lines_of(row)]
+    spans: list[tuple[str, bool]] = []
+    for line in lines:
+        spans += [*([("\n\n", False)] if spans else []), *spans_of(line, renderer.tokenizer.decode)]
+    return {**values, "spans": spans}

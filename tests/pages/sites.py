@@ -1,0 +1,143 @@
+"""A site over folders of a test, asked without a network or served in a thread, and run folders in every state."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+import fresh
+from evaluation.fake_runs import HOSTILE, fake_run
+from tunesmith.pages.access import Access
+from tunesmith.pages.api import make_api
+from tunesmith.pages.chat_engine import ChatEngine
+from tunesmith.pages.commands import Commands
+from tunesmith.pages.local_files import LocalFiles
+from tunesmith.pages.routes import make_pages, refused
+from tunesmith.pages.site import Site
+from tunesmith.runs.folder import Run
+from tunesmith.serve.app import make_app
+from tunesmith.serve.http import HttpServer, bind
+from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, ApiKeys, RequestLog
+from tunesmith.serve.protocol import EngineOptions
+from tunesmith.types import Event
+
+KEY = "k-0123456789abcdef-0123456789abcdef"
+PORT = 8000
+ODD = "<img src=x onerror=alert(5)>&'\" odd"
+"""The name of a folder that somebody else made."""
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+OWN = {"Origin": f"http://127.0.0.1:{PORT}", "Content-Type": "application/json"}
+
+
+def site_in(folder: Path, *, port: int = PORT, keys: ApiKeys | None = None) -> Site:
+    root = folder / "runs"
+    engine = ChatEngine(root, EngineOptions(offline=True, threads=1), lambda note: None)
+    access = Access(root / ".ui" / "sessions.json", port, keys)
+    return Site(root, LocalFiles(folder, root), access, engine, Commands(), offline=True)
+
+
+def app_of(site: Site, faults: list[str] | None = None) -> AccessMiddleware:
+    def heard(log: RequestLog) -> None:
+        if log.fault and faults is not None:
+            faults.append(log.fault)
+
+    policy = AccessPolicy(admission=site.access.admit, refused=partial(refused, site))
+    return make_app(site.engine, policy, [heard], [make_pages(site), make_api(site)])
+
+
+def stranger(site: Site) -> TestClient:
+    """A client without a session."""
+    return TestClient(app_of(site), base_url=f"http://127.0.0.1:{PORT}", headers=HTML)
+
+
+def entered(site: Site) -> TestClient:
+    """A client that opened a link."""
+    client = stranger(site)
+    assert client.get(site.access.new_link()).status_code == 200
+    return client
+
+
+def answered(client: TestClient, address: str) -> str:
+    """The page once what it waits for is there."""
+    begun = time.monotonic()
+    while True:
+        answer = client.get(address)
+        assert answer.status_code == 200, answer.text
+        if 'class="waiting"' not in answer.text:
+            return answer.text
+        assert time.monotonic() - begun < 60, answer.text
+        time.sleep(0.05)
+
+
+def fork_children(patch: pytest.MonkeyPatch) -> None:
+    """Children of pages are forked, see `fresh.python`."""
+    python = str(fresh.python())
+    for place in ("pages.commands", "serve.engine", "jobs.launcher"):
+        patch.setattr(f"tunesmith.{place}.python_words", lambda module: [python, "-m", module])
+
+
+def put_states(root: Path) -> None:
+    """Runs of which one is done, one failed, one was killed, one is new, and three are damaged in one way each; hostile
+    texts wherever a run has text."""
+    from tunesmith.evaluation.report import write_report  # which imports torch
+
+    run, given, progress = fake_run(root / "done-0001", "chat", texts=HOSTILE, name=HOSTILE[0])
+    report = write_report(run, given | {"notes": list(HOSTILE)}, progress)
+    run.append(Event("end", 120, 0.0, {"report": report}))
+    failed, _, _ = fake_run(root / "failed-0002", "classes", labels=[*HOSTILE], texts=HOSTILE)
+    failed.append(Event("failed", 120, 0.0, {"code": "OutOfMemoryError", "message": HOSTILE[0] + HOSTILE[4]}))
+    fake_run(root / "killed-0003", "chat")
+    for name in ("new-0004", "recipe-0005", "log-0006", "lacking-0007", "made-0008", ODD):
+        folder = root / name
+        folder.mkdir()
+        (folder / "run.json").write_text('{"format": 1, "created": 1764000001.0}')
+        (folder / "recipe.yaml").write_text(f"model: {json.dumps(HOSTILE[0])}\ntask: chat\n")
+    (root / "recipe-0005" / "recipe.yaml").write_text(f"{json.dumps(HOSTILE[3])}: 1\n")
+    (root / "log-0006" / "events.jsonl").write_text('{"kind":"start","step":0,"time":0,"values":{}}\n{"kind":<b>\n')
+    (root / "lacking-0007" / "events.jsonl").write_text('{"kind":"step","step":1,"time":0,"values":{"loss":1}}\n')
+    (root / "made-0008" / "run.json").write_text("[<script>")
+    (root / ".begun-0009.output").write_bytes(
+        json.dumps({"kind": "error", "code": "DataError", "message": HOSTILE[0], "problems": []}).encode()
+    )
+
+
+NAMES = (
+    "done-0001", "failed-0002", "killed-0003", "new-0004", "recipe-0005", "log-0006", "lacking-0007", "made-0008", ODD,
+)  # fmt: skip
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[Site, str]]:
+    """A site and its address, served in a thread until the block ends."""
+    from serve.running import wait_for
+
+    bound = bind("127.0.0.1", 0)
+    loop, stop = asyncio.new_event_loop(), threading.Event()
+    site = site_in(folder, port=bound.port)
+    server = HttpServer(app_of(site), site.engine, grace_s=1, should_stop=stop.is_set)
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([bound.socket])))
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield site, bound.url
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+        assert not thread.is_alive(), f"the server did not end: {[str(task) for task in asyncio.all_tasks(loop)]}"
+        site.commands.close()
+        loop.close()
+
+
+def run_of(site: Site, name: str) -> Run:
+    run = site.runs.find(name)
+    assert run is not None
+    return run

@@ -1,0 +1,302 @@
+"""Pages show what commands print, text of data is text, and a damaged folder hides nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markupsafe import Markup
+from starlette.testclient import TestClient
+
+import fresh
+from evaluation.fake_runs import HOSTILE, fake_run
+from pages.sites import NAMES, ODD, OWN, answered, entered, fork_children, put_states, run_of, site_in
+from tiny_run import chats, model_folder
+from tunesmith.evaluation.series import RunSeries
+from tunesmith.pages.commands import Answer
+from tunesmith.pages.live import FollowedLog, curve_values
+from tunesmith.pages.rendering import environment
+from tunesmith.pages.site import Site
+from tunesmith.phrases import visible
+from tunesmith.telling import checks, words
+from tunesmith.telling.runs import facts, phase, time_left
+from tunesmith.types import Event
+
+RUN_PAGES = [f"/ui/runs/{name}{part}" for name in NAMES for part in ("", "/result")]
+
+
+class Elements(HTMLParser):
+    """Names of the elements of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.names: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.names.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    folder = tmp_path_factory.mktemp("site")
+    put_states(folder / "runs")
+    (folder / f"{HOSTILE[4].replace('/', '')}.jsonl").write_text("{}\n")
+    return site_in(folder)
+
+
+@pytest.fixture(scope="module")
+def client(site: Site) -> Iterator[TestClient]:
+    with pytest.MonkeyPatch.context() as patch:
+        fork_children(patch)
+        yield entered(site)
+    site.commands.close()
+
+
+# trap: S12
+@pytest.mark.parametrize("path", ["/ui/", "/ui/runs/begun-0009", "/ui/data", "/ui/new", "/ui/chat", *RUN_PAGES])
+def test_texts_of_data_are_text(client: TestClient, path: str) -> None:
+    _assert_no_foreign_element(answered(client, path), path)
+
+
+def test_a_template_that_does_not_escape_is_noticed(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(environment().filters, "prose", Markup)
+    environment().cache.clear()
+    with pytest.raises(AssertionError):
+        _assert_no_foreign_element(client.get("/ui/runs/failed-0002").text, "/ui/runs/failed-0002")
+    environment().cache.clear()
+
+
+def _assert_no_foreign_element(page: str, path: str) -> None:
+    assert page.isascii() or "\u202e" not in page
+    names = Elements(page).names
+    own = {"page.js", "curve.js", "chat.js", "drop.js", "uPlot.iife.min.js", "idiomorph.min.js"}
+    sources = re.findall(r'<script src="[^"]*/([^/"]+)"', page)
+    assert names.count("script") == len(sources)
+    assert set(sources) <= own
+    assert "img" not in names
+    assert "b" not in names or "/result" in path
+
+
+def test_hostile_texts_are_there_as_they_are(client: TestClient) -> None:
+    page = Elements(answered(client, "/ui/runs/failed-0002")).text
+    assert visible(HOSTILE[0] + HOSTILE[4]).replace("`", "") in page
+    assert HOSTILE[3] in Elements(answered(client, "/ui/runs/done-0001/result")).text
+    assert HOSTILE[0] in Elements(client.get("/ui/").text).text
+
+
+def test_the_list_has_every_run_and_says_what_cannot_be_read(client: TestClient) -> None:
+    page = Elements(client.get("/ui/").text).text
+    for name in NAMES:
+        assert name in page
+    values = client.get("/v1/runs").json()
+    states = {row["name"]: row["state"] for row in values["runs"]}
+    assert states == {
+        "done-0001": "done", "failed-0002": "failed", "killed-0003": "interrupted", "new-0004": "new",
+        "recipe-0005": "unreadable", "log-0006": "unreadable", "lacking-0007": "unreadable", "made-0008": "unreadable",
+        ODD: "new",
+    }  # fmt: skip
+    assert "log-0006/events.jsonl:2" in next(row["problem"] for row in values["runs"] if row["name"] == "log-0006")
+    assert [(row["name"], row["state"]) for row in values["working"]] == [("begun-0009", "not started")]
+
+
+def test_a_row_of_the_list_is_what_the_command_prints(site: Site, client: TestClient) -> None:
+    lines = fresh.done("-m", "tunesmith", "runs", "--runs", site.root, "--json")
+    printed = {row["name"]: row for row in json.loads(lines)}
+    shown = {row["name"]: row for row in client.get("/v1/runs").json()["runs"]}
+    for name in ("done-0001", "failed-0002", "killed-0003", "new-0004"):
+        assert shown[name] == printed[name]
+    assert printed["lacking-0007"]["problem"] == (
+        f"{site.root}/lacking-0007: something in it is not as a run writes it (KeyError: 'lr')."
+    ), "one damaged run hides no other"
+    page = client.get("/ui/").text
+    row = printed["killed-0003"]
+    assert f"{words.loss(row['before'])} → {words.loss(row['after'])}" in page
+    assert words.headline_metric(row["measures"]["before"], row["measures"]["after"]) in page
+
+
+def test_the_curve_and_its_table_are_the_numbers_of_the_log(site: Site, client: TestClient) -> None:
+    series = RunSeries.of(run_of(site, "killed-0003").events())
+    page = client.get("/ui/runs/killed-0003").text
+    for step in (1, max(series.steps)):
+        assert f'<td class="n">{step}</td><td class="n">{words.loss(series.steps[step].loss)}</td>' in page
+    for step, values in series.course():
+        assert f'<td class="n">{step}</td><td class="n">{words.loss(values["loss"])}</td>' in page
+    assert html.escape(words.step_line(series, is_at_work=False)) in page
+    curve = client.get("/v1/runs/killed-0003/series?points=30").json()
+    assert curve["width"] == 4
+    first = [series.steps[step].loss for step in range(1, 5)]
+    training = curve["training"]
+    assert (training["low"][0], training["high"][0]) == (min(first), max(first))
+    assert training["mean"][0] == pytest.approx(sum(first) / 4, abs=1e-15)  # one more sum
+    part = client.get("/v1/runs/killed-0003/series?points=30&from=10&to=19").json()
+    assert part["training"]["step"] == list(range(10, 20))
+
+
+def test_a_damaged_log_shows_what_was_logged_before(client: TestClient) -> None:
+    page = Elements(client.get("/ui/runs/log-0006").text).text
+    assert "events.jsonl:2" in page
+    assert "What is shown was logged before." in page
+    assert "lacks something" in Elements(client.get("/ui/runs/lacking-0007").text).text
+
+
+def test_a_run_that_did_not_start_says_why_and_can_be_taken_off(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".rows-0001.output").write_text('{"kind": "error", "message": "rows.jsonl: no such file"}\n')
+    client = entered(site_in(tmp_path))
+    assert "rows.jsonl: no such file" in client.get("/ui/runs/rows-0001").text
+    assert client.post("/v1/runs/rows-0001/forget", json={}, headers=OWN).status_code == 200
+    assert client.get("/ui/runs/rows-0001").status_code == 404
+
+
+def test_an_empty_folder_says_what_to_do(tmp_path: Path) -> None:
+    client = entered(site_in(tmp_path))
+    assert "tunesmith train MODEL DATA" in client.get("/ui/").text
+    assert "No rows here yet" in client.get("/ui/data").text
+    assert "Nothing to chat with yet" in client.get("/ui/chat").text
+
+
+def test_a_log_is_read_on_where_it_grows_and_taken_back_by_a_resume(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "a-1", num_steps=10)
+    log = FollowedLog(run).read()
+    assert len(log.series.steps) == 10
+    run.append(Event("resume", 4, 0.0, {"from_step": 4}))
+    run.append(Event("step", 5, 0.0, {"loss": 0.5, "lr": 1e-4}, {"seconds": 1.0}))
+    curve = curve_values(log.read().series)
+    assert curve["training"]["step"] == [1, 2, 3, 4, 5]
+    assert curve["training"]["mean"][-1] == 0.5
+
+
+def test_ten_thousand_runs_are_listed_by_pages(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for number in range(200):
+        folder = root / f"run-{number:04}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(f'{{"format": 1, "created": {number}}}')
+        (folder / "recipe.yaml").write_text("model: m\n")
+    site = site_in(tmp_path)
+    first = site.run_list.page()
+    assert [row["name"] for row in first["runs"][:2]] == ["run-0199", "run-0198"]
+    assert (first["total"], first["next"], len(first["runs"])) == (200, 50, 50)
+    assert len(site.run_list._facts) == 50, "the others were not read"
+    assert site.run_list.page("run-00", after=50)["matching"] == 100
+    page = entered(site).get("/ui/?find=run-00").text
+    assert "100 of 200 runs" in page
+    assert "older →" in page
+
+
+def test_the_phase_and_the_time_left_are_what_the_run_says(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "a-1", num_steps=10)
+    assert phase(run, 0.0) == ""
+    run.note_progress("evaluate", 42, 100)
+    assert phase(run, 1.0) == "measuring held-out rows: 42 %"
+    assert phase(run, 1e12) == "", "an event came since"
+    (run.path / "progress.json").write_text('{"what": 1}')
+    assert phase(run, 0.0) == ""
+    series = RunSeries.of(run.events())
+    work = {"measuring": {"seconds": 60.0}, "answering": {"seconds": 20.0}, "finishing": {"seconds": 5.0}}
+    series.plan = {"steps": 20, "forecast": {"seconds": {"work": work}}}
+    assert time_left(series) == "about 20 s of training, then about 45 s of measuring"
+    assert facts(run, series)["steps"] == 20
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    model_folder(folder / "model")
+    file = chats(folder / "chats.jsonl", 30)
+    text = json.dumps({"messages": [{"role": "user", "content": HOSTILE[0]}, {"role": "assistant", "content": "ok"}]})
+    file.write_text(file.read_text() + text + "\n" + '{"messages": [{"role": "user", "content": "x"}]}\n{"broken\n')
+    return folder
+
+
+def test_data_says_what_check_says_and_shows_rows_as_the_model_reads_them(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_children(monkeypatch)
+    site = site_in(rows)
+    client, model = entered(site), str(rows / "model")
+    page = answered(client, f"/ui/data?file=chats.jsonl&model={model}&from=20")
+    process = fresh.Process("-m", "tunesmith", "check", rows / "chats.jsonl", "--model", model, "--json", cwd=rows)
+    printed = json.loads(process.communicate()[0])
+    shown = client.get(f"/v1/checks?file=chats.jsonl&model={model}").json()["values"]
+    assert shown == printed
+    text = Elements(page).text
+    for line in (*checks.file_lines(printed), *checks.token_lines(printed), *checks.problem_counts(printed)):
+        assert line in text
+    told = fresh.done("-m", "tunesmith", "check", rows / "chats.jsonl", "--model", model, "--rows", "20-39", "--json")
+    read = json.loads(told)["rows"]
+    assert [row["line"] for row in read] == list(range(20, 34))
+    marked = re.findall(r"<mark><bdi>(.*?)</bdi></mark>", page, re.DOTALL)
+    assert [html.unescape(piece) for piece in marked] == [
+        visible(piece) for row in read for piece, learnt in row["spans"] if learnt
+    ]
+    assert f"{read[0]['tokens']} tokens, {read[0]['trained']} learnt" in text
+    assert HOSTILE[0] in text
+    assert "<script>alert" not in page
+    site.commands.close()
+
+
+def test_a_plan_on_the_page_is_that_of_the_command_and_its_errors_too(
+    rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_children(monkeypatch)
+    site = site_in(rows)
+    client, model = entered(site), str(rows / "model")
+    chats(rows / "good.jsonl", 30)
+    page = answered(client, f"/ui/new?file=good.jsonl&model={model}&set.train.epochs=2")
+    words_given = ["plan", model, rows / "good.jsonl", "--no-probe", "--set", "train.epochs=2", "--runs", site.root]
+    printed = json.loads(fresh.done("-m", "tunesmith", *words_given, "--offline", "--json"))
+    text = Elements(page).text
+    shown = client.get(f"/v1/plans?file=good.jsonl&model={model}&set.train.epochs=2").json()["values"]
+    decided = [[(choice["key"], choice["value"]) for choice in values["choices"]] for values in (shown, printed)]
+    assert decided[0] == decided[1], "reasons name the memory of the moment"
+    by_name = dict(words.plan_facts(printed))
+    for name in ("model", "task", "rows", "work", "given"):
+        assert by_name[name] in text
+    for choice in shown["choices"]:
+        assert choice["reason"].replace("`", "") in text
+    assert "--set train.epochs=2" in text
+    assert ">Start</button>" in page
+    wrong = answered(client, "/ui/new?file=good.jsonl&model=no/such/folder/")
+    assert "no/such/folder" in Elements(wrong).text
+    assert ">Start</button>" not in wrong
+    refused = answered(client, f"/ui/new?file=good.jsonl&model={model}&set.optim.lr=fast")
+    assert "optim.lr" in Elements(refused).text
+    site.commands.close()
+
+
+def test_a_plan_that_does_not_fit_cannot_be_started_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    size = 2**30
+    forecast = {
+        "memory": {"total": 3 * size, "parts": {"weights": 2 * size, "optimizer": size}}, "room": size,
+        "pass": {"step": 1, "rows": 1, "tokens": 2, "targets": 1}, "seconds": None,
+        "disk": {"total": 5, "checkpoints": 3, "rows": 1, "result": 1},
+    }  # fmt: skip
+    values = {
+        "model": HOSTILE[0], "task": "chat", "method": "lora", "trained_parameters": 1, "total_parameters": 2,
+        "rows": {"train": 3, "held_out": 1}, "tokens_per_epoch": 5, "steps": 2, "steps_per_epoch": 2, "choices": [],
+        "warnings": ["it needs 3.0 GiB, and 1.0 GiB is free. qlora needs 0.9 GiB."], "forecast": forecast,
+    }  # fmt: skip
+    site = site_in(tmp_path)
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Answer([], values=values))
+    page = entered(site).get("/ui/new?file=rows.jsonl&model=m").text
+    text = Elements(page).text
+    assert "It needs 3.0 GiB and 1.0 GiB are there." in text
+    assert "qlora needs 0.9 GiB" in text
+    assert "data-post" not in page
+    assert '<button type="button" class="button" disabled>Start</button>' in page
+    assert HOSTILE[0] in text
