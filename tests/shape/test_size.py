@@ -11,27 +11,30 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_600, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_760, "twenty-one commands, what they print and what they refuse"),
-    "data": (9_330, "thirty forms of rows, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (3_730, "measures with intervals, answers, comparison, the report"),
+    "api, types, errors, …": (1_630, "the Python interface, the types that travel, errors with their ways out"),
+    "cli": (4_775, "twenty-one commands, what they print and what they refuse"),
+    "data": (9_490, "thirty-one forms of rows, their problems by line, rendering, encoding, steps, batches"),
+    "evaluation": (3_990, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
-    "generation": (950, "answers of many sequences together, and those that go on from rows that were measured"),
-    "graders": (2_100, "types of graders, children for their code, a judge, a trial with measures and a verdict"),
+    "generation": (
+        1_760,
+        "answers of many sequences together: serving's, those that go on from measured rows, those drawn",
+    ),
+    "graders": (2_150, "types of graders, children for their code, a judge, a trial with measures and a verdict"),
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_300, "OpenAI's fine-tuning API: files, jobs, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
-    "models": (5_280, "finding, loading, attention, heads, losses in pieces"),
+    "models": (5_300, "finding, loading, attention, heads, losses in pieces"),
     "optim": (450, "optimizers and schedules"),
     "parallel": (1_050, "several processes of one run"),
-    "planning": (1_700, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_800, "every option, declared once; files of other tools translated"),
+    "planning": (1_730, "defaults with reasons; memory, time, disk"),
+    "recipe": (1_875, "every option, declared once; files of other tools translated"),
     "runs": (1_400, "run folders, events, checkpoints"),
-    "serve": (3_300, "the engine and OpenAI's routes"),
+    "serve": (2_700, "the engine's process and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_335, "what is learnt"),
+    "tasks": (1_610, "what is learnt"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_060, "the loop, and a run around it"),
+    "training": (4_700, "the loop, a run around it, and the answers that it draws"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

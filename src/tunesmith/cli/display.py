@@ -102,8 +102,9 @@ class Plain(Silent):
 def step_line(series: RunSeries) -> str:
     """The newest step: loss, learning rate, speed, memory, time left."""
     last, left = series.steps[series.step], series.seconds_left
+    reward = "" if last.reward is None else f"reward {last.reward:.3f}, "
     return (
-        f"step {last.step}/{series.total_steps}: loss {render.loss(last.loss)}, lr {last.lr:.3g}, "
+        f"step {last.step}/{series.total_steps}: {reward}loss {render.loss(last.loss)}, lr {last.lr:.3g}, "
         f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
         + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
     )

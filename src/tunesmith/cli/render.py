@@ -75,6 +75,7 @@ def metric_line(event: Event, series: RunSeries) -> str:
     measures = {"general_loss": {"value": values["loss"]}} if event.kind == "general" else values.get("measures", {})
     if event.kind == "evaluation":
         measures = measures_of(values)
+        measures = {key: value for key, value in measures.items() if key != "loss" or "reward" not in measures}
     shown = [f"{info_of(key).label} {info_of(key).text(interval['value'])}" for key, interval in measures.items()]
     return f"{', '.join(shown)} ({_counts(event)})"
 
