@@ -13,9 +13,9 @@ from tunesmith.evaluation.generate import generate
 from tunesmith.export.export_run import export_run
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import choose_decoder
+from tunesmith.generation.scheduler import PreparedRequest, Scheduler
 from tunesmith.inference.load import LoadedModel, load_model
 from tunesmith.serve.protocol import Finished, GenerationRequest
-from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.training.loop import training_steps
 from tunesmith.training.trainer import train
 

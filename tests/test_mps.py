@@ -16,9 +16,9 @@ from serve.engines import OPTIONS, says
 from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.export.export_run import export_run
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.recipe.schema import Recipe
 from tunesmith.serve.registry import open_registry
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.training.trainer import train
 
 

@@ -71,9 +71,9 @@ def tunesmith(job: Mapping[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """The batch of the engine, every request at once."""
     from tunesmith.generation.adapters import AdapterSet
     from tunesmith.generation.decoder import BatchedDecoder
+    from tunesmith.generation.scheduler import PreparedRequest, Scheduler
     from tunesmith.inference.load import load_model
     from tunesmith.serve.protocol import GenerationRequest
-    from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 
     speaker = load_model(job["model"], offline=True)
     decoder = BatchedDecoder(speaker.model, AdapterSet(speaker.model))

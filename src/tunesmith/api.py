@@ -60,13 +60,13 @@ def train(
     **options: Any,
 ) -> Run:
     """Tune `model` on `data`; the finished run. Its notes arrive as `TunesmithWarning`, and are in `run.notes`.
-    On several devices (devices=2, or all CUDA cards here) each has a process of its own, and so has their
-    agent.
+    On several devices (devices=2, or all CUDA cards here) each has a process of its own, as their agent has.
 
     Args:
         data: one or several paths or {"path", "weight"}; or rows: a list of mappings, a pandas or `datasets`
             table, written to `root`/data as JSONL, where a resumed run finds them. `eval` is the same.
         recipe: a recipe or its file; `options`, sections or keys of it, win: method="lora", optim={"lr": 1e-4}.
+        grader: of task reinforce: a function in a file, or what `--grader` takes.
         progress: whether a bar is shown; None: in notebooks and on terminals.
         should_stop: called before the first step and after each.
 
@@ -78,6 +78,7 @@ def train(
         >>> run = tunesmith.train("HuggingFaceTB/SmolLM2-135M-Instruct", "support.jsonl", train={"epochs": 2})
     """
     changes = dict(options) if model is None else {**options, "model": fspath(model)}
+    changes |= _graded_by(changes.pop("grader", None), changes.get("reinforce", {}))
     for key, files in (("train", _files(data, Path(root))), ("eval", _files(eval, Path(root)))):
         if files:
             changes["data"] = {**changes.get("data", {}), key: files}
@@ -104,6 +105,23 @@ def train(
 
     with _problems_named():
         return train_run(chosen, watch=watch, several=several, root=Path(root), out=place, offline=offline)
+
+
+def _graded_by(grader: Any, options: Record) -> JsonObject:
+    return {} if grader is None else {"reinforce": {**options, "grader": _word_of(grader)}}
+
+
+def _word_of(grader: Any) -> str:
+    """The word for a function in `reinforce.grader`."""
+    if not callable(grader):
+        return str(fspath(grader))
+    file, name = getattr(getattr(grader, "__code__", None), "co_filename", ""), getattr(grader, "__name__", "")
+    if not Path(file).is_file() or getattr(grader, "__qualname__", "") != name or not name.isidentifier():
+        raise RecipeError(
+            f"tunesmith.train: grader: {name or grader}: graders run in processes of their own, which load them from a "
+            "file. Write the function into grader.py, and give grader='grader.py'"
+        )
+    return f"{file}:{name}"
 
 
 def resume(

@@ -134,6 +134,10 @@ class OutOfMemoryError(TunesmithError):
         self.peak = peak
 
 
+class UngradedError(TunesmithError):
+    """A grader that fails for more than half of a step's answers. The weights are as after the step before."""
+
+
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""
 

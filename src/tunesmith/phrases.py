@@ -29,6 +29,7 @@ PHASES = {
     "reference": "measuring rows with the untouched model",
     "documents": "reading documents",
     "answer": "answering held-out prompts",
+    "draw": "drawing answers",
     "check": "checking rows",
     "general": "measuring general ability",
     "tuned": "reading the tuned model",

@@ -37,7 +37,10 @@ Layout = Literal["packed", "padded", "encoder_decoder"]
 """Layout of a micro-batch: rows end to end; padded to one length; or sources and targets each padded."""
 TaskName = str
 """A key of `tasks.TASKS`."""
-TASK_NAMES = ["auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "embed", "rank"]
+TASK_NAMES = [
+    "auto", "chat", "generate", "text", "summarize", "classify", "tag", "prefer", "reward", "reinforce", "embed",
+    "rank",
+]  # fmt: skip
 """Values of a recipe's `task`; `tasks.register` adds to them."""
 EXPORT_NAMES = ("merged", "adapter", "gguf", "ollama", "onnx")
 ModelKind = Literal["causal", "encoder", "encoder_decoder"]
@@ -135,7 +138,8 @@ class Example:
     many: bool = False
     """`labels` came as a list: any number of them can hold, none too."""
     kept: Record = field(default_factory=dict, compare=False)
-    """Keys of a row to be answered that its answer repeats unchanged, such as an id."""
+    """Keys of a row to be answered that its answer repeats unchanged, such as an id; of a prompt whose answers are
+    graded all fields of its row."""
     branches: tuple[tuple[Part, ...], ...] = ()
     """Answers to `parts` that are compared with each other, preferred first; empty: `parts` hold the answer."""
     values: tuple[float, ...] = ()
@@ -178,6 +182,8 @@ class Row:
     """Numbers that the row brings along with its tokens: `Example.values`."""
     keys: tuple[int, ...] = ()
     """A number for each text that becomes a vector, equal for equal texts whatever prompt precedes them."""
+    values_NC: NDArray[np.float32] | None = None
+    """Numbers of each trained token of an answer that the model drew: `tasks.policy_losses.COLUMNS`."""
 
 
 LEAST_PREFIX = 8
@@ -245,6 +251,8 @@ class Batch:
     """The loss of each target, float32 [N] without gradient: a task with `sees_rows` leaves it here."""
     keys_L: Tensor | None = None
     """int64, `Row.keys` of each line; None: the texts have none."""
+    values_NC: Tensor | None = None
+    """float32, the numbers of each target of drawn answers, `Row.values_NC`; None: rows are no drawn answers."""
 
     @property
     def num_tokens(self) -> int:

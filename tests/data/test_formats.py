@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.data.formats import FIELDS, FORMATS, find_shape
+from tunesmith.data.formats import FIELDS, FORMATS, NAMED, find_shape
 from tunesmith.types import Example, Part, Problem, Shape, Source
 
 SOURCE = Source("rows.jsonl", 7)
@@ -45,6 +45,7 @@ GOOD: dict[Shape, dict[str, Any]] = {
     "scored_answers": {"prompt": "Hi", "answers": ["Go.", "Hello."], "scores": [1, 2.5]},
     "text_pairs": {"anchor": "Hi", "positive": "Hello.", "negatives": ["Go."]},
     "ranked_documents": {"query": "Hi", "documents": ["Hello.", "Go."], "labels": [1, 0]},
+    "prompts": {"prompt": "Hi"},
 }
 PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "text": [("text", "Hi", True)],
@@ -56,12 +57,13 @@ PARTS: dict[Shape, list[tuple[str, str, bool]]] = {
     "scored_answers": [("user", "Hi", False)],
     "text_pairs": [("anchor", "Hi", False)],
     "ranked_documents": [("query", "Hi", False)],
+    "prompts": [("user", "Hi", False)],
 }
 
 
 @pytest.mark.parametrize("shape", FORMATS)
 def test_every_shape_is_found_by_its_fields_and_gives_parts(shape: Shape):
-    assert find_shape(GOOD[shape]) == shape
+    assert find_shape(GOOD[shape], task="reinforce" if shape in NAMED else None) == shape
     expected = PARTS.get(shape, [("user", "Hi", False), ("assistant", "Hello.", True)])
     assert turns(parsed(shape, GOOD[shape])) == expected
     assert set(FORMATS[shape].inputs) <= set(FORMATS[shape].fields)
@@ -74,6 +76,15 @@ def test_no_value_in_any_field_ends_in_an_exception(shape: Shape):
     for field, value, answered in itertools.product(FORMATS[shape].fields, values, (True, False)):
         found = FORMATS[shape].parse({**GOOD[shape], field: value}, SOURCE, answered=answered)
         assert isinstance(found, Example) or found
+
+
+def test_prompts_keep_all_of_their_row_and_are_never_detected():
+    record = {"prompt": [USER], "reference": "Hello.", "number": 3}
+    assert find_shape(record) != "prompts"
+    assert parsed("prompts", record).kept == record
+    assert turns(parsed("prompts", {"messages": [USER, ANSWER]})) == [("user", "Hi", False)]
+    assert [problem.code for problem in problems("prompts", {"question": "Hi"})] == ["missing_field"]
+    assert [problem.code for problem in problems("prompts", {"prompt": "  "})] == ["empty_prompt"]
 
 
 def test_text_is_not_touched():

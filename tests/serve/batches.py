@@ -17,12 +17,12 @@ from tiny_model import tiny_model
 from tunesmith.evaluation.generate import GeneratedAnswer, generate
 from tunesmith.generation.adapters import AdapterSet, LowRankPath
 from tunesmith.generation.decoder import BatchedDecoder, Decoder
+from tunesmith.generation.scheduler import KeyedEvent, PreparedRequest, Scheduler
 from tunesmith.methods import lora
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, Token
-from tunesmith.serve.scheduler import KeyedEvent, PreparedRequest, Scheduler
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from tiny_run import tiny_recipe
 from tunesmith.errors import ModelError, RunError
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import Delta, EngineOptions, GenerationRequest
 from tunesmith.serve.registry import Registry, open_registry
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import ServedModel
 from tunesmith.serve.worker import Worker
 from tunesmith.training.trainer import train

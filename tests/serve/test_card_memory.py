@@ -13,7 +13,9 @@ from serve.batches import Heard, alone, decoder, hear, job, prompts
 from tunesmith import environment
 from tunesmith.environment import CARD_SHARE
 from tunesmith.errors import InputError
+from tunesmith.generation import scheduler as schedulers
 from tunesmith.generation.decoder import SequentialDecoder
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.jobs import launcher
 from tunesmith.jobs.bases import Bases, PublicBase
 from tunesmith.jobs.server import JobServer
@@ -21,9 +23,7 @@ from tunesmith.jobs.store import Store
 from tunesmith.models import card
 from tunesmith.planning import devices
 from tunesmith.serve import engine, worker
-from tunesmith.serve import scheduler as schedulers
 from tunesmith.serve.protocol import EngineOptions
-from tunesmith.serve.scheduler import Scheduler
 
 GIB = 2**30
 

@@ -11,8 +11,8 @@ import pytest
 from tiny import tiny_tokenizer
 from tiny_tasks import word_tokenizer
 from tunesmith.evaluation.generate import read_answer
+from tunesmith.generation.sampling import SampledToken, StreamingDecoder, with_text
 from tunesmith.serve.protocol import Token
-from tunesmith.serve.sampling import SampledToken, StreamingDecoder, with_text
 
 SAID = "Ça va très bien 🦊🦊, 今日はいい天気ですね。\n\n  The quick  brown fox end "
 

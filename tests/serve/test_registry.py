@@ -26,13 +26,13 @@ from tunesmith.evaluation.generate import generate
 from tunesmith.generation import kv_cache
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference import load as loading
 from tunesmith.inference.predict import Predictor
 from tunesmith.models.modes import silence_transformers
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.serve.registry import Registry, open_registry
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import ServedModel
 from tunesmith.training import trainer as training
 from tunesmith.types import Example, Part, Source

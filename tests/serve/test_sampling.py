@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from tunesmith.serve import sampling
+from tunesmith.generation import sampling
+from tunesmith.generation.sampling import Sampler
 from tunesmith.serve.protocol import GenerationRequest
-from tunesmith.serve.sampling import Sampler
 
 V = 50
 params = partial(GenerationRequest, "", temperature=0.0)

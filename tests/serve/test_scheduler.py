@@ -30,12 +30,12 @@ from tunesmith.evaluation.generate import generate
 from tunesmith.generation import kv_cache
 from tunesmith.generation.adapters import AdapterSet, LowRankPath, MultiLoraLinear, RowMismatchError
 from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.methods import lora
 from tunesmith.methods.lora_layer import lora_forward_reference
 from tunesmith.models.heads import generator
 from tunesmith.recipe.methods import LoraMethod
 from tunesmith.serve.protocol import GenerationRequest
-from tunesmith.serve.scheduler import Scheduler
 
 WHO = (None, *RUNS)
 TOGETHER = (
@@ -74,8 +74,8 @@ def assert_ragged_answers_are_those_alone(arch: str, make: Callable[[str], Any],
 def small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools of 4, 8, 16, ... tokens, so that texts move between them, and prompts that are read in parts."""
     monkeypatch.setattr(kv_cache, "SMALLEST", 4)
-    monkeypatch.setattr("tunesmith.serve.scheduler.PREFILL_TOKENS", 7)
-    monkeypatch.setattr("tunesmith.serve.scheduler.PREFILL_TOKENS_ALONE", 16)
+    monkeypatch.setattr("tunesmith.generation.scheduler.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("tunesmith.generation.scheduler.PREFILL_TOKENS_ALONE", 16)
 
 
 @pytest.mark.usefixtures("small_rooms")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tiny import tiny_tokenizer
+from tunesmith.generation.sampling import JsonGrammars
 from tunesmith.serve.protocol import RequestError
-from tunesmith.serve.sampling import JsonGrammars
 
 pytest.importorskip("llguidance", reason="llguidance is not installed: pip install 'tunesmith[json]'")
 

@@ -15,11 +15,11 @@ from serve.batches import Heard, hear
 from serve.engines import OPTIONS, says
 from tiny_run import tiny_recipe
 from tunesmith.api import predict
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference import load as loading
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import GenerationRequest
 from tunesmith.serve.registry import Registry, open_registry
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.training import trainer as training
 
 

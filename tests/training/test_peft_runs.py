@@ -14,6 +14,7 @@ from tunesmith.errors import InputError, Stopped
 from tunesmith.evaluation.generate import generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.export.export_run import export_run
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.models.attention import use_packed_attention
 from tunesmith.recipe.methods import PeftMethod
@@ -21,7 +22,6 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run, runs
 from tunesmith.serve.protocol import EngineOptions
 from tunesmith.serve.registry import open_registry
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 

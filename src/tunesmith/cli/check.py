@@ -186,6 +186,7 @@ def plan(
     lr: options.Rate = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
+    grader: options.Grader = None,
     fast: options.Fast = False,
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
@@ -208,7 +209,7 @@ def plan(
     refuse_ranks(os.environ)
     # A plan says what does not fit, and what would.
     words = {"task": task, "method.name": method, "optim.lr": lr, "train.epochs": epochs}
-    words |= {"train.rows_per_step": batch_size, "method.rank": rank}
+    words |= {"train.rows_per_step": batch_size, "method.rank": rank, "reinforce.grader": grader}
     settings = [*(settings or []), "memory=warn"]
     wanted = build_recipe(
         "plan", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root
@@ -270,6 +271,8 @@ def _why_not(resolved: Any, *, fits: bool) -> str:
 
     if not fits:
         return "it does not fit"
+    if resolved.rows.is_prompts:
+        return "how long answers are is known only once they are drawn: --set train.max_steps=2 tries two steps"
     located = resolved.inputs.located
     if located.has_weights:
         return ""

@@ -60,6 +60,10 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Set any option of the recipe: --set method.rank=8. Repeatable."),
 ]
 
+Grader = Annotated[
+    str | None,
+    typer.Option(metavar="GRADER", help="Task reinforce: file.py, file.py:FUNCTION, or a grader in .json or .yaml."),
+]
 Track = Annotated[
     list[str] | None,
     typer.Option(
@@ -114,6 +118,7 @@ OPTIONS = {
     "train.epochs": "--epochs",
     "train.rows_per_step": "--batch-size",
     "method.rank": "--rank",
+    "reinforce.grader": "--grader",
 }
 """Keys of the recipe that have an option of their own."""
 FAST = ("evaluation.samples=0", "evaluation.general=false", "evaluation.surprising=0")

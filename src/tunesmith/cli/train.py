@@ -36,6 +36,7 @@ def train(
     lr: options.Rate = None,
     epochs: options.Epochs = None,
     batch_size: options.BatchSize = None,
+    grader: options.Grader = None,
     fast: options.Fast = False,
     export: Annotated[
         list[str] | None,
@@ -63,6 +64,8 @@ def train(
 
     tunesmith train ./model a.jsonl b.csv:0.5 --method lora --rank 8 --epochs 2 --set optim.warmup=0.1
 
+    tunesmith train ./model prompts.jsonl --task reinforce --grader grader.py
+
     tunesmith train ./model support.jsonl --track wandb --track tensorboard
 
     tunesmith train ./model hf://datasets/owner/name --eval 'hf://datasets/owner/name?split=test'
@@ -70,7 +73,7 @@ def train(
     tunesmith train --recipe runs/support-3f2a/recipe.yaml
     """
     words = {"task": task, "method.name": method, "export.to": export, "optim.lr": lr, "train.epochs": epochs}
-    words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track}
+    words |= {"train.rows_per_step": batch_size, "method.rank": rank, "track": track, "reinforce.grader": grader}
     wanted = build_recipe(
         "train", model, data, held_out=eval_, recipe=recipe, words=words, settings=settings, fast=fast, root=root
     )

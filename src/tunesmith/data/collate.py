@@ -207,6 +207,7 @@ def build_batch(
         targets = [row.ids[n:] for row, n in zip(rows, lengths, strict=True)]
         decoder_ids_BU, learnt = _decoder(targets, decoder_start, pad_id=pad_id)
     counts = [len(places) for places, _ in learnt]
+    values = [row.values_NC for row in rows if row.values_NC is not None]
 
     def tensor(array: NDArray[np.generic]) -> torch.Tensor:
         numbers = array if np.issubdtype(array.dtype, np.floating) else array.astype(np.int64)
@@ -224,6 +225,7 @@ def build_batch(
         row_indices=tuple(row_indices),
         types_BT=tensor(_types(rows, starts, ids_BT)) if has_types else None,
         decoder_ids_BU=None if decoder_ids_BU is None else tensor(decoder_ids_BU),
+        values_NC=tensor(np.concatenate(values)) if values else None,
     )
 
 

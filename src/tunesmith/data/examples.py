@@ -12,7 +12,7 @@ import orjson
 
 from tunesmith.data.columns import explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
-from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, SEARCHED, SHAPES, find_shape, matches
+from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, NAMED, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
 from tunesmith.data.problems import names, refusal
 from tunesmith.data.read import OnProblem, read, reread
@@ -112,7 +112,7 @@ class FileExamples:
             if shape is None:
                 return None
         form = FORMATS[shape]
-        problems = self._too_many(record, source, form.fields) if shape in (*CHATS, *COMPARED) else []
+        problems = self._too_many(record, source, form.fields) if shape in (*CHATS, *COMPARED, *NAMED) else []
         parsed = problems or form.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
@@ -120,7 +120,7 @@ class FileExamples:
             for problem in parsed:
                 self.on_problem(problem)
             return None
-        if unknown := [name for name in record if name not in form.fields]:
+        if shape not in NAMED and (unknown := [name for name in record if name not in form.fields]):
             self._ignore(unknown, source)
         if self.keep is not None:
             parsed = replace(parsed, kept=self._kept(self.keep, raw, record, source, shape))

@@ -60,6 +60,11 @@ class Splits:
         return [(self.store, self.train_rows), (self.held_store, self.held_rows)]
 
     @property
+    def is_prompts(self) -> bool:
+        """Whether rows are prompts alone, whose answers are drawn."""
+        return SHAPES[self.task] == ("prompts",)
+
+    @property
     def skipped(self) -> int:
         """Rows read that cannot be used and were left out."""
         return self.store.skipped + (0 if self.held_store is self.store else self.held_store.skipped)
@@ -108,6 +113,20 @@ class Splits:
         missing_I = np.array([row for row in map(int, rows_I) if row not in known], np.int64)
         known |= texts_of(files, self.data, self.task, store, missing_I)
         return known
+
+    def prompts(self, store: RowStore, rows_I: NDArray[np.int64]) -> dict[int, Example]:
+        """The prompts of some rows of one of the two stores with the rows as their file has them, which a grader reads.
+
+        Raises DataError for a file that says something else than when it was encoded.
+        """
+        is_held = store is self.held_store and store is not self.store
+        files = self.data.eval if is_held else self.data.train
+        wanted = {row: str(store.source(row)) for row in map(int, rows_I)}
+        by_source = examples_at(files, self.data, self.task, set(wanted.values()))
+        for row, source in wanted.items():
+            if source not in by_source or content_hash(by_source[source]) != int(store.hashes[row]):
+                raise DataError(f"{source}: the row is another one than a moment ago: the file was changed meanwhile.")
+        return {row: by_source[source] for row, source in wanted.items()}
 
     def sample_examples(self, num: int) -> list[Example]:
         """The first `num` held-out rows as they were read, for prompts that a person can look at."""

@@ -139,6 +139,16 @@ METRICS: Mapping[str, MetricInfo] = {
     "likelier_chosen": MetricInfo(
         "likelier answer", "percent", "neither", "What choosing by the untouched model's likelihood a token gets right."
     ),
+    "reward": MetricInfo("reward", "number", "higher", "Mean reward of the answers drawn to a prompt."),
+    "pass_1": MetricInfo("pass@1", "percent", "higher", "Chance that one answer to a prompt is right."),
+    "pass_k": MetricInfo("pass@k", "percent", "higher", "Chance that one of all answers to a prompt is right."),
+    "best_reward": MetricInfo("best reward", "number", "higher", "Highest reward of the answers to a prompt."),
+    "ended": MetricInfo("ended", "percent", "neither", "Answers that end before reinforce.max_new_tokens."),
+    "answer_tokens": MetricInfo("answer tokens", "ratio", "neither", "Mean length of the answers."),
+    "repeated": MetricInfo(
+        "repeated", "percent", "lower", "Answers with a phrase of four words more than three times."
+    ),
+    "alike": MetricInfo("alike", "percent", "neither", "Answers equal to another one to the same prompt."),
     "reward_mean": MetricInfo("mean reward", "number", "neither", "Mean reward of all answers."),
     "win_rate": MetricInfo("win rate", "percent", "higher", "Answers that a judge prefers to those before; ties half."),
     "recall_1": MetricInfo("recall@1", "percent", "higher", "Anchors whose positive is the nearest of all documents."),
@@ -162,6 +172,7 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("loss", "preference_accuracy", "margin"),
     "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
+    "graded": ("reward", "pass_1", "loss"),
     "lists": ("loss", "recall_1", "mrr_10", "ndcg_10", "spearman"),
     "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }

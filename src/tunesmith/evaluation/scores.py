@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.evaluation import bootstrap, branch_scores
+from tunesmith.evaluation import bootstrap, branch_scores, graded_scores
 from tunesmith.evaluation.bootstrap import Floats, Interval, Statistic, divide, intervals, ratio, value_of
 from tunesmith.evaluation.branch_scores import HABITS, column
 from tunesmith.evaluation.metrics import HEAD_METRICS
@@ -30,6 +30,7 @@ Constant = str | float | list[str]
 """One answer to every row: a class or tag, a number, or the classes that hold."""
 RowKind = Literal[
     "tokens", "classes", "sets", "numbers", "tags", "pairs", "answers", "rewards", "ranks", "similarities",
+    "graded",
 ]  # fmt: skip
 MEASURED_ROWS = "the rows measured"
 OVER_CLASSES = ("label_accuracy", "macro_f1")
@@ -104,7 +105,7 @@ def kind_of(row: RowResult) -> RowKind:
 
 _MARKS: Mapping[str, RowKind] = {
     "correct": "tokens", "rewards": "rewards", "wanted": "answers", "logps": "pairs", "rank": "ranks",
-    "similarity": "similarities", "value": "numbers", "tags": "tags",
+    "similarity": "similarities", "value": "numbers", "tags": "tags", graded_scores.MARK: "graded",
 }  # fmt: skip
 """Keys of which the first one that a row has says its kind."""
 
@@ -299,6 +300,7 @@ _STATISTICS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str], bool
     "rewards": branch_scores.pair_statistics,
     "ranks": branch_scores.rank_statistics,
     "similarities": branch_scores.similarity_statistics,
+    "graded": graded_scores.graded_statistics,
 }
 
 
@@ -361,6 +363,7 @@ _DETAILS: Mapping[RowKind, Callable[[Sequence[RowResult], Sequence[str]], JsonOb
     "rewards": branch_scores.pair_details,
     "ranks": branch_scores.rank_details,
     "similarities": _number_details,
+    "graded": graded_scores.graded_details,
 }
 
 

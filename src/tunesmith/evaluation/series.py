@@ -23,6 +23,8 @@ class Step(NamedTuple):
     tokens_per_second: float
     peak_bytes: int
     seconds: float
+    reward: float | None = None
+    """Mean of the answers that it drew."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class RunSeries:
     step: int = 0
     """The newest."""
     steps: dict[int, Step] = field(default_factory=dict)
+    drawn: dict[int, JsonObject] = field(default_factory=dict)
+    """Values of the steps that drew answers, and "seconds" of drawing and grading."""
     peak_bytes: int = 0
     evaluations: list[tuple[int, Record]] = field(default_factory=list)
     """Step and values, in order."""
@@ -61,6 +65,7 @@ class RunSeries:
             self.started, self.step = True, event.step
             self.identity = values.get("identity", self.identity)
             self.steps = {step: step_values for step, step_values in self.steps.items() if step <= event.step}
+            self.drawn = {step: step_values for step, step_values in self.drawn.items() if step <= event.step}
         elif event.kind == "plan":
             # A forecast does not repeat bit for bit: it depends on the memory that is free at the moment.
             self.plan = {**values, "forecast": timing.get("forecast")}
@@ -69,7 +74,12 @@ class RunSeries:
             speed, peak = timing.get("tokens_per_second", 0.0), timing.get("peak_bytes", 0)
             seconds = timing.get("seconds", 0.0)
             self.peak_bytes = max(self.peak_bytes, peak)
-            self.steps[event.step] = Step(event.step, values["loss"], values["lr"], speed, peak, seconds)
+            self.steps[event.step] = Step(
+                event.step, values["loss"], values["lr"], speed, peak, seconds, values.get("reward")
+            )
+            if "reward" in values:
+                taken = {key: timing.get(key, 0.0) for key in ("draw", "grade")}
+                self.drawn[event.step] = {**values, "seconds": taken}
         elif event.kind == "evaluation":
             self.evaluations.append((event.step, values))
         elif event.kind == "answers":

@@ -59,9 +59,9 @@ class Pool:
         has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
         usual = JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)
         self._threads = ThreadPoolExecutor(at_once or usual)
-        files = {name: dict(child.files) for name, child in self.children.items()}
-        self.identity = _digest([grader.model_dump(mode="json"), files])
-        """SHA-256 of the grader and of the files of its code."""
+        files = {name: sorted(child.files.values()) for name, child in self.children.items()}
+        self.identity = _digest([without_places(grader.model_dump(mode="json")), files])
+        """SHA-256 of the grader and of the files of its code, wherever these are."""
 
     def __enter__(self) -> Pool:
         return self
@@ -102,7 +102,9 @@ class Pool:
             if abs(reward) > MOST_REWARD:
                 raise GradeError("not_a_number", f"a grade is a number up to {MOST_REWARD:g}, and this is {reward:g}")
         except GradeError as error:
-            return Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
+            failed = Grade(None, {}, error.kind, str(error), seconds=time.monotonic() - begun)
+            self._kept[key] = failed
+            return failed
         scores |= {name: value for name, value in rewards.items() if name}
         grade = self._kept[key] = Grade(reward, scores, is_unread=is_unread, seconds=time.monotonic() - begun)
         return grade
@@ -120,6 +122,13 @@ class Pool:
             return float(self.children[name].ask(request, len(tests))["value"]), {}
         answer = self.children[name].ask({"sample": sample, "item": dict(item), "seed": seed})
         return float(answer["value"]), answer.get("scores", {})
+
+
+def without_places(value: Any) -> Any:
+    """A grader as JSON, without the paths of its files."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_places(part) for key, part in value.items() if not (key == "file" and "function" in value)}
 
 
 def _digest(value: Any) -> str:

@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
-from tunesmith.data.problems import RowProblems, names
+from tunesmith.data.formats.prompts import asked_in
+from tunesmith.data.problems import RowProblems
 from tunesmith.data.read import read
 from tunesmith.errors import DataError
 from tunesmith.graders.grade import Answer
 from tunesmith.recipe.schema import DataFile, Limits
-from tunesmith.types import Problem, Source
+from tunesmith.types import Part, Problem, Source
 
 REFERENCES = ("reference", "reference_answer", "answer", "completion")
 """Fields with the right answer, the first that a row has; else it is the assistant's last turn."""
@@ -64,26 +64,15 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
 def prompt_of(record: Mapping[str, Any], source: Source) -> Prompt | list[Problem]:
     """One row, or its problems."""
     row = RowProblems(source)
-    place = "prompt" if record.get("prompt") is not None else "messages"
-    given = record.get(place)
-    if given is None:
-        fix = 'Write {"prompt": "..."} or {"messages": [...]}, whose last message the model answers.'
-        row.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
-        return row.problems
-    turns = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    parts = parts_of(turns, row, place=place, trained=False)
-    tools = tools_of(record, row)
-    asked = without_answer(parts, row)
-    check_order(asked, row, place=place, answered=False)
-    if isinstance(given, str) and not given.strip():
-        row.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
+    asked, answer, tools = asked_in(record, row)
     if row.problems:
         return row.problems
     messages = tuple({"role": part.role, "content": part.text, **part.fields} for part in asked)
-    return Prompt(str(source), dict(record), messages, tools, _reference(record, parts[len(asked) :]))
+    return Prompt(str(source), dict(record), messages, tools, reference_of(record, answer))
 
 
-def _reference(record: Mapping[str, Any], turns: Any) -> Answer | None:
+def reference_of(record: Mapping[str, Any], turns: Sequence[Part] = ()) -> Answer | None:
+    """The right answer that a row names, or that its last turns give."""
     for name in REFERENCES:
         value = record.get(name)
         if isinstance(value, list) and value and isinstance(value[-1], Mapping) and "content" in value[-1]:

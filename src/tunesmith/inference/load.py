@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.data.dataset import open_kept
 from tunesmith.data.renderer import Renderer
-from tunesmith.errors import InputError, ModelError, RunError
+from tunesmith.errors import InputError, ModelError, RecipeError, RunError
 from tunesmith.methods import METHODS, attach, restore
 from tunesmith.models import heads, machine
 from tunesmith.models import load as files
@@ -389,13 +389,26 @@ def _weighed(labels: Labels | None, weights: str | Mapping[str, float] | None) -
     return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))
 
 
+def _longest_row(recipe: Recipe) -> int:
+    """`data.max_tokens`, less the answers of prompts that draw them. Raises RecipeError where nothing is left."""
+    most, new = resolved(recipe.data.max_tokens), recipe.reinforce.max_new_tokens
+    if not TASKS[resolved(recipe.task)].samples:
+        return most
+    if new >= most:
+        raise RecipeError(
+            f"reinforce.max_new_tokens: {new:,}: leaves no room for a prompt in data.max_tokens, which is {most:,}. "
+            "Lower it."
+        )
+    return most - new
+
+
 def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:
     """The renderer of a resolved recipe."""
     return Renderer(
         tokenizer,
         TASKS[resolved(recipe.task)],
         kind=kind,
-        max_tokens=resolved(recipe.data.max_tokens),
+        max_tokens=_longest_row(recipe),
         too_long=resolved(recipe.data.too_long),
         control_tokens=recipe.data.control_tokens,
         stride=None if recipe.data.stride == "auto" else recipe.data.stride,

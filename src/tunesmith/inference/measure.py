@@ -142,6 +142,11 @@ def evaluate_file(
     task = loaded.renderer.task_name
     if samples and loaded.head != "next_token":
         raise InputError(f"--samples: a model of task {task} has no head for writing answers. Leave it out.")
+    if TASKS[task].samples and not judge:
+        raise InputError(
+            f"{path}: answers of task {task} are measured by a grader: "
+            f"tunesmith grade {path} --grader GRADER --model RUN"
+        )
     data, notes = _data_of(loaded, path, offline)
     if judge:
         rates = _judge_answers(loaded, data, judge, SAMPLES if samples is None else samples, on_progress)

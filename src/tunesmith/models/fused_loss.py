@@ -90,11 +90,12 @@ class OutputLayer:
             losses.append(losses_N)
         return out  # type: ignore[no-any-return]
 
-    def log_probs(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    def log_probs(self, hidden_ND: Tensor, targets_N: Tensor, *, temperature: float = 1.0) -> Tensor:
         """[N] float32, the log-probability of each target. Their weights are known only after the pass: its
-        gradient is scaled then; where the layer is trained, the logits of a chunk are computed again for it."""
+        gradient is scaled then; where the layer is trained, the logits of a chunk are computed again for it.
+        `temperature` divides the rounded logits."""
         weight, bias = self.layer.weight, self.layer.bias
-        out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _LogProbs.apply(hidden_ND, weight, bias, targets_N, self, temperature)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -193,15 +194,23 @@ class _LossSum(torch.autograd.Function):
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917 — autograd.Function takes positional arguments only
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, output: OutputLayer
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        output: OutputLayer,
+        temperature: float,
     ) -> Tensor:
-        ctx.output, ctx.needs = output, ctx.needs_input_grad[:3]
+        ctx.output, ctx.needs, ctx.temperature = output, ctx.needs_input_grad[:3], temperature
         needs_hidden, *needs_layer = ctx.needs
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         found_N = hidden_ND.new_empty(len(targets_N), dtype=wide)
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not any(needs_layer) else None
         for here in output.chunks(len(targets_N), trained=False):
-            losses_N, glogits_NV = _of_chunk(hidden_ND[here], targets_N[here], output, smoothing=0, z=0)
+            losses_N, glogits_NV = _of_chunk(
+                hidden_ND[here], targets_N[here], output, smoothing=0, z=0, temperature=temperature
+            )
             found_N[here] = -losses_N
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
@@ -215,14 +224,15 @@ class _LogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         output, (needs_hidden, needs_weight, needs_bias) = ctx.output, ctx.needs
         if weight_VD is None:  # what is kept is the gradient of each target's loss
-            return (hidden_ND * -grad_N[:, None]).to(hidden_ND.dtype), None, None, None, None
+            return (hidden_ND * -grad_N[:, None]).to(hidden_ND.dtype), None, None, None, None, None
         ghidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         gweight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if needs_weight else None
         gbias_V = grad_N.new_zeros(len(weight_VD)) if needs_bias else None
         for here in output.chunks(len(targets_N), trained=needs_weight):
             logits_NV = output.logits(hidden_ND[here])
-            glogits_NV = torch.softmax(logits_NV.to(grad_N.dtype), -1).mul_(-grad_N[here, None])
+            glogits_NV = torch.softmax(logits_NV.to(grad_N.dtype) / ctx.temperature, -1).mul_(-grad_N[here, None])
             glogits_NV.scatter_add_(1, targets_N[here, None], grad_N[here, None])
+            glogits_NV = glogits_NV if ctx.temperature == 1 else glogits_NV / ctx.temperature
             glogits_NV = _before_scale(glogits_NV.to(hidden_ND.dtype), logits_NV, output)
             if ghidden_ND is not None:
                 torch.mm(glogits_NV, weight_VD, out=ghidden_ND[here])
@@ -231,7 +241,7 @@ class _LogProbs(torch.autograd.Function):
             if gbias_V is not None:
                 gbias_V += glogits_NV.sum(0)
         gweight_VD = None if gweight_VD is None else gweight_VD.to(weight_VD.dtype)
-        return ghidden_ND, gweight_VD, None if gbias_V is None else gbias_V.to(weight_VD.dtype), None, None
+        return ghidden_ND, gweight_VD, None if gbias_V is None else gbias_V.to(weight_VD.dtype), None, None, None
 
 
 def _summed(glogits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
@@ -250,13 +260,15 @@ def _times(saved: Tensor, factor: Tensor) -> Tensor:
 
 
 def _of_chunk(
-    hidden_ND: Tensor, targets_N: Tensor, output: OutputLayer, *, smoothing: float, z: float
+    hidden_ND: Tensor, targets_N: Tensor, output: OutputLayer, *, smoothing: float, z: float, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """[N], the losses, and [N, V], the gradient of the linear layer's output, in `hidden_ND`'s precision."""
     logits_NV = output.logits(hidden_ND)
     capped_NV = None if output.cap is None else logits_NV
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=capped_NV is not None)
+    logits_NV = logits_NV if temperature == 1 else logits_NV / temperature
     losses_N, glogits_NV = _losses_and_gradient(logits_NV, targets_N, smoothing=smoothing, z=z)
+    glogits_NV = glogits_NV if temperature == 1 else glogits_NV / temperature
     return losses_N, _before_scale(glogits_NV.to(hidden_ND.dtype), capped_NV, output)
 
 

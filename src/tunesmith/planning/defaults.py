@@ -31,6 +31,7 @@ from tunesmith.planning.decisions import Decisions
 from tunesmith.recipe.methods import FullMethod, LoraMethod
 from tunesmith.recipe.schema import Data, Recipe, Train, resolved
 from tunesmith.tasks import TASKS, has_prepass
+from tunesmith.tasks.reinforce import epochs_of, task_by_grader
 from tunesmith.tasks.task import Task
 from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
@@ -74,7 +75,7 @@ class Facts:
     device: str
     kind: ModelKind
     lengths_I: NDArray[np.int32]
-    """Tokens of each training row."""
+    """Tokens of each training row; of a prompt those that its answers take in a step."""
     held_targets_I: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Targets of each held-out row."""
     held_tokens: int = 0
@@ -105,6 +106,9 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
         if decisions.is_open(key):
             decisions.decide(rule())
 
+    if by_grader := task_by_grader(recipe):
+        decisions.decide(by_grader)
+        recipe = decisions.recipe
     if absent := absent_columns(recipe.data):
         raise DataError("\n".join(map(str, absent)), absent)
     if usual := usual_columns(recipe.data, None if recipe.task == "auto" else recipe.task):
@@ -120,8 +124,9 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
     recipe = decisions.recipe
     if task.section:
         _check_compared(recipe, task, task.section.name)
-    if task.compares and (option := METHODS[recipe.method.name].randomness(recipe.method)):
-        raise RecipeError(f"{option}: the task {task.name} compares passes over a row. Leave it out.")
+    if (task.compares or task.samples) and (option := METHODS[recipe.method.name].randomness(recipe.method)):
+        what = "compares passes over a row" if task.compares else "learns what the model draws without it"
+        raise RecipeError(f"{option}: the task {task.name} {what}. Leave it out.")
     if recipe.data.prompt is not None and not task.has_prompt:
         raise RecipeError(f"data.prompt: is for the task summarize; this is {task.name}. Leave it out.")
     if task.name == "text" and kind == "causal":
@@ -269,6 +274,8 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
 
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
+    if TASKS[resolved(recipe.task)].samples:
+        return epochs_of(recipe.train.rows_per_step, rows)
     sooner = "; train.max_steps can end it sooner" if recipe.train.max_steps else ""
     task = TASKS[resolved(recipe.task)]
     if task.learns_classes and not task.is_chat:  # a number for an answer is learnt by heart soon
@@ -281,6 +288,8 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
 def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
     most = TASKS[resolved(recipe.task)].rows_per_step
+    if TASKS[resolved(recipe.task)].samples:
+        return min(most, rows), f"{recipe.reinforce.samples} answers to each are learnt"
     devices = recipe.devices if isinstance(recipe.devices, int) else 1
     wanted = min(MOST_TIMES * most, ROWS_OF_A_DEVICE * devices)
     if wanted > most and (value := min(wanted, rows // 20)) > most:
@@ -300,6 +309,8 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     longest = int(facts.lengths_I.max())
     usual = 2048
+    if TASKS[resolved(recipe.task)].samples:
+        longest //= recipe.reinforce.samples
     if facts.device.startswith("cuda"):
         usual = 16_384 if facts.num_parameters < SMALL_ON_CARD else 8192
     rows = resolved(recipe.train.rows_per_step)
@@ -374,6 +385,8 @@ def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) 
 
 def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
+    if TASKS[resolved(recipe.task)].samples:
+        return 0, ""
     if TASKS[resolved(recipe.task)].sees_rows:
         return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
     rows_per_step = resolved(recipe.train.rows_per_step)
@@ -386,7 +399,7 @@ def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
 def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if TASKS[resolved(recipe.task)].learns_classes or facts.kind == "encoder":
         return 0, "such a model writes no answers"
-    if not has_short_answers(facts.held_targets_I):
+    if TASKS[resolved(recipe.task)].samples or not has_short_answers(facts.held_targets_I):
         return FEW_ANSWERS, "enough to look at"
     num = min(len(facts.held_targets_I), MOST_SHORT)
     which = f"{num:,} of the" if num < len(facts.held_targets_I) else "all"
@@ -449,8 +462,8 @@ def decide_measuring(
     word = WORD.get(facts.device, WORD_ON_CARD)
 
     def answers(num: int) -> float:
-        """Cost of answering `num` prompts before and after."""
-        num = min(num, prompts)
+        """Cost of answering `num` prompts before and after; none where answers are drawn anyway."""
+        num = 0 if TASKS[resolved(recipe.task)].samples else min(num, prompts)
         return 2.0 * new_tokens * (word * math.ceil(num / together) + num)
 
     unnoticed = UNNOTICED_S * OPERATIONS_PER_SECOND.get(facts.device, 1e13) / (2 * facts.num_parameters)

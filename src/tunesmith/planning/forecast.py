@@ -29,6 +29,7 @@ from tunesmith.models.short_row_attention import LONGEST
 from tunesmith.planning.defaults import total_steps
 from tunesmith.planning.devices import GROUP, Device, link
 from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
+from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import CheckpointOptions, EvaluationOptions, Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
@@ -176,6 +177,8 @@ class Forecaster:
         if self.device.products:
             step = step_seconds(sizes, load, micro_batches=micro_batches, recomputed=recomputed, device=self.device)
             prompts = answered_at_once(recipe.evaluation, self.rows, sampler, recomputed)
+            if TASKS[resolved(recipe.task)].samples:
+                prompts = resolved(recipe.reinforce.streams)
             price = prices(sizes, load, self.device, result_bytes=disk.result, prompts=prompts)
             price["answering"] += sizes.gathered * share  # of layers that are split, for every token
             looking = load.tokens * price["measuring"] if has_prepass(recipe) and micro_batches > 1 else 0.0
@@ -192,7 +195,9 @@ class Forecaster:
                 recomputed=recomputed,
                 device=self.device,
                 base=base,
-                answered=self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed),
+                answered=self._drawn_tokens(recipe.reinforce)
+                if TASKS[resolved(recipe.task)].samples
+                else self._kept_tokens(recipe.evaluation, sampler.tokens_per_pass, recomputed),
             ),
             duration=duration,
             disk=disk,
@@ -204,6 +209,10 @@ class Forecaster:
             busy=busy,
             exchange_seconds=summing + gathering,
         )
+
+    def _drawn_tokens(self, options: Reinforce) -> int:
+        """Most tokens whose keys and values are kept for answers that are drawn: pools are copied as they grow."""
+        return 2 * resolved(options.streams) * int(self.rows.store.lengths.max())
 
     def _kept_tokens(self, evaluation: EvaluationOptions, tokens_per_pass: int, recomputed: int) -> int:
         """Most tokens whose keys and values are kept for answers: of a pass, and of prompts with answers."""
@@ -336,6 +345,8 @@ def counts(
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
     read, written = _answers(recipe, rows, together=prompts) if head == "next_token" else (0.0, 0.0)
+    if task.samples:  # prompts are read once, and are few of the tokens
+        read, written = 0.0, _drawn(recipe, len(held), steps)
     return {
         "starting": 1,
         "training": steps,
@@ -347,6 +358,13 @@ def counts(
         "saving": saves(resolved(recipe.checkpoint.every), steps),
         "finishing": 1,
     }
+
+
+def _drawn(recipe: Recipe, held: int, steps: int) -> float:
+    """Tokens that are written one after the other: in each step, and before and after for held-out prompts."""
+    options, streams = recipe.reinforce, resolved(recipe.reinforce.streams)
+    of_step = -(-resolved(recipe.train.rows_per_step) * options.samples // streams)
+    return options.max_new_tokens * (steps * of_step + 2.0 * -(-held * options.held_out_samples // streams))
 
 
 def _answers(recipe: Recipe, rows: Splits, *, together: int) -> tuple[float, float]:

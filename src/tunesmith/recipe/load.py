@@ -46,6 +46,8 @@ OTHER_NAMES = {
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "dtype": "precision",
+    "num_generations": "reinforce.samples",
+    "max_completion_length": "reinforce.max_new_tokens",
     "gradient_checkpointing": "train.checkpointed_layers",
 }
 """Names of options in other tools that are not like ours, for suggestions."""

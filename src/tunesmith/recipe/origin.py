@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tunesmith.recipe.reinforcement import file_of
 from tunesmith.recipe.schema import Base, Recipe
 from tunesmith.types import JsonObject
 
@@ -32,6 +33,8 @@ def typed_places(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from ((file.path, file.at) for file in (*data.train, *data.eval, *data.replay))
     if data.template is not None:
         yield data.template, data.template_at or data.template
+    if recipe.reinforce.grader is not None:
+        yield file_of(recipe.reinforce.grader), file_of(recipe.grader_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,10 @@ class Origin:
         if data.template is not None:
             data = data.with_template_at(self.find(data.template))
         recipe = recipe.model_copy(update={"data": data.model_copy(update=sides)})
-        model = recipe.model
-        return recipe.on_base(Base(model, self.base or self.find(model), self._missing(model)))
+        model, grader = recipe.model, recipe.reinforce.grader or ""
+        file = file_of(grader)
+        at = f"{self.find(file)}{grader[len(file) :]}" if grader else ""
+        return recipe.on_base(Base(model, self.base or self.find(model), self._missing(model), at))
 
     def _missing(self, model: str) -> str:
         """The message for a base that is not found."""

@@ -29,6 +29,7 @@ from tunesmith.recipe.methods import (
     Words,
 )
 from tunesmith.recipe.objectives import Embed, Prefer, Rank, Reward
+from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.types import TASK_NAMES, Record
 
 T = TypeVar("T")
@@ -370,6 +371,8 @@ class Base:
     place: str
     missing: str = ""
     """Message if nothing is there; empty: the reader's."""
+    grader: str = ""
+    """Place of the run's grader now."""
 
 
 class Recipe(OptionGroup):
@@ -387,8 +390,8 @@ class Recipe(OptionGroup):
     """Name of the run; its folder is runs/<name>-<4 hex digits>. null: the data file's name."""
     task: Annotated[str, AfterValidator(_known_task), OneOf(TASK_NAMES)] = "auto"
     """Task: answers of the assistant in a chat, completions of prompts, plain text, summaries, classes of
-    texts, a tag for each word, the better of two answers, a number for an answer, vectors of texts, or a score
-    for a document. auto: detected from the rows."""
+    texts, a tag for each word, the better of two answers, a number for an answer, what a grader rewards, vectors
+    of texts, or a score for a document. auto: detected from the rows, but for reinforce."""
     method: MethodOptions = AutoMethod()
     """Method of training: LoRA and its relatives, or full fine-tuning."""
     data: Data = Data()
@@ -396,6 +399,7 @@ class Recipe(OptionGroup):
     loss: Loss = Loss()
     prefer: Prefer = Prefer()
     reward: Reward = Reward()
+    reinforce: Reinforce = Reinforce()
     embed: Embed = Embed()
     ranking: Rank = Rank()
     train: Train = Train()
@@ -442,6 +446,11 @@ class Recipe(OptionGroup):
     def place(self) -> str:
         """Place of the model: as typed, or where a run's model is now."""
         return self.model if self.base is None else self.base.place
+
+    @property
+    def grader_at(self) -> str:
+        """Place of the grader: as typed, or where a run's grader is now."""
+        return (self.base and self.base.grader) or self.reinforce.grader or ""
 
     def on_base(self, base: Base) -> Recipe:
         """This recipe, with its model at another place."""

@@ -14,7 +14,19 @@ from typing import Any, Literal, Protocol, TypeAlias
 import orjson
 
 from tunesmith.errors import InputError, TunesmithError
-from tunesmith.types import Record, TaskName
+from tunesmith.generation.requests import (
+    Delta,
+    Finished,
+    GenerationRequest,
+    RequestError,
+    Started,
+    StreamEvent,
+    Token,
+    ToolCall,
+)
+from tunesmith.types import TaskName
+
+__all__ = ["Delta", "Finished", "GenerationRequest", "RequestError", "Started", "StreamEvent", "Token", "ToolCall"]
 
 ToolCallFormat: TypeAlias = Literal["hermes", "json"]
 """Form in which a chat template writes tool calls; see responses.with_tool_calls."""
@@ -36,93 +48,6 @@ class ModelCard:
     """Seconds since 1970, of the run or the model's files."""
     labels: Sequence[str] = ()
     calls: ToolCallFormat | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One prompt and how to continue it. Either `messages` or `prompt` is given."""
-
-    model: str
-    messages: Sequence[Record] = ()
-    """In OpenAI's shape, content as one string; rendered as in training."""
-    tools: Sequence[Record] = ()
-    prompt: str | None = None
-    max_tokens: int | None = None
-    """Most new tokens; None: as many as there is room for."""
-    temperature: float = 1.0
-    """0: greedy."""
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    """Texts that end an answer; they are not part of it."""
-    n: int = 1
-    logprobs: int | None = None
-    """Number of most likely tokens listed for each token; 0: its own log probability only; None: nothing."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    json_schema: Record | None = None
-    """The answer is JSON of this schema; {}: any JSON object."""
-
-
-Token: TypeAlias = Record
-"""A token in OpenAI's shape: its text, log probability before temperature and penalties, bytes and likeliest tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The prompt has been rendered and has a place in the batch."""
-
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """More text of answer `index`: whole characters, never part of a stop text."""
-
-    index: int
-    text: str
-    tokens: Sequence[Token] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """Tool call `number` of answer `index`, in OpenAI's shape."""
-
-    index: int
-    number: int
-    call: Record
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """Answer `index` is complete."""
-
-    index: int
-    reason: Literal["stop", "length", "tool_calls"]
-    completion_tokens: int
-
-
-StreamEvent: TypeAlias = Started | Delta | ToolCall | Finished
-
-
-class RequestError(Exception):
-    """A request that cannot be answered, in words for its sender.
-
-    `status`: HTTP status: 4xx for the sender's mistake, 429 for a full queue, 503 while the engine is not there, 500
-    for a crash that took this request with it. `code`: what OpenAI's error body calls it.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        code: str = "invalid_value",
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tunesmith.data.renderer import Renderer
 from tunesmith.errors import InputError, ModelError, RunError
 from tunesmith.generation.adapters import AdapterSet, LowRankPath, RowMismatchError, joined_paths
 from tunesmith.generation.decoder import Decoder, choose_decoder, probe
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.inference import load as loading
 from tunesmith.inference.load import LoadedModel
 from tunesmith.methods import METHODS
@@ -37,7 +38,6 @@ from tunesmith.serve.protocol import (
     StreamEvent,
     ToolCallFormat,
 )
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 from tunesmith.tasks import TASKS
 from tunesmith.types import Pooling

@@ -13,10 +13,10 @@ import psutil
 
 from tunesmith.environment import resident_bytes
 from tunesmith.errors import InputError
+from tunesmith.generation.scheduler import Scheduler
 from tunesmith.serve.protocol import Delta, EngineOptions, Finished, GenerationRequest, RequestError
 from tunesmith.serve.registry import open_registry
 from tunesmith.serve.responses import find_calls
-from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.served_model import ServedModel
 from tunesmith.serve.worker import free_for_keys
 

@@ -19,6 +19,8 @@ from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, ModelError
 from tunesmith.generation.adapters import LowRankPath
 from tunesmith.generation.decoder import Decoder
+from tunesmith.generation.sampling import JsonGrammars
+from tunesmith.generation.scheduler import PreparedRequest
 from tunesmith.inference.load import LoadedModel
 from tunesmith.inference.predict import Done, Predictor
 from tunesmith.inference.rows import Line
@@ -26,8 +28,6 @@ from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import pool
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
-from tunesmith.serve.sampling import JsonGrammars
-from tunesmith.serve.scheduler import PreparedRequest
 from tunesmith.tasks import TASKS
 from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
 

@@ -27,10 +27,10 @@ import torch
 
 from tunesmith.environment import num_cpus, resident_bytes
 from tunesmith.errors import InputError, TunesmithError
+from tunesmith.generation.scheduler import PreparedRequest, Scheduler
 from tunesmith.models.card import free_bytes
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, RequestError, pack, unpack
 from tunesmith.serve.registry import Registry, open_registry
-from tunesmith.serve.scheduler import PreparedRequest, Scheduler
 from tunesmith.serve.served_model import Classifier, Embedder, ServedModel
 
 WATCH_S = 0.5

@@ -11,6 +11,7 @@ from tunesmith.data.formats import SHAPES
 from tunesmith.recipe.schema import Loss, Recipe, resolved
 from tunesmith.tasks.embed import EMBED
 from tunesmith.tasks.prefer import PREFER
+from tunesmith.tasks.reinforce import REINFORCE
 from tunesmith.tasks.scores import RANK, REWARD
 from tunesmith.tasks.task import PLAIN_LOSS, BoundTask, Task, Terms
 from tunesmith.tasks.texts import CHAT, CLASSIFY, GENERATE, SUMMARIZE, TAG, TEXT
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.models.fused_loss import OutputLayer
 
 TASKS: dict[TaskName, Task] = {
-    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, EMBED, RANK)
+    task.name: task for task in (CHAT, GENERATE, TEXT, SUMMARIZE, CLASSIFY, TAG, PREFER, REWARD, REINFORCE, EMBED, RANK)
 }
 """By name. `bind` gives a task its losses before it is trained."""
 

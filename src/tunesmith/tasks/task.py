@@ -156,6 +156,9 @@ class Task:
     compares: bool = False
     """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout is off
     in training, since two passes must find the same."""
+    samples: bool = False
+    """Rows are prompts, whose answers are drawn, graded and learnt. Dropout is off in training: what draws and what
+    learns must find the same."""
     pools: bool = False
     """The trained tokens of a line are pooled, not predicted: targets are not shifted."""
     head: LabelHead | None = None

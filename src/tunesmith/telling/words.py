@@ -65,6 +65,7 @@ def metric_line(event: Event, series: RunSeries) -> str:
     measures = {"general_loss": {"value": values["loss"]}} if event.kind == "general" else values.get("measures", {})
     if event.kind == "evaluation":
         measures = measures_of(values)
+        measures = {key: value for key, value in measures.items() if key != "loss" or "reward" not in measures}
     shown = [f"{info_of(key).label} {info_of(key).text(interval['value'])}" for key, interval in measures.items()]
     return f"{', '.join(shown)} ({_counts(event)})"
 
@@ -261,8 +262,9 @@ def took(report: Record) -> str:
 def step_line(series: RunSeries, *, is_at_work: bool = True) -> str:
     """The newest step: loss, learning rate, speed, memory, and of a run at work the time left."""
     last, left = series.steps[series.step], series.seconds_left if is_at_work else None
+    reward = "" if last.reward is None else f"reward {last.reward:.3f}, "
     return (
-        f"step {last.step}/{series.total_steps}: loss {loss(last.loss)}, lr {last.lr:.3g}, "
+        f"step {last.step}/{series.total_steps}: {reward}loss {loss(last.loss)}, lr {last.lr:.3g}, "
         f"{last.tokens_per_second:,.0f} tokens/s, {size(series.peak_bytes)}"
         + (f", {duration(left)} left" if left is not None and last.step < series.total_steps else "")
     )

@@ -11,7 +11,9 @@ from tunesmith.recipe import yaml_io
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event, JsonObject, Record
 
-STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"}
+STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"} | {
+    key: key for key in ("reward", "spread", "ended", "answer_tokens", "surprise", "mismatch", "kl")
+}
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
 MEASURED = {"evaluation": "eval", "answers": "answers", "general": "general"}
 ENDS = {"value": "", "low": "_low", "high": "_high"}

@@ -20,6 +20,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.compare import preference_notes
+from tunesmith.evaluation.graded_scores import graded_notes
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
     MOST_HIGH_LOSS,
@@ -37,6 +38,7 @@ from tunesmith.generation.continuation import Continuation
 from tunesmith.recipe.schema import resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
 from tunesmith.training.answers import continuation, prompts_of, samples
+from tunesmith.training.graded import graded_rows
 from tunesmith.training.progress import Session
 from tunesmith.types import JsonObject
 
@@ -68,10 +70,14 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
     if len(setup.rows.held_rows) == 0:
         return
     started = time.perf_counter()
-    outcomes = _outcomes(session, setup.held_collator, setup.rows.held_rows, "evaluate", writing)
-    hashes_I = setup.rows.held_store.hashes[setup.rows.held_rows]
-    labels = setup.rows.labels
-    results = row_results(setup.head, labels, outcomes, hashes_I)
+    rows_I, labels, num_targets = setup.rows.held_rows, setup.rows.labels, 0
+    if setup.drawing is not None:
+        rows_I, results = graded_rows(session, name)
+    else:
+        outcomes = _outcomes(session, setup.held_collator, rows_I, "evaluate", writing)
+        num_targets = len(outcomes.results) or sum(len(targets) for targets in outcomes.targets)
+        results = row_results(setup.head, labels, outcomes, setup.rows.held_store.hashes[rows_I])
+    hashes_I = setup.rows.held_store.hashes[rows_I]
     measures, details = score(
         results,
         classes=() if labels is None else labels.names,
@@ -80,12 +86,12 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
     if setup.recipe.evaluation.every is not None:
         _metric(measures, setup.recipe.evaluation.metric)  # before the first step, not after the first hundred
     if name in ("before", "after") and setup.world.is_first:
-        lines = _lines(session, setup.rows.held_store, setup.rows.held_rows, results)
+        lines = _lines(session, setup.rows.held_store, rows_I, results)
         _write(session, f"{name}.jsonl", b"".join(to_json(line) + b"\n" for line in lines))
         _write(session, f"{name}.json", to_json(details))
     seconds = time.perf_counter() - started
     progress.evaluate_seconds += seconds
-    sources = loss_by_source(results, setup.rows.held_sources())
+    sources = loss_by_source(results, setup.rows.held_sources()) if len(rows_I) == len(setup.rows.held_rows) else {}
     documents = {"documents": len(np.unique(hashes_I))} if setup.task.name == "text" else {}
     if name == "step":
         _remember(session, _metric(measures, setup.recipe.evaluation.metric), measures["loss"]["value"])
@@ -94,14 +100,23 @@ def measure_held_out(session: Session, name: str, writing: Continuation | None =
         "loss": measures["loss"]["value"],
         "rows": len(hashes_I),
         **documents,
-        "targets": len(outcomes.results) or sum(len(targets) for targets in outcomes.targets),
+        "targets": num_targets or len(results),
         "measures": measures,
         **({"sources": sources} if sources else {}),
     }
     writes = {} if writing is None else {"answering": writing.seconds}
     session.emit("evaluation", values, {"seconds": seconds, **writes})
-    for text in preference_notes(measures) if name == "after" else ():
+    for text in _notes(session, measures) if name == "after" and setup.world.is_first else ():
         session.emit("note", {"text": text})
+
+
+def _notes(session: Session, measures: Mapping[str, Interval]) -> Iterator[str]:
+    """Sentences on a model that learnt something else than it should."""
+    yield from preference_notes(measures)
+    if session.setup.drawing is not None:
+        measured = (event.values for event in session.run.events() if event.kind == "evaluation")
+        before = [values["measures"] for values in measured if values["name"] == "before"]
+        yield from graded_notes(before[0], measures) if before else ()
 
 
 def _outcomes(

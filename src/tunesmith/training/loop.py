@@ -55,19 +55,22 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         started = time.perf_counter()
         if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
-        done, met = _computed(state, sampler, step)
+        drawn = None if state.draw is None else state.draw(replace(state, sampler=sampler), step)
+        of_step = state if drawn is None else drawn.state
+        done, met = _computed(of_step, sampler if drawn is None else of_step.sampler, step)
         if met.exhausted is not None:
-            raise exhausted_error(state, step, met.exhausted)
-        sampler, smaller = done.sampler, met.tokens_per_pass
-        sampler = sampler if smaller is None else replace(sampler, tokens_per_pass=smaller)
+            raise exhausted_error(of_step, step, met.exhausted)
+        smaller = met.tokens_per_pass
+        left = done.sampler.tokens_per_pass if smaller is None else smaller
+        sampler = sampler if left == sampler.tokens_per_pass else replace(sampler, tokens_per_pass=left)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = step_norm(state) if done.norm is None or state.world.size > 1 else done.norm
-        _require_finite(state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
+        _require_finite(of_step, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
         optimizer.step(lr, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
         seconds = time.perf_counter() - started
         row_ids = [i for rows in met.micro_batches for i in rows]
-        tokens = sum(int(state.store.lengths[i]) for i in row_ids)
+        tokens = sum(int(of_step.store.lengths[i]) for i in row_ids)
         yield Event(
             kind="step",
             step=step,
@@ -80,7 +83,8 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "computed": met.computed,
                 "targets": done.num_targets,
                 "passes": len(met.micro_batches),
-                "rows": row_ids,
+                "rows": row_ids if drawn is None else drawn.rows,
+                **({} if drawn is None else drawn.values()),
                 **({"row_losses": [float(f"{loss:.6g}") for loss in met.row_losses]} if met.row_losses else {}),
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"tokens_per_pass": smaller} if smaller is not None else {}),
@@ -89,6 +93,7 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
                 "peak_bytes": max(met.peak, peak_memory_bytes(state.device)),
+                **({} if drawn is None else drawn.timing),
             },
         )
 

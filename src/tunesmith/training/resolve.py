@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
+from tunesmith.training.planned_answers import OF_ANSWERS, as_answers, streams_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
-from tunesmith.types import Choice, HeadName, JsonObject, Layout, OnProgress
+from tunesmith.types import Aside, Choice, HeadName, JsonObject, Layout, OnProgress
 
 LARGE_CHECKPOINT = 256 * 2**20
 """Bytes of a checkpoint from which on the speed of the disk is measured."""
@@ -90,6 +92,8 @@ def resolve_run(
     """
     # 1. What a person gave, on the machine in question.
     given, world = changed(recipe), world or World()
+    if world.size > 1 and TASKS.get(recipe.task, TASKS["chat"]).samples:
+        raise RecipeError(f"devices: {world.size}: task {recipe.task} trains on one device. Start one process.")
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
@@ -105,7 +109,7 @@ def resolve_run(
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(decisions, inputs, cache_dirs, on_progress)
-    facts = _facts(inputs, rows, device.kind if device else decisions.recipe.device, processes, decisions.recipe.seed)
+    facts = _facts(inputs, rows, device.kind if device else decisions.recipe.device, processes, decisions.recipe)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
     # 4. What memory decides, by a forecast; in a resumed run, or on another rank, it is decided already.
@@ -130,19 +134,22 @@ def resolve_run(
     return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
 
 
-def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, seed: int) -> Facts:
+def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, recipe: Recipe) -> Facts:
     """Facts for the decisions after the rows. `kind`: the device's."""
     (store, rows_I), (held, held_I) = rows.sides
     headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
+    lengths_I, options = store.lengths[rows_I], recipe.reinforce
+    if rows.is_prompts:  # of which each takes its answers' tokens in a step
+        headline, lengths_I = "reward", (lengths_I + options.max_new_tokens) * options.samples
     return Facts(
         inputs.size.num_params,
         kind,
         inputs.kind,
-        lengths_I=store.lengths[rows_I],
+        lengths_I=lengths_I,
         held_targets_I=held.targets[held_I],
         held_tokens=int(held.lengths[held_I].sum()),
         processes=processes,
-        rows_per_epoch=rows_per_epoch(rows, seed),
+        rows_per_epoch=rows_per_epoch(rows, recipe.seed),
         headline=headline,
     )
 
@@ -172,6 +179,9 @@ def _on_devices(decisions: Decisions, world: World) -> int:
 def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) -> None:
     """Decide everything that rows decide; evaluations by epoch become a number of steps."""
     decide(decisions, facts)
+    if rows.is_prompts and decisions.is_open("reinforce.streams"):
+        of_step = resolved(decisions.recipe.train.rows_per_step) * decisions.recipe.reinforce.samples
+        decisions.set("reinforce.streams", streams_of(of_step, facts.device))
     steps_per_epoch = sampler_of(decisions.recipe, rows, "padded", "cpu").steps_per_epoch  # same on any layout
     if decisions.recipe.evaluation.every == "epoch":
         why = next((choice.reason for choice in decisions.choices if choice.key == "evaluation.every"), "")
@@ -185,6 +195,17 @@ def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) ->
         writes=inputs.head == "next_token",
         speaks=_speaks(inputs),
     )
+
+
+def _steps_of(
+    recipe: Recipe, layout: Layout, model: Any, *, inputs: Inputs, rows: Splits, kind: str, size: int
+) -> StepSampler:
+    """The steps of a forecast on so many devices of a kind."""
+    sampler = replace(sampler_of(recipe, rows, layout, kind), part=(0, size))
+    if rows.is_prompts:
+        return replace(sampler, rows_per_step=sampler.rows_per_step * recipe.reinforce.samples)
+    choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
+    return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
 
 
 def _forecast(
@@ -201,25 +222,22 @@ def _forecast(
     anything, nothing is decided, but `notes` may have got some. `folder`: see `_saving`. `free_tokens`: whether
     memory may decide train.tokens_per_pass."""
     recipe = decisions.folded()
+    if rows.is_prompts:
+        rows = as_answers(rows, recipe.reinforce)
+        notes.append(Aside(OF_ANSWERS.format(recipe.reinforce.max_new_tokens)))
     size = resolved(recipe.devices)
     refuse_shard(recipe, inputs.located, inputs.kind)  # the precision is known now
     can_split = recipe.shard == "auto" and not why_whole(recipe, inputs.located, inputs.kind)
     if recipe.shard == "auto":
         recipe = with_options(recipe, {"shard": False})
     free_cached_memory()  # the process does not hold what measuring the machine's speed took
-
-    def steps_of(recipe: Recipe, layout: Layout, model: Any) -> StepSampler:
-        sampler = replace(sampler_of(recipe, rows, layout, device.kind), part=(0, size))
-        choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
-        return filled_by(sampler, rows.store) if choice is not None and choice.value else sampler
-
     speaks = resolved(recipe.evaluation.general) and _speaks(inputs)
     forecaster = Forecaster(
         located=inputs.located,
         kind=inputs.kind,
         head=inputs.head,
         rows=rows,
-        sampler_of=steps_of,
+        sampler_of=partial(_steps_of, inputs=inputs, rows=rows, kind=device.kind, size=size),
         device=device,
         base=resident_bytes(),
         general_tokens=sum(len(row.ids) for row in general.general_rows(inputs.renderer.tokenizer)) if speaks else 0,

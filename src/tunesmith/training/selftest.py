@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith.data.branches import lines_of
 from tunesmith.environment import refuse_ranks
+from tunesmith.errors import InputError
 from tunesmith.methods import restore
 from tunesmith.models import load
 from tunesmith.models.load import model_kind
@@ -64,6 +65,12 @@ def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
         folder = Path(name)
         setup = prepare(_small(recipe, folder, offline=offline), root=folder, offline=offline)
         setup = replace(setup, total_steps=STEPS)
+        if setup.drawing is not None:
+            setup.drawing.close()
+            raise InputError(
+                "task reinforce: its rows have nothing to learn before answers are drawn, and every run compares what "
+                "draws with what learns. Test the model with another task: --set task=chat"
+            )
         yield _packing(setup)
         if setup.samples:
             yield _templates(setup)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,9 +21,13 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler
 from tunesmith.data.splits import Splits
-from tunesmith.errors import DoesNotFitError, ModelError
+from tunesmith.errors import DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
+from tunesmith.generation.drawing import refuse_undrawable
+from tunesmith.graders import schema as graders
+from tunesmith.graders.kept import KeptGrades
+from tunesmith.graders.pool import Pool
 from tunesmith.inference.load import has_token_types
 from tunesmith.methods import METHODS, attach, method_of
 from tunesmith.models import attention, load, machine
@@ -48,11 +53,12 @@ from tunesmith.runs.atomic import free_bytes
 from tunesmith.runs.background import in_background
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, bind
+from tunesmith.training.draw import Drawing
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
-from tunesmith.types import Aside, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
+from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
 
 PROBED = 3
 """Number of training rows that are tried before the first step: for float16, and packed together."""
@@ -85,6 +91,8 @@ class Setup(TrainState):
     """Options of the person's recipe that differ from the defaults, before anything was decided."""
     forecast: Forecast | None
     """Predicted memory and time; None for a resumed run, or if prediction failed."""
+    drawing: Drawing | None = None
+    """Draws and grades answers; None: rows have theirs."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of data, model, tokenizer and template, and settings. An exact resume needs the same, but for
     `same_run.MAY_CHANGE`."""
@@ -186,6 +194,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     kernel_notes = _use_fast_layers(recipe, model, world)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
+        _refuse_drawing(rows, model, layout, padding_notes, inputs.located.name)
     output, loss_notes = _output_layer(recipe, model)
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
@@ -193,6 +202,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     sampler = replace(sampler, part=world.part, is_even=world.is_sharded)
     collator, held_collator, sharing_choices = collators(recipe, inputs, rows, model, sampler, device=device)
     sampler = filled_by(sampler, rows.store) if collator.shares else sampler
+    answers = _drawing(recipe, inputs, rows, attachment, output, shares=collator.shares)
     samples, prompt_notes = _samples(recipe.evaluation, inputs, rows)
     notes = [*inputs.notes, *plan.notes, *rows.notes, *far_numbers(rows), *kernel_notes, *padding_notes, *loss_notes]
     return Setup(
@@ -221,7 +231,9 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
         new_head=new_head,
         given=plan.given,
         forecast=plan.forecast,
-        identity=_identity(recipe, rows, inputs.renderer, hashes.result()),
+        draw=answers,
+        drawing=answers,
+        identity=_identity(recipe, rows, inputs.renderer, hashes.result(), answers),
         world=world,
     )
 
@@ -303,7 +315,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
         shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
-    if TASKS[resolved(recipe.task)].compares:
+    if TASKS[resolved(recipe.task)].compares or TASKS[resolved(recipe.task)].samples:
         disable_dropout(model)
     return model, num_parameters
 
@@ -321,7 +333,7 @@ def _refuse_longer_tokenizer(model: PreTrainedModel, inputs: Inputs, rows: Split
 def _samples(evaluation: EvaluationOptions, inputs: Inputs, rows: Splits) -> tuple[list[SamplePrompt], list[str]]:
     """Held-out prompts to answer on the way, which leave an answer its place in the model's context, and notes
     on those that do not."""
-    if inputs.head != "next_token":
+    if inputs.head != "next_token" or rows.is_prompts:
         return [], []
     examples = rows.sample_examples(resolved(evaluation.samples))
     new_tokens = answer_tokens(evaluation.sample_tokens, rows)
@@ -359,7 +371,39 @@ def packed_agrees(
     return check_packing(model, kind, rows, has_types=has_types, plain=plain)
 
 
-def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str]) -> dict[str, str]:
+def _drawing(
+    recipe: Recipe, inputs: Inputs, rows: Splits, attachment: Attachment, output: OutputLayer | None, *, shares: bool
+) -> Drawing | None:
+    """The drawing of answers, with their grader. Raises InputError for a grader that cannot be loaded, or that names a
+    field which the first row lacks."""
+    if not rows.is_prompts:
+        return None
+    if recipe.reinforce.kl and not attachment.keeps_base:
+        raise RecipeError(
+            f"reinforce.kl: {recipe.reinforce.kl:g}: needs the untouched model, and this method changes weights of its "
+            "own. Use method lora without method.also_train and data.new_tokens, or leave it out."
+        )
+    word, prompts = recipe.grader_at, {store: rows.prompts(store, rows_I) for store, rows_I in rows.sides}
+    if rows.held_store is rows.store:  # one store has both sides
+        prompts = {rows.store: rows.prompts(rows.store, np.concatenate([rows.train_rows, rows.held_rows]))}
+    grader, grades = graders.load(word), KeptGrades()
+    graders.check_variables(grader, next(iter(prompts[rows.store].values())).kept)
+    return Drawing(recipe, inputs.renderer, output, shares, prompts, Pool(grader, kept=grades), grades)
+
+
+def _refuse_drawing(rows: Splits, model: PreTrainedModel, layout: Layout, notes: Sequence[str], name: str) -> None:
+    """Raise ModelError for a model whose answers cannot be drawn, or would be learnt in padded batches."""
+    if not rows.is_prompts:
+        return
+    if layout != "packed":
+        why = f": {notes[0]}" if notes else ""
+        raise ModelError(f"{name}: task reinforce learns packed rows, which this model does not run{why}. Use another.")
+    refuse_undrawable(name, model)
+
+
+def _identity(
+    recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Mapping[str, str], answers: Drawing | None
+) -> dict[str, str]:
     """`Setup.identity`: values of settings, hashes of model and data, and what else may not change. Sections of
     the recipe for other tasks are left out."""
     section = TASKS[resolved(recipe.task)].section
@@ -374,6 +418,7 @@ def _identity(recipe: Recipe, rows: Splits, renderer: Renderer, model_hashes: Ma
         "rows": rows.store.key,
         "held-out rows": rows.held_store.key,
         "setting order of rows": f"version {sampler.ORDER_VERSION}",
+        **({} if answers is None else {"grader": answers.pool.identity}),
     }
     return {**settings, **model, **data, **encoded}
 

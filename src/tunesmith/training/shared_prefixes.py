@@ -26,7 +26,7 @@ from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.tasks import TASKS
 from tunesmith.training.inputs import Inputs
-from tunesmith.types import Batch, Choice, Row
+from tunesmith.types import LEAST_PREFIX, Batch, Choice, Row
 
 LEAST_SAVED = 0.05
 """Share of the tokens that has to be saved: each shared prefix is one more piece of a micro-batch."""
@@ -61,6 +61,17 @@ def shared_prefixes(sampler: StepSampler, store: RowStore) -> CommonPrefixes:
     return CommonPrefixes(1 - computed / tokens, probe)
 
 
+def _of_answers(sampler: StepSampler, store: RowStore, num: int) -> CommonPrefixes:
+    """Answers to a prompt that are to be drawn, played by its own last tokens."""
+    longest = store.row(int(sampler.rows_I[np.argmax(sampler.lengths_I)]))
+    ids_T = longest.ids
+    if len(ids_T) < LEAST_PREFIX:
+        return CommonPrefixes(0.0, ())
+    answers = [np.concatenate([ids_T, np.roll(ids_T, at)[:LEAST_PREFIX]]) for at in range(1, PROBE_ROWS + 1)]
+    rows = tuple(Row(ids, np.ones(len(ids), np.bool_), longest.source) for ids in answers)
+    return CommonPrefixes(1 - 1 / num, rows)
+
+
 def decide_sharing(
     recipe: Recipe, inputs: Inputs, store: RowStore, model: PreTrainedModel, sampler: StepSampler
 ) -> Choice | None:
@@ -73,16 +84,19 @@ def decide_sharing(
         or has_token_types(model, inputs.renderer.tokenizer)
     ):
         return None
-    shared = shared_prefixes(sampler, store)
+    samples = TASKS[resolved(recipe.task)].samples
+    shared = _of_answers(sampler, store, recipe.reinforce.samples) if samples else shared_prefixes(sampler, store)
     if shared.saved < LEAST_SAVED:
         return Choice(
             KEY, False, f"beginnings that rows of a step share are only {percent(shared.saved, 0)} of their tokens"
         )
     what = f"rows of a step share their beginnings, {percent(shared.saved, 0)} of their tokens"
+    if samples:
+        what = "answers to a prompt share its tokens, which"
     problem = ""
     if recipe.kernels == "plain":
         problem = "kernels: plain leaves them"
-    elif not TASKS[resolved(recipe.task)].compares and (random := random_option(model, recipe.method)):
+    elif not TASKS[resolved(recipe.task)].compares and not samples and (random := random_option(model, recipe.method)):
         problem = f"{random} draws anew for each row"
     elif model.device.type != "meta" and (difference := disagreement(model, shared.probe)):
         problem = f"the model then {difference}"

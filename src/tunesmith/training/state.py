@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tunesmith.optim import Optimizer
     from tunesmith.recipe.schema import Recipe
     from tunesmith.tasks.task import BoundTask
-    from tunesmith.types import Attachment
+    from tunesmith.types import Attachment, JsonObject
 
 FIRST_SCALE = 2.0**16
 """As torch.amp.GradScaler begins."""
@@ -86,3 +86,18 @@ class TrainState:
     world: World = field(default_factory=World, kw_only=True)
     """This process among those that train the run together."""
     loss_scale: LossScale = field(default_factory=LossScale, kw_only=True)
+    draw: Callable[[TrainState, int], Drawn] | None = field(default=None, kw_only=True)
+    """Draws what a step learns, where `store` has prompts only: (state, step) → the state with that step's rows."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step's own rows."""
+
+    state: TrainState
+    """Its store, collator and sampler have the rows of this step alone."""
+    rows: list[int]
+    """The rows of the whole store from which they come."""
+    values: Callable[[], JsonObject]
+    """Called after the passes: what was found, for the event of the step."""
+    timing: Mapping[str, float]

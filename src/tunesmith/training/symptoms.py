@@ -29,7 +29,7 @@ def symptoms(task: str, events: Sequence[Event], rows: Sequence[RowResult], loss
     measured = {event.values["name"]: event.values for event in events if event.kind == "evaluation"}
     held = {name: float(values["loss"]) for name, values in measured.items()}
     before, after = held.get("before"), held.get("after")
-    if before is not None and after is not None and after >= before:
+    if not TASKS[task].samples and before is not None and after is not None and after >= before:
         losses = f"{before:.4f} before, {after:.4f} after"
         measures = [measured[name].get("measures", {}) for name in ("before", "after")]
         right = [values.get("accuracy", {}).get("value", 0.0) for values in measures]

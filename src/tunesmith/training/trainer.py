@@ -23,6 +23,7 @@ from tunesmith.errors import (
     RecipeError,
     Stopped,
     StorageError,
+    UngradedError,
     one_line,
 )
 from tunesmith.evaluation.metrics import METRICS
@@ -42,6 +43,7 @@ from tunesmith.runs import checkpoint, events
 from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import FollowedRun, Run, refuse_done, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
+from tunesmith.training.check_sampler import check_sampler
 from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session, noted
@@ -249,6 +251,9 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
     """
     setup, run = session.setup, session.run
     setup.world.wants_stop = lambda: session.listener.should_stop() or run.stop_asked()
+    if setup.drawing is not None:
+        setup.drawing.tick = session.listener.on_progress
+        setup.drawing.keep_in(run.path)
     try:
         with setup.world.passing():
             _run(session, fresh=fresh, planned=planned)
@@ -263,6 +268,8 @@ def _drive(session: Session, *, fresh: bool, planned: Event | None = None) -> No
             raise
         raise failure from error
     finally:
+        if setup.drawing is not None:
+            setup.drawing.close()
         setup.world.wants_stop = lambda: False  # a circle: the model would stay on its card until the next collection
 
 
@@ -288,6 +295,7 @@ def _run(session: Session, *, fresh: bool, planned: Event | None) -> None:
     share_reference(setup)
     if fresh:
         check_start(setup)
+        check_sampler(setup)
         evaluate_run(session, "before")
         save_and_try(session)
     if setup.world.is_sharded:
@@ -368,6 +376,11 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
     """Yield the steps. If memory runs out for good, save the steps so far and say how to continue."""
     try:
         yield from training_steps(session.setup, start=session.progress.step)
+    except UngradedError as error:
+        save(session)
+        way = command("resume", session.run.path)
+        message = f"{error} Saved: step {session.progress.step}. Mend what fails and go on: {way}"
+        raise UngradedError(message) from error
     except OutOfMemoryError as error:
         save(session)
         num_layers = len(layers_of(session.setup.model))

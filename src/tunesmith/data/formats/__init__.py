@@ -5,6 +5,7 @@ from __future__ import annotations
 from tunesmith.data.formats.chats import ALPACA, MESSAGES, PROMPT_COMPLETION, SHAREGPT
 from tunesmith.data.formats.comparisons import PREFERENCE, SCORED_ANSWERS, UNPAIRED
 from tunesmith.data.formats.format import Format
+from tunesmith.data.formats.prompts import PROMPTS
 from tunesmith.data.formats.texts import (
     DOCUMENT_SUMMARY,
     RANKED_DOCUMENTS,
@@ -19,10 +20,12 @@ FORMATS: dict[Shape, Format] = {
     row_format.name: row_format
     for row_format in (
         SCORED_ANSWERS, PREFERENCE, UNPAIRED, TEXT_PAIRS, RANKED_DOCUMENTS, MESSAGES, SHAREGPT, ALPACA,
-        PROMPT_COMPLETION, DOCUMENT_SUMMARY, TEXT_LABEL, TOKENS_TAGS, TEXT,
+        PROMPT_COMPLETION, DOCUMENT_SUMMARY, TEXT_LABEL, TOKENS_TAGS, TEXT, PROMPTS,
     )
 }  # fmt: skip
 """The first that matches a row counts."""
+NAMED: tuple[Shape, ...] = ("prompts",)
+"""Shapes that are only looked for where the task is named: other shapes have their fields too."""
 
 COMPARED: tuple[Shape, ...] = ("preference", "unpaired", "scored_answers")
 SEARCHED: tuple[Shape, ...] = ("text_pairs", "ranked_documents")
@@ -40,6 +43,7 @@ SHAPES: dict[TaskName, tuple[Shape, ...]] = {
     "tag": ("tokens_tags",),
     "prefer": ("preference", "unpaired", *CHATS),  # of which it takes preferences, and answers all
     "reward": ("scored_answers", "preference"),
+    "reinforce": ("prompts",),
     "embed": ("text_pairs",),
     "rank": ("ranked_documents",),
 }
@@ -63,7 +67,7 @@ def find_shape(record: Record, *, task: TaskName | None = None, answered: bool =
 
     Without answers, the fields that are enough to predict decide.
     """
-    for name in SHAPES[task] if task else FORMATS:
+    for name in SHAPES[task] if task else (name for name in FORMATS if name not in NAMED):
         if matches(name, record) if answered else all(field in record for field in FORMATS[name].inputs):
             return name
     return None

@@ -15,6 +15,7 @@ from tunesmith.evaluation.metrics import METRICS, VERDICTS, info_of
 from tunesmith.evaluation.report import values
 from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw, length_plot, scatter_plot, training_plots
+from tunesmith.evaluation.report.rewards import reward_plots, reward_sentences
 from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_of
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
@@ -90,6 +91,7 @@ def make_page(run: Run, series: RunSeries, report: Record) -> Page:
         ("measures", "Measures"): _metrics(report),
         ("notes", "Worth knowing"): _notes(series, report),
         ("next", "Try next"): _try_next(run, report),
+        ("rewards", "Rewards"): _rewards(series, report),
         ("training", "Training"): _training(series, report),
         ("details", "Right and wrong"): _outcomes(report["details"]["after"]),
         ("answers", "Answers"): _answers(report),
@@ -146,12 +148,20 @@ def _try_next(run: Run, report: Record) -> Iterator[Block | Table]:
         yield Block("code", next_command(run.path, advice))
 
 
+def _rewards(series: RunSeries, report: Record) -> Iterator[Block | Table]:
+    if series.drawn:
+        yield Block("figures", reward_plots(series, report))
+        for sentence in reward_sentences(series):
+            yield Block("paragraph", sentence)
+
+
 def _training(series: RunSeries, report: Record) -> Iterator[Block | Table]:
     best, step, tokens, seconds = report["best"], values.selected_step(report), report["tokens"], report["seconds"]
     aside = f" The best evaluation on the way was at step {best['step']:,}." if best and best["step"] != step else ""
     reason = report["kept"].get("reason", "the last step")
     yield Block("paragraph", f"The result has the weights of step {step:,} of {report['steps']:,}: {reason}.{aside}")
-    yield Block("figures", training_plots(series, report))
+    if not series.drawn:  # whose loss is no measure of anything
+        yield Block("figures", training_plots(series, report))
     trained, total = (series.plan.get(f"{which}_parameters", 0) for which in ("trained", "total"))
     share = f"{trained:,} of {total:,} parameters were trained ({percent(trained / total)}); " if total else ""
     yield Block(

@@ -259,9 +259,12 @@ def headline_metrics(report: Record) -> list[str]:
 
 
 def _is_shown(report: Record, key: str) -> bool:
-    """Neither a constant's metric, which is in the other column, nor one that was not measured before."""
+    """Neither a constant's metric, which is in the other column, nor one that was not measured before, or is there in
+    other words."""
     before = report["metrics"]["before"]
     if key in BASELINES and report["baseline"]:
+        return False
+    if key == "loss" and "reward" in report["metrics"]["after"]["measures"]:  # which is it, turned round
         return False
     return before is None or key in before["measures"]
 
@@ -306,6 +309,7 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: R
 _VERBS = {
     "chat": "chat", "generate": "answer prompts", "text": "continue texts", "summarize": "summarize texts",
     "classify": "classify texts", "tag": "tag words", "prefer": "prefer the better answers", "reward": "judge answers",
+    "reinforce": "win rewards",
     "embed": "make vectors of texts", "rank": "rank documents",
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tunesmith.serve.protocol import GenerationRequest, RequestError, Token
+from tunesmith.generation.requests import GenerationRequest, RequestError, Token
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -30,13 +30,16 @@ MOST_LIKELY = 1024
 """Tokens among which top-p looks first: sorting the whole vocabulary takes longer than many a model."""
 MIN_LOGPROB = -9999.0
 """OpenAI's value for the logarithm of a probability of 0."""
+ROWS_TOGETHER = 32
+"""Answers whose tokens are drawn together: their probabilities are float64."""
 MAX_SCHEMA_CHARS = 32_768
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token, its log probability before temperature and penalties, and the most likely tokens with theirs."""
+    """A token, its log probability before temperature and penalties, and the most likely tokens with theirs. Of an
+    answer that is kept: the log probability in the distribution that it was drawn from."""
 
     token_id: int
     logprob: float = math.nan
@@ -44,15 +47,30 @@ class SampledToken:
 
 
 class Sampler:
-    """Samples one answer: the same tokens for the same seed and logits, whatever else is in the batch."""
+    """Samples one answer: the same tokens for the same seed and logits, whatever else is in the batch.
 
-    def __init__(self, params: GenerationRequest, *, index: int, grammar: Grammar | None) -> None:
+    `keeps`: its log-probabilities are found too.
+    """
+
+    def __init__(self, params: GenerationRequest, *, index: int, grammar: Grammar | None, keeps: bool = False) -> None:
         self.params = params
         self.grammar = grammar
+        self.keeps = keeps
         self._counts: Counter[int] = Counter()
         self._random = torch.Generator()
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._random.manual_seed((seed * 1_000_003 + index) % 2**63)  # answers of one request differ
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the next token is drawn from all tokens by their probability, and nothing else is asked."""
+        params = self.params
+        alters = self.grammar is not None or params.presence_penalty or params.frequency_penalty
+        return not alters and params.temperature > 0 and params.top_p >= 1 and params.logprobs is None
+
+    def point(self) -> float:
+        """The next random number in [0, 1)."""
+        return float(torch.rand((), generator=self._random, dtype=torch.float64))
 
     def accept(self, token_id: int) -> None:
         """Record a token that was written."""
@@ -76,6 +94,8 @@ class Sampler:
                 message = "no token may follow here: the schema cannot be met by what this model writes"
                 raise RequestError(message, code="invalid_schema")
         token_id = int(masked_V.argmax()) if self.params.temperature == 0 else self._draw(masked_V)
+        if self.keeps:
+            return SampledToken(token_id, float((logits_V / self.params.temperature).log_softmax(-1)[token_id]))
         if self.params.logprobs is None:
             return SampledToken(token_id)
         logprobs_V = logits_V.log_softmax(-1)
@@ -100,7 +120,7 @@ class Sampler:
         # Temperatures beyond float32 make all tokens equal, or leave the most likely one.
         logits_V = logits_V.cpu() if logits_V.is_mps else logits_V  # which has no float64
         probs_V = (logits_V.double() / self.params.temperature).softmax(-1)
-        point = float(torch.rand((), generator=self._random, dtype=torch.float64))
+        point = self.point()
         if self.params.top_p >= 1:
             return _at(probs_V, point)
         best_K, ids_K = probs_V.topk(min(MOST_LIKELY, len(probs_V)))
@@ -116,6 +136,45 @@ def _at(probs_K: Tensor, point: float) -> int:
     sums_K = probs_K.cumsum(0)
     place = int(torch.searchsorted(sums_K, point * float(sums_K[-1]), right=True))
     return min(place, len(probs_K) - 1)
+
+
+def sample_together(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken | RequestError]:
+    """The next token of each answer, or why there is none: the tokens, bit for bit, that each draws by itself.
+
+    Plain draws are made together, so that a device is waited for once for all of them and not once for each.
+    """
+    tokens: dict[int, SampledToken | RequestError] = {}
+    plain = [n for n, sampler in enumerate(samplers) if sampler.is_plain]
+    finite = logits_NV.amax(-1).isfinite().tolist() if len(plain) > 1 else ()
+    plain = [n for n in plain if finite and finite[n]]
+    for at in range(0, len(plain), ROWS_TOGETHER):
+        here = plain[at : at + ROWS_TOGETHER]
+        tokens |= zip(here, _draw_plain([samplers[n] for n in here], logits_NV[here]), strict=True)
+    for n, sampler in enumerate(samplers):
+        if n not in tokens:
+            try:
+                tokens[n] = sampler.sample(logits_NV[n])
+            except RequestError as error:
+                tokens[n] = error
+    return [tokens[n] for n in range(len(samplers))]
+
+
+def _draw_plain(samplers: Sequence[Sampler], logits_NV: Tensor) -> list[SampledToken]:
+    device = torch.device("cpu") if logits_NV.is_mps else logits_NV.device  # which has no float64
+    points_N1, heat_N1 = (
+        torch.tensor([[value] for value in values], dtype=torch.float64, device=device)
+        for values in (
+            [sampler.point() for sampler in samplers],
+            [sampler.params.temperature for sampler in samplers],
+        )
+    )
+    sums_NV = (logits_NV.to(device).double() / heat_N1).softmax(-1).cumsum(-1)
+    ids_N1 = torch.searchsorted(sums_NV, points_N1 * sums_NV[:, -1:], right=True).clamp_(max=sums_NV.shape[1] - 1)
+    logps = [math.nan] * len(samplers)
+    if any(sampler.keeps for sampler in samplers):
+        logits_NV = logits_NV / heat_N1.to(logits_NV)
+        logps = logits_NV.log_softmax(-1).gather(1, ids_N1.to(logits_NV.device))[:, 0].tolist()
+    return [SampledToken(*drawn) for drawn in zip(ids_N1[:, 0].tolist(), logps, strict=True)]
 
 
 class JsonGrammars:

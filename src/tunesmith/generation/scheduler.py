@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from tunesmith.errors import is_out_of_memory
 from tunesmith.generation.decoder import Decoder, PromptPart
 from tunesmith.generation.kv_cache import SequenceSlot, room_for
+from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
+from tunesmith.generation.sampling import (
+    Grammar,
+    SampledToken,
+    Sampler,
+    StreamingDecoder,
+    sample_together,
+    with_text,
+)
 from tunesmith.models.machine import free_cached_memory
-from tunesmith.serve.protocol import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
-from tunesmith.serve.sampling import Grammar, SampledToken, Sampler, StreamingDecoder, with_text
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""
@@ -41,6 +48,8 @@ class PreparedRequest:
     strip: bool = False
     """Whether white space around an answer is left out."""
     grammar: Callable[[], Grammar] | None = None
+    keeps: bool = False
+    """Whether `Finished` has the tokens of an answer and their log-probabilities."""
 
     @property
     def room(self) -> int:
@@ -65,6 +74,8 @@ class _Answer:
     slot: SequenceSlot
     last_token: int = -1
     num_tokens: int = 0
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
 
 
 class Scheduler:
@@ -188,7 +199,8 @@ class Scheduler:
         slots = self._decoder.fork(prefill.slot, request.sampling.n)
         self._prefills.remove(prefill)
         for index, slot in enumerate(slots):
-            sampler = Sampler(request.sampling, index=index, grammar=request.grammar() if request.grammar else None)
+            grammar = request.grammar() if request.grammar else None
+            sampler = Sampler(request.sampling, index=index, grammar=grammar, keeps=request.keeps)
             text = StreamingDecoder(request.tokenizer, request.prompt, stops=request.sampling.stop, strip=request.strip)
             self._answers[slot] = _Answer(request, index, sampler, text, slot)
             answers.append(self._answers[slot])
@@ -197,19 +209,24 @@ class Scheduler:
     def _sample(self, answers: list[_Answer], logits_NV: Tensor) -> list[KeyedEvent]:
         """The next token of each answer, and its events."""
         events: list[KeyedEvent] = []
-        for answer, logits_V in zip(answers, logits_NV, strict=True):
-            if answer.slot in self._answers:  # else another answer of its request has just failed
-                try:
-                    events += self._write(answer, answer.sampler.sample(logits_V))
-                except RequestError as error:
-                    self.cancel(answer.request.key)
-                    events.append((answer.request.key, error))
+        tokens = sample_together([answer.sampler for answer in answers], logits_NV)
+        for answer, token in zip(answers, tokens, strict=True):
+            if answer.slot not in self._answers:  # another answer of its request has just failed
+                continue
+            if isinstance(token, RequestError):
+                self.cancel(answer.request.key)
+                events.append((answer.request.key, token))
+            else:
+                events += self._write(answer, token)
         return events
 
     def _write(self, answer: _Answer, token: SampledToken) -> list[KeyedEvent]:
         request, text, grammar = answer.request, answer.text, answer.sampler.grammar
         answer.num_tokens += 1
         answer.last_token = token.token_id
+        if request.keeps:
+            answer.ids.append(token.token_id)
+            answer.logps.append(token.logprob)
         is_end = token.token_id in request.stop_ids
         if not is_end:
             answer.sampler.accept(token.token_id)
@@ -225,7 +242,8 @@ class Scheduler:
         if piece or tokens:
             events.append((request.key, Delta(answer.index, piece, tokens)))
         if is_last:
-            finished = Finished(answer.index, "stop" if is_end else "length", answer.num_tokens)
+            reason: Literal["stop", "length"] = "stop" if is_end else "length"
+            finished = Finished(answer.index, reason, answer.num_tokens, answer.ids, answer.logps)
             events.append((request.key, finished))
             self._close(answer.slot)
         return events

@@ -1,0 +1,48 @@
+"""Prompts whose answers are graded: the question, perhaps tools, and whatever else the grader reads of the row.
+
+{"prompt": "..." or [messages], "reference": "...", ...}
+{"messages": [..., {"role": "user", "content": "..."}], "answer": "...", ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tunesmith.data.formats.format import Format
+from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
+from tunesmith.data.problems import RowProblems, names
+from tunesmith.types import Example, JsonObject, Part, Problem, Record, Source
+
+
+def asked_in(record: Record, row: RowProblems) -> tuple[list[Part], Sequence[Part], tuple[Record, ...]]:
+    """The turns that a model answers, the answer that follows them, if any, and the tools."""
+    place = "prompt" if record.get("prompt") is not None else "messages"
+    content = record.get(place)
+    if content is None:
+        fix = 'Write {"prompt": "..."} or {"messages": [...]}, whose last message the model answers.'
+        row.add("missing_field", f"it has neither prompt nor messages; there are {names(record)}.", fix)
+        return [], (), ()
+    turns = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    parts = parts_of(turns, row, place=place, trained=False)
+    tools = tools_of(record, row)
+    asked = without_answer(parts, row)
+    check_order(asked, row, place=place, answered=False)
+    if isinstance(content, str) and not content.strip():
+        row.add("empty_prompt", "prompt is empty.", "Write it, or remove the row.")
+    return asked, parts[len(asked) :], tools
+
+
+def _parse(record: JsonObject, source: Source, *, answered: bool = True) -> Example | list[Problem]:
+    row = RowProblems(source)
+    asked, _, tools = asked_in(record, row)
+    return row.problems or Example(tuple(asked), source, "prompts", tools, kept=dict(record))
+
+
+PROMPTS = Format(
+    name="prompts",
+    parse=_parse,
+    fields=("prompt", "messages", "tools", "functions"),
+    required=(),
+    inputs=(),
+    matches=lambda record: True,
+)

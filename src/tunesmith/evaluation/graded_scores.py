@@ -1,0 +1,124 @@
+"""Measures of graded answers: several answers of a model to each prompt, of which prompts are the units."""
+
+# I prompts, n answers to each, k of them looked at
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tunesmith.evaluation.bootstrap import Statistic, ratio
+from tunesmith.phrases import percent
+from tunesmith.types import JsonObject, Record
+
+MARK = "answer_rewards"
+"""The key by which a row's result is known to be of this kind."""
+GRAM, MOST_TIMES = 4, 3
+"""Words of a phrase, and times that an answer may have it without repeating itself."""
+LONGER = 1 / 3
+"""Share by which answers have grown or shrunk, from which on that is noted where rewards rose."""
+FEWER_ENDED = 0.05
+ALIKE = 0.7
+"""Share of equal answers above which hardly a group has a spread."""
+BINS = 10
+
+
+def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
+    """The result of one prompt, whose content hash is given, from its answers: {"text", "reward", "scores", "ended",
+    "tokens"}. None where none of them has a reward.
+
+    Its loss is minus its mean reward, which training makes smaller. `passes`: reward of an answer that is right.
+    """
+    scored = [answer for answer in answers if answer["reward"] is not None]
+    if not scored:
+        return None
+    rewards = [float(answer["reward"]) for answer in scored]
+    names = sorted({name for answer in scored for name in answer["scores"]})
+    of_names = {name: [answer["scores"][name] for answer in scored if name in answer["scores"]] for name in names}
+    texts = Counter(answer["text"].strip() for answer in answers)
+    return {
+        "hash": f"{content:016x}",
+        MARK: rewards,
+        "loss": -math.fsum(rewards) / len(rewards),
+        "count": 1,
+        "right": sum(reward >= passes for reward in rewards),
+        "ended": sum(answer["ended"] for answer in answers) / len(answers),
+        "tokens": sum(answer["tokens"] for answer in answers) / len(answers),
+        "repeated": sum(repeats(answer["text"]) for answer in answers) / len(answers),
+        "alike": 1 - len(texts) / len(answers),
+        "scores": {name: math.fsum(values) / len(values) for name, values in of_names.items()},
+        "answers": [dict(answer) for answer in answers],
+    }
+
+
+def repeats(text: str) -> bool:
+    """Whether a phrase of four words is there more than three times."""
+    words = text.split()
+    phrases = Counter(zip(*(words[at:] for at in range(GRAM)), strict=False))
+    return max(phrases.values(), default=0) > MOST_TIMES
+
+
+def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
+    """Means over prompts. pass@k without bias: 1 − C(n − c, k) / C(n, k) of n answers, c right ones (Chen et al. 2021,
+    arXiv 2107.03374, eq. 1), with the most answers that every prompt has as k."""
+    num = min(len(row[MARK]) for row in rows)
+    columns = {
+        "reward": [math.fsum(row[MARK]) / len(row[MARK]) for row in rows],
+        "pass_1": [row["right"] / len(row[MARK]) for row in rows],
+        "pass_k": [_pass_k(len(row[MARK]), row["right"], num) for row in rows],
+        "best_reward": [max(row[MARK]) for row in rows],
+        "ended": [row["ended"] for row in rows],
+        "answer_tokens": [row["tokens"] for row in rows],
+        "repeated": [row["repeated"] for row in rows],
+        "alike": [row["alike"] for row in rows],
+    }
+    statistics = {key: ratio(values) for key, values in columns.items()}
+    for name in sorted({name for row in rows for name in row["scores"]}):
+        has = np.array([name in row["scores"] for row in rows])
+        statistics[f"score {name}"] = ratio([row["scores"].get(name, 0.0) for row in rows], has)
+    return statistics
+
+
+def _pass_k(num: int, right: int, k: int) -> float:
+    return 1 - math.comb(num - right, k) / math.comb(num, k)
+
+
+def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
+    """The histogram of all rewards."""
+    counts, edges = np.histogram([reward for row in rows for reward in row[MARK]], bins=BINS)
+    return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}}
+
+
+def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Iterator[str]:
+    """Sentences on a reward that may have risen by something else than better answers. Measures of both sides."""
+    was, now = ({key: interval["value"] for key, interval in side.items()} for side in (before, after))
+    if "reward" not in was or "reward" not in now:
+        return
+    if now["reward"] <= was["reward"]:
+        yield f"the held-out reward did not rise: {was['reward']:.4f} before, {now['reward']:.4f} after"
+        return
+    rose = f"reward rose from {was['reward']:.3f} to {now['reward']:.3f}"
+    if abs(now["answer_tokens"] - was["answer_tokens"]) > LONGER * was["answer_tokens"]:
+        yield (
+            f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: look "
+            "whether their length wins, not what they say"
+        )
+    if now["repeated"] > 2 * max(was["repeated"], 0.01):
+        share, earlier = percent(now["repeated"], 0), percent(was["repeated"], 0)
+        yield (
+            f"{rose}, and {share} of the answers repeat themselves ({earlier} before): read some. reinforce.kl: 0.02 "
+            "or a lower optim.lr keeps the language"
+        )
+    if now["alike"] > ALIKE > was["alike"]:
+        yield (
+            f"{rose}, and {percent(now['alike'], 0)} of the answers equal another one to their prompt: they have no "
+            "spread to learn from any more. Train for fewer steps, or on harder prompts"
+        )
+    if was["ended"] - now["ended"] > FEWER_ENDED:
+        yield (
+            f"{rose}, and {percent(now['ended'], 0)} of the answers end by themselves ({percent(was['ended'], 0)} "
+            "before): reinforce.cut: drop teaches nothing by those that do not"
+        )

@@ -1,0 +1,143 @@
+"""Answers that a model draws to learn from: with the tokens that it was fed and the log-probability of each.
+
+The model draws with the very tensors that learn, and its caches end with the draw. Nothing is tokenized again: the ids
+of an answer are those that the decoder got.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tunesmith.errors import ModelError, NonFiniteError, OutOfMemoryError
+from tunesmith.generation.adapters import AdapterSet
+from tunesmith.generation.decoder import BatchedDecoder, Decoder, why_unlike
+from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
+from tunesmith.generation.scheduler import PreparedRequest, Scheduler
+from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.models.modes import eval_mode, silence_transformers
+from tunesmith.models.packing_check import recurrent_layer
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnAnswer:
+    """One answer."""
+
+    ids: tuple[int, ...]
+    """Its tokens, and the one that ended it."""
+    logps: tuple[float, ...]
+    """Log-probability of each token in the distribution that it was drawn from: float32 logits over the temperature."""
+    text: str
+    ended: bool
+    """False: it was cut at the most tokens, and its last one ends nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """The way in which answers are drawn. There is no top-p, no penalty and no stop text: every token that the model
+    may write has to be one that can be drawn."""
+
+    tokenizer: Any
+    stop_ids: frozenset[int]
+    num: int
+    """Answers to each prompt."""
+    temperature: float
+    max_new_tokens: int
+    streams: int
+    """Most answers that are decoded together. Another number changes rounding."""
+    strip: bool
+    """Whether white space around a text is left out."""
+
+
+def refuse_undrawable(name: str, model: PreTrainedModel) -> None:
+    """Raise ModelError for a model whose answers cannot be decoded together with the logits that each has alone."""
+    reason = recurrent_layer(model) or why_unlike(BatchedDecoder, model, AdapterSet(model))
+    if reason:
+        raise ModelError(
+            f"{name}: answers cannot be drawn from this model, since many are decoded together: {reason}. Use another "
+            "model."
+        )
+
+
+@contextmanager
+def drawing(model: PreTrainedModel) -> Iterator[Decoder]:
+    """A decoder of the model as it is now, without dropout; inside the block the model decodes and does not learn."""
+    attention = model.config._attn_implementation
+    with eval_mode(model), silence_transformers():
+        try:
+            yield BatchedDecoder(model, AdapterSet(model))
+        finally:
+            model.set_attn_implementation(attention)
+
+
+def draw_answers(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    how: Draw,
+    *,
+    on_answers: Callable[[int, Sequence[DrawnAnswer]], None] = lambda prompt, answers: None,
+) -> list[list[DrawnAnswer]]:
+    """`how.num` answers to each prompt, token ids. Those of one prompt follow from its seed, whatever else is drawn.
+    `on_answers` gets the number of a prompt and its answers as soon as all of them have ended.
+
+    Raises OutOfMemoryError where not even the answers to one prompt fit, NonFiniteError for logits that are no numbers.
+    """
+    answers: dict[int, list[DrawnAnswer]] = {}
+    streams, waiting = max(how.streams, how.num), list(range(len(prompts)))
+    while waiting:
+        requests = [_request(i, prompts[i], seeds[i], how) for i in waiting]
+        for i, drawn in _drawn(Scheduler(decoder, streams=streams), requests):
+            answers[i] = drawn
+            on_answers(i, drawn)
+        failed = [i for i in waiting if i not in answers]
+        if failed and streams <= how.num:
+            lengths = [len(prompts[i]) for i in failed]
+            raise OutOfMemoryError(
+                f"out of memory while {how.num} answers of up to {how.max_new_tokens:,} tokens were drawn to a prompt "
+                f"of {max(lengths):,}.",
+                step=0,
+                lengths=lengths,
+                peak=peak_memory_bytes(decoder.model.device),
+            )
+        waiting, streams = failed, max(how.num, streams // 2)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _request(key: int, prompt: Sequence[int], seed: int, how: Draw) -> PreparedRequest:
+    asked = GenerationRequest("", temperature=how.temperature, seed=seed, n=how.num)
+    return PreparedRequest(
+        key,
+        tuple(prompt),
+        how.tokenizer,
+        asked,
+        max_new_tokens=how.max_new_tokens,
+        stop_ids=how.stop_ids,
+        strip=how.strip,
+        keeps=True,
+    )
+
+
+def _drawn(scheduler: Scheduler, requests: Sequence[PreparedRequest]) -> Iterator[tuple[int, list[DrawnAnswer]]]:
+    """Key and answers of each request that there was memory for."""
+    for request in requests:
+        scheduler.add(request)
+    texts: dict[tuple[int, int], list[str]] = defaultdict(list)
+    drawn: dict[int, dict[int, DrawnAnswer]] = defaultdict(dict)
+    while scheduler.is_busy:
+        for key, event in scheduler.step():
+            if isinstance(event, RequestError) and event.code != "out_of_memory":
+                raise NonFiniteError(f"while answers were drawn: {event}")
+            if isinstance(event, Delta):
+                texts[key, event.index].append(event.text)
+            elif isinstance(event, Finished):
+                text, of_prompt = "".join(texts.pop((key, event.index), [])), drawn[key]
+                ended = event.reason == "stop"
+                of_prompt[event.index] = DrawnAnswer(tuple(event.ids), tuple(event.logps), text, ended)
+                if len(of_prompt) == requests[0].sampling.n:
+                    yield key, [answer for _, answer in sorted(drawn.pop(key).items())]

@@ -1,0 +1,57 @@
+"""Grades that are not made again: in memory, and in a file of a run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tunesmith.graders.grade import Grade
+from tunesmith.runs.atomic import from_json, storing, to_json
+
+
+class KeptGrades(dict[str, Grade]):
+    """Grades by their digests, see `Pool`; new ones wait for `flush`, so that a step that is not made leaves none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._path: Path | None = None
+        self._new: list[str] = []
+
+    def __setitem__(self, key: str, grade: Grade) -> None:
+        super().__setitem__(key, grade)
+        self._new.append(key)
+
+    def keep_in(self, path: Path) -> None:
+        """Take the grades of a file, up to a line that a killed process has left half, and append new ones to it.
+
+        Raises StorageError.
+        """
+        self._path = path
+        if not path.exists():
+            return
+        with storing(path), open(path, "r+b") as file:
+            size = 0
+            for line in file:
+                try:
+                    entry: dict[str, Any] = from_json(line)
+                    key, grade = entry.pop("key"), Grade(**entry)
+                except (ValueError, KeyError, TypeError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                size += len(line)
+                super().__setitem__(key, grade)
+            file.truncate(size)
+
+    def flush(self) -> None:
+        """Write the grades that are new, durably. Raises StorageError."""
+        if self._path is None or not self._new:
+            return
+        lines = b"".join(to_json({"key": key, **asdict(self[key])}) + b"\n" for key in self._new)
+        with storing(self._path, num_bytes=len(lines)), open(self._path, "ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._new.clear()

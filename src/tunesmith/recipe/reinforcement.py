@@ -1,0 +1,67 @@
+"""Options of the task that learns from rewards of the model's own answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from tunesmith.recipe.methods import Auto, OptionGroup, Positive
+
+LEAST_TEMPERATURE = 0.1
+
+
+def file_of(grader: str) -> str:
+    """The file that `reinforce.grader` names, without a function in it."""
+    file, colon, name = grader.rpartition(":")
+    return file if colon and name.isidentifier() and file.endswith(".py") else grader
+
+
+class Reinforce(OptionGroup):
+    """Task reinforce: answers are drawn, graded and made likelier or less likely, see docs/guide/reinforce.md."""
+
+    grader: str | None = None
+    """Rule that says how good an answer is: file.py, file.py:FUNCTION, or a grader in .json or .yaml. Try it first:
+    tunesmith grade."""
+    samples: Annotated[int, Field(ge=2, le=64)] = 8
+    """Answers drawn to each prompt of a step: a group, whose mean reward is what each of them is compared with."""
+    max_new_tokens: Positive = 256
+    """Most tokens of an answer; prompts leave room for them in data.max_tokens."""
+    temperature: Annotated[float, Field(le=2)] = 1.0
+    """Temperature at which answers are drawn and learnt, from 0.1 on."""
+    loss: Literal["clip", "cispo", "sequence"] = "clip"
+    """Loss of a token. clip: as PPO and GRPO. cispo: the weight is clipped, not the token. sequence: as GSPO, an answer
+    has one ratio. Answers are learnt once, where clip and cispo have the same gradient."""
+    normalize: Literal["tokens", "answers", "constant"] = "tokens"
+    """Divisor of a step's loss. tokens: its answers' tokens, as DAPO. answers: their number, each by its own
+    length before, as GRPO. constant: their number times max_new_tokens, as Dr. GRPO."""
+    baseline: Literal["group", "leave_one_out"] = "group"
+    """Comparison of a reward: with the mean of its group, or of the others in it, as RLOO."""
+    scale: Literal["none", "group", "step"] = "none"
+    """Divide the difference by the standard deviation of the rewards of its group, as GRPO, or of the whole step."""
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence from the untouched model, token by token; needs an adapter. 0.02 keeps the language
+    where a grader looks at a part of it only."""
+    correct: Annotated[float, Field(ge=1)] | None = 2.0
+    """Most weight of a token by which the rounding of drawing and learning is made good; null: none."""
+    cut: Literal["grade", "drop"] = "grade"
+    """Answers that reach max_new_tokens: graded as they are, or left out of the step."""
+    held_out_samples: Positive = 4
+    """Answers drawn to each held-out prompt before and after, with the same random numbers."""
+    passes: float = 1.0
+    """Least reward of an answer that counts as right in pass@1 and pass@k."""
+    keep_answers: Annotated[int, Field(ge=0)] = 100
+    """Newest steps whose answers are kept, with reward and advantage, in the run's folder: rollouts/step-N.jsonl."""
+    streams: Positive | Auto = "auto"
+    """Most answers decoded together. auto: all of a step, at most 128, on a card 256. Another number changes
+    rounding."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _has_spread(cls, value: float) -> float:
+        if value < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"reinforce.temperature: {value:g}: answers that are nearly greedy have no spread to learn from. Use "
+                f"{LEAST_TEMPERATURE} or more; 1 is usual"
+            )
+        return value

@@ -1,0 +1,143 @@
+"""The task that learns from rewards of the model's own answers: what a reward is compared with, and by what a step's
+loss is divided."""
+
+# G answers of a group
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from tunesmith.errors import RecipeError
+from tunesmith.phrases import plural
+from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.tasks.policy_losses import losses_of
+from tunesmith.tasks.task import OwnSection, Rates, Task
+from tunesmith.types import Choice, JsonObject
+
+if TYPE_CHECKING:
+    from tunesmith.models.resolve_model import ModelRef
+    from tunesmith.recipe.schema import Recipe
+
+UPDATES, MOST_UPDATES = 100, 500
+"""Steps of a run at least, and at most for the sake of seeing all prompts."""
+LEAST_DEVIATION = 1e-4
+"""Added to a standard deviation by which is divided, as in GRPO."""
+
+
+def advantages(groups: Sequence[Sequence[float]], options: Reinforce) -> list[list[float]]:
+    """The advantage of every answer of a step, whose rewards come group by group; one without a reward is in none.
+
+    r − mean, times G / (G − 1) with `leave_one_out` (Ahmadian et al. 2024, arXiv 2402.14740), over the deviation that
+    `scale` names. A group of equal rewards has none: exactly 0, whatever rounding says of its deviation.
+    """
+    rewards = [reward for group in groups for reward in group]
+    of_step = _deviation(rewards)
+    of_groups: list[list[float]] = []
+    for group in groups:
+        if not has_spread(group):
+            of_groups.append([0.0] * len(group))
+            continue
+        centre, times = math.fsum(group) / len(group), 1.0
+        if options.baseline == "leave_one_out":
+            times = len(group) / (len(group) - 1)
+        if options.scale != "none":
+            times /= (_deviation(group) if options.scale == "group" else of_step) + LEAST_DEVIATION
+        of_groups.append([(reward - centre) * times for reward in group])
+    return of_groups
+
+
+def has_spread(group: Sequence[float]) -> bool:
+    """Whether a group says which of its answers is better."""
+    return len(group) > 1 and min(group) < max(group)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    centre = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+
+
+def divisor(tokens: Sequence[int], options: Reinforce) -> float:
+    """The divisor of a step's loss, from the tokens of all its answers, also where they teach nothing."""
+    if options.normalize == "tokens":
+        return float(sum(tokens))
+    return float(len(tokens) * (options.max_new_tokens if options.normalize == "constant" else 1))
+
+
+def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
+    """The value of `train.epochs: auto`: as many as make `UPDATES` steps of so many prompts, or once over all of them
+    if that is more."""
+    per_step = min(REINFORCE.rows_per_step, prompts) if wanted == "auto" else int(wanted)
+    steps = min(max(UPDATES, prompts // per_step), MOST_UPDATES)
+    return steps * per_step / prompts, f"{steps:,} updates of {plural(per_step, 'prompt')}"
+
+
+def task_by_grader(recipe: Recipe) -> Choice | None:
+    """The task of a recipe with a grader and without a task. Raises RecipeError for a grader that another has."""
+    grader = recipe.reinforce.grader
+    if grader is None or recipe.task == REINFORCE.name:
+        return None
+    if recipe.task != "auto":
+        raise RecipeError(
+            f"reinforce.grader: {grader}: task {recipe.task} has no grader. Use --task reinforce, or leave it out."
+        )
+    return Choice("task", REINFORCE.name, "a grader is given")
+
+
+def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
+    """Raise RecipeError for what the task needs, and for options that do nothing here."""
+    options = recipe.reinforce
+    if options.grader is None:
+        raise RecipeError(
+            "reinforce.grader: is missing: it says what a good answer is. Give --grader file.py, and try it first: "
+            "tunesmith grade DATA --grader file.py --model MODEL"
+        )
+    if recipe.data.columns:
+        raise RecipeError(
+            "data.columns: rows of task reinforce are read as they are, since the grader reads them too. Name the "
+            "field prompt or messages in the file."
+        )
+    if recipe.data.replay:
+        raise RecipeError("data.replay: is for tasks that learn rows' own answers. Leave it out.")
+    if recipe.evaluation.surprising not in ("auto", 0):
+        raise RecipeError("evaluation.surprising: prompts have no loss of their own. Leave it out.")
+    if recipe.devices not in ("auto", 1):
+        raise RecipeError(
+            f"devices: {recipe.devices}: task reinforce trains on one device. Use devices: 1, and device: cuda:1 for "
+            "another card."
+        )
+    if options.kl and recipe.method.name == "full":
+        raise RecipeError(
+            f"reinforce.kl: {options.kl:g}: needs the untouched model, of which full tuning keeps no copy. Use method "
+            "lora, or leave it out and lower optim.lr."
+        )
+    return ()
+
+
+def _record(text: str, answer: str | None = None) -> JsonObject:
+    return {"messages": [{"role": "user", "content": text}], **({} if answer is None else {"reference": answer})}
+
+
+REINFORCE = Task(
+    name="reinforce",
+    doc="What a grader rewards in the model's own answers.",
+    shapes=("prompts",),
+    heads={"causal": "next_token"},
+    losses=losses_of,
+    encoder="tunesmith.data.prompts:PromptEncoder",
+    record=_record,
+    is_chat=True,
+    writes_answers=True,
+    answer_key="answer",
+    on_overlong=("error", "an answer needs its whole prompt"),
+    headline_metrics=("reward", "pass_1"),
+    next_commands=(("chat", "--compare"), ("serve",), ("show",)),
+    samples=True,
+    outcome="graded",
+    rows_per_step=8,
+    rates=Rates(adapter=(2e-4, 2e-5), full=(1e-5, 1e-6)),
+    section=OwnSection("reinforce", from_model=_check),
+)

@@ -1,0 +1,90 @@
+"""Measures of graded answers by hand, and the notes on rewards that rose by something else."""
+
+from itertools import combinations
+
+import pytest
+
+from tunesmith.evaluation.compare import compare_rows
+from tunesmith.evaluation.graded_scores import graded_notes, graded_result, repeats
+from tunesmith.evaluation.scores import kind_of, score
+
+
+def answer(reward, text="a b", *, ended=True, tokens=4, **scores):
+    return {"text": text, "reward": reward, "scores": scores, "ended": ended, "tokens": tokens}
+
+
+def row(number, *rewards, **changes):
+    answers = [answer(reward, f"answer {i}", **changes) for i, reward in enumerate(rewards)]
+    found = graded_result(number, answers, 1.0)
+    assert found is not None
+    return found
+
+
+def test_a_prompt_is_measured_by_its_rewarded_answers():
+    answers = [answer(1.0, "x", part=0.5), answer(None, "x"), answer(0.5, "y", ended=False, tokens=10, part=1.0)]
+    found = graded_result(255, answers, 1.0)
+    assert found is not None
+    assert kind_of(found) == "graded"
+    assert found["hash"] == "00000000000000ff"
+    assert found["loss"] == -0.75
+    assert found["right"] == 1
+    assert found["ended"] == pytest.approx(2 / 3)
+    assert found["tokens"] == 6
+    assert found["alike"] == pytest.approx(1 / 3)
+    assert found["scores"] == {"part": 0.75}
+    assert graded_result(1, [answer(None), answer(None)], 1.0) is None
+
+
+@pytest.mark.parametrize(("num", "right"), [(4, 0), (4, 1), (6, 2), (8, 8)])
+def test_pass_k_is_the_share_of_subsets_with_a_right_answer(num, right):
+    rows = [row(1, *([1.0] * right), *([0.0] * (num - right))), row(2, 0.0, 0.0, 1.0)]
+    measures, details = score(rows)
+    answers = [1.0] * right + [0.0] * (num - right)
+    shares = [any(chosen) for chosen in combinations(answers, 3)]
+    expected = (sum(shares) / len(shares) + 1.0) / 2
+    assert measures["pass_k"]["value"] == pytest.approx(expected)
+    assert measures["pass_1"]["value"] == pytest.approx((right / num + 1 / 3) / 2)
+    assert measures["reward"]["value"] == pytest.approx(-measures["loss"]["value"])
+    assert sum(details["rewards"]["counts"]) == num + 3
+
+
+def test_before_and_after_are_compared_prompt_by_prompt():
+    before = [row(i, 0.0, 0.1 * (i % 3)) for i in range(30)]
+    after = [row(i, 1.0, 0.1 * (i % 3)) for i in range(30)]
+    compared = compare_rows(before, after)
+    change = compared.metrics["reward"].b_minus_a
+    assert change["value"] == pytest.approx(0.5)
+    assert change["high"] - change["low"] == pytest.approx(0.0, abs=1e-9)  # of every prompt the same
+    assert len(compared.won) == 30
+    assert len(compared.lost) == 0
+
+
+def test_a_phrase_that_comes_again_and_again_is_seen():
+    assert repeats("so it goes on " * 4)
+    assert not repeats("so it goes on " * 3)
+    assert not repeats("too short")
+
+
+def measures(**values):
+    usual = {"reward": 0.5, "answer_tokens": 20.0, "repeated": 0.0, "alike": 0.0, "ended": 1.0}
+    return {key: {"value": value} for key, value in {**usual, **values}.items()}
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ({"reward": 0.4}, "did not rise: 0.5000 before, 0.4000 after"),
+        ({"answer_tokens": 40.0}, "from 20 to 40 tokens"),
+        ({"answer_tokens": 10.0}, "from 20 to 10 tokens"),
+        ({"repeated": 0.3}, "30 % of the answers repeat themselves"),
+        ({"alike": 0.8}, "80 % of the answers equal another one"),
+        ({"ended": 0.9}, "90 % of the answers end by themselves"),
+    ],
+)
+def test_a_reward_that_rose_by_something_else_is_noted(after, words):
+    (note,) = graded_notes(measures(), measures(**{"reward": 0.9, **after}))
+    assert words in note
+
+
+def test_a_reward_that_rose_by_better_answers_is_not_noted():
+    assert list(graded_notes(measures(), measures(reward=0.9, answer_tokens=22.0, ended=0.97))) == []

@@ -1,0 +1,511 @@
+"""Runs that learn from rewards: what a step draws, learns and tells; a killed run ends as one that never was."""
+
+import json
+import re
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import tunesmith
+from killed_runs import kill_runs
+from rewarded import COUNTED, DIGITS, prompts, rewarded
+from tiny_run import same_run, stopped
+from tunesmith import methods
+from tunesmith.api import _word_of
+from tunesmith.data.answers import AnswerStore
+from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, UngradedError
+from tunesmith.generation import drawing as drawing_module
+from tunesmith.graders.grade import Grade
+from tunesmith.recipe.reinforcement import file_of
+from tunesmith.runs.folder import runs
+from tunesmith.tasks.policy_losses import COLUMNS
+from tunesmith.training import draw as draws
+from tunesmith.training import setup as setups
+from tunesmith.training.check_sampler import check_sampler
+from tunesmith.training.loop import training_steps
+from tunesmith.training.resolve import resolve_run
+from tunesmith.training.setup import prepare
+from tunesmith.training.step import compute_gradients
+from tunesmith.training.trainer import resume, train
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train(rewarded(folder), root=folder / "runs")
+
+
+@pytest.fixture
+def setup(tmp_path):
+    made = prepare(rewarded(tmp_path), root=tmp_path / "runs")
+    yield made
+    made.drawing.close()
+
+
+def steps_of(run) -> list[dict]:
+    return [event.values for event in run.events() if event.kind == "step"]
+
+
+def measures_of(run, name: str) -> dict:
+    return next(e.values["measures"] for e in run.events() if e.kind == "evaluation" and e.values["name"] == name)
+
+
+def gradients(state, view) -> tuple[float, dict[str, torch.Tensor]]:
+    state.optimizer.zero_grad()
+    done = compute_gradients(view, view.sampler, 1)
+    return sum(done.own.losses) / done.num_targets, {
+        name: tensor.grad.clone() for name, tensor in state.attachment.trained.items() if tensor.grad is not None
+    }
+
+
+def test_a_step_tells_what_was_drawn_and_learnt(straight):
+    _, run = straight
+    for values in steps_of(run):
+        assert len(values["rows"]) == 3
+        assert 0 <= values["reward"] <= 1
+        assert values["targets"] == pytest.approx(12 * values["answer_tokens"])
+        assert values["longest_answer"] <= 6
+        assert values["mismatch"] <= values["largest_mismatch"] < 1e-4
+        assert values["clipped_low"] == values["clipped_high"] == values["corrected"] == 0
+        assert 0 < values["surprise"] < 7  # ln 512 = 6.2
+    assert len(steps_of(run)) == 6
+    before, after = measures_of(run, "before"), measures_of(run, "after")
+    assert before.keys() == after.keys() >= {"reward", "pass_1", "pass_k", "ended", "answer_tokens", "loss"}
+    assert before["loss"]["value"] == pytest.approx(-before["reward"]["value"])
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["changes"]["reward"].keys() >= {"value", "low", "high", "is_clear"}
+
+
+def test_a_tiny_model_learns_a_dense_reward(tmp_path):
+    recipe = rewarded(
+        tmp_path, rows=24, method="full", optim={"lr": 1e-2},
+        train={"max_steps": 14, "rows_per_step": 6}, reinforce={"samples": 8, "held_out_samples": 8},
+    )  # fmt: skip
+    run = train(recipe, root=tmp_path / "runs")
+    report = json.loads((run.path / "report.json").read_text())
+    change = report["changes"]["reward"]
+    assert change["is_clear"]
+    assert change["low"] > 0.05
+
+
+def test_a_run_stopped_at_any_step_ends_as_one_that_never_was(straight):  # trap: G22
+    folder, whole = straight
+    for step in (1, 2, 3, 5):
+        run = stopped(whole.recipe(), folder / f"stopped-{step}", step)
+        same_run(resume(run), whole)
+
+
+def test_the_comparison_catches_answers_that_do_not_follow_from_the_step(straight, monkeypatch):  # trap: G22 planted
+    folder, whole = straight
+    run = stopped(whole.recipe(), folder / "planted", 3)
+    seeds_of, calls = draws.seeds_of, []
+
+    def counted(store, rows, *, seed, step):
+        calls.append(step)
+        return seeds_of(store, rows, seed=seed, step=len(calls))
+
+    monkeypatch.setattr(draws, "seeds_of", counted)
+    with pytest.raises(AssertionError):
+        same_run(resume(run), whole)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, kills):  # trap: G22
+    recipe = rewarded(tmp_path, evaluation={"every": 3}, checkpoint={"every": 2})
+    killed, finished = kill_runs(tmp_path, recipe, kills=kills, seed=1)
+    print(f"{killed} kills, {finished} runs finished")
+    assert finished >= 1
+
+
+def test_a_judge_that_never_answers_twice_alike_is_asked_once(tmp_path):  # trap: G22
+    recipe = rewarded(tmp_path, grader=COUNTED, checkpoint={"every": 100})
+    run = stopped(recipe, tmp_path / "runs", 4)
+    for path in run.checkpoints_path.glob("step-4"):  # as if it had been killed before it was saved
+        path.rename(path.with_name("gone"))
+    first = [values["reward"] for values in steps_of(run)]
+    done = resume(run)
+    assert [values["reward"] for values in steps_of(done)][:4] == first
+    assert len(steps_of(done)) == 6
+    lost = stopped(recipe, tmp_path / "again", 4)
+    first = [values["reward"] for values in steps_of(lost)]
+    (lost.checkpoints_path / "step-4").rename(lost.checkpoints_path / "gone")
+    (lost.path / "grades.jsonl").unlink()
+    again = [values["reward"] for values in steps_of(resume(lost))][:4]
+    with pytest.raises(AssertionError):  # trap: G22 planted: its grades are lost
+        assert again == first
+
+
+def test_half_a_line_of_kept_grades_is_left_out(tmp_path):
+    from tunesmith.graders.kept import KeptGrades
+
+    kept, file = KeptGrades(), tmp_path / "grades.jsonl"
+    kept.keep_in(file)
+    kept["a"], kept["b"] = Grade(0.5, {"part": 1.0}), Grade(None, {}, "timeout", "it took too long")
+    assert not file.exists()
+    kept.flush()
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole[:20])
+    again = KeptGrades()
+    again.keep_in(file)
+    assert dict(again) == dict(kept)
+    assert file.read_bytes() == whole
+
+
+def test_one_pass_and_eight_have_one_loss_and_gradient(setup):  # trap: G11
+    groups, _ = setup.drawing.groups_of(setup, 1)
+    view = setup.drawing.view(setup, groups)
+    view = replace(view, collator=replace(view.collator, shares=False), sampler=replace(view.sampler, ids_of=None))
+    one = replace(view, sampler=replace(view.sampler, tokens_per_pass=100_000))
+    many = replace(view, sampler=replace(view.sampler, tokens_per_pass=1))
+    assert len(one.sampler.step(1)) == 1
+    assert len(many.sampler.step(1)) == len(view.store) >= 8
+    (loss, grads), (other, others) = gradients(setup, one), gradients(setup, many)
+    assert other == pytest.approx(loss, abs=1e-6)
+    for name, grad in grads.items():
+        assert torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4), name
+    sums = compute_gradients(many, many.sampler, 1).own
+    counts = [float(many.store.targets[list(rows)].sum()) for rows in sums.micro_batches]
+    means = [total / count for total, count in zip(sums.losses, counts, strict=True)]
+    with pytest.raises(AssertionError):  # trap: G11 planted: a mean of the passes' means
+        assert np.mean(means) == pytest.approx(loss, abs=1e-6)
+
+
+def test_answers_that_teach_nothing_keep_their_share_of_the_divisor(setup):  # trap: G13, G9
+    groups, _ = setup.drawing.groups_of(setup, 1)
+    flat = [replace(group, rewards=[0.5] * len(group.rewards)) if at else group for at, group in enumerate(groups)]
+    tokens = sum(len(answer.ids) for group in flat for answer in group.answers)
+    view = setup.drawing.view(setup, flat)
+    assert len(view.store) < 12
+    assert sum(view.store.denominators) == tokens
+    advantages = {str(view.store.source(i)): view.store.row(i).values_NC[0, 0] for i in range(len(view.store))}
+    whole = setup.drawing.everything(setup, flat)
+    for i in range(len(whole.store)):
+        whole.store.row(i).values_NC[:, 0] = advantages.get(str(whole.store.source(i)), 0.0)
+    whole = setup.drawing._over(setup, AnswerStore(whole.store.rows, float(tokens)))
+    (loss, grads), (other, others) = gradients(setup, view), gradients(setup, whole)
+    assert other == pytest.approx(loss, abs=1e-6)
+    assert all(torch.allclose(others[name], grad, atol=1e-6, rtol=1e-4) for name, grad in grads.items())
+    with pytest.raises(AssertionError):  # trap: G13 planted: they leave the divisor with their rows
+        assert sum(view.store.targets) == sum(view.store.denominators)
+
+
+def test_a_step_without_any_spread_moves_no_weight(tmp_path):  # trap: G14
+    recipe = rewarded(tmp_path, grader="def grade(sample, item):\n    return 0.1\n", train={"max_steps": 2})
+    setup = prepare(recipe, root=tmp_path / "runs")
+    before = {name: tensor.clone() for name, tensor in setup.attachment.trained.items()}
+    events = list(training_steps(setup))
+    setup.drawing.close()
+    assert [event.values["spread"] for event in events] == [0.0, 0.0]
+    assert [event.values["grad_norm"] for event in events] == [0.0, 0.0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in setup.attachment.trained.items())
+
+
+def test_cut_answers_are_graded_or_leave_step_and_divisor(setup):  # trap: G9
+    groups, _ = setup.drawing.groups_of(setup, 1)
+    answers = [answer for group in groups for answer in group.answers]
+    assert {answer.ended for answer in answers} == {False, True} or any(not answer.ended for answer in answers)
+    graded = setup.drawing.view(setup, groups)
+    assert sum(graded.store.denominators) == sum(len(answer.ids) for answer in answers)
+    group = groups[0]
+    ended = [replace(answer, ended=i % 2 == 0) for i, answer in enumerate(group.answers)]
+    setup.drawing.recipe = setup.recipe.model_copy(
+        update={"reinforce": setup.recipe.reinforce.model_copy(update={"cut": "drop"})}
+    )
+    futures = [Future() for _ in ended]
+    for i, future in enumerate(futures):
+        future.set_result(Grade(float(i)))
+    dropped = setup.drawing.view(setup, [setup.drawing._graded(group.row, ended, futures)])
+    assert sum(dropped.store.denominators) == sum(len(answer.ids) for answer in ended if answer.ended)
+    assert {dropped.store.source(i).sample for i in range(len(dropped.store))} == {1, 3}
+    setup.drawing.recipe = setup.recipe
+
+
+def test_only_drawn_tokens_are_learnt(setup):
+    groups, _ = setup.drawing.groups_of(setup, 1)
+    view = setup.drawing.everything(setup, groups)
+    drawn = [(group, answer) for group in groups for answer in group.answers]
+    for i, (group, answer) in enumerate(drawn):
+        row = view.store.row(i)
+        assert row.ids[row.trained].tolist() == list(answer.ids)
+        assert row.ids[~row.trained].tolist() == setup.store.row(group.row).ids.tolist()
+        assert row.values_NC[:, COLUMNS.index("drawn")].tolist() == pytest.approx(answer.logps)
+
+
+def test_grades_that_fail_are_no_reward_and_belong_to_no_group(tmp_path):  # trap: G16
+    grader = """
+def grade(sample, item):
+    kind = len(sample["output_text"]) % 6
+    if kind == 0:
+        return None
+    if kind == 1:
+        return float("nan")
+    if kind == 2:
+        raise ValueError("no")
+    return 0.25 * kind
+"""
+    setup = prepare(rewarded(tmp_path, grader=grader), root=tmp_path / "runs")
+    groups, _ = setup.drawing.groups_of(setup, 1)
+    setup.drawing.close()
+    for group in groups:
+        for answer, grade in zip(group.answers, group.grades, strict=True):
+            kind = len(answer.text) % 6
+            assert grade.reward == (None if kind < 3 else 0.25 * kind)
+        scored = [grade.reward for grade in group.grades if grade.reward is not None]
+        assert group.scored == scored
+    values = draws._values_of(groups)
+    rewards = [grade.reward for group in groups for grade in group.grades if grade.reward is not None]
+    assert values["reward"] == pytest.approx(np.mean(rewards))
+    assert set(values["unscored"]) <= {"exception", "not_a_number"}
+    with pytest.raises(AssertionError):  # trap: G16 planted: counted as 0
+        assert np.mean([grade.reward or 0.0 for group in groups for grade in group.grades]) == values["reward"]
+
+
+def test_a_grader_that_mostly_fails_ends_the_run_which_can_go_on(tmp_path):
+    recipe = rewarded(tmp_path, grader='def grade(sample, item):\n    raise OSError("the judge is away")\n')
+    with pytest.raises(UngradedError, match=r"(?s)none of them has a reward.*the judge is away"):
+        train(recipe, root=tmp_path / "runs")
+    away = tmp_path / "away"
+    grader = f"""
+import os
+
+def grade(sample, item):
+    if os.path.exists({str(away)!r}):
+        raise OSError("the judge is away")
+    return len(sample["output_text"]) / 100
+"""
+    recipe = rewarded(tmp_path / "second", grader=grader)
+
+    def leave(event) -> None:
+        if event.kind == "step" and event.step == 3:
+            away.touch()
+
+    from tunesmith.training.trainer import Listener
+
+    with pytest.raises(UngradedError, match=r"(?s)step 4: 12 of 12 answers have no reward.*Saved: step 3"):
+        train(recipe, root=tmp_path / "second" / "runs", listener=Listener(on_event=leave))
+    away.unlink()
+    (run,) = runs(tmp_path / "second" / "runs")
+    assert run.state() == "failed"
+    done = resume(run)
+    assert len(steps_of(done)) == 6
+    assert all("unscored" not in values for values in steps_of(done))
+
+
+def planted(monkeypatch, change) -> None:
+    """Let answers come with other log-probabilities, or from another model."""
+    real = drawing_module.draw_answers
+
+    def changed(decoder, asked, seeds, how, *, on_answers):
+        answers = real(decoder, asked, seeds, how)
+        found = [[change(answer) for answer in group] for group in answers]
+        for at, group in enumerate(found):
+            on_answers(at, group)
+        return found
+
+    monkeypatch.setattr(draws, "draw_answers", changed)
+
+
+def test_what_draws_is_what_learns(setup):
+    check_sampler(setup)
+    event = next(training_steps(setup))
+    assert event.values["largest_mismatch"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda answer: replace(answer, logps=(*answer.logps[1:], answer.logps[0])),  # trap: G2 planted
+        lambda answer: replace(answer, logps=tuple(logp + 0.3 for logp in answer.logps)),  # trap: G17 planted
+    ],
+    ids=["rolled", "noise"],
+)
+def test_log_probabilities_of_another_model_are_refused(setup, monkeypatch, change):  # trap: G17
+    planted(monkeypatch, change)
+    with pytest.raises(RunError, match=r"step 1: before any update.*Nothing was trained"):
+        check_sampler(setup)
+
+
+def test_a_temperature_on_one_side_only_is_refused(tmp_path, monkeypatch):  # trap: G5
+    setup = prepare(rewarded(tmp_path, reinforce={"temperature": 0.7}), root=tmp_path / "runs")
+    check_sampler(setup)
+    log_probs = draws.log_probs
+    monkeypatch.setattr(
+        draws, "log_probs", lambda model, batch, temperature, output: log_probs(model, batch, 1.0, output)
+    )
+    with pytest.raises(RunError, match="step 1"):  # trap: G5 planted
+        check_sampler(setup)
+    setup.drawing.close()
+
+
+def test_answers_are_drawn_by_the_weights_of_their_step(tmp_path, monkeypatch):  # trap: G3
+    sections = {"method": "full", "optim": {"lr": 0.03, "warmup": 0}}
+    setup = prepare(rewarded(tmp_path, **sections), root=tmp_path / "runs")
+    assert all(event.values["largest_mismatch"] < 1e-3 for event in training_steps(setup))
+    setup.drawing.close()
+    setup = prepare(rewarded(tmp_path, **sections), root=tmp_path / "runs")
+    groups, timing = setup.drawing.groups_of(setup, 1)
+    monkeypatch.setattr(setup.drawing, "groups_of", lambda state, step: (groups, timing))
+    with pytest.raises(AssertionError):  # trap: G3 planted: the answers of step 1 at every step
+        assert all(event.values["largest_mismatch"] < 1e-3 for event in training_steps(setup))
+    setup.drawing.close()
+
+
+def test_seeds_follow_from_prompt_step_and_copy(setup):  # trap: G21
+    rows = setup.sampler.rows(1)
+    of = partial(draws.seeds_of, setup.store, seed=0)
+    assert of(rows, step=1) == of(rows[::-1], step=1)[::-1]
+    every = [*of(rows, step=1), *of(rows, step=2), *draws.seeds_of(setup.store, rows, seed=1, step=1)]
+    assert len(set(every)) == 9
+    assert len(set(of([rows[0]] * 3, step=1))) == 3
+    with pytest.raises(AssertionError):  # trap: G21 planted: all steps draw alike
+        assert len({*of(rows, step=1), *of(rows, step=1)}) == 6
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.05])
+def test_the_reference_is_the_untouched_model_at_every_step(tmp_path, kl):  # trap: G23
+    setup = prepare(rewarded(tmp_path, reinforce={"kl": kl}, optim={"lr": 0.05}), root=tmp_path / "runs")
+    divergences = [event.values.get("kl") for event in training_steps(setup)]
+    setup.drawing.close()
+    if not kl:
+        assert divergences == [None] * 6
+        return
+    assert divergences[0] == pytest.approx(0.0, abs=1e-7)
+    assert max(divergences[3:]) > 1e-4
+    with pytest.raises(AssertionError):  # trap: G23 planted: a reference that moves along
+        assert divergences[5] == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"reinforce": {"grader": None}}, "reinforce.grader: is missing"),
+        ({"reinforce": {"temperature": 0.0}}, "greedy have no spread"),
+        ({"reinforce": {"samples": 1}}, "samples"),
+        ({"reinforce": {"kl": 0.1}, "method": "full"}, "reinforce.kl: 0.1: needs the untouched model"),
+        ({"method": {"dropout": 0.1}}, "dropout"),
+        ({"devices": 2}, "devices: 2"),
+        ({"task": "chat"}, "reinforce.grader: .*task chat has no grader"),
+        ({"data": {"columns": {"prompt": "number"}}}, "data.columns"),
+        ({"evaluation": {"surprising": 5}}, "evaluation.surprising"),
+        ({"evaluation": {"metric": "accuracy"}}, "There are: reward, pass_1, loss"),
+        ({"reinforce": {"max_new_tokens": 100_000}}, "leaves no room"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_way_out(tmp_path, sections, words):  # trap: G6
+    with pytest.raises(RecipeError, match=words):
+        prepare(rewarded(tmp_path, **sections), root=tmp_path / "runs")
+
+
+def test_a_grader_alone_says_the_task(tmp_path):
+    setup = prepare(rewarded(tmp_path, task="auto"), root=tmp_path / "runs")
+    setup.drawing.close()
+    assert setup.recipe.task == "reinforce"
+    assert setup.recipe.evaluation.metric == "reward"
+
+
+def test_a_prompt_that_leaves_no_room_for_answers_is_named(tmp_path):  # trap: G24
+    recipe = rewarded(tmp_path, data={"max_tokens": 60})
+    file = prompts(tmp_path / "prompts.jsonl", 12)
+    file.write_text(file.read_text() + json.dumps({"prompt": "a long one " * 80}) + "\n")
+    with pytest.raises(DataError) as refused:
+        prepare(recipe, root=tmp_path / "runs")
+    assert re.search(
+        r"prompts.jsonl:13: too_long: its prompt of \d+ tokens is longer than", str(refused.value.problems[0])
+    )
+    dropped = recipe.model_copy(update={"data": recipe.data.model_copy(update={"too_long": "drop"})})
+    setup = prepare(dropped, root=tmp_path / "runs")
+    setup.drawing.close()
+    assert setup.rows.skipped == 1
+    with pytest.raises(AssertionError):  # trap: G24 planted: it is cut
+        assert len(setup.store) == 13
+
+
+def test_models_whose_answers_cannot_be_drawn_together_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="packed rows, which this model does not run"):
+        prepare(rewarded(tmp_path, arch="bloom"), root=tmp_path / "runs")
+
+
+def test_an_edited_grader_is_another_run(straight, tmp_path):
+    folder, whole = straight
+    run = stopped(whole.recipe(), folder / "edited", 2)
+    (folder / "grader.py").write_text(DIGITS + "\n# edited\n")
+    try:
+        with pytest.raises(RunError, match="grader was"):
+            resume(run)
+    finally:
+        (folder / "grader.py").write_text(DIGITS)
+    same_run(resume(run), whole)
+
+
+def test_the_result_is_used_as_that_of_any_run(straight, tmp_path):
+    folder, run = straight
+    (line,) = tunesmith.predict(run, ["Hello there"], max_new_tokens=4)
+    assert isinstance(line["answer"], str)
+    with pytest.raises(InputError, match=r"tunesmith grade .*--model RUN"):
+        tunesmith.evaluate(run, folder / "prompts.jsonl")
+    assert (run.path / "adapter" / "adapter_model.safetensors").exists()
+    lines = (run.path / "rollouts" / "step-6.jsonl").read_text().splitlines()
+    assert len(lines) == 12
+    assert json.loads(lines[0]).keys() >= {"source", "sample", "text", "reward", "advantage", "ended", "tokens"}
+
+
+def test_a_plan_counts_the_answers_at_their_longest(tmp_path):
+    recipe = rewarded(tmp_path, reinforce={"streams": 6})
+    found = resolve_run(recipe, root=tmp_path / "runs")
+    assert found.forecast is not None, found.notes
+    duration = found.forecast.duration
+    assert duration is not None
+    # 6 steps of 12 answers, 6 at a time, and before and after 3 held-out prompts of 2 answers: 6 tokens each
+    assert duration.counts["answering"] == 6 * 6 * 2 + 2 * 6 * 1
+    assert duration.counts["training"] == 6
+    prompts_I = found.rows.store.lengths[found.rows.train_rows]
+    assert found.forecast.sampler.lengths_I.tolist() == np.repeat(prompts_I + 6, 4).tolist()
+    assert any("reinforce.max_new_tokens" in note for note in found.notes)
+
+
+def test_a_grader_in_python_is_a_function_of_a_file(tmp_path):
+    def inner(sample, item):
+        return 0.0
+
+    for grader in (inner, lambda sample, item: 0.0):
+        with pytest.raises(RecipeError, match="load them from a file"):
+            tunesmith.train("model", [{"prompt": "Hi"}], grader=grader, root=tmp_path)
+    assert _word_of(prompts) == f"{prompts.__code__.co_filename}:prompts"
+    assert file_of("a/grader.py:reward") == file_of("a/grader.py") == "a/grader.py"
+    assert file_of("grader.json") == "grader.json"
+
+
+def test_one_prompt_is_on_one_side_whatever_else_its_rows_say(tmp_path):
+    recipe = rewarded(tmp_path)
+    rows = [{"prompt": f"{i % 10} and more?", "answer": i} for i in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setup = prepare(recipe, root=tmp_path / "runs")
+    setup.drawing.close()
+    sides = [set(store.inputs[rows_I].tolist()) for store, rows_I in setup.rows.sides]
+    assert sides[0].isdisjoint(sides[1])
+    assert len(sides[1]) >= 2
+    seeds = draws.seeds_of(setup.store, [0, 10, 20], seed=0, step=1)
+    assert len(set(seeds)) == 3  # of one prompt, three times in a step
+
+
+def test_full_tuning_trains_embeddings_of_tokens_that_only_answers_have(tmp_path, monkeypatch):  # trap: G25
+    recipe = rewarded(tmp_path, method="full", train={"max_steps": 1})
+    setup = prepare(recipe, root=tmp_path / "runs")
+    next(training_steps(setup))
+    setup.drawing.close()
+    monkeypatch.setattr(methods, "attach", partial(attach_as_rows, methods.attach))
+    monkeypatch.setattr(setups, "attach", methods.attach)
+    planted = prepare(recipe, root=tmp_path / "runs")
+    with pytest.raises((AssertionError, ModelError)):  # trap: G25 planted: those of the prompts alone
+        next(training_steps(planted))
+    planted.drawing.close()
+
+
+def attach_as_rows(attach, recipe, model, **how):
+    """As for rows that have their answers: a recipe without a grader."""
+    plain = recipe.model_copy(update={"reinforce": recipe.reinforce.model_copy(update={"grader": None})})
+    return attach(plain, model, **how)
