@@ -15,7 +15,7 @@ from tunesmith.cli.display import PLAIN_WAIT_S, Live, Plain, Silent, display_for
 from tunesmith.cli.render import print_table
 from tunesmith.evaluation.metrics import info_of
 from tunesmith.evaluation.series import RunSeries
-from tunesmith.telling.words import headline_metric
+from tunesmith.summaries.words import headline_metric
 from tunesmith.types import Event
 
 ESCAPE = "\x1b"

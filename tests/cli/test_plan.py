@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tiny_run import chats, model_folder
 from tunesmith.cli.app import app
 from tunesmith.planning.forecast import WORK_KINDS
-from tunesmith.telling.words import forecast_facts, probe_facts
+from tunesmith.summaries.words import forecast_facts, probe_facts
 from tunesmith.training.probe import Found, Timed
 
 FORECAST = {

@@ -4,7 +4,7 @@ import pytest
 
 from tunesmith import phrases
 from tunesmith.cli import render
-from tunesmith.telling import words
+from tunesmith.summaries import words
 
 
 @pytest.mark.parametrize(

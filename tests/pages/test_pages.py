@@ -24,8 +24,8 @@ from tunesmith.pages.live import FollowedLog, curve_values
 from tunesmith.pages.rendering import environment
 from tunesmith.pages.site import Site
 from tunesmith.phrases import visible
-from tunesmith.telling import checks, words
-from tunesmith.telling.runs import facts, phase, time_left
+from tunesmith.summaries import checks, words
+from tunesmith.summaries.runs import facts, phase, time_left
 from tunesmith.types import Event
 
 RUN_PAGES = [f"/ui/runs/{name}{part}" for name in NAMES for part in ("", "/result")]

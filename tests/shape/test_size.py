@@ -34,7 +34,7 @@ ROOMS = {
     "serve": (2_700, "the engine's process and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_610, "what is learnt"),
-    "telling": (510, "what commands and pages say in the same words; nearly all of it was in cli"),
+    "summaries": (515, "what commands and pages say in the same words; nearly all of it was in cli"),
     "trackers": (750, "four experiment trackers"),
     "training": (4_720, "the loop, a run around it, and the answers that it draws"),
 }

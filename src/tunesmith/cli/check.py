@@ -20,7 +20,7 @@ from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import refuse_ranks
 from tunesmith.errors import DataError, InputError
 from tunesmith.phrases import plural, size, visible
-from tunesmith.telling import checks
+from tunesmith.summaries import checks
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check(
 
 def _show_rows(recipe: Recipe, lines: str, *, offline: bool, as_json: bool) -> None:
     """Print rows of the first file as the model reads them. Raises InputError for lines that are no range."""
-    from tunesmith.telling.rows import rows_as_read
+    from tunesmith.summaries.rows import rows_as_read
 
     first, _, last = lines.partition("-")
     if not (first.isdecimal() and (last or first).isdecimal()):

@@ -19,7 +19,7 @@ from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, one_line, plural, visible
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
-from tunesmith.telling.words import loss
+from tunesmith.summaries.words import loss
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tunesmith.cli.serve import StorePlace, check_extra, open_store
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, Stopped, TunesmithError
 from tunesmith.phrases import visible
-from tunesmith.telling.words import age
+from tunesmith.summaries.words import age
 from tunesmith.types import JsonObject
 
 if TYPE_CHECKING:

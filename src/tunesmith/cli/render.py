@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tunesmith.evaluation.metrics import VERDICTS, info_of, with_bounds
 from tunesmith.phrases import one_line, visible
-from tunesmith.telling.words import option, plan_facts, rows_and_targets
+from tunesmith.summaries.words import option, plan_facts, rows_and_targets
 from tunesmith.types import Record
 
 ACCENT, MUTED, TRAINED = "cyan", "bright_black", "bold green"

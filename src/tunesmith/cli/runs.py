@@ -23,8 +23,8 @@ from tunesmith.phrases import command, did_you_mean, plural, size, visible
 from tunesmith.runs import events
 from tunesmith.runs.folder import Run
 from tunesmith.runs.folder import runs as all_runs
-from tunesmith.telling.runs import facts, model_name, phase
-from tunesmith.telling.words import age, headline_metric, loss, took
+from tunesmith.summaries.runs import facts, model_name, phase
+from tunesmith.summaries.words import age, headline_metric, loss, took
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:

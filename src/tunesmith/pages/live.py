@@ -15,8 +15,8 @@ from tunesmith.pages.commands import look
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.events import Tail
 from tunesmith.runs.folder import Run
-from tunesmith.telling.runs import UNREADABLE, ending, facts, phase, time_left, unreadable
-from tunesmith.telling.words import choice_line, plan_facts, step_line
+from tunesmith.summaries.runs import UNREADABLE, ending, facts, phase, time_left, unreadable
+from tunesmith.summaries.words import choice_line, plan_facts, step_line
 from tunesmith.types import Event, JsonObject
 
 MOST_KEPT = 64

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from tunesmith import phrases
 from tunesmith.pages import pictures
 from tunesmith.serve.protocol import RequestError
-from tunesmith.telling import checks, words
-from tunesmith.telling.runs import model_name
+from tunesmith.summaries import checks, words
+from tunesmith.summaries.runs import model_name
 from tunesmith.version import __version__
 
 POLICY = (

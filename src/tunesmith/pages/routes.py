@@ -23,7 +23,7 @@ from tunesmith.phrases import command
 from tunesmith.recipe.docs import options
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.responses import REPORT_POLICY, error_response
-from tunesmith.telling.runs import UNREADABLE
+from tunesmith.summaries.runs import UNREADABLE
 
 ROWS_A_PAGE = 20
 STILL_POINTS = 300

@@ -11,7 +11,7 @@ from tunesmith.pages.commands import look
 from tunesmith.pages.live import LiveRuns
 from tunesmith.pages.starting import starting_runs
 from tunesmith.runs.folder import Run
-from tunesmith.telling.runs import UNREADABLE, facts, phase, time_left, unreadable
+from tunesmith.summaries.runs import UNREADABLE, facts, phase, time_left, unreadable
 from tunesmith.types import JsonObject
 
 PAGE = 50
