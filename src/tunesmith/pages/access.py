@@ -25,7 +25,7 @@ from tunesmith.serve.protocol import RequestError
 SESSION_S = 30 * 86_400
 MOST_SESSIONS = 100
 MOST_WRONG, WRONG_S = 5, 60.0
-"""Wrong keys that are looked at in so many seconds."""
+"""Wrong keys that are looked at, and in how many seconds."""
 OPEN = ("/ui/open", "/ui/login")
 """Paths that need no session: they lead to one."""
 ASSETS = "/ui/static/"

@@ -68,7 +68,7 @@ def divisor(tokens: Sequence[int], options: Reinforce) -> float:
 
 
 def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
-    """The value of `train.epochs: auto`: as many as make `UPDATES` steps of so many prompts, or once over all of them
+    """The value of `train.epochs: auto`: as many as make `UPDATES` steps of that size, or once over all of them
     if that is more."""
     per_step = min(REINFORCE.rows_per_step, prompts) if wanted == "auto" else int(wanted)
     steps = min(max(UPDATES, prompts // per_step), MOST_UPDATES)
