@@ -29,6 +29,7 @@ from tunesmith.evaluation.report.values import (
     kept_report,
     regressions,
     rows_of,
+    sample_text,
     summary,
 )
 from tunesmith.runs.folder import Run
@@ -230,6 +231,15 @@ def test_a_report_of_an_early_form_is_refused(tmp_path):
     run.write_json("report.json", {key: value for key, value in report.items() if key != "headline"})
     with pytest.raises(RunError, match="an early version wrote it"):
         kept_report(run)
+
+
+def test_a_report_from_before_chosen_from_still_has_its_sentences(tmp_path):
+    run, facts, progress = fake_run(tmp_path / "run", "chat")
+    report = write_report(run, facts, progress)
+    run.write_json("report.json", {key: value for key, value in report.items() if key != "chosen_from"})
+    kept = kept_report(run)
+    assert list(headline(kept)) == list(headline(report))
+    assert sample_text(kept) == sample_text(report)
 
 
 def test_the_headline_is_by_a_measure_that_both_sides_have():

@@ -163,3 +163,27 @@ def test_a_name_leads_nowhere_but_into_the_folder_of_runs(tmp_path: Path) -> Non
     for name in ("..%2Fx.jsonl", ".x.jsonl", "x.py"):
         assert client.put(f"/v1/local_files/{name}", content=b"{}", headers=OWN).status_code in (400, 404), name
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_sessions_end_with_their_file_and_two_servers_keep_those_of_each_other(tmp_path: Path) -> None:
+    first, second = site_in(tmp_path), site_in(tmp_path, port=8001)
+    clients = entered(first), entered(second)
+    assert clients[0].get("/ui/").status_code == 200
+    again = stranger(site_in(tmp_path))
+    again.cookies.set("tunesmith-8000", clients[0].cookies["tunesmith-8000"])
+    assert again.get("/ui/").status_code == 200, "the second server wrote the file, and did not forget the first one's"
+    (tmp_path / "runs" / ".ui" / "sessions.json").unlink()
+    assert [client.get("/ui/").status_code for client in clients] == [401, 401]
+
+
+def test_an_upload_without_its_length_takes_no_more_than_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = entered(site_in(tmp_path))
+    monkeypatch.setattr("tunesmith.pages.local_files.MOST_BYTES", 10)
+    answer = client.put("/v1/local_files/rows.jsonl", content=iter([b"x" * 8] * 3), headers={**OWN, "X-Tunesmith": "1"})
+    assert answer.status_code == 507
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+    assert client.put("/v1/local_files/rows.jsonl", content=b"{}", headers=OWN).json()["name"] == "rows.jsonl"
+    assert client.put("/v1/local_files/rows.jsonl", content=b"[]", headers=OWN).json()["name"] == "rows-2.jsonl"
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"{}"

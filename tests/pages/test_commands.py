@@ -57,6 +57,23 @@ def test_what_went_wrong_is_said_in_the_words_of_the_child(commands: Commands, p
     assert answer.error["message"] == message
 
 
+def test_a_failure_is_tried_again_after_a_while(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "model"
+    program = "import pathlib, sys; print('{\"ok\": true}') if pathlib.Path(sys.argv[1]).exists() else sys.exit('none')"
+    for _ in range(2):
+        answer = commands.ask(program, [str(place)])
+        assert answer.done.wait(20)
+        assert answer.error is not None
+        assert answer.error["message"] == "none"
+        place.touch()
+    monkeypatch.setattr("tunesmith.pages.commands.FAILED_AGE_S", 0.0)
+    answer = commands.ask(program, [str(place)])
+    assert answer.done.wait(20)
+    assert answer.values == {"ok": True}
+
+
 def test_children_end_with_their_server(commands: Commands) -> None:
     answer = commands.ask("import time; print('{}', flush=True); time.sleep(60)", [])
     assert not answer.done.is_set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -300,3 +302,57 @@ def test_a_plan_that_does_not_fit_cannot_be_started_and_says_why(
     assert "data-post" not in page
     assert '<button type="button" class="button" disabled>Start</button>' in page
     assert HOSTILE[0] in text
+
+
+def test_what_no_address_can_name_hides_nothing_else(tmp_path: Path) -> None:
+    fake_run(tmp_path / "runs" / "a-1")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text("{}")
+        (tmp_path / "runs" / os.fsdecode(b"caf\xe9-1")).mkdir()
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (tmp_path / "runs" / os.fsdecode(b"caf\xe9-1") / "run.json").write_text('{"format": 1, "created": 1.0}')
+    client = entered(site_in(tmp_path))
+    assert "a-1" in client.get("/ui/").text
+    assert "rows.jsonl" in client.get("/ui/data").text
+    assert [file["name"] for file in client.get("/v1/local_files").json()["files"]] == ["rows.jsonl"]
+    assert client.get(f"/v1/runs/{'a' * 300}").status_code == 404
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_run(tmp_path / "runs" / "a-1")
+    (tmp_path / "runs" / "theirs").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}")
+    stat = os.stat
+
+    def refusing(path: Any, *words: Any, **how: Any) -> os.stat_result:
+        if "theirs/" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *words, **how)
+
+    client = entered(site_in(tmp_path))
+    monkeypatch.setattr(os, "stat", refusing)
+    assert [row["name"] for row in client.get("/v1/runs").json()["runs"]] == ["a-1"]
+    assert [file["name"] for file in client.get("/v1/local_files").json()["files"]] == ["rows.jsonl"]
+
+
+def test_whoever_draws_a_curve_keeps_its_steps_while_the_log_is_read_on(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "a-1", num_steps=10)
+    log = FollowedLog(run).read()
+    drawn = iter(log.series.steps.items())
+    run.append(Event("step", 11, 0.0, {"loss": 0.5, "lr": 1e-4}, {"seconds": 1.0}))
+    log.read()
+    assert len(list(drawn)) == 10
+    assert len(log.series.steps) == 11
+
+
+def test_a_run_that_was_started_here_and_removed_is_not_listed_as_one_that_did_not_start(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "a-1")
+    for what in ("output", "lock"):
+        run.path.with_name(f".a-1.{what}").write_text("")
+    fresh.done("-m", "tunesmith", "runs", "rm", "a-1", "--runs", run.path.parent, "--yes")
+    assert site_in(tmp_path).run_list.page()["working"] == []

@@ -138,6 +138,8 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
         return
     for part in parts:
         remove_removable(part)
+        for what in ("output", "lock") if verb == "rm" else ():  # of a process that pages started
+            part.run.path.with_name(f".{part.run.path.name}.{what}").unlink(missing_ok=True)
     if as_json:
         removed = [{"path": str(part.path), "bytes": part.num_bytes} for part in parts]
         json_line({"kind": verb, "removed": removed, "bytes": total})

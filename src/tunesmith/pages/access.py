@@ -18,6 +18,7 @@ from pathlib import Path
 from starlette.requests import cookie_parser
 
 from tunesmith.errors import StorageError
+from tunesmith.pages.commands import look
 from tunesmith.runs.atomic import from_json, to_json, write_atomic
 from tunesmith.serve.middleware import ApiKeys, wrong_key
 from tunesmith.serve.protocol import RequestError
@@ -48,8 +49,13 @@ class Access:
     _sessions: dict[str, float] = field(default_factory=dict)
     """When each session began, by its digest."""
     _wrong: deque[float] = field(default_factory=deque)
+    _seen: object = None  # what the file was like when it was read or written
 
-    def __post_init__(self) -> None:
+    def _read(self) -> None:
+        """Take the sessions of the file where it is another one now: without it they have ended."""
+        if (now := look(self.file)) == self._seen:
+            return
+        self._seen, self._sessions = now, {}
         with suppress(OSError, ValueError, TypeError, AttributeError):
             known = from_json(self.file.read_bytes())
             self._sessions = {str(name): float(begun) for name, begun in known.items()}
@@ -87,6 +93,7 @@ class Access:
         return self._new_session()
 
     def _new_session(self) -> str:
+        self._read()  # another server may have added some
         token, now = secrets.token_urlsafe(32), time.time()
         alive = sorted(self._sessions.items(), key=lambda item: -item[1])[: MOST_SESSIONS - 1]
         self._sessions = {name: begun for name, begun in alive if now - begun < SESSION_S} | {_digest(token): now}
@@ -94,6 +101,7 @@ class Access:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self.file, to_json(self._sessions))
             self.file.chmod(0o600)
+            self._seen = look(self.file)
         return token
 
     async def admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> str:
@@ -109,6 +117,7 @@ class Access:
         return ""
 
     def _has_session(self, headers: Mapping[bytes, bytes]) -> bool:
+        self._read()
         cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
         digest, now = _digest(cookies.get(self.cookie, "")), time.time()
         begun = [at for name, at in self._sessions.items() if hmac.compare_digest(name, digest)]

@@ -117,7 +117,7 @@ def _add_data(router: APIRouter, site: Site) -> None:
         """The answer of `tunesmith check` on a file, or rows of it as they are read."""
         query = request.query_params
         path, first = site.files.find(query.get("file", "")), number(request, "from", 0, 10**9)
-        lines = (first, number(request, "to", first, 10**9)) if first else None
+        lines = (first, number(request, "to", first, first + 999)) if first else None
         return json_response(answer_values(site.check(path, query.get("model", ""), lines)))
 
     @router.get("/v1/plans")

@@ -27,6 +27,7 @@ class ChatEngine:
         self._task: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._used = time.monotonic()
+        self._beginning = asyncio.Lock()  # of two loads at once each would start an engine
         self.target = ""
         """The run that is loaded, or being loaded."""
         self.error = ""
@@ -45,14 +46,15 @@ class ChatEngine:
 
     async def load(self, target: str) -> None:
         """Begin to load a run with its base, in place of what is loaded."""
-        is_loading = self._task is not None and not self._task.done()
-        if target == self.target and (is_loading or self._engine is not None):
-            return
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self.target, self.error, self._used = target, "", time.monotonic()
-        self._task = asyncio.create_task(self._load(target))
+        async with self._beginning:
+            is_loading = self._task is not None and not self._task.done()
+            if target == self.target and (is_loading or self._engine is not None):
+                return
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+            self.target, self.error, self._used = target, "", time.monotonic()
+            self._task = asyncio.create_task(self._load(target))
 
     async def unload(self) -> None:
         """Give the memory back."""

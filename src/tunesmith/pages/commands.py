@@ -27,6 +27,7 @@ AT_ONCE = 2
 """Children that work at the same time; others wait."""
 AT_ONCE_S = 0.3
 """Seconds that a page waits for an answer before it shows that one is coming."""
+FAILED_AGE_S = 10.0  # then a failure is tried again: what it lacked may be there
 MOST_PROGRESS = 200
 BAD_INPUT = 2
 """Exit code of a check that refuses the data, and of a plan that does not fit: they have answers."""
@@ -71,10 +72,8 @@ class Commands:
         key = (module, tuple(words), tuple((str(path), look(path)) for path in files))
         with self._lock:
             answer = self._answers.pop(key, None)
-            answer = answer if answer is not None and time.monotonic() - answer.ended < age_s else None
-            is_new = answer is None
-            answer = answer or Answer(words)
-            self._answers[key] = answer
+            is_new = answer is None or time.monotonic() - answer.ended >= (FAILED_AGE_S if answer.error else age_s)
+            self._answers[key] = answer = answer if answer is not None and not is_new else Answer(words)
             while len(self._answers) > MOST_KEPT:
                 self._answers.popitem(last=False)
         if is_new:
@@ -131,8 +130,7 @@ def _take(answer: Answer, code: int, printed: bytes, errors: bytes) -> None:
 
 def look(path: Path) -> tuple[int, int] | None:
     """Time and size of a file, by which it is taken to be the same; None without it."""
-    try:
+    with contextlib.suppress(OSError):
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
+        return status.st_mtime_ns, status.st_size
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,7 @@ class FollowedLog:
         with self._lock:
             if self.problem:
                 return self
+            self.series.steps = dict(self.series.steps)  # who draws a curve at this moment goes on with the old one
             try:
                 for event in self._tail.read():
                     self.series.add(event)
@@ -81,23 +83,21 @@ class LiveRuns:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._logs: OrderedDict[tuple[str, float], FollowedLog] = OrderedDict()
+        self._logs: OrderedDict[tuple[str, object], FollowedLog] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Run | None:
         """The run of that name; None: there is none. A name leads nowhere but into the folder of runs."""
         if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
             return None
-        run = Run(self.root / name)
-        return run if (run.path / "run.json").is_file() else None
+        with suppress(OSError, UnicodeError):  # a folder that may not be read, or a name that no address can hold
+            name.encode()
+            return Run(self.root / name) if (self.root / name / "run.json").is_file() else None
+        return None
 
     def log(self, run: Run) -> FollowedLog:
         """The log of a run, up to date."""
-        try:
-            made = (run.path / "run.json").stat().st_mtime
-        except OSError:
-            made = 0.0
-        key = (run.path.name, made)
+        key = (run.path.name, look(run.path / "run.json"))
         with self._lock:
             log = self._logs.pop(key, None) or FollowedLog(run)
             self._logs[key] = log
@@ -165,8 +165,6 @@ def curve_values(series: RunSeries, points: int = MOST_POINTS, first: int = 0, l
 
 def _finite(value: Any) -> float | None:
     """The number, or None for what JSON and a curve have no place for."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if abs(number) < 1e300 else None
+    with suppress(TypeError, ValueError):
+        return float(value) if abs(float(value)) < 1e300 else None
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -38,8 +39,9 @@ class LocalFiles:
         """Files of rows, newest first: {name, path, bytes, time}."""
         listed: list[Any] = []
         for path in self._walk():
-            if path.name.lower().endswith(ROWS) and not (path.parent / "config.json").exists():
-                with contextlib.suppress(OSError):
+            if path.name.lower().endswith(ROWS) and not os.path.exists(path.parent / "config.json"):
+                with contextlib.suppress(OSError, UnicodeError):  # gone, or a name that no address can hold
+                    self._name(path).encode()
                     status = path.stat()
                     size, time = status.st_size, status.st_mtime
                     listed.append({"name": self._name(path), "path": str(path), "bytes": size, "time": time})
@@ -80,7 +82,7 @@ class LocalFiles:
                     yield Path(place) / name
 
     def _is_runs(self, path: Path) -> bool:
-        return path.absolute() == self._runs or (path / "run.json").exists()
+        return path.absolute() == self._runs or os.path.exists(path / "run.json")
 
     async def receive(self, name: str, request: Request) -> JsonObject:
         """Store the body of a request as a new file of that name; a name that is taken gets a number.
@@ -91,14 +93,17 @@ class LocalFiles:
             raise RequestError(f"{name[:100]!r}: is no name for a file.", param="name")
         if not name.lower().endswith(ROWS):
             raise RequestError(f"{name[:100]}: rows are in files that end in {', '.join(ROWS)}.", param="name")
-        num_bytes = int(request.headers.get("content-length") or 0)
-        if num_bytes > min(MOST_BYTES, free_bytes(self.folder) - KEPT_FREE):
+        room = min(MOST_BYTES, free_bytes(self.folder) - KEPT_FREE)
+        if int(request.headers.get("content-length") or 0) > room:
             raise RequestError(f"{name}: the disk has no room for it.", status=507, code="storage")
         temporary = self.folder / f"{TEMPORARY}{os.getpid()}-{id(request):x}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 async for piece in request.stream():
+                    room -= len(piece)
+                    if room < 0:  # it came without its length
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     file.write(piece)
             path = self._link(temporary, name)
         except (OSError, StorageError) as error:
@@ -114,6 +119,7 @@ class LocalFiles:
         for number in range(1, 1000):
             path = self.folder / (name if number == 1 else f"{first}-{number}{dot}{rest}")
             with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
+                path.open("xb").close()
+                os.replace(temporary, path)  # a link is not known to every file system
                 return path
         raise RequestError(f"{name}: a thousand files have that name.", status=409, code="conflict")

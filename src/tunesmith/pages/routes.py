@@ -108,7 +108,7 @@ def _add_entrance(router: APIRouter, site: Site) -> None:
         return asset_response(digest, name)
 
     @router.get("/ui/open")
-    def open_link(request: Request) -> Response:
+    async def open_link(request: Request) -> Response:
         token = site.access.open_link(request.query_params.get("code", ""))
         if token is None:
             message = "This link was opened before, or another server made it. A link is good once."
@@ -188,6 +188,7 @@ def _not_started(site: Site, name: str, request: Request) -> Response:
     row = next((row for row in starting.starting_runs(site.root) if row["name"] == name), None)
     if row is None:
         site.find(name)
+        return RedirectResponse(request.url.path, 303)  # it has its folder by now
     return page(request, "not_started.html", run=row, as_command="", **_common("/v1/runs"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from tunesmith.pages.commands import look
@@ -51,12 +52,9 @@ class RunList:
         """Names of all run folders, newest first."""
         present: dict[str, float] = {}
         for name in _folders(self._runs.root):
-            created = self._created.get(name)
-            if created is None:
-                created = self._made(name)
-                if created is None:
-                    continue
-            present[name] = created
+            created = self._created.get(name) or self._made(name)
+            if created is not None:
+                present[name] = created
         self._created = present
         return sorted(present, key=lambda name: (-present[name], name))
 
@@ -101,8 +99,5 @@ class RunList:
 
 
 def _folders(root: Path) -> Iterator[str]:
-    try:
-        with os.scandir(root) as entries:
-            yield from (entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())
-    except OSError:
-        return
+    with suppress(OSError), os.scandir(root) as entries:
+        yield from (entry.name for entry in entries if entry.name[0] != "." and entry.is_dir())

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from tunesmith.errors import RunError, StorageError
+from tunesmith.errors import RunError
 from tunesmith.phrases import command, listed
 from tunesmith.runs import atomic, events
 from tunesmith.types import Event, JsonObject, Record
@@ -329,8 +329,10 @@ class Run:
 
     def note_progress(self, what: str, done: int, total: int) -> None:
         """Say how far a phase is; a full disk does not end the run for it."""
-        with suppress(StorageError):
-            self.write_json("progress.json", {"what": what, "done": done, "total": total, "time": time.time()})
+        note, temporary = {"what": what, "done": done, "total": total}, self.path / f"{atomic.TEMPORARY}progress"
+        with suppress(OSError):  # without a sync: twice a second it would hold the run up
+            temporary.write_bytes(atomic.to_json({**note, "time": time.time()}))
+            os.replace(temporary, self.path / "progress.json")
 
     def events(self) -> Iterator[Event]:
         """Every event so far, oldest first; see events.read."""

@@ -351,7 +351,7 @@ def headline(report: Record) -> Iterator[str]:
     if baseline is not None:
         sentence = baseline_sentence(after["measures"], baseline)
         yield f"{where}{sentence}." if before is None and baseline["key"] == key else f"{capitalized(sentence)}."
-    if report["chosen_from"] > 1:
+    if report.get("chosen_from", 0) > 1:
         num = report["chosen_from"]
         yield f"These very rows chose the step, as the best of {num}, which flatters it a little."
     yield from _one_answer(report)
@@ -416,7 +416,7 @@ def sample_text(report: Record) -> str:
     parts += [f"{plural(after['answers'], 'answer')}"] if "answers" in after else []
     parts += [f"{after['general_tokens']:,} tokens of general text"] if "general_tokens" in after else []
     fair = f"{overlap}: that flatters the tuned model" if overlap else "Nothing was trained on these rows"
-    if report["chosen_from"] > 1:
+    if report.get("chosen_from", 0) > 1:
         fair += ", but they chose the step: `tunesmith eval RUN FILE` with rows of neither file is free of that"
     return f"Counted on {', '.join(parts)}. {fair}."
 

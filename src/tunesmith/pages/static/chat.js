@@ -3,7 +3,7 @@
 import {act, failure, say} from "./page.js";
 
 const at = id => document.getElementById(id);
-const talk = at("talk"), form = at("ask"), text = at("text"), stop = at("stop"), send = at("send");
+const talk = at("talk"), form = at("ask"), text = at("text"), stop = at("stop"), send = at("send"), again = at("again");
 let models = [], running = null, histories = new Map();
 
 function make(name, className, content = "") {
@@ -90,6 +90,7 @@ async function ask() {
   running = new AbortController();
   send.disabled = true;
   stop.disabled = false;
+  again.disabled = true; // its end would put this talk into the new one
   text.value = "";
   const turn = make("div", "two plain");
   talk.append(make("div", "ask-bubble", prompt), turn);
@@ -112,6 +113,7 @@ async function ask() {
   running = null;
   send.disabled = false;
   stop.disabled = true;
+  again.disabled = false;
   text.focus();
   form.scrollIntoView({block: "nearest"});
 }
@@ -130,7 +132,7 @@ if (form) {
     else if (event.key === "Escape") running?.abort();
   });
   stop.addEventListener("click", () => running?.abort());
-  at("again").addEventListener("click", begin);
+  again.addEventListener("click", begin);
 }
 
 const choose = at("choose");

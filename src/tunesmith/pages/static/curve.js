@@ -117,6 +117,11 @@ function island(figure) {
   addEventListener("themechange", repaint);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   load().catch(() => {});
+  let wasLive = figure.dataset.live;
+  figure.addEventListener("island:fresh", () => { // the last points come with the end
+    if (wasLive && !figure.dataset.live) load().catch(() => {});
+    wasLive = figure.dataset.live;
+  });
   setInterval(() => {
     if (figure.isConnected && !document.hidden && figure.dataset.live) load().catch(() => {});
   }, EVERY_MS);
