@@ -21,6 +21,7 @@ from evaluation.fake_runs import HOSTILE, fake_run
 from pages.sites import NAMES, ODD, OWN, answered, entered, fork_children, put_states, run_of, site_in
 from tiny_run import chats, model_folder
 from tunesmith.evaluation.series import RunSeries
+from tunesmith.pages import pictures
 from tunesmith.pages.commands import Answer
 from tunesmith.pages.live import FollowedLog, curve_values
 from tunesmith.pages.rendering import environment
@@ -356,3 +357,13 @@ def test_a_run_that_was_started_here_and_removed_is_not_listed_as_one_that_did_n
         run.path.with_name(f".a-1.{what}").write_text("")
     fresh.done("-m", "tunesmith", "runs", "rm", "a-1", "--runs", run.path.parent, "--yes")
     assert site_in(tmp_path).run_list.page()["working"] == []
+
+
+def test_every_held_out_loss_is_in_the_picture() -> None:
+    steps = list(range(1, 401))
+    losses = [1 + 1 / step for step in steps]
+    columns = {"step": steps, "mean": losses, "low": losses, "high": losses}
+    values = {"training": columns, "held_out": [[0, 9.0], [200, 1.5], [400, 1.2]], "steps": 400, "width": 1}
+    heights = [float(height) for height in re.findall(r'cy="([^"]+)"', pictures.curve(values))]
+    assert len(heights) == 3
+    assert all(0 < height < pictures.HEIGHT for height in heights)

@@ -98,7 +98,7 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
         threading.Thread(target=site.run_list.page, daemon=True).start()  # so that the first page is there at once
         _say(bound, link, output)
         if opens_browser:
-            webbrowser.open(link)
+            threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()  # some wait for their browser
         try:
             server = http.HttpServer(app, site.engine, grace_s=GRACE_S, should_stop=should_stop)
             asyncio.run(server.serve([bound.socket]))

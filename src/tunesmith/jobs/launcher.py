@@ -23,6 +23,7 @@ from tunesmith.types import JsonObject
 
 NICE = 10
 """Lower priority than the engine, so that answers do not wait for training."""
+MOST_LAST = 2**26  # bytes at the end of what a child printed that are looked at
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class ChildProcess:
 
     def printed(self) -> JsonObject | None:
         """The last line that it printed, as JSON; None: it printed none, or was killed."""
-        with suppress(OSError, ValueError):
-            last = _beside(self.run, "output").read_bytes().strip().rpartition(b"\n")[2]
+        with suppress(OSError, ValueError), open(_beside(self.run, "output"), "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_LAST))  # a run prints every event
+            last = file.read().strip().rpartition(b"\n")[2]
             message: JsonObject = orjson.loads(last)
             return message
         return None

@@ -45,7 +45,7 @@ def curve(values: Record) -> Markup:
     losses = [loss for _, loss in (*mean, *held_out)]
     if len(losses) < 2:
         return Markup("")
-    bottom, top = _bounds(losses)
+    bottom, top = _bounds(losses, [loss for _, loss in held_out])
     scale = _Scale(max([values["steps"], *(step for step, _ in mean)], default=1) or 1, bottom, top)
     parts = [_axes(scale)]
     if values["width"] > 1:
@@ -84,10 +84,10 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [round(number * step, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _bounds(losses: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest loss of the picture, without the few highest: one of them would flatten the rest."""
+def _bounds(losses: Sequence[float], held_out: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest loss of the picture, without the few highest of training, which would flatten it."""
     ordered = sorted(losses)
-    low, high = ordered[0], ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))]
+    low, high = ordered[0], max([ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))], *held_out])
     room = 0.06 * (high - low) or 0.5
     return low - room, high + room
 

@@ -25,7 +25,8 @@ function island(figure) {
     const [, , , mean, held] = columns();
     const losses = [...mean, ...held].filter(loss => loss !== null).sort((a, b) => a - b);
     if (!losses.length) return [0, 1];
-    const low = losses[0], high = losses[Math.min(losses.length - 1, Math.floor(0.995 * losses.length))];
+    const most = losses[Math.min(losses.length - 1, Math.floor(0.995 * losses.length))];
+    const low = losses[0], high = Math.max(most, ...held.filter(loss => loss !== null));
     const room = 0.06 * (high - low) || 0.5;
     return [low - room, high + room];
   }
