@@ -116,6 +116,16 @@ def test_a_page_of_the_server_and_a_program_with_a_key_act(tmp_path: Path) -> No
     assert program.post("/v1/runs/a-1/stop", json={}, headers=bearer).status_code == 409
 
 
+def test_a_page_of_another_port_starts_nothing_by_reading(tmp_path: Path) -> None:
+    client = entered(site_in(tmp_path))
+    elsewhere = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}
+    assert client.get("/v1/checks", params={"file": "rows.jsonl"}, headers=elsewhere).status_code == 403
+    follows = {**elsewhere, "Sec-Fetch-Mode": "navigate"}
+    assert client.get("/ui/new", headers=follows).status_code == 403
+    assert client.get("/ui/", headers=follows).status_code == 200
+    assert client.get("/ui/new", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+
+
 def test_a_foreign_host_gets_nothing(tmp_path: Path) -> None:
     client = entered(site_in(tmp_path))
     assert client.get("/ui/", headers={"Host": "evil.example"}).status_code == 403

@@ -31,6 +31,8 @@ OPEN = ("/ui/open", "/ui/login")
 """Paths that need no session: they lead to one."""
 ASSETS = "/ui/static/"
 READING = ("GET", "HEAD")
+WORKING = ("/v1/", "/ui/new", "/ui/data")
+"""Paths that start processes though they are read: a page of another port leads to none."""
 
 
 def _digest(text: str) -> str:
@@ -112,7 +114,9 @@ class Access:
             return ""
         if not self._has_session(headers):
             raise wrong_key("This server needs a session: open the link that `tunesmith ui` printed, or give a key.")
-        if method not in READING:
+        site, mode = headers.get(b"sec-fetch-site", b""), headers.get(b"sec-fetch-mode", b"")
+        is_led = site in (b"same-site", b"cross-site") and (mode != b"navigate" or path.startswith(WORKING))
+        if method not in READING or is_led:
             _refuse_foreign(headers)
         return ""
 
@@ -120,13 +124,11 @@ class Access:
         self._read()
         cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
         digest, now = _digest(cookies.get(self.cookie, "")), time.time()
-        begun = [at for name, at in self._sessions.items() if hmac.compare_digest(name, digest)]
-        return any(now - at < SESSION_S for at in begun)
+        return any(now - at < SESSION_S and hmac.compare_digest(name, digest) for name, at in self._sessions.items())
 
 
 def _refuse_foreign(headers: Mapping[bytes, bytes]) -> None:
-    """Raise RequestError unless a page of this server acts. Another port of this machine is the same site and gets the
-    cookie, so the `Origin` alone tells them apart."""
+    """Raise RequestError unless a page of this server acts. Other ports are the same site, so `Origin` tells apart."""
     host = headers.get(b"host", b"").lower()
     is_own = headers.get(b"origin", b"").lower() in (b"http://" + host, b"https://" + host)
     is_same = headers.get(b"sec-fetch-site", b"same-origin") == b"same-origin"
