@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -29,8 +30,9 @@ from tunesmith.errors import (
 from tunesmith.generation import drawing as drawing_module
 from tunesmith.graders.grade import Grade
 from tunesmith.parallel.world import Place, World
+from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
-from tunesmith.runs.folder import runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.policy_losses import COLUMNS
 from tunesmith.training import draw as draws
 from tunesmith.training import setup as setups
@@ -583,3 +585,15 @@ def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, 
     with pytest.raises(OutOfMemoryError, match=r"Fewer reinforce\.samples.*Saved: step 2.*start a new run") as error:
         train(rewarded(tmp_path), root=tmp_path / "runs")
     assert "tokens_per_pass" not in str(error.value)
+
+
+def test_the_recipe_of_a_moved_run_names_its_grader_where_it_is_now(straight, tmp_path):
+    folder, whole = straight
+    shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("stopped-*", "edited", "planted"))
+    (folder / "grader.py").rename(folder / "hidden.py")
+    try:
+        recipe = Run.open(str(tmp_path / "moved" / whole.path.relative_to(folder))).recipe()
+    finally:
+        (folder / "hidden.py").rename(folder / "grader.py")
+    assert recipe.reinforce.grader == str(folder / "grader.py")
+    assert moved_to(recipe).reinforce.grader == str(tmp_path / "moved" / "grader.py")
