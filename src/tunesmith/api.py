@@ -25,6 +25,7 @@ from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.metrics import refuse_no_answers
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.export.export_run import Exported
+from tunesmith.graders.child import MODULE
 from tunesmith.inference.load import load_any, load_run
 from tunesmith.inference.measure import evaluate_file
 from tunesmith.inference.predict import Predictor, predict_list
@@ -108,6 +109,8 @@ def train(
 
 
 def _graded_by(grader: Any, options: Record) -> JsonObject:
+    if MODULE in sys.modules:  # else each process of the grader would start one more, without end
+        raise RecipeError("grader: its file trains when it is loaded. Do that below `if __name__ == '__main__':`")
     return {} if grader is None else {"reinforce": {**options, "grader": _word_of(grader)}}
 
 

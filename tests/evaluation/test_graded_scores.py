@@ -88,3 +88,12 @@ def test_a_reward_that_rose_by_something_else_is_noted(after, words):
 
 def test_a_reward_that_rose_by_better_answers_is_not_noted():
     assert list(graded_notes(measures(), measures(reward=0.9, answer_tokens=22.0, ended=0.97))) == []
+
+
+def test_a_number_that_one_side_has_alone_is_not_compared():
+    before = [row(n, 0.0, 0.5, part=0.25, rare=1.0) for n in range(4)]
+    after = [row(n, 0.5, 1.0, part=0.75) for n in range(4)]
+    for sides in ((before, after), (after, before)):
+        compared = compare_rows(*sides)
+        assert "score rare" not in compared.metrics
+        assert {"reward", "score part"} <= compared.metrics.keys()

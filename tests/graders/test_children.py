@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from graders.graders import function_in, grades, plant
+from tunesmith.errors import InputError
 from tunesmith.graders import pool as pools
 from tunesmith.graders import schema
 from tunesmith.graders.children import Children
@@ -258,3 +259,38 @@ def test_a_key_without_the_files_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
     plant(monkeypatch, "c._own_files = lambda file: {}")
     with pytest.raises(AssertionError):
         an_edited_helper_counts(tmp_path)
+
+
+def test_a_grader_that_is_edited_while_it_grades_has_no_further_process(tmp_path: Path) -> None:
+    """A process that takes the place of one that was ended loads the file as it is then."""
+    children = Children(function_in(tmp_path, "def grade(sample, item):\n    return 0.25\n"))
+    children._idle.get_nowait()  # at work on another grade
+    (tmp_path / "grader.py").write_text("def grade(sample, item):\n    return 0.75\n")
+    with pytest.raises(GradeError, match="edited meanwhile"):
+        children.ask({"sample": {}, "item": {}, "seed": 0})
+    children.close()
+
+
+def test_grades_that_wait_end_with_the_pool(tmp_path: Path) -> None:
+    pool = Pool(function_in(tmp_path, "import time\ndef grade(sample, item):\n    time.sleep(60)\n"), at_once=1)
+    grades = [pool.submit(Answer(str(n)), {}) for n in range(3)]
+    begun = time.monotonic()
+    pool.close()
+    assert all(grade.cancelled() for grade in grades[1:])
+    pool._threads.shutdown(wait=True)
+    assert time.monotonic() - begun < 10
+    assert all(child._process.poll() is not None for child in pool.children[""]._all)
+
+
+def test_a_file_that_trains_when_it_is_loaded_is_no_grader(tmp_path: Path) -> None:
+    """Each process of the grader would load it and train, and start one more."""
+    text = f"""
+import tunesmith
+
+def grade(sample, item):
+    return 0.5
+
+tunesmith.train("model", [{{"prompt": "Hi"}}], grader=grade, root={str(tmp_path)!r})
+"""
+    with pytest.raises(InputError, match="trains when it is loaded"):
+        Children(function_in(tmp_path, text))

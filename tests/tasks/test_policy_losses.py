@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
+from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.recipe.schema import Train
 from tunesmith.tasks.policy_losses import CLIPS, token_losses
-from tunesmith.tasks.reinforce import advantages, divisor
+from tunesmith.tasks.reinforce import advantages, divisor, epochs_of
 
 ROWS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
 """Three answers, of 3, 2 and 4 tokens."""
@@ -182,3 +184,14 @@ def test_a_group_that_lost_an_answer_leaves_others_as_they_are():  # trap: G10
 
 def test_a_group_of_one_answer_teaches_nothing():
     assert advantages([[5.0], []], Reinforce(baseline="leave_one_out")) == [[0.0], []]
+
+
+@pytest.mark.parametrize(
+    ("per_step", "prompts", "steps"),
+    [("auto", 9, 100), (64, 10, 100), ("auto", 150, 100), (8, 1_601, 201), ("auto", 100_000, 500), ("auto", 3, 100)],
+)
+def test_epochs_make_as_many_updates_as_are_said(per_step, prompts, steps):
+    epochs, why = epochs_of(per_step, prompts)
+    size = 8 if per_step == "auto" else per_step
+    assert total_steps(Train(epochs=epochs), -(-prompts // size)) == steps
+    assert why.startswith(f"{steps:,} updates of ")

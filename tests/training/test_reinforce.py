@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -17,16 +18,27 @@ from tiny_run import same_run, stopped
 from tunesmith import methods
 from tunesmith.api import _word_of
 from tunesmith.data.answers import AnswerStore
-from tunesmith.errors import DataError, InputError, ModelError, RecipeError, RunError, UngradedError
+from tunesmith.errors import (
+    DataError,
+    InputError,
+    ModelError,
+    OutOfMemoryError,
+    RecipeError,
+    RunError,
+    UngradedError,
+)
 from tunesmith.generation import drawing as drawing_module
 from tunesmith.graders.grade import Grade
+from tunesmith.parallel.world import Place, World
+from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
-from tunesmith.runs.folder import runs
+from tunesmith.runs.folder import Run, runs
 from tunesmith.tasks.policy_losses import COLUMNS
 from tunesmith.training import draw as draws
 from tunesmith.training import setup as setups
 from tunesmith.training.check_sampler import check_sampler
 from tunesmith.training.loop import training_steps
+from tunesmith.training.probe import Found, measure
 from tunesmith.training.resolve import resolve_run
 from tunesmith.training.setup import prepare
 from tunesmith.training.step import compute_gradients
@@ -509,3 +521,86 @@ def attach_as_rows(attach, recipe, model, **how):
     """As for rows that have their answers: a recipe without a grader."""
     plain = recipe.model_copy(update={"reinforce": recipe.reinforce.model_copy(update={"grader": None})})
     return attach(plain, model, **how)
+
+
+def test_a_first_step_that_is_hardly_graded_ends_the_run_before_its_grades_are_kept(tmp_path):
+    """A resumed run would find them, and end again."""
+    away = tmp_path / "away"
+    away.touch()
+    grader = f"""
+import os
+
+def grade(sample, item):
+    if os.path.exists({str(away)!r}) and item["number"] != 0:
+        raise OSError("the judge is away")
+    return len(sample["output_text"]) / 100
+"""
+    recipe = rewarded(tmp_path, grader=grader)
+    with pytest.raises(UngradedError, match="the judge is away"):
+        train(recipe, root=tmp_path / "runs")
+    (run,) = runs(tmp_path / "runs")
+    assert not (run.path / "grades.jsonl").exists()
+    away.unlink()
+    assert len(steps_of(resume(run))) == 6
+
+
+def test_two_groups_of_one_prompt_have_their_own_advantages(setup, tmp_path):
+    group = setup.drawing.groups_of(setup, 1)[0][0]
+
+    def rewarded_by(*rewards: float) -> draws.Group:
+        grades = [replace(grade, reward=reward) for grade, reward in zip(group.grades, rewards, strict=True)]
+        return replace(group, grades=grades, rewards=rewards)
+
+    setup.drawing.folder = tmp_path / "rollouts"
+    setup.drawing._write([rewarded_by(0, 0, 0, 1), rewarded_by(1, 0, 0, 0)], setup.store, 1)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-1.jsonl").read_text().splitlines()]
+    assert [line["advantage"] for line in lines] == [-0.25, -0.25, -0.25, 0.75, 0.75, -0.25, -0.25, -0.25]
+
+
+def test_several_processes_are_refused_where_the_grader_alone_says_the_task(tmp_path):
+    world = World(Place(rank=0, size=2))
+    with pytest.raises(RecipeError, match="task reinforce trains on one device"):
+        resolve_run(rewarded(tmp_path, task="auto"), root=tmp_path / "runs", world=world)
+
+
+def test_a_probe_comes_to_its_end(setup, tmp_path):
+    """Its held-out rows are several prompts, of which nothing is to be learnt."""
+    found = Found()
+    list(measure(setup, tmp_path, found))
+    assert found.steps
+    assert {"saving", "finishing"} <= set(found.work)
+
+
+def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, monkeypatch):
+    real, calls = draws.draw_answers, []
+
+    def lacking(decoder, asked, seeds, how, *, on_answers):
+        calls.append(how)
+        if len(calls) < 4:  # step 1, held-out prompts, step 2
+            return real(decoder, asked, seeds, how, on_answers=on_answers)
+        monkeypatch.setattr("tunesmith.generation.drawing._drawn", lambda scheduler, requests: ())
+        return real(decoder, asked, seeds, how, on_answers=on_answers)
+
+    monkeypatch.setattr(draws, "draw_answers", lacking)
+    with pytest.raises(OutOfMemoryError, match=r"Fewer reinforce\.samples.*Saved: step 2.*start a new run") as error:
+        train(rewarded(tmp_path), root=tmp_path / "runs")
+    assert "tokens_per_pass" not in str(error.value)
+
+
+def test_the_recipe_of_a_moved_run_names_its_grader_where_it_is_now(straight, tmp_path):
+    folder, whole = straight
+    shutil.copytree(folder, tmp_path / "moved", ignore=shutil.ignore_patterns("stopped-*", "edited", "planted"))
+    (folder / "grader.py").rename(folder / "hidden.py")
+    try:
+        recipe = Run.open(str(tmp_path / "moved" / whole.path.relative_to(folder))).recipe()
+    finally:
+        (folder / "hidden.py").rename(folder / "grader.py")
+    assert recipe.reinforce.grader == str(folder / "grader.py")
+    assert moved_to(recipe).reinforce.grader == str(tmp_path / "moved" / "grader.py")
+
+
+def test_prompts_are_tried_for_numbers_that_are_too_large(setup):
+    assert not setups._overflows(setup, was_chosen=True)
+    with torch.no_grad():
+        next(setup.model.parameters()).fill_(float("inf"))
+    assert setups._overflows(setup, was_chosen=True)

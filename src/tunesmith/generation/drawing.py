@@ -100,7 +100,7 @@ def draw_answers(
             lengths = [len(prompts[i]) for i in failed]
             raise OutOfMemoryError(
                 f"out of memory while {how.num} answers of up to {how.max_new_tokens:,} tokens were drawn to a prompt "
-                f"of {max(lengths):,}.",
+                f"of {max(lengths):,}. Fewer reinforce.samples or reinforce.max_new_tokens take less.",
                 step=0,
                 lengths=lengths,
                 peak=peak_memory_bytes(decoder.model.device),

@@ -44,6 +44,7 @@ FILE_BYTES = 64 * 2**20
 """Largest file that a grade may write."""
 MOST_TRACE = 2000
 """Characters of a traceback."""
+MODULE = "tunesmith_grader"  # name of the module that a grader's file becomes
 _SUBREAPER, _DEATH_SIGNAL, _NEW_USER, _NEW_NET = 36, 1, 0x10000000, 0x40000000
 """Linux: prctl.h and sched.h."""
 
@@ -99,7 +100,7 @@ def _loaded(given: Mapping[str, Any]) -> Work | None:
         return lambda request: grade_text(grader, request["sample"], request["item"])
     file = Path(given["file"])
     sys.path.insert(0, str(file.parent))
-    module = _module("tunesmith_grader", file)
+    module = _module(MODULE, file)
     function = getattr(module, given["function"], None)
     if not callable(function):
         raise LookupError(f"{file.name} has no function {given['function']}")

@@ -53,6 +53,9 @@ class Children:
         except queue.Empty:
             child = _Child(self._grader)
             self._all.append(child)
+        if child.files != self.files:
+            child.end()
+            raise GradeError("died", f"{_place(self._grader)}: its files were edited meanwhile, or its run has ended")
         try:
             answer = child.ask(request, self._grader.seconds * times + STARTING_GRACE_S)
         except GradeError:
@@ -67,6 +70,7 @@ class Children:
 
     def close(self) -> None:
         """End all processes, also those at work."""
+        self.files = {"": "closed"}  # which no process has: a grade under way gets none
         for child in list(self._all):  # a grade that ends so takes its own out
             child.end()
 

@@ -48,6 +48,8 @@ class Pool:
             texts.refuse_lacking(part)
             if isinstance(part, schema.ScoreModel):
                 judge.key_of(part)
+        has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
+        self._threads = ThreadPoolExecutor(at_once or (JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)))
         self.children: dict[str, Children] = {}
         try:
             for name, part in self._parts.items():
@@ -56,9 +58,6 @@ class Pool:
         except BaseException:
             self.close()
             raise
-        has_judge = any(isinstance(part, schema.ScoreModel) for part in self._parts.values())
-        usual = JUDGED_AT_ONCE if has_judge else max(1, num_cpus() - 1)
-        self._threads = ThreadPoolExecutor(at_once or usual)
         files = {name: sorted(child.files.values()) for name, child in self.children.items()}
         self.identity = _digest([without_places(grader.model_dump(mode="json")), files])
         """SHA-256 of the grader and of the files of its code, wherever these are."""
@@ -71,6 +70,7 @@ class Pool:
         self.close()
 
     def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for child in self.children.values():
             child.close()
 

@@ -275,7 +275,7 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
 def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
     if TASKS[resolved(recipe.task)].samples:
-        return epochs_of(recipe.train.rows_per_step, rows)
+        return epochs_of(recipe.train.rows_per_step, facts.rows_per_epoch or rows)
     sooner = "; train.max_steps can end it sooner" if recipe.train.max_steps else ""
     task = TASKS[resolved(recipe.task)]
     if task.learns_classes and not task.is_chat:  # a number for an answer is learnt by heart soon

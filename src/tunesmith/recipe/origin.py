@@ -104,4 +104,5 @@ def moved_to(recipe: Recipe) -> Recipe:
         for side in ("train", "eval", "replay")
     }
     data = data.model_copy(update={**sides, "template": data.template_at})
-    return recipe.model_copy(update={"data": data, "model": recipe.place})
+    reinforce = recipe.reinforce.model_copy(update={"grader": recipe.grader_at or None})
+    return recipe.model_copy(update={"data": data, "model": recipe.place, "reinforce": reinforce})

@@ -68,11 +68,12 @@ def divisor(tokens: Sequence[int], options: Reinforce) -> float:
 
 
 def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
-    """The value of `train.epochs: auto`: as many as make `UPDATES` steps of that size, or once over all of them
-    if that is more."""
-    per_step = min(REINFORCE.rows_per_step, prompts) if wanted == "auto" else int(wanted)
-    steps = min(max(UPDATES, prompts // per_step), MOST_UPDATES)
-    return steps * per_step / prompts, f"{steps:,} updates of {plural(per_step, 'prompt')}"
+    """The value of `train.epochs: auto`, of so many prompts in an epoch: as many as make `UPDATES` steps, or once over
+    all of them if that is more."""
+    per_step = min(REINFORCE.rows_per_step if wanted == "auto" else int(wanted), prompts)
+    per_epoch = -(-prompts // per_step)
+    steps = min(max(UPDATES, per_epoch), MOST_UPDATES)
+    return steps / per_epoch, f"{steps:,} updates of {plural(per_step, 'prompt')}"
 
 
 def task_by_grader(recipe: Recipe) -> Choice | None:

@@ -125,14 +125,14 @@ class Drawing:
         most = self.options.keep_answers
         if self.folder is None or not most:
             return
-        worth = {(group.row, i): advantage for group, i, advantage in self._worth(groups)}
+        worth = {(id(group), i): advantage for group, i, advantage in self._worth(groups)}
         lines = [
             {
                 "source": str(store.source(group.row)),
                 "sample": i + 1,
                 "text": answer.text,
                 "reward": grade.reward,
-                "advantage": worth.get((group.row, i)),
+                "advantage": worth.get((id(group), i)),
                 "scores": dict(grade.scores),
                 "error": grade.error,
                 "ended": answer.ended,
@@ -149,6 +149,7 @@ class Drawing:
     def ahead(self, state: TrainState, step: int) -> list[Group]:
         """Draw the groups of a step before it is made, with the weights as they are: those that it has."""
         self._ahead[step] = self.groups_of(state, step)
+        self._refuse_ungraded(self._ahead[step][0], step)  # before its grades are kept, with those of held-out answers
         return self._ahead[step][0]
 
     def groups_of(self, state: TrainState, step: int) -> tuple[list[Group], dict[str, float]]:

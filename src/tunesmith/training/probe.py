@@ -240,7 +240,7 @@ def _measure_rows(setup: Setup) -> Timed | None:
     collator, rows, sampler = setup.held_collator, [int(i) for i in setup.rows.held_rows], setup.sampler
     options: dict[str, Any] = {"layout": sampler.layout, "device": setup.device}
     passes = micro_batches_of(collator.store, rows, tokens_per_pass=sampler.tokens_per_pass, **options)
-    if not passes:
+    if not passes or setup.drawing is not None:  # which draws answers instead
         return None
     targets_I, seconds, tokens = targets_of(collator.store), 0.0, 0
     heavy = max(passes, key=lambda members: float(targets_I[list(members)].sum()))

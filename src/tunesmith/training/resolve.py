@@ -92,8 +92,8 @@ def resolve_run(
     """
     # 1. What a person gave, on the machine in question.
     given, world = changed(recipe), world or World()
-    if world.size > 1 and TASKS.get(recipe.task, TASKS["chat"]).samples:
-        raise RecipeError(f"devices: {world.size}: task {recipe.task} trains on one device. Start one process.")
+    if world.size > 1 and (recipe.reinforce.grader or TASKS.get(recipe.task, TASKS["chat"]).samples):
+        raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})

@@ -172,6 +172,9 @@ def _overflows(setup: Setup, *, was_chosen: bool) -> bool:
     with eval_mode(setup.model):
         for row in rows:
             batch = setup.collator.batch([row], draw=1)
+            if setup.drawing is not None:  # nothing is learnt of a prompt: all its tokens are tried
+                places_N = torch.arange(batch.lengths[0], device=batch.ids_BT.device)
+                batch = replace(batch, predict_N=places_N, targets_N=batch.ids_BT[0, : len(places_N)])
             overflows = overflows or not bool(setup.task.measure(setup.model, batch).losses_N.isfinite().all())
     world.publish("overflows", overflows)
     return overflows

@@ -378,15 +378,16 @@ def _steps_or_saved(session: Session) -> Iterator[Event]:
         yield from training_steps(session.setup, start=session.progress.step)
     except UngradedError as error:
         save(session)
-        way = command("resume", session.run.path)
-        message = f"{error} Saved: step {session.progress.step}. Mend what fails and go on: {way}"
+        way = f"Mend what it needs and go on: {command('resume', session.run.path)}. An edited grader is a new run's."
+        message = f"{error} Saved: step {session.progress.step}. {way}"
         raise UngradedError(message) from error
     except OutOfMemoryError as error:
         save(session)
         num_layers = len(layers_of(session.setup.model))
         settings = f" --set train.checkpointed_layers={num_layers}" if num_layers else ""
-        way = f"{command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
-        message = f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory, or with: {way}"
+        way = f", or with: {command('resume', session.run.path)} --set train.tokens_per_pass=1{settings}"
+        way = way if error.step else ", or start a new run"  # answers are drawn whole
+        message = f"{error} Saved: step {session.progress.step}. Resume on a machine with more memory{way}"
         raise OutOfMemoryError(message, step=error.step, lengths=error.lengths, peak=error.peak) from error
 
 
