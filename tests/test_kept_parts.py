@@ -114,7 +114,14 @@ def test_each_part_of_the_identity_of_a_run_counts(setup: Setup) -> None:
 
 
 def test_each_option_and_each_file_is_part_of_the_identity_of_a_run(setup: Setup) -> None:
-    sections = {"prefer", "reward", "embed", "ranking", "track"}  # of other tasks; a tracker changes no number
+    sections = {
+        "prefer",
+        "reward",
+        "embed",
+        "ranking",
+        "reinforce",
+        "track",
+    }  # of other tasks; a tracker changes no number
     options = flat(setup.recipe.model_dump(exclude=sections))
     assert {f"setting {key}" for key in options} <= set(setup.identity)
     assert {"tokenizer and template", "rows", "held-out rows", "setting order of rows"} <= set(setup.identity)

@@ -137,6 +137,8 @@ class OutOfMemoryError(TunesmithError):
 class UngradedError(TunesmithError):
     """A grader that fails for more than half of a step's answers. The weights are as after the step before."""
 
+    topic = "grader-fails"
+
 
 class CheckpointError(TunesmithError):
     """A checkpoint could not be written, or none of those present can be read."""

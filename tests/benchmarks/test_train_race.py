@@ -48,7 +48,7 @@ def turn(name: str, round_: int, rate: float, **fields: Any) -> Turn:
     return Turn(name, round_, asdict(SETTINGS), {"torch": "2.13.0"}, {}, asdict(CHILD), **whole)
 
 
-def in_this_process(words: Sequence[str], *, log: Path) -> Child:
+def in_this_process(words: Sequence[str], *, log: Path, settings: Mapping[str, str] | None = None) -> Child:
     """What `run_child` does, without the seconds that new processes need to import torch."""
     begun, said = time.time(), ""
     if words[1:3] == ["-m", "tunesmith"]:

@@ -138,8 +138,24 @@ def similarities(draw: Draw, num: int) -> Sides:
     return [side(), side()]
 
 
+def graded(draw: Draw, num: int) -> Sides:
+    """Four answers to each prompt, of which some are right, with a sub-score between 0 and 1."""
+    hard = draw.uniform(0, 1, num)
+
+    def side() -> list[RowResult]:
+        right = draw.binomial(4, hard)
+        rewards = [[1.0] * int(good) + [0.0] * int(4 - good) for good in right]
+        scores = [{"style": float(value)} for value in draw.normal(hard, 0.2)]
+        shares = {key: draw.binomial(4, 0.6, num) / 4 for key in ("ended", "repeated", "alike")}
+        lengths = draw.lognormal(3, 0.4, num)
+        columns = {"right": right, "tokens": lengths, "scores": scores, **shares}
+        return _rows(num, loss=-right / 4, answer_rewards=rewards, **columns)
+
+    return [side(), side()]
+
+
 KINDS: Mapping[str, Callable[[Draw, int], Sides]] = {
     "tokens": tokens, "classes": classes, "four classes": lambda draw, num: classes(draw, num, 4), "sets": sets,
     "numbers": numbers, "tags": tags, "pairs": pairs, "answers": answers, "rewards": rewards, "ranks": ranks,
-    "similarities": similarities,
+    "similarities": similarities, "graded": graded,
 }  # fmt: skip

@@ -175,7 +175,7 @@ def test_a_name_leads_nowhere_but_into_the_folder_of_runs(tmp_path: Path) -> Non
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_sessions_end_with_their_file_and_two_servers_keep_those_of_each_other(tmp_path: Path) -> None:
+def test_sessions_end_with_their_file_and_servers_keep_others(tmp_path: Path) -> None:
     first, second = site_in(tmp_path), site_in(tmp_path, port=8001)
     clients = entered(first), entered(second)
     assert clients[0].get("/ui/").status_code == 200

@@ -351,7 +351,7 @@ def test_whoever_draws_a_curve_keeps_its_steps_while_the_log_is_read_on(tmp_path
     assert len(log.series.steps) == 11
 
 
-def test_a_run_that_was_started_here_and_removed_is_not_listed_as_one_that_did_not_start(tmp_path: Path) -> None:
+def test_a_removed_run_is_not_listed_as_one_that_did_not_start(tmp_path: Path) -> None:
     run, _, _ = fake_run(tmp_path / "runs" / "a-1")
     for what in ("output", "lock"):
         run.path.with_name(f".a-1.{what}").write_text("")
