@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.generation import sampling
-from tunesmith.generation.drawing import Draw, DrawnAnswer, draw_answers, drawing, refuse_undrawable
+from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing, refuse_undrawable
 from tunesmith.generation.requests import GenerationRequest
 from tunesmith.generation.sampling import Sampler, sample_together
 

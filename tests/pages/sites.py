@@ -19,7 +19,7 @@ from evaluation.fake_runs import HOSTILE, fake_run
 from tunesmith.pages.access import Access
 from tunesmith.pages.api import make_api
 from tunesmith.pages.chat_engine import ChatEngine
-from tunesmith.pages.commands import Commands
+from tunesmith.pages.commands import CommandRunner
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.routes import make_pages, refused
 from tunesmith.pages.site import Site
@@ -42,7 +42,7 @@ def site_in(folder: Path, *, port: int = PORT, keys: ApiKeys | None = None) -> S
     root = folder / "runs"
     engine = ChatEngine(root, EngineOptions(offline=True, threads=1), lambda note: None)
     access = Access(root / ".ui" / "sessions.json", port, keys)
-    return Site(root, LocalFiles(folder, root), access, engine, Commands(), offline=True)
+    return Site(root, LocalFiles(folder, root), access, engine, CommandRunner(), offline=True)
 
 
 def app_of(site: Site, faults: list[str] | None = None) -> AccessMiddleware:

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.pages.commands import Commands
+from tunesmith.pages.commands import CommandRunner
 
 PRINTS = "import pathlib, sys; place = pathlib.Path(sys.argv[1]); place.open('a').write('x'); print({!r})"
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commands]:
+def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandRunner]:
     """Children run the program that stands for their module."""
     monkeypatch.setattr("tunesmith.pages.commands.python_words", lambda program: [sys.executable, "-IS", "-c", program])
-    asked = Commands()
+    asked = CommandRunner()
     yield asked
     asked.close()
 
 
-def test_an_answer_is_kept_until_its_files_change_or_it_is_old(commands: Commands, tmp_path: Path) -> None:
+def test_an_answer_is_kept_until_its_files_change_or_it_is_old(commands: CommandRunner, tmp_path: Path) -> None:
     times, rows = tmp_path / "times", tmp_path / "rows"
     program = PRINTS.format('{"kind": "check", "ok": true}')
     rows.write_text("a")
@@ -49,7 +49,7 @@ def test_an_answer_is_kept_until_its_files_change_or_it_is_old(commands: Command
     ],
     ids=["error", "unreadable", "killed"],
 )
-def test_what_went_wrong_is_said_in_the_words_of_the_child(commands: Commands, program: str, message: str) -> None:
+def test_what_went_wrong_is_said_in_the_words_of_the_child(commands: CommandRunner, program: str, message: str) -> None:
     answer = commands.ask(program, [])
     assert answer.done.wait(20)
     assert answer.values is None
@@ -58,7 +58,7 @@ def test_what_went_wrong_is_said_in_the_words_of_the_child(commands: Commands, p
 
 
 def test_a_failure_is_tried_again_after_a_while(
-    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: CommandRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "model"
     program = "import pathlib, sys; print('{\"ok\": true}') if pathlib.Path(sys.argv[1]).exists() else sys.exit('none')"
@@ -74,7 +74,7 @@ def test_a_failure_is_tried_again_after_a_while(
     assert answer.values == {"ok": True}
 
 
-def test_children_end_with_their_server(commands: Commands) -> None:
+def test_children_end_with_their_server(commands: CommandRunner) -> None:
     answer = commands.ask("import time; print('{}', flush=True); time.sleep(60)", [])
     assert not answer.done.is_set()
     commands.close()

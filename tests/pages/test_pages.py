@@ -22,9 +22,9 @@ from pages.sites import NAMES, ODD, OWN, answered, entered, fork_children, put_s
 from tiny_run import chats, model_folder
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.pages import pictures
-from tunesmith.pages.commands import Answer
+from tunesmith.pages.commands import Reply
 from tunesmith.pages.live import FollowedLog, curve_values
-from tunesmith.pages.rendering import environment
+from tunesmith.pages.markup import environment
 from tunesmith.pages.site import Site
 from tunesmith.phrases import visible
 from tunesmith.summaries import checks, words
@@ -295,7 +295,7 @@ def test_a_plan_that_does_not_fit_cannot_be_started_and_says_why(
         "warnings": ["it needs 3.0 GiB, and 1.0 GiB is free. qlora needs 0.9 GiB."], "forecast": forecast,
     }  # fmt: skip
     site = site_in(tmp_path)
-    monkeypatch.setattr(site, "plan", lambda wanted, measured: Answer([], values=values))
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
     page = entered(site).get("/ui/new?file=rows.jsonl&model=m").text
     text = Elements(page).text
     assert "It needs 3.0 GiB and 1.0 GiB are there." in text

@@ -7,9 +7,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from tunesmith.pages import rendering
+from tunesmith.pages import markup
 
-STATIC = rendering.HERE / "static"
+STATIC = markup.HERE / "static"
 VENDOR = STATIC / "vendor"
 MOST_SCRIPT, MOST_TEMPLATE, MOST_STYLE = 1_400, 1_000, 450
 """Lines of our own scripts, templates and styles: see docs/inside/decisions/004-size-of-the-package.md."""
@@ -37,7 +37,7 @@ def test_vendored_files_are_those_of_their_archives() -> None:
 
 def test_scripts_templates_and_styles_keep_to_their_lines() -> None:
     assert lines(sorted(STATIC.glob("*.js"))) <= MOST_SCRIPT
-    assert lines(sorted((rendering.HERE / "templates").glob("*"))) <= MOST_TEMPLATE
+    assert lines(sorted((markup.HERE / "templates").glob("*"))) <= MOST_TEMPLATE
     assert lines(sorted(STATIC.glob("*.css"))) <= MOST_STYLE
 
 
@@ -48,8 +48,8 @@ def test_what_a_page_loads_is_small() -> None:
 
 
 def test_an_asset_is_kept_by_browsers_under_the_digest_of_all() -> None:
-    address = rendering.asset("pages.css")
+    address = markup.asset("pages.css")
     _, _, _, digest, name = address.split("/")
-    answer = rendering.asset_response(digest, name)
+    answer = markup.asset_response(digest, name)
     assert "immutable" in answer.headers["Cache-Control"]
     assert answer.media_type == "text/css"

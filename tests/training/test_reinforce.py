@@ -27,7 +27,7 @@ from tunesmith.errors import (
     RunError,
     UngradedError,
 )
-from tunesmith.generation import drawing as drawing_module
+from tunesmith.generation import draws as draws_module
 from tunesmith.graders.grade import Grade
 from tunesmith.parallel.world import Place, World
 from tunesmith.recipe.origin import moved_to
@@ -309,7 +309,7 @@ def grade(sample, item):
 
 def planted(monkeypatch, change) -> None:
     """Let answers come with other log-probabilities, or from another model."""
-    real = drawing_module.draw_answers
+    real = draws_module.draw_answers
 
     def changed(decoder, asked, seeds, how, *, on_answers):
         answers = real(decoder, asked, seeds, how)
@@ -578,7 +578,7 @@ def test_memory_that_ends_while_answers_are_drawn_has_its_own_way_out(tmp_path, 
         calls.append(how)
         if len(calls) < 4:  # step 1, held-out prompts, step 2
             return real(decoder, asked, seeds, how, on_answers=on_answers)
-        monkeypatch.setattr("tunesmith.generation.drawing._drawn", lambda scheduler, requests: ())
+        monkeypatch.setattr("tunesmith.generation.draws._drawn", lambda scheduler, requests: ())
         return real(decoder, asked, seeds, how, on_answers=on_answers)
 
     monkeypatch.setattr(draws, "draw_answers", lacking)

@@ -55,7 +55,7 @@ def ui(
     check_extra("serve")
     from tunesmith.pages.access import Access
     from tunesmith.pages.chat_engine import ChatEngine
-    from tunesmith.pages.commands import Commands
+    from tunesmith.pages.commands import CommandRunner
     from tunesmith.pages.local_files import LocalFiles
     from tunesmith.pages.site import Site
     from tunesmith.serve import http
@@ -65,7 +65,7 @@ def ui(
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
     access = Access(root / ".ui" / "sessions.json", bound.port, keys)
     engine = ChatEngine(root, EngineOptions(offline=offline), output.note)
-    site = Site(root, LocalFiles(data, root), access, engine, Commands(), offline)
+    site = Site(root, LocalFiles(data, root), access, engine, CommandRunner(), offline)
     machine = () if bound.is_loopback else (socket.gethostname(),)
     names = frozenset(name.lower() for name in ("localhost", host, *machine, *(allow_host or ())))
     has_screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)  # else lynx would open

@@ -6,11 +6,11 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from tunesmith.pages import starting
+from tunesmith.pages import launches
+from tunesmith.pages.launches import Wanted
 from tunesmith.pages.live import MOST_POINTS, curve_values, run_values
 from tunesmith.pages.run_list import PAGE
 from tunesmith.pages.site import Site, answer_values
-from tunesmith.pages.starting import Wanted
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictModel, StrictRoute
 from tunesmith.serve.responses import json_response
@@ -64,7 +64,7 @@ def make_api(site: Site) -> APIRouter:
     def create(body: NewRun) -> Response:
         """Start a run: `tunesmith train` in a process of its own."""
         wanted = Wanted(body.model, site.files.find(body.data), tuple(sorted(body.settings.items())))
-        return json_response(starting.start(site.root, wanted, offline=site.offline))
+        return json_response(launches.start(site.root, wanted, offline=site.offline))
 
     @router.get("/v1/runs/{run}")
     def one(run: str) -> Response:
@@ -81,19 +81,19 @@ def make_api(site: Site) -> APIRouter:
     @router.post("/v1/runs/{run}/stop")
     def stop(run: str) -> Response:
         """Let a run stop after its step, with a checkpoint."""
-        return json_response(starting.stop(site.find(run)))
+        return json_response(launches.stop(site.find(run)))
 
     @router.post("/v1/runs/{run}/resume")
     def resume(run: str) -> Response:
         """Let a run go on after its newest checkpoint."""
-        return json_response(starting.resume(site.find(run), offline=site.offline))
+        return json_response(launches.resume(site.find(run), offline=site.offline))
 
     @router.post("/v1/runs/{run}/forget")
     def forget(run: str) -> Response:
         """Take away what is left of a run that did not start."""
-        if run not in [row["name"] for row in starting.starting_runs(site.root)]:
+        if run not in [row["name"] for row in launches.starting_runs(site.root)]:
             raise RequestError(f"{run[:100]}: is no run that did not start.", status=404, code="not_found")
-        starting.forget(site.root / run)
+        launches.forget(site.root / run)
         return json_response({"name": run, "forgotten": True})
 
     _add_data(router, site)

@@ -34,7 +34,7 @@ BAD_INPUT = 2
 
 
 @dataclass
-class Answer:
+class Reply:
     """The output of a command, once it has ended."""
 
     words: Sequence[str]
@@ -56,24 +56,24 @@ class Answer:
         return ""
 
 
-class Commands:
+class CommandRunner:
     """Children and their answers. `close` ends those that are at work."""
 
     def __init__(self) -> None:
-        self._answers: OrderedDict[Any, Answer] = OrderedDict()
+        self._answers: OrderedDict[Any, Reply] = OrderedDict()
         self._places = threading.Semaphore(AT_ONCE)
         self._lock = threading.Lock()
         self._children: set[subprocess.Popen[bytes]] = set()
         self._is_closed = False
 
-    def ask(self, module: str, words: Sequence[str], files: Sequence[Path] = (), age_s: float = math.inf) -> Answer:
+    def ask(self, module: str, words: Sequence[str], files: Sequence[Path] = (), age_s: float = math.inf) -> Reply:
         """The answer to a command, which may still be on its way. It holds as long as `files` are the same, and for
         `age_s`."""
         key = (module, tuple(words), tuple((str(path), look(path)) for path in files))
         with self._lock:
             answer = self._answers.pop(key, None)
             is_new = answer is None or time.monotonic() - answer.ended >= (FAILED_AGE_S if answer.error else age_s)
-            self._answers[key] = answer = answer if answer is not None and not is_new else Answer(words)
+            self._answers[key] = answer = answer if answer is not None and not is_new else Reply(words)
             while len(self._answers) > MOST_KEPT:
                 self._answers.popitem(last=False)
         if is_new:
@@ -88,7 +88,7 @@ class Commands:
             for child in self._children:
                 child.kill()
 
-    def _work(self, answer: Answer, module: str) -> None:
+    def _work(self, answer: Reply, module: str) -> None:
         try:
             with self._places, tempfile.TemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
                 answer._stderr = err
@@ -113,7 +113,7 @@ class Commands:
             answer.done.set()
 
 
-def _take(answer: Answer, code: int, printed: bytes, errors: bytes) -> None:
+def _take(answer: Reply, code: int, printed: bytes, errors: bytes) -> None:
     """Read the last line of JSON that a child printed."""
     line = printed.strip().rpartition(b"\n")[2]
     values: Any = None

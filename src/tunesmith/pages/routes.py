@@ -12,11 +12,11 @@ from markupsafe import Markup
 from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.types import Scope
 
-from tunesmith.pages import starting
+from tunesmith.pages import launches
 from tunesmith.pages.access import SESSION_S
 from tunesmith.pages.api import number, wanted_of
 from tunesmith.pages.live import curve_values, run_values
-from tunesmith.pages.rendering import asset_response, error_page, page
+from tunesmith.pages.markup import asset_response, error_page, page
 from tunesmith.pages.run_list import PAGE
 from tunesmith.pages.site import Site, answer_values, check_words, machine
 from tunesmith.phrases import command
@@ -153,8 +153,8 @@ def _add_runs(router: APIRouter, site: Site) -> None:
             still = curve_values(log.series, STILL_POINTS)
         except UNREADABLE:
             values["log_problem"] = values.get("log_problem", "its steps cannot be drawn")
-        is_coming, refusal = starting.resuming(log.run)
-        more = {"series": still, "refusal": refusal, "resuming": is_coming, "resumable": starting.RESUMABLE}
+        is_coming, refusal = launches.resuming(log.run)
+        more = {"series": still, "refusal": refusal, "resuming": is_coming, "resumable": launches.RESUMABLE}
         return page(
             request, "run.html", run=values, **more,
             as_command=command("show", log.run.path), **_common(f"/v1/runs/{name}"),
@@ -185,7 +185,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
 
 
 def _not_started(site: Site, name: str, request: Request) -> Response:
-    row = next((row for row in starting.starting_runs(site.root) if row["name"] == name), None)
+    row = next((row for row in launches.starting_runs(site.root) if row["name"] == name), None)
     if row is None:
         site.find(name)
         return RedirectResponse(request.url.path, 303)  # it has its folder by now

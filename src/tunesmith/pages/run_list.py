@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunesmith.pages.commands import look
+from tunesmith.pages.launches import starting_runs
 from tunesmith.pages.live import LiveRuns
-from tunesmith.pages.starting import starting_runs
 from tunesmith.runs.folder import Run
 from tunesmith.summaries.runs import UNREADABLE, facts, phase, time_left, unreadable
 from tunesmith.types import JsonObject

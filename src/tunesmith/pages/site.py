@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tunesmith.pages.access import Access
 from tunesmith.pages.chat_engine import ChatEngine
-from tunesmith.pages.commands import Answer, Commands
+from tunesmith.pages.commands import CommandRunner, Reply
+from tunesmith.pages.launches import Wanted
 from tunesmith.pages.live import FollowedLog, LiveRuns
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.run_list import RunList
-from tunesmith.pages.starting import Wanted
 from tunesmith.phrases import size
 from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
@@ -32,7 +32,7 @@ class Site:
     files: LocalFiles
     access: Access
     engine: ChatEngine
-    commands: Commands
+    commands: CommandRunner
     offline: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Site:
         """Raises RequestError 404."""
         return self.runs.log(self.find(name))
 
-    def check(self, path: str, model: str, lines: tuple[int, int] | None = None) -> Answer:
+    def check(self, path: str, model: str, lines: tuple[int, int] | None = None) -> Reply:
         """The answer of `tunesmith check`: of the whole file, or rows of it as they are read."""
         words = check_words(path, model)
         words += ["--rows", f"{lines[0]}-{lines[1]}"] if lines else []
@@ -59,7 +59,7 @@ class Site:
             COMMAND, [*words, *self._common()], [Path(path), Path(model or ".") / "tokenizer.json"]
         )
 
-    def plan(self, wanted: Wanted, *, measured: bool) -> Answer:
+    def plan(self, wanted: Wanted, *, measured: bool) -> Reply:
         """The answer of `tunesmith plan`; `measured`: with a trial of the heaviest step."""
         wanted.refuse()
         words = ["plan", *wanted.words(), "--probe" if measured else "--no-probe", "--runs", str(self.root)]
@@ -70,7 +70,7 @@ class Site:
         """The words to type for the same run."""
         return ["train", *wanted.words(), *([] if str(self.root) == "runs" else ["--runs", str(self.root)])]
 
-    def result(self, run: Run) -> Answer:
+    def result(self, run: Run) -> Reply:
         """The sections of the report of a finished run."""
         return self.commands.ask(RESULT, [str(run.path)], [run.report_path, run.events_path])
 
@@ -86,7 +86,7 @@ def check_words(path: str, model: str) -> list[str]:
     return ["check", path, *(["--model", model] if model else [])]
 
 
-def answer_values(answer: Answer) -> JsonObject:
+def answer_values(answer: Reply) -> JsonObject:
     """An answer of a command as JSON: {state, values, error, progress}."""
     state = "done" if answer.values is not None else "failed" if answer.error is not None else "working"
     return {"state": state, "values": answer.values, "error": answer.error, "progress": answer.progress}

@@ -29,7 +29,7 @@ from tunesmith.data.dataset import RowStore
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import StepSampler, sort_keys
 from tunesmith.errors import UngradedError
-from tunesmith.generation.drawing import Draw, DrawnAnswer, draw_answers, drawing
+from tunesmith.generation.draws import Draw, DrawnAnswer, draw_answers, drawing
 from tunesmith.graders.grade import FAILURES, Answer, Grade
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool

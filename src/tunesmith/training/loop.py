@@ -16,7 +16,7 @@ from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import Computed, meet
-from tunesmith.training.state import TrainState
+from tunesmith.training.state import Drawn, TrainState
 from tunesmith.training.step import StepGradients, compute_gradients, drop_gradients, exhausted_error, step_norm
 from tunesmith.types import Event, LossSum
 
@@ -28,17 +28,11 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
     step is the sum over its targets divided once by their number, over all micro-batches of all processes. torch's
     generator is seeded at every step from seed, step and rank: nothing done between steps changes the next one.
 
-    `loss` replaces the loss of the task: called with the model and a `Batch`, it returns the sum of the losses of the
-    batch's targets, a scalar with a gradient. It must not divide: the loop divides by the targets of the whole step.
-
-        def loss(model, batch):
-            logits_NV = logits_at_targets(model, batch).float()
-            return torch.nn.functional.cross_entropy(logits_NV, batch.targets_N, reduction="sum")
-
     Args:
         state: what `tunesmith.prepare` returns.
         start: the steps that were taken already.
-        loss: the loss in place of the task's.
+        loss: in place of the task's: called with the model and a `Batch`, it returns the sum of the losses of the
+            batch's targets, a scalar with a gradient. It must not divide: the loop divides by the targets of the step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
@@ -47,6 +41,9 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
     Examples:
         >>> for event in tunesmith.training_steps(setup):
         ...     print(event.step, event.values["loss"])
+        >>> def loss(model, batch):
+        ...     logits_NV = logits_at_targets(model, batch).float()
+        ...     return torch.nn.functional.cross_entropy(logits_NV, batch.targets_N, reduction="sum")
     """
     if loss is not None:
         state = replace(state, task=replace(state.task, loss_sum=loss, prepass=None))
@@ -55,22 +52,20 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
         started = time.perf_counter()
         if not state.model.training:  # train() walks over all modules: as long as some layers of a small model
             state.model.train()
-        drawn = None if state.draw is None else state.draw(replace(state, sampler=sampler), step)
-        of_step = state if drawn is None else drawn.state
-        done, met = _computed(of_step, sampler if drawn is None else of_step.sampler, step)
+        drawn = _drawn(replace(state, sampler=sampler), step)
+        done, met = _computed(drawn.state, drawn.state.sampler, step)
         if met.exhausted is not None:
-            raise exhausted_error(of_step, step, met.exhausted)
-        smaller = met.tokens_per_pass
-        left = done.sampler.tokens_per_pass if smaller is None else smaller
+            raise exhausted_error(drawn.state, step, met.exhausted)
+        smaller, left = met.tokens_per_pass, met.tokens_per_pass or done.sampler.tokens_per_pass
         sampler = sampler if left == sampler.tokens_per_pass else replace(sampler, tokens_per_pass=left)
         lr = rate(step, state.total_steps, recipe.optim)
         grad_norm = step_norm(state) if done.norm is None or state.world.size > 1 else done.norm
-        _require_finite(of_step, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
+        _require_finite(drawn.state, step, passes=met.micro_batches, losses=met.losses, grad_norm=grad_norm, lr=lr)
         optimizer.step(lr, divisor=clip_divisor(grad_norm, recipe.optim.clip))
         attachment.publish()
         seconds = time.perf_counter() - started
         row_ids = [i for rows in met.micro_batches for i in rows]
-        tokens = sum(int(of_step.store.lengths[i]) for i in row_ids)
+        tokens = sum(int(drawn.state.store.lengths[i]) for i in row_ids)
         yield Event(
             kind="step",
             step=step,
@@ -83,8 +78,8 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "computed": met.computed,
                 "targets": done.num_targets,
                 "passes": len(met.micro_batches),
-                "rows": row_ids if drawn is None else drawn.rows,
-                **({} if drawn is None else drawn.values()),
+                "rows": row_ids if drawn.rows is None else drawn.rows,
+                **drawn.values(),
                 **({"row_losses": [float(f"{loss:.6g}") for loss in met.row_losses]} if met.row_losses else {}),
                 **({"loss_scale": state.loss_scale.value} if state.loss_scale.value != 1 else {}),
                 **({"tokens_per_pass": smaller} if smaller is not None else {}),
@@ -93,9 +88,14 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
                 "peak_bytes": max(met.peak, peak_memory_bytes(state.device)),
-                **({} if drawn is None else drawn.timing),
+                **drawn.timing,
             },
         )
+
+
+def _drawn(state: TrainState, step: int) -> Drawn:
+    """Rows that a step learns: from the store, or drawn by the state."""
+    return Drawn(state) if state.draw is None else state.draw(state, step)
 
 
 def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepGradients, Computed]:

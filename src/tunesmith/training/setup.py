@@ -24,7 +24,7 @@ from tunesmith.data.splits import Splits
 from tunesmith.errors import DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation.general import can_generate
 from tunesmith.evaluation.generate import PromptLimit, SamplePrompt, new_tokens_for, sample_notes, sample_prompts
-from tunesmith.generation.drawing import refuse_undrawable
+from tunesmith.generation.draws import refuse_undrawable
 from tunesmith.graders import schema as graders
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool

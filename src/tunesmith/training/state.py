@@ -96,8 +96,8 @@ class Drawn:
 
     state: TrainState
     """Its store, collator and sampler have the rows of this step alone."""
-    rows: list[int]
-    """The rows of the whole store from which they come."""
-    values: Callable[[], JsonObject]
+    rows: list[int] | None = None
+    """The rows of the whole store from which they come; None: they are those rows."""
+    values: Callable[[], JsonObject] = dict
     """Called after the passes: what was found, for the event of the step."""
-    timing: Mapping[str, float]
+    timing: Mapping[str, float] = field(default_factory=dict)
