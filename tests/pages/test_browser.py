@@ -130,13 +130,16 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
             page.wait_for_timeout(2000)  # the curve is loaded every two seconds, a sixth of that here
             page.focus("#curve")
             page.keyboard.press("ArrowLeft")
-            assert page.locator("#curve-said").inner_text().startswith("step 31 · training 0.4321")
+            page.get_by_text("step 31 · training 0.4321").wait_for()
+            run.append(Event("step", 32, time.time(), {"loss": 0.4311, "lr": 1e-4}, {"seconds": 1.0}))
+            page.get_by_text("loss 0.4311").wait_for()
+            assert page.locator("#curve-said").inner_text().startswith("step 3"), "a refresh took the words away"
             run.note_progress("evaluate", 42, 100)
             page.get_by_text("measuring held-out rows: 42 %").wait_for()
             page.get_by_role("button", name="Stop").click()
             page.get_by_text("Stops after its step").wait_for()
             assert run.stop_asked()
-        run.append(Event("stopped", 31, time.time(), {"message": "stopped after step 31"}))
+        run.append(Event("stopped", 32, time.time(), {"message": "stopped after step 32"}))
         page.get_by_role("button", name="Resume").wait_for()
     page.get_by_text("No answer from the server").wait_for()
     assert page.get_by_role("button", name="Resume").is_disabled()
