@@ -15,7 +15,7 @@ import tunesmith
 from tiny_run import chats, model_folder, tiny_recipe
 from tunesmith.cli.app import app
 from tunesmith.environment import (
-    KEPT_FREE,
+    HEAP_KEPT_FREE,
     SHAPE_CACHE_SIZE,
     for_child,
     in_force,
@@ -82,7 +82,7 @@ def test_what_a_person_has_set_counts_more_and_is_told() -> None:
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": SHAPE_CACHE_SIZE,
         "LRU_CACHE_CAPACITY": "7",
         "MALLOC_MMAP_MAX_": "9",
-        "MALLOC_TRIM_THRESHOLD_": KEPT_FREE,
+        "MALLOC_TRIM_THRESHOLD_": HEAP_KEPT_FREE,
         "MALLOC_ARENA_MAX": "1",
         "PYTORCH_ALLOC_CONF": "the library's",
     }

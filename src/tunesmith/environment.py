@@ -26,9 +26,9 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 DROP_FOLDER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); "
 """First words of a program by `python -c` that do the same in every version."""
 SHAPE_CACHE_SIZE = "192"
-KEPT_FREE = str(2**30)
+HEAP_KEPT_FREE = str(2**30)
 """Bytes of freed memory that glibc keeps at the end of the heap."""
-MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
+MALLOC = (("MALLOC_MMAP_MAX_", -4, "0"), ("MALLOC_TRIM_THRESHOLD_", -1, HEAP_KEPT_FREE), ("MALLOC_ARENA_MAX", -8, "1"))
 """Variables, parameters of mallopt (malloc.h), values."""
 NAMES = (
     "GOMP_SPINCOUNT",

@@ -76,7 +76,7 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-LOOKED_AT, COMPARED, LONGEST_NAME = 2_000, 50, 200
+LOOKED_AT, MOST_COMPARED, LONGEST_COMPARED = 2_000, 50, 200
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
@@ -84,10 +84,10 @@ def nearest(name: str, names: Iterable[str], cutoff: float) -> str | None:
 
     Of many names those with the most letters in common are compared: a row can have 90,000.
     """
-    letters, first = set(name[:LONGEST_NAME]), islice(names, LOOKED_AT)
-    short = [other for other in first if len(other) <= LONGEST_NAME]
-    alike = nlargest(COMPARED, short, key=lambda other: len(letters.intersection(other)))
-    return next(iter(difflib.get_close_matches(name[:LONGEST_NAME], alike, n=1, cutoff=cutoff)), None)
+    letters, first = set(name[:LONGEST_COMPARED]), islice(names, LOOKED_AT)
+    short = [other for other in first if len(other) <= LONGEST_COMPARED]
+    alike = nlargest(MOST_COMPARED, short, key=lambda other: len(letters.intersection(other)))
+    return next(iter(difflib.get_close_matches(name[:LONGEST_COMPARED], alike, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str], folder: Path | None = None) -> str:

@@ -16,7 +16,7 @@ from tunesmith.evaluation.predict_rows import Predictions, predict_rows
 from tunesmith.generation import continuation
 from tunesmith.generation.continuation import Continuation
 from tunesmith.generation.decoder import BatchedDecoder
-from tunesmith.models.attention import NAME, use_packed_attention
+from tunesmith.models.attention import PACKED, use_packed_attention
 from tunesmith.models.segments import UnsupportedAttentionError
 from tunesmith.tasks import bind
 from tunesmith.training import trainer as training
@@ -94,7 +94,7 @@ def assert_answers_are_those_alone(arch: str, most: int) -> None:
     assert writing.why == ""
     assert [writing.answers[i] for i in range(len(rows))] == expected
     assert found.losses_I.tolist() == before.losses_I.tolist()
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PACKED
 
 
 @pytest.mark.parametrize("most", [1, 60, 1000])
@@ -148,7 +148,7 @@ def test_a_model_that_decodes_otherwise_is_found_out_and_left_as_it_was(monkeypa
     writing = writer(model)
     measured(model, rows, writing)
     assert "another loss" in writing.why
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == PACKED
 
 
 def test_a_row_that_is_done_leaves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tunesmith.errors import CheckpointError
 from tunesmith.methods import METHODS, Method, restore
 from tunesmith.methods.lora import LoraAttachment
 from tunesmith.methods.lora_layer import LoraLinear
-from tunesmith.methods.new_token_embeddings import ROWS
+from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX
 from tunesmith.methods.peft import MERGEABLE, short_name
 from tunesmith.models.load import load_tokenizer
 from tunesmith.models.quantized import QuantizedLinear
@@ -218,8 +218,8 @@ def name_inside(name: str, model: nn.Module) -> str:
     has the name of the adapter in its names."""
     if name in (by_peft := {short_name(inside): inside for inside, _ in model.named_parameters()}):
         return by_peft[name]
-    if name.endswith(ROWS):
-        return name.removesuffix(ROWS) + ".weight"
+    if name.endswith(ROWS_SUFFIX):
+        return name.removesuffix(ROWS_SUFFIX) + ".weight"
     if ".lora_" in name:
         return name.removesuffix(".weight")
     layer, _, weight = name.rpartition(".")

@@ -14,7 +14,7 @@ from tiny_model import tiny_model
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.adapter_format import load_adapter
 from tunesmith.methods.lora import attach
-from tunesmith.methods.new_token_embeddings import ROWS, TokenRows
+from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, TokenRows
 from tunesmith.models.special_tokens import NewTokens, resize_embeddings
 from tunesmith.optim import Optimizer
 from tunesmith.recipe.methods import LoraMethod
@@ -56,7 +56,7 @@ def test_gradients_are_the_rows_of_those_of_the_whole_tables(arch: str, tied: bo
     before.backward()
     assert len(rows.parameters) == (1 if tied else 2)
     for name, row in rows.parameters.items():
-        expected = plain.get_submodule(name.removesuffix(ROWS)).weight.grad[list(NEW)]
+        expected = plain.get_submodule(name.removesuffix(ROWS_SUFFIX)).weight.grad[list(NEW)]
         torch.testing.assert_close(row.grad, expected, rtol=1e-5, atol=1e-7)
     assert all(weight.grad is None for weight in model.parameters())
 
@@ -97,7 +97,9 @@ def assert_live_is_merged_is_reloaded_is_peft(tied: bool, folder: Path, *, forge
         live = model(ids()).logits
         if forget_rows:  # the planted bug: what is saved are the rows as they began
             for name in attachment.rows.parameters:
-                attachment.trained[name].copy_(untouched.get_submodule(name.removesuffix(ROWS)).weight[list(NEW)])
+                attachment.trained[name].copy_(
+                    untouched.get_submodule(name.removesuffix(ROWS_SUFFIX)).weight[list(NEW)]
+                )
         save_adapter(attachment, folder / "adapter", base="x")
         load_adapter(untouched, folder / "adapter")
         reloaded = untouched(ids()).logits

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.errors import RecipeError
-from tunesmith.recipe.yaml_io import MAX_BYTES, dump, parse
+from tunesmith.recipe.yaml_io import MAX_RECIPE_BYTES, dump, parse
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ BROKEN = [
     ("? [a]\n: 1", "r.yaml:1: a list or mapping cannot be a key"),
     ("a:\n" + "[" * 40, "r.yaml:2: nested deeper than 32"),
     ("a: 1\nb: \x07", "r.yaml:2: the character U+0007 is not allowed"),
-    ("x" * (MAX_BYTES + 1), "r.yaml: larger than 256 KiB"),
+    ("x" * (MAX_RECIPE_BYTES + 1), "r.yaml: larger than 256 KiB"),
 ]
 
 

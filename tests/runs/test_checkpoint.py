@@ -232,7 +232,7 @@ def test_none_to_trust_is_an_error_and_never_a_start_from_nothing(folder):
 def test_newer_format_is_refused_and_left_alone(folder, monkeypatch):
     saved(folder, 10)
     with monkeypatch.context() as newer:
-        newer.setattr(checkpoint, "FORMAT", 2)
+        newer.setattr(checkpoint, "CHECKPOINT_FORMAT", 2)
         saved(folder, 20)
     with pytest.raises(CheckpointError, match="step-20: format 2, this version of tunesmith knows up to 1"):
         checkpoint.newest(folder, never)

@@ -64,7 +64,7 @@ def malformed() -> Iterator[bytes]:
 @pytest.mark.parametrize("request_", [*smuggling(), *malformed()], ids=lambda request: repr(request)[:60])
 def test_an_improper_request_is_refused(server: Running, monkeypatch: pytest.MonkeyPatch, request_: bytes) -> None:
     monkeypatch.setattr(http, "HEADERS_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(request_schemas, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(request_schemas, "BODY_TIMEOUT_S", 0.3)
     parts = server.raw(request_, timeout_s=5).split(b"HTTP/1.1 ")[1:]
     assert [int(part[:3]) for part in parts] in ([], *([status] for status in REFUSED))
     assert server.engine.asks == []

@@ -256,7 +256,7 @@ def bombs_are_refused(server: Running) -> None:
 
 def test_bombs_are_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     bombs_are_refused(server)
-    for name, value in (("MAX_DEPTH", 100), ("MAX_BYTES", 1 << 24)):
+    for name, value in (("MAX_DEPTH", 100), ("MAX_BODY_BYTES", 1 << 24)):
         with monkeypatch.context() as planted:
             planted.setattr(request_schemas, name, value)
             with pytest.raises(AssertionError):
@@ -306,7 +306,7 @@ def nothing_is_held_by_doing_nothing(server: Running, limit_s: float = 3) -> Non
 
 def test_nothing_is_held_by_doing_nothing(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "HEADERS_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(request_schemas, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(request_schemas, "BODY_TIMEOUT_S", 0.3)
     nothing_is_held_by_doing_nothing(server)
     monkeypatch.setattr(http.BoundedConnection, "_await_headers", lambda self: None)
     with pytest.raises(pytest.fail.Exception):

@@ -33,7 +33,7 @@ from tunesmith.parallel.world import Place, World
 from tunesmith.recipe.origin import moved_to
 from tunesmith.recipe.reinforcement import file_of
 from tunesmith.runs.folder import Run, runs
-from tunesmith.tasks.policy_losses import COLUMNS
+from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training import draw as draws
 from tunesmith.training import setup as setups
 from tunesmith.training.check_sampler import check_sampler
@@ -244,7 +244,7 @@ def test_only_drawn_tokens_are_learnt(setup):
         row = view.store.row(i)
         assert row.ids[row.trained].tolist() == list(answer.ids)
         assert row.ids[~row.trained].tolist() == setup.store.row(group.row).ids.tolist()
-        assert row.values_NC[:, COLUMNS.index("drawn")].tolist() == pytest.approx(answer.logps)
+        assert row.values_NC[:, VALUE_COLUMNS.index("drawn")].tolist() == pytest.approx(answer.logps)
 
 
 def test_grades_that_fail_are_no_reward_and_belong_to_no_group(tmp_path):  # trap: G16

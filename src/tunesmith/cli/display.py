@@ -103,11 +103,11 @@ class Plain(Silent):
 def bars(screen: Console) -> Progress:
     """Bars below the last printed line of a terminal, with words before and `more` words after."""
     columns = (
-        SpinnerColumn("dots", style=render.ACCENT),
+        SpinnerColumn("dots", style=render.ACCENT_STYLE),
         TextColumn("{task.description}"),
-        BarColumn(24, complete_style=render.ACCENT),
+        BarColumn(24, complete_style=render.ACCENT_STYLE),
     )
-    more = TextColumn("{task.fields[more]}", style=render.MUTED)
+    more = TextColumn("{task.fields[more]}", style=render.MUTED_STYLE)
     return Progress(*columns, more, console=screen, transient=True, refresh_per_second=REFRESH_PER_SECOND)
 
 
@@ -128,7 +128,7 @@ class Live(Silent):
         self.area.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(visible(text), style=render.MUTED))
+        self.console.print(Text(visible(text), style=render.MUTED_STYLE))
 
     def progress(self, what: str, done: int, total: int) -> None:
         show_phase(self.area, self.phase, PHASES.get(what, what), done, total)
@@ -224,7 +224,7 @@ def print_start(screen: Console, plan: Record, *, verbose: bool) -> None:
     num_notes = min(len(to_act_on), len(shown))
     left = {"choice": len(choices) - len(shown) + num_notes, "note": len(notes) - num_notes}
     if words := " and ".join(plural(num, f"more {noun}") for noun, num in left.items() if num):
-        screen.print(f"{words}: `tunesmith show` lists all, and --verbose", style=render.MUTED)
+        screen.print(f"{words}: `tunesmith show` lists all, and --verbose", style=render.MUTED_STYLE)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tunesmith.types import JsonObject
 if TYPE_CHECKING:
     from tunesmith.types import Problem
 
-FAILED_CODE, BAD_INPUT = 1, 2
+FAILED_CODE = 1
 SHOWN_LINES = 20
 MOST_ALIKE = 3
 """Problems of one kind in one file that are printed one by one."""

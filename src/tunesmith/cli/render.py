@@ -16,7 +16,7 @@ from tunesmith.phrases import one_line, visible
 from tunesmith.summaries.words import option, plan_facts, rows_and_targets
 from tunesmith.types import Record
 
-ACCENT, MUTED, TRAINED = "cyan", "bright_black", "bold green"
+ACCENT_STYLE, MUTED_STYLE, TRAINED_STYLE = "cyan", "bright_black", "bold green"
 BETTER, WORSE = "green", "red"
 COLOURS = {"better": BETTER, "worse": WORSE}
 MARKS = {"right": ("✓ ", "green"), "wrong": ("✗ ", "red"), "": ("", "")}
@@ -61,7 +61,7 @@ def print_result(screen: Console, report: Record) -> None:
     if not lines:
         return
     counted = rows_and_targets(report["metrics"]["after"])
-    screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED)
+    screen.print(f"held out: {counted}; each value with its 95 % interval", style=MUTED_STYLE)
     other, ours = values.sides(report)
     constant = [report["baseline"]["name"]] if any(line.baseline for line in lines) else []
     rows: list[list[str | Text]] = []
@@ -69,7 +69,7 @@ def print_result(screen: Console, report: Record) -> None:
         words = ", ".join(filter(None, [line.change, VERDICTS[line.verdict]]))
         compared = [with_bounds(line.other, line.other_bounds)] if other else []
         after = Text(with_bounds(line.after, line.after_bounds), style="bold")
-        change = [Text(words, style=COLOURS.get(line.verdict, MUTED))] if other else []
+        change = [Text(words, style=COLOURS.get(line.verdict, MUTED_STYLE))] if other else []
         rows.append([line.label, *compared, after, *change, *([line.baseline] if constant else [])])
     heads = ["", *([other] if other else []), ours, *(["difference"] if other else []), *constant]
     print_table(screen, heads, rows)
@@ -78,7 +78,7 @@ def print_result(screen: Console, report: Record) -> None:
 def facts_grid(facts: Iterable[tuple[str, str]], *, a_line_each: bool = False) -> Table:
     """Names and texts in two columns; `a_line_each`: what is too long for its line ends in …."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style=MUTED, no_wrap=True)
+    grid.add_column(style=MUTED_STYLE, no_wrap=True)
     grid.add_column(overflow="ellipsis" if a_line_each else "fold", no_wrap=a_line_each)
     for name, text in facts:
         grid.add_row(name, Text(text))
@@ -90,14 +90,16 @@ def plan_panel(plan: Record) -> RenderableType:
     parts: list[RenderableType] = [facts_grid(plan_facts(plan))]
     if plan.get("choices"):
         parts += [Text(), choices_table(plan["choices"])]
-    return Panel(Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT, padding=(1, 2))
+    return Panel(
+        Group(*parts), title="plan", title_align="left", box=ROUNDED, border_style=ACCENT_STYLE, padding=(1, 2)
+    )
 
 
 def choices_table(choices: Sequence[Record]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED, show_header=True, pad_edge=False)
-    table.add_column("chosen for you", style=ACCENT, no_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=MUTED_STYLE, show_header=True, pad_edge=False)
+    table.add_column("chosen for you", style=ACCENT_STYLE, no_wrap=True)
     table.add_column("", max_width=36)
-    table.add_column("because", style=MUTED, overflow="fold")
+    table.add_column("because", style=MUTED_STYLE, overflow="fold")
     for choice in choices:
         table.add_row(choice["key"], Text(option(choice["value"])), Text(visible(choice["reason"])))
     return table
@@ -106,14 +108,14 @@ def choices_table(choices: Sequence[Record]) -> Table:
 def sample_row(spans: Iterable[tuple[str, bool]], *, in_color: bool) -> Text:
     """One row of tokens, its targets coloured, or in brackets where there are no colours."""
     first, last = ("", "") if in_color else ("⟦", "⟧")
-    text = Text("one row of your data: ", style=MUTED)
-    text.append(f"{first}what is learnt{last}", style=TRAINED)
-    text.append(" and what is only read\n", style=MUTED)
+    text = Text("one row of your data: ", style=MUTED_STYLE)
+    text.append(f"{first}what is learnt{last}", style=TRAINED_STYLE)
+    text.append(" and what is only read\n", style=MUTED_STYLE)
     for piece, trained in spans:
         shown = visible(piece)
         if len(shown) > MAX_SPAN:
             shown = f"{shown[: MAX_SPAN // 2]} … {shown[-MAX_SPAN // 2 :]}"
-        text.append(f"{first}{shown}{last}" if trained else shown, style=TRAINED if trained else "default")
+        text.append(f"{first}{shown}{last}" if trained else shown, style=TRAINED_STYLE if trained else "default")
     return text
 
 
@@ -121,11 +123,11 @@ def answers_table(samples: Mapping[int, Record], *, width: int, most: int) -> Re
     """Held-out prompts, their reference answers and the two answers to each, side by side."""
     from tunesmith.evaluation.report.values import mark
 
-    table = Table(box=ROUNDED, border_style=MUTED, header_style="bold", show_lines=True, width=min(width, 120))
-    table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT)
+    table = Table(box=ROUNDED, border_style=MUTED_STYLE, header_style="bold", show_lines=True, width=min(width, 120))
+    table.add_column("prompt", ratio=2, overflow="fold", style=ACCENT_STYLE)
     table.add_column("reference", ratio=2, overflow="fold")
     table.add_column("before", ratio=3, overflow="fold")
-    table.add_column("after", ratio=3, overflow="fold", style=TRAINED)
+    table.add_column("after", ratio=3, overflow="fold", style=TRAINED_STYLE)
     longest = 44 if width < 100 else 110
     for index in sorted(samples)[:most]:
         sample = samples[index]
@@ -133,7 +135,8 @@ def answers_table(samples: Mapping[int, Record], *, width: int, most: int) -> Re
         cells = [Text(one_line(sample.get(key, ""), longest) or "(nothing)") for key in ("prompt", "reference")]
         for when in ("before", "after"):
             if when not in sample:
-                cells.append(Text("not yet" if when == "after" or "after" not in sample else "not asked", style=MUTED))
+                words = "not yet" if when == "after" or "after" not in sample else "not asked"
+                cells.append(Text(words, style=MUTED_STYLE))
                 continue
             answer = one_line(sample.get(when, ""), longest) or "(nothing)"
             answer += "" if sample.get(f"{when}_stopped", True) or answer.endswith("…") else " …"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tunesmith.serve.http import BoundSocket
     from tunesmith.serve.middleware import RequestLog
 
-GRACE_S = 5.0
+LAST_REQUESTS_S = 5.0
 """Time for requests under way at the end: a page that waits asks again."""
 
 
@@ -100,7 +100,7 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
         if opens_browser:
             threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()  # some wait for their browser
         try:
-            server = http.HttpServer(app, site.engine, grace_s=GRACE_S, should_stop=should_stop)
+            server = http.HttpServer(app, site.engine, grace_s=LAST_REQUESTS_S, should_stop=should_stop)
             asyncio.run(server.serve([bound.socket]))
         finally:
             site.commands.close()

@@ -18,7 +18,7 @@ from tunesmith.types import Choice, Labels, TaskName
 if TYPE_CHECKING:
     from tunesmith.data.dataset import RowStore
 
-FLOOR, PART, LEAST, MOST = 50, 0.1, 0.05, 0.2
+FLOOR_ROWS, USUAL_SHARE, LEAST_SHARE, MOST_SHARE = 50, 0.1, 0.05, 0.2
 """By itself: a twentieth of many rows, a tenth of up to a thousand, 50 where that is a fifth or less."""
 RARE = 10
 """Rows of a class below which it is neither learnt well nor measured."""
@@ -28,14 +28,14 @@ FEW_HELD = 30
 
 def choose_share(num_rows: int) -> Choice:
     """Share of rows that is held out where none is given: enough to measure on, and most are left to learn."""
-    share = LEAST
+    share = LEAST_SHARE
     if num_rows:
-        share = max(LEAST, min(PART, 2 * FLOOR / num_rows), min(MOST, FLOOR / num_rows))
+        share = max(LEAST_SHARE, min(USUAL_SHARE, 2 * FLOOR_ROWS / num_rows), min(MOST_SHARE, FLOOR_ROWS / num_rows))
     share = round(share, 4)
     num = max(1, round(share * num_rows))
     of = "1 row" if num_rows == 1 else f"{num_rows:,} rows"
     reason = (
-        f"about {num:,} of {of}: a fifth of a small file, {FLOOR} to {2 * FLOOR} rows of a larger one, a "
+        f"about {num:,} of {of}: a fifth of a small file, {FLOOR_ROWS} to {2 * FLOOR_ROWS} rows of a larger one, a "
         "twentieth of a large one"
     )
     return Choice("data.held_out", share, reason)
@@ -52,7 +52,7 @@ def held_out_mask(hashes_I: NDArray[np.uint64], share: float) -> NDArray[np.bool
     mask_I = np.zeros(len(hashes_I), np.bool_)
     if share == 0 or len(sizes) < 2:
         return mask_I
-    order = np.lexsort((np.arange(len(sizes)), sizes > MOST * len(hashes_I)))
+    order = np.lexsort((np.arange(len(sizes)), sizes > MOST_SHARE * len(hashes_I)))
     held = np.cumsum(sizes[order])[:-1]
     num = 1 + int(np.argmin(np.abs(held - round(share * len(hashes_I)))))
     return np.asarray(np.isin(of_row_I, order[:num]))

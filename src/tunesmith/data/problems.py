@@ -18,7 +18,7 @@ from tunesmith.types import JsonObject, Problem, Source
 SKIP = "--set data.bad_rows=skip"
 MOST_NAMES = 20
 """Fields named in one line."""
-MOST = 50
+MOST_OF_A_ROW = 50
 """Problems listed of one row: a row can have millions."""
 _PLAIN = re.compile(r"[A-Za-z_][\w .()/-]*")
 _OF_YAML = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
@@ -56,9 +56,9 @@ class RowProblems:
         self.problems: list[Problem] = []
 
     def add(self, code: str, message: str, fix: str = "") -> None:
-        if len(self.problems) < MOST:
+        if len(self.problems) < MOST_OF_A_ROW:
             self.problems.append(Problem(self.source, code, message, fix))
-        elif len(self.problems) == MOST:
+        elif len(self.problems) == MOST_OF_A_ROW:
             self.problems.append(Problem(self.source, "and_more", "more is wrong with this row."))
 
     def text(self, record: JsonObject, key: str) -> str:

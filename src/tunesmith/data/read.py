@@ -30,7 +30,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import AS_IT_IS, DataFile, Limits, Reading
 from tunesmith.types import JsonObject, Problem, Source
 
-MOST_LOOKED_AT = 20
+MOST_OPENED = 20
 """Files of a folder that are opened to see whether they may be documents."""
 _HELD_OUT = re.compile(r"(.*[-_.])?(test|valid|validation|val|dev|eval|held[-_]?out)[-_.]")
 
@@ -110,7 +110,7 @@ def _documents(
 def _by_suffix(at: str, others: Sequence[str]) -> str:
     """The option that takes other files of a folder for documents if they begin like text; "" if none does."""
     ends: dict[str, str] = {}
-    for name in others[:MOST_LOOKED_AT]:
+    for name in others[:MOST_OPENED]:
         end = suffix_of(name)
         with suppress(OSError, DataError):
             if end not in SUFFIXES and end not in ends and is_text_file(os.path.join(at, name)):

@@ -17,7 +17,7 @@ from tunesmith.recipe.schema import Limits
 
 MOST_UNPACKED, MOST_SHARED = 2**30, 2**27
 """Bytes that all parts of a file may have unpacked, and those held whole while it is read: texts, styles."""
-MOST_SHEET_ROWS, MOST_COLUMNS = 1_048_576, 16_384
+MOST_SHEET_ROWS, MOST_SHEET_COLUMNS = 1_048_576, 16_384
 """Excel's own limits."""
 MOST_CELLS = 100_000_000
 """Cells of all rows, empty ones too: a row can name its last column alone."""
@@ -71,7 +71,7 @@ def _sheet(facts: FileFacts, stream: Any) -> Iterator[tuple[int, tuple[Any, ...]
         sheet.reset_dimensions()  # what a file says of its size is not believed
         for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
             num_cells += len(cells)
-            if number > MOST_SHEET_ROWS or len(cells) > MOST_COLUMNS or num_cells > MOST_CELLS:
+            if number > MOST_SHEET_ROWS or len(cells) > MOST_SHEET_COLUMNS or num_cells > MOST_CELLS:
                 message = f"its sheet {sheet.title!r} is larger than a sheet can be, or nearly empty."
                 raise refusal(facts.path, number, "sheet_too_large", message, _AS_CSV)
             yield number, cells

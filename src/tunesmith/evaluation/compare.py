@@ -257,7 +257,7 @@ def rows_against_constant(
 
 HOLD_OUT_MORE = "Hold out more: data.held_out, or a file with --eval."
 MEASURE_MORE = "A larger file would say more."
-MOST_NAMED = 3
+MOST_CLASSES_NAMED = 3
 """Classes without a right row that are named; of more the number is said."""
 LIKE_A_CLASS = 0.1
 """Share of equal short answers from which they are taken for classes."""
@@ -370,7 +370,8 @@ def never_right(details: Record, weights: Any = None) -> Iterator[str]:
     )  # fmt: skip
     if never:
         names = [f"{named(name)} ({plural(support, unit)})" for name, support in never]
-        shown = names[:MOST_NAMED] + [f"{len(names) - MOST_NAMED:,} more"] * (len(names) > MOST_NAMED)
+        shown, more = names[:MOST_CLASSES_NAMED], len(names) - MOST_CLASSES_NAMED
+        shown += [f"{more:,} more"] if more > 0 else []
         words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
     if never and weights is not None:

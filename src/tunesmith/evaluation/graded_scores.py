@@ -23,7 +23,7 @@ LONGER = 1 / 3
 FEWER_ENDED = 0.05
 ALIKE = 0.7
 """Share of equal answers above which hardly a group has a spread."""
-BINS = 10
+HISTOGRAM_BINS = 10
 
 
 def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
@@ -88,7 +88,7 @@ def _pass_k(num: int, right: int, k: int) -> float:
 
 def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
     """The histogram of all rewards."""
-    counts, edges = np.histogram([reward for row in rows for reward in row[MARK]], bins=BINS)
+    counts, edges = np.histogram([reward for row in rows for reward in row[MARK]], bins=HISTOGRAM_BINS)
     return {"rewards": {"counts": counts.tolist(), "edges": edges.tolist()}}
 
 

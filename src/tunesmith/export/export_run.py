@@ -33,7 +33,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.types import JsonObject, OnProgress
 from tunesmith.version import __version__
 
-DEAD_S = 3600.0
+ABANDONED_S = 3600.0
 """Age at which an unfinished export of the same name counts as a dead process's if locks do not say."""
 
 
@@ -299,7 +299,7 @@ def _clean_up(out: Path) -> None:
     aside = out.with_name(REPLACED + out.name)
     if aside.exists() and not out.exists():
         aside.rename(out)
-    clean(out.parent, name=out.name, older_than_s=DEAD_S)
+    clean(out.parent, name=out.name, older_than_s=ABANDONED_S)
 
 
 def export_planned(

@@ -24,7 +24,7 @@ from tunesmith.models.segments import AttentionOptions, Segments, UnsupportedAtt
 
 Layers = dict[int, tuple[Tensor, Tensor]]
 """Keys and values of one sequence by layer, [G, T, D] each."""
-NAME = "tunesmith_cached"
+CACHED = "tunesmith_cached"
 SMALLEST = 128
 """Tokens of room in the smallest pool."""
 
@@ -32,9 +32,9 @@ SMALLEST = 128
 def use_cached_attention(model: PreTrainedModel) -> None:
     """Let the model read a `BatchLayout`; calls without one work as before."""
     attention.register()
-    AttentionInterface.register(NAME, cached_attention)
-    AttentionMaskInterface.register(NAME, attention.packed_mask)
-    model.set_attn_implementation(NAME)
+    AttentionInterface.register(CACHED, cached_attention)
+    AttentionMaskInterface.register(CACHED, attention.packed_mask)
+    model.set_attn_implementation(CACHED)
 
 
 def room_for(num_tokens: int) -> int:

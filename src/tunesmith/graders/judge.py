@@ -25,7 +25,7 @@ JUDGE_TRIES = 3
 FIRST_WAIT_S, LONGEST_RETRY_S = 1.0, 60.0
 """Before the second try, doubled before the third, unless the reply names a time."""
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
-MOST_BYTES = 4 * 2**20
+MOST_REPLY_BYTES = 4 * 2**20
 
 
 def key_of(grader: ScoreModel) -> str:
@@ -98,7 +98,7 @@ def _reply(grader: ScoreModel, body: Mapping[str, Any], sleep: Callable[[float],
 def _read(reply: HTTPResponse, ends: float) -> bytes:
     """The body. Raises TimeoutError at time.monotonic() == `ends`, however slowly it drips."""
     body = b""
-    while len(body) < MOST_BYTES and (part := reply.read1(MOST_BYTES - len(body))):
+    while len(body) < MOST_REPLY_BYTES and (part := reply.read1(MOST_REPLY_BYTES - len(body))):
         body += part
         if time.monotonic() > ends:
             raise TimeoutError("the reply was not whole in time")
@@ -107,7 +107,7 @@ def _read(reply: HTTPResponse, ends: float) -> bytes:
 
 def _words_of(error: urllib.error.HTTPError) -> str:
     try:
-        text = error.read(MOST_BYTES).decode("utf-8", "replace")
+        text = error.read(MOST_REPLY_BYTES).decode("utf-8", "replace")
     except (OSError, HTTPException):
         return str(error.reason)
     try:

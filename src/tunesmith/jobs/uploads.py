@@ -29,7 +29,7 @@ from tunesmith.types import Record
 MAX_BYTES = 2 << 30
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 16
-MAX_HEADER_BYTES = 8192
+MAX_PART_HEADER_BYTES = 8192
 SLOW_S, SLOW_BYTES = 30.0, 480 * 1024
 """Fewest bytes in SLOW_S seconds, but for the last ones: 16 KiB a second."""
 FIRST_LOOK_BYTES = 8 << 20
@@ -88,8 +88,8 @@ class Form:
 
     def _add_header(self, part: int, data: bytes) -> None:
         self._header[part] += data
-        if sum(map(len, self._header)) > MAX_HEADER_BYTES or len(self._headers) > MAX_FIELDS:
-            raise RequestError(f"The headers of a field have more than {MAX_HEADER_BYTES:,} bytes.")
+        if sum(map(len, self._header)) > MAX_PART_HEADER_BYTES or len(self._headers) > MAX_FIELDS:
+            raise RequestError(f"The headers of a field have more than {MAX_PART_HEADER_BYTES:,} bytes.")
 
     def _end_header(self) -> None:
         self._headers[bytes(self._header[0]).lower()] = bytes(self._header[1])

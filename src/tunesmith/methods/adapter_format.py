@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError
 from tunesmith.methods.lora import MAGNITUDE, Adapted, LoraAttachment, Whole, put_adapters
 from tunesmith.methods.lora_layer import LoraLinear, shape_OI
-from tunesmith.methods.new_token_embeddings import ROWS, tables
+from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, tables
 from tunesmith.methods.targets import (
     Target,
     check_expression,
@@ -419,7 +419,7 @@ def _shapes(
     shapes |= {name: tuple(weight.shape) for name, weight in _saved_modules(model, whole.modules).items()}
     shapes |= {name: tuple(model.get_parameter(name).shape) for name in whole.head}
     if rows:
-        shapes |= {name + ROWS: (len(rows), weight.shape[1]) for name, weight in tables(model).items()}
+        shapes |= {name + ROWS_SUFFIX: (len(rows), weight.shape[1]) for name, weight in tables(model).items()}
     return shapes
 
 

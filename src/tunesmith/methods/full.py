@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.master_weights import MasterWeights, is_split
-from tunesmith.methods.new_token_embeddings import ROWS, TokenRows, sole_embedding
+from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, TokenRows, sole_embedding
 from tunesmith.methods.targets import check_word, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
@@ -44,7 +44,7 @@ class FullAttachment(Attachment):
         model.requires_grad_(False)
         self._rows, remark = _rows_of(model, chosen, tokens)
         if self._rows is not None:
-            rows = {f"{key.removesuffix(ROWS)}.weight": tensor for key, tensor in self._rows.parameters.items()}
+            rows = {f"{key.removesuffix(ROWS_SUFFIX)}.weight": tensor for key, tensor in self._rows.parameters.items()}
             chosen = {name: rows.get(name, parameter) for name, parameter in chosen.items()}
         self._masters = MasterWeights(chosen, free_early=True, spread=spread)
         self.trained: Mapping[str, Tensor] = self._masters.trained

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import ModelError, RecipeError
 
-ROWS = ".token_adapter.trainable_tokens_delta"
+ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 """Behind the name of a module: the rows as peft calls them."""
 
 
@@ -37,7 +37,7 @@ class TokenRows:
         Raises RecipeError for an embedding with a forward of its own."""
         self.ids = tuple(ids)
         self.parameters: dict[str, nn.Parameter] = {}
-        """[K, D] in the model's precision, by the name of the module and ROWS; gradients arrive here."""
+        """[K, D] in the model's precision, by the name of the module and ROWS_SUFFIX; gradients arrive here."""
         self._weights: dict[str, tuple[Tensor, Tensor]] = {}
         self._modules: list[nn.Module] = []
         for table, weight in (tables(model) if among is None else among).items():
@@ -47,13 +47,13 @@ class TokenRows:
                 if module._parameters.get("weight") is weight:
                     module.forward = _forward(name, module, rows, self.ids, ids_K, alone=among is not None)
                     self._modules.append(module)
-            self.parameters[table + ROWS] = rows
-            self._weights[table + ROWS] = (weight, ids_K)
+            self.parameters[table + ROWS_SUFFIX] = rows
+            self._weights[table + ROWS_SUFFIX] = (weight, ids_K)
 
     @property
     def names(self) -> list[str]:
         """The modules that have the rows, a tied one by its first name."""
-        return [key.removesuffix(ROWS) for key in self.parameters]
+        return [key.removesuffix(ROWS_SUFFIX) for key in self.parameters]
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
     from tunesmith.models.resolve_model import ModelRef
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 """peft's name of the only adapter that there is."""
 INSIDE = "base_model.model."
 """peft's prefix of the names of the model's own modules."""
@@ -159,7 +159,7 @@ class PeftAttachment(Attachment):
     @property
     def config(self) -> Any:
         """peft's config."""
-        return self.wrapped.peft_config[ADAPTER]
+        return self.wrapped.peft_config[ADAPTER_NAME]
 
     @property
     def keeps_base(self) -> bool:
@@ -231,7 +231,7 @@ class PeftAttachment(Attachment):
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.modules_to_save[ADAPTER])
+                setattr(self.model.get_submodule(parent), child, module.modules_to_save[ADAPTER_NAME])
 
 
 def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAttachment:
@@ -273,7 +273,7 @@ def attach(model: PreTrainedModel, method: PeftMethod, *, seed: int) -> PeftAtta
 
 def short_name(name: str) -> str:
     """The name of a weight in peft's files: without its wrappers and the adapter's own name."""
-    return ".".join(part for part in name.removeprefix(INSIDE).split(".") if part != ADAPTER)
+    return ".".join(part for part in name.removeprefix(INSIDE).split(".") if part != ADAPTER_NAME)
 
 
 @contextmanager

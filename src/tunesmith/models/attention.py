@@ -36,7 +36,7 @@ from tunesmith.models.segments import (
 )
 from tunesmith.models.short_row_attention import BlockLayout, RowSize
 
-NAME, PLAIN = "tunesmith_packed", "tunesmith_packed_plain"
+PACKED, PLAIN = "tunesmith_packed", "tunesmith_packed_plain"
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def trace_call(window: int | None) -> AttentionTrace | None:
 def register() -> None:
     """Register the attention with transformers under its names; safe to call again."""
     masking_utils.find_packed_sequence_indices = _find_packed_rows
-    for name, attend in ((NAME, packed_attention), (PLAIN, partial(packed_attention, short_products=False))):
+    for name, attend in ((PACKED, packed_attention), (PLAIN, partial(packed_attention, short_products=False))):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, packed_mask)
 
@@ -106,7 +106,7 @@ def use_packed_attention(model: PreTrainedModel, *, plain: bool = False) -> None
     if model.config.is_encoder_decoder:
         raise UnsupportedAttentionError("it is an encoder–decoder")
     register()
-    model.set_attn_implementation(PLAIN if plain else NAME)
+    model.set_attn_implementation(PLAIN if plain else PACKED)
 
 
 def packed_mask(*args: Any, **settings: Any) -> Tensor | None:

@@ -24,7 +24,7 @@ BUSY_SHARE, BUSY_INTERVALS = 0.25, 2
 row, threads sleep. One busy loop gives 0.3 and more, a server with ten requests a second less than 0.11."""
 QUIET_SHARE, QUIET_INTERVALS = 0.15, 8
 """After QUIET_INTERVALS in a row below this share threads spin again."""
-TASKS = "/proc/self/task"
+THREADS = "/proc/self/task"
 
 _started = threading.Lock()
 
@@ -84,9 +84,9 @@ def _seconds_waited() -> dict[str, float]:
     """Seconds that each thread of this process was ready to run and had no core; empty: not counted."""
     found: dict[str, float] = {}
     try:
-        for thread in os.listdir(TASKS):
+        for thread in os.listdir(THREADS):
             try:
-                with open(f"{TASKS}/{thread}/schedstat", encoding="ascii") as file:
+                with open(f"{THREADS}/{thread}/schedstat", encoding="ascii") as file:
                     found[thread] = int(file.read().split()[1]) / 1e9
             except (FileNotFoundError, ProcessLookupError):  # it has ended, or nothing is counted
                 continue

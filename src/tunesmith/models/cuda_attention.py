@@ -42,7 +42,7 @@ from tunesmith.runs.background import in_background
 from tunesmith.types import Segment
 
 HALF = (torch.bfloat16, torch.float16)
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+KERNEL_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest error of an answer or gradient, as a share of its norm. Rounding gives 2e-6, 7e-3 and 1e-3; a token
 read by mistake 0.1 and more."""
 SHORT = 32
@@ -92,7 +92,7 @@ class AttentionCase:
         )
 
 
-USUAL = AttentionCase(
+USUAL_CASE = AttentionCase(
     torch.bfloat16, 8, 2, 128, 128, causal=True, window=False, softcap=False, dropout=False, shared=False
 )
 """Of most models."""
@@ -145,7 +145,7 @@ def newest_flash(device: torch.device) -> str:
     attention: Any = importlib.import_module("torch.nn.attention")
     try:
         attention.activate_flash_attention_impl("FA3")
-        reason = in_background(partial(probe, KERNELS[0], USUAL, device)).result()
+        reason = in_background(partial(probe, KERNELS[0], USUAL_CASE, device)).result()
     except Exception as error:  # of a package of another version: torch's own is there
         if is_out_of_memory(error):
             raise
@@ -179,7 +179,7 @@ def probe(kernel: AttentionKernel, case: AttentionCase, device: torch.device) ->
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for name, ours, right in zip(("answers", "queries", "keys", "values"), found, expected, strict=True):
         away = float((ours - right).norm() / right.norm())
-        if not away <= TOLERANCES[case.dtype]:
+        if not away <= KERNEL_TOLERANCES[case.dtype]:
             return f"{name} are off by {away:.2g}"
     return ""
 

@@ -32,7 +32,7 @@ _CROSS = re.compile(r"(?i)(encoder_attn|cross_?att[^.]*)(\.[^.]+)?$")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROTATION = "apply_rotary_pos_emb"
 """The function that models' attention calls by this name."""
-PROBE_TOKENS = 4
+LAYER_PROBE_TOKENS = 4
 
 
 def use_fast_layers(model: nn.Module) -> list[str]:
@@ -172,7 +172,8 @@ def _norm_agrees(module: nn.Module, start: int) -> bool:
     """In float32 too: beside weights of 20 rounding in half precision decides whether they count from 0."""
     for norm in (copy.deepcopy(module).float().requires_grad_(), module):
         weight_H = _weight(norm)
-        drawn_TH = torch.randn(PROBE_TOKENS, len(weight_H), generator=torch.Generator().manual_seed(0)).to(weight_H)
+        generator = torch.Generator().manual_seed(0)
+        drawn_TH = torch.randn(LAYER_PROBE_TOKENS, len(weight_H), generator=generator).to(weight_H)
         drawn_TH[0] *= 100
         trained = [weight_H] if weight_H.requires_grad else []
         if not _agrees(partial(_norm, norm, start, norm.forward), norm.forward, drawn_TH, trained):
@@ -252,7 +253,7 @@ def _mlp_agrees(module: nn.Module, activation: Activation) -> bool:
     trained = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
     like = gate.bias_O if gate.bias_O is not None else next(tensor for tensor in tensors if tensor is not None)
     generator = torch.Generator().manual_seed(0)
-    drawn_TH = torch.randn(PROBE_TOKENS, _inputs(gate), generator=generator).to(like)
+    drawn_TH = torch.randn(LAYER_PROBE_TOKENS, _inputs(gate), generator=generator).to(like)
     return _agrees(lambda x: gated_mlp(x, (gate, up, down), activation), module.forward, drawn_TH, trained)
 
 

@@ -42,7 +42,7 @@ CHUNK_BYTES_TRAINED = 64 * 2**20
 """At least, where the layer is trained: every chunk goes through its gradient once more."""
 CHUNK_TARGETS = 128
 """At least: every chunk reads the layer's weights, which takes as long as the products with some 60 targets."""
-PROBE_TOKENS = 8
+LOSS_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def find_output_layer(model: PreTrainedModel) -> OutputLayer | None:
     output = output_layer_of(model)
     if output is None or model.base_model is model:  # Llama 4's base has another name than its class says
         return None
-    ids_1T = torch.arange(PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
+    ids_1T = torch.arange(LOSS_PROBE_TOKENS, device=model.device)[None] % output.layer.weight.shape[0]
     cache = {"use_cache": False} if has_cache(type(model).forward) else {}
     with eval_mode(model):
         own = model(input_ids=ids_1T, **cache).logits[0]

@@ -13,14 +13,14 @@ import orjson
 from tunesmith.errors import ModelError
 from tunesmith.types import JsonObject
 
-MOST = 256
+MOST_FOR_ONE = 256
 """Characters for one: Unicode's own forms make 18 at most, which some files apply twice."""
 _WHOLE = re.compile(r"(?:\\s|[\w ])(?:\+|\{[1-9]\d*,\d*\})?")
 """A regular expression that takes away a character at least; others can match nothing, at each character."""
 
 
 def check_growth(file: Path) -> None:
-    """Raise `ModelError` for a tokenizer.json that makes more than `MOST` characters of one in text or answer.
+    """Raise `ModelError` for a tokenizer.json that makes more than `MOST_FOR_ONE` characters of one in text or answer.
 
     It is read before the tokenizers library loads it, which rewrites its added tokens then.
     """
@@ -32,10 +32,11 @@ def check_growth(file: Path) -> None:
         most = 1
         for step in _steps(whole.get(part)):
             most *= _factor(step)
-            if most > MOST:
+            if most > MOST_FOR_ONE:
                 raise ModelError(
-                    f"{file}: its {part} makes more than {MOST} characters of one, by replacements one after the "
-                    "other: a row could take all memory. Use another, and look at this one before you trust its source."
+                    f"{file}: its {part} makes more than {MOST_FOR_ONE} characters of one, by replacements one after "
+                    "the other: a row could take all memory. Use another, and look at this one before you "
+                    "trust its source."
                 )
 
 

@@ -160,7 +160,7 @@ class _Product(torch.autograd.Function):
         return gx, gbias_O, None
 
 
-NAME = "tunesmith_pack_on_load"
+PACK_ON_LOAD = "tunesmith_pack_on_load"
 
 
 class PackOnLoad(QuantizationConfigMixin):  # type: ignore[misc]
@@ -175,9 +175,9 @@ class PackOnLoad(QuantizationConfigMixin):  # type: ignore[misc]
     ) -> None:
         """`choose`: the names of modules to pack, of a model without weights. `pack`: a module with its weight,
         on the device where it is kept, to what takes its place. `element_size`: bytes of a packed weight."""
-        self.quant_method = NAME
+        self.quant_method = PACK_ON_LOAD
         self.choose, self.pack, self.element_size = choose, pack, element_size
-        AUTO_QUANTIZER_MAPPING[NAME] = _Quantizer
+        AUTO_QUANTIZER_MAPPING[PACK_ON_LOAD] = _Quantizer
 
     def __deepcopy__(self, memo: Any) -> PackOnLoad:
         return self

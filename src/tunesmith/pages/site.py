@@ -19,7 +19,7 @@ from tunesmith.types import JsonObject
 
 COMMAND = "tunesmith"
 """The module of all commands."""
-RESULT = "tunesmith.pages.result_process"
+RESULT_PROCESS = "tunesmith.pages.result_process"
 PLAN_AGE_S = 120.0
 """A plan names the memory of its moment."""
 
@@ -72,7 +72,7 @@ class Site:
 
     def result(self, run: Run) -> Reply:
         """The sections of the report of a finished run."""
-        return self.commands.ask(RESULT, [str(run.path)], [run.report_path, run.events_path])
+        return self.commands.ask(RESULT_PROCESS, [str(run.path)], [run.report_path, run.events_path])
 
     def _common(self) -> list[str]:
         return [*(["--offline"] if self.offline else []), "--json"]

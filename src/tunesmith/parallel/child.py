@@ -18,7 +18,7 @@ from tunesmith.runs.atomic import from_json
 from tunesmith.runs.folder import Run
 from tunesmith.types import Event, JsonObject
 
-MOST_PROBLEMS = 5
+MOST_PLACES = 5
 """Rows that an error names."""
 
 
@@ -102,7 +102,7 @@ def as_error(last: JsonObject, text: str, code: int) -> errors.TunesmithError:
         for problem in last.get("problems", [])
     ]
     listed = [
-        f"{at}: {reason}" for at, reason in places[:MOST_PROBLEMS] if f"{at}: " not in message or reason not in message
+        f"{at}: {reason}" for at, reason in places[:MOST_PLACES] if f"{at}: " not in message or reason not in message
     ]
     message = "\n".join([message, *listed])
     if kind is None or kind in (errors.DoesNotFitError, errors.OutOfMemoryError):  # which carry numbers

@@ -150,7 +150,7 @@ def decide(decisions: Decisions, facts: Facts) -> None:
             decisions.show(choice)
 
 
-KINDS: dict[ModelKind, str] = {
+KIND_NAMES: dict[ModelKind, str] = {
     "causal": "decoder-only", "encoder": "encoder-only", "encoder_decoder": "an encoder–decoder",
 }  # fmt: skip
 """Kinds of models as the field calls them."""
@@ -161,9 +161,9 @@ def find_head(task: TaskName, located: ModelRef, kind: ModelKind) -> HeadName:
     heads = TASKS[task].heads
     if kind not in heads:
         can = ", ".join(name for name, other in TASKS.items() if kind in other.heads)
-        fitting = " or ".join(KINDS[other] for other in heads)
+        fitting = " or ".join(KIND_NAMES[other] for other in heads)
         way = f"Use one that is {fitting}, or a task that this one can learn: {can}"
-        raise ModelError(f"{located.name}: this model is {KINDS[kind]}: it cannot learn the task {task}. {way}.")
+        raise ModelError(f"{located.name}: this model is {KIND_NAMES[kind]}: it cannot learn the task {task}. {way}.")
     return heads[kind]
 
 
@@ -291,9 +291,9 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     if TASKS[resolved(recipe.task)].samples:
         return min(most, rows), f"{recipe.reinforce.samples} answers to each are learnt"
     devices = recipe.devices if isinstance(recipe.devices, int) else 1
-    wanted = min(MOST_TIMES * most, ROWS_OF_A_DEVICE * devices)
+    wanted = min(MOST_TIMES_ROWS * most, ROWS_OF_A_DEVICE * devices)
     if wanted > most and (value := min(wanted, rows // 20)) > most:
-        why = f"{ROWS_OF_A_DEVICE} rows for each of {devices} devices, at most {MOST_TIMES} times the usual {most}"
+        why = f"{ROWS_OF_A_DEVICE} rows for each of {devices} devices, at most {MOST_TIMES_ROWS} times the usual {most}"
         return value, why
     value = max(1, min(most, rows // 20))
     if has_prepass(recipe) and value < LEAST_COMPARED:
@@ -425,7 +425,7 @@ _RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
 
 ROWS_OF_A_DEVICE = 4
 """Rows of a step for each device, from which on their shares are about equal."""
-MOST_TIMES = 4
+MOST_TIMES_ROWS = 4
 """Times that a step may have of the usual rows for the sake of devices: more teach less each."""
 LEAST_COMPARED = 16
 """Rows of a step at least, where they are compared with each other."""

@@ -35,7 +35,7 @@ CUDA_CONTEXT = 800 * 2**20
 """Memory that CUDA and its libraries keep on a card for one process that computes."""
 GROUP = 400 * 2**20
 """Memory that NCCL keeps on a card besides."""
-NVLINK, PCIE, LOOPBACK = 150e9, 12e9, 1e9
+NVLINK, PCIE, GLOO = 150e9, 12e9, 1e9
 """Bytes a second that a sum over cards or processes moves, by the makers' data sheets, and by gloo here."""
 CPU_MOVING = 0.65
 """Share of a large copy's speed that the small operations of a step reach on a processor."""
@@ -125,7 +125,7 @@ def named_group(name: str) -> tuple[Device, int]:
 def link(device: Device) -> float:
     """Bytes a second between devices like this one: NVLink where servers of such cards have it."""
     if device.kind == "cpu":
-        return LOOPBACK
+        return GLOO
     name = device.name
     if device.kind == "cuda" and torch.cuda.is_available():
         name += torch.cuda.get_device_name()

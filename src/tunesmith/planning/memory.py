@@ -43,7 +43,7 @@ from tunesmith.planning.devices import CUDA_CONTEXT, Device
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.types import HeadName, JsonObject, Labels
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AT_WORK = 0.7
 """Memory that the backward of a layer holds besides kept activations, by inputs and outputs of linears."""
 LESS_BY_NODES = {2: 0.43, 4: 0.28}
@@ -173,7 +173,7 @@ def sizes_of(
     """
     method = METHODS[recipe.method.name]
     with torch.device("meta"), silence_transformers():
-        model = meta_model(located, dtype=DTYPES[resolved(recipe.precision)], head=head, labels=labels)
+        model = meta_model(located, dtype=TORCH_DTYPES[resolved(recipe.precision)], head=head, labels=labels)
     modules = [target.module for target in inner_linears(model, unread=False)]
     features = sum(sum(shape_OI(module)) for module in modules)
     linears = [module.get_parameter("weight") for module in modules]

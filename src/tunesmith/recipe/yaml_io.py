@@ -12,7 +12,7 @@ import yaml
 from tunesmith.errors import RecipeError
 from tunesmith.types import JsonObject
 
-MAX_BYTES = 256 * 1024
+MAX_RECIPE_BYTES = 256 * 1024
 MAX_YAML_DEPTH = 32
 MOST_RECIPE_PROBLEMS = 20
 TYPES = {
@@ -25,8 +25,10 @@ TYPES = {
 
 def parse(text: str, where: str) -> Any:
     """The value of a YAML or JSON text. Raises RecipeError with `where`, the line and the rule."""
-    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        raise RecipeError(f"{where}: larger than {MAX_BYTES // 1024} KiB: this is not a recipe. Is it a data file?")
+    if len(text.encode("utf-8", "replace")) > MAX_RECIPE_BYTES:
+        raise RecipeError(
+            f"{where}: larger than {MAX_RECIPE_BYTES // 1024} KiB: this is not a recipe. Is it a data file?"
+        )
     if where.lower().endswith(".json"):  # which YAML reads too, but for tabs between its tokens
         text = text.replace("\t", " ")
     try:

@@ -39,7 +39,7 @@ from tunesmith.runs.atomic import (
 )
 from tunesmith.types import JsonObject, Record
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
 ALONE_BYTES = 2**18
@@ -89,7 +89,7 @@ def save(
                 _FILES[1]: _write_tensors(temporary / _FILES[1], optimizer),
                 _FILES[2]: _write_bytes(temporary / _FILES[2], to_json(state, indent=True)),
             }
-            manifest = {"format": FORMAT, "step": step, "files": written}
+            manifest = {"format": CHECKPOINT_FORMAT, "step": step, "files": written}
             write_atomic(temporary / "manifest.json", to_json({**manifest, "sha256": _seal(manifest)}, indent=True))
             replace_folder(temporary, final, swap=True)
         except BaseException:
@@ -191,9 +191,10 @@ def _manifest(path: Path) -> JsonObject:
         raise _Damaged("manifest.json is empty or not what was written") from error
     if not intact:
         raise _Damaged("manifest.json is not what was written")
-    if content["format"] > FORMAT:
+    if content["format"] > CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{path}: format {content['format']}, this version of tunesmith knows up to {FORMAT}. Use a newer version."
+            f"{path}: format {content['format']}, this version of tunesmith knows up to {CHECKPOINT_FORMAT}. "
+            "Use a newer version."
         )
     if path.name != f"{_PREFIX}{content['step']}":
         raise _Damaged(f"it is the checkpoint of step {content['step']} under another name")

@@ -64,7 +64,7 @@ _STATE = {
     "prompt_tokens": ("tunesmith_prompt_tokens_total", "Tokens read."),
     "completion_tokens": ("tunesmith_completion_tokens_total", "Tokens written."),
 }
-LOOK_S = 0.5
+LEFT_CHECK_S = 0.5
 """Pause between two checks for a client that has gone away."""
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -232,7 +232,7 @@ async def _connected(answer: Awaitable[T], request: Request) -> T:
         while not coming.done():
             if await request.is_disconnected():
                 raise ClientDisconnect
-            await asyncio.wait((coming,), timeout=LOOK_S)
+            await asyncio.wait((coming,), timeout=LEFT_CHECK_S)
         return coming.result()
     finally:
         coming.cancel()

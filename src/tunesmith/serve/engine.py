@@ -32,7 +32,7 @@ from tunesmith.serve.protocol import (
 END_TIMEOUT_S = 5.0
 LATE_S, SILENT_S = 15.0, 60.0
 """Without a sign of life, which comes every two seconds: it counts as down, and is ended and started again."""
-PAUSE_S = 5.0
+RESTART_PAUSE_S = 5.0
 """After a worker that could not be started."""
 MAX_LINE_BYTES = 1 << 30
 """Longest message of the worker; as much is read ahead, so that its end is always noticed."""
@@ -308,7 +308,7 @@ class WorkerEngine:
                     self._worker = await self._new_worker()
                 except Exception as error:  # a full process table, a damaged pipe: the next try may succeed
                     self._note(f"the engine could not be started again: {error}")
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(RESTART_PAUSE_S)
 
     def _fail_all(self, message: str, *, status: int, code: str) -> None:
         for call in self._calls.values():

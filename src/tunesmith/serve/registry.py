@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 M = TypeVar("M", ServedModel, Classifier)
 
-PROBE_TOKENS = 37
+DECODER_PROBE_TOKENS = 37
 
 
 @dataclass
@@ -285,8 +285,8 @@ def check_adapter(model: ServedModel) -> None:
     """The logits of a probe are others with the adapter than without. Raises RunError."""
     decoder, logits = type(model.decoder)(model.decoder.model, model.decoder.adapters), []
     for adapter in (None, model.adapter):
-        slot = decoder.open(adapter, PROBE_TOKENS)
-        logits.append(decoder.step({}, [(slot, probe(model.vocab_size, PROBE_TOKENS))])[1])
+        slot = decoder.open(adapter, DECODER_PROBE_TOKENS)
+        logits.append(decoder.step({}, [(slot, probe(model.vocab_size, DECODER_PROBE_TOKENS))])[1])
     if torch.equal(*logits):
         raise RunError(
             f"{model.card.name}: its adapter changes nothing: the base alone would answer in its name. Look at the "

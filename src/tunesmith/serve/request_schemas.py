@@ -17,10 +17,10 @@ from tunesmith.data.read_json import BadRow, loads
 from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.types import JsonObject, Record, Source
 
-MAX_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 20
 MAX_DEPTH = 64
-TIMEOUT_S = 30.0
-DRAINED_BYTES = 16 * MAX_BYTES
+BODY_TIMEOUT_S = 30.0
+DRAINED_BYTES = 16 * MAX_BODY_BYTES
 """Read of a body that is too large: a client that is cut off while it writes does not read the answer."""
 MAX_INPUTS = 2048
 
@@ -61,19 +61,19 @@ async def _read(request: Request) -> bytes:
         num_bytes = 0
         async for piece in request.stream():
             num_bytes += len(piece)
-            if num_bytes <= MAX_BYTES:
+            if num_bytes <= MAX_BODY_BYTES:
                 body.extend(piece)
             elif num_bytes > DRAINED_BYTES:
                 break
         return num_bytes
 
     try:
-        num_bytes = await asyncio.wait_for(receive(), TIMEOUT_S)
+        num_bytes = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
     except asyncio.TimeoutError:
-        message = f"The body did not arrive within {TIMEOUT_S:.0f} seconds."
+        message = f"The body did not arrive within {BODY_TIMEOUT_S:.0f} seconds."
         raise _closing(408, "request_timeout", message) from None
-    if num_bytes > MAX_BYTES:
-        raise _closing(413, "request_too_large", f"The body has more than {MAX_BYTES:,} bytes.")
+    if num_bytes > MAX_BODY_BYTES:
+        raise _closing(413, "request_too_large", f"The body has more than {MAX_BODY_BYTES:,} bytes.")
     return bytes(body)
 
 

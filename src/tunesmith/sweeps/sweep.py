@@ -27,7 +27,7 @@ from tunesmith.sweeps.grid import Grid, Judge, Trial
 from tunesmith.sweeps.trial import Follower, Job, OneByOne, TrialRunner
 from tunesmith.types import JsonObject, Record
 
-FORMAT = 1
+SWEEP_FORMAT = 1
 STATE = "sweep.json"
 
 
@@ -114,7 +114,7 @@ class Sweep:
         state = self.path / STATE
         if state.is_file():
             saved = from_json(state.read_bytes())
-            is_same = saved.get("format") == FORMAT and saved.get("digest") == self.grid.digest
+            is_same = saved.get("format") == SWEEP_FORMAT and saved.get("digest") == self.grid.digest
             if not is_same and not any((self.root / name).exists() for name in saved["trials"]):
                 state.unlink()  # none of its trials began
                 return
@@ -133,7 +133,7 @@ class Sweep:
 
     def _save(self) -> None:
         trials = {trial.name: dict(trial.options) for trial in self.grid.trials}
-        values = {"format": FORMAT, "digest": self.grid.digest, "metric": self.grid.metric, "trials": trials}
+        values = {"format": SWEEP_FORMAT, "digest": self.grid.digest, "metric": self.grid.metric, "trials": trials}
         write_atomic(
             self.path / STATE, to_json({**values, "stopped": self.stopped, "failed": self.failed}, indent=True)
         )

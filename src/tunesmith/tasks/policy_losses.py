@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tunesmith.models.fused_loss import OutputLayer
 
-COLUMNS = ("advantage", "weight", "drawn", "old", "reference")
+VALUE_COLUMNS = ("advantage", "weight", "drawn", "old", "reference")
 """Columns of `Batch.values_NC`: A, c, log μ, log π_old, log π_ref. NaN: π_old is the learner itself, and there is no
 reference."""
 CLIPS = {"clip": (0.2, 0.28), "sequence": (3e-4, 4e-4)}

@@ -6,7 +6,7 @@ import numpy as np
 
 from tunesmith.errors import RunError
 from tunesmith.recipe.schema import resolved
-from tunesmith.tasks.policy_losses import COLUMNS
+from tunesmith.tasks.policy_losses import VALUE_COLUMNS
 from tunesmith.training.setup import Setup
 
 LARGEST = 1e-3
@@ -24,7 +24,7 @@ def check_sampler(setup: Setup) -> None:
     drawing = setup.drawing
     if drawing is None:
         return
-    precision, at = resolved(setup.recipe.precision), COLUMNS.index("drawn")
+    precision, at = resolved(setup.recipe.precision), VALUE_COLUMNS.index("drawn")
     view = drawing.everything(setup, drawing.ahead(setup, 1))
     away, means = list[tuple[float, str]](), list[float]()
     for row, logps_N in enumerate(drawing.measured(view)):

@@ -37,7 +37,7 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.atomic import storing, to_json, write_atomic
-from tunesmith.tasks.policy_losses import COLUMNS, STATS, Seen, log_probs, policy_loss_sum
+from tunesmith.tasks.policy_losses import STATS, VALUE_COLUMNS, Seen, log_probs, policy_loss_sum
 from tunesmith.tasks.reinforce import advantages, divisor, has_spread
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.types import Example, JsonObject, Record, Row
@@ -211,7 +211,7 @@ class Drawing:
         if options.kl:
             with state.attachment.adapter_disabled():
                 reference = self.measured(view)
-            at = COLUMNS.index("reference")
+            at = VALUE_COLUMNS.index("reference")
             for row, logps_N in zip(store.rows, reference, strict=True):
                 assert row.values_NC is not None, "made above"
                 row.values_NC[:, at] = logps_N
@@ -295,9 +295,9 @@ def seeds_of(store: RowStore, rows: Sequence[int], *, seed: int, step: int) -> l
 
 
 def _numbers(answer: DrawnAnswer, advantage: float, *, by_answer: bool) -> NDArray[np.float32]:
-    """[N, C], see `COLUMNS`."""
+    """[N, C], see `VALUE_COLUMNS`."""
     num = len(answer.ids)
-    numbers_NC = np.full((num, len(COLUMNS)), np.nan, np.float32)
+    numbers_NC = np.full((num, len(VALUE_COLUMNS)), np.nan, np.float32)
     numbers_NC[:, 0], numbers_NC[:, 1], numbers_NC[:, 2] = advantage, 1 / num if by_answer else 1, answer.logps
     return numbers_NC
 

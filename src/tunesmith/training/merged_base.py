@@ -37,7 +37,7 @@ MADE_OF = "merged-from.json"
 """File in a merged base with the SHA-256 of each file of its adapter, written last."""
 COMPARED_ROWS = 16
 """Held-out rows, or else rows of the training, that both are compared on."""
-TARGETS = 64
+MOST_TARGETS = 64
 """Most targets of a row that are compared, spread over it: each has a number for all of the vocabulary."""
 MOST_KL = 5e-3
 """Largest mean KL divergence, in nats, of a merged base whose answers count as equal: as of a 16-bit export."""
@@ -160,7 +160,7 @@ def _rows(run: Run, speaker: LoadedModel) -> tuple[Collator | None, list[int]]:
 
 
 def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Logits [N, V] in float32 and targets [N] of each row, `TARGETS` of them at most."""
+    """Logits [N, V] in float32 and targets [N] of each row, `MOST_TARGETS` of them at most."""
     answers = []
     for row in rows:
         assert collator is not None, "there are rows"
@@ -172,7 +172,7 @@ def _answers(speaker: LoadedModel, collator: Collator | None, rows: list[int]) -
                 forward = sequence_logits if speaker.head == "sequence" else logits_at_targets
                 logits_NV = forward(speaker.model, batch)
         num = len(logits_NV)
-        spread_N = torch.linspace(0, num - 1, min(num, TARGETS), device=logits_NV.device).long()
+        spread_N = torch.linspace(0, num - 1, min(num, MOST_TARGETS), device=logits_NV.device).long()
         targets_N = batch.targets_N[spread_N] if len(batch.targets_N) == num else batch.targets_N
         answers.append((logits_NV[spread_N].float().cpu(), targets_N.cpu()))
     return answers

@@ -39,7 +39,7 @@ from tunesmith.planning.defaults import (
 from tunesmith.planning.devices import Device
 from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster
-from tunesmith.planning.memory import DTYPES
+from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.recipe.docs import changed
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import Run
@@ -269,7 +269,7 @@ def _forecast(
 
 def _device_here(notes: list[str], recipe: Recipe, world: World, *, apart: bool) -> Device:
     """This machine's device, with the memory that a rank may take. What people should know goes into notes."""
-    threads, dtype = resolved(recipe.threads), DTYPES[resolved(recipe.precision)]
+    threads, dtype = resolved(recipe.threads), TORCH_DTYPES[resolved(recipe.precision)]
     if recipe.device == "cpu" and recipe.precision == "float16":
         slow = "a processor takes at least ten times as long as in float32, and the time foreseen is for float32"
         notes.append(f"precision: float16: {slow}. Leave precision out.")

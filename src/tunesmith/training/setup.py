@@ -45,7 +45,7 @@ from tunesmith.parallel.world import World
 from tunesmith.phrases import size
 from tunesmith.planning.defaults import far_numbers, total_steps
 from tunesmith.planning.forecast import Forecast, kept_checkpoints
-from tunesmith.planning.memory import DTYPES, layers_to_split
+from tunesmith.planning.memory import TORCH_DTYPES, layers_to_split
 from tunesmith.recipe.docs import flat
 from tunesmith.recipe.load import validate
 from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
@@ -301,7 +301,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
         inputs.notes.append(allocator_note)
     model = load.load_model(
         inputs.located,
-        dtype=DTYPES[resolved(recipe.precision)],
+        dtype=TORCH_DTYPES[resolved(recipe.precision)],
         device="cpu" if inputs.located.is_gguf or recipe.shard is True else device,
         head=inputs.head,
         labels=labels,

@@ -19,7 +19,7 @@ FAR_BELOW = 0.25
 """Share of the held-out loss below which a training loss shows rows learnt by heart."""
 BELOW = 0.7
 """Share of the training loss below which a held-out loss is odd: dropout and the next update explain less."""
-LONGER = 1.5
+TIMES_LONGER = 1.5
 """How many times as long as its reference an answer is that was cut off, at least, if it does not end."""
 
 
@@ -68,7 +68,7 @@ def _endless(samples: Sequence[Record]) -> Iterator[str]:
     cut = [
         sample
         for sample in known
-        if not sample["stopped"] and len(sample["answer"].split()) > LONGER * len(sample["reference"].split())
+        if not sample["stopped"] and len(sample["answer"].split()) > TIMES_LONGER * len(sample["reference"].split())
     ]
     if len(known) >= FEWEST and 2 * len(cut) > len(known):
         yield (

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from tunesmith.evaluation.report.sections import Block, Cell, Page, Table
-from tunesmith.evaluation.report.values import MOST_LISTED, mark
+from tunesmith.evaluation.report.values import MOST_ROWS_LISTED, mark
 from tunesmith.phrases import one_line, visible
 
 _HERE = files(__package__ or "")
@@ -100,9 +100,9 @@ def _lines(block: Block | Table) -> Iterator[str]:
             f"| {' | '.join(inline(column.title) for column in block.columns)} |",
             "|" + " --- |" * len(block.columns),
         )
-        yield from (f"| {' | '.join(map(_cell, row))} |" for row in block.rows[:MOST_LISTED])
-        if len(block.rows) > MOST_LISTED:
-            yield from ("", f"{len(block.rows) - MOST_LISTED:,} more are in report.html.")
+        yield from (f"| {' | '.join(map(_cell, row))} |" for row in block.rows[:MOST_ROWS_LISTED])
+        if len(block.rows) > MOST_ROWS_LISTED:
+            yield from ("", f"{len(block.rows) - MOST_ROWS_LISTED:,} more are in report.html.")
         return
     if block.fold:
         yield from ("", f"{block.fold}:")

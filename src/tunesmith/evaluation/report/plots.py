@@ -34,11 +34,11 @@ INK, MUTED, RULE, ACCENT, PAPER = "#010101", "#020202", "#030303", "#040404", "#
 """Placeholder colours, which the page replaces by its own, light or dark."""
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent", PAPER: "--paper"}
 
-WIDTH, HEIGHT = 480, 250
+PLOT_WIDTH, PLOT_HEIGHT = 480, 250
 """Size of a plot in CSS pixels, at which its text has the size below."""
 STYLE = Path(__file__).with_name("report.mplstyle")
 
-HELD_OUT: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
+HELD_OUT_LINE: dict[str, Any] = {"linestyle": (0, (4, 2)), "marker": "o", "markerfacecolor": PAPER, "markersize": 6}
 MOST_POINTS = 2000
 """Most points of a line; beyond, the lowest and highest point of each part are drawn."""
 COURSE_FROM = 3
@@ -57,17 +57,17 @@ class Plot:
     svg: str
 
 
-def draw(name: str, title: str, description: str, paint: Callable[[Any], None], *, height: float = HEIGHT) -> Plot:
+def draw(name: str, title: str, description: str, paint: Callable[[Any], None], *, height: float = PLOT_HEIGHT) -> Plot:
     """The plot that `paint` makes of empty axes."""
     file = io.StringIO()
     with mpl.rc_context(fname=STYLE), warnings.catch_warnings():
         # A script that DejaVu lacks is not a fault: the browser has the font, only the space is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(PLOT_WIDTH / 72, height / 72), layout="constrained")
         paint(figure.add_subplot())
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     words = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-text">{escape(description)}</desc>'
-    size = f'viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}"'
+    size = f'viewBox="0 0 {PLOT_WIDTH} {height:g}" width="{PLOT_WIDTH}" height="{height:g}"'
     head = f'<svg role="img" aria-labelledby="{name}-title {name}-text" {size}>{words}'
     return Plot(name, title, description, head + _inline(file.getvalue(), name))
 
@@ -107,7 +107,7 @@ def _loss(series: RunSeries, steps_S: Floats, losses_S: Floats, kept: int) -> Pl
         else:
             axes.plot(*raw, color=INK, linewidth=1.4, label="training")
         if len(held):
-            line = HELD_OUT if len(held) >= COURSE_FROM else {**HELD_OUT, "linestyle": ""}
+            line = HELD_OUT_LINE if len(held) >= COURSE_FROM else {**HELD_OUT_LINE, "linestyle": ""}
             axes.plot(held[:, 0], _finite(held[:, 1]), color=ACCENT, linewidth=1.6, label="held out", **line)
             chosen = held[held[:, 0] == kept][-1:]
             axes.plot(chosen[:, 0], _finite(chosen[:, 1]), color=ACCENT, linestyle="", marker="o", markersize=7)
@@ -134,7 +134,7 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
         ends = np.asarray([(i.get("low", i["value"]), i.get("high", i["value"])) for _, i in points]).T
         spans = np.abs(np.nan_to_num(ends, nan=0.0) - values) * np.isfinite(ends)
         axes.errorbar(
-            [step for step, _ in points], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT
+            [step for step, _ in points], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT_LINE
         )
         _mark_kept(axes, kept)
         rises, is_late = info.better != "lower", 2 * kept > points[-1][0]  # the corner that a good course leaves

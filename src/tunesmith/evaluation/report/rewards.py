@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.evaluation.report.plots import ACCENT, HELD_OUT, INK, MUTED, Plot, draw, smooth, thinned
+from tunesmith.evaluation.report.plots import ACCENT, HELD_OUT_LINE, INK, MUTED, Plot, draw, smooth, thinned
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import duration, percent, plural
 from tunesmith.types import Record
@@ -38,7 +38,7 @@ def _course(series: RunSeries) -> Plot:
         if len(held):
             spans = np.abs(np.nan_to_num(ends - values))
             steps = [step for step, _ in held]
-            axes.errorbar(steps, values, spans, color=ACCENT, elinewidth=1, label="held out", **HELD_OUT)
+            axes.errorbar(steps, values, spans, color=ACCENT, elinewidth=1, label="held out", **HELD_OUT_LINE)
         axes.set(xlabel="step", ylabel="reward")
         axes.legend(loc="lower right")
 

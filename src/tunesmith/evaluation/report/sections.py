@@ -16,7 +16,7 @@ from tunesmith.evaluation.report import values
 from tunesmith.evaluation.report.advice import next_command
 from tunesmith.evaluation.report.plots import ACCENT, INK, MUTED, Plot, draw, length_plot, scatter_plot, training_plots
 from tunesmith.evaluation.report.rewards import reward_plots, reward_sentences
-from tunesmith.evaluation.report.values import MOST_LISTED, label_text, target_of
+from tunesmith.evaluation.report.values import MOST_ROWS_LISTED, label_text, target_of
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.phrases import duration, one_line, option, percent, plural, size
 from tunesmith.runs.folder import Run
@@ -196,7 +196,7 @@ def _outcomes(details: Record) -> Iterator[Block | Table]:
             numbers = [*(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
             cells.append([Cell(str(row.get("label", row.get("type")))), *map(Cell, numbers)])
         yield Block("heading", "Class by class, lowest F1 first")
-        yield Table(columns, cells, "fit", shown=MOST_LISTED)
+        yield Table(columns, cells, "fit", shown=MOST_ROWS_LISTED)
     if details.get("threshold"):
         best = max(details["threshold"], key=lambda entry: entry["f1"])
         sentence = f"The best F1 of {labels[1]}, {best['f1']:.3f}, comes with a threshold of {best['threshold']:.2f}"
@@ -236,7 +236,7 @@ def _answers(report: Record) -> Iterator[Block | Table]:
         marks = {when: values.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
         cells = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
         rows.append([*cells, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
-    yield Table(columns, rows, "rows answered stack", shown=MOST_LISTED)
+    yield Table(columns, rows, "rows answered stack", shown=MOST_ROWS_LISTED)
 
 
 def _changed_rows(report: Record) -> Iterator[Block | Table]:

@@ -31,7 +31,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS
 from tunesmith.types import JsonObject, Record
 
-MOST_LISTED = 40
+MOST_ROWS_LISTED = 40
 """Rows of each list that a report names; all are counted."""
 MOST_WORSE = 10
 RowsByKey = Mapping[tuple[str, int], RowResult]
@@ -167,7 +167,7 @@ def flips(before: RowsByKey, after: RowsByKey) -> JsonObject | None:
         rows.sort(key=lambda flip: (-flip["probability"], flip["source"]))
     lost, gained = by_direction[True], by_direction[False]
     counts = {"num_lost": len(lost), "num_gained": len(gained)}
-    return {**counts, "lost": lost[:MOST_LISTED], "gained": gained[:MOST_LISTED]}
+    return {**counts, "lost": lost[:MOST_ROWS_LISTED], "gained": gained[:MOST_ROWS_LISTED]}
 
 
 def _is_right(row: RowResult) -> bool | None:
