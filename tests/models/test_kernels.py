@@ -51,5 +51,5 @@ def test_both_ways_train_alike_and_fast_is_what_runs_by_default(tmp_path, monkey
 )
 def test_layers_compute_by_nodes_on_processors_and_cards(monkeypatch, device, kernels, is_sharded, noted):
     monkeypatch.setattr(setups, "use_fast_layers", lambda model: ["slower"])
-    recipe, world = SimpleNamespace(kernels=kernels, device=device), SimpleNamespace(is_sharded=is_sharded)
-    assert setups._use_fast_layers(recipe, None, world) == noted
+    world = SimpleNamespace(is_sharded=is_sharded)
+    assert setups._use_fast_layers(None, world, kernels=kernels, device=device) == noted

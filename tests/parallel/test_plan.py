@@ -20,6 +20,7 @@ from tunesmith.planning.forecast import Forecast, heaviest
 from tunesmith.planning.memory import layers_to_split
 from tunesmith.recipe.docs import as_yaml
 from tunesmith.recipe.load import load, validate
+from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import ResolvedRun, _few_rows, resolve_run
 
 
@@ -86,9 +87,9 @@ def test_few_rows_are_noted_with_the_cards_share_and_a_way_to_fill_them(folder: 
 def test_more_devices_get_larger_steps_while_an_epoch_has_twenty(number: int, rows: int) -> None:
     recipe = validate({"task": "chat", "devices": number})
     facts = Facts(8_000_000_000, "cuda", "causal", np.full(1000, 400, np.int32))
-    assert _rows_per_step(recipe, facts)[0] == rows
+    assert _rows_per_step(recipe, TASKS["chat"], facts)[0] == rows
     many = Facts(8_000_000_000, "cuda", "causal", np.full(100_000, 400, np.int32))
-    assert _rows_per_step(recipe, many)[0] == min(64, max(16, 4 * number))
+    assert _rows_per_step(recipe, TASKS["chat"], many)[0] == min(64, max(16, 4 * number))
 
 
 def test_a_card_may_be_several() -> None:
@@ -199,7 +200,7 @@ def test_a_model_without_layers_of_their_own_is_not_split(tmp_path: Path) -> Non
     with pytest.raises(RecipeError, match=r"shard: true: not with model: .*: it has no list of layers"):
         resolve_run(recipe, root=tmp_path)
     model = tiny_model(vocab_size=64)
-    assert len(layers_to_split(model, recipe)) == 2
+    assert len(layers_to_split(model, recipe.model)) == 2
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(RecipeError, match="its layers share weights"):
-        layers_to_split(model, recipe)
+        layers_to_split(model, recipe.model)

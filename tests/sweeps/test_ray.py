@@ -61,18 +61,19 @@ def test_trials_at_once_are_those_that_there_is_room_for(
 ) -> None:
     ray, recipe = FakeRay(**resources), validate({"model": "m", **options})
     assert tuple(needs_of(recipe, ray).values()) == needs
-    assert RayTasks(ray, recipe).slots == slots
+    assert RayTasks(ray, needs_of(recipe, ray)).slots == slots
     assert ray.options == {"max_retries": 0, "num_cpus": needs[0], "num_gpus": needs[1]}
 
 
 def test_a_trial_that_no_machine_can_hold_is_refused() -> None:
+    ray, recipe = FakeRay(CPU=8), validate({"model": "m", "threads": 16})
     with pytest.raises(InputError, match="a trial needs 16 cpus, but this Ray has 8 cpus and 0 gpus"):
-        RayTasks(FakeRay(CPU=8), validate({"model": "m", "threads": 16}))
+        RayTasks(ray, needs_of(recipe, ray))
 
 
 def test_a_lost_worker_is_the_failure_of_its_trial(tmp_path: Path) -> None:
     ray = FakeRay(("", Lost("node  died")), CPU=2)
-    tasks = RayTasks(ray, validate({"model": "m"}))
+    tasks = RayTasks(ray, needs_of(validate({"model": "m"}), ray))
     for name in ("a", "b"):
         tasks.start(Job(name, tmp_path / name, tmp_path, tmp_path))
     assert tasks.ended() == {"a": "", "b": "Ray lost it: node died"}

@@ -105,7 +105,9 @@ def _show_rows(recipe: Recipe, lines: str, *, offline: bool, as_json: bool) -> N
     first, _, last = lines.partition("-")
     if not (first.isdecimal() and (last or first).isdecimal()):
         raise InputError(f"--rows: {lines}: is no line and no range of lines. Give one such as 812 or 801-820.")
-    read = rows_as_read(recipe, _renderer(recipe, offline) if recipe.model else None, int(first), int(last or first))
+    task = None if recipe.task == "auto" else recipe.task
+    renderer = _renderer(recipe, offline) if recipe.model else None
+    read = rows_as_read(recipe.data, task, renderer, int(first), int(last or first))
     if as_json:
         json_line({"kind": "rows", "rows": read})
         return

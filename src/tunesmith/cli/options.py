@@ -201,7 +201,7 @@ def build_recipe(
         raise InputError(f"{missing}: nothing was given. Write: tunesmith {verb} MODEL DATA, or a --recipe with it.")
     refuse_unreadable(paths, built.data.reading)
     refuse_missing(built.model, root)
-    refuse_lacking(built)
+    refuse_lacking(built.method.name, built.export.to)
     return built
 
 
@@ -282,15 +282,13 @@ def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> No
         raise ModelError(f"{no_such_run(model, root)} And no such model: {error}") from error
 
 
-def refuse_lacking(recipe: Recipe) -> None:
-    """Raise InputError for a method, a tracker or an export whose packages are not installed, before torch is
-    imported."""
-    name = recipe.method.name
-    extra = {"qlora": "bitsandbytes", "peft": "peft"}.get(name)
+def refuse_lacking(method: str, exports: Sequence[str]) -> None:
+    """Raise InputError for a method or an export whose packages are not installed, before torch is imported."""
+    extra = {"qlora": "bitsandbytes", "peft": "peft"}.get(method)
     if extra is not None and find_spec(extra) is None:
         way = f"Install it with: {install_command(extra)}, or use method: lora."
-        raise RecipeError(f"method.name: {name}: needs the package {extra}, which is not installed. {way}")
-    for word in recipe.export.to:
+        raise RecipeError(f"method.name: {method}: needs the package {extra}, which is not installed. {way}")
+    for word in exports:
         refuse_unknown_target("export.to", word)
         refuse_lacking_export("export.to", word)
 

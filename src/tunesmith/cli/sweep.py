@@ -91,11 +91,11 @@ def _engine(found: Sweep, ray: str | None) -> Iterator[TrialRunner]:
     if ray is None:
         yield OneByOne()
         return
-    from tunesmith.parallel.cluster import connected
+    from tunesmith.parallel.cluster import connected, needs_of
     from tunesmith.sweeps.ray_engine import RayTasks
 
     with connected(ray) as ray_module:
-        yield RayTasks(ray_module, found.grid.trials[0].recipe)
+        yield RayTasks(ray_module, needs_of(found.grid.trials[0].recipe, ray_module))
 
 
 @contextmanager

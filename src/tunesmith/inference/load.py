@@ -281,10 +281,10 @@ def refuse_needless(base: str | None, model: str) -> None:
 
 def run_labels(recipe: Recipe) -> Labels | None:
     """Labels of the head of a run, by its resolved recipe; None where it has none."""
-    task = TASKS[resolved(recipe.task)]
-    if task.head is None:
+    head = TASKS[resolved(recipe.task)].head
+    if head is None:
         return None
-    kind: LabelKind = "tags" if task.head.by_word else resolved(recipe.data.label_kind)
+    kind: LabelKind = "tags" if head.by_word else resolved(recipe.data.label_kind)
     return Labels(kind, () if kind == "number" else recipe.data.labels)
 
 
@@ -389,11 +389,8 @@ def _weighed(labels: Labels | None, weights: str | Mapping[str, float] | None) -
     return replace(labels, weights_C=np.array([weights.get(name, 1.0) for name in labels.names], np.float64))
 
 
-def _longest_row(recipe: Recipe) -> int:
-    """`data.max_tokens`, less the answers of prompts that draw them. Raises RecipeError where nothing is left."""
-    most, new = resolved(recipe.data.max_tokens), recipe.reinforce.max_new_tokens
-    if not TASKS[resolved(recipe.task)].samples:
-        return most
+def _longest_prompt(most: int, new: int) -> int:
+    """Most tokens of a prompt to which `new` are drawn, of `most` together. Raises RecipeError where none are left."""
     if new >= most:
         raise RecipeError(
             f"reinforce.max_new_tokens: {new:,}: leaves no room for a prompt in data.max_tokens, which is {most:,}. "
@@ -403,20 +400,19 @@ def _longest_row(recipe: Recipe) -> int:
 
 
 def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> Renderer:
-    """The renderer of a resolved recipe."""
+    """The renderer of a resolved recipe. Raises RecipeError where answers to be drawn leave no room for a prompt."""
+    task, most = TASKS[resolved(recipe.task)], resolved(recipe.data.max_tokens)
     return Renderer(
         tokenizer,
-        TASKS[resolved(recipe.task)],
+        task,
         kind=kind,
-        max_tokens=_longest_row(recipe),
+        max_tokens=_longest_prompt(most, recipe.reinforce.max_new_tokens) if task.samples else most,
         too_long=resolved(recipe.data.too_long),
         control_tokens=recipe.data.control_tokens,
         stride=None if recipe.data.stride == "auto" else recipe.data.stride,
         prompt=recipe.data.prompt,
         date=None if recipe.data.date == "auto" else recipe.data.date,
-        pooling=recipe.embed.as_pooling(resolved(recipe.data.max_tokens))
-        if TASKS[resolved(recipe.task)].pools
-        else None,
+        pooling=recipe.embed.as_pooling(most) if task.pools else None,
     )
 
 

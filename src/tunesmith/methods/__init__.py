@@ -21,6 +21,7 @@ from tunesmith.methods import adapter_format, full, lora, peft
 from tunesmith.methods.qlora import BASE_FORMAT, packing, quantize_base
 from tunesmith.models.quantized import PackOnLoad
 from tunesmith.optim import OPTIMIZERS
+from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import Attachment, HeadName
 
@@ -145,9 +146,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_of(recipe: Recipe) -> Method:
-    """The row of a recipe's method; for `auto`, which becomes lora or full, lora's."""
-    return METHODS["lora" if recipe.method.name == "auto" else recipe.method.name]
+def method_of(options: MethodOptions) -> Method:
+    """The row of a method; for `auto`, which becomes lora or full, lora's."""
+    return METHODS["lora" if options.name == "auto" else options.name]
 
 
 def attach(

@@ -28,11 +28,12 @@ from tunesmith.models.size import UNBOUNDED, ModelSize
 from tunesmith.optim import OPTIMIZERS
 from tunesmith.phrases import plural
 from tunesmith.planning.decisions import Decisions
-from tunesmith.recipe.methods import FullMethod, LoraMethod
-from tunesmith.recipe.schema import Data, Recipe, Train, resolved
+from tunesmith.recipe.methods import FullMethod, LoraMethod, MethodOptions, OptionGroup
+from tunesmith.recipe.schema import Data, EvaluationOptions, Loss, Optim, Recipe, Train, resolved
 from tunesmith.tasks import TASKS, has_prepass
 from tunesmith.tasks.reinforce import epochs_of, task_by_grader
 from tunesmith.tasks.task import Task
+from tunesmith.tasks.texts import CHAT, GENERATE
 from tunesmith.types import Choice, HeadName, ModelKind, TaskName
 
 SMALL_MODEL = 30_000_000
@@ -106,7 +107,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
         if decisions.is_open(key):
             decisions.decide(rule())
 
-    if by_grader := task_by_grader(recipe):
+    if by_grader := task_by_grader(recipe.task, recipe.reinforce.grader):
         decisions.decide(by_grader)
         recipe = decisions.recipe
     if absent := absent_columns(recipe.data):
@@ -123,7 +124,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     recipe = decisions.recipe
     if task.section:
-        _check_compared(recipe, task, task.section.name)
+        _check_compared(recipe.data, recipe.loss, task, task.section.options(recipe))
     if (task.compares or task.samples) and (option := METHODS[recipe.method.name].randomness(recipe.method)):
         what = "compares passes over a row" if task.compares else "learns what the model draws without it"
         raise RecipeError(f"{option}: the task {task.name} {what}. Leave it out.")
@@ -139,10 +140,11 @@ def decide(decisions: Decisions, facts: Facts) -> None:
     """Decide every "auto" that rows can decide, in the order of the rules. Raises RecipeError."""
     if decisions.recipe.train.rows_per_step == 1 and has_prepass(decisions.recipe):
         raise RecipeError("train.rows_per_step: 1: a row is compared with the others of its step. Use 2 or more.")
+    task = TASKS[resolved(decisions.recipe.task)]
     for key, rule in _RULES.items():
         if not decisions.is_open(key):
             continue
-        choice = Choice(key, *rule(decisions.recipe, facts))
+        choice = Choice(key, *rule(decisions.recipe, task, facts))
         if key == "optim.lr":  # the rate contains the factor now
             decisions.set("optim.lr_times", 1.0)
         decisions.set(key, choice.value)
@@ -198,10 +200,9 @@ def _task_of_first_row(data: Data, kind: ModelKind) -> Choice:
         return Choice("task", task.name, task.detected)
     if example.plain or kind == "encoder_decoder":
         other = "; task: chat would put them into the chat template" if kind == "causal" else ""
-        return Choice("task", "generate", f"rows are prompt and completion as plain text{other}")
-    return Choice(
-        "task", "chat", f"rows are conversations ({example.shape}), rendered by the model's own chat template"
-    )
+        return Choice("task", GENERATE.name, f"rows are prompt and completion as plain text{other}")
+    reason = f"rows are conversations ({example.shape}), rendered by the model's own chat template"
+    return Choice("task", CHAT.name, reason)
 
 
 def precision_for(num_parameters: int, device: str, *, is_adapter: bool, tokens: float) -> Choice:
@@ -234,36 +235,35 @@ def _max_tokens(task: TaskName, kind: ModelKind, limit: int) -> Choice:
     return Choice("data.max_tokens", limit, "the most this model can attend to")
 
 
-def _check_compared(recipe: Recipe, task: Task, section: str) -> None:
+def _check_compared(data: Data, loss: Loss, task: Task, options: OptionGroup) -> None:
     """Raise RecipeError for options that would change what is compared, or change nothing."""
-    if recipe.data.too_long == "cut" and task.on_overlong[0] == "error":
+    if data.too_long == "cut" and task.on_overlong[0] == "error":
         raise RecipeError(
             "data.too_long: cut: the model would learn to tell a cut answer by its missing end. Use error or drop."
         )
     for option in ("label_smoothing", "z_loss"):
-        if getattr(recipe.loss, option):
-            has_own = hasattr(getattr(recipe, section), option)
-            way = f"Use {section}.{option}" if has_own else "Leave it out"
+        if getattr(loss, option):
+            way = f"Use {task.section.name}.{option}" if task.section and hasattr(options, option) else "Leave it out"
             raise RecipeError(f"loss.{option}: is for tokens and classes; task {task.name} compares. {way}.")
 
 
-def _rate(recipe: Recipe, facts: Facts) -> tuple[float, str]:
-    method = METHODS[recipe.method.name]
-    task = TASKS[resolved(recipe.task)]
+def _rate(options: MethodOptions, optim: Optim, task: Task, facts: Facts) -> tuple[float, str]:
+    method = METHODS[options.name]
     if (task_rates := task.rates) is not None:
         rate = (task_rates.adapter if method.is_adapter else task_rates.full)[facts.num_parameters >= task_rates.large]
         reason = f"usual for task {task.name} {'with an adapter' if method.is_adapter else 'in full tuning'}"
     else:
-        rate, reason = method.learning_rate(recipe.method, facts.kind, facts.num_parameters)
-    times, source = OPTIMIZERS[recipe.optim.name].rate
+        rate, reason = method.learning_rate(options, facts.kind, facts.num_parameters)
+    times, source = OPTIMIZERS[optim.name].rate
     reason = f"{reason}; {source}" if source else reason
-    reason += f", times {recipe.optim.lr_times:g}" if recipe.optim.lr_times != 1 else ""
-    return float(f"{rate * times * recipe.optim.lr_times:.3g}"), reason
+    reason += f", times {optim.lr_times:g}" if optim.lr_times != 1 else ""
+    return float(f"{rate * times * optim.lr_times:.3g}"), reason
 
 
 def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
     """A note where the learning rate is far above the one that would be chosen."""
-    usual, rate = _rate(recipe, facts)[0], float(resolved(recipe.optim.lr))
+    usual, _ = _rate(recipe.method, recipe.optim, TASKS[resolved(recipe.task)], facts)
+    rate = float(resolved(recipe.optim.lr))
     if rate <= HIGH_RATE * usual:
         return []
     return [
@@ -272,12 +272,11 @@ def rate_notes(recipe: Recipe, facts: Facts) -> list[str]:
     ]
 
 
-def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
+def _epochs(train: Train, task: Task, facts: Facts) -> tuple[float, str]:
     rows = len(facts.lengths_I)
-    if TASKS[resolved(recipe.task)].samples:
-        return epochs_of(recipe.train.rows_per_step, facts.rows_per_epoch or rows)
-    sooner = "; train.max_steps can end it sooner" if recipe.train.max_steps else ""
-    task = TASKS[resolved(recipe.task)]
+    if task.samples:
+        return epochs_of(train.rows_per_step, facts.rows_per_epoch or rows)
+    sooner = "; train.max_steps can end it sooner" if train.max_steps else ""
     if task.learns_classes and not task.is_chat:  # a number for an answer is learnt by heart soon
         return (5.0 if rows < 1000 else 3.0), f"{plural(rows, 'row')}, and a new head has to be learnt{sooner}"
     epochs = 3.0 if rows < 300 else 2.0 if rows < 1000 else 1.0
@@ -285,10 +284,9 @@ def _epochs(recipe: Recipe, facts: Facts) -> tuple[float, str]:
     return epochs, f"{plural(rows, 'row')}: {why}{sooner}"
 
 
-def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    rows = len(facts.lengths_I)
-    most = TASKS[resolved(recipe.task)].rows_per_step
-    if TASKS[resolved(recipe.task)].samples:
+def _rows_per_step(recipe: Recipe, task: Task, facts: Facts) -> tuple[int, str]:
+    rows, most = len(facts.lengths_I), task.rows_per_step
+    if task.samples:
         return min(most, rows), f"{recipe.reinforce.samples} answers to each are learnt"
     devices = recipe.devices if isinstance(recipe.devices, int) else 1
     wanted = min(MOST_TIMES_ROWS * most, ROWS_OF_A_DEVICE * devices)
@@ -298,18 +296,16 @@ def _rows_per_step(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     value = max(1, min(most, rows // 20))
     if has_prepass(recipe) and value < LEAST_COMPARED:
         return min(LEAST_COMPARED, rows), "few rows, and each is compared with the others of its step"
-    if (
-        recipe.task == "text"
-        and (rows_of_text := max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))) < value
-    ):
+    rows_of_text = max(1, round(TEXT_STEP_TOKENS / float(np.mean(facts.lengths_I))))
+    if task.name == "text" and rows_of_text < value:
         return rows_of_text, f"about {TEXT_STEP_TOKENS:,} tokens an update: every token of a window is learnt"
     return value, "about 20 updates an epoch at least" if value < most else "a steady gradient at little cost"
 
 
-def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+def _tokens_per_pass(recipe: Recipe, task: Task, facts: Facts) -> tuple[int, str]:
     longest = int(facts.lengths_I.max())
     usual = 2048
-    if TASKS[resolved(recipe.task)].samples:
+    if task.samples:
         longest //= recipe.reinforce.samples
     if facts.device.startswith("cuda"):
         usual = 16_384 if facts.num_parameters < SMALL_ON_CARD else 8192
@@ -324,24 +320,25 @@ def _tokens_per_pass(recipe: Recipe, facts: Facts) -> tuple[int, str]:
     return usual, f"fills the matrix products of {facts.device}; the longest row has {plural(longest, 'token')}"
 
 
-def _precision(recipe: Recipe, facts: Facts) -> tuple[str, str]:
-    step = float(facts.lengths_I.mean()) * resolved(recipe.train.rows_per_step)
-    tokens = min(step, resolved(recipe.train.tokens_per_pass))
-    choice = precision_for(facts.num_parameters, facts.device, is_adapter=method_of(recipe).is_adapter, tokens=tokens)
+def _precision(method: MethodOptions, train: Train, facts: Facts) -> tuple[str, str]:
+    step = float(facts.lengths_I.mean()) * resolved(train.rows_per_step)
+    tokens = min(step, resolved(train.tokens_per_pass))
+    is_adapter = method_of(method).is_adapter
+    choice = precision_for(facts.num_parameters, facts.device, is_adapter=is_adapter, tokens=tokens)
     return choice.value, choice.reason
 
 
-def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
+def _every(train: Train, documents: int, task: Task, facts: Facts) -> tuple[int | str | None, str]:
     """On the way a run is measured where that is cheap and learning by heart is near: new heads and vectors of
-    small models learn few rows in several epochs. Nothing is said of others."""
-    task, per_epoch = TASKS[resolved(recipe.task)], facts.steps_per_epoch(resolved(recipe.train.rows_per_step))
-    epochs = total_steps(recipe.train, per_epoch) // per_epoch
+    small models learn few rows in several epochs. Nothing is said of others. `documents`: see `embed.documents`."""
+    per_epoch = facts.steps_per_epoch(resolved(train.rows_per_step))
+    epochs = total_steps(train, per_epoch) // per_epoch
     learns_head = (task.learns_classes or task.pools) and facts.num_parameters < SMALL_CLASSIFIER
     if not learns_head or epochs < 2 or facts.held_tokens == 0:
         return None, ""
     once = facts.held_tokens
     if task.pools:  # documents of other rows are read too
-        once += int(min(recipe.embed.documents, len(facts.lengths_I)) * float(facts.lengths_I.mean()))
+        once += int(min(documents, len(facts.lengths_I)) * float(facts.lengths_I.mean()))
     trained = epochs * float(facts.lengths_I.mean()) * (facts.rows_per_epoch or len(facts.lengths_I))
     looks = int(ON_THE_WAY * TRAINED * trained) // once
     if looks < 2:
@@ -352,21 +349,21 @@ def _every(recipe: Recipe, facts: Facts) -> tuple[int | str | None, str]:
     return num * per_epoch, f"every {num} epochs: it costs less than a tenth of the training"
 
 
-def _metric(recipe: Recipe, facts: Facts) -> tuple[str, str]:
-    if recipe.evaluation.every is None or facts.headline == "loss":
+def _metric(evaluation: EvaluationOptions, facts: Facts) -> tuple[str, str]:
+    if evaluation.every is None or facts.headline == "loss":
         return facts.headline, ""
     return facts.headline, "the report leads with it; of evaluations that are as good, that of the lower loss is best"
 
 
-def _keep(recipe: Recipe, facts: Facts) -> tuple[str, str]:
-    if recipe.evaluation.every is None:
+def _keep(evaluation: EvaluationOptions) -> tuple[str, str]:
+    if evaluation.every is None:
         return "last", "nothing is measured on the way"
-    return "best", f"the evaluation with the best {METRICS[recipe.evaluation.metric].label} is the result"
+    return "best", f"the evaluation with the best {METRICS[evaluation.metric].label} is the result"
 
 
-def _checkpoint_every(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    rows_per_step = resolved(recipe.train.rows_per_step)
-    steps = total_steps(recipe.train, facts.steps_per_epoch(rows_per_step))
+def _checkpoint_every(train: Train, facts: Facts) -> tuple[int, str]:
+    rows_per_step = resolved(train.rows_per_step)
+    steps = total_steps(train, facts.steps_per_epoch(rows_per_step))
     tokens = float(facts.lengths_I.mean()) * rows_per_step
     seconds = OPERATIONS * facts.num_parameters * tokens / OPERATIONS_PER_SECOND.get(facts.device, 1e13)
     return checkpoint_every(steps, step_seconds=seconds, saving_seconds=0.0)
@@ -383,42 +380,42 @@ def checkpoint_every(steps: int, *, step_seconds: float, saving_seconds: float) 
     return every, f"a crash costs at most {every} of {steps:,} steps"
 
 
-def _surprising(recipe: Recipe, facts: Facts) -> tuple[int, str]:
+def _surprising(train: Train, task: Task, facts: Facts) -> tuple[int, str]:
     rows = len(facts.lengths_I)
-    if TASKS[resolved(recipe.task)].samples:
+    if task.samples:
         return 0, ""
-    if TASKS[resolved(recipe.task)].sees_rows:
+    if task.sees_rows:
         return rows, "all of the last epoch: training has seen their losses, which costs nothing more"
-    rows_per_step = resolved(recipe.train.rows_per_step)
-    seen = total_steps(recipe.train, facts.steps_per_epoch(rows_per_step)) * rows_per_step
+    rows_per_step = resolved(train.rows_per_step)
+    seen = total_steps(train, facts.steps_per_epoch(rows_per_step)) * rows_per_step
     # Measuring a row is a forward pass: a half to a third of what training on it costs.
     most = min(rows, seen, max(FEW_LOOKS, seen // 3))
     return most, "all of them" if most == rows else f"of {rows:,} rows, so that this takes little of the run's time"
 
 
-def _samples(recipe: Recipe, facts: Facts) -> tuple[int, str]:
-    if TASKS[resolved(recipe.task)].learns_classes or facts.kind == "encoder":
+def _samples(task: Task, facts: Facts) -> tuple[int, str]:
+    if task.learns_classes or facts.kind == "encoder":
         return 0, "such a model writes no answers"
-    if TASKS[resolved(recipe.task)].samples or not has_short_answers(facts.held_targets_I):
+    if task.samples or not has_short_answers(facts.held_targets_I):
         return FEW_ANSWERS, "enough to look at"
     num = min(len(facts.held_targets_I), MOST_SHORT)
     which = f"{num:,} of the" if num < len(facts.held_targets_I) else "all"
     return num, f"answers are short: {which} held-out rows are answered, and counted as right or wrong"
 
 
-_RULES: dict[str, Callable[[Recipe, Facts], tuple[Any, str]]] = {
-    "optim.lr": _rate,
-    "train.epochs": _epochs,
+_RULES: dict[str, Callable[[Recipe, Task, Facts], tuple[Any, str]]] = {
+    "optim.lr": lambda recipe, task, facts: _rate(recipe.method, recipe.optim, task, facts),
+    "train.epochs": lambda recipe, task, facts: _epochs(recipe.train, task, facts),
     "train.rows_per_step": _rows_per_step,
     "train.tokens_per_pass": _tokens_per_pass,
-    "precision": _precision,
-    "threads": lambda recipe, facts: default_threads(facts.processes),
-    "evaluation.every": _every,
-    "evaluation.metric": _metric,
-    "evaluation.keep": _keep,
-    "checkpoint.every": _checkpoint_every,
-    "evaluation.surprising": _surprising,
-    "evaluation.samples": _samples,
+    "precision": lambda recipe, task, facts: _precision(recipe.method, recipe.train, facts),
+    "threads": lambda recipe, task, facts: default_threads(facts.processes),
+    "evaluation.every": lambda recipe, task, facts: _every(recipe.train, recipe.embed.documents, task, facts),
+    "evaluation.metric": lambda recipe, task, facts: _metric(recipe.evaluation, facts),
+    "evaluation.keep": lambda recipe, task, facts: _keep(recipe.evaluation),
+    "checkpoint.every": lambda recipe, task, facts: _checkpoint_every(recipe.train, facts),
+    "evaluation.surprising": lambda recipe, task, facts: _surprising(recipe.train, task, facts),
+    "evaluation.samples": lambda recipe, task, facts: _samples(task, facts),
 }
 """In order: a later rule may depend on what an earlier one decided."""
 

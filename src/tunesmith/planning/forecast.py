@@ -32,6 +32,7 @@ from tunesmith.planning.memory import Heavy, Load, Memory, Sizes, peak, sizes_of
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.recipe.schema import CheckpointOptions, EvaluationOptions, Recipe, resolved
 from tunesmith.tasks import TASKS, has_prepass
+from tunesmith.tasks.task import Task
 from tunesmith.types import HeadName, JsonObject, Layout, ModelKind
 
 Kind = Literal["starting", "training", "measuring", "answering", "saving", "finishing"]
@@ -242,15 +243,16 @@ class Forecaster:
             pads = pads_to_multiple(sampler.layout, device=self.device.kind, precision=precision)
             steps = total_steps(recipe.train, sampler.steps_per_epoch)
             heavy = heaviest(sampler, steps, self.rows.store, is_filled=pads)
-            self._steps[steps_key] = sampler, heavy, self._look(recipe, sampler)
+            look = self._look(sampler, TASKS[resolved(recipe.task)], recipe.evaluation)
+            self._steps[steps_key] = sampler, heavy, look
         return sizes, *self._steps[steps_key]
 
-    def _look(self, recipe: Recipe, sampler: StepSampler) -> Load:
+    def _look(self, sampler: StepSampler, task: Task, evaluation: EvaluationOptions) -> Load:
         """The micro-batch of most targets among held-out rows and training rows measured at the end."""
         rows, loads = self.rows, [Load(0, 0)]
         sides = [(rows.held_store, rows.held_rows)]
-        if not TASKS[resolved(recipe.task)].sees_rows:
-            seen_I = sample_rows(rows.store, rows.train_rows, resolved(recipe.evaluation.surprising))
+        if not task.sees_rows:
+            seen_I = sample_rows(rows.store, rows.train_rows, resolved(evaluation.surprising))
             sides.append((rows.store, seen_I))
         settings: dict[str, Any] = {"layout": sampler.layout, "device": self.device.kind}
         for store, rows_I in sides:
@@ -344,9 +346,9 @@ def counts(
     if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
-    read, written = _answers(recipe, rows, together=prompts) if head == "next_token" else (0.0, 0.0)
+    read, written = _answers(recipe.evaluation, rows, together=prompts) if head == "next_token" else (0.0, 0.0)
     if task.samples:  # prompts are read once, and are few of the tokens
-        read, written = 0.0, _drawn(recipe, len(held), steps)
+        read, written = 0.0, _drawn(recipe.reinforce, resolved(recipe.train.rows_per_step), len(held), steps)
     return {
         "starting": 1,
         "training": steps,
@@ -360,23 +362,22 @@ def counts(
     }
 
 
-def _drawn(recipe: Recipe, held: int, steps: int) -> float:
-    """Tokens that are written one after the other: in each step, and before and after for held-out prompts."""
-    options, streams = recipe.reinforce, resolved(recipe.reinforce.streams)
-    of_step = -(-resolved(recipe.train.rows_per_step) * options.samples // streams)
+def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
+    """Tokens that are written one after the other: in each step of so many prompts, and before and after for held-out
+    ones."""
+    streams = resolved(options.streams)
+    of_step = -(-prompts * options.samples // streams)
     return options.max_new_tokens * (steps * of_step + 2.0 * -(-held * options.held_out_samples // streams))
 
 
-def _answers(recipe: Recipe, rows: Splits, *, together: int) -> tuple[float, float]:
+def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int) -> tuple[float, float]:
     """Tokens of all prompts that are answered before and after, and tokens that are written one after the
     other: at first answers are as long as they may be, in the end short ones as long as they should be."""
-    last, first = (
-        min(resolved(num), len(rows.held_rows)) for num in (recipe.evaluation.samples, recipe.evaluation.samples_before)
-    )
+    last, first = (min(resolved(num), len(rows.held_rows)) for num in (evaluation.samples, evaluation.samples_before))
     if last == 0:
         return 0.0, 0.0
     targets, lengths = (part[rows.held_rows] for part in (rows.held_store.targets, rows.held_store.lengths))
-    most = new_tokens_for(targets, recipe.evaluation.sample_tokens)
+    most = new_tokens_for(targets, evaluation.sample_tokens)
     tuned = min(most, int(targets.max())) if has_short_answers(targets) else most
     words = -(-min(first, last) // together) * most + -(-last // together) * tuned
     return (min(first, last) + last) * float((lengths - targets).mean()), words

@@ -183,7 +183,8 @@ def sizes_of(
         saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
     features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model))
     linears += [conv.get_parameter("weight") for conv in _linear_convs(model)]
-    stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
+    stack, config = layers_of(model), model.config.get_text_config()
+    split = _split_weights(model, recipe.model) if recipe.shard is True else {}
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
     with torch.device("meta"):
@@ -209,7 +210,7 @@ def sizes_of(
         recomputable=len(stack),
         features=features * uses,
         kept=method.kept_activations,
-        **_less_by_nodes(recipe, model, layers),
+        **(_less_by_nodes(model, layers) if recipe.kernels == "fast" and recipe.shard is not True else {}),
         first=first,
         linear_weights=linear_weights * uses,
         trains_linear=sum(weight.numel() for weight in linears if weight.requires_grad) / max(1, linear_weights),
@@ -238,9 +239,9 @@ def _key_size(config: PreTrainedConfig) -> int:
     return int(getattr(config, "num_key_value_heads", None) or heads) * int(size)
 
 
-def _less_by_nodes(recipe: Recipe, model: PreTrainedModel, layers: int) -> JsonObject:
-    """`less` and `again` of the sizes."""
-    if recipe.kernels != "fast" or recipe.shard is True or not keeps_less(model):
+def _less_by_nodes(model: PreTrainedModel, layers: int) -> JsonObject:
+    """`less` and `again` of the sizes, where each known layer is computed in one autograd node."""
+    if not keeps_less(model):
         return {}
     hidden = int(model.config.get_text_config().hidden_size)
     return {"less": LESS_BY_NODES.get(model.dtype.itemsize, 0.0), "again": hidden * reads_again(model) // layers}
@@ -250,21 +251,19 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def layers_to_split(model: nn.Module, recipe: Recipe) -> Sequence[nn.Module]:
-    """The layers of a model, each with weights of its own. Raises RecipeError for a model that has none."""
+def layers_to_split(model: nn.Module, name: str) -> Sequence[nn.Module]:
+    """The layers of the model `name`, each with weights of its own. Raises RecipeError for a model that has none."""
     layers = layers_of(model)
     weights = [id(weight) for layer in layers for weight in layer.parameters()]
     if 0 < len(weights) == len(set(weights)):
         return layers
     why = "its layers share weights" if weights else "it has no list of layers that could be split"
-    raise RecipeError(f"shard: true: not with model: {recipe.model}: {why}. Leave shard out.")
+    raise RecipeError(f"shard: true: not with model: {name}: {why}. Leave shard out.")
 
 
-def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
-    """Bytes of each weight, by name, that the recipe splits over its devices: the weights of the layers."""
-    if recipe.shard is not True:
-        return {}
-    inside = {id(weight) for layer in layers_to_split(model, recipe) for weight in layer.parameters()}
+def _split_weights(model: PreTrainedModel, name: str) -> dict[str, int]:
+    """Bytes of each weight, by name, that is split over devices: the weights of the layers."""
+    inside = {id(weight) for layer in layers_to_split(model, name) for weight in layer.parameters()}
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 

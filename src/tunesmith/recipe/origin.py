@@ -7,7 +7,7 @@ absolute path}}. Runs of earlier versions have no record: their paths are used a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,11 @@ from tunesmith.recipe.schema import Base, Recipe
 from tunesmith.types import JsonObject
 
 
-def record(recipe: Recipe, root: Path) -> JsonObject:
-    """The record for run.json of a run in the folder `root`; empty if there is no current folder."""
+def record(typed: Iterable[tuple[str, str]], root: Path) -> JsonObject:
+    """The record for run.json of a run in `root` with these `typed_places`; empty if there is no current folder."""
     with suppress(OSError):
-        paths = {typed: Path(at).expanduser() for typed, at in typed_places(recipe)}
-        places = {typed: str(path.absolute()) for typed, path in paths.items() if path.exists()}
+        paths = {name: Path(at).expanduser() for name, at in typed}
+        places = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}
         return {"in": str(Path.cwd()), "root": str(root.absolute()), "places": places}
     return {}
 

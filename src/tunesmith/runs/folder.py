@@ -111,9 +111,9 @@ class Run:
         temporary = atomic.temporary_folder(parent, "new-run")
         facts = {"format": FORMAT, "created": time.time(), "tunesmith": __version__, **more}
         if recipe is not None:
-            from tunesmith.recipe.origin import record
+            from tunesmith.recipe.origin import record, typed_places
 
-            facts["made"] = record(recipe, parent)
+            facts["made"] = record(typed_places(recipe), parent)
         try:
             atomic.write_atomic(temporary / "recipe.yaml", recipe_yaml.encode())
             atomic.write_atomic(temporary / "run.json", atomic.to_json(facts, indent=True) + b"\n")

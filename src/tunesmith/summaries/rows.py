@@ -8,11 +8,13 @@ from tunesmith.types import JsonObject, Problem
 
 if TYPE_CHECKING:
     from tunesmith.data.renderer import Renderer
-    from tunesmith.recipe.schema import Recipe
+    from tunesmith.recipe.schema import Data
     from tunesmith.types import Example, TaskName
 
 
-def rows_as_read(recipe: Recipe, renderer: Renderer | None, first: int, last: int) -> list[JsonObject]:
+def rows_as_read(
+    data: Data, task: TaskName | None, renderer: Renderer | None, first: int, last: int
+) -> list[JsonObject]:
     """The lines `first` to `last` of the first training file: {line, tokens, trained, spans, problems} of each row.
 
     `spans`: (text, whether it is learnt). Without a renderer, and for labels, they are the texts before any template,
@@ -21,8 +23,7 @@ def rows_as_read(recipe: Recipe, renderer: Renderer | None, first: int, last: in
     from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples
 
-    task: TaskName | None = None if recipe.task == "auto" else recipe.task
-    data, problems = recipe.data, list[Problem]()
+    problems = list[Problem]()
     if usual := usual_columns(data, task):
         data = data.model_copy(update={"columns": usual[0]})
     rows: dict[int, JsonObject] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import gettempdir
@@ -25,8 +26,9 @@ from tunesmith.sweeps.trial import Job, run_trial
 class RayTasks:
     """An engine whose trials are Ray tasks."""
 
-    def __init__(self, ray: Any, recipe: Recipe) -> None:
-        self._ray, needs = ray, needs_of(recipe, ray)
+    def __init__(self, ray: Any, needs: Mapping[str, float]) -> None:
+        """`needs`: of a trial, see `needs_of`. Raises InputError where no machine can hold one."""
+        self._ray = ray
         resources = ray.cluster_resources()
         room = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
         self.slots = int(min(room[key] // needed for key, needed in needs.items() if needed))

@@ -12,6 +12,7 @@ from tunesmith.types import Choice, Pooling
 
 if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
+    from tunesmith.recipe.objectives import Embed
     from tunesmith.recipe.schema import Recipe
     from tunesmith.tasks.task import Side
 
@@ -42,10 +43,10 @@ def _from_model(recipe: Recipe, located: ModelRef) -> list[Choice]:
     return choices
 
 
-def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
+def _from_rows(options: Embed, sides: Sequence[Side]) -> list[Choice]:
     """The loss that rows are made for. Raises DataError for the first row that it cannot learn from."""
     (store, rows_I), *_ = sides
-    loss, choices = recipe.embed.loss, []
+    loss, choices = options.loss, []
     if loss == "auto":
         has_score = bool(store.branches.value_counts[rows_I[:1]].sum())
         has_negative = bool((store.branches.counts[rows_I[:1]] > 2).all())
@@ -70,6 +71,7 @@ def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
 EMBED = Task(
     name="embed",
     doc="Vectors of texts, by which those that belong together are found.",
+    purpose="make vectors of texts",
     shapes=("text_pairs",),
     heads={"encoder": "vector", "causal": "vector"},
     losses=losses_of,
@@ -84,5 +86,5 @@ EMBED = Task(
     outcome="vectors",
     rows_per_step=128,
     rates=Rates(adapter=(1e-4, 1e-4), full=(5e-5, 2e-5), large=5e7),
-    section=OwnSection("embed", _from_model, _from_rows, lambda recipe: recipe.embed.loss not in ALONE),
+    section=OwnSection("embed", _from_model, _from_rows, lambda options: options.loss not in ALONE),
 )

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tunesmith.recipe.objectives import Prefer
-    from tunesmith.recipe.schema import Recipe
     from tunesmith.tasks.task import Side
 
 
@@ -27,7 +26,7 @@ def _record(text: str, answer: str | None = None) -> JsonObject:
     return {"prompt": text, "chosen": answer, "rejected": f"{answer} {answer}"}
 
 
-def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
+def _from_rows(options: Prefer, sides: Sequence[Side]) -> list[Choice]:
     """The loss that rows are made for, and of unpaired ones weights by which both sides weigh the same."""
     import numpy as np
 
@@ -39,18 +38,18 @@ def _from_rows(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
         other_I = rows_I[(side.branches.counts[rows_I] == 1) != unpaired]
         if len(other_I):
             raise DataError(f"{side.source(int(other_I[0]))}: it is of {others}, other rows of {what}. Use one kind.")
-    loss, fitting = recipe.prefer.loss, "kto" if unpaired else "dpo"
+    loss, fitting = options.loss, "kto" if unpaired else "dpo"
     if loss != "auto" and unpaired != (loss == "kto"):
         raise DataError(f"prefer.loss: {loss}: the rows are {what}. Leave it out, or use {fitting}.")
     choices = [Choice("prefer.loss", fitting, f"rows are {what}")] if loss == "auto" else []
     if not unpaired:
         num = sum(int(np.count_nonzero(side.branches.firsts[rows_I])) for side, rows_I in sides)
-        unused = num > 0 and not recipe.prefer.has_margin
+        unused = num > 0 and not options.has_margin
         why = f"{loss} has no margin: the margins of {plural(num, 'row')} are not used"
         return [*choices, *([Choice("prefer.margin", 0.0, why)] if unused else [])]
     if len(sides) > 1 and len(np.unique(store.inputs[train_I])) < 2:
         raise DataError(f"{store.source(int(train_I[0]))}: all training rows have this prompt: kto needs several.")
-    return [*choices, *_weights(recipe.prefer, store.branches.firsts[train_I] > 0)]
+    return [*choices, *_weights(options, store.branches.firsts[train_I] > 0)]
 
 
 def _weights(options: Prefer, wanted_I: NDArray[np.bool_]) -> list[Choice]:
@@ -66,6 +65,7 @@ def _weights(options: Prefer, wanted_I: NDArray[np.bool_]) -> list[Choice]:
 PREFER = Task(
     name="prefer",
     doc="The better of two answers to a prompt.",
+    purpose="prefer the better answers",
     shapes=("preference", "unpaired"),
     heads={"causal": "next_token"},
     losses=losses_of,
@@ -82,5 +82,5 @@ PREFER = Task(
     outcome="pairs",
     rows_per_step=32,
     rates=Rates(adapter=(2e-4, 5e-6), full=(1e-6, 5e-7)),
-    section=OwnSection("prefer", from_rows=_from_rows, has_prepass=lambda recipe: recipe.prefer.loss == "kto"),
+    section=OwnSection("prefer", from_rows=_from_rows, has_prepass=lambda options: options.loss == "kto"),
 )

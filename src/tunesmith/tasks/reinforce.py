@@ -14,7 +14,7 @@ from tunesmith.phrases import plural
 from tunesmith.recipe.reinforcement import Reinforce
 from tunesmith.tasks.policy_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
-from tunesmith.types import Choice, JsonObject
+from tunesmith.types import Choice, JsonObject, TaskName
 
 if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
@@ -76,14 +76,13 @@ def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
     return steps / per_epoch, f"{steps:,} updates of {plural(per_step, 'prompt')}"
 
 
-def task_by_grader(recipe: Recipe) -> Choice | None:
-    """The task of a recipe with a grader and without a task. Raises RecipeError for a grader that another has."""
-    grader = recipe.reinforce.grader
-    if grader is None or recipe.task == REINFORCE.name:
+def task_by_grader(task: TaskName | Literal["auto"], grader: str | None) -> Choice | None:
+    """The task where a grader is given without one. Raises RecipeError for a grader that another task has."""
+    if grader is None or task == REINFORCE.name:
         return None
-    if recipe.task != "auto":
+    if task != "auto":
         raise RecipeError(
-            f"reinforce.grader: {grader}: task {recipe.task} has no grader. Use --task reinforce, or leave it out."
+            f"reinforce.grader: {grader}: task {task} has no grader. Use --task reinforce, or leave it out."
         )
     return Choice("task", REINFORCE.name, "a grader is given")
 
@@ -125,6 +124,7 @@ def _record(text: str, answer: str | None = None) -> JsonObject:
 REINFORCE = Task(
     name="reinforce",
     doc="What a grader rewards in the model's own answers.",
+    purpose="win rewards",
     shapes=("prompts",),
     heads={"causal": "next_token"},
     losses=losses_of,

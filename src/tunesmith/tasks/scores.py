@@ -22,7 +22,6 @@ from tunesmith.types import Batch, Choice, JsonObject, Measured
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tunesmith.recipe.schema import Recipe
     from tunesmith.tasks.task import Side
 
 
@@ -116,10 +115,10 @@ def _searched(text: str, answer: str | None = None) -> JsonObject:
     return {"query": text, "documents": [answer, text[::-1]], "labels": [1, 0]}
 
 
-def _refuse_single_documents(recipe: Recipe, sides: Sequence[Side]) -> list[Choice]:
+def _refuse_single_documents(options: Rank, sides: Sequence[Side]) -> list[Choice]:
     """Raise DataError for a loss that compares the documents of a row where no row has two."""
     (store, rows_I), *_ = sides
-    loss = recipe.ranking.loss
+    loss = options.loss
     if loss != "pointwise" and (store.branches.counts[rows_I] < 2).all():
         raise DataError(
             f"{store.source(int(rows_I[0]))}: ranking.loss {loss} compares the documents of a row, and each row has "
@@ -131,6 +130,7 @@ def _refuse_single_documents(recipe: Recipe, sides: Sequence[Side]) -> list[Choi
 REWARD = Task(
     name="reward",
     doc="A number for an answer, higher for the better one.",
+    purpose="judge answers",
     shapes=("scored_answers",),
     heads={"causal": "sequence", "encoder": "sequence"},
     losses=lambda terms: by_branch(partial(reward_losses, options=terms.recipe.reward)),
@@ -151,6 +151,7 @@ REWARD = Task(
 RANK = Task(
     name="rank",
     doc="A score for a document that may answer a query.",
+    purpose="rank documents",
     shapes=("ranked_documents",),
     heads={"encoder": "sequence", "causal": "sequence"},
     losses=lambda terms: by_branch(partial(ranking_losses, options=terms.recipe.ranking)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tunesmith.recipe.schema import Loss, Recipe
 from tunesmith.types import JsonObject
@@ -103,11 +103,15 @@ class OwnSection:
     """The key of the section."""
     from_model: Callable[[Recipe, ModelRef], Sequence[Choice]] = lambda recipe, located: ()
     """Returns the options that follow from the model's files."""
-    from_rows: Callable[[Recipe, Sequence[Side]], list[Choice]] = lambda recipe, sides: []
-    """Returns the options that follow from the rows, training rows first. Raises DataError for rows that these options
-    cannot learn from."""
-    has_prepass: Callable[[Recipe], bool] = lambda recipe: False
-    """Whether a step has a `Prepass` with these options."""
+    from_rows: Callable[[Any, Sequence[Side]], list[Choice]] = lambda options, sides: []
+    """Returns the options that follow from those of the section and the rows, training rows first. Raises DataError
+    for rows that they cannot learn from."""
+    has_prepass: Callable[[Any], bool] = lambda options: False
+    """Whether a step has a `Prepass` with these options of the section."""
+
+    def options(self, recipe: Recipe) -> Any:
+        """The section in a recipe."""
+        return getattr(recipe, self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +129,8 @@ class Task:
     """Makes token ids and targets of the task's examples; or its name, "module:function", which is imported when rows
     are encoded."""
     record: RecordOf
+    purpose: str = ""
+    """What a model is tuned to do, as a report says it: "continue texts"; empty: the name."""
     is_chat: bool = False
     """Rows are conversations in the model's chat template."""
     raw_text: bool = False

@@ -22,6 +22,7 @@ from tunesmith.models.special_tokens import NewTokens
 from tunesmith.optim import check_installed
 from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import decide_before_rows, find_head
+from tunesmith.recipe.methods import MethodOptions
 from tunesmith.recipe.schema import Recipe
 from tunesmith.training.merged_base import Start, start_from
 from tunesmith.types import Choice, HeadName, ModelKind
@@ -75,9 +76,11 @@ def find_inputs(decisions: Decisions, *, root: Path, offline: bool) -> Inputs:
         decisions.set("revision", located.revision)
         recipe = decisions.recipe
     tokenizer = load.load_tokenizer(located, recipe.data.template_at, on_note=notes.append)
-    method_of(recipe).check(recipe.method)
+    method_of(recipe.method).check(recipe.method)
     size, kind = model_size(located), model_kind(located)
-    added = _add_tokens(recipe, tokenizer, kind)
+    if recipe.data.new_tokens:
+        _refuse_new_tokens(recipe.method, kind)
+    added = special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)
     notes += special_tokens.describe(added, recipe.data.new_tokens)
     if recipe.device != "auto":
         machine.choose_device(recipe.device)
@@ -120,9 +123,8 @@ def _dated(decisions: Decisions, tokenizer: PreTrainedTokenizerBase, kind: Model
     return renderer
 
 
-def _add_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: ModelKind) -> NewTokens:
-    """Put the tokens of the recipe into the tokenizer."""
-    if recipe.data.new_tokens and (kind != "causal" or not method_of(recipe).new_tokens):
-        what = f"method {recipe.method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
+def _refuse_new_tokens(method: MethodOptions, kind: ModelKind) -> None:
+    """Raise RecipeError where method or model can learn none."""
+    if kind != "causal" or not method_of(method).new_tokens:
+        what = f"method {method.name}" if kind == "causal" else f"a model that is an {kind.replace('_', '–')}"
         raise RecipeError(f"data.new_tokens: is not for {what}. Leave it out, or use a causal model and method lora.")
-    return special_tokens.add_tokens(tokenizer, recipe.data.new_tokens)

@@ -41,7 +41,8 @@ from tunesmith.planning.fit import fit, gib, refuse, refuse_shard, why_whole
 from tunesmith.planning.forecast import Forecast, Forecaster
 from tunesmith.planning.memory import TORCH_DTYPES
 from tunesmith.recipe.docs import changed
-from tunesmith.recipe.schema import Recipe, resolved
+from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.recipe.schema import EvaluationOptions, Recipe, resolved
 from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
@@ -92,7 +93,8 @@ def resolve_run(
     """
     # 1. What a person gave, on the machine in question.
     given, world = changed(recipe), world or World()
-    if world.size > 1 and (recipe.reinforce.grader or TASKS.get(recipe.task, TASKS["chat"]).samples):
+    samples = recipe.reinforce.grader is not None or (recipe.task != "auto" and TASKS[recipe.task].samples)
+    if world.size > 1 and samples:
         raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
@@ -109,7 +111,8 @@ def resolve_run(
     if run is not None and (world.is_first or run.rows_path.is_dir()):
         cache_dirs = CacheDirs(run.rows_path / "train", run.rows_path / "held_out")
     rows = _rows(decisions, inputs, cache_dirs, on_progress)
-    facts = _facts(inputs, rows, device.kind if device else decisions.recipe.device, processes, decisions.recipe)
+    kind = device.kind if device else decisions.recipe.device
+    facts = _facts(inputs, rows, kind, processes, seed=recipe.seed, reinforce=decisions.recipe.reinforce)
     free_tokens, is_here = decisions.is_open("train.tokens_per_pass"), device is None
     _decide(decisions, inputs, rows, facts)
     # 4. What memory decides, by a forecast; in a resumed run, or on another rank, it is decided already.
@@ -134,13 +137,14 @@ def resolve_run(
     return ResolvedRun(decisions.folded(), choices, notes, inputs, rows, given, forecast)
 
 
-def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, recipe: Recipe) -> Facts:
+def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, *, seed: int, reinforce: Reinforce) -> Facts:
     """Facts for the decisions after the rows. `kind`: the device's."""
     (store, rows_I), (held, held_I) = rows.sides
-    headline = "loss" if rows.labels is None else labels_headline(TASKS[rows.task], rows.labels)
-    lengths_I, options = store.lengths[rows_I], recipe.reinforce
-    if rows.is_prompts:  # of which each takes its answers' tokens in a step
-        headline, lengths_I = "reward", (lengths_I + options.max_new_tokens) * options.samples
+    task, lengths_I = TASKS[rows.task], store.lengths[rows_I]
+    headline = "loss" if rows.labels is None else labels_headline(task, rows.labels)
+    if task.samples:  # each prompt takes its answers' tokens in a step
+        headline, *_ = task.headline_metrics
+        lengths_I = (lengths_I + reinforce.max_new_tokens) * reinforce.samples
     return Facts(
         inputs.size.num_params,
         kind,
@@ -149,7 +153,7 @@ def _facts(inputs: Inputs, rows: Splits, kind: str, processes: int, recipe: Reci
         held_targets_I=held.targets[held_I],
         held_tokens=int(held.lengths[held_I].sum()),
         processes=processes,
-        rows_per_epoch=rows_per_epoch(rows, recipe.seed),
+        rows_per_epoch=rows_per_epoch(rows, seed),
         headline=headline,
     )
 
@@ -344,22 +348,22 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
         on_progress=on_progress,
     )
     if section := TASKS[rows.task].section:
-        rows.choices.extend(section.from_rows(recipe, rows.sides))
+        rows.choices.extend(section.from_rows(section.options(recipe), rows.sides))
     decisions.decide(*rows.choices)
     recipe = decisions.recipe
     masked = recipe.train.masked if inputs.head == "masked_token" else None
     write_targets(rows.sides, labels=rows.labels, masked=masked, partner_tokens=partner_tokens(recipe))
-    _check_evaluation(recipe, inputs.head, rows)
+    _check_evaluation(recipe.evaluation, inputs.head, rows)
     return rows
 
 
-def _check_evaluation(recipe: Recipe, head: HeadName, rows: Splits) -> None:
-    if recipe.evaluation.every not in (None, "auto") and len(rows.held_rows) == 0:
+def _check_evaluation(evaluation: EvaluationOptions, head: HeadName, rows: Splits) -> None:
+    if evaluation.every not in (None, "auto") and len(rows.held_rows) == 0:
         raise RecipeError("evaluation.every: nothing is held out, so nothing can be measured on the way. Give --eval.")
-    keys = HEAD_METRICS[TASKS[resolved(recipe.task)].outcome or (head if rows.labels is None else rows.labels.kind)]
-    if recipe.evaluation.metric not in ("auto", *keys):
+    keys = HEAD_METRICS[TASKS[rows.task].outcome or (head if rows.labels is None else rows.labels.kind)]
+    if evaluation.metric not in ("auto", *keys):
         raise RecipeError(
-            f"evaluation.metric: {recipe.evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
+            f"evaluation.metric: {evaluation.metric!r} is not measured here. There are: {', '.join(keys)}."
         )
 
 

@@ -29,7 +29,7 @@ from tunesmith.graders import schema as graders
 from tunesmith.graders.kept import KeptGrades
 from tunesmith.graders.pool import Pool
 from tunesmith.inference.load import has_token_types
-from tunesmith.methods import METHODS, attach, method_of
+from tunesmith.methods import METHODS, attach
 from tunesmith.models import attention, load, machine
 from tunesmith.models.card import prepare_allocator
 from tunesmith.models.fast_layers import use_fast_layers
@@ -194,11 +194,12 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     new_head = not set(new_param_names(model)).isdisjoint(new_head_names(model))
     pad = pad_id(model, inputs.renderer.tokenizer)
     attachment = attach(recipe, model, head=inputs.head, store=rows.store, pad_id=pad)
-    kernel_notes = _use_fast_layers(recipe, model, world)
+    kernel_notes = _use_fast_layers(model, world, kernels=recipe.kernels, device=recipe.device)
     with attachment.perturbed():
         layout, padding_notes = _layout(model, rows, inputs, plain=recipe.kernels == "plain")
         _refuse_drawing(rows, model, layout, padding_notes, inputs.located.name)
-    output, loss_notes = _output_layer(recipe, model)
+    in_pieces = METHODS[recipe.method.name].fused_loss and recipe.kernels == "fast"
+    output, loss_notes = _output_layer(model) if in_pieces else (None, [])
     optimizer = Optimizer(attachment.trained, recipe.optim, factors=attachment.rate_factors)
     on_progress("load", 1, 1)
     sampler = sampler_of(recipe, rows, layout, device)
@@ -241,18 +242,16 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     )
 
 
-def _use_fast_layers(recipe: Recipe, model: PreTrainedModel, world: World) -> list[str]:
+def _use_fast_layers(model: PreTrainedModel, world: World, *, kernels: str, device: str) -> list[str]:
     """Compute each known layer in one autograd node. Returns a note where a card lacks one kernel for it."""
-    if recipe.kernels != "fast" or recipe.device == "mps" or world.is_sharded:
+    if kernels != "fast" or device == "mps" or world.is_sharded:
         return []
     return [Aside(note) for note in use_fast_layers(model)]
 
 
-def _output_layer(recipe: Recipe, model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
+def _output_layer(model: PreTrainedModel) -> tuple[OutputLayer | None, list[str]]:
     """Find the output layer by which losses are computed piece by piece. None: logits are computed whole, with
     a note where the forecast did not expect that."""
-    if not method_of(recipe).fused_loss or recipe.kernels != "fast":
-        return None, []
     output_layer = find_output_layer(model)
     if output_layer is not None or output_layer_of(model) is None:
         return output_layer, []
@@ -315,7 +314,7 @@ def _load(recipe: Recipe, inputs: Inputs, labels: Labels | None, world: World) -
     if recipe.shard is True:
         from tunesmith.parallel.fsdp import shard_layers
 
-        shard_layers(world, model, model.base_model, layers_to_split(model, recipe), device=device)
+        shard_layers(world, model, model.base_model, layers_to_split(model, recipe.model), device=device)
     inputs.notes.extend(METHODS[method.name].prepare_base(model, method, device=device))
     checkpoint_layers(model, resolved(recipe.train.checkpointed_layers))
     if TASKS[resolved(recipe.task)].compares or TASKS[resolved(recipe.task)].samples:

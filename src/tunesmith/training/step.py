@@ -66,8 +66,11 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if state.world.is_sharded:
-                raise _lost_in_a_pass(state, sampler, step) from error
+            if state.world.is_sharded:  # other ranks wait inside the pass, which cannot be made anew
+                raise GroupError(
+                    f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the "
+                    f"devices: the others cannot go on. {_smaller(sampler)}"
+                ) from error
         # Outside of the handler, whose traceback holds the tensors of the pass.
         drop_gradients(state)
         if all(len(rows) == 1 for rows in passes):
@@ -182,14 +185,6 @@ def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
 
 def _smaller(sampler: StepSampler) -> str:
     return f"Resume with --set train.tokens_per_pass={max(1, sampler.tokens_per_pass // 2)}."
-
-
-def _lost_in_a_pass(state: TrainState, sampler: StepSampler, step: int) -> GroupError:
-    """The error where memory ends while other ranks wait inside the pass, which cannot be made anew."""
-    return GroupError(
-        f"step {step}: out of memory on rank {state.world.rank}, and the layers are split over the devices: the others "
-        f"cannot go on. {_smaller(sampler)}"
-    )
 
 
 def step_norm(state: TrainState) -> float:

@@ -22,6 +22,7 @@ from tunesmith.optim import OPTIMIZERS
 from tunesmith.planning.defaults import total_steps
 from tunesmith.recipe.schema import Recipe, resolved
 from tunesmith.runs.folder import model_shown
+from tunesmith.tasks import TASKS
 from tunesmith.training.resolve import ResolvedRun, sampler_of
 from tunesmith.training.setup import Setup
 from tunesmith.types import Aside, Choice, JsonObject
@@ -61,7 +62,7 @@ def _choices(choices: Sequence[Choice]) -> list[JsonObject]:
 _UNUSUAL: Mapping[str, Callable[[Choice], bool]] = {
     "data.columns": lambda choice: True,  # the rows mean something else if this guess is wrong
     "data.label_kind": lambda choice: choice.value == "number",
-    "task": lambda choice: "chat template" in choice.reason and choice.value != "chat",
+    "task": lambda choice: "chat template" in choice.reason and not TASKS[choice.value].is_chat,
     "precision": lambda choice: "too large" in choice.reason,
     "shard": lambda choice: choice.value is True,
     "train.checkpointed_layers": lambda choice: choice.value > 0,

@@ -208,7 +208,7 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def unfinished(out: Path, recipe: Recipe) -> Run | None:
+def unfinished(out: Path, recipe_sha: str) -> Run | None:
     """The run in `out` that a group which is started again goes on with; None: there is none yet.
 
     Raises RunError for a run of another recipe.
@@ -216,6 +216,6 @@ def unfinished(out: Path, recipe: Recipe) -> Run | None:
     if not (out / "run.json").is_file():
         return None
     run = Run.open(out, out.parent)
-    if run.read_json("run.json").get(DIGEST) != recipe_digest(recipe):
+    if run.read_json("run.json").get(DIGEST) != recipe_sha:
         raise RunError(f"{out}: a run of another recipe. A run never overwrites another: choose another --out.")
     return run

@@ -102,7 +102,8 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
                 f"devices: {recipe.devices}: this process is alone. `tunesmith train` and `tunesmith.train` start the "
                 "others; of processes that you start yourself, torchrun does."
             )
-        run = _found_again(world, recipe, out)
+        recipe_sha = recipe_digest(recipe)
+        run = _found_again(world, recipe_sha, out)
         if run is not None:
             return _resume(world, run, settings=(), offline=offline, listener=listener)
         refuse_taken(out if world.is_first else None)
@@ -113,7 +114,7 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
             return _follow(setup, listener)
         refuse_small_disk(setup, out or root)
         yaml = as_yaml(setup.recipe, comments=False)
-        more = {DIGEST: recipe_digest(recipe)}
+        more = {DIGEST: recipe_sha}
         run = Run.create(root, run_name(setup), yaml, out=out, recipe=setup.recipe, more=more)
         listener.on_run(run)
         with run.lock():
@@ -125,7 +126,7 @@ def _train(recipe: Recipe, *, root: Path, out: Path | None, offline: bool, liste
     return run
 
 
-def _found_again(world: World, recipe: Recipe, out: Path | None) -> Run | None:
+def _found_again(world: World, recipe_sha: str, out: Path | None) -> Run | None:
     """The run that a group which somebody else's agent started, perhaps again, goes on with; None: it begins one."""
     if not world.place.was_started:
         return None
@@ -133,7 +134,7 @@ def _found_again(world: World, recipe: Recipe, out: Path | None) -> Run | None:
         if world.size == 1:
             return None
         raise RecipeError("--out: is needed where another program starts the processes: a restart finds its run there.")
-    found = unfinished(out, recipe) if world.is_first else None
+    found = unfinished(out, recipe_sha) if world.is_first else None
     if world.size == 1:
         return found
     world.publish(f"found/{world.rank}", (out / "run.json").is_file())

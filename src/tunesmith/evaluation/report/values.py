@@ -306,18 +306,12 @@ def _change(info: MetricInfo, after: Interval, other: Interval | None, change: R
     return info.difference(change or {"value": difference})
 
 
-_VERBS = {
-    "chat": "chat", "generate": "answer prompts", "text": "continue texts", "summarize": "summarize texts",
-    "classify": "classify texts", "tag": "tag words", "prefer": "prefer the better answers", "reward": "judge answers",
-    "reinforce": "win rewards",
-    "embed": "make vectors of texts", "rank": "rank documents",
-}  # fmt: skip
-
-
 def summary(report: Record) -> str:
     """The run and its result in one paragraph."""
+    task = TASKS.get(report["task"])
+    purpose = (task.purpose if task else "") or report["task"]
     tuned = (
-        f"{report['model']} was tuned to {_VERBS.get(report['task'], report['task'])} (method "
+        f"{report['model']} was tuned to {purpose} (method "
         f"{report['method']}) on {plural(report['rows']['train'], 'row')}: {plural(report['steps'], 'step')} "
         f"in {duration(report['seconds']['train'])} on {report['device']}."
     )
