@@ -398,8 +398,7 @@ def _over(start: Record, given: Record) -> JsonObject:
 
 def is_wanted() -> bool:
     """Whether somebody watches: in a notebook, or where stderr is a terminal."""
-    in_notebook = "ipykernel" in sys.modules
-    return in_notebook or bool(sys.stderr is not None and sys.stderr.isatty())
+    return "ipykernel" in sys.modules or bool(sys.stderr is not None and sys.stderr.isatty())
 
 
 @dataclass

@@ -28,6 +28,7 @@ Record: TypeAlias = Mapping[str, Any]
 
 OnProgress = Callable[[str, int, int], None]
 """Gets (phase, done, total) of anything that takes seconds."""
+REWARD_KEY = "reward"  # in the values of a step, among measures, in the record of an answer
 IGNORE = -100
 """Target id where nothing is trained, as in torch.nn.functional.cross_entropy."""
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from tunesmith.errors import DataError
-from tunesmith.phrases import nearest
+from tunesmith.phrases import listed, nearest
 from tunesmith.recipe.schema import Data
 from tunesmith.types import JsonObject, Problem, Source
 
@@ -140,9 +140,7 @@ def describe_type(value: object) -> str:
 
 def names(record: Iterable[str]) -> str:
     """The names of a row's fields, as many as fit on a line."""
-    quoted = [repr(name[:60]) for name in record] or ["none"]
-    more = f" and {len(quoted) - MOST_NAMES} more" if len(quoted) > MOST_NAMES else ""
-    return ", ".join(quoted[:MOST_NAMES]) + more
+    return listed((repr(name[:60]) for name in record), MOST_NAMES) or "none"
 
 
 def _is_plain(name: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.evaluation.bootstrap import Statistic, ratio
 from tunesmith.phrases import percent
-from tunesmith.types import JsonObject, Record
+from tunesmith.types import REWARD_KEY, JsonObject, Record
 
 MARK = "answer_rewards"
 """The key by which a row's result is known to be of this kind."""
@@ -32,24 +32,24 @@ def graded_result(content: int, answers: Sequence[Record], passes: float) -> Jso
 
     Its loss is minus its mean reward, which training makes smaller. `passes`: reward of an answer that is right.
     """
-    scored = [answer for answer in answers if answer["reward"] is not None]
+    scored = [answer for answer in answers if answer[REWARD_KEY] is not None]
     if not scored:
         return None
-    rewards = [float(answer["reward"]) for answer in scored]
+    rewards = [float(answer[REWARD_KEY]) for answer in scored]
     names = sorted({name for answer in scored for name in answer["scores"]})
     of_names = {name: [answer["scores"][name] for answer in scored if name in answer["scores"]] for name in names}
     texts = Counter(answer["text"].strip() for answer in answers)
     return {
         "hash": f"{content:016x}",
         MARK: rewards,
-        "loss": -math.fsum(rewards) / len(rewards),
+        "loss": -mean(rewards),
         "count": 1,
         "right": sum(reward >= passes for reward in rewards),
         "ended": sum(answer["ended"] for answer in answers) / len(answers),
         "tokens": sum(answer["tokens"] for answer in answers) / len(answers),
         "repeated": sum(repeats(answer["text"]) for answer in answers) / len(answers),
         "alike": 1 - len(texts) / len(answers),
-        "scores": {name: math.fsum(values) / len(values) for name, values in of_names.items()},
+        "scores": {name: mean(values) for name, values in of_names.items()},
         "answers": [dict(answer) for answer in answers],
     }
 
@@ -62,13 +62,12 @@ def repeats(text: str) -> bool:
 
 
 def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) -> dict[str, Statistic]:
-    """Means over prompts. pass@k without bias: 1 − C(n − c, k) / C(n, k) of n answers, c right ones (Chen et al. 2021,
-    arXiv 2107.03374, eq. 1), with the most answers that every prompt has as k."""
+    """Means over prompts. Of pass@k, k is the most answers that every prompt has."""
     num = min(len(row[MARK]) for row in rows)
     columns = {
-        "reward": [math.fsum(row[MARK]) / len(row[MARK]) for row in rows],
+        REWARD_KEY: [mean(row[MARK]) for row in rows],
         "pass_1": [row["right"] / len(row[MARK]) for row in rows],
-        "pass_k": [_pass_k(len(row[MARK]), row["right"], num) for row in rows],
+        "pass_k": [pass_at(num, len(row[MARK]), row["right"]) for row in rows],
         "best_reward": [max(row[MARK]) for row in rows],
         "ended": [row["ended"] for row in rows],
         "answer_tokens": [row["tokens"] for row in rows],
@@ -82,8 +81,15 @@ def graded_statistics(rows: Sequence[Record], _: Sequence[str], complete: bool) 
     return statistics
 
 
-def _pass_k(num: int, right: int, k: int) -> float:
+def pass_at(k: int, num: int, right: int) -> float:
+    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias. Chen et al.
+    2021, arXiv 2107.03374, equation 1."""
     return 1 - math.comb(num - right, k) / math.comb(num, k)
+
+
+def mean(rewards: Sequence[float]) -> float:
+    """Rounded once, so that the same rewards in another order have the same mean."""
+    return math.fsum(rewards) / len(rewards)
 
 
 def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
@@ -95,12 +101,13 @@ def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
 def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Iterator[str]:
     """Sentences on a reward that may have risen by something else than better answers. Measures of both sides."""
     was, now = ({key: interval["value"] for key, interval in side.items()} for side in (before, after))
-    if "reward" not in was or "reward" not in now:
+    if REWARD_KEY not in was or REWARD_KEY not in now:
         return
-    if now["reward"] <= was["reward"]:
-        yield f"the held-out reward did not rise: {was['reward']:.4f} before, {now['reward']:.4f} after"
+    first, last = was[REWARD_KEY], now[REWARD_KEY]
+    if last <= first:
+        yield f"the held-out reward did not rise: {first:.4f} before, {last:.4f} after"
         return
-    rose = f"reward rose from {was['reward']:.3f} to {now['reward']:.3f}"
+    rose = f"reward rose from {first:.3f} to {last:.3f}"
     if abs(now["answer_tokens"] - was["answer_tokens"]) > LONGER * was["answer_tokens"]:
         yield (
             f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: look "

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tunesmith.errors import InputError
 from tunesmith.phrases import percent
-from tunesmith.types import Record
+from tunesmith.types import REWARD_KEY, Record
 
 Verdict = Literal["better", "worse", "unclear", "few", ""]
 VERDICTS = {"better": "better", "worse": "worse", "unclear": "may be chance", "few": "too few rows to tell", "": ""}
@@ -139,7 +139,7 @@ METRICS: Mapping[str, MetricInfo] = {
     "likelier_chosen": MetricInfo(
         "likelier answer", "percent", "neither", "What choosing by the untouched model's likelihood a token gets right."
     ),
-    "reward": MetricInfo("reward", "number", "higher", "Mean reward of the answers drawn to a prompt."),
+    REWARD_KEY: MetricInfo(REWARD_KEY, "number", "higher", "Mean reward of the answers drawn to a prompt."),
     "pass_1": MetricInfo("pass@1", "percent", "higher", "Chance that one answer to a prompt is right."),
     "pass_k": MetricInfo("pass@k", "percent", "higher", "Chance that one of all answers to a prompt is right."),
     "best_reward": MetricInfo("best reward", "number", "higher", "Highest reward of the answers to a prompt."),
@@ -172,12 +172,17 @@ HEAD_METRICS: Mapping[str, tuple[str, ...]] = {
     "tags": ("loss", "tag_accuracy", "span_f1", "span_precision", "span_recall", "macro_f1"),
     "pairs": ("loss", "preference_accuracy", "margin"),
     "rewards": ("loss", "preference_accuracy", "margin", "calibration_error"),
-    "graded": ("reward", "pass_1", "loss"),
+    "graded": (REWARD_KEY, "pass_1", "loss"),
     "lists": ("loss", "recall_1", "mrr_10", "ndcg_10", "spearman"),
     "vectors": ("loss", "recall_1", "recall_10", "mrr_10", "ndcg_10", "spearman"),
 }
 """Values of `evaluation.metric` by head, or by kind of label where there is one. Some need data of their own:
 bits per byte documents, ROC AUC two classes, span metrics tags that mark spans."""
+
+
+def is_restated(key: str, measures: Record) -> bool:
+    """Whether another measure says the same: the loss of graded answers is their reward, turned round."""
+    return key == "loss" and REWARD_KEY in measures
 
 
 def info_of(key: str) -> MetricInfo:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from tunesmith.evaluation.metrics import METRICS
-from tunesmith.types import Event, JsonObject, Record
+from tunesmith.types import REWARD_KEY, Event, JsonObject, Record
 
 RECENT_STEPS = 20
 """Newest steps, from which the time left is estimated."""
@@ -74,10 +74,9 @@ class RunSeries:
             speed, peak = timing.get("tokens_per_second", 0.0), timing.get("peak_bytes", 0)
             seconds = timing.get("seconds", 0.0)
             self.peak_bytes = max(self.peak_bytes, peak)
-            self.steps[event.step] = Step(
-                event.step, values["loss"], values["lr"], speed, peak, seconds, values.get("reward")
-            )
-            if "reward" in values:
+            reward = values.get(REWARD_KEY)
+            self.steps[event.step] = Step(event.step, values["loss"], values["lr"], speed, peak, seconds, reward)
+            if reward is not None:
                 taken = {key: timing.get(key, 0.0) for key in ("draw", "grade")}
                 self.drawn[event.step] = {**values, "seconds": taken}
         elif event.kind == "evaluation":

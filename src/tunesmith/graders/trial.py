@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from tunesmith.evaluation.bootstrap import intervals, ratio
+from tunesmith.evaluation.graded_scores import HISTOGRAM_BINS, mean, pass_at
 from tunesmith.graders.grade import Answer, Grade
 from tunesmith.graders.pool import Pool
 from tunesmith.graders.prompts import Prompt
+from tunesmith.types import REWARD_KEY
 
 MODEL = "model"
 PLAYED: Mapping[str, str] = {
@@ -101,11 +103,6 @@ def by_row(entries: Sequence[Graded]) -> dict[int, list[float]]:
     return rewards
 
 
-def mean(rewards: Sequence[float]) -> float:
-    """Rounded once, so that the same rewards in another order have the same mean."""
-    return math.fsum(rewards) / len(rewards)
-
-
 def _of_kind(entries: Sequence[Graded]) -> dict[str, Any]:
     """Count, mean over rows with its interval, sub-scores and histogram of the answers of one kind."""
     rewards = [entry.grade.reward for entry in entries if entry.grade.reward is not None]
@@ -121,7 +118,7 @@ def _of_kind(entries: Sequence[Graded]) -> dict[str, Any]:
     if not rewards:
         return values
     means = [mean(group) for group in by_row(entries).values()]
-    counts, edges = np.histogram(rewards, bins=10)
+    counts, edges = np.histogram(rewards, bins=HISTOGRAM_BINS)
     scores: dict[str, list[float]] = {}
     for entry in entries:
         for name, score in entry.grade.scores.items():
@@ -139,7 +136,7 @@ def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
     full = [group for group in groups if len(group) == most] or groups
     num = min(map(len, full))
     right = [sum(reward >= passes for reward in group) for group in full]
-    measures = intervals(len(groups), {"reward": ratio([mean(group) for group in groups])})
+    measures = intervals(len(groups), {REWARD_KEY: ratio([mean(group) for group in groups])})
     of_full = {
         "pass@1": ratio([c / len(group) for c, group in zip(right, full, strict=True)]),
         f"pass@{num}": ratio([pass_at(num, len(group), c) for c, group in zip(right, full, strict=True)]),
@@ -149,12 +146,6 @@ def _of_model(entries: Sequence[Graded], passes: float) -> dict[str, Any]:
     measures |= intervals(len(full), of_full)
     spreads = {str(size): mean([spread_of(size, group) for group in full]) for size in GROUP_SIZES}
     return {"samples": most, "measures": measures, "groups": spreads, "length": length_correlation(entries)}
-
-
-def pass_at(k: int, num: int, right: int) -> float:
-    """1 − C(num − right, k) / C(num, k): the chance that one of k answers is right, without bias. Chen et al.
-    2021, arXiv 2107.03374, equation 1."""
-    return 1 - math.comb(num - right, k) / math.comb(num, k)
 
 
 def spread_of(size: int, rewards: Sequence[float]) -> float:
@@ -229,7 +220,7 @@ def _extremes(prompts: Sequence[Prompt], entries: Sequence[Graded]) -> dict[str,
             "prompt": prompt.text,
             "answer": entry.answer.text,
             "reference": prompt.reference.text if prompt.reference else None,
-            "reward": entry.grade.reward,
+            REWARD_KEY: entry.grade.reward,
             "scores": dict(entry.grade.scores),
         }
 

@@ -9,6 +9,7 @@ from typing import Any
 from tunesmith.graders.grade import FAILURES
 from tunesmith.graders.trial import MODEL, PLAYED
 from tunesmith.phrases import percent, plural
+from tunesmith.types import REWARD_KEY
 
 BARS = " ▁▂▃▄▅▆▇█"
 LEAST_SPREAD, MOST_CORRELATION, MOST_FAILED = 0.2, 0.5, 0.01
@@ -130,7 +131,7 @@ def lines_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield from ((f"  {name}", f"{mean:.3f}", "", "") for name, mean in entry["scores"].items())
     model = values["model"] or {"measures": {}, "groups": {}, "length": None}
     for name, measure in model["measures"].items():
-        if name != "reward":
+        if name != REWARD_KEY:
             yield name, f"{measure['value']:.3f}", _bounds(measure), ""
     for size, share in model["groups"].items():
         least = "at least " if int(size) > model["samples"] else ""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import pools_last
+from tunesmith.phrases import listed
 from tunesmith.types import Aside
 
 
@@ -84,8 +85,8 @@ def describe(new: NewTokens, texts: Sequence[str]) -> list[str]:
     """Notes for a person on the tokens that were added."""
     if not new.ids:
         return []
-    listed = ", ".join(map(repr, texts[:6])) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
-    return [f"{len(texts)} new tokens ({listed}): each begins as the mean of the tokens that its text was before"]
+    shown = listed(map(repr, texts))
+    return [f"{len(texts)} new tokens ({shown}): each begins as the mean of the tokens that its text was before"]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tunesmith import phrases
-from tunesmith.evaluation.metrics import info_of
+from tunesmith.evaluation.metrics import info_of, is_restated
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import about, between, duration, mix_text, one_line, percent, plural, size, visible
 from tunesmith.types import Event, Record
@@ -65,7 +65,7 @@ def metric_line(event: Event, series: RunSeries) -> str:
     measures = {"general_loss": {"value": values["loss"]}} if event.kind == "general" else values.get("measures", {})
     if event.kind == "evaluation":
         measures = measures_of(values)
-        measures = {key: value for key, value in measures.items() if key != "loss" or "reward" not in measures}
+        measures = {key: value for key, value in measures.items() if not is_restated(key, measures)}
     shown = [f"{info_of(key).label} {info_of(key).text(interval['value'])}" for key, interval in measures.items()]
     return f"{', '.join(shown)} ({_counts(event)})"
 

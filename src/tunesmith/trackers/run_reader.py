@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tunesmith.recipe import yaml_io
 from tunesmith.runs.folder import Run
-from tunesmith.types import Event, JsonObject, Record
+from tunesmith.types import REWARD_KEY, Event, JsonObject, Record
 
 STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm", "tokens": "tokens"} | {
-    key: key for key in ("reward", "spread", "ended", "answer_tokens", "surprise", "mismatch", "kl")
+    key: key for key in (REWARD_KEY, "spread", "ended", "answer_tokens", "surprise", "mismatch", "kl")
 }
 TIMING = ("seconds", "tokens_per_second", "peak_bytes")
 MEASURED = {"evaluation": "eval", "answers": "answers", "general": "general"}

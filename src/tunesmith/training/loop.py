@@ -16,6 +16,7 @@ from tunesmith.errors import NonFiniteError
 from tunesmith.models.machine import peak_memory_bytes
 from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import Computed, meet
+from tunesmith.phrases import listed
 from tunesmith.training.state import Drawn, TrainState
 from tunesmith.training.step import StepGradients, compute_gradients, drop_gradients, exhausted_error, step_norm
 from tunesmith.types import Event, LossSum
@@ -120,9 +121,8 @@ def _require_finite(
         return
     suspects = [rows for rows, loss in zip(passes, losses, strict=True) if not math.isfinite(loss)] or passes
     sources = [str(state.store.source(i)) for rows in suspects for i in rows]
-    listed = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
     loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
     raise NonFiniteError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: the update was not made. "
-        f"Rows of the step: {listed}. Lower optim.lr, set precision: float32, or look at these rows."
+        f"Rows of the step: {listed(sources, 8)}. Lower optim.lr, set precision: float32, or look at these rows."
     )

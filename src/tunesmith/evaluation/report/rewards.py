@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.evaluation.report.plots import ACCENT, HELD_OUT_LINE, INK, MUTED, Plot, draw, smooth, thinned
 from tunesmith.evaluation.series import RunSeries, measures_of
 from tunesmith.phrases import duration, percent, plural
-from tunesmith.types import Record
+from tunesmith.types import REWARD_KEY, Record
 
 
 def reward_plots(series: RunSeries, report: Record) -> list[Plot]:
@@ -24,9 +24,9 @@ def reward_plots(series: RunSeries, report: Record) -> list[Plot]:
 
 def _course(series: RunSeries) -> Plot:
     steps_S = np.array(list(series.drawn), np.float64)
-    rewards_S = np.array([values["reward"] for values in series.drawn.values()], np.float64)
+    rewards_S = np.array([values[REWARD_KEY] for values in series.drawn.values()], np.float64)
     window = max(1, len(steps_S) // 25)
-    held = [(step, measures_of(values)["reward"]) for step, values in series.course()]
+    held = [(step, measures_of(values)[REWARD_KEY]) for step, values in series.course()]
 
     def paint(axes: Any) -> None:
         if window > 1:

@@ -21,7 +21,7 @@ from tunesmith.evaluation.compare import (
     row_baseline,
     too_few,
 )
-from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of
+from tunesmith.evaluation.metrics import ANSWER_METRICS, BASELINES, FEW_ROWS, MetricInfo, Verdict, info_of, is_restated
 from tunesmith.evaluation.report.advice import try_next
 from tunesmith.evaluation.scores import ANSWER_SCORES, RowResult, are_short, by_key, is_short, sureness
 from tunesmith.evaluation.series import RunSeries
@@ -261,10 +261,8 @@ def headline_metrics(report: Record) -> list[str]:
 def _is_shown(report: Record, key: str) -> bool:
     """Neither a constant's metric, which is in the other column, nor one that was not measured before, or is there in
     other words."""
-    before = report["metrics"]["before"]
-    if key in BASELINES and report["baseline"]:
-        return False
-    if key == "loss" and "reward" in report["metrics"]["after"]["measures"]:  # which is it, turned round
+    before, after = report["metrics"]["before"], report["metrics"]["after"]
+    if (key in BASELINES and report["baseline"]) or is_restated(key, after["measures"]):
         return False
     return before is None or key in before["measures"]
 
