@@ -14,7 +14,7 @@ ROOMS = {
     "api, types, errors, …": (1_630, "the Python interface, the types that travel, errors with their ways out"),
     "cli": (4_655, "twenty-two commands, what they print and what they refuse"),
     "data": (9_490, "thirty-one forms of rows, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (3_990, "measures with intervals, answers, graded answers, comparison, the report"),
+    "evaluation": (4_000, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
         1_760,
@@ -30,13 +30,13 @@ ROOMS = {
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_730, "defaults with reasons; memory, time, disk"),
     "recipe": (1_875, "every option, declared once; files of other tools translated"),
-    "runs": (1_410, "run folders, events, checkpoints, how far a run is"),
-    "serve": (2_700, "the engine's process and OpenAI's routes"),
+    "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
+    "serve": (2_715, "the engine's process and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_625, "what is learnt"),
+    "tasks": (1_640, "what is learnt"),
     "summaries": (515, "what commands and pages say in the same words; nearly all of it was in cli"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_720, "the loop, a run around it, and the answers that it draws"),
+    "training": (4_730, "the loop, a run around it, and the answers that it draws"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

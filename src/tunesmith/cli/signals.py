@@ -40,8 +40,9 @@ def stopping_on_signals(
 ) -> Iterator[Callable[[], bool]]:
     """Yields a function that is true once a signal wants a stop.
 
-    Before the run has begun there is nothing to keep, and the first signal interrupts it like any program. The first
-    one after that says `words`. A second signal calls `at_once`, to put the terminal right, and ends the process.
+    Before the run has begun there is nothing to keep, and the first signal interrupts it like any
+    program. The first one after that says `words`. A second signal calls `at_once`, to put the
+    terminal right, and ends the process.
     """
     requested = threading.Event()
 

@@ -177,7 +177,8 @@ def track(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Send a run that is done or under way to an experiment tracker: what it does not have yet, and nothing twice.
+    """Send a run that is done or under way to an experiment tracker: what it does
+    not have yet, and nothing twice.
 
     tunesmith track last --to mlflow
 

@@ -158,8 +158,9 @@ def _sum(files: Iterable[RemoteFile]) -> int:
 
 
 def find_files(text: str, notes: list[str], *, offline: bool) -> tuple[str, Sequence[RemoteFile]]:
-    """An address, of the hub with its commit, and its files in their order. Of a commit that was listed before, and
-    offline, no server is contacted. Raises DataError for what is not an address, is not there or may not be read."""
+    """An address, of the hub with its commit, and its files in their order. Of a commit that was
+    listed before, and offline, no server is contacted. Raises DataError for what is not an address,
+    is not there or may not be read."""
     from huggingface_hub.constants import is_offline_mode
 
     if secret := _SECRET.search(text):

@@ -33,8 +33,8 @@ def answer_row(
 
 
 class AnswerStore:
-    """Rows in memory, as steps and batches read a `RowStore`. `divisor`: of the loss of the step that all of them make;
-    answers that teach nothing have their share in it, and no row."""
+    """Rows in memory, as steps and batches read a `RowStore`. `divisor`: of the loss of the step that all of
+    them make; answers that teach nothing have their share in it, and no row."""
 
     def __init__(self, rows: Sequence[Row], divisor: float) -> None:
         self.rows = tuple(rows)

@@ -18,9 +18,10 @@ from tunesmith.types import Draft, Drafts, Example, Problem
 class ClassificationEncoder(RowEncoder):
     """One answer a text, learnt at its first token by an encoder and at its last by a causal model.
 
-    An encoder reads the tokenizer's own frame around one text or two. A causal model reads what the tokenizer makes of
-    the text, and the second text on a line of its own; no EOS is put behind it, so that a text given to the tokenizer
-    elsewhere meets the head as it was trained. Raises `RecipeError` for a limit without place for a token of each text.
+    An encoder reads the tokenizer's own frame around one text or two. A causal model reads what the
+    tokenizer makes of the text, and the second text on a line of its own; no EOS is put behind it, so that a
+    text given to the tokenizer elsewhere meets the head as it was trained. Raises `RecipeError` for a limit
+    without place for a token of each text.
     """
 
     def __init__(self, settings: EncoderSettings) -> None:

@@ -27,10 +27,11 @@ HISTOGRAM_BINS = 10
 
 
 def graded_result(content: int, answers: Sequence[Record], passes: float) -> JsonObject | None:
-    """The result of one prompt, whose content hash is given, from its answers: {"text", "reward", "scores", "ended",
-    "tokens"}. None where none of them has a reward.
+    """The result of one prompt, whose content hash is given, from its answers: {"text", "reward", "scores",
+    "ended", "tokens"}. None where none of them has a reward.
 
-    Its loss is minus its mean reward, which training makes smaller. `passes`: reward of an answer that is right.
+    Its loss is minus its mean reward, which training makes smaller. `passes`: reward
+    of an answer that is right.
     """
     scored = [answer for answer in answers if answer[REWARD_KEY] is not None]
     if not scored:
@@ -99,7 +100,8 @@ def graded_details(rows: Sequence[Record], _: Sequence[str]) -> JsonObject:
 
 
 def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> Iterator[str]:
-    """Sentences on a reward that may have risen by something else than better answers. Measures of both sides."""
+    """Sentences on a reward that may have risen by something else than better
+    answers. Measures of both sides."""
     was, now = ({key: interval["value"] for key, interval in side.items()} for side in (before, after))
     if REWARD_KEY not in was or REWARD_KEY not in now:
         return

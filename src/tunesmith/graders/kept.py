@@ -12,7 +12,8 @@ from tunesmith.runs.atomic import from_json, storing, to_json
 
 
 class KeptGrades(dict[str, Grade]):
-    """Grades by their digests, see `Pool`; new ones wait for `flush`, so that a step that is not made leaves none."""
+    """Grades by their digests, see `Pool`; new ones wait for `flush`, so that a step
+    that is not made leaves none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +25,8 @@ class KeptGrades(dict[str, Grade]):
         self._new.append(key)
 
     def keep_in(self, path: Path) -> None:
-        """Take the grades of a file, up to a line that a killed process has left half, and append new ones to it.
+        """Take the grades of a file, up to a line that a killed process has left
+        half, and append new ones to it.
 
         Raises StorageError.
         """

@@ -4,8 +4,8 @@ A kernel is taken only if a probe on this device, of rows like those of a run, g
 gradients of attention that is spelled out in float32. None of them is called once a row, and none makes a mask
 of all tokens of a micro-batch by all its keys.
 
-- varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on; on Hopper by
-  FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) where its package is installed.
+- varlen: torch's variable-length flash attention, causal or both ways, in half precision from Ampere on; on
+  Hopper by FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608) where its package is installed.
 - padded: rows of similar length as one padded batch of torch's scaled_dot_product_attention: all the rest.
 """
 
@@ -310,8 +310,9 @@ class PaddedLayout:
 def padded(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
     """[1, T, H, D]: one call for all rows of similar length, at most one for each power of two.
 
-    Keys are repeated for the heads that share them: with grouped heads torch knows only a kernel that keeps all scores,
-    unless flash attention takes the call. A query lies at the place of its own key, so that causal rows need no mask.
+    Keys are repeated for the heads that share them: with grouped heads torch knows only a kernel
+    that keeps all scores, unless flash attention takes the call. A query lies at the place of its
+    own key, so that causal rows need no mask.
     """
     name = ("padded", options.causal)
     if name not in segments.layouts:

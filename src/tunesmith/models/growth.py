@@ -20,7 +20,8 @@ _WHOLE = re.compile(r"(?:\\s|[\w ])(?:\+|\{[1-9]\d*,\d*\})?")
 
 
 def check_growth(file: Path) -> None:
-    """Raise `ModelError` for a tokenizer.json that makes more than `MOST_FOR_ONE` characters of one in text or answer.
+    """Raise `ModelError` for a tokenizer.json that makes more than `MOST_FOR_ONE`
+    characters of one in text or answer.
 
     It is read before the tokenizers library loads it, which rewrites its added tokens then.
     """

@@ -53,8 +53,9 @@ RowSize = tuple[int, int]
 
 
 def longest(query_1HTD: Tensor, value_1GTD: Tensor, *, dropout: float, softcap: float | None, shared: bool) -> int:
-    """Keys of a row up to which this is the faster way; 0: on other devices, in other precisions, with unequal head
-    sizes or a softcap. `shared`: rows share prefixes, so that many short segments have lengths of their own."""
+    """Keys of a row up to which this is the faster way; 0: on other devices, in other precisions,
+    with unequal head sizes or a softcap. `shared`: rows share prefixes, so that many short
+    segments have lengths of their own."""
     if query_1HTD.device.type != "cpu" or query_1HTD.shape[-1] != value_1GTD.shape[-1] or softcap is not None:
         return 0
     usual = {torch.bfloat16: LONGEST, torch.float32: LONGEST_SHARED if shared else 0}.get(query_1HTD.dtype)

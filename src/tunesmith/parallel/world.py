@@ -32,7 +32,8 @@ DEAD_S, SAY_S = 60.0, 10.0
 """Seconds after which a rank without a sign of life is given up, and between two words on who has come."""
 HEARTBEAT_S = 5.0
 POLL_S, WORD_S = 0.05, 1.0
-"""Seconds between two looks at what others say, and for which the reason of a rank that failed is waited for."""
+"""Seconds between two looks at what others say, and for which the reason of a rank
+that failed is waited for."""
 COLLECTIVE_S = 7200.0
 """Seconds that a sum waits for the slowest rank, which may save or measure; a dead one is noticed at once."""
 OWN_AGENT = "TUNESMITH_AGENT"

@@ -18,7 +18,8 @@ from tunesmith.types import JsonObject
 
 
 def record(typed: Iterable[tuple[str, str]], root: Path) -> JsonObject:
-    """The record for run.json of a run in `root` with these `typed_places`; empty if there is no current folder."""
+    """The record for run.json of a run in `root` with these `typed_places`; empty if
+    there is no current folder."""
     with suppress(OSError):
         paths = {name: Path(at).expanduser() for name, at in typed}
         places = {name: str(path.absolute()) for name, path in paths.items() if path.exists()}

@@ -43,7 +43,8 @@ CHECKPOINT_FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
 ALONE_BYTES = 2**18
-"""Size from which a tensor is hashed by a second thread while it is written: below, the handover takes longer."""
+"""Size from which a tensor is hashed by a second thread while it is written: below,
+the handover takes longer."""
 _PREFIX = "step-"
 _FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 _DTYPES = {

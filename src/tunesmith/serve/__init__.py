@@ -1,1 +1,2 @@
-"""Many answers at once from one base and its adapters: the batch, its cache, and the child process they live in."""
+"""Many answers at once from one base and its adapters: the batch, its cache, and the
+child process they live in."""

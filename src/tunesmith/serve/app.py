@@ -1,4 +1,5 @@
-"""The web application: routes over one engine, the chat page at `/` and the metrics, behind the access rules."""
+"""The web application: routes over one engine, the chat page at `/` and the metrics,
+behind the access rules."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def make_app(
     listeners: Sequence[Callable[[RequestLog], None]] = (),
     routers: Sequence[APIRouter] = (),
 ) -> AccessMiddleware:
-    """An ASGI app that answers with `engine` and by `routers`. Listeners are called for every request when it ends."""
+    """An ASGI app that answers with `engine` and by `routers`. Listeners are called
+    for every request when it ends."""
     # No documentation pages: theirs load scripts from elsewhere. /openapi.json has the same content.
     api = FastAPI(title="tunesmith", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for kind in (RequestError, HTTPException, RequestValidationError, Exception):
@@ -211,7 +213,8 @@ def _model(card: ModelCard) -> JsonObject:
 
 
 async def _answer(events: Events, body: SampledBody, request: Request, form: Format, *, prefix: str) -> Response:
-    """The whole answer, or a stream. Waits for the first event, so that an early error still sets the status."""
+    """The whole answer, or a stream. Waits for the first event, so that an early
+    error still sets the status."""
     head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
     request.state.usage = usage = Usage()
     if not body.stream:
@@ -225,8 +228,8 @@ async def _answer(events: Events, body: SampledBody, request: Request, form: For
 
 
 async def _connected(answer: Awaitable[T], request: Request) -> T:
-    """An answer of the engine, which can be a long time coming. When the client has gone away, it is cancelled, and
-    ClientDisconnect is raised."""
+    """An answer of the engine, which can be a long time coming. When the client has gone away, it is cancelled,
+    and ClientDisconnect is raised."""
     coming = asyncio.ensure_future(answer)
     try:
         while not coming.done():

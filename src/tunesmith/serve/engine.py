@@ -141,7 +141,8 @@ class WorkerProcess:
 
 @dataclass(eq=False)
 class _Call:
-    """A request under way. `num_left`: answers that are not finished; a call without any has one event, its reply."""
+    """A request under way. `num_left`: answers that are not finished; a call without
+    any has one event, its reply."""
 
     num_left: int = 0
     events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -157,9 +158,9 @@ class _Call:
 class WorkerEngine:
     """`protocol.Engine` over a worker process, from its `start`.
 
-    `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too. `root`: the
-    folder of runs. `attached`: runs to attach from the start, by the names to serve them as. `on_note`: receives a line
-    for each thing the user should know, such as a restart.
+    `names`: run names or folders, model folders or hub ids; the runs share one base, which is served too.
+    `root`: the folder of runs. `attached`: runs to attach from the start, by the names to serve them as.
+    `on_note`: receives a line for each thing the user should know, such as a restart.
     """
 
     def __init__(

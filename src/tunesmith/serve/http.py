@@ -81,8 +81,8 @@ class BoundedConnection(H11Protocol):
             self._await_headers()
 
     def _end_an_idle_one(self) -> bool:
-        """Whether another connection gave its place: the one without a request for longest, so that those who open
-        connections and ask nothing keep nobody out."""
+        """Whether another connection gave its place: the one without a request for longest, so that those who
+        open connections and ask nothing keep nobody out."""
         others: list[Any] = [
             connection
             for connection in self.connections

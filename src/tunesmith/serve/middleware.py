@@ -107,7 +107,8 @@ class AccessPolicy:
     keys: ApiKeys | None = None
     """None: no key is needed."""
     hosts: frozenset[str] = frozenset({"localhost"})
-    """Allowed names in a Host header. Addresses are always allowed: only a name can be made to point elsewhere."""
+    """Allowed names in a Host header. Addresses are always allowed: only a name can
+    be made to point elsewhere."""
     origins: frozenset[str] = frozenset()
     """Web pages that may send requests from a browser, such as https://chat.example.org."""
     admission: Admission | None = None

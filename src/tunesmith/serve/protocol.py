@@ -102,8 +102,8 @@ class Engine(Protocol):
     async def read(self, model: str, texts: Sequence[str | Sequence[str]], **how: Any) -> Any:
         """A line for each text or pair of texts, as `tunesmith predict` writes it.
 
-        Of a model that embeds: a vector for each text, cut to `dimensions` numbers, and the number of tokens read;
-        `is_query`: with the prompt of texts that search.
+        Of a model that embeds: a vector for each text, cut to `dimensions` numbers, and the number of tokens
+        read; `is_query`: with the prompt of texts that search.
         """
         ...
 
@@ -134,7 +134,8 @@ _ERRORS: Mapping[str, Any] = {cls.__name__: cls for cls in (InputError, RequestE
 
 
 def _tagged(value: Any) -> tuple[str, Any]:
-    """(name of the class, content); "" for what JSON has: what a client wrote is never read as one of the classes."""
+    """(name of the class, content); "" for what JSON has: what a client wrote is
+    never read as one of the classes."""
     name = type(value).__name__
     if isinstance(value, tuple):
         return "tuple", [_tagged(member) for member in value]

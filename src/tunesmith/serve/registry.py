@@ -1,4 +1,5 @@
-"""Models of the names on a command line: a base loaded once with its runs' adapters, other runs by themselves."""
+"""Models of the names on a command line: a base loaded once with its runs' adapters,
+other runs by themselves."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Registry:
         return model
 
     def read_run(self, name: str, path: Path) -> ServedModel:
-        """Read and check a run that is to be served as `name`; changes nothing. Raises ModelError or RunError."""
+        """Read and check a run that is to be served as `name`; changes nothing.
+        Raises ModelError or RunError."""
         shared, run = self.shared, Run.open(path, path.parent)
         if shared is None or (why := why_unshareable(run)) is not None:
             why = "this server takes none" if shared is None else why
@@ -90,7 +92,8 @@ class Registry:
         return _tuned(shared.loaded, name, run, shared.decoder, paths, note=lambda text: None)
 
     def attach(self, model: ServedModel) -> None:
-        """Serve a run that was read, between two steps. Raises ModelError or RunError; nothing is changed then."""
+        """Serve a run that was read, between two steps. Raises ModelError or
+        RunError; nothing is changed then."""
         name, shared = model.card.name, self.shared
         assert shared is not None, "read_run refuses it otherwise"
         self.detached.discard(name)
@@ -150,7 +153,8 @@ def open_registry(names: Sequence[str], *, root: Path, options: EngineOptions, n
 
 
 def why_unshareable(run: Run) -> str | None:
-    """The reason why a run needs a model of its own; None: it is only low-rank paths, so that many share a base."""
+    """The reason why a run needs a model of its own; None: it is only low-rank
+    paths, so that many share a base."""
     recipe = run.recipe()
     if TASKS[resolved(recipe.task)].learns_classes:
         return "its head was trained with it"
@@ -219,7 +223,8 @@ def _add_shared(
 
 
 def read_paths(chain: Sequence[Run], base: LoadedModel, note: Note = lambda text: None) -> dict[str, LowRankPath]:
-    """The low-rank paths, by layer, of a run and of those that it started from and that are not part of the base.
+    """The low-rank paths, by layer, of a run and of those that it started from and
+    that are not part of the base.
 
     Raises RunError or ModelError for an adapter that was changed or is damaged.
     """
@@ -315,7 +320,8 @@ def _name_of(base: ModelRef) -> str:
 
 
 def tool_call_format(tokenizer: PreTrainedTokenizerBase) -> ToolCallFormat | None:
-    """The way a chat template writes tool calls. None: in another way than `responses.with_tool_calls` reads."""
+    """The way a chat template writes tool calls. None: in another way than
+    `responses.with_tool_calls` reads."""
     template = str(tokenizer.chat_template or "")
     if OPEN in template:
         # A mark that is a special token is not part of an answer's text.

@@ -1,4 +1,5 @@
-"""Request bodies in OpenAI's shape: read within a size and a time, strict JSON, and nothing that would be ignored."""
+"""Request bodies in OpenAI's shape: read within a size and a time, strict JSON, and
+nothing that would be ignored."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class StrictRoute(APIRoute):
 
 
 def check_headers(request: Request) -> None:
-    """Raises RequestError 415 for a body that is not declared as plain JSON in UTF-8: a web page may send others."""
+    """Raises RequestError 415 for a body that is not declared as plain JSON in
+    UTF-8: a web page may send others."""
     kind, *more = request.headers.get("content-type", "").replace(" ", "").replace('"', "").lower().split(";")
     is_plain = request.headers.get("content-encoding", "identity") == "identity"
     if kind != "application/json" or more not in ([], ["charset=utf-8"], ["charset=utf8"]) or not is_plain:
@@ -88,7 +90,8 @@ class StrictModel(BaseModel):
 
 
 def fields_at(model: Any, place: Sequence[int | str]) -> list[str]:
-    """The fields of the object at a place of a body, as pydantic names places; none if it is no object of ours."""
+    """The fields of the object at a place of a body, as pydantic names places; none
+    if it is no object of ours."""
     for part in place:
         if isinstance(part, str) and part != "body":
             field = getattr(model, "model_fields", {}).get(part)
@@ -232,7 +235,8 @@ class ChatBody(SampledBody):
         return self
 
     def to_request(self) -> GenerationRequest:
-        """As the engine takes it. Raises RequestError for messages and tools that a row of training could not have."""
+        """As the engine takes it. Raises RequestError for messages and tools that a
+        row of training could not have."""
         problems = RowProblems(Source("messages", 1))
         parts, tools = parts_of(self.messages, problems, trained=False), tools_of({"tools": self.tools}, problems)
         without_answer(parts, problems)

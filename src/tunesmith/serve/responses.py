@@ -1,4 +1,5 @@
-"""Answers in OpenAI's shapes from the events of an engine: whole, streamed as server-sent events, and errors."""
+"""Answers in OpenAI's shapes from the events of an engine: whole, streamed as
+server-sent events, and errors."""
 
 from __future__ import annotations
 
@@ -193,8 +194,8 @@ async def event_stream(
 ) -> AsyncGenerator[bytes, None]:
     """An answer as server-sent events: `data: {...}` for each chunk, then `data: [DONE]`.
 
-    The first event has been awaited: a request that is refused at once has its own status. A later error is the last
-    event, since the status has been sent.
+    The first event has been awaited: a request that is refused at once has its own status. A later error is the
+    last event, since the status has been sent.
     """
     head = {**head, "object": form.chunk_object}
     no_usage: JsonObject = {"usage": None} if shows_usage else {}
@@ -229,8 +230,8 @@ async def with_tool_calls(events: Events, form: ToolCallFormat, tools: Set[str])
     hermes   <tool_call>{"name": ..., "arguments": {...}}</tool_call>, any number, after text or not (Hermes, Qwen)
     json     the whole answer is {"name": ..., "parameters": {...}} (Llama 3)
 
-    Text is passed on as it is written up to the first mark; from there on at the end, with the calls. Anything that is
-    no call of one of `tools` stays text.
+    Text is passed on as it is written up to the first mark; from there on at the end, with the calls. Anything
+    that is no call of one of `tools` stays text.
     """
     held: dict[int, str] = defaultdict(str)
     are_text: set[int] = set()

@@ -42,8 +42,8 @@ class Question:
 
 
 class SampledModel:
-    """A run or a model, loaded to answer. Raises what `open_registry` raises, and InputError for one that does not
-    write text."""
+    """A run or a model, loaded to answer. Raises what `open_registry` raises, and InputError
+    for one that does not write text."""
 
     def __init__(self, target: str, *, root: Path, offline: bool, streams: int, note: Callable[[str], None]) -> None:
         self._options = EngineOptions(streams=streams, offline=offline, max_new_tokens=sys.maxsize)

@@ -1,4 +1,5 @@
-"""Models by the names clients use: those that write text, those with a head that classifies, and text embedders."""
+"""Models by the names clients use: those that write text, those with a head that
+classifies, and text embedders."""
 
 # L texts, D hidden size
 
@@ -193,8 +194,8 @@ class Embedder:
         dimensions: int | None = None,
         is_query: bool = False,
     ) -> tuple[list[list[float]], int]:
-        """A vector for each text, cut to `dimensions` numbers, and the number of tokens read. `done` is called after
-        each batch.
+        """A vector for each text, cut to `dimensions` numbers, and the number of tokens read.
+        `done` is called after each batch.
 
         Raises RequestError for an empty or too long text, or more numbers than a vector has.
         """

@@ -77,8 +77,8 @@ def main() -> int:
 class Worker:
     """Answers messages, one step of all requests after another.
 
-    Prompts are rendered and tokenized, and runs read, on a second thread: a megabyte of text takes a tokenizer seconds,
-    for which the answers under way do not wait.
+    Prompts are rendered and tokenized, and runs read, on a second thread: a megabyte of text takes a tokenizer
+    seconds, for which the answers under way do not wait.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Worker:
             self._try(key, getattr(self, f"_{verb}"), *words)
 
     def _try(self, key: int, work: Callable[..., Any], *words: Any) -> None:
-        """Call `work`. What it returns, or its error, which must not end others, is the answer to the request."""
+        """Call `work`. What it returns, or its error, which must not end others, is
+        the answer to the request."""
         try:
             answer = work(key, *words)
         except RequestError as error:
@@ -181,8 +182,8 @@ class Worker:
 
 
 def free_for_keys(device: torch.device, limit: int) -> int:
-    """Bytes for keys and values once the weights are loaded: of the card where the model is on one, else of what this
-    process may hold."""
+    """Bytes for keys and values once the weights are loaded: of the card where the model is on one,
+    else of what this process may hold."""
     if device.type != "cuda":
         return limit - resident_bytes() - SCRATCH_BYTES
     return int(USED_OF_CARD * (free_bytes(device) - torch.cuda.memory_allocated(device) - SCRATCH_ON_CARD))
@@ -214,7 +215,8 @@ def _watch(limit: int) -> None:
 
 
 def _beat(send: Send) -> None:
-    """Let the server hear that this process is not stuck: an operation that keeps Python's lock stops this thread too.
+    """Let the server hear that this process is not stuck: an operation that keeps
+    Python's lock stops this thread too.
 
     Then it ends itself after a while, whether or not a server is left to end it.
     """
@@ -225,7 +227,8 @@ def _beat(send: Send) -> None:
 
 
 def _sender() -> Send:
-    """A function that writes to the original standard output; what libraries print goes to standard error from now."""
+    """A function that writes to the original standard output; what libraries print
+    goes to standard error from now."""
     out, lock = os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)
 

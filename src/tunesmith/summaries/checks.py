@@ -59,8 +59,8 @@ def refusals(check: Record) -> list[str]:
 
 
 def verdict(check: Record) -> tuple[str, bool]:
-    """The last line on data that is not refused, and whether its measures will be worth what they seem to be: held-out
-    rows that are trained make them worth less, or nothing."""
+    """The last line on data that is not refused, and whether its measures will be worth what they seem to be:
+    held-out rows that are trained make them worth less, or nothing."""
     seen, held = check["warnings"].get("overlap", 0), check["held_out"]
     if not seen:
         return "can be trained on", True

@@ -1,4 +1,5 @@
-"""Rows as the model reads them: text in stretches that are learnt or only read, with the problems of those lines."""
+"""Rows as the model reads them: text in stretches that are learnt or only read, with
+the problems of those lines."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 def rows_as_read(
     data: Data, task: TaskName | None, renderer: Renderer | None, first: int, last: int
 ) -> list[JsonObject]:
-    """The lines `first` to `last` of the first training file: {line, tokens, trained, spans, problems} of each row.
+    """The lines `first` to `last` of the first training file: {line, tokens,
+    trained, spans, problems} of each row.
 
-    `spans`: (text, whether it is learnt). Without a renderer, and for labels, they are the texts before any template,
-    and the numbers of tokens are None. Raises DataError if the file cannot be read.
+    `spans`: (text, whether it is learnt). Without a renderer, and for labels, they are the texts before any
+    template, and the numbers of tokens are None. Raises DataError if the file cannot be read.
     """
     from tunesmith.data.columns import usual_columns
     from tunesmith.data.examples import examples

@@ -1,4 +1,5 @@
-"""Tasks. To add one: a file here, a row below, its name in `types.TASK_NAMES`, its shapes in `data.formats.SHAPES`.
+"""Tasks. To add one: a file here, a row below, its name in `types.TASK_NAMES`, its
+shapes in `data.formats.SHAPES`.
 
 The rows import nothing heavy: torch and models come in when a loss is computed.
 """
@@ -41,8 +42,8 @@ def has_prepass(recipe: Recipe) -> bool:
 
 
 def partner_tokens(recipe: Recipe) -> int | None:
-    """Most tokens of a prompt and another row's answer behind it, for rows that need such partners; None: they need
-    none. The loss is decided by now."""
+    """Most tokens of a prompt and another row's answer behind it, for rows that need such partners; None: they
+    need none. The loss is decided by now."""
     return resolved(recipe.data.max_tokens) if TASKS[resolved(recipe.task)].compares and has_prepass(recipe) else None
 
 
@@ -54,8 +55,8 @@ def bind(
     *,
     recipe: Recipe | None = None,
 ) -> BoundTask:
-    """The task as it is trained, see `Terms`. `recipe`: for the options of a task that has a section of its own; None:
-    their defaults.
+    """The task as it is trained, see `Terms`. `recipe`: for the options of a task that has a
+    section of its own; None: their defaults.
 
     Raises:
         RecipeError: what `loss` adds is not defined for such labels.

@@ -1,8 +1,9 @@
 """Losses of vectors: of all rows of a step together, whatever its micro-batches.
 
-The vectors of a step are computed first without gradient. Its loss then has a gradient by each vector, and every
-micro-batch computes its vectors again, draws the same dropout, and takes its own part of that gradient as weights: the
-gradient of one large batch in the memory of a small one (Gao et al. 2021, arXiv 2101.06983, section 3).
+The vectors of a step are computed first without gradient. Its loss then has a gradient by each vector,
+and every micro-batch computes its vectors again, draws the same dropout, and takes its own part of
+that gradient as weights: the gradient of one large batch in the memory of a small one (Gao et al.
+2021, arXiv 2101.06983, section 3).
 """
 
 # B rows, L texts (of each row its anchor, its positive, its negatives), M documents, D vector size
@@ -115,8 +116,8 @@ def _losses(texts: Texts, options: Embed) -> Tensor:
 
 
 def _ranking(texts: Texts, options: Embed) -> Tensor:
-    """Cross-entropy of each anchor's positive among all documents. Those that are the same text as its anchor, or a
-    positive of the same anchor text in another row, are not negatives."""
+    """Cross-entropy of each anchor's positive among all documents. Those that are the same text as its anchor,
+    or a positive of the same anchor text in another row, are not negatives."""
     import torch
     from torch.nn import functional as F
 
@@ -166,7 +167,8 @@ def embedding_measure(model: nn.Module, batch: Batch, *, options: Embed = EMBED_
 def prepass(
     model: nn.Module, batches: Iterable[Batch], world: World, *, options: Embed = EMBED_USUAL
 ) -> partial[Tensor]:
-    """The `loss_sum` of the micro-batches of a step. Of a step that is one micro-batch, nothing is computed twice."""
+    """The `loss_sum` of the micro-batches of a step. Of a step that is one
+    micro-batch, nothing is computed twice."""
     import torch
 
     batches = list(batches)
@@ -191,7 +193,8 @@ def prepass(
 def _kept_loss_sum(
     model: nn.Module, batch: Batch, *, kept: Mapping[tuple[int, int], tuple[Tensor, Tensor]], options: Embed
 ) -> Tensor:
-    """A sum whose value is the share of these rows in the loss of the step, and whose gradient is their part of its."""
+    """A sum whose value is the share of these rows in the loss of the step, and
+    whose gradient is their part of its."""
     import torch
 
     gradients, losses = zip(*(kept[name] for name in zip(batch.row_indices, batch.copies_B, strict=True)), strict=True)

@@ -1,7 +1,8 @@
 """Losses: of tokens (the next one, or the one under a mask), of whole texts, and of single words.
 
-Every function gives a sum, not a mean: `training/step.py` divides once, by the targets of the whole step, so a row
-weighs the same whichever micro-batch it lands in. What is added up is left in the batch, for the rows of high loss.
+Every function gives a sum, not a mean: `training/step.py` divides once, by the targets of the
+whole step, so a row weighs the same whichever micro-batch it lands in. What is added up is left in
+the batch, for the rows of high loss.
 """
 
 # B rows, N targets, V vocabulary, C classes
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def target_losses(logits_NV: Tensor, targets_N: Tensor, loss: Loss = PLAIN_LOSS) -> Tensor:
     """[N] float32, each target's own: (1 − ε) · −log p(target) + ε · mean over V of −log p + z · (log Σ exp)².
 
-    ε: label smoothing, Szegedy et al. 2015, arXiv 1512.00567, section 7. z: Chowdhery et al. 2022, arXiv 2204.02311,
-    section 5. Nothing is divided by the targets of a micro-batch.
+    ε: label smoothing, Szegedy et al. 2015, arXiv 1512.00567, section 7. z: Chowdhery et al. 2022, arXiv
+    2204.02311, section 5. Nothing is divided by the targets of a micro-batch.
     """
     import torch
     from torch.nn import functional as F
@@ -44,7 +45,8 @@ def token_loss_sum(
 ) -> Tensor:
     """Sum of −log p(target) and of what `loss` adds, over the targets of a batch: a float32 scalar in nats.
 
-    `output`: the model's output layer if its shape allows computing the loss without the logits of all targets at once.
+    `output`: the model's output layer if its shape allows computing the loss without
+    the logits of all targets at once.
     """
     from tunesmith.models.forward import hidden_states, logits_at_targets
 
@@ -84,7 +86,8 @@ def token_measure(model: nn.Module, batch: Batch, output: OutputLayer | None = N
 
 
 def sequence_loss_sum(model: nn.Module, batch: Batch, labels: Labels, loss: Loss = PLAIN_LOSS) -> Tensor:
-    """Sum of the rows' losses: cross-entropy, binary cross-entropy over all classes, or squared error; float32."""
+    """Sum of the rows' losses: cross-entropy, binary cross-entropy over all classes,
+    or squared error; float32."""
     from tunesmith.models.forward import sequence_logits
 
     return _sum(batch, _sequence_losses(sequence_logits(model, batch).float(), batch.targets_N, labels, loss))

@@ -66,8 +66,8 @@ def _log_odds(pairs: Pairs) -> Tensor:
 
 
 def _log_sigmoid(pairs: Pairs, logit_B: Tensor, options: Prefer) -> Tensor:
-    """−log σ, smoothed as in Mitchell 2023, "A note on DPO with noisy preferences"; of `robust` as in Chowdhury et al.
-    2024, arXiv 2403.00409: unbiased where a share of the labels is flipped."""
+    """−log σ, smoothed as in Mitchell 2023, "A note on DPO with noisy preferences"; of `robust` as in Chowdhury
+    et al. 2024, arXiv 2403.00409: unbiased where a share of the labels is flipped."""
     from torch.nn import functional as F
 
     e = options.label_smoothing
@@ -104,8 +104,8 @@ OBJECTIVES: dict[str, tuple[Callable[[Pairs], Tensor], Callable[[Pairs, Tensor, 
     "cpo": (lambda pairs: pairs.s_B2, _log_sigmoid),  # Xu et al. 2024, 2401.08417
     "orpo": (_log_odds, _orpo),  # Hong et al. 2024, 2403.07691, eq. 6 and 7
 }
-"""By the values of `prefer.loss`: [B, 2] what the loss compares, and the loss of each pair by β times the difference of
-both minus the margin, of losses that have one. kto is none of pairs: see `kto_losses`."""
+"""By the values of `prefer.loss`: [B, 2] what the loss compares, and the loss of each pair by β times the
+difference of both minus the margin, of losses that have one. kto is none of pairs: see `kto_losses`."""
 
 
 def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,8 @@ def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
 
 
 def kto_losses(r_B: Tensor, wanted_B: Tensor, z0: float, options: Prefer) -> Tensor:
-    """[B], λ (1 − σ(±β (r − z₀))), plus where the answer is wanted: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7."""
+    """[B], λ (1 − σ(±β (r − z₀))), plus where the answer is wanted: Ethayarajh et
+    al. 2024, arXiv 2402.01306, eq. 7."""
     options = options.filled()
     gained_B = required(options.beta) * (r_B - z0)
     weights_B = wanted_B * required(options.desirable) + ~wanted_B * required(options.undesirable)
@@ -131,7 +132,8 @@ def kto_losses(r_B: Tensor, wanted_B: Tensor, z0: float, options: Prefer) -> Ten
 
 
 def line_logps(model: nn.Module, batch: Batch, output: OutputLayer | None) -> tuple[Tensor, Tensor]:
-    """[L] the log-probability of the trained tokens of each line, with gradient, and [L] their number; float64."""
+    """[L] the log-probability of the trained tokens of each line, with gradient, and
+    [L] their number; float64."""
     import torch
 
     from tunesmith.models.forward import hidden_states, logits_at_targets
@@ -190,7 +192,8 @@ def kto_prepass(
 def preference_measure(
     model: nn.Module, batch: Batch, *, options: Prefer = USUAL_PREFER, output: OutputLayer | None = None
 ) -> Measured:
-    """The loss of each row and what was found of it, without gradient. Losses of kto follow from all rows: `settle`."""
+    """The loss of each row and what was found of it, without gradient. Losses of kto
+    follow from all rows: `settle`."""
     import torch
 
     with torch.no_grad():

@@ -1,5 +1,5 @@
-"""The task that learns from rewards of the model's own answers: what a reward is compared with, and by what a step's
-loss is divided."""
+"""The task that learns from rewards of the model's own answers: what a reward is compared with, and
+by what a step's loss is divided."""
 
 # G answers of a group
 
@@ -27,10 +27,12 @@ LEAST_DEVIATION = 1e-4
 
 
 def advantages(groups: Sequence[Sequence[float]], options: Reinforce) -> list[list[float]]:
-    """The advantage of every answer of a step, whose rewards come group by group; one without a reward is in none.
+    """The advantage of every answer of a step, whose rewards come group by group;
+    one without a reward is in none.
 
-    r − mean, times G / (G − 1) with `leave_one_out` (Ahmadian et al. 2024, arXiv 2402.14740), over the deviation that
-    `scale` names. A group of equal rewards has none: exactly 0, whatever rounding says of its deviation.
+    r − mean, times G / (G − 1) with `leave_one_out` (Ahmadian et al. 2024, arXiv 2402.14740),
+    over the deviation that `scale` names. A group of equal rewards has none: exactly 0,
+    whatever rounding says of its deviation.
     """
     rewards = [reward for group in groups for reward in group]
     of_step = _deviation(rewards)
@@ -68,8 +70,8 @@ def divisor(tokens: Sequence[int], options: Reinforce) -> float:
 
 
 def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
-    """The value of `train.epochs: auto`, of so many prompts in an epoch: as many as make `UPDATES` steps, or once over
-    all of them if that is more."""
+    """The value of `train.epochs: auto`, of so many prompts in an epoch: as many as make `UPDATES` steps, or
+    once over all of them if that is more."""
     per_step = min(REINFORCE.rows_per_step if wanted == "auto" else int(wanted), prompts)
     per_epoch = -(-prompts // per_step)
     steps = min(max(UPDATES, per_epoch), MOST_UPDATES)

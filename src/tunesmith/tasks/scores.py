@@ -34,9 +34,9 @@ class RowLosses(Protocol):
 def reward_losses(rewards_L: Tensor, scores_L: Tensor, row_of_L: Tensor, margin_B: Tensor, options: Reward) -> Tensor:
     """[B] −log σ(r_i − r_j − m) + c (r_i + r_j)², the mean over the pairs of a row.
 
-    m is the row's own margin and the recipe's times the difference of both scores. Bradley–Terry: Stiennon et al.
-    2020, arXiv 2009.01325; m: Touvron et al. 2023, arXiv 2307.09288, section 3.2.2; c: Eisenstein et al. 2023, arXiv
-    2312.09244, eq. 2. Equal scores make no pair.
+    m is the row's own margin and the recipe's times the difference of both scores. Bradley–Terry: Stiennon et
+    al. 2020, arXiv 2009.01325; m: Touvron et al. 2023, arXiv 2307.09288, section 3.2.2; c: Eisenstein et al.
+    2023, arXiv 2312.09244, eq. 2. Equal scores make no pair.
     """
     import torch
     from torch.nn import functional as F

@@ -97,15 +97,16 @@ class LabelHead:
 
 @dataclass(frozen=True, slots=True)
 class OwnSection:
-    """The part of a task with options of its own: a section of the recipe that only it has, and what decides it."""
+    """The part of a task with options of its own: a section of the recipe that only
+    it has, and what decides it."""
 
     name: str
     """The key of the section."""
     from_model: Callable[[Recipe, ModelRef], Sequence[Choice]] = lambda recipe, located: ()
     """Returns the options that follow from the model's files."""
     from_rows: Callable[[Any, Sequence[Side]], list[Choice]] = lambda options, sides: []
-    """Returns the options that follow from those of the section and the rows, training rows first. Raises DataError
-    for rows that they cannot learn from."""
+    """Returns the options that follow from those of the section and the rows, training rows first. Raises
+    DataError for rows that they cannot learn from."""
     has_prepass: Callable[[Any], bool] = lambda options: False
     """Whether a step has a `Prepass` with these options of the section."""
 
@@ -126,8 +127,8 @@ class Task:
     """The kinds of model that can learn it, and the head each needs."""
     losses: Callable[[Terms], Losses]
     encoder: str | Callable[[EncoderSettings], RowEncoder]
-    """Makes token ids and targets of the task's examples; or its name, "module:function", which is imported when rows
-    are encoded."""
+    """Makes token ids and targets of the task's examples; or its name, "module:function", which is
+    imported when rows are encoded."""
     record: RecordOf
     purpose: str = ""
     """What a model is tuned to do, as a report says it: "continue texts"; empty: the name."""
@@ -160,11 +161,11 @@ class Task:
     sees_rows: bool = False
     """`loss_sum` adds up losses of single targets, and leaves them in `Batch.losses`."""
     compares: bool = False
-    """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout is off
-    in training, since two passes must find the same."""
+    """Rows have branches, and the model is compared with the one that it was at step 1: its reference. Dropout
+    is off in training, since two passes must find the same."""
     samples: bool = False
-    """Rows are prompts, whose answers are drawn, graded and learnt. Dropout is off in training: what draws and what
-    learns must find the same."""
+    """Rows are prompts, whose answers are drawn, graded and learnt. Dropout is off in training: what draws and
+    what learns must find the same."""
     pools: bool = False
     """The trained tokens of a line are pooled, not predicted: targets are not shifted."""
     head: LabelHead | None = None

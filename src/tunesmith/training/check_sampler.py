@@ -1,4 +1,5 @@
-"""The model that draws answers is the one that learns them: refused before the first update where the two differ."""
+"""The model that draws answers is the one that learns them: refused before the first
+update where the two differ."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ LARGEST = 1e-3
 """Nats by which the log-probability of a token may be off in float32; 2.5e-5 is the largest seen."""
 MEAN = {"bfloat16": 0.15, "float16": 0.02}
 OF_ANSWER = {"bfloat16": 0.5, "float16": 0.07}
-"""Nats by which tokens may be off in the mean, and the sum of an answer, times the root of its tokens. In bfloat16 0.05
-and 0.19 are the largest seen."""
+"""Nats by which tokens may be off in the mean, and the sum of an answer, times the root of its tokens. In
+bfloat16 0.05 and 0.19 are the largest seen."""
 MOST_NAMED = 3
 
 

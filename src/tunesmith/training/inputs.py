@@ -30,7 +30,8 @@ from tunesmith.types import Choice, HeadName, ModelKind
 
 @dataclass(frozen=True)
 class Inputs:
-    """What follows from recipe and model alone: rows are encoded by it, and it stays with them in `ResolvedRun`."""
+    """What follows from recipe and model alone: rows are encoded by it, and it stays
+    with them in `ResolvedRun`."""
 
     recipe: Recipe
     """With the decisions so far."""

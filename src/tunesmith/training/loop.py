@@ -1,7 +1,7 @@
 """The training loop.
 
-A generator that makes one optimizer update a turn and knows nothing of folders, progress or saving. Task, method and
-optimizer enter as values; nothing else in this package takes an optimizer step.
+A generator that makes one optimizer update a turn and knows nothing of folders, progress or saving. Task,
+method and optimizer enter as values; nothing else in this package takes an optimizer step.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from tunesmith.types import Event, LossSum
 def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = None) -> Iterator[Event]:
     """Yield one "step" event for every optimizer update after step `start`.
 
-    Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole. The loss of a
-    step is the sum over its targets divided once by their number, over all micro-batches of all processes. torch's
-    generator is seeded at every step from seed, step and rank: nothing done between steps changes the next one.
+    Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole.
+    The loss of a step is the sum over its targets divided once by their number, over all micro-batches of
+    all processes. torch's generator is seeded at every step from seed, step and rank: nothing done
+    between steps changes the next one.
 
     Args:
         state: what `tunesmith.prepare` returns.
         start: the steps that were taken already.
-        loss: in place of the task's: called with the model and a `Batch`, it returns the sum of the losses of the
-            batch's targets, a scalar with a gradient. It must not divide: the loop divides by the targets of the step.
+        loss: in place of the task's: called with the model and a `Batch`, it returns the sum of the losses
+            of the batch's targets, a scalar with a gradient. It must not divide: the loop divides by the
+            targets of the step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.
@@ -102,8 +104,9 @@ def _drawn(state: TrainState, step: int) -> Drawn:
 def _computed(state: TrainState, sampler: StepSampler, step: int) -> tuple[StepGradients, Computed]:
     """This rank's gradients of a step, and what all ranks computed.
 
-    Where memory ended on one of them, and the rows of a step are looked at before it, all look again and make the step
-    anew in micro-batches that fit: smaller ones draw other dropout masks than those that were looked at.
+    Where memory ended on one of them, and the rows of a step are looked at before it, all look
+    again and make the step anew in micro-batches that fit: smaller ones draw other dropout
+    masks than those that were looked at.
     """
     done = compute_gradients(state, sampler, step)
     met = meet(state.world, state.attachment.shared, done.own, num_targets=done.num_targets)

@@ -31,9 +31,9 @@ FIRST_SCALE = 2.0**16
 class LossScale:
     """The factor of the loss in float16, whose smallest number is 6e-8: smaller gradients would become zero.
 
-    A power of two, so that it changes no bit of a gradient that float16 can hold; gradients are divided by it before
-    anything reads them. It is halved where they overflow, and the step is made anew; it never grows. Micikevicius et
-    al. 2018, "Mixed Precision Training", arXiv 1710.03740, section 3.2.
+    A power of two, so that it changes no bit of a gradient that float16 can hold; gradients are divided by it
+    before anything reads them. It is halved where they overflow, and the step is made anew; it never grows.
+    Micikevicius et al. 2018, "Mixed Precision Training", arXiv 1710.03740, section 3.2.
     """
 
     value: float = 1.0
@@ -87,7 +87,8 @@ class TrainState:
     """This process among those that train the run together."""
     loss_scale: LossScale = field(default_factory=LossScale, kw_only=True)
     draw: Callable[[TrainState, int], Drawn] | None = field(default=None, kw_only=True)
-    """Draws what a step learns, where `store` has prompts only: (state, step) → the state with that step's rows."""
+    """Draws what a step learns, where `store` has prompts only: (state, step) → the
+    state with that step's rows."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from tunesmith.types import Batch, LossSum
 
 @dataclass(frozen=True)
 class StepGradients:
-    """The result of this process's forward and backward passes of a step; its gradients are in the attachment."""
+    """The result of this process's forward and backward passes of a step; its
+    gradients are in the attachment."""
 
     sampler: StepSampler
     """The sampler of the next step: with smaller micro-batches if memory ran out."""
@@ -83,7 +84,8 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
 
 
 def _by_row(batch: Batch) -> list[Tensor]:
-    """[B] float32, the loss of each row of a pass, summed over its targets; none where the task gives one sum alone."""
+    """[B] float32, the loss of each row of a pass, summed over its targets; none
+    where the task gives one sum alone."""
     zeros_B = batch.row_of_N.new_zeros(len(batch.row_indices), dtype=torch.float32)
     return [zeros_B.index_add(0, batch.row_of_N, losses_N.float()) for losses_N in batch.losses[:1]]
 
@@ -91,8 +93,8 @@ def _by_row(batch: Batch) -> list[Tensor]:
 def _read(
     state: TrainState, losses: list[Tensor], of_rows: list[Tensor]
 ) -> tuple[list[float], list[float], float | None]:
-    """The loss sums, the rows' losses, and the norm of gradients where it is read with them: a CUDA device is waited
-    for once."""
+    """The loss sums, the rows' losses, and the norm of gradients where it is read with them: a
+    CUDA device is waited for once."""
     if not losses:
         return [], [], None
     norms: list[Tensor] = []
@@ -161,8 +163,8 @@ def exhausted_error(state: TrainState, step: int, found: Exhausted) -> OutOfMemo
 
 
 def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
-    """Forward and backward of one micro-batch on every rank, `times` times, without an update: where layers are split,
-    memory that ends inside a step cannot be made good, so the heaviest is tried before the first.
+    """Forward and backward of one micro-batch on every rank, `times` times, without an update: where layers are
+    split, memory that ends inside a step cannot be made good, so the heaviest is tried before the first.
 
     Raises GroupError where it ends.
     """
@@ -188,7 +190,8 @@ def _smaller(sampler: StepSampler) -> str:
 
 
 def step_norm(state: TrainState) -> float:
-    """Norm of the gradients of a step: of those that every rank has, and of the pieces that each has of others."""
+    """Norm of the gradients of a step: of those that every rank has, and of the
+    pieces that each has of others."""
     attachment = state.attachment
     own = gradient_norm(attachment.shared.values())
     if not attachment.shards:

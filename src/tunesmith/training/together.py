@@ -76,7 +76,8 @@ def refuse_other_inputs(setup: Setup) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GroupStart:
-    """Start of a run, as the first rank sends it to ranks that have no folder, progress or checkpoint of their own."""
+    """Start of a run, as the first rank sends it to ranks that have no folder,
+    progress or checkpoint of their own."""
 
     run: Run
     progress: Progress

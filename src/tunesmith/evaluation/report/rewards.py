@@ -57,7 +57,8 @@ def _histogram(sides: Record) -> Plot:
 
 
 def reward_sentences(series: RunSeries) -> Iterator[str]:
-    """Sentences on the answers of the first and of the last quarter of the steps, and on where their time went."""
+    """Sentences on the answers of the first and of the last quarter of the steps,
+    and on where their time went."""
     steps = [series.drawn[step] for step in sorted(series.drawn)]
     if not steps:
         return

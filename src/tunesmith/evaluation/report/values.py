@@ -259,8 +259,8 @@ def headline_metrics(report: Record) -> list[str]:
 
 
 def _is_shown(report: Record, key: str) -> bool:
-    """Neither a constant's metric, which is in the other column, nor one that was not measured before, or is there in
-    other words."""
+    """Neither a constant's metric, which is in the other column, nor one that was not measured
+    before, or is there in other words."""
     before, after = report["metrics"]["before"], report["metrics"]["after"]
     if (key in BASELINES and report["baseline"]) or is_restated(key, after["measures"]):
         return False
