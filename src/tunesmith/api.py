@@ -121,8 +121,8 @@ def _word_of(grader: Any) -> str:
     file, name = getattr(getattr(grader, "__code__", None), "co_filename", ""), getattr(grader, "__name__", "")
     if not Path(file).is_file() or getattr(grader, "__qualname__", "") != name or not name.isidentifier():
         raise RecipeError(
-            f"tunesmith.train: grader: {name or grader}: graders run in processes of their own, which load them from a "
-            "file. Write the function into grader.py, and give grader='grader.py'"
+            f"tunesmith.train: grader: {name or grader}: graders run in processes of their own, which load "
+            "them from a file. Write the function into grader.py, and give grader='grader.py'"
         )
     return f"{file}:{name}"
 

@@ -35,8 +35,8 @@ def choose_share(num_rows: int) -> Choice:
     num = max(1, round(share * num_rows))
     of = "1 row" if num_rows == 1 else f"{num_rows:,} rows"
     reason = (
-        f"about {num:,} of {of}: a fifth of a small file, {FLOOR_ROWS} to {2 * FLOOR_ROWS} rows of a larger one, a "
-        "twentieth of a large one"
+        f"about {num:,} of {of}: a fifth of a small file, {FLOOR_ROWS} to {2 * FLOOR_ROWS} rows of a larger "
+        "one, a twentieth of a large one"
     )
     return Choice("data.held_out", share, reason)
 
@@ -65,8 +65,9 @@ def few_note(num_held: int) -> str | None:
     points = min(100, round(98 / num_held**0.5))  # half of the widest 95 % interval: 1.96 * sqrt(0.25 / n)
     rows = "1 held-out row is" if num_held == 1 else f"{num_held} held-out rows are"
     return (
-        f"{rows} too few to distinguish a small change from chance: a share measured on so few is uncertain by up to "
-        f"{points} points. Give more rows with --eval, or raise data.held_out: tunesmith explain may-be-chance"
+        f"{rows} too few to distinguish a small change from chance: a share measured on so few is uncertain by "
+        f"up to {points} points. Give more rows with --eval, or raise data.held_out: tunesmith explain "
+        "may-be-chance"
     )
 
 
@@ -123,7 +124,8 @@ def split_notes(
     if most >= 2 and most > 2 * share * len(keys_I):
         yield (
             f"{int(mask_I.sum()):,} rows are held out, where data.held_out ({share:g}) wants "
-            f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay together"
+            f"{round(share * len(keys_I)):,}: {most:,} of them have the same input or document, and so stay "
+            "together"
         )
 
 

@@ -28,8 +28,8 @@ class PromptEncoder(ChatEncoder):
             return Problem(example.source, "template_error", f"{error}", "Change the row.")
         if self._limit.excess(len(ids)):
             message = (
-                f"its prompt of {len(ids):,} tokens is longer than {self._limit.max_tokens:,}: data.max_tokens less "
-                "reinforce.max_new_tokens, which its answers take."
+                f"its prompt of {len(ids):,} tokens is longer than {self._limit.max_tokens:,}: data.max_tokens "
+                "less reinforce.max_new_tokens, which its answers take."
             )
             fix = "Shorten it, lower reinforce.max_new_tokens, or set data.too_long: drop."
             return Problem(example.source, "too_long", message, fix)

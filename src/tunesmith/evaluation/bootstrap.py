@@ -195,7 +195,8 @@ def calibration_error(confidences_P: Floats, hits_P: Floats, rows_P: NDArray[np.
     `rows_P`: the row of each prediction, of which a row may have several that share its weight; None: one each.
     """
     of_P = np.arange(len(hits_P)) if rows_P is None else rows_P
-    bins_P = np.digitize(confidences_P, np.arange(1, BINS) / BINS, right=True)  # 0: up to 0.1, 1: up to 0.2, ...
+    # 0: up to 0.1, 1: up to 0.2, ...
+    bins_P = np.digitize(confidences_P, np.arange(1, BINS) / BINS, right=True)
     counts_I = np.bincount(of_P)
     gaps_IB = np.zeros((len(counts_I), BINS))
     np.add.at(gaps_IB, (of_P, bins_P), (confidences_P - hits_P) / counts_I[of_P])

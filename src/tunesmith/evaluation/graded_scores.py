@@ -112,22 +112,22 @@ def graded_notes(before: Mapping[str, Record], after: Mapping[str, Record]) -> I
     rose = f"reward rose from {first:.3f} to {last:.3f}"
     if abs(now["answer_tokens"] - was["answer_tokens"]) > LONGER * was["answer_tokens"]:
         yield (
-            f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: look "
-            "whether their length wins, not what they say"
+            f"{rose}, and answers went from {was['answer_tokens']:.0f} to {now['answer_tokens']:.0f} tokens: "
+            "look whether their length wins, not what they say"
         )
     if now["repeated"] > 2 * max(was["repeated"], 0.01):
         share, earlier = percent(now["repeated"], 0), percent(was["repeated"], 0)
         yield (
-            f"{rose}, and {share} of the answers repeat themselves ({earlier} before): read some. reinforce.kl: 0.02 "
-            "or a lower optim.lr keeps the language"
+            f"{rose}, and {share} of the answers repeat themselves ({earlier} before): read some. "
+            "reinforce.kl: 0.02 or a lower optim.lr keeps the language"
         )
     if now["alike"] > ALIKE > was["alike"]:
         yield (
-            f"{rose}, and {percent(now['alike'], 0)} of the answers equal another one to their prompt: they have no "
-            "spread to learn from any more. Train for fewer steps, or on harder prompts"
+            f"{rose}, and {percent(now['alike'], 0)} of the answers equal another one to their prompt: they "
+            "have no spread to learn from any more. Train for fewer steps, or on harder prompts"
         )
     if was["ended"] - now["ended"] > FEWER_ENDED:
         yield (
-            f"{rose}, and {percent(now['ended'], 0)} of the answers end by themselves ({percent(was['ended'], 0)} "
-            "before): reinforce.cut: drop teaches nothing by those that do not"
+            f"{rose}, and {percent(now['ended'], 0)} of the answers end by themselves "
+            f"({percent(was['ended'], 0)} before): reinforce.cut: drop teaches nothing by those that do not"
         )

@@ -106,7 +106,8 @@ def _vectors(own: MeasuredRows, others: Sequence[MeasuredRows], options: Embed, 
             return replace(predictions, losses_I=np.array(losses), results=list(results))
     vectors = [torch.from_numpy(result["vectors"]) for result in predictions.results]
     scores = torch.tensor([store.row(int(row)).values[0] for row in rows_I], dtype=torch.float32)
-    counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)  # no loss needs keys
+    # No loss needs keys.
+    counts, keys = torch.tensor(list(map(len, vectors))), torch.empty(0, dtype=torch.int64)
     texts = Texts(torch.cat(vectors), keys, counts, scores)
     if options.loss in SCORED:
         vectors_LD = torch.nn.functional.normalize(texts.vectors_LD, dim=-1)

@@ -22,8 +22,8 @@ def _steps(match: re.Match[str]) -> list[str | int]:
     path = _PATH.fullmatch(match[1])
     if path is None:
         raise InputError(
-            f"{match[0]}: not a variable. Write {{{{item.FIELD}}}} or {{{{sample.output_text}}}}; parts of a value "
-            "follow as .name and [0]."
+            f"{match[0]}: not a variable. Write {{{{item.FIELD}}}} or {{{{sample.output_text}}}}; parts of a "
+            "value follow as .name and [0]."
         )
     return [path[1], *(name or int(number) for name, number in _STEP.findall(path[2]))]
 

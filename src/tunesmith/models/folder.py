@@ -60,8 +60,9 @@ def check_code(folder: Path) -> None:
     for file in ("config.json", "tokenizer_config.json"):
         if (folder / file).is_file() and read_json(folder / file).get("auto_map"):
             raise ModelError(
-                f"{folder / file}: auto_map: this model brings its own code, which is never run. Use a model whose "
-                "architecture is part of transformers; if this one is, take auto_map out of a copy of the folder."
+                f"{folder / file}: auto_map: this model brings its own code, which is never run. Use a model "
+                "whose architecture is part of transformers; if this one is, take auto_map out of a copy of "
+                "the folder."
             )
 
 

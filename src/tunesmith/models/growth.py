@@ -35,9 +35,9 @@ def check_growth(file: Path) -> None:
             most *= _factor(step)
             if most > MOST_FOR_ONE:
                 raise ModelError(
-                    f"{file}: its {part} makes more than {MOST_FOR_ONE} characters of one, by replacements one after "
-                    "the other: a row could take all memory. Use another, and look at this one before you "
-                    "trust its source."
+                    f"{file}: its {part} makes more than {MOST_FOR_ONE} characters of one, by replacements one "
+                    "after the other: a row could take all memory. Use another, and look at this one before "
+                    "you trust its source."
                 )
 
 

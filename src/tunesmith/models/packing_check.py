@@ -92,7 +92,8 @@ def check_packing(
                 before = (probe[0], other) if kind == "causal" else ()
                 behind = [answers([row, probe[-1]], "packed")[1][:LEAK_TOKENS] for row in before]
         except _REFUSALS as refusal:
-            for module in model.modules():  # of split layers (FSDP): a raising forward leaves their state undefined
+            # Of split layers (FSDP): a raising forward leaves their state undefined.
+            for module in model.modules():
                 getattr(module, "reset_iter_state", lambda: None)()
             return PackingCheck(str(refusal) or type(refusal).__name__)
         finally:

@@ -241,7 +241,8 @@ def _check_names(model: str, names: list[str]) -> None:
         raise ModelError(f"{model}: GGUF files only. Download one, such as {ggufs[0]}, and give its path.")
     if pickles:
         raise ModelError(
-            f"{model}: its weights are in {', '.join(pickles[:3])} only, a format that can run code when it is read: "
-            "refused. Look for a revision with safetensors (often refs/pr/N), or convert it yourself if you trust it."
+            f"{model}: its weights are in {', '.join(pickles[:3])} only, a format that can run code when it is "
+            "read: refused. Look for a revision with safetensors (often refs/pr/N), or convert it yourself if "
+            "you trust it."
         )
     raise ModelError(f"{model}: no {SINGLE} on the hub: not a model that can be tuned.")

@@ -62,8 +62,9 @@ def resize_embeddings(model: PreTrainedModel, new: NewTokens) -> None:
     num_rows = _weight(model.get_input_embeddings()).shape[0]
     if min(new.ids) > num_rows:
         raise ModelError(
-            f"data.new_tokens: the tokenizer has {min(new.ids):,} tokens before them, the embedding of the model "
-            f"{num_rows:,} rows: those between have no vector. Take the tokenizer that belongs to the model."
+            f"data.new_tokens: the tokenizer has {min(new.ids):,} tokens before them, the embedding of the "
+            f"model {num_rows:,} rows: those between have no vector. Take the tokenizer that belongs to the "
+            "model."
         )
     if max(new.ids) >= num_rows:
         model.resize_token_embeddings(max(new.ids) + 1, mean_resizing=False)

@@ -45,7 +45,8 @@ class ApiKeys:
         """Whether an Authorization header carries one of the keys. Compared in constant time."""
         scheme, _, key = (authorization or b"").partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        same = [hmac.compare_digest(digest, known) for known in self.digests]  # all of them: which one must not show
+        # All of them: which one must not show.
+        same = [hmac.compare_digest(digest, known) for known in self.digests]
         return scheme.lower() == b"bearer" and any(same)
 
     @classmethod

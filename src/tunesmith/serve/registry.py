@@ -294,8 +294,8 @@ def check_adapter(model: ServedModel) -> None:
         logits.append(decoder.step({}, [(slot, probe(model.vocab_size, DECODER_PROBE_TOKENS))])[1])
     if torch.equal(*logits):
         raise RunError(
-            f"{model.card.name}: its adapter changes nothing: the base alone would answer in its name. Look at the "
-            "run's report, and train it longer."
+            f"{model.card.name}: its adapter changes nothing: the base alone would answer in its name. Look at "
+            "the run's report, and train it longer."
         )
 
 

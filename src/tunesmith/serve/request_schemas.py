@@ -35,7 +35,8 @@ class StrictRoute(APIRoute):
         async def strictly(request: Request) -> Response:
             if self.body_field is not None:
                 check_headers(request)
-                request._body = (await _read(request)).strip(b" \t\r\n")  # where starlette keeps what it has read
+                # Where starlette keeps what it has read.
+                request._body = (await _read(request)).strip(b" \t\r\n")
                 try:
                     request._json = loads(request._body, depth=MAX_DEPTH) if request._body else None
                 except BadRow as bad:

@@ -105,8 +105,8 @@ class ServedModel:
             return request.prompt
         if len(request.messages) != 1 or request.messages[0].get("role") != "user" or request.tools:
             raise RequestError(
-                f"{self.card.name} was tuned for the task {self.renderer.task_name}, not for conversations: send one "
-                "message of the user, or use /v1/completions",
+                f"{self.card.name} was tuned for the task {self.renderer.task_name}, not for conversations: "
+                "send one message of the user, or use /v1/completions",
                 param="messages",
             )
         return str(request.messages[0]["content"])
@@ -132,8 +132,8 @@ class ServedModel:
         room = window if self.renderer.kind == "encoder_decoder" else window - num_prompt
         if num_prompt > window or room < (wanted or 1):
             message = (
-                f"{num_prompt:,} tokens of prompt and {wanted or 1:,} of answer are more than the {window:,} that "
-                f"{self.card.name} can attend to: shorten the prompt or lower max_tokens"
+                f"{num_prompt:,} tokens of prompt and {wanted or 1:,} of answer are more than the {window:,} "
+                f"that {self.card.name} can attend to: shorten the prompt or lower max_tokens"
             )
             raise RequestError(message, code="context_length_exceeded", param=param)
         return min(options.max_new_tokens, room) if wanted is None else wanted

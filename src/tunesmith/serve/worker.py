@@ -147,7 +147,8 @@ class Worker:
     def _start(self, key: int, request: PreparedRequest) -> None:
         if key in self._wanted:
             self._wanted.discard(key)
-            model = self._registry.find(request.sampling.model, ServedModel)  # it can have been removed meanwhile
+            # It can have been removed meanwhile.
+            model = self._registry.find(request.sampling.model, ServedModel)
             self._schedulers[model.decoder].add(request)
 
     def _read_run(self, key: int, name: str, run: str) -> None:

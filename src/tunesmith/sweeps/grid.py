@@ -81,8 +81,8 @@ def read_grid(path: Path, name: str | None = None) -> Grid:
     num = drawn["trials"] if drawn else prod(len(values) for values in axes.values())
     if num > MOST_TRIALS:
         raise RecipeError(
-            f"{path}: grid: {num:,} trials: more than {MOST_TRIALS:,}. Give fewer values, or draw some of them with "
-            "random: {trials: 20}."
+            f"{path}: grid: {num:,} trials: more than {MOST_TRIALS:,}. Give fewer values, or draw some of them "
+            "with random: {trials: 20}."
         )
     base = data["base"]
     _check_base(path, base)

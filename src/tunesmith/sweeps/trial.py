@@ -51,7 +51,8 @@ def run_trial(job: Job) -> str:
         if run.state() == "done":
             return ""
         words = ["resume", str(job.run)]
-    unheard: Any = SimpleNamespace(on_event=lambda event: None, should_stop=lambda: False)  # we follow its folder
+    # We follow its folder.
+    unheard: Any = SimpleNamespace(on_event=lambda event: None, should_stop=lambda: False)
     try:
         run_words(words, offline=job.offline, listener=unheard)
     except Stopped:

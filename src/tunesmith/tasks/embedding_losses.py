@@ -124,7 +124,8 @@ def _ranking(texts: Texts, options: Embed) -> Tensor:
     anchors_B, keys_L = texts.anchors_B, texts.keys_L
     is_anchor_L = torch.zeros_like(keys_L)
     is_anchor_L[anchors_B] = 1
-    documents = torch.argsort(is_anchor_L, stable=True)[: len(keys_L) - len(anchors_B)]  # nobody waits for a card here
+    # Nobody waits for a card here.
+    documents = torch.argsort(is_anchor_L, stable=True)[: len(keys_L) - len(anchors_B)]
     rows_B = torch.arange(len(anchors_B), device=keys_L.device)
     own_B = anchors_B - rows_B  # among the documents
     vectors_LD = F.normalize(texts.vectors_LD, dim=-1)

@@ -114,7 +114,8 @@ def pair_losses(pairs: Pairs, options: Prefer) -> tuple[Tensor, Tensor]:
     compared, objective = OBJECTIVES[options.loss]
     scaled_B = required(options.beta) * difference(compared(pairs))
     logit_B = scaled_B - options.length * difference(pairs.n_B2)
-    if options.has_margin:  # of ipo, divided by β, it would be another target; TRL has none in any other loss either
+    # Of ipo, divided by β, it would be another target; TRL has none in any other loss either.
+    if options.has_margin:
         logit_B = logit_B - required(options.margin) - pairs.margin_B
     losses_B = objective(pairs, logit_B, options)
     if options.nll:

@@ -94,13 +94,13 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
     options = recipe.reinforce
     if options.grader is None:
         raise RecipeError(
-            "reinforce.grader: is missing: it says what a good answer is. Give --grader file.py, and try it first: "
-            "tunesmith grade DATA --grader file.py --model MODEL"
+            "reinforce.grader: is missing: it says what a good answer is. Give --grader file.py, and try it "
+            "first: tunesmith grade DATA --grader file.py --model MODEL"
         )
     if recipe.data.columns:
         raise RecipeError(
-            "data.columns: rows of task reinforce are read as they are, since the grader reads them too. Name the "
-            "field prompt or messages in the file."
+            "data.columns: rows of task reinforce are read as they are, since the grader reads them too. Name "
+            "the field prompt or messages in the file."
         )
     if recipe.data.replay:
         raise RecipeError("data.replay: is for tasks that learn rows' own answers. Leave it out.")
@@ -108,13 +108,13 @@ def _check(recipe: Recipe, located: ModelRef) -> Sequence[Choice]:
         raise RecipeError("evaluation.surprising: prompts have no loss of their own. Leave it out.")
     if recipe.devices not in ("auto", 1):
         raise RecipeError(
-            f"devices: {recipe.devices}: task reinforce trains on one device. Use devices: 1, and device: cuda:1 for "
-            "another card."
+            f"devices: {recipe.devices}: task reinforce trains on one device. Use devices: 1, and device: "
+            "cuda:1 for another card."
         )
     if options.kl and recipe.method.name == "full":
         raise RecipeError(
-            f"reinforce.kl: {options.kl:g}: needs the untouched model, of which full tuning keeps no copy. Use method "
-            "lora, or leave it out and lower optim.lr."
+            f"reinforce.kl: {options.kl:g}: needs the untouched model, of which full tuning keeps no copy. Use "
+            "method lora, or leave it out and lower optim.lr."
         )
     return ()
 

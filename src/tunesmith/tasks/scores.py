@@ -121,8 +121,8 @@ def _refuse_single_documents(options: Rank, sides: Sequence[Side]) -> list[Choic
     loss = options.loss
     if loss != "pointwise" and (store.branches.counts[rows_I] < 2).all():
         raise DataError(
-            f"{store.source(int(rows_I[0]))}: ranking.loss {loss} compares the documents of a row, and each row has "
-            "one. Give a query with all its documents as one row, or use pointwise."
+            f"{store.source(int(rows_I[0]))}: ranking.loss {loss} compares the documents of a row, and each "
+            "row has one. Give a query with all its documents as one row, or use pointwise."
         )
     return []
 

@@ -44,9 +44,9 @@ def check_sampler(setup: Setup) -> None:
         return
     named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED])
     raise RunError(
-        f"step 1: before any update, tokens have other log-probabilities in the pass that learns them than in the one "
-        f"that drew them, by {mean:.3g} nats in the mean{f'; {named}' if named else ''}. Every update would learn from "
-        "answers of another model. Likely causes: dropout or another draw inside the model, or a model that answers "
-        "otherwise with other rows in its pass. Try kernels: plain, precision: float32 or another model. Nothing was "
-        "trained."
+        "step 1: before any update, tokens have other log-probabilities in the pass that learns them than in "
+        f"the one that drew them, by {mean:.3g} nats in the mean{f'; {named}' if named else ''}. Every update "
+        "would learn from answers of another model. Likely causes: dropout or another draw inside the model, "
+        "or a model that answers otherwise with other rows in its pass. Try kernels: plain, precision: float32 "
+        "or another model. Nothing was trained."
     )

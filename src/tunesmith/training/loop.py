@@ -126,6 +126,7 @@ def _require_finite(
     sources = [str(state.store.source(i)) for rows in suspects for i in rows]
     loss = next((x for x in losses if not math.isfinite(x)), sum(losses))
     raise NonFiniteError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: the update was not made. "
-        f"Rows of the step: {listed(sources, 8)}. Lower optim.lr, set precision: float32, or look at these rows."
+        f"step {step}: loss {loss}, gradient norm {grad_norm}, learning rate {lr:.3g}: the update was not "
+        f"made. Rows of the step: {listed(sources, 8)}. Lower optim.lr, set precision: float32, or look at "
+        "these rows."
     )

@@ -68,8 +68,8 @@ def selftest(recipe: Recipe, *, offline: bool = False) -> Iterator[Proof]:
         if setup.drawing is not None:
             setup.drawing.close()
             raise InputError(
-                "task reinforce: its rows have nothing to learn before answers are drawn, and every run compares what "
-                "draws with what learns. Test the model with another task: --set task=chat"
+                "task reinforce: its rows have nothing to learn before answers are drawn, and every run "
+                "compares what draws with what learns. Test the model with another task: --set task=chat"
             )
         yield _packing(setup)
         if setup.samples:

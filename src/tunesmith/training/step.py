@@ -49,7 +49,8 @@ def compute_gradients(state: TrainState, sampler: StepSampler, step: int) -> Ste
         of_rows: list[Tensor] = []
         computed = 0
         try:
-            if loss_of is None or state.world.size == 1:  # together, all ranks look once, whichever runs out of memory
+            # Together, all ranks look once, whichever runs out of memory.
+            if loss_of is None or state.world.size == 1:
                 loss_of = step_loss(state, passes, step)
             torch.manual_seed(_step_seed(state.recipe.seed, step, sampler.part[0]))
             for batch in _batches(state, [*passes, *idle], step, "learnt"):
@@ -178,8 +179,8 @@ def rehearse(state: TrainState, rows: MicroBatch, *, times: int) -> None:
             raise
         raise GroupError(
             f"before the first step: out of memory on rank {state.world.rank} in the heaviest pass, of "
-            f"{sum(state.sampler.lengths_of(rows)):,} tokens. The layers are split over the devices, so a step that "
-            f"fails could not be made again. {_smaller(state.sampler)}"
+            f"{sum(state.sampler.lengths_of(rows)):,} tokens. The layers are split over the devices, so a step "
+            f"that fails could not be made again. {_smaller(state.sampler)}"
         ) from error
     finally:
         drop_gradients(state)

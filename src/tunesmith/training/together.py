@@ -188,8 +188,9 @@ def refuse_drift(session: Session) -> None:
     wrong = [rank for rank, value in enumerate(digests) if value != digests[0]]
     if wrong:
         raise GroupError(
-            f"step {session.progress.step}: the weights of rank {wrong[0]} are not those of rank 0: a device computes "
-            "wrongly, or the method draws random numbers of its own. The checkpoint before this step is whole."
+            f"step {session.progress.step}: the weights of rank {wrong[0]} are not those of rank 0: a device "
+            "computes wrongly, or the method draws random numbers of its own. The checkpoint before this step "
+            "is whole."
         )
 
 

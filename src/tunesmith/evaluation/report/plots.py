@@ -137,7 +137,8 @@ def _measure(series: RunSeries, keys: Sequence[str], kept: int) -> list[Plot]:
             [step for step, _ in points], values, spans, color=ACCENT, linewidth=1.6, elinewidth=1, **HELD_OUT_LINE
         )
         _mark_kept(axes, kept)
-        rises, is_late = info.better != "lower", 2 * kept > points[-1][0]  # the corner that a good course leaves
+        # The corner that a good course leaves.
+        rises, is_late = info.better != "lower", 2 * kept > points[-1][0]
         axes.legend(loc=f"{'upper' if rises == is_late else 'lower'} {'left' if is_late else 'right'}")
 
     return [draw("measure", info.label.capitalize(), "On held-out rows, with 95 % intervals.", paint)]

@@ -82,6 +82,6 @@ def reward_sentences(series: RunSeries) -> Iterator[str]:
     away = max(values.get("largest_mismatch", 0.0) for values in steps)
     yield (
         f"Drawing took {duration(drawn)}, grading {duration(graded)} more, learning {duration(learnt)}; "
-        f"{plural(failed, 'answer')} had no reward. What drew a token and what learnt it differ by at most {away:.2g} "
-        "nats."
+        f"{plural(failed, 'answer')} had no reward. What drew a token and what learnt it differ by at most "
+        f"{away:.2g} nats."
     )
