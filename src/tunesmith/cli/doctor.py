@@ -141,7 +141,8 @@ def selftest(
         failed += not proof.passed
         if as_json:
             json_line(asdict(proof))
-        screen.print(f"{'✓' if proof.passed else '✗'} {proof.name}: {proof.found}", style="" if proof.passed else "red")
+        sign, style = ("✓", "") if proof.passed else ("✗", "red")
+        screen.print(f"{sign} {proof.name}: {proof.found}", style=style)
     if failed:
         screen.print(f"{plural(failed, 'proof')} failed: training this model here is not reliable.", style="red")
         raise typer.Exit(1)

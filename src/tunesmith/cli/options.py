@@ -160,7 +160,8 @@ def to_overrides(values: Record) -> list[str]:
     Values are JSON, which a recipe reads as YAML. None and empty lists are left out.
     """
     typed = {key: value for key, value in values.items() if value not in (None, [])}
-    whole_numbers = {key: int(value) for key, value in typed.items() if isinstance(value, float) and value.is_integer()}
+    floats = {key: value for key, value in typed.items() if isinstance(value, float)}
+    whole_numbers = {key: int(value) for key, value in floats.items() if value.is_integer()}
     return [f"{key}={to_json(value).decode()}" for key, value in {**typed, **whole_numbers}.items()]
 
 
@@ -217,7 +218,8 @@ def named(target: str, root: Path) -> str:
         with suppress(RunError):  # a damaged log, which the command itself says
             line += f" at step {getattr(events.newest(run.events_path), 'step', 0)}"
         done = [finished for finished in runs_here if finished.state() == "done"]
-        line += f"; the last finished run is {max(done, key=lambda finished: finished.created).path}" if done else ""
+        if done:
+            line += f"; the last finished run is {max(done, key=lambda finished: finished.created).path}"
     console(stderr=True).print(visible(line), style="bright_black", soft_wrap=True)
     return str(run.path)
 
@@ -248,13 +250,18 @@ def refuse_swapped(verb: str, model: str, data: Sequence[str]) -> None:
     """Raise InputError for a data file in the place of the model, before anything heavy is loaded."""
     if not model.lower().endswith(_ROWS) or Path(model).is_dir():
         return
-    other = next((path for path in data if (Path(path) / "config.json").is_file() or path.endswith(".gguf")), None)
+    other = next((path for path in data if _is_model(Path(path))), None)
     words = (
         f"tunesmith {verb} {shlex.quote(other)} {shlex.quote(model)}"
         if other
         else f"tunesmith {verb} MODEL {shlex.quote(model)}"
     )
     raise InputError(f"{model}: a data file, and the model comes first. Write: {words}")
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a path looks like a model, as a folder or as one file."""
+    return (path / "config.json").is_file() or path.suffix == ".gguf"
 
 
 def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> None:
@@ -268,8 +275,8 @@ def refuse_missing(model: str, root: Path, *, offline: bool | None = None) -> No
     name = split_revision(model)[0]
     if re.search(r"^[.~]|[/\\]", model) and looks_like_path(name):
         resolve_model(model, offline=True)
-    folders = [path.name for path in Path().glob("[!.]*") if (path / "config.json").is_file() or path.suffix == ".gguf"]
-    known = [*folders, *(run.path.name for run in runs(root))]
+    models_here = [path.name for path in Path().glob("[!.]*") if _is_model(path)]
+    known = [*models_here, *(run.path.name for run in runs(root))]
     near = did_you_mean(name, known)
     if "/" in name or model.startswith("hf://") or not (near or offline is not None):
         return

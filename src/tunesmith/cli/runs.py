@@ -128,7 +128,8 @@ def _remove(chosen: Sequence[Run], *, verb: str, yes: bool, as_json: bool) -> No
     if notes and verb == "rm":
         raise RunError("\n".join(notes))
     screen, total = console(stderr=as_json), sum(part.num_bytes for part in parts)
-    lines = [f"{part.path.relative_to(part.run.path.parent)}: {size(part.num_bytes)} ({part.reason})" for part in parts]
+    names = [part.path.relative_to(part.run.path.parent) for part in parts]
+    lines = [f"{name}: {size(part.num_bytes)} ({part.reason})" for name, part in zip(names, parts, strict=True)]
     for line in [*notes, *(lines or ["nothing to remove"])]:
         screen.print(visible(line), soft_wrap=True)
     words = f"Remove {size(total)} of {plural(len({part.run.path for part in parts}), 'run')}?"
@@ -265,7 +266,9 @@ def _measures(screen: Console, series: RunSeries, report: Record | None) -> None
     elif series.curve:
         kept_step, last = series.report.get("kept", {}).get("step", series.step), series.curve[-1]
         at_step = {step: values["loss"] for step, values in series.course(kept_step)}
-        aside = "" if kept_step == series.step else f" at step {kept_step:,}, which was kept; {loss(last)} at the end"
+        aside = ""
+        if kept_step != series.step:
+            aside = f" at step {kept_step:,}, which was kept; {loss(last)} at the end"
         screen.print(f"held-out loss {loss(series.curve[0])} → {loss(at_step.get(kept_step, last))}{aside}")
     print_result(screen, report or {})
     if series.samples:

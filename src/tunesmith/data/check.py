@@ -203,7 +203,8 @@ class _Check:
             columns, note = usual
             self._data = self._data.model_copy(update={"columns": columns})
             self._notes.append(note)
-        entries = [(side, file, self._members(file, side)) for side in ALL_SIDES for file in getattr(self._data, side)]
+        sides = [(side, file) for side in ALL_SIDES for file in getattr(self._data, side)]
+        entries = [(side, file, self._members(file, side)) for side, file in sides]
         self._total_bytes = sum(size_of(member.at) for *_, members in entries for member in members)
         files = [self._entry(side, file, members) for side, file, members in entries]
         for side_check in self._sides.values():

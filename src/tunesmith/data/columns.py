@@ -354,9 +354,8 @@ def ask_text_or_classes(data: Data) -> str | None:
         labels = [name for name, kind in kinds.items() if kind == "label" and (few or _plain(name) not in _ABOUT)]
         labels.sort(key=lambda name: _plain(name) not in _LABELS)
         labels += [name for name in kinds if _plain(name) in _LABELS and name not in labels]
-        maybe = [
-            name for name, kind in kinds.items() if few and kind in ("name", "text") and _plain(name) not in _ABOUT
-        ]
+        texts = [name for name, kind in kinds.items() if few and kind in ("name", "text")]
+        maybe = [name for name in texts if _plain(name) not in _ABOUT]
         if label := next(iter([*labels, *maybe]), None):
             of_class = _class_of(text, label).option()
             return (

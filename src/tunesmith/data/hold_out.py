@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.formats import SHAPES
-from tunesmith.data.labels import MOST_LABELS_LISTED, find_kind, order
+from tunesmith.data.labels import find_kind, first_names, order
 from tunesmith.errors import DataError
 from tunesmith.phrases import listed, plural
 from tunesmith.recipe.schema import Data, resolved
@@ -197,7 +197,7 @@ def never_trained(
     missing = order(shown.keys() - trained.keys()) if labels.kind != "number" else ()
     if not missing:
         return []
-    listed = ", ".join(map(repr, missing[:MOST_LABELS_LISTED])) + (", ..." if len(missing) > MOST_LABELS_LISTED else "")
+    listed = first_names(list(map(repr, missing)))
     return [
         f"{len(missing):,} of {len(labels.names):,} classes are in held-out rows alone, so they are measured "
         f"and never learnt: {listed}. Add rows of them, or choose the held-out rows yourself: --eval"

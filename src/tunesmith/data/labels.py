@@ -178,10 +178,11 @@ _MISSING = {"nan", "na", "n/a", "#n/a", "null", "none", "-", "?"}
 
 def missing_names_note(rows_of: Mapping[str, int]) -> list[str]:
     """A note about classes that stand for a missing label in other files."""
-    suspects = [f"{name!r} ({plural(num, 'row')})" for name, num in rows_of.items() if name.strip().lower() in _MISSING]
+    suspects = {name: num for name, num in rows_of.items() if name.strip().lower() in _MISSING}
     if not suspects:
         return []
-    return [f"learnt as classes: {', '.join(suspects)}. Remove such rows where this means that a label is missing"]
+    shown = ", ".join(f"{name!r} ({plural(num, 'row')})" for name, num in suspects.items())
+    return [f"learnt as classes: {shown}. Remove such rows where this means that a label is missing"]
 
 
 def count_classes(seen: LabelCounts, names: Sequence[str]) -> NDArray[np.int64]:
@@ -232,10 +233,15 @@ def weights_of(
     return np.array([class_weights.get(name, 1.0) for name in names], np.float64)
 
 
+def first_names(names: Sequence[str]) -> str:
+    """The first names of classes, and a sign that there are more."""
+    return ", ".join([*names[:MOST_LABELS_LISTED], *(["..."] if len(names) > MOST_LABELS_LISTED else [])])
+
+
 def _unknown(name: str, labels: Labels) -> tuple[str, str]:
     if labels.kind == "number":
         return f"the label {name[:60]!r} is not a number.", "Correct it, or set data.label_kind: one for classes."
-    listed = ", ".join(labels.names[:MOST_LABELS_LISTED]) + (", ..." if len(labels.names) > MOST_LABELS_LISTED else "")
+    listed = first_names(labels.names)
     fix = f"Correct it, add training rows, or name all classes in data.labels.{did_you_mean(name, labels.names)}"
     return f"the label {name[:60]!r} is not one of the classes ({listed}).", fix
 

@@ -63,6 +63,8 @@ def fault_of(texts: Sequence[str], tokens: JsonObject) -> str:
 
 @lru_cache(maxsize=64)
 def _fault_of(given: str) -> str:
+    import psutil  # which the process itself does without
+
     too_long = f"ran for more than {json.loads(given)['limit_s']:g} s, in a loop or in one long operation"
     if not sys.executable:  # Python within another program: the bounds of `sandbox` hold there too
         return _first_fault(json.loads(given))
@@ -79,8 +81,9 @@ def _fault_of(given: str) -> str:
                 to_send = None
                 if time.monotonic() > ends:
                     return too_long
-                if _resident_bytes(process.pid) > 2 * TRIAL_BYTES:  # the system keeps no limit: macOS, Windows
-                    return TAKES_MEMORY
+                with suppress(psutil.Error):  # the system keeps no limit: macOS, Windows
+                    if psutil.Process(process.pid).memory_info().rss > 2 * TRIAL_BYTES:
+                        return TAKES_MEMORY
         finally:
             process.kill()
     if process.returncode == 0 and answer.endswith("\n"):
@@ -90,15 +93,6 @@ def _fault_of(given: str) -> str:
 
 _SIGXCPU = 24
 """As Linux and macOS number it; Windows has none."""
-
-
-def _resident_bytes(pid: int) -> int:
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0
 
 
 def main() -> None:

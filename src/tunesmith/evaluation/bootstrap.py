@@ -135,10 +135,11 @@ def _spread(
     bounds: Callable[[float, Floats, float], Interval] = interval,
 ) -> dict[str, Interval]:
     drawn = [{key: statistic(weights) for key, statistic in statistics.items()} for weights in resamples(num_rows)]
-    return {
-        key: bounds(values[key], np.concatenate([batch[key] for batch in drawn]), rows_behind(statistic, num_rows))
-        for key, statistic in statistics.items()
-    }
+    spreads = {}
+    for key, statistic in statistics.items():
+        values_S = np.concatenate([batch[key] for batch in drawn])
+        spreads[key] = bounds(values[key], values_S, rows_behind(statistic, num_rows))
+    return spreads
 
 
 def resamples(num_rows: int) -> Iterator[Floats]:

@@ -56,7 +56,8 @@ def read_prompts(paths: Iterable[str]) -> list[Prompt]:
         else:
             problems += prompt
     if problems:
-        more = [f"and {len(problems) - MOST_ROW_PROBLEMS:,} more problems"] if len(problems) > MOST_ROW_PROBLEMS else []
+        left = len(problems) - MOST_ROW_PROBLEMS
+        more = [f"and {left:,} more problems"] if left > 0 else []
         raise DataError("\n".join([*map(str, problems[:MOST_ROW_PROBLEMS]), *more]), problems)
     return prompts
 

@@ -77,7 +77,8 @@ def why_unfit(device: str) -> str:
     # Kernels run on later cards of the same generation, and what is compiled for the card on all later ones.
     if not known or any(at <= capability and (kind == "compute" or at[0] == capability[0]) for kind, at in known):
         return ""
-    card, names = torch.cuda.get_device_name(device), ", ".join(f"{a}.{b}" for a, b in sorted({at for _, at in known}))
+    card = torch.cuda.get_device_name(device)
+    names = ", ".join(f"{a}.{b}" for a, b in sorted({at for _, at in known}))
     has = f"{card} has capability {capability[0]}.{capability[1]}"
     way = _install(_major(driver()), capability)
     return f"{has}, and torch {torch.__version__} has kernels for {names}. {way}"

@@ -41,7 +41,8 @@ def fit(recipe: Recipe, predict: Predict, *, longest: int, free_tokens: bool) ->
     wanted_tokens = resolved(recipe.train.tokens_per_pass)
     as_wanted = predict(recipe)
     num, room = as_wanted.sizes.recomputable, gib(as_wanted.device.room)
-    numbers = sorted({*range(0, num, max(1, num // PARTS)), num}) if automatic else [recipe.train.checkpointed_layers]
+    by_parts = sorted({*range(0, num, max(1, num // PARTS)), num})
+    numbers = by_parts if automatic else [recipe.train.checkpointed_layers]
     sizes, least = [wanted_tokens], max(longest, SMALLEST_PASS)
     while free_tokens and sizes[-1] > least:
         sizes.append(max(least, sizes[-1] // 2))

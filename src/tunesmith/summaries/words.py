@@ -86,7 +86,8 @@ def rows_and_targets(values: Record) -> str:
 
 def headline_metric(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
     """The most important metric, before and after, or with the majority baseline's; "" if there is none."""
-    if not (keys := [key for key in LIST_METRICS if key in after and (key != "exact_match" or "rouge2" not in after)]):
+    keys = [key for key in LIST_METRICS if key in after and (key != "exact_match" or "rouge2" not in after)]
+    if not keys:
         return ""
     key = next((key for key in keys if key in before), keys[0])
     info = info_of(key)

@@ -136,7 +136,8 @@ def check_start(setup: Setup) -> None:
                 away.append((float(moved.max()), str(setup.store.source(row))))
     if not away:
         return
-    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in sorted(away, reverse=True)[:MOST_NAMED_ROWS])
+    farthest = sorted(away, reverse=True)[:MOST_NAMED_ROWS]
+    named = ", ".join(f"{source} by {nats:.3g} nats" for nats, source in farthest)
     raise RunError(
         f"step 1: before any update the model differs from its reference in {len(away):,} of {num:,} rows: "
         f"{named}. The first loss of dpo would not be log 2, and every later one would be off by as much. "

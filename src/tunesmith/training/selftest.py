@@ -190,7 +190,8 @@ def _resume(setup: Setup, folder: Path) -> Proof:
 
     same = all(torch.equal(straight[name], tensor) for name, tensor in setup.attachment.trained.items())
     passed = same and losses == straight_losses
-    finding = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {'equal bit for bit' if passed else 'different'}"
+    verdict = "equal bit for bit" if passed else "different"
+    finding = f"{STEPS} steps and {STEPS // 2} + {STEPS // 2} resumed: {verdict}"
     return Proof("a resumed run is the same run", passed, finding)
 
 

@@ -141,6 +141,7 @@ def _check(prompt: Sequence[Part], branches: Sequence[Sequence[Part]], check: Ro
 
 def differ_in_space_alone(example: Example) -> bool:
     """Whether the sides of a preference are the same but for white space."""
+
     a, b = ([(part.role, "".join(part.text.split()), part.fields) for part in branch] for branch in example.branches)
     return a == b
 
@@ -180,9 +181,8 @@ def _parse_scored(record: JsonObject, source: Source, *, answered: bool = True) 
         return check.problems
     example = prompt_alone(record.get("prompt"), tools_of(record, check), check, "scored_answers")
     num, given_scores = len(answers), record.get("scores")
-    scores = (
-        [float(num - 1 - i) for i in range(num)] if given_scores is None else check.numbers(given_scores, num, "scores")
-    )
+    by_order = [float(num - 1 - i) for i in range(num)]
+    scores = by_order if given_scores is None else check.numbers(given_scores, num, "scores")
     texts = check.answers(answers, "answers")
     if len(answers) < 2:
         check.add("no_preference", "it has fewer than two answers to compare.", "Give it more, or remove the row.")
