@@ -95,8 +95,7 @@ def predict(
         assert data is not None, "one of both was given"
         settings: dict[str, Any] = {"bare": bare, "keep": _columns(keep or []), "overwrite": overwrite}
         with _as_file(data) as path:
-            shown = "stdin" if data == "-" else path
-            counts = _file(predictor, path, out, say, settings, offline=offline, shown=shown)
+            counts = _file(predictor, path, out, say, settings, offline=offline, shown="stdin" if data == "-" else path)
         _summarize(counts, out, say, as_json=as_json)
 
 

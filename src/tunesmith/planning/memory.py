@@ -183,8 +183,7 @@ def sizes_of(
         saved = sum(w.nbytes - round(w.numel() * QUANTIZED_BITS / 8) for w in packed) - max(w.nbytes for w in packed)
     features += sum(conv.in_channels + conv.out_channels for conv in _linear_convs(model))
     linears += [conv.get_parameter("weight") for conv in _linear_convs(model)]
-    stack, config = layers_of(model), model.config.get_text_config()
-    split = _split_weights(model, recipe.model) if recipe.shard is True else {}
+    stack, config, split = layers_of(model), model.config.get_text_config(), _split_weights(model, recipe)
     layers = len(stack) or max(1, int(getattr(config, "num_hidden_layers", 1)))
     uses = layers // int(getattr(config, "num_hidden_groups", layers))  # ALBERT runs a layer again
     with torch.device("meta"):
@@ -261,9 +260,11 @@ def layers_to_split(model: nn.Module, name: str) -> Sequence[nn.Module]:
     raise RecipeError(f"shard: true: not with model: {name}: {why}. Leave shard out.")
 
 
-def _split_weights(model: PreTrainedModel, name: str) -> dict[str, int]:
-    """Bytes of each weight, by name, that is split over devices: the weights of the layers."""
-    inside = {id(weight) for layer in layers_to_split(model, name) for weight in layer.parameters()}
+def _split_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, int]:
+    """Bytes of each weight, by name, that the recipe splits over its devices: the weights of the layers."""
+    if recipe.shard is not True:
+        return {}
+    inside = {id(weight) for layer in layers_to_split(model, recipe.model) for weight in layer.parameters()}
     return {name: weight.nbytes for name, weight in model.named_parameters() if id(weight) in inside}
 
 

@@ -26,16 +26,14 @@ def training_steps(state: TrainState, *, start: int = 0, loss: LossSum | None = 
     """Yield one "step" event for every optimizer update after step `start`.
 
     Between two events the model is consistent: it may be measured or saved, and `break` leaves it whole.
-    The loss of a step is the sum over its targets divided once by their number, over all micro-batches of
-    all processes. torch's generator is seeded at every step from seed, step and rank: nothing done
-    between steps changes the next one.
+    The loss of a step is the sum over its targets, of all processes, divided once by their number. torch's
+    generator is seeded at every step from seed, step and rank: nothing done between steps changes the next.
 
     Args:
         state: what `tunesmith.prepare` returns.
         start: the steps that were taken already.
-        loss: in place of the task's: called with the model and a `Batch`, it returns the sum of the losses
-            of the batch's targets, a scalar with a gradient. It must not divide: the loop divides by the
-            targets of the step.
+        loss: in place of the task's: called with the model and a `Batch`, it returns the sum of the losses of
+            its targets, a scalar with a gradient. It must not divide: the loop does, by the targets of the step.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the update was not made.

@@ -93,9 +93,6 @@ def resolve_run(
     """
     # 1. What a person gave, on the machine in question.
     given, world = changed(recipe), world or World()
-    samples = recipe.reinforce.grader is not None or (recipe.task != "auto" and TASKS[recipe.task].samples)
-    if world.size > 1 and samples:
-        raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
     if device is not None:  # what is here decides the rest
         precision = device.precision if recipe.precision == "auto" else recipe.precision
         recipe = recipe.model_copy(update={"device": "cpu", "precision": precision, "threads": 1})
@@ -172,7 +169,10 @@ def _forecasting(notes: list[str]) -> Iterator[None]:
 
 def _on_devices(decisions: Decisions, world: World) -> int:
     """Decide the number of devices, as many as the group has; how many processes of it are on this machine."""
+    recipe = decisions.recipe
     if world.size > 1:
+        if recipe.reinforce.grader is not None or (recipe.task != "auto" and TASKS[recipe.task].samples):
+            raise RecipeError(f"devices: {world.size}: task reinforce trains on one device. Start one process.")
         decisions.set("devices", world.size)
         return world.place.local_size
     if decisions.is_open("devices"):
