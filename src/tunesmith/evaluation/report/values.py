@@ -270,6 +270,7 @@ def _is_shown(report: Record, key: str) -> bool:
 def _line(report: Record, key: str) -> MetricLine:
     info, after = info_of(key), report["metrics"]["after"]["measures"][key]
     other, change = _compared(report, key)
+    before, constant = report["metrics"]["before"], _constant(report, key)
     return MetricLine(
         label=info.label,
         doc=info.doc,
@@ -279,7 +280,7 @@ def _line(report: Record, key: str) -> MetricLine:
         after_bounds=info.bounds(after),
         change=_change(info, after, other, change),
         verdict="" if change is None else info.verdict(change),
-        baseline=_of_constant(report, key),
+        baseline=info.text(constant["value"]) if constant is not None and before is not None else "",
     )
 
 
@@ -287,13 +288,13 @@ def _compared(report: Record, key: str) -> tuple[Interval | None, Record | None]
     """The value that a metric is compared with, and the paired difference."""
     if report["metrics"]["before"] is not None:
         return report["metrics"]["before"]["measures"][key], report["changes"].get(key)
-    its = (report["baseline"] or {"measures": {}})["measures"].get(key)
-    return (None, None) if its is None else ({"value": its["value"]}, its["change"])
+    constant = _constant(report, key)
+    return (None, None) if constant is None else ({"value": constant["value"]}, constant["change"])
 
 
-def _of_constant(report: Record, key: str) -> str:
-    constant = (report["baseline"] or {"measures": {}})["measures"].get(key)
-    return "" if constant is None or report["metrics"]["before"] is None else info_of(key).text(constant["value"])
+def _constant(report: Record, key: str) -> Record | None:
+    """The metric of a constant answer, with the difference from it."""
+    return (report["baseline"] or {"measures": {}})["measures"].get(key)
 
 
 def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Record | None) -> str:
