@@ -33,7 +33,7 @@ ROOMS = {
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (2_715, "the engine's process and OpenAI's routes"),
     "sweeps": (850, "a run for each combination"),
-    "tasks": (1_640, "what is learnt"),
+    "tasks": (1_635, "what is learnt"),
     "summaries": (515, "what commands and pages say in the same words; nearly all of it was in cli"),
     "trackers": (750, "four experiment trackers"),
     "training": (4_740, "the loop, a run around it, and the answers that it draws"),

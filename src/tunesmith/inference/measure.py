@@ -185,7 +185,7 @@ def _with_targets(
     """The model with the options that these rows decide; how they are measured is written into their store."""
     sides, task = [(store, rows_I)], TASKS[loaded.renderer.task_name]
     if task.section:
-        choices = task.section.from_rows(task.section.options(loaded.recipe), sides)
+        choices = task.section.from_rows(getattr(loaded.recipe, task.section.name), sides)
         loaded = replace(loaded, recipe=with_options(loaded.recipe, {choice.key: choice.value for choice in choices}))
     partners = partner_tokens(loaded.recipe)
     write_targets(sides, labels=loaded.labels, masked=masked_share(loaded), partner_tokens=partners)

@@ -124,7 +124,7 @@ def decide_before_rows(decisions: Decisions, located: ModelRef, size: ModelSize,
     choose("data.too_long", lambda: Choice("data.too_long", *task.on_overlong))
     recipe = decisions.recipe
     if task.section:
-        _check_compared(recipe.data, recipe.loss, task, task.section.options(recipe))
+        _check_compared(recipe.data, recipe.loss, task, getattr(recipe, task.section.name))
     if (task.compares or task.samples) and (option := METHODS[recipe.method.name].randomness(recipe.method)):
         what = "compares passes over a row" if task.compares else "learns what the model draws without it"
         raise RecipeError(f"{option}: the task {task.name} {what}. Leave it out.")

@@ -38,7 +38,7 @@ def register(task: Task) -> None:
 def has_prepass(recipe: Recipe) -> bool:
     """Whether the rows of a step go through the model before they are learnt, see `task.Prepass`."""
     section = TASKS[resolved(recipe.task)].section
-    return section is not None and section.has_prepass(section.options(recipe))
+    return section is not None and section.has_prepass(getattr(recipe, section.name))
 
 
 def partner_tokens(recipe: Recipe) -> int | None:

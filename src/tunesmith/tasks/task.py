@@ -110,10 +110,6 @@ class OwnSection:
     has_prepass: Callable[[Any], bool] = lambda options: False
     """Whether a step has a `Prepass` with these options of the section."""
 
-    def options(self, recipe: Recipe) -> Any:
-        """The section in a recipe."""
-        return getattr(recipe, self.name)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:

@@ -348,7 +348,7 @@ def _rows(decisions: Decisions, inputs: Inputs, cache_dirs: CacheDirs, on_progre
         on_progress=on_progress,
     )
     if section := TASKS[rows.task].section:
-        rows.choices.extend(section.from_rows(section.options(recipe), rows.sides))
+        rows.choices.extend(section.from_rows(getattr(recipe, section.name), rows.sides))
     decisions.decide(*rows.choices)
     recipe = decisions.recipe
     masked = recipe.train.masked if inputs.head == "masked_token" else None
