@@ -363,7 +363,7 @@ def counts(
 
 
 def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
-    """Tokens that are written one after the other: in each step of so many prompts, and before and after for held-out
+    """Tokens that are written one after the other: in each step of `prompts`, and before and after for held-out
     ones."""
     streams = resolved(options.streams)
     of_step = -(-prompts * options.samples // streams)
