@@ -370,8 +370,8 @@ def never_right(details: Record, weights: Any = None) -> Iterator[str]:
     )  # fmt: skip
     if never:
         names = [f"{named(name)} ({plural(support, unit)})" for name, support in never]
-        shown, more = names[:MOST_CLASSES_NAMED], len(names) - MOST_CLASSES_NAMED
-        shown += [f"{more:,} more"] if more > 0 else []
+        shown, left = names[:MOST_CLASSES_NAMED], len(names) - MOST_CLASSES_NAMED
+        shown += [f"{left:,} more"] if left > 0 else []
         words = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
         yield f"{words} {'is' if len(never) == 1 else 'are'} never right."
     if never and weights is not None:

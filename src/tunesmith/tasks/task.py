@@ -105,8 +105,8 @@ class OwnSection:
     from_model: Callable[[Recipe, ModelRef], Sequence[Choice]] = lambda recipe, located: ()
     """Returns the options that follow from the model's files."""
     from_rows: Callable[[Any, Sequence[Side]], list[Choice]] = lambda options, sides: []
-    """Returns the options that follow from those of the section and the rows, training rows first. Raises
-    DataError for rows that they cannot learn from."""
+    """Gets the section and rows, training rows first; returns the options that follow. Raises DataError for rows
+    that these options cannot learn from."""
     has_prepass: Callable[[Any], bool] = lambda options: False
     """Whether a step has a `Prepass` with these options of the section."""
 
@@ -127,7 +127,7 @@ class Task:
     imported when rows are encoded."""
     record: RecordOf
     purpose: str = ""
-    """What a model is tuned to do, as a report says it: "continue texts"; empty: the name."""
+    """The aim of tuning, as a report says it: "continue texts"; empty: the name."""
     is_chat: bool = False
     """Rows are conversations in the model's chat template."""
     raw_text: bool = False

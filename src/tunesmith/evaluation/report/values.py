@@ -294,7 +294,8 @@ def _compared(report: Record, key: str) -> tuple[Interval | None, Record | None]
 
 def _constant(report: Record, key: str) -> Record | None:
     """The metric of a constant answer, with the difference from it."""
-    return (report["baseline"] or {"measures": {}})["measures"].get(key)
+    constant: Record | None = (report["baseline"] or {"measures": {}})["measures"].get(key)
+    return constant
 
 
 def _change(info: MetricInfo, after: Interval, other: Interval | None, change: Record | None) -> str:
