@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.options import BaseAt, Json, Offline, Root, named, refuse_missing
+from tunesmith.cli.options import BaseAt, Json, Offline, Root, Target, named, refuse_missing
 from tunesmith.cli.streams import console, json_line, refuse_lost
 from tunesmith.errors import InputError
 from tunesmith.phrases import command, plural, visible
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    target: Target,
     base: Annotated[bool, typer.Option("--base", help="Talk to the untouched model of the run.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show the untouched model's answers too.")] = False,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this one message and leave.")] = None,

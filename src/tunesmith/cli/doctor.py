@@ -7,11 +7,11 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from tunesmith.cli.options import Json, Offline, Root, Settings, named, to_overrides
+from tunesmith.cli.options import Json, Offline, Root, Settings, Target, named, to_overrides
 from tunesmith.cli.streams import console, json_line
 from tunesmith.environment import default_threads, install_command
 from tunesmith.errors import RecipeError
@@ -120,7 +120,7 @@ def _together() -> str:
 
 
 def selftest(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    target: Target,
     settings: Settings = None,
     root: Root = Path("runs"),
     offline: Offline = False,

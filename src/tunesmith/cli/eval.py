@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, TaskOf, as_task, named, refuse_unusable
+from tunesmith.cli.options import Base, BaseAt, Json, Offline, Root, Target, TaskOf, as_task, named, refuse_unusable
 from tunesmith.cli.render import print_table
 from tunesmith.cli.streams import console, json_line
 from tunesmith.errors import InputError, RunError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    target: Target,
     data: Annotated[str, typer.Argument(metavar="DATA", help="Data file with labels or answers.")],
     task: TaskOf = None,
     base: Base = False,

@@ -31,6 +31,7 @@ Root = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, its name, the beginning of its name, or [bold]last[/].")
 ]
+Target = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")]
 
 
 def _remember_json(ctx: typer.Context, as_json: bool) -> bool:

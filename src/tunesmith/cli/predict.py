@@ -18,6 +18,7 @@ from tunesmith.cli.options import (
     Json,
     Offline,
     Root,
+    Target,
     TaskOf,
     as_task,
     named,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model folder, hub id or .gguf file.")],
+    target: Target,
     data: Annotated[
         str | None,
         typer.Argument(metavar="FILE", help="Data file, with or without answers; - reads the standard input."),
