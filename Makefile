@@ -22,7 +22,7 @@ demo: $(STAMP)-demo ## a real model, tuned on real chats, answers before and aft
 test: $(STAMP)-test ## the test suite; ARGS="tests/cli -x" for a part of it
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: $(STAMP)-test ## real models and long loops
+test-slow: $(STAMP)-test ## before a release: other families and kinds, kills, real models
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(STAMP)-dev ## what a change has to pass: lint, format, types, layers, tests

@@ -1,42 +1,25 @@
-"""What every test may rely on: one thread, no network, no chatter of transformers."""
+"""What every test may rely on: one thread, no network, no chatter of transformers (quiet.py)."""
 
 import gc
-import os
 import shutil
 import socket
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pytest
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
-from transformers.utils import logging
-from typer import testing
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -n 2` starts two processes that run tests; itself it only hands them out, and needs no torch."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not getattr(config.option, "numprocesses", None):
+        import quiet  # noqa: F401
 
-from tunesmith.evaluation import report
-from tunesmith.planning import devices
+        gc.disable()  # collecting makes hundreds of thousands of objects, and all of them stay
 
-os.fsync = lambda descriptor: None
-"""A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
-WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
-"""Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
 
-for cards in (torch.cuda, torch.xpu):
-    if not cards.is_available():  # it would keep its caller's stack, printed, for a card that never comes: at each step
-        cards.manual_seed_all = lambda seed: None
-devices.BUSY_S = 0.0
-"""A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
-
-testing._get_command = cache(testing._get_command)
-"""The commands are made once, not for each that a test calls: typer reads the types of all their options."""
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-torch.set_num_threads(1)
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,6 +34,9 @@ def pytest_unconfigure() -> None:
 
 
 def draws_pages(request: pytest.FixtureRequest) -> Iterator[None]:
+    from quiet import WRITE_PAGES
+    from tunesmith.evaluation import report
+
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("pages") is not None:
             patch.setattr(report, "_write_pages", WRITE_PAGES)

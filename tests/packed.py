@@ -13,6 +13,8 @@ from tunesmith.types import Batch, Row, Source
 VOCAB = 96
 CANNOT = ("bloom", "falcon")
 CAN = tuple(arch for arch in SETTINGS if arch not in CANNOT)
+OFTEN = ("llama", "gpt2", "gemma2", "qwen3_moe")
+"""Run each time: rotary and learned positions, tied tables, caps and windows, experts. The others before a release."""
 LENGTHS = (23, 11, 11, 11, 7, 4, 2)
 """Longer than the tiny models' sliding windows, three of equal length, and one of a single target."""
 

@@ -1,5 +1,6 @@
 """Which tokens of a conversation are trained, for each family of chat templates, against texts written by hand."""
 
+import functools
 import itertools
 import random
 
@@ -231,10 +232,13 @@ TEXTS = st.text(
 )
 
 
+made_once = functools.cache(renderer)
+
+
 @settings(max_examples=300, deadline=None)
 @given(turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3), family=st.sampled_from(sorted(FAMILIES)))
 def test_any_text_is_trained_exactly_or_named(turns: list[tuple[str, str]], family: str) -> None:
-    made, tokenizer = RENDERERS[family]
+    made, tokenizer = made_once(family)
     messages = [turn for user, answer in turns for turn in (("user", user), ("assistant", answer))]
     encoded = made.encode([chat(*messages)])[0]
     row = encoded[0]
@@ -245,9 +249,6 @@ def test_any_text_is_trained_exactly_or_named(turns: list[tuple[str, str]], fami
     found = runs(row, tokenizer, trained=True)
     assert [text.removesuffix(end).strip() for text in found] == [answer.strip() for _, answer in turns]
     assert all(text.endswith(end) for text in found)
-
-
-RENDERERS = {family: renderer(family) for family in FAMILIES}
 
 
 def random_chats(num: int) -> list[Example]:

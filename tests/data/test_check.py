@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data.rows_of import comma_separated, examples_in, json_lines, put
+from fresh import fork_instead_of_spawning
 from tiny import tiny_tokenizer
 from tunesmith.data import encode
 from tunesmith.data.check import CheckReport, check, spans_of, token_stats
@@ -218,6 +219,7 @@ def test_several_processes_say_what_one_says(tmp_path: Path, monkeypatch: pytest
         return real(renderer, num)
 
     monkeypatch.setattr(encode, "_processes", counted)
+    fork_instead_of_spawning(monkeypatch)
     check(data_of(path, num_proc=2), renderer=renderer())  # small, as the files of a folder
     monkeypatch.setattr(sys.modules[check.__module__], "WORTH_BYTES", 1)
     one, two = (check(data_of(path, num_proc=num), renderer=renderer()) for num in (1, 2))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from data.families import bert_like
+from fresh import fork_instead_of_spawning
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import encode as encode_module
 from tunesmith.data.dataset import RowStore, arrow_path, build
@@ -28,6 +29,7 @@ from tunesmith.types import Problem
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_instead_of_spawning(monkeypatch)  # spawned as for a user: the script below
     monkeypatch.setattr(encode_module, "CHUNK_EXAMPLES", 3)
     monkeypatch.setattr(encode_module, "BATCH_ROWS", 10)
 

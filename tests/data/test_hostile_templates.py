@@ -14,7 +14,7 @@ from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
 from tunesmith.errors import ModelError
 
 MOST_S = 8
-"""Of a template, on a busy machine: limits are 0.5 s of processor time here."""
+"""Of a template, on a busy machine: limits are 0.2 s of processor time here."""
 FIRST = "{{% if tools %}}{}{{% endif %}}"
 LATER = "{{% if messages | length > 50 %}}{}{{% endif %}}"
 CHAT: list[Any] = [{"role": "user", "content": "a"}] * 51
@@ -22,8 +22,8 @@ CHAT: list[Any] = [{"role": "user", "content": "a"}] * 51
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(template_trial, "TRIAL_LIMIT_S", 0.5)
-    monkeypatch.setattr(chat_template, "RENDERING_S", 0.5)
+    monkeypatch.setattr(template_trial, "TRIAL_LIMIT_S", 0.2)
+    monkeypatch.setattr(chat_template, "RENDERING_S", 0.2)
     started = time.monotonic()
     yield
     assert time.monotonic() - started < MOST_S
@@ -37,7 +37,8 @@ def test_what_any_conversation_meets_is_refused_before_a_row_is_rendered(attack:
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_what_a_later_row_meets_ends_within_bounds(attack: str) -> None:
+def test_what_a_later_row_meets_ends_within_bounds(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "fault_of", lambda texts, tokens: "")  # the trial, which meets no later row
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     template = ChatTemplate(tiny_tokenizer(LATER.format(HOSTILE[attack]) + CHATML))
     with pytest.raises((ModelError, TemplateRefusal)):

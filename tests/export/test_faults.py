@@ -9,6 +9,7 @@ import pytest
 
 from export.exports import of_architecture
 from faults import Faults, in_child, limited_files, tree
+from often import often
 from tunesmith.errors import InputError, StorageError
 from tunesmith.export import llama_cpp
 from tunesmith.export.export_run import TARGETS, export_run
@@ -47,7 +48,7 @@ def test_every_target_is_here() -> None:
     assert names == set(TARGETS)
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", often(SHARES, 0.5))
 @pytest.mark.parametrize("what", WRITTEN)
 def test_killed_it_is_absent_or_complete(what: str, share: float, tmp_path: Path) -> None:
     whole, num_calls = undisturbed(what)

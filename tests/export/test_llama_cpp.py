@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from export.exports import of_architecture
+from often import often
 from tunesmith.export.export_run import export_run
 from tunesmith.export.gguf_models import ARCHITECTURES, Architecture
 from tunesmith.export.gguf_tokenizer import PROBE
@@ -33,7 +34,7 @@ def assert_computes_what_was_tuned(run: Run, folder: Path) -> None:
     assert llama.tokenize(PROBE.encode(), add_bos=False, special=False) == plain
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", often(ARCHITECTURES, "llama", "gpt2"))
 def test_llama_cpp_computes_what_was_tuned(arch: str, tmp_path: Path) -> None:  # trap: A14
     assert_computes_what_was_tuned(of_architecture(arch), tmp_path)
 

@@ -137,6 +137,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, monkeypatch: 
         exported(of_encoder("bert"), tmp_path)
 
 
+@pytest.mark.slow  # the rule is that of every target: test_quants.py
 def test_a_lost_adapter_fails_names_the_weight_and_leaves_nothing(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # trap: A1

@@ -107,6 +107,7 @@ def assert_read(root: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> N
     assert "neither" not in note
 
 
+@pytest.mark.slow
 def test_reading_the_first_letter_alone_would_be_seen(root, monkeypatch):
     monkeypatch.setattr(measure, "_choice", lambda said: {"A": -1, "B": 1}.get(said.strip()[:1].upper(), 0))
     with pytest.raises(AssertionError):

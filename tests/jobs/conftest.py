@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.postgres import cluster, open_store
+from jobs.postgres import BEFORE_RELEASE, opener
 from tunesmith.jobs.store import Store
 
-
-@pytest.fixture(params=["sqlite", "postgresql"], scope="module")
-def opened(request: pytest.FixtureRequest) -> Callable[..., Store]:
-    """Opens the store of a folder: on SQLite, then on PostgreSQL."""
-    if request.param == "postgresql":
-        cluster()  # or a reason to skip
-    return partial(open_store, kind=request.param)
+opened = opener("sqlite", BEFORE_RELEASE)
+"""On PostgreSQL each time: the tests of the store, of its states and of rules. The others ask it nothing more."""
 
 
 @pytest.fixture

@@ -112,6 +112,21 @@ def _made(kind: str) -> Path:
     return place
 
 
+BEFORE_RELEASE = pytest.param("postgresql", marks=pytest.mark.slow)
+
+
+def opener(*kinds: Any) -> Any:
+    """A fixture that opens the store of a folder, for each of `kinds`: sqlite, postgresql."""
+
+    @pytest.fixture(params=kinds, scope="module")
+    def opened(request: pytest.FixtureRequest) -> functools.partial[Store]:
+        if request.param == "postgresql":
+            cluster()  # or a reason to skip
+        return functools.partial(open_store, kind=request.param)
+
+    return opened
+
+
 def open_store(place: Path, kind: str = "sqlite", **options: object) -> Store:
     """The store of a folder, as it was if it is there. `kind`: sqlite or postgresql."""
     url, tables = None, _made(kind)

@@ -85,6 +85,16 @@ class Live:
         return made.choices[0].message.content
 
 
+def started_again(live: Live, folder: Path, job: Any) -> Live:
+    """A new server, after the run of a job was killed in a step and then its server."""
+    log = folder / "jobs" / "runs" / job.id / "events.jsonl"
+    wait_for(lambda: log.exists() and b'"kind":"step"' in log.read_bytes(), timeout_s=60)
+    os.kill(int((log.parents[1] / f".{job.id}.lock").read_text()), signal.SIGKILL)
+    live.popen.send_signal(signal.SIGKILL)
+    live.popen.wait()
+    return Live.start(folder, "--bases", "bases.yaml")
+
+
 def with_recipe(folder: Path, **options: Any) -> None:
     """A file of bases with the tiny model and options of its runs."""
     (folder / "bases.yaml").write_text(json.dumps({"bases": {"tiny": {"model": "tiny", "recipe": options}}}))
@@ -94,7 +104,9 @@ def adapter(folder: Path, job: Any) -> bytes:
     return (folder / "jobs" / "runs" / job.id / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path, is_killed: bool) -> None:
+    """A server that is killed at each transaction, with a stand-in for runs: test_dispatcher.py."""
     model_folder(tmp_path / "tiny")
     with_recipe(tmp_path, evaluation={"general": False})
     live = Live.start(tmp_path, "--bases", "bases.yaml")
@@ -116,24 +128,19 @@ def test_upload_to_chat_and_bitwise_after_a_kill(tmp_path: Path) -> None:
         for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id):
             assert live.answer(checkpoint.fine_tuned_model_checkpoint)
 
-        killed = client.fine_tuning.jobs.create(**body)
-        log = tmp_path / "jobs" / "runs" / killed.id / "events.jsonl"
-        wait_for(lambda: log.exists() and b'"kind":"step"' in log.read_bytes(), timeout_s=60)
-        os.kill(int((log.parents[1] / f".{killed.id}.lock").read_text()), signal.SIGKILL)
-        live.popen.send_signal(signal.SIGKILL)
-        live.popen.wait()
-        live = Live.start(tmp_path, "--bases", "bases.yaml")
-        client = live.client
-        assert live.answer(job.fine_tuned_model) == tuned, "models are served again after a restart"
-        again, answer = live.finished(killed)
-        assert adapter(tmp_path, again) == adapter(tmp_path, job)
-        assert answer == tuned
-        steps = [one.data["step"] for one in client.fine_tuning.jobs.list_events(again.id) if one.type == "metrics"]
-        assert sorted(steps) == sorted([*range(1, 25), *range(6, 25, 6)]), "each, and each end of an epoch measured"
-
+        if is_killed:
+            killed = client.fine_tuning.jobs.create(**body)
+            live = started_again(live, tmp_path, killed)
+            client = live.client
+            assert live.answer(job.fine_tuned_model) == tuned, "models are served again after a restart"
+            again, answer = live.finished(killed)
+            assert adapter(tmp_path, again) == adapter(tmp_path, job)
+            assert answer == tuned
+            look_at_steps(client, again)
         assert client.models.delete(job.fine_tuned_model).deleted
         assert job.fine_tuned_model not in [model.id for model in client.models.list()]
-        assert live.answer(again.fine_tuned_model) == tuned
+        if is_killed:
+            assert live.answer(again.fine_tuned_model) == tuned
     finally:
         live.end()
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -281,8 +288,14 @@ def pairs(answer: str | None) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
+def look_at_steps(client: openai.OpenAI, job: Any) -> None:
+    steps = [one.data["step"] for one in client.fine_tuning.jobs.list_events(job.id) if one.type == "metrics"]
+    assert sorted(steps) == sorted([*range(1, 25), *range(6, 25, 6)]), "each, and each end of an epoch measured"
+
+
 def look_at(client: openai.OpenAI, job: Any) -> None:
     """What a succeeded job has, and where."""
+    look_at_steps(client, job)
     assert job.fine_tuned_model.startswith("ft:tiny:tunesmith:try:")
     assert job.hyperparameters.model_dump() == HOW
     assert client.models.retrieve(job.fine_tuned_model).id == job.fine_tuned_model

@@ -21,6 +21,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the openai package is the client of these tests")
 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows  # noqa: E402
+from jobs.postgres import opener  # noqa: E402
 from jobs.served import serving  # noqa: E402
 from tunesmith.errors import InputError  # noqa: E402
 from tunesmith.jobs import webhooks as sending  # noqa: E402
@@ -34,6 +35,7 @@ from tunesmith.serve.middleware import PROJECT  # noqa: E402
 from tunesmith.serve.protocol import RequestError  # noqa: E402
 
 Opened = Callable[..., Store]
+opened = opener("sqlite", "postgresql")
 SECRET = "whsec_" + base64.b64encode(b"a secret of 24 characters").decode()
 DAY = 86_400
 

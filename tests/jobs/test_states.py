@@ -7,12 +7,14 @@ import random
 import pytest
 
 from jobs.places import FakeLauncher, FakeModels, dispatcher, put_file, put_job, rows
+from jobs.postgres import opener
 from tunesmith.jobs.rules import ProjectRules, Rules
 from tunesmith.jobs.states import ENDED, state_after
 from tunesmith.jobs.store import Store
 from tunesmith.jobs.tables import events
 from tunesmith.serve.protocol import RequestError
 
+opened = opener("sqlite", "postgresql")
 OPEN = ("validating_files", "queued", "running", "paused")
 RULES = {
     **{("cancel", state): "cancelled" for state in OPEN},

@@ -12,7 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from jobs.places import put_file, put_job, rows
-from jobs.postgres import SYNCED, Cluster, cluster
+from jobs.postgres import SYNCED, Cluster, cluster, opener
 from tunesmith.errors import InputError
 from tunesmith.jobs import migrations
 from tunesmith.jobs.database import LOCK
@@ -23,6 +23,7 @@ from tunesmith.runs.atomic import remove
 from tunesmith.serve.protocol import RequestError
 
 Opened = Callable[..., Store]
+opened = opener("sqlite", "postgresql")
 
 FIRST_STORE = Path(__file__).with_name("first_store.sql")
 """A store of the first version with a file, a job and its events, as `sqlite3 .dump` writes it."""

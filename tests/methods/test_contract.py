@@ -89,15 +89,31 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 
 
 def cases_of(grid: list[tuple[str, str]]) -> pytest.MarkDecorator:
-    """All in float32; in bfloat16 every case of our own methods, but each method on one family alone."""
+    """All in float32; in bfloat16 every case of our own methods, but each method on one family alone.
+
+    Each time: every setting on one family and LoRA on all, in float32; LoRA and DoRA in bfloat16. The others are slow.
+    """
     found = [(*case, "float32") for case in grid]
     found += [(*case, "bfloat16") for case in grid if case[1] == "llama" or case[0] not in SETTINGS]
     found = [case for case in found if case[2] == "float32" or not case[0].startswith("peft, ")]
     return pytest.mark.parametrize(
         ("case", "arch", "dtype"),
-        [(name, arch, DTYPES[dtype]) for name, arch, dtype in found],
-        ids=[f"{name} on {arch} in {dtype}" for name, arch, dtype in found],
-    )
+        [
+            pytest.param(
+                name, arch, DTYPES[dtype], id=f"{name} on {arch} in {dtype}",
+                marks=[] if is_often(name, arch, dtype) else pytest.mark.slow,
+            )
+            for name, arch, dtype in found
+        ],
+    )  # fmt: skip
+
+
+def is_often(name: str, arch: str, dtype: str) -> bool:
+    if name.startswith("peft, "):  # each kind: test_peft.py
+        return False
+    if dtype == "bfloat16":
+        return name in ("lora", "dora") and arch == "llama"
+    return name == "lora" or arch == "llama" or name not in SETTINGS
 
 
 cases = cases_of(GRID)
@@ -420,6 +436,7 @@ def merge_by_way_of_bfloat16(attachment: LoraAttachment) -> None:
     attachment.unload()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("buggy", "dtype"),
     [(merge_without_scale, torch.float32), (merge_without_scale, torch.bfloat16),

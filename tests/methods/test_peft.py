@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from often import often
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import InputError, ModelError, RecipeError, StorageError
@@ -50,6 +51,10 @@ SUITED: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 50},
 }
 """Settings that suit a model of width 64 where peft's own do not."""
+
+
+OFTEN = ("LORA", "IA3", "LN_TUNING", "OFT", "TRAINABLE_TOKENS", "PREFIX_TUNING")
+"""Run each time: matrices, factors, norms, rotations, rows of a table, and one that is refused."""
 
 
 def settings_of(kind: str) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def by_peft(folder: Path, **given: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", often(KINDS, *OFTEN))
 def test_every_kind_trains_as_peft_has_it_or_is_refused(kind: str, tmp_path: Path) -> None:
     model = base_model()
     if kind in UNSUPPORTED:

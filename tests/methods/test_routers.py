@@ -74,6 +74,7 @@ def assert_no_group_means_a_router(model: PreTrainedModel, expected: set[str]) -
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+@pytest.mark.slow  # imports every architecture of transformers
 @pytest.mark.parametrize("first", range(0, len(FAMILIES), 40))
 def test_no_group_means_a_router_in_any_family(first: int) -> None:
     for name in FAMILIES[first : first + 40]:
@@ -89,6 +90,7 @@ def test_every_family_with_such_a_router_is_seen(name: str) -> None:
     assert_no_group_means_a_router(model, ROUTERS[name])
 
 
+@pytest.mark.slow
 def test_groups_that_mean_routers_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_router", lambda model, name: False)
     for name, expected in ROUTERS.items():

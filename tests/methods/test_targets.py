@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from often import often
 from tiny_model import ENCODERS, SETTINGS, TRANSLATORS, seeing_model, tiny_model
 from tunesmith.errors import RecipeError
 from tunesmith.methods.adapter_format import module_names, shortest_ends, to_config
@@ -26,7 +27,7 @@ def test_all_linear_is_every_linear_layer_of_the_decoder() -> None:
     assert sorted({name.rpartition(".")[2] for name in names(model, "all-linear")}) == PROJECTIONS
 
 
-@pytest.mark.parametrize("arch", sorted(SETTINGS))
+@pytest.mark.parametrize("arch", often(sorted(SETTINGS), "llama", "gpt2", "phi3", "qwen3_moe", "falcon"))
 def test_groups_split_the_decoder_of_every_family(arch: str) -> None:
     model = tiny_model(arch, vocab_size=32)
     everything, attention = names(model, "all-linear"), names(model, "attention")
@@ -68,7 +69,9 @@ def test_a_layer_whose_weight_and_bias_are_read_can_be_adapted() -> None:
     assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])
+@pytest.mark.parametrize(
+    "arch", often([*ENCODERS, *TRANSLATORS, "llama", "gpt2"], "bert", "deberta-v2", "electra", "t5", "gpt2")
+)
 def test_groups_split_layers_of_models_with_heads_and_encoder_decoders(arch: str) -> None:
     how = {} if arch in TRANSLATORS else {"head": "sequence", "labels": Labels("one", ("a", "b", "c"))}
     model = tiny_model(arch, vocab_size=32, **how)

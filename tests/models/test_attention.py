@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
-from packed import CAN, CANNOT, VOCAB, alone, batch_of, rows_of, sharp
+from often import often
+from packed import CAN, CANNOT, OFTEN, VOCAB, alone, batch_of, rows_of, sharp
 from tiny_model import tiny_model
 from tunesmith.models import attention, forward, short_row_attention
 from tunesmith.models.attention import Segments, UnsupportedAttentionError, use_packed_attention
@@ -28,7 +29,7 @@ def packed_answers_as_alone(arch: str, change=lambda batch: batch, **settings) -
     assert (logits_at_targets(model, change(batch_of(rows))) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, *OFTEN))
 def test_packed_rows_answer_as_alone(arch):  # trap: T11, T12
     packed_answers_as_alone(arch)
 
@@ -77,14 +78,14 @@ def test_softcap_is_honoured():
     packed_answers_as_alone("gemma2", attn_logit_softcapping=2.0)
 
 
-@pytest.mark.parametrize("arch", [*CAN, *CANNOT])
+@pytest.mark.parametrize("arch", often([*CAN, *CANNOT], *OFTEN, "bloom"))
 @torch.no_grad()
 def test_padded_rows_answer_as_alone(arch):
     model, rows = sharp(arch), rows_of()
     assert (logits_at_targets(model, batch_of(rows, "padded")) - alone(model, rows)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("arch", often(["llama", "gpt2", "opt", "gemma2", "gemma3_text", "mistral"], "llama", "gemma2"))
 def test_generation_is_the_same_with_the_ragged_attention_in_place(arch):
     """Left-padded prompts of two lengths, longer than a sliding window, with a cache."""
     model = sharp(arch)
@@ -97,7 +98,7 @@ def test_generation_is_the_same_with_the_ragged_attention_in_place(arch):
     assert torch.equal(model.generate(ids, **how), expected)
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, *OFTEN))
 def test_no_mask_is_built_in_a_ragged_pass(arch, monkeypatch):
     model = sharp(arch)
     use_packed_attention(model)
@@ -129,7 +130,7 @@ def recomputed_layers_give_the_same_gradients(arch: str) -> None:
     assert torch.equal(gradients(model, batch), expected)
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, *OFTEN))
 def test_recomputed_layers_give_the_same_gradients_with_dropout(arch):  # trap: L10
     recomputed_layers_give_the_same_gradients(arch)
 

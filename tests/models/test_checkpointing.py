@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from often import often
 from packed import CAN, CANNOT, VOCAB, batch_of, rows_of, sharp
 from tiny_model import ENCODERS, TRANSLATORS, seeing_model, tiny_model
 from tunesmith.data.collate import build_batch
@@ -21,7 +22,10 @@ from tunesmith.recipe.methods import LoraMethod
 from tunesmith.types import Labels
 
 
-@pytest.mark.parametrize(("arch", "num_layers"), [*((arch, 1) for arch in (*CAN, *CANNOT)), ("llama", 0), ("llama", 3)])
+@pytest.mark.parametrize(
+    ("arch", "num_layers"),
+    often([*((arch, 1) for arch in (*CAN, *CANNOT)), ("llama", 0), ("llama", 3)], "llama", "gpt2", "bloom"),
+)
 def test_exactly_k_layers_are_recomputed(arch, num_layers, monkeypatch):
     recomputed = []
     monkeypatch.setattr(
@@ -130,7 +134,9 @@ def gradients_with_a_head(arch: str, num_layers: int) -> list[torch.Tensor]:
     return [tensor.grad for name, tensor in attachment.trained.items() if not name.endswith("lora_A.weight")]
 
 
-@pytest.mark.parametrize("arch", [*(arch for arch in ENCODERS if arch != "mpnet"), *TRANSLATORS])
+@pytest.mark.parametrize(
+    "arch", often([*(arch for arch in ENCODERS if arch != "mpnet"), *TRANSLATORS], "bert", "modernbert", "t5")
+)
 def test_encoders_and_encoder_decoders_have_equal_gradients_recomputed(arch):
     expected = gradients_with_a_head(arch, 0)
     assert all(grad.abs().max() > 0 for grad in expected)

@@ -72,6 +72,7 @@ def needs_libgomp() -> None:
         pytest.skip("torch's threads are not libgomp's here")
 
 
+@pytest.mark.slow  # that threads are asked to sleep at all: below
 def test_an_idle_team_makes_waiting_threads_sleep_until_it_ends() -> None:
     needs_libgomp()
     spinning, sleeping, again = told(start("team"))

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from packed import CAN, batch_of, rows_of, sharp
+from often import often
+from packed import CAN, OFTEN, batch_of, rows_of, sharp
 from tunesmith.methods.new_token_embeddings import TokenRows
 from tunesmith.models import fused_loss as output_module
 from tunesmith.models.attention import use_packed_attention
@@ -113,7 +114,7 @@ def answers(model, output: OutputLayer | None) -> list[Tensor]:
     return [loss.detach(), *(weight.grad.clone() for weight in model.parameters())]
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, *OFTEN, "cohere"))
 def test_every_model_has_a_known_output_layer_and_learns_alike(arch, monkeypatch):
     """gemma2 with its cap, cohere and granite with their scales. float32, in pieces of 7 targets: rounding of sums in
     another order."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from often import often
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
 from tunesmith.data.collate import build_batch
 from tunesmith.models import forward
@@ -23,6 +24,8 @@ VOCAB = 96
 THREE = Labels("one", ("a", "b", "c"))
 TAGS = Labels("tags", ("B", "I", "O"))
 CAUSAL = ("llama", "gpt2", "qwen2")
+OFTEN = ("bert", "roberta", "deberta-v2")
+"""Encoders of each time: with types of tokens, with positions that begin at the padding, not packed."""
 EOS = 2
 
 
@@ -68,7 +71,7 @@ def types_of(model: PreTrainedModel, row: Row) -> dict[str, Tensor]:
     return {"token_type_ids": types_1T} if has_types(model) else {}
 
 
-@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("arch", often(ENCODERS, *OFTEN))
 @torch.no_grad()
 def test_encoders_answer_about_a_text_as_alone(arch: str) -> None:
     model, rows = sharp(arch, "sequence"), rows_with(lambda length: [0])
@@ -80,7 +83,7 @@ def test_encoders_answer_about_a_text_as_alone(arch: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["tokens", "masked_token"])
-@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("arch", often(ENCODERS, *OFTEN))
 @torch.no_grad()
 def test_encoders_answer_about_tokens_as_alone(arch: str, head: HeadName) -> None:
     model, rows = sharp(arch, head), rows_with(lambda length: range(1, length, 3))
@@ -183,7 +186,7 @@ PACKED = ("bert", "roberta", "distilbert", "electra")
 """Encoders whose rows can be packed; of the others the check says no."""
 
 
-@pytest.mark.parametrize("arch", ENCODERS)
+@pytest.mark.parametrize("arch", often(ENCODERS, *OFTEN))
 @pytest.mark.parametrize("head", ["sequence", "tokens", "masked_token"])
 @torch.no_grad()
 def test_packed_encoders_answer_as_alone_or_are_not_packed(arch: str, head: HeadName) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from often import often
 from tiny import tiny_tokenizer
 from tiny_gguf import write_gguf
 from tiny_model import ENCODERS, TRANSLATORS, tiny_model
@@ -168,7 +169,7 @@ def test_a_gguf_gets_a_head_on_the_weights_of_its_file(tmp_path: Path) -> None:
     assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.2)  # 192 draws
 
 
-@pytest.mark.parametrize("arch", [*ENCODERS, *TRANSLATORS, "llama", "gpt2"])
+@pytest.mark.parametrize("arch", often([*ENCODERS, *TRANSLATORS, "llama", "gpt2"], "roberta", "t5", "gpt2"))
 def test_kind_and_size_are_read_off_the_config(arch: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / arch, arch)
     expected = "encoder" if arch in ENCODERS else "encoder_decoder" if arch in TRANSLATORS else "causal"

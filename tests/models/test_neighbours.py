@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from packed import CAN, VOCAB, rows_of, sharp
+from often import often
+from packed import CAN, OFTEN, VOCAB, rows_of, sharp
 from tiny import tiny_tokenizer
 from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, SequentialDecoder, why_unlike
@@ -44,6 +45,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+REFUSED = {"recurrent_gemma": "others beside a text change its logits", "minimax": "uses cache of its own"}
+"""The first keeps its state in itself, where the next text would find it."""
+
+
 def hybrid(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**COMMON, **HYBRIDS[kind]})
@@ -56,7 +61,7 @@ def assert_rows_are_not_packed(kind: str) -> None:
     assert not check_packing(hybrid(kind), "causal", rows_of((37, 11, 20))).ok
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("kind", often(HYBRIDS, "recurrent_gemma", "lfm2"))
 def test_models_with_a_state_are_neither_packed_nor_decoded_together(kind: str) -> None:
     assert "carry a state" in packing_check.recurrent_layer(hybrid(kind))
     assert_rows_are_not_packed(kind)
@@ -72,7 +77,7 @@ def test_a_tolerance_alone_would_let_them_through(kind: str, monkeypatch: pytest
         assert_rows_are_not_packed(kind)
 
 
-@pytest.mark.parametrize("arch", [*CAN, "mixtral"])
+@pytest.mark.parametrize("arch", often([*CAN, "mixtral"], *OFTEN))
 def test_sound_models_are_packed_as_ever(arch: str) -> None:
     if arch == "mixtral":
         torch.manual_seed(0)
@@ -86,15 +91,11 @@ def test_sound_models_are_packed_as_ever(arch: str) -> None:
     assert why_unlike(BatchedDecoder, model, AdapterSet(model)) == ""
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("kind", often(HYBRIDS, *REFUSED, "lfm2"))
 def test_a_model_decoded_with_others_answers_as_alone_or_is_refused(kind: str) -> None:
     model = hybrid(kind)
     problem = why_unlike(SequentialDecoder, model, AdapterSet(model))
     assert (REFUSED.get(kind, "") in problem) if kind in REFUSED else problem == ""
-
-
-REFUSED = {"recurrent_gemma": "others beside a text change its logits", "minimax": "uses cache of its own"}
-"""The first keeps its state in itself, where the next text would find it."""
 
 
 # --- Positions that follow from the longest text of a pass

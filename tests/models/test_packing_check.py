@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from packed import CAN, CANNOT, VOCAB, rows_of, sharp
+from often import often
+from packed import CAN, CANNOT, OFTEN, VOCAB, rows_of, sharp
 from tiny_model import tiny_model
 from tunesmith.models import attention, forward
 from tunesmith.models.packing_check import check_packing
@@ -15,7 +16,7 @@ from tunesmith.types import HeadName, Labels
 PRECISIONS = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, *OFTEN))
 def test_agrees_where_packing_is_right(arch):
     """In bfloat16: test_neighbours."""
     found = check_packing(sharp(arch), "causal", rows_of((37, 11, 20)))

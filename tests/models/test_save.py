@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from packed import CAN, CANNOT
+from often import often
+from packed import CAN, CANNOT, OFTEN
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tunesmith.errors import StorageError
@@ -44,7 +45,7 @@ def saved_equals_model(model, folder: Path, *, tokenizer, located) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("arch", [*CAN, *CANNOT])
+@pytest.mark.parametrize("arch", often([*CAN, *CANNOT], *OFTEN))
 def test_saved_model_loads_with_the_same_logits(arch, tmp_path, located):  # trap: R7
     """Bitwise in float32, with the ragged attention in place as after training; many of these tie their embeddings."""
     tokenizer = tiny_tokenizer()

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from often import often
 from packed import CAN, VOCAB, batch_of, sharp
 from tunesmith.data.prefixes import Stretch, num_computed, prefix_groups, share_prefixes, stretches
 from tunesmith.models import segments, short_row_attention
@@ -60,7 +61,7 @@ def both_are_alike(model, rows: list[Row], *, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("products", [False, True])
-@pytest.mark.parametrize("arch", CAN)
+@pytest.mark.parametrize("arch", often(CAN, "llama", "gpt2", "gemma2"))
 def test_every_model_answers_and_learns_alike(arch, products, monkeypatch):
     """By torch's kernel and by grouped products. float32: 1e-4 of the largest is rounding through a model of such
     weights."""

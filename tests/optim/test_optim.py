@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from often import often
 from tiny_model import SETTINGS, tiny_model
 from tiny_run import tiny_recipe
 from tunesmith.optim import SCHEDULES, Optimizer, clip_divisor, gradient_norm, rate, warmup_steps
@@ -100,7 +101,7 @@ def test_a_step_outside_the_run_has_no_rate(step: int) -> None:
         rate(step, 10, Optim(lr=1e-3))
 
 
-@pytest.mark.parametrize("arch", sorted(SETTINGS))
+@pytest.mark.parametrize("arch", often(sorted(SETTINGS), "llama", "gpt2", "bloom"))
 def test_embeddings_norms_and_biases_do_not_decay_in_any_family(arch: str) -> None:
     model = tiny_model(arch, vocab_size=32)
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}

@@ -59,9 +59,13 @@ def start(
     module: str = "parallel.scenarios",
     killed: tuple[int, ...] = (),
     limit_s: float = LIMIT_S,
+    **more: str,
 ) -> list[dict[str, Any]]:
-    """What each rank found, by scenario: its value, or {"error", "text"}. `killed`: ranks that the last one kills."""
-    ranks = begin(folder, *names, size=size, module=module, KILLED=json.dumps(killed))
+    """What each rank found, by scenario: its value, or {"error", "text"}. `killed`: ranks that the last one kills.
+
+    `more`: variables of their environment.
+    """
+    ranks = begin(folder, *names, size=size, module=module, KILLED=json.dumps(killed), **more)
     finish(ranks, limit_s)
     codes = [rank.returncode for rank in ranks]
     assert codes == [-9 if rank in killed else 0 for rank in range(size)], "".join(

@@ -160,7 +160,7 @@ def memory_ends(folder: Path) -> Any:
     with (
         patch.object(step, "_pass", run),
         patch("tunesmith.training.loop.compute_gradients", compute),
-        patch.object(world, "COLLECTIVE_S", 3.0),  # this process does not end
+        patch.object(world, "COLLECTIVE_S", 1.5),  # this process does not end
     ):
         return steps(folder, "lora")
 
@@ -174,7 +174,7 @@ def rehearsed(folder: Path) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(state, batch, divisor, *given)
 
-    with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 3.0):
+    with patch.object(step, "_pass", run), patch.object(world, "COLLECTIVE_S", 1.5):
         return _train(folder, "run-rehearsed", "lora", train={"max_steps": 1})
 
 

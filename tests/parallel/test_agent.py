@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -59,9 +61,13 @@ def end(started: Process, limit_s: float = 90) -> tuple[int, str]:
     return code, started.communicate()[1]
 
 
-def second_rank(agent: int) -> int:
-    """The process of rank 1, which an agent started after that of rank 0."""
-    return sorted(psutil.Process(agent).children(), key=lambda one: (one.create_time(), one.pid))[1].pid
+def second_rank(out: Path) -> int:
+    """The process that an agent started for rank 1 of the run in `out`."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(out) in process.cmdline() and process.environ().get("RANK") == "1":
+                return process.pid
+    raise AssertionError(f"no process is rank 1 of {out}")
 
 
 def wait_for_step(out: Path, step: int, limit_s: float = 90) -> None:
@@ -92,17 +98,20 @@ KILLED = "rank 1: it was ended by Signal 9 (SIGKILL)"
 
 
 # trap: D12, D18
-def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, straight: Run) -> None:
-    """From Python, where its events are heard and ranks are new processes; then on the command line, where Ctrl-C stops
-    all ranks together."""
-    out, heard, killed = folder / "killed", list[str](), list[float]()
+@pytest.mark.parametrize("is_forked", [True, pytest.param(False, marks=pytest.mark.slow, id="each a new Python")])
+def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(
+    folder: Path, straight: Run, is_forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python, where its events are heard; then on the command line, where Ctrl-C stops all ranks together."""
+    out, heard, killed = folder / f"killed-{is_forked}", list[str](), list[float]()
+    if is_forked:
+        monkeypatch.setenv("FRESH_PYTHON", str(python()))
+        monkeypatch.setattr(sys, "executable", str(python()))
 
     def hear(event: Event) -> None:
         heard.append(event.kind)
         if event.step == 20 and not killed:
-            living = (one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE)
-            (agent,) = (one for one in living if str(out) in one.cmdline())
-            os.kill(second_rank(agent.pid), signal.SIGKILL)
+            os.kill(second_rank(out), signal.SIGKILL)
             killed.append(time.monotonic())
 
     with pytest.raises(GroupError) as raised:
@@ -124,7 +133,7 @@ def test_a_killed_rank_ends_all_with_its_name_and_the_run_goes_on(folder: Path, 
     assert code == Stopped.exit_code
     assert "stopped after step" in said
     assert run.state() == "stopped"
-    start(folder, "goes_on")
+    start(folder, "goes_on", GOES_ON=str(out))
     assert_went_on(run, straight, times=2)
 
 
@@ -134,12 +143,13 @@ def test_the_test_sees_a_run_that_did_not_go_on(straight: Run) -> None:
 
 
 # trap: D13
+@pytest.mark.slow  # an agent that sees a killed rank: above; a group that is started again: test_group.py
 def test_torchrun_starts_it_again_and_it_goes_on(folder: Path, straight: Run) -> None:
     out = folder / "again"
     words = ["--standalone", "-m", "tunesmith", *train_words(folder, out)]
     started = begin(*TORCHRUN, *words)
     wait_for_step(out, 20)
-    os.kill(second_rank(started.pid), signal.SIGKILL)
+    os.kill(second_rank(out), signal.SIGKILL)
     code, said = end(started, 120)
     assert code == 0, said
     assert_went_on(Run(out), straight)

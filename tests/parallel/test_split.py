@@ -20,10 +20,11 @@ from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
 SCENARIOS = (
-    "lora", "full", "recomputed", "few_rows", "rounded", "counted_planted", "averaged_planted",
-    "own_norm_planted", "alike", "plain", "unhooked_planted", "memory_ends", "rehearsed", "run_lora",
+    "lora", "full", "recomputed", "few_rows", "rounded", "alike", "plain", "memory_ends", "rehearsed", "run_lora",
     "run_full", "resumed_by_two", "killed",
 )  # fmt: skip
+PLANTED = ("counted_planted", "averaged_planted", "own_norm_planted", "unhooked_planted", "killed_planted")
+"""Bugs that nothing but the tests below would see: slow, as in test_group.py."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,11 @@ def run_alone(folder: Path) -> Run:
 def found(folder: Path, run_alone: Run) -> Found:
     _copy_until(run_alone.path, folder / "from-one", step=10)
     return start(folder, *SCENARIOS, module="parallel.split_scenarios", killed=(1,))
+
+
+@pytest.fixture(scope="module")
+def planted(folder: Path) -> Found:
+    return start(folder, *PLANTED, module="parallel.split_scenarios", killed=(1,))
 
 
 def assert_same_losses(rank: dict[str, Any], one: dict[str, Any]) -> None:
@@ -77,25 +83,31 @@ def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
 
 
 # trap: D4, D14
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", ["counted_planted", "averaged_planted"])
-def test_the_test_sees_passes_that_count_and_means_over_ranks(found: Found, folder: Path, bug: str) -> None:
-    for rank in both(found, bug):
+def test_the_test_sees_passes_that_count_and_means_over_ranks(planted: Found, folder: Path, bug: str) -> None:
+    for rank in both(planted, bug):
         assert len(rank["losses"]) == 12
         with pytest.raises(AssertionError):
             assert_same_losses(rank, alone(folder, "full"))
 
 
-def test_gradients_are_clipped_by_the_norm_of_all_pieces(found: Found, folder: Path) -> None:
-    for rank in both(found, "own_norm_planted"):
+@pytest.mark.slow
+def test_the_test_sees_gradients_clipped_by_the_norm_of_own_pieces(planted: Found, folder: Path) -> None:
+    for rank in both(planted, "own_norm_planted"):
         assert rank["norms"] != pytest.approx(alone(folder, "full")["norms"], rel=1e-2)
 
 
 # trap: D15
 def test_nodes_that_read_weights_find_them_whole(found: Found, folder: Path) -> None:
-    """With the nodes of this package and without; pieces of a layer would not go through unnoticed."""
+    """With the nodes of this package and without."""
     for rank in both(found, "plain"):
         assert_same_losses(rank, alone(folder, "full"))
-    assert all(rank["error"] in ("RuntimeError", "GroupError") for rank in both(found, "unhooked_planted"))
+
+
+@pytest.mark.slow
+def test_pieces_of_a_layer_would_not_go_through_unnoticed(planted: Found) -> None:
+    assert all(rank["error"] in ("RuntimeError", "GroupError") for rank in both(planted, "unhooked_planted"))
 
 
 def test_beginnings_that_rows_share_are_computed_once(found: Found, folder: Path) -> None:
@@ -178,8 +190,8 @@ def assert_whole(run: Run) -> None:
     assert not list(run.checkpoints_path.glob(f"step-{KILLED_AT}*"))
 
 
-def test_the_test_sees_a_checkpoint_that_is_half_there(folder: Path) -> None:
-    start(folder, "killed_planted", module="parallel.split_scenarios", killed=(1,))
+@pytest.mark.slow
+def test_the_test_sees_a_checkpoint_that_is_half_there(planted: Found, folder: Path) -> None:
     with pytest.raises(AssertionError):
         assert_whole(Run(folder / "killed-planted"))
 

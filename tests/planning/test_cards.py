@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import fresh
 from tiny_run import tiny_recipe
 from tiny_tasks import task_recipe
 from tunesmith.planning import devices, memory
@@ -136,7 +137,8 @@ def test_a_plan_that_tries_a_run_measures_the_card_in_a_process_of_its_own(tmp_p
     assert "others" in found.notes
 
 
-def test_that_process_says_what_it_found():
+def test_that_process_says_what_it_found(monkeypatch):
+    monkeypatch.setattr("sys.executable", str(fresh.python()))
     found = devices.here_apart("cpu", threads=1, dtype=torch.float32)
     assert found.kind == "cpu"
     assert found.products > 0

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +14,7 @@ from unittest import mock
 import psutil
 import pytest
 
+import fresh
 from tiny_run import tiny_recipe
 from tunesmith.errors import OutOfMemoryError
 from tunesmith.planning.forecast import WORK_KINDS, Duration
@@ -152,9 +151,8 @@ def test_a_probe_whose_parent_is_killed_ends_and_leaves_nothing(tmp_path):
     folder.mkdir()
     code = "import time; from tunesmith.training import probe; probe.prepare = lambda *a, **how: time.sleep(60)"
     asked = {"recipe": {"model": "m"}, "root": "", "folder": str(folder), "offline": True, "parent": -1}
-    words = [sys.executable, "-c", f"{code}; probe.main()"]
-    done = subprocess.run(words, check=False, input=json.dumps(asked).encode(), capture_output=True, timeout=60)
-    assert done.returncode == 1
+    code = f"{code}; import io, sys; sys.stdin = io.StringIO({json.dumps(asked)!r}); probe.main()"
+    assert fresh.Process("-c", code).wait(60) == 1
     assert not folder.exists()
 
 

@@ -52,6 +52,7 @@ def test_write_atomic_leaves_old_or_new(tmp_path, code):  # trap: R5
     check_old_or_new_after_every_fault(files.write_atomic, tmp_path, code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, None])
 def test_the_sweep_catches_a_write_in_place(tmp_path, code):  # trap: R5 planted
     with pytest.raises(AssertionError):
@@ -122,6 +123,7 @@ def test_replaced_folder_is_old_or_new_after_a_kill(tmp_path):  # trap: R5
     check_folder_is_old_or_new(files.replace_folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_sweep_catches_a_folder_removed_too_early(tmp_path):  # trap: R5 planted
     with pytest.raises(AssertionError):
         check_folder_is_old_or_new(removed_then_renamed, tmp_path)

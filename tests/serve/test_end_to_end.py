@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.request import urlopen
 
 import openai
 import pytest
 
+import fresh
 from serve.running import wait_for
 from tiny_run import tiny_recipe
 from tunesmith.evaluation import generate
@@ -23,7 +21,6 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.trainer import train
 from tunesmith.types import Part
 
-SOURCE = str(Path(__file__).parents[2] / "src")
 QUESTIONS = ("the quick brown fox", "what is tallest", "hello", "a lazy dog on Earth please jumps over yes")
 NUM_TOKENS = 12
 
@@ -32,7 +29,7 @@ NUM_TOKENS = 12
 class Live:
     """The process, where it is asked, and the run that it serves."""
 
-    popen: subprocess.Popen[str]
+    popen: fresh.Process
     url: str
     run: Run
 
@@ -54,14 +51,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def live(run: Run) -> Iterator[Live]:
-    words = [sys.executable, "-m", "tunesmith", "serve", str(run.path), "--port", "0", "--quiet", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    popen = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+    words = ["-m", "tunesmith", "serve", str(run.path), "--port", "0", "--quiet", "--threads", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FRESH_PYTHON": str(fresh.python())}
+    popen = fresh.Process(*words, env=environment)
+    assert popen.stdout is not None
     url = popen.stdout.readline().strip()
     assert url.startswith("http://127.0.0.1:"), "it did not start"
     yield Live(popen, url, run)
-    popen.kill()
-    popen.wait()
+    if popen.poll() is None:
+        popen.send_signal(signal.SIGKILL)
+        popen.wait()
 
 
 def offline_answers(run: Run) -> tuple[list[str], list[str]]:

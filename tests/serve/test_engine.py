@@ -305,8 +305,8 @@ def test_an_error_is_read_as_it_was_sent() -> None:
     assert (type(found[1][1]), str(found[1][1])) == (InputError, "bad")
 
 
-async def worker_that(code: str) -> engine.WorkerProcess:
-    words = [sys.executable, "-c", f"import sys; from tunesmith.serve.protocol import pack; {code}"]
+async def worker_that(code: str, python: str = sys.executable) -> engine.WorkerProcess:
+    words = [python, "-c", f"import sys; from tunesmith.serve.protocol import pack; {code}"]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
     return engine.WorkerProcess(process)
@@ -347,8 +347,9 @@ while True:
 
 # trap: S27
 def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "LATE_S", 0.5)
-    monkeypatch.setattr(engine, "SILENT_S", 1.5)
+    monkeypatch.setattr(engine, "LATE_S", 0.3)
+    monkeypatch.setattr(engine, "SILENT_S", 1.0)
+    monkeypatch.setattr(engine, "END_TIMEOUT_S", 0.1)  # what only beats does not see that its input has ended
     notes: list[str] = []
     made = engine.WorkerEngine([], root=Path(), options=OPTIONS, on_note=notes.append)
     made._new_worker = lambda: worker_that(BEATS)  # type: ignore[method-assign]
@@ -356,20 +357,20 @@ def test_an_engine_without_a_sign_of_life_is_down_and_started_again(monkeypatch:
     async def scene() -> None:
         made._worker = await worker_that(BEATS)
         made._supervisor = asyncio.create_task(made._supervise())
-        await asyncio.sleep(2.0)  # longer than any silence that is allowed
+        await asyncio.sleep(1.2)  # longer than any silence that is allowed
         assert made.state().alive
         assert made.state().restarts == 0
         call = engine._Call(1, has_started=True)
         made._calls[0] = call
         os.kill(made._worker.process.pid, signal.SIGSTOP)  # frozen; it closes nothing
-        await until(lambda: not made.state().alive, seconds=1.4)
+        await until(lambda: not made.state().alive, seconds=0.9)
         assert made._worker.is_alive
         await until(lambda: made.state().restarts == 1 and made.state().alive, seconds=20)
         assert call.events.get_nowait().status == 500
         await made.close(0.0)
 
     asyncio.run(scene())
-    assert notes == ["the engine ended (ended by SIGKILL after 2 s without a sign of life) and is started again"]
+    assert notes == ["the engine ended (ended by SIGKILL after 1 s without a sign of life) and is started again"]
 
 
 def test_a_server_that_only_waits_for_its_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,7 +484,7 @@ runpy.run_module("tunesmith.serve.worker", run_name="__main__")
 """
 
     async def scene() -> str:
-        worker = await worker_that(code)
+        worker = await worker_that(code, str(fresh.python()))
         worker.send(([], ".", OPTIONS, {}))
         assert await worker.receive() is None
         return await worker.ended()

@@ -207,6 +207,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 
 @needs_proc
+@pytest.mark.slow
 def test_some_requests(root: Path, tmp_path: Path) -> None:
     known = cases(root, RUNS, BASE, num_texts=9)
     with serving(root, tmp_path / "log") as live:

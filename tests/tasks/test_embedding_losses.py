@@ -128,6 +128,7 @@ def test_a_text_is_known_without_its_prompt(tmp_path):
     assert_a_text_is_known_without_its_prompt(tmp_path)
 
 
+@pytest.mark.slow
 def test_knowing_a_text_by_its_prompt_too_would_be_seen(tmp_path, monkeypatch):
     """Its key stays that of the tokens that the model reads."""
     monkeypatch.setattr(EmbeddingEncoder, "encode", BranchEncoder.encode)
@@ -226,6 +227,7 @@ def as_constants(model: Any, batches: Any, world: World, **how: Any) -> Any:
     return loss_sum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "planted"),
     [("ranking", of_the_pass), ("ranking", gradient_of_the_pass), ("ranking", as_constants),
@@ -285,6 +287,7 @@ def test_dropout_is_drawn_again_as_it_was_looked_at(tmp_path, method):
     assert_the_gradient_is_that_of_one_graph(tmp_path, method)
 
 
+@pytest.mark.slow
 def test_the_test_sees_dropout_that_is_drawn_anew(tmp_path, monkeypatch):
     def other(model: Any, batches: Any, world: World, **how: Any) -> Any:
         found = prepass(model, batches, world, **how)

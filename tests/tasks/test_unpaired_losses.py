@@ -66,11 +66,14 @@ def peer_loss(case: Any, *, moved: float = 0.0) -> float:
 
 
 # trap: P17
-def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
+def test_one_pass_is_eight_passes(tmp_path):
     found = by_memory(tmp_path, recipe_of, 4096, 1)
     assert [steps[0][2] for steps in found] == [1, 8]
     assert_alike(found)
 
+
+@pytest.mark.slow
+def test_the_test_sees_a_reference_point_of_each_pass(tmp_path, monkeypatch):
     def of_the_pass(model: Any, batch: Any, *, options: Any, output: Any = None, z0: float = 0.0) -> Any:
         s, _ = preference_losses.line_logps(model, batch, output)
         r = s - batch.values_BV[:, 1]
@@ -78,7 +81,7 @@ def test_one_pass_is_eight_passes(tmp_path, monkeypatch):
         return kto_losses(r, batch.values_BV[:, 0] > 0, own, options).sum().float()
 
     monkeypatch.setattr(preference_losses, "kto_loss_sum", of_the_pass)
-    planted = by_memory(tmp_path / "planted", recipe_of, 4096, 1)
+    planted = by_memory(tmp_path, recipe_of, 4096, 1)
     with pytest.raises(AssertionError):
         assert_alike(planted)
 

@@ -121,6 +121,7 @@ def test_prompts_are_saved_and_served(tmp_path):
     assert_prompts_are_served(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_test_sees_forgotten_prompts(tmp_path, monkeypatch):
     right = Embedder._row
     monkeypatch.setattr(Embedder, "_row", lambda self, prompt, text, index: right(self, "", text, index))
@@ -151,6 +152,7 @@ def test_a_prompt_that_the_model_does_not_pool_is_left_out(tmp_path):
     assert_a_prompt_is_left_out(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["data.branch_encoders", "serve.served_model"])
 def test_the_test_sees_a_prompt_in_the_mean(tmp_path, monkeypatch, place):
     monkeypatch.setattr(f"tunesmith.{place}.first_pooled", lambda *_: 0)

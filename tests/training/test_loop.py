@@ -69,6 +69,7 @@ def test_twenty_losses_equal_the_flat_loop(twenty_steps, tmp_path):
     losses_agree([event.values["loss"] for event in training_steps(twenty_steps)], theirs)
 
 
+@pytest.mark.slow
 def test_flat_loop_test_catches_a_rate_that_is_one_step_late(twenty_steps, tmp_path, monkeypatch):  # trap: L12 planted
     from tunesmith.training import loop
 
@@ -79,6 +80,7 @@ def test_flat_loop_test_catches_a_rate_that_is_one_step_late(twenty_steps, tmp_p
         losses_agree([event.values["loss"] for event in training_steps(twenty_steps)], theirs)
 
 
+@pytest.mark.slow
 def test_flat_loop_test_catches_a_mean_of_means(twenty_steps, tmp_path, monkeypatch):  # trap: L1 planted
     theirs = flat_losses(twenty_steps, tmp_path / "model-llama", 20)
     plan = replace(twenty_steps.sampler, tokens_per_pass=40)
@@ -115,6 +117,7 @@ def test_the_last_partial_step_is_divided_by_its_own_targets(tmp_path):  # trap:
     every_step_is_divided_by_its_own_targets(setup, setup.task.loss_sum)
 
 
+@pytest.mark.slow
 def test_partial_step_test_catches_the_divisor_of_a_full_step(tmp_path):  # trap: L2 planted
     setup = partial(tmp_path)
 
@@ -164,6 +167,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path, monkeypat
     nan_stops_before_the_update(recipe, tmp_path / "runs", at=5)
 
 
+@pytest.mark.slow
 def test_nan_test_catches_a_loop_that_goes_on(tmp_path, monkeypatch):  # trap: L8 planted
     recipe = tiny_recipe(tmp_path, train={"tokens_per_pass": 4096}, checkpoint={"every": 1})
     poison(monkeypatch, at=5)
@@ -198,6 +202,7 @@ def test_measuring_and_sampling_change_no_weight(tmp_path):  # trap: L11
     looking_changes_nothing(tiny_recipe(tmp_path, dropout=0.5, train={"max_steps": 3}), tmp_path)
 
 
+@pytest.mark.slow
 def test_looking_test_catches_random_numbers_shared_with_sampling(tmp_path, monkeypatch):  # trap: L11 planted
     monkeypatch.setattr("tunesmith.training.step.torch.manual_seed", lambda seed: None)
     with pytest.raises(AssertionError):

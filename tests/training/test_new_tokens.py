@@ -79,6 +79,7 @@ def test_base_and_adapter_are_enough(finished: Run) -> None:
     assert_base_and_adapter_are_enough(finished, finished.adapter_path)
 
 
+@pytest.mark.slow
 def test_the_test_sees_an_adapter_without_the_rows(finished: Run, tmp_path: Path) -> None:
     shutil.copytree(finished.adapter_path, tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"

@@ -71,6 +71,7 @@ def test_passes_are_halved_and_the_update_is_the_same(tmp_path, method, inside_b
         torch.testing.assert_close(one, other, rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_planted_a_retry_that_keeps_gradients_would_be_seen(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, train={"rows_per_step": 6, "tokens_per_pass": 400}, optim={"lr": 1e-3})
     expected = weights_after(prepare(recipe, root=tmp_path), 3)
@@ -214,6 +215,7 @@ def test_a_run_whose_passes_were_halved_resumes_bit_for_bit(tmp_path, monkeypatc
     assert_resumed_as_if_never_stopped(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_passes_that_are_whole_again_after_a_resume_would_be_seen(tmp_path, monkeypatch):  # trap: R8 planted
     monkeypatch.setattr(Progress, "tokens_per_pass", property(lambda self: None, lambda self, value: None))
     with pytest.raises(AssertionError):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from export.exports import quick
+from often import often
 from serve.batches import run as run_batch
 from serve.engines import says
 from tiny_run import same_run, stop_at, tiny_recipe
@@ -37,7 +38,7 @@ def recipe_of(folder: Path, kind: str, arch: str = "llama", **sections: object) 
     return recipe.model_copy(update={"method": PeftMethod(kind=kind, settings=SETTINGS[kind])})
 
 
-@pytest.fixture(scope="module", params=list(SETTINGS))
+@pytest.fixture(scope="module", params=often(SETTINGS, "IA3", "TRAINABLE_TOKENS"))
 def straight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(f"peft-{request.param}")
     return train(recipe_of(folder, request.param), root=folder / "runs")

@@ -1,0 +1,41 @@
+"""What the process that runs tests does once: one thread, no chatter, no waiting for a disk nor for other programs.
+
+Imported by conftest.py, and not in a process that only hands out tests: all of it brings in torch.
+"""
+
+import os
+from copy import deepcopy
+from functools import cache, lru_cache
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from transformers.utils import logging
+from typer import testing
+
+from tunesmith.evaluation import report
+from tunesmith.planning import devices
+from tunesmith.recipe import yaml_io
+
+os.fsync = lambda descriptor: None
+"""A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
+WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None
+"""Runs inside tests leave report.json alone: drawing the pages takes longer than training such models."""
+
+for cards in (torch.cuda, torch.xpu):
+    if not cards.is_available():  # it would keep its caller's stack, printed, for a card that never comes: at each step
+        cards.manual_seed_all = lambda seed: None
+devices.BUSY_S = 0.0
+"""A run waits a fifth of a second to see what other programs take of the processor: in a thousand runs, minutes."""
+
+testing._get_command = cache(testing._get_command)
+"""The commands are made once, not for each that a test calls: typer reads the types of all their options."""
+
+PARSED = lru_cache(yaml_io.parse)
+yaml_io.parse = lambda text, where: deepcopy(PARSED(text, where))
+"""A run reads its own recipe several times, and its tests once more: reading YAML takes longer than a step."""
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
