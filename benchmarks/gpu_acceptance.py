@@ -41,7 +41,7 @@ from benchmarks.gpu_walk import walking
 from tunesmith.errors import Stopped
 from tunesmith.models.attention import Segments, packed_attention
 from tunesmith.models.card import driver, exact_products
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.runs.folder import Run
 from tunesmith.training.progress import Listener
 from tunesmith.training.trainer import resume, train

@@ -27,7 +27,7 @@ from benchmarks.gpu_models import (
     steps_of,
 )  # fmt: skip
 from tunesmith.models.fused_loss import OutputLayer
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.training.loop import training_steps
 from tunesmith.training.setup import Setup
 

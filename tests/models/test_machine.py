@@ -9,6 +9,7 @@ import torch
 from tunesmith.errors import RecipeError
 from tunesmith.models import machine
 from tunesmith.models.machine import choose_device, choose_precision
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.recipe.load import validate
 
 
@@ -164,5 +165,5 @@ def test_apple_memory_is_freed_without_the_call_for_all_devices(monkeypatch):
     monkeypatch.setattr(torch.accelerator.memory, "empty_cache", refuse)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: freed.append("mps"))
-    machine.free_cached_memory()
+    free_cached_memory()
     assert freed == ["mps"]

@@ -24,7 +24,7 @@ ROOMS = {
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_300, "OpenAI's fine-tuning API: files, jobs, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
-    "models": (5_300, "finding, loading, attention, heads, losses in pieces"),
+    "models": (5_310, "finding, loading, attention, heads, losses in pieces"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans and chats over what commands print; sessions"),
     "parallel": (1_050, "several processes of one run"),

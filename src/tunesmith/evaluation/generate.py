@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import is_out_of_memory
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS

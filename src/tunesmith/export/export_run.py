@@ -24,7 +24,7 @@ from tunesmith.export.target import DTYPES, EXACT, ROUNDED, ExportOptions, Expor
 from tunesmith.export.verify import ExportComparison, TunedOutputs
 from tunesmith.methods import METHODS
 from tunesmith.models.load import load_config
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.resolve_model import resolve_base
 from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe

@@ -40,7 +40,7 @@ from tunesmith.export.proof_plan import MANY_TOKENS, ProofPlan, is_here
 from tunesmith.export.run_result import RunResult
 from tunesmith.export.target import Computing, ExportedModel, ExportTarget, Tolerances, TorchModel
 from tunesmith.inference.load import LoadedModel, load_base, load_run, make_renderer, run_labels
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.phrases import percent
 from tunesmith.recipe import load as recipe_file
 from tunesmith.recipe.schema import Base

@@ -28,7 +28,7 @@ from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder
 from tunesmith.generation.kv_cache import Layers
 from tunesmith.models.attention import packed_forward
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES
 from tunesmith.models.segments import UnsupportedAttentionError

@@ -19,7 +19,7 @@ from tunesmith.generation.adapters import AdapterSet
 from tunesmith.generation.decoder import BatchedDecoder, Decoder, why_unlike
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError
 from tunesmith.generation.scheduler import PreparedRequest, Scheduler
-from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import recurrent_layer
 

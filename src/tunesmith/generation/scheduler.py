@@ -22,7 +22,7 @@ from tunesmith.generation.sampling import (
     sample_together,
     with_text,
 )
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.errors import RecipeError
 from tunesmith.methods.targets import PLAIN_FORWARDS, Target, find_modules, inner_linears, replace_module, tied_reasons
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.quantized import PackOnLoad, QuantizedLinear, check_installed
 from tunesmith.phrases import size
 from tunesmith.recipe.methods import QloraMethod

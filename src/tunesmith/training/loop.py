@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tunesmith.data.sampler import MicroBatch, StepSampler
 from tunesmith.errors import NonFiniteError
-from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.optim import clip_divisor, rate
 from tunesmith.parallel.exchange import Computed, meet
 from tunesmith.phrases import listed

@@ -21,7 +21,7 @@ from tunesmith.errors import RunError
 from tunesmith.inference.load import LoadedModel, load_run
 from tunesmith.inference.measure import feed, masked_share
 from tunesmith.models.forward import hidden_states, logits_at_targets, sequence_logits
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.save import save_model

@@ -29,7 +29,7 @@ from tunesmith.errors import OutOfMemoryError, TunesmithError, is_out_of_memory
 from tunesmith.evaluation.generate import batch_size, generate
 from tunesmith.evaluation.predict_rows import predict_rows
 from tunesmith.evaluation.report import smoke_test
-from tunesmith.models.machine import peak_memory_bytes
+from tunesmith.models.memory import peak_memory_bytes
 from tunesmith.planning.devices import CUDA_CONTEXT
 from tunesmith.planning.forecast import Duration, Forecast, Kind, heaviest, targets_of
 from tunesmith.recipe.load import validate

@@ -21,7 +21,7 @@ from tunesmith.errors import DataError, DoesNotFitError, ModelError, RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.metrics import HEAD_METRICS
 from tunesmith.evaluation.scores import labels_headline
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.parallel.world import World
 from tunesmith.phrases import percent
 from tunesmith.planning import devices

@@ -35,6 +35,7 @@ from tunesmith.models.card import prepare_allocator
 from tunesmith.models.fast_layers import use_fast_layers
 from tunesmith.models.fused_loss import OutputLayer, find_output_layer, output_layer_of
 from tunesmith.models.heads import new_head_names, new_param_names
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import checkpoint_layers, disable_dropout, eval_mode
 from tunesmith.models.packing_check import PackingCheck, check_packing, layouts_of
 from tunesmith.models.quantized import num_weights
@@ -150,7 +151,7 @@ def prepare(
     if plan.recipe.precision != "float16" or not _overflows(setup, was_chosen="precision" not in plan.given):
         return setup
     del setup
-    machine.free_cached_memory()
+    free_cached_memory()
     float32 = recipe.model_copy(update={"precision": "float32"})
     plan = _resolve_together(world, float32, root, offline=offline, on_progress=on_progress, run=run, tries=1)
     reason = "numbers in this model are too large for float16, this device's fast type, as first rows showed"

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunesmith.data.collate import LinesOf
 from tunesmith.data.sampler import MicroBatch, StepSampler, copies_in
 from tunesmith.errors import GroupError, OutOfMemoryError, is_out_of_memory
-from tunesmith.models.machine import free_cached_memory, peak_memory_bytes
+from tunesmith.models.memory import free_cached_memory, peak_memory_bytes
 from tunesmith.optim import gradient_norm
 from tunesmith.parallel.exchange import Computed, Exhausted
 from tunesmith.phrases import size

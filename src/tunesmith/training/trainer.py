@@ -31,7 +31,7 @@ from tunesmith.evaluation.report import write_report
 from tunesmith.evaluation.report.values import rows_of
 from tunesmith.methods import restore
 from tunesmith.models.card import is_lost
-from tunesmith.models.machine import free_cached_memory
+from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import layers_of
 from tunesmith.parallel.launch import own_run
 from tunesmith.parallel.world import World
