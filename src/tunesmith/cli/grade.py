@@ -77,9 +77,10 @@ def grade(
         screen.print(visible(words), style="bright_black")
 
     loaded, every = _given(data, grader, model, offline)
-    prompts = _some(every, rows or (ROWS_OF_MODEL if model and not keep else len(every)))
-    if len(prompts) < len(every):
-        say(f"{len(prompts):,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
+    num = min(rows or (ROWS_OF_MODEL if model and not keep else len(every)), len(every))
+    prompts = [every[i * len(every) // num] for i in range(num)]
+    if num < len(every):
+        say(f"{num:,} of {plural(len(every), 'row')} are taken, evenly over the file (--rows)")
     how = {"num": samples, "max_new_tokens": max_new_tokens, "temperature": temperature}
     drawing = None if model is None else _Drawing(named(model, root), root, offline, seed, how)
     graded = _graded(loaded, prompts, drawing, say)
@@ -176,11 +177,6 @@ def _bounds(
     if not colon or not bounds[0] <= bounds[1]:
         raise InputError(f"--keep {keep}: not two rewards, the lower first. Write --keep 0.05:0.95")
     return bounds
-
-
-def _some(every: Sequence[Prompt], most: int) -> list[Prompt]:
-    num = min(most, len(every))
-    return [every[i * len(every) // num] for i in range(num)]
 
 
 def _with_model(
