@@ -4,6 +4,8 @@ import gc
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """`pytest -n 2` starts two processes that run tests; itself it only hands them out, and needs no torch."""
     is_worker = hasattr(config, "workerinput")
     if is_worker or not getattr(config.option, "numprocesses", None):
+        metadata.version = cache(metadata.version)  # before it is imported: a run asks for twenty, from files
         import quiet  # noqa: F401
 
         gc.disable()  # collecting makes hundreds of thousands of objects, and all of them stay

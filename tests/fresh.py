@@ -25,8 +25,10 @@ import pytest
 SERVER = """
 import gc, json, os, runpy, select, signal, socket, sys, threading, traceback
 sys.path[:0] = json.loads(sys.argv[1])
+import tunesmith.training.trainer
+sys.imported_by_a_run = frozenset(sys.modules)  # for test_light_side.py
 import torch, transformers.models.llama.modeling_llama
-import tunesmith.inference.measure, tunesmith.evaluation.report.plots, tunesmith.training.trainer
+import tunesmith.inference.measure, tunesmith.evaluation.report
 import tunesmith.planning.devices
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # as in quiet.py, no pages, and no waiting for other programs

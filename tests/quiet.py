@@ -3,6 +3,7 @@
 Imported by conftest.py, and not in a process that only hands out tests: all of it brings in torch.
 """
 
+import gc
 import os
 from copy import deepcopy
 from functools import cache, lru_cache
@@ -18,6 +19,8 @@ from tunesmith.evaluation import report
 from tunesmith.planning import devices
 from tunesmith.recipe import yaml_io
 
+gc.set_threshold(20_000, 10, 50)
+"""Circles are looked for a thirtieth as often: a tenth of the time of a small run."""
 os.fsync = lambda descriptor: None
 """A run of a second would wait for the disk a third of it. What a power cut loses is seen by tests that count calls."""
 WRITE_PAGES, report._write_pages = report._write_pages, lambda *args, **kwargs: None

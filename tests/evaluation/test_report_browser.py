@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from evaluation.fake_runs import CHAPTERS, HOSTILE, fake_run
+from often import often
 from tunesmith.evaluation.report import write_report
 from tunesmith.phrases import visible
 
@@ -76,7 +77,7 @@ def test_plots_are_drawn_by_day_and_by_night_without_asking_the_network(opened, 
     assert heard == []
 
 
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("width", often([400, 1200], 400))
 @pytest.mark.parametrize("kind", ["classes", "chat"])
 def test_no_text_is_wider_than_the_page(opened, kind, width):
     page = opened(kind, width=width)
@@ -86,7 +87,7 @@ def test_no_text_is_wider_than_the_page(opened, kind, width):
     assert page.evaluate(CUT_OFF) == []
 
 
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", often([390, 1200], 390))
 def test_the_line_of_a_row_is_in_one_piece(browser, tmp_path, width):
     """Of a long path the folder may wrap; "473" with its last digit below is another line."""
     run, facts, progress = fake_run(tmp_path / "run", "classes")

@@ -178,26 +178,31 @@ def samples_of(folder: Any, **sections: Any) -> tuple[list[dict[str, Any]], list
     return [e.values for e in events if e.kind == "sample"], [e.values["text"] for e in events if e.kind == "note"]
 
 
-HELD = {"data": {"held_out": 0.5}, "evaluation": {"samples": 8, "sample_tokens": 4, "general": False}}
+HELD = {
+    "data": {"held_out": 0.5},
+    "evaluation": {"samples": 8, "sample_tokens": 4, "general": False},
+    "train": {"max_steps": 2},
+}
 
 
-def test_a_runs_answers_are_those_of_prompts_alone(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    ours, _ = samples_of(tmp_path / "a", **HELD)
-    monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None)
-    plain, _ = samples_of(tmp_path / "b", **HELD)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The samples of a run whose answers do not go on from measured rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None)
+        return samples_of(tmp_path_factory.mktemp("plain"), **HELD)[0]
+
+
+def test_a_runs_answers_are_those_of_prompts_alone(tmp_path: Any, plain: list[dict[str, Any]]) -> None:
+    ours, _ = samples_of(tmp_path, **HELD)
     keys = ("name", "index", "prompt", "reference", "answer", "stopped")
     assert len(ours) == 16
     assert [[one[key] for key in keys] for one in ours] == [[one[key] for key in keys] for one in plain]
 
 
 def test_where_memory_ends_the_rest_is_answered_by_fewer_at_a_time(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, plain: list[dict[str, Any]]
 ) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    expected, _ = samples_of(tmp_path / "a", **HELD)
     adopt = BatchedDecoder.adopt
 
     def short(self: BatchedDecoder, rows: Any, *, more: int) -> Any:
@@ -206,8 +211,8 @@ def test_where_memory_ends_the_rest_is_answered_by_fewer_at_a_time(
         return adopt(self, rows, more=more)
 
     monkeypatch.setattr(BatchedDecoder, "adopt", short)
-    found, notes = samples_of(tmp_path / "b", **HELD)
-    assert [one["answer"] for one in found] == [one["answer"] for one in expected]
+    found, notes = samples_of(tmp_path, **HELD)
+    assert [one["answer"] for one in found] == [one["answer"] for one in plain]
     assert notes == []
 
 
@@ -224,13 +229,10 @@ def test_a_model_without_continuation_is_noted_and_answers_one_by_one(
 
 
 def test_too_large_batches_are_halved_and_long_prompts_read_in_parts(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, plain: list[dict[str, Any]]
 ) -> None:
     """Before, eight prompts of any length were one batch, and the run ended before its first step."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None, raising=False)
-    expected, _ = samples_of(tmp_path / "a", **HELD)
+    monkeypatch.setattr("tunesmith.training.evaluate.continuation", lambda *a: None)
     generate, seen = GenerationMixin.generate, list[int]()
 
     def short(self: Any, ids_BT: torch.Tensor, *, generation_config: Any, **rest: Any) -> Any:
@@ -241,6 +243,6 @@ def test_too_large_batches_are_halved_and_long_prompts_read_in_parts(
         return generate(self, ids_BT, generation_config=generation_config, **rest)
 
     monkeypatch.setattr(GenerationMixin, "generate", short)
-    found, _ = samples_of(tmp_path / "b", **HELD)
+    found, _ = samples_of(tmp_path, **HELD)
     assert max(seen) > 48
-    assert [one["answer"] for one in found] == [one["answer"] for one in expected]
+    assert [one["answer"] for one in found] == [one["answer"] for one in plain]

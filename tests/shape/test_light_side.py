@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fresh
 from shape.tree import ROOT
 
 HEAVY = ("torch", "transformers", "pyarrow", "numpy", "peft")
@@ -77,5 +78,4 @@ def test_layers_hold() -> None:
 def test_a_run_does_not_wait_for_measures_it_has_no_use_for() -> None:
     """nltk (of rouge-score), scikit-learn's metrics, seqeval and matplotlib: nearly a fifth of the time to import."""
     late = ("nltk", "rouge_score", "sklearn.metrics", "seqeval", "matplotlib")
-    done = python(f"import sys, tunesmith.training.trainer; print([m for m in {late} if m in sys.modules])")
-    assert done.stdout.strip() == "[]", done.stderr
+    assert fresh.done("-c", f"import sys; print([m for m in {late} if m in sys.imported_by_a_run])") == "[]\n"

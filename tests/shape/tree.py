@@ -2,14 +2,14 @@
 
 import ast
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "tunesmith"
 
 
-@lru_cache
+@cache
 def tracked_files() -> tuple[Path, ...]:
     """What git tracks; in an unpacked archive without git, everything outside hidden folders."""
     try:
@@ -24,7 +24,7 @@ def source_files() -> tuple[Path, ...]:
     return tuple(sorted(SOURCE.rglob("*.py")))
 
 
-@lru_cache
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
 

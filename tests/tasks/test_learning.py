@@ -58,6 +58,7 @@ def sentences(num: int, *, seed: int) -> list[dict[str, list[str]]]:
     return rows
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_a_grammar_of_tags(tmp_path):
     sections = {
         "optim": {"lr": 3e-3},

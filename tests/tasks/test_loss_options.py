@@ -115,6 +115,7 @@ def test_held_out_rows_are_measured_by_the_plain_loss(tmp_path: Path) -> None:  
     assert found["all"][1] > found["plain"][1] + 0.01
 
 
+@pytest.mark.slow  # they are no state: test_resume.py
 def test_a_run_with_all_of_them_resumes_bit_for_bit(tmp_path: Path) -> None:
     loss = {"label_smoothing": 0.1, "z_loss": 1e-3}
     straight = train(tiny_recipe(tmp_path, rows=12, dropout=0.1, loss=loss), root=tmp_path / "straight")

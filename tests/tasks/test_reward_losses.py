@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.exports import quick
+from often import slow
 from tiny_run import model_folder
 from tiny_tasks import assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
@@ -123,7 +124,7 @@ def own_reward(model: Any, ids: Any) -> float:
         return float(model.score(hidden[0, -1])[0])
 
 
-@pytest.mark.parametrize(("kind", "method"), [("causal", LORA), ("causal", "full"), ("encoder", "full")])
+@pytest.mark.parametrize(("kind", "method"), [("causal", LORA), slow(("causal", "full")), ("encoder", "full")])
 def test_a_result_is_a_classifier_with_one_label_that_transformers_loads(tmp_path, monkeypatch, kind, method):
     quick(monkeypatch)  # in another process: tests/training/test_preferences.py
     run = train(recipe_of(tmp_path, kind, method=method), root=tmp_path / "runs")

@@ -47,9 +47,20 @@ def test_the_second_run_begins_where_the_first_ended(tmp_path, method):
     assert json.loads(merged.read_text())["architectures"]
 
 
-def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, monkeypatch):
-    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
-    first = train(recipe, root=tmp_path / "runs")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Run:
+    """A run of one step, which tests copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = task_recipe(folder, "text", "causal", method="lora", train={"max_steps": 1})
+    return train(recipe, root=folder / "runs")
+
+
+def copy_of(run: Run, root: Path) -> Run:
+    return Run(shutil.copytree(run.path, root / run.path.name))
+
+
+def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(trained, tmp_path, monkeypatch):
+    first = copy_of(trained, tmp_path / "runs")
     merges, load_run = [], merged_base.load_run
 
     def slow(*args, **how):
@@ -65,29 +76,25 @@ def test_two_runs_that_start_from_one_adapter_at_once_merge_it_once(tmp_path, mo
     assert len(merges) == 1
 
 
-def test_a_merged_base_whose_distance_is_being_measured_is_waited_for(tmp_path):
-    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
-    run = train(recipe, root=tmp_path / "runs")
+def test_a_merged_base_whose_distance_is_being_measured_is_waited_for(trained, tmp_path):
+    run = copy_of(trained, tmp_path / "runs")
     start_from(str(run.path), root=tmp_path, offline=True)
     assert merged_base._is_merged(run)
     (run.merged_path / merged_base.MADE_OF).unlink()  # which is written last, after the distance
     assert not merged_base._is_merged(run)
 
 
-def test_the_wait_for_a_run_that_another_process_has_ends(tmp_path, monkeypatch):
-    first = train(
-        task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1}), root=tmp_path / "runs"
-    )
+def test_the_wait_for_a_run_that_another_process_has_ends(trained, tmp_path, monkeypatch):
+    first = copy_of(trained, tmp_path / "runs")
     monkeypatch.setattr(merged_base, "MERGE_WAIT_S", 0.1)
     with first.lock(), pytest.raises(RunError, match="in use by process"):
         start_from(str(first.path), root=tmp_path / "runs", offline=True)
 
 
-def test_a_plan_names_the_run_that_it_starts_from_and_the_room_that_takes(tmp_path):
+def test_a_plan_names_the_run_that_it_starts_from_and_the_room_that_takes(trained, tmp_path):
     root = tmp_path / "runs"
-    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"max_steps": 1})
-    first = train(recipe, root=root)
-    second = train(recipe.model_copy(update={"model": str(first.path)}), root=root)
+    first = copy_of(trained, root)
+    second = train(trained.recipe().model_copy(update={"model": str(first.path)}), root=root)
     plan = next(event.values for event in second.events() if event.kind == "plan")
     assert plan["model"] == second.report["model"] == f"{first.path.name} (merged)"
     assert any(re.search(r"merged into its base in \S+/merged \([\d.]+ [KM]iB\)", text) for text in plan["warnings"])
@@ -146,9 +153,8 @@ def test_a_merged_base_that_was_removed_is_made_again(tmp_path):
     assert evaluation(runs[2], "before") == pytest.approx(evaluation(runs[1], "after"), rel=1e-5)
 
 
-def test_a_merged_base_says_how_far_it_is_from_what_was_measured(tmp_path):
-    recipe = task_recipe(tmp_path, "text", "causal", method="lora", train={"epochs": 1})
-    first = train(recipe, root=tmp_path / "runs")
+def test_a_merged_base_says_how_far_it_is_from_what_was_measured(trained, tmp_path):
+    first = copy_of(trained, tmp_path / "runs")
     start = start_from(str(first.path), root=tmp_path / "runs", offline=True)
     assert re.search(
         r"in 16 bits its KL divergence from the model that was measured is \S+ nats, its loss [+-]", start.note

@@ -47,7 +47,7 @@ def evaluations(run: Run) -> dict[str, Any]:
     ("task", "kind", "method"),
     [
         *often(((task, kind, "full") for task, kind in EVERY), *((*pair, "full") for pair in USUAL.items())),
-        *((task, kind, "lora") for task, kind in FIRST.values()),
+        *often(((task, kind, "lora") for task, kind in FIRST.values()), ("chat", "causal", "lora")),
     ],
 )
 def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, kind, method):
@@ -82,7 +82,7 @@ def test_a_run_lowers_the_held_out_loss_and_tells_its_measures(tmp_path, task, k
 
 
 @pytest.mark.pages
-@pytest.mark.parametrize("task", ["chat", "classify"])  # all kinds: tests/evaluation/test_report.py
+@pytest.mark.parametrize("task", often(["chat", "classify"], "classify"))  # all kinds: tests/evaluation/test_report.py
 def test_the_report_of_a_run_is_drawn(tmp_path, task):
     kind = next(iter(TASKS[task].heads))
     run = train(task_recipe(tmp_path, task, kind, train={"max_steps": 2}), root=tmp_path / "runs")

@@ -76,6 +76,7 @@ def test_losses_of_sources_add_up_to_the_loss_of_all_rows() -> None:
     assert loss_by_source(rows, ["a"] * 6) == {}
 
 
+@pytest.mark.slow  # what a step takes follows from its number: tests/data/test_mixing.py
 def test_a_mixed_run_resumes_bit_for_bit(run: Run, tmp_path: Path) -> None:
     stopped = []
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export.exports import quick
+from often import often
 from tiny import tiny_tokenizer
 from tiny_model import tiny_model
 from tiny_run import model_folder, same_run, stop_at, tiny_recipe
@@ -97,7 +98,7 @@ def test_stopped_and_resumed_is_the_same_run(finished: Run) -> None:
     same_run(resume(stopped), finished)
 
 
-@pytest.mark.parametrize("target", ["merged", "adapter", "gguf"])
+@pytest.mark.parametrize("target", often(["merged", "adapter", "gguf"], "merged"))
 def test_exports_have_the_tokens(finished: Run, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proved: the same tokens, the same weights, the same answers."""
     quick(monkeypatch)
