@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jsonschema_specifications
 import pytest
+import referencing.jsonschema
 
 from graders.graders import function_in, grade, grades
 from tunesmith.errors import InputError
 from tunesmith.graders import formula, schema, templates, texts
-from tunesmith.graders.grade import Answer
+from tunesmith.graders.grade import Answer, GradeError
 
 STRING = {
     "type": "string_check",
@@ -133,6 +135,31 @@ def test_json_schema_counts_errors() -> None:
     of = {"type": "object", "required": ["a", "b"], "properties": {"a": {"type": "integer"}}}
     rewards = [grade({"type": "json_schema", "schema": of}, text).reward for text in ('{"a": 1, "b": 2}', "{}", "none")]
     assert rewards == [1, 1 / 3, 0]
+
+
+def test_a_schema_that_refers_to_a_file_or_an_address_reads_neither(tmp_path: Path) -> None:  # trap: S30
+    (tmp_path / "secret.json").write_text('{"type": "integer"}')
+    for place in ((tmp_path / "secret.json").as_uri(), "http://127.0.0.1:1/schema.json"):
+        of = schema.from_value({"type": "json_schema", "schema": {"$ref": place}})
+        with pytest.raises(GradeError, match="which is not in it"):
+            texts.grade_text(of, Answer("1").as_sample(), {})
+    published = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    of = schema.from_value({"type": "json_schema", "schema": published})
+    assert texts.grade_text(of, Answer('{"type": "object"}').as_sample(), {}) == 1
+
+
+def test_a_registry_that_reads_files_is_found(  # trap: S30 planted
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(place: str) -> referencing.Resource[Any]:
+        content = json.loads(Path(place.removeprefix("file://")).read_text())
+        return referencing.jsonschema.DRAFT202012.create_resource(content)
+
+    monkeypatch.setattr(jsonschema_specifications, "REGISTRY", referencing.Registry(retrieve=read))
+    texts._validator.cache_clear()
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_schema_that_refers_to_a_file_or_an_address_reads_neither(tmp_path)
+    texts._validator.cache_clear()
 
 
 def test_a_function_of_trls_is_told_by_its_parameters(tmp_path: Path) -> None:

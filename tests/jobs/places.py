@@ -43,8 +43,8 @@ def put_file(store: Store, content: bytes, name: str = "file-a") -> str:
     return name
 
 
-def put_job(store: Store, file: str, **body: Any) -> str:
-    return str(create_job(store, BASES, JobBody(**{"model": "tiny", "training_file": file, **body}))["id"])
+def put_job(store: Store, file: str, *, bases: Bases = BASES, **body: Any) -> str:
+    return str(create_job(store, bases, JobBody(**{"model": "tiny", "training_file": file, **body}))["id"])
 
 
 @dataclass

@@ -14,6 +14,7 @@ openai = pytest.importorskip("openai", reason="the openai package is the client 
 from jobs.places import BASES  # noqa: E402
 from serve import running as servers  # noqa: E402
 from serve.fake import FakeEngine  # noqa: E402
+from tunesmith.jobs.bases import Bases  # noqa: E402
 from tunesmith.jobs.engines import Engines  # noqa: E402
 from tunesmith.jobs.kept_answers import KeptAnswers  # noqa: E402
 from tunesmith.jobs.server import make_routers  # noqa: E402
@@ -32,10 +33,10 @@ class Served:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Served]:
+def serving(folder: Path, bases: Bases = BASES) -> Iterator[Served]:
     store = Store(folder / "store")
 
-    routers = make_routers(store, BASES, Engines({"tiny": FakeEngine()}, BASES))
+    routers = make_routers(store, bases, Engines({"tiny": FakeEngine()}, bases))
     patch = pytest.MonkeyPatch()
     patch.setattr(servers, "make_app", lambda engine, policy, listeners: make_app(engine, policy, listeners, routers))
     with servers.running(AccessPolicy(known=KeptAnswers(store).find), FakeEngine()) as it:

@@ -13,7 +13,7 @@ REQUIRED = {
     *("A1", "A2", "A3", "A4", "A6", "A7", "A8", "A9", "A15", "A18", "A19", "A20"),  # adapters
     *("A13", "A14"),  # GGUF
     *("A5", "A10", "A11", "A12"),  # heads, padding and classes
-    *(f"S{n}" for n in (*range(1, 9), *range(10, 13), *range(20, 29))),
+    *(f"S{n}" for n in (*range(1, 9), *range(10, 13), *range(20, 31))),
     *(f"M{n}" for n in range(1, 10)),  # what a measure proves
     *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
     *(f"G{n}" for n in range(1, 26)),  # answers that are drawn and graded

@@ -143,6 +143,10 @@ def show(job: Job = "last", url: Url = DEFAULT, as_json: Json = False) -> None:
         screen.print(visible(line), soft_wrap=True)
 
 
+_MEASURES = ("valid_loss", "full_valid_mean_reward", "train_mean_reward")
+"""Metrics of a checkpoint, of which the first that it has is shown; else its training loss."""
+
+
 def _facts(job: JsonObject, checkpoints: list[JsonObject]) -> Iterator[str]:
     kind = job["method"]["type"]
     numbers = ", ".join(f"{key} {value}" for key, value in job["method"][kind]["hyperparameters"].items())
@@ -155,8 +159,10 @@ def _facts(job: JsonObject, checkpoints: list[JsonObject]) -> Iterator[str]:
     if job["fine_tuned_model"]:
         yield f"model {job['fine_tuned_model']}, {job['trained_tokens']:,} tokens, results {job['result_files'][0]}"
     for checkpoint in checkpoints:
-        loss = checkpoint["metrics"].get("valid_loss", checkpoint["metrics"].get("train_loss"))
-        yield f"step {checkpoint['step_number']}: {checkpoint['fine_tuned_model_checkpoint']}, loss {loss}"
+        metrics = checkpoint["metrics"]
+        key = next((key for key in _MEASURES if key in metrics), "train_loss")
+        measured = f"{key.rpartition('_')[2]} {metrics.get(key)}"
+        yield f"step {checkpoint['step_number']}: {checkpoint['fine_tuned_model_checkpoint']}, {measured}"
 
 
 def _line(event: JsonObject) -> str:

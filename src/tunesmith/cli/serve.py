@@ -58,6 +58,9 @@ StoreFiles = Annotated[
     Path, typer.Option("--store-files", metavar="DIR", help="Contents and runs of a store on PostgreSQL.")
 ]
 Upgrade = Annotated[bool, typer.Option("--upgrade-store", help="Upgrade an older PostgreSQL store. Back it up first.")]
+PythonGraders = Annotated[
+    bool, typer.Option("--python-graders", help="Let clients' graders run Python here, as the user of this server.")
+]
 BasesFile = Annotated[Path | None, typer.Option("--bases", metavar="FILE", help="Models that jobs may tune, in YAML.")]
 RayAt = Annotated[
     str | None,
@@ -84,6 +87,7 @@ def serve(
     upgrade_store: Upgrade = False,
     ray: RayAt = None,
     bases: BasesFile = None,
+    python_graders: PythonGraders = False,
     model: BaseAt = None,
     root: Root = Path("runs"),
     offline: Offline = False,
@@ -98,7 +102,7 @@ def serve(
 
     tunesmith serve --jobs HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    _refuse_nothing(targets, bases, ray, jobs=jobs)
+    _refuse_nothing(targets, bases, ray, jobs=jobs, python_graders=python_graders)
     check_extra("jobs" if jobs else "serve")
     from tunesmith.serve import http
     from tunesmith.serve.middleware import AccessPolicy, ApiKeys, read_keys
@@ -113,14 +117,18 @@ def serve(
     work = None
     if jobs:
         models = read_bases(bases, targets or [], root)
+        if python_graders:
+            models = models.model_copy(update={"graders": models.graders.model_copy(update={"python": True})})
         opened = open_store(store, store_files, may_upgrade=upgrade_store, on_note=output.note)
         work = ServedJobs(opened, models, ray)
     serve_own(targets or [], bound, policy, options, root=root, grace_s=grace, output=output, work=work)
 
 
-def _refuse_nothing(targets: Sequence[str] | None, bases: Path | None, ray: str | None, *, jobs: bool) -> None:
+def _refuse_nothing(
+    targets: Sequence[str] | None, bases: Path | None, ray: str | None, *, jobs: bool, python_graders: bool
+) -> None:
     """Raise InputError where nothing to serve was named, and for options of jobs without jobs."""
-    for option, value in (("--bases", bases), ("--ray", ray)):
+    for option, value in (("--bases", bases), ("--ray", ray), ("--python-graders", python_graders or None)):
         if value is not None and not jobs:
             raise InputError(f"{option}: is for jobs: give --jobs too.")
     if not targets and bases is None and jobs:

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.environment import install_command
@@ -147,9 +147,11 @@ def _length(grader: schema.Length, text: str, tokens: int | None) -> float:
     return max(0.0, 1 - max(0.0, num - grader.high) / grader.high)
 
 
-@cache
+@lru_cache(64)
 def _validator(text: str) -> Any:
+    """A schema refers to itself or to the published drafts: nothing is read from an address or a file."""
     from jsonschema import exceptions, validators
+    from jsonschema_specifications import REGISTRY
 
     of_schema = json.loads(text)
     kind = validators.validator_for(of_schema)
@@ -157,7 +159,7 @@ def _validator(text: str) -> Any:
         kind.check_schema(of_schema)
     except exceptions.SchemaError as error:
         raise InputError(f"json_schema: schema: it is not a JSON schema: {error.message}") from None
-    return kind(of_schema)
+    return kind(of_schema, registry=REGISTRY)
 
 
 def _schema(grader: schema.JsonSchema, text: str) -> float:
@@ -166,9 +168,14 @@ def _schema(grader: schema.JsonSchema, text: str) -> float:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return 0.0
+    from referencing.exceptions import Unresolvable
+
     errors = 0
-    for _ in _validator(json.dumps(grader.json_schema)).iter_errors(value):
-        errors += 1
-        if errors == MOST_SCHEMA_ERRORS:
-            break
+    try:
+        for _ in _validator(json.dumps(grader.json_schema)).iter_errors(value):
+            errors += 1
+            if errors == MOST_SCHEMA_ERRORS:
+                break
+    except Unresolvable as error:
+        raise GradeError("exception", f"schema: it refers to {error.ref}, which is not in it") from None
     return 1 / (1 + errors)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tunesmith.errors import InputError
+from tunesmith.graders.strangers import GraderRules
 from tunesmith.jobs.names import check_project
 from tunesmith.jobs.rules import Rules
 from tunesmith.recipe import load, yaml_io
@@ -41,6 +42,8 @@ class Bases(Rules):
     """Fewest rows of a training file."""
     results_encoding: Literal["base64", "csv"] = "base64"
     """Form of results files: base64 as OpenAI has sent it since 2024, or plain text as before."""
+    graders: GraderRules = GraderRules()
+    """Rules of what graders of clients may use."""
 
     @cached_property
     def names(self) -> dict[str, tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import orjson
@@ -26,17 +26,19 @@ class _OutOfTimeError(Exception):
 
 
 def answer_to(request: Record) -> JsonObject:
-    """The facts of a training file, {num_rows, task}, or {fault} of it or of the validation file."""
+    """The facts of the files, {num_rows, task, num_validation}, or {fault} of it or of the validation file."""
     method, files = request["method"], request["files"]
     which = "training"
     try:
-        checked = check_file(Path(files[which]), which, method=method, min_examples=request["min_examples"])
+        more = {"method": method, "grader": request.get("grader")}
+        checked = check_file(Path(files[which]), which, min_examples=request["min_examples"], **more)
         if "validation" in files:
             which = "validation"
-            other = check_file(Path(files[which]), which, method=method, min_examples=1)
+            other = check_file(Path(files[which]), which, min_examples=1, **more)
             if other.task != checked.task:
                 message = "The validation file has rows of another shape than the training file."
                 raise FileFault("invalid_validation_file", message, "validation_file")
+            checked = replace(checked, num_validation=other.num_rows)
     except FileFault as fault:
         return {"fault": asdict(fault)}
     except (_OutOfTimeError, MemoryError, SystemError) as error:  # orjson's, where memory ends in it

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunesmith.errors import InputError, RunError, StorageError
+from tunesmith.jobs import reinforcement
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.engines import EnginesFromThread
 from tunesmith.jobs.file_checks import MOST_ATTEMPTS, FileChecks, fail, for_clients
-from tunesmith.jobs.job_request import Integration
+from tunesmith.jobs.job_request import GRADER, Integration
 from tunesmith.jobs.launcher import ChildProcess, LocalLauncher
 from tunesmith.jobs.names import derived_id, snapshot_name
 from tunesmith.jobs.ray_launcher import RayLauncher, RayRun
@@ -36,6 +37,8 @@ from tunesmith.types import Event, JsonObject, Record
 POLL_S = 0.2
 EXPIRE_S = 60.0
 """Seconds between two rounds that delete expired files."""
+_ERRORS = {"DoesNotFitError": ("insufficient_memory", "model"), "UngradedError": ("grader_failed", GRADER)}
+"""(code, param) of a job whose run ended by an error, by its type; of all others run_failed."""
 UNAVAILABLE, CRASHED = 503, "engine_crashed"
 """An engine's refusals: the status while it is being started, the code where it ended during the request."""
 
@@ -276,6 +279,8 @@ class Dispatcher:
         }  # fmt: skip
         if "beta" in job["numbers"]:
             numbers["beta"] = recipe.prefer.filled().beta
+        if "compute_multiplier" in job["numbers"]:
+            numbers |= reinforcement.numbers_of(recipe)
         self.store.change_job(active.job_id, if_status=["running", "paused"], numbers=numbers)
 
     def _end(self, job: Record, active: _Active) -> None:
@@ -305,7 +310,7 @@ class Dispatcher:
             if file is not None and (problems := list(problems_of(error, self.store.content_path(file)))):
                 fault = row_fault(problems, side)
                 return fail(self.store, job["id"], fault.code, fault.message, param=fault.param, lines=fault.lines)
-        code, param = ("insufficient_memory", "model") if error["code"] == "DoesNotFitError" else ("run_failed", None)
+        code, param = _ERRORS.get(error["code"], ("run_failed", None))
         return fail(self.store, job["id"], code, str(error["message"]), param=param)
 
     def _serve_snapshots(self, job_id: str, run: Run) -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import orjson
 
 from tunesmith.errors import InputError
+from tunesmith.graders.strangers import GraderRefusedError, runnable
+from tunesmith.jobs import reinforcement
 from tunesmith.jobs.bases import Bases, PublicBase
 from tunesmith.jobs.check_process import facts_of
+from tunesmith.jobs.job_request import GRADER
 from tunesmith.jobs.launcher import ChildProcess, start_child
 from tunesmith.jobs.states import WAITING
 from tunesmith.jobs.store import Store, event
@@ -109,8 +113,15 @@ class FileChecks:
         return {
             "files": {which: str(path) for which, path in paths.items()},
             "method": request.get("method", "supervised"), "min_examples": self.bases.min_examples,
+            "grader": self._grader(request.get("grader")),
             "memory_bytes": MEMORY_BYTES, "seconds": SECONDS + num_bytes // BYTES_A_SECOND,
         }  # fmt: skip
+
+    def _grader(self, sent: JsonObject | None) -> JsonObject | None:
+        """A job's grader as its run reads it; None: it has none, or one that is no longer allowed."""
+        with suppress(GraderRefusedError):
+            return None if sent is None else runnable(sent, self.bases.graders, GRADER)
+        return None
 
     def _take_over(self, job: Record, answer: Record | None) -> None:
         """The state that a job comes to by what its check said; None: it was ended from outside."""
@@ -132,6 +143,9 @@ class FileChecks:
             return fail(self.store, name, "run_failed", str(error))
         write_atomic(self.store.recipes_path / f"{name}.yaml", recipe)
         messages = [event(name, "Files validated, moving job to queued state", once="validated")]
+        if "compute_multiplier" in numbers:
+            sentences = reinforcement.sentences_on(numbers)
+            messages += [event(name, text, once=f"numbers {i}") for i, text in enumerate(sentences)]
         values = {"status": "queued", "is_checked": True, "numbers": numbers, "attempts": 0}
         self.store.change_job(name, messages, if_status=WAITING, **values)
 
@@ -141,7 +155,9 @@ class FileChecks:
         if base is None:  # the file of bases was changed since
             raise FileFault("model_not_available", f"{job['base']} may no longer be tuned here.", "model")
         numbers = dict(request["hyperparameters"])
-        if numbers["n_epochs"] == "auto":
+        if checked.task == "reinforce":
+            numbers = reinforcement.decided(numbers, num_rows=checked.num_rows, num_validation=checked.num_validation)
+        elif numbers["n_epochs"] == "auto":
             numbers["n_epochs"] = rounds(checked.num_rows)
         decided = {**numbers, "seed": request["seed"]}
         if request.get("starts_from"):
@@ -149,10 +165,22 @@ class FileChecks:
             assert parent is not None, "a model that an open job starts from is not deleted"
             base = base.model_copy(update={"model": str(self.store.model_path(parent))})
         validation = request["validation_file"] and self.store.content_path(request["validation_file"])
-        recipe = job_recipe(base, checked, self.store.content_path(request["training_file"]), validation, decided)
+        grader = None if request.get("grader") is None else self._grader_file(job["id"], request["grader"])
+        training = self.store.content_path(request["training_file"])
+        recipe = job_recipe(base, checked, training, validation, decided, grader=grader)
         if request["integrations"]:
             recipe["track"] = ["wandb"]
         return orjson.dumps(recipe), numbers
+
+    def _grader_file(self, name: str, sent: JsonObject) -> Path:
+        """The file of a job's grader as its run reads it. Raises FileFault where it is allowed no longer."""
+        try:
+            grader = runnable(sent, self.bases.graders, GRADER)
+        except GraderRefusedError as error:
+            raise FileFault(error.code, str(error), error.place) from None
+        path = self.store.recipes_path / f"{name}.grader.json"
+        write_atomic(path, orjson.dumps(grader))
+        return path
 
 
 def fail(
@@ -173,15 +201,22 @@ def for_clients(store: Store, message: object) -> str:
 
 
 def job_recipe(
-    base: PublicBase, checked: CheckedFile, training: Path, validation: Path | None, numbers: Record
+    base: PublicBase,
+    checked: CheckedFile,
+    training: Path,
+    validation: Path | None,
+    numbers: Record,
+    *,
+    grader: Path | None = None,
 ) -> JsonObject:
     """The recipe of a job: options of its base, over which its request wins. Raises RecipeError."""
-    times, beta, is_dpo = numbers["learning_rate_multiplier"], numbers.get("beta", "auto"), checked.task == "prefer"
+    times, beta = numbers["learning_rate_multiplier"], numbers.get("beta", "auto")
+    drops = checked.task in ("prefer", "reinforce")
     is_here = Path(base.model).exists()  # the run may be resumed from another working directory
     from_request: JsonObject = {
         "model": str(Path(base.model).resolve()) if is_here else base.model,
         "task": checked.task,
-        "data": {"train": [str(training)], "too_long": "drop" if is_dpo else "cut"},
+        "data": {"train": [str(training)], "too_long": "drop" if drops else "cut"},
         "train": {"epochs": numbers["n_epochs"], "rows_per_step": numbers["batch_size"]},
         "seed": numbers["seed"],
         "devices": 1,
@@ -191,6 +226,8 @@ def job_recipe(
         from_request["optim"] = {"lr_times": float(times)}
     if beta != "auto":
         from_request["prefer"] = {"beta": float(beta)}
+    if grader is not None:
+        from_request |= reinforcement.sections_of(numbers, grader)
     recipe: JsonObject = {"method": {"name": "lora"}, **base.recipe}
     recipe["checkpoint"] = {"snapshots": SNAPSHOTS, **recipe.get("checkpoint", {})}
     if validation is not None:

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
+from tunesmith.phrases import listed
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import Body, Parameters, StrictModel
 from tunesmith.types import JsonObject
 
 MAX_METADATA = 16
+GRADER = "method.reinforcement.grader"
+"""Place of a job's grader in its request."""
 
 
 def _auto_or(what: str, fits: Callable[[Any], bool], kind: type | UnionType = int) -> Any:
@@ -31,6 +34,7 @@ def _whole(most: int) -> Any:
 LEAST = 1e-6
 """Smallest factor: below it a step changes no weight."""
 _FACTOR = _auto_or("a number from 0.000001 to 1,000,000", lambda value: LEAST <= value <= 1 / LEAST, int | float)
+_UP_TO_TEN = _auto_or("a number from 0.00001 to 10", lambda value: 1e-5 <= value <= 10, int | float)
 _UP_TO_TWO = _auto_or("a number from 0.000001 to 2", lambda value: LEAST <= value <= 2, int | float)
 
 
@@ -48,6 +52,21 @@ class DpoHyperparameters(Hyperparameters):
     beta: Annotated[Any, _UP_TO_TWO] = "auto"
 
 
+def _usual_effort(value: Any) -> Any:
+    if value != "default":
+        raise ValueError('should be "default": models here have no levels of reasoning')
+    return value
+
+
+class ReinforcementHyperparameters(Hyperparameters):
+    """Options of a job that learns from a grader; `reinforcement.recipe_of` says what becomes of them."""
+
+    compute_multiplier: Annotated[Any, _UP_TO_TEN] = "auto"
+    eval_interval: Annotated[Any, _whole(100_000)] = "auto"
+    eval_samples: Annotated[Any, _whole(64)] = "auto"
+    reasoning_effort: Annotated[str, BeforeValidator(_usual_effort)] = "default"
+
+
 class Supervised(StrictModel):
     """Options of the method supervised."""
 
@@ -60,18 +79,43 @@ class Dpo(StrictModel):
     hyperparameters: DpoHyperparameters | None = None
 
 
+class Reinforcement(StrictModel):
+    """Options of the method reinforcement."""
+
+    grader: JsonObject
+    """`graders.strangers.runnable` checks it."""
+    hyperparameters: ReinforcementHyperparameters | None = None
+    response_format: JsonObject | None = None
+
+    @field_validator("response_format")
+    @classmethod
+    def _unforced(cls, value: JsonObject | None) -> JsonObject | None:
+        if value is not None and value.get("type") != "text":
+            raise ValueError(
+                "answers are drawn as the model writes them, and forced into no format. Leave it out, and let a "
+                "json_schema grader of a multi grader reward answers that have it"
+            )
+        return value
+
+
+_SCHEMAS: dict[str, type[Hyperparameters]] = {
+    "supervised": Hyperparameters, "dpo": DpoHyperparameters, "reinforcement": ReinforcementHyperparameters,
+}  # fmt: skip
+"""The methods, and the hyperparameters of each."""
+
+
 class MethodChoice(StrictModel):
     """The method of a job. Options of the other methods are accepted without effect, as there."""
 
     type: str
     supervised: Supervised | None = None
     dpo: Dpo | None = None
-    reinforcement: JsonObject | None = None
+    reinforcement: Reinforcement | None = None
 
     @property
     def hyperparameters(self) -> Hyperparameters | None:
         """The hyperparameters of the method's own type."""
-        options = self.dpo if self.type == "dpo" else self.supervised
+        options: Supervised | Dpo | Reinforcement | None = getattr(self, self.type)
         return None if options is None else options.hyperparameters
 
 
@@ -120,9 +164,18 @@ class JobBody(Body):
 
     @model_validator(mode="after")
     def _consistent(self) -> JobBody:
-        if self.kind not in ("supervised", "dpo"):
-            message = f"method: {self.kind[:40]!r} is not available here. Use supervised or dpo."
+        if self.kind not in _SCHEMAS:
+            message = f"method: {self.kind[:40]!r} is not available here. Use {listed(tuple(_SCHEMAS), 3)}."
             raise RequestError(message, code="method_not_available", param="method")
+        if self.kind == "reinforcement" and self.grader is None:
+            message = f"{GRADER}: is missing: it says how good an answer is."
+            raise RequestError(message, code="missing_required_parameter", param=GRADER)
+        if self.kind == "reinforcement" and self.validation_file is None:
+            message = (
+                "validation_file: is missing: a reinforcement job needs prompts that it does not learn from, on which "
+                "its rewards are measured."
+            )
+            raise RequestError(message, code="missing_required_parameter", param="validation_file")
         inner = None if self.method is None else self.method.hyperparameters
         outer = {} if self.hyperparameters is None else self.hyperparameters.model_dump()
         if inner is not None and any(getattr(inner, key) != value for key, value in outer.items()):
@@ -144,5 +197,11 @@ class JobBody(Body):
         """The hyperparameters of its method, from either place."""
         inner = None if self.method is None else self.method.hyperparameters
         sent = inner or self.hyperparameters or Hyperparameters()
-        schema = DpoHyperparameters if self.kind == "dpo" else Hyperparameters
-        return schema(**sent.model_dump()).model_dump()
+        return _SCHEMAS[self.kind](**sent.model_dump()).model_dump()
+
+    @property
+    def grader(self) -> JsonObject | None:
+        """The grader of a reinforcement job, as it was sent."""
+        if self.method is None or self.method.reinforcement is None or self.kind != "reinforcement":
+            return None
+        return self.method.reinforcement.grader

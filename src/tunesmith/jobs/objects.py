@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from tunesmith.jobs.names import derived_id
 from tunesmith.types import JsonObject, Record
 
+_COMMON = ("n_epochs", "batch_size", "learning_rate_multiplier")
+"""Hyperparameters of every method."""
 NO_ERROR = {"code": None, "message": None, "param": None}
 """`error` of a job that has not failed: scripts read `job.error.code` without looking."""
 
@@ -26,7 +28,10 @@ def job_object(row: Record) -> JsonObject:
     request = row["request"]
     has_ended = row["status"] == "succeeded"
     method = request.get("method", "supervised")
-    common = {name: value for name, value in row["numbers"].items() if name != "beta"}
+    common = {name: row["numbers"][name] for name in _COMMON if name in row["numbers"]}
+    options = {"hyperparameters": row["numbers"]}
+    if method == "reinforcement":
+        options = {"grader": request["grader"], **options}
     same = {name: row[name] for name in ("id", "created_at", "finished_at", "status", "model", "trained_tokens")}
     sent = {name: request[name] for name in ("training_file", "validation_file", "seed", "metadata")}
     return {
@@ -38,7 +43,7 @@ def job_object(row: Record) -> JsonObject:
         "organization_id": f"org-{row['project']}",
         "result_files": [row["result_file"]] if row["result_file"] else [],
         "hyperparameters": common,
-        "method": {"type": method, method: {"hyperparameters": row["numbers"]}},
+        "method": {"type": method, method: options},
         "integrations": request["integrations"],
         "error": row["error"] or NO_ERROR,
         "user_provided_suffix": request["suffix"],

@@ -18,7 +18,8 @@ from starlette.responses import FileResponse, Response
 from tunesmith.errors import InputError
 from tunesmith.jobs import objects
 from tunesmith.jobs.bases import Bases
-from tunesmith.jobs.job_request import JobBody
+from tunesmith.jobs.grader_routes import checked
+from tunesmith.jobs.job_request import GRADER, JobBody
 from tunesmith.jobs.kept_answers import KeptAnswers
 from tunesmith.jobs.names import DEFAULT_PROJECT, new_id, tuned_name
 from tunesmith.jobs.repeats import digest_of, job_made_before, job_made_with, keyed_id, retry_count
@@ -265,9 +266,11 @@ def _add_event_routes(router: APIRouter, store: Store) -> None:
 def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key: str | None = None) -> Record:
     """The row of a new job, or of the one that a request with the same key has just made.
 
-    Raises RequestError for a model, a file or a service that is not there.
+    Raises RequestError for a model, a file or a service that is not there, and for a grader that is not allowed.
     """
     base, shown, parent = _start(store, bases, body.model)
+    if body.grader is not None:
+        checked(body.grader, bases.graders, GRADER)
     for param in ("training_file", "validation_file"):
         _check_file(store, param, getattr(body, param))
     integrations = [integration.model_dump(exclude_none=True) for integration in body.integrations or ()]
@@ -278,7 +281,7 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key
         "model": body.model, "training_file": body.training_file, "validation_file": body.validation_file,
         "suffix": body.suffix, "seed": secrets.randbelow(2**31) if body.seed is None else body.seed,
         "metadata": body.metadata, "integrations": integrations, "hyperparameters": numbers, "method": body.kind,
-        "starts_from": parent, "sent": digest_of(body), "retry": retry,
+        "starts_from": parent, "sent": digest_of(body), "retry": retry, "grader": body.grader,
     }  # fmt: skip
     messages = [event(name, f"Created fine-tuning job: {name}")]
     if parent is not None:
@@ -286,7 +289,7 @@ def create_job(store: Store, bases: Bases, body: JobBody, *, retry: int = 0, key
     elif body.model != base:
         messages.append(event(name, f"{body.model} is a name of {base} here: that model is tuned"))
     if body.validation_file == body.training_file:
-        text = "The validation file is the training file: its loss says what was learnt by heart"
+        text = "The validation file is the training file: measured on it, the model shows what it learnt by heart"
         messages.append(event(name, text, level="warn"))
     which = f"Validating training file: {body.training_file}"
     which += f" and validation file: {body.validation_file}" if body.validation_file else ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from tunesmith.jobs import reward_metrics
 from tunesmith.jobs.store import event
 from tunesmith.phrases import option, plural
 from tunesmith.runs.folder import Run
@@ -26,6 +29,7 @@ class EventTranslator:
         self.job = job
         self.total_steps = 0
         self.last_loss: float | None = None
+        self.last_reward: float | None = None
 
     def __call__(self, run_events: Iterable[Event]) -> list[JsonObject]:
         return [{**row, "created_at": int(run_event.time)} for run_event in run_events for row in self._rows(run_event)]
@@ -42,15 +46,29 @@ class EventTranslator:
             if texts:  # one event: clients look at the last ten
                 values_alone = [(run_event["key"], run_event["value"]) for run_event in values["choices"]]
                 yield event(self.job, "Chosen: " + "\n".join(texts), once=f"choices {values_alone}")
-        if run_event.kind == "step":
+        if run_event.kind == "step" and "reward" in values:
+            self.last_reward = values["reward"]
+            data = {"total_steps": self.total_steps, **reward_metrics.of_step(run_event)}
+            text = f"Step {run_event.step}/{self.total_steps} , train mean reward={values['reward']:.2f}"
+            yield event(self.job, text, data=data, once=f"step {run_event.step}")
+        elif run_event.kind == "step":
             self.last_loss = _number(values["loss"])
             data = {"step": run_event.step, "train_loss": self.last_loss, "total_steps": self.total_steps}
             text = f"Step {run_event.step}/{self.total_steps}: training loss={values['loss']:.2f}"
             yield event(self.job, text, data=data, once=f"step {run_event.step}")
-            if run_event.step == self.total_steps:  # what follows takes a minute, or longer on a large base
-                text = "All steps are done: the result is measured, saved and loaded next"
-                yield event(self.job, text, once="measured next")
-        if run_event.kind == "evaluation" and values["name"] != "before":
+        if run_event.kind == "step" and run_event.step == self.total_steps:  # what follows takes a minute, or longer
+            text = "All steps are done: the result is measured, saved and loaded next"
+            yield event(self.job, text, once="measured next")
+        if run_event.kind == "evaluation" and "reward" in values["measures"]:
+            metrics = reward_metrics.of_evaluation(run_event)
+            data = {"step": run_event.step, "total_steps": self.total_steps, **metrics}
+            text = f"Step {run_event.step}/{self.total_steps} "
+            if self.last_reward is not None:
+                data["train_mean_reward"] = self.last_reward
+                text += f", train mean reward={self.last_reward:.2f}"
+            text += f", full validation mean reward={metrics['full_valid_mean_reward']:.2f}"
+            yield event(self.job, text, data=data, once=f"measured {run_event.step}")
+        elif run_event.kind == "evaluation" and values["name"] != "before":
             loss = _number(values["loss"])
             data = {
                 "step": run_event.step, "train_loss": self.last_loss, "total_steps": self.total_steps,
@@ -73,7 +91,9 @@ class EventTranslator:
 
 
 def held_out_metrics(values: Record) -> JsonObject:
-    """The metrics of a checkpoint from an evaluation: of the whole file, under both of OpenAI's names."""
+    """The metrics of a checkpoint from an evaluation: of the whole file; a loss under both of OpenAI's names."""
+    if "reward" in values["measures"]:
+        return {"full_valid_mean_reward": values["measures"]["reward"]["value"]}
     loss = _number(values["loss"])
     metrics = {"valid_loss": loss, "full_valid_loss": loss}
     if (accuracy := values["measures"].get("token_accuracy")) is not None:
@@ -87,18 +107,27 @@ def metrics_by_step(run_events: Iterable[Event]) -> dict[int, JsonObject]:
     steps: dict[int, JsonObject] = {}
     for run_event in run_events:
         if run_event.kind == "step":
-            steps[run_event.step] = {"step": run_event.step, "train_loss": _number(run_event.values["loss"])}
+            metrics = {"train_loss": _number(run_event.values["loss"])}
+            if "reward" in run_event.values:
+                metrics = {"train_mean_reward": run_event.values["reward"]}
+            steps[run_event.step] = {"step": run_event.step, **metrics}
         elif run_event.kind == "evaluation" and run_event.step in steps:
             steps[run_event.step] |= held_out_metrics(run_event.values)
     return steps
 
 
-def results_file(found: Iterable[Event]) -> bytes:
+def results_file(run_events: Iterable[Event]) -> bytes:
     """step_metrics.csv: a line for each step, blank where nothing was measured."""
-    lines = [",".join(_COLUMNS)]
-    for row in metrics_by_step(found).values():
-        lines.append(",".join("" if row.get(name) is None else str(row[name]) for name in _COLUMNS))
-    return "".join(f"{line}\n" for line in lines).encode()
+    run_events = list(run_events)
+    columns: Sequence[str] = _COLUMNS
+    rows = list(metrics_by_step(run_events).values())
+    if any(run_event.kind == "step" and "reward" in run_event.values for run_event in run_events):
+        columns, rows = reward_metrics.table(run_events)
+    written = io.StringIO()
+    table = csv.writer(written, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows([row.get(name) for name in columns] for row in rows)
+    return written.getvalue().encode()
 
 
 def trained_tokens(run_events: Iterable[Event]) -> int:

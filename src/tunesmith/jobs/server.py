@@ -16,6 +16,7 @@ from tunesmith.errors import InputError
 from tunesmith.jobs.bases import Bases
 from tunesmith.jobs.dispatcher import Dispatcher
 from tunesmith.jobs.engines import Engines, EnginesFromThread
+from tunesmith.jobs.grader_routes import make_grader_router
 from tunesmith.jobs.launcher import LocalLauncher
 from tunesmith.jobs.permissions import make_permission_router
 from tunesmith.jobs.ray_launcher import RayLauncher
@@ -92,6 +93,8 @@ def make_routers(store: Store, bases: Bases, engines: Engines) -> tuple[APIRoute
         make_file_router(store),
         make_upload_router(store),
         make_job_router(store, bases),
+        make_grader_router(bases.graders),
+        make_grader_router(bases.graders),
         make_model_router(store, bases, engines.detach),
         make_permission_router(store, engines),
     )

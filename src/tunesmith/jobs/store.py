@@ -274,7 +274,8 @@ class Store:
                 unknown.append(path)
         for row in self._read(sa.select(jobs.c.id).where(jobs.c.run_removed_at.is_not(None))):
             if (run := self.runs_path / row["id"]).exists():  # last: what its launcher wrote goes too
-                for path in (*self.runs_path.glob(f".{run.name}.*"), self.recipes_path / f"{run.name}.yaml", run):
+                recipes = [self.recipes_path / f"{run.name}.{suffix}" for suffix in ("yaml", "grader.json")]
+                for path in (*self.runs_path.glob(f".{run.name}.*"), *recipes, run):
                     remove(path)
         fsync_dir(self.files_path)
         folders = list(self.parts_path.iterdir())  # before the rows: it has no upload made meanwhile

@@ -10,9 +10,11 @@ from pathlib import Path
 from tunesmith.data.detect_format import inspect_file
 from tunesmith.data.examples import examples
 from tunesmith.data.problems import refusal
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, InputError
+from tunesmith.graders import schema as graders
+from tunesmith.jobs.job_request import GRADER
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import JsonObject, Problem, Shape, TaskName
+from tunesmith.types import Example, JsonObject, Problem, Shape, TaskName
 
 FAILED = "The job failed due to an invalid {which} file."
 NO_SHAPE = "Unexpected file format, expected either prompt/completion pairs or chat messages."
@@ -22,7 +24,11 @@ MAX_CHARS = 1000
 """Longest description of a row's faults."""
 MOST_ERRORS = 1000
 """Faults after which a file is read no further: the owner mends the first, and each costs memory and time."""
-_TASKS: dict[Shape, TaskName] = {"messages": "chat", "prompt_completion": "generate", "preference": "prefer"}
+_TASKS: dict[Shape, TaskName] = {
+    "messages": "chat", "prompt_completion": "generate", "preference": "prefer", "prompts": "reinforce",
+}  # fmt: skip
+_METHODS: dict[TaskName, str] = {"prefer": "dpo", "reinforce": "reinforcement"}
+"""Methods of the tasks; of all others supervised."""
 _FORMATS: dict[TaskName, str] = {
     "chat": "fine-tune-chat", "generate": "fine-tune-completions", "prefer": "fine-tune-preference",
 }  # fmt: skip
@@ -44,18 +50,23 @@ class FileFault(Exception):
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """Facts of a training file that a run needs."""
+    """Facts of a job's files that a run needs."""
 
     num_rows: int
     task: TaskName
+    num_validation: int = 0
+    """Rows of the validation file."""
 
 
 class _TooManyErrorsError(Exception):
     """Nothing more is read."""
 
 
-def check_file(path: Path, which: str, *, method: str, min_examples: int) -> CheckedFile:
-    """Read all rows of a training or validation file of a job of this method. Raises FileFault."""
+def check_file(
+    path: Path, which: str, *, method: str, min_examples: int, grader: JsonObject | None = None
+) -> CheckedFile:
+    """Read all rows of a training or validation file of a job of this method, whose grader finds its fields in the
+    first. Raises FileFault."""
     if path.is_symlink() or not path.is_file():
         message = f"The {which} file {path.name} was deleted."
         raise FileFault(f"invalid_{which}_file", message, f"{which}_file")
@@ -71,7 +82,10 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
         try:
             if inspect_file(str(path)).kind == "Excel":  # its parsers are for files of one's own
                 raise refusal(str(path), 0, "archive", "an Excel file is not read here.", "Upload JSON lines.")
-            for _, example in examples([DataFile(path=str(path))], Data(), add):
+            named: TaskName | None = "reinforce" if method == "reinforcement" else None  # which is never detected
+            for _, example in examples([DataFile(path=str(path))], Data(), add, task=named):
+                if grader is not None and not num:
+                    _check_fields(grader, example, which)
                 num += 1
                 tasks.add(_TASKS.get(example.shape))
         except DataError as error:
@@ -87,7 +101,7 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
     if None in tasks or len(tasks) > 1:
         raise FileFault(f"invalid_{which}_file", f"{FAILED.format(which=which)} {NO_SHAPE}", f"{which}_file")
     task = next(iter(tasks)) or "chat"
-    if method != (fitting := "dpo" if task == "prefer" else "supervised"):
+    if method != (fitting := _METHODS.get(task, "supervised")):
         message = (
             f"Input file {path.name} is in the {_FORMATS[task]} format, but the specified fine-tuning job is "
             f"not using '{fitting}' as the training method (provided method={method})."
@@ -98,6 +112,14 @@ def check_file(path: Path, which: str, *, method: str, min_examples: int) -> Che
         message = f"{which.capitalize()} file has {num} example(s), but {least}"
         raise FileFault("invalid_n_examples", message, f"{which}_file")
     return CheckedFile(num, task)
+
+
+def _check_fields(grader: JsonObject, example: Example, which: str) -> None:
+    """Raise FileFault for a variable of the grader that a row lacks."""
+    try:
+        graders.check_variables(graders.from_value(grader, place=GRADER), example.kept)
+    except InputError as error:
+        raise FileFault("invalid_grader", f"{FAILED.format(which=which)} {example.source}: {error}", GRADER) from None
 
 
 def row_fault(problems: Sequence[Problem], which: str) -> FileFault:

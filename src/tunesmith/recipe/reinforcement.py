@@ -9,12 +9,19 @@ from pydantic import Field, field_validator
 from tunesmith.recipe.methods import Auto, OptionGroup, Positive
 
 LEAST_TEMPERATURE = 0.1
+PROMPTS, UPDATES, MOST_UPDATES = 8, 100, 500
+"""Usual prompts of a step; steps of a run at least, and at most for the sake of seeing all prompts."""
 
 
 def file_of(grader: str) -> str:
     """The file that `reinforce.grader` names, without a function in it."""
     file, colon, name = grader.rpartition(":")
     return file if colon and name.isidentifier() and file.endswith(".py") else grader
+
+
+def updates_of(prompts: int, per_step: int) -> int:
+    """Steps of a run by `train.epochs: auto`: once over all prompts if that is more than the usual number."""
+    return min(max(UPDATES, -(-prompts // per_step)), MOST_UPDATES)
 
 
 class Reinforce(OptionGroup):

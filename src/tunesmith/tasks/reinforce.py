@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tunesmith.errors import RecipeError
 from tunesmith.phrases import plural
-from tunesmith.recipe.reinforcement import Reinforce
+from tunesmith.recipe.reinforcement import PROMPTS, Reinforce, updates_of
 from tunesmith.tasks.policy_losses import losses_of
 from tunesmith.tasks.task import OwnSection, Rates, Task
 from tunesmith.types import Choice, JsonObject, TaskName
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tunesmith.models.resolve_model import ModelRef
     from tunesmith.recipe.schema import Recipe
 
-UPDATES, MOST_UPDATES = 100, 500
-"""Steps of a run at least, and at most for the sake of seeing all prompts."""
 LEAST_DEVIATION = 1e-4
 """Added to a standard deviation by which is divided, as in GRPO."""
 
@@ -74,7 +72,7 @@ def epochs_of(wanted: int | Literal["auto"], prompts: int) -> tuple[float, str]:
     once over all of them if that is more."""
     per_step = min(REINFORCE.rows_per_step if wanted == "auto" else int(wanted), prompts)
     per_epoch = -(-prompts // per_step)
-    steps = min(max(UPDATES, per_epoch), MOST_UPDATES)
+    steps = updates_of(prompts, per_step)
     return steps / per_epoch, f"{steps:,} updates of {plural(per_step, 'prompt')}"
 
 
@@ -140,7 +138,7 @@ REINFORCE = Task(
     next_commands=(("chat", "--compare"), ("serve",), ("show",)),
     samples=True,
     outcome="graded",
-    rows_per_step=8,
+    rows_per_step=PROMPTS,
     rates=Rates(adapter=(2e-4, 2e-5), full=(1e-5, 1e-6)),
     section=OwnSection("reinforce", from_model=_check),
 )

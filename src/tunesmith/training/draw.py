@@ -314,6 +314,7 @@ def _values_of(groups: Sequence[Group]) -> JsonObject:
         "reward": float(rewards.mean()),
         "reward_deviation": float(rewards.std()),
         "spread": sum(has_spread(group.scored) for group in groups) / len(groups),
+        "answers": len(answers),
         "ended": sum(answer.ended for answer in answers) / len(answers),
         "answer_tokens": sum(lengths) / len(lengths),
         "longest_answer": max(lengths),
