@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from playwright.sync_api import sync_playwright
 
@@ -30,6 +30,11 @@ def addresses(tab: Any, url: str, model: str) -> dict[str, str]:
         if row["state"] == "done":
             pages["result"] = f"/ui/runs/{quote(row['name'])}/result"
             pages["chat"] = f"/ui/chat?run={quote(row['name'])}"
+    done = [row for row in runs["runs"] if row["state"] == "done"]
+    alike = [[row["name"] for row in done if row["task"] == first["task"]][:3] for first in done]
+    for names in [names for names in alike if len(names) > 1][:1]:
+        pages["compare"] = f"/ui/compare?{urlencode({'run': names}, doseq=True)}"
+        pages["compare-two"] = f"/ui/compare?{urlencode({'run': names[:2]}, doseq=True)}"
     if files:
         query = f"file={quote(files[0]['name'])}&model={quote(model)}"
         pages |= {"data-file": f"/ui/data?{query}"} | ({"plan": f"/ui/new?{query}"} if model else {})

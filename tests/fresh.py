@@ -59,9 +59,10 @@ def run(words, cwd, env):
     sys.stdout.flush()
     os._exit(code)
 
-def end_with(fd, pid):
+def end_with(fd, pid, has_ended):
     os.read(fd, 1)
-    os.kill(pid, signal.SIGKILL)
+    if not has_ended.is_set():  # else its number may be that of another process by now
+        os.kill(pid, signal.SIGKILL)
 
 requests, others = socket.socket(fileno=int(sys.argv[2])), socket.socket(fileno=int(sys.argv[3]))
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -92,10 +93,13 @@ while True:
             os.write(fds[3], f"{pid}\\n".encode())
         except OSError:
             os.kill(pid, signal.SIGKILL)  # who asked for it was killed
+        has_ended = threading.Event()
         if is_other:
-            threading.Thread(target=end_with, args=(fds[3], pid), daemon=True).start()
+            threading.Thread(target=end_with, args=(fds[3], pid, has_ended), daemon=True).start()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        has_ended.set()
         try:
-            os.write(fds[3], f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
+            os.write(fds[3], f"{code}\\n".encode())
         finally:
             os._exit(0)
     for fd in fds:

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 import fresh
 from evaluation.fake_runs import HOSTILE, fake_run
-from tunesmith.pages.access import Access
+from serve.fake import FakeEngine
 from tunesmith.pages.api import make_api
 from tunesmith.pages.chat_engine import ChatEngine
-from tunesmith.pages.commands import CommandRunner
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.routes import make_pages, refused
 from tunesmith.pages.site import Site
+from tunesmith.runs.atomic import from_json, to_json
 from tunesmith.runs.folder import Run
 from tunesmith.serve.app import make_app
+from tunesmith.serve.commands import CommandRunner
 from tunesmith.serve.http import HttpServer, bind
 from tunesmith.serve.middleware import AccessMiddleware, AccessPolicy, ApiKeys, RequestLog
 from tunesmith.serve.protocol import EngineOptions
+from tunesmith.serve.sessions import Access
 from tunesmith.types import Event
 
 KEY = "k-0123456789abcdef-0123456789abcdef"
@@ -78,10 +83,38 @@ def answered(client: TestClient, address: str) -> str:
         time.sleep(0.05)
 
 
+def assert_no_foreign_element(page: str, path: str) -> None:
+    """A page has no element, and no script, that its templates do not have."""
+    assert page.isascii() or "\u202e" not in page
+    names = Elements(page).names
+    own = {"page.js", "curve.js", "chat.js", "drop.js", "uPlot.iife.min.js", "idiomorph.min.js"}
+    sources = re.findall(r'<script src="[^"]*/([^/"]+)"', page)
+    assert names.count("script") == len(sources)
+    assert set(sources) <= own
+    assert "img" not in names
+    assert "b" not in names or "/result" in path
+
+
+class Elements(HTMLParser):
+    """Names of the elements of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.names: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.names.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
 def fork_children(patch: pytest.MonkeyPatch) -> None:
     """Children of pages are forked, see `fresh.python`."""
     python = str(fresh.python())
-    for place in ("pages.commands", "serve.engine", "jobs.launcher"):
+    for place in ("serve.commands", "serve.engine", "jobs.launcher"):
         patch.setattr(f"tunesmith.{place}.python_words", lambda module: [python, "-m", module])
 
 
@@ -93,6 +126,11 @@ def put_states(root: Path) -> None:
     run, given, progress = fake_run(root / "done-0001", "chat", texts=HOSTILE, name=HOSTILE[0])
     report = write_report(run, given | {"notes": list(HOSTILE)}, progress)
     run.append(Event("end", 120, 0.0, {"report": report}))
+    export = run.path / "exports" / "merged"
+    for folder in (run.path / "adapter", export):
+        folder.mkdir(parents=True)
+    proof = {"verified": True, "rows": 32, "rows_are": HOSTILE[3], "loaded_by": HOSTILE[0], "notes": [HOSTILE[4]]}
+    (export / "verify.json").write_bytes(to_json(proof | {"lines": [[HOSTILE[3], HOSTILE[0], "allowed 0.01"]]}))
     failed, _, _ = fake_run(root / "failed-0002", "classes", labels=[*HOSTILE], texts=HOSTILE)
     failed.append(Event("failed", 120, 0.0, {"code": "OutOfMemoryError", "message": HOSTILE[0] + HOSTILE[4]}))
     fake_run(root / "killed-0003", "chat")
@@ -110,17 +148,47 @@ def put_states(root: Path) -> None:
     )
 
 
+def put_done(root: Path, name: str, kind: str, lr: float, moved: range = range(0), **how: Any) -> Run:
+    """A run that is done; its answers to the rows `moved` differ from those that its like gives."""
+    run, _, _ = fake_run(root / name, kind, **how)
+    run.recipe_path.write_text(f"{run.recipe_path.read_text()}optim: {{lr: {lr}}}\n")
+    path = run.path / "evaluation" / "after.jsonl"
+    rows = [from_json(line) for line in path.read_bytes().splitlines()]
+    for number in moved:
+        row = rows[number]
+        row |= {"predicted": row["label"]} if "label" in row else {"loss": row["loss"] / 2, "correct": 9}
+    path.write_bytes(b"".join(to_json({**row, "source": f"{root.parent}/{row['source']}"}) + b"\n" for row in rows))
+    answers = [
+        {"source": "held.jsonl:1", "prompt": HOSTILE[0], "reference": "r", "answer": f"{HOSTILE[3]} {lr}", "rougeL": lr}
+        | dict.fromkeys(("exact_match", "rouge1", "rouge2"), lr)
+    ]
+    if kind == "chat":
+        (run.path / "evaluation" / "answers-after.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in answers))
+    (run.path / "adapter").mkdir()
+    run.append(Event("end", 120, 0.0, {"report": {}}))
+    return run
+
+
+def load_fake(site: Site, *names: str, state: str = "ready") -> Any:
+    """The engine without a model that has loaded these for the run done-0001, or that could not."""
+    engine: Any = FakeEngine()
+    engine.served = tuple(card for card in engine.served if card.name in names)
+    site.engine._engine, site.engine.target = (engine if state == "ready" else None), "done-0001"
+    site.engine.error = "the engine ended: <b>no memory</b>" if state == "failed" else ""
+    return engine
+
+
 NAMES = (
     "done-0001", "failed-0002", "killed-0003", "new-0004", "recipe-0005", "log-0006", "lacking-0007", "made-0008", ODD,
 )  # fmt: skip
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[Site, str]]:
-    """A site and its address, served in a thread until the block ends."""
+def serving(folder: Path, port: int = 0) -> Iterator[tuple[Site, str]]:
+    """A site and its address, served in a thread until the block ends; port 0: any free one."""
     from serve.running import wait_for
 
-    bound = bind("127.0.0.1", 0)
+    bound = bind("127.0.0.1", port)
     loop, stop = asyncio.new_event_loop(), threading.Event()
     site = site_in(folder, port=bound.port)
     server = HttpServer(app_of(site), site.engine, grace_s=1, should_stop=stop.is_set)

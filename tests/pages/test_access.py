@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from starlette.testclient import TestClient
 
 from evaluation.fake_runs import fake_run
 from pages.sites import HTML, KEY, OWN, entered, site_in, stranger
-from tunesmith.pages import access as access_module
+from tunesmith.pages.api import make_api
+from tunesmith.pages.routes import make_pages
+from tunesmith.serve import sessions as access_module
 from tunesmith.serve.middleware import ApiKeys
+from tunesmith.serve.sessions import OPEN
 
 PATHS = ("/ui/", "/ui/runs/a-1", "/ui/data", "/ui/new", "/ui/chat", "/v1/runs", "/v1/models", "/v1/local_files")
 ACTS = (
@@ -114,6 +118,28 @@ def test_a_page_of_the_server_and_a_program_with_a_key_act(tmp_path: Path) -> No
     bearer = {"Authorization": f"Bearer {KEY}", "Accept": "application/json"}
     assert program.get("/v1/runs", headers=bearer).json()["total"] == 1
     assert program.post("/v1/runs/a-1/stop", json={}, headers=bearer).status_code == 409
+
+
+def test_no_route_is_left_open(tmp_path: Path) -> None:
+    site = site_in(tmp_path, keys=ApiKeys.of([KEY]))
+    outside, inside = stranger(site), entered(site)
+    routes = [route for made in (make_api(site), make_pages(site)) for route in made.routes]
+    checked = set()
+    for route in routes:
+        path = re.sub(r"\{[^}]*\}", "a-1", route.path)
+        for method in route.methods - {"HEAD"}:
+            if path in OPEN or path.startswith("/ui/static/"):
+                continue
+            assert outside.request(method, path, json={}, headers=OWN).status_code == 401, (method, path)
+            if method != "GET":
+                foreign = OWN | {"Origin": "http://127.0.0.1:8001"}
+                assert inside.request(method, path, json={}, headers=foreign).status_code == 403, (method, path)
+                bare = inside.request(method, path, json={}, headers={"Content-Type": "application/json"})
+                assert bare.status_code == 403, (method, path)
+            checked.add((method, path))
+    acts = {("POST", "/v1/keys"), ("POST", "/v1/runs/a-1/exports"), ("DELETE", "/v1/deployments")}
+    assert acts <= checked
+    assert len(checked) > 25
 
 
 def test_a_page_of_another_port_starts_nothing_by_reading(tmp_path: Path) -> None:

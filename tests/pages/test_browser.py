@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from evaluation.fake_runs import fake_run
-from pages.sites import fork_children, put_states, run_of, serving
+from pages.sites import fork_children, load_fake, put_done, put_states, run_of, serving
+from serve.running import wait_for
 from tiny_run import chats, model_folder
+from tunesmith.pages import markup, run_list
 from tunesmith.types import Event
 
 pytestmark = pytest.mark.pages
@@ -133,7 +135,11 @@ def test_a_run_of_the_command_line_is_seen_and_stopped(
             page.get_by_text("step 31 · training 0.4321").wait_for()
             run.append(Event("step", 32, time.time(), {"loss": 0.4311, "lr": 1e-4}, {"seconds": 1.0}))
             page.get_by_text("loss 0.4311").wait_for()
-            assert page.locator("#curve-said").inner_text().startswith("step 3"), "a refresh took the words away"
+            page.wait_for_timeout(1500)
+            words = page.locator("#curve-said").inner_text()
+            assert words == "step 31 · training 0.4321", "neither a refresh nor new points change what the keys chose"
+            page.keyboard.press("ArrowRight")
+            page.get_by_text("step 32 · training 0.4311").wait_for()
             run.note_progress("evaluate", 42, 100)
             page.get_by_text("measuring held-out rows: 42 %").wait_for()
             page.get_by_role("button", name="Stop").click()
@@ -157,6 +163,109 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]
             yield served
 
 
+def test_what_a_person_chose_stays_when_the_page_is_refreshed(
+    opened: Callable[..., Any], heard: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_list, "LOOK_S", 0.1)
+    for name in ("a-1", "b-2"):
+        put_done(tmp_path / "runs", name, "chat", 0.1)
+    run, _, _ = fake_run(tmp_path / "runs" / "c-3", num_steps=4)
+    with serving(tmp_path) as (site, url):
+        page = opened(url, site.access.new_link())
+        page.get_by_label("Choose a-1").check()
+        page.get_by_label("Choose b-2").check()
+        with run.lock():
+            page.locator("#at-c-3").wait_for()  # a refresh brought it
+            assert page.get_by_label("Choose a-1").is_checked()
+        page.get_by_role("button", name="Compare the chosen runs").click()
+        page.wait_for_url("**/ui/compare?run=*&run=*")
+    assert [words for words in heard if not words.startswith("Failed to load resource: net::")] == []
+
+
+def test_a_newer_build_and_an_ended_session_are_met(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path) as (site, url):
+        page = opened(url, site.access.new_link())
+        contents = markup._static()[1]
+        monkeypatch.setattr(markup, "_static", lambda: ("0123456789ab", contents))
+        page.locator("link[href='/ui/static/0123456789ab/pages.css']").wait_for(state="attached")
+        site.access.file.unlink()
+        page.get_by_role("heading", name="Tunesmith").wait_for()
+        assert "Open the link that" in page.inner_text("main")
+
+
+def test_two_people_a_killed_server_and_a_killed_run(opened: Callable[..., Any], tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "shared-0001", num_steps=30)
+    lock = run.lock()
+    with serving(tmp_path) as (site, url):
+        tabs = [opened(url, site.access.new_link()) for _ in range(2)]
+        with lock:
+            for tab in tabs:
+                tab.goto(f"{url}/ui/runs/shared-0001")
+                tab.locator("#curve canvas").wait_for()
+            tabs[0].get_by_role("button", name="Stop").click()
+            tabs[1].get_by_text("Stops after its step").wait_for()
+        for tab in tabs:
+            tab.get_by_text("interrupted").wait_for()
+            tab.get_by_role("button", name="Resume").wait_for()
+        port = int(url.rpartition(":")[2])
+    for tab in tabs:
+        tab.get_by_text("No answer from the server").wait_for()
+    run.append(Event("step", 31, time.time(), {"loss": 0.4321, "lr": 1e-4}, {"seconds": 1.0}))
+    with serving(tmp_path, port):
+        for tab in tabs:
+            tab.get_by_text("loss 0.4321").wait_for()  # its session outlived the server
+            assert tab.locator("#banner").is_hidden()
+            assert tab.get_by_role("button", name="Resume").is_enabled()
+            assert tab.locator("#as-table td", has_text="0.4321").count() == 1
+
+
+def test_both_models_are_asked_the_same(opened: Callable[..., Any], heard: list[str], tmp_path: Path) -> None:
+    put_done(tmp_path / "runs", "done-0001", "chat", 0.1)
+    with serving(tmp_path) as (site, url):
+        engine = load_fake(site, "support", "owner/base")
+        page = opened(url, site.access.new_link())
+        page.goto(f"{url}/ui/chat?run=done-0001")
+        page.fill("#text", "<b>where</b> is it")
+        page.keyboard.press("Enter")
+        page.locator("#send:not([disabled])").wait_for()
+        first, second = engine.asks
+        assert (first.messages, first.seed, first.temperature) == (second.messages, second.seed, second.temperature)
+        assert sorted(page.locator(".side h3 bdi").all_inner_texts()) == ["owner/base", "support"]
+        assert page.locator(".side .text").all_inner_texts() == ["<b>where</b> is it"] * 2
+        page.fill("#text", "SLOW " + "word " * 400)
+        page.keyboard.press("Enter")
+        page.locator(".side .text", has_text="SLOW").first.wait_for()
+        page.focus("#text")
+        page.keyboard.press("Escape")
+        page.locator("#send:not([disabled])").wait_for()
+        wait_for(lambda: engine.open == 0)
+        assert page.locator(".side.failed .count").all_inner_texts() == ["stopped"] * 2
+        page.fill("#text", "CRASH here")
+        page.keyboard.press("Enter")
+        page.get_by_text("The model crashed; it is started again.").first.wait_for()
+    assert heard == []
+
+
+def test_an_embedder_ranks_texts_for_a_query(opened: Callable[..., Any], heard: list[str], tmp_path: Path) -> None:
+    put_done(tmp_path / "runs", "done-0001", "chat", 0.1)
+    with serving(tmp_path) as (site, url):
+        load_fake(site, "vectors")
+        page = opened(url, site.access.new_link())
+        page.goto(f"{url}/ui/chat?run=done-0001")
+        page.fill("#texts", "<b>a very long text that is far from it</b>\n\nab\nabcd")
+        page.fill("#text", "ab")
+        page.keyboard.press("Enter")
+        page.locator(".ranked").wait_for()
+        ranked = page.locator(".ranked bdi").all_inner_texts()
+        assert ranked == ["ab", "abcd", "<b>a very long text that is far from it</b>"], "as near as their vectors are"
+        assert page.locator(".ranked .n").first.inner_text() == "1.000"
+        assert "abcd" in page.locator("#heard[aria-live]").inner_text(), "whole answers are said, not tokens"
+        assert page.locator("#talk[aria-live]").count() == 0
+    assert heard == []
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1200, "light"), (2560, "light")])
 def test_pages_fit_their_window_and_can_be_hit(
     opened: Callable[..., Any], heard: list[str], states: tuple[Any, str], width: int, scheme: str
@@ -164,7 +273,8 @@ def test_pages_fit_their_window_and_can_be_hit(
     site, url = states
     page = opened(url, site.access.new_link(), viewport={"width": width, "height": 800}, color_scheme=scheme)
     paths = ("/ui/", "/ui/runs/failed-0002", "/ui/runs/done-0001/result", "/ui/data?file=rows.jsonl", "/ui/new")
-    for path in paths[: 5 if width < 2000 else 2]:
+    paths += ("/ui/compare?run=done-0001&run=killed-0003",)
+    for path in paths[: 6 if width < 2000 else 2]:
         page.goto(url + path)
         page.wait_for_function("() => !document.querySelector('.waiting')")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width, path
@@ -186,6 +296,7 @@ def test_pages_read_without_scripts(opened: Callable[..., Any], heard: list[str]
     assert heard == []
 
 
+COMPARED = "compare?run=done-0001&run=killed-0003"
 AXE = """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']})
     .then(result => result.violations.map(
         rule => rule.id + ': ' + rule.nodes.map(node => node.html.slice(0, 140)).join(' | ')))"""
@@ -195,9 +306,10 @@ AXE = """() => axe.run(document, {runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wca
     ("scheme", "paths"),
     [
         ("light", ("", "runs/failed-0002", "runs/done-0001/result", "data", "data?file=rows.jsonl", "new", "chat")),
-        ("dark", ("", "runs/failed-0002", "runs/begun-0009")),
+        ("light", (COMPARED, "runs/done-0001")),
+        ("dark", ("", "runs/failed-0002", "runs/begun-0009", COMPARED)),
     ],
-    ids=["light", "dark"],
+    ids=["light", "compared", "dark"],
 )
 def test_axe_finds_no_fault(
     opened: Callable[..., Any], states: tuple[Any, str], scheme: str, paths: tuple[str, ...]

@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,33 @@ from starlette.testclient import TestClient
 
 import fresh
 from evaluation.fake_runs import HOSTILE, fake_run
-from pages.sites import NAMES, ODD, OWN, answered, entered, fork_children, put_states, run_of, site_in
+from pages.sites import (
+    NAMES,
+    ODD,
+    OWN,
+    Elements,
+    answered,
+    assert_no_foreign_element,
+    entered,
+    fork_children,
+    put_states,
+    run_of,
+    site_in,
+)
 from tiny_run import chats, model_folder
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.pages import pictures
-from tunesmith.pages.commands import Reply
-from tunesmith.pages.live import FollowedLog, curve_values
+from tunesmith.pages.live import FollowedLog
 from tunesmith.pages.markup import environment
 from tunesmith.pages.site import Site
 from tunesmith.phrases import visible
+from tunesmith.serve.commands import Reply
 from tunesmith.summaries import checks, words
+from tunesmith.summaries.live import curve_values
 from tunesmith.summaries.runs import facts, phase, time_left
 from tunesmith.types import Event
 
 RUN_PAGES = [f"/ui/runs/{name}{part}" for name in NAMES for part in ("", "/result")]
-
-
-class Elements(HTMLParser):
-    """Names of the elements of a page, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.names: list[str] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.names.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +65,15 @@ def client(site: Site) -> Iterator[TestClient]:
 # trap: S12
 @pytest.mark.parametrize("path", ["/ui/", "/ui/runs/begun-0009", "/ui/data", "/ui/new", "/ui/chat", *RUN_PAGES])
 def test_texts_of_data_are_text(client: TestClient, path: str) -> None:
-    _assert_no_foreign_element(answered(client, path), path)
+    assert_no_foreign_element(answered(client, path), path)
 
 
 def test_a_template_that_does_not_escape_is_noticed(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(environment().filters, "prose", Markup)
     environment().cache.clear()
     with pytest.raises(AssertionError):
-        _assert_no_foreign_element(client.get("/ui/runs/failed-0002").text, "/ui/runs/failed-0002")
+        assert_no_foreign_element(client.get("/ui/runs/failed-0002").text, "/ui/runs/failed-0002")
     environment().cache.clear()
-
-
-def _assert_no_foreign_element(page: str, path: str) -> None:
-    assert page.isascii() or "\u202e" not in page
-    names = Elements(page).names
-    own = {"page.js", "curve.js", "chat.js", "drop.js", "uPlot.iife.min.js", "idiomorph.min.js"}
-    sources = re.findall(r'<script src="[^"]*/([^/"]+)"', page)
-    assert names.count("script") == len(sources)
-    assert set(sources) <= own
-    assert "img" not in names
-    assert "b" not in names or "/result" in path
 
 
 def test_hostile_texts_are_there_as_they_are(client: TestClient) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -13,8 +12,6 @@ STATIC = markup.HERE / "static"
 VENDOR = STATIC / "vendor"
 MOST_SCRIPT, MOST_TEMPLATE, MOST_STYLE = 1_400, 1_000, 450
 """Lines of our own scripts, templates and styles: see docs/inside/decisions/004-size-of-the-package.md."""
-MOST_BYTES = 60_000
-"""Compressed bytes of scripts and styles that one page loads."""
 
 
 def lines(paths: list[Path]) -> int:
@@ -39,12 +36,6 @@ def test_scripts_templates_and_styles_keep_to_their_lines() -> None:
     assert lines(sorted(STATIC.glob("*.js"))) <= MOST_SCRIPT
     assert lines(sorted((markup.HERE / "templates").glob("*"))) <= MOST_TEMPLATE
     assert lines(sorted(STATIC.glob("*.css"))) <= MOST_STYLE
-
-
-def test_what_a_page_loads_is_small() -> None:
-    names = ["vendor/uplot-1.6.32/uPlot.iife.min.js", "vendor/uplot-1.6.32/uPlot.min.css", "pages.css", "page.js"]
-    names += ["vendor/idiomorph-0.8.0/idiomorph.min.js", "curve.js"]
-    assert sum(len(gzip.compress((STATIC / name).read_bytes())) for name in names) <= MOST_BYTES
 
 
 def test_an_asset_is_kept_by_browsers_under_the_digest_of_all() -> None:

@@ -164,7 +164,8 @@ def test_the_rows_of_a_run_are_found_by_its_own_key(tmp_path):
 
 def test_a_run_that_began_before_an_option_was_there_is_resumed(tmp_path, monkeypatch):
     straight = train(tiny_recipe(tmp_path), root=tmp_path / "straight")
-    right, later = preparing._identity, ("data.encoding", "data.suffixes", "evaluation.samples_before")
+    later = ("data.encoding", "data.suffixes", "evaluation.samples_before", "evaluation.samples_on_the_way")
+    right = preparing._identity
     with monkeypatch.context() as patch:  # as an earlier version recorded it
         patch.setattr(
             preparing,

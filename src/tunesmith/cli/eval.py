@@ -19,7 +19,8 @@ from tunesmith.evaluation.metrics import info_of, refuse_no_answers
 from tunesmith.phrases import PHASES, one_line, plural, visible
 from tunesmith.runs.atomic import from_json, to_json, write_atomic, writing
 from tunesmith.runs.folder import Run, is_run
-from tunesmith.summaries.words import loss
+from tunesmith.summaries.runs import settings_that_differ
+from tunesmith.summaries.words import loss, option
 from tunesmith.types import JsonObject, Record
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def compare(
 
     tunesmith compare last HuggingFaceTB/SmolLM2-135M-Instruct --data held-out.jsonl
     """
-    from tunesmith.evaluation.compare import compare_runs
+    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, compare_runs
 
     targets = [named(target, root) for target in targets]
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.parent.is_dir()):
@@ -191,10 +192,13 @@ def compare(
     except InputError as error:
         way = f"tunesmith compare {' '.join(targets)} --data FILE"
         raise InputError(f"{' and '.join(targets)}: {error} Or measure now: {way}") from error
+    runs = [Run.open(name, root) for name in targets if is_run(name, root)]
+    settings = settings_that_differ(runs) if len(runs) == len(targets) else {}
+    way_to_more = HOLD_OUT_MORE if data is None else MEASURE_MORE
     if len(targets) == 2:
-        _show_two(comparisons[0], targets, sides, is_kept=data is None, as_json=as_json)
+        _show_two(comparisons[0], targets, sides, settings, way_to_more, as_json=as_json)
     else:
-        _show_many(comparisons, targets, is_kept=data is None, as_json=as_json)
+        _show_many(comparisons, targets, settings, way_to_more, as_json=as_json)
     if out is not None:
         from tunesmith.evaluation.report.pages import as_html
         from tunesmith.evaluation.report.sections import comparison_page
@@ -203,28 +207,43 @@ def compare(
         console(stderr=True).print(f"a page with the table and a picture: {out}")
 
 
-def _show_many(found: Sequence[Comparison], names: Sequence[str], *, is_kept: bool, as_json: bool) -> None:
+def _show_many(
+    found: Sequence[Comparison], names: Sequence[str], settings: JsonObject, way_to_more: str, *, as_json: bool
+) -> None:
     """A row for each run: its values, and their differences from the first run."""
+    from tunesmith.evaluation.compare import too_few
+
+    unit = "document" if found[0].are_documents else "row"
+    notes = list(dict.fromkeys(comparison.loss_note for comparison in found if comparison.loss_note))
+    cautions = list(too_few(found[0].num_rows, unit, way_to_more))
     if as_json:
         runs = [
             {"name": name, "measures": _as_values(comparison.metrics), "loss_note": comparison.loss_note}
             for name, comparison in zip(names[1:], found, strict=True)
         ]
-        json_line({"kind": "compare", "rows": found[0].num_rows, "a": names[0], "runs": runs})
+        values = {"a": names[0], "runs": runs, "notes": [*notes, *cautions], "settings": settings}
+        json_line({"kind": "compare", "rows": found[0].num_rows, **values})
         return
-    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, too_few
     from tunesmith.evaluation.report.sections import comparison_table
 
     screen, table = console(), comparison_table(names, found)
-    unit = "document" if found[0].are_documents else "row"
     counted = plural(found[0].num_rows, unit)
     screen.print(visible(f"{counted} in common; differences from {names[0]} with 95 % intervals"))
     cells = [[" ".join(filter(None, (cell.text, cell.note))) for cell in row] for row in table.rows]
-    for note in dict.fromkeys(comparison.loss_note for comparison in found if comparison.loss_note):
+    for note in notes:
         screen.print(note)
     print_table(screen, [column.title for column in table.columns], cells)
-    for sentence in too_few(found[0].num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
+    for sentence in cautions:
         screen.print(sentence)
+    _print_settings(screen, names, settings)
+
+
+def _print_settings(screen: Console, names: Sequence[str], settings: JsonObject) -> None:
+    """The options in which the runs differ."""
+    if settings:
+        screen.print("options that differ")
+        rows = [[key, *(one_line(option(value), 60) for value in values)] for key, values in settings.items()]
+        print_table(screen, ["option", *names], rows)
 
 
 @dataclass
@@ -270,7 +289,9 @@ def _measured(
 def _two_values(
     found: Comparison, names: Sequence[str], sides: Sequence[_Side], num_answers: int, of_answers: Record
 ) -> JsonObject:
-    """All of a comparison of two, JSON-ready."""
+    """All of a comparison of two, JSON-ready; what a terminal prints of a row is in its "words"."""
+    pairs = {"won": found.won, "lost": found.lost}
+    of_rows = {key: [{"a": was, "b": now, "words": row_words(was, now)} for was, now in pairs[key]] for key in pairs}
     return {
         "kind": "compare",
         "a": names[0],
@@ -283,11 +304,20 @@ def _two_values(
         "loss_note": found.loss_note,
         "measures": _as_values(found.metrics),
         "ties": found.num_ties,
-        "won": [{"a": was, "b": now} for was, now in found.won],
-        "lost": [{"a": was, "b": now} for was, now in found.lost],
+        **of_rows,
         "baseline": {key: side.baseline for key, side in zip("ab", sides, strict=True)},
-        "answers": {"num": num_answers, "measures": _as_values(of_answers)},
+        "answers": {"num": num_answers, "measures": _as_values(of_answers), "texts": _both_texts(sides)},
     }
+
+
+def _both_texts(sides: Sequence[_Side]) -> list[JsonObject]:
+    """{source, prompt, reference, a, b} of each prompt that both sides answered."""
+    of_a, of_b = ({(row["source"], row["prompt"]): row for row in side.answers} for side in sides)
+    return [
+        {**{key: row[key] for key in ("source", "prompt", "reference")}, "a": row["answer"], "b": of_b[place]["answer"]}
+        for place, row in of_a.items()
+        if place in of_b
+    ]
 
 
 def _as_values(measures: Mapping[str, Difference]) -> JsonObject:
@@ -297,32 +327,41 @@ def _as_values(measures: Mapping[str, Difference]) -> JsonObject:
     }
 
 
-def _show_two(found: Comparison, names: Sequence[str], sides: Sequence[_Side], *, is_kept: bool, as_json: bool) -> None:
+def _show_two(
+    found: Comparison, names: Sequence[str], sides: Sequence[_Side], settings: JsonObject, way_to_more: str, *,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Two runs side by side: every metric, and the rows on which one is better."""
-    from tunesmith.evaluation.compare import HOLD_OUT_MORE, MEASURE_MORE, baseline_sentence, compare_answers, too_few
+    from tunesmith.evaluation.compare import baseline_sentence, compare_answers, too_few
 
     num_answers, of_answers = compare_answers(*(side.answers for side in sides))
+    unit, b = "document" if found.are_documents else "row", names[1]
+    notes = [found.loss_note] if found.loss_note else []
+    if not found.same_targets:
+        still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
+        words = "loss, perplexity and token accuracy do not compare"
+        notes.insert(0, f"the two split the text into different tokens: {words}{still}")
+    baselines = [
+        f"{name}: {baseline_sentence(side.metrics, side.baseline)}"
+        for name, side in zip(names, sides, strict=True)
+        if side.baseline is not None
+    ]
+    cautions = [*baselines, *too_few(found.num_rows, unit, way_to_more)]
     if as_json:
-        json_line(_two_values(found, names, sides, num_answers, of_answers))
+        values = _two_values(found, names, sides, num_answers, of_answers)
+        json_line({**values, "notes": [*notes, *cautions], "settings": settings})
         return
-    screen, unit, b = console(), "document" if found.are_documents else "row", names[1]
+    screen = console()
     is_once = not found.are_documents and len(sides[0].rows) > found.num_rows + found.only_a
     only = ["repeated ones counted once"] if is_once else []
     only += [f"{num:,} only in {name}" for num, name in zip((found.only_a, found.only_b), names, strict=True) if num]
     screen.print(visible("; ".join([f"{plural(found.num_rows, unit)} in common", *only])))
     screen.print(visible(f"A is {names[0]}, B is {b}; B − A: their difference on the same {unit}s, 95 % interval"))
-    if not found.same_targets:
-        still = "; bits per byte do" if "bits_per_byte" in found.metrics else ""
-        words = "loss, perplexity and token accuracy do not compare"
-        screen.print(f"the two split the text into different tokens: {words}{still}")
-    if found.loss_note:
-        screen.print(found.loss_note)
+    for note in notes:
+        screen.print(note)
     _print_metrics(screen, found.metrics)
-    for name, side in zip(names, sides, strict=True):
-        if side.baseline is not None:
-            screen.print(visible(f"{name}: {baseline_sentence(side.metrics, side.baseline)}"))
-    for sentence in too_few(found.num_rows, unit, HOLD_OUT_MORE if is_kept else MEASURE_MORE):
-        screen.print(sentence)
+    for sentence in cautions:
+        screen.print(visible(sentence))
     if num_answers:
         screen.print(f"{plural(num_answers, 'prompt')} answered by both")
         _print_metrics(screen, of_answers)
@@ -335,6 +374,7 @@ def _show_two(found: Comparison, names: Sequence[str], sides: Sequence[_Side], *
             screen.print(visible(f"{what}: {now['source']}: {row_words(was, now)}"))
         if len(pairs) > SHOWN:
             screen.print(f"and {plural(len(pairs) - SHOWN, f'more {unit}')} on which it is {what} (--json lists all)")
+    _print_settings(screen, names, settings)
 
 
 def _print_metrics(screen: Console, metrics: Mapping[str, Difference]) -> None:

@@ -53,13 +53,13 @@ def ui(
     if not data.is_dir():
         raise InputError(f"--data: {data}: is no folder. Make it, or name another.")
     check_extra("serve")
-    from tunesmith.pages.access import Access
     from tunesmith.pages.chat_engine import ChatEngine
-    from tunesmith.pages.commands import CommandRunner
     from tunesmith.pages.local_files import LocalFiles
     from tunesmith.pages.site import Site
     from tunesmith.serve import http
+    from tunesmith.serve.commands import CommandRunner
     from tunesmith.serve.middleware import ApiKeys, read_keys
+    from tunesmith.serve.sessions import Access
 
     keys, bound = ApiKeys.of(read_keys(key_file, os.environ)), http.bind(host, port)
     output = ServerOutput(console(stderr=as_json), quiet, as_json)
@@ -78,6 +78,7 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
 
     from tunesmith.pages.api import make_api
     from tunesmith.pages.routes import make_pages, refused
+    from tunesmith.pages.site import door_to
     from tunesmith.serve import http
     from tunesmith.serve.app import make_app
     from tunesmith.serve.middleware import AccessPolicy
@@ -97,13 +98,16 @@ def _serve(site: Site, bound: BoundSocket, names: frozenset[str], output: Server
         link = bound.url + site.access.new_link()
         threading.Thread(target=site.run_list.page, daemon=True).start()  # so that the first page is there at once
         _say(bound, link, output)
+        door = site.root / ".ui" / "open.html"
         if opens_browser:
-            threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()  # some wait for their browser
+            address = door_to(link, door)  # some browsers are waited for
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try:
             server = http.HttpServer(app, site.engine, grace_s=LAST_REQUESTS_S, should_stop=should_stop)
             asyncio.run(server.serve([bound.socket]))
         finally:
             site.commands.close()
+            door.unlink(missing_ok=True)
     if not output.as_json and not output.quiet:
         output.screen.print("ended")
 

@@ -209,8 +209,9 @@ def json_lines(stream: ByteStream, facts: FileFacts, *, limits: Limits, on_bad: 
             continue
         if raw.isspace():
             num_blank = count_blank(num_blank, facts)
-        else:
-            facts.rows, num_blank = facts.rows + 1, 0
+            continue
+        facts.rows, num_blank = facts.rows + 1, 0
+        if facts.line >= facts.skip_to:
             try:
                 yield facts.line, loads(raw, depth=depth)
             except BadRow as bad:

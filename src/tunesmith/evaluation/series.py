@@ -90,6 +90,8 @@ class RunSeries:
             sample = self.samples.setdefault(values["index"], texts)
             sample[values["name"]] = values["answer"]
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
+            if values["name"] == "step":  # an answer on the way: the newest stays
+                sample["step_of"] = event.step
         elif event.kind == "note":
             (self.details if values.get("detail") or values.get("aside") else self.notes).append(values["text"])
         elif event.kind == "end":

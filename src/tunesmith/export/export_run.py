@@ -14,7 +14,7 @@ from tunesmith.errors import ExportError, InputError, RecipeError
 from tunesmith.export import verify
 from tunesmith.export.adapter import ADAPTER
 from tunesmith.export.gguf import GGUF
-from tunesmith.export.hub import CHECK_FILE, comparison_section, write_card
+from tunesmith.export.hub import CHECK_FILE, comparison_lines, comparison_section, write_card
 from tunesmith.export.merged import MERGED
 from tunesmith.export.ollama import OLLAMA
 from tunesmith.export.onnx import ONNX
@@ -282,7 +282,8 @@ def _describe(
     }  # fmt: skip
     facts |= {} if done.found is None else asdict(done.found)
     facts |= {} if plan is None else {"device": plan.device, "computed": {"tuned": plan.tuned, "export": plan.exported}}
-    facts |= {"notes": list(done.notes)}
+    lines = [] if done.found is None else comparison_lines(done.found, done.allowed)
+    facts |= {"lines": [list(line) for line in lines], "notes": list(done.notes)}
     (done.path / CHECK_FILE).write_bytes(to_json(facts, indent=True) + b"\n")
 
 

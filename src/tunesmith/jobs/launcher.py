@@ -55,6 +55,14 @@ class ChildProcess:
             return message
         return None
 
+    def says(self) -> str:
+        """The last line that it said on stderr, where that is kept; empty once it has ended."""
+        if self.is_alive():
+            with suppress(OSError):
+                lines = _beside(self.run, "said").read_bytes()[-4000:].decode("utf-8", "replace").splitlines()
+                return next((line for line in reversed(lines) if line.strip()), "")
+        return ""
+
     def error(self) -> JsonObject | None:
         """The error that the ended run printed; None: it printed none, or was killed."""
         last_line = self.printed() or {}
@@ -62,7 +70,7 @@ class ChildProcess:
 
     def forget(self) -> None:
         """Remove what its server knows it by."""
-        for what in ("output", "lock"):
+        for what in ("output", "lock", "said"):
             _beside(self.run, what).unlink(missing_ok=True)
 
 
@@ -87,20 +95,22 @@ class LocalLauncher:
 
 
 def start_child(
-    run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0
+    run: Path, module: str, words: Sequence[str], environment: Mapping[str, str], *, room: int = 0, says: bool = False
 ) -> ChildProcess:
     """Start a module with its arguments, known by files next to `run`, and with `room` bytes of the disk for
-    what it prints, so that a full disk is met before it works. Raises OSError."""
+    what it prints, so that a full disk is met before it works. `says`: what it says on stderr is kept too. Raises
+    OSError."""
     lock = os.open(_beside(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)  # the id of an earlier child may belong to another process by now
-        with open(_beside(run, "output"), "wb", buffering=0) as out:
+        errors = _beside(run, "said") if says else Path(os.devnull)
+        with open(_beside(run, "output"), "wb", buffering=0) as out, open(errors, "wb") as err:
             out.write(b"\n" * room)
             out.seek(0)
             popen = subprocess.Popen(
                 ["nice", "-n", str(NICE), *python_words(module), *words],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 env={**for_child(), **environment}, start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip
         os.pwrite(lock, str(popen.pid).encode(), 0)

@@ -19,7 +19,7 @@ _COLUMNS = (
 )  # fmt: skip
 """Columns of the results file. The accuracy of training steps is not measured."""
 SAMPLES_AN_EVENT = 10
-_MEASURED = {"before": "untouched model", "after": "result"}
+_MEASURED = {"before": "untouched model", "after": "result", "step": "model on the way"}
 
 
 class EventTranslator:

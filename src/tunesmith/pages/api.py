@@ -6,14 +6,16 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from tunesmith.pages import launches
+from tunesmith.pages import exports, launches
 from tunesmith.pages.launches import Wanted
-from tunesmith.pages.live import MOST_POINTS, curve_values, run_values
+from tunesmith.pages.live import run_values
 from tunesmith.pages.run_list import PAGE
 from tunesmith.pages.site import Site, answer_values
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.request_schemas import StrictModel, StrictRoute
 from tunesmith.serve.responses import json_response
+from tunesmith.summaries.live import MOST_POINTS, curve_values
+from tunesmith.summaries.runs import UNREADABLE
 
 SET = "set."
 """Stands in front of the name of an option in an address."""
@@ -28,9 +30,16 @@ class NewRun(StrictModel):
 
 
 class Deployment(StrictModel):
-    """A run to chat with."""
+    """A run to chat with, or to serve to programs."""
 
     run: str
+    stays: bool = False
+
+
+class NewExport(StrictModel):
+    """A word of `export.to`."""
+
+    to: str
 
 
 def number(request: Request, name: str, usual: int, most: int) -> int:
@@ -53,7 +62,14 @@ def wanted_of(site: Site, request: Request) -> Wanted | None:
 def make_api(site: Site) -> APIRouter:
     """Runs, data, plans and the engine of the chat."""
     router = APIRouter(route_class=StrictRoute)
+    _add_runs(router, site)
+    _add_handing_on(router, site)
+    _add_data(router, site)
+    _add_engine(router, site)
+    return router
 
+
+def _add_runs(router: APIRouter, site: Site) -> None:
     @router.get("/v1/runs")
     def runs(request: Request) -> Response:
         """Runs, newest first, and all that are at work."""
@@ -64,7 +80,8 @@ def make_api(site: Site) -> APIRouter:
     def create(body: NewRun) -> Response:
         """Start a run: `tunesmith train` in a process of its own."""
         wanted = Wanted(body.model, site.files.find(body.data), tuple(sorted(body.settings.items())))
-        return json_response(launches.start(site.root, wanted, offline=site.offline))
+        num_working = len(site.run_list.at_work())
+        return json_response(launches.start(site.root, wanted, num_working, offline=site.offline))
 
     @router.get("/v1/runs/{run}")
     def one(run: str) -> Response:
@@ -76,11 +93,17 @@ def make_api(site: Site) -> APIRouter:
         """The curves of a run between two steps, in at most `points` buckets."""
         log, points = site.log(run), number(request, "points", MOST_POINTS, MOST_POINTS)
         first, last = number(request, "from", 0, 10**9), number(request, "to", 10**9, 10**9)
-        return json_response(curve_values(log.series, points, first, min(last, log.series.step)))
+        try:
+            return json_response(curve_values(log.series, points, first, min(last, log.series.step)))
+        except UNREADABLE as error:
+            message = f"{log.run.events_path}: its curve cannot be drawn ({type(error).__name__}: {error})."
+            raise RequestError(message, status=422, code="unreadable") from error
 
     @router.post("/v1/runs/{run}/stop")
     def stop(run: str) -> Response:
-        """Let a run stop after its step, with a checkpoint."""
+        """Let a run stop after its step, with a checkpoint; one that has no folder yet ends at once."""
+        if site.runs.find(run) is None and run in [row["name"] for row in launches.starting_runs(site.root)]:
+            return json_response(launches.stop_starting(site.root / run))
         return json_response(launches.stop(site.find(run)))
 
     @router.post("/v1/runs/{run}/resume")
@@ -96,16 +119,29 @@ def make_api(site: Site) -> APIRouter:
         launches.forget(site.root / run)
         return json_response({"name": run, "forgotten": True})
 
-    _add_data(router, site)
-    _add_engine(router, site)
-    return router
+
+def _add_handing_on(router: APIRouter, site: Site) -> None:
+    @router.get("/v1/comparisons")
+    def compared(request: Request) -> Response:
+        """The answer of `tunesmith compare` on 2 to 8 runs."""
+        return json_response(answer_values(site.compare(request.query_params.getlist("run"))))
+
+    @router.get("/v1/runs/{run}/exports")
+    def exported(run: str) -> Response:
+        """Exports of a run, with their proof."""
+        return json_response({"exports": exports.exports_of(site.find(run))})
+
+    @router.post("/v1/runs/{run}/exports")
+    def export(run: str, body: NewExport) -> Response:
+        """Begin an export: `tunesmith export` in a process of its own."""
+        return json_response(exports.start(site.find(run), body.to, offline=site.offline))
 
 
 def _add_data(router: APIRouter, site: Site) -> None:
     @router.get("/v1/local_files")
     def files() -> Response:
         """Files of rows and models on this machine."""
-        return json_response({"files": site.files.files(), "models": site.files.models()})
+        return json_response(site.files.listing())
 
     @router.put("/v1/local_files/{name}")
     async def receive(name: str, request: Request) -> Response:
@@ -132,16 +168,16 @@ def _add_data(router: APIRouter, site: Site) -> None:
 def _add_engine(router: APIRouter, site: Site) -> None:
     @router.get("/v1/deployments")
     async def deployed() -> Response:
-        """The run that is loaded for chats."""
+        """The run that is loaded for chats and programs."""
         return json_response(site.engine.deployment())
 
     @router.post("/v1/deployments")
     async def deploy(body: Deployment) -> Response:
-        """Load a run with its base for chats, in place of another."""
+        """Load a run with its base for chats and programs, in place of another."""
         run = site.find(body.run)
         if not (run.adapter_path.exists() or run.model_path.exists()):
             raise RequestError(f"{body.run}: has no result yet to chat with.", status=409, code="conflict")
-        await site.engine.load(run.path.name)
+        await site.engine.load(run.path.name, stays=body.stays)
         return json_response(site.engine.deployment())
 
     @router.delete("/v1/deployments")
@@ -149,3 +185,8 @@ def _add_engine(router: APIRouter, site: Site) -> None:
         """Give the memory of the loaded run back."""
         await site.engine.unload()
         return json_response(site.engine.deployment())
+
+    @router.post("/v1/keys")
+    async def key() -> Response:
+        """A key for a program, shown once."""
+        return json_response({"key": site.access.new_key()})

@@ -31,34 +31,40 @@ class ChatEngine:
         self.target = ""
         """The run that is loaded, or being loaded."""
         self.error = ""
+        self.stays = False
+        """Whether it is served to programs, and stays until it is unloaded."""
 
     @property
     def served(self) -> Sequence[ModelCard]:
         return () if self._engine is None else self._engine.served
 
     def deployment(self) -> JsonObject:
-        """{target, state, error, models}: `state` is none, loading, ready or failed."""
+        """{target, state, error, stays, models}: `state` is none, loading, ready or failed."""
         is_loading = self._task is not None and not self._task.done()
         state = "loading" if is_loading else "ready" if self._engine else "failed" if self.error else "none"
-        keys = ("name", "is_base", "answers", "max_tokens")
+        keys = ("name", "is_base", "answers", "task", "max_tokens")
         models = [{key: getattr(card, key) for key in keys} for card in self.served]
-        return {"target": self.target, "state": state, "error": self.error, "models": models}
+        return {"target": self.target, "state": state, "error": self.error, "stays": self.stays, "models": models}
 
-    async def load(self, target: str) -> None:
-        """Begin to load a run with its base, in place of what is loaded."""
+    async def load(self, target: str, *, stays: bool = False) -> None:
+        """Begin to load a run with its base, in place of what is loaded. `stays`: it does not go when nobody asks."""
         async with self._beginning:
             is_loading = self._task is not None and not self._task.done()
             if target == self.target and (is_loading or self._engine is not None):
+                self.stays = self.stays or stays
                 return
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
-            self.target, self.error, self._used = target, "", time.monotonic()
+            self.target, self.error, self.stays, self._used = target, "", stays, time.monotonic()
             self._task = asyncio.create_task(self._load(target))
 
     async def unload(self) -> None:
         """Give the memory back."""
-        engine, self._engine, self.target = self._engine, None, ""
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()  # an engine that is on its way would come all the same
+            await asyncio.gather(self._task, return_exceptions=True)
+        engine, self._engine, self.target, self.error = self._engine, None, "", ""
         if engine is not None:
             await engine.close(0)
 
@@ -79,7 +85,7 @@ class ChatEngine:
             await asyncio.sleep(LOOK_S)
             if self._engine is not None and self._engine.state().running:
                 self._used = time.monotonic()
-            if self._engine is not None and time.monotonic() - self._used > IDLE_S:
+            if self._engine is not None and not self.stays and time.monotonic() - self._used > IDLE_S:
                 self._note(f"{self.target}: nobody chatted for {IDLE_S / 60:.0f} min: its memory is given back")
                 await self.unload()
 

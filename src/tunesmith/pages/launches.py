@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from tunesmith.types import JsonObject, Record
 OUTPUT = re.compile(r"\.(?P<run>[^/]+)\.output")
 RESUMABLE = ("stopped", "interrupted", "failed", "new")
 WHOLE_CARD = {CARD_SHARE: "1"}
+MOST_AT_ONCE = 4
+"""Runs at work beyond which pages start none."""
+ENDS_S = 3.0
+"""Time for a killed process to be gone."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,19 @@ class Wanted:
                 raise RequestError(f"{key[:60]}: is no name of an option.", param=key[:60])
 
 
-def start(root: Path, wanted: Wanted, *, offline: bool) -> JsonObject:
-    """Start a run; returns its name. Raises RequestError."""
+def start(root: Path, wanted: Wanted, num_working: int, *, offline: bool) -> JsonObject:
+    """Start a run besides those at work; returns its name. Raises RequestError."""
     wanted.refuse()
+    if num_working >= MOST_AT_ONCE:
+        message = (
+            f"{num_working} runs are at work, each with a model in memory: pages start no more. Wait for one, or "
+            "start it in a terminal."
+        )
+        raise RequestError(message, status=409, code="conflict")
     name = f"{_slug(Path(wanted.data).name.split('.')[0])}-{secrets.token_hex(2)}"
     words = ["train", *wanted.words(), *(["--offline"] if offline else [])]
     root.mkdir(parents=True, exist_ok=True)
-    _start(root / name, [*words, "--out", str(root / name), "--json"])
+    start_process(root / name, [*words, "--out", str(root / name), "--json"])
     return {"name": name}
 
 
@@ -63,7 +74,7 @@ def resume(run: Run, *, offline: bool) -> JsonObject:
     if state not in RESUMABLE:
         raise RequestError(f"{run.path.name}: it is {state}: there is nothing to resume.", status=409, code="conflict")
     words = ["resume", str(run.path), *(["--offline"] if offline else [])]
-    _start(run.path, [*words, "--json"])
+    start_process(run.path, [*words, "--json"])
     return {"name": run.path.name}
 
 
@@ -79,9 +90,21 @@ def stop(run: Run) -> JsonObject:
     return {"name": run.path.name, "is_stopping": True}
 
 
-def _start(run: Path, words: Sequence[str]) -> None:
+def stop_starting(run: Path) -> JsonObject:
+    """End the process of a run that has no folder yet, and forget it: nothing is lost. Raises RequestError 409 for one
+    that does not end."""
+    child, until = ChildProcess(run), time.monotonic() + ENDS_S
+    child.stop()
+    while child.is_alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    forget(run)
+    return {"name": run.name, "is_stopping": True}
+
+
+def start_process(run: Path, words: Sequence[str], *, says: bool = False) -> None:
+    """Start a command that is known by files next to `run`. Raises RequestError: 409 where one works already."""
     try:
-        start_child(run, "tunesmith", words, WHOLE_CARD)
+        start_child(run, "tunesmith", words, WHOLE_CARD, says=says)
     except BlockingIOError as error:
         message = f"{run.name}: a process of it is at work already."
         raise RequestError(message, status=409, code="conflict") from error

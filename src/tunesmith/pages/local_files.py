@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from fastapi import Request
 
@@ -29,37 +30,60 @@ KEPT_FREE = 2**30
 SKIPPED = ("runs", "node_modules", "site-packages", "__pycache__", "checkpoints", "exports")
 
 
+_SOURCE = re.compile(r"(?P<path>.+):(?P<line>\d{1,12})")
+BEFORE = 2
+"""Lines above a row that its link shows too."""
+
+
+def row_address(places: Mapping[str, str], source: str) -> str:
+    """The address of a row in Data by its source, FILE:LINE; empty for a file that is not of `LocalFiles.places`."""
+    match = _SOURCE.match(source)
+    name = places.get(os.path.abspath(match["path"])) if match else None
+    if match is None or name is None:
+        return ""
+    line = int(match["line"])
+    return f"/ui/data?{urlencode({'file': name, 'from': max(1, line - BEFORE)})}#row-{line}"
+
+
 class LocalFiles:
     """Files below `folder`. A name is compared with the listing: no other file can be asked for."""
 
     def __init__(self, folder: Path, runs: Path) -> None:
         self.folder, self._runs = folder, runs.absolute()
 
-    def files(self) -> list[JsonObject]:
-        """Files of rows, newest first: {name, path, bytes, time}."""
-        listed: list[Any] = []
-        for path in self._walk():
-            if path.name.lower().endswith(ROWS) and not os.path.exists(path.parent / "config.json"):
+    def listing(self) -> JsonObject:
+        """{files, models, more}: files of rows as {name, path, bytes, time}, newest first; folders of models and GGUF
+        files by name; and a sentence on what is left out, or ""."""
+        files: list[Any] = []
+        models, num = [], 0
+        for num, path in enumerate(self._walk(), start=1):
+            if num > MOST_LOOKED_AT:
+                break
+            if path.name == "config.json" and any(path.parent.glob("tokenizer*")):
+                models.append(path.parent)
+            elif path.suffix == ".gguf":
+                models.append(path)
+            elif path.name.lower().endswith(ROWS) and not os.path.exists(path.parent / "config.json"):
                 with contextlib.suppress(OSError, UnicodeError):  # gone, or a name that no address can hold
                     self._name(path).encode()
                     status = path.stat()
                     size, time = status.st_size, status.st_mtime
-                    listed.append({"name": self._name(path), "path": str(path), "bytes": size, "time": time})
-        return sorted(listed, key=lambda file: -file["time"])[:MOST_LISTED]
+                    files.append({"name": self._name(path), "path": str(path), "bytes": size, "time": time})
+        left_out = [f"the newest {MOST_LISTED:,} of {len(files):,} files of rows are listed"]
+        left_out = left_out if len(files) > MOST_LISTED else []
+        if num > MOST_LOOKED_AT:
+            left_out.append(f"only {MOST_LOOKED_AT:,} files were looked at: begin with --data in a smaller folder")
+        newest = sorted(files, key=lambda file: -file["time"])[:MOST_LISTED]
+        places = sorted(str(place) for place in models)[:MOST_LISTED]
+        return {"files": newest, "models": places, "more": "; ".join(left_out)}
 
-    def models(self) -> list[str]:
-        """Folders of models and GGUF files, by name."""
-        places = []
-        for path in self._walk():
-            if path.name == "config.json" and any(path.parent.glob("tokenizer*")):
-                places.append(path.parent)
-            elif path.suffix == ".gguf":
-                places.append(path)
-        return sorted(str(place) for place in places)[:MOST_LISTED]
+    def places(self) -> dict[str, str]:
+        """The names of the files of rows by their whole paths."""
+        return {os.path.abspath(file["path"]): str(file["name"]) for file in self.listing()["files"]}
 
     def find(self, name: str) -> str:
         """The path of a file of rows by its name in the listing. Raises RequestError 404."""
-        for file in self.files():
+        for file in self.listing()["files"]:
             if name in (file["name"], file["path"]):
                 return str(file["path"])
         message = f"{name[:100]}: no file of that name is below {self.folder}. Choose one of the list, or drop it here."
@@ -69,17 +93,11 @@ class LocalFiles:
         return path.relative_to(self.folder).as_posix()
 
     def _walk(self) -> Iterator[Path]:
-        num = 0
         for place, folders, names in os.walk(self.folder):
             depth = len(Path(place).relative_to(self.folder).parts)
             inside = [name for name in sorted(folders) if not name.startswith(".") and name not in SKIPPED]
             folders[:] = [name for name in inside if not self._is_runs(Path(place) / name)] if depth < DEPTH else []
-            for name in sorted(names):
-                num += 1
-                if num > MOST_LOOKED_AT:
-                    return
-                if not name.startswith("."):
-                    yield Path(place) / name
+            yield from (Path(place) / name for name in sorted(names) if not name.startswith("."))
 
     def _is_runs(self, path: Path) -> bool:
         return path.absolute() == self._runs or os.path.exists(path / "run.json")

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from tunesmith import phrases
+from tunesmith.evaluation.metrics import VERDICTS, info_of
 from tunesmith.pages import pictures
 from tunesmith.serve.protocol import RequestError
 from tunesmith.summaries import checks, words
@@ -73,6 +74,7 @@ def environment() -> Environment:
     made.filters |= {"percent": phrases.percent, "option": words.option, "plural": phrases.plural}
     made.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     made.globals |= {"asset": asset, "words": words, "checks": checks, "pictures": pictures, "version": __version__}
+    made.globals |= {"info_of": info_of, "VERDICTS": VERDICTS}
     made.globals["names"] = lambda model: model_name(Path(model))
     made.globals["age"] = lambda created: words.age(time.time() - created)
     made.globals |= {"command": phrases.command, "about": phrases.about, "duration": phrases.duration}

@@ -30,7 +30,8 @@ class _Scale:
         return LEFT + (WIDTH - LEFT - 8) * step / self.last
 
     def y(self, loss: float) -> float:
-        return TOP + (HEIGHT - BOTTOM - TOP) * (self.high - loss) / (self.high - self.low)
+        inside = min(max(loss, self.low), self.high)
+        return TOP + (HEIGHT - BOTTOM - TOP) * (self.high - inside) / (self.high - self.low)
 
     def path(self, points: Points) -> str:
         return " ".join(f"{self.x(step):.1f},{self.y(loss):.1f}" for step, loss in points)
@@ -38,26 +39,57 @@ class _Scale:
 
 def curve(values: Record) -> Markup:
     """The loss of a run over its steps, and its held-out points; empty before there are two of any."""
-    training, held_out = values["training"], _finite_pairs(values["held_out"])
-    mean = _finite_pairs(zip(training["step"], training["mean"], strict=True))
-    low = _finite_pairs(zip(training["step"], training["low"], strict=True))
-    high = _finite_pairs(zip(training["step"], training["high"], strict=True))
-    losses = [loss for _, loss in (*mean, *held_out)]
-    if len(losses) < 2:
+    mean, held_out = _course(values, "mean"), _finite_pairs(values["held_out"]) if values else []
+    scale = _scale([values], [mean, held_out], held_out)
+    if scale is None:
         return Markup("")
-    bottom, top = _bounds(losses, [loss for _, loss in held_out])
-    scale = _Scale(max([values["steps"], *(step for step, _ in mean)], default=1) or 1, bottom, top)
     parts = [_axes(scale)]
     if values["width"] > 1:
-        clipped = [(step, min(max(loss, bottom), top)) for step, loss in [*low, *reversed(high)]]
-        parts.append(f'<polygon class="band" points="{scale.path(clipped)}"/>')
-    shown_mean = [(step, min(max(loss, bottom), top)) for step, loss in mean]
-    parts.append(f'<polyline class="mean" fill="none" points="{scale.path(shown_mean)}"/>')
+        parts.append(
+            f'<polygon class="band" points="{scale.path([*_course(values, "low"), *_course(values, "high")[::-1]])}"/>'
+        )
+    parts.append(f'<polyline class="mean" fill="none" points="{scale.path(mean)}"/>')
     if len(held_out) > 2:  # two are the before and after of a table, not a course
         parts.append(f'<polyline class="held" fill="none" points="{scale.path(held_out)}"/>')
     for step, loss in held_out:
         parts.append(f'<circle class="held" cx="{scale.x(step):.1f}" cy="{scale.y(loss):.1f}" r="4"/>')
-    head = f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss over the steps">'
+    return _picture(parts, "Loss over the steps")
+
+
+def curves(runs: Sequence[tuple[str, Record]]) -> Markup:
+    """The losses of several runs in one picture, each with its letter at its end."""
+    courses = [(letter, _course(values, "mean")) for letter, values in runs]
+    scale = _scale([values for _, values in runs], [course for _, course in courses])
+    if scale is None:
+        return Markup("")
+    parts = [_axes(scale)]
+    for index, (letter, course) in enumerate(courses):
+        if course:
+            end, height = (
+                scale.x(course[-1][0]) - 14 * index,
+                scale.y(course[-1][1]) - 7,
+            )  # side by side where ends meet
+            parts.append(f'<polyline class="c c{index}" fill="none" points="{scale.path(course)}"/>')
+            parts.append(f'<text class="name" x="{end:.1f}" y="{height:.1f}" text-anchor="end">{letter}</text>')
+    return _picture(parts, "Training loss of the runs over their steps")
+
+
+def _course(values: Record, name: str) -> list[tuple[float, float]]:
+    return _finite_pairs(zip(values["training"]["step"], values["training"][name], strict=True)) if values else []
+
+
+def _scale(runs: Sequence[Record], courses: Sequence[Points], whole: Points = ()) -> _Scale | None:
+    """The scale that all courses fit, each point of `whole` among them; None with less than two points."""
+    losses = [loss for course in courses for _, loss in course]
+    if len(losses) < 2:
+        return None
+    bottom, top = _bounds(losses, [loss for _, loss in whole])
+    last = max([*(values["steps"] for values in runs), *(step for course in courses for step, _ in course)])
+    return _Scale(last or 1, bottom, top)
+
+
+def _picture(parts: Sequence[str], label: str) -> Markup:
+    head = f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
     return Markup(head + "".join(parts) + "</svg>")
 
 

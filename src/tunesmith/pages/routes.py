@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
@@ -12,23 +14,30 @@ from markupsafe import Markup
 from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.types import Scope
 
-from tunesmith.pages import launches
-from tunesmith.pages.access import SESSION_S
+from tunesmith.pages import exports, launches
 from tunesmith.pages.api import number, wanted_of
-from tunesmith.pages.live import curve_values, run_values
+from tunesmith.pages.live import run_values
+from tunesmith.pages.local_files import row_address
 from tunesmith.pages.markup import asset_response, error_page, page
+from tunesmith.pages.pictures import curves
 from tunesmith.pages.run_list import PAGE
-from tunesmith.pages.site import Site, answer_values, check_words, machine
+from tunesmith.pages.site import Site, answer_values, check_words, curl, machine
 from tunesmith.phrases import command
 from tunesmith.recipe.docs import options
+from tunesmith.runs.folder import Run
 from tunesmith.serve.protocol import RequestError
 from tunesmith.serve.responses import REPORT_POLICY, error_response
+from tunesmith.serve.sessions import SESSION_S
+from tunesmith.summaries.live import curve_values
 from tunesmith.summaries.runs import UNREADABLE
+from tunesmith.types import JsonObject
 
 ROWS_A_PAGE = 20
 STILL_POINTS = 300
 """Buckets of the curve that needs no script."""
 MOST_FORM = 4096
+LETTERS = "ABCDEFGH"
+"""Names of runs side by side, as many as are compared."""
 
 
 class PageRoute(APIRoute):
@@ -51,6 +60,7 @@ def make_pages(site: Site) -> APIRouter:
     router = APIRouter(route_class=PageRoute, include_in_schema=False)
     _add_entrance(router, site)
     _add_runs(router, site)
+    _add_comparison(router, site)
     _add_data(router, site)
 
     @router.get("/ui/chat")
@@ -90,9 +100,10 @@ def _common(as_json: str) -> dict[str, Any]:
 def _entered(request: Request, site: Site, token: str, back: str) -> Response:
     """A small page that goes on by itself: a cookie that is strict is not sent along a redirect from elsewhere."""
     answer = page(request, "opened.html", back=back if back.startswith("/ui/") else "/ui/")
+    scheme = request.headers.get("x-forwarded-proto") or request.headers.get("origin") or request.url.scheme
+    secure = scheme.strip().lower().startswith("https")  # also behind a proxy that speaks https for this server
     answer.set_cookie(
-        site.access.cookie, token, max_age=SESSION_S, httponly=True, samesite="strict",
-        secure=request.url.scheme == "https",
+        site.access.cookie, token, max_age=SESSION_S, httponly=True, samesite="strict", secure=secure
     )  # fmt: skip
     return answer
 
@@ -148,13 +159,12 @@ def _add_runs(router: APIRouter, site: Site) -> None:
             return _not_started(site, name, request)
         log = site.log(name)
         values = run_values(log)
-        still = {"training": dict.fromkeys(("step", "mean", "low", "high"), ()), "held_out": (), "steps": 0, "width": 1}
-        try:
-            still = curve_values(log.series, STILL_POINTS)
-        except UNREADABLE:
+        still = _drawable(site, name)
+        if not still:
             values["log_problem"] = values.get("log_problem", "its steps cannot be drawn")
         is_coming, refusal = launches.resuming(log.run)
         more = {"series": still, "refusal": refusal, "resuming": is_coming, "resumable": launches.RESUMABLE}
+        more |= _handed_on(site, request, log.run)
         return page(
             request, "run.html", run=values, **more,
             as_command=command("show", log.run.path), **_common(f"/v1/runs/{name}"),
@@ -184,6 +194,40 @@ def _add_runs(router: APIRouter, site: Site) -> None:
         return FileResponse(path, headers={"Content-Security-Policy": REPORT_POLICY}, media_type="text/html")
 
 
+def _handed_on(site: Site, request: Request, run: Run) -> dict[str, Any]:
+    """Values of the parts of a run's page on its exports, and on its being served."""
+    deployed = site.engine.deployment()
+    is_here = deployed["target"] == run.path.name
+    tuned = next((model for model in reversed(deployed["models"]) if is_here and not model["is_base"]), None)
+    line = curl(str(request.base_url), tuned) if tuned and deployed["state"] == "ready" else ""
+    served = {"deployment": deployed if is_here else {"state": "none", "stays": False}, "curl": line}
+    has_result = run.adapter_path.exists() or run.model_path.exists()
+    return {"has_result": has_result, "exports": exports.exports_of(run), "offered": exports.OFFERED, **served}
+
+
+def _add_comparison(router: APIRouter, site: Site) -> None:
+    @router.get("/ui/compare")
+    def compare(request: Request) -> Response:
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        done = [name for name in site.run_list.with_results() if name not in names]
+        more: dict[str, Any] = {"names": names, "done": done, "reply": None, "picture": "", "letters": LETTERS}
+        words = ["compare", *(str(site.root / name) for name in names)] if names else ["compare", "RUN", "RUN"]
+        as_json = f"/v1/comparisons?{urlencode({'run': names}, doseq=True)}" if len(names) > 1 else "/v1/runs"
+        if len(names) > 1:
+            more["reply"] = answer_values(site.compare(names))
+            drawn = ((letter, _drawable(site, name)) for letter, name in zip(LETTERS, names, strict=False))
+            more["picture"] = curves([(letter, values) for letter, values in drawn if values])
+        place = partial(row_address, site.files.places() if more["reply"] else {})
+        return page(request, "compare.html", place=place, as_command=command(*words), **more, **_common(as_json))
+
+
+def _drawable(site: Site, name: str) -> JsonObject:
+    """The curve of a run; {} where its log is damaged."""
+    with suppress(*UNREADABLE):
+        return curve_values(site.log(name).series, STILL_POINTS)
+    return {}
+
+
 def _not_started(site: Site, name: str, request: Request) -> Response:
     row = next((row for row in launches.starting_runs(site.root) if row["name"] == name), None)
     if row is None:
@@ -199,7 +243,7 @@ def _add_data(router: APIRouter, site: Site) -> None:
         name, model = query.get("file", ""), query.get("model", "").strip()
         first = max(1, number(request, "from", 1, 10**9))
         more: dict[str, Any] = {"file": None, "model": model, "first": first, "last": first + ROWS_A_PAGE - 1}
-        more |= {"check": None, "rows": None, "models": site.files.models(), "files": site.files.files()}
+        more |= {"check": None, "rows": None, **(listing := site.files.listing()), "left_out": listing["more"]}
         words = ["check", "DATA"]
         if name:
             path = site.files.find(name)
@@ -214,7 +258,7 @@ def _add_data(router: APIRouter, site: Site) -> None:
     def new(request: Request) -> Response:
         query, wanted = request.query_params, wanted_of(site, request)
         more: dict[str, Any] = {"file": query.get("file", ""), "model": query.get("model", "").strip(), "plan": None}
-        more |= {"files": site.files.files(), "models": site.files.models(), "measured": query.get("measure") == "1"}
+        more |= {**site.files.listing(), "measured": query.get("measure") == "1", "working": site.run_list.at_work()}
         more |= {"settings": {}, "options": options(), "query": str(request.url.query)}
         words, as_json = ["train", "MODEL", "DATA"], "/v1/local_files"
         if wanted is not None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tunesmith.pages.commands import look
 from tunesmith.pages.launches import starting_runs
 from tunesmith.pages.live import LiveRuns
 from tunesmith.runs.folder import Run
+from tunesmith.serve.commands import look
 from tunesmith.summaries.runs import UNREADABLE, facts, phase, time_left, unreadable
 from tunesmith.types import JsonObject
 
 PAGE = 50
+MOST_FACTS = 5_000
+"""Rows that stay in memory, some kB each."""
+LOOK_S = 5.0
+"""Seconds between two looks at the locks of runs that were not at work; new runs are looked at at once."""
 MOST_RESULTS = 1000
 """Newest runs that can be chosen to chat with, or to start from."""
 
@@ -28,6 +33,9 @@ class RunList:
         self._created: dict[str, float] = {}
         self._facts: dict[str, tuple[object, JsonObject]] = {}
         """Facts of runs that have ended, by name, with what their files were like."""
+        self._locked: list[str] = []
+        """Names of runs that had a lock when it was looked at, and of runs that came since."""
+        self._looked = -LOOK_S
         self._lock = threading.Lock()
 
     def page(self, find: str = "", after: int = 0, limit: int = PAGE) -> JsonObject:
@@ -38,9 +46,16 @@ class RunList:
             matching = [name for name in names if find.lower() in name.lower()]
             chosen = matching[after : after + limit]
             rows = [self._row(name) for name in chosen]
+            working = [*starting_runs(self._runs.root), *self._working()]
         more = after + limit if after + limit < len(matching) else None
-        working = [*starting_runs(self._runs.root), *self._working(names)]
         return {"runs": rows, "working": working, "total": len(names), "matching": len(matching), "next": more}
+
+    def at_work(self) -> list[str]:
+        """Names of runs that are starting or at work."""
+        with self._lock:
+            self._names()
+            rows = [*starting_runs(self._runs.root), *self._working()]
+        return [row["name"] for row in rows if row["state"] in ("starting", "running")]
 
     def with_results(self) -> list[str]:
         """Names of runs that have a result, newest first."""
@@ -55,6 +70,11 @@ class RunList:
             created = self._created.get(name) or self._made(name)
             if created is not None:
                 present[name] = created
+        if time.monotonic() - self._looked >= LOOK_S:
+            self._looked = time.monotonic()
+            self._locked = [name for name in present if (self._runs.root / name / "lock.json").exists()]
+        else:
+            self._locked += [name for name in present if name not in self._created]
         self._created = present
         return sorted(present, key=lambda name: (-present[name], name))
 
@@ -65,8 +85,8 @@ class RunList:
         except UNREADABLE:
             return 0.0
 
-    def _working(self, names: list[str]) -> Iterator[JsonObject]:
-        for name in names:
+    def _working(self) -> Iterator[JsonObject]:
+        for name in sorted(self._locked, key=lambda name: (-self._created.get(name, 0.0), name)):
             run = Run(self._runs.root / name)
             if (run.path / "lock.json").exists() and run.is_locked():
                 log = self._runs.log(run)
@@ -93,8 +113,11 @@ class RunList:
         except UNREADABLE as error:
             values = unreadable(run, error)
         values.pop("fields", None)
-        if values["state"] != "running":
+        if values["state"] not in ("running", "unreadable"):  # what could not be read may be readable again
+            self._facts.pop(name, None)
             self._facts[name] = (seen, values)
+            while len(self._facts) > MOST_FACTS:
+                self._facts.pop(next(iter(self._facts)))
         return values
 
 

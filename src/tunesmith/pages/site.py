@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.pages.access import Access
 from tunesmith.pages.chat_engine import ChatEngine
-from tunesmith.pages.commands import CommandRunner, Reply
 from tunesmith.pages.launches import Wanted
 from tunesmith.pages.live import FollowedLog, LiveRuns
 from tunesmith.pages.local_files import LocalFiles
 from tunesmith.pages.run_list import RunList
 from tunesmith.phrases import size
 from tunesmith.runs.folder import Run
+from tunesmith.serve.commands import CommandRunner, Reply
 from tunesmith.serve.protocol import RequestError
-from tunesmith.types import JsonObject
+from tunesmith.serve.sessions import Access
+from tunesmith.types import JsonObject, Record
 
 COMMAND = "tunesmith"
 """The module of all commands."""
 RESULT_PROCESS = "tunesmith.pages.result_process"
 PLAN_AGE_S = 120.0
 """A plan names the memory of its moment."""
+MOST_COMPARED = 8
 
 
 @dataclass
@@ -72,7 +77,17 @@ class Site:
 
     def result(self, run: Run) -> Reply:
         """The sections of the report of a finished run."""
-        return self.commands.ask(RESULT_PROCESS, [str(run.path)], [run.report_path, run.events_path])
+        words = [str(run.path), str(self.files.folder), str(self.root)]
+        return self.commands.ask(RESULT_PROCESS, words, [run.report_path, run.events_path])
+
+    def compare(self, names: Sequence[str]) -> Reply:
+        """The answer of `tunesmith compare` on runs by name. Raises RequestError for fewer than two, or too many."""
+        if not 2 <= len(names) <= MOST_COMPARED:
+            raise RequestError(f"run: {len(names)} runs: name 2 to {MOST_COMPARED}.", param="run")
+        runs = [self.find(name) for name in names]
+        read = [run.path / "evaluation" / name for run in runs for name in ("after.jsonl", "answers-after.jsonl")]
+        files = [*read, *(path for run in runs for path in (run.report_path, run.recipe_path))]
+        return self.commands.ask(COMMAND, ["compare", *(str(run.path) for run in runs), "--json"], files)
 
     def _common(self) -> list[str]:
         return [*(["--offline"] if self.offline else []), "--json"]
@@ -90,6 +105,35 @@ def answer_values(answer: Reply) -> JsonObject:
     """An answer of a command as JSON: {state, values, error, progress}."""
     state = "done" if answer.values is not None else "failed" if answer.error is not None else "working"
     return {"state": state, "values": answer.values, "error": answer.error, "progress": answer.progress}
+
+
+ASKED: dict[str, tuple[str, JsonObject]] = {
+    "text": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "…"}]}),
+    "labels": ("/v1/classify", {"input": ["…"]}),
+    "embeddings": ("/v1/embeddings", {"input": ["…"]}),
+}
+"""Route and body of a question, by what a model answers with."""
+
+
+def curl(url: str, model: Record) -> str:
+    """A line to paste into a shell that asks a loaded model; the key is to be put in."""
+    route, body = ASKED[model["answers"]]
+    heads = ["-H", "Authorization: Bearer YOUR-KEY", "-H", "Content-Type: application/json"]
+    words = json.dumps({"model": model["name"], **body}, ensure_ascii=False)
+    return shlex.join(["curl", url.rstrip("/") + route, *heads, "-d", words])
+
+
+def door_to(link: str, door: Path) -> str:
+    """The address of a file that leads to the link and that this user alone can read; the link itself where it cannot
+    be written. Other users see the words that a process was started with, also of a browser."""
+    try:
+        door.parent.mkdir(parents=True, exist_ok=True)
+        door.unlink(missing_ok=True)
+        with os.fdopen(os.open(door, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(f'<!DOCTYPE html><meta http-equiv="refresh" content="0;url={link}"><title>Tunesmith</title>')
+    except OSError:
+        return link
+    return door.absolute().as_uri()
 
 
 def machine() -> str:

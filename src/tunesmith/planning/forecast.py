@@ -346,7 +346,9 @@ def counts(
     if task.sees_rows:  # of what training has seen a head's answers are found again, for those that are listed
         most = min(most, MOST_HIGH_LOSS) if task.learns_classes else 0
     looked_at = min(1.0, most / len(trained))
-    read, written = _answers(recipe.evaluation, rows, together=prompts) if head == "next_token" else (0.0, 0.0)
+    read, written = 0.0, 0.0
+    if head == "next_token":
+        read, written = _answers(recipe.evaluation, rows, together=prompts, on_the_way=evaluations - 2)
     if task.samples:  # prompts are read once, and are few of the tokens
         read, written = 0.0, _drawn(recipe.reinforce, resolved(recipe.train.rows_per_step), len(held), steps)
     return {
@@ -370,17 +372,18 @@ def _drawn(options: Reinforce, prompts: int, held: int, steps: int) -> float:
     return options.max_new_tokens * (steps * of_step + 2.0 * -(-held * options.held_out_samples // streams))
 
 
-def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int) -> tuple[float, float]:
-    """Tokens of all prompts that are answered before and after, and tokens that are written one after the
-    other: at first answers are as long as they may be, in the end short ones as long as they should be."""
+def _answers(evaluation: EvaluationOptions, rows: Splits, *, together: int, on_the_way: int) -> tuple[float, float]:
+    """Tokens of all prompts that are answered before, `on_the_way` and after, and tokens that are written one after
+    the other: at first answers are as long as they may be, in the end short ones as long as they should be."""
     last, first = (min(resolved(num), len(rows.held_rows)) for num in (evaluation.samples, evaluation.samples_before))
     if last == 0:
         return 0.0, 0.0
     targets, lengths = (part[rows.held_rows] for part in (rows.held_store.targets, rows.held_store.lengths))
     most = new_tokens_for(targets, evaluation.sample_tokens)
     tuned = min(most, int(targets.max())) if has_short_answers(targets) else most
-    words = -(-min(first, last) // together) * most + -(-last // together) * tuned
-    return (min(first, last) + last) * float((lengths - targets).mean()), words
+    between = on_the_way * min(evaluation.samples_on_the_way, last)
+    words = -(-min(first, last) // together) * most + -(-between // together) * most + -(-last // together) * tuned
+    return (min(first, last) + between + last) * float((lengths - targets).mean()), words
 
 
 def pass_seconds(sizes: Sizes, load: Load, device: Device, *, recomputed: int = 0, trains: bool = True) -> float:

@@ -60,14 +60,14 @@ class Tail:
     _seen: array[int] = field(default_factory=lambda: array("q"))
     """Hashes of the lines that were read."""
     _last: bytes = b""
-    _offset: int = 0
+    offset: int = 0  # bytes that were read
 
     def read(self) -> Iterator[Event]:
         """Yield the events since the last call, up to a line that is not an event."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:  # and closed again: Windows replaces no open file
-            file.seek(self._offset - len(self._last))
+            file.seek(self.offset - len(self._last))
             if file.read(len(self._last)) != self._last:
                 self._find_place(file)
             for line in file:
@@ -79,11 +79,11 @@ class Tail:
     def _add(self, line: bytes) -> None:
         self._seen.append(hash(line))
         self._last = line
-        self._offset += len(line)
+        self.offset += len(line)
 
     def _find_place(self, file: BinaryIO) -> None:
         """Go to the end of the lines that were seen, in a file from which some of them may be gone."""
-        seen, self._seen, self._last, self._offset, at = self._seen, array("q"), b"", 0, 0
+        seen, self._seen, self._last, self.offset, at = self._seen, array("q"), b"", 0, 0
         file.seek(0)
         for line in file:
             try:
@@ -91,7 +91,7 @@ class Tail:
             except ValueError:
                 break
             self._add(line)
-        file.seek(self._offset)
+        file.seek(self.offset)
 
 
 def follow(path: Path, stop: Callable[[], bool], *, poll_s: float = 0.2) -> Iterator[Event]:

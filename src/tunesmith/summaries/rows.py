@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tunesmith.types import JsonObject, Problem
 
 if TYPE_CHECKING:
+    from tunesmith.data.detect_format import FileFacts
     from tunesmith.data.renderer import Renderer
     from tunesmith.recipe.schema import Data
     from tunesmith.types import Example, TaskName
@@ -29,7 +30,9 @@ def rows_as_read(
     if usual := usual_columns(data, task):
         data = data.model_copy(update={"columns": usual[0]})
     rows: dict[int, JsonObject] = {}
-    for _, example in examples(data.train[:1], data, problems.append, task=task):
+    facts: list[FileFacts] = []
+    for _, example in examples(data.train[:1], data, problems.append, task=task, facts=facts):
+        facts[-1].skip_to = first  # the shape of the file is found: its row a million is there at once
         if example.source.line > last:
             break
         if example.source.line >= first:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluation.series import RunSeries
@@ -59,6 +61,19 @@ def facts(run: Run, series: RunSeries | None = None, recipe: Recipe | None = Non
     measures = {"before": before["measures"], "after": after["measures"]}
     place = {"name": run.path.name, "path": str(run.path)}
     return {**place, **plain, **losses, "measures": measures, "fields": fields | plain}
+
+
+def settings_that_differ(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The options that are not the same in all of the runs, by key: the value in each, None where it has none. Empty
+    where the recipe of one cannot be read."""
+    from tunesmith.recipe.docs import flat
+
+    try:
+        options = [flat(run.recipe().model_dump(mode="json")) for run in runs]
+    except UNREADABLE:
+        return {}
+    by_key = {key: [values.get(key) for values in options] for key in dict.fromkeys(chain.from_iterable(options))}
+    return {key: values for key, values in by_key.items() if any(value != values[0] for value in values)}
 
 
 def model_name(model: Path) -> str:

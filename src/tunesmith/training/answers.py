@@ -21,8 +21,10 @@ from tunesmith.types import JsonObject, OnProgress
 
 
 def prompts_of(setup: Setup, name: str) -> list[SamplePrompt]:
-    """The prompts that are answered before or after."""
-    return setup.samples[: resolved(setup.recipe.evaluation.samples_before)] if name == "before" else setup.samples
+    """The prompts that are answered before, at a step on the way, or after."""
+    options = setup.recipe.evaluation
+    most = {"before": resolved(options.samples_before), "step": options.samples_on_the_way}
+    return setup.samples[: most.get(name)]
 
 
 def continuation(setup: Setup, name: str, tick: OnProgress = lambda what, done, total: None) -> Continuation | None:

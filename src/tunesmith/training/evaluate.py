@@ -63,6 +63,14 @@ def evaluate_run(session: Session, name: str) -> None:
     session.progress.evaluate_seconds += time.perf_counter() - started
 
 
+def measure_on_the_way(session: Session) -> None:
+    """Measure held-out rows between steps, and answer the prompts that are answered then."""
+    measure_held_out(session, "step")
+    started = time.perf_counter()
+    _answer(session, "step", None)
+    session.progress.evaluate_seconds += time.perf_counter() - started
+
+
 def measure_held_out(session: Session, name: str, writing: Continuation | None = None) -> None:
     """Emit an "evaluation" event; before and after, also write each row's outcome to the folder `evaluation`.
     `writing`: goes on from the prompts of some rows."""
@@ -185,7 +193,7 @@ def _answer(session: Session, name: str, writing: Continuation | None) -> None:
     for index, sample in enumerate(samples(session, name, writing)):
         given.append(sample)
         session.emit("sample", {"name": name, "index": index, **sample})
-    if not setup.world.is_first:
+    if not setup.world.is_first or name == "step":
         return
     answers, references = [[sample[key] for sample in given] for key in ("answer", "reference")]
     scored = zip(given, answer_scores(answers, references), strict=True)

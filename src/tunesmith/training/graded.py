@@ -42,8 +42,8 @@ def graded_rows(session: Session, name: str) -> tuple[NDArray[np.int64], list[Ro
         num = plural(sum(len(group.grades) for group in groups), "held-out answer")
         text = f"{len(failed):,} of {num} have no reward and do not count. The first: {failed[0].error[-300:]}"
         session.emit("note", {"text": text})
-    if name in ("before", "after"):
-        _show(session, name, groups[: resolved(setup.recipe.evaluation.samples)])
+    evaluation = setup.recipe.evaluation
+    _show(session, name, groups[: evaluation.samples_on_the_way if name == "step" else resolved(evaluation.samples)])
     return np.array([row for row, _ in results], np.int64), [result for _, result in results]
 
 

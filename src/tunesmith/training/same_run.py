@@ -17,6 +17,7 @@ MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "d
 NAMED_LATER = {
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
+    "setting evaluation.samples_on_the_way": "0",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"

@@ -44,7 +44,7 @@ from tunesmith.runs.atomic import write_atomic
 from tunesmith.runs.folder import FollowedRun, Run, refuse_done, refuse_taken
 from tunesmith.training.artifacts import keep_snapshot, save, save_and_try, save_result, snapshot_steps
 from tunesmith.training.check_sampler import check_sampler
-from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_held_out
+from tunesmith.training.evaluate import evaluate_run, find_high_loss_rows, measure_on_the_way
 from tunesmith.training.loop import training_steps
 from tunesmith.training.progress import Listener, OnEvent, Progress, Session, noted
 from tunesmith.training.reference import check_start, share_reference, use_reference
@@ -356,7 +356,7 @@ def _take_steps(session: Session) -> None:
             session.emit("note", {"text": _halved(event)})
         last = event.step == setup.total_steps
         if _evaluation_is_due(setup, event.step):
-            measure_held_out(session, "step")
+            measure_on_the_way(session)
         if event.step in snapshot_steps(setup):
             keep_snapshot(session, at="epoch")
         over = not last and _patience_is_over(session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -30,9 +30,12 @@ def as_html(page: Page) -> str:
     return _environment().get_template("report.html.jinja").render(page=page, report=page.report, style=style)
 
 
-def block_template() -> Template:
-    """The template whose macro `draw` sets a block of a section."""
-    return _environment().get_template("blocks.html.jinja")
+def block_template(address_of: Callable[[str], str]) -> Template:
+    """The template whose macro `draw` sets a block of a section. `address_of`: where the row of a source is shown, or
+    "" if it is nowhere."""
+    environment = _environment()
+    environment.globals["address_of"] = address_of
+    return environment.get_template("blocks.html.jinja")
 
 
 def _environment() -> Environment:
@@ -40,7 +43,7 @@ def _environment() -> Environment:
     environment.loader, environment.finalize = FileSystemLoader(str(_HERE)), _shown
     environment.filters |= {"data": data, "prose": prose, "line": one_line, "name": _name}
     environment.filters["day"] = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-    environment.globals |= {"svg": lambda plot: Markup(plot.svg), "mark_of": mark}
+    environment.globals |= {"svg": lambda plot: Markup(plot.svg), "mark_of": mark, "address_of": lambda source: ""}
     return environment
 
 

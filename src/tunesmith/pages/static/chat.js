@@ -84,9 +84,43 @@ async function classify(model, part, signal, prompt) {
   }
 }
 
+/** Texts in the order in which the model finds them near the query. */
+async function rank(model, part, signal, query) {
+  const texts = at("texts").value.split("\n").filter(line => line.trim());
+  const post = async (address, body) => {
+    const answer = await fetch(address, {
+      method: "POST", headers: {"Content-Type": "application/json", "X-Tunesmith": "1"}, signal,
+      body: JSON.stringify({model: model.name, ...body}),
+    });
+    if (!answer.ok) throw new Error(await failure(answer));
+    return answer.json();
+  };
+  let ranked = [];
+  if (model.answers === "embeddings") {
+    const asked = await post("/v1/embeddings", {input: [query], input_type: "query"});
+    const read = await post("/v1/embeddings", {input: texts});
+    const length = vector => Math.hypot(...vector), one = asked.data[0].embedding;
+    const near = vector => vector.reduce((sum, value, i) => sum + value * one[i], 0) / (length(vector) * length(one));
+    part.head.textContent = read.model;
+    ranked = read.data.map(line => [texts[line.index], near(line.embedding)]).sort((a, b) => b[1] - a[1]);
+  } else {
+    const read = await post("/v1/rerank", {query, documents: texts});
+    part.head.textContent = read.model;
+    ranked = read.results.map(line => [texts[line.index], line.relevance_score]);
+  }
+  const list = make("ol", "ranked");
+  for (const [words, near] of ranked) {
+    const line = make("li", ""), name = document.createElement("bdi");
+    name.textContent = words;
+    line.append(name, make("span", "n", near.toFixed(3)));
+    list.append(line);
+  }
+  part.words.replaceChildren(list);
+}
+
 async function ask() {
   const prompt = text.value;
-  if (!prompt.trim() || running || !models.length) return;
+  if (!prompt.trim() || running || !models.length || (at("texts") && !at("texts").value.trim())) return;
   running = new AbortController();
   send.disabled = true;
   stop.disabled = false;
@@ -103,13 +137,15 @@ async function ask() {
       if (model.answers === "text") {
         histories.set(model.name, [...before, {role: "user", content: prompt}]);
         await chat(model, part, running.signal);
-      } else await classify(model, part, running.signal, prompt);
+      } else if (at("texts")) await rank(model, part, running.signal, prompt);
+      else await classify(model, part, running.signal, prompt);
     } catch (error) {
       histories.set(model.name, before);
       part.box.classList.add("failed");
       part.count.textContent = error.name === "AbortError" ? "stopped" : error.message;
     }
   }));
+  at("heard").textContent = [...turn.children].map(box => box.innerText).join("\n"); // whole, not token by token
   running = null;
   send.disabled = false;
   stop.disabled = true;

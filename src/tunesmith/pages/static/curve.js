@@ -7,7 +7,7 @@ const EVERY_MS = 2000;
 
 /** @param {HTMLElement} figure */
 function island(figure) {
-  let plot = null, values = null, window_ = null, at = -1, asked = 0;
+  let plot = null, values = null, window_ = null, at = null, asked = 0, isDrawing = false;
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const said = document.getElementById("curve-said");
 
@@ -35,8 +35,13 @@ function island(figure) {
     const data = columns();
     const width = Math.max(240, figure.clientWidth), height = Math.max(200, Math.min(340, Math.round(width / 3)));
     if (plot) {
-      plot.setSize({width, height});
+      isDrawing = true; // the cursor stays where it is: nobody moved it
+      if (plot.width !== width || plot.height !== height) plot.setSize({width, height});
       plot.setData(data);
+      setTimeout(() => { // it is drawn in a microtask
+        if (at !== null) plot.setCursor({left: plot.valToPos(at, "x"), top: 10});
+        isDrawing = false;
+      }, 0);
       return;
     }
     const ink = () => colour("--ink"), muted = () => colour("--muted"), rule = () => colour("--rule"), accent = () => colour("--accent");
@@ -60,7 +65,7 @@ function island(figure) {
           const {left, width: wide} = chart.select;
           if (wide > 4) zoom(Math.round(chart.posToVal(left, "x")), Math.round(chart.posToVal(left + wide, "x")));
         }],
-        setCursor: [chart => { if (chart.cursor.idx != null) tell(chart.cursor.idx); }],
+        setCursor: [chart => { if (chart.cursor.idx != null && !isDrawing) tell(chart.cursor.idx); }],
       },
     }, data, box);
   }
@@ -101,11 +106,13 @@ function island(figure) {
     if (!values || event.ctrlKey || event.metaKey || event.altKey) return;
     const [steps] = columns();
     const [low, high] = window_ ?? [0, Math.max(values.steps, steps.at(-1) ?? 1)];
-    const middle = at >= 0 ? steps[at] : (low + high) / 2;
+    const middle = at ?? (low + high) / 2;
     if (event.key === "ArrowRight" || event.key === "ArrowLeft") {
-      at = at < 0 ? (event.key === "ArrowRight" ? 0 : steps.length - 1) : Math.min(steps.length - 1, Math.max(0, at + (event.key === "ArrowRight" ? 1 : -1)));
-      plot?.setCursor({left: plot.valToPos(steps[at], "x"), top: 10});
-      tell(at);
+      const isRight = event.key === "ArrowRight"; // by step, since the columns are others after each load
+      const next = at === null ? (isRight ? 0 : steps.length - 1) : isRight ? steps.findIndex(step => step > at) : steps.findLastIndex(step => step < at);
+      if (next >= 0) at = steps[next];
+      plot?.setCursor({left: plot.valToPos(at, "x"), top: 10});
+      tell(steps.indexOf(at));
     } else if (event.key === "+" || event.key === "=") zoom(Math.round(middle - (high - low) / 4), Math.round(middle + (high - low) / 4));
     else if (event.key === "-") zoom(...(high - low >= values.steps ? [null, null] : [Math.round(low - (high - low) / 2), Math.round(high + (high - low) / 2)]));
     else if (event.key === "0" || event.key === "Escape") zoom(null, null);

@@ -43,35 +43,56 @@ const morphing = {
       }
       if (old.hasAttribute("data-keep")) return false;
       if (old.tagName === "DETAILS" && fresh.tagName === "DETAILS") fresh.open = old.open;
-      if (old === document.activeElement && /^(INPUT|TEXTAREA|SELECT)$/.test(old.tagName)) return false;
+      if (/^(INPUT|TEXTAREA|SELECT)$/.test(old.tagName) && (old === document.activeElement || isChanged(old))) return false;
       return true;
     },
   },
 };
 
-let misses = 0;
+/** Whether a person chose or typed something else than the server had put into a field. */
+function isChanged(field) {
+  if (field.tagName === "SELECT") return field.selectedIndex !== Math.max(0, [...field.options].findIndex(option => option.defaultSelected));
+  return field.type === "checkbox" || field.type === "radio" ? field.checked !== field.defaultChecked : field.value !== field.defaultValue;
+}
+
+let misses = 0, shown = "";
 
 export async function refresh() {
   const answer = await fetch(location.href, {headers: {"Accept": "text/html"}});
-  if (answer.status === 401) { location.reload(); return; }
-  const fresh = new DOMParser().parseFromString(policy.createHTML(await answer.text()), "text/html");
+  if (answer.status === 401) return reload();
+  const text = await answer.text();
+  if (answer.ok && text === shown) return;
+  const fresh = new DOMParser().parseFromString(policy.createHTML(text), "text/html");
   const content = fresh.getElementById("main");
   if (!answer.ok || !content || fresh.body.classList.contains("bare")) {
-    if (answer.status === 404) { location.reload(); return; }
+    if (answer.status === 404) return reload();
     throw new Error(`status ${answer.status}`);
   }
   const sheets = [...fresh.querySelectorAll("link[rel=stylesheet]")].map(sheet => sheet.getAttribute("href"));
   const isNewer = !sheets.every(sheet => document.querySelector(`link[href="${sheet}"]`));
   if (isNewer || (document.body.dataset.then === "reload" && !fresh.body.dataset.live)) {
-    location.reload(); // a newer version runs here, or what was waited for needs its scripts
-    return;
+    return reload(); // a newer version runs here, or what was waited for needs its scripts
   }
+  shown = text;
   Idiomorph.morph(main(), content, morphing);
   const machine = fresh.getElementById("machine");
   if (machine) document.getElementById("machine").textContent = machine.textContent;
   document.title = fresh.title;
   document.body.dataset.live = fresh.body.dataset.live ?? "";
   ready(main());
+}
+
+/** Load the whole page again, and ask for nothing until it is there. */
+function reload() {
+  document.body.dataset.live = "";
+  location.reload();
+}
+
+/** The page after an act, whose button is off until then. */
+async function refreshAfterAct() {
+  document.body.dataset.live ||= "1";
+  shown = "";
+  await refresh();
 }
 
 function pause() {
@@ -115,9 +136,13 @@ document.addEventListener("click", async event => {
     button.disabled = true;
     try {
       const body = button.dataset.body ? JSON.parse(button.dataset.body) : {};
-      const values = await act("POST", button.dataset.post, body);
-      if (button.dataset.go) location.assign(button.dataset.go.replace("NAME", encodeURIComponent(values.name ?? "")));
-      else { document.body.dataset.live ||= "1"; await refresh(); }
+      const values = await act(button.dataset.method ?? "POST", button.dataset.post, body);
+      if (button.dataset.fill) { // a key, which is shown once
+        const place = document.querySelector(button.dataset.fill);
+        place.textContent = place.textContent.replace(/Bearer [^']+/, `Bearer ${values.key}`);
+        button.disabled = false;
+      } else if (button.dataset.go) location.assign(button.dataset.go.replace("NAME", encodeURIComponent(values.name ?? "")));
+      else await refreshAfterAct();
     } catch (error) {
       button.disabled = false;
       say(error.message);
@@ -133,6 +158,16 @@ document.addEventListener("click", async event => {
     document.cookie = `tunesmith-theme=${html.dataset.theme}; path=/; max-age=31536000; samesite=strict`;
     dispatchEvent(new Event("themechange"));
   }
+});
+
+document.addEventListener("submit", async event => { // a form whose fields are the body of an act
+  const form = event.target;
+  if (!form.dataset.send) return;
+  event.preventDefault();
+  try {
+    await act("POST", form.dataset.send, Object.fromEntries(new FormData(form)));
+    await refreshAfterAct();
+  } catch (error) { say(error.message); }
 });
 
 // Keys: / finds, g and a letter goes; never while something is typed, and who speaks to the machine switches them off.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.pages.commands import CommandRunner
+from tunesmith.serve.commands import CommandRunner
 
 PRINTS = "import pathlib, sys; place = pathlib.Path(sys.argv[1]); place.open('a').write('x'); print({!r})"
 
@@ -17,7 +17,7 @@ PRINTS = "import pathlib, sys; place = pathlib.Path(sys.argv[1]); place.open('a'
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[CommandRunner]:
     """Children run the program that stands for their module."""
-    monkeypatch.setattr("tunesmith.pages.commands.python_words", lambda program: [sys.executable, "-IS", "-c", program])
+    monkeypatch.setattr("tunesmith.serve.commands.python_words", lambda program: [sys.executable, "-IS", "-c", program])
     asked = CommandRunner()
     yield asked
     asked.close()
@@ -68,7 +68,7 @@ def test_a_failure_is_tried_again_after_a_while(
         assert answer.error is not None
         assert answer.error["message"] == "none"
         place.touch()
-    monkeypatch.setattr("tunesmith.pages.commands.FAILED_AGE_S", 0.0)
+    monkeypatch.setattr("tunesmith.serve.commands.FAILED_AGE_S", 0.0)
     answer = commands.ask(program, [str(place)])
     assert answer.done.wait(20)
     assert answer.values == {"ok": True}

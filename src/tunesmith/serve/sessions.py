@@ -18,8 +18,8 @@ from pathlib import Path
 from starlette.requests import cookie_parser
 
 from tunesmith.errors import StorageError
-from tunesmith.pages.commands import look
 from tunesmith.runs.atomic import from_json, to_json, write_atomic
+from tunesmith.serve.commands import look
 from tunesmith.serve.middleware import ApiKeys, wrong_key
 from tunesmith.serve.protocol import RequestError
 
@@ -94,6 +94,10 @@ class Access:
             return None
         return self._new_session()
 
+    def new_key(self) -> str:
+        """A key for a program, good as long as a session, which it is: it is sent as `Authorization: Bearer KEY`."""
+        return self._new_session()
+
     def _new_session(self) -> str:
         self._read()  # another server may have added some
         token, now = secrets.token_urlsafe(32), time.time()
@@ -112,7 +116,11 @@ class Access:
             return ""
         if self.keys is not None and self.keys.accepts(headers.get(b"authorization")):
             return ""
-        if not self._has_session(headers):
+        scheme, _, bearer = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if bearer and scheme.lower() == "bearer" and self._is_session(bearer.strip()):
+            return ""  # no browser sends it by itself
+        cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
+        if not self._is_session(cookies.get(self.cookie, "")):
             raise wrong_key("This server needs a session: open the link that `tunesmith ui` printed, or give a key.")
         site, mode = headers.get(b"sec-fetch-site", b""), headers.get(b"sec-fetch-mode", b"")
         is_led = site in (b"same-site", b"cross-site") and (mode != b"navigate" or path.startswith(WORKING))
@@ -120,10 +128,9 @@ class Access:
             _refuse_foreign(headers)
         return ""
 
-    def _has_session(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _is_session(self, token: str) -> bool:
         self._read()
-        cookies = cookie_parser(headers.get(b"cookie", b"").decode("latin-1"))
-        digest, now = _digest(cookies.get(self.cookie, "")), time.time()
+        digest, now = _digest(token), time.time()
         return any(now - at < SESSION_S and hmac.compare_digest(name, digest) for name, at in self._sessions.items())
 
 

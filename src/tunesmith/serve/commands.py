@@ -22,7 +22,8 @@ from tunesmith.environment import for_child, python_words
 from tunesmith.runs.atomic import from_json
 from tunesmith.types import JsonObject, Record
 
-MOST_KEPT = 64
+MOST_KEPT, MOST_BYTES = 64, 2**26
+"""Answers that are kept, and bytes of what was printed for them."""
 AT_ONCE = 2
 """Children that work at the same time; others wait."""
 AT_ONCE_S = 0.3
@@ -43,6 +44,7 @@ class Reply:
     done: threading.Event = field(default_factory=threading.Event)
     ended: float = math.inf
     """When, by the clock of `time.monotonic`."""
+    num_bytes: int = 0
     _stderr: IO[bytes] | None = None
 
     @property
@@ -74,8 +76,9 @@ class CommandRunner:
             answer = self._answers.pop(key, None)
             is_new = answer is None or time.monotonic() - answer.ended >= (FAILED_AGE_S if answer.error else age_s)
             self._answers[key] = answer = answer if answer is not None and not is_new else Reply(words)
-            while len(self._answers) > MOST_KEPT:
-                self._answers.popitem(last=False)
+            num_bytes = sum(kept.num_bytes for kept in self._answers.values())
+            while len(self._answers) > MOST_KEPT or (num_bytes > MOST_BYTES and len(self._answers) > 1):
+                num_bytes -= self._answers.popitem(last=False)[1].num_bytes
         if is_new:
             threading.Thread(target=self._work, args=(answer, module), daemon=True).start()
         answer.done.wait(AT_ONCE_S)
@@ -116,6 +119,7 @@ class CommandRunner:
 def _take(answer: Reply, code: int, printed: bytes, errors: bytes) -> None:
     """Read the last line of JSON that a child printed."""
     line = printed.strip().rpartition(b"\n")[2]
+    answer.num_bytes = len(line)
     values: Any = None
     with contextlib.suppress(ValueError):
         values = from_json(line)

@@ -1,0 +1,67 @@
+"""A run as it is now, in plain values: what goes on, and its curves in as many points as a picture has room for."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+from tunesmith.evaluation.series import RunSeries
+from tunesmith.runs.folder import Run
+from tunesmith.summaries.runs import ending, phase, time_left
+from tunesmith.summaries.words import choice_line, plan_facts, step_line
+from tunesmith.types import Event, JsonObject
+
+MOST_POINTS = 2_000
+SHOWN_ANSWERS = 3
+
+
+def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> JsonObject:
+    """Values of a run besides its facts: how far it is, why it does not go on, and what it logged."""
+    if state == "unreadable":
+        return {}
+    code, why = ending(series, last, state)
+    plan, is_running = series.plan, state == "running"
+    kept_step = series.report.get("kept", {}).get("step")
+    return {
+        "now": step_line(series, is_at_work=False) if series.step in series.steps else "",
+        "phase": phase(run, last.time if last else 0.0) if is_running else "",
+        "time_left": time_left(series) if is_running else "",
+        "is_stopping": is_running and run.stop_asked(),
+        "ended_by": {"code": code, "message": why},
+        "curve": [[step, values["loss"]] for step, values in series.course(kept_step)],
+        "plan": plan_facts(plan) if plan.get("rows") else [],
+        "choices": [choice_line(choice) for choice in plan.get("choices", ())],
+        "notes": list(dict.fromkeys([*plan.get("warnings", ()), *series.notes])),
+        "details": list(dict.fromkeys(series.details)),
+        "samples": [series.samples[index] for index in islice(sorted(series.samples), SHOWN_ANSWERS)],
+        "has_report": run.report_path.is_file(),
+        "last_time": last.time if last else None,
+        "peak_bytes": series.peak_bytes,
+    }
+
+
+def curve_values(series: RunSeries, points: int = MOST_POINTS, first: int = 0, last: int | None = None) -> JsonObject:
+    """The training loss from step `first` to `last` in at most `points` buckets of lowest, highest and mean, by the
+    last step of each; and the held-out losses, all of them."""
+    end = series.step if last is None else last
+    steps = [step for number, step in series.steps.items() if first <= number <= end]
+    width = max(1, -(-len(steps) // max(1, points)))
+    buckets = [steps[start : start + width] for start in range(0, len(steps), width)]
+    columns: dict[str, list[Any]] = {"step": [], "mean": [], "low": [], "high": []}
+    for bucket in buckets:
+        losses = [step.loss for step in bucket]
+        columns["step"].append(bucket[-1].step)
+        columns["mean"].append(_finite(sum(losses) / len(losses)))
+        columns["low"].append(_finite(min(losses)))
+        columns["high"].append(_finite(max(losses)))
+    kept_step = series.report.get("kept", {}).get("step")
+    held_out = [[step, _finite(values["loss"])] for step, values in series.course(kept_step)]
+    return {"steps": series.total_steps, "width": width, "training": columns, "held_out": held_out, "kept": kept_step}
+
+
+def _finite(value: Any) -> float | None:
+    """The number, or None for what JSON and a curve have no place for."""
+    with suppress(TypeError, ValueError):
+        return float(value) if abs(float(value)) < 1e300 else None
+    return None

@@ -1,0 +1,293 @@
+"""The states that a page can be in: each says what is the matter and what to do.
+
+Those without a test here have theirs elsewhere in this folder: empty, unreadable, failed, interrupted, a damaged log
+and nothing fits in test_pages.py; 401, 403 and 429 in test_access.py; no answer, a newer build, an ended session, two
+people and a killed run in test_browser.py; an engine that starts or ended in test_handed_on.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import fresh
+from evaluation.fake_runs import fake_run
+from pages.sites import HTML, KEY, OWN, Elements, answered, entered, fork_children, run_of, site_in, stranger
+from serve.running import wait_for
+from tunesmith.jobs.launcher import ChildProcess, start_child
+from tunesmith.pages import launches, local_files, run_list
+from tunesmith.pages.live import LiveRuns
+from tunesmith.pages.local_files import LocalFiles, row_address
+from tunesmith.pages.run_list import RunList
+from tunesmith.pages.site import Site, curl, door_to
+from tunesmith.runs.folder import Run
+from tunesmith.serve import commands
+from tunesmith.serve.commands import CommandRunner, Reply
+from tunesmith.serve.middleware import ApiKeys
+from tunesmith.types import Event
+
+
+def test_a_run_without_held_out_rows_or_answers_has_a_page(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "bare-0001", "classes")
+    kept = [line for line in run.events_path.read_text().splitlines() if '"kind":"evaluation"' not in line]
+    run.events_path.write_text("".join(f"{line}\n" for line in kept))
+    run.append(Event("end", 120, 0.0, {"report": {}}))
+    text = Elements(entered(site_in(tmp_path)).get("/ui/runs/bare-0001").text).text
+    assert "Held-out loss" not in text
+    assert "Answers" not in text
+    assert "Loss" in text
+
+
+def test_a_stopped_run_says_so_and_can_go_on(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "held-0001")
+    run.append(Event("stopped", 120, 0.0, {"message": "stopped after step 120"}))
+    page = entered(site_in(tmp_path)).get("/ui/runs/held-0001").text
+    assert "stopped after step 120" in page
+    assert ">Resume</button>" in page
+
+
+def test_answers_before_and_now_are_shown_while_a_run_is_at_work(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "asked-0001", num_steps=4)
+    lines = [line for line in run.events_path.read_text().splitlines() if '"name":"after"' not in line]
+    run.events_path.write_text("".join(f"{line}\n" for line in lines))
+    for step, answer in ((2, "an early one"), (4, "a later <b>one</b>")):
+        values = {"name": "step", "index": 0, "source": "held.jsonl:1", "prompt": "p", "reference": "r"}
+        run.append(Event("sample", step, 0.0, {**values, "answer": answer, "stopped": True}))
+    text = Elements(entered(site_in(tmp_path)).get("/ui/runs/asked-0001").text).text
+    assert "Now, after step 4" in text
+    assert "a later <b>one</b>" in text
+    assert "an early one" not in text
+
+
+def test_a_run_that_is_gone_is_not_found(tmp_path: Path) -> None:
+    client = entered(site_in(tmp_path))
+    assert "It may have been removed" in Elements(client.get("/ui/runs/gone-0001").text).text
+    assert client.get("/v1/runs/gone-0001").json()["error"]["code"] == "not_found"
+
+
+def test_two_people_at_once_are_told(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "both-0001")
+    client = entered(site_in(tmp_path))
+    with run.lock():
+        assert client.post("/v1/runs/both-0001/stop", json={}, headers=OWN).status_code == 200
+        assert "Stops after its step" in client.get("/ui/runs/both-0001").text, "the other one sees it"
+        refused = client.post("/v1/runs/both-0001/resume", json={}, headers=OWN)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            409, "both-0001: it is running: there is nothing to resume.",
+        )  # fmt: skip
+    assert client.post("/v1/runs/both-0001/stop", json={}, headers=OWN).status_code == 409
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    fake_run(tmp_path / "runs" / "a-1")
+    client = entered(site_in(tmp_path))
+
+    def full(*words: Any, **how: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(launches, "start_child", full)
+    for path, body in (("/v1/runs", {"model": "m", "data": "rows.jsonl"}), ("/v1/runs/a-1/resume", {})):
+        refused = client.post(path, json=body, headers=OWN)
+        assert (refused.status_code, "No space left" in refused.text) == (507, True)
+    monkeypatch.setattr(local_files, "free_bytes", lambda folder: 2**30 + 1)
+    assert client.put("/v1/local_files/b.jsonl", content=b"ab", headers=OWN | {"X-Tunesmith": "1"}).status_code == 507
+
+
+def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
+    client = stranger(site_in(tmp_path, keys=ApiKeys.of([KEY])))
+    assert client.post("/ui/login", content="key=" + "x" * 5000).status_code == 413
+
+
+def test_a_base_of_the_hub_is_not_asked_for_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_children(monkeypatch)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    site = site_in(tmp_path)
+    text = Elements(answered(entered(site), "/ui/new?file=rows.jsonl&model=nobody/such-model")).text
+    assert "nobody/such-model" in text
+    assert "offline" in text
+    site.commands.close()
+
+
+def test_a_page_that_waits_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for name in ("a-1", "b-2"):
+        run, _, _ = fake_run(tmp_path / "runs" / name)
+        run.report_path.write_text("{}")
+    site, waiting = site_in(tmp_path), Reply([])
+    for name in ("check", "plan", "result", "compare"):
+        monkeypatch.setattr(site, name, lambda *words, **how: waiting)
+    monkeypatch.setattr(Reply, "progress", "<b>reading</b>: 40 %")
+    client = entered(site)
+    for path in ("data?file=rows.jsonl", "new?file=rows.jsonl&model=m", "runs/a-1/result", "compare?run=a-1&run=b-2"):
+        page = client.get(f"/ui/{path}").text
+        assert "<b>reading</b>: 40 %" in Elements(page).text, path
+        assert 'data-live="0.5"' in page
+        assert '<noscript><meta http-equiv="refresh"' in page
+
+
+def test_a_run_that_is_starting_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tunesmith.jobs.launcher.python_words",
+        lambda module: [sys.executable, "-IS", "-c", "import time; time.sleep(60)"],
+    )
+    (tmp_path / "runs").mkdir()
+    start_child(tmp_path / "runs" / "new-0001", "tunesmith", [], {})
+    client = entered(site_in(tmp_path))
+    assert ">Stop</button>" in client.get("/ui/runs/new-0001").text
+    assert client.post("/v1/runs/new-0001/stop", json={}, headers=OWN).status_code == 200
+    assert not ChildProcess(tmp_path / "runs" / "new-0001").is_alive()
+    assert client.get("/v1/runs").json()["working"] == []
+    assert client.post("/v1/runs/new-0001/stop", json={}, headers=OWN).status_code == 404
+
+
+def test_runs_at_once_are_said_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    site = site_in(tmp_path)
+    monkeypatch.setattr(site.run_list, "at_work", lambda: ["a-1", "b-2", "c-3", "d-4"])
+    values: dict[str, Any] = {
+        "model": "m", "task": "chat", "method": "lora", "trained_parameters": 1, "total_parameters": 2, "steps": 2,
+        "rows": {"train": 3, "held_out": 1}, "tokens_per_epoch": 5, "steps_per_epoch": 2, "choices": [],
+        "warnings": [], "forecast": None,
+    }  # fmt: skip
+    monkeypatch.setattr(site, "plan", lambda wanted, measured: Reply([], values=values))
+    client = entered(site)
+    assert "4 runs at work: a-1, b-2, c-3, d-4." in Elements(client.get("/ui/new?file=rows.jsonl&model=m").text).text
+    refused = client.post("/v1/runs", json={"model": "m", "data": "rows.jsonl"}, headers=OWN)
+    assert (refused.status_code, "4 runs are at work" in refused.text) == (409, True)
+
+
+def test_an_error_that_passes_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "a-1", num_steps=4)
+    site = site_in(tmp_path)
+
+    def failing(*words: Any, **how: Any) -> Any:
+        raise OSError(5, os.strerror(5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tunesmith.runs.events.Tail.read", failing)
+        [row] = site.run_list.page()["runs"]
+        assert (row["state"], "cannot be read now" in row["problem"]) == ("unreadable", True)
+    assert site.run_list.page()["runs"][0]["state"] == "interrupted"
+    assert site.log(run.path.name).problem == ""
+
+
+def test_a_damaged_evaluation_is_said_where_the_curve_is_asked_for(tmp_path: Path) -> None:
+    run, _, _ = fake_run(tmp_path / "runs" / "a-1", num_steps=4)
+    run.append(Event("evaluation", 4, 0.0, {"name": "step", "rows": 1}))
+    client = entered(site_in(tmp_path))
+    refused = client.get("/v1/runs/a-1/series")
+    assert (refused.status_code, "cannot be drawn" in refused.text) == (422, True)
+    assert client.get("/ui/runs/a-1").status_code == 200
+
+
+def test_files_that_are_not_listed_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(12):
+        (tmp_path / f"rows-{number:02}.jsonl").write_text("{}\n")
+    client = entered(site_in(tmp_path))
+    assert client.get("/v1/local_files").json()["more"] == ""
+    monkeypatch.setattr(local_files, "MOST_LISTED", 5)
+    assert "the newest 5 of 12 files of rows are listed" in client.get("/ui/data").text
+    monkeypatch.setattr(local_files, "MOST_LOOKED_AT", 8)
+    assert "only 8 files were looked at" in client.get("/ui/data").text
+
+
+def test_a_row_is_looked_up_in_the_files_that_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a b&c.jsonl").write_text("{}\n")
+    places = LocalFiles(tmp_path, tmp_path / "runs").places()
+    assert row_address(places, f"{tmp_path}/a b&c.jsonl:12") == "/ui/data?file=a+b%26c.jsonl&from=10#row-12"
+    monkeypatch.chdir(tmp_path)
+    assert row_address(places, "a b&c.jsonl:1 sample 2") == "/ui/data?file=a+b%26c.jsonl&from=1#row-1"
+    for source in ("other.jsonl:3", "a b&c.jsonl", "owner/rows:3", ""):
+        assert row_address(places, source) == ""
+
+
+def test_memory_of_pages_is_bounded_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        fake_run(tmp_path / f"a-{number}", num_steps=10)
+    runs = LiveRuns(tmp_path)
+    monkeypatch.setattr("tunesmith.pages.live.MOST_BYTES", 1)
+    for number in range(3):
+        assert len(runs.log(Run(tmp_path / f"a-{number}")).series.steps) == 10
+    assert len(runs._logs) == 1
+    monkeypatch.setattr(run_list, "MOST_FACTS", 2)
+    listed = RunList(LiveRuns(tmp_path))
+    assert len(listed.page()["runs"]) == 3
+    assert len(listed._facts) == 2
+    monkeypatch.setattr(commands, "MOST_BYTES", 100)
+    monkeypatch.setattr(commands, "python_words", lambda program: [sys.executable, "-IS", "-c", program])
+    runner = CommandRunner()
+    for number in range(3):
+        assert runner.ask(f'print(\'{{"a": "{"x" * 90}{number}"}}\')', []).done.wait(20)
+    assert len(runner._answers) <= 2
+    runner.close()
+
+
+def test_the_link_is_in_no_words_of_a_process(tmp_path: Path) -> None:
+    door = tmp_path / "runs" / ".ui" / "open.html"
+    address = door_to("http://127.0.0.1:8000/ui/open?code=secret", door)
+    assert address == door.as_uri()
+    assert door.stat().st_mode & 0o777 == 0o600
+    assert 'content="0;url=http://127.0.0.1:8000/ui/open?code=secret"' in door.read_text()
+    assert door_to("http://link", Path("/proc/none/open.html")) == "http://link"
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_secure"),
+    [({}, False), ({"X-Forwarded-Proto": "https"}, True), ({"Origin": "https://127.0.0.1:8000"}, True)],
+    ids=["http", "proxy", "origin"],
+)
+def test_the_cookie_is_for_https_alone_behind_it(tmp_path: Path, headers: dict[str, str], is_secure: bool) -> None:
+    site = site_in(tmp_path)
+    client = TestClient(entered(site).app, base_url="http://127.0.0.1:8000", headers=HTML)
+    assert ("Secure" in client.get(site.access.new_link(), headers=headers).headers["set-cookie"]) is is_secure
+
+
+def test_numbers_of_a_run_and_its_result_are_those_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.evaluation.report import write_report
+    from tunesmith.evaluation.report.values import metric_lines
+
+    fork_children(monkeypatch)
+    run, given, progress = fake_run(tmp_path / "runs" / "a-1", "classes", new_head=False)
+    (tmp_path / "held.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    report = write_report(run, given, progress)
+    run.append(Event("end", 120, 0.0, {"report": report}))
+    printed = json.loads(fresh.done("-m", "tunesmith", "show", run.path, "--json"))
+    client = entered(site_in(tmp_path))
+    page = answered(client, "/ui/runs/a-1/result")
+    text = Elements(page).text
+    for line in metric_lines(report):
+        for words in (line.label, line.after, line.other):
+            assert words in text
+    assert printed["report"] == report
+    assert 'href="/ui/data?file=held.jsonl&amp;from=' in page, "rows that flipped lead to their line"
+    flip = report["flips"]["lost"] or report["flips"]["gained"]
+    number = flip[0]["source"].rpartition(":")[2]
+    assert f"#row-{number}" in page
+
+
+def test_a_line_for_a_shell_holds_any_name() -> None:
+    words = curl("http://127.0.0.1:8000/", {"name": "it's `odd` $(name)", "answers": "embeddings"})
+    assert words.startswith("curl http://127.0.0.1:8000/v1/embeddings -H 'Authorization: Bearer YOUR-KEY'")
+    assert "'\"'\"'" in words
+
+
+def test_the_list_of_runs_sees_who_begins_and_who_ends(tmp_path: Path) -> None:
+    site: Site = site_in(tmp_path)
+    run, _, _ = fake_run(tmp_path / "runs" / "a-1", num_steps=4)
+    with run.lock():
+        assert site.run_list.at_work() == ["a-1"]
+        other, _, _ = fake_run(tmp_path / "runs" / "b-2", num_steps=4)
+        with other.lock():
+            assert site.run_list.at_work() == ["a-1", "b-2"], "a new run is seen at once"
+    assert site.run_list.at_work() == []
+    wait_for(lambda: run_of(site, "a-1").state() == "interrupted")
