@@ -11,32 +11,32 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_630, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_655, "twenty-two commands, what they print and what they refuse"),
-    "data": (9_490, "thirty-one forms of rows, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (4_000, "measures with intervals, answers, graded answers, comparison, the report"),
+    "api, types, errors, …": (1_710, "the Python interface, the types that travel, images too, errors, ways out"),
+    "cli": (4_665, "twenty-two commands, what they print and what they refuse"),
+    "data": (10_340, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "evaluation": (4_035, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        1_760,
+        1_830,
         "answers of many sequences together: serving's, those that go on from measured rows, those drawn",
     ),
     "graders": (2_150, "types of graders, children for their code, a judge, a trial with measures and a verdict"),
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_300, "OpenAI's fine-tuning API: files, jobs, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
-    "models": (5_300, "finding, loading, attention, heads, losses in pieces"),
+    "models": (5_690, "finding, loading, attention, heads, losses in pieces, what sees"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans and chats over what commands print; sessions"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_730, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_875, "every option, declared once; files of other tools translated"),
+    "recipe": (1_880, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
-    "serve": (2_715, "the engine's process and OpenAI's routes"),
+    "serve": (2_775, "the engine's process and OpenAI's routes, images in requests"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_635, "what is learnt"),
     "summaries": (515, "what commands and pages say in the same words; nearly all of it was in cli"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_740, "the loop, a run around it, and the answers that it draws"),
+    "training": (4_825, "the loop, a run around it, and the answers that it draws"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

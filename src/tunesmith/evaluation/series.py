@@ -90,6 +90,7 @@ class RunSeries:
             sample = self.samples.setdefault(values["index"], texts)
             sample[values["name"]] = values["answer"]
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
+            sample |= {"images": values["images"]} if "images" in values else {}
         elif event.kind == "note":
             (self.details if values.get("detail") or values.get("aside") else self.notes).append(values["text"])
         elif event.kind == "end":

@@ -17,6 +17,10 @@ MAY_CHANGE = ("train.tokens_per_pass", "train.checkpointed_layers", "memory", "d
 NAMED_LATER = {
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
+    "setting data.image_folder": "None",
+    "setting data.limits.images": "64",
+    "setting data.limits.image_bytes": "20971520",
+    "setting data.limits.image_pixels": "24000000",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"
