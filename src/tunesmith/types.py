@@ -7,7 +7,7 @@ Standard library only at run time; arrays and tensors are named for the type che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Size, Tensor, nn
 
 # B rows, T tokens, N targets, C classes, L lines, K branches of a row, V values
@@ -113,6 +114,26 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRef:
+    """An image of a row: where it is, and, once `data.images.look_at` has seen it, what it is."""
+
+    path: str = ""
+    """Empty: it came with the row, as `data`."""
+    data: bytes = b""
+    """The file's own bytes, not pixels."""
+    sha256: str = ""
+    """The hash of these bytes; empty: nobody has looked yet."""
+    width: int = 0
+    """In pixels, as it is shown: after the turn that its EXIF asks for."""
+    height: int = 0
+
+    @property
+    def number(self) -> int:
+        """The first 64 bits of its hash, by which rows name it."""
+        return int(self.sha256[:16], 16)
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One turn of a conversation, or the prompt or completion of a pair."""
 
@@ -121,6 +142,8 @@ class Part:
     trained: bool
     fields: Record = field(default_factory=dict)
     """Further keys of the message (`tool_calls`, `name`, ...), handed to the template unchanged."""
+    images: tuple[tuple[int, ImageRef], ...] = ()
+    """Images of a user's turn, in order, each with the character of `text` before which it stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +175,60 @@ class Example:
         return (*self.parts, *self.branches[0]) if self.branches else self.parts
 
     @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The images of its parts, in order."""
+        return images_of(self.parts)
+
+    @property
     def last_prompt(self) -> tuple[Part, ...]:
         """The parts before the last trained one of `first_line`: none where nothing is trained."""
         last = max((i for i, part in enumerate(self.first_line) if part.trained), default=0)
         return self.first_line[:last]
+
+
+def images_of(parts: Sequence[Part]) -> tuple[ImageRef, ...]:
+    """The images of some parts, in order."""
+    return tuple(image for part in parts for _, image in part.images)
+
+
+class Placeholders(Protocol):
+    """A model's processor of images: what it writes into a text in the place of one, and its pixels."""
+
+    @property
+    def token(self) -> str:
+        """The word that a chat template writes for an image."""
+        ...
+
+    @property
+    def token_id(self) -> int:
+        """The token that the model replaces with a vector of an image."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that pixels and numbers of tokens follow from."""
+        ...
+
+    def expand(self, width: int, height: int) -> str:
+        """The text that takes the place of `token` for an image of this size.
+
+        Raises ValueError, in words for a person, for a shape that the model does not read.
+        """
+        ...
+
+    def pixels(self, picture: Image) -> Mapping[str, Tensor]:
+        """One image as the arguments of the model's `get_image_features`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchImage:
+    """An image of a micro-batch."""
+
+    number: int
+    """`ImageRef.number`."""
+    pixels: Callable[[], Mapping[str, Tensor]]
+    """Reads it and prepares it as the model's processor does; the arguments of the model's `get_image_features`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +258,8 @@ class Row:
     """A number for each text that becomes a vector, equal for equal texts whatever prompt precedes them."""
     values_NC: NDArray[np.float32] | None = None
     """Numbers of each trained token of an answer that the model drew: `tasks.policy_losses.COLUMNS`."""
+    images: tuple[int, ...] = ()
+    """`ImageRef.number` of each image that its tokens have places for, in order."""
 
 
 LEAST_PREFIX = 8
@@ -254,6 +329,8 @@ class Batch:
     """int64, `Row.keys` of each line; None: the texts have none."""
     values_NC: Tensor | None = None
     """float32, the numbers of each target of drawn answers, `Row.values_NC`; None: rows are no drawn answers."""
+    images: tuple[BatchImage, ...] = ()
+    """The images of its rows, in order."""
 
     @property
     def num_tokens(self) -> int:
@@ -406,6 +483,7 @@ class Draft:
     branches: tuple[int, ...] = ()
     values: tuple[float, ...] = ()
     keys: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
 
 Drafts: TypeAlias = list[Draft] | Problem

@@ -157,7 +157,7 @@ def test_a_parameter_that_is_null_is_not_there(server: Running) -> None:
     ("body", "said"),
     [
         ({**CHAT, "messages": [{"from": "human", "value": "hi"}]}, "messages[0].role"),
-        ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read."),
+        ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "names no image."),
         (b" ", "The body: missing."),
         (b"[" * 65, "The body cannot be read as JSON: it nests deeper than 64."),
     ],

@@ -11,13 +11,13 @@ MAX_FUNCTION = 60
 LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
-    "api, types, errors, …": (1_630, "the Python interface, the types that travel, errors with their ways out"),
-    "cli": (4_670, "twenty-two commands, what they print and what they refuse"),
-    "data": (9_495, "thirty-one forms of rows, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (4_005, "measures with intervals, answers, graded answers, comparison, the report"),
+    "api, types, errors, …": (1_710, "the Python interface, the types that travel, images too, errors, ways out"),
+    "cli": (4_665, "twenty-two commands, what they print and what they refuse"),
+    "data": (10_340, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
+    "evaluation": (4_035, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
-        1_760,
+        1_830,
         "answers of many sequences together: serving's, those that go on from measured rows, those drawn",
     ),
     "graders": (
@@ -27,19 +27,19 @@ ROOMS = {
     "inference": (1_600, "a result loaded, files of rows answered and measured"),
     "jobs": (4_720, "OpenAI's fine-tuning API: files, jobs, graders, projects, webhooks, recovery from kills"),
     "methods": (2_550, "full, LoRA and its relatives, QLoRA, peft"),
-    "models": (5_310, "finding, loading, attention, heads, losses in pieces"),
+    "models": (5_700, "finding, loading, attention, heads, losses in pieces, what sees"),
     "optim": (450, "optimizers and schedules"),
     "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_730, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_875, "every option, declared once; files of other tools translated"),
+    "recipe": (1_880, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
-    "serve": (3_000, "the engine's process and OpenAI's routes; sessions and answers of commands, for pages"),
+    "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_635, "what is learnt"),
     "summaries": (600, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
-    "training": (4_750, "the loop, a run around it, and the answers that it draws"),
+    "training": (4_850, "the loop, a run around it, and the answers that it draws"),
 }
 """Lines that a room may have, and what for: docs/inside/decisions/004-size-of-the-package.md."""
 

@@ -17,6 +17,7 @@ REQUIRED = {
     *(f"M{n}" for n in range(1, 10)),  # what a measure proves
     *(f"P{n}" for n in range(1, 30)),  # preferences, rewards, vectors
     *(f"G{n}" for n in range(1, 26)),  # answers that are drawn and graded
+    *(f"I{n}" for n in range(1, 17)),  # images
 }
 MARKER = re.compile(r"# trap: ([^#\n]*)$", re.MULTILINE)
 PLANTED = re.compile(r"raises\(\(?AssertionError|raises\(pytest\.fail\.Exception")
@@ -26,7 +27,7 @@ def marked() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for ids in MARKER.findall(path.read_text("utf-8")):
-            for trap in re.findall(r"\b[LTRASMDPG]\d+b?\b", ids):
+            for trap in re.findall(r"\b[LTRASMDPGI]\d+b?\b", ids):
                 found.setdefault(trap, set()).add(path.relative_to(ROOT).as_posix())
     return found
 
@@ -34,7 +35,7 @@ def marked() -> dict[str, set[str]]:
 def table() -> list[tuple[str, str]]:
     """(id, test files) of each row, in order."""
     page = (ROOT / "docs/inside/correctness.md").read_text("utf-8")
-    return re.findall(r"^\| ([LTRASMDPG]\d+b?) \|.*\| ([^|]+) \|$", page, re.MULTILINE)
+    return re.findall(r"^\| ([LTRASMDPGI]\d+b?) \|.*\| ([^|]+) \|$", page, re.MULTILINE)
 
 
 def documented() -> dict[str, set[str]]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,9 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Talk to the untouched model of the run.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Show the untouched model's answers too.")] = False,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Send this one message and leave.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Show this image with the first message; repeatable.")
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to start with.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy. Higher: more varied.")] = 0.0,
@@ -45,6 +49,8 @@ def chat(
     tunesmith chat last --compare
 
     tunesmith chat last --once "My screen is flickering."
+
+    tunesmith chat last --image receipt.jpg --once "What is the total?"
     """
 
     def note(text: str) -> None:
@@ -55,6 +61,8 @@ def chat(
         raise InputError(f"--temperature {temperature}, --top-p {top_p}: both are finite numbers.")
     sampled = GenerationRequest("", temperature=temperature, top_p=top_p)
     conversation = Conversation(speakers, sampled, max_new_tokens, system=system, as_json=as_json)
+    for file in image or ():
+        conversation.show(file)
     if once is None:
         conversation.run()
         return
@@ -64,9 +72,10 @@ def chat(
         raise InputError(f"--once: {error}.") from error
 
 
-CHAT_HELP = """/reset  forget the conversation
-/help   these lines
-/exit   leave; so do /quit and Ctrl-D"""
+CHAT_HELP = """/image FILE  show an image with the next message
+/reset       forget the conversation
+/help        these lines
+/exit        leave; so do /quit and Ctrl-D"""
 _COMMAND = re.compile(r"/\w+")
 """Text that looks like a command; a message may begin so, and goes on."""
 STYLES = {"before": "default", "after": "green", "": "default"}
@@ -128,6 +137,10 @@ class Conversation:
     system: str | None = None
     as_json: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
+    images: list[tuple[int, int, str]] = field(default_factory=list)
+    """Images of the messages, see `GenerationRequest.images`."""
+    pending: list[str] = field(default_factory=list)
+    """Images of the next message, in base64."""
 
     def __post_init__(self) -> None:
         from tunesmith.tasks import TASKS
@@ -139,23 +152,39 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget what was said and shown."""
+        self.images = []
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def show(self, file: Path) -> None:
+        """Let the next message have an image, before its text. Raises InputError for a file that cannot be read."""
+        if not self.speakers[-1].engine.model.card.sees:
+            raise InputError(f"{file}: this model reads text alone. Use one that sees, or leave the image out.")
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {error.strerror}. Check the path.") from error
+        self.pending.append(b64encode(content).decode())
 
     def send(self, text: str) -> dict[str, str]:
         """Every model's answer, shown as it is written. After a RequestError the conversation is as before."""
         messages = [*(self.messages if self.is_chat else []), {"role": "user", "content": text}]
-        answers = {speaker.name or "answer": self._answer(speaker, messages) for speaker in self.speakers}
+        images = [*self.images, *((len(messages) - 1, 0, image) for image in self.pending)]
+        self.pending = []
+        answers = {speaker.name or "answer": self._answer(speaker, messages, images) for speaker in self.speakers}
+        self.images = images
         self.messages = [*messages, {"role": "assistant", "content": list(answers.values())[-1]}]
         if self.as_json:
             json_line({"prompt": text, **answers})
         refuse_lost()
         return answers
 
-    def _answer(self, speaker: ChatSpeaker, messages: Sequence[Mapping[str, str]]) -> str:
+    def _answer(
+        self, speaker: ChatSpeaker, messages: Sequence[Mapping[str, str]], images: Sequence[tuple[int, int, str]]
+    ) -> str:
         # No max_tokens: an answer is cut where the context window ends, and that is shown.
         options = EngineOptions(max_new_tokens=self.max_new_tokens, streams=1)
-        request = replace(self.sampled, messages=tuple(messages))
+        request = replace(self.sampled, messages=tuple(messages), images=images)
         pieces, finished = [], None
         with closing(speaker.engine.generate(request, options, speaker.mode)) as events:
             if speaker.name:
@@ -190,6 +219,8 @@ class Conversation:
                 self.reset()
             elif text == "/help":
                 self.screen.print(CHAT_HELP, style="bright_black")
+            elif text.startswith("/image "):
+                self._try_to_show(Path(text.removeprefix("/image ").strip()), typed)
             elif typed and _COMMAND.fullmatch(text):
                 self.screen.print(f"no command {text}; /help lists them", style="red")
             elif text:
@@ -202,6 +233,14 @@ class Conversation:
                         raise InputError(str(error)) from error
                     way_out = ". /reset forgets the conversation" * (error.code == "context_length_exceeded")
                     self.screen.print(f"{visible(str(error))}{way_out}.", style="red")
+
+    def _try_to_show(self, file: Path, typed: bool) -> None:
+        try:
+            self.show(file)
+        except InputError as error:
+            if not typed:
+                raise
+            self.screen.print(visible(str(error)), style="red")
 
     def _lines(self, typed: bool) -> Iterator[str]:
         if typed:

@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.data.chat_template import ChatTemplate, Message, TemplateRefusal
+from tunesmith.data.images import BadImage
+from tunesmith.data.placeholders import ImageCheck, as_lists, as_message, expanded, num_images
 from tunesmith.data.renderer import EncoderSettings, OnCut, RowEncoder, Tools
 from tunesmith.data.tokenizer import ControlPlaces, ControlTokens, Tokens
 from tunesmith.errors import DataError, ModelError
-from tunesmith.types import Draft, Drafts, Example, Part, Problem, Source
+from tunesmith.types import Draft, Drafts, Example, ImageRef, Part, Problem, Source, images_of
 
 SENTINEL = "tunesmithQ7vAnswerZ3kHere"
 """One word, letters and digits only: no template trims, splits or escapes it."""
@@ -67,6 +70,8 @@ class _Text:
     turns: tuple[Turn, ...]
     """Trained turns."""
     warnings: tuple[Problem, ...]
+    images: tuple[int, ...] = ()
+    """`ImageRef.number` of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,8 @@ class ChatEncoder(RowEncoder):
 
     def __init__(self, settings: EncoderSettings) -> None:
         self._template = ChatTemplate(settings.tokenizer, settings.date)
+        self._placeholders, self._images = settings.placeholders, ImageCheck()
+        self._takes_lists = settings.placeholders is not None and self._shows_lists_alone()
         self._fast = fast = settings.fast
         self._limit = settings.limit
         self.template_text = self._template.text
@@ -113,11 +120,19 @@ class ChatEncoder(RowEncoder):
 
     def prompt_ids(self, parts: Sequence[Part], tools: Tools, max_tokens: int | None, on_cut: OnCut) -> list[int]:
         """The ids that serving feeds before the next answer. Raises `DataError` when the template refuses."""
-        messages = [as_message(part) for part in parts]
+        messages, images = [as_message(part) for part in parts], images_of(parts)
+        if images and self._placeholders is None:
+            raise DataError("there is an image, and this model reads text alone. Use a model that sees.")
         try:
-            text = self._template.render(messages, tools=tools, prompt=True)
+            for image in images:
+                self._images.notes(image)
+            text = self._rendered(messages, prompt=True, tools=tools, images=images)
         except TemplateRefusal as refusal:
             raise DataError(f"the chat template refuses the conversation: {refusal}") from refusal
+        except BadImage as bad:
+            raise DataError(f"{bad.code}: {bad.message} {bad.fix}") from bad
+        except ValueError as error:  # of the processor
+            raise DataError(f"image_shape: {error}") from error
         ids: list[int] = self._fast.ids([text])[0].tolist()
         return ids
 
@@ -125,10 +140,11 @@ class ChatEncoder(RowEncoder):
         messages = [as_message(part) for part in example.parts]
 
         def render(turns_shown: Sequence[Message], prompt: bool) -> str:
-            return self._template.render(turns_shown, tools=example.tools, prompt=prompt)
+            return self._rendered(turns_shown, prompt=prompt, tools=example.tools, images=example.images)
 
         index = -1
         try:
+            seen = self._images.warnings(example)
             conversation = render(messages, False)
             turns = []
             for index, part in enumerate(example.parts):
@@ -146,9 +162,14 @@ class ChatEncoder(RowEncoder):
                 "Split the row so that it ends with that answer, set its weight to 0, or give another template "
                 "by data.template.",
             )
-        missing = list(_left_out(example, messages, conversation, turns))
+        except BadImage as bad:
+            return Problem(example.source, bad.code, bad.message, bad.fix)
+        except ValueError as error:  # of the processor, for a side that is too short or too long
+            return Problem(example.source, "image_shape", f"{error}", "Cut or resize the image.")
+        missing = [*seen, *_left_out(example, messages, conversation, turns)]
         useless = [problem for problem in missing if problem.severity == "error"]
-        return useless[0] if useless else _Text(conversation, tuple(turns), tuple(missing))
+        numbers = tuple(image.number for image in example.images)
+        return useless[0] if useless else _Text(conversation, tuple(turns), tuple(missing), numbers)
 
     def _row(self, text: _Text, tokens: Tokens) -> _Row:
         places = self.control.places(text.whole, tokens)
@@ -166,7 +187,8 @@ class ChatEncoder(RowEncoder):
             fix = "Remove the BOS from the first message: the chat template writes one."
             return Problem(source, "double_bos", "its text begins with two BOS tokens.", fix)
         conversation, ids_T = row.text.whole, row.tokens.ids_T
-        draft = Draft(ids_T, np.zeros(len(ids_T), np.bool_), warnings=list(row.text.warnings))
+        warnings, images = list(row.text.warnings), row.text.images
+        draft = Draft(ids_T, np.zeros(len(ids_T), np.bool_), warnings=warnings, images=images)
         for turn in row.text.turns:
             served = None
             if turn.index in row.openings:
@@ -186,7 +208,16 @@ class ChatEncoder(RowEncoder):
                     "Split the row so that it ends with that answer, or give another template by data.template.",
                 )
             draft.trained_T[first : last + 1] = True
-        return self._limit.fit(source, draft)
+        fitting = self._limit.fit(source, draft)
+        if images and not isinstance(fitting, Problem) and (lost := self._lost_images(ids_T, draft)):
+            what = f"its {len(ids_T)} tokens would be cut in an image ({lost} of its tokens): they"
+            return self._limit.refusal(source, what)
+        return fitting
+
+    def _lost_images(self, ids_T: NDArray[np.int32], draft: Draft) -> int:
+        """Tokens of images behind the end of a row that was cut: an image is whole or the row is bad."""
+        assert self._placeholders is not None, "rows with images have been refused"
+        return int((ids_T[len(draft.ids_T) :] == self._placeholders.token_id).sum())
 
     def _last_token(self, row: _Row, turn: Turn) -> int | None:
         """The last trained token of a turn: the one that closes it, which may have white space before and after
@@ -210,7 +241,28 @@ class ChatEncoder(RowEncoder):
         return last if row.tokens.ids[last] in self.stop_ids else None
 
     def _bare_render(self, messages: Sequence[Message], prompt: bool) -> str:
-        return self._template.render(messages, prompt=prompt)
+        return self._rendered(messages, prompt=prompt)
+
+    def _rendered(
+        self, messages: Sequence[Message], *, prompt: bool, tools: Tools = (), images: Sequence[ImageRef] = ()
+    ) -> str:
+        """The text of messages; `images`: all of the conversation, of which these messages may be the beginning."""
+        shown = as_lists(messages) if self._takes_lists else messages
+        text = self._template.render(shown, tools=tools, prompt=prompt)
+        if not images or self._placeholders is None:
+            return text
+        return expanded(text, images[: num_images(messages)], self._placeholders)
+
+    def _shows_lists_alone(self) -> bool:
+        """Whether the template shows a text in a list of pieces, and as a text of its own leaves it out."""
+        question = {"role": "user", "content": SENTINEL}
+        texts = []
+        for messages in ([question], as_lists([question])):
+            try:
+                texts.append(self._template.render(messages, prompt=True))
+            except TemplateRefusal:
+                texts.append("")
+        return SENTINEL not in texts[0] and SENTINEL in texts[1]
 
     def _starts_with_two_bos(self, ids: Sequence[int]) -> bool:
         return len(ids) > 1 and ids[0] == ids[1] == self._fast.bos_id
@@ -248,11 +300,6 @@ def _first_token(
             "Remove the white space at the start of the answer, or change its first characters.",
         )
     return first
-
-
-def as_message(part: Part) -> Message:
-    """A part as templates know it: role, content, and its other fields as they came."""
-    return {"role": part.role, "content": part.text, **part.fields}
 
 
 def _left_out(example: Example, messages: Sequence[Message], whole: str, turns: Sequence[Turn]) -> Iterator[Problem]:

@@ -5,8 +5,9 @@ language model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tunesmith.data.branches import lines_of, partner_line
+from tunesmith.data.images import pixels_of
 from tunesmith.data.prefixes import share_prefixes
 from tunesmith.data.sampler import padded_size, sort_keys
-from tunesmith.types import Batch, Layout, Row
+from tunesmith.types import Batch, BatchImage, ImageRef, Layout, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 Learnt = tuple[NDArray[np.int64], NDArray[np.generic]]
 """Targets of a row: flat positions in the micro-batch that predict, and what each of them predicts."""
+PixelsOf = Callable[[Any], Mapping[str, torch.Tensor]]
+"""A picture of Pillow as the arguments of a model's `get_image_features`."""
 LinesOf = Literal["all", "learnt", "partners"]
 """Lines of a row with a partner: its own, which are learnt; its prompt with the partner's answer; or both."""
 RANDOM_BEYOND, KEPT_BEYOND = 0.8, 0.9
@@ -97,6 +101,8 @@ class Collator:
     """See `models.special_tokens.pad_id`."""
     pools: bool = False
     """Whether trained tokens are pooled, see `Task.pools`."""
+    pixels: PixelsOf | None = None
+    """Prepares an image; None: a model that reads text alone."""
 
     def batch(self, members: Sequence[int], *, draw: int, copies: Sequence[int] = (), lines: LinesOf = "all") -> Batch:
         """Make the batch of rows of the store: `members` are their indices.
@@ -122,10 +128,17 @@ class Collator:
             pad_id=self.pad_id,
             pools=self.pools,
         )
-        batch = replace(batch, copies_B=copies)
+        batch = replace(batch, copies_B=copies, images=self._images(all_lines))
         batch = self._with_lines(batch, rows, lines_of_rows) if rows[0].branches else batch
         batch = share_prefixes(batch, [line.ids for line in all_lines]) if self.shares else batch
         return pad_to_multiple(batch) if self.pads else batch
+
+    def _images(self, rows: Sequence[Row]) -> tuple[BatchImage, ...]:
+        table = self.store.images
+        if table is None:
+            return ()
+        assert self.pixels is not None, "rows with images were encoded for a model that sees"
+        return batch_images([table[number] for row in rows for number in row.images], self.pixels)
 
     def _lines(self, index: int, row: Row, lines: LinesOf) -> list[Row]:
         targets = self.store.learnt
@@ -162,6 +175,15 @@ class Collator:
     def _content_number(self, index: int) -> int:
         """A number for the content of a row: the content hash of its example plus the number of the window."""
         return int(self.store.hashes[index]) + int(self.store.windows[index])
+
+
+def batch_images(images: Sequence[ImageRef], pixels: PixelsOf) -> tuple[BatchImage, ...]:
+    """The images of a batch's rows, in their order; none is read before its pixels are needed."""
+    return tuple(BatchImage(image.number, partial(_prepared, image, pixels)) for image in images)
+
+
+def _prepared(image: ImageRef, pixels: PixelsOf) -> Mapping[str, torch.Tensor]:
+    return pixels(pixels_of(image))
 
 
 def _on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

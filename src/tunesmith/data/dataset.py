@@ -1,7 +1,8 @@
 """Encoded rows on disk: written once, memory-mapped ever after.
 
-    <key>.arrow   an Arrow IPC file: ids, trained flags, where each row came from
-    <key>.json    its summary, written last: without it there is no store
+    <key>.arrow         an Arrow IPC file: ids, trained flags, where each row came from
+    <key>.images.arrow  of rows with images, see `image_store`
+    <key>.json          its summary, written last: without it there is no store
 
 The key is a hash of everything the rows follow from, so an equal key means equal rows and nothing is encoded
 twice. A killed build leaves only a `.tmp-` file.
@@ -32,6 +33,7 @@ from tunesmith.data.addresses import is_address, known
 from tunesmith.data.branches import BranchColumns, ListColumn
 from tunesmith.data.detect_format import suffix_of
 from tunesmith.data.encode import SCHEMA, Encoding, JoinedParts, OnProgress, complete, in_parts
+from tunesmith.data.image_store import ImageTable, ImageWriter
 from tunesmith.data.labels import LabelCounts, targets
 from tunesmith.data.read import OnProblem, expand_folders, inspect_files
 from tunesmith.data.renderer import Renderer
@@ -74,6 +76,8 @@ class Summary:
     """Hash of each data file."""
     arrow_sha256: str
     arrow_bytes: int
+    images: str = ""
+    """`ImageWriter.digest` of the images of its rows."""
 
 
 class LabelColumn:
@@ -156,6 +160,9 @@ class RowStore:
         """`examples.input_hash` of each row."""
         self._second: NDArray[np.int32] = table["second"].to_numpy()
         self.num_bytes: NDArray[np.int32] = table["bytes"].to_numpy()
+        self._images = list_column(table, "images")
+        self.images = ImageTable(images_path(folder, self.key)) if summary.images else None
+        """The images of its rows; None: they have none."""
         self.branches = BranchColumns(*(list_column(table, name) for name in ("branches", "values", "keys")))
         self.denominators: NDArray[np.float64] = self.targets.astype(np.float64)
         """The share of each row in the denominator of the loss."""
@@ -196,7 +203,13 @@ class RowStore:
             branches=self.branches.sizes(index),
             values=self.branches.values(index),
             keys=self.branches.keys(index),
+            images=self.images_at(index),
         )
+
+    def images_at(self, index: int) -> tuple[int, ...]:
+        """The numbers of the images of one row."""
+        offsets, numbers = self._images
+        return tuple(numbers[offsets[index] : offsets[index + 1]].tolist())
 
     def lengths_in(self, layout: Layout) -> NDArray[np.int32]:
         """[I], places of each row in a micro-batch: padded lines of a row are as long as its longest."""
@@ -245,9 +258,9 @@ class RowStore:
         """
         with disk.storing(folder, num_bytes=self.summary.arrow_bytes):
             folder.mkdir(parents=True, exist_ok=True)
-            for path in (arrow_path(self.folder, self.key), json_path(self.folder, self.key)):
+            for path in _paths(self.folder, self.key):
                 target = folder / path.name
-                if target.exists():
+                if target.exists() or not path.exists():
                     continue
                 try:
                     os.link(path, target)
@@ -261,7 +274,7 @@ class RowStore:
         if self.reused:
             return
         with disk.storing(self.folder):
-            for path in (json_path(self.folder, self.key), arrow_path(self.folder, self.key)):
+            for path in reversed(_paths(self.folder, self.key)):
                 path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it holds rows of others
                 self.folder.rmdir()
@@ -292,6 +305,8 @@ def build(
         key = _key(hashes, [suffix_of(file.path) for file in files], data, renderer)  # which choose a reader
         paths = [file.path for file in files]
         summary = find(folder, key)
+        if summary is not None and not _is_current(folder, summary):
+            summary = None
         if summary is None:
             with disk.storing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -327,7 +342,8 @@ def write(
     `paths`, `hashes`: of the data files.
     """
     numbers = {path_of_file: number for number, path_of_file in enumerate(paths)}
-    with disk.writing(path) as file:
+    with disk.writing(path) as file, ImageWriter(images_path(path.parent, key)) as images:
+        encoding.on_images = images.add
         batches = encoding.batches()
         threshold = gc.get_threshold()
         gc.set_threshold(100_000)  # rows hold no circles; a program's frozen objects stay so
@@ -354,6 +370,7 @@ def write(
         data_sha256=hashes,
         arrow_sha256=disk.sha256_file(path),
         arrow_bytes=path.stat().st_size,
+        images=images.digest,
     )
 
 
@@ -363,6 +380,8 @@ def find(folder: Path, key: str, versions: Collection[int] = (VERSION,)) -> Summ
         summary = Summary(**orjson.loads(json_path(folder, key).read_bytes()))
         arrow = arrow_path(folder, key)
         if summary.version not in versions or summary.key != key or arrow.stat().st_size != summary.arrow_bytes:
+            return None
+        if summary.images and not images_path(folder, key).is_file():
             return None
         return summary if disk.sha256_file(arrow) == summary.arrow_sha256 else None
     except (OSError, ValueError, TypeError):
@@ -375,6 +394,20 @@ def arrow_path(folder: Path, key: str) -> Path:
 
 def json_path(folder: Path, key: str) -> Path:
     return folder / f"{key[:16]}.json"
+
+
+def images_path(folder: Path, key: str) -> Path:
+    return folder / f"{key[:16]}.images.arrow"
+
+
+def _paths(folder: Path, key: str) -> list[Path]:
+    """The files of a store, its summary last; the one of images is not always there."""
+    return [images_path(folder, key), arrow_path(folder, key), json_path(folder, key)]
+
+
+def _is_current(folder: Path, summary: Summary) -> bool:
+    """Whether the images of found rows are as they were."""
+    return not summary.images or ImageTable(images_path(folder, summary.key)).is_current()
 
 
 def open_kept(folder: Path, key: str | None) -> RowStore | None:
@@ -394,6 +427,7 @@ def open_kept(folder: Path, key: str | None) -> RowStore | None:
 def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Renderer) -> str:
     limits = data.limits.model_dump()
     limits.pop("problems")  # how many are listed changes no row
+    of_images = {name: limits.pop(name) for name in ("images", "image_bytes", "image_pixels")}
     parts: JsonObject = {
         "version": VERSION,
         "data": list(hashes),
@@ -413,6 +447,8 @@ def _key(hashes: Sequence[str], formats: Sequence[str], data: Data, renderer: Re
         parts["pooling"] = {key: value for key, value in pooling.items() if key != "include_prompt" or not value}
     if renderer.date is not None:
         parts["date"] = renderer.date
+    if renderer.placeholders is not None:  # a model that reads text alone has rows without images
+        parts["images"] = {**of_images, "folder": data.image_folder, "processor": renderer.placeholders.fingerprint}
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -38,7 +38,7 @@ from tunesmith.environment import num_cpus, spawning
 from tunesmith.errors import DataError, TunesmithError
 from tunesmith.phrases import plural
 from tunesmith.recipe.schema import Data, DataFile
-from tunesmith.types import Example, Part, Problem, Row, Source
+from tunesmith.types import Example, ImageRef, Part, Problem, Row, Source
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ SCHEMA = pa.schema(
         ("branches", pa.list_(pa.int32())),
         ("values", pa.list_(pa.float64())),
         ("keys", pa.list_(pa.int64())),
+        ("images", pa.list_(pa.uint64())),
     ]
 )
 Chunk = Sequence[tuple[int, Example]]
@@ -87,6 +88,8 @@ class Encoded(NamedTuple):
     many: bool | None
     """Whether classes came as lists; None: rows without classes."""
     problems: Sequence[Problem]
+    images: Sequence[ImageRef] = ()
+    """Images of the rows, each as often as it is there."""
 
 
 def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Example]]]:
@@ -97,6 +100,7 @@ def chunks(found: Iterator[tuple[int, Example]]) -> Iterator[list[tuple[int, Exa
         for file, example in found:
             chunk.append((file, example))
             num_chars += sum(len(part.text) for part in example.first_line)
+            num_chars += sum(len(image.data) for image in example.images)
             if len(chunk) >= CHUNK_EXAMPLES or num_chars >= ENCODED_CHARS:
                 yield chunk
                 chunk, num_chars = [], 0
@@ -114,6 +118,7 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
     problems: list[Problem] = []
     encoded: list[tuple[Row, int, int, int]] = []
     many: bool | None = None
+    images: list[ImageRef] = []
     results = renderer.encode([example for _, example in chunk], on_warning=problems.append, vocabulary=vocabulary)
     for (file, example), result in zip(chunk, results, strict=True):
         hashes = content_hash(example), input_hash(example)
@@ -122,9 +127,10 @@ def encode(renderer: Renderer, chunk: Chunk) -> Encoded:
                 problems.append(item)
                 continue
             encoded.append((item, file, *hashes))
+            images += example.images
             if item.labels is not None:
                 many = bool(many) or example.many
-    return Encoded(columns(encoded), list(vocabulary), many, problems)
+    return Encoded(columns(encoded), list(vocabulary), many, problems, images)
 
 
 @contextmanager
@@ -219,7 +225,7 @@ def _pickle_by_fields(cls: type[Any]) -> None:
     copyreg.pickle(cls, lambda instance: (cls, values(instance)))
 
 
-for _cls in (Source, Part, Example):
+for _cls in (Source, ImageRef, Part, Example):
     _pickle_by_fields(_cls)
 
 
@@ -299,6 +305,7 @@ def columns(found: Sequence[tuple[Row, int, int, int]]) -> pa.RecordBatch:
         _lists([row.branches for row in rows], np.int32),
         _lists([row.values for row in rows], np.float64),
         _lists([row.keys for row in rows], np.int64),
+        _lists([row.images for row in rows], np.uint64),
     ]
     return pa.record_batch(arrays, schema=SCHEMA)
 
@@ -334,6 +341,8 @@ class Encoding:
     """Classes by their first appearance, which rows count by until it is known what a model learns."""
     many: bool | None = None
     """Whether classes came as lists; None: rows without classes."""
+    on_images: Callable[[Iterable[ImageRef]], None] = lambda images: None
+    """Gets the images of rows, before the batch that has the rows."""
     _last_bad: Source | None = None
 
     def batches(self) -> Generator[pa.RecordBatch, None, None]:
@@ -344,9 +353,10 @@ class Encoding:
         read = examples(self.files, self.data, self._hear, facts=facts, task=self.renderer.task_name)
         num_proc = num_processes(self.data, self.num_bytes)
         for _, encoded, done_bytes in encode_chunks(read, self.renderer, facts, num_proc):
-            rows, names, many, problems = encoded
+            rows, names, many, problems, images = encoded
             for problem in problems:
                 self._hear(problem)
+            self.on_images(images)
             parts.append(relabelled(rows, names, self.vocabulary))
             num_rows += rows.num_rows
             num_tokens += len(rows.column("ids").values)
@@ -424,6 +434,7 @@ class JoinedParts(Encoding):
                 what = f"{plural(num_bad, 'problem')} in the rows of the first {plural(first_file + len(part), 'file')}"
                 way = f"Correct the data, or leave such rows out: {SKIP}."
                 raise DataError(f"{what}; the others were not read. {way}", refused(self.data, self.problems))
+            self.on_images(store.images or ())
             for batch in store.batches():
                 yield relabelled(_renumbered(batch, first_file), store.labels.vocabulary, self.vocabulary)
             first_file += len(part)

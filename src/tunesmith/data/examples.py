@@ -6,17 +6,22 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import orjson
 
+from tunesmith.data.addresses import is_address
 from tunesmith.data.columns import explain, meanings, sample
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.formats import CHATS, COMPARED, FIELDS, FORMATS, NAMED, SEARCHED, SHAPES, find_shape, matches
 from tunesmith.data.formats.comparisons import differ_in_space_alone
-from tunesmith.data.problems import names, refusal
+from tunesmith.data.formats.row_images import FIELDS as IMAGE_FIELDS
+from tunesmith.data.images import BadImage, look_at
+from tunesmith.data.problems import RowProblems, names, refusal
 from tunesmith.data.read import OnProblem, read, reread
-from tunesmith.errors import InputError, RecipeError
+from tunesmith.errors import DataError, InputError, RecipeError
 from tunesmith.phrases import did_you_mean
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.types import Example, JsonObject, Problem, Record, Shape, Source, TaskName
@@ -28,7 +33,8 @@ def warnings_of(example: Example) -> Iterator[Problem]:
         message = "chosen and rejected differ in white space alone."
         yield _warning(example, "space_only", message, "The model would learn to write white space.")
     parts = example.parts if example.shape != "tokens_tags" else ()
-    blank = next((i for i, part in enumerate(parts) if not part.text.strip() and part.role != "assistant"), None)
+    said = [bool(part.text.strip() or part.images or part.role == "assistant") for part in parts]
+    blank = said.index(False) if False in said else None
     if blank is not None:
         turn = f"message {blank + 1} ({parts[blank].role})" if example.shape in CHATS else parts[blank].role
         yield _warning(example, "empty_text", f"{turn} has no text.", "")
@@ -113,9 +119,12 @@ class FileExamples:
                 return None
         form = FORMATS[shape]
         problems = self._too_many(record, source, form.fields) if shape in (*CHATS, *COMPARED, *NAMED) else []
+        problems += _unplaced_images(record, source, shape)
         parsed = problems or form.parse(record, source, answered=self.answered)
         if isinstance(parsed, Example) and shape == "text_label" and self.answered:
             parsed = self._of_one_kind(parsed)
+        if isinstance(parsed, Example) and parsed.images:
+            parsed = self._looked_at(parsed)
         if not isinstance(parsed, Example):
             for problem in parsed:
                 self.on_problem(problem)
@@ -150,6 +159,35 @@ class FileExamples:
         message = f"label is {words[0]}, but in the rows before it is {words[1]}."
         fix = "Write every label as a list, or none."
         return [Problem(example.source, "mixed_labels", message, fix)]
+
+    def _looked_at(self, example: Example) -> Example | list[Problem]:
+        """The example, with hash and size of each of its images."""
+        limits, problems, parts = self.data.limits, RowProblems(example.source), []
+        if len(example.images) > limits.images:
+            message = f"it has {len(example.images)} images, more than data.limits.images, which is {limits.images}."
+            problems.add("too_many_images", message, "Split the row, or raise the limit.")
+            return problems.problems
+        for part in example.parts:
+            images = []
+            for place, image in part.images:
+                try:
+                    images.append((place, look_at(image, self._image_folder, limits)))
+                except BadImage as bad:
+                    problems.add(bad.code, f"{image.path[:120] or 'an image'}: {bad.message}", bad.fix)
+            parts.append(replace(part, images=tuple(images)))
+        return problems.problems or replace(example, parts=tuple(parts))
+
+    @cached_property
+    def _image_folder(self) -> Path:
+        """The folder where paths of images begin. Raises DataError for a file that is elsewhere."""
+        if self.data.image_folder is not None:
+            return Path(self.data.image_folder)
+        if is_address(self.facts.path):
+            raise DataError(
+                f"{self.facts.path}: its rows name images by path, and paths at an address are not read. Download the "
+                "images, and name their folder by data.image_folder; or use rows that hold the images themselves."
+            )
+        return Path(self.facts.path).parent
 
     def finish(self) -> None:
         """Say, once, what of the file was not used."""
@@ -242,6 +280,15 @@ class FileExamples:
                 self.ignored.setdefault(name, source)
 
 
+def _unplaced_images(record: Record, source: Source, shape: Shape) -> list[Problem]:
+    """The problem of a row that is not a chat and brings images: its answers are to them, and it would do without."""
+    if shape not in (*COMPARED, *NAMED) or not (names := [name for name in IMAGE_FIELDS if record.get(name)]):
+        return []
+    message = f"it has images ({names[0]}), and rows of the shape {shape} have no place for them yet."
+    fix = "Learn from chats with images (task chat), or take the field out."
+    return [Problem(source, "no_images_here", message, fix)]
+
+
 def _reference(record: Record, shape: Shape, source: Source) -> Any:
     """The row's own answer, which a prediction is compared with; None: it has none."""
     if shape in _ANSWER:
@@ -262,6 +309,8 @@ def content_hash(example: Example) -> int:
     The same on every machine and in every release.
     """
     content: list[Any] = [[[part.role, part.text, part.trained, part.fields] for part in example.parts], example.tools]
+    if example.images:
+        content.append([[(place, image.sha256) for place, image in part.images] for part in example.parts])
     if example.labels or example.many:
         content += [sorted(example.labels) if example.many else example.labels, example.many]
     if example.branches:
@@ -277,10 +326,13 @@ def input_hash(example: Example) -> int:
     """64-bit hash of the input of an example: its prompt, document, text or words, without the answer.
 
     For conversations the turns before the first answer: the instructions and the first turn of the user. For
-    plain text, which has no input, the `content_hash`. The same on every machine and in every release: the
-    held-out rows of a data set follow from it.
+    plain text, which has no input, the `content_hash`. Of a row with images these alone, so that all questions about
+    an image are on one side. The same on every machine and in every release: the held-out rows of a data set follow
+    from it.
     """
     parts = example.parts
+    if example.images:
+        return hash_of([image.sha256 for image in example.images])
     if (example.shape in CHATS or example.branches) and not example.plain:
         parts = tuple(itertools.takewhile(lambda part: part.role not in ("assistant", "tool"), parts))
     read = [[part.role, part.text, part.fields] for part in parts if not part.trained]

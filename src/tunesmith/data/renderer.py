@@ -21,6 +21,7 @@ from tunesmith.types import (
     Example,
     ModelKind,
     Part,
+    Placeholders,
     Pooling,
     Problem,
     Record,
@@ -60,6 +61,8 @@ class EncoderSettings:
     """The date that a chat template writes; None: today."""
     pooling: Pooling | None = None
     """The pooling of a task whose texts become vectors."""
+    placeholders: Placeholders | None = None
+    """The places of images, for a model that sees; None: rows with images are refused."""
 
 
 class RowEncoder:
@@ -160,12 +163,14 @@ class Renderer:
     date: str | None = None
     """The day that the chat template writes; None: none, or today."""
     pooling: Pooling | None = None
+    placeholders: Placeholders | None = None
+    """See `EncoderSettings`."""
 
     def __post_init__(self, task: Task) -> None:
         fast, limit = FastTokenizer(self.tokenizer), LengthLimit(self.max_tokens, self.too_long)
         self.task_name = task.name
         encoder = resolve_name(task.encoder) if isinstance(task.encoder, str) else task.encoder
-        options = (self.kind, self.stride, self.prompt, self.date, self.pooling)
+        options = (self.kind, self.stride, self.prompt, self.date, self.pooling, self.placeholders)
         self._encoder: RowEncoder = encoder(EncoderSettings(self.tokenizer, fast, limit, *options))
         self.date = self.date if "strftime_now" in self._encoder.template_text else None
         self._control = self._encoder.control
@@ -195,7 +200,9 @@ class Renderer:
         `context_rewritten`, ...). `vocabulary` gives each class an id by its first appearance; classes that it does
         not have are added, and `Row.labels` holds these ids. A row without an answer has `IGNORE` in their place.
         """
-        results: list[Encoded] = [[*_empty(example), *self.control_problems(example)] for example in examples]
+        results: list[Encoded] = [
+            [*_empty(example), *self.control_problems(example), *self._image_problems(example)] for example in examples
+        ]
         clean = [i for i, problems in enumerate(results) if not problems]
         known = {} if vocabulary is None else vocabulary
         for i, drafted in zip(clean, self._encoder.encode([examples[i] for i in clean]), strict=True):
@@ -218,6 +225,19 @@ class Renderer:
         receives the number of tokens that were cut off. Raises `DataError` when the template refuses the parts.
         """
         return self._encoder.prompt_ids(parts, tools, max_tokens, on_cut)
+
+    def _image_problems(self, example: Example) -> list[Problem]:
+        """The problem of a row whose images this task or model has no place for."""
+        if not example.images:
+            return []
+        fix = "Use a model that sees, or remove the image."
+        if self.task_name != "chat":
+            message = f"it has an image, and the task {self.task_name} has no place for images."
+            return [Problem(example.source, "no_images_here", message, "Use task: chat, or remove it.")]
+        if self.placeholders is None:
+            message = "it has an image, and this model reads text alone."
+            return [Problem(example.source, "no_images_here", message, fix)]
+        return []
 
     def control_problems(self, example: Example) -> list[Problem]:
         """Text of a row that would act as structure, such as an <|im_end|> that closes the user's turn."""
@@ -264,4 +284,5 @@ def _row(example: Example, draft: Draft, vocabulary: dict[str, int]) -> Row:
         branches=draft.branches,
         values=draft.values,
         keys=draft.keys,
+        images=draft.images,
     )

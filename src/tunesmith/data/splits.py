@@ -60,6 +60,11 @@ class Splits:
         return [(self.store, self.train_rows), (self.held_store, self.held_rows)]
 
     @property
+    def has_images(self) -> bool:
+        """Whether some row has an image."""
+        return self.store.images is not None or self.held_store.images is not None
+
+    @property
     def is_prompts(self) -> bool:
         """Whether rows are prompts alone, whose answers are drawn."""
         return SHAPES[self.task] == ("prompts",)

@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from tunesmith.data.collate import batch_images
 from tunesmith.data.renderer import Renderer
 from tunesmith.errors import is_out_of_memory
+from tunesmith.models.image_features import image_inputs
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.modes import eval_mode, generating_by
 from tunesmith.phrases import plural
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, JsonObject
+from tunesmith.types import Example, ImageRef, JsonObject, images_of
 
 LEAST_CHUNK = 32
 """Tokens of a prompt that are read at a time at least, where memory ends."""
@@ -36,6 +38,10 @@ answered and counted, with 16 tokens at most."""
 MOSTLY = 0.9
 PREFIX_TOKENS = 48
 """Tokens of a document that are given as the prompt of a sample."""
+
+
+ImagesOf = Sequence[Sequence[ImageRef]]
+"""The images of each prompt; empty: no prompt has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +60,10 @@ def generate(
     max_new_tokens: int,
     *,
     chunk: int | None = None,
+    images: ImagesOf = (),
 ) -> list[GeneratedAnswer]:
     """One answer a prompt, decoded in one batch, each equal to its answer alone. `chunk`: most tokens of a
-    prompt that are read at a time.
+    prompt that are read at a time; prompts with `images` are read at once.
 
     Prompts are padded on the left, so that all answers begin at one place. The source of an encoder–decoder is
     padded on the right, because BART and its like count positions from the first token.
@@ -70,7 +77,14 @@ def generate(
         ids_BT[b, place] = torch.tensor(prompt)
         mask_BT[b, place] = 1
     reads = {"prefill_chunk_size": chunk} if chunk is not None and chunk < longest and not has_decoder else {}
-    out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT, **reads)
+    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    seen: JsonObject = {}
+    if any(images):
+        assert renderer.placeholders is not None, "a renderer without them refuses prompts with images"
+        shown = batch_images([image for of_prompt in images for image in of_prompt], renderer.placeholders.pixels)
+        with eval_mode(model):
+            seen, reads = image_inputs(model, ids_BT, mask_BT, shown), {}
+    out_BT = _generate(model, renderer, max_new_tokens, ids_BT, mask_BT, seen=seen, **reads)
     return [
         read_answer(renderer, [] if has_decoder else prompt, row[1 if has_decoder else longest :].tolist())
         for prompt, row in zip(prompts, out_BT, strict=True)
@@ -78,7 +92,14 @@ def generate(
 
 
 def _generate(
-    model: PreTrainedModel, renderer: Renderer, max_new_tokens: int, ids_BT: Tensor, mask_BT: Tensor, **reads: int
+    model: PreTrainedModel,
+    renderer: Renderer,
+    max_new_tokens: int,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    seen: JsonObject,
+    **reads: int,
 ) -> Tensor:
     """Prompt and answer, [B, T]; of an encoder–decoder its start token and the answer."""
     # Every value is explicit, so that nothing left in the model's own generation config can change an answer.
@@ -91,9 +112,7 @@ def _generate(
     )  # fmt: skip
     # transformers fills open values of a config from the model's own: a repetition penalty is not greedy.
     with eval_mode(model), generating_by(model, GenerationConfig()), _contiguous_head_input(model):
-        out_BT: Tensor = model.generate(
-            ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config
-        )
+        out_BT: Tensor = model.generate(ids_BT, attention_mask=mask_BT, generation_config=config, **seen)
     return out_BT
 
 
@@ -150,6 +169,7 @@ class SamplePrompt:
     source: str
     cut: int = 0
     """Tokens of its end that were left out to fit."""
+    images: tuple[ImageRef, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +235,8 @@ def _prompt(renderer: Renderer, example: Example, limit: PromptLimit) -> SampleP
         return None
     ids, cut = limit.encode(renderer, replace(example, parts=before))
     reference = example.first_line[len(before)].text
-    return SamplePrompt(tuple(ids), before[-1].text, reference=reference, source=str(example.source), cut=cut)
+    text, source, images = before[-1].text, str(example.source), images_of(before)
+    return SamplePrompt(tuple(ids), text, reference=reference, source=source, cut=cut, images=images)
 
 
 def _document_prompt(renderer: Renderer, example: Example, new_tokens: int) -> SamplePrompt | None:
@@ -245,20 +266,31 @@ def prompt_batches(prompts: Sequence[SamplePrompt], new_tokens: int, most: int) 
 
 
 def generate_within(
-    model: PreTrainedModel, renderer: Renderer, prompts: Sequence[Sequence[int]], new_tokens: int, *, most: int
+    model: PreTrainedModel,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    most: int,
+    images: ImagesOf = (),
 ) -> list[GeneratedAnswer]:
     """As `generate`. A prompt of more than `most` tokens is read in parts; where memory ends, half as many
     prompts are answered together, and then a prompt is read in smaller parts."""
     try:
-        return generate(model, renderer, prompts, new_tokens, chunk=most)
+        return generate(model, renderer, prompts, new_tokens, chunk=most, images=images)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or (len(prompts) == 1 and most <= LEAST_CHUNK):
+        if not is_out_of_memory(error) or (len(prompts) == 1 and (most <= LEAST_CHUNK or any(images))):
             raise
     free_cached_memory()  # outside of the handler, whose traceback holds the tensors of the pass
     if len(prompts) == 1:
         return generate_within(model, renderer, prompts, new_tokens, most=max(1, min(most, len(prompts[0])) // 2))
-    halves = prompts[: len(prompts) // 2], prompts[len(prompts) // 2 :]
-    return [answer for half in halves for answer in generate_within(model, renderer, half, new_tokens, most=most)]
+    half = len(prompts) // 2
+    parts = (prompts[:half], images[:half]), (prompts[half:], images[half:])
+    return [
+        answer
+        for some, of_some in parts
+        for answer in generate_within(model, renderer, some, new_tokens, most=most, images=of_some)
+    ]
 
 
 def answer_samples(
@@ -273,7 +305,8 @@ def answer_samples(
     """The values of one "sample" event a prompt, in order. `most`: tokens of prompts and answers in a batch."""
     done = 0
     for batch in prompt_batches(prompts, new_tokens, most):
-        answers = generate_within(model, renderer, [sample.ids for sample in batch], new_tokens, most=most)
+        ids, images = [sample.ids for sample in batch], [sample.images for sample in batch]
+        answers = generate_within(model, renderer, ids, new_tokens, most=most, images=images)
         yield from map(sample_values, batch, answers)
         done += len(batch)
         tick("answer", done, len(prompts))

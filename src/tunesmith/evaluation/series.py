@@ -92,6 +92,7 @@ class RunSeries:
             sample[f"{values['name']}_stopped"] = values.get("stopped", True)
             if values["name"] == "step":  # an answer on the way: the newest stays
                 sample["step_of"] = event.step
+            sample |= {"images": values["images"]} if "images" in values else {}
         elif event.kind == "note":
             (self.details if values.get("detail") or values.get("aside") else self.notes).append(values["text"])
         elif event.kind == "end":

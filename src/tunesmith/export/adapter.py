@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tunesmith.errors import RunError
 from tunesmith.export.hub import base_id
-from tunesmith.export.run_result import RunResult, auto_class, read_config
+from tunesmith.export.run_result import RunResult, read_config
 from tunesmith.export.target import EXACT, Computing, ExportOptions, ExportTarget, TorchModel
 from tunesmith.inference.load import run_labels
 from tunesmith.methods import METHODS
@@ -21,6 +21,7 @@ from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base
 from tunesmith.models.save import save_generation_config
 from tunesmith.models.special_tokens import resize_embeddings
+from tunesmith.models.vision import PROCESSOR_FILES
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import to_json
@@ -28,7 +29,7 @@ from tunesmith.types import JsonObject, Record
 
 BASE_FILE = "base.json"
 """SHA-256 of the files of the base that the adapter was made for."""
-COPIED = {WEIGHTS, CONFIG, LABELS_FILE, *TOKENIZER_FILES, "additional_chat_templates"}
+COPIED = {WEIGHTS, CONFIG, LABELS_FILE, *TOKENIZER_FILES, *PROCESSOR_FILES, "additional_chat_templates"}
 """Files of a run's result that are exported; anything else there is left out."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank. Source: vLLM, config/lora.py."""
@@ -97,7 +98,7 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
-    name, base = auto_class(result.head, result.kind), f'"{base_id(result) or result.base.path.name}"'
+    name, base = result.auto_class, f'"{base_id(result) or result.base.path.name}"'
     if result.base.is_gguf:
         base = f'".", gguf_file="{result.base.path.name}"'
     labels = f", num_labels={result.labels.num_outputs}" if result.labels is not None else ""

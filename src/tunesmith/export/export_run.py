@@ -26,6 +26,7 @@ from tunesmith.methods import METHODS
 from tunesmith.models.load import load_config
 from tunesmith.models.memory import free_cached_memory
 from tunesmith.models.resolve_model import resolve_base
+from tunesmith.models.vision import is_seeing
 from tunesmith.phrases import command
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.atomic import REPLACED, at_work, clean, remove, replace_folder, storing, temporary_folder, to_json
@@ -58,10 +59,26 @@ def check_options(target: str, options: ExportOptions) -> ExportTarget:
     return chosen
 
 
+CARRY_TOWERS = (MERGED.name, ADAPTER.name)
+"""Targets that hold a model that sees whole, or leave its tower where it is."""
+
+
 def check(result: RunResult, target: str, options: ExportOptions) -> list[str]:
     """Notes about an export before it is made. Raises InputError for a result that the target cannot carry."""
     _check_method(target, result.recipe.method)
+    if target not in CARRY_TOWERS:
+        _refuse_tower(target, result.config, result.recipe.model)
     return TARGETS[target].check(result, options)
+
+
+def _refuse_tower(target: str, config: Any, name: str) -> None:
+    """Raise InputError for a model that sees: the target has no place for its tower."""
+    if is_seeing(config):
+        raise InputError(
+            f"--to {target}: {name} sees, and {target} would hold its language part alone. Use --to merged, and "
+            "convert that folder by the target's own programs: llama.cpp's convert_hf_to_gguf.py, once plainly and "
+            "once with --mmproj."
+        )
 
 
 def _check_method(target: str, method: Any) -> None:
@@ -87,6 +104,8 @@ def refuse_planned(recipe: Recipe, *, offline: bool) -> None:
     for target, options in planned:
         if recipe.method.name in METHODS:  # else it is chosen later
             _check_method(target, recipe.method)
+        if target not in CARRY_TOWERS:
+            _refuse_tower(target, config, recipe.model)
         TARGETS[target].check_base(config, recipe.model, options)
 
 

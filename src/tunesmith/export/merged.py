@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from tunesmith.errors import ModelError
 from tunesmith.export.run_result import RunResult, auto_class, tuned_tensors
 from tunesmith.export.target import EXACT, ROUNDED, Computing, ExportOptions, ExportTarget, Tolerances, TorchModel
-from tunesmith.models.load import model_kind
+from tunesmith.models.load import load_config, model_kind
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import resolve_model
 from tunesmith.models.save import Stream, save_model
+from tunesmith.models.vision import is_seeing
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.types import JsonObject
@@ -64,7 +65,8 @@ def _load(folder: Path, recipe: Recipe, computing: Computing) -> TorchModel:
     kind = model_kind(located)
     head = find_head(recipe.task, located, kind)
     with silence_transformers():
-        model, loading_info = getattr(transformers, auto_class(head, kind)).from_pretrained(
+        name = auto_class(head, kind, sees=is_seeing(load_config(located)))
+        model, loading_info = getattr(transformers, name).from_pretrained(
             folder, dtype=computing.dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -82,7 +84,7 @@ def _tolerances(result: RunResult, options: ExportOptions) -> Tolerances:
 
 
 def _card(result: RunResult, folder: Path, options: ExportOptions) -> JsonObject:
-    name = auto_class(result.head, result.kind)
+    name = result.auto_class
     code = (
         f"from transformers import AutoTokenizer, {name}\n\n"
         f'model = {name}.from_pretrained("PATH", dtype="auto")\n'

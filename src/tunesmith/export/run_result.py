@@ -24,6 +24,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.modes import silence_transformers
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.special_tokens import resize_embeddings
+from tunesmith.models.vision import is_seeing
 from tunesmith.planning.defaults import find_head
 from tunesmith.recipe.schema import Recipe
 from tunesmith.runs.folder import Run
@@ -86,6 +87,11 @@ class RunResult:
             text.vocab_size = max(text.vocab_size, max(added) + 1)
         return config
 
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads the result."""
+        return auto_class(self.head, self.kind, sees=is_seeing(self.config))
+
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """The widest dtype of the stored weights; float32 for a GGUF, which dequantizes to it."""
@@ -126,16 +132,18 @@ class RunResult:
     def without_weights(self) -> PreTrainedModel:
         """The model on the meta device, with the generation config of its base."""
         with torch.device("meta"), silence_transformers():
-            model: PreTrainedModel = getattr(transformers, auto_class(self.head, self.kind)).from_config(self.config)
+            model: PreTrainedModel = getattr(transformers, self.auto_class).from_config(self.config)
         if (self.base.path / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(self.base.path)
         return model
 
 
-def auto_class(head: HeadName, kind: ModelKind) -> str:
+def auto_class(head: HeadName, kind: ModelKind, *, sees: bool = False) -> str:
     """The class of transformers that loads a model with this head."""
     if head == "vector":
         return "AutoModel"
+    if sees and head == "next_token":
+        return "AutoModelForImageTextToText"
     writes = "Seq2SeqLM" if kind == "encoder_decoder" else "CausalLM"
     return f"AutoModelFor{_CLASSES.get(head, writes)}"
 

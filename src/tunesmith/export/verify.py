@@ -10,6 +10,7 @@ does the part of the new process: it reads a job file, loads the export, and wri
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tunesmith.data.branches import lines_of
-from tunesmith.data.collate import Masking, build_batch
+from tunesmith.data.collate import Masking, batch_images, build_batch
 from tunesmith.data.examples import examples
 from tunesmith.data.formats import FORMATS, find_shape
 from tunesmith.data.labels import targets
@@ -52,6 +53,7 @@ from tunesmith.types import (
     Batch,
     Example,
     HeadName,
+    ImageRef,
     Labels,
     Layout,
     Part,
@@ -163,10 +165,14 @@ def compute(
     encoded = encode_rows(renderer, rows, head=model.head, labels=labels, masked=masked, tokens=tokens)
     # Fixed texts have spaces, digits, quotes, many scripts and code, which pre-tokenizers split differently.
     outputs = Outputs([row.ids.tolist() for row in encoded], texts=model.tokenize([PROBE, *passages()]))
+    known = {image.number: image for example in rows for image in example.images}
     layout: Layout = "encoder_decoder" if renderer.kind == "encoder_decoder" else "padded"
     settings: dict[str, Any] = {"decoder_start": model.decoder_start, "has_types": model.has_types}
     for i, row in enumerate(encoded, start=1):
         batch = build_batch([row], [0], layout=layout, device=model.device, pools=model.head == "vector", **settings)
+        if row.images and renderer.placeholders is not None:
+            images = [known[number] for number in row.images]
+            batch = replace(batch, images=batch_images(images, renderer.placeholders.pixels))
         logits_NV = model.logits(batch)
         if len(logits_NV) == 0:
             continue
@@ -393,7 +399,7 @@ def exported_outputs(
         "examples": [asdict(example) for example in rows.examples],
     }  # fmt: skip
     path = work / "job.json"
-    path.write_text(json.dumps(facts), encoding="utf-8")
+    path.write_text(json.dumps(facts, default=_in_base64), encoding="utf-8")
     launch(path, partial(result.on_progress, "verify"), expected_s=plan.seconds)
     return Outputs.load(work)
 
@@ -433,7 +439,17 @@ def do_job(path: Path, targets: Mapping[str, ExportTarget]) -> None:
 
 
 def _example(values: Record) -> Example:
-    parts = tuple(Part(**part) for part in values["parts"])
+    parts = tuple(_part(part) for part in values["parts"])
     rest = {"tools": tuple(values["tools"]), "labels": tuple(values["labels"]), "source": Source(**values["source"])}
-    branches = tuple(tuple(Part(**part) for part in branch) for branch in values["branches"])
+    branches = tuple(tuple(_part(part) for part in branch) for branch in values["branches"])
     return Example(**{**values, **rest, "parts": parts, "branches": branches})
+
+
+def _part(values: Record) -> Part:
+    images = ((place, ImageRef(**{**image, "data": b64decode(image["data"])})) for place, image in values["images"])
+    return Part(**{**values, "images": tuple(images)})
+
+
+def _in_base64(content: bytes) -> str:
+    """The bytes of an image in a job's file."""
+    return b64encode(content).decode()

@@ -33,9 +33,12 @@ from tunesmith.generation.kv_cache import (
     use_cached_attention,
 )
 from tunesmith.models.attention import AttentionTrace, packed_forward
+from tunesmith.models.image_features import image_inputs
 from tunesmith.models.modes import eval_mode, silence_transformers
 from tunesmith.models.packing_check import TOLERANCES, leak_tolerance, normalized_error, recurrent_layer
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
+from tunesmith.models.vision import is_seeing
+from tunesmith.types import BatchImage
 
 PROBES = ((37, 23), (11, 5), (64, 40))
 """Length of each probe text, and of its part that is read as a prompt; the rest is read as if it were written."""
@@ -47,6 +50,9 @@ PromptPart = tuple[SequenceSlot, Sequence[int]]
 
 class BatchedDecoder:
     """All sequences in one forward pass, their keys and values in pools."""
+
+    seeing: SeeingDecoder | None = None
+    """For prompts with images, of a model that sees."""
 
     reads_whole = False
     """Whether a prompt has to be read in one part."""
@@ -139,19 +145,20 @@ class BatchedDecoder:
 class SequentialDecoder:
     """Each sequence in a forward pass of its own, with the cache of transformers."""
 
+    seeing: SeeingDecoder | None = None
     can_redo = False
 
     def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
         self.model = model
         self.adapters = adapters
-        self.reads_whole = bool(model.config.is_encoder_decoder)
+        self.reads_whole = self._has_encoder = bool(model.config.is_encoder_decoder)
         self._caches: dict[SequenceSlot, Any] = {}
         self._encoded: dict[SequenceSlot, Any] = {}
 
     def open(self, adapter: str | None, num_tokens: int) -> SequenceSlot:
         slot = SequenceSlot(adapter, KVPool(0))
         cache: Any = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self._caches[slot] = EncoderDecoderCache(cache, DynamicCache()) if self.reads_whole else cache
+        self._caches[slot] = EncoderDecoderCache(cache, DynamicCache()) if self._has_encoder else cache
         return slot
 
     def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
@@ -182,7 +189,7 @@ class SequentialDecoder:
         """[V]"""
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
         inputs = {"input_ids": ids_1T}
-        if self.reads_whole:
+        if self._has_encoder:
             if slot not in self._encoded:
                 with self.adapters.active([slot.adapter] * len(ids)):
                     self._encoded[slot] = self.model.get_encoder()(input_ids=ids_1T)
@@ -195,6 +202,52 @@ class SequentialDecoder:
         return logits_V
 
 
+class SeeingDecoder(SequentialDecoder):
+    """Sequences whose prompts have images, each in a pass of its own: a prompt is read at once, with its images.
+
+    What comes behind an image in a model that counts positions in three ways is counted from where that ended.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: AdapterSet) -> None:
+        super().__init__(model, adapters)
+        self.reads_whole = True
+        self._shown: dict[SequenceSlot, Sequence[BatchImage]] = {}
+        self._ahead: dict[SequenceSlot, int] = {}
+        """The position of the next token minus the number of tokens before it."""
+
+    def show(self, slot: SequenceSlot, images: Sequence[BatchImage]) -> None:
+        """Let the prompt that will be read into a slot have these images."""
+        self._shown[slot] = images
+
+    def fork(self, slot: SequenceSlot, copies: int) -> list[SequenceSlot]:
+        ahead = self._ahead.get(slot)
+        slots = super().fork(slot, copies)
+        self._ahead |= {} if ahead is None else dict.fromkeys(slots, ahead)
+        return slots
+
+    def close(self, slot: SequenceSlot) -> None:
+        super().close(slot)
+        self._shown.pop(slot, None)
+        self._ahead.pop(slot, None)
+
+    def _read(self, slot: SequenceSlot, ids: Sequence[int]) -> Tensor:
+        ids_1T = torch.tensor([list(ids)], device=self.model.device)
+        inputs: dict[str, Any] = {}
+        if images := self._shown.pop(slot, ()):
+            inputs = image_inputs(self.model, ids_1T, torch.ones_like(ids_1T), images)
+            if "position_ids" in inputs:
+                self._ahead[slot] = int(inputs["position_ids"].max()) + 1 - len(ids)
+        elif slot in self._ahead:
+            first = slot.length + self._ahead[slot]
+            positions_T = torch.arange(first, first + len(ids), device=self.model.device)
+            inputs["position_ids"] = positions_T.expand(3, 1, -1)
+        with self.adapters.active([slot.adapter] * len(ids)):
+            out = self.model(input_ids=ids_1T, past_key_values=self._caches[slot], use_cache=True, **inputs)
+        slot.length += len(ids)
+        logits_V: Tensor = out.logits[0, -1]
+        return logits_V
+
+
 Decoder: TypeAlias = BatchedDecoder | SequentialDecoder
 
 
@@ -203,9 +256,17 @@ def choose_decoder(
 ) -> Decoder:
     """A decoder of many sequences at once if the model gives them the logits that it gives each alone.
 
-    `streams`: number of sequences at a time; None: several. Raises ModelError for a model that keeps the state of a
-    sequence in itself, if there are several.
+    Of a model that sees it has another one for prompts with images. `streams`: number of sequences at a time; None:
+    several. Raises ModelError for a model that keeps the state of a sequence in itself, if there are several.
     """
+    decoder = _choose(name, model, adapters, note, streams=streams)
+    decoder.seeing = SeeingDecoder(model, adapters) if is_seeing(model.config) else None
+    return decoder
+
+
+def _choose(
+    name: str, model: PreTrainedModel, adapters: AdapterSet, note: Callable[[str], None], *, streams: int | None
+) -> Decoder:
     if model.config.is_encoder_decoder:
         reason = "it is an encoder–decoder"
     elif not (reason := recurrent_layer(model) or why_unlike(BatchedDecoder, model, adapters)):

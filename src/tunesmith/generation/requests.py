@@ -20,6 +20,8 @@ class GenerationRequest:
     messages: Sequence[Record] = ()
     """In OpenAI's shape, content as one string; rendered as in training."""
     tools: Sequence[Record] = ()
+    images: Sequence[tuple[int, int, str]] = ()
+    """Each as the index of its message, the character before which it stands, and its file in base64."""
     prompt: str | None = None
     max_tokens: int | None = None
     """Most new tokens; None: as many as there is room for."""

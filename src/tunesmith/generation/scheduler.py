@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from tunesmith.errors import is_out_of_memory
-from tunesmith.generation.decoder import Decoder, PromptPart
+from tunesmith.generation.decoder import Decoder, PromptPart, SeeingDecoder
 from tunesmith.generation.kv_cache import SequenceSlot, room_for
 from tunesmith.generation.requests import Delta, Finished, GenerationRequest, RequestError, Started, StreamEvent
 from tunesmith.generation.sampling import (
@@ -23,6 +23,7 @@ from tunesmith.generation.sampling import (
     with_text,
 )
 from tunesmith.models.memory import free_cached_memory
+from tunesmith.types import BatchImage
 
 PREFILL_TOKENS = 256
 """Prompt tokens read in a step that also decodes, so that answers do not wait long."""
@@ -48,6 +49,8 @@ class PreparedRequest:
     strip: bool = False
     """Whether white space around an answer is left out."""
     grammar: Callable[[], Grammar] | None = None
+    images: tuple[BatchImage, ...] = ()
+    """Images of its prompt, in order; where there are any, the decoder is a `SeeingDecoder`."""
     keeps: bool = False
     """Whether `Finished` has the tokens of an answer and their log-probabilities."""
 
@@ -168,6 +171,8 @@ class Scheduler:
         while self.waiting and self._has_place(self.waiting[0]):
             request = self.waiting.popleft()
             slot = self._decoder.open(request.adapter, len(request.prompt))
+            if request.images and isinstance(self._decoder, SeeingDecoder):
+                self._decoder.show(slot, request.images)
             self._prefills.append(_Prefill(request, slot))
             events.append((request.key, Started(len(request.prompt))))
         return events

@@ -25,6 +25,7 @@ from tunesmith.models.load import model_kind, new_tokens_of
 from tunesmith.models.resolve_model import ModelRef, resolve_base, resolve_model
 from tunesmith.models.size import model_size
 from tunesmith.models.special_tokens import add_tokens, pad_id, resize_embeddings, without_vector
+from tunesmith.models.vision import vision_of
 from tunesmith.phrases import command
 from tunesmith.planning.decisions import Decisions
 from tunesmith.planning.defaults import decide_before_rows, find_head, precision_for
@@ -413,6 +414,7 @@ def make_renderer(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, kind: Mode
         prompt=recipe.data.prompt,
         date=None if recipe.data.date == "auto" else recipe.data.date,
         pooling=recipe.embed.as_pooling(most) if task.pools else None,
+        placeholders=vision_of(tokenizer),
     )
 
 

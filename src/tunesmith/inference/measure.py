@@ -326,7 +326,7 @@ def _data_of(loaded: LoadedModel, path: str, offline: bool) -> tuple[Data, list[
     known: dict[str, Any] = {}
     if labels is not None:
         known = {"labels": labels.names} | ({} if labels.kind == "tags" else {"label_kind": labels.kind})
-    update = {"train": (DataFile(path=path),), "eval": (), "replay": (), **known}
+    update = {"train": (DataFile(path=path),), "eval": (), "replay": (), "image_folder": None, **known}
     data, notes = pin(loaded.recipe.data.model_copy(update=update), offline=offline)
     usual = usual_columns(data, loaded.renderer.task_name)
     return (data, notes) if usual is None else (data.model_copy(update={"columns": usual[0]}), [*notes, usual[1]])
@@ -340,7 +340,7 @@ def masked_share(loaded: LoadedModel) -> float | None:
 def feed(loaded: LoadedModel, store: RowStore) -> Collator:
     """Padded micro-batches of rows of similar length, which every kind of model takes."""
     layout: Layout = "encoder_decoder" if loaded.renderer.kind == "encoder_decoder" else "padded"
-    masking = None
+    masking, placeholders = None, loaded.renderer.placeholders
     if (share := masked_share(loaded)) is not None:
         # The seed by which every run masks its held-out rows, so that metrics compare.
         masking = Masking.of(loaded.renderer.tokenizer, share=share, seed=0)
@@ -353,6 +353,7 @@ def feed(loaded: LoadedModel, store: RowStore) -> Collator:
         has_types=loaded.has_types,
         pad_id=loaded.pad_id,
         pools=TASKS[loaded.renderer.task_name].pools,
+        pixels=None if placeholders is None else placeholders.pixels,
     )
 
 

@@ -30,7 +30,7 @@ from tunesmith.models.modes import eval_mode
 from tunesmith.recipe.schema import DataFile
 from tunesmith.tasks import TASKS
 from tunesmith.tasks.embedding_losses import embed
-from tunesmith.types import Batch, Example, Problem, Record, Row, TaskName
+from tunesmith.types import Batch, Example, Problem, Record, Row, TaskName, images_of
 
 Done = Callable[[int], None]
 Warn = Callable[[Problem], None]
@@ -117,7 +117,9 @@ class Predictor:
         for members in self._passes({i: len(ids) + self.max_new_tokens for i, ids in prompts.items()}, done):
             batch = [prompts[i] for i in members]
             most = self.loaded.tokens_per_pass
-            answers = generate_within(self.loaded.model, self.loaded.renderer, batch, self.max_new_tokens, most=most)
+            images = [images_of(examples[i].parts) for i in members]
+            how: dict[str, Any] = {"most": most, "images": images}
+            answers = generate_within(self.loaded.model, self.loaded.renderer, batch, self.max_new_tokens, **how)
             for i, answer in zip(members, answers, strict=True):
                 results[i] = {key: answer.text}
                 if not answer.stopped and TASKS[self.task].writes_answers:  # a continuation has no end
@@ -315,7 +317,8 @@ def predict_file(
 ) -> Counts:
     """Predict the rows of a file and pass lines to `write` as they are made; the first `skip` of them were
     written before."""
-    data = predictor.loaded.recipe.data
+    # Images of these rows lie beside them, wherever the run had its images.
+    data = predictor.loaded.recipe.data.model_copy(update={"image_folder": None})
     facts: list[FileFacts] = []
 
     def tick(done: int, of_chunk: int) -> None:

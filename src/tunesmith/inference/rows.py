@@ -19,12 +19,13 @@ import orjson
 
 from tunesmith.data.detect_format import FileFacts
 from tunesmith.data.examples import FileExamples, examples
+from tunesmith.data.images import as_data_uri
 from tunesmith.data.problems import describe_type
 from tunesmith.errors import InputError, StorageError
 from tunesmith.recipe.schema import Data, DataFile
 from tunesmith.runs import atomic
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, JsonObject, Problem, Record, Shape, Source, TaskName
+from tunesmith.types import Example, JsonObject, Part, Problem, Record, Shape, Source, TaskName
 
 Line = JsonObject
 Answered = Line | Problem
@@ -78,7 +79,8 @@ class RowStream:
 
     def add(self, example: Example) -> None:
         """Add a row that can be answered."""
-        self._add(example, sum(len(part.text) for part in example.parts))
+        num_bytes = sum(len(image.data) for image in example.images)
+        self._add(example, sum(len(part.text) for part in example.parts) + num_bytes)
 
     def report(self, problem: Problem) -> None:
         """Add a row that cannot be answered, or count a warning."""
@@ -159,10 +161,23 @@ def input_fields(example: Example) -> JsonObject:
         return {"tokens": texts}
     if names := _NAMES.get(example.shape):
         return dict(zip(names, texts, strict=False))
-    if example.plain:
+    if example.plain and not example.images:
         return dict(zip(("prompt", "completion"), texts, strict=False))
-    messages = [{"role": part.role, "content": part.text, **part.fields} for part in example.parts]
+    messages = [{"role": part.role, "content": _content(part), **part.fields} for part in example.parts]
     return {"messages": messages, **({"tools": list(example.tools)} if example.tools else {})}
+
+
+def _content(part: Part) -> str | list[JsonObject]:
+    """The content of a message: with images as OpenAI writes it, each by its path or its bytes."""
+    if not part.images:
+        return part.text
+    pieces, start = list[JsonObject](), 0
+    for place, image in part.images:
+        if place > start:
+            pieces.append({"type": "text", "text": part.text[start:place]})
+        pieces.append({"type": "image_url", "image_url": {"url": image.path or as_data_uri(image)}})
+        start = place
+    return [*pieces, {"type": "text", "text": part.text[start:]}]
 
 
 def record_of(task: TaskName, text: str, pair: str | None = None) -> Record:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.methods.master_weights import MasterWeights, is_split
 from tunesmith.methods.new_token_embeddings import ROWS_SUFFIX, TokenRows, sole_embedding
-from tunesmith.methods.targets import check_word, matches, means, near_words
+from tunesmith.methods.targets import check_word, is_inside, matches, means, near_words
 from tunesmith.models.heads import check_labels, new_param_names
 from tunesmith.models.save import save_model
+from tunesmith.models.vision import part_modules
 from tunesmith.phrases import percent
 from tunesmith.recipe.methods import FullMethod
 from tunesmith.types import Attachment
@@ -171,7 +172,8 @@ def choose_weights(model: nn.Module, *, train: Sequence[str], freeze: Sequence[s
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    meant = {option: _meant(words, names, option) for option, words in (("train", train), ("freeze", freeze))}
+    parts = part_modules(model)
+    meant = {option: _meant(words, names, option, parts) for option, words in (("train", train), ("freeze", freeze))}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -197,13 +199,20 @@ def _frozen_note(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> tuple[
     return (f"frozen: {len(frozen)} weights, {percent(num / total)} of the model, such as {frozen[0][0]}",)
 
 
-def _meant(words: Sequence[str], names: Mapping[int, Sequence[str]], option: str) -> set[int]:
-    """Ids of the parameters that `words` mean."""
+def _meant(
+    words: Sequence[str], names: Mapping[int, Sequence[str]], option: str, modules: Mapping[str, Sequence[str]]
+) -> set[int]:
+    """Ids of the parameters that `words` mean. `modules`: of a model that sees, its parts by their words."""
     problems: list[str] = []
     meant: set[int] = set()
     for word in words:
         check_word(word, f"method.{option}")
-        matching = {key for key, known in names.items() if any(_means(word, name) for name in known)}
+        inside = modules.get(word)
+        matching = {
+            key
+            for key, known in names.items()
+            if any(is_inside(name, inside) if inside is not None else _means(word, name) for name in known)
+        }
         if not matching:
             parts = {part for known in names.values() for name in known for part in name.split(".")}
             hint = near_words(word.rpartition(".")[2], parts)

@@ -21,6 +21,7 @@ from tunesmith.methods.new_token_embeddings import TokenRows
 from tunesmith.methods.qlora import unpack_base
 from tunesmith.methods.targets import (
     GROUPS,
+    SEEING,
     Target,
     by_pattern,
     find_modules,
@@ -294,4 +295,6 @@ def unshareable(settings: LowRankMethod) -> str | None:
         return f"method {settings.name} is more than low-rank paths on layers"
     if settings.also_train:
         return f"{', '.join(settings.also_train)} were trained whole"
+    if not set(SEEING).isdisjoint(settings.targets):
+        return "the part of the model that sees was adapted"
     return None

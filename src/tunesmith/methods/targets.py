@@ -21,6 +21,7 @@ from tunesmith.errors import ModelError, RecipeError
 from tunesmith.models.heads import new_head_names, new_param_names
 from tunesmith.models.modes import text_part
 from tunesmith.models.quantized import QuantizedLinear
+from tunesmith.models.vision import part_modules
 from tunesmith.phrases import did_you_mean
 
 LINEARS = (nn.Linear, Conv1D, QuantizedLinear)
@@ -28,6 +29,8 @@ PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward, QuantizedLinear.forward)
 """Forwards that are x Wᵀ + b and nothing else."""
 _CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 GROUPS = ("all-linear", "attention", "mlp")
+SEEING = ("vision", "projector")
+"""Words for the parts of a model that sees, which no other word means."""
 MAX_REPEATS = 4
 MAX_PATHS = 2_000
 MOST_PATTERN_CHARS = 1_000
@@ -60,7 +63,8 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     trained whole, are not among them, nor `unread_linears`.
 
     Besides names, a word is `all-linear` (every linear layer inside the decoder layers but `is_router`),
-    `attention` (those inside an attention module) or `mlp` (the others).
+    `attention` (those inside an attention module) or `mlp` (the others); of a model that sees all of these are of its
+    language part, and `vision` and `projector` mean the other parts.
 
     Raises:
         RecipeError: a word for no layer, an embedding, or a layer that shares its weight (a tied output head).
@@ -76,6 +80,12 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
     chosen: set[int] = set()
     for word in targets:
         check_word(word, "method.targets")
+        if word in SEEING:
+            inside = part_modules(model).get(word, [])
+            of_part = [linear for linear in _named(model, LINEARS) if is_inside(linear.name, inside)]
+            problems += [] if of_part else [f"method.targets: {word!r}: this model has no such part. Leave it out."]
+            chosen.update(id(target.module) for target in of_part)
+            continue
         meant = [target for target in linears if _is_meant(word, target, model)]
         chosen.update(id(target.module) for target in meant)
         problems += [f"method.targets: {word!r}: {reason}" for reason in tied_reasons(model, meant)]
@@ -96,7 +106,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[Target]:
             problems.append(f"method.targets: {word!r} matches no linear layer.{why}{hint}")
     if problems:
         raise RecipeError("\n".join(problems))
-    return [target for target in linears if id(target.module) in chosen]
+    return [target for target in _named(model, LINEARS) if id(target.module) in chosen]
 
 
 def inner_linears(model: nn.Module, *, unread: bool = True) -> list[Target]:
@@ -206,7 +216,8 @@ def find_modules(model: nn.Module, words: Sequence[str], targets: Sequence[Targe
     chosen: set[str] = set()
     for word in words:
         check_word(word, "method.also_train")
-        matching = [name for name in names if means(word, name)]
+        parts = part_modules(model) if word in SEEING else {}
+        matching = parts.get(word) or [name for name in names if means(word, name)]
         if not matching:
             problems.append(f"method.also_train: {word!r} matches no module with weights.{near_words(word, names)}")
         for name in matching:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tunesmith.models.attention import packed_forward
 from tunesmith.models.heads import pools_last
+from tunesmith.models.image_features import image_inputs
 from tunesmith.models.segments import Segments, UnsupportedAttentionError
 from tunesmith.types import Batch, JsonObject, Segment
 
@@ -55,6 +56,8 @@ def _inputs(model: nn.Module, batch: Batch) -> JsonObject:
         inputs["token_type_ids"] = batch.types_BT
     if batch.decoder_ids_BU is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids_BU
+    if batch.images:
+        inputs |= {"use_cache": False, **image_inputs(model, batch.ids_BT, batch.mask_BT, batch.images)}
     if batch.layout != "packed":
         return {**inputs, "attention_mask": batch.mask_BT}
     positions_BT = batch.positions_BT + _first_position(model)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -27,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -51,6 +53,7 @@ from tunesmith.models.modes import silence_transformers
 from tunesmith.models.quantized import PackOnLoad
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import NewTokens, add_tokens, choose_pad_token
+from tunesmith.models.vision import PROCESSOR_FILES, is_seeing, processor_template
 from tunesmith.phrases import listed
 from tunesmith.runs.atomic import sha256_file
 from tunesmith.types import Aside, HeadName, JsonObject, Labels, ModelKind
@@ -109,6 +112,8 @@ def model_kind(located: ModelRef) -> ModelKind:
     config = load_config(located)
     if config.is_encoder_decoder:
         return "encoder_decoder"
+    if is_seeing(config):
+        return "causal"
     # BERT and its like are listed as causal too, for use as a decoder, which their config then says.
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
@@ -151,6 +156,7 @@ def load_tokenizer(
         raise ModelError(f"{located.name}: its tokenizer has no fast form (tokenizer.json). Use a model that has one.")
     if located.is_gguf:
         fix_tokenizer(tokenizer, located.path, on_note)
+    tokenizer.chat_template = processor_template(located.path) or tokenizer.chat_template
     if template is not None:
         text = _read_template(Path(template))
         if tokenizer.chat_template and tokenizer.chat_template != text:
@@ -251,7 +257,8 @@ def _unused_note(located: ModelRef, model: PreTrainedModel, unused: list[str]) -
 def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadName) -> Any:
     """transformers' class that makes such a model with this head. Raises ModelError where it has none."""
     translates = config is not None and config.is_encoder_decoder and head == "next_token"
-    auto, known = _AUTO["translated" if translates else head]
+    sees = head == "next_token" and is_seeing(config)
+    auto, known = _AUTO["translated" if translates else "seeing" if sees else head]
     if config is not None and type(config) not in known:
         what = {"next_token": "predicts the next token", "masked_token": "predicts masked tokens"}.get(
             head, "has such a head"
@@ -264,6 +271,7 @@ def auto_class(located: ModelRef, config: PreTrainedConfig | None, head: HeadNam
 
 _AUTO: dict[str, tuple[Any, Any]] = {
     "next_token": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    "seeing": (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     "translated": (AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
     "masked_token": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING),
     "sequence": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
@@ -309,6 +317,7 @@ def fingerprint(located: ModelRef) -> dict[str, str]:
     if located.is_gguf:
         return {located.path.name: sha256_file(located.path)}
     names = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    names += PROCESSOR_FILES if is_seeing(load_config(located)) else ()
     files = [located.path / name for name in names] + weight_files(located.path, located.name)
     return {file.name: _sha256(file) for file in files if file.is_file()}
 

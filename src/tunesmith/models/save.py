@@ -27,6 +27,7 @@ from tunesmith.models.pooling import find_pooling, write_pooling
 from tunesmith.models.resolve_model import ModelRef
 from tunesmith.models.special_tokens import with_pad_token
 from tunesmith.models.streamed_weights import stored_names, write_streamed
+from tunesmith.models.vision import PROCESSOR_FILES
 from tunesmith.runs.atomic import writing_folder
 from tunesmith.types import JsonObject, Pooling
 
@@ -125,8 +126,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, located:
     """The tokenizer's files: copies of those it came from, unless it was changed or they have no
     tokenizer.json, as in a GGUF and in older models that bring a sentencepiece file.
 
-    A chat template that was given by file is written too, and replaces any other.
+    The processor's files, of a model that sees, are copied as they are. A chat template that was given by file is
+    written too, and replaces any other.
     """
+    for name in PROCESSOR_FILES:
+        if (located.path / name).is_file():
+            shutil.copyfile(located.path / name, folder / name)
     source = load_tokenizer(located, None) if (located.path / "tokenizer.json").is_file() else None
     if source is None or not _same(source, tokenizer):
         with silence_transformers():

@@ -45,11 +45,12 @@ def model_size(located: ModelRef) -> ModelSize:
     """The size of a model; no weight is read. Raises ModelError where its config does not say."""
     if located.kind == "gguf":
         return _gguf_size(located, read_gguf(located.path))
-    config = load_config(located).get_text_config()
+    whole = load_config(located)
+    config = whole.get_text_config()
     tensors = read_tensors(located.path, located.name)
     # Older files of encoders hold the numbers of their positions among the weights.
     stored = sum(prod(info.shape) for info in tensors.values() if not info.dtype.startswith("I"))
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+    if getattr(config, "tie_word_embeddings", whole.tie_word_embeddings) and "lm_head.weight" in tensors:
         stored -= prod(tensors["lm_head.weight"].shape)
     return ModelSize(stored, int(config.hidden_size), _max_tokens(config))
 

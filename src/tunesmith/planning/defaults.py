@@ -198,7 +198,7 @@ def _task_of_first_row(data: Data, kind: ModelKind) -> Choice:
         if task.name == "text" and (question := ask_text_or_classes(data)):
             raise DataError(question)
         return Choice("task", task.name, task.detected)
-    if example.plain or kind == "encoder_decoder":
+    if (example.plain and not example.images) or kind == "encoder_decoder":
         other = "; task: chat would put them into the chat template" if kind == "causal" else ""
         return Choice("task", GENERATE.name, f"rows are prompt and completion as plain text{other}")
     reason = f"rows are conversations ({example.shape}), rendered by the model's own chat template"

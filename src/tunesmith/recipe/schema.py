@@ -74,6 +74,12 @@ class Limits(OptionGroup):
     """Most messages in one row."""
     problems: Positive = 1000
     """Most problems listed one by one; all are counted."""
+    images: Positive = 64
+    """Most images in one row."""
+    image_bytes: Positive = 20 * 1024 * 1024
+    """Largest file of an image, in bytes."""
+    image_pixels: Positive = 24_000_000
+    """Most pixels of an image: decoded, each takes 4 bytes of memory."""
 
 
 class Reading(NamedTuple):
@@ -154,6 +160,8 @@ class Data(OptionGroup):
     trusted."""
     overlap: Literal["error", "warn"] = "warn"
     """Held-out rows that are also in the training files: refuse, or train and report how many."""
+    image_folder: str | None = None
+    """Folder where paths of images begin, which they may not leave. null: the folder of the data file."""
     num_proc: Positive | None = None
     """Processes that encode rows. null: one, or for files of 8 MiB and more together one a core, at most 8.
     Rows, counts and errors are the same."""

@@ -84,6 +84,7 @@ def make_app(
         api.add_exception_handler(kind, on_error)
     for router in (make_router(engine), *routers):
         api.include_router(router)
+    api.state.sees = lambda: any(card.sees for card in engine.served)
     registry, count = make_metrics(engine)
 
     @api.get("/", include_in_schema=False)
@@ -208,7 +209,8 @@ def add_readers(router: APIRouter, engine: Engine) -> None:
 def _model(card: ModelCard) -> JsonObject:
     fields = {"task": card.task, "answers": card.answers, "max_tokens": card.max_tokens, "base": card.is_base}
     labels = {"labels": list(card.labels)} if card.labels else {}
-    calls = {"tool_calls": card.calls} if card.answers == "text" else {}
+    calls: JsonObject = {"tool_calls": card.calls} if card.answers == "text" else {}
+    calls |= {"images": True} if card.sees else {}
     return {"id": card.name, "object": "model", "created": card.created, "owned_by": "you", **fields, **labels, **calls}
 
 

@@ -48,6 +48,8 @@ class ModelCard:
     """Seconds since 1970, of the run or the model's files."""
     labels: Sequence[str] = ()
     calls: ToolCallFormat | None = None
+    sees: bool = False
+    """Whether messages may have images."""
 
 
 @dataclass(frozen=True, slots=True)

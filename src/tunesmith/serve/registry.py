@@ -308,6 +308,7 @@ def _card(loaded: LoadedModel, name: str, run: Run | None, answers: Modality) ->
         is_base=run is None,
         created=int(loaded.located.path.stat().st_mtime if run is None else run.created),
         labels=loaded.labels.names if loaded.labels is not None else (),
+        sees=loaded.renderer.placeholders is not None,
         calls=tool_call_format(loaded.renderer.tokenizer) if TASKS[loaded.renderer.task_name].is_chat else None,
     )
 
@@ -336,7 +337,7 @@ class LocalEngine:
     def __init__(self, loaded: LoadedModel, note: Note) -> None:
         decoder = choose_decoder(loaded.located.name, loaded.model, AdapterSet(loaded.model), note, streams=1)
         self.model = ServedModel(_card(loaded, "", None, "text"), loaded, decoder)
-        self._scheduler = Scheduler(decoder, streams=1)
+        self._schedulers = {each: Scheduler(each, streams=1) for each in (decoder, decoder.seeing) if each is not None}
 
     def generate(
         self,
@@ -348,14 +349,16 @@ class LocalEngine:
 
         Raises RequestError.
         """
-        self._scheduler.add(self.model.prepare(0, request, options))
+        prepared = self.model.prepare(0, request, options)
+        scheduler = self._schedulers[self.model.decoder_of(prepared)]
+        scheduler.add(prepared)
         try:
-            while self._scheduler.is_busy:
+            while scheduler.is_busy:
                 with mode():
-                    events = self._scheduler.step()
+                    events = scheduler.step()
                 for _, event in events:
                     if isinstance(event, RequestError):
                         raise event
                     yield event
         finally:
-            self._scheduler.cancel(0)
+            scheduler.cancel(0)

@@ -4,6 +4,7 @@ nothing that would be ignored."""
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
+from tunesmith.data.formats.row_images import RowImages
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.data.problems import RowProblems
 from tunesmith.data.read_json import BadRow, loads
@@ -19,6 +21,8 @@ from tunesmith.serve.protocol import GenerationRequest, RequestError
 from tunesmith.types import JsonObject, Record, Source
 
 MAX_BODY_BYTES = 1 << 20
+MAX_SEEING_BYTES = 28 << 20
+"""Most bytes of a chat where a model sees: an image of 20 MiB in base64, and text."""
 MAX_DEPTH = 64
 BODY_TIMEOUT_S = 30.0
 DRAINED_BYTES = 16 * MAX_BODY_BYTES
@@ -59,14 +63,16 @@ def check_headers(request: Request) -> None:
 
 async def _read(request: Request) -> bytes:
     body = bytearray()
+    sees = getattr(request.app.state, "sees", lambda: False)  # set by `app.make_app`
+    most = MAX_SEEING_BYTES if request.url.path.endswith("/chat/completions") and sees() else MAX_BODY_BYTES
 
     async def receive() -> int:
         num_bytes = 0
         async for piece in request.stream():
             num_bytes += len(piece)
-            if num_bytes <= MAX_BODY_BYTES:
+            if num_bytes <= most:
                 body.extend(piece)
-            elif num_bytes > DRAINED_BYTES:
+            elif num_bytes > most + DRAINED_BYTES:
                 break
         return num_bytes
 
@@ -75,8 +81,8 @@ async def _read(request: Request) -> bytes:
     except asyncio.TimeoutError:
         message = f"The body did not arrive within {BODY_TIMEOUT_S:.0f} seconds."
         raise _closing(408, "request_timeout", message) from None
-    if num_bytes > MAX_BODY_BYTES:
-        raise _closing(413, "request_too_large", f"The body has more than {MAX_BODY_BYTES:,} bytes.")
+    if num_bytes > most:
+        raise _closing(413, "request_too_large", f"The body has more than {most:,} bytes.")
     return bytes(body)
 
 
@@ -239,14 +245,21 @@ class ChatBody(SampledBody):
         """As the engine takes it. Raises RequestError for messages and tools that a
         row of training could not have."""
         problems = RowProblems(Source("messages", 1))
-        parts, tools = parts_of(self.messages, problems, trained=False), tools_of({"tools": self.tools}, problems)
+        shown = RowImages({}, problems)
+        parts = parts_of(self.messages, problems, trained=False, images=shown)
+        tools = tools_of({"tools": self.tools}, problems)
         without_answer(parts, problems)
         check_order(parts, problems, answered=False)
         if problems.problems:
             message = " ".join(problem.message for problem in problems.problems[:10])
             raise RequestError(message, code="invalid_messages", param="messages")
+        images = [(i, place, image) for i, part in enumerate(parts) for place, image in part.images]
+        if named := [image.path for _, _, image in images if image.path]:
+            message = f"An image is {named[0][:60]!r}: no file of the server is read. Send it as a data URI in base64."
+            raise RequestError(message, code="image_address", param="messages")
         return GenerationRequest(
             messages=tuple({"role": part.role, "content": part.text, **part.fields} for part in parts),
+            images=[(i, place, b64encode(image.data).decode()) for i, place, image in images],
             tools=tools if self.tool_choice == "auto" else (),
             max_tokens=self.max_completion_tokens or self.max_tokens,
             json_schema=self.response_format.wanted,

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from tunesmith.data.branch_encoders import first_pooled, pooled
-from tunesmith.data.collate import build_batch
+from tunesmith.data.collate import batch_images, build_batch
+from tunesmith.data.images import BadImage, image_at, look_at
 from tunesmith.data.renderer import Renderer
 from tunesmith.data.sampler import make_micro_batches, pass_cost
 from tunesmith.errors import DataError, ModelError
@@ -28,9 +30,10 @@ from tunesmith.inference.rows import Line
 from tunesmith.models.forward import hidden_states
 from tunesmith.models.modes import eval_mode
 from tunesmith.models.pooling import pool
+from tunesmith.recipe.schema import Limits
 from tunesmith.serve.protocol import EngineOptions, GenerationRequest, ModelCard, RequestError
 from tunesmith.tasks import TASKS
-from tunesmith.types import Example, Part, Pooling, Problem, Row, Source
+from tunesmith.types import Example, ImageRef, Part, Placeholders, Pooling, Problem, Row, Source
 
 
 @dataclass
@@ -64,7 +67,8 @@ class ServedModel:
         """The request as the scheduler takes it. Raises RequestError."""
         if request.n > options.streams:
             raise RequestError(f"n is {request.n}; it has to be from 1 to {options.streams}", param="n")
-        prompt = self.prompt_ids(request)
+        images = self._images(request)
+        prompt = self.prompt_ids(request, images)
         if why := self.loaded.without_vector(prompt):
             raise RequestError(why, param="messages" if request.prompt is None else "prompt")
         return PreparedRequest(
@@ -76,17 +80,46 @@ class ServedModel:
             max_new_tokens=self._max_new_tokens(request, len(prompt), options),
             stop_ids=frozenset(self.renderer.stop_ids),
             strip=not TASKS[self.renderer.task_name].raw_text,
+            images=batch_images([image for _, _, image in images], self._placeholders.pixels) if images else (),
             grammar=None if request.json_schema is None else self.grammars.compile(request.json_schema),
         )
 
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+    def decoder_of(self, request: PreparedRequest) -> Decoder:
+        """The decoder that answers a request."""
+        return self.decoder.seeing if request.images and self.decoder.seeing is not None else self.decoder
+
+    @property
+    def _placeholders(self) -> Placeholders:
+        """Raises RequestError for a model that reads text alone."""
+        placeholders = self.renderer.placeholders
+        if placeholders is None or self.decoder.seeing is None:
+            message = f"{self.card.name} reads text alone: leave the image out, or ask a model that sees"
+            raise RequestError(message, code="no_images_here", param="messages")
+        return placeholders
+
+    def _images(self, request: GenerationRequest) -> list[tuple[int, int, ImageRef]]:
+        """The images of a request: index of message, character, and what its header says. Raises RequestError."""
+        images = []
+        for message, place, content in request.images:
+            assert self._placeholders is not None, "it raises otherwise"
+            try:
+                image = look_at(image_at({"base64": content}, f"messages[{message}]"), Path(), Limits())
+            except BadImage as bad:
+                words = f"messages[{message}]: {bad.message} {bad.fix}"
+                raise RequestError(words, code=bad.code, param="messages") from bad
+            images.append((message, place, image))
+        return images
+
+    def prompt_ids(self, request: GenerationRequest, images: Sequence[tuple[int, int, ImageRef]] = ()) -> list[int]:
         """The ids that the model reads, from the code that rendered the training rows. Raises RequestError."""
         prompt, is_chat = request.prompt, TASKS[self.renderer.task_name].is_chat
         if prompt is not None and is_chat:  # a text to continue: no template is put around it
             return list(self.renderer.tokenizer(prompt).input_ids)
         tools, cuts = tuple(request.tools), list[int]()
         try:
-            parts = self._conversation(request) if is_chat else [Part("user", self._single(request), trained=False)]
+            parts = (
+                self._conversation(request, images) if is_chat else [Part("user", self._single(request), trained=False)]
+            )
             ids = self.renderer.prompt_ids(parts, tools, on_cut=cuts.append)
             shows_tools = not tools or ids != self.renderer.prompt_ids(parts, (), on_cut=cuts.append)
         except (DataError, ModelError) as error:  # the template refuses it, or exceeds its limits
@@ -111,11 +144,12 @@ class ServedModel:
             )
         return str(request.messages[0]["content"])
 
-    def _conversation(self, request: GenerationRequest) -> list[Part]:
+    def _conversation(self, request: GenerationRequest, images: Sequence[tuple[int, int, ImageRef]]) -> list[Part]:
         parts = []
-        for message in request.messages:
+        for index, message in enumerate(request.messages):
+            shown = tuple((place, image) for of_message, place, image in images if of_message == index)
             fields = {key: value for key, value in message.items() if key not in ("role", "content")}
-            parts.append(Part(message["role"], message["content"], trained=False, fields=fields))
+            parts.append(Part(message["role"], message["content"], trained=False, fields=fields, images=shown))
         example = Example(tuple(parts), Source("request", 1), "messages", tuple(request.tools))
         for problem in self.renderer.control_problems(example):
             raise RequestError(problem.message, param="messages")

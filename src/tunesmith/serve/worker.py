@@ -90,7 +90,7 @@ class Worker:
         self._options = options
         self._send = send
         self._preparer = ThreadPoolExecutor(1)
-        decoders = registry.decoders
+        decoders = [each for decoder in registry.decoders for each in (decoder, decoder.seeing) if each is not None]
         self._schedulers = {
             decoder: Scheduler(
                 decoder,
@@ -149,7 +149,7 @@ class Worker:
             self._wanted.discard(key)
             # It can have been removed meanwhile.
             model = self._registry.find(request.sampling.model, ServedModel)
-            self._schedulers[model.decoder].add(request)
+            self._schedulers[model.decoder_of(request)].add(request)
 
     def _read_run(self, key: int, name: str, run: str) -> None:
         self.inbox.put(partial(self._try, key, self._attach, self._registry.read_run(name, Path(run))))

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data.dataset import RowStore
+from tunesmith.data.images import thumbnail
 from tunesmith.errors import RecipeError
 from tunesmith.evaluation import general
 from tunesmith.evaluation.bootstrap import Interval
 from tunesmith.evaluation.compare import preference_notes
+from tunesmith.evaluation.generate import FEW_ANSWERS
 from tunesmith.evaluation.graded_scores import graded_notes
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.evaluation.predict_rows import (
@@ -42,6 +44,8 @@ from tunesmith.training.graded import graded_rows
 from tunesmith.training.progress import Session
 from tunesmith.types import JsonObject
 
+MOST_SHOWN = 8
+"""Images of an answered prompt that the report shows, small; of the first `FEW_ANSWERS` prompts."""
 _OF_AN_ANSWER = ("source", "prompt", "reference", "answer")
 
 
@@ -192,7 +196,9 @@ def _answer(session: Session, name: str, writing: Continuation | None) -> None:
     given = []
     for index, sample in enumerate(samples(session, name, writing)):
         given.append(sample)
-        session.emit("sample", {"name": name, "index": index, **sample})
+        shown = prompts_of(setup, name)[index].images[:MOST_SHOWN] if index < FEW_ANSWERS else ()
+        images = {"images": [thumbnail(image) for image in shown]} if shown else {}
+        session.emit("sample", {"name": name, "index": index, **sample, **images})
     if not setup.world.is_first or name == "step":
         return
     answers, references = [[sample[key] for sample in given] for key in ("answer", "reference")]

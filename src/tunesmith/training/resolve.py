@@ -47,6 +47,7 @@ from tunesmith.runs.folder import Run
 from tunesmith.tasks import TASKS, partner_tokens
 from tunesmith.training.inputs import Inputs, find_inputs
 from tunesmith.training.planned_answers import OF_ANSWERS, as_answers, streams_of
+from tunesmith.training.seeing import decide_seeing
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.types import Aside, Choice, HeadName, JsonObject, Layout, OnProgress
 
@@ -182,6 +183,7 @@ def _on_devices(decisions: Decisions, world: World) -> int:
 
 def _decide(decisions: Decisions, inputs: Inputs, rows: Splits, facts: Facts) -> None:
     """Decide everything that rows decide; evaluations by epoch become a number of steps."""
+    decide_seeing(decisions, rows)
     decide(decisions, facts)
     if rows.is_prompts and decisions.is_open("reinforce.streams"):
         of_step = resolved(decisions.recipe.train.rows_per_step) * decisions.recipe.reinforce.samples

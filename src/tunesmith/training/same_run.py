@@ -18,6 +18,10 @@ NAMED_LATER = {
     "setting data.encoding": "auto",
     "setting data.suffixes": "()",
     "setting evaluation.samples_on_the_way": "0",
+    "setting data.image_folder": "None",
+    "setting data.limits.images": "64",
+    "setting data.limits.image_bytes": "20971520",
+    "setting data.limits.image_pixels": "24000000",
 }
 """Settings that earlier versions did not record, with the values that they used; each new option goes here."""
 MEASURES_LATER = "setting evaluation.samples_before"

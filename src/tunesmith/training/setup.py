@@ -57,6 +57,7 @@ from tunesmith.tasks import TASKS, bind
 from tunesmith.training.draw import Drawing
 from tunesmith.training.inputs import Inputs
 from tunesmith.training.resolve import ResolvedRun, resolve_run, sampler_of
+from tunesmith.training.seeing import PADDED, seeing_notes
 from tunesmith.training.shared_prefixes import decide_sharing, filled_by
 from tunesmith.training.state import LossScale, TrainState
 from tunesmith.types import Aside, Attachment, Choice, HeadName, JsonObject, Labels, Layout, ModelKind, OnProgress, Row
@@ -213,7 +214,7 @@ def _set_up(plan: ResolvedRun, world: World, on_progress: OnProgress) -> Setup:
     return Setup(
         recipe=recipe,
         choices=[*plan.choices, *sharing_choices],
-        notes=[*notes, *attachment.notes, *prompt_notes],
+        notes=[*notes, *attachment.notes, *seeing_notes(model, rows), *prompt_notes],
         located=inputs.located,
         model=model,
         max_tokens=inputs.size.max_tokens,
@@ -356,6 +357,8 @@ def _layout(model: PreTrainedModel, rows: Splits, inputs: Inputs, *, plain: bool
     layout, *slower_layouts = layouts_of(inputs.kind)
     if not slower_layouts:
         return layout, []
+    if rows.has_images:
+        return slower_layouts[0], [Aside(PADDED)]
     probe_rows = [lines_of(rows.store.row(int(i)))[-1] for i in rows.train_rows[:PROBED]]
     agreement = packed_agrees(model, inputs.kind, probe_rows, tokenizer=inputs.renderer.tokenizer, plain=plain)
     if agreement.ok:
@@ -422,6 +425,7 @@ def _identity(
         "held-out rows": rows.held_store.key,
         "setting order of rows": f"version {sampler.ORDER_VERSION}",
         **({} if answers is None else {"grader": answers.pool.identity}),
+        **({} if not rows.has_images else {"images": f"{rows.store.summary.images} {rows.held_store.summary.images}"}),
     }
     return {**settings, **model, **data, **encoded}
 
@@ -465,7 +469,7 @@ def collators(
     Held-out rows are masked by one seed in all runs, so that their metrics can be compared, and each is
     computed whole, as in a later evaluation of the result.
     """
-    tokenizer, layout = inputs.renderer.tokenizer, sampler.layout
+    tokenizer, layout, placeholders = inputs.renderer.tokenizer, sampler.layout, inputs.renderer.placeholders
     is_masked = inputs.head == "masked_token"
     choice = decide_sharing(recipe, inputs, rows.store, model, sampler)
 
@@ -480,6 +484,7 @@ def collators(
             pad_id=pad_id(model, tokenizer),
             shares=shares,
             pools=TASKS[resolved(recipe.task)].pools,
+            pixels=None if placeholders is None else placeholders.pixels,
             pads=pads_to_multiple(layout, device=torch.device(device).type, precision=resolved(recipe.precision)),
         )
 

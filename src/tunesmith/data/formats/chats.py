@@ -8,12 +8,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import orjson
 
+from tunesmith.data.formats import row_images
 from tunesmith.data.formats.format import Format
+from tunesmith.data.formats.row_images import RowImages
 from tunesmith.data.formats.turns import check_order, parts_of, tools_of, without_answer
 from tunesmith.data.problems import RowProblems, describe_type, names, paste
 from tunesmith.types import Example, JsonObject, Part, Problem, Record, Shape, Source
@@ -47,8 +51,9 @@ def parse_chat(
         turns = as_messages(turns, check, key)
     if check.problems:
         return check.problems
-    tools = tools_of(record, check)
-    parts = parts_of(turns, check, place=key, trained=answered)
+    tools, images = tools_of(record, check), RowImages(record, check)
+    parts = parts_of(turns, check, place=key, trained=answered, images=images)
+    images.finish()
     if key == "conversations" and (system := check.optional_text(record, "system")):
         parts.insert(0, Part("system", system, False))
     if not answered:
@@ -113,7 +118,7 @@ def _parse_alpaca(record: JsonObject, source: Source, *, answered: bool = True) 
     system = check.optional_text(record, "system")
     parts = [Part("system", system, False)] if system else []
     parts += _history(record.get("history"), check)
-    parts.append(Part("user", f"{instruction}\n\n{extra}" if extra else instruction, False))
+    parts.append(_prompt(f"{instruction}\n\n{extra}" if extra else instruction, record, check))
     if answered and "output" not in record:
         answer = next((name for name in ("response", "answer", "completion") if name in record), "...")
         columns = {
@@ -129,6 +134,16 @@ def _parse_alpaca(record: JsonObject, source: Source, *, answered: bool = True) 
     elif answered:
         parts.append(Part("assistant", check.answer(record, "output"), True))
     return check.problems or Example(tuple(parts), source, "alpaca")
+
+
+def _prompt(text: str, record: Record, check: RowProblems) -> Part:
+    """A prompt with the images of its row: where markers are, else in front of it."""
+    images = RowImages(record, check)
+    part = row_images.with_images(Part("user", text, False), images, "its prompt")
+    if not part.images:
+        part = replace(part, images=images.in_front())
+    images.finish()
+    return part
 
 
 def _history(history: object, check: RowProblems) -> list[Part]:
@@ -147,10 +162,12 @@ def parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> 
     prompt, completion = record.get("prompt"), record.get("completion")
     tools = tools_of(record, check)
     if not answered:
-        return prompt_alone(prompt, tools, check, "prompt_completion")
+        return prompt_alone(prompt, tools, check, "prompt_completion", record)
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = parts_of(prompt, check, place="prompt", trained=False)
-        answers = parts_of(completion, check, place="completion")
+        images = RowImages(record, check)
+        before = parts_of(prompt, check, place="prompt", trained=False, images=images)
+        answers = parts_of(completion, check, place="completion", images=images)
+        images.finish()
         check_order([*before, *answers], check, place="prompt and completion")
         return check.problems or Example((*before, *answers), source, "prompt_completion", tools)
     if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
@@ -158,34 +175,44 @@ def parse_pair(record: JsonObject, source: Source, *, answered: bool = True) -> 
         check.add("wrong_type", message, "Both are text, or both are lists of messages.")
         return check.problems
     parts = (
-        Part("user", check.text(record, "prompt"), False),
+        _prompt(check.text(record, "prompt"), record, check),
         Part("assistant", check.answer(record, "completion"), True),
     )
     return check.problems or Example(parts, source, "prompt_completion", tools, plain=True)
 
 
-def prompt_alone(prompt: Any, tools: tuple[Record, ...], check: RowProblems, shape: Shape) -> Example | list[Problem]:
-    """The example of a prompt that waits for its answer."""
+def prompt_alone(
+    prompt: Any, tools: tuple[Record, ...], check: RowProblems, shape: Shape, record: Record = MappingProxyType({})
+) -> Example | list[Problem]:
+    """The example of a prompt that waits for its answer. `record`: its row, where that may have images."""
     if isinstance(prompt, list):
-        before = parts_of(prompt, check, place="prompt", trained=False)
+        images = RowImages(record, check)
+        before = parts_of(prompt, check, place="prompt", trained=False, images=images)
+        images.finish()
         check_order(before, check, place="prompt", answered=False)
         return check.problems or Example(tuple(before), check.source, shape, tools)
-    parts = (Part("user", check.text({"prompt": prompt}, "prompt"), False),)
+    parts = (_prompt(check.text({"prompt": prompt}, "prompt"), record, check),)
     return check.problems or Example(parts, check.source, shape, tools, plain=True)
 
 
-MESSAGES = Format("messages", parse_chat, ("messages", "tools", "functions"), ("messages",), ("messages",))
+MESSAGES = Format(
+    "messages",
+    parse_chat,
+    ("messages", "tools", "functions", *row_images.FIELDS),
+    ("messages",),
+    ("messages",),
+)
 SHAREGPT = Format(
     "sharegpt",
     partial(parse_chat, key="conversations"),
-    ("conversations", "system", "tools"),
+    ("conversations", "system", "tools", *row_images.FIELDS),
     ("conversations",),
     ("conversations",),
 )
 ALPACA = Format(
     "alpaca",
     _parse_alpaca,
-    ("instruction", "input", "output", "system", "history"),
+    ("instruction", "input", "output", "system", "history", *row_images.FIELDS),
     ("instruction", "output"),
     ("instruction",),
     matches=lambda record: "instruction" in record,
@@ -193,7 +220,7 @@ ALPACA = Format(
 PROMPT_COMPLETION = Format(
     "prompt_completion",
     parse_pair,
-    ("prompt", "completion", "tools"),
+    ("prompt", "completion", "tools", *row_images.FIELDS),
     ("prompt", "completion"),
     ("prompt",),
     matches=lambda record: "completion" in record or ("prompt" in record and record.keys().isdisjoint(_PREFERRED)),

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import orjson
 
+from tunesmith.data.formats.row_images import TYPES, RowImages, with_images
 from tunesmith.data.problems import RowProblems, describe_type
-from tunesmith.types import JsonObject, Part, Record
+from tunesmith.types import ImageRef, JsonObject, Part, Record
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 _MEANT = {
@@ -18,18 +19,26 @@ _MEANT = {
 _PLAIN = {"role", "content"}
 
 
-def parts_of(messages: object, check: RowProblems, *, place: str = "messages", trained: bool = True) -> list[Part]:
+def parts_of(
+    messages: object,
+    check: RowProblems,
+    *,
+    place: str = "messages",
+    trained: bool = True,
+    images: RowImages | None = None,
+) -> list[Part]:
     """One part per message, in order; a message with a problem has a placeholder.
 
-    `trained`: whether answers are trained where the message does not say so by its weight.
+    `trained`: whether answers are trained where the message does not say so by its weight. `images`: of the row;
+    None: its shape has no place for any.
     """
     if not isinstance(messages, list):
         check.wrong_type(place, messages, "a list of messages")
         return []
-    return [_part(message, check, f"{place}[{i}]", trained) for i, message in enumerate(messages)]
+    return [_part(message, check, f"{place}[{i}]", trained, images) for i, message in enumerate(messages)]
 
 
-def _part(message: object, check: RowProblems, place: str, trained: bool) -> Part:
+def _part(message: object, check: RowProblems, place: str, trained: bool, images: RowImages | None) -> Part:
     if not isinstance(message, dict):
         check.wrong_type(place, message, 'an object such as {"role": "user", "content": "Hi"}')
         return Part("", "", False)
@@ -41,8 +50,11 @@ def _part(message: object, check: RowProblems, place: str, trained: bool) -> Par
     else:
         fields = _fields(message, check, place)
         weight = _weight(message, check, place, is_answer)
-        text = _text(content, fields, check, place)
-        part = Part(role, text, is_answer and (trained if weight is None else weight and trained), fields)
+        text, shown = _content(content, fields, check, place, role=role, images=images)
+        is_trained = is_answer and (trained if weight is None else weight and trained)
+        part = Part(role, text, is_trained, fields, shown)
+    if images is not None and role == "user" and isinstance(content, str):
+        part = with_images(part, images, place)
     is_empty = not part.text.strip() and not part.fields.get("tool_calls")
     if part.trained and is_empty and content is not None:
         check.add("empty_answer", f"{place} is an answer without text.", "Write it, or remove the row.")
@@ -77,6 +89,23 @@ def _weight(message: Record, check: RowProblems, place: str, is_answer: bool) ->
     return bool(weight)
 
 
+def _content(
+    content: object, fields: Record, check: RowProblems, place: str, *, role: str, images: RowImages | None
+) -> tuple[str, tuple[tuple[int, ImageRef], ...]]:
+    """The text of a message, and its images, each with the character before which it stands."""
+    if not isinstance(content, list):
+        return _text(content, fields, check, place), ()
+    text, shown = "", list[tuple[int, ImageRef]]()
+    for i, piece in enumerate(content):
+        inside = f"{place}.content[{i}]"
+        if images is not None and isinstance(piece, dict) and piece.get("type") in TYPES:
+            image = images.of_part(piece, inside, role)
+            shown += [] if image is None else [(len(text), image)]
+        else:
+            text += _piece(piece, check, inside)
+    return text, tuple(shown)
+
+
 def _text(content: object, fields: Record, check: RowProblems, place: str) -> str:
     if isinstance(content, str):
         return content
@@ -86,8 +115,6 @@ def _text(content: object, fields: Record, check: RowProblems, place: str) -> st
                 "missing_field", f"{place}.content is missing or null.", "Only a message with tool_calls may have none."
             )
         return ""
-    if isinstance(content, list):
-        return "".join(_piece(piece, check, f"{place}.content[{i}]") for i, piece in enumerate(content))
     check.wrong_type(f"{place}.content", content, "text")
     return ""
 
@@ -101,7 +128,8 @@ def _piece(piece: object, check: RowProblems, place: str) -> str:
         check.wrong_type(f"{place}.text", piece.get("text"), "text")
     else:
         kind = str(piece.get("type"))[:40]
-        check.add("unsupported_content", f"{place} is of type {kind}: only text is read.", "Remove the row.")
+        what = "images are read in chats alone (task chat)" if kind in TYPES else "only text and images are read"
+        check.add("unsupported_content", f"{place} is of type {kind}: {what}.", "Remove the row.")
     return ""
 
 

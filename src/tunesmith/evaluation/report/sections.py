@@ -36,6 +36,8 @@ class Cell:
     """An interval, in small print."""
     mark: str = ""
     """right, wrong, better, worse, unclear, or none."""
+    images: Sequence[str] = ()
+    """Small images before the text, as data URIs of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,7 @@ def _answers(report: Record) -> Iterator[Block | Table]:
     for sample in samples:
         marks = {when: values.mark(sample[when], sample["reference"]) for when in ("before", "after") if when in sample}
         cells = [Cell(sample[key]) for key in ("source", "prompt", "reference")]
+        cells[1] = Cell(sample["prompt"], images=sample.get("images", ()))
         rows.append([*cells, *(Cell(sample.get(when, ""), mark=marks.get(when, "")) for when in ("before", "after"))])
     yield Table(columns, rows, "rows answered stack", shown=MOST_ROWS_LISTED)
 

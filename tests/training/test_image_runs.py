@@ -1,0 +1,235 @@
+"""Runs on rows with images: what is trained, repeated, kept and refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_run import same_run, stopped
+from tiny_vision import picture, png, vision_recipe
+from tunesmith.errors import DataError, RecipeError, RunError
+from tunesmith.evaluation.generate import generate
+from tunesmith.models.forward import logits_at_targets
+from tunesmith.models.image_features import kept_vectors
+from tunesmith.recipe.load import validate
+from tunesmith.recipe.schema import Recipe
+from tunesmith.runs.folder import runs
+from tunesmith.training.setup import prepare
+from tunesmith.training.trainer import resume, train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("images")
+    return train(vision_recipe(folder), root=folder / "runs")
+
+
+def test_a_run_learns_and_leaves_the_tower_as_it_is(finished: Any) -> None:
+    losses = [event.values["loss"] for event in finished.events() if event.kind == "step"]
+    assert losses[-1] < losses[0]
+    names = load_file(finished.adapter_path / "adapter_model.safetensors")
+    assert all("language_model" in name for name in names)
+    assert (finished.adapter_path / "preprocessor_config.json").is_file()
+    (plan,) = [event.values for event in finished.events() if event.kind == "plan"]
+    assert any("vision frozen" in note for note in plan["warnings"])
+
+
+def test_samples_show_their_images_small(finished: Any) -> None:
+    shown = [event.values for event in finished.events() if event.kind == "sample"]
+    assert shown
+    assert all(sample["images"][0].startswith("data:image/jpeg;base64,") for sample in shown)
+
+
+def test_questions_about_one_picture_are_on_one_side(tmp_path: Path) -> None:  # trap: I10
+    setup = prepare(vision_recipe(tmp_path), root=tmp_path / "runs")
+
+    def check(sides: Any) -> None:
+        trained, measured = (
+            {number for row in rows_I.tolist() for number in store.images_at(row)} for store, rows_I in sides
+        )
+        assert measured
+        assert trained.isdisjoint(measured)
+
+    check(setup.rows.sides)
+    store, every = setup.rows.store, np.arange(len(setup.rows.store))
+    with pytest.raises(AssertionError):  # a split by rows
+        check([(store, every[:-2]), (store, every[-2:])])
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{}, {"method": {"name": "lora", "rank": 4, "also_train": ["projector"]}}],
+    ids=["kept", "trained projector"],
+)
+def test_stopped_and_resumed_is_the_same_run(sections: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    straight = train(vision_recipe(tmp_path / "a", **sections), root=tmp_path / "straight")
+    run = stopped(vision_recipe(tmp_path / "a", **sections), tmp_path / "stopped", at=2)
+    same_run(resume(run), straight)
+
+
+def batch_of(setup: Any, *members: int) -> Any:
+    return setup.collator.batch(list(members), draw=1)
+
+
+def setup_of(tmp_path: Path, family: str = "llava", **sections: Any) -> Any:
+    setup = prepare(vision_recipe(tmp_path, family, **sections), root=tmp_path / "runs")
+    setup.model.eval()
+    return setup
+
+
+@torch.no_grad()
+def test_each_row_sees_its_own_image(tmp_path: Path) -> None:  # trap: I5
+    setup = setup_of(tmp_path)
+
+    def check(swapped: bool) -> None:
+        batch = batch_of(setup, 0, 1)
+        alone = [logits_at_targets(setup.model, batch_of(setup, row)) for row in (0, 1)]
+        if swapped:
+            batch = replace(batch, images=batch.images[::-1])
+        assert torch.allclose(logits_at_targets(setup.model, batch), torch.cat(alone), atol=1e-5)
+
+    check(swapped=False)
+    with pytest.raises(AssertionError):
+        check(swapped=True)
+
+
+@torch.no_grad()
+def test_vectors_of_a_frozen_tower_are_computed_once_and_are_the_same_bits(tmp_path: Path) -> None:  # trap: I13
+    setup = setup_of(tmp_path)
+    kept = kept_vectors(setup.model)
+    first = logits_at_targets(setup.model, batch_of(setup, 0, 6, 1))
+    assert kept.computed == 2
+    again = logits_at_targets(setup.model, batch_of(setup, 0, 6, 1))
+    assert kept.computed == 2
+    assert torch.equal(first, again)
+
+    setup.model.base_model.multi_modal_projector.requires_grad_(True)
+    setup.model.base_model.multi_modal_projector.linear_1.weight.add_(0.1)
+
+    def check() -> None:
+        assert not torch.equal(logits_at_targets(setup.model, batch_of(setup, 0, 6, 1)), first)
+
+    check()
+    setup.model.base_model.multi_modal_projector.requires_grad_(False)  # as if nobody looked at what is trained
+    with pytest.raises(AssertionError):
+        check()
+
+
+@torch.no_grad()
+def test_positions_are_not_those_of_the_call_before(tmp_path: Path) -> None:  # trap: I3
+    setup = setup_of(tmp_path, "qwen2_5_vl")
+    pairs = [logits_at_targets(setup.model, batch_of(setup, row)) for row in (0, 1, 0)]
+    assert torch.equal(pairs[0], pairs[2])
+    assert setup.model.base_model.rope_deltas is None
+
+
+def test_no_token_of_an_image_is_learnt(tmp_path: Path) -> None:  # trap: I2
+    setup = setup_of(tmp_path)
+    token = setup.model.config.image_token_id
+
+    def check(trained: bool) -> None:
+        for index in range(len(setup.store)):
+            row = setup.store.row(index)
+            flags = row.trained | (row.ids == token) if trained else row.trained
+            assert (row.ids == token).sum() == 4
+            assert not (row.ids[flags] == token).any()
+
+    check(trained=False)
+    with pytest.raises(AssertionError):
+        check(trained=True)
+
+
+def test_an_image_is_never_cut(tmp_path: Path) -> None:  # trap: I1
+    with pytest.raises(DataError) as refused:
+        prepare(vision_recipe(tmp_path, data={"max_tokens": 8, "too_long": "cut"}), root=tmp_path / "runs")
+    assert {problem.code for problem in refused.value.problems} <= {"too_long", "no_target"}
+
+
+def test_a_changed_image_is_another_data_set(tmp_path: Path) -> None:  # trap: I9
+    run = stopped(vision_recipe(tmp_path), tmp_path / "runs", at=2)
+    first = {file.name: file.read_bytes() for file in (tmp_path / "runs/.rows").iterdir()}
+    (tmp_path / "0.png").write_bytes(png(picture(99)))
+    with pytest.raises((RunError, DataError)):
+        resume(run)
+    prepare(recipe_at(tmp_path), root=tmp_path / "runs")
+    second = {file.name: file.read_bytes() for file in (tmp_path / "runs/.rows").iterdir()}
+    assert first.keys() == second.keys()
+    assert first != second
+
+
+def recipe_at(folder: Path) -> Recipe:
+    (run,) = runs(folder / "runs")
+    given = run.recipe()
+    return validate({**given.model_dump(mode="json"), "name": None})
+
+
+def test_full_tuning_trains_the_language_part_unless_told(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, method={"name": "full"})
+    assert all(name.startswith(("model.language_model", "lm_head")) for name in setup.attachment.trained)
+    every = setup_of(tmp_path, method={"name": "full", "train": ["language", "projector", "vision"]})
+    assert len(every.attachment.trained) == len(list(every.model.parameters()))
+
+
+def test_vision_and_projector_are_words_of_targets(tmp_path: Path) -> None:  # trap: I6
+    setup = setup_of(tmp_path, method={"name": "lora", "targets": ["all-linear"]})
+
+    def check() -> None:
+        assert all("language_model" in name for name in setup.attachment.layers)
+
+    check()
+    setup = setup_of(tmp_path, method={"name": "lora", "targets": ["all-linear", "vision", "projector"]})
+    assert {name.split(".")[1] for name in setup.attachment.layers} == {
+        "language_model", "vision_tower", "multi_modal_projector",
+    }  # fmt: skip
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "idefics3"])
+def test_two_prompts_together_are_answered_as_each_alone(family: str, tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, family, evaluation={"samples": 3})
+    prompts = [(list(sample.ids), sample.images) for sample in setup.samples[:2]]
+    prompts[1] = ([*prompts[1][0][:-3], *prompts[1][0][-6:]], prompts[1][1])  # of another length
+    alone = [generate(setup.model, setup.renderer, [ids], 6, images=[images]) for ids, images in prompts]
+    together = generate(setup.model, setup.renderer, [ids for ids, _ in prompts], 6, images=[i for _, i in prompts])
+    assert [answer.text for answer in together] == [answer.text for (answer,) in alone]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"method": {"name": "peft", "kind": "IA3"}}, "method.name: peft: not with images"),
+        ({"task": "generate"}, "has no place for images"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(sections: Any, words: str, tmp_path: Path) -> None:
+    given = vision_recipe(tmp_path).model_dump(mode="json")
+    with pytest.raises((RecipeError, DataError)) as refused:
+        prepare(validate({**given, **sections}), root=tmp_path / "runs")
+    problems = getattr(refused.value, "problems", ())
+    assert words in f"{refused.value} {' '.join(map(str, problems))}"
+
+
+def test_a_model_that_reads_text_alone_refuses_images(tmp_path: Path) -> None:
+    from tiny_run import model_folder
+
+    given = vision_recipe(tmp_path).model_copy(update={"model": str(model_folder(tmp_path / "text"))})
+    with pytest.raises(DataError) as refused:
+        prepare(given, root=tmp_path / "runs")
+    assert {problem.code for problem in refused.value.problems} == {"no_images_here"}
+
+
+@pytest.mark.slow
+def test_two_processes_encode_the_same_rows(tmp_path: Path) -> None:
+    stores = [
+        prepare(vision_recipe(tmp_path, data={"num_proc": num}), root=tmp_path / f"runs-{num}").store for num in (1, 2)
+    ]
+    first, second = ([(store.row(i).ids.tolist(), store.row(i).images) for i in range(len(store))] for store in stores)
+    assert first == second
+    assert stores[0].summary.images == stores[1].summary.images
