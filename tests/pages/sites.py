@@ -112,9 +112,9 @@ class Elements(HTMLParser):
 
 
 def fork_children(patch: pytest.MonkeyPatch) -> None:
-    """Children of pages are forked, see `fresh.python`."""
+    """Children of pages are forked, see `fresh.python`; an engine is started as it is for a person."""
     python = str(fresh.python())
-    for place in ("serve.commands", "serve.engine", "jobs.launcher"):
+    for place in ("serve.commands", "jobs.launcher"):
         patch.setattr(f"tunesmith.{place}.python_words", lambda module: [python, "-m", module])
 
 

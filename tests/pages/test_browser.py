@@ -64,7 +64,7 @@ def opened(browser: Any, heard: list[str]) -> Iterator[Callable[..., Any]]:
         context.close()
 
 
-@pytest.mark.slow  # twenty seconds; on a busy machine once in some runs the forked engine does not come up
+@pytest.mark.slow  # half a minute
 def test_from_a_file_to_a_chat_with_both_models(
     opened: Callable[..., Any], heard: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

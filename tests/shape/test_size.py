@@ -37,7 +37,7 @@ ROOMS = {
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
     "tasks": (1_635, "what is learnt"),
-    "summaries": (600, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
+    "summaries": (610, "what commands and pages say in the same words; nearly all of it was in cli and pages"),
     "trackers": (750, "four experiment trackers"),
     "training": (4_850, "the loop, a run around it, and the answers that it draws"),
 }

@@ -1,10 +1,14 @@
 """A run as it is now, in plain values: what goes on, and its curves in as many points as a picture has room for."""
 
+# S steps
+
 from __future__ import annotations
 
 from contextlib import suppress
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from tunesmith.evaluation.series import RunSeries
 from tunesmith.runs.folder import Run
@@ -44,17 +48,21 @@ def under_way(run: Run, series: RunSeries, last: Event | None, state: str) -> Js
 def curve_values(series: RunSeries, points: int = MOST_POINTS, first: int = 0, last: int | None = None) -> JsonObject:
     """The training loss from step `first` to `last` in at most `points` buckets of lowest, highest and mean, by the
     last step of each; and the held-out losses, all of them."""
-    end = series.step if last is None else last
-    steps = [step for number, step in series.steps.items() if first <= number <= end]
-    width = max(1, -(-len(steps) // max(1, points)))
-    buckets = [steps[start : start + width] for start in range(0, len(steps), width)]
-    columns: dict[str, list[Any]] = {"step": [], "mean": [], "low": [], "high": []}
-    for bucket in buckets:
-        losses = [step.loss for step in bucket]
-        columns["step"].append(bucket[-1].step)
-        columns["mean"].append(_finite(sum(losses) / len(losses)))
-        columns["low"].append(_finite(min(losses)))
-        columns["high"].append(_finite(max(losses)))
+    steps, end = series.steps, series.step if last is None else last
+    numbers_S = np.fromiter(steps, np.int64, len(steps))
+    losses_S = np.fromiter((step.loss for step in steps.values()), np.float64, len(steps))
+    inside = (numbers_S >= first) & (numbers_S <= end)
+    numbers_S, losses_S = numbers_S[inside], losses_S[inside]
+    width = max(1, -(-len(numbers_S) // max(1, points)))
+    starts = np.arange(0, len(numbers_S), width)
+    ends = np.minimum(starts + width, len(numbers_S))
+    columns: dict[str, list[Any]] = {"step": numbers_S[ends - 1].tolist(), "mean": [], "low": [], "high": []}
+    if len(starts):
+        with np.errstate(all="ignore"):  # a run that diverged
+            means = np.add.reduceat(losses_S, starts) / (ends - starts)
+            lows, highs = np.minimum.reduceat(losses_S, starts), np.maximum.reduceat(losses_S, starts)
+        for name, values in (("mean", means), ("low", lows), ("high", highs)):
+            columns[name] = [_finite(value) for value in values.tolist()]
     kept_step = series.report.get("kept", {}).get("step")
     held_out = [[step, _finite(values["loss"])] for step, values in series.course(kept_step)]
     return {"steps": series.total_steps, "width": width, "training": columns, "held_out": held_out, "kept": kept_step}
