@@ -12,9 +12,9 @@ LONGER_FUNCTIONS = {"training_steps": 90}
 """The loop may be longer: it is the method, whole, in one place."""
 ROOMS = {
     "api, types, errors, …": (1_710, "the Python interface, the types that travel, images too, errors, ways out"),
-    "cli": (4_665, "twenty-two commands, what they print and what they refuse"),
+    "cli": (4_720, "twenty-two commands, what they print and what they refuse"),
     "data": (10_340, "thirty-one forms of rows, images, their problems by line, rendering, encoding, steps, batches"),
-    "evaluation": (4_035, "measures with intervals, answers, graded answers, comparison, the report"),
+    "evaluation": (4_040, "measures with intervals, answers, graded answers, comparison, the report"),
     "export": (3_050, "five formats, each verified against the run"),
     "generation": (
         1_830,
@@ -32,7 +32,7 @@ ROOMS = {
     "pages": (1_700, "pages of runs, data, plans, comparisons, exports and chats over what commands print"),
     "parallel": (1_050, "several processes of one run"),
     "planning": (1_730, "defaults with reasons; memory, time, disk"),
-    "recipe": (1_880, "every option, declared once; files of other tools translated"),
+    "recipe": (1_890, "every option, declared once; files of other tools translated"),
     "runs": (1_415, "run folders, events, checkpoints, how far a run is"),
     "serve": (3_080, "the engine's process and OpenAI's routes, images in requests; sessions and commands, for pages"),
     "sweeps": (850, "a run for each combination"),
