@@ -30,17 +30,16 @@ def verdicts(values: Mapping[str, Any]) -> list[Verdict]:
         return sentences
     seen = [PLAYED[kind] for kind in values["won"] if kind != "twice"]
     others = " and ".join(filter(None, [", ".join(seen[:-1]), *seen[-1:]]))
-    told = f"It tells {PLAYED[_right(values)]} from {others}. " if seen else ""
+    told = ""
+    if seen:  # all of them against the same answers
+        against = next(iter(values["won"].values()))["against"]
+        told = f"It tells {PLAYED[against]} from {others}. "
     return [
         Verdict(
             f"{told}{'Nothing speaks against this grader.' if not sentences else 'It can be used; worth knowing:'}"
         ),
         *sentences,
     ]
-
-
-def _right(values: Mapping[str, Any]) -> str:
-    return str(next((entry["against"] for entry in values["won"].values()), MODEL))
 
 
 def _verdicts(values: Mapping[str, Any]) -> Iterator[Verdict]:
