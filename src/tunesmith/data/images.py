@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import DataError
-from tunesmith.recipe.schema import Limits
 from tunesmith.types import ImageRef
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from tunesmith.recipe.schema import Limits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 INSTALL = "Install it: pip install 'tunesmith[images]'."
