@@ -248,6 +248,7 @@ def test_stop_checkpoints_and_resume_takes_the_other_steps(place: Place) -> None
     assert len(losses_of(run)) == LONG_STEPS + 2
 
 
+@pytest.mark.slow  # test_errors.py
 def test_a_second_signal_leaves_at_once_and_says_the_way_on(place: Place) -> None:
     words = ["train", place.model, place.data, "--eval", place.held_out, "--offline", "--json", *settings(*LONG)]
     work = fresh.Process("-m", "tunesmith", *words, "--out", place.folder / "left")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data.hostile_templates import HOSTILE
+from often import often
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import chat_template, sandbox, template_trial
 from tunesmith.data.chat_template import ChatTemplate, TemplateRefusal
@@ -17,6 +18,12 @@ MOST_S = 8
 """Of a template, on a busy machine: limits are 0.2 s of processor time here."""
 FIRST = "{{% if tools %}}{}{{% endif %}}"
 LATER = "{{% if messages | length > 50 %}}{}{{% endif %}}"
+OFTEN = (
+    "squaring", "powers", "lists compared", "lists as JSON", "views printed", "arguments kept", "doubling a text",
+    "doubling by join", "doubling by format()", "a column by a number", "a repeated list", "sliced", "indented JSON",
+    "loops that go on", "macros", "a block that calls itself", "a search", "texts kept", "lists added",
+)  # fmt: skip
+"""Run each time: one of each kind of attack and of each bound that it meets. The others before a release."""
 CHAT: list[Any] = [{"role": "user", "content": "a"}] * 51
 
 
@@ -30,13 +37,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 # trap: S26
-@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("attack", often(HOSTILE, *OFTEN))
 def test_what_any_conversation_meets_is_refused_before_a_row_is_rendered(attack: str) -> None:
     with pytest.raises(ModelError, match=r"its chat template .* look at this one before you trust its source\."):
         ChatTemplate(tiny_tokenizer(FIRST.format(HOSTILE[attack]) + CHATML))
 
 
-@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("attack", often(HOSTILE, *OFTEN))
 def test_what_a_later_row_meets_ends_within_bounds(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "fault_of", lambda texts, tokens: "")  # the trial, which meets no later row
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

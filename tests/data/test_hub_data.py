@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from data.families import bert_like
 from hub_server import hub_at, json_lines, parquet
+from often import often
 from tiny import CHATML, tiny_tokenizer
 from tunesmith.data import addresses
 from tunesmith.data.addresses import pin
@@ -385,7 +386,7 @@ def test_downloads_of_all_sides_share_the_free_disk(server, monkeypatch):
     assert not any(addresses.known(file.path).is_kept for file in (*data.train, *data.eval))
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("is_kept", often([True, False], True))
 def test_download_goes_on_after_cut_connections(server, monkeypatch, is_kept):
     monkeypatch.setattr(addresses, "DISK_SHARE", 0.5 if is_kept else 0.0)
     content = parquet([chat(i) for i in range(3000)], compression="none")

@@ -16,6 +16,7 @@ import pytest
 
 from jobs.places import BASES, FakeLauncher, FakeModels, put_file, put_job, rows
 from jobs.test_rules import as_project
+from often import often
 from serve.running import wait_for
 from tunesmith.environment import for_child
 from tunesmith.jobs import file_checks
@@ -132,7 +133,7 @@ def test_a_paused_job_is_checked_again_when_it_goes_on(store: Store) -> None:
     assert ended(store, server, name, within_s=30)["status"] == "succeeded"
 
 
-@pytest.mark.parametrize("what", ["memory", "memory, and a library crashes", "time"])
+@pytest.mark.parametrize("what", often(["memory", "memory, and a library crashes", "time"], "memory"))
 def test_a_check_that_takes_too_much_is_an_error_of_its_job(
     store: Store, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

@@ -72,7 +72,7 @@ def needs_libgomp() -> None:
         pytest.skip("torch's threads are not libgomp's here")
 
 
-@pytest.mark.slow  # that threads are asked to sleep at all: below
+@pytest.mark.slow  # both ask for cores of their own, and compute for seconds
 def test_an_idle_team_makes_waiting_threads_sleep_until_it_ends() -> None:
     needs_libgomp()
     spinning, sleeping, again = told(start("team"))
@@ -84,6 +84,7 @@ def test_an_idle_team_makes_waiting_threads_sleep_until_it_ends() -> None:
     assert sleeping < 0.5 * again
 
 
+@pytest.mark.slow
 def test_threads_sleep_while_another_program_wants_their_cores() -> None:
     needs_libgomp()
     child = start("watch", "1")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from often import slow
 from parallel.group import start
 from parallel.scenarios import steps_of
 from parallel.split_scenarios import KILLED_AT, make_inputs, run_recipe, whole_recipe_of
@@ -19,10 +20,9 @@ from tunesmith.runs.folder import Run
 from tunesmith.training.setup import prepare
 from tunesmith.training.trainer import resume, train
 
-SCENARIOS = (
-    "lora", "full", "recomputed", "few_rows", "rounded", "alike", "plain", "memory_ends", "rehearsed", "run_lora",
-    "run_full", "resumed_by_two", "killed",
-)  # fmt: skip
+SCENARIOS = ("full", "memory_ends", "run_full", "resumed_by_two", "killed")
+RARE = ("lora", "recomputed", "few_rows", "rounded", "alike", "plain", "rehearsed", "run_lora")
+"""With other settings, before a release."""
 PLANTED = ("counted_planted", "averaged_planted", "own_norm_planted", "unhooked_planted", "killed_planted")
 """Bugs that nothing but the tests below would see: slow, as in test_group.py."""
 
@@ -46,6 +46,11 @@ def found(folder: Path, run_alone: Run) -> Found:
 
 
 @pytest.fixture(scope="module")
+def rare(folder: Path) -> Found:
+    return start(folder, *RARE, module="parallel.split_scenarios")
+
+
+@pytest.fixture(scope="module")
 def planted(folder: Path) -> Found:
     return start(folder, *PLANTED, module="parallel.split_scenarios", killed=(1,))
 
@@ -55,9 +60,11 @@ def assert_same_losses(rank: dict[str, Any], one: dict[str, Any]) -> None:
     assert rank["losses"] == pytest.approx(one["losses"], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_split_layers_take_the_steps_of_whole_ones_and_less_memory(found: Found, folder: Path, method: str) -> None:
-    ranks, one = both(found, method), alone(folder, method)
+@pytest.mark.parametrize(("fixture", "method"), [slow(("rare", "lora")), ("found", "full")])
+def test_split_layers_take_the_steps_of_whole_ones_and_less_memory(
+    fixture: str, method: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    ranks, one = both(request.getfixturevalue(fixture), method), alone(folder, method)
     for rank in ranks:
         assert rank["share"] <= 0.6
         assert_same_losses(rank, one)
@@ -75,7 +82,7 @@ def passes_of(plan: StepSampler, step: int, size: int = 2) -> list[int]:
 # trap: D3
 def test_every_rank_runs_as_many_passes(found: Found, folder: Path) -> None:
     """Another number of passes ends the processes: gloo calls std::terminate for collectives that do not match."""
-    assert sum(rank["idle"] for rank in both(found, "lora")) > 0
+    assert sum(rank["idle"] for rank in both(found, "full")) > 0
     plan = prepare(whole_recipe_of(folder), root=folder / "alone").sampler
     for size in (2, 3, 4):
         assert all(len(set(passes_of(replace(plan, is_even=True), step, size))) == 1 for step in range(1, 13))
@@ -99,9 +106,10 @@ def test_the_test_sees_gradients_clipped_by_the_norm_of_own_pieces(planted: Foun
 
 
 # trap: D15
-def test_nodes_that_read_weights_find_them_whole(found: Found, folder: Path) -> None:
+@pytest.mark.slow
+def test_nodes_that_read_weights_find_them_whole(rare: Found, folder: Path) -> None:
     """With the nodes of this package and without."""
-    for rank in both(found, "plain"):
+    for rank in both(rare, "plain"):
         assert_same_losses(rank, alone(folder, "full"))
 
 
@@ -110,29 +118,32 @@ def test_pieces_of_a_layer_would_not_go_through_unnoticed(planted: Found) -> Non
     assert all(rank["error"] in ("RuntimeError", "GroupError") for rank in both(planted, "unhooked_planted"))
 
 
-def test_beginnings_that_rows_share_are_computed_once(found: Found, folder: Path) -> None:
+@pytest.mark.slow
+def test_beginnings_that_rows_share_are_computed_once(rare: Found, folder: Path) -> None:
     one = alone(folder, "full", data={"train": [str(folder / "alike.jsonl")]}, train={"epochs": 1})
-    for rank in both(found, "alike"):
+    for rank in both(rare, "alike"):
         assert rank["shares"]
         assert_same_losses(rank, one)
 
 
 # trap: D15
-def test_recomputed_layers_and_ranks_without_rows_change_nothing(found: Found, folder: Path) -> None:
+@pytest.mark.slow
+def test_recomputed_layers_and_ranks_without_rows_change_nothing(rare: Found, folder: Path) -> None:
     for name, train_options in (
         ("recomputed", {"max_steps": 4}),
         ("few_rows", {"epochs": 1, "rows_per_step": 1, "max_steps": 3}),
     ):
         one = alone(folder, "full", train=train_options)
-        for rank in both(found, name):
+        for rank in both(rare, name):
             assert_same_losses(rank, one)
 
 
-def test_pieces_in_bfloat16_have_masters_in_float32(found: Found, folder: Path) -> None:
+@pytest.mark.slow
+def test_pieces_in_bfloat16_have_masters_in_float32(rare: Found, folder: Path) -> None:
     """bfloat16: losses of about 6 to its rounding; masters begin elsewhere in their cells."""
     recipe = whole_recipe_of(folder, "full", train={"max_steps": 4}).model_copy(update={"precision": "bfloat16"})
     one = steps_of(prepare(recipe, root=folder / "alone"))
-    for rank in both(found, "rounded"):
+    for rank in both(rare, "rounded"):
         assert rank["types"] == ["torch.float32"]
         assert rank["losses"] == pytest.approx(one["losses"], abs=2e-2)
 
@@ -146,8 +157,9 @@ def test_memory_that_ends_inside_a_pass_ends_the_rank_with_a_way_on(found: Found
     assert "--set train.tokens_per_pass=48" in ended["text"]
 
 
-def test_the_heaviest_pass_is_tried_before_the_first_step(found: Found, folder: Path) -> None:
-    _, ended = both(found, "rehearsed")
+@pytest.mark.slow
+def test_the_heaviest_pass_is_tried_before_the_first_step(rare: Found, folder: Path) -> None:
+    _, ended = both(rare, "rehearsed")
     assert ended["error"] == "GroupError"
     assert "before the first step: out of memory on rank 1 in the heaviest pass, of " in ended["text"]
     assert "Resume with --set train.tokens_per_pass=48" in ended["text"]
@@ -167,6 +179,10 @@ def test_a_run_with_split_layers_measures_and_answers_as_one_process_does(
     far = {name: float((weights[0][name] - weight).abs().max()) for name, weight in weights[1].items()}
     # One process computes norms and MLPs by nodes that split layers do not have: AdamW enlarges what they round.
     assert {name: distance for name, distance in far.items() if distance > 5e-5} == {}
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_with_split_layers_has_its_result(rare: Found, folder: Path) -> None:
     assert (folder / "run-lora" / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from often import often
 from tiny_tasks import sentence_transformers_python, task_recipe, texts, write
 from tunesmith.data.branch_encoders import BranchEncoder, EmbeddingEncoder
 from tunesmith.errors import RecipeError
@@ -183,7 +184,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", often(OPTIONS, "ranking", "cosent", "margin"))
 def test_one_micro_batch_is_as_many(tmp_path, name):  # trap: P24
     assert_one_micro_batch_is_as_many(tmp_path, name)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.exports import quick
-from often import slow
+from often import often, slow
 from tiny_run import model_folder
 from tiny_tasks import assert_alike, by_memory, refuse_packing, rows_of, task_recipe, write
 from tunesmith.data.branches import lines_of
@@ -99,7 +99,7 @@ def assert_centred(rewards: list[float]) -> None:
 
 # trap: P22
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", often(["llama", "gpt2", "qwen3"], "llama"))
 def test_a_reward_is_read_at_the_last_token_whatever_pads(tmp_path, layout, arch, monkeypatch):
     if layout == "padded":
         refuse_packing(monkeypatch)
@@ -212,7 +212,7 @@ def test_a_served_reward_is_of_a_prompt_and_its_answer(tmp_path):
         model.classify(["the big apple eats"])
 
 
-@pytest.mark.parametrize("kind", ["causal", "encoder"])
+@pytest.mark.parametrize("kind", often(["causal", "encoder"], "encoder"))
 def test_the_model_and_rows_prove_themselves(tmp_path, kind):
     proofs = list(selftest(recipe_of(tmp_path, kind)))
     assert all(proof.passed for proof in proofs), proofs

@@ -139,12 +139,17 @@ def assert_balanced(options: Prefer, labels: Any) -> None:
     assert (labels == 1).sum() * options.desirable == pytest.approx((labels == 0).sum() * options.undesirable)
 
 
-def test_a_stopped_and_resumed_run_is_the_same_and_measures_the_same(tmp_path):
+@pytest.mark.slow  # of pairs: tests/training/test_preferences.py
+def test_a_stopped_and_resumed_run_is_the_same(tmp_path):
     recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2}, checkpoint={"every": 2})
+    straight = train(recipe, root=tmp_path / "straight")
+    same_run(resume(stopped(recipe, tmp_path / "halting", 3)), straight)
+
+
+def test_a_result_measures_what_its_run_said(tmp_path):
+    recipe = recipe_of(tmp_path, train={"rows_per_step": 4, "epochs": 2})
     straight = train(recipe.model_copy(update={"task": "auto"}), root=tmp_path / "straight")
     assert straight.recipe().prefer.loss == "kto"
-    halting = resume(stopped(recipe, tmp_path / "halting", 3))
-    same_run(halting, straight)
     said = next(e.values for e in straight.events() if e.kind == "evaluation" and e.values["name"] == "after")
     found = evaluate_file(load_run(straight), str(tmp_path / "prefer-held.jsonl"), samples=0).measures
     for key in ("loss", "preference_accuracy", "margin", "chosen_shift", "longer_chosen", "likelier_chosen"):

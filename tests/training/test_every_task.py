@@ -98,7 +98,7 @@ RESUMED = [
 """Every kind of model once; chats: test_resume, pairs: test_preferences, labels: test_unpaired_losses, ranks: below."""
 
 
-@pytest.mark.parametrize(("task", "kind"), often(RESUMED, "classify", "generate", "embed"))
+@pytest.mark.parametrize(("task", "kind"), often(RESUMED, "generate", "embed"))
 def test_stopped_anywhere_it_goes_on_as_if_it_had_not(tmp_path, task, kind):
     recipe = task_recipe(tmp_path, task, kind, method="lora")
     straight = train(recipe, root=tmp_path / "straight")

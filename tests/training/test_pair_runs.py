@@ -31,6 +31,7 @@ def test_the_plan_names_the_layout(tmp_path):
     assert plan_values(prepare(recipe_of(tmp_path), root=tmp_path))["layout"] == "encoder_decoder"
 
 
+@pytest.mark.slow  # of the same kind of model, without dropout: test_every_task.py
 def test_stopped_and_resumed_is_the_same_run(tmp_path):  # trap: R1
     """With dropout, and with layers that are recomputed; without: test_every_task.py."""
     recipe = recipe_of(tmp_path, model_dropout=0.1, train={"checkpointed_layers": 3})

@@ -54,6 +54,7 @@ def plan_of(run: Run) -> dict:
     return next(event.values for event in run.events() if event.kind == "plan")
 
 
+@pytest.mark.slow  # what is trained is restored: tests/methods/test_contract.py
 def test_stopped_and_resumed_is_the_same_run(straight: Run, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         train(straight.recipe(), root=tmp_path, listener=stop_at(3))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from killed_runs import kill_runs
+from often import often
 from tiny_run import chats, same_run, stop_at, stopped, tiny_recipe
 from tunesmith.errors import ModelError, RunError, Stopped
 from tunesmith.inference.measure import load_training_rows
@@ -19,7 +20,7 @@ from tunesmith.training import setup as preparing
 from tunesmith.training.trainer import Listener, resume, train
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=often(["lora", "full"], "lora"))
 def reference(request, tmp_path_factory) -> tuple[Path, Run]:
     """An uninterrupted run with dropout, two epochs, evaluations and checkpoints in between."""
     folder = tmp_path_factory.mktemp(f"reference-{request.param}")
@@ -195,6 +196,7 @@ KILLS = int(os.environ.get("TUNESMITH_KILLS", "1"))
 KILL_SEED = int(os.environ.get("TUNESMITH_KILL_SEED", "0"))
 
 
+@pytest.mark.slow  # one that is killed in a step: test_every_task.py
 def test_killed_anywhere_it_ends_as_the_same_run(tmp_path):  # trap: R5
     """SIGKILL at random moments, over as many runs as it takes; TUNESMITH_KILLS=2000 for a long one."""
     sections = {"train": {"epochs": 1}, "checkpoint": {"every": 2}, "evaluation": {"every": 3}}
